@@ -1,0 +1,92 @@
+"""Where weights come from: the demo, a folder in diffusers layout, or the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.base import Model, Placement
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+DEMO = Path(__file__).parent / "demo"
+DEFAULT_ENDPOINT = "fal-ai/flux/dev"
+
+
+def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
+    """Say which weights each served endpoint runs on.
+
+    A spec is `demo`, a hub id, a folder (for fal-ai/flux/dev) or `ENDPOINT=FOLDER-or-hub-id`; models that need
+    no weights are always served. Raises ValueError with every problem, a line each.
+    """
+    assigned: dict[str, str | Path | None] = {}
+    problems: list[str] = []
+    for spec in specs:
+        try:
+            assigned.update(_assign_one(spec, models))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {**assigned, **{model.endpoint: None for model in models.values() if not model.weights}}
+
+
+def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
+    if spec == "demo":
+        return {model.endpoint: DEMO for model in models.values() if model.weights}
+    endpoint, separator, rest = spec.partition("=")
+    if separator:
+        if endpoint not in models:
+            raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
+        return {endpoint: _place(rest)}
+    place = _place(spec)
+    if isinstance(place, Path):
+        return {DEFAULT_ENDPOINT: place}
+    served = [model.endpoint for model in models.values() if place in model.weights]
+    if not served:
+        raise ValueError(f"{spec}: no endpoint is known to run on it; say ENDPOINT={spec}")
+    return dict.fromkeys(served, place)
+
+
+def _place(spec: str) -> str | Path:
+    """A folder that has a pipeline in it, or a hub id; anything else is refused with the reason."""
+    if spec == "demo":
+        return DEMO
+    path = Path(spec).expanduser()
+    if (path / "model_index.json").is_file():
+        return path.resolve()
+    if path.suffix in {".safetensors", ".gguf", ".ckpt"}:
+        raise ValueError(f"{spec}: single-file checkpoints are not supported; give a folder in diffusers layout")
+    if path.exists() or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        raise ValueError(f"{spec}: not a folder in diffusers layout (no model_index.json) and not a hub id")
+    return spec
+
+
+def load(placement: Placement) -> "FluxPipeline":
+    """The pipeline in bf16 on its device; only safetensors, no code from the weights. Raises OSError."""
+    import torch
+    from diffusers import FluxPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    # diffusers warns of a long prompt by logging the prompt itself.
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    pipeline = FluxPipeline.from_pretrained(
+        placement.weights,
+        dtype=torch.bfloat16,
+        use_safetensors=True,
+        local_files_only=placement.offline,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device_for(placement.device))
+
+
+def device_for(name: str) -> str:
+    """The device to use for "auto", "cuda" or "cpu"."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

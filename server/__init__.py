@@ -1,0 +1,1 @@
+"""The server: fal's API in front of a durable queue and a worker."""

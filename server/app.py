@@ -1,0 +1,164 @@
+"""create_app(settings): the one place where the parts are built and joined."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from models import discover, weights
+from models.base import Placement
+from models.schema import Limits
+from server import address, auth, openapi, wire
+from server.address import Doorway
+from server.auth import Keys
+from server.database import Database
+from server.errors import BodyTooLarge, MethodNotAllowed, NotFound, ServerError
+from server.fetch import Guard
+from server.files import Files
+from server.notifier import Notifier
+from server.queue import Queue
+from server.retention import Retention
+from server.routes import Parts, files, operations, queue, run
+from server.settings import Settings
+from server.webhooks import Webhooks
+from server.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: How often deadlines are looked at, and how often old results are forgotten, in seconds.
+EXPIRE_EVERY = 0.25
+SWEEP_EVERY = 60.0
+_EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the server; nothing runs before its lifespan begins.
+
+    Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
+    """
+    models = discover(settings.models_dir)
+    served = weights.assign(settings.weights, models)
+    database = Database(settings.data_dir)
+    notifier = Notifier()
+    jobs = Queue(database, notifier, settings.max_queue_length)
+    store = Files(settings.data_dir / "files", database)
+    models = {endpoint: model for endpoint, model in models.items() if endpoint in served}
+    placements = {
+        endpoint: Placement(place, settings.safety_checker, settings.device, offline=not isinstance(place, str))
+        for endpoint, place in served.items()
+    }
+    guard = Guard(settings.outbound_allow)
+    parts = Parts(
+        models=models,
+        limits=Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
+        keys=_keys(settings, database),
+        guard=guard,
+        queue=jobs,
+        files=store,
+        notifier=notifier,
+        worker=Worker(settings, models, placements, jobs, store, notifier),
+    )
+    app = FastAPI(
+        title="flux-server",
+        version=operations.VERSION,
+        description="fal's API for FLUX.1 [dev] on your own machine.",
+        lifespan=partial(_lifespan, settings=settings, database=database),
+        max_body_size=settings.max_body_mib * 2**20,
+        redirect_slashes=False,
+    )
+    app.state.parts = parts
+    app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
+    for nouns in (queue, files, operations, run):
+        app.include_router(nouns.router)
+    app.add_exception_handler(ServerError, _server_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_doors(app, settings, parts.keys)
+    return app
+
+
+def _keys(settings: Settings, database: Database) -> Keys:
+    """The operator's keys and the server's own; the first one is made here when others can reach the server."""
+    hashes = auth.stored_hashes(database)
+    if not settings.keys and not hashes and not settings.is_loopback:
+        key = auth.generate(database)
+        hashes = auth.stored_hashes(database)
+        print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
+    return Keys(settings.keys, hashes)
+
+
+def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=address.allowed_origins(settings) if keys.is_open else ["*"],
+        allow_origin_regex=address.LOOPBACK_ORIGIN if keys.is_open else None,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED,
+    )
+    app.add_middleware(Doorway, settings=settings, is_open=keys.is_open)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
+    parts: Parts = app.state.parts
+    parts.notifier.attach(asyncio.get_running_loop())
+    retention = Retention(
+        database,
+        parts.queue,
+        parts.files,
+        max_age=settings.retention_days * 86_400,
+        max_bytes=settings.retention_gb * 1e9,
+    )
+    parts.queue.recover()
+    parts.files.remove_strays()
+    parts.worker.start()
+    tasks = [
+        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard).run()),
+        asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
+        asyncio.create_task(_every(SWEEP_EVERY, retention.sweep)),
+    ]
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(parts.worker.stop)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        database.close()
+
+
+async def _every(seconds: float, act: Callable[[], object]) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(act)
+        except Exception:
+            log.exception("%s failed; trying again", act)
+        await asyncio.sleep(seconds)
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerError)
+    return wire.error(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own errors, in fal's words."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 413:
+        return wire.error(BodyTooLarge(f"The body is larger than {request.app.max_body_size} bytes"))
+    if error.status_code == 404 or (error.status_code == 405 and _endpoint(path) not in request.app.state.parts.models):
+        return wire.error(NotFound(f"Path {path} not found"))
+    response = wire.error(MethodNotAllowed()) if error.status_code == 405 else wire.JSON({"detail": error.detail})
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _endpoint(path: str) -> str:
+    return path.removeprefix("/queue").removesuffix("/stream").strip("/")

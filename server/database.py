@@ -1,0 +1,72 @@
+"""The data folder's one SQLite file and the one connection to it."""
+
+import fcntl
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from server.errors import DiskFull
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+VERSION = 1
+
+
+class FolderInUse(RuntimeError):
+    """Another server holds the data folder."""
+
+
+class Database:
+    """SQLite in WAL mode with every commit on disk before it is answered.
+
+    One process owns the file and one connection does all the work: two that write or checkpoint at once can
+    corrupt a WAL database before SQLite 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_file = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(f"another server is using {folder}; give this one its own --data-dir") from None
+        self._connection = sqlite3.connect(folder / "queue.sqlite3", check_same_thread=False, isolation_level=None)
+        self._connection.row_factory = sqlite3.Row
+        self._lock = threading.Lock()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        self._migrate()
+
+    def _migrate(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise FolderInUse(f"the data folder was written by a newer flux-server (schema {version})")
+        if version == 0:
+            self._connection.executescript(f"BEGIN IMMEDIATE;\n{SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                    raise DiskFull from error
+                raise
+
+    def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
+        """Rows of one query."""
+        with self._lock:
+            return self._connection.execute(sql, parameters).fetchall()
+
+    def close(self) -> None:
+        """Close the file and let others have the folder."""
+        with self._lock:
+            self._connection.close()
+        self._lock_file.close()

@@ -1,0 +1,39 @@
+"""Server-sent events: JSON objects on a stream that stays open."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.responses import StreamingResponse
+
+#: fal sends a comment this often, in seconds, so that nobody in between closes a silent stream.
+HEARTBEAT = 15.0
+
+
+class EventStream(StreamingResponse):
+    """Each object as one `data:` event; None stands for a heartbeat.
+
+    Starlette's own response rather than sse-starlette, which replaces a method of uvicorn's server for the whole
+    process and cuts a stream at the stop, where ours sends a last event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, objects: AsyncIterator[dict[str, Any] | None]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(_encoded(objects), headers=headers)
+
+
+async def heard(bell: asyncio.Event) -> bool:
+    """Wait for the bell; False when it is time for a heartbeat first."""
+    try:
+        await asyncio.wait_for(bell.wait(), HEARTBEAT)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _encoded(objects: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+    async for item in objects:
+        yield b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"

@@ -1,0 +1,134 @@
+"""What a client sends, turned into a submission: the body's fields, and fal's headers and parameters."""
+
+import hashlib
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from models.base import Model
+from models.schema import ImageInput, Limits
+from server import wire
+from server.errors import BadRequest, InvalidInput
+from server.fetch import ForbiddenURL, Guard
+from server.jobs import Mode, Priority, Submission
+
+#: fal's smallest start deadline, in seconds.
+MIN_START_TIMEOUT = 0.1
+MAX_IDEMPOTENCY_KEY = 255
+#: curl's -d says the second, some clients say nothing; the body is JSON all the same.
+_JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
+
+
+async def read(request: Request, model: Model, owner: str, *, mode: Mode, limits: Limits, guard: Guard) -> Submission:
+    """The submission in this request. Raises InvalidInput and BadRequest, naming the field and the limit."""
+    body = await request.body()
+    fields = validate(model, body, request.headers.get("content-type", ""), limits)
+    is_queued = mode == Mode.QUEUE
+    return Submission(
+        endpoint=model.endpoint,
+        owner=owner,
+        input=fields.model_dump_json(),
+        base_url=request.state.base_url,
+        mode=mode,
+        priority=_priority(request.headers),
+        start_deadline=_start_deadline(request.headers),
+        webhook_url=_webhook(request.query_params, guard) if is_queued else None,
+        idempotency_key=_idempotency_key(request.headers) if is_queued else None,
+        body_hash=hashlib.sha256(body).hexdigest(),
+        is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
+        file_lifetime=_file_lifetime(request.headers),
+        max_queue_length=_max_queue_length(request.query_params),
+    )
+
+
+def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:
+    """The fields, with the seed fixed, so that a retry paints the same picture. Raises InvalidInput."""
+    if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
+        message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
+        raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
+    try:
+        fields = model.Input.model_validate_json(body, context={"limits": limits})
+    except ValidationError as error:
+        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
+    # Below 2**32, because a larger number may be mangled on its way through JavaScript.
+    seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
+    return fields.model_copy(update={"seed": seed})
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower().endswith("+json")
+
+
+def _priority(headers: Mapping[str, str]) -> Priority:
+    """fal ignores words it does not know; the header can only lower."""
+    is_low = headers.get("x-fal-queue-priority", "").strip().lower() == Priority.LOW
+    return Priority.LOW if is_low else Priority.NORMAL
+
+
+def _start_deadline(headers: Mapping[str, str]) -> float | None:
+    """When the request must have started, in seconds since 1970; the newer header's name wins."""
+    text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
+    if text is None:
+        return None
+    seconds = _number(text, "X-Fal-Request-Timeout")
+    if seconds <= MIN_START_TIMEOUT:
+        raise BadRequest(f"X-Fal-Request-Timeout should be greater than {MIN_START_TIMEOUT} seconds")
+    return time.time() + seconds
+
+
+def _webhook(parameters: Mapping[str, str], guard: Guard) -> str | None:
+    url = parameters.get("fal_webhook")
+    if not url:
+        return None
+    try:
+        guard.check(url)
+    except ForbiddenURL as error:
+        entry = {"type": "value_error", "loc": ["query", "fal_webhook"], "msg": str(error), "input": url[:1000]}
+        raise InvalidInput([entry]) from None
+    return url
+
+
+def _idempotency_key(headers: Mapping[str, str]) -> str | None:
+    key = headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY:
+        raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters")
+    return key
+
+
+def _file_lifetime(headers: Mapping[str, str]) -> float | None:
+    """How long this request's pictures are kept, in seconds; None for as long as the operator keeps results."""
+    text = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle")
+    if text is None:
+        return None
+    name = "X-Fal-Object-Lifecycle-Preference"
+    try:
+        preference = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest(f"{name} is not JSON") from None
+    seconds = preference.get("expiration_duration_seconds") if isinstance(preference, dict) else text
+    return None if seconds is None else _number(str(seconds), f"{name}'s expiration_duration_seconds")
+
+
+def _max_queue_length(parameters: Mapping[str, str]) -> int | None:
+    text = parameters.get("fal_max_queue_length")
+    if text is None:
+        return None
+    length = _number(text, "fal_max_queue_length")
+    if length < 1:
+        raise BadRequest("fal_max_queue_length should be at least 1")
+    return int(length)
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise BadRequest(f"{name} should be a positive number, not {text[:50]!r}")
+    return number

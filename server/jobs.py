@@ -1,0 +1,104 @@
+"""A job: one request, from its acceptance to its result."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class State(StrEnum):
+    """fal's three statuses; COMPLETED stands for success, failure and cancellation alike."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+
+
+class Mode(StrEnum):
+    """How the request came: only queue jobs outlive their client's connection."""
+
+    QUEUE = "queue"
+    RUN = "run"
+    STREAM = "stream"
+
+
+class Priority(StrEnum):
+    """fal's X-Fal-Queue-Priority."""
+
+    NORMAL = "normal"
+    LOW = "low"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a client asks for, validated."""
+
+    endpoint: str
+    owner: str
+    input: str
+    base_url: str
+    mode: Mode = Mode.QUEUE
+    priority: Priority = Priority.NORMAL
+    start_deadline: float | None = None
+    webhook_url: str | None = None
+    idempotency_key: str | None = None
+    body_hash: str = ""
+    is_kept: bool = True
+    file_lifetime: float | None = None
+    max_queue_length: int | None = None
+
+
+@dataclass(slots=True)
+class Job:
+    """The in-memory image of a row. It changes only after the same change was committed.
+
+    Logs and progress live here alone until the job is finished.
+    """
+
+    sequence: int
+    request_id: str
+    endpoint: str
+    owner: str
+    mode: Mode
+    priority: Priority
+    base_url: str
+    state: State
+    attempt: int = 0
+    start_deadline: float | None = None
+    is_cancelled: bool = False
+    is_kept: bool = True
+    file_lifetime: float | None = None
+    error: str | None = None
+    error_type: str | None = None
+    inference_time: float | None = None
+    acceleration: str | None = None
+    step: int = 0
+    num_steps: int = 0
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Its place in the queue: normal priority first, then in order of arrival."""
+        return (self.priority == Priority.LOW, self.sequence)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the answer's status and body, and the files that belong to it."""
+
+    status: int
+    body: str
+    error: str | None = None
+    error_type: str | None = None
+    inference_time: float | None = None
+    acceleration: str | None = None
+    files: tuple["StoredFile", ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in the store: its name is 128 random bits and an ending."""
+
+    name: str
+    size: int
+    content_type: str
+    expires_at: float | None = None

@@ -1,0 +1,80 @@
+"""Forget in time: results and pictures go by age, by their own expiry, and by how much disk they take."""
+
+import time
+from collections.abc import Callable
+
+from server.database import Database
+from server.files import Files
+from server.queue import Queue
+
+#: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
+GRACE_SECONDS = 600.0
+_BATCH = 500
+
+
+class Retention:
+    """Deletes rows first, files after, so that a row never lists a file that is gone."""
+
+    def __init__(
+        self,
+        database: Database,
+        queue: Queue,
+        files: Files,
+        *,
+        max_age: float,
+        max_bytes: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._files = files
+        self._max_age = max_age
+        self._max_bytes = max_bytes
+        self._clock = clock
+
+    def sweep(self) -> int:
+        """One pass; returns how many jobs were forgotten."""
+        now = self._clock()
+        self._expire_files(now)
+        rows = self._database.read(
+            "SELECT request_id FROM jobs WHERE state = 'COMPLETED'"
+            " AND (finished_at <= ? OR (is_kept = 0 AND fetched_at <= ?))",
+            now - self._max_age,
+            now - GRACE_SECONDS,
+        )
+        return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
+
+    def _expire_files(self, now: float) -> None:
+        with self._database.transaction() as connection:
+            rows = connection.execute("DELETE FROM files WHERE expires_at <= ? RETURNING name", (now,)).fetchall()
+        self._files.remove([row["name"] for row in rows])
+
+    def _fit_budget(self) -> int:
+        """The oldest results go until the pictures fit."""
+        ((total,),) = self._database.read("SELECT coalesce(sum(size), 0) FROM files")
+        if total <= self._max_bytes:
+            return 0
+        rows = self._database.read(
+            "SELECT request_id, sum(size) AS size FROM files JOIN jobs USING (request_id)"
+            " GROUP BY request_id ORDER BY finished_at"
+        )
+        doomed = []
+        for row in rows:
+            if total <= self._max_bytes:
+                break
+            doomed.append(row["request_id"])
+            total -= row["size"]
+        return self._delete(doomed)
+
+    def _delete(self, request_ids: list[str]) -> int:
+        names: list[str] = []
+        for start in range(0, len(request_ids), _BATCH):
+            batch = request_ids[start : start + _BATCH]
+            with self._database.transaction() as connection:
+                for request_id in batch:
+                    rows = connection.execute("SELECT name FROM files WHERE request_id = ?", (request_id,)).fetchall()
+                    names += [row["name"] for row in rows]
+                connection.executemany("DELETE FROM jobs WHERE request_id = ?", [(name,) for name in batch])
+            self._queue.forget(batch)
+        self._files.remove(names)
+        return len(request_ids)

@@ -1,0 +1,31 @@
+"""What an operator asks: is it alive, can it paint."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
+
+from server.routes import parts_of
+from server.wire import JSON
+
+router = APIRouter(tags=["operations"])
+VERSION = version("flux-server")
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Alive; says nothing of the model."""
+    return JSON({"status": "alive", "version": VERSION})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """200 when the model can paint, 503 before; requests are accepted either way and wait in the queue."""
+    is_ready = parts_of(request).worker.is_ready
+    return JSON({"status": "ready" if is_ready else "loading", "version": VERSION}, 200 if is_ready else 503)
+
+
+@router.get("/", include_in_schema=False)
+async def home() -> Response:
+    """The page to begin with."""
+    return RedirectResponse("docs")

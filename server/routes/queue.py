@@ -1,0 +1,115 @@
+"""The queue: submit, status, status stream, result, cancel."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server import intake, wire
+from server.errors import NotFound, StillInProgress
+from server.events import EventStream, heard
+from server.jobs import Job, Mode, State
+from server.notifier import QUEUE
+from server.routes import Parts, model_for, owned, owner_of, parts_of
+from server.wire import JSON
+
+router = APIRouter(prefix="/queue", tags=["queue"])
+
+
+@router.get("/{app:path}/requests/{request_id}/status")
+async def status(request: Request, app: str, request_id: str) -> Response:
+    """Where a request stands; 202 until it is done."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    logs = job.logs if _wants_logs(request) else None
+    return _identified(JSON(_status(parts, job, logs), wire.STATUS_CODES[job.state]), job)
+
+
+@router.get("/{app:path}/requests/{request_id}/status/stream")
+async def status_stream(request: Request, app: str, request_id: str) -> Response:
+    """The same as events, with the new log lines only, until the request is done."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    return _identified(EventStream(_changes(parts, job, _wants_logs(request))), job)
+
+
+@router.get("/{app:path}/requests/{request_id}")
+@router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
+async def result(request: Request, app: str, request_id: str) -> Response:
+    """The model's own answer, or the error it ended with; 400 while it is in progress."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    if job.state != State.COMPLETED:
+        raise StillInProgress
+    return _identified(wire.result(await asyncio.to_thread(parts.queue.result, job)), job)
+
+
+@router.put("/{app:path}/requests/{request_id}/cancel")
+async def cancel(request: Request, app: str, request_id: str) -> Response:
+    """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
+    parts = parts_of(request)
+    try:
+        job = await _job(request, parts, app, request_id)
+    except NotFound as error:
+        return JSON({"status": "NOT_FOUND", "detail": str(error)}, 404)
+    state = await asyncio.to_thread(parts.queue.cancel, job)
+    return _identified(_CANCELLED[state](), job)
+
+
+@router.post("/{endpoint:path}", include_in_schema=False)
+async def submit(request: Request, endpoint: str) -> Response:
+    """Put a request in the queue; once this is answered it is on the disk."""
+    parts = parts_of(request)
+    owner = owner_of(request)
+    model = model_for(request, endpoint)
+    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, limits=parts.limits, guard=parts.guard)
+    job = await asyncio.to_thread(parts.queue.submit, submission)
+    return _identified(JSON(wire.submitted(job, parts.queue.position(job))), job)
+
+
+_CANCELLED = {
+    State.IN_QUEUE: lambda: JSON({"status": "OK"}),
+    State.IN_PROGRESS: lambda: JSON({"status": "CANCELLATION_REQUESTED"}, 202),
+    State.COMPLETED: lambda: JSON(
+        {"status": "ALREADY_COMPLETED", "detail": "The request is completed already and cannot be cancelled"}, 400
+    ),
+}
+
+
+async def _job(request: Request, parts: Parts, app: str, request_id: str) -> Job:
+    """This caller's job, from memory if it can be; from its row otherwise."""
+    owner = owner_of(request)
+    job = parts.queue.find(request_id) or await asyncio.to_thread(parts.queue.load, request_id)
+    return owned(job, owner, app)
+
+
+async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
+    told: dict[str, Any] = {}
+    sent = 0
+    with parts.notifier.listen(job.request_id, QUEUE) as bell:
+        while True:
+            bell.clear()
+            logs = job.logs[sent:]
+            body = _status(parts, job, logs if wants_logs else None)
+            if body != told:
+                sent += len(logs)
+                told = _status(parts, job, [] if wants_logs else None)
+                yield body
+            if body["status"] == State.COMPLETED or parts.notifier.is_closing:
+                return
+            if not await heard(bell):
+                yield None
+
+
+def _status(parts: Parts, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return wire.status(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
+
+
+def _wants_logs(request: Request) -> bool:
+    return request.query_params.get("logs", "").lower() in ("1", "true")
+
+
+def _identified(response: Response, job: Job) -> Response:
+    response.headers["x-fal-request-id"] = job.request_id
+    return response

@@ -1,0 +1,89 @@
+"""Run: one request, answered when it is done; stream: the same with its progress."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic_core import from_json
+
+from server import intake, wire
+from server.errors import InternalError
+from server.events import EventStream, heard
+from server.jobs import Job, Mode, State
+from server.routes import Parts, model_for, owner_of, parts_of
+
+router = APIRouter(tags=["run"])
+
+
+@router.post("/{endpoint:path}/stream", include_in_schema=False)
+async def stream(request: Request, endpoint: str) -> Response:
+    """Progress as events, then the output as the last one."""
+    parts = parts_of(request)
+    job = await _accepted(request, parts, endpoint, Mode.STREAM)
+    response = EventStream(_progress(parts, job))
+    response.headers["x-fal-request-id"] = job.request_id
+    return response
+
+
+@router.post("/{endpoint:path}", include_in_schema=False)
+async def run(request: Request, endpoint: str) -> Response:
+    """Wait for the output. The work stops when the client leaves."""
+    parts = parts_of(request)
+    job = await _accepted(request, parts, endpoint, Mode.RUN)
+    with _bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
+        gone = asyncio.create_task(_disconnected(request))
+        gone.add_done_callback(lambda _: bell.set())
+        try:
+            while job.state != State.COMPLETED and not gone.done() and not parts.notifier.is_closing:
+                bell.clear()
+                await bell.wait()
+        finally:
+            gone.cancel()
+    if job.state == State.COMPLETED:
+        response = wire.result(await asyncio.to_thread(parts.queue.result, job))
+    else:
+        response = wire.error(InternalError("The server is stopping."))
+    response.headers["x-fal-request-id"] = job.request_id
+    return response
+
+
+async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
+    owner = owner_of(request)
+    model = model_for(request, endpoint)
+    submission = await intake.read(request, model, owner, mode=mode, limits=parts.limits, guard=parts.guard)
+    return await asyncio.to_thread(parts.queue.submit, submission)
+
+
+@contextmanager
+def _bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
+    """Whatever ends the connection ends the job: nothing is painted for nobody."""
+    try:
+        yield
+    finally:
+        if job.state != State.COMPLETED:
+            # Not awaited: this may run while the connection's own task is being cancelled.
+            asyncio.get_running_loop().run_in_executor(None, parts.queue.leave, job)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
+    told = 0
+    with _bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
+        while job.state != State.COMPLETED:
+            bell.clear()
+            if job.step != told:
+                told = job.step
+                yield wire.progress(job)
+            if parts.notifier.is_closing:
+                yield InternalError("The server is stopping.").body
+                return
+            if not await heard(bell):
+                yield None
+    outcome = await asyncio.to_thread(parts.queue.result, job)
+    yield from_json(outcome.body)

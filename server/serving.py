@@ -1,0 +1,109 @@
+"""Two listeners, plain and TLS, in front of one app, until a signal stops them."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from server import tls
+from server.app import create_app
+from server.notifier import WORKER
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+#: Seconds that open answers get to end once the worker has stopped.
+_LAST_WORDS = 5
+
+
+class _Listener(uvicorn.Server):
+    """One of several servers on one loop: signals belong to `serve_until_stopped`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signal handlers alone."""
+        yield
+
+
+def serve_until_stopped(settings: Settings) -> BaseException | None:
+    """Serve until SIGINT or SIGTERM; returns why the worker failed, if it did.
+
+    Raises OSError when a port is taken, ValueError and RuntimeError for what create_app refuses.
+    """
+    sockets = [_bound(settings.host, settings.port)]
+    if settings.tls_port:
+        sockets.append(_bound(settings.host, settings.tls_port))
+    # A port of 0 is known only now, and URLs in answers name it.
+    settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
+    loop_factory = uvicorn.Config("", loop="auto").get_loop_factory()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_serve(settings, sockets))
+
+
+async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
+    app = create_app(settings)
+    parts = app.state.parts
+    options: dict[str, Any] = {
+        "lifespan": "off",
+        "access_log": False,
+        "log_level": "warning",
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": _LAST_WORDS,
+    }
+    listeners = [_Listener(uvicorn.Config(app, **options))]
+    if settings.tls_port:
+        files = tls.ensure(settings.data_dir, settings.host)
+        certificate: dict[str, Any] = {"ssl_certfile": str(files.certificate), "ssl_keyfile": str(files.key)}
+        listeners.append(_Listener(uvicorn.Config(app, **options, **certificate)))
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    async with app.router.lifespan_context(app):
+        with parts.notifier.listen(WORKER) as worker_ended:
+            served = [
+                asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
+            ]
+            _announce(settings, sockets)
+            waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
+            await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        log.info("stopping")
+        # The worker first, while clients still listen: what it finishes within the grace reaches them.
+        await asyncio.to_thread(parts.worker.stop)
+        parts.notifier.close()
+        for listener in listeners:
+            listener.should_exit = True
+        await asyncio.gather(*served, return_exceptions=True)
+    failure: BaseException | None = parts.worker.failure
+    return failure
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens: bound before anything else, so that a taken port stops the start."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    bound.listen(_BACKLOG)
+    bound.setblocking(False)
+    return bound
+
+
+def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [f"http://{host}:{settings.port}"]
+    if settings.tls_port:
+        lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
+    print(f"flux-server listens on {' and '.join(lines)}; `flux-server env` tells clients how to get here", flush=True)

@@ -1,0 +1,117 @@
+"""Every setting, read once from a mapping that is passed in."""
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+PREFIX = "FLUX_SERVER_"
+
+
+class BadSettings(Exception):
+    """One or more settings are wrong; the message lists them all, a line each."""
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def default_data_dir() -> Path:
+    """$XDG_DATA_HOME/flux-server, or its usual place."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "flux-server"
+
+
+class Settings(BaseModel):
+    """What the operator chose. The order and the descriptions are those of `--help` and the README."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: Words = Field(
+        ("demo",), description="What to serve: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 takes a free one.")
+    tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="Folder of the queue, the pictures and the certificates."
+    )
+    keys: Words = Field((), description="API keys clients must send, separated by commas; FAL_KEY counts as one.")
+    public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
+    trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")
+    cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")
+    device: str = Field("auto", pattern="^(auto|cuda|cpu)$", description="Where to paint: auto, cuda or cpu.")
+    safety_checker: str = Field(
+        "Falconsai/nsfw_image_detection", description="Hub id or folder of the checker, if the weights bring none."
+    )
+    enforce_safety_checker: bool = Field(False, description="Check every picture, whatever the request says.")
+    embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the picture files.")
+    max_running: int = Field(8, ge=1, le=64, description="How many requests may be painted in turns.")
+    max_queue_length: int = Field(100_000, ge=1, description="How many requests may wait; more get 429.")
+    max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
+    max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
+    max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
+    retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")
+    retention_gb: float = Field(10, gt=0, description="How much disk pictures may take, in GB; the oldest go first.")
+    outbound_allow: Words = Field(
+        (), description="Hosts and networks of your own that webhooks may reach, such as 10.0.0.0/8 or hooks.lan."
+    )
+    shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
+    models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="How much is logged.")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network, strict=False)
+        return networks
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_base(cls, url: str) -> str:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError("should start with http:// or https://")
+        return url.rstrip("/")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
+        """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
+        values: dict[str, Any] = {
+            name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)
+        }
+        values.update({name: value for name, value in (options or {}).items() if value is not None})
+        if environment.get("FAL_KEY"):
+            values["keys"] = (*_words(values.get("keys", ())), environment["FAL_KEY"])
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise BadSettings("\n".join(_problem(entry) for entry in error.errors())) from None
+
+
+def _words(value: object) -> tuple[str, ...]:
+    words = _split(value)
+    return tuple(words) if isinstance(words, tuple | list) else ()
+
+
+def _problem(entry: Any) -> str:
+    name = str(entry["loc"][0])
+    if entry["type"] == "extra_forbidden":
+        return f"{PREFIX}{name.upper()}: there is no such setting"
+    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {entry['msg']}; given was {entry['input']!r}"

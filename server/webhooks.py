@@ -1,0 +1,112 @@
+"""Tell the client's URL that its request is done: due rows, retries."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from pydantic_core import from_json, to_json
+
+from server.database import Database
+from server.fetch import ForbiddenURL, Guard
+from server.notifier import WEBHOOKS, Notifier
+
+log = logging.getLogger(__name__)
+
+#: Seconds a receiver has to answer.
+TIMEOUT = 15.0
+#: Seconds to wait before each of the ten retries: within two hours, as fal does.
+DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
+#: How many receivers are spoken to at once.
+CONCURRENCY = 32
+_LONGEST_WAIT = 60.0
+
+
+class Webhooks:
+    """Delivers from rows, so that what is due survives a restart. At least once; 2xx alone is success."""
+
+    def __init__(
+        self, database: Database, notifier: Notifier, guard: Guard, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database = database
+        self._notifier = notifier
+        self._guard = guard
+        self._clock = clock
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Deliver what falls due, until cancelled."""
+        with self._notifier.listen(WEBHOOKS) as bell:
+            while True:
+                bell.clear()
+                wait = await self.turn()
+                try:
+                    await asyncio.wait_for(bell.wait(), wait)
+                except TimeoutError:
+                    continue
+
+    async def turn(self) -> float:
+        """Begin the deliveries that are due; returns the seconds until the next."""
+        rows = await asyncio.to_thread(
+            self._database.read,
+            "SELECT request_id, url, attempt, due_at FROM deliveries WHERE due_at IS NOT NULL ORDER BY due_at LIMIT ?",
+            CONCURRENCY * 2,
+        )
+        now = self._clock()
+        for row in rows:
+            if row["due_at"] > now:
+                return min(_LONGEST_WAIT, float(row["due_at"]) - now)
+            if row["request_id"] not in self._under_way and len(self._under_way) < CONCURRENCY:
+                task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
+                self._under_way[row["request_id"]] = task
+        return _LONGEST_WAIT
+
+    async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
+        try:
+            error = await self._send(request_id, url)
+            await asyncio.to_thread(self._record, request_id, attempt + 1, error)
+        except Exception:
+            log.exception("webhook of %s could not be recorded", request_id)
+        finally:
+            del self._under_way[request_id]
+            self._notifier.ring(WEBHOOKS)
+
+    async def _send(self, request_id: str, url: str) -> str | None:
+        """One attempt; None on success, else what went wrong."""
+        body = to_json(await asyncio.to_thread(self._payload, request_id))
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "flux-server",
+            "x-fal-webhook-request-id": request_id,
+            "x-fal-webhook-timestamp": str(int(self._clock())),
+        }
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                status = await self._guard.post(url, body, headers, TIMEOUT)
+        except TimeoutError:
+            return f"no answer within {TIMEOUT:.0f} s"
+        except (ForbiddenURL, httpx.HTTPError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None if 200 <= status < 300 else f"answered {status}"
+
+    def _payload(self, request_id: str) -> dict[str, Any]:
+        (row,) = self._database.read("SELECT status, output FROM jobs WHERE request_id = ?", request_id)
+        body: dict[str, Any] = {"request_id": request_id, "gateway_request_id": request_id}
+        if row["status"] == 200:
+            return {**body, "status": "OK", "payload": from_json(row["output"])}
+        error = f"Invalid status code: {row['status']}"
+        return {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
+
+    def _record(self, request_id: str, attempt: int, error: str | None) -> None:
+        now = self._clock()
+        is_over = error is None or attempt > len(DELAYS)
+        due_at = None if is_over else now + DELAYS[attempt - 1]
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ? WHERE request_id = ?",
+                (attempt, due_at, now if error is None else None, error, request_id),
+            )
+        if error is not None:
+            log.warning("webhook of %s, attempt %d: %s", request_id, attempt, error)

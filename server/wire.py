@@ -1,0 +1,133 @@
+"""The shapes on the wire: submit reply, status, result, errors, events, and the URLs of a request."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import ErrorDetails, to_json
+from starlette.responses import Response
+
+from server.errors import HEADERS_BY_TYPE, ServerError
+from server.jobs import Job, Outcome, State
+
+#: fal answers 202 while a request is pending and 200 when it is done; `fal.apps` tells them apart by this alone.
+STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
+
+
+class JSON(Response):
+    """JSON with the application/json type that the JavaScript SDKs decide by; NaN is sent as null."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Serialize; strings that are JSON already pass through as bytes."""
+        return content if isinstance(content, bytes) else to_json(content, inf_nan_mode="null")
+
+
+def urls(job: Job) -> dict[str, str]:
+    """The three URLs of a request: absolute, under the two-segment id as fal's own are."""
+    app = "/".join(job.endpoint.split("/")[:2])
+    # By Host `queue.*` the role is in the name; everywhere else it is in the path, which some clients rebuild from.
+    host = job.base_url.split("://", 1)[-1]
+    prefix = "" if host.startswith("queue.") else "/queue"
+    url = f"{job.base_url}{prefix}/{app}/requests/{job.request_id}"
+    return {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
+
+
+def submitted(job: Job, position: int) -> dict[str, Any]:
+    """The reply to a submit: the union of what all SDKs read."""
+    return {
+        "status": State.IN_QUEUE,
+        "request_id": job.request_id,
+        **urls(job),
+        "queue_position": position,
+        "logs": None,
+        "metrics": {},
+    }
+
+
+def status(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    """A status object. `logs` is None unless they were asked for; then a list, even when empty."""
+    body: dict[str, Any] = {
+        "status": job.state,
+        "request_id": job.request_id,
+        **urls(job),
+        "logs": logs,
+        "metrics": {},
+    }
+    if job.state == State.IN_QUEUE:
+        body["queue_position"] = position
+    if job.state == State.COMPLETED:
+        if job.inference_time is not None:
+            body["metrics"]["inference_time"] = job.inference_time
+        if job.acceleration is not None:
+            body["metrics"]["acceleration"] = job.acceleration
+        if job.error is not None:
+            body["error"] = job.error
+        if job.error_type is not None:
+            body["error_type"] = job.error_type
+    return body
+
+
+def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
+    """One log entry with every field that some SDK insists on."""
+    labels = {"level": level, "source": "USER"}
+    return {"message": message, "timestamp": timestamp, "level": level, "source": "USER", "labels": labels}
+
+
+def progress(job: Job) -> dict[str, Any]:
+    """One event of /stream before the output."""
+    return {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
+
+
+def result(outcome: Outcome) -> Response:
+    """The model's own answer, status and headers included."""
+    headers = dict(HEADERS_BY_TYPE.get(outcome.error_type or "", {}))
+    if outcome.error_type:
+        headers["x-fal-error-type"] = outcome.error_type
+    if outcome.status >= 500:
+        headers["x-fal-retryable"] = "true"
+    return JSON(outcome.body.encode(), outcome.status, headers)
+
+
+def error(problem: ServerError) -> Response:
+    """An error in fal's shape."""
+    headers = dict(problem.headers)
+    if problem.error_type:
+        headers["x-fal-error-type"] = problem.error_type
+    return JSON(problem.body, problem.status, headers)
+
+
+def outcome_of(problem: ServerError) -> Outcome:
+    """A job that ended with this error."""
+    return Outcome(problem.status, to_json(problem.body).decode(), str(problem), problem.error_type)
+
+
+def detail(errors: Sequence[ErrorDetails], body: bytes) -> list[dict[str, Any]]:
+    """pydantic's errors as fal lists them: `loc` below "body", and no `url`."""
+    return [_entry(entry, body) for entry in errors]
+
+
+def _entry(entry: ErrorDetails, body: bytes) -> dict[str, Any]:
+    loc: list[str | int] = ["body", *entry["loc"]]
+    if entry["type"] == "json_invalid":
+        return {"type": "json_invalid", "loc": ["body", _offset(entry["msg"], body)], "msg": entry["msg"], "input": {}}
+    shown: dict[str, Any] = {"type": entry["type"], "loc": loc, "msg": entry["msg"], "input": _short(entry["input"])}
+    if "ctx" in entry:
+        shown["ctx"] = {name: value for name, value in entry["ctx"].items() if name != "error"}
+    return shown
+
+
+def _offset(message: str, body: bytes) -> int:
+    """Where JSON broke, in bytes, from pydantic's "... at line L column C"."""
+    words = message.split()
+    try:
+        line, column = int(words[words.index("line") + 1]), int(words[words.index("column") + 1])
+    except (ValueError, IndexError):
+        return 0
+    return sum(len(text) + 1 for text in body.split(b"\n")[: line - 1]) + max(0, column - 1)
+
+
+def _short(value: object) -> object:
+    """What the client sent, unless it is too long to be sent back."""
+    text = value if isinstance(value, str) else repr(value)
+    return value if len(text) <= 1000 else f"{text[:1000]}…"

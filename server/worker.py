@@ -1,0 +1,223 @@
+"""Claim, advance the engine, check, save, finish: one thread that owns the models."""
+
+import base64
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from models.base import CannotPaint, Engine, Model, Painting, Placement
+from server import pictures, wire
+from server.errors import ClientCancelled, DiskFull, InternalError, NotFound, ServerError
+from server.files import Files
+from server.jobs import Job, Outcome, StoredFile
+from server.notifier import WORKER, Notifier
+from server.queue import Queue
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Running:
+    """A claimed job and its painting; `outcome` is how it ended, until that is on the disk."""
+
+    job: Job
+    model: Model
+    request: Any
+    painting: Painting
+    seconds: float = 0.0
+    outcome: Outcome | None = None
+
+
+class Worker:
+    """Paints what the queue holds. `turn` does one piece of work, so tests need no thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        placements: Mapping[str, Placement],
+        queue: Queue,
+        files: Files,
+        notifier: Notifier,
+    ) -> None:
+        self._settings = settings
+        self._models = models
+        self._placements = placements
+        self._queue = queue
+        self._files = files
+        self._notifier = notifier
+        self._engines: dict[str, Engine] = {}
+        self._running: list[Running] = []
+        self._stop_at: float | None = None
+        self.is_ready = False
+        #: Why the thread ended, if it ended by itself.
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load the models, then to paint."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Claim nothing more; finish what runs within the grace, give the rest back; then return."""
+        was_ready, self.is_ready = self.is_ready, False
+        self._stop_at = time.monotonic() + self._settings.shutdown_grace
+        self._notifier.work.set()
+        # Loading cannot be interrupted and has nothing to lose; a single step may outlast the grace.
+        if was_ready:
+            self._thread.join(self._settings.shutdown_grace + 5)
+
+    def setup(self) -> None:
+        """Load every model that is served. Raises what the first bad one raises."""
+        for endpoint, placement in self._placements.items():
+            self._engines[endpoint] = self._models[endpoint].setup(placement)
+        self.is_ready = True
+
+    def turn(self) -> bool:
+        """Claim what there is room for, take one step of one painting; False when there was nothing to do."""
+        self._claim()
+        if not self._running:
+            return False
+        running = min(self._running, key=_urgency)
+        if running.job.is_cancelled:
+            running.outcome = wire.outcome_of(ClientCancelled())
+        if running.outcome is None:
+            self._advance(running)
+        if running.outcome is not None:
+            self._finish(running, running.outcome)
+        return True
+
+    def _run(self) -> None:
+        try:
+            self.setup()
+            log.info("ready: %s", ", ".join(self._engines))
+            while self._is_wanted():
+                if not self._try_turn():
+                    self._notifier.work.wait()
+                    self._notifier.work.clear()
+            for running in self._running:
+                self._queue.give_back(running.job)
+        except BaseException as error:
+            log.exception("the worker stopped")
+            self.failure = error
+            self._notifier.ring(WORKER)
+
+    def _try_turn(self) -> bool:
+        try:
+            return self.turn()
+        except DiskFull:
+            log.error("the disk is full; nothing is lost, trying again every second")
+            self._notifier.work.wait(1)
+            return True
+
+    def _is_wanted(self) -> bool:
+        if self._stop_at is None:
+            return True
+        return bool(self._running) and time.monotonic() < self._stop_at
+
+    def _claim(self) -> None:
+        while self._stop_at is None and len(self._running) < self._settings.max_running:
+            claimed = self._queue.claim()
+            if claimed is None:
+                return
+            job, text = claimed
+            try:
+                self._running.append(self._begin(job, text))
+            except Exception as error:
+                self._queue.finish(job, wire.outcome_of(_told(error, job)))
+
+    def _begin(self, job: Job, text: str) -> Running:
+        if job.endpoint not in self._engines:
+            raise NotFound(f"{job.endpoint} is not served here any more")
+        model = self._models[job.endpoint]
+        # No limits: what was accepted stays accepted, whatever the settings are by now.
+        request = model.Input.model_validate_json(text)
+        painting = self._engines[job.endpoint].start(request, request.seed or 0)
+        return Running(job, model, request, painting)
+
+    def _advance(self, running: Running) -> None:
+        begun = time.perf_counter()
+        try:
+            self._engines[running.job.endpoint].advance(running.painting)
+            running.seconds += time.perf_counter() - begun
+            self._queue.progress(running.job, running.painting.step, running.painting.num_steps)
+            if running.painting.is_done and not running.job.is_cancelled:
+                running.outcome = self._outcome(running)
+        except Exception as error:
+            running.outcome = wire.outcome_of(_told(error, running.job))
+
+    def _finish(self, running: Running, outcome: Outcome) -> None:
+        is_shown = self._queue.finish(running.job, outcome)
+        self._running.remove(running)
+        if not is_shown:
+            self._files.remove([file.name for file in outcome.files])
+
+    def _outcome(self, running: Running) -> Outcome:
+        """Check, save, and say what the client gets."""
+        request, painting = running.request, running.painting
+        flags = self._flags(running)
+        shown = [
+            pictures.black(picture) if flag else picture for picture, flag in zip(painting.pictures, flags, strict=True)
+        ]
+        files: list[StoredFile] = []
+        images = [self._image(running, index, picture, files) for index, picture in enumerate(shown)]
+        seconds = round(running.seconds, 4)
+        answer = running.model.answer(request, images, flags, {"inference": seconds})
+        return Outcome(
+            200,
+            answer.model_dump_json(),
+            inference_time=seconds,
+            acceleration=painting.acceleration,
+            files=tuple(files),
+        )
+
+    def _flags(self, running: Running) -> Sequence[bool]:
+        found = running.painting.pictures
+        if not (running.request.enable_safety_checker or self._settings.enforce_safety_checker):
+            return [False] * len(found)
+        flags = self._engines[running.job.endpoint].is_unsafe(found)
+        if len(flags) != len(found):
+            raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
+        return [bool(flag) for flag in flags]
+
+    def _image(self, running: Running, index: int, picture: Image, files: list[StoredFile]) -> dict[str, Any]:
+        request = running.request
+        content_type = pictures.CONTENT_TYPES[request.output_format]
+        content = pictures.encode(picture, request.output_format, self._parameters(running, index, picture))
+        if request.sync_mode:
+            url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
+        else:
+            ending = pictures.ENDINGS[request.output_format]
+            files.append(self._files.save(content, ending, content_type, running.job.file_lifetime))
+            url = f"{running.job.base_url}/files/{files[-1].name}"
+        return {"url": url, "width": picture.width, "height": picture.height, "content_type": content_type}
+
+    def _parameters(self, running: Running, index: int, picture: Image) -> dict[str, Any] | None:
+        if not self._settings.embed_parameters:
+            return None
+        return {
+            **running.model.parameters(running.request, running.request.seed + index),
+            "width": picture.width,
+            "height": picture.height,
+            "acceleration": running.painting.acceleration,
+        }
+
+
+def _urgency(running: Running) -> tuple[bool, bool, int, int]:
+    """Who is next: the cancelled to be gone, then normal priority, then the least advanced, then the oldest."""
+    job = running.job
+    return (not job.is_cancelled, job.rank[0], running.painting.step, job.sequence)
+
+
+def _told(error: Exception, job: Job) -> ServerError:
+    """What the client is told of a failure; the operator's log has the rest."""
+    if isinstance(error, ServerError):
+        return error
+    log.error("request %s failed", job.request_id, exc_info=error)
+    return InternalError(str(error) if isinstance(error, CannotPaint) else None)

@@ -1,0 +1,117 @@
+"""A real server in a process of its own, on free ports."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+MODELS = Path(__file__).parent / "models"
+
+
+class Server:
+    """A running `flux-server serve`."""
+
+    def __init__(self, data_dir: Path, *weights: str, **settings: str) -> None:
+        self.data_dir = data_dir
+        self.settings = {
+            "PORT": "0",
+            "TLS_PORT": "0",
+            "DATA_DIR": str(data_dir),
+            "MODELS_DIR": str(MODELS),
+            **{name.upper(): value for name, value in settings.items()},
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "serve", *(weights or ("demo",))],
+            cwd=ROOT,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._said = threading.Condition()
+        self._is_over = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the server: the machine's, without what would change the server."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
+        return {**clean, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self._said:
+                self.lines.append(line)
+                self._said.notify_all()
+        with self._said:
+            self._is_over = True
+            self._said.notify_all()
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Wait until the server says this; raises when it ends or is silent instead."""
+        with self._said:
+            self._said.wait_for(lambda: self._is_over or re.search(pattern, self.output), seconds)
+            found = re.search(pattern, self.output)
+        assert found, f"the server did not say {pattern!r} but:\n{self.output}"
+        return found
+
+    @property
+    def output(self) -> str:
+        """All it said."""
+        return "".join(self.lines)
+
+    @property
+    def url(self) -> str:
+        """Its plain address."""
+        return self.wait_for(r"listens on (http://\S+)")[1]
+
+    @property
+    def tls_host(self) -> str:
+        """Its TLS address as fal-client wants it: host and port."""
+        return "localhost:" + self.wait_for(r"and https://[^:]+:(\d+)")[1]
+
+    def ready(self) -> "Server":
+        """Wait until it can paint."""
+        self.wait_for("server.worker: ready")
+        return self
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, seconds: float = 60) -> int:
+        """As an operator does; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def serving(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
+    """A server for as long as the block lasts, which then ends whatever way it must."""
+    server = Server(data_dir, *weights, **settings)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+        server._reader.join()
+
+
+def completed(client: httpx.Client, status_url: str) -> dict[str, object]:
+    """Follow the status stream to its end; returns the last status."""
+    last = ""
+    with client.stream("GET", f"{status_url}/stream", params={"logs": "1"}, timeout=60) as response:
+        for line in response.iter_lines():
+            last = line.removeprefix("data: ") if line.startswith("data: ") else last
+    return dict(httpx.Response(200, content=last).json())
