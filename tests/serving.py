@@ -106,6 +106,8 @@ def serving(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
         if server.process.poll() is None:
             server.kill()
         server._reader.join()
+        if server.process.stdout:
+            server.process.stdout.close()
 
 
 def completed(client: httpx.Client, status_url: str) -> dict[str, object]:
