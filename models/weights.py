@@ -38,18 +38,18 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
-        return {endpoint: _place(rest)}
-    place = _place(spec)
-    if isinstance(place, Path):
-        return {DEFAULT_ENDPOINT: place}
-    served = [model.endpoint for model in models.values() if place in model.weights]
+        return {endpoint: place(rest)}
+    where = place(spec)
+    if isinstance(where, Path):
+        return {DEFAULT_ENDPOINT: where}
+    served = [model.endpoint for model in models.values() if where in model.weights]
     if not served:
         raise ValueError(f"{spec}: no endpoint is known to run on it; say ENDPOINT={spec}")
-    return dict.fromkeys(served, place)
+    return dict.fromkeys(served, where)
 
 
-def _place(spec: str) -> str | Path:
-    """A folder that has a pipeline in it, or a hub id; anything else is refused with the reason."""
+def place(spec: str) -> str | Path:
+    """A folder that has a pipeline in it, or a hub id. Raises ValueError, with the reason, for anything else."""
     if spec == "demo":
         return DEMO
     path = Path(spec).expanduser()

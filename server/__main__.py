@@ -18,6 +18,8 @@ cli = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Help as plain text: rich would take "[env: ...]" for markup.
+    rich_markup_mode=None,
 )
 
 #: Exit codes: a bad setting, and a server that could not start or stopped by itself.
@@ -50,7 +52,12 @@ def _parameter(name: str) -> inspect.Parameter:
     if name == "weights":
         argument = Annotated[list[str] | None, typer.Argument(help=shown, show_default="demo")]
         return inspect.Parameter(name, kind, default=None, annotation=argument)
-    option = Annotated[str | None, typer.Option(f"--{name.replace('_', '-')}", help=shown, show_default=False)]
+    flag = name.replace("_", "-")
+    if field.annotation is bool:
+        switch = Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=shown, show_default=False)]
+        return inspect.Parameter(name, kind, default=None, annotation=switch)
+    # Read as text, so that Settings finds every problem and not only the first.
+    option = Annotated[str | None, typer.Option(f"--{flag}", help=shown, show_default=False)]
     return inspect.Parameter(name, kind, default=None, annotation=option)
 
 

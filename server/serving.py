@@ -106,4 +106,4 @@ def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
     lines = [f"http://{host}:{settings.port}"]
     if settings.tls_port:
         lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
-    print(f"flux-server listens on {' and '.join(lines)}; `flux-server env` tells clients how to get here", flush=True)
+    print(f"flux-server listens on {' and '.join(lines)}\n`flux-server env` tells clients how to get here", flush=True)

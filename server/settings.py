@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from models.weights import place
+
 PREFIX = "FLUX_SERVER_"
 
 
@@ -65,6 +67,13 @@ class Settings(BaseModel):
     shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
     models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="How much is logged.")
+
+    @field_validator("weights")
+    @classmethod
+    def _can_be_weights(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
+        for spec in specs:
+            place(spec.rpartition("=")[2])
+        return specs
 
     @field_validator("trusted_proxies")
     @classmethod

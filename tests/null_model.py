@@ -23,7 +23,7 @@ class NullPainting:
 
     @property
     def is_done(self) -> bool:
-        return len(self.pictures) == self.request.num_images
+        return bool(len(self.pictures) == self.request.num_images)
 
 
 class NullEngine:

@@ -9,11 +9,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+from pydantic_core import from_json
 
 ROOT = Path(__file__).parent.parent
 MODELS = Path(__file__).parent / "models"
+
+#: As WEIGHTS: the test models alone. Without torch a server starts at once.
+TEST_MODELS = "test/null=demo"
 
 
 class Server:
@@ -110,10 +115,51 @@ def serving(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
             server.process.stdout.close()
 
 
-def completed(client: httpx.Client, status_url: str) -> dict[str, object]:
-    """Follow the status stream to its end; returns the last status."""
-    last = ""
+class Gate:
+    """The named pipe that test/gate waits at: held open here, so that neither side ever waits to open it."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR)
+
+    def let(self, steps: int) -> None:
+        """Let this many steps go."""
+        os.write(self._descriptor, b"." * steps)
+
+    def open(self) -> None:
+        """Let all go, also those who come later: without its pipe a job fails at once."""
+        if self.path.exists():
+            self.path.unlink()
+            os.close(self._descriptor)
+
+
+@contextmanager
+def gated(path: Path) -> Iterator[Gate]:
+    """A gate that is open at the end, so that a failed test holds up nobody."""
+    gate = Gate(path)
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
+    """Each event of the status stream, with the new log lines."""
     with client.stream("GET", f"{status_url}/stream", params={"logs": "1"}, timeout=60) as response:
         for line in response.iter_lines():
-            last = line.removeprefix("data: ") if line.startswith("data: ") else last
-    return dict(httpx.Response(200, content=last).json())
+            if line.startswith("data: "):
+                yield from_json(line.removeprefix("data: "))
+
+
+def in_progress(client: httpx.Client, status_url: str) -> dict[str, Any]:
+    """Wait until a job was claimed."""
+    return next(status for status in statuses(client, status_url) if status["status"] != "IN_QUEUE")
+
+
+def completed(client: httpx.Client, status_url: str) -> dict[str, Any]:
+    """Follow the status stream to its end; returns the last status."""
+    last: dict[str, Any] = {}
+    for status in statuses(client, status_url):
+        last = status
+    return last

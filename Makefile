@@ -1,0 +1,51 @@
+# make serve   a server with the demo weights, on http://127.0.0.1:8000
+# make test    lint, types and tests
+#
+# TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: serve test test-all lint bench clean
+
+serve: .venv/serve.done
+	$(BIN)/flux-server serve demo $(ARGS)
+
+test: lint tests/js/node_modules
+	$(BIN)/pytest -m "not soak and not cluster and not container and not eval" $(ARGS)
+
+test-all: lint tests/js/node_modules
+	$(BIN)/pytest -m "not soak" $(ARGS)
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev.done
+	$(BIN)/python -m bench.start
+	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.load
+
+clean:
+	rm -rf .venv tests/js/node_modules
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# PyTorch by itself first: asked for together, the other packages would be looked up at that index too.
+.venv/serve.done: .venv/bin/python pyproject.toml constraints.txt
+	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+.venv/dev.done: .venv/serve.done
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Without npm the tests of the Node SDKs are skipped, and say so.
+tests/js/node_modules: tests/js/package.json
+	if command -v npm > /dev/null; then cd tests/js && npm install --no-package-lock --no-audit --no-fund --loglevel=error; fi
+	mkdir -p $@ && touch $@

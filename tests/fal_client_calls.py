@@ -1,0 +1,183 @@
+"""What programs that use fal-client do: `python -m tests.fal_client_calls CALL ARGUMENT...` prints JSON."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import fal_client
+
+#: Small, so that the demo weights paint it in a moment.
+APPLE = {"prompt": "a red apple", "seed": 7, "image_size": "square", "num_inference_steps": 4}
+FLUX = "fal-ai/flux/dev"
+
+
+def everyday() -> Any:
+    """Every way to the same picture."""
+    updates: list[Any] = []
+    enqueued: list[str] = []
+    handle = fal_client.submit(FLUX, arguments=APPLE)
+    events = [_shown(event) for event in handle.iter_events(with_logs=True)]
+    return {
+        "run": fal_client.run(FLUX, arguments=APPLE),
+        "submit": handle.get(),
+        "events": events,
+        "subscribe": fal_client.subscribe(
+            FLUX, arguments=APPLE, with_logs=True, on_enqueue=enqueued.append, on_queue_update=updates.append
+        ),
+        "updates": [_shown(update) for update in updates],
+        "enqueued": enqueued,
+        "stream": list(fal_client.stream(FLUX, arguments=APPLE)),
+        "status": _shown(fal_client.status(FLUX, handle.request_id, with_logs=True)),
+        "result": fal_client.result(FLUX, handle.request_id),
+    }
+
+
+async def everyday_async() -> Any:
+    """The same without blocking."""
+    updates: list[Any] = []
+    enqueued: list[str] = []
+    handle = await fal_client.submit_async(FLUX, arguments=APPLE)
+    events = [_shown(event) async for event in handle.iter_events(with_logs=True)]
+    return {
+        "run": await fal_client.run_async(FLUX, arguments=APPLE),
+        "submit": await handle.get(),
+        "events": events,
+        "subscribe": await fal_client.subscribe_async(
+            FLUX, arguments=APPLE, with_logs=True, on_enqueue=enqueued.append, on_queue_update=updates.append
+        ),
+        "updates": [_shown(update) for update in updates],
+        "enqueued": enqueued,
+        "stream": [event async for event in fal_client.stream_async(FLUX, arguments=APPLE)],
+        "status": _shown(await fal_client.status_async(FLUX, handle.request_id, with_logs=True)),
+        "result": await fal_client.result_async(FLUX, handle.request_id),
+    }
+
+
+def watch(gate: str) -> Any:
+    """The events of a request that takes one step after each look."""
+    handle = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 2})
+    seen = []
+    for event in handle.iter_events(with_logs=True):
+        seen.append(_shown(event))
+        if isinstance(event, fal_client.InProgress):
+            _let_go(gate, 1)
+    return seen
+
+
+def cancel(gate: str) -> Any:
+    """Cancel one request that runs and one that waits behind it; what each became."""
+    running = fal_client.submit("test/gate", arguments={"prompt": gate})
+    waiting = fal_client.submit("test/null", arguments={"prompt": "x"})
+    next(event for event in running.iter_events() if isinstance(event, fal_client.InProgress))
+    places = [_shown(waiting.status()), _shown(running.status())]
+    waiting.cancel()
+    fal_client.cancel("test/gate", running.request_id)
+    _let_go(gate, 1)
+    again = _failure(waiting.cancel)
+    return {
+        "places": places,
+        "again": again,
+        **{
+            name: {"error": _failure(handle.get), "status": _shown(handle.status())}
+            for name, handle in (("running", running), ("waiting", waiting))
+        },
+    }
+
+
+async def cancel_async(gate: str) -> Any:
+    """The same without blocking."""
+    running = await fal_client.submit_async("test/gate", arguments={"prompt": gate})
+    waiting = await fal_client.submit_async("test/null", arguments={"prompt": "x"})
+    async for event in running.iter_events():
+        if isinstance(event, fal_client.InProgress):
+            break
+    places = [_shown(await waiting.status()), _shown(await running.status())]
+    await waiting.cancel()
+    await fal_client.cancel_async("test/gate", running.request_id)
+    _let_go(gate, 1)
+    again = await _failure_async(waiting.cancel)
+    return {
+        "places": places,
+        "again": again,
+        **{
+            name: {"error": await _failure_async(handle.get), "status": _shown(await handle.status())}
+            for name, handle in (("running", running), ("waiting", waiting))
+        },
+    }
+
+
+def bad(endpoint: str) -> Any:
+    """How a request with two bad fields fails, each way."""
+    arguments = {"prompt": 5, "num_images": 9}
+    return [
+        _failure(lambda: fal_client.run(endpoint, arguments=arguments)),
+        _failure(lambda: fal_client.submit(endpoint, arguments=arguments)),
+        _failure(lambda: fal_client.subscribe(endpoint, arguments=arguments)),
+    ]
+
+
+async def bad_async(endpoint: str) -> Any:
+    """The same without blocking."""
+    arguments = {"prompt": 5, "num_images": 9}
+    return [
+        await _failure_async(lambda: fal_client.run_async(endpoint, arguments=arguments)),
+        await _failure_async(lambda: fal_client.submit_async(endpoint, arguments=arguments)),
+        await _failure_async(lambda: fal_client.subscribe_async(endpoint, arguments=arguments)),
+    ]
+
+
+def late(gate: str) -> Any:
+    """Requests that cannot start in time, because another holds the model."""
+    holder = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 1})
+    next(event for event in holder.iter_events() if isinstance(event, fal_client.InProgress))
+    handle = fal_client.submit("test/null", arguments={"prompt": "x"}, start_timeout=1.01)
+    failures = [
+        _failure(lambda: fal_client.run("test/null", arguments={"prompt": "x"}, start_timeout=1.01)),
+        _failure(handle.get),
+    ]
+    _let_go(gate, 1)
+    return {"failures": failures, "status": _shown(handle.status()), "holder": holder.get()}
+
+
+def hello(endpoint: str) -> Any:
+    """One picture, or why there is none."""
+    return _failure(lambda: fal_client.run(endpoint, arguments={"prompt": "hello"}))
+
+
+def _let_go(gate: str, steps: int) -> None:
+    with Path(gate).open("w") as pipe:
+        pipe.write("." * steps)
+
+
+def _shown(event: Any) -> dict[str, Any]:
+    return {"type": type(event).__name__, **vars(event)}
+
+
+def _failure(call: Any) -> Any:
+    try:
+        return call()
+    except fal_client.FalClientHTTPError as error:
+        return _told(error)
+
+
+async def _failure_async(call: Any) -> Any:
+    try:
+        return await call()
+    except fal_client.FalClientHTTPError as error:
+        return _told(error)
+
+
+def _told(error: Any) -> dict[str, Any]:
+    return {
+        "message": error.message,
+        "status_code": error.status_code,
+        "error_type": error.error_type,
+        "headers": error.response_headers,
+    }
+
+
+if __name__ == "__main__":
+    answer = globals()[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(asyncio.run(answer) if asyncio.iscoroutine(answer) else answer))

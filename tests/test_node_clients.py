@@ -1,0 +1,247 @@
+"""The unmodified Node SDKs over a real socket: the endpoint page's samples, and every call there is."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.node import JS, MARK, PAGE_ID, Client, clients, page
+from tests.serving import Server, completed, serving
+
+NAMES = ["serverless-client", "client, proxyUrl", "client, requestMiddleware"]
+MODES = ["polling", "streaming"]
+OUTPUT = {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
+STATUSES = {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
+STEPS = ["step 1/3", "step 2/3", "step 3/3"]
+JPEG, PNG = "ffd8ff", "89504e47"
+CANCELLED = {"detail": "Request cancelled by the client.", "error_type": "client_cancelled"}
+
+
+@pytest.fixture(scope="session")
+def node() -> None:
+    """Skips without Node and the SDKs, except in CI, where it fails."""
+    missing = "node" if not shutil.which("node") else "" if (JS / "node_modules").is_dir() else "tests/js/node_modules"
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"{missing} is missing, and CI must not skip this")
+    if missing:
+        pytest.skip(f"{missing} is missing; run `make test`, which installs what package.json names")
+
+
+@pytest.fixture(scope="session")
+def every_client(node: None, server: Server) -> dict[str, Client]:
+    """All SDKs in all ways of pointing them at the server."""
+    return clients(server)
+
+
+@pytest.fixture(params=NAMES)
+def sdk(every_client: dict[str, Client], request: pytest.FixtureRequest) -> Client:
+    """One of them."""
+    return every_client[request.param]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[str]:
+    """A named pipe for test/gate, whose requests go on by themselves when the test is over."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    # For reading too, so that nobody waits for the other end to be opened.
+    held = os.open(path, os.O_RDWR)
+    yield str(path)
+    path.unlink()
+    os.close(held)
+
+
+@pytest.fixture(scope="session")
+def painted(every_client: dict[str, Client]) -> dict[str, Any]:
+    """What paint.mjs says with each SDK."""
+    return {name: client.run("paint.mjs") for name, client in every_client.items()}
+
+
+def test_sdks_are_those_that_package_json_names(node: None) -> None:
+    wanted = json.loads((JS / "package.json").read_text())["dependencies"]
+    found = {name: json.loads((JS / "node_modules" / name / "package.json").read_text())["version"] for name in wanted}
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name", ["subscribe", "config", "submit", "status", "result"])
+def test_only_marked_lines_are_added_to_the_page(every_client: dict[str, Client], name: str) -> None:
+    program = every_client["serverless-client"].program(name, "fal", PAGE_ID)
+    assert [line for line in program.splitlines() if not line.endswith(MARK)] == page(name).splitlines()
+    assert program.count(MARK) == 2
+
+
+def test_page_subscribe(sdk: Client) -> None:
+    output = sdk.output(sdk.run_page("subscribe", "result"))
+    assert output.keys() == OUTPUT
+    assert output["prompt"] in page("subscribe").replace('\\"', '"')
+    assert [(image["width"], image["height"]) for image in output["images"]] == [(1024, 768)]
+
+
+def test_page_submit_status_result(sdk: Client, client: httpx.Client) -> None:
+    request_id = sdk.run_page("submit", "request_id")
+    completed(client, f"/queue/fal-ai/flux/requests/{request_id}/status")
+    status = sdk.run_page("status", "status", request_id)
+    assert (status["status"], status["request_id"]) == ("COMPLETED", request_id)
+    assert [log["message"] for log in status["logs"]] == [f"step {step}/28" for step in range(1, 29)]
+    result = sdk.run_page("result", "result", request_id)
+    assert sdk.output(result).keys() == OUTPUT
+    assert sdk.is_raw or result["requestId"] == request_id
+
+
+def test_page_config(every_client: dict[str, Client], server: Server, tmp_path: Path) -> None:
+    submit = 'await fal.queue.submit("test/null", { input: { prompt: "x" } })'
+    with serving(tmp_path, keys="YOUR_FAL_KEY") as locked:
+        for open_client in every_client.values():
+            # With a key in its pointing and its environment that this server refuses.
+            client = replace(open_client, pointing=open_client.pointing.replace(server.url, locked.url))
+            assert '"local"' in client.pointing or "credentials" not in client.pointing
+            assert client.run("unauthorized.mjs")["status"] == 401
+            assert client.run_page("config", submit)["status"] == "IN_QUEUE"
+
+
+def test_queue(sdk: Client, gate: str) -> None:
+    said = sdk.run("queue.mjs", gate)
+    submitted, request_id = said["submitted"], said["submitted"]["request_id"]
+    assert (submitted["status"], submitted["queue_position"]) == ("IN_QUEUE", 0)
+    assert (said["running"]["request_id"], said["running"]["logs"]) == (request_id, None)
+    assert (said["early"]["status"], said["early"]["body"]) == (400, {"detail": "Request is still in progress"})
+    assert said["quiet"]["logs"] is None
+    assert [log["message"] for log in said["completed"]["logs"]] == STEPS
+    assert said["completed"]["metrics"]["inference_time"] >= 0
+    assert sdk.output(said["result"]).keys() == OUTPUT
+    assert sdk.is_raw or said["result"]["requestId"] == request_id
+
+
+def test_stream_status_tells_each_log_line_once(sdk: Client, gate: str) -> None:
+    said = sdk.run("queue.mjs", gate)
+    events = said["events"]
+    logs = [log for event in events for log in event["logs"]]
+    assert [log["message"] for log in logs] == STEPS
+    assert all(log.keys() >= {"message", "level", "source", "timestamp"} for log in logs)
+    assert [event["status"] for event in events[:-1]] == ["IN_PROGRESS"] * (len(events) - 1)
+    assert len(events) > 3
+    assert said["last"] == events[-1]
+    assert events[-1]["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_subscribe_with_logs(sdk: Client, gate: str, mode: str) -> None:
+    said = sdk.run("subscribe.mjs", gate, mode)
+    updates = said["updates"]
+    assert updates[-1] == {"status": "COMPLETED", "messages": STEPS}
+    assert [len(update["messages"]) for update in updates] == sorted(len(update["messages"]) for update in updates)
+    assert all(update["messages"] == STEPS[: len(update["messages"])] for update in updates)
+    assert {"IN_PROGRESS", "COMPLETED"} <= {update["status"] for update in updates} <= STATUSES
+    assert sdk.output(said["result"]).keys() == OUTPUT
+    assert sdk.is_raw or said["result"]["requestId"] == said["enqueued"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_timeout_of_subscribe_cancels_on_the_server(sdk: Client, gate: str, mode: str) -> None:
+    said = sdk.run("timeout.mjs", gate, mode)
+    message = "Client timed out waiting for the request to complete after 100ms"
+    assert (said["timedOut"]["status"], said["timedOut"]["error_type"]) == ("COMPLETED", "client_cancelled")
+    assert message in [said["failure"]["message"], *said["thrown"]]
+
+
+def test_cancel(sdk: Client, gate: str) -> None:
+    said = sdk.run("cancel.mjs", gate)
+    for status, result in (("waiting", "waitingResult"), ("running", "runningResult")):
+        assert (said[status]["status"], said[status]["error_type"]) == ("COMPLETED", "client_cancelled")
+        failure = said[result]
+        assert (failure["isApiError"], failure["isValidationError"], failure["status"]) == (True, False, 499)
+        assert failure["body"].items() >= CANCELLED.items()
+        assert sdk.is_raw or failure["requestId"] == said[status]["request_id"]
+    assert (said["late"]["status"], said["late"]["body"]["status"]) == (400, "ALREADY_COMPLETED")
+    assert (said["unknown"]["status"], said["unknown"]["body"]["status"]) == (404, "NOT_FOUND")
+
+
+def test_requests_move_up_when_one_before_them_is_cancelled(sdk: Client, gate: str) -> None:
+    said = sdk.run("cancel.mjs", gate)
+    first, second = said["updates"][:2]
+    assert (first["status"], first["queue_position"]) == ("IN_QUEUE", 1)
+    assert (second["status"], second["queue_position"]) == ("IN_QUEUE", 0)
+    assert said["behind"] == said["updates"][-1]
+    assert said["behind"]["status"] == "COMPLETED"
+    assert "error" not in said["behind"]
+
+
+def test_stream_tells_progress_then_the_output(sdk: Client, gate: str) -> None:
+    said = sdk.run("stream.mjs", gate)
+    *progress, output = said["events"]
+    assert progress[0] == {"type": "progress", "step": 1, "num_inference_steps": 3}
+    assert [event["step"] for event in progress] in ([1, 2], [1, 2, 3])
+    assert output.keys() == OUTPUT
+    assert said["last"] == output
+    assert sdk.is_raw or said["requestId"]
+
+
+@pytest.fixture
+def refused(sdk: Client) -> Any:
+    """What invalid.mjs says."""
+    return sdk.run("invalid.mjs")
+
+
+def test_invalid_input(refused: Any) -> None:
+    for failure in refused["invalid"].values():
+        assert (failure["name"], failure["isValidationError"], failure["status"]) == ("ValidationError", True, 422)
+        assert failure["fieldErrors"] == failure["body"]["detail"]
+        fields = {".".join(error["loc"]): error["msg"] for error in failure["fieldErrors"]}
+        assert fields["body.num_inference_steps"] == "Input should be less than or equal to 50"
+        assert fields["body.image_size"].startswith("Input should be 'square_hd', 'square'")
+        for field, reason in fields.items():
+            assert f"{field}: {reason}" in failure["message"]
+
+
+def test_missing_prompt(refused: Any) -> None:
+    (error,) = refused["missing"]["fieldErrors"]
+    assert (error["loc"], error["type"]) == (["body", "prompt"], "missing")
+
+
+def test_failure_and_not_found(refused: Any) -> None:
+    failed = refused["failed"]
+    assert (failed["name"], failed["status"], failed["isValidationError"]) == ("ApiError", 500, False)
+    assert failed["body"]["detail"] == "This cannot be painted."
+    assert refused["noSuchRequest"]["status"] == refused["noSuchEndpoint"]["status"] == 404
+    assert refused["noSuchRequest"]["body"] == {"detail": "Request not found"}
+
+
+def test_same_seed_gives_the_same_bytes_by_every_sdk_and_way(painted: dict[str, Any]) -> None:
+    ways = ("run", "polling", "streaming", "stream", "syncMode")
+    same = {said["pictures"][way]["sha256"] for said in painted.values() for way in ways}
+    other = {said["pictures"]["otherSeed"]["sha256"] for said in painted.values()}
+    assert len(same) == len(other) == 1
+    assert same != other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_found_at_their_urls(painted: dict[str, Any], server: Server, name: str) -> None:
+    pictures = painted[name]["pictures"]
+    for form, picture in pictures.items():
+        type_, magic = ("image/png", PNG) if form == "png" else ("image/jpeg", JPEG)
+        assert (picture["status"], picture["type"]) == (200, type_)
+        assert picture["magic"].startswith(magic)
+        assert picture["url"].startswith("data:image/jpeg;base64," if form == "syncMode" else f"{server.url}/files/")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_have_the_fields_of_the_page(
+    painted: dict[str, Any], every_client: dict[str, Client], name: str
+) -> None:
+    said, sdk = painted[name], every_client[name]
+    for result in said["results"].values():
+        output = sdk.output(result)
+        assert output.keys() == OUTPUT
+        assert [image.keys() for image in output["images"]] == [{"url", "width", "height", "content_type"}]
+        assert (output["prompt"], output["has_nsfw_concepts"]) == ("an apple", [False])
+        assert sdk.is_raw or result["requestId"]
+    for way, request_id in said["enqueued"].items():
+        assert sdk.is_raw or said["results"][way]["requestId"] == request_id
+    assert [event["step"] for event in said["events"][:-1]] in ([1], [2], [1, 2])
+    assert said["last"] == said["events"][-1]
