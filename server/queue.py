@@ -19,6 +19,7 @@ from server.errors import (
     ClientDisconnected,
     InternalError,
     InvalidInput,
+    NotFound,
     QueueFull,
     StartTimeout,
 )
@@ -126,8 +127,14 @@ class Queue:
         return _job(rows[0]) if rows else None
 
     def result(self, job: Job) -> Outcome:
-        """How a completed job ended. Remembers that it was fetched, where the client wants nothing kept."""
-        (row,) = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
+        """How a completed job ended. Raises NotFound when it was forgotten meanwhile.
+
+        Where the client wants nothing kept, the row remembers that it was fetched.
+        """
+        rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
+        if not rows:
+            raise NotFound
+        row = rows[0]
         if not job.is_kept and row["fetched_at"] is None:
             with self._database.transaction() as connection:
                 connection.execute(

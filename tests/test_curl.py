@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.serving import Server
+from tests.serving import ROOT, Server
 
-README = """
-curl http://127.0.0.1:8000/fal-ai/flux/dev -H 'Content-Type: application/json' -d '{"prompt": "a red apple"}'
-"""
 EXPIRED = 'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 0}'
 
 
@@ -27,7 +24,9 @@ def curl(*arguments: str) -> bytes:
 
 def as_shown(server: Server) -> Any:
     """The README's command, with this server's port."""
-    program, *arguments = shlex.split(README.replace("http://127.0.0.1:8000", server.url))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (shown,) = [line for line in lines if line.startswith("curl http://127.0.0.1:8000/fal-ai/flux/dev")]
+    program, *arguments = shlex.split(shown.replace("http://127.0.0.1:8000", server.url))
     assert program == "curl"
     return json.loads(curl(*arguments))
 

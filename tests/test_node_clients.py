@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import httpx
 import pytest
 
 from tests.node import JS, MARK, PAGE_ID, Client, clients, page
-from tests.serving import Server, completed, serving
+from tests.serving import TEST_MODELS, Gate, Server, completed, serving
 
 NAMES = ["serverless-client", "client, proxyUrl", "client, requestMiddleware"]
 MODES = ["polling", "streaming"]
@@ -26,11 +25,12 @@ CANCELLED = {"detail": "Request cancelled by the client.", "error_type": "client
 @pytest.fixture(scope="session")
 def node() -> None:
     """Skips without Node and the SDKs, except in CI, where it fails."""
-    missing = "node" if not shutil.which("node") else "" if (JS / "node_modules").is_dir() else "tests/js/node_modules"
+    places = {"node": shutil.which("node"), "tests/js/node_modules": (JS / "node_modules" / "@fal-ai").is_dir()}
+    missing = " and ".join(name for name, is_there in places.items() if not is_there)
     if missing and os.environ.get("CI"):
-        pytest.fail(f"{missing} is missing, and CI must not skip this")
+        pytest.fail(f"{missing} missing: CI must not skip the tests of the Node SDKs")
     if missing:
-        pytest.skip(f"{missing} is missing; run `make test`, which installs what package.json names")
+        pytest.skip(f"{missing} missing: install Node 20 and run `make test`, which installs the SDKs")
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +43,6 @@ def every_client(node: None, server: Server) -> dict[str, Client]:
 def sdk(every_client: dict[str, Client], request: pytest.FixtureRequest) -> Client:
     """One of them."""
     return every_client[request.param]
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[str]:
-    """A named pipe for test/gate, whose requests go on by themselves when the test is over."""
-    path = tmp_path / "gate"
-    os.mkfifo(path)
-    # For reading too, so that nobody waits for the other end to be opened.
-    held = os.open(path, os.O_RDWR)
-    yield str(path)
-    path.unlink()
-    os.close(held)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +84,7 @@ def test_page_submit_status_result(sdk: Client, client: httpx.Client) -> None:
 
 def test_page_config(every_client: dict[str, Client], server: Server, tmp_path: Path) -> None:
     submit = 'await fal.queue.submit("test/null", { input: { prompt: "x" } })'
-    with serving(tmp_path, keys="YOUR_FAL_KEY") as locked:
+    with serving(tmp_path, TEST_MODELS, keys="YOUR_FAL_KEY") as locked:
         for open_client in every_client.values():
             # With a key in its pointing and its environment that this server refuses.
             client = replace(open_client, pointing=open_client.pointing.replace(server.url, locked.url))
@@ -105,8 +93,8 @@ def test_page_config(every_client: dict[str, Client], server: Server, tmp_path: 
             assert client.run_page("config", submit)["status"] == "IN_QUEUE"
 
 
-def test_queue(sdk: Client, gate: str) -> None:
-    said = sdk.run("queue.mjs", gate)
+def test_queue(sdk: Client, gate: Gate) -> None:
+    said = sdk.run("queue.mjs", str(gate.path))
     submitted, request_id = said["submitted"], said["submitted"]["request_id"]
     assert (submitted["status"], submitted["queue_position"]) == ("IN_QUEUE", 0)
     assert (said["running"]["request_id"], said["running"]["logs"]) == (request_id, None)
@@ -118,8 +106,8 @@ def test_queue(sdk: Client, gate: str) -> None:
     assert sdk.is_raw or said["result"]["requestId"] == request_id
 
 
-def test_stream_status_tells_each_log_line_once(sdk: Client, gate: str) -> None:
-    said = sdk.run("queue.mjs", gate)
+def test_stream_status_tells_each_log_line_once(sdk: Client, gate: Gate) -> None:
+    said = sdk.run("queue.mjs", str(gate.path))
     events = said["events"]
     logs = [log for event in events for log in event["logs"]]
     assert [log["message"] for log in logs] == STEPS
@@ -131,8 +119,8 @@ def test_stream_status_tells_each_log_line_once(sdk: Client, gate: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_subscribe_with_logs(sdk: Client, gate: str, mode: str) -> None:
-    said = sdk.run("subscribe.mjs", gate, mode)
+def test_subscribe_with_logs(sdk: Client, gate: Gate, mode: str) -> None:
+    said = sdk.run("subscribe.mjs", str(gate.path), mode)
     updates = said["updates"]
     assert updates[-1] == {"status": "COMPLETED", "messages": STEPS}
     assert [len(update["messages"]) for update in updates] == sorted(len(update["messages"]) for update in updates)
@@ -143,15 +131,15 @@ def test_subscribe_with_logs(sdk: Client, gate: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_timeout_of_subscribe_cancels_on_the_server(sdk: Client, gate: str, mode: str) -> None:
-    said = sdk.run("timeout.mjs", gate, mode)
+def test_timeout_of_subscribe_cancels_on_the_server(sdk: Client, gate: Gate, mode: str) -> None:
+    said = sdk.run("timeout.mjs", str(gate.path), mode)
     message = "Client timed out waiting for the request to complete after 100ms"
     assert (said["timedOut"]["status"], said["timedOut"]["error_type"]) == ("COMPLETED", "client_cancelled")
     assert message in [said["failure"]["message"], *said["thrown"]]
 
 
-def test_cancel(sdk: Client, gate: str) -> None:
-    said = sdk.run("cancel.mjs", gate)
+def test_cancel(sdk: Client, gate: Gate) -> None:
+    said = sdk.run("cancel.mjs", str(gate.path))
     for status, result in (("waiting", "waitingResult"), ("running", "runningResult")):
         assert (said[status]["status"], said[status]["error_type"]) == ("COMPLETED", "client_cancelled")
         failure = said[result]
@@ -162,8 +150,8 @@ def test_cancel(sdk: Client, gate: str) -> None:
     assert (said["unknown"]["status"], said["unknown"]["body"]["status"]) == (404, "NOT_FOUND")
 
 
-def test_requests_move_up_when_one_before_them_is_cancelled(sdk: Client, gate: str) -> None:
-    said = sdk.run("cancel.mjs", gate)
+def test_requests_move_up_when_one_before_them_is_cancelled(sdk: Client, gate: Gate) -> None:
+    said = sdk.run("cancel.mjs", str(gate.path))
     first, second = said["updates"][:2]
     assert (first["status"], first["queue_position"]) == ("IN_QUEUE", 1)
     assert (second["status"], second["queue_position"]) == ("IN_QUEUE", 0)
@@ -172,13 +160,15 @@ def test_requests_move_up_when_one_before_them_is_cancelled(sdk: Client, gate: s
     assert "error" not in said["behind"]
 
 
-def test_stream_tells_progress_then_the_output(sdk: Client, gate: str) -> None:
-    said = sdk.run("stream.mjs", gate)
+def test_stream_tells_progress_then_the_output(sdk: Client, gate: Gate) -> None:
+    said = sdk.run("stream.mjs", str(gate.path))
     *progress, output = said["events"]
     assert progress[0] == {"type": "progress", "step": 1, "num_inference_steps": 3}
     assert [event["step"] for event in progress] in ([1, 2], [1, 2, 3])
     assert output.keys() == OUTPUT
     assert said["last"] == output
+    # The iterator of the older SDK drops what it still holds when the stream ends.
+    assert sdk.is_raw or said["iterated"] == said["events"]
     assert sdk.is_raw or said["requestId"]
 
 

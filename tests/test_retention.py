@@ -1,0 +1,120 @@
+"""What is forgotten, and when."""
+
+from typing import Any
+
+import pytest
+
+from server.jobs import Job, State
+from server.retention import GRACE_SECONDS, Retention
+from tests.parts import Parts, claimed, finished, submission
+
+DAY = 86_400.0
+
+
+def retention(parts: Parts, max_age: float = 7 * DAY, max_bytes: float = 1e9) -> Retention:
+    """A week and a gigabyte, unless said otherwise."""
+    return Retention(parts.database, parts.queue, parts.files, max_age=max_age, max_bytes=max_bytes, clock=parts.clock)
+
+
+def with_picture(parts: Parts, size: int = 100, lifetime: float | None = None, **changes: Any) -> Job:
+    """A finished job with one picture of this many bytes."""
+    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", lifetime), **changes)
+
+
+def known(parts: Parts) -> list[str]:
+    """Ids of the jobs that are left, in order."""
+    return [request_id for (request_id,) in parts.rows("SELECT request_id FROM jobs ORDER BY sequence")]
+
+
+def test_results_and_pictures_go_by_age(parts: Parts) -> None:
+    old = with_picture(parts)
+    parts.clock.now += DAY
+    young = with_picture(parts)
+    parts.clock.now += 6 * DAY - 1
+    assert retention(parts).sweep() == 0
+    parts.clock.now += 1
+    assert retention(parts).sweep() == 1
+    assert known(parts) == [young.request_id]
+    assert len(parts.on_disk()) == 1
+    assert parts.queue.load(old.request_id) is None
+
+
+def test_age_counts_from_the_end_not_from_the_submit(parts: Parts) -> None:
+    job = parts.queue.submit(submission())
+    parts.clock.now += 30 * DAY
+    parts.queue.cancel(job)
+    assert retention(parts).sweep() == 0
+
+
+def test_what_waits_or_runs_is_never_forgotten(parts: Parts) -> None:
+    jobs = [claimed(parts), parts.queue.submit(submission())]
+    parts.clock.now += 365 * DAY
+    assert retention(parts, max_bytes=0).sweep() == 0
+    assert known(parts) == [job.request_id for job in jobs]
+    assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_QUEUE]
+
+
+def test_a_picture_with_an_expiry_of_its_own_goes_then_and_its_result_stays(parts: Parts) -> None:
+    job = with_picture(parts, lifetime=60)
+    parts.clock.now += 59
+    retention(parts).sweep()
+    assert len(parts.on_disk()) == 1
+    parts.clock.now += 1
+    assert retention(parts).sweep() == 0
+    assert parts.on_disk() == []
+    assert parts.rows("SELECT * FROM files") == []
+    assert parts.queue.result(job).status == 200
+
+
+def test_the_oldest_go_until_the_pictures_fit(parts: Parts) -> None:
+    jobs = []
+    for _ in range(4):
+        jobs.append(with_picture(parts, size=100))
+        parts.clock.now += 1
+    assert retention(parts, max_bytes=400).sweep() == 0
+    assert retention(parts, max_bytes=250).sweep() == 2
+    assert known(parts) == [job.request_id for job in jobs[2:]]
+    assert len(parts.on_disk()) == 2
+
+
+def test_results_without_pictures_take_no_part_in_the_budget(parts: Parts) -> None:
+    bare = finished(parts)
+    parts.clock.now += 1
+    with_picture(parts)
+    retention(parts, max_bytes=0).sweep()
+    assert known(parts) == [bare.request_id]
+
+
+def test_what_is_not_to_be_kept_goes_after_it_was_fetched_and_a_grace(parts: Parts) -> None:
+    job = with_picture(parts, is_kept=False)
+    parts.clock.now += DAY
+    assert retention(parts).sweep() == 0
+    parts.queue.result(job)
+    parts.clock.now += GRACE_SECONDS - 1
+    assert retention(parts).sweep() == 0
+    parts.clock.now += 1
+    assert retention(parts).sweep() == 1
+    assert (known(parts), parts.on_disk()) == ([], [])
+
+
+def test_what_is_to_be_kept_stays_after_it_was_fetched(parts: Parts) -> None:
+    job = with_picture(parts)
+    parts.queue.result(job)
+    parts.clock.now += GRACE_SECONDS
+    assert retention(parts).sweep() == 0
+
+
+def test_memory_forgets_with_the_rows(parts: Parts) -> None:
+    job = with_picture(parts)
+    parts.clock.now += 7 * DAY
+    retention(parts).sweep()
+    assert parts.queue.find(job.request_id) is None
+
+
+@pytest.mark.parametrize("count", [1, 501])
+def test_many_are_forgotten_at_once(parts: Parts, count: int) -> None:
+    for _ in range(count):
+        parts.queue.cancel(parts.queue.submit(submission()))
+    parts.clock.now += 7 * DAY
+    assert retention(parts).sweep() == count
+    assert known(parts) == []
