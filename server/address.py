@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import wire
 from server.errors import BadRequest, Forbidden, InternalError, Misdirected, NotFound, ServerError
+from server.events import StreamFailed
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Doorway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what is refused here; pass on the rest in one form."""
         if scope["type"] not in ("http", "websocket"):
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         sender = _Sender(send)
         try:
             headers = dict(scope["headers"])
@@ -54,6 +56,9 @@ class Doorway:
             await self.app(scope, receive, sender)
         except ServerError as error:
             await wire.error(error)(scope, receive, sender)
+        except StreamFailed:
+            # The answer stays without its end, which every client takes for the error that it is.
+            return
         except Exception:
             log.exception("%s %s failed", scope.get("method"), scope["path"])
             if sender.has_started:

@@ -14,8 +14,8 @@ _LINES = """\
 
 # JavaScript, @fal-ai/client before 1.10 and @fal-ai/serverless-client: one line in front.
 #   fal.config({{ credentials: "{key}", requestMiddleware: async (request) =>
-#     ({{ ...request, method: request.method, url: "{url}/api/fal/proxy", headers: {{ ...request.headers,
-#       "x-fal-target-url": request.url }} }}) }});
+#     ({{ ...request, url: "{url}/api/fal/proxy",
+#       headers: {{ ...request.headers, "x-fal-target-url": request.url }} }}) }});
 
 # Java, Kotlin, Swift, Dart: the client's proxy URL.
 #   {url}/api/fal/proxy

@@ -7,6 +7,7 @@ ServerError
 ├── NotFound                404  unknown, or another key's
 ├── MethodNotAllowed        405
 ├── StillInProgress         400  the result was asked for too early
+├── AlreadyCompleted        400  cancelled too late
 ├── BodyTooLarge            413
 ├── Misdirected             421  a Host that is not ours
 ├── QueueFull               429
@@ -40,15 +41,15 @@ class ServerError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent as JSON."""
-        return {"detail": str(self)}
+        """What is sent as JSON; JavaScript's SDKs show `message`, never `detail`."""
+        return {"detail": str(self), "message": str(self)}
 
 
 class InvalidInput(ServerError):
     """The request's fields are wrong; `detail` lists {loc, msg, type, input, ctx}."""
 
     status = 422
-    # JavaScript's SDKs show `message`, never `detail`; fal bills nothing for these.
+    # fal bills nothing for these.
     headers: ClassVar[dict[str, str]] = {"x-fal-billable-units": "0"}
 
     def __init__(self, detail: Sequence[dict[str, Any]]) -> None:
@@ -57,7 +58,7 @@ class InvalidInput(ServerError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The list, and the same as one line for SDKs that show only that."""
+        """The list, and the same as one line."""
         return {"detail": self.detail, "message": str(self)}
 
 
@@ -93,6 +94,13 @@ class StillInProgress(ServerError):
 
     status = 400
     message = "Request is still in progress"
+
+
+class AlreadyCompleted(ServerError):
+    """Cancelled too late. Not 409, which fal-client repeats."""
+
+    status = 400
+    message = "The request is completed already and cannot be cancelled"
 
 
 class BodyTooLarge(ServerError):
@@ -135,7 +143,7 @@ class RequestError(ServerError):
     @property
     def body(self) -> dict[str, Any]:
         """Text and type."""
-        return {"detail": str(self), "error_type": self.type}
+        return {**super().body, "error_type": self.type}
 
 
 class BadRequest(RequestError):

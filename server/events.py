@@ -11,6 +11,10 @@ from starlette.responses import StreamingResponse
 HEARTBEAT = 15.0
 
 
+class StreamFailed(Exception):
+    """Cut the connection after the last event: 200 was said already, so only this tells a client of failure."""
+
+
 class EventStream(StreamingResponse):
     """Each object as one `data:` event; None stands for a heartbeat.
 

@@ -219,5 +219,8 @@ def _told(error: Exception, job: Job) -> ServerError:
     """What the client is told of a failure; the operator's log has the rest."""
     if isinstance(error, ServerError):
         return error
+    if isinstance(error, CannotPaint):
+        log.warning("request %s failed: %s", job.request_id, error)
+        return InternalError(str(error))
     log.error("request %s failed", job.request_id, exc_info=error)
-    return InternalError(str(error) if isinstance(error, CannotPaint) else None)
+    return InternalError()

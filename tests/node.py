@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Client:
     def is_raw(self) -> bool:
         """Whether results are the output itself, rather than {data, requestId}."""
         return self.sdk == "@fal-ai/serverless-client"
+
+    def at(self, url: str, other: str) -> "Client":
+        """The same, pointed at another server."""
+        return replace(self, pointing=self.pointing.replace(url, other))
 
     def output(self, result: Any) -> Any:
         """The output in a result of this SDK."""

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server import intake, wire
-from server.errors import NotFound, StillInProgress
+from server.errors import AlreadyCompleted, NotFound, StillInProgress
 from server.events import EventStream, heard
 from server.jobs import Job, Mode, State
 from server.notifier import QUEUE
@@ -52,7 +52,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
     try:
         job = await _job(request, parts, app, request_id)
     except NotFound as error:
-        return JSON({"status": "NOT_FOUND", "detail": str(error)}, 404)
+        return JSON({"status": "NOT_FOUND", **error.body}, 404)
     state = await asyncio.to_thread(parts.queue.cancel, job)
     return _identified(_CANCELLED[state](), job)
 
@@ -71,9 +71,7 @@ async def submit(request: Request, endpoint: str) -> Response:
 _CANCELLED = {
     State.IN_QUEUE: lambda: JSON({"status": "OK"}),
     State.IN_PROGRESS: lambda: JSON({"status": "CANCELLATION_REQUESTED"}, 202),
-    State.COMPLETED: lambda: JSON(
-        {"status": "ALREADY_COMPLETED", "detail": "The request is completed already and cannot be cancelled"}, 400
-    ),
+    State.COMPLETED: lambda: JSON({"status": "ALREADY_COMPLETED", **AlreadyCompleted().body}, 400),
 }
 
 

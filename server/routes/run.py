@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from server import intake, wire
 from server.errors import InternalError
-from server.events import EventStream, heard
+from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, State
 from server.routes import Parts, model_for, owner_of, parts_of
 
@@ -82,8 +82,10 @@ async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | No
                 yield wire.progress(job)
             if parts.notifier.is_closing:
                 yield InternalError("The server is stopping.").body
-                return
+                raise StreamFailed
             if not await heard(bell):
                 yield None
     outcome = await asyncio.to_thread(parts.queue.result, job)
     yield from_json(outcome.body)
+    if outcome.status != 200:
+        raise StreamFailed

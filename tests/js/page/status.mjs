@@ -1,0 +1,6 @@
+import * as fal from "@fal-ai/serverless-client";
+
+const status = await fal.queue.status("fal-ai/flux/dev", {
+  requestId: "764cabcf-b745-4b3e-ae38-1200304cf45b",
+  logs: true,
+});
