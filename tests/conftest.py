@@ -24,6 +24,14 @@ def client(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture
+def serves_on(client: httpx.Client) -> Iterator[None]:
+    """After whatever a test did, the same server is alive and paints."""
+    yield
+    assert client.get("/health").status_code == 200
+    assert client.post("/test/null", json={"prompt": "still there?"}).json()["prompt"] == "still there?"
+
+
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The test models alone, one request at a time, bodies up to 1 MiB."""

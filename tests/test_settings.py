@@ -38,7 +38,7 @@ def test_every_problem_is_listed_at_once() -> None:
         "TLS_PORT": "70000",
         "MAX_RUNNING": "0",
         "DEVICE": "abacus",
-        "TRUSTED_PROXIES": "10.0.0.0/99",
+        "TRUSTED_PROXIES": "1.2.3.4/99",
     }
     found = problems({f"FLUX_SERVER_{name}": value for name, value in bad.items()})
     assert len(found) == len(bad)

@@ -66,6 +66,12 @@ def answer(parts: Parts, job: Job) -> tuple[Outcome, dict[str, Any]]:
     return outcome, json.loads(outcome.body)
 
 
+def told(parts: Parts, job: Job) -> tuple[int, str, str | None]:
+    """Status, text and type of the error a job ended with."""
+    outcome, body = answer(parts, job)
+    return outcome.status, body["detail"], body.get("error_type")
+
+
 def pictures(parts: Parts, job: Job) -> list[Image]:
     """The pictures of an answer, from the disk or out of their data URIs."""
     _, body = answer(parts, job)
@@ -237,15 +243,13 @@ def test_files_are_removed_when_a_cancel_came_while_they_were_saved(parts: Parts
 def test_an_error_meant_for_the_client_is_told(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/raises", prompt="told")
     worked_off(worker)
-    outcome, body = answer(parts, job)
-    assert (outcome.status, body) == (500, {"detail": "This cannot be painted.", "error_type": "internal_error"})
+    assert told(parts, job) == (500, "This cannot be painted.", "internal_error")
 
 
 def test_any_other_error_keeps_its_secret(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/raises", prompt="x")
     worked_off(worker)
-    outcome, body = answer(parts, job)
-    assert (outcome.status, body) == (500, {"detail": "Internal Server Error", "error_type": "internal_error"})
+    assert told(parts, job) == (500, "Internal Server Error", "internal_error")
     assert "secret" not in str(parts.rows("SELECT * FROM jobs"))
 
 
@@ -258,8 +262,7 @@ def test_one_that_fails_harms_no_other(parts: Parts) -> None:
 def test_an_endpoint_that_is_gone_is_not_found(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/gone")
     worked_off(worker)
-    outcome, body = answer(parts, job)
-    assert (outcome.status, body) == (404, {"detail": "test/gone is not served here any more"})
+    assert told(parts, job) == (404, "test/gone is not served here any more", None)
 
 
 def test_an_endpoint_that_is_gone_after_a_restart_is_not_found(tmp_path: Path) -> None:
@@ -277,7 +280,7 @@ def test_input_that_is_no_longer_understood_fails_alone(parts: Parts) -> None:
     job = parts.queue.submit(submission(input='{"prompt": 5, "seed": 7}'))
     good = submitted(parts)
     worked_off(worker)
-    assert answer(parts, job)[1] == {"detail": "Internal Server Error", "error_type": "internal_error"}
+    assert told(parts, job) == (500, "Internal Server Error", "internal_error")
     assert answer(parts, good)[0].status == 200
 
 

@@ -1,0 +1,330 @@
+"""Webhooks: from rows to a real receiver, on a clock that is set by hand."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+from server import wire
+from server.errors import StartTimeout
+from server.fetch import Guard
+from server.jobs import Job, State
+from server.webhooks import DELAYS, Webhooks
+from tests.parts import Parts, claimed, finished, opened, painted
+
+LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
+
+
+def webhooks(parts: Parts, guard: Guard = LOOPBACK) -> Webhooks:
+    """What delivers; a second one is what a restart makes."""
+    return Webhooks(parts.database, parts.notifier, guard, parts.clock)
+
+
+async def delivered(hooks: Webhooks) -> float:
+    """One turn, and the end of all it began; returns the seconds to wait that it said."""
+    seconds = await hooks.turn()
+    begun = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*begun)
+    return seconds
+
+
+def turn(parts: Parts, guard: Guard = LOOPBACK) -> float:
+    """The same, of a server that has just started."""
+    return asyncio.run(delivered(webhooks(parts, guard)))
+
+
+def delivery(parts: Parts) -> tuple[object, ...]:
+    """Attempts, when the next is due, when it was delivered, and the last error."""
+    (row,) = parts.rows("SELECT attempt, due_at, delivered_at, error FROM deliveries")
+    return row
+
+
+def hook(httpserver: HTTPServer, *statuses: int) -> str:
+    """A receiver that answers these one after the other, and 200 from then on."""
+    for status in statuses:
+        httpserver.expect_ordered_request("/hook", method="POST").respond_with_data(status=status)
+    httpserver.expect_request("/hook", method="POST").respond_with_data()
+    return httpserver.url_for("/hook")
+
+
+def received(httpserver: HTTPServer) -> list[Request]:
+    """What the receiver got."""
+    return [request for request, _ in httpserver.log]
+
+
+def test_a_result_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServer) -> None:
+    job = finished(parts, webhook_url=hook(httpserver))
+    turn(parts)
+    (request,) = received(httpserver)
+    assert json.loads(request.data) == {
+        "request_id": job.request_id,
+        "gateway_request_id": job.request_id,
+        "status": "OK",
+        "payload": {"seed": 7},
+    }
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["x-fal-webhook-request-id"] == job.request_id
+    assert request.headers["x-fal-webhook-timestamp"] == str(int(parts.clock.now))
+    assert delivery(parts) == (1, None, parts.clock.now, None)
+
+
+def test_an_error_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServer) -> None:
+    job = claimed(parts, webhook_url=hook(httpserver))
+    parts.queue.finish(job, wire.outcome_of(StartTimeout()))
+    turn(parts)
+    (request,) = received(httpserver)
+    assert json.loads(request.data) == {
+        "request_id": job.request_id,
+        "gateway_request_id": job.request_id,
+        "status": "ERROR",
+        "error": "Invalid status code: 504",
+        "payload": json.loads(parts.queue.result(job).body),
+    }
+
+
+def test_a_cancelled_request_is_told_too(parts: Parts, httpserver: HTTPServer) -> None:
+    parts.queue.cancel(claimed(parts, webhook_url=hook(httpserver)))
+    turn(parts)
+    assert received(httpserver) == []
+    job = claimed(parts, webhook_url=hook(httpserver))
+    parts.queue.cancel(job)
+    parts.queue.finish(job, painted())
+    turn(parts)
+    (request,) = received(httpserver)
+    assert json.loads(request.data)["error"] == "Invalid status code: 499"
+
+
+def test_none_comes_before_the_result_can_be_read(parts: Parts, httpserver: HTTPServer) -> None:
+    seen: list[tuple[State, int]] = []
+
+    def look(request: Request) -> Response:
+        seen.append((job.state, parts.queue.result(job).status))
+        return Response()
+
+    httpserver.expect_request("/hook").respond_with_handler(look)
+    job = claimed(parts, webhook_url=httpserver.url_for("/hook"))
+    turn(parts)
+    assert received(httpserver) == []
+    parts.queue.finish(job, painted())
+    turn(parts)
+    assert seen == [(State.COMPLETED, 200)]
+
+
+def test_what_was_delivered_is_not_delivered_again(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver))
+    turn(parts)
+    parts.clock.now += 86_400
+    turn(parts)
+    assert len(received(httpserver)) == 1
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+def test_2xx_is_success(parts: Parts, httpserver: HTTPServer, status: int) -> None:
+    finished(parts, webhook_url=hook(httpserver, status))
+    turn(parts)
+    assert delivery(parts) == (1, None, parts.clock.now, None)
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 304, 307, 308, 400, 401, 404, 410, 429, 500, 503])
+def test_anything_else_is_tried_again(parts: Parts, httpserver: HTTPServer, status: int) -> None:
+    httpserver.expect_request("/hook").respond_with_data(status=status, headers={"location": "/elsewhere"})
+    finished(parts, webhook_url=httpserver.url_for("/hook"))
+    turn(parts)
+    assert delivery(parts) == (1, parts.clock.now + DELAYS[0], None, f"answered {status}")
+    assert [request.path for request in received(httpserver)] == ["/hook"]
+
+
+def test_retries_come_exactly_when_they_are_due_and_ten_times(parts: Parts, httpserver: HTTPServer) -> None:
+    job = finished(parts, webhook_url=hook(httpserver, *[500] * 11))
+
+    async def retry() -> None:
+        hooks = webhooks(parts)
+        await delivered(hooks)
+        for number, delay in enumerate(DELAYS, start=1):
+            assert await delivered(hooks) == min(60, delay)
+            parts.clock.now += delay - 0.5
+            assert await delivered(hooks) == 0.5
+            assert len(received(httpserver)) == number
+            parts.clock.now += 0.5
+            await delivered(hooks)
+            assert len(received(httpserver)) == number + 1
+
+    asyncio.run(retry())
+    assert delivery(parts) == (11, None, None, "answered 500")
+    parts.clock.now += 86_400
+    turn(parts)
+    assert len(received(httpserver)) == 11
+    assert {request.headers["x-fal-webhook-request-id"] for request in received(httpserver)} == {job.request_id}
+    assert len({request.headers["x-fal-webhook-timestamp"] for request in received(httpserver)}) == 11
+
+
+def test_there_are_ten_retries_within_two_hours() -> None:
+    assert len(DELAYS) == 10
+    assert list(DELAYS) == sorted(DELAYS)
+    assert 3600 < sum(DELAYS) <= 7200
+
+
+def test_a_retry_that_succeeds_is_the_last(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver, 500))
+    turn(parts)
+    parts.clock.now += DELAYS[0]
+    turn(parts)
+    assert delivery(parts) == (2, None, parts.clock.now, None)
+
+
+def test_what_is_due_survives_a_restart(tmp_path: Path, httpserver: HTTPServer) -> None:
+    with opened(tmp_path) as parts:
+        finished(parts, webhook_url=hook(httpserver, 500))
+        turn(parts)
+        before = parts.clock.now
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+        turn(parts)
+        assert (parts.clock.now, len(received(httpserver))) == (before, 1)
+        parts.clock.now += DELAYS[0]
+        turn(parts)
+        assert delivery(parts) == (2, None, parts.clock.now, None)
+
+
+def test_a_forbidden_receiver_gets_nothing(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=f"http://localhost:{httpserver.port}/hook")
+    turn(parts, Guard())
+    assert received(httpserver) == []
+    attempt, due_at, _, error = delivery(parts)
+    assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
+    assert str(error).startswith("ForbiddenURL")
+
+
+def test_a_receiver_that_is_not_there_is_tried_again(parts: Parts) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        finished(parts, webhook_url=f"http://127.0.0.1:{taken.getsockname()[1]}/hook")
+        turn(parts)
+    attempt, due_at, _, error = delivery(parts)
+    assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
+    assert str(error).startswith("ConnectError")
+
+
+@contextmanager
+def rude_receiver(answer: bytes | None) -> Iterator[str]:
+    """Accepts one connection and sends this, or closes without a word."""
+
+    def serve() -> None:
+        accepted, _ = listener.accept()
+        with accepted, suppress(OSError):
+            accepted.recv(65_536)
+            if answer is not None:
+                accepted.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve)
+        server.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/hook"
+        server.join()
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"hello\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
+def test_an_answer_that_is_none_is_tried_again(parts: Parts, answer: bytes | None) -> None:
+    with rude_receiver(answer) as url:
+        finished(parts, webhook_url=url)
+        turn(parts)
+    assert delivery(parts)[:3] == (1, parts.clock.now + DELAYS[0], None)
+
+
+def test_a_receiver_that_never_answers_is_tried_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.webhooks.TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        finished(parts, webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/hook")
+        turn(parts)
+    attempt, due_at, _, error = delivery(parts)
+    assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
+    assert "no answer" in str(error)
+
+
+def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTPServer) -> None:
+    url = hook(httpserver)
+    jobs = [finished(parts, webhook_url=url).request_id for _ in range(70)]
+
+    async def deliver() -> None:
+        hooks = webhooks(parts)
+        while parts.rows("SELECT * FROM deliveries WHERE due_at IS NOT NULL"):
+            await delivered(hooks)
+
+    asyncio.run(deliver())
+    assert sorted(json.loads(request.data)["request_id"] for request in received(httpserver)) == sorted(jobs)
+
+
+def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) -> None:
+    may_answer = threading.Event()
+
+    def wait(request: Request) -> Response:
+        may_answer.wait(60)
+        return Response()
+
+    httpserver.expect_request("/hook").respond_with_handler(wait)
+    finished(parts, webhook_url=httpserver.url_for("/hook"))
+
+    async def deliver() -> None:
+        hooks = webhooks(parts)
+        await hooks.turn()
+        await hooks.turn()
+        may_answer.set()
+        await delivered(hooks)
+
+    asyncio.run(deliver())
+    assert len(received(httpserver)) == 1
+
+
+def test_a_receiver_is_left_in_peace_when_its_answer_cannot_be_recorded(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver))
+
+    async def deliver() -> None:
+        hooks = webhooks(parts)
+        parts.rows("PRAGMA query_only = ON")
+        for _ in range(3):
+            await delivered(hooks)
+        parts.rows("PRAGMA query_only = OFF")
+
+    asyncio.run(deliver())
+    assert len(received(httpserver)) == 1
+    assert delivery(parts)[1] is not None
+
+
+def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, httpserver: HTTPServer) -> None:
+    job = claimed(parts, webhook_url=hook(httpserver))
+
+    async def deliver() -> None:
+        parts.notifier.attach(asyncio.get_running_loop())
+        running = asyncio.create_task(webhooks(parts).run())
+        with parts.notifier.listen("webhooks") as bell:
+            await asyncio.to_thread(parts.queue.finish, job, painted())
+            while delivery(parts)[2] is None:
+                await bell.wait()
+                bell.clear()
+        # The bell has just rung for the loop too: it must not take that for a reason to go on.
+        running.cancel()
+        done, _ = await asyncio.wait({running}, timeout=10)
+        assert done
+
+    asyncio.run(deliver())
+    assert len(received(httpserver)) == 1
+
+
+def test_a_forgotten_job_takes_its_webhook_along(parts: Parts, httpserver: HTTPServer) -> None:
+    forget(parts, finished(parts, webhook_url=hook(httpserver)))
+    turn(parts)
+    assert received(httpserver) == []
+
+
+def forget(parts: Parts, job: Job) -> None:
+    """As retention does."""
+    with parts.database.transaction() as connection:
+        connection.execute("DELETE FROM jobs WHERE request_id = ?", (job.request_id,))
+    parts.queue.forget([job.request_id])
