@@ -7,11 +7,9 @@ from pydantic import Field
 
 from models.base import Engine, Placement
 from models.schema import (
-    PRESETS,
     Acceleration,
     Image,
     ImageInput,
-    ImageSize,
     ImagesOutput,
     OutputFormat,
     Prompt,
@@ -19,14 +17,13 @@ from models.schema import (
     Size,
 )
 
-DEFAULT_SIZE = ImageSize(width=PRESETS["landscape_4_3"][0], height=PRESETS["landscape_4_3"][1])
-
 
 class FluxDevInput(ImageInput):
     """Fields, defaults and ranges: the endpoint's page and @fal-ai/client 1.10.1's types."""
 
     prompt: Prompt = Field(description="The prompt to generate an image from.")
-    image_size: Size = Field(DEFAULT_SIZE, description="The size of the generated image.")
+    # Checked like a size that was asked for, because the operator may allow less.
+    image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: int = Field(28, ge=1, le=50, description="The number of inference steps to perform.")
     seed: Seed | None = Field(
         None,

@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Placement
 from models.schema import Limits
-from server import address, auth, openapi, wire
-from server.address import Doorway
+from server import admission, auth, openapi, wire
+from server.address import Address
+from server.admission import Admission
 from server.auth import Keys
 from server.database import Database
-from server.errors import BodyTooLarge, MethodNotAllowed, NotFound, ServerError
+from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
 from server.files import Files
 from server.notifier import Notifier
@@ -68,7 +69,6 @@ def create_app(settings: Settings) -> FastAPI:
         version=operations.VERSION,
         description="fal's API for FLUX.1 [dev] on your own machine.",
         lifespan=partial(_lifespan, settings=settings, database=database),
-        max_body_size=settings.max_body_mib * 2**20,
         redirect_slashes=False,
     )
     app.state.parts = parts
@@ -92,15 +92,17 @@ def _keys(settings: Settings, database: Database) -> Keys:
 
 
 def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:
+    # The last one added is the outermost: admission, then CORS, then the address.
+    app.add_middleware(Address, settings=settings)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=address.allowed_origins(settings) if keys.is_open else ["*"],
-        allow_origin_regex=address.LOOPBACK_ORIGIN if keys.is_open else None,
+        allow_origins=admission.allowed_origins(settings) if keys.is_open else ["*"],
+        allow_origin_regex=admission.LOOPBACK_ORIGIN if keys.is_open else None,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=_EXPOSED,
     )
-    app.add_middleware(Doorway, settings=settings, is_open=keys.is_open)
+    app.add_middleware(Admission, settings=settings, is_open=keys.is_open)
 
 
 @asynccontextmanager
@@ -150,9 +152,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors, in fal's words."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    if error.status_code == 413:
-        return wire.error(BodyTooLarge(f"The body is larger than {request.app.max_body_size} bytes"))
-    if error.status_code == 404 or (error.status_code == 405 and _endpoint(path) not in request.app.state.parts.models):
+    # The routes that take any endpoint make every unknown path look like a known one with the wrong verb.
+    is_known = "/requests/" in path or _endpoint(path) in request.app.state.parts.models
+    if error.status_code == 404 or (error.status_code == 405 and not is_known):
         return wire.error(NotFound(f"Path {path} not found"))
     response = wire.error(MethodNotAllowed()) if error.status_code == 405 else wire.JSON({"detail": error.detail})
     response.status_code = error.status_code

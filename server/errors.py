@@ -9,6 +9,7 @@ ServerError
 ├── StillInProgress         400  the result was asked for too early
 ├── AlreadyCompleted        400  cancelled too late
 ├── BodyTooLarge            413
+├── UnsatisfiableRange      416  a Range that a file does not have
 ├── Misdirected             421  a Host that is not ours
 ├── QueueFull               429
 ├── DiskFull                507
@@ -107,6 +108,13 @@ class BodyTooLarge(ServerError):
     """More bytes than the operator allows."""
 
     status = 413
+
+
+class UnsatisfiableRange(ServerError):
+    """A Range that the file does not have, or that cannot be understood."""
+
+    status = 416
+    message = "The file has no such range"
 
 
 class Misdirected(ServerError):

@@ -1,5 +1,6 @@
 """What a client sends, turned into a submission: the body's fields, and fal's headers and parameters."""
 
+import codecs
 import hashlib
 import json
 import math
@@ -52,7 +53,8 @@ def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> Im
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
     try:
-        fields = model.Input.model_validate_json(body, context={"limits": limits})
+        # Some tools write a byte order mark, which JSON does not have.
+        fields = model.Input.model_validate_json(body.removeprefix(codecs.BOM_UTF8), context={"limits": limits})
     except ValidationError as error:
         raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
     # Below 2**32, because a larger number may be mangled on its way through JavaScript.

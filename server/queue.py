@@ -79,12 +79,11 @@ class Queue:
     def submit(self, submission: Submission) -> Job:
         """Accept a request: when this returns, it survives the server. Raises QueueFull, DiskFull, InvalidInput."""
         with self._lock:
-            length = len(self._order)
-            if length >= min(self._max_length, submission.max_queue_length or self._max_length):
-                raise QueueFull
             with self._database.transaction() as connection:
                 if known := self._same_request(connection, submission):
                     return known
+                if len(self._order) >= min(self._max_length, submission.max_queue_length or self._max_length):
+                    raise QueueFull
                 job = self._insert(connection, submission)
             self._live[job.request_id] = job
             self._enqueue(job)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server import intake, wire
-from server.errors import AlreadyCompleted, NotFound, StillInProgress
+from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInProgress
 from server.events import EventStream, heard
 from server.jobs import Job, Mode, State
 from server.notifier import QUEUE
@@ -60,6 +60,8 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def submit(request: Request, endpoint: str) -> Response:
     """Put a request in the queue; once this is answered it is on the disk."""
+    if "/requests/" in endpoint:
+        raise MethodNotAllowed
     parts = parts_of(request)
     owner = owner_of(request)
     model = model_for(request, endpoint)

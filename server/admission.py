@@ -1,0 +1,87 @@
+"""Who may come in at all: the outermost layer, before a request is read or routed."""
+
+import ipaddress
+import re
+import uuid
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import wire
+from server.address import FAL_HOSTS, HOST, hostname_of
+from server.errors import BadRequest, Forbidden, Misdirected, ServerError
+from server.settings import Settings
+
+LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
+
+
+class Admission:
+    """ASGI middleware: refuses foreign hosts and pages when there is no key, and names every answer.
+
+    Without keys, a foreign web page or a rebound DNS name could otherwise use the GPU or read the history.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, is_open: bool) -> None:
+        self.app = app
+        self._settings = settings
+        self._is_open = is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._admit(scope, dict(scope["headers"]))
+        except ServerError as error:
+            await wire.error(error)(scope, receive, _identified(send))
+        else:
+            await self.app(scope, receive, _identified(send))
+
+    def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not HOST.fullmatch(host):
+            raise BadRequest("The Host header is missing or malformed")
+        if not self._is_open:
+            return
+        if not self._is_own(hostname_of(host)):
+            raise Misdirected(f"{host} is not a name of this server; --public-url can make it one")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        # A picture may be shown by any page that was told its name.
+        if origin and not scope["path"].startswith("/files/") and not self._is_own_origin(origin):
+            raise Forbidden(f"Web pages of {origin} may not use this server; --cors-origin can permit it")
+
+    def _is_own(self, hostname: str) -> bool:
+        if hostname in FAL_HOSTS or hostname == "localhost" or hostname.endswith(".localhost"):
+            return True
+        if self._settings.public_url and hostname == urlsplit(self._settings.public_url).hostname:
+            return True
+        try:
+            return ipaddress.ip_address(hostname).is_loopback
+        except ValueError:
+            return False
+
+    def _is_own_origin(self, origin: str) -> bool:
+        return bool(re.fullmatch(LOOPBACK_ORIGIN, origin, re.IGNORECASE)) or origin in allowed_origins(self._settings)
+
+
+def allowed_origins(settings: Settings) -> tuple[str, ...]:
+    """Web origins that may call, beside loopback, when there is no key: scheme and host, never a path."""
+    if not settings.public_url:
+        return settings.cors_origin
+    parts = urlsplit(settings.public_url)
+    return (*settings.cors_origin, f"{parts.scheme}://{parts.netloc}")
+
+
+def _identified(send: Send) -> Send:
+    """Send with the header that @fal-ai/client takes its requestId from, whatever the answer is."""
+
+    async def sender(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", [])
+            if not any(name.lower() == b"x-fal-request-id" for name, _ in headers):
+                message = {**message, "headers": [*headers, (b"x-fal-request-id", str(uuid.uuid4()).encode())]}
+        await send(message)
+
+    return sender
