@@ -29,6 +29,8 @@ PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 #: Paths that belong to no role, whatever the host is called.
 _OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/")
+#: Paths that bound their bodies themselves.
+_UPLOAD_PATHS = ("/storage/upload/", "/files/")
 
 
 class Address:
@@ -54,8 +56,10 @@ class Address:
 
         try:
             headers = dict(scope["headers"])
-            receive = self._bounded(receive, headers)
-            await self.app(self._readdress(scope, headers), receive, sender)
+            scope = self._readdress(scope, headers)
+            if not scope["path"].startswith(_UPLOAD_PATHS):
+                receive = self._bounded(receive, headers)
+            await self.app(scope, receive, sender)
         except ServerError as error:
             await wire.error(error)(scope, receive, send)
         except StreamFailed:

@@ -24,8 +24,9 @@ from server.files import Files
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
-from server.routes import Parts, files, operations, queue, run
+from server.routes import Parts, files, operations, queue, run, storage, tokens
 from server.settings import Settings
+from server.uploads import Uploads
 from server.webhooks import Webhooks
 from server.worker import Worker
 
@@ -53,6 +54,13 @@ def create_app(settings: Settings) -> FastAPI:
         endpoint: Placement(place, settings.safety_checker, settings.device, offline=not isinstance(place, str))
         for endpoint, place in served.items()
     }
+    uploads = Uploads(
+        settings.data_dir / "uploads",
+        database,
+        store,
+        max_bytes=settings.max_upload_mib * 2**20,
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+    )
     guard = Guard(settings.outbound_allow)
     parts = Parts(
         models=models,
@@ -61,6 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
         guard=guard,
         queue=jobs,
         files=store,
+        uploads=uploads,
         notifier=notifier,
         worker=Worker(settings, models, placements, jobs, store, notifier),
     )
@@ -73,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.parts = parts
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
-    for nouns in (queue, files, operations, run):
+    for nouns in (queue, storage, tokens, files, operations, run):
         app.include_router(nouns.router)
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -123,6 +132,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         asyncio.create_task(Webhooks(database, parts.notifier, parts.guard).run()),
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
         asyncio.create_task(_every(SWEEP_EVERY, retention.sweep)),
+        asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),
     ]
     try:
         yield

@@ -1,30 +1,37 @@
-"""Keys: who is calling. Only hashes are kept."""
+"""Keys and tokens: who is calling. Only hashes of keys are kept."""
 
 import hashlib
 import hmac
 import secrets
 import time
 
+import jwt
+
 from server.database import Database
 from server.errors import Unauthorized
 
 #: The owner of everything when there is no key.
 EVERYBODY = "everybody"
+_ALGORITHM = "HS256"
 
 
 class Keys:
-    """The keys clients may send; none at all means that everybody is one owner."""
+    """The keys clients may send; none at all means that everybody is one owner.
+
+    Tokens stand for a key for a while and for one purpose; their secret dies with the process.
+    """
 
     def __init__(self, keys: tuple[str, ...], hashes: tuple[str, ...] = ()) -> None:
         self._hashes = (*(_hash(key) for key in keys), *hashes)
+        self._secret = secrets.token_bytes(32)
 
     @property
     def is_open(self) -> bool:
         """Whether no key is asked for."""
         return not self._hashes
 
-    def owner(self, authorization: str | None) -> str:
-        """Who this is, from "Key ..." or "Bearer ...". Raises Unauthorized."""
+    def owner(self, authorization: str | None, scope: str | None = None) -> str:
+        """Who this is, from "Key ..." or "Bearer ..."; a token is good where its scope is. Raises Unauthorized."""
         if self.is_open:
             return EVERYBODY
         scheme, _, key = (authorization or "").partition(" ")
@@ -33,9 +40,28 @@ class Keys:
         given = _hash(key.strip())
         # Every hash is compared, so that the time taken says nothing.
         matches = [known for known in self._hashes if hmac.compare_digest(known, given)]
-        if not matches:
+        if matches:
+            return matches[0][:32]
+        if scope is None or scheme.lower() != "bearer":
             raise Unauthorized
-        return matches[0][:32]
+        return self.owner_of_token(key.strip(), scope)
+
+    def issue(self, owner: str, scope: str, seconds: float) -> str:
+        """A token for this owner and scope."""
+        claims = {"sub": owner, "scope": scope, "exp": int(time.time() + seconds)}
+        return jwt.encode(claims, self._secret, _ALGORITHM)
+
+    def owner_of_token(self, token: str, scope: str) -> str:
+        """Who the token was issued to. Raises Unauthorized for another scope, a late token, or a forged one."""
+        if self.is_open:
+            return EVERYBODY
+        try:
+            claims = jwt.decode(token, self._secret, [_ALGORITHM], options={"require": ["exp", "sub", "scope"]})
+        except jwt.InvalidTokenError:
+            raise Unauthorized from None
+        if scope not in claims["scope"].split(" "):
+            raise Unauthorized
+        return str(claims["sub"])
 
 
 def stored_hashes(database: Database) -> tuple[str, ...]:

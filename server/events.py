@@ -32,7 +32,8 @@ class EventStream(StreamingResponse):
 async def heard(bell: asyncio.Event) -> bool:
     """Wait for the bell; False when it is time for a heartbeat first."""
     try:
-        await asyncio.wait_for(bell.wait(), HEARTBEAT)
+        async with asyncio.timeout(HEARTBEAT):
+            await bell.wait()
     except TimeoutError:
         return False
     return True

@@ -32,7 +32,8 @@ class Guard:
         try:
             self._policy_for(url).check_url(url)
         except (SSRFGuardError, ValueError) as error:
-            raise ForbiddenURL(f"{error}; the setting --outbound-allow can permit it") from None
+            hint = "; the setting --outbound-allow can permit it" if self._could_be_allowed(url) else ""
+            raise ForbiddenURL(f"{_brief(error)}{hint}") from None
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str], seconds: float) -> int:
         """POST and return the status; no redirect is followed and no body read.
@@ -44,9 +45,16 @@ class Guard:
             async with client, client.stream("POST", url, content=content, headers=dict(headers)) as response:
                 return response.status_code
         except SSRFGuardError as error:
-            raise ForbiddenURL(str(error)) from None
+            raise ForbiddenURL(_brief(error)) from None
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
+
+    def _could_be_allowed(self, url: str) -> bool:
+        try:
+            self._open_policy.check_url(url)
+        except (SSRFGuardError, ValueError):
+            return False
+        return True
 
     def _policy_for(self, url: str) -> Policy:
         try:
@@ -54,6 +62,11 @@ class Guard:
         except ValueError:
             return self._policy
         return self._open_policy if host in self._hosts else self._policy
+
+
+def _brief(error: Exception) -> str:
+    """Its words without the list of all ports that are allowed."""
+    return str(error).partition(" (")[0] if "allowed_ports" in str(error) else str(error)
 
 
 def _sorted_out(allow: Sequence[str]) -> tuple[tuple[_Network, ...], frozenset[str]]:

@@ -1,17 +1,42 @@
-"""The file store: pictures under names nobody can guess."""
+"""The file store: pictures and uploads under names nobody can guess."""
 
 import os
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from server.database import Database
 from server.errors import DiskFull
-from server.jobs import StoredFile
+from server.jobs import Lifecycle, StoredFile
 
-_NAME = re.compile(r"[0-9a-f]{32}\.[a-z]{3,4}")
+_NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
+
+
+def new_name(ending: str) -> str:
+    """A name of 128 random bits: who has it was told it."""
+    return f"{secrets.token_hex(16)}.{ending}"
+
+
+def list_file(connection: sqlite3.Connection, file: StoredFile, request_id: str | None, now: float) -> None:
+    """Write a file's row, in the caller's transaction."""
+    connection.execute(
+        "INSERT INTO files (name, request_id, owner, size, content_type, file_name, is_private, created_at, expires_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            file.name,
+            request_id,
+            file.owner,
+            file.size,
+            file.content_type,
+            file.file_name,
+            file.is_private,
+            now,
+            file.expires_at,
+        ),
+    )
 
 
 class Files:
@@ -23,31 +48,47 @@ class Files:
         self._clock = clock
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def save(self, content: bytes, ending: str, content_type: str, lifetime: float | None) -> StoredFile:
+    def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Put bytes on the disk for good; the caller lists the file when the job is finished. Raises DiskFull."""
-        name = f"{secrets.token_hex(16)}.{ending}"
+        name = new_name(ending)
         aside = self._folder / f"{name}.part"
         try:
             with aside.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.rename(self._folder / name)
-            self._sync_folder()
+            self.adopt(aside, name)
         except OSError as error:
             aside.unlink(missing_ok=True)
             raise DiskFull from error
-        expires_at = self._clock() + lifetime if lifetime is not None else None
-        return StoredFile(name, len(content), content_type, expires_at)
+        expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
+        return StoredFile(
+            name, owner, len(content), content_type, is_private=lifecycle.is_private, expires_at=expires_at
+        )
 
-    def open(self, name: str) -> tuple[Path, str] | None:
-        """Path and content type of a listed file that has not expired."""
+    def adopt(self, path: Path, name: str) -> None:
+        """Move a file that is on the disk already into the store, for good."""
+        path.rename(self._folder / name)
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def find(self, name: str) -> StoredFile | None:
+        """A listed file that has not expired."""
         if not _NAME.fullmatch(name):
             return None
-        rows = self._database.read("SELECT content_type, expires_at FROM files WHERE name = ?", name)
+        rows = self._database.read(
+            "SELECT name, owner, size, content_type, file_name, is_private, expires_at FROM files WHERE name = ?", name
+        )
         if not rows or (rows[0]["expires_at"] is not None and rows[0]["expires_at"] <= self._clock()):
             return None
-        return self._folder / name, rows[0]["content_type"]
+        return StoredFile(**{**dict(rows[0]), "is_private": bool(rows[0]["is_private"])})
+
+    def path(self, file: StoredFile) -> Path:
+        """Where it lies."""
+        return self._folder / file.name
 
     def remove(self, names: list[str]) -> None:
         """Delete from the disk; the caller has deleted the rows."""
@@ -60,10 +101,3 @@ class Files:
         strays = [path.name for path in self._folder.iterdir() if path.name not in listed]
         self.remove(strays)
         return len(strays)
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,8 +2,6 @@
 
 import codecs
 import hashlib
-import json
-import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from server import wire
 from server.errors import BadRequest, InvalidInput
 from server.fetch import ForbiddenURL, Guard
 from server.jobs import Mode, Priority, Submission
+from server.lifecycle import lifecycle, number
 
 #: fal's smallest start deadline, in seconds.
 MIN_START_TIMEOUT = 0.1
@@ -42,7 +41,7 @@ async def read(request: Request, model: Model, owner: str, *, mode: Mode, limits
         idempotency_key=_idempotency_key(request.headers) if is_queued else None,
         body_hash=hashlib.sha256(body).hexdigest(),
         is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
-        file_lifetime=_file_lifetime(request.headers),
+        lifecycle=lifecycle(request.headers),
         max_queue_length=_max_queue_length(request.query_params),
     )
 
@@ -77,7 +76,7 @@ def _start_deadline(headers: Mapping[str, str]) -> float | None:
     text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
     if text is None:
         return None
-    seconds = _number(text, "X-Fal-Request-Timeout")
+    seconds = number(text, "X-Fal-Request-Timeout")
     if seconds <= MIN_START_TIMEOUT:
         raise BadRequest(f"X-Fal-Request-Timeout should be greater than {MIN_START_TIMEOUT} seconds")
     return time.time() + seconds
@@ -102,35 +101,11 @@ def _idempotency_key(headers: Mapping[str, str]) -> str | None:
     return key
 
 
-def _file_lifetime(headers: Mapping[str, str]) -> float | None:
-    """How long this request's pictures are kept, in seconds; None for as long as the operator keeps results."""
-    text = headers.get("x-fal-object-lifecycle-preference") or headers.get("x-fal-object-lifecycle")
-    if text is None:
-        return None
-    name = "X-Fal-Object-Lifecycle-Preference"
-    try:
-        preference = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadRequest(f"{name} is not JSON") from None
-    seconds = preference.get("expiration_duration_seconds") if isinstance(preference, dict) else text
-    return None if seconds is None else _number(str(seconds), f"{name}'s expiration_duration_seconds")
-
-
 def _max_queue_length(parameters: Mapping[str, str]) -> int | None:
     text = parameters.get("fal_max_queue_length")
     if text is None:
         return None
-    length = _number(text, "fal_max_queue_length")
+    length = number(text, "fal_max_queue_length")
     if length < 1:
         raise BadRequest("fal_max_queue_length should be at least 1")
     return int(length)
-
-
-def _number(text: str, name: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise BadRequest(f"{name} should be a positive number, not {text[:50]!r}")
-    return number

@@ -19,6 +19,7 @@ class Mode(StrEnum):
     QUEUE = "queue"
     RUN = "run"
     STREAM = "stream"
+    REALTIME = "realtime"
 
 
 class Priority(StrEnum):
@@ -26,6 +27,14 @@ class Priority(StrEnum):
 
     NORMAL = "normal"
     LOW = "low"
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """How long a file is kept, in seconds (None: as long as the operator keeps results), and who may read it."""
+
+    lifetime: float | None = None
+    is_private: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Submission:
     idempotency_key: str | None = None
     body_hash: str = ""
     is_kept: bool = True
-    file_lifetime: float | None = None
+    lifecycle: Lifecycle = Lifecycle()
     max_queue_length: int | None = None
 
 
@@ -66,7 +75,7 @@ class Job:
     start_deadline: float | None = None
     is_cancelled: bool = False
     is_kept: bool = True
-    file_lifetime: float | None = None
+    lifecycle: Lifecycle = Lifecycle()
     error: str | None = None
     error_type: str | None = None
     inference_time: float | None = None
@@ -96,9 +105,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file in the store: its name is 128 random bits and an ending."""
+    """A file in the store: its name is 128 random bits and an ending. `file_name` is what its owner called it."""
 
     name: str
+    owner: str
     size: int
     content_type: str
+    file_name: str | None = None
+    is_private: bool = False
     expires_at: float | None = None

@@ -17,8 +17,8 @@ ENDINGS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 MARK = "AI generated"
 #: IPTC's word for media made by a trained algorithm (cv.iptc.org/newscodes/digitalsourcetype).
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-#: An EXIF block holds 64 KiB; a longer prompt is cut to leave room for the rest.
-MAX_PROMPT_BYTES = 32_000
+#: An EXIF block holds 64 KiB, two bytes a character; a longer prompt is cut to leave room for the rest.
+MAX_PROMPT_CHARACTERS = 24_000
 
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -71,9 +71,15 @@ def _exif(picture: Image, shown: str | None) -> bytes:
 
 
 def _shortened(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with a prompt that is not too long once it is JSON, where a control character takes six places."""
     shown = dict(parameters)
     prompt = shown.get("prompt")
-    if isinstance(prompt, str) and len(prompt.encode("utf-16-be")) > MAX_PROMPT_BYTES:
-        cut = prompt.encode("utf-16-be")[:MAX_PROMPT_BYTES].decode("utf-16-be", "ignore")
-        shown["prompt"] = f"{cut}…"
+    while isinstance(prompt, str) and _length(prompt) > MAX_PROMPT_CHARACTERS:
+        prompt = prompt[: len(prompt) * MAX_PROMPT_CHARACTERS // _length(prompt)]
+        shown["prompt"] = f"{prompt}…"
     return shown
+
+
+def _length(text: str) -> int:
+    """UTF-16 units of the text as JSON."""
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-16-be")) // 2

@@ -1,18 +1,15 @@
 """The durable queue. The row is the truth; the in-memory image follows each commit and answers status."""
 
-import hashlib
-import json
 import sqlite3
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 from sortedcontainers import SortedList
 
-from server import wire
+from server import rows, wire
 from server.database import Database
 from server.errors import (
     ClientCancelled,
@@ -21,32 +18,16 @@ from server.errors import (
     InvalidInput,
     NotFound,
     QueueFull,
+    ServerError,
     StartTimeout,
 )
-from server.jobs import Job, Mode, Outcome, Priority, State, Submission
+from server.jobs import Job, Mode, Outcome, State, Submission
 from server.notifier import QUEUE, WEBHOOKS, Notifier
 
 #: fal retries a job whose runner was lost at most this often.
 MAX_ATTEMPTS = 10
 #: How many finished jobs stay in memory for those who still ask for their status.
 RECENT = 2048
-
-_CLAIM = """
-    UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
-    WHERE sequence = (
-        SELECT sequence FROM jobs
-        WHERE state = 'IN_QUEUE' AND (start_deadline IS NULL OR start_deadline > :now)
-        ORDER BY priority = 'low', sequence LIMIT 1
-    )
-    RETURNING request_id, attempt, input
-"""
-
-_END = """
-    UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
-        error = :error, error_type = :error_type, inference_time = :inference_time,
-        acceleration = :acceleration, logs = :logs, is_cancelled = :is_cancelled
-    WHERE request_id = :request_id AND state = :state AND attempt = :attempt
-"""
 
 
 class Queue:
@@ -80,11 +61,11 @@ class Queue:
         """Accept a request: when this returns, it survives the server. Raises QueueFull, DiskFull, InvalidInput."""
         with self._lock:
             with self._database.transaction() as connection:
-                if known := self._same_request(connection, submission):
+                if known := self._same(connection, submission):
                     return known
                 if len(self._order) >= min(self._max_length, submission.max_queue_length or self._max_length):
                     raise QueueFull
-                job = self._insert(connection, submission)
+                job = rows.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
             self._enqueue(job)
         self._notifier.work.set()
@@ -98,10 +79,7 @@ class Queue:
                 self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
             elif state == State.IN_PROGRESS and not job.is_cancelled:
                 with self._database.transaction() as connection:
-                    connection.execute(
-                        "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS'",
-                        (job.request_id,),
-                    )
+                    rows.mark_cancelled(connection, job)
                 job.is_cancelled = True
         self._notifier.work.set()
         return state
@@ -122,24 +100,21 @@ class Queue:
         """Any job, from its row when memory has it no more."""
         if job := self.find(request_id):
             return job
-        rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
-        return _job(rows[0]) if rows else None
+        found = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
+        return rows.job_of(found[0]) if found else None
 
     def result(self, job: Job) -> Outcome:
         """How a completed job ended. Raises NotFound when it was forgotten meanwhile.
 
         Where the client wants nothing kept, the row remembers that it was fetched.
         """
-        rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
-        if not rows:
+        found = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
+        if not found:
             raise NotFound
-        row = rows[0]
+        row = found[0]
         if not job.is_kept and row["fetched_at"] is None:
             with self._database.transaction() as connection:
-                connection.execute(
-                    "UPDATE jobs SET fetched_at = ? WHERE request_id = ? AND state = 'COMPLETED'",
-                    (self._clock(), job.request_id),
-                )
+                rows.mark_fetched(connection, job, self._clock())
         return Outcome(row["status"], row["output"], row["error"], row["error_type"], row["inference_time"])
 
     def position(self, job: Job) -> int:
@@ -160,7 +135,7 @@ class Queue:
             if not self._order:
                 return None
             with self._database.transaction() as connection:
-                row = connection.execute(_CLAIM, {"now": self._clock()}).fetchone()
+                row = rows.claim(connection, self._clock())
             if row is None:
                 return None
             job = self._live[row["request_id"]]
@@ -184,20 +159,22 @@ class Queue:
         """End a running job; False when it was cancelled meanwhile and ends so instead."""
         with self._lock:
             if job.is_cancelled:
-                error = ClientCancelled() if job.mode == Mode.QUEUE else ClientDisconnected()
-                self._end(job, wire.outcome_of(error), is_cancelled=True)
+                self._end(job, wire.outcome_of(_cancellation(job)), is_cancelled=True)
                 return False
             self._end(job, outcome)
             return True
 
     def give_back(self, job: Job) -> None:
-        """Put a running job back in its old place, because this process will not finish it."""
+        """Put a running job back in its old place, because this process will not finish it.
+
+        One that was cancelled ends instead.
+        """
         with self._lock:
+            if job.is_cancelled:
+                self._end(job, wire.outcome_of(_cancellation(job)), is_cancelled=True)
+                return
             with self._database.transaction() as connection:
-                connection.execute(
-                    "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS'",
-                    (job.request_id,),
-                )
+                rows.give_back(connection, job)
             job.state = State.IN_QUEUE
             self._enqueue(job)
 
@@ -210,7 +187,7 @@ class Queue:
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
-                job = _job(row)
+                job = rows.job_of(row)
                 self._live[job.request_id] = job
                 if job.mode != Mode.QUEUE:
                     self._end(job, wire.outcome_of(ClientDisconnected()))
@@ -228,12 +205,12 @@ class Queue:
     def expire(self) -> int:
         """End the jobs whose start deadline has passed while they waited; returns how many."""
         with self._lock:
-            rows = self._database.read(
+            late = self._database.read(
                 "SELECT request_id FROM jobs WHERE state = 'IN_QUEUE' AND start_deadline <= ?", self._clock()
             )
-            for (request_id,) in rows:
+            for (request_id,) in late:
                 self._end(self._live[request_id], wire.outcome_of(StartTimeout()))
-        return len(rows)
+        return len(late)
 
     def forget(self, request_ids: list[str]) -> None:
         """Drop finished jobs from memory, after their rows were deleted."""
@@ -243,91 +220,10 @@ class Queue:
 
     # -- inside
 
-    def _insert(self, connection: sqlite3.Connection, submission: Submission) -> Job:
-        request_id = str(uuid.uuid4())
-        cursor = connection.execute(
-            "INSERT INTO jobs (request_id, endpoint, owner, mode, priority, input, base_url, webhook_url,"
-            " idempotency_key, body_hash, start_deadline, is_kept, file_lifetime, state, submitted_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'IN_QUEUE', ?)",
-            (
-                request_id,
-                submission.endpoint,
-                submission.owner,
-                submission.mode,
-                submission.priority,
-                submission.input,
-                submission.base_url,
-                submission.webhook_url,
-                submission.idempotency_key,
-                submission.body_hash,
-                submission.start_deadline,
-                submission.is_kept,
-                submission.file_lifetime,
-                self._clock(),
-            ),
-        )
-        return Job(
-            sequence=cursor.lastrowid or 0,
-            request_id=request_id,
-            endpoint=submission.endpoint,
-            owner=submission.owner,
-            mode=submission.mode,
-            priority=submission.priority,
-            base_url=submission.base_url,
-            state=State.IN_QUEUE,
-            start_deadline=submission.start_deadline,
-            is_kept=submission.is_kept,
-            file_lifetime=submission.file_lifetime,
-        )
-
-    def _same_request(self, connection: sqlite3.Connection, submission: Submission) -> Job | None:
-        """The job an Idempotency-Key stands for already; InvalidInput when its body was another."""
-        if submission.idempotency_key is None:
-            return None
-        row = connection.execute(
-            "SELECT * FROM jobs WHERE owner = ? AND endpoint = ? AND idempotency_key = ?",
-            (submission.owner, submission.endpoint, submission.idempotency_key),
-        ).fetchone()
-        if row is None:
-            return None
-        if row["body_hash"] != submission.body_hash:
-            message = "Idempotency-Key was used before with another body"
-            raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
-        return self.find(row["request_id"]) or _job(row)
-
     def _end(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
-        """One transaction: state, answer, files and the webhook's due row; then the image, then the bell."""
+        """The row first, in one transaction; then the image; then the bell."""
         with self._database.transaction() as connection:
-            now = self._clock()
-            ended = connection.execute(
-                _END,
-                {
-                    "now": now,
-                    "status": outcome.status,
-                    "output": outcome.body,
-                    "error": outcome.error,
-                    "error_type": outcome.error_type,
-                    "inference_time": outcome.inference_time,
-                    "acceleration": outcome.acceleration,
-                    "logs": json.dumps(job.logs),
-                    "is_cancelled": is_cancelled,
-                    "request_id": job.request_id,
-                    "state": job.state,
-                    "attempt": job.attempt,
-                },
-            )
-            if ended.rowcount != 1:
-                raise RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
-            for file in outcome.files:
-                connection.execute(
-                    "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
-                    (file.name, job.request_id, file.size, file.content_type, file.expires_at),
-                )
-            connection.execute(
-                "INSERT INTO deliveries (request_id, url, due_at)"
-                " SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL",
-                (now, job.request_id),
-            )
+            rows.end(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:
             self._dequeue(job)
         job.state, job.is_cancelled = State.COMPLETED, is_cancelled
@@ -339,6 +235,16 @@ class Queue:
         self._live.pop(job.request_id, None)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)
 
+    def _same(self, connection: sqlite3.Connection, submission: Submission) -> Job | None:
+        """The job an Idempotency-Key stands for already; InvalidInput when its body was another."""
+        row = rows.find_same(connection, submission)
+        if row is None:
+            return None
+        if row["body_hash"] != submission.body_hash:
+            message = "Idempotency-Key was used before with another body"
+            raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
+        return self.find(row["request_id"]) or rows.job_of(row)
+
     def _enqueue(self, job: Job) -> None:
         with self._order_lock:
             self._order.add(job.rank)
@@ -348,29 +254,6 @@ class Queue:
             self._order.discard(job.rank)
 
 
-def body_hash(body: bytes) -> str:
-    """What an Idempotency-Key's body is compared by."""
-    return hashlib.sha256(body).hexdigest()
-
-
-def _job(row: sqlite3.Row) -> Job:
-    return Job(
-        sequence=row["sequence"],
-        request_id=row["request_id"],
-        endpoint=row["endpoint"],
-        owner=row["owner"],
-        mode=Mode(row["mode"]),
-        priority=Priority(row["priority"]),
-        base_url=row["base_url"],
-        state=State(row["state"]),
-        attempt=row["attempt"],
-        start_deadline=row["start_deadline"],
-        is_cancelled=bool(row["is_cancelled"]),
-        is_kept=bool(row["is_kept"]),
-        file_lifetime=row["file_lifetime"],
-        error=row["error"],
-        error_type=row["error_type"],
-        inference_time=row["inference_time"],
-        acceleration=row["acceleration"],
-        logs=json.loads(row["logs"]) if row["logs"] else [],
-    )
+def _cancellation(job: Job) -> ServerError:
+    """What the client of a cancelled job is told: it asked for that, or it left."""
+    return ClientCancelled() if job.mode == Mode.QUEUE else ClientDisconnected()

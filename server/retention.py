@@ -36,6 +36,10 @@ class Retention:
         """One pass; returns how many jobs were forgotten."""
         now = self._clock()
         self._expire_files(now)
+        old = self._database.read(
+            "SELECT name FROM files WHERE request_id IS NULL AND created_at <= ?", now - self._max_age
+        )
+        self._delete_uploads([row["name"] for row in old])
         rows = self._database.read(
             "SELECT request_id FROM jobs WHERE state = 'COMPLETED'"
             " AND (finished_at <= ? OR (is_kept = 0 AND fetched_at <= ?))",
@@ -50,21 +54,27 @@ class Retention:
         self._files.remove([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
-        """The oldest results go until the pictures fit."""
+        """The oldest results and uploads go until the files fit."""
         ((total,),) = self._database.read("SELECT coalesce(sum(size), 0) FROM files")
         if total <= self._max_bytes:
             return 0
-        rows = self._database.read(
-            "SELECT request_id, sum(size) AS size FROM files JOIN jobs USING (request_id)"
-            " GROUP BY request_id ORDER BY finished_at"
-        )
-        doomed = []
-        for row in rows:
-            if total <= self._max_bytes:
+        doomed: list[str] = []
+        uploads: list[str] = []
+        for row in self._database.read("SELECT name, request_id, size FROM files ORDER BY created_at, request_id"):
+            if total <= self._max_bytes and row["request_id"] not in doomed[-1:]:
                 break
-            doomed.append(row["request_id"])
             total -= row["size"]
+            if row["request_id"] is None:
+                uploads.append(row["name"])
+            elif row["request_id"] not in doomed[-1:]:
+                doomed.append(row["request_id"])
+        self._delete_uploads(uploads)
         return self._delete(doomed)
+
+    def _delete_uploads(self, names: list[str]) -> None:
+        with self._database.transaction() as connection:
+            connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
+        self._files.remove(names)
 
     def _delete(self, request_ids: list[str]) -> int:
         names: list[str] = []

@@ -5,7 +5,7 @@ CREATE TABLE jobs (
     request_id      TEXT NOT NULL UNIQUE,
     endpoint        TEXT NOT NULL,
     owner           TEXT NOT NULL,
-    mode            TEXT NOT NULL CHECK (mode IN ('queue', 'run', 'stream')),
+    mode            TEXT NOT NULL CHECK (mode IN ('queue', 'run', 'stream', 'realtime')),
     priority        TEXT NOT NULL CHECK (priority IN ('normal', 'low')),
     input           TEXT NOT NULL,
     base_url        TEXT NOT NULL,
@@ -15,6 +15,7 @@ CREATE TABLE jobs (
     start_deadline  REAL,
     is_kept         INTEGER NOT NULL CHECK (is_kept IN (0, 1)),
     file_lifetime   REAL,
+    is_private      INTEGER NOT NULL CHECK (is_private IN (0, 1)),
     state           TEXT NOT NULL CHECK (state IN ('IN_QUEUE', 'IN_PROGRESS', 'COMPLETED')),
     attempt         INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
     is_cancelled    INTEGER NOT NULL DEFAULT 0 CHECK (is_cancelled IN (0, 1)),
@@ -45,16 +46,35 @@ CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
+-- A file without a request is one that its owner uploaded.
 CREATE TABLE files (
     name         TEXT PRIMARY KEY,
-    request_id   TEXT NOT NULL REFERENCES jobs (request_id) ON DELETE CASCADE,
+    request_id   TEXT REFERENCES jobs (request_id) ON DELETE CASCADE,
+    owner        TEXT NOT NULL,
     size         INTEGER NOT NULL CHECK (size >= 0),
     content_type TEXT NOT NULL,
+    file_name    TEXT,
+    is_private   INTEGER NOT NULL CHECK (is_private IN (0, 1)),
+    created_at   REAL NOT NULL,
     expires_at   REAL
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX files_of_job ON files (request_id);
+CREATE INDEX files_of_job ON files (request_id) WHERE request_id IS NOT NULL;
+CREATE INDEX files_uploaded ON files (owner, size) WHERE request_id IS NULL;
+CREATE INDEX files_age ON files (created_at);
 CREATE INDEX files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
+
+-- Uploads under way; their parts lie in a folder of the upload's own.
+CREATE TABLE uploads (
+    upload_id    TEXT PRIMARY KEY,
+    name         TEXT NOT NULL UNIQUE,
+    owner        TEXT NOT NULL,
+    content_type TEXT NOT NULL,
+    file_name    TEXT NOT NULL,
+    is_private   INTEGER NOT NULL CHECK (is_private IN (0, 1)),
+    lifetime     REAL,
+    created_at   REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE deliveries (
     request_id   TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,

@@ -1,12 +1,11 @@
 """Every setting, read once from a mapping that is passed in."""
 
 import ipaddress
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.weights import place
 
@@ -24,9 +23,9 @@ def _split(value: object) -> object:
 Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
-def default_data_dir() -> Path:
+def _default_data_dir(environment: Mapping[str, str]) -> Path:
     """$XDG_DATA_HOME/flux-server, or its usual place."""
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    home = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "flux-server"
 
 
@@ -41,9 +40,11 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 takes a free one.")
     tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
-    data_dir: Path = Field(
-        default_factory=default_data_dir, description="Folder of the queue, the pictures and the certificates."
+    proxy_port: int = Field(
+        0, ge=0, le=65535, description="Port of the CONNECT door, on loopback, for clients of any age; 0 turns it off."
     )
+    proxy_others: bool = Field(False, description="Let the CONNECT door connect to hosts that are not fal's.")
+    data_dir: Path = Field(description="Folder of the queue, the pictures and the certificates.")
     keys: Words = Field((), description="API keys clients must send, separated by commas; FAL_KEY counts as one.")
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
     trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")
@@ -59,6 +60,8 @@ class Settings(BaseModel):
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
     max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
+    max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
+    max_uploads_gb: float = Field(5, gt=0, description="How much one key may have uploaded at a time, in GB.")
     retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")
     retention_gb: float = Field(10, gt=0, description="How much disk pictures may take, in GB; the oldest go first.")
     outbound_allow: Words = Field(
@@ -82,6 +85,12 @@ class Settings(BaseModel):
             ipaddress.ip_network(network, strict=False)
         return networks
 
+    @model_validator(mode="after")
+    def _door_needs_tls(self) -> "Settings":
+        if self.proxy_port and not self.tls_port:
+            raise ValueError("--proxy-port needs --tls-port: the door leads to it")
+        return self
+
     @field_validator("public_url")
     @classmethod
     def _is_base(cls, url: str) -> str:
@@ -102,7 +111,8 @@ class Settings(BaseModel):
     @classmethod
     def read(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
         """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
-        values: dict[str, Any] = {
+        values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
+        values |= {
             name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)
         }
         values.update({name: value for name, value in (options or {}).items() if value is not None})
@@ -120,6 +130,8 @@ def _words(value: object) -> tuple[str, ...]:
 
 
 def _problem(entry: Any) -> str:
+    if not entry["loc"]:
+        return str(entry["msg"])
     name = str(entry["loc"][0])
     if entry["type"] == "extra_forbidden":
         return f"{PREFIX}{name.upper()}: there is no such setting"

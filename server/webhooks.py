@@ -1,6 +1,7 @@
 """Tell the client's URL that its request is done: due rows, retries."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class Webhooks:
         self._guard = guard
         self._clock = clock
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        #: Deliveries whose outcome could not be written down, and when to try again.
+        self._put_off: dict[str, float] = {}
 
     async def run(self) -> None:
         """Deliver what falls due, until cancelled."""
@@ -42,10 +45,10 @@ class Webhooks:
             while True:
                 bell.clear()
                 wait = await self.turn()
-                try:
-                    await asyncio.wait_for(bell.wait(), wait)
-                except TimeoutError:
-                    continue
+                # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await bell.wait()
 
     async def turn(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
@@ -58,6 +61,8 @@ class Webhooks:
         for row in rows:
             if row["due_at"] > now:
                 return min(_LONGEST_WAIT, float(row["due_at"]) - now)
+            if self._put_off.get(row["request_id"], now) > now:
+                continue
             if row["request_id"] not in self._under_way and len(self._under_way) < CONCURRENCY:
                 task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
                 self._under_way[row["request_id"]] = task
@@ -67,11 +72,14 @@ class Webhooks:
         try:
             error = await self._send(request_id, url)
             await asyncio.to_thread(self._record, request_id, attempt + 1, error)
+            self._put_off.pop(request_id, None)
         except Exception:
+            # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
+            self._put_off[request_id] = self._clock() + _LONGEST_WAIT
             log.exception("webhook of %s could not be recorded", request_id)
         finally:
             del self._under_way[request_id]
-            self._notifier.ring(WEBHOOKS)
+        self._notifier.ring(WEBHOOKS)
 
     async def _send(self, request_id: str, url: str) -> str | None:
         """One attempt; None on success, else what went wrong."""

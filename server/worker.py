@@ -1,20 +1,19 @@
 """Claim, advance the engine, check, save, finish: one thread that owns the models."""
 
-import base64
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL.Image import Image
-
 from models.base import CannotPaint, Engine, Model, Painting, Placement
-from server import pictures, wire
+from server import wire
+from server.answers import Answers, Painted
 from server.errors import ClientCancelled, DiskFull, InternalError, NotFound, ServerError
 from server.files import Files
-from server.jobs import Job, Outcome, StoredFile
+from server.jobs import Job, Outcome
 from server.notifier import WORKER, Notifier
 from server.queue import Queue
 from server.settings import Settings
@@ -24,14 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Running:
-    """A claimed job and its painting; `outcome` is how it ended, until that is on the disk."""
+    """A claimed job and its painting."""
 
     job: Job
     model: Model
     request: Any
     painting: Painting
     seconds: float = 0.0
-    outcome: Outcome | None = None
 
 
 class Worker:
@@ -50,10 +48,12 @@ class Worker:
         self._models = models
         self._placements = placements
         self._queue = queue
-        self._files = files
+        self._answers = Answers(files, embeds_parameters=settings.embed_parameters)
         self._notifier = notifier
         self._engines: dict[str, Engine] = {}
         self._running: list[Running] = []
+        #: Jobs that have ended and wait to be written down.
+        self._ended: deque[tuple[Job, Outcome]] = deque()
         self._stop_at: float | None = None
         self.is_ready = False
         #: Why the thread ended, if it ended by itself.
@@ -67,7 +67,7 @@ class Worker:
     def stop(self) -> None:
         """Claim nothing more; finish what runs within the grace, give the rest back; then return."""
         was_ready, self.is_ready = self.is_ready, False
-        self._stop_at = time.monotonic() + self._settings.shutdown_grace
+        self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
         self._notifier.work.set()
         # Loading cannot be interrupted and has nothing to lose; a single step may outlast the grace.
         if was_ready:
@@ -80,17 +80,21 @@ class Worker:
         self.is_ready = True
 
     def turn(self) -> bool:
-        """Claim what there is room for, take one step of one painting; False when there was nothing to do."""
+        """Claim what there is room for, take one step of one painting; False when there was nothing to do.
+
+        Raises DiskFull; nothing is lost then, and the next turn goes on where this one stopped.
+        """
+        self._settle()
         self._claim()
-        if not self._running:
+        if self._running:
+            running = min(self._running, key=_urgency)
+            outcome = wire.outcome_of(ClientCancelled()) if running.job.is_cancelled else self._advance(running)
+            if outcome is not None:
+                self._running.remove(running)
+                self._ended.append((running.job, outcome))
+        elif not self._ended:
             return False
-        running = min(self._running, key=_urgency)
-        if running.job.is_cancelled:
-            running.outcome = wire.outcome_of(ClientCancelled())
-        if running.outcome is None:
-            self._advance(running)
-        if running.outcome is not None:
-            self._finish(running, running.outcome)
+        self._settle()
         return True
 
     def _run(self) -> None:
@@ -119,10 +123,10 @@ class Worker:
     def _is_wanted(self) -> bool:
         if self._stop_at is None:
             return True
-        return bool(self._running) and time.monotonic() < self._stop_at
+        return bool(self._running or self._ended) and time.monotonic() < self._stop_at
 
     def _claim(self) -> None:
-        while self._stop_at is None and len(self._running) < self._settings.max_running:
+        while self._stop_at is None and len(self._running) + len(self._ended) < self._settings.max_running:
             claimed = self._queue.claim()
             if claimed is None:
                 return
@@ -130,7 +134,7 @@ class Worker:
             try:
                 self._running.append(self._begin(job, text))
             except Exception as error:
-                self._queue.finish(job, wire.outcome_of(_told(error, job)))
+                self._ended.append((job, wire.outcome_of(_told(error, job))))
 
     def _begin(self, job: Job, text: str) -> Running:
         if job.endpoint not in self._engines:
@@ -141,41 +145,20 @@ class Worker:
         painting = self._engines[job.endpoint].start(request, request.seed or 0)
         return Running(job, model, request, painting)
 
-    def _advance(self, running: Running) -> None:
+    def _advance(self, running: Running) -> Outcome | None:
+        """One step; the outcome when it was the last, or when it failed."""
+        job, painting = running.job, running.painting
         begun = time.perf_counter()
         try:
-            self._engines[running.job.endpoint].advance(running.painting)
+            self._engines[job.endpoint].advance(painting)
             running.seconds += time.perf_counter() - begun
-            self._queue.progress(running.job, running.painting.step, running.painting.num_steps)
-            if running.painting.is_done and not running.job.is_cancelled:
-                running.outcome = self._outcome(running)
+            self._queue.progress(job, painting.step, painting.num_steps)
+            if not painting.is_done or job.is_cancelled:
+                return None
+            painted = Painted(painting.pictures, self._flags(running), running.seconds, painting.acceleration)
+            return self._answers.outcome(job, running.model, running.request, painted)
         except Exception as error:
-            running.outcome = wire.outcome_of(_told(error, running.job))
-
-    def _finish(self, running: Running, outcome: Outcome) -> None:
-        is_shown = self._queue.finish(running.job, outcome)
-        self._running.remove(running)
-        if not is_shown:
-            self._files.remove([file.name for file in outcome.files])
-
-    def _outcome(self, running: Running) -> Outcome:
-        """Check, save, and say what the client gets."""
-        request, painting = running.request, running.painting
-        flags = self._flags(running)
-        shown = [
-            pictures.black(picture) if flag else picture for picture, flag in zip(painting.pictures, flags, strict=True)
-        ]
-        files: list[StoredFile] = []
-        images = [self._image(running, index, picture, files) for index, picture in enumerate(shown)]
-        seconds = round(running.seconds, 4)
-        answer = running.model.answer(request, images, flags, {"inference": seconds})
-        return Outcome(
-            200,
-            answer.model_dump_json(),
-            inference_time=seconds,
-            acceleration=painting.acceleration,
-            files=tuple(files),
-        )
+            return wire.outcome_of(_told(error, job))
 
     def _flags(self, running: Running) -> Sequence[bool]:
         found = running.painting.pictures
@@ -186,27 +169,14 @@ class Worker:
             raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
         return [bool(flag) for flag in flags]
 
-    def _image(self, running: Running, index: int, picture: Image, files: list[StoredFile]) -> dict[str, Any]:
-        request = running.request
-        content_type = pictures.CONTENT_TYPES[request.output_format]
-        content = pictures.encode(picture, request.output_format, self._parameters(running, index, picture))
-        if request.sync_mode:
-            url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
-        else:
-            ending = pictures.ENDINGS[request.output_format]
-            files.append(self._files.save(content, ending, content_type, running.job.file_lifetime))
-            url = f"{running.job.base_url}/files/{files[-1].name}"
-        return {"url": url, "width": picture.width, "height": picture.height, "content_type": content_type}
-
-    def _parameters(self, running: Running, index: int, picture: Image) -> dict[str, Any] | None:
-        if not self._settings.embed_parameters:
-            return None
-        return {
-            **running.model.parameters(running.request, running.request.seed + index),
-            "width": picture.width,
-            "height": picture.height,
-            "acceleration": running.painting.acceleration,
-        }
+    def _settle(self) -> None:
+        """Write down how jobs ended."""
+        while self._ended:
+            job, outcome = self._ended[0]
+            is_shown = self._queue.finish(job, outcome)
+            self._ended.popleft()
+            if not is_shown:
+                self._answers.discard(outcome.files)
 
 
 def _urgency(running: Running) -> tuple[bool, bool, int, int]:

@@ -18,9 +18,9 @@ LAYERS = (
     {"server.serving", "server.clients"},
     {"server.app"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
-    {"server.address", "server.openapi", "server.intake"},
+    {"server.admission", "server.connect", "server.intake", "server.openapi"},
     {"server.queue", "server.files", "server.fetch", "server.auth", "server.tls", "server.metrics"},
-    {"server.database", "server.events", "server.pictures"},
+    {"server.address", "server.database", "server.events", "server.pictures"},
     {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors"},
     {"models"},
     {"models.*"},
@@ -49,7 +49,7 @@ def imported(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from server import wire` is of wire, `from models import discover` of models itself.
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & set(MODULES)) or {node.module}
+            found |= {name if name in MODULES else node.module for name in inner}
     return found & set(MODULES)
 
 

@@ -350,7 +350,7 @@ def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
-    asked = {"priority": Priority.LOW, "start_deadline": 5e9, "file_lifetime": 60.0, "is_kept": False}
+    asked: dict[str, Any] = {"priority": Priority.LOW, "start_deadline": 5e9, "file_lifetime": 60.0, "is_kept": False}
     with opened(tmp_path) as parts:
         request_id = parts.queue.submit(submission(**asked)).request_id
     with opened(tmp_path) as parts:

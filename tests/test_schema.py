@@ -147,7 +147,7 @@ def test_null_stands_for_not_given(name: str) -> None:
 
 
 def test_fields_nobody_knows_are_ignored() -> None:
-    assert read(loras=[], negative_promp="y", _private=1) == read()
+    assert read(loras=[], negative_prompt="y", _private=1) == read()
 
 
 # -- what is refused

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from models.base import Model
 from models.flux_dev import FluxDev
 from models.weights import DEMO, assign
 from tests.null_model import NullEngine, NullModel
@@ -17,13 +18,13 @@ class Schnell(FluxDev):
     weights = ("black-forest-labs/FLUX.1-schnell",)
 
 
-MODELS = {DEV: FluxDev(), SCHNELL: Schnell(), NULL: NullModel(NULL, NullEngine)}
+MODELS: dict[str, Model] = {DEV: FluxDev(), SCHNELL: Schnell(), NULL: NullModel(NULL, NullEngine)}
 
 
 def complaint(*specs: str) -> str:
     """What is said of these."""
     with pytest.raises(ValueError) as refused:
-        assign(specs, dict(MODELS))
+        assign(specs, MODELS)
     return str(refused.value)
 
 
@@ -37,40 +38,40 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_demo_serves_every_endpoint() -> None:
-    assert assign(["demo"], dict(MODELS)) == {DEV: DEMO, SCHNELL: DEMO, NULL: None}
+    assert assign(["demo"], MODELS) == {DEV: DEMO, SCHNELL: DEMO, NULL: None}
     assert (DEMO / "model_index.json").is_file()
 
 
 def test_a_model_without_weights_is_always_served() -> None:
-    assert assign([], dict(MODELS)) == {NULL: None}
+    assert assign([], MODELS) == {NULL: None}
 
 
 def test_a_hub_id_serves_the_endpoints_that_name_it() -> None:
-    assert assign([HUB], dict(MODELS)) == {DEV: HUB, NULL: None}
+    assert assign([HUB], MODELS) == {DEV: HUB, NULL: None}
 
 
 def test_a_folder_is_flux_dev(folder: Path) -> None:
-    assert assign([str(folder)], dict(MODELS)) == {DEV: folder, NULL: None}
+    assert assign([str(folder)], MODELS) == {DEV: folder, NULL: None}
 
 
 def test_a_folder_is_found_from_where_the_server_was_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert assign(["weights"], dict(MODELS))[DEV] == assign(["./weights"], dict(MODELS))[DEV] == folder
+    assert assign(["weights"], MODELS)[DEV] == assign(["./weights"], MODELS)[DEV] == folder
 
 
 def test_a_folder_is_found_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert assign(["~/weights"], dict(MODELS))[DEV] == folder
+    assert assign(["~/weights"], MODELS)[DEV] == folder
 
 
 def test_an_endpoint_can_be_bound(folder: Path) -> None:
     specs = [f"{SCHNELL}={folder}", f"{DEV}=somebody/FLUX.1-dev-finetuned"]
-    assert assign(specs, dict(MODELS)) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: folder, NULL: None}
-    assert assign([f"{DEV}=demo"], dict(MODELS)) == {DEV: DEMO, NULL: None}
+    assert assign(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: folder, NULL: None}
+    assert assign([f"{DEV}=demo"], MODELS) == {DEV: DEMO, NULL: None}
 
 
 def test_the_last_word_on_an_endpoint_counts(folder: Path) -> None:
-    assert assign(["demo", f"{DEV}={folder}"], dict(MODELS)) == {DEV: folder, SCHNELL: DEMO, NULL: None}
+    assert assign(["demo", f"{DEV}={folder}"], MODELS) == {DEV: folder, SCHNELL: DEMO, NULL: None}
 
 
 @pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "somebody/flux.gguf"])

@@ -29,9 +29,9 @@ ENGINES: dict[str, type[NullEngine]] = {
     "test/unsafe": UnsafeEngine,
     "test/gate": GateEngine,
 }
-SMALL = {"image_size": {"width": 64, "height": 64}, "num_inference_steps": 2, "output_format": "png"}
+SMALL: dict[str, Any] = {"image_size": {"width": 64, "height": 64}, "num_inference_steps": 2, "output_format": "png"}
 #: An output that needs pages of its own in the database, because it repeats the prompt.
-LONG = {**SMALL, "prompt": "x" * 20_000}
+LONG: dict[str, Any] = {**SMALL, "prompt": "x" * 20_000}
 
 
 def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:

@@ -15,6 +15,7 @@ from server.files import Files
 from server.jobs import Job
 from server.notifier import Notifier
 from server.queue import Queue
+from server.uploads import Uploads
 from server.worker import Worker
 
 
@@ -28,6 +29,7 @@ class Parts:
     guard: Guard
     queue: Queue
     files: Files
+    uploads: Uploads
     notifier: Notifier
     worker: Worker
 
@@ -37,9 +39,9 @@ def parts_of(request: Request) -> Parts:
     return cast(Parts, request.app.state.parts)
 
 
-def owner_of(request: Request) -> str:
-    """Who is calling. Raises Unauthorized."""
-    return parts_of(request).keys.owner(request.headers.get("authorization"))
+def owner_of(request: Request, scope: str | None = None) -> str:
+    """Who is calling, by key, or by a token of this scope. Raises Unauthorized."""
+    return parts_of(request).keys.owner(request.headers.get("authorization"), scope)
 
 
 def model_for(request: Request, endpoint: str) -> Model:

@@ -7,8 +7,8 @@ from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server import wire
-from server.errors import NotFound, UnsatisfiableRange
-from server.routes import parts_of
+from server.errors import NotFound, Unauthorized, UnsatisfiableRange
+from server.routes import owner_of, parts_of
 
 router = APIRouter(prefix="/files", tags=["files"])
 
@@ -34,18 +34,40 @@ class _File(FileResponse):
             await response(scope, receive, send)
 
 
+#: What a browser may show as it is; an uploaded page or drawing could carry a script.
+_SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
+
+
 @router.api_route("/{name}", methods=["GET", "HEAD"], response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
-    """One picture; understands Range."""
-    found = await asyncio.to_thread(parts_of(request).files.open, name)
-    if found is None or not found[0].is_file():
+    """One picture or upload; understands Range. A private one needs its owner's key."""
+    files = parts_of(request).files
+    found = await asyncio.to_thread(files.find, name)
+    if found is None or (found.is_private and not _is_owner(request, found.owner)):
         raise NotFound("File not found")
-    path, content_type = found
+    path = files.path(found)
+    if not path.is_file():
+        raise NotFound("File not found")
+    is_shown = found.content_type.partition(";")[0].strip().lower() in _SHOWN
     headers = {
         # Any page may show a picture whose name it was told.
         "access-control-allow-origin": "*",
         "cross-origin-resource-policy": "cross-origin",
         "x-content-type-options": "nosniff",
+        "content-security-policy": "sandbox; default-src 'none'",
         "cache-control": "private, max-age=86400, immutable",
     }
-    return _File(path, media_type=content_type, headers=headers)
+    return _File(
+        path,
+        media_type=found.content_type,
+        headers=headers,
+        filename=None if is_shown else found.file_name or name,
+        content_disposition_type="inline" if is_shown else "attachment",
+    )
+
+
+def _is_owner(request: Request, owner: str) -> bool:
+    try:
+        return owner_of(request) == owner
+    except Unauthorized:
+        return False

@@ -1,0 +1,36 @@
+"""Short-lived tokens for browsers, which hold no key: realtime and streams."""
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, ValidationError
+
+from server import wire
+from server.errors import InvalidInput
+from server.routes import owner_of, parts_of
+from server.wire import JSON
+
+router = APIRouter(tags=["tokens"])
+
+
+class TokenRequest(BaseModel):
+    """fal's SDKs name apps by their alias alone: "flux" for fal-ai/flux/dev."""
+
+    allowed_apps: list[str] = Field(min_length=1, max_length=100)
+    token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token ends.")
+
+
+@router.post("/tokens")
+async def issue(request: Request) -> Response:
+    """A token as a bare JSON string, the one form that all SDKs read."""
+    owner = owner_of(request)
+    body = await request.body()
+    try:
+        wanted = TokenRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
+    scope = " ".join(wanted.allowed_apps)
+    return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
+
+
+def alias(endpoint: str) -> str:
+    """What a token names an endpoint by."""
+    return endpoint.split("/")[1]

@@ -1,0 +1,158 @@
+"""The rows of jobs: how they are written and read. Each change of state is one guarded UPDATE."""
+
+import json
+import sqlite3
+import uuid
+
+from server.files import list_file
+from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
+
+_CLAIM = """
+    UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
+    WHERE sequence = (
+        SELECT sequence FROM jobs
+        WHERE state = 'IN_QUEUE' AND (start_deadline IS NULL OR start_deadline > :now)
+        ORDER BY priority = 'low', sequence LIMIT 1
+    )
+    RETURNING request_id, attempt, input
+"""
+
+_END = """
+    UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
+        error = :error, error_type = :error_type, inference_time = :inference_time,
+        acceleration = :acceleration, logs = :logs, is_cancelled = :is_cancelled
+    WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
+"""
+
+_DUE = """
+    INSERT INTO deliveries (request_id, url, due_at)
+    SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL
+"""
+
+
+def insert(connection: sqlite3.Connection, submission: Submission, now: float) -> Job:
+    """A new job, IN_QUEUE."""
+    request_id = str(uuid.uuid4())
+    values = {
+        "request_id": request_id,
+        "endpoint": submission.endpoint,
+        "owner": submission.owner,
+        "mode": submission.mode,
+        "priority": submission.priority,
+        "input": submission.input,
+        "base_url": submission.base_url,
+        "webhook_url": submission.webhook_url,
+        "idempotency_key": submission.idempotency_key,
+        "body_hash": submission.body_hash,
+        "start_deadline": submission.start_deadline,
+        "is_kept": submission.is_kept,
+        "file_lifetime": submission.lifecycle.lifetime,
+        "is_private": submission.lifecycle.is_private,
+        "state": State.IN_QUEUE,
+        "submitted_at": now,
+    }
+    names = ", ".join(values)
+    marks = ", ".join(f":{name}" for name in values)
+    cursor = connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)  # noqa: S608  our own names
+    return Job(
+        sequence=cursor.lastrowid or 0,
+        request_id=request_id,
+        endpoint=submission.endpoint,
+        owner=submission.owner,
+        mode=submission.mode,
+        priority=submission.priority,
+        base_url=submission.base_url,
+        state=State.IN_QUEUE,
+        start_deadline=submission.start_deadline,
+        is_kept=submission.is_kept,
+        lifecycle=submission.lifecycle,
+    )
+
+
+def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
+    """The row that the submission's Idempotency-Key stands for already."""
+    if submission.idempotency_key is None:
+        return None
+    found: sqlite3.Row | None = connection.execute(
+        "SELECT * FROM jobs WHERE owner = ? AND endpoint = ? AND idempotency_key = ?",
+        (submission.owner, submission.endpoint, submission.idempotency_key),
+    ).fetchone()
+    return found
+
+
+def claim(connection: sqlite3.Connection, now: float) -> sqlite3.Row | None:
+    """The next job becomes IN_PROGRESS: its request_id, attempt and input. None when none waits."""
+    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now}).fetchone()
+    return row
+
+
+def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
+    """The job becomes COMPLETED, with its answer, its files and its webhook's due row.
+
+    Raises RuntimeError when the row is not in the state and attempt of `job`: somebody else's claim.
+    """
+    values = {
+        "now": now,
+        "status": outcome.status,
+        "output": outcome.body,
+        "error": outcome.error,
+        "error_type": outcome.error_type,
+        "inference_time": outcome.inference_time,
+        "acceleration": outcome.acceleration,
+        "logs": json.dumps(job.logs),
+        "is_cancelled": is_cancelled,
+        "request_id": job.request_id,
+        "state": job.state,
+        "attempt": job.attempt,
+    }
+    if connection.execute(_END, values).rowcount != 1:
+        raise RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
+    for file in outcome.files:
+        list_file(connection, file, job.request_id, now)
+    connection.execute(_DUE, (now, job.request_id))
+
+
+def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
+    """Remember that a running job is to end, also over a restart."""
+    connection.execute(
+        "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS'", (job.request_id,)
+    )
+
+
+def give_back(connection: sqlite3.Connection, job: Job) -> None:
+    """A running job becomes IN_QUEUE again; its sequence, and so its place, stays."""
+    connection.execute(
+        "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS'", (job.request_id,)
+    )
+
+
+def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
+    """Remember when the result was first read."""
+    connection.execute(
+        "UPDATE jobs SET fetched_at = ? WHERE request_id = ? AND state = 'COMPLETED' AND fetched_at IS NULL",
+        (now, job.request_id),
+    )
+
+
+def job_of(row: sqlite3.Row) -> Job:
+    """The image of a whole row."""
+    return Job(
+        sequence=row["sequence"],
+        request_id=row["request_id"],
+        endpoint=row["endpoint"],
+        owner=row["owner"],
+        mode=Mode(row["mode"]),
+        priority=Priority(row["priority"]),
+        base_url=row["base_url"],
+        state=State(row["state"]),
+        attempt=row["attempt"],
+        start_deadline=row["start_deadline"],
+        is_cancelled=bool(row["is_cancelled"]),
+        is_kept=bool(row["is_kept"]),
+        lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
+        error=row["error"],
+        error_type=row["error_type"],
+        inference_time=row["inference_time"],
+        acceleration=row["acceleration"],
+        logs=json.loads(row["logs"]) if row["logs"] else [],
+    )

@@ -1,0 +1,216 @@
+"""Uploads under way: parts on the disk that become one file in the store."""
+
+import asyncio
+import hashlib
+import mimetypes
+import os
+import re
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from server.database import Database
+from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound
+from server.files import Files, list_file, new_name
+from server.jobs import Lifecycle, StoredFile
+
+#: How long an upload may take from its first word to its last, in seconds.
+LIFETIME = 86_400.0
+#: Amazon's bound on parts, which fal's clients keep to.
+MAX_PARTS = 10_000
+_ENDING = re.compile(r"[a-z0-9]{1,8}")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that its owner is about to send."""
+
+    upload_id: str
+    name: str
+    owner: str
+    content_type: str
+    file_name: str
+    lifecycle: Lifecycle
+
+
+class Uploads:
+    """Bounded per file and per owner. A part that is sent twice counts once; parts may come in any order."""
+
+    def __init__(
+        self,
+        folder: Path,
+        database: Database,
+        files: Files,
+        *,
+        max_bytes: int,
+        max_bytes_per_owner: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._database = database
+        self._files = files
+        self._max_bytes = max_bytes
+        self._max_bytes_per_owner = max_bytes_per_owner
+        self._clock = clock
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
+        """Expect a file; its name in the store is known from now on."""
+        upload = Upload(
+            upload_id=secrets.token_hex(16),
+            name=new_name(_ending(file_name, content_type)),
+            owner=owner,
+            content_type=_clean(content_type) or "application/octet-stream",
+            file_name=_clean(file_name)[:255] or "file",
+            lifecycle=lifecycle,
+        )
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    upload.upload_id,
+                    upload.name,
+                    upload.owner,
+                    upload.content_type,
+                    upload.file_name,
+                    lifecycle.is_private,
+                    lifecycle.lifetime,
+                    self._clock(),
+                ),
+            )
+        self._parts(upload).mkdir(mode=0o700)
+        return upload
+
+    def find(self, upload_id: str) -> Upload:
+        """An upload under way. Raises NotFound."""
+        rows = self._database.read(
+            "SELECT * FROM uploads WHERE upload_id = ? AND created_at > ?", upload_id, self._clock() - LIFETIME
+        )
+        if not rows:
+            raise NotFound("There is no such upload, or it is over")
+        return _upload(rows[0])
+
+    async def receive(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
+        """Write one part as it comes; returns its ETag. Raises BodyTooLarge, naming the limit, and DiskFull."""
+        if not 1 <= part_number <= MAX_PARTS:
+            raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
+        room = await asyncio.to_thread(self._room, upload, part_number)
+        aside = self._parts(upload) / f"{secrets.token_hex(8)}.part"
+        digest, size = hashlib.md5(usedforsecurity=False), 0
+        try:
+            with aside.open("wb") as file:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > room:
+                        raise BodyTooLarge(self._limit_words())
+                    digest.update(chunk)
+                    await asyncio.to_thread(file.write, chunk)
+            aside.rename(self._parts(upload) / str(part_number))
+        except OSError as error:
+            raise DiskFull from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return f'"{digest.hexdigest()}"'
+
+    def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
+        """Join the parts, in order whatever order they are listed in, into a file that is served from now on.
+
+        Raises BadRequest when a listed part was not sent, and DiskFull.
+        """
+        folder = self._parts(upload)
+        sent = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        wanted = sorted(set(part_numbers)) if part_numbers else sent
+        if missing := sorted(set(wanted) - set(sent)):
+            raise BadRequest(f"Part {missing[0]} was not sent")
+        try:
+            size = _join([folder / str(number) for number in wanted], folder / "whole")
+            self._files.adopt(folder / "whole", upload.name)
+        except OSError as error:
+            raise DiskFull from error
+        file = self._listed(upload, size)
+        shutil.rmtree(folder, ignore_errors=True)
+        return file
+
+    def sweep(self) -> int:
+        """Forget uploads that were not finished in time; returns how many."""
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                "DELETE FROM uploads WHERE created_at <= ? RETURNING upload_id", (self._clock() - LIFETIME,)
+            ).fetchall()
+        for row in rows:
+            shutil.rmtree(self._folder / row["upload_id"], ignore_errors=True)
+        return len(rows)
+
+    def _listed(self, upload: Upload, size: int) -> StoredFile:
+        now = self._clock()
+        lifetime = upload.lifecycle.lifetime
+        file = StoredFile(
+            upload.name,
+            upload.owner,
+            size,
+            upload.content_type,
+            upload.file_name,
+            upload.lifecycle.is_private,
+            None if lifetime is None else now + lifetime,
+        )
+        with self._database.transaction() as connection:
+            list_file(connection, file, None, now)
+            connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
+        return file
+
+    def _room(self, upload: Upload, part_number: int) -> int:
+        """How many bytes this part may have."""
+        rows = self._database.read("SELECT upload_id FROM uploads WHERE owner = ?", upload.owner)
+        under_way = {row["upload_id"]: _size(self._folder / row["upload_id"], part_number) for row in rows}
+        ((stored,),) = self._database.read(
+            "SELECT coalesce(sum(size), 0) FROM files WHERE owner = ? AND request_id IS NULL", upload.owner
+        )
+        of_this = self._max_bytes - under_way.get(upload.upload_id, 0)
+        of_owner = self._max_bytes_per_owner - stored - sum(under_way.values())
+        return int(min(of_this, of_owner))
+
+    def _limit_words(self) -> str:
+        return (
+            f"The upload is larger than a file may be ({self._max_bytes} bytes)"
+            f" or than what is left for this key ({self._max_bytes_per_owner} bytes in all)"
+        )
+
+    def _parts(self, upload: Upload) -> Path:
+        return self._folder / upload.upload_id
+
+
+def _upload(row: sqlite3.Row) -> Upload:
+    lifecycle = Lifecycle(row["lifetime"], bool(row["is_private"]))
+    return Upload(row["upload_id"], row["name"], row["owner"], row["content_type"], row["file_name"], lifecycle)
+
+
+def _ending(file_name: str, content_type: str) -> str:
+    named = PurePath(file_name).suffix.lower().removeprefix(".")
+    guessed = (mimetypes.guess_extension(content_type.partition(";")[0].strip()) or ".bin").removeprefix(".")
+    return next((ending for ending in (named, guessed) if _ENDING.fullmatch(ending)), "bin")
+
+
+def _clean(text: str) -> str:
+    """Without what would break a header."""
+    return "".join(character for character in text if character.isprintable()).strip()
+
+
+def _size(folder: Path, besides: int) -> int:
+    """Bytes on the disk for an upload, not counting the part that is about to be replaced."""
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != str(besides))
+
+
+def _join(parts: Sequence[Path], whole: Path) -> int:
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file, 2**20)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
