@@ -17,11 +17,17 @@ from models.schema import (
     Size,
 )
 
+EXAMPLE = (
+    "Extreme close-up of a single tiger eye, direct frontal view. Detailed iris and pupil. Sharp focus on eye texture "
+    'and color. Natural lighting to capture authentic eye shine and depth. The word "FLUX" is painted over it in big, '
+    "white brush strokes with visible texture."
+)
+
 
 class FluxDevInput(ImageInput):
     """Fields, defaults and ranges: the endpoint's page and @fal-ai/client 1.10.1's types."""
 
-    prompt: Prompt = Field(description="The prompt to generate an image from.")
+    prompt: Prompt = Field(description="The prompt to generate an image from.", examples=[EXAMPLE])
     # Checked like a size that was asked for, because the operator may allow less.
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: int = Field(28, ge=1, le=50, description="The number of inference steps to perform.")
@@ -53,7 +59,7 @@ class FluxDevOutput(ImagesOutput):
 
 
 class FluxDev:
-    """The endpoint itself."""
+    """FLUX.1 [dev], a 12 billion parameter flow transformer that paints a picture from a prompt."""
 
     endpoint = "fal-ai/flux/dev"
     weights = ("black-forest-labs/FLUX.1-dev",)

@@ -1,4 +1,4 @@
-"""The command line: serve, env."""
+"""The command line: serve, env, run."""
 
 import inspect
 import logging
@@ -24,24 +24,28 @@ cli = typer.Typer(
 
 #: Exit codes: a bad setting, and a server that could not start or stopped by itself.
 BAD_SETTINGS, FAILED = 2, 1
+#: The shell's own code for a command that is not there.
+NOT_FOUND = 127
 
-Command = Callable[[Settings], None]
 
+def takes_settings(act: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting, and WEIGHTS as its arguments unless it has some of its own."""
+    own = [parameter for name, parameter in inspect.signature(act).parameters.items() if name != "settings"]
 
-def takes_settings(command: Command) -> Callable[..., None]:
-    """Give a command one option for each setting, and WEIGHTS as its arguments."""
-
-    def wrapped(**options: Any) -> None:
-        options["weights"] = tuple(options["weights"] or ()) or None
+    def wrapped(**given: Any) -> None:
+        arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
+        given["weights"] = tuple(given.get("weights") or ()) or None
         try:
-            settings = Settings.read(os.environ, options)
+            settings = Settings.read(os.environ, given)
         except BadSettings as error:
             typer.echo(f"The settings are wrong:\n{error}", err=True)
             raise typer.Exit(BAD_SETTINGS) from None
-        command(settings)
+        act(settings, **arguments)
 
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__signature__ = inspect.Signature([_parameter(name) for name in Settings.model_fields])  # type: ignore[attr-defined]
+    settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not own]
+    wrapped.__name__, wrapped.__doc__ = act.__name__, act.__doc__
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    wrapped.__signature__ = inspect.Signature([*settings, *keyword])  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -91,6 +95,23 @@ def env(settings: Settings) -> None:
     from server.clients import directions
 
     typer.echo(directions(settings, tls.paths(settings.data_dir)))
+
+
+@cli.command()
+@takes_settings
+def run(
+    settings: Settings, command: Annotated[list[str], typer.Argument(help="The program and its arguments.")]
+) -> None:
+    """Run a Python or Node program with its fal calls brought to this server."""
+    from server import clients
+
+    if note := clients.what_run_leaves_out(settings, command):
+        typer.echo(f"flux-server: {note}", err=True)
+    try:
+        clients.run(settings, tls.paths(settings.data_dir), command)
+    except OSError as error:
+        typer.echo(f"{command[0]}: {error.strerror}", err=True)
+        raise typer.Exit(NOT_FOUND) from None
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from server.files import Files
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
-from server.routes import Parts, files, operations, queue, run, storage, tokens
+from server.routes import Parts, catalog, files, operations, queue, realtime, run, storage, tokens
 from server.settings import Settings
+from server.signing import Signer
 from server.uploads import Uploads
 from server.webhooks import Webhooks
 from server.worker import Worker
@@ -70,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         queue=jobs,
         files=store,
         uploads=uploads,
+        signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
         worker=Worker(settings, models, placements, jobs, store, notifier),
     )
@@ -82,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.parts = parts
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
-    for nouns in (queue, storage, tokens, files, operations, run):
+    for nouns in (queue, catalog, storage, tokens, files, operations, realtime, run):
         app.include_router(nouns.router)
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -129,7 +131,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts.files.remove_strays()
     parts.worker.start()
     tasks = [
-        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard).run()),
+        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer).run()),
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
         asyncio.create_task(_every(SWEEP_EVERY, retention.sweep)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),

@@ -1,12 +1,18 @@
-"""What points each SDK at this server."""
+"""What points each SDK at this server: lines to read, and variables to run a program in."""
 
+import os
 import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 
+from server.address import FAL_HOSTS
 from server.settings import Settings
 from server.tls import TLS
 
+PRELOAD = Path(__file__).with_name("preload.cjs")
+
 _LINES = """\
-# Python (fal-client 0.11 or newer, fal): these variables are all it takes.
+# Python: {python}
 {exports}
 
 # JavaScript, @fal-ai/client 1.10 or newer: one line in front.
@@ -23,27 +29,71 @@ _LINES = """\
 # Anything that takes a base URL: {url} for synchronous runs, {url}/queue for the queue.
 #   curl {url}/fal-ai/flux/dev -H 'Content-Type: application/json' -d '{{"prompt": "a red apple"}}'"""
 
+_BY_HOST = "fal-client 0.11 or newer, and fal: these variables are all it takes (no uploads; see --proxy-port)."
+_BY_DOOR = "fal-client of any age, whole: these variables are all it takes."
+#: Programs that `run` brings here whole: Python through its variables, Node through the preload.
+_COVERED = ("python", "node", "npm", "npx", "yarn", "pnpm", "uv", "pytest", "fal")
+
 
 def directions(settings: Settings, files: TLS) -> str:
     """Shell exports, and comments for what is not a variable: `eval "$(flux-server env)"` works."""
-    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  compared, not bound
-    host = f"[{host}]" if ":" in host else host
-    key = settings.keys[0] if settings.keys else "local"
+    host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
-    return _LINES.format(exports=_exports(settings, files, host, key), url=url, key=key)
-
-
-def _exports(settings: Settings, files: TLS, host: str, key: str) -> str:
+    python = _BY_DOOR if settings.proxy_port else _BY_HOST
     if not settings.tls_port:
-        return "#   not available: fal-client speaks HTTPS only, and --tls-port is 0"
-    tls_host = f"{'localhost' if settings.is_loopback else host}:{settings.tls_port}"
-    variables = {
-        "FAL_KEY": key,
-        "FAL_RUN_HOST": tls_host,
-        "FAL_QUEUE_RUN_HOST": f"{tls_host}/queue",
-        "SSL_CERT_FILE": str(files.bundle),
+        python = "not available, because fal-client speaks HTTPS only and --tls-port is 0."
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables(settings, files).items()]
+    if settings.tls_port and not files.bundle.exists():
+        exports.append("# (the certificate is made when the server starts for the first time)")
+    return _LINES.format(python=python, exports="\n".join(exports), url=url, key=_key(settings))
+
+
+def variables(settings: Settings, files: TLS) -> dict[str, str]:
+    """The environment that brings Python's clients here; empty when there is no TLS port."""
+    if not settings.tls_port:
+        return {}
+    shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": str(files.bundle)}
+    if settings.proxy_port:
+        door = f"http://127.0.0.1:{settings.proxy_port}"
+        # Both spellings, because each library reads one of them; pictures come from here without the door.
+        direct = "127.0.0.1,localhost"
+        return {**shared, "HTTPS_PROXY": door, "https_proxy": door, "NO_PROXY": direct, "no_proxy": direct}
+    host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
+    return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
+
+
+def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> dict[str, str]:
+    """`outside` with everything that brings a Python or Node program's fal calls here."""
+    options = f"{outside.get('NODE_OPTIONS', '')} --require {shlex.quote(str(PRELOAD))}".strip()
+    return {
+        **outside,
+        **variables(settings, files),
+        "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
+        "REQUESTS_CA_BUNDLE": str(files.bundle),
+        "NODE_EXTRA_CA_CERTS": str(files.authority),
+        "NODE_OPTIONS": options,
+        "FLUX_TLS_DOOR": ",".join((str(settings.tls_port), *sorted(FAL_HOSTS))),
     }
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    if not files.bundle.exists():
-        lines.append("# (the certificate is made when the server starts for the first time)")
-    return "\n".join(lines)
+
+
+def run(settings: Settings, files: TLS, command: Sequence[str]) -> None:
+    """Become the command, with its fal calls brought here. Raises OSError when there is no such command."""
+    os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  what was asked for
+
+
+def what_run_leaves_out(settings: Settings, command: Sequence[str]) -> str:
+    """What to tell of before the command runs; empty when it is covered whole."""
+    if not PurePath(command[0]).name.startswith(_COVERED):
+        return "run covers Python and Node; other programs need their client's proxy URL, see `flux-server env`."
+    if not settings.proxy_port:
+        return "without --proxy-port, Python's uploads and realtime, and fal-client before 0.11, are not brought here."
+    return ""
+
+
+def _host(settings: Settings) -> str:
+    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  compared, not bound
+    return f"[{host}]" if ":" in host else host
+
+
+def _key(settings: Settings) -> str:
+    return settings.keys[0] if settings.keys else "local"

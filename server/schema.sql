@@ -89,6 +89,12 @@ CREATE TABLE deliveries (
 
 CREATE INDEX deliveries_due ON deliveries (due_at) WHERE due_at IS NOT NULL;
 
+CREATE TABLE signing_keys (
+    key_id     TEXT PRIMARY KEY,
+    private    BLOB NOT NULL CHECK (length(private) = 32),
+    created_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE keys (
     hash       TEXT PRIMARY KEY CHECK (length(hash) = 64),
     owner      TEXT NOT NULL,

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from server import tls
+from server import connect, tls
 from server.app import create_app
 from server.notifier import WORKER
 from server.settings import Settings
@@ -66,6 +66,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
+    door = await _door(settings, sockets)
     async with app.router.lifespan_context(app):
         with parts.notifier.listen(WORKER) as worker_ended:
             served = [
@@ -80,11 +81,21 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         # The worker first, while clients still listen: what it finishes within the grace reaches them.
         await asyncio.to_thread(parts.worker.stop)
         parts.notifier.close()
+        if door:
+            door.close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.gather(*served, return_exceptions=True)
     failure: BaseException | None = parts.worker.failure
     return failure
+
+
+async def _door(settings: Settings, sockets: list[socket.socket]) -> asyncio.Server | None:
+    """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
+    if not settings.proxy_port:
+        return None
+    tls_port = sockets[1].getsockname()[1]
+    return await connect.listen("127.0.0.1", settings.proxy_port, tls_port, settings.proxy_others)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -67,6 +67,9 @@ class Settings(BaseModel):
     outbound_allow: Words = Field(
         (), description="Hosts and networks of your own that webhooks may reach, such as 10.0.0.0/8 or hooks.lan."
     )
+    webhook_secret: str = Field(
+        "", pattern="^(whsec_[A-Za-z0-9+/=]+)?$", description="Standard Webhooks' shared secret, whsec_..., if any."
+    )
     shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
     models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="How much is logged.")

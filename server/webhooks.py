@@ -1,4 +1,4 @@
-"""Tell the client's URL that its request is done: due rows, retries."""
+"""Tell the client's URL that its request is done: due rows, retries, signatures."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ from pydantic_core import from_json, to_json
 from server.database import Database
 from server.fetch import ForbiddenURL, Guard
 from server.notifier import WEBHOOKS, Notifier
+from server.signing import Signer
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,15 @@ class Webhooks:
     """Delivers from rows, so that what is due survives a restart. At least once; 2xx alone is success."""
 
     def __init__(
-        self, database: Database, notifier: Notifier, guard: Guard, clock: Callable[[], float] = time.time
+        self,
+        database: Database,
+        notifier: Notifier,
+        guard: Guard,
+        signer: Signer,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
+        self._signer = signer
         self._notifier = notifier
         self._guard = guard
         self._clock = clock
@@ -83,12 +90,12 @@ class Webhooks:
 
     async def _send(self, request_id: str, url: str) -> str | None:
         """One attempt; None on success, else what went wrong."""
-        body = to_json(await asyncio.to_thread(self._payload, request_id))
+        owner, payload = await asyncio.to_thread(self._payload, request_id)
+        body = to_json(payload)
         headers = {
             "content-type": "application/json",
             "user-agent": "flux-server",
-            "x-fal-webhook-request-id": request_id,
-            "x-fal-webhook-timestamp": str(int(self._clock())),
+            **await asyncio.to_thread(self._signer.headers, request_id, owner, body),
         }
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -99,13 +106,13 @@ class Webhooks:
             return f"{type(error).__name__}: {error}"
         return None if 200 <= status < 300 else f"answered {status}"
 
-    def _payload(self, request_id: str) -> dict[str, Any]:
-        (row,) = self._database.read("SELECT status, output FROM jobs WHERE request_id = ?", request_id)
+    def _payload(self, request_id: str) -> tuple[str, dict[str, Any]]:
+        (row,) = self._database.read("SELECT owner, status, output FROM jobs WHERE request_id = ?", request_id)
         body: dict[str, Any] = {"request_id": request_id, "gateway_request_id": request_id}
         if row["status"] == 200:
-            return {**body, "status": "OK", "payload": from_json(row["output"])}
+            return row["owner"], {**body, "status": "OK", "payload": from_json(row["output"])}
         error = f"Invalid status code: {row['status']}"
-        return {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
+        return row["owner"], {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
 
     def _record(self, request_id: str, attempt: int, error: str | None) -> None:
         now = self._clock()

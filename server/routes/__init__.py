@@ -15,6 +15,7 @@ from server.files import Files
 from server.jobs import Job
 from server.notifier import Notifier
 from server.queue import Queue
+from server.signing import Signer
 from server.uploads import Uploads
 from server.worker import Worker
 
@@ -30,6 +31,7 @@ class Parts:
     queue: Queue
     files: Files
     uploads: Uploads
+    signer: Signer
     notifier: Notifier
     worker: Worker
 

@@ -1,4 +1,6 @@
-"""Short-lived tokens for browsers, which hold no key: realtime and streams."""
+"""What proves who is who: short-lived tokens for browsers, and the public keys that webhooks are signed with."""
+
+import asyncio
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError
@@ -29,6 +31,13 @@ async def issue(request: Request) -> Response:
         raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
     scope = " ".join(wanted.allowed_apps)
     return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
+
+
+@router.get("/.well-known/jwks.json")
+async def jwks(request: Request) -> Response:
+    """The public keys of webhook signatures; to be kept for a day at most."""
+    keys = await asyncio.to_thread(parts_of(request).signer.jwks)
+    return JSON(keys, headers={"cache-control": "public, max-age=86400"})
 
 
 def alias(endpoint: str) -> str:

@@ -1,0 +1,23 @@
+"""Descriptions of the endpoints, where fal's own are found."""
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+
+from server import catalog
+from server.routes import model_for
+from server.wire import JSON
+
+router = APIRouter(tags=["catalog"])
+
+
+@router.get("/api/openapi/queue/openapi.json")
+async def queue_openapi(request: Request, endpoint_id: str = "") -> Response:
+    """The OpenAPI document of one endpoint's queue."""
+    return JSON(catalog.queue_openapi(model_for(request, endpoint_id), request.state.base_url))
+
+
+@router.get("/models/{endpoint:path}/llms.txt")
+async def llms_txt(request: Request, endpoint: str) -> Response:
+    """The endpoint described for language models."""
+    text = catalog.llms_txt(model_for(request, endpoint), request.state.base_url)
+    return PlainTextResponse(text, media_type="text/markdown")

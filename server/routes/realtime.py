@@ -1,0 +1,165 @@
+"""Realtime: inputs and outputs as msgpack over one WebSocket, fal's control messages as JSON text."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, cast
+
+import msgpack
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic_core import from_json, to_json
+
+from models.base import Model
+from server import intake
+from server.errors import BadRequest, InvalidInput, ServerError, Unauthorized
+from server.jobs import Job, Lifecycle, Mode, State, Submission
+from server.lifecycle import number
+from server.routes import Parts
+from server.routes.tokens import alias
+
+router = APIRouter()
+
+#: How many inputs may wait when the client names no number, and the most it may name: fal's own bound.
+MAX_BUFFERING = 60
+#: Seconds without an input after which the session ends, as fal's do.
+IDLE_SECONDS = 600.0
+_UNAUTHORIZED, _IDLE = 1008, 1000
+
+
+@router.websocket("/{endpoint:path}/realtime")
+async def realtime(socket: WebSocket, endpoint: str) -> None:
+    """One session: each input is painted in turn; of those that wait, the oldest give way."""
+    parts = cast(Parts, socket.app.state.parts)
+    if endpoint not in parts.models:
+        await socket.close(1008, "There is no such endpoint")
+        return
+    await socket.accept()
+    try:
+        owner = _owner(socket, parts, endpoint)
+        session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
+    except Unauthorized:
+        # The words @fal-ai/client drops its token for.
+        await socket.send_json({"status": "error", "error": "Unauthorized"})
+        await socket.close(_UNAUTHORIZED)
+    except BadRequest as error:
+        await _complain(socket, "BAD_REQUEST", str(error))
+        await socket.close(1008)
+    else:
+        await session.serve()
+
+
+class _Session:
+    """What is read goes into a short buffer; what is painted comes out of it."""
+
+    def __init__(self, socket: WebSocket, parts: Parts, model: Model, owner: str, max_buffering: int) -> None:
+        self._socket = socket
+        self._parts = parts
+        self._model = model
+        self._owner = owner
+        self._inputs: deque[bytes] = deque(maxlen=max_buffering)
+        self._arrived = asyncio.Event()
+
+    async def serve(self) -> None:
+        painting = asyncio.create_task(self._paint())
+        try:
+            await self._read()
+        except (WebSocketDisconnect, RuntimeError):
+            # RuntimeError is Starlette's word for a client that left while it was being answered.
+            return
+        finally:
+            painting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await painting
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_SECONDS):
+                    message = await self._socket.receive()
+            except TimeoutError:
+                await _complain(self._socket, "TIMEOUT", "no inputs, reconnect when needed!")
+                await self._socket.close(_IDLE)
+                return
+            if message["type"] == "websocket.disconnect":
+                return
+            self._inputs.append(_input(message))
+            self._arrived.set()
+
+    async def _paint(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._inputs:
+                with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+                    await self._answer(self._inputs.popleft())
+
+    async def _answer(self, body: bytes) -> None:
+        try:
+            fields = intake.validate(self._model, body, "", self._parts.limits)
+            job = await asyncio.to_thread(self._parts.queue.submit, self._submission(fields.model_dump_json()))
+        except InvalidInput as error:
+            await _complain(self._socket, "INVALID_INPUT", str(error))
+            return
+        except ServerError as error:
+            await _complain(self._socket, "UNAVAILABLE", str(error))
+            return
+        await self._finish(job)
+
+    async def _finish(self, job: Job) -> None:
+        try:
+            with self._parts.notifier.listen(job.request_id) as bell:
+                while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
+                    bell.clear()
+                    await bell.wait()
+        finally:
+            if job.state != State.COMPLETED:
+                asyncio.get_running_loop().run_in_executor(None, self._parts.queue.leave, job)
+        if job.error is not None or job.state != State.COMPLETED:
+            await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
+            return
+        outcome = await asyncio.to_thread(self._parts.queue.result, job)
+        await self._socket.send_bytes(msgpack.packb(from_json(outcome.body)))
+        timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
+        await self._socket.send_text(to_json(timing).decode())
+
+    def _submission(self, text: str) -> Submission:
+        return Submission(
+            endpoint=self._model.endpoint,
+            owner=self._owner,
+            input=text,
+            base_url=self._socket.state.base_url,
+            mode=Mode.REALTIME,
+            lifecycle=Lifecycle(),
+        )
+
+
+def _owner(socket: WebSocket, parts: Parts, endpoint: str) -> str:
+    token = socket.query_params.get("fal_jwt_token")
+    if token:
+        return parts.keys.owner_of_token(token, alias(endpoint))
+    return parts.keys.owner(socket.headers.get("authorization"), alias(endpoint))
+
+
+def _max_buffering(parameters: Mapping[str, str]) -> int:
+    text = parameters.get("max_buffering")
+    if text is None:
+        return MAX_BUFFERING
+    count = number(text, "max_buffering")
+    if not 1 <= count <= MAX_BUFFERING:
+        raise BadRequest(f"max_buffering should be from 1 to {MAX_BUFFERING}")
+    return int(count)
+
+
+def _input(message: Mapping[str, Any]) -> bytes:
+    """One frame as the JSON that every other door takes; a frame that cannot be read becomes JSON that is refused."""
+    if message.get("text") is not None:
+        return str(message["text"]).encode()
+    try:
+        return to_json(msgpack.unpackb(message["bytes"]), inf_nan_mode="constants", bytes_mode="base64")
+    except (ValueError, msgpack.UnpackException, RecursionError):
+        return b"not msgpack"
+
+
+async def _complain(socket: WebSocket, code: str, reason: str) -> None:
+    await socket.send_text(to_json({"type": "x-fal-error", "error": code, "reason": reason}).decode())
