@@ -19,13 +19,11 @@ class Placement:
         weights: folder in diffusers layout, or a hub id; None for a model that needs no weights.
         safety_checker: hub id or folder, used when the weights bring no `safety_checker` of their own.
         device: "cuda", "cpu", or "auto" for the best one there is.
-        offline: never open a connection to the hub.
     """
 
     weights: str | Path | None
     safety_checker: str
     device: str = "auto"
-    offline: bool = True
 
 
 class CannotPaint(Exception):

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
+from models import hub
 from models.base import CannotPaint, Placement
-from models.weights import device_for
+from models.weights import device_for, folder_of
 
 #: Falconsai/nsfw_image_detection's "nsfw" probability above which fal's own toolkit flags a picture.
 THRESHOLD = 0.5
@@ -24,15 +25,15 @@ class Checker(Protocol):
 class ImageClassifier:
     """A transformers image classifier with an "nsfw" label, such as Falconsai/nsfw_image_detection."""
 
-    def __init__(self, place: str | Path, device: str, offline: bool) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        self.processor = AutoImageProcessor.from_pretrained(place, local_files_only=offline, backend="pil")
-        model = AutoModelForImageClassification.from_pretrained(place, local_files_only=offline, use_safetensors=True)
+        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         self.model = model.to(device).eval()
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
-            raise ValueError(f"{place} has no label 'nsfw', only {', '.join(labels)}")
+            raise ValueError(f"{folder} has no label 'nsfw', only {', '.join(labels)}")
         self.nsfw = labels["nsfw"]
 
     @torch.no_grad()
@@ -48,12 +49,12 @@ class ImageClassifier:
 class CompVis:
     """CompVis/stable-diffusion-safety-checker, which compares CLIP embeddings with forbidden concepts."""
 
-    def __init__(self, place: str | Path, device: str, offline: bool) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import AutoImageProcessor
 
-        self.processor = AutoImageProcessor.from_pretrained(place, local_files_only=offline, backend="pil")
-        model = StableDiffusionSafetyChecker.from_pretrained(place, local_files_only=offline, use_safetensors=True)
+        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        model = StableDiffusionSafetyChecker.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         self.model = model.to(device).eval()
 
     @torch.no_grad()
@@ -80,20 +81,36 @@ class Unavailable:
 
 
 def load(placement: Placement) -> Checker:
-    """The weights' own checker if they bring one, else the configured one."""
-    place: str | Path = placement.safety_checker
-    if isinstance(placement.weights, Path) and (placement.weights / "safety_checker").is_dir():
-        place = placement.weights / "safety_checker"
+    """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
-        return _load(place, device_for(placement.device), placement.offline)
+        return _load(_folder(placement), device_for(placement.device))
     except (OSError, ValueError) as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
 
 
-def _load(place: str | Path, device: str, offline: bool) -> Checker:
+def _folder(placement: Placement) -> Path:
+    if placement.weights is not None:
+        own = folder_of(placement.weights) / "safety_checker"
+        if own.is_dir():
+            return own
+    configured = Path(placement.safety_checker)
+    if configured.is_dir():
+        return configured
+    # With weights from the hub it may be asked now; with weights from a folder nothing is.
+    found = hub.locate(placement.safety_checker)
+    if found is None and isinstance(placement.weights, str):
+        found = hub.pull(placement.safety_checker)
+    if found is None:
+        raise OSError(
+            f"{placement.safety_checker} is not here; `flux-server pull {placement.safety_checker}` brings it"
+        )
+    return found
+
+
+def _load(folder: Path, device: str) -> Checker:
     from transformers import PretrainedConfig
 
-    config: dict[str, Any] = PretrainedConfig.get_config_dict(place, local_files_only=offline)[0]
+    config: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
-        return CompVis(place, device, offline)
-    return ImageClassifier(place, device, offline)
+        return CompVis(folder, device)
+    return ImageClassifier(folder, device)

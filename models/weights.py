@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models import hub
 from models.base import Model, Placement
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def place(spec: str) -> str | Path:
     return spec
 
 
+def folder_of(where: str | Path) -> Path:
+    """The folder of weights: given, or pulled from the hub if it was not pulled before. Raises hub.HubError."""
+    if isinstance(where, Path):
+        return where
+    return hub.locate(where) or hub.pull(where)
+
+
 def load(placement: Placement) -> "FluxPipeline":
     """The pipeline in bf16 on its device; only safetensors, no code from the weights. Raises OSError."""
     import torch
@@ -73,20 +81,21 @@ def load(placement: Placement) -> "FluxPipeline":
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    if placement.weights is None:
+        raise ValueError("a FLUX pipeline needs weights")
     pipeline = FluxPipeline.from_pretrained(
-        placement.weights,
-        dtype=torch.bfloat16,
-        use_safetensors=True,
-        local_files_only=placement.offline,
+        folder_of(placement.weights), dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device_for(placement.device))
 
 
 def device_for(name: str) -> str:
-    """The device to use for "auto", "cuda" or "cpu"."""
+    """The device to use for "auto", "cuda" or "cpu". Raises OSError for a build of PyTorch that is not supported."""
     import torch
 
+    if torch.version.hip:
+        raise OSError("ROCm builds of PyTorch are not supported: nobody has run this on one yet")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

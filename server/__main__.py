@@ -1,4 +1,4 @@
-"""The command line: serve, env, run."""
+"""The command line: serve, pull, doctor, env, run."""
 
 import inspect
 import logging
@@ -69,10 +69,7 @@ def _parameter(name: str) -> inspect.Parameter:
 @takes_settings
 def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
-    # Before any library reads them: none of them reports anything to anybody.
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_TELEMETRY="1")
-    # Their warnings repeat prompts and ask for torchvision, which nothing here needs.
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    _keep_quiet()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Late: `env` and `--help` need none of it.
@@ -86,6 +83,38 @@ def serve(settings: Settings) -> None:
     # Without waiting for a thread that may still be loading weights.
     sys.stdout.flush()
     os._exit(FAILED if failure else 0)
+
+
+@cli.command()
+@takes_settings
+def pull(
+    settings: Settings, hub_id: Annotated[str, typer.Argument(help="Such as black-forest-labs/FLUX.1-dev.")]
+) -> None:
+    """Bring weights from the hub into its cache, and the safety checker with them; HF_TOKEN is used if set."""
+    _keep_quiet()
+    from models import hub
+
+    try:
+        for wanted in dict.fromkeys((hub_id, settings.safety_checker)):
+            folder = hub.pull(wanted)
+            typer.echo(f"{wanted}: {hub.size(folder) / 1e9:.2f} GB of weights in {folder}")
+    except OSError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+
+
+@cli.command()
+@takes_settings
+def doctor(settings: Settings) -> None:
+    """Say what this machine can run, and why not."""
+    _keep_quiet()
+    from server.doctor import examine
+
+    findings = list(examine(settings))
+    for finding in findings:
+        typer.echo(f"{'✓' if finding.is_well else '✗'} {finding.what}: {finding.words}")
+    if not all(finding.is_well for finding in findings):
+        raise typer.Exit(FAILED)
 
 
 @cli.command()
@@ -112,6 +141,13 @@ def run(
     except OSError as error:
         typer.echo(f"{command[0]}: {error.strerror}", err=True)
         raise typer.Exit(NOT_FOUND) from None
+
+
+def _keep_quiet() -> None:
+    """Before any library reads it: none reports anything to anybody, or warns of what nobody here can change."""
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_TELEMETRY="1")
+    # Warnings that repeat prompts, and that ask for torchvision.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     store = Files(settings.data_dir / "files", database)
     models = {endpoint: model for endpoint, model in models.items() if endpoint in served}
     placements = {
-        endpoint: Placement(place, settings.safety_checker, settings.device, offline=not isinstance(place, str))
-        for endpoint, place in served.items()
+        endpoint: Placement(place, settings.safety_checker, settings.device) for endpoint, place in served.items()
     }
     uploads = Uploads(
         settings.data_dir / "uploads",

@@ -7,13 +7,13 @@ import httpx
 import pytest
 
 from tests.parts import Parts, opened
-from tests.serving import TEST_MODELS, Gate, Server, gated, serving
+from tests.serving import TEST_MODELS, Gate, Server, free_port, gated, serving, with_door
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with the demo weights and the test models, plain and TLS."""
-    with serving(tmp_path_factory.mktemp("data"), tls_port=str(_free_port())) as running:
+    with serving(tmp_path_factory.mktemp("data"), tls_port=str(free_port())) as running:
         yield running.ready()
 
 
@@ -35,7 +35,7 @@ def serves_on(client: httpx.Client) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The test models alone, one request at a time, bodies up to 1 MiB."""
-    settings = {"max_running": "1", "max_body_mib": "1", "tls_port": str(_free_port())}
+    settings = {"max_running": "1", "max_body_mib": "1", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("narrow"), TEST_MODELS, **settings) as running:
         yield running.ready()
 
@@ -50,7 +50,7 @@ def narrow_client(narrow: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The test models alone, for those who have the key of Alice or of Bob."""
-    settings = {"keys": "alice:secret,bob:secret", "tls_port": str(_free_port())}
+    settings = {"keys": "alice:secret,bob:secret", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, **settings) as running:
         yield running.ready()
 
@@ -60,6 +60,13 @@ def keyed_client(keyed: Server) -> Iterator[httpx.Client]:
     """A client of that server that sends no key by itself."""
     with httpx.Client(base_url=keyed.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the demo weights and the test models that clients reach through its CONNECT door."""
+    with with_door(tmp_path_factory.mktemp("door")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -74,12 +81,3 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     """Database, queue and file store without a server around them."""
     with opened(tmp_path / "data") as parts:
         yield parts
-
-
-def _free_port() -> int:
-    """A port for TLS, where 0 stands for off."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

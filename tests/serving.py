@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,21 @@ def serving(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
         server._reader.join()
         if server.process.stdout:
             server.process.stdout.close()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has, where 0 stands for off."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def with_door(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
+    """A server that paints, with TLS and the CONNECT door."""
+    ports = {"tls_port": str(free_port()), "proxy_port": str(free_port())}
+    with serving(data_dir, *weights, **{**ports, **settings}) as running:
+        yield running.ready()
 
 
 class Gate:

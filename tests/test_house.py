@@ -15,16 +15,18 @@ from tests.serving import ROOT
 #: From the door to the ground: a module imports from its own layer and from those below.
 LAYERS = (
     {"server.__main__"},
-    {"server.serving", "server.clients"},
+    {"server.serving", "server.clients", "server.doctor"},
     {"server.app"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
-    {"server.admission", "server.connect", "server.intake", "server.openapi"},
-    {"server.queue", "server.files", "server.fetch", "server.auth", "server.tls", "server.metrics"},
-    {"server.address", "server.database", "server.events", "server.pictures"},
+    {"server.admission", "server.connect", "server.intake", "server.answers", "server.openapi", "server.catalog"},
+    {"server.queue", "server.uploads", "server.fetch", "server.auth", "server.tls", "server.signing", "server.metrics"},
+    {"server.rows"},
+    {"server.files"},
+    {"server.address", "server.database", "server.events", "server.pictures", "server.lifecycle"},
     {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors"},
     {"models"},
     {"models.*"},
-    {"models.engine", "models.safety", "models.weights"},
+    {"models.engine", "models.safety", "models.weights", "models.hub"},
     {"models.base", "models.schema"},
 )
 SOURCES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "models").glob("*.py")])
@@ -107,8 +109,8 @@ def test_routes_and_worker_meet_in_the_queue() -> None:
     assert not [module for module in nouns if "server.worker" in imported(MODULES[module])]
 
 
-def test_only_app_looks_for_models() -> None:
-    assert [module for module, tree in MODULES.items() if "models" in imported(tree)] == ["server.app"]
+def test_only_app_and_doctor_look_for_models() -> None:
+    assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {"server.app", "server.doctor"}
 
 
 @pytest.mark.parametrize("module", ["server.app", "server.serving", "server.__main__", "models.flux_dev"])

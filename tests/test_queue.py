@@ -11,7 +11,7 @@ import pytest
 
 from server.database import Database, FolderInUse
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
-from server.jobs import Job, Mode, Priority, State, StoredFile
+from server.jobs import Job, Lifecycle, Mode, Priority, State, StoredFile
 from server.queue import MAX_ATTEMPTS
 from server.retention import Retention
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
@@ -53,13 +53,15 @@ def test_finish_keeps_answer_logs_timings_files_and_the_due_webhook_together(par
     job = claimed(parts, webhook_url="https://example.com/hook")
     parts.queue.progress(job, 1, 2)
     parts.clock.now += 10
-    assert parts.queue.finish(job, painted('{"seed":7}', StoredFile("a.png", 3, "image/png", 5.0)))
+    file = StoredFile("a.png", "me", 3, "image/png", is_private=True, expires_at=5.0)
+    assert parts.queue.finish(job, painted('{"seed":7}', file))
     outcome = parts.queue.result(job)
     assert (outcome.status, outcome.body, outcome.inference_time) == (200, '{"seed":7}', 1.5)
     ((finished_at, acceleration, logs),) = parts.rows("SELECT finished_at, acceleration, logs FROM jobs")
     assert (finished_at, acceleration) == (parts.clock.now, "none")
     assert [line["message"] for line in json.loads(logs)] == ["step 1/2"]
-    assert parts.rows("SELECT * FROM files") == [("a.png", job.request_id, 3, "image/png", 5.0)]
+    row = ("a.png", job.request_id, "me", 3, "image/png", None, 1, parts.clock.now, 5.0)
+    assert parts.rows("SELECT * FROM files") == [row]
     assert parts.rows("SELECT request_id, attempt, due_at FROM deliveries") == [(job.request_id, 0, parts.clock.now)]
 
 
@@ -157,7 +159,7 @@ def test_cancel_of_a_running_job_is_a_request_until_its_next_step(parts: Parts) 
 def test_a_picture_that_comes_after_the_cancel_is_not_shown(parts: Parts) -> None:
     job = claimed(parts)
     parts.queue.cancel(job)
-    assert not parts.queue.finish(job, painted("{}", StoredFile("a.png", 3, "image/png")))
+    assert not parts.queue.finish(job, painted("{}", StoredFile("a.png", "me", 3, "image/png")))
     assert ended(parts, job) == (499, "client_cancelled")
     assert parts.rows("SELECT * FROM files") == []
     assert json.loads(parts.queue.result(job).body)["error_type"] == "client_cancelled"
@@ -340,8 +342,8 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
 
 def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
-        finished(parts, StoredFile("a.png", 3, "image/png"), webhook_url="https://example.com/hook")
-        claimed(parts, priority=Priority.LOW, start_deadline=5e9, file_lifetime=60.0, is_kept=False)
+        finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
+        claimed(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), is_kept=False)
         parts.queue.submit(submission(idempotency_key="k"))
         before = {table: parts.rows(f"SELECT * FROM {table}") for table in ("jobs", "files", "deliveries")}
     with opened(tmp_path) as parts:
@@ -350,7 +352,12 @@ def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"priority": Priority.LOW, "start_deadline": 5e9, "file_lifetime": 60.0, "is_kept": False}
+    asked: dict[str, Any] = {
+        "priority": Priority.LOW,
+        "start_deadline": 5e9,
+        "lifecycle": Lifecycle(60.0, is_private=True),
+        "is_kept": False,
+    }
     with opened(tmp_path) as parts:
         request_id = parts.queue.submit(submission(**asked)).request_id
     with opened(tmp_path) as parts:
@@ -427,7 +434,7 @@ def test_a_request_that_finds_the_disk_full_was_not_accepted(parts: Parts) -> No
 
 def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -> None:
     job = claimed(parts, webhook_url="https://example.com/hook")
-    outcome = painted(json.dumps(LONG), StoredFile("a.png", 3, "image/png"))
+    outcome = painted(json.dumps(LONG), StoredFile("a.png", "me", 3, "image/png"))
     with full_disk(parts), pytest.raises(DiskFull):
         parts.queue.finish(job, outcome)
     assert (job.state, parts.rows("SELECT state FROM jobs")) == (State.IN_PROGRESS, [("IN_PROGRESS",)])
@@ -490,8 +497,14 @@ IMPOSSIBLE = [
     "UPDATE jobs SET fetched_at = 1",
     "UPDATE jobs SET owner = NULL",
     "UPDATE jobs SET submitted_at = 'yesterday'",
-    "INSERT INTO files VALUES ('a.png', 'nobody', 1, 'image/png', NULL)",
-    "INSERT INTO files SELECT 'a.png', request_id, -1, 'image/png', NULL FROM jobs",
+    "UPDATE jobs SET is_private = 2",
+    "INSERT INTO files VALUES ('a.png', 'nobody', 'me', 1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, 'me', -1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, 'me', 1, 'image/png', NULL, 2, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, NULL, 1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO uploads VALUES ('u', 'a.png', NULL, 'image/png', 'a', 0, NULL, 1)",
+    "INSERT INTO uploads VALUES ('u', 'a.png', 'me', 'image/png', 'a', 2, NULL, 1)",
+    "INSERT INTO uploads VALUES ('u', 'a', 'me', 't', 'f', 0, NULL, 1), ('v', 'a', 'me', 't', 'f', 0, NULL, 1)",
     "INSERT INTO deliveries (request_id, url) VALUES ('nobody', 'https://example.com')",
     "INSERT INTO deliveries (request_id, url, due_at, delivered_at) SELECT request_id, 'u', 1, 1 FROM jobs",
     "INSERT INTO keys VALUES ('short', 'me', 1)",
@@ -506,7 +519,7 @@ def test_a_row_that_makes_no_sense_is_refused(parts: Parts, statement: str) -> N
 
 
 def test_a_deleted_job_takes_its_files_and_webhook_along(parts: Parts) -> None:
-    finished(parts, StoredFile("a.png", 3, "image/png"), webhook_url="https://example.com/hook")
+    finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs")
     assert parts.rows("SELECT * FROM files") == parts.rows("SELECT * FROM deliveries") == []

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.jobs import Job, State
+from server.jobs import Job, Lifecycle, State
 from server.retention import GRACE_SECONDS, Retention
 from tests.parts import Parts, claimed, finished, submission
 
@@ -18,7 +18,7 @@ def retention(parts: Parts, max_age: float = 7 * DAY, max_bytes: float = 1e9) ->
 
 def with_picture(parts: Parts, size: int = 100, lifetime: float | None = None, **changes: Any) -> Job:
     """A finished job with one picture of this many bytes."""
-    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", lifetime), **changes)
+    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", "me", Lifecycle(lifetime)), **changes)
 
 
 def known(parts: Parts) -> list[str]:

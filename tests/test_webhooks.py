@@ -16,6 +16,7 @@ from server import wire
 from server.errors import StartTimeout
 from server.fetch import Guard
 from server.jobs import Job, State
+from server.signing import Signer
 from server.webhooks import DELAYS, Webhooks
 from tests.parts import Parts, claimed, finished, opened, painted
 
@@ -24,7 +25,9 @@ LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
 
 def webhooks(parts: Parts, guard: Guard = LOOPBACK) -> Webhooks:
     """What delivers; a second one is what a restart makes."""
-    return Webhooks(parts.database, parts.notifier, guard, parts.clock)
+    signer = Signer(parts.database, clock=parts.clock)
+    signer.rotate()
+    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock)
 
 
 async def delivered(hooks: Webhooks) -> float:

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from models.base import CannotPaint, Engine, Placement
 from server.errors import DiskFull
-from server.jobs import Job, Mode, Outcome, Priority, State
+from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State
 from server.notifier import WORKER
 from server.settings import Settings
 from server.worker import Worker
@@ -81,9 +81,9 @@ def pictures(parts: Parts, job: Job) -> list[Image]:
 def _content(parts: Parts, url: str) -> bytes:
     if url.startswith("data:"):
         return base64.b64decode(url.partition(",")[2])
-    found = parts.files.open(url.removeprefix("http://here/files/"))
+    found = parts.files.find(url.removeprefix("http://here/files/"))
     assert found
-    return found[0].read_bytes()
+    return parts.files.path(found).read_bytes()
 
 
 # -- painting
@@ -152,11 +152,12 @@ def test_the_same_request_gives_the_same_bytes(parts: Parts) -> None:
     assert first == second
 
 
-def test_files_expire_when_the_client_said(parts: Parts) -> None:
+def test_files_belong_to_the_client_and_expire_when_it_said(parts: Parts) -> None:
     worker = ready(parts)
-    parts.queue.submit(submission(fields=SMALL, file_lifetime=60.0))
+    parts.queue.submit(submission(fields=SMALL, owner="alice", lifecycle=Lifecycle(60.0, is_private=True)))
     worked_off(worker)
-    assert parts.rows("SELECT expires_at FROM files") == [(parts.clock.now + 60,)]
+    found = parts.rows("SELECT owner, is_private, created_at, expires_at FROM files")
+    assert found == [("alice", 1, parts.clock.now, parts.clock.now + 60)]
 
 
 # -- taking turns

@@ -1,0 +1,113 @@
+"""Weights from the hub: pulled once into its cache, used from there without a network ever after."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+#: What a pipeline reads; pickled weights, single-file checkpoints and other precisions are left where they are.
+_KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
+_OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
+
+
+class HubError(OSError):
+    """The hub does not give what was asked for; the message says what to do."""
+
+
+def pull(hub_id: str, token: str | None = None) -> Path:
+    """Bring a pipeline, or a single model, into the cache, with a progress bar. Returns its folder.
+
+    A file that breaks off is gone on with; after a kill, the files that are whole do not come again.
+    Raises HubError.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(hub_id):
+        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"], token=token))
+        patterns = _patterns(folder)
+        snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS, token=token)
+    if lacking := missing(folder):
+        raise HubError(f"{hub_id} does not have what a pipeline needs: {', '.join(lacking)}")
+    return folder
+
+
+def locate(hub_id: str) -> Path | None:
+    """The folder of what was pulled, if all of it is there; never opens a connection."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", "config.json"):
+        found = try_to_load_from_cache(hub_id, name)
+        if isinstance(found, str) and not missing(Path(found).parent):
+            return Path(found).parent
+    return None
+
+
+def missing(folder: Path) -> list[str]:
+    """What a pipeline's or model's folder lacks, by name; empty when it is whole."""
+    if not (folder / "model_index.json").is_file():
+        return [] if (folder / "config.json").is_file() and _has_weights(folder) else ["model_index.json"]
+    return [name for name in components(folder) if not _is_whole(folder / name)]
+
+
+def components(folder: Path) -> list[str]:
+    """The subfolders that model_index.json names."""
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+
+
+def size(folder: Path) -> int:
+    """Bytes of weights in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _patterns(folder: Path) -> list[str]:
+    if not (folder / "model_index.json").is_file():
+        return list(_KINDS)
+    return ["model_index.json", *(f"{name}/{kind}" for name in components(folder) for kind in _KINDS)]
+
+
+def _is_whole(component: Path) -> bool:
+    """Whether a component's folder has its configuration, and every weight that it should."""
+    if not component.is_dir():
+        return False
+    if (component / "config.json").is_file():
+        return _has_weights(component)
+    # Tokenizers and schedulers have no weights.
+    return any(component.glob("*.json"))
+
+
+def _has_weights(folder: Path) -> bool:
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return any(folder.glob("*.safetensors"))
+
+
+class _explained:  # noqa: N801  reads as a phrase at its use
+    """Turns the hub's errors into words for an operator."""
+
+    def __init__(self, hub_id: str) -> None:
+        self._hub_id = hub_id
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        page = f"{constants.ENDPOINT}/{self._hub_id}"
+        if isinstance(error, GatedRepoError):
+            how = "set HF_TOKEN to a token of that account" if not os.environ.get("HF_TOKEN") else "then try again"
+            raise HubError(f"{self._hub_id} asks you to accept its licence first: open {page}, accept it, {how}.")
+        if isinstance(error, RepositoryNotFoundError):
+            raise HubError(f"There is no {self._hub_id} on the hub, or HF_TOKEN may not see it ({page}).")
+        if isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError):
+            raise HubError(f"The hub at {constants.ENDPOINT} could not be reached or broke off: {error}")
+        if isinstance(error, OSError):
+            raise HubError(f"{self._hub_id} could not be stored: {error}")

@@ -1,0 +1,122 @@
+"""What this machine can run, and why not: looked at before anything is loaded."""
+
+import shutil
+import socket
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from models import discover, hub, weights
+from server.settings import Settings
+
+#: What a pipeline needs beside its weights while it paints, as a share of them; measured on nothing smaller.
+_HEADROOM = 1.05
+#: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
+_FLUX_DEV_BYTES = 33_700_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    is_well: bool
+    words: str
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Every finding, from the ground up."""
+    yield _python()
+    yield _ports(settings)
+    yield _disk(settings)
+    device, free = yield from _device(settings)
+    models = discover(settings.models_dir)
+    for endpoint, where in weights.assign(settings.weights, models).items():
+        if where is not None:
+            yield from _model(endpoint, where, device, free)
+    yield _checker(settings, [where for where in weights.assign(settings.weights, models).values() if where])
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), version)
+
+
+def _ports(settings: Settings) -> Finding:
+    wanted = [port for port in (settings.port, settings.tls_port, settings.proxy_port) if port]
+    taken = [str(port) for port in wanted if not _is_free(settings.host, port)]
+    words = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
+    return Finding("ports", not taken, words)
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.data_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = settings.retention_gb * 1e9
+    words = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
+    return Finding("disk", free > needed, words)
+
+
+def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int]]:
+    """The device's finding; its name and free bytes are the generator's return value."""
+    import torch
+
+    try:
+        device = weights.device_for(settings.device)
+    except OSError as error:
+        yield Finding("device", False, str(error))
+        return "cpu", 0
+    if device == "cuda" and not torch.cuda.is_available():
+        yield Finding("device", False, f"no CUDA device can be used by PyTorch {torch.__version__}")
+        return "cpu", 0
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        yield Finding(
+            "device", True, f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, PyTorch {torch.__version__}"
+        )
+        return device, int(free)
+    free = psutil.virtual_memory().available
+    yield Finding("device", True, f"CPU, {free / 1e9:.0f} GB of memory free, PyTorch {torch.__version__}")
+    return device, int(free)
+
+
+def _model(endpoint: str, where: str | Path, device: str, free: int) -> Iterator[Finding]:
+    folder = where if isinstance(where, Path) else hub.locate(where)
+    if folder is None:
+        yield Finding(endpoint, False, f"{where} is not here yet; `flux-server pull {where}` brings it")
+        size = _FLUX_DEV_BYTES
+    elif lacking := hub.missing(folder):
+        yield Finding(endpoint, False, f"{folder} lacks {', '.join(lacking)}")
+        return
+    else:
+        size = hub.size(folder)
+        yield Finding(endpoint, True, f"weights are here, {size / 1e9:.2f} GB")
+    fits = size * _HEADROOM < free
+    words = f"needs {size * _HEADROOM / 1e9:.2f} GB on the {device}, {free / 1e9:.1f} GB are free"
+    yield Finding(f"{endpoint} fits", fits, words)
+
+
+def _checker(settings: Settings, places: list[str | Path]) -> Finding:
+    folders = [place if isinstance(place, Path) else hub.locate(place) for place in places]
+    if folders and all(folder is not None and (folder / "safety_checker").is_dir() for folder in folders):
+        return Finding("safety checker", True, "comes with the weights")
+    name = settings.safety_checker
+    is_here = Path(name).is_dir() or hub.locate(name) is not None
+    words = f"{name} is here" if is_here else f"{name} is not here; `flux-server pull {name}` brings it"
+    return Finding("safety checker", is_here, words)

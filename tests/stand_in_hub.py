@@ -1,0 +1,203 @@
+"""A stand-in for the hub: one repository in FLUX.1-dev's exact layout at tiny dimensions, served as the hub does."""
+
+import hashlib
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+#: Enough to need several shards of the two large components.
+SHARD = "600KB"
+
+
+def write_flux_dev(folder: Path) -> None:
+    """Sharded safetensors with index files, both tokenizers, scheduler, and what nobody should download."""
+    import torch
+    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+
+    from models.weights import DEMO
+
+    torch.manual_seed(3)
+    demo = FluxPipeline.from_pretrained(DEMO, dtype=torch.bfloat16, local_files_only=True)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipeline = FluxPipeline(
+        demo.scheduler,
+        vae.to(torch.bfloat16),
+        demo.text_encoder,
+        demo.tokenizer,
+        demo.text_encoder_2,
+        demo.tokenizer_2,
+        transformer.to(torch.bfloat16),
+    )
+    pipeline.save_pretrained(folder, max_shard_size=SHARD)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(folder / name)
+        shutil.copytree(DEMO / name, folder / name)
+    # Beside the pipeline, as in the real repository: single-file checkpoints, papers and pictures.
+    for name in ("flux1-dev.safetensors", "ae.safetensors"):
+        shutil.copy(DEMO / "vae" / "diffusion_pytorch_model.safetensors", folder / name)
+    for name in ("README.md", "LICENSE.md", "dev_grid.jpg", "vae/diffusion_pytorch_model.bin"):
+        (folder / name).write_bytes(b"not needed")
+
+
+def write_checker(folder: Path) -> None:
+    """The demo's safety checker, as a repository of its own."""
+    from models.weights import DEMO
+
+    shutil.copytree(DEMO / "safety_checker", folder)
+
+
+class Hub:
+    """Repositories by id. `gated` ones are refused without the token.
+
+    `breaks_off`: each weight file breaks off once after that many bytes. `stalls_at`: this file stops in its middle.
+    """
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        self.repositories = repositories
+        self.gated: set[str] = set()
+        self.token = "hf_accepted"
+        self.breaks_off: int | None = None
+        self.stalls_at: str | None = None
+        self.has_stalled = threading.Event()
+        self.goes_on = threading.Event()
+        self._broken: set[str] = set()
+        self.asked: list[str] = []
+        self.ranges: list[str] = []
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self.goes_on.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET  # noqa: N815  the name that http.server calls
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        hub_id = next((name for name in self.repositories if f"/{name}/" in f"{path}/"), None)
+        if hub_id is None:
+            _refuse(request, 404, "RepoNotFound", "Repository not found")
+        elif hub_id in self.gated and request.headers.get("authorization") != f"Bearer {self.token}":
+            _refuse(request, 403, "GatedRepo", f"Access to model {hub_id} is restricted")
+        elif path.startswith("/api/models/"):
+            self._describe(request, path, self.repositories[hub_id])
+        else:
+            self._send(request, self.repositories[hub_id], path.split(f"/resolve/{COMMIT}/")[-1])
+
+    def _describe(self, request: http.server.BaseHTTPRequestHandler, path: str, folder: Path) -> None:
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        if "/tree/" in path:
+            listed: Any = [_entry(folder, name) for name in names]
+        else:
+            listed = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        _reply(request, 200, json.dumps(listed).encode(), {"content-type": "application/json"})
+
+    def _send(self, request: http.server.BaseHTTPRequestHandler, folder: Path, name: str) -> None:
+        content = (folder / name).read_bytes() if (folder / name).is_file() else None
+        if content is None:
+            _refuse(request, 404, "EntryNotFound", "Entry not found")
+            return
+        headers = {"etag": f'"{hashlib.sha256(content).hexdigest()}"', "x-repo-commit": COMMIT}
+        if request.command == "GET":
+            self.asked.append(name)
+        start = 0
+        if asked := request.headers.get("range"):
+            self.ranges.append(f"{name} {asked}")
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = None
+        if request.command == "GET" and name.endswith(".safetensors") and name not in self._broken:
+            cut = self.breaks_off
+            self._broken.add(name)
+        if request.command == "GET" and name == self.stalls_at:
+            cut = len(content) // 2
+        _reply(request, 206 if asked else 200, content[start:], headers, cut)
+        if name == self.stalls_at and cut is not None:
+            request.wfile.flush()
+            self.has_stalled.set()
+            self.goes_on.wait(60)
+
+
+def _entry(folder: Path, name: str) -> dict[str, Any]:
+    content = (folder / name).read_bytes()
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+def _refuse(request: http.server.BaseHTTPRequestHandler, status: int, code: str, message: str) -> None:
+    headers = {"x-error-code": code, "x-error-message": message, "content-type": "application/json"}
+    _reply(request, status, json.dumps({"error": message}).encode(), headers)
+
+
+def _reply(
+    request: http.server.BaseHTTPRequestHandler,
+    status: int,
+    content: bytes,
+    headers: dict[str, str],
+    cut: int | None = None,
+) -> None:
+    request.send_response(status)
+    for name, value in {**headers, "content-length": str(len(content))}.items():
+        request.send_header(name, value)
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(content[:cut])
+    if cut is not None and cut < len(content):
+        request.close_connection = True
+
+
+@contextmanager
+def stand_in_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+    """A hub for as long as the block lasts."""
+    hub = Hub(repositories)
+    try:
+        yield hub
+    finally:
+        hub.close()
