@@ -13,9 +13,10 @@ RUN apt-get update \
 
 # What is to be installed, apart: another version or lint rule in pyproject.toml does not install it all anew.
 FROM python AS requirements
+WORKDIR /build
 COPY pyproject.toml .
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-    > /requirements.txt
+    > requirements.txt
 
 # pip stays in this stage: it installs from outside into an environment that has none.
 FROM python AS packages
@@ -34,7 +35,7 @@ COPY constraints.txt .
 # PyTorch by itself first: asked for together, the other packages would be looked up at its index too.
 # hadolint ignore=DL3013,DL3042
 RUN pip --python /opt/flux-server/bin/python install -c constraints.txt ${TORCH_INDEX:+--index-url="$TORCH_INDEX"} torch
-COPY --from=requirements /requirements.txt .
+COPY --from=requirements /build/requirements.txt .
 # hadolint ignore=DL3042
 RUN pip --python /opt/flux-server/bin/python install -c constraints.txt -r requirements.txt
 # Libraries' tests, and PyTorch's headers, which are of use to compilers only: there is none here.

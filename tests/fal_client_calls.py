@@ -1,16 +1,23 @@
 """What programs that use fal-client do: `python -m tests.fal_client_calls CALL ARGUMENT...` prints JSON."""
 
 import asyncio
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import fal_client
+from PIL import Image
 
 #: Small, so that the demo weights paint it in a moment.
 APPLE = {"prompt": "a red apple", "seed": 7, "image_size": "square", "num_inference_steps": 4}
 FLUX = "fal-ai/flux/dev"
+
+
+def version() -> Any:
+    """Which fal-client this is."""
+    return [importlib.metadata.version("fal-client"), str(Path(fal_client.__file__).parent)]
 
 
 def everyday() -> Any:
@@ -144,6 +151,83 @@ def late(gate: str) -> Any:
 def hello(endpoint: str) -> Any:
     """One picture, or why there is none."""
     return _failure(lambda: fal_client.run(endpoint, arguments={"prompt": "hello"}))
+
+
+def uploads(folder: str) -> Any:
+    """Where a text, a picture and a file of several parts are found once they were uploaded."""
+    with Image.open(Path(folder) / "small.png") as picture:
+        picture.load()
+    return {
+        "text": fal_client.upload(b"hello", "text/plain"),
+        "picture": fal_client.upload_image(picture, "png"),
+        "small": fal_client.upload_file(Path(folder) / "small.png"),
+        "large": fal_client.upload_file(Path(folder) / "large.bin"),
+    }
+
+
+async def uploads_async(folder: str) -> Any:
+    """The same without blocking, but for the large one."""
+    return {
+        "text": await fal_client.upload_async(b"hello", "text/plain"),
+        "small": await fal_client.upload_file_async(Path(folder) / "small.png"),
+    }
+
+
+def realtime() -> Any:
+    """Two pictures and a refusal in one session, and a picture in a session opened with the key itself."""
+    with fal_client.realtime(FLUX, max_buffering=5) as session:
+        answers = [_heard(session, APPLE), _heard(session, {"prompt": 5}), _heard(session, APPLE)]
+    with fal_client.realtime(FLUX, use_jwt=False) as session:
+        return [*answers, _heard(session, APPLE)]
+
+
+async def realtime_async() -> Any:
+    """The same without blocking."""
+    async with fal_client.realtime_async(FLUX, max_buffering=5) as session:
+        answers = [await _heard_async(session, fields) for fields in (APPLE, {"prompt": 5}, APPLE)]
+    async with fal_client.realtime_async(FLUX, use_jwt=False) as session:
+        return [*answers, await _heard_async(session, APPLE)]
+
+
+def hopeless(folder: str) -> Any:
+    """How everything fails when there is no server."""
+    attempts = {
+        "run": lambda: fal_client.run(FLUX, arguments=APPLE),
+        "submit": lambda: fal_client.submit(FLUX, arguments=APPLE),
+        "subscribe": lambda: fal_client.subscribe(FLUX, arguments=APPLE),
+        "stream": lambda: list(fal_client.stream(FLUX, arguments=APPLE)),
+        "status": lambda: fal_client.status(FLUX, "0"),
+        "upload": lambda: fal_client.upload(b"hello", "text/plain"),
+        "large": lambda: fal_client.upload_file(Path(folder) / "large.bin"),
+    }
+    if hasattr(fal_client, "realtime"):
+        attempts["realtime"] = lambda: fal_client.realtime(FLUX).__enter__()
+        attempts["realtime with a key"] = lambda: fal_client.realtime(FLUX, use_jwt=False).__enter__()
+    return {name: _whatever_fails(attempt) for name, attempt in attempts.items()}
+
+
+def _whatever_fails(attempt: Any) -> str | None:
+    try:
+        attempt()
+    except Exception as error:
+        return type(error).__name__
+    return None
+
+
+def _heard(session: Any, fields: dict[str, Any]) -> Any:
+    session.send(fields)
+    try:
+        return session.recv()
+    except fal_client.client.RealtimeError as error:
+        return error.payload
+
+
+async def _heard_async(session: Any, fields: dict[str, Any]) -> Any:
+    await session.send(fields)
+    try:
+        return await session.recv()
+    except fal_client.client.RealtimeError as error:
+        return error.payload
 
 
 def _let_go(gate: str, steps: int) -> None:

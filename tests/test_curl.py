@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.serving import ROOT, Server
 
-EXPIRED = 'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 0}'
+EXPIRED = 'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 1e-9}'
 
 
 def curl(*arguments: str) -> bytes:
