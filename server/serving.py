@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -59,7 +60,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     }
     listeners = [_Listener(uvicorn.Config(app, **options))]
     if settings.tls_port:
-        files = tls.ensure(settings.data_dir, settings.host)
+        files = tls.ensure(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
         certificate: dict[str, Any] = {"ssl_certfile": str(files.certificate), "ssl_keyfile": str(files.key)}
         listeners.append(_Listener(uvicorn.Config(app, **options, **certificate)))
     stopping = asyncio.Event()

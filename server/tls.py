@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,11 @@ def paths(data_dir: Path) -> TLS:
     return TLS(folder / "ca.pem", folder / "bundle.pem", folder / "cert.pem", folder / "key.pem")
 
 
-def ensure(data_dir: Path, host: str) -> TLS:
-    """Make the authority at the first start, and the certificate then and before it runs out or names change."""
+def ensure(data_dir: Path, *hosts: str) -> TLS:
+    """Make the authority at the first start, and the certificate then and before it runs out or names change.
+
+    `hosts` are names and addresses it is to bear beside the usual ones.
+    """
     files = paths(data_dir)
     folder = files.authority.parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -61,23 +65,24 @@ def ensure(data_dir: Path, host: str) -> TLS:
         _make_authority(files.authority, authority_key)
         files.certificate.unlink(missing_ok=True)
     _write(files.bundle, Path(certifi.where()).read_bytes() + b"\n" + files.authority.read_bytes(), 0o644)
-    names = _alternative_names(host)
+    names = _alternative_names(hosts)
     if not (files.certificate.exists() and files.key.exists() and _is_current(files.certificate, names)):
         _make_certificate(files, authority_key, names)
     return files
 
 
-def _alternative_names(host: str) -> x509.SubjectAlternativeName:
-    names: list[x509.GeneralName] = [x509.DNSName(name) for name in NAMES]
-    addresses = [ipaddress.ip_address(address) for address in ADDRESSES]
-    try:
-        address = ipaddress.ip_address(host)
-        if address not in addresses and not address.is_unspecified:
-            addresses.append(address)
-    except ValueError:
-        if host not in NAMES:
-            names.append(x509.DNSName(host))
-    return x509.SubjectAlternativeName([*names, *map(x509.IPAddress, addresses)])
+def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    names, addresses = list(NAMES), [ipaddress.ip_address(address) for address in ADDRESSES]
+    for host in filter(None, hosts):
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            names.append(host)
+        else:
+            # "Any address" is where a server listens, not where it is found.
+            addresses += [] if address.is_unspecified else [address]
+    shown = [*map(x509.DNSName, dict.fromkeys(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
+    return x509.SubjectAlternativeName(shown)
 
 
 def _is_current(path: Path, names: x509.SubjectAlternativeName) -> bool:
