@@ -30,7 +30,7 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.load
 
 clean:
-	rm -rf .venv tests/js/node_modules
+	rm -rf .venv tests/js/node_modules tests/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import wire
@@ -29,8 +30,8 @@ PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 #: Paths that belong to no role, whatever the host is called.
 _OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/")
-#: Paths that bound their bodies themselves.
-_UPLOAD_PATHS = ("/storage/upload/", "/files/")
+#: Requests that carry a file and bound it themselves.
+_UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 
 
 class Address:
@@ -57,11 +58,14 @@ class Address:
         try:
             headers = dict(scope["headers"])
             scope = self._readdress(scope, headers)
-            if not scope["path"].startswith(_UPLOAD_PATHS):
+            if not _UPLOADS.fullmatch(f"{scope.get('method')} {scope['path']}"):
                 receive = self._bounded(receive, headers)
             await self.app(scope, receive, sender)
         except ServerError as error:
             await wire.error(error)(scope, receive, send)
+        except ClientDisconnect:
+            # It left in the middle of its body; there is nobody to answer.
+            return
         except StreamFailed:
             # The answer stays without its end, which every client takes for the error that it is.
             return

@@ -49,7 +49,8 @@ class Admission:
             raise Misdirected(f"{host} is not a name of this server; --public-url can make it one")
         origin = headers.get(b"origin", b"").decode("latin-1")
         # A picture may be shown by any page that was told its name.
-        if origin and not scope["path"].startswith("/files/") and not self._is_own_origin(origin):
+        shows = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")
+        if origin and not shows and not self._is_own_origin(origin):
             raise Forbidden(f"Web pages of {origin} may not use this server; --cors-origin can permit it")
 
     def _is_own(self, hostname: str) -> bool:

@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models import discover, weights
-from models.base import Placement
+from models.base import Model, Placement
 from models.schema import Limits
 from server import admission, auth, openapi, wire
 from server.address import Address
@@ -44,36 +45,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
     """
-    models = discover(settings.models_dir)
-    served = weights.assign(settings.weights, models)
+    known = discover(settings.models_dir)
+    places = weights.assign(settings.weights, known)
+    models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
-    notifier = Notifier()
-    jobs = Queue(database, notifier, settings.max_queue_length)
-    store = Files(settings.data_dir / "files", database)
-    models = {endpoint: model for endpoint, model in models.items() if endpoint in served}
-    placements = {
-        endpoint: Placement(place, settings.safety_checker, settings.device) for endpoint, place in served.items()
-    }
-    uploads = Uploads(
-        settings.data_dir / "uploads",
-        database,
-        store,
-        max_bytes=settings.max_upload_mib * 2**20,
-        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
-    )
-    guard = Guard(settings.outbound_allow)
-    parts = Parts(
-        models=models,
-        limits=Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
-        keys=_keys(settings, database),
-        guard=guard,
-        queue=jobs,
-        files=store,
-        uploads=uploads,
-        signer=Signer(database, settings.webhook_secret),
-        notifier=notifier,
-        worker=Worker(settings, models, placements, jobs, store, notifier),
-    )
+    parts = _join(settings, models, places, database)
     app = FastAPI(
         title="flux-server",
         version=operations.VERSION,
@@ -89,6 +65,35 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     _add_doors(app, settings, parts.keys)
     return app
+
+
+def _join(
+    settings: Settings, models: dict[str, Model], places: Mapping[str, str | Path | None], database: Database
+) -> Parts:
+    notifier = Notifier()
+    jobs = Queue(database, notifier, settings.max_queue_length)
+    store = Files(settings.data_dir / "files", database)
+    placements = {
+        endpoint: Placement(place, settings.safety_checker, settings.device) for endpoint, place in places.items()
+    }
+    return Parts(
+        models=models,
+        limits=Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
+        keys=_keys(settings, database),
+        guard=Guard(settings.outbound_allow),
+        queue=jobs,
+        files=store,
+        uploads=Uploads(
+            settings.data_dir / "uploads",
+            database,
+            store,
+            max_bytes=settings.max_upload_mib * 2**20,
+            max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+        ),
+        signer=Signer(database, settings.webhook_secret),
+        notifier=notifier,
+        worker=Worker(settings, models, placements, jobs, store, notifier),
+    )
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
@@ -128,6 +133,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     )
     parts.queue.recover()
     parts.files.remove_strays()
+    parts.signer.rotate()
     parts.worker.start()
     tasks = [
         asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer).run()),

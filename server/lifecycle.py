@@ -31,7 +31,8 @@ def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
 def _seconds(given: object) -> float | None:
     if given is None:
         return None
-    return number(given, "X-Fal-Object-Lifecycle-Preference's expiration_duration_seconds")
+    # Zero stands for no expiry, as fal's own client says.
+    return number(given, "X-Fal-Object-Lifecycle-Preference's expiration_duration_seconds") or None
 
 
 def _is_private(preference: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Uploads under way: parts on the disk that become one file in the store."""
 
 import asyncio
+import contextlib
 import hashlib
 import mimetypes
 import os
@@ -8,13 +9,14 @@ import re
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from server.database import Database
-from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound
+from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull
 from server.files import Files, list_file, new_name
 from server.jobs import Lifecycle, StoredFile
 
@@ -22,6 +24,8 @@ from server.jobs import Lifecycle, StoredFile
 LIFETIME = 86_400.0
 #: Amazon's bound on parts, which fal's clients keep to.
 MAX_PARTS = 10_000
+#: How many uploads one owner may have begun and not finished.
+MAX_UNDER_WAY = 1_000
 _ENDING = re.compile(r"[a-z0-9]{1,8}")
 
 
@@ -56,15 +60,20 @@ class Uploads:
         self._max_bytes = max_bytes
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._remove_strays()
 
     def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Expect a file; its name in the store is known from now on."""
+        """Expect a file; its name in the store is known from now on. Raises QueueFull."""
+        ((under_way,),) = self._database.read("SELECT count(*) FROM uploads WHERE owner = ?", owner)
+        if under_way >= MAX_UNDER_WAY:
+            raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
         upload = Upload(
             upload_id=secrets.token_hex(16),
             name=new_name(_ending(file_name, content_type)),
             owner=owner,
-            content_type=_clean(content_type) or "application/octet-stream",
+            content_type=_type(content_type),
             file_name=_clean(file_name)[:255] or "file",
             lifecycle=lifecycle,
         )
@@ -109,7 +118,9 @@ class Uploads:
                         raise BodyTooLarge(self._limit_words())
                     digest.update(chunk)
                     await asyncio.to_thread(file.write, chunk)
-            aside.rename(self._parts(upload) / str(part_number))
+            await asyncio.to_thread(self._take, upload, part_number, aside, size)
+        except FileNotFoundError:
+            raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
             raise DiskFull from error
         finally:
@@ -122,16 +133,20 @@ class Uploads:
         Raises BadRequest when a listed part was not sent, and DiskFull.
         """
         folder = self._parts(upload)
-        sent = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        sent = sorted(_sizes(folder))
         wanted = sorted(set(part_numbers)) if part_numbers else sent
         if missing := sorted(set(wanted) - set(sent)):
             raise BadRequest(f"Part {missing[0]} was not sent")
+        whole = self._folder / f"{secrets.token_hex(8)}.whole"
         try:
-            size = _join([folder / str(number) for number in wanted], folder / "whole")
-            self._files.adopt(folder / "whole", upload.name)
+            size = _join([folder / str(number) for number in wanted], whole)
+            file = self._listed(upload, whole, size)
+        except FileNotFoundError:
+            raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
             raise DiskFull from error
-        file = self._listed(upload, size)
+        finally:
+            whole.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         return file
 
@@ -145,7 +160,7 @@ class Uploads:
             shutil.rmtree(self._folder / row["upload_id"], ignore_errors=True)
         return len(rows)
 
-    def _listed(self, upload: Upload, size: int) -> StoredFile:
+    def _listed(self, upload: Upload, whole: Path, size: int) -> StoredFile:
         now = self._clock()
         lifetime = upload.lifecycle.lifetime
         file = StoredFile(
@@ -158,20 +173,41 @@ class Uploads:
             None if lifetime is None else now + lifetime,
         )
         with self._database.transaction() as connection:
+            if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
+                raise NotFound("There is no such upload, or it is over")
+            self._files.adopt(whole, upload.name)
             list_file(connection, file, None, now)
-            connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
         return file
 
     def _room(self, upload: Upload, part_number: int) -> int:
         """How many bytes this part may have."""
         rows = self._database.read("SELECT upload_id FROM uploads WHERE owner = ?", upload.owner)
-        under_way = {row["upload_id"]: _size(self._folder / row["upload_id"], part_number) for row in rows}
+        under_way = {row["upload_id"]: sum(_sizes(self._folder / row["upload_id"]).values()) for row in rows}
+        if upload.upload_id in under_way:
+            under_way[upload.upload_id] -= _sizes(self._parts(upload)).get(part_number, 0)
         ((stored,),) = self._database.read(
             "SELECT coalesce(sum(size), 0) FROM files WHERE owner = ? AND request_id IS NULL", upload.owner
         )
         of_this = self._max_bytes - under_way.get(upload.upload_id, 0)
         of_owner = self._max_bytes_per_owner - stored - sum(under_way.values())
         return int(min(of_this, of_owner))
+
+    def _remove_strays(self) -> None:
+        """Delete what no row knows: a crash came between a row and its folder."""
+        known = {row["upload_id"] for row in self._database.read("SELECT upload_id FROM uploads")}
+        for path in self._folder.iterdir():
+            if path.name not in known:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def _take(self, upload: Upload, part_number: int, aside: Path, size: int) -> None:
+        """Keep a part; parts that came at the same time are weighed one after the other."""
+        with self._lock:
+            if size > self._room(upload, part_number):
+                raise BodyTooLarge(self._limit_words())
+            aside.rename(self._parts(upload) / str(part_number))
 
     def _limit_words(self) -> str:
         return (
@@ -199,11 +235,20 @@ def _clean(text: str) -> str:
     return "".join(character for character in text if character.isprintable()).strip()
 
 
-def _size(folder: Path, besides: int) -> int:
-    """Bytes on the disk for an upload, not counting the part that is about to be replaced."""
-    if not folder.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in folder.iterdir() if path.name != str(besides))
+def _type(text: str) -> str:
+    cleaned = _clean(text)
+    return cleaned if cleaned and cleaned.isascii() else "application/octet-stream"
+
+
+def _sizes(folder: Path) -> dict[int, int]:
+    """The parts that have come, and their bytes."""
+    sizes: dict[int, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.isdecimal():
+                    sizes[int(entry.name)] = entry.stat().st_size
+    return sizes
 
 
 def _join(parts: Sequence[Path], whole: Path) -> int:

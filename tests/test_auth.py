@@ -1,7 +1,12 @@
 """Who is calling."""
 
+import base64
+import json
+import time
 from pathlib import Path
+from typing import Any
 
+import jwt
 import pytest
 
 from server.auth import EVERYBODY, Keys, generate, stored_hashes
@@ -84,3 +89,97 @@ def test_given_and_generated_keys_are_both_known(parts: Parts) -> None:
     key = generate(parts.database)
     keys = Keys((KEY,), stored_hashes(parts.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
+
+
+# -- tokens
+
+
+def issued(keys: Keys, scope: str = "flux", seconds: float = 60) -> tuple[str, str]:
+    """A token, and whose it is."""
+    owner = keys.owner(f"Key {KEY}")
+    return keys.issue(owner, scope, seconds), owner
+
+
+def is_refused(keys: Keys, token: str, scope: str = "flux") -> bool:
+    """Whether a token is good for nothing of this scope."""
+    with pytest.raises(Unauthorized):
+        keys.owner_of_token(token, scope)
+    with pytest.raises(Unauthorized):
+        keys.owner(f"Bearer {token}", scope)
+    return True
+
+
+@pytest.mark.parametrize("scope", ["flux", "flux null", "null flux"])
+def test_a_token_stands_for_its_key_in_its_scope(scope: str) -> None:
+    keys = Keys((KEY,))
+    token, owner = issued(keys, scope)
+    assert keys.owner_of_token(token, "flux") == owner
+    assert keys.owner(f"Bearer {token}", "flux") == keys.owner(f"bearer  {token} ", "flux") == owner
+
+
+def test_a_token_is_good_for_nothing_else() -> None:
+    keys = Keys((KEY,))
+    token, _ = issued(keys, "flux null")
+    for scope in ("uploads", "", "flu", "flux null", "fluxx"):
+        assert is_refused(keys, token, scope)
+    for authorization in (f"Bearer {token}", f"Key {token}"):
+        with pytest.raises(Unauthorized):
+            keys.owner(authorization)
+    with pytest.raises(Unauthorized):
+        keys.owner(f"Key {token}", "flux")
+
+
+def test_a_key_is_good_in_every_scope_and_no_token() -> None:
+    keys = Keys((KEY,))
+    assert keys.owner(f"Bearer {KEY}", "flux") == keys.owner(f"Key {KEY}", "uploads") == keys.owner(f"Key {KEY}")
+    with pytest.raises(Unauthorized):
+        keys.owner_of_token(KEY, "flux")
+
+
+def test_a_token_ends() -> None:
+    keys = Keys((KEY,))
+    assert is_refused(keys, issued(keys, seconds=-1)[0])
+    assert is_refused(keys, issued(keys, seconds=-3600)[0])
+
+
+def test_a_token_dies_with_the_process() -> None:
+    assert is_refused(Keys((KEY,)), issued(Keys((KEY,)))[0])
+
+
+def _part(value: dict[str, Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def test_a_forged_token_is_refused() -> None:
+    keys = Keys((KEY,))
+    token, owner = issued(keys)
+    header, claims, signature = token.split(".")
+    wanted = {"sub": owner, "scope": "uploads flux", "exp": int(time.time()) + 3600}
+    forged = [
+        f"{header}.{_part(wanted)}.{signature}",
+        f"{_part({'alg': 'none', 'typ': 'JWT'})}.{_part(wanted)}.",
+        f"{header}.{claims}.",
+        f"{header}.{claims}",
+        f"{header}.{claims}.{signature[:-2]}",
+        jwt.encode(wanted, "another secret, as long as a secret should be", "HS256"),
+        jwt.encode(wanted, KEY.ljust(32), "HS256"),
+        jwt.encode(wanted, owner, "HS256"),
+        "",
+        "..",
+        "é",
+        "nonsense",
+    ]
+    assert all(is_refused(keys, one) for one in forged)
+
+
+def test_a_token_does_not_tell_the_key() -> None:
+    claims = jwt.decode(issued(Keys((KEY,)))[0], options={"verify_signature": False})
+    assert not {KEY, *KEY.split(":")} & {str(value) for value in claims.values()}
+    assert "secret" not in str(claims)
+
+
+@pytest.mark.parametrize("token", ["", "nonsense", "a.b.c"])
+def test_without_a_key_every_token_is_everybodys(token: str) -> None:
+    keys = Keys(())
+    assert keys.owner_of_token(token, "flux") == keys.owner(f"Bearer {token}", "flux") == EVERYBODY
+    assert keys.owner_of_token(keys.issue(EVERYBODY, "flux", 60), "uploads") == EVERYBODY

@@ -92,7 +92,9 @@ def test_forbid_and_hide_make_a_file_private(name: str, acl: object, is_private:
     assert asked({"initial_acl": acl}, name) == Lifecycle(None, is_private)
 
 
-@pytest.mark.parametrize("acl", [{"default": "perhaps"}, {"default": 1}, {"default": ["forbid"]}, "FORBID", 1, ["hide"]])
+@pytest.mark.parametrize(
+    "acl", [{"default": "perhaps"}, {"default": 1}, {"default": ["forbid"]}, "FORBID", 1, ["hide"]]
+)
 def test_an_acl_that_is_not_understood_is_refused_rather_than_open(acl: object) -> None:
     assert "initial_acl" in refused(json.dumps({"initial_acl": acl}))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_sdks_are_those_that_package_json_names(node: None) -> None:
     assert found == wanted
 
 
-@pytest.mark.parametrize("name", ["subscribe", "config", "submit", "status", "result"])
+@pytest.mark.parametrize("name", ["subscribe", "config", "submit", "status", "result", "upload"])
 def test_only_marked_lines_are_added_to_the_page(every_client: dict[str, Client], name: str) -> None:
     program = every_client["serverless-client"].program(name, "fal", PAGE_ID)
     assert [line for line in program.splitlines() if not line.endswith(MARK)] == page(name).splitlines()
@@ -95,6 +96,14 @@ def test_page_config(every_client: dict[str, Client], server: Server, tmp_path: 
             client = open_client.at(server.url, locked.url)
             assert client.run("unauthorized.mjs")["status"] == 401
             assert client.run_page("config", submit)["status"] == "IN_QUEUE"
+
+
+def test_page_upload(sdk: Client, server: Server, client: httpx.Client) -> None:
+    url = sdk.run_page("upload", "url")
+    assert url.startswith(f"{server.url}/files/")
+    answer = client.get(url)
+    assert (answer.content, answer.headers["content-type"]) == (b"Hello, World!", "text/plain; charset=utf-8")
+    assert answer.headers["content-disposition"] == 'attachment; filename="hello.txt"'
 
 
 def test_queue(sdk: Client, gate: Gate) -> None:
@@ -241,3 +250,66 @@ def test_results_have_the_fields_of_the_page(
         assert sdk.is_raw or said["results"][way]["requestId"] == request_id
     assert [event["step"] for event in said["events"][:-1]] in ([], [1], [2], [1, 2])
     assert said["last"] == said["events"][-1]
+
+
+@pytest.fixture(scope="session")
+def uploaded(every_client: dict[str, Client]) -> dict[str, Any]:
+    """What upload.mjs says with each SDK."""
+    return {name: client.run("upload.mjs") for name, client in every_client.items()}
+
+
+#: Content type and attachment name of each file in upload.mjs.
+FILES = {
+    "named": ("text/plain; charset=utf-8", "hello.txt"),
+    "unnamed": ("image/png", None),
+    "untyped": ("application/octet-stream", ".octet"),
+    "page": ("text/html; charset=utf-8", "page.html"),
+    "odd": ("text/plain;charset=utf-8", "M%C3%A4rz%20%22%F0%9F%8D%8E%22.txt"),
+    "empty": ("text/plain; charset=utf-8", "empty.txt"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_uploads_are_found_at_their_urls(uploaded: dict[str, Any], server: Server, name: str) -> None:
+    uploads = uploaded[name]["uploads"]
+    assert uploads.keys() == FILES.keys()
+    for kind, (type_, file_name) in FILES.items():
+        found = uploads[kind]
+        text = {"page": "<script>alert(1)</script>", "empty": ""}.get(kind, "Hello, World!")
+        assert (found["status"], found["type"], found["text"]) == (200, type_, text)
+        assert found["url"].startswith(f"{server.url}/files/")
+        if file_name is None:
+            assert found["disposition"] is None
+        else:
+            assert found["disposition"].startswith("attachment; filename")
+            assert found["disposition"].rstrip('"').endswith(file_name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blobs_inside_the_input_are_uploaded(uploaded: dict[str, Any], server: Server, name: str) -> None:
+    inputs = uploaded[name]["inputs"]
+    assert inputs.keys() == {"run", "subscribe", "submit", "stream"}
+    for found in inputs.values():
+        assert found["url"].startswith(f"{server.url}/files/")
+        assert (found["status"], found["text"]) == (200, "Hello, World!")
+    assert len({found["url"] for found in inputs.values()}) == 4
+
+
+def test_a_large_file_in_parts(every_client: dict[str, Client]) -> None:
+    said = every_client["client, proxyUrl"].run("upload_large.mjs")
+    assert (said["found"]["status"], said["found"]["type"]) == (200, "image/png")
+    assert said["found"]["sha256"] == said["sent"]
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose one key is what the scripts have."""
+    with serving(tmp_path_factory.mktemp("locked"), TEST_MODELS, keys="local") as running:
+        yield running.ready()
+
+
+@pytest.mark.parametrize("name", ["client, proxyUrl", "client, requestMiddleware"])
+def test_private_files_and_pictures(every_client: dict[str, Client], server: Server, locked: Server, name: str) -> None:
+    found = every_client[name].at(server.url, locked.url).run("upload_private.mjs")
+    assert found["open"] == {"stranger": 200, "owner": 200}
+    assert found["upload"] == found["picture"] == {"stranger": 404, "owner": 200}

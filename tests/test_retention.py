@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.jobs import Job, Lifecycle, State
+from server.files import list_file
+from server.jobs import Job, Lifecycle, State, StoredFile
 from server.retention import GRACE_SECONDS, Retention
 from tests.parts import Parts, claimed, finished, submission
 
@@ -118,3 +119,88 @@ def test_many_are_forgotten_at_once(parts: Parts, count: int) -> None:
     parts.clock.now += 7 * DAY
     assert retention(parts).sweep() == count
     assert known(parts) == []
+
+
+# -- uploads
+
+
+def uploaded(parts: Parts, size: int = 100, lifetime: float | None = None) -> StoredFile:
+    """A file that belongs to no job."""
+    file = parts.files.save(b"x" * size, "png", "image/png", "me", Lifecycle(lifetime))
+    with parts.database.transaction() as connection:
+        list_file(connection, file, None, parts.clock.now)
+    return file
+
+
+def left(parts: Parts) -> list[str]:
+    """The names of the files that are left: on the disk and in their rows."""
+    names = sorted(name for (name,) in parts.rows("SELECT name FROM files"))
+    assert names == parts.on_disk()
+    return names
+
+
+def test_uploads_go_by_age(parts: Parts) -> None:
+    uploaded(parts)
+    parts.clock.now += DAY
+    young = uploaded(parts)
+    parts.clock.now += 6 * DAY - 1
+    retention(parts).sweep()
+    assert len(left(parts)) == 2
+    parts.clock.now += 1
+    # No job was forgotten.
+    assert retention(parts).sweep() == 0
+    assert left(parts) == [young.name]
+
+
+def test_an_upload_with_an_expiry_of_its_own_goes_then(parts: Parts) -> None:
+    brief, lasting = uploaded(parts, lifetime=60), uploaded(parts, lifetime=30 * DAY)
+    parts.clock.now += 60
+    assert parts.files.find(brief.name) is None
+    retention(parts).sweep()
+    assert left(parts) == [lasting.name]
+    # The operator's age is the longest there is.
+    parts.clock.now += 7 * DAY
+    retention(parts).sweep()
+    assert left(parts) == []
+
+
+def test_uploads_and_results_share_the_disk_and_the_oldest_go(parts: Parts) -> None:
+    uploads, jobs = [], []
+    for _ in range(3):
+        uploads.append(uploaded(parts, size=100))
+        parts.clock.now += 1
+        jobs.append(with_picture(parts, size=100))
+        parts.clock.now += 1
+    assert retention(parts, max_bytes=600).sweep() == 0
+    assert len(left(parts)) == 6
+    assert retention(parts, max_bytes=350).sweep() == 1
+    assert known(parts) == [job.request_id for job in jobs[1:]]
+    assert len(left(parts)) == 3
+    assert [parts.files.find(file.name) is not None for file in uploads] == [False, False, True]
+
+
+def test_a_young_upload_outlives_old_results(parts: Parts) -> None:
+    with_picture(parts, size=100)
+    parts.clock.now += 1
+    file = uploaded(parts, size=100)
+    assert retention(parts, max_bytes=100).sweep() == 1
+    assert left(parts) == [file.name]
+
+
+def test_a_job_goes_with_all_its_pictures_among_uploads_of_the_same_moment(parts: Parts) -> None:
+    files = [parts.files.save(b"x" * 100, "png", "image/png", "me", Lifecycle()) for _ in range(3)]
+    uploaded(parts, size=100)
+    finished(parts, *files)
+    later = uploaded(parts, size=100)
+    parts.clock.now += 1
+    kept = with_picture(parts, size=100)
+    retention(parts, max_bytes=350).sweep()
+    assert known(parts) == [kept.request_id]
+    assert later.name not in left(parts)
+    assert len(left(parts)) == 1
+
+
+def test_an_upload_larger_than_the_whole_budget_goes(parts: Parts) -> None:
+    uploaded(parts, size=1000)
+    retention(parts, max_bytes=999).sweep()
+    assert left(parts) == []

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ from tests.test_python_client import picture
 SDKS = ["@fal-ai/client", "@fal-ai/serverless-client"]
 CALLS = [sys.executable, "-m", "tests.fal_client_calls"]
 TITLE = {"NODE_OPTIONS": "--title=painter"}
+NOTHING: Mapping[str, str] = {}
 
 
 def ran(
-    server: Server, command: Sequence[str], *, cwd: Path = ROOT, options: Sequence[str] = (), **outside: str
+    server: Server,
+    command: Sequence[str],
+    outside: Mapping[str, str] = NOTHING,
+    *,
+    cwd: Path = ROOT,
+    options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """What a command did inside `flux-server run`, with the settings of this server and no more than PATH."""
     settings = {f"FLUX_SERVER_{name}": value for name, value in server.settings.items()}
@@ -64,25 +70,28 @@ def test_a_python_program_without_a_door(server: Server) -> None:
 def test_what_is_said_outside_does_not_lead_it_astray(door: Server) -> None:
     proxy = f"http://127.0.0.1:{free_port()}"
     outside = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "ALL_PROXY": proxy, "NO_PROXY": "*", "no_proxy": "fal.run"}
-    assert said(ran(door, [*CALLS, "hello", "test/null"], **outside))["prompt"] == "hello"
+    assert said(ran(door, [*CALLS, "hello", "test/null"], outside))["prompt"] == "hello"
 
 
-def test_a_proxy_outside_is_not_asked_when_there_is_no_door(server: Server) -> None:
-    proxy = f"http://127.0.0.1:{free_port()}"
-    outside = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "ALL_PROXY": proxy}
+def test_a_proxy_outside_is_not_asked_when_there_is_no_door(server: Server, tmp_path: Path) -> None:
+    notes, proxy = tmp_path / "notes", f"http://127.0.0.2:{free_port()}"
+    outside = watched(notes) | {"HTTPS_PROXY": proxy, "https_proxy": proxy, "ALL_PROXY": proxy}
+    outside["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
     options = ["--tls-port", server.tls_host.rpartition(":")[2]]
-    assert said(ran(server, [*CALLS, "hello", "test/null"], options=options, **outside))["prompt"] == "hello"
+    done = ran(server, [*CALLS, "hello", "test/null"], outside, options=options)
+    assert "127.0.0.2" not in reached(notes)
+    assert said(done)["prompt"] == "hello"
 
 
 def test_the_programs_own_key_is_kept(tmp_path: Path) -> None:
     with with_door(tmp_path, TEST_MODELS, keys="alice:secret") as server:
         assert said(ran(server, [*CALLS, "hello", "test/null"]))["prompt"] == "hello"
-        assert said(ran(server, [*CALLS, "hello", "test/null"], FAL_KEY="mallory:secret"))["status_code"] == 401
+        assert said(ran(server, [*CALLS, "hello", "test/null"], {"FAL_KEY": "mallory:secret"}))["status_code"] == 401
 
 
 @pytest.mark.parametrize("sdk", SDKS)
 def test_a_node_program(node: None, door: Server, small: Path, sdk: str) -> None:
-    done = ran(door, ["node", "whole.mjs", str(small)], cwd=JS, SDK=sdk)
+    done = ran(door, ["node", "whole.mjs", str(small)], {"SDK": sdk}, cwd=JS)
     got = said(done)
     assert len({picture(got[way]) for way in ("run", "subscribe", "queued", "streamed", "realtime")}) == 1
     assert httpx.get(got["upload"], trust_env=False).content == small.read_bytes()
@@ -133,7 +142,7 @@ def test_the_preload_knows_every_host(node: None, door: Server) -> None:
 def test_node_options_are_kept(node: None, door: Server) -> None:
     done = ran(door, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"])
     assert said(done)[-1].endswith("preload.cjs")
-    done = ran(door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], **TITLE)
+    done = ran(door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE)
     assert said(done) == ["painter", ""]
 
 
@@ -150,7 +159,7 @@ def test_node_reaches_nothing_when_the_server_is_stopped(
     node: None, stopped: Server, small: Path, tmp_path: Path, sdk: str
 ) -> None:
     notes = tmp_path / "notes"
-    got = said(ran(stopped, ["node", "whole.mjs", str(small)], cwd=JS, **{**watched(notes), "SDK": sdk}))
+    got = said(ran(stopped, ["node", "whole.mjs", str(small)], {**watched(notes), "SDK": sdk}, cwd=JS))
     assert [way for way, found in got.items() if not found.get("failed")] == []
     assert reached(notes) == {"127.0.0.1"}
 
@@ -160,14 +169,14 @@ def test_python_reaches_nothing_when_the_server_is_stopped(stopped: Server, tmp_
     outside = watched(notes)
     outside["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
     (tmp_path / "large.bin").write_bytes(b"x")
-    assert None not in said(ran(stopped, [*CALLS, "hopeless", str(tmp_path)], **outside)).values()
+    assert None not in said(ran(stopped, [*CALLS, "hopeless", str(tmp_path)], outside)).values()
     assert reached(notes) == {"127.0.0.1"}
 
 
 def test_the_canary_sees_node_too(node: None, door: Server, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
-    program = "fetch('http://127.0.0.2:9').catch(() => fetch('http://no.such.host.invalid')).catch(() => 0)"
-    assert ran(door, ["node", "-e", program], **watched(notes)).returncode == 0
+    program = "fetch('http://127.0.0.2:10009').catch(() => fetch('http://no.such.host.invalid')).catch(() => 0)"
+    assert ran(door, ["node", "-e", program], watched(notes)).returncode == 0
     assert {"127.0.0.2", "no.such.host.invalid"} <= reached(notes)
 
 
@@ -187,7 +196,7 @@ def test_no_command(door: Server) -> None:
 
 
 def test_a_bad_setting(door: Server) -> None:
-    done = ran(door, [sys.executable, "-c", "print(1)"], FLUX_SERVER_TLS_PORT="0")
+    done = ran(door, [sys.executable, "-c", "print(1)"], {"FLUX_SERVER_TLS_PORT": "0"})
     assert (done.returncode, done.stdout) == (2, "")
 
 

@@ -64,6 +64,10 @@ BAD = {
     "max_side": ["63", "14143"],
     "max_pixels": ["0"],
     "max_body_mib": ["0"],
+    "max_upload_mib": ["0"],
+    "max_uploads_gb": ["0", "nan"],
+    "proxy_port": ["-1", "65536"],
+    "proxy_others": ["perhaps"],
     "retention_days": ["0", "nan"],
     "retention_gb": ["0"],
     "shutdown_grace": ["-1"],
@@ -77,6 +81,12 @@ BAD = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_value_stops_the_start(name: str, value: str) -> None:
     assert len(problems({f"FLUX_SERVER_{name.upper()}": value})) == 1
+
+
+def test_the_door_needs_tls() -> None:
+    (line,) = problems({"FLUX_SERVER_PROXY_PORT": "8888", "FLUX_SERVER_TLS_PORT": "0"})
+    assert "--proxy-port needs --tls-port" in line
+    assert Settings.read({"FLUX_SERVER_PROXY_PORT": "8888"}).proxy_port == 8888
 
 
 def test_lists_are_separated_by_commas() -> None:
@@ -127,6 +137,9 @@ def test_a_public_url_has_no_slash_at_its_end() -> None:
 def test_the_data_folder_follows_the_environment_that_was_read(tmp_path: Path) -> None:
     assert Settings.read({"XDG_DATA_HOME": str(tmp_path)}).data_dir == tmp_path / "flux-server"
     assert Settings.read({"FLUX_SERVER_DATA_DIR": str(tmp_path)}).data_dir == tmp_path
+    assert Settings.read({}).data_dir == Path.home() / ".local" / "share" / "flux-server"
+    with pytest.raises(ValueError, match="data_dir"):
+        Settings()  # type: ignore[call-arg]
 
 
 def test_settings_do_not_change() -> None:

@@ -68,3 +68,11 @@ export async function fetched(url) {
   const magic = content.subarray(0, 4).toString("hex");
   return { url: url.slice(0, 100), status: response.status, type: response.headers.get("content-type"), sha256, magic };
 }
+
+// What a browser would see at a file's URL.
+export async function shown(url, headers = {}) {
+  const response = await fetch(url, { headers });
+  const type = response.headers.get("content-type");
+  const disposition = response.headers.get("content-disposition");
+  return { url, status: response.status, type, disposition, text: await response.text() };
+}

@@ -6,6 +6,8 @@ import WebSocket from "ws";
 const sdk = await import(process.env.SDK);
 const fal = sdk.fal ?? sdk;
 fal.config({ credentials: process.env.FAL_KEY });
+// A stream that fails says so twice, the second time to nobody.
+process.on("unhandledRejection", () => {});
 // Node has one of its own since version 22.
 globalThis.WebSocket ??= WebSocket;
 
@@ -34,6 +36,8 @@ const realtime = () =>
       },
       onError: reject,
     });
+    // The SDK keeps it to itself when there is no token to be had: then there is nothing left to wait for.
+    process.once("beforeExit", () => reject(new Error("no answer")));
     connection.send(input);
   });
 
