@@ -15,7 +15,8 @@ RUN apt-get update \
 FROM python AS requirements
 WORKDIR /build
 COPY pyproject.toml .
-RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+RUN python3 -c \
+    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
     > requirements.txt
 
 # pip stays in this stage: it installs from outside into an environment that has none.

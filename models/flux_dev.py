@@ -25,7 +25,7 @@ EXAMPLE = (
 
 
 class FluxDevInput(ImageInput):
-    """Fields, defaults and ranges: the endpoint's page and @fal-ai/client 1.10.1's types."""
+    """A request, with the fields, defaults and ranges of the endpoint's page and of fal's own client types."""
 
     prompt: Prompt = Field(description="The prompt to generate an image from.", examples=[EXAMPLE])
     # Checked like a size that was asked for, because the operator may allow less.

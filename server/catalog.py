@@ -96,6 +96,8 @@ def llms_txt(model: Model, base_url: str) -> str:
             _fenced("json", json.dumps(full, indent=2)),
             "\n### Output Schema\n",
             *_bullets(outputs),
+            "\n**Example Response**:\n",
+            _fenced("json", json.dumps(_example_response(base_url, needed), indent=2)),
             "\n## Usage Examples\n",
             "### cURL\n",
             _fenced("bash", _curl(model, base_url, needed)),
@@ -164,6 +166,17 @@ def _type(field: Mapping[str, Any]) -> str:
 def _choices(field: Mapping[str, Any]) -> list[Any]:
     options = field.get("anyOf", [field])
     return [choice for option in options for choice in option.get("enum", [])]
+
+
+def _example_response(base_url: str, needed: Mapping[str, Any]) -> dict[str, Any]:
+    url = f"{base_url}/files/0123456789abcdef0123456789abcdef.jpg"
+    return {
+        "images": [{"url": url, "width": 1024, "height": 768, "content_type": "image/jpeg"}],
+        "timings": {"inference": 1.2},
+        "seed": 42,
+        "has_nsfw_concepts": [False],
+        "prompt": needed.get("prompt", ""),
+    }
 
 
 def _summary(model: Model) -> str:

@@ -31,6 +31,7 @@ _LINES = """\
 
 _BY_HOST = "fal-client 0.11 or newer, and fal: these variables are all it takes (no uploads; see --proxy-port)."
 _BY_DOOR = "fal-client of any age, whole: these variables are all it takes."
+_DIRECT = "127.0.0.1,localhost"
 #: Programs that `run` brings here whole: Python through its variables, Node through the preload.
 _COVERED = ("python", "node", "npm", "npx", "yarn", "pnpm", "uv", "pytest", "fal")
 
@@ -56,8 +57,7 @@ def variables(settings: Settings, files: TLS) -> dict[str, str]:
     if settings.proxy_port:
         door = f"http://127.0.0.1:{settings.proxy_port}"
         # Both spellings, because each library reads one of them; pictures come from here without the door.
-        direct = "127.0.0.1,localhost"
-        return {**shared, "HTTPS_PROXY": door, "https_proxy": door, "NO_PROXY": direct, "no_proxy": direct}
+        return {**shared, "HTTPS_PROXY": door, "https_proxy": door, "NO_PROXY": _DIRECT, "no_proxy": _DIRECT}
     host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 
@@ -65,8 +65,12 @@ def variables(settings: Settings, files: TLS) -> dict[str, str]:
 def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> dict[str, str]:
     """`outside` with everything that brings a Python or Node program's fal calls here."""
     options = f"{outside.get('NODE_OPTIONS', '')} --require {shlex.quote(str(PRELOAD))}".strip()
+    # The machine's own proxy has no business with what is here.
+    direct = ",".join(filter(None, (outside.get("NO_PROXY") or outside.get("no_proxy"), _DIRECT, _host(settings))))
     return {
         **outside,
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         **variables(settings, files),
         "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
         "REQUESTS_CA_BUNDLE": str(files.bundle),

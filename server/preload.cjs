@@ -8,17 +8,19 @@ const [port, ...names] = process.env.FLUX_TLS_DOOR.split(",");
 const hosts = new Set(names);
 const connect = tls.connect;
 
+// tls.connect takes (options), (path, options) or (port, host, options), each with a listener behind.
+function optionsOf(given) {
+  const options = { ...given.find((value) => value && typeof value === "object") };
+  if (typeof given[0] === "object") return options;
+  if (isNaN(given[0])) return { path: given[0], ...options };
+  return { port: given[0], ...(typeof given[1] === "string" && { host: given[1] }), ...options };
+}
+
 tls.connect = function (...given) {
-  if (typeof given[0] !== "object") {
-    const [number, host, ...rest] = given;
-    const options = rest.find((value) => value && typeof value === "object");
-    const listener = given.find((value) => typeof value === "function");
-    given = [{ ...options, port: number, host: typeof host === "string" ? host : undefined }, listener];
-  }
-  const [options, ...rest] = given;
+  const { socket, path, ...options } = optionsOf(given);
   const name = options.servername || options.host;
-  if (!hosts.has(name)) return connect.call(this, options, ...rest);
-  // A socket that is open already would still lead to the real host.
-  const { socket, path, ...others } = options;
-  return connect.call(this, { ...others, host: "127.0.0.1", port: Number(port), servername: name }, ...rest);
+  if (!hosts.has(name)) return connect.apply(this, given);
+  // Without the socket or path of the caller, which would still lead to the real host.
+  const here = { ...options, host: "127.0.0.1", port: Number(port), servername: name };
+  return connect.call(this, here, given.find((value) => typeof value === "function"));
 };

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
-from server import connect, tls
+from server import tls
 from server.app import create_app
+from server.connect import ConnectDoor
 from server.notifier import WORKER
 from server.settings import Settings
 
@@ -83,7 +84,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         await asyncio.to_thread(parts.worker.stop)
         parts.notifier.close()
         if door:
-            door.close()
+            await door.close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.gather(*served, return_exceptions=True)
@@ -91,12 +92,13 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     return failure
 
 
-async def _door(settings: Settings, sockets: list[socket.socket]) -> asyncio.Server | None:
+async def _door(settings: Settings, sockets: list[socket.socket]) -> ConnectDoor | None:
     """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
     if not settings.proxy_port:
         return None
-    tls_port = sockets[1].getsockname()[1]
-    return await connect.listen("127.0.0.1", settings.proxy_port, tls_port, settings.proxy_others)
+    door = ConnectDoor(sockets[1].getsockname()[1], settings.proxy_others)
+    await door.open("127.0.0.1", settings.proxy_port)
+    return door
 
 
 def _bound(host: str, port: int) -> socket.socket:

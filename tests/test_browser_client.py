@@ -7,7 +7,6 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from tests.node import JS
 from tests.serving import Server
 from tests.test_node_clients import node as node
 
-CHROMIUM = "/usr/bin/chromium"
+#: As Debian, Ubuntu and Google name it.
+NAMES = ("chromium", "chromium-browser", "google-chrome")
 INDEX = '<!doctype html><link rel="icon" href="data:,"><script type="module" src="page.js"></script>'
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
@@ -32,13 +32,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium without a window; skips without it, except in CI, where it fails."""
-    if not Path(CHROMIUM).exists():
-        missing = f"{CHROMIUM} is missing: install Debian's chromium"
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        missing = "chromium is missing: install it, such as by `apt-get install chromium`"
         if os.environ.get("CI"):
             pytest.fail(f"{missing}; CI must not skip the test of the browser")
         pytest.skip(missing)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
 
@@ -52,8 +53,6 @@ def site(node: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [esbuild, "page.mjs", "--bundle", "--format=esm", "--log-level=error", f"--outfile={folder / 'page.js'}"]
     subprocess.run(command, cwd=JS, check=True, timeout=60)
     (folder / "index.html").write_text(INDEX)
-        '<!doctype html><title></title><link rel="icon" href="data:,"><script type="module" src="page.js"></script>'
-    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as listener:
         thread = threading.Thread(target=listener.serve_forever)
         thread.start()

@@ -283,18 +283,19 @@ def test_who_leaves_is_not_painted_for(tmp_path: Path) -> None:
     ):
         os.mkfifo(tmp_path / "gate")
         with session(server, "test/gate") as socket:
-            socket.send(msgpack.packb({**SMALL, "prompt": str(tmp_path / "gate"), "num_inference_steps": 9}))
+            socket.send(msgpack.packb({**SMALL, "prompt": str(tmp_path / "gate"), "num_inference_steps": 50}))
             with (tmp_path / "gate").open("wb", buffering=0) as pipe:
                 socket.send(msgpack.packb({**SMALL, "prompt": "behind it"}))
                 assert socket.ping().wait(60)
                 socket.close()
-                # One step only: what comes next is painted because the other eight are left.
-                pipe.write(b".")
-                assert client.post("/test/null", json=SMALL).status_code == 200
+                status_url = client.post("/queue/test/null", json=SMALL).json()["status_url"]
+                # A step for each look, until the server has seen that nobody is there: the rest is never taken.
+                while client.get(status_url).json()["status"] != "COMPLETED":
+                    pipe.write(b".")
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
         rows = parts.rows("SELECT mode, status, error_type FROM jobs ORDER BY sequence")
-        assert rows == [("realtime", 499, "client_disconnected"), ("run", 200, None)]
+        assert rows == [("realtime", 499, "client_disconnected"), ("queue", 200, None)]
         assert len(parts.on_disk()) == 1
 
 

@@ -35,11 +35,13 @@ store() {
 main() {
     local picture=${1:-} program
     [[ $EUID == 0 ]] || fail "debootstrap and chroot need root"
-    for program in buildah debootstrap unshare nsenter ip pgrep curl; do
+    for program in buildah debootstrap setpriv unshare nsenter ip pgrep curl; do
         command -v "$program" > /dev/null || fail "$program is not installed"
     done
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/flux-server-image.XXXXXX")
-    unshare --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$work" &
+    # It dies with this script even where the script cannot say so any more.
+    setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$work" &
     inside=$!
     trap 'kill -KILL "$inside" 2> /dev/null || true; wait || true; rm -rf "$work"' EXIT
     trap 'exit 143' INT TERM
