@@ -42,7 +42,7 @@ def _served(folder: Path) -> Iterator[tuple[str, Any]]:
     with httpx.Client() as client:
         while client.get(f"{url}/health/ready").status_code != 200:
             time.sleep(0.1)
-    yield url, app.state.parts.worker
+    yield url, app.state.worker
     server.should_exit = True
     thread.join()
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ class HubError(OSError):
     """The hub does not give what was asked for; the message says what to do."""
 
 
-def pull(hub_id: str, token: str | None = None) -> Path:
+def pull(hub_id: str) -> Path:
     """Bring a pipeline, or a single model, into the cache, with a progress bar. Returns its folder.
+
+    The token is the one in HF_TOKEN, if there is one.
 
     A file that breaks off is gone on with; after a kill, the files that are whole do not come again.
     Raises HubError.
@@ -23,9 +27,9 @@ def pull(hub_id: str, token: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(hub_id):
-        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"], token=token))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"]))
         patterns = _patterns(folder)
-        snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS, token=token)
+        snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
     if lacking := missing(folder):
         raise HubError(f"{hub_id} does not have what a pipeline needs: {', '.join(lacking)}")
     return folder
@@ -35,6 +39,8 @@ def locate(hub_id: str) -> Path | None:
     """The folder of what was pulled, if all of it is there; never opens a connection."""
     from huggingface_hub import try_to_load_from_cache
 
+    if hub_id.count("/") != 1:
+        return None
     for name in ("model_index.json", "config.json"):
         found = try_to_load_from_cache(hub_id, name)
         if isinstance(found, str) and not missing(Path(found).parent):
@@ -83,31 +89,29 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-class _explained:  # noqa: N801  reads as a phrase at its use
-    """Turns the hub's errors into words for an operator."""
+@contextmanager
+def _explained(hub_id: str) -> Iterator[None]:
+    """The hub's errors in words for an operator."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    def __init__(self, hub_id: str) -> None:
-        self._hub_id = hub_id
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-
-        page = f"{constants.ENDPOINT}/{self._hub_id}"
-        if isinstance(error, GatedRepoError):
-            how = "set HF_TOKEN to a token of that account" if not os.environ.get("HF_TOKEN") else "then try again"
-            raise HubError(f"{self._hub_id} asks you to accept its licence first: open {page}, accept it, {how}.")
-        if isinstance(error, RepositoryNotFoundError):
-            raise HubError(f"There is no {self._hub_id} on the hub, or HF_TOKEN may not see it ({page}).")
-        if isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError):
-            raise HubError(f"The hub at {constants.ENDPOINT} could not be reached or broke off: {error}")
-        if isinstance(error, OSError):
-            raise HubError(f"{self._hub_id} could not be stored: {error}")
+    page = f"{constants.ENDPOINT}/{hub_id}"
+    try:
+        yield
+    except HFValidationError:
+        raise HubError(f"{hub_id} is neither a folder here nor an id of the hub") from None
+    except GatedRepoError:
+        how = "then try again" if os.environ.get("HF_TOKEN") else "set HF_TOKEN to a token of that account"
+        raise HubError(f"{hub_id} asks you to accept its licence first: open {page}, accept it, {how}.") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"There is no {hub_id} on the hub, or HF_TOKEN may not see it ({page}).") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise HubError(f"The hub at {constants.ENDPOINT} could not be reached or broke off: {error}") from None
+    except OSError as error:
+        raise HubError(f"{hub_id} could not be stored: {error}") from None

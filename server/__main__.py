@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -99,6 +100,9 @@ def pull(
 
     try:
         for wanted in dict.fromkeys((hub_id, settings.safety_checker)):
+            # A checker may be a folder, which is here already.
+            if Path(wanted).is_dir():
+                continue
             folder = hub.pull(wanted)
             typer.echo(f"{wanted}: {hub.size(folder) / 1e9:.2f} GB of weights in {folder}")
     except OSError as error:
@@ -141,6 +145,9 @@ def run(
         typer.echo(f"flux-server: {note}", err=True)
     try:
         clients.run(settings, tls.paths(settings.data_dir), command)
+    except clients.CannotBring as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
     except OSError as error:
         typer.echo(f"{command[0]}: {error.strerror}", err=True)
         raise typer.Exit(NOT_FOUND) from None

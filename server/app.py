@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     places = weights.assign(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
-    parts = _join(settings, models, places, database)
+    parts, worker = _join(settings, models, places, database)
     app = FastAPI(
         title="flux-server",
         version=operations.VERSION,
@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=partial(_lifespan, settings=settings, database=database),
         redirect_slashes=False,
     )
-    app.state.parts = parts
+    app.state.parts, app.state.worker = parts, worker
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
     for nouns in (queue, catalog, storage, tokens, files, operations, realtime, run):
         app.include_router(nouns.router)
@@ -69,14 +69,15 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _join(
     settings: Settings, models: dict[str, Model], places: Mapping[str, str | Path | None], database: Database
-) -> Parts:
+) -> tuple[Parts, Worker]:
     notifier = Notifier()
     jobs = Queue(database, notifier, settings.max_queue_length)
     store = Files(settings.data_dir / "files", database)
     placements = {
         endpoint: Placement(place, settings.safety_checker, settings.device) for endpoint, place in places.items()
     }
-    return Parts(
+    worker = Worker(settings, models, placements, jobs, store, notifier)
+    parts = Parts(
         models=models,
         limits=Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
         keys=_keys(settings, database),
@@ -92,8 +93,9 @@ def _join(
         ),
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
-        worker=Worker(settings, models, placements, jobs, store, notifier),
+        is_ready=lambda: worker.is_ready,
     )
+    return parts, worker
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
@@ -123,6 +125,7 @@ def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
     parts: Parts = app.state.parts
+    worker: Worker = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
     retention = Retention(
         database,
@@ -134,7 +137,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts.queue.recover()
     parts.files.remove_strays()
     parts.signer.rotate()
-    parts.worker.start()
+    worker.start()
     tasks = [
         asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer).run()),
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
@@ -144,7 +147,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     try:
         yield
     finally:
-        await asyncio.to_thread(parts.worker.stop)
+        await asyncio.to_thread(worker.stop)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

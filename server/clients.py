@@ -64,7 +64,9 @@ def variables(settings: Settings, files: TLS) -> dict[str, str]:
 
 def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> dict[str, str]:
     """`outside` with everything that brings a Python or Node program's fal calls here."""
-    options = f"{outside.get('NODE_OPTIONS', '')} --require {shlex.quote(str(PRELOAD))}".strip()
+    # Quoted for Node, which knows double quotes alone.
+    preload = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
+    options = f'{outside.get("NODE_OPTIONS", "")} --require "{preload}"'.strip()
     # The machine's own proxy has no business with what is here.
     direct = ",".join(filter(None, (outside.get("NO_PROXY") or outside.get("no_proxy"), _DIRECT, _host(settings))))
     return {
@@ -76,12 +78,25 @@ def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> d
         "REQUESTS_CA_BUNDLE": str(files.bundle),
         "NODE_EXTRA_CA_CERTS": str(files.authority),
         "NODE_OPTIONS": options,
-        "FLUX_TLS_DOOR": ",".join((str(settings.tls_port), *sorted(FAL_HOSTS))),
+        "FLUX_TLS_DOOR": ",".join((settings.own_address, str(settings.tls_port), *sorted(FAL_HOSTS))),
     }
 
 
+class CannotBring(Exception):
+    """A program's calls cannot be brought here, so it must not run: they would go to the real cloud."""
+
+
 def run(settings: Settings, files: TLS, command: Sequence[str]) -> None:
-    """Become the command, with its fal calls brought here. Raises OSError when there is no such command."""
+    """Become the command, with its fal calls brought here.
+
+    Raises OSError when there is no such command, and CannotBring.
+    """
+    if not settings.tls_port:
+        raise CannotBring("run needs --tls-port: without it the program's calls would go to the real cloud")
+    if not files.bundle.exists():
+        raise CannotBring(
+            f"there is no certificate in {files.bundle.parent}; start the server once with this --data-dir"
+        )
     os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  what was asked for
 
 
@@ -100,4 +115,6 @@ def _host(settings: Settings) -> str:
 
 
 def _key(settings: Settings) -> str:
-    return settings.keys[0] if settings.keys else "local"
+    if settings.keys:
+        return settings.keys[0]
+    return "local" if settings.is_loopback else "the-key-shown-at-the-first-start"

@@ -26,8 +26,8 @@ _Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class ConnectDoor:
     """Tunnels `CONNECT host:443` for fal's hosts to our TLS port; anything else is refused unless let through."""
 
-    def __init__(self, tls_port: int, lets_others_through: bool) -> None:
-        self._tls_port = tls_port
+    def __init__(self, tls_address: tuple[str, int], lets_others_through: bool) -> None:
+        self._tls_address = tls_address
         self._lets_others_through = lets_others_through
         self._tunnels: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -65,7 +65,7 @@ class ConnectDoor:
 
     async def _connect(self, host: str, port: int) -> _Ends:
         if host in FAL_HOSTS:
-            host, port = "127.0.0.1", self._tls_port
+            host, port = self._tls_address
         elif not self._lets_others_through:
             log.warning("the CONNECT door refused %s:%d", host, port)
             raise _Refused("403 Forbidden", f"{host} is not one of fal's hosts; --proxy-others lets others through.")

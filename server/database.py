@@ -26,6 +26,10 @@ class Database:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Prompts and keys are nobody else's business, also in a folder that was there before.
+        # SQLite gives its other files the mode of this one.
+        (folder / "queue.sqlite3").touch(mode=0o600)
+        (folder / "queue.sqlite3").chmod(0o600)
         self._lock_file = (folder / "lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,11 +33,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _ports(settings)
     yield _disk(settings)
     device, free = yield from _device(settings)
-    models = discover(settings.models_dir)
-    for endpoint, where in weights.assign(settings.weights, models).items():
+    try:
+        places = weights.assign(settings.weights, discover(settings.models_dir))
+    except ValueError as error:
+        yield Finding("weights", False, str(error))
+        return
+    for endpoint, where in places.items():
         if where is not None:
             yield from _model(endpoint, where, device, free)
-    yield _checker(settings, [where for where in weights.assign(settings.weights, models).values() if where])
+    yield _checker(settings, [where for where in places.values() if where])
 
 
 def _python() -> Finding:
@@ -46,8 +50,8 @@ def _python() -> Finding:
 
 
 def _ports(settings: Settings) -> Finding:
-    wanted = [port for port in (settings.port, settings.tls_port, settings.proxy_port) if port]
-    taken = [str(port) for port in wanted if not _is_free(settings.host, port)]
+    wanted = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
+    taken = [str(port) for host, port in wanted if port and not _is_free(host, port)]
     words = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
     return Finding("ports", not taken, words)
 

@@ -1,5 +1,6 @@
 """The file store: pictures and uploads under names nobody can guess."""
 
+import errno
 import os
 import re
 import secrets
@@ -12,6 +13,8 @@ from server.database import Database
 from server.errors import DiskFull
 from server.jobs import Lifecycle, StoredFile
 
+#: What the system says when there is no more room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
 
@@ -60,7 +63,9 @@ class Files:
             self.adopt(aside, name)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise DiskFull from error
+            if error.errno in FULL:
+                raise DiskFull from error
+            raise
         expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
         return StoredFile(
             name, owner, len(content), content_type, is_private=lifecycle.is_private, expires_at=expires_at

@@ -4,7 +4,7 @@
 
 const tls = require("node:tls");
 
-const [port, ...names] = process.env.FLUX_TLS_DOOR.split(",");
+const [address, port, ...names] = process.env.FLUX_TLS_DOOR.split(",");
 const hosts = new Set(names);
 const connect = tls.connect;
 
@@ -21,6 +21,6 @@ tls.connect = function (...given) {
   const name = options.servername || options.host;
   if (!hosts.has(name)) return connect.apply(this, given);
   // Without the socket or path of the caller, which would still lead to the real host.
-  const here = { ...options, host: "127.0.0.1", port: Number(port), servername: name };
+  const here = { ...options, host: address, port: Number(port), servername: name };
   return connect.call(this, here, given.find((value) => typeof value === "function"));
 };

@@ -175,8 +175,10 @@ class Queue:
                 return
             with self._database.transaction() as connection:
                 rows.give_back(connection, job)
+            job.step, job.num_steps, job.logs = 0, 0, []
             job.state = State.IN_QUEUE
             self._enqueue(job)
+        self._notifier.ring(job.request_id, QUEUE)
 
     # -- what time does
 
@@ -226,9 +228,11 @@ class Queue:
             rows.end(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:
             self._dequeue(job)
-        job.state, job.is_cancelled = State.COMPLETED, is_cancelled
+        job.is_cancelled = is_cancelled
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
+        # Last, because the event loop reads without the lock: who sees it completed sees all of it.
+        job.state = State.COMPLETED
         self._recent[job.request_id] = job
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)

@@ -10,6 +10,12 @@ from server.queue import Queue
 #: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
 GRACE_SECONDS = 600.0
 _BATCH = 500
+#: All that takes room: files, and the answers that hold pictures themselves.
+_KEPT = """
+    SELECT name, request_id, size, created_at FROM files
+    UNION ALL
+    SELECT NULL, request_id, length(output), finished_at FROM jobs WHERE state = 'COMPLETED'
+"""
 
 
 class Retention:
@@ -55,12 +61,13 @@ class Retention:
 
     def _fit_budget(self) -> int:
         """The oldest results and uploads go until the files fit."""
-        ((total,),) = self._database.read("SELECT coalesce(sum(size), 0) FROM files")
+        ((total,),) = self._database.read(f"SELECT coalesce(sum(size), 0) FROM ({_KEPT})")  # noqa: S608  our own words
         if total <= self._max_bytes:
             return 0
         doomed: list[str] = []
         uploads: list[str] = []
-        for row in self._database.read("SELECT name, request_id, size FROM files ORDER BY created_at, request_id"):
+        rows = self._database.read(f"SELECT * FROM ({_KEPT}) ORDER BY created_at, request_id")  # noqa: S608
+        for row in rows:
             if total <= self._max_bytes and row["request_id"] not in doomed[-1:]:
                 break
             total -= row["size"]

@@ -106,7 +106,7 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         "attempt": job.attempt,
     }
     if connection.execute(_END, values).rowcount != 1:
-        raise RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
+        raise _lost(job)
     for file in outcome.files:
         list_file(connection, file, job.request_id, now)
     connection.execute(_DUE, (now, job.request_id))
@@ -114,16 +114,29 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
     """Remember that a running job is to end, also over a restart."""
-    connection.execute(
-        "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS'", (job.request_id,)
+    _guarded(
+        connection,
+        "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
     )
 
 
 def give_back(connection: sqlite3.Connection, job: Job) -> None:
     """A running job becomes IN_QUEUE again; its sequence, and so its place, stays."""
-    connection.execute(
-        "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS'", (job.request_id,)
+    _guarded(
+        connection,
+        "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
     )
+
+
+def _guarded(connection: sqlite3.Connection, sql: str, job: Job) -> None:
+    if connection.execute(sql, (job.request_id, job.attempt)).rowcount != 1:
+        raise _lost(job)
+
+
+def _lost(job: Job) -> RuntimeError:
+    return RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
 
 
 def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:

@@ -50,7 +50,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
-    parts = app.state.parts
+    parts, worker = app.state.parts, app.state.worker
     options: dict[str, Any] = {
         "lifespan": "off",
         "access_log": False,
@@ -81,14 +81,15 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
                 wait.cancel()
         log.info("stopping")
         # The worker first, while clients still listen: what it finishes within the grace reaches them.
-        await asyncio.to_thread(parts.worker.stop)
+        await asyncio.to_thread(worker.stop)
         parts.notifier.close()
-        if door:
-            await door.close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.gather(*served, return_exceptions=True)
-    failure: BaseException | None = parts.worker.failure
+        # After the answers, some of which go through it.
+        if door:
+            await door.close()
+    failure: BaseException | None = worker.failure
     return failure
 
 
@@ -96,7 +97,7 @@ async def _door(settings: Settings, sockets: list[socket.socket]) -> ConnectDoor
     """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
     if not settings.proxy_port:
         return None
-    door = ConnectDoor(sockets[1].getsockname()[1], settings.proxy_others)
+    door = ConnectDoor((settings.own_address, sockets[1].getsockname()[1]), settings.proxy_others)
     await door.open("127.0.0.1", settings.proxy_port)
     return door
 

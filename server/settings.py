@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from models.weights import place
 
 PREFIX = "FLUX_SERVER_"
+_SECRETS = ("keys", "webhook_secret")
 
 
 class BadSettings(Exception):
@@ -111,6 +112,13 @@ class Settings(BaseModel):
         except ValueError:
             return False
 
+    @property
+    def own_address(self) -> str:
+        """Where this machine itself finds the server."""
+        if self.host in ("0.0.0.0", "localhost"):  # noqa: S104  compared, not bound
+            return "127.0.0.1"
+        return "::1" if self.host == "::" else self.host
+
     @classmethod
     def read(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
         """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
@@ -138,4 +146,5 @@ def _problem(entry: Any) -> str:
     name = str(entry["loc"][0])
     if entry["type"] == "extra_forbidden":
         return f"{PREFIX}{name.upper()}: there is no such setting"
-    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {entry['msg']}; given was {entry['input']!r}"
+    given = "" if name in _SECRETS else f"; given was {entry['input']!r}"
+    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {entry['msg']}{given}"

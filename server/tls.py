@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from server.address import FAL_HOSTS
+
 #: Names a client may call us by: ours, and fal's for those who bring fal's names here. A wildcard below
 #: localhost is refused by OpenSSL and Node, so each name is listed.
 NAMES = (
@@ -20,15 +22,7 @@ NAMES = (
     "queue.localhost",
     "rest.localhost",
     "ws.localhost",
-    "fal.run",
-    "queue.fal.run",
-    "ws.fal.run",
-    "rest.fal.ai",
-    "rest.alpha.fal.ai",
-    "fal.media",
-    "v3.fal.media",
-    "falrun.com",
-    "queue.falrun.com",
+    *sorted(FAL_HOSTS),
 )
 ADDRESSES = ("127.0.0.1", "::1")
 _AUTHORITY_DAYS = 3650

@@ -30,6 +30,7 @@ class Running:
     request: Any
     painting: Painting
     seconds: float = 0.0
+    last_turn: int = 0
 
 
 class Worker:
@@ -54,6 +55,7 @@ class Worker:
         self._running: list[Running] = []
         #: Jobs that have ended and wait to be written down.
         self._ended: deque[tuple[Job, Outcome]] = deque()
+        self._turn = 0
         self._stop_at: float | None = None
         self.is_ready = False
         #: Why the thread ended, if it ended by itself.
@@ -88,6 +90,8 @@ class Worker:
         self._claim()
         if self._running:
             running = min(self._running, key=_urgency)
+            self._turn += 1
+            running.last_turn = self._turn
             outcome = wire.outcome_of(ClientCancelled()) if running.job.is_cancelled else self._advance(running)
             if outcome is not None:
                 self._running.remove(running)
@@ -150,13 +154,17 @@ class Worker:
         job, painting = running.job, running.painting
         begun = time.perf_counter()
         try:
-            self._engines[job.endpoint].advance(painting)
-            running.seconds += time.perf_counter() - begun
-            self._queue.progress(job, painting.step, painting.num_steps)
+            # Done already when its pictures found no room on the disk the last time.
+            if not painting.is_done:
+                self._engines[job.endpoint].advance(painting)
+                running.seconds += time.perf_counter() - begun
+                self._queue.progress(job, painting.step, painting.num_steps)
             if not painting.is_done or job.is_cancelled:
                 return None
             painted = Painted(painting.pictures, self._flags(running), running.seconds, painting.acceleration)
             return self._answers.outcome(job, running.model, running.request, painted)
+        except DiskFull:
+            raise
         except Exception as error:
             return wire.outcome_of(_told(error, job))
 
@@ -180,9 +188,12 @@ class Worker:
 
 
 def _urgency(running: Running) -> tuple[bool, bool, int, int]:
-    """Who is next: the cancelled to be gone, then normal priority, then the least advanced, then the oldest."""
+    """Who is next: the cancelled to be gone, then normal priority, then who has waited longest, then the oldest.
+
+    Going round lets nobody starve: a long request gets its turn however many short ones come and go.
+    """
     job = running.job
-    return (not job.is_cancelled, job.rank[0], running.painting.step, job.sequence)
+    return (not job.is_cancelled, job.rank[0], running.last_turn, job.sequence)
 
 
 def _told(error: Exception, job: Job) -> ServerError:

@@ -1,10 +1,10 @@
 """The routes, one file a noun; what they need of the server is in `Parts`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from models.base import Model
 from models.schema import Limits
@@ -17,7 +17,6 @@ from server.notifier import Notifier
 from server.queue import Queue
 from server.signing import Signer
 from server.uploads import Uploads
-from server.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Parts:
     uploads: Uploads
     signer: Signer
     notifier: Notifier
-    worker: Worker
+    is_ready: Callable[[], bool]
 
 
 def parts_of(request: Request) -> Parts:
@@ -44,6 +43,20 @@ def parts_of(request: Request) -> Parts:
 def owner_of(request: Request, scope: str | None = None) -> str:
     """Who is calling, by key, or by a token of this scope. Raises Unauthorized."""
     return parts_of(request).keys.owner(request.headers.get("authorization"), scope)
+
+
+def owner_by_token(connection: HTTPConnection, endpoint: str) -> str:
+    """Who is calling an endpoint that browsers call, by `?fal_jwt_token=` or as everywhere. Raises Unauthorized."""
+    keys = cast(Parts, connection.app.state.parts).keys
+    token = connection.query_params.get("fal_jwt_token")
+    if token:
+        return keys.owner_of_token(token, alias(endpoint))
+    return keys.owner(connection.headers.get("authorization"), alias(endpoint))
+
+
+def alias(endpoint: str) -> str:
+    """What a token names an endpoint by: "flux" for fal-ai/flux/dev."""
+    return endpoint.split("/")[1]
 
 
 def model_for(request: Request, endpoint: str) -> Model:

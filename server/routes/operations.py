@@ -21,7 +21,7 @@ async def health() -> Response:
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 when the model can paint, 503 before; requests are accepted either way and wait in the queue."""
-    is_ready = parts_of(request).worker.is_ready
+    is_ready = parts_of(request).is_ready()
     return JSON({"status": "ready" if is_ready else "loading", "version": VERSION}, 200 if is_ready else 503)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,9 +16,10 @@ from server import intake
 from server.errors import BadRequest, InvalidInput, ServerError, Unauthorized
 from server.jobs import Job, Lifecycle, Mode, State, Submission
 from server.lifecycle import number
-from server.routes import Parts
-from server.routes.tokens import alias
+from server.routes import Parts, owner_by_token
+from server.routes.run import bound_to_client
 
+log = logging.getLogger(__name__)
 router = APIRouter()
 
 #: How many inputs may wait when the client names no number, and the most it may name: fal's own bound.
@@ -36,7 +38,7 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         return
     await socket.accept()
     try:
-        owner = _owner(socket, parts, endpoint)
+        owner = owner_by_token(socket, endpoint)
         session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
         # The words @fal-ai/client drops its token for.
@@ -59,6 +61,7 @@ class _Session:
         self._owner = owner
         self._inputs: deque[bytes] = deque(maxlen=max_buffering)
         self._arrived = asyncio.Event()
+        self._is_painting = False
 
     async def serve(self) -> None:
         painting = asyncio.create_task(self._paint())
@@ -78,6 +81,8 @@ class _Session:
                 async with asyncio.timeout(IDLE_SECONDS):
                     message = await self._socket.receive()
             except TimeoutError:
+                if self._is_painting:
+                    continue
                 await _complain(self._socket, "TIMEOUT", "no inputs, reconnect when needed!")
                 await self._socket.close(_IDLE)
                 return
@@ -91,30 +96,31 @@ class _Session:
             await self._arrived.wait()
             self._arrived.clear()
             while self._inputs:
-                with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-                    await self._answer(self._inputs.popleft())
+                self._is_painting = True
+                await self._try_answer(self._inputs.popleft())
+                self._is_painting = False
 
-    async def _answer(self, body: bytes) -> None:
+    async def _try_answer(self, body: bytes) -> None:
         try:
-            fields = intake.validate(self._model, body, "", self._parts.limits)
-            job = await asyncio.to_thread(self._parts.queue.submit, self._submission(fields.model_dump_json()))
+            await self._answer(body)
         except InvalidInput as error:
             await _complain(self._socket, "INVALID_INPUT", str(error))
-            return
         except ServerError as error:
             await _complain(self._socket, "UNAVAILABLE", str(error))
+        except (WebSocketDisconnect, RuntimeError):
+            # The client left while it was being answered; `_read` hears of that too.
             return
-        await self._finish(job)
+        except Exception:
+            log.exception("a realtime request failed")
+            await _complain(self._socket, "INTERNAL_ERROR", "Internal Server Error")
 
-    async def _finish(self, job: Job) -> None:
-        try:
-            with self._parts.notifier.listen(job.request_id) as bell:
-                while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
-                    bell.clear()
-                    await bell.wait()
-        finally:
-            if job.state != State.COMPLETED:
-                asyncio.get_running_loop().run_in_executor(None, self._parts.queue.leave, job)
+    async def _answer(self, body: bytes) -> None:
+        fields = intake.validate(self._model, body, "", self._parts.limits)
+        job = await self._submit(fields.model_dump_json())
+        with bound_to_client(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:
+            while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
+                bell.clear()
+                await bell.wait()
         if job.error is not None or job.state != State.COMPLETED:
             await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
@@ -122,6 +128,16 @@ class _Session:
         await self._socket.send_bytes(msgpack.packb(from_json(outcome.body)))
         timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
         await self._socket.send_text(to_json(timing).decode())
+
+    async def _submit(self, text: str) -> Job:
+        """Submit; a client that leaves while the row is being written is not painted for either."""
+        queue = self._parts.queue
+        submitting = asyncio.ensure_future(asyncio.to_thread(queue.submit, self._submission(text)))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(queue.leave, await submitting)
+            raise
 
     def _submission(self, text: str) -> Submission:
         return Submission(
@@ -132,13 +148,6 @@ class _Session:
             mode=Mode.REALTIME,
             lifecycle=Lifecycle(),
         )
-
-
-def _owner(socket: WebSocket, parts: Parts, endpoint: str) -> str:
-    token = socket.query_params.get("fal_jwt_token")
-    if token:
-        return parts.keys.owner_of_token(token, alias(endpoint))
-    return parts.keys.owner(socket.headers.get("authorization"), alias(endpoint))
 
 
 def _max_buffering(parameters: Mapping[str, str]) -> int:

@@ -1,7 +1,7 @@
 """Run: one request, answered when it is done; stream: the same with its progress."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from server import intake, wire
 from server.errors import InternalError
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, State
-from server.routes import Parts, model_for, owner_of, parts_of
+from server.routes import Parts, model_for, owner_by_token, owner_of, parts_of
 
 router = APIRouter(tags=["run"])
 
@@ -21,7 +21,7 @@ router = APIRouter(tags=["run"])
 async def stream(request: Request, endpoint: str) -> Response:
     """Progress as events, then the output as the last one."""
     parts = parts_of(request)
-    job = await _accepted(request, parts, endpoint, Mode.STREAM)
+    job = await _accepted(request, parts, endpoint, Mode.STREAM, owner_by_token)
     response = EventStream(_progress(parts, job))
     response.headers["x-fal-request-id"] = job.request_id
     return response
@@ -31,8 +31,8 @@ async def stream(request: Request, endpoint: str) -> Response:
 async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output. The work stops when the client leaves."""
     parts = parts_of(request)
-    job = await _accepted(request, parts, endpoint, Mode.RUN)
-    with _bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
+    job = await _accepted(request, parts, endpoint, Mode.RUN, lambda request, _: owner_of(request))
+    with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
         gone.add_done_callback(lambda _: bell.set())
         try:
@@ -49,15 +49,18 @@ async def run(request: Request, endpoint: str) -> Response:
     return response
 
 
-async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
-    owner = owner_of(request)
+async def _accepted(
+    request: Request, parts: Parts, endpoint: str, mode: Mode, owner_for: Callable[[Request, str], str]
+) -> Job:
+    # Without a key nobody is told which endpoints there are.
+    owner = owner_for(request, endpoint) if endpoint in parts.models else owner_of(request)
     model = model_for(request, endpoint)
     submission = await intake.read(request, model, owner, mode=mode, limits=parts.limits, guard=parts.guard)
     return await asyncio.to_thread(parts.queue.submit, submission)
 
 
 @contextmanager
-def _bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
+def bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
     """Whatever ends the connection ends the job: nothing is painted for nobody."""
     try:
         yield
@@ -74,7 +77,7 @@ async def _disconnected(request: Request) -> None:
 
 async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
     told = 0
-    with _bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
+    with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
         while job.state != State.COMPLETED:
             bell.clear()
             if job.step != told:

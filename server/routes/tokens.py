@@ -38,8 +38,3 @@ async def jwks(request: Request) -> Response:
     """The public keys of webhook signatures; to be kept for a day at most."""
     keys = await asyncio.to_thread(parts_of(request).signer.jwks)
     return JSON(keys, headers={"cache-control": "public, max-age=86400"})
-
-
-def alias(endpoint: str) -> str:
-    """What a token names an endpoint by."""
-    return endpoint.split("/")[1]
