@@ -99,13 +99,14 @@ def _join(
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """The operator's keys and the server's own; the first one is made here when others can reach the server."""
-    hashes = auth.stored_hashes(database)
-    if not settings.keys and not hashes and not settings.is_loopback:
+    """The operator's keys; else, where others can reach the server, its own, made and printed at the first start."""
+    pepper = auth.pepper(database)
+    if settings.keys or settings.is_loopback:
+        return Keys(settings.keys, pepper=pepper)
+    if not auth.stored_hashes(database):
         key = auth.generate(database)
-        hashes = auth.stored_hashes(database)
         print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
-    return Keys(settings.keys, hashes)
+    return Keys((), auth.stored_hashes(database), pepper)
 
 
 def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:

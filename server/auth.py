@@ -21,8 +21,9 @@ class Keys:
     Tokens stand for a key for a while and for one purpose; their secret dies with the process.
     """
 
-    def __init__(self, keys: tuple[str, ...], hashes: tuple[str, ...] = ()) -> None:
-        self._hashes = (*(_hash(key) for key in keys), *hashes)
+    def __init__(self, keys: tuple[str, ...], hashes: tuple[str, ...] = (), pepper: bytes = b"") -> None:
+        self._pepper = pepper
+        self._hashes = (*(_hash(key, pepper) for key in keys), *hashes)
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -37,7 +38,7 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() not in ("key", "bearer"):
             raise Unauthorized
-        given = _hash(key.strip())
+        given = _hash(key.strip(), self._pepper)
         # Every hash is compared, so that the time taken says nothing.
         matches = [known for known in self._hashes if hmac.compare_digest(known, given)]
         if matches:
@@ -64,6 +65,14 @@ class Keys:
         return str(claims["sub"])
 
 
+def pepper(database: Database) -> bytes:
+    """What keys are hashed with: without it, who is told an owner, as webhook receivers are, cannot guess the key."""
+    with database.transaction() as connection:
+        connection.execute("INSERT OR IGNORE INTO secrets VALUES ('pepper', ?)", (secrets.token_bytes(32),))
+        (value,) = connection.execute("SELECT value FROM secrets WHERE name = 'pepper'").fetchone()
+    return bytes(value)
+
+
 def stored_hashes(database: Database) -> tuple[str, ...]:
     """Hashes of the keys made by this server."""
     return tuple(row["hash"] for row in database.read("SELECT hash FROM keys"))
@@ -72,10 +81,11 @@ def stored_hashes(database: Database) -> tuple[str, ...]:
 def generate(database: Database) -> str:
     """Make a key, keep its hash, and return it: the only time it can be seen."""
     key = f"{secrets.token_hex(8)}:{secrets.token_hex(16)}"
+    hashed = _hash(key, pepper(database))
     with database.transaction() as connection:
-        connection.execute("INSERT INTO keys VALUES (?, ?, ?)", (_hash(key), _hash(key)[:32], time.time()))
+        connection.execute("INSERT INTO keys VALUES (?, ?, ?)", (hashed, hashed[:32], time.time()))
     return key
 
 
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+def _hash(key: str, pepper: bytes) -> str:
+    return hmac.digest(pepper, key.encode(), hashlib.sha256).hex()

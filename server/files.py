@@ -14,7 +14,7 @@ from server.errors import DiskFull
 from server.jobs import Lifecycle, StoredFile
 
 #: What the system says when there is no more room.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
 

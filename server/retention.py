@@ -14,7 +14,7 @@ _BATCH = 500
 _KEPT = """
     SELECT name, request_id, size, created_at FROM files
     UNION ALL
-    SELECT NULL, request_id, length(output), finished_at FROM jobs WHERE state = 'COMPLETED'
+    SELECT NULL, request_id, output_size, finished_at FROM jobs WHERE output_size > 0
 """
 
 

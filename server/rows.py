@@ -7,6 +7,9 @@ import uuid
 from server.files import list_file
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
 
+#: Answers up to this size, in bytes, are not worth counting.
+SMALL_OUTPUT = 16_384
+
 _CLAIM = """
     UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
     WHERE sequence = (
@@ -19,6 +22,7 @@ _CLAIM = """
 
 _END = """
     UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
+        output_size = :output_size,
         error = :error, error_type = :error_type, inference_time = :inference_time,
         acceleration = :acceleration, logs = :logs, is_cancelled = :is_cancelled
     WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
@@ -95,6 +99,7 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         "now": now,
         "status": outcome.status,
         "output": outcome.body,
+        "output_size": len(outcome.body) if len(outcome.body) > SMALL_OUTPUT else 0,
         "error": outcome.error,
         "error_type": outcome.error_type,
         "inference_time": outcome.inference_time,

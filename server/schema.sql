@@ -25,6 +25,8 @@ CREATE TABLE jobs (
     fetched_at      REAL,
     status          INTEGER,
     output          TEXT,
+    -- Bytes of an answer that holds its pictures itself; 0 for those that only name them.
+    output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
     error           TEXT,
     error_type      TEXT,
     inference_time  REAL,
@@ -44,6 +46,7 @@ CREATE INDEX jobs_queued ON jobs (priority = 'low', sequence) WHERE state = 'IN_
 CREATE INDEX jobs_deadline ON jobs (start_deadline) WHERE state = 'IN_QUEUE' AND start_deadline IS NOT NULL;
 CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
+CREATE INDEX jobs_large ON jobs (finished_at, output_size) WHERE output_size > 0;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 -- A file without a request is one that its owner uploaded.
@@ -93,6 +96,12 @@ CREATE TABLE signing_keys (
     key_id     TEXT PRIMARY KEY,
     private    BLOB NOT NULL CHECK (length(private) = 32),
     created_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- Random bytes made once for this data folder.
+CREATE TABLE secrets (
+    name  TEXT PRIMARY KEY,
+    value BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE keys (

@@ -11,9 +11,12 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from server.database import Database
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull
@@ -27,6 +30,8 @@ MAX_PARTS = 10_000
 #: How many uploads one owner may have begun and not finished.
 MAX_UNDER_WAY = 1_000
 _ENDING = re.compile(r"[a-z0-9]{1,8}")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Uploads:
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
         self._lock = threading.Lock()
+        #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
+        self._in_flight: Counter[str] = Counter()
+        # Threads of their own, so that large files keep nobody's submit waiting.
+        self._threads = ThreadPoolExecutor(4, "uploads")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._remove_strays()
 
@@ -107,25 +116,34 @@ class Uploads:
         """Write one part as it comes; returns its ETag. Raises BodyTooLarge, naming the limit, and DiskFull."""
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
-        room = await asyncio.to_thread(self._room, upload, part_number)
+        room = await self._in_thread(self._room, upload, part_number)
         aside = self._parts(upload) / f"{secrets.token_hex(8)}.part"
         digest, size = hashlib.md5(usedforsecurity=False), 0
         try:
-            with aside.open("wb") as file:
+            file = await self._in_thread(aside.open, "wb")
+            try:
                 async for chunk in chunks:
                     size += len(chunk)
-                    if size > room:
+                    self._in_flight[upload.owner] += len(chunk)
+                    if self._in_flight[upload.owner] > room:
                         raise BodyTooLarge(self._limit_words())
                     digest.update(chunk)
-                    await asyncio.to_thread(file.write, chunk)
-            await asyncio.to_thread(self._take, upload, part_number, aside, size)
+                    await self._in_thread(file.write, chunk)
+            finally:
+                await self._in_thread(file.close)
+            await self._in_thread(self._take, upload, part_number, aside, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
             raise DiskFull from error
         finally:
+            self._in_flight[upload.owner] -= size
             aside.unlink(missing_ok=True)
         return f'"{digest.hexdigest()}"'
+
+    async def finish(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
+        """As `complete`, off the event loop."""
+        return await self._in_thread(self.complete, upload, part_numbers)
 
     def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Join the parts, in order whatever order they are listed in, into a file that is served from now on.
@@ -159,6 +177,9 @@ class Uploads:
         for row in rows:
             shutil.rmtree(self._folder / row["upload_id"], ignore_errors=True)
         return len(rows)
+
+    async def _in_thread(self, act: Callable[..., Result], *given: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, act, *given)
 
     def _listed(self, upload: Upload, whole: Path, size: int) -> StoredFile:
         now = self._clock()

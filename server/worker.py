@@ -147,7 +147,8 @@ class Worker:
         # No limits: what was accepted stays accepted, whatever the settings are by now.
         request = model.Input.model_validate_json(text)
         painting = self._engines[job.endpoint].start(request, request.seed or 0)
-        return Running(job, model, request, painting)
+        # Behind those of this round: a stream of short requests must not keep a long one waiting for ever.
+        return Running(job, model, request, painting, last_turn=self._turn)
 
     def _advance(self, running: Running) -> Outcome | None:
         """One step; the outcome when it was the last, or when it failed."""

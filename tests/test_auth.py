@@ -9,7 +9,7 @@ from typing import Any
 import jwt
 import pytest
 
-from server.auth import EVERYBODY, Keys, generate, stored_hashes
+from server.auth import EVERYBODY, Keys, generate, pepper, stored_hashes
 from server.errors import Unauthorized
 from tests.parts import Parts, opened
 
@@ -65,7 +65,7 @@ def test_an_owner_does_not_tell_the_key() -> None:
 
 def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
     key = generate(parts.database)
-    assert Keys((), stored_hashes(parts.database)).owner(f"Key {key}")
+    assert Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Key {key}")
     everything = b"".join(path.read_bytes() for path in parts.folder.glob("queue.sqlite3*"))
     assert key.encode() not in everything
     assert key.partition(":")[2].encode() not in everything
@@ -74,9 +74,9 @@ def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
 def test_a_generated_key_is_known_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         key = generate(parts.database)
-        owner = Keys((), stored_hashes(parts.database)).owner(f"Key {key}")
+        owner = Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Key {key}")
     with opened(tmp_path) as parts:
-        assert Keys((), stored_hashes(parts.database)).owner(f"Bearer {key}") == owner
+        assert Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
 
 
 def test_generated_keys_differ_and_have_two_parts_as_fals_do(parts: Parts) -> None:
@@ -87,7 +87,7 @@ def test_generated_keys_differ_and_have_two_parts_as_fals_do(parts: Parts) -> No
 
 def test_given_and_generated_keys_are_both_known(parts: Parts) -> None:
     key = generate(parts.database)
-    keys = Keys((KEY,), stored_hashes(parts.database))
+    keys = Keys((KEY,), stored_hashes(parts.database), pepper(parts.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
 
 

@@ -163,7 +163,7 @@ def test_files_belong_to_the_client_and_expire_when_it_said(parts: Parts) -> Non
 # -- taking turns
 
 
-def test_the_least_advanced_goes_first(parts: Parts) -> None:
+def test_turns_go_round_beginning_with_who_waited_longest(parts: Parts) -> None:
     worker = ready(parts)
     first = submitted(parts, num_inference_steps=5)
     for _ in range(3):
@@ -173,7 +173,30 @@ def test_the_least_advanced_goes_first(parts: Parts) -> None:
     for _ in range(5):
         worker.turn()
         steps.append((first.step, second.step))
-    assert steps == [(3, 1), (3, 2), (3, 3), (4, 3), (4, 4)]
+    assert steps == [(4, 0), (4, 1), (5, 1), (5, 2), (5, 3)]
+
+
+def test_a_long_request_does_not_starve_behind_short_ones(parts: Parts) -> None:
+    worker = ready(parts, max_running=2)
+    long = submitted(parts, num_inference_steps=6)
+    for _ in range(12):
+        if parts.queue.length == 0:
+            submitted(parts, num_inference_steps=1)
+        worker.turn()
+    assert long.state == State.COMPLETED
+
+
+def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = ready(parts)
+    job = submitted(parts, num_inference_steps=1)
+    save = parts.files.save
+    monkeypatch.setattr(parts.files, "save", lambda *_: (_ for _ in ()).throw(DiskFull()))
+    with pytest.raises(DiskFull):
+        worker.turn()
+    assert job.state == State.IN_PROGRESS
+    monkeypatch.setattr(parts.files, "save", save)
+    worker.turn()
+    assert (job.state, job.error) == (State.COMPLETED, None)
 
 
 def test_normal_priority_goes_before_low(parts: Parts) -> None:

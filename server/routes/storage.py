@@ -70,7 +70,7 @@ async def put(request: Request, upload_id: str) -> Response:
     uploads = parts_of(request).uploads
     upload = await asyncio.to_thread(uploads.find, upload_id)
     etag = await uploads.receive(upload, 1, request.stream())
-    await asyncio.to_thread(uploads.complete, upload)
+    await uploads.finish(upload)
     return JSON({}, headers={"etag": etag})
 
 
@@ -91,7 +91,7 @@ async def complete(request: Request, upload_id: str) -> Response:
     uploads = parts_of(request).uploads
     upload = await asyncio.to_thread(uploads.find, upload_id)
     listed = [part.part_number for part in (await _body(request, Completion)).parts]
-    file = await asyncio.to_thread(uploads.complete, upload, listed)
+    file = await uploads.finish(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
     return JSON({"access_url": url, "file_url": url})
 
@@ -102,7 +102,7 @@ async def upload_at_once(request: Request) -> Response:
     uploads = parts_of(request).uploads
     upload = await _begin(request, _announced(request), UPLOADS)
     await uploads.receive(upload, 1, request.stream())
-    file = await asyncio.to_thread(uploads.complete, upload)
+    file = await uploads.finish(upload)
     return JSON({"access_url": f"{request.state.base_url}/files/{file.name}"})
 
 
