@@ -91,11 +91,14 @@ def load(placement: Placement) -> "FluxPipeline":
 
 
 def device_for(name: str) -> str:
-    """The device to use for "auto", "cuda" or "cpu". Raises OSError for a build of PyTorch that is not supported."""
+    """The device to use for "auto", "cuda" or "cpu". Raises OSError where it cannot be used."""
     import torch
 
     if torch.version.hip:
         raise OSError("ROCm builds of PyTorch are not supported: nobody has run this on one yet")
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "finds no usable GPU or driver" if torch.version.cuda else "is a build without CUDA"
+        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

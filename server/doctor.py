@@ -85,9 +85,6 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int]]:
     except OSError as error:
         yield Finding("device", False, str(error))
         return "cpu", 0
-    if device == "cuda" and not torch.cuda.is_available():
-        yield Finding("device", False, f"no CUDA device can be used by PyTorch {torch.__version__}")
-        return "cpu", 0
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()

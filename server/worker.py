@@ -112,7 +112,8 @@ class Worker:
             for running in self._running:
                 self._queue.give_back(running.job)
         except BaseException as error:
-            log.exception("the worker stopped")
+            # What an operator can mend is said in a line; for the rest the trace is wanted.
+            log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError) else error)
             self.failure = error
             self._notifier.ring(WORKER)
 
