@@ -94,21 +94,37 @@ def _measure(port: int, request: bytes, clients: int, seconds: float) -> dict[st
 
 
 def _http(clients: int, seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), "demo", max_queue_length="1000000") as server:
-        port = int(server.ready().url.rsplit(":", 1)[1])
-        # The gate model holds the worker, so that what is submitted stays queued.
-        gate = Path(folder) / "gate"
-        os.mkfifo(gate)
-        import httpx
+    asked = {waiting: _asked(waiting, clients, seconds) for waiting in (100, 500, 100_000)}
+    ratio = asked[100] / asked[100_000]
+    print(f"{'a status over HTTP':40} {ratio:.2f}x with 100,000 queued what it costs with 100")
 
-        held = [
-            httpx.post(f"{server.url}/queue/test/gate", json={"prompt": str(gate), "num_inference_steps": 50}).json()
-            for _ in range(508)
-        ]
-        status = held[-1]["status_url"].removeprefix(server.url)
-        _print(f"status, {clients} clients, 500 queued", _measure(port, _request("GET", status), clients, seconds))
-        submit = _request("POST", "/queue/test/null", BODY)
-        _print(f"submit, {clients} clients", _measure(port, submit, clients, seconds))
+
+def _asked(waiting: int, clients: int, seconds: float) -> float:
+    """Status of the last of so many, then submits; answers the statuses a second."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # The gate model holds the worker, so that what is submitted stays queued.
+        gate = folder / "gate"
+        os.mkfifo(gate)
+        last = _filled(folder / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
+        with serving(folder / "data", "demo", max_queue_length="1000000") as server:
+            port = int(server.ready().url.rsplit(":", 1)[1])
+            figures = _measure(port, _request("GET", f"/queue/test/gate/requests/{last}/status"), clients, seconds)
+            _print(f"status, {clients} clients, {waiting} queued", figures)
+            if waiting == 500:
+                submit = _request("POST", "/queue/test/null", BODY)
+                _print(f"submit, {clients} clients", _measure(port, submit, clients, seconds))
+            return figures["per_second"]
+
+
+def _filled(data_dir: Path, waiting: int, text: str) -> str:
+    """A data folder in which so many requests wait; the id of the last."""
+    database = Database(data_dir)
+    queue = Queue(database, Notifier(), max_length=10**6)
+    submission = Submission("test/gate", "everybody", text, "http://127.0.0.1")
+    jobs = [queue.submit(submission) for _ in range(waiting)]
+    database.close()
+    return jobs[-1].request_id
 
 
 def _print(name: str, figures: dict[str, float]) -> None:

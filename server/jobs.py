@@ -56,6 +56,10 @@ class Submission:
     max_queue_length: int | None = None
 
 
+#: More than there will ever be requests.
+_BEHIND_ALL = 1 << 62
+
+
 @dataclass(slots=True)
 class Job:
     """The in-memory image of a row. It changes only after the same change was committed.
@@ -85,9 +89,9 @@ class Job:
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def rank(self) -> tuple[bool, int]:
-        """Its place in the queue: normal priority first, then in order of arrival."""
-        return (self.priority == Priority.LOW, self.sequence)
+    def rank(self) -> int:
+        """Its place in the queue: normal priority first, then in order of arrival. One number, quick to compare."""
+        return self.sequence + _BEHIND_ALL if self.priority == Priority.LOW else self.sequence
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Queue:
         self._lock = threading.RLock()
         # Held for moments only, so the event loop can ask for positions while a commit waits for the disk.
         self._order_lock = threading.Lock()
-        self._order: SortedList[tuple[bool, int]] = SortedList()
+        self._order: SortedList[int] = SortedList()
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
 

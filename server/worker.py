@@ -13,7 +13,7 @@ from server import wire
 from server.answers import Answers, Painted
 from server.errors import ClientCancelled, DiskFull, InternalError, NotFound, ServerError
 from server.files import Files
-from server.jobs import Job, Outcome
+from server.jobs import Job, Outcome, Priority
 from server.notifier import WORKER, Notifier
 from server.queue import Queue
 from server.settings import Settings
@@ -195,7 +195,7 @@ def _urgency(running: Running) -> tuple[bool, bool, int, int]:
     Going round lets nobody starve: a long request gets its turn however many short ones come and go.
     """
     job = running.job
-    return (not job.is_cancelled, job.rank[0], running.last_turn, job.sequence)
+    return (not job.is_cancelled, job.priority == Priority.LOW, running.last_turn, job.sequence)
 
 
 def _told(error: Exception, job: Job) -> ServerError:
