@@ -91,6 +91,13 @@ def _join(
             max_bytes=settings.max_upload_mib * 2**20,
             max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
         ),
+        retention=Retention(
+            database,
+            jobs,
+            store,
+            max_age=settings.retention_days * 86_400,
+            max_bytes=settings.retention_gb * 1e9,
+        ),
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
         is_ready=lambda: worker.is_ready,
@@ -128,13 +135,6 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts: Parts = app.state.parts
     worker: Worker = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
-    retention = Retention(
-        database,
-        parts.queue,
-        parts.files,
-        max_age=settings.retention_days * 86_400,
-        max_bytes=settings.retention_gb * 1e9,
-    )
     parts.queue.recover()
     parts.files.remove_strays()
     parts.signer.rotate()
@@ -142,7 +142,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     tasks = [
         asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer).run()),
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
-        asyncio.create_task(_every(SWEEP_EVERY, retention.sweep)),
+        asyncio.create_task(_every(SWEEP_EVERY, parts.retention.sweep)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),
     ]
     try:

@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable
 
 from server.database import Database
+from server.errors import StillInProgress
 from server.files import Files
+from server.jobs import Job, State
 from server.queue import Queue
 
 #: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
@@ -53,6 +55,12 @@ class Retention:
             now - GRACE_SECONDS,
         )
         return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
+
+    def delete(self, job: Job) -> None:
+        """Forget one finished job and its pictures now. Raises StillInProgress."""
+        if job.state != State.COMPLETED:
+            raise StillInProgress("Request is still in progress; cancel it first")
+        self._delete([job.request_id])
 
     def _expire_files(self, now: float) -> None:
         with self._database.transaction() as connection:

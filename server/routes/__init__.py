@@ -15,6 +15,7 @@ from server.files import Files
 from server.jobs import Job
 from server.notifier import Notifier
 from server.queue import Queue
+from server.retention import Retention
 from server.signing import Signer
 from server.uploads import Uploads
 
@@ -30,6 +31,7 @@ class Parts:
     queue: Queue
     files: Files
     uploads: Uploads
+    retention: Retention
     signer: Signer
     notifier: Notifier
     is_ready: Callable[[], bool]

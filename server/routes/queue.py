@@ -45,6 +45,15 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     return _identified(wire.result(await asyncio.to_thread(parts.queue.result, job)), job)
 
 
+@router.delete("/{app:path}/requests/{request_id}")
+async def delete(request: Request, app: str, request_id: str) -> Response:
+    """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    await asyncio.to_thread(parts.retention.delete, job)
+    return _identified(Response(status_code=204), job)
+
+
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
     """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
