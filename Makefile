@@ -37,6 +37,7 @@ clean:
 
 # PyTorch by itself first: asked for together, the other packages would be looked up at that index too.
 .venv/serve.done: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing; PyTorch alone is a large download, this may take minutes."
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@

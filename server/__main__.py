@@ -141,7 +141,7 @@ def run(
     """Run a Python or Node program with its fal calls brought to this server."""
     from server import clients
 
-    if note := clients.what_run_leaves_out(settings, command):
+    if settings.tls_port and (note := clients.what_run_leaves_out(settings, command)):
         typer.echo(f"flux-server: {note}", err=True)
     try:
         clients.run(settings, tls.paths(settings.data_dir), command)

@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         description="fal's API for FLUX.1 [dev] on your own machine.",
         lifespan=partial(_lifespan, settings=settings, database=database),
         redirect_slashes=False,
+        redoc_url=None,
     )
     app.state.parts, app.state.worker = parts, worker
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]

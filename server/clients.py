@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from server.address import FAL_HOSTS
-from server.settings import Settings
+from server.settings import OPEN_KEY, Settings
 from server.tls import TLS
 
 PRELOAD = Path(__file__).with_name("preload.cjs")
@@ -16,7 +16,7 @@ _LINES = """\
 {exports}
 
 # JavaScript, @fal-ai/client 1.10 or newer: one line in front.
-#   fal.config({{ proxyUrl: {{ url: "{url}/api/fal/proxy", when: "always" }} }});
+#   fal.config({{ {credentials}proxyUrl: {{ url: "{url}/api/fal/proxy", when: "always" }} }});
 
 # JavaScript, @fal-ai/client before 1.10 and @fal-ai/serverless-client: one line in front.
 #   fal.config({{ credentials: "{key}", requestMiddleware: async (request) =>
@@ -27,9 +27,12 @@ _LINES = """\
 #   {url}/api/fal/proxy
 
 # Anything that takes a base URL: {url} for synchronous runs, {url}/queue for the queue.
-#   curl {url}/fal-ai/flux/dev -H 'Content-Type: application/json' -d '{{"prompt": "a red apple"}}'"""
+#   curl {url}/fal-ai/flux/dev {authorization}-H 'Content-Type: application/json' -d '{{"prompt": "a red apple"}}'"""
 
-_BY_HOST = "fal-client 0.11 or newer, and fal: these variables are all it takes (no uploads; see --proxy-port)."
+_BY_HOST = (
+    "fal-client 0.11 or newer, and fal: these variables are all it takes,\n"
+    "# but for uploads and realtime, which still go to fal: --proxy-port brings those here too."
+)
 _BY_DOOR = "fal-client of any age, whole: these variables are all it takes."
 _DIRECT = "127.0.0.1,localhost"
 #: Programs that `run` brings here whole: Python through its variables, Node through the preload.
@@ -46,14 +49,24 @@ def directions(settings: Settings, files: TLS) -> str:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables(settings, files).items()]
     if settings.tls_port and not files.bundle.exists():
         exports.append("# (the certificate is made when the server starts for the first time)")
-    return _LINES.format(python=python, exports="\n".join(exports), url=url, key=_key(settings))
+    key = _key(settings)
+    return _LINES.format(
+        python=python,
+        exports="\n".join(exports),
+        url=url,
+        key=key,
+        credentials="" if key == OPEN_KEY else f'credentials: "{key}", ',
+        authorization="" if key == OPEN_KEY else f"-H 'Authorization: Key {key}' ",
+    )
 
 
 def variables(settings: Settings, files: TLS) -> dict[str, str]:
     """The environment that brings Python's clients here; empty when there is no TLS port."""
     if not settings.tls_port:
         return {}
-    shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": str(files.bundle)}
+    # requests reads a variable of its own.
+    bundle = str(files.bundle)
+    shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": bundle, "REQUESTS_CA_BUNDLE": bundle}
     if settings.proxy_port:
         door = f"http://127.0.0.1:{settings.proxy_port}"
         # Both spellings, because each library reads one of them; pictures come from here without the door.
@@ -75,8 +88,7 @@ def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> d
         "no_proxy": direct,
         **variables(settings, files),
         "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
-        "REQUESTS_CA_BUNDLE": str(files.bundle),
-        "NODE_EXTRA_CA_CERTS": str(files.authority),
+        "NODE_EXTRA_CA_CERTS": str(files.bundle),
         "NODE_OPTIONS": options,
         "FLUX_TLS_DOOR": ",".join((settings.own_address, str(settings.tls_port), *sorted(FAL_HOSTS))),
     }
@@ -117,4 +129,4 @@ def _host(settings: Settings) -> str:
 def _key(settings: Settings) -> str:
     if settings.keys:
         return settings.keys[0]
-    return "local" if settings.is_loopback else "the-key-shown-at-the-first-start"
+    return OPEN_KEY if settings.is_loopback else "the-key-shown-at-the-first-start"

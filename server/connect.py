@@ -68,7 +68,10 @@ class ConnectDoor:
             host, port = self._tls_address
         elif not self._lets_others_through:
             log.warning("the CONNECT door refused %s:%d", host, port)
-            raise _Refused("403 Forbidden", f"{host} is not one of fal's hosts; --proxy-others lets others through.")
+            raise _Refused(
+                "403 Not a host of fal, see --proxy-others",
+                f"{host} is not one of fal's hosts; --proxy-others lets others through.",
+            )
         try:
             return await asyncio.open_connection(host, port)
         # ValueError: a name that no look-up takes.

@@ -25,7 +25,10 @@ class Database:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
         (folder / "queue.sqlite3").touch(mode=0o600)

@@ -32,7 +32,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _python()
     yield _ports(settings)
     yield _disk(settings)
-    device, free = yield from _device(settings)
+    found = yield from _device(settings)
+    if found is None:
+        return
+    device, free = found
     try:
         places = weights.assign(settings.weights, discover(settings.models_dir))
     except ValueError as error:
@@ -76,15 +79,15 @@ def _disk(settings: Settings) -> Finding:
     return Finding("disk", free > needed, words)
 
 
-def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int]]:
-    """The device's finding; its name and free bytes are the generator's return value."""
+def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | None]:
+    """The device's finding; its name and free bytes are the generator's return value, None if it cannot be used."""
     import torch
 
     try:
         device = weights.device_for(settings.device)
     except OSError as error:
         yield Finding("device", False, str(error))
-        return "cpu", 0
+        return None
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()

@@ -67,7 +67,7 @@ class Unauthorized(ServerError):
     """No key, or a wrong one."""
 
     status = 401
-    message = "No user found for Key ID and Secret"
+    message = 'This server wants a key it knows: send "Authorization: Key ..." with one of --keys or its FAL_KEY'
 
 
 class Forbidden(ServerError):

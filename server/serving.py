@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -74,7 +75,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
-            _announce(settings, sockets)
+            _announce(settings, sockets, is_open=parts.keys.is_open)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
             await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
@@ -111,15 +112,19 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         bound.bind((host, port))
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        hint = "; another flux-server perhaps, --port and --tls-port choose others"
+        raise OSError(
+            f"cannot listen on {host}:{port}: {error.strerror}{hint if error.errno == errno.EADDRINUSE else ''}"
+        ) from None
     bound.listen(_BACKLOG)
     bound.setblocking(False)
     return bound
 
 
-def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
+def _announce(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [f"http://{host}:{settings.port}"]
     if settings.tls_port:
         lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
-    print(f"flux-server listens on {' and '.join(lines)}\n`flux-server env` tells clients how to get here", flush=True)
+    keys = "No key is asked for" if is_open else "Clients must send a key"
+    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; `flux-server env` says how to get here", flush=True)

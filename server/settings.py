@@ -1,15 +1,20 @@
 """Every setting, read once from a mapping that is passed in."""
 
+import base64
+import binascii
 import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.weights import place
 
 PREFIX = "FLUX_SERVER_"
+#: What clients send to a server that asks for no key: fal's SDKs insist on some.
+OPEN_KEY = "local"
 _SECRETS = ("keys", "webhook_secret")
 
 
@@ -50,7 +55,7 @@ class Settings(BaseModel):
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
     trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")
     cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")
-    device: str = Field("auto", pattern="^(auto|cuda|cpu)$", description="Where to paint: auto, cuda or cpu.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to paint: auto, cuda or cpu.")
     safety_checker: str = Field(
         "Falconsai/nsfw_image_detection", description="Hub id or folder of the checker, if the weights bring none."
     )
@@ -68,12 +73,10 @@ class Settings(BaseModel):
     outbound_allow: Words = Field(
         (), description="Hosts and networks of your own that webhooks may reach, such as 10.0.0.0/8 or hooks.lan."
     )
-    webhook_secret: str = Field(
-        "", pattern="^(whsec_[A-Za-z0-9+/=]+)?$", description="Standard Webhooks' shared secret, whsec_..., if any."
-    )
+    webhook_secret: str = Field("", description="Standard Webhooks' shared secret, whsec_..., if any.")
     shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
     models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="How much is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
     @field_validator("weights")
     @classmethod
@@ -81,6 +84,37 @@ class Settings(BaseModel):
         for spec in specs:
             place(spec.rpartition("=")[2])
         return specs
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_secret(cls, secret: str) -> str:
+        if secret and not _is_whsec(secret):
+            raise ValueError("should be whsec_ and 24 to 64 bytes in base64")
+        return secret
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin} should be scheme and host, such as https://app.example.com")
+        return origins
+
+    @field_validator("outbound_allow")
+    @classmethod
+    def _are_hosts_or_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if re.fullmatch(r"[\w.\-]*[A-Za-z_][\w.\-]*", entry):
+                continue
+            ipaddress.ip_network(entry, strict=False)
+        return entries
+
+    @field_validator("models_dir")
+    @classmethod
+    def _is_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_dir():
+            raise ValueError("should be a folder")
+        return folder
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -93,6 +127,9 @@ class Settings(BaseModel):
     def _door_needs_tls(self) -> "Settings":
         if self.proxy_port and not self.tls_port:
             raise ValueError("--proxy-port needs --tls-port: the door leads to it")
+        ports = [port for port in (self.port, self.tls_port, self.proxy_port) if port]
+        if len(set(ports)) < len(ports):
+            raise ValueError("--port, --tls-port and --proxy-port should differ")
         return self
 
     @field_validator("public_url")
@@ -123,11 +160,15 @@ class Settings(BaseModel):
     def read(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
         """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
+        # An empty variable stands for none, as in .env files.
         values |= {
-            name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX) and value
         }
         values.update({name: value for name, value in (options or {}).items() if value is not None})
-        if environment.get("FAL_KEY"):
+        # "local" is what `env` gives clients of a server without keys, whose shell may start the server too.
+        if environment.get("FAL_KEY", OPEN_KEY) not in ("", OPEN_KEY):
             values["keys"] = (*_words(values.get("keys", ())), environment["FAL_KEY"])
         try:
             return cls.model_validate(values)
@@ -142,9 +183,18 @@ def _words(value: object) -> tuple[str, ...]:
 
 def _problem(entry: Any) -> str:
     if not entry["loc"]:
-        return str(entry["msg"])
+        return str(entry["msg"]).removeprefix("Value error, ")
     name = str(entry["loc"][0])
     if entry["type"] == "extra_forbidden":
         return f"{PREFIX}{name.upper()}: there is no such setting"
-    given = "" if name in _SECRETS else f"; given was {entry['input']!r}"
-    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): {entry['msg']}{given}"
+    shown = ",".join(entry["input"]) if isinstance(entry["input"], tuple) else entry["input"]
+    given = "" if name in _SECRETS else f"; given was {str(shown)!r}"
+    option = "WEIGHTS" if name == "weights" else f"--{name.replace('_', '-')}"
+    return f"{option} ({PREFIX}{name.upper()}): {entry['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _is_whsec(secret: str) -> bool:
+    try:
+        return secret.startswith("whsec_") and 24 <= len(base64.b64decode(secret[6:], validate=True)) <= 64
+    except binascii.Error:
+        return False

@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,17 @@ def ensure(data_dir: Path, *hosts: str) -> TLS:
     if not (authority_key.exists() and files.authority.exists()):
         _make_authority(files.authority, authority_key)
         files.certificate.unlink(missing_ok=True)
-    _write(files.bundle, Path(certifi.where()).read_bytes() + b"\n" + files.authority.read_bytes(), 0o644)
+    _write(files.bundle, b"\n".join(path.read_bytes() for path in (*_usual_authorities(), files.authority)), 0o644)
     names = _alternative_names(hosts)
     if not (files.certificate.exists() and files.key.exists() and _is_current(files.certificate, names)):
         _make_certificate(files, authority_key, names)
     return files
+
+
+def _usual_authorities() -> Sequence[Path]:
+    """The world's, and this machine's own: a company's authority is often only there."""
+    here = ssl.get_default_verify_paths().cafile
+    return [Path(certifi.where()), *([Path(here)] if here else [])]
 
 
 def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:

@@ -38,7 +38,8 @@ class _File(FileResponse):
 _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 
 
-@router.api_route("/{name}", methods=["GET", "HEAD"], response_class=FileResponse)
+@router.head("/{name}", include_in_schema=False)
+@router.get("/{name}", response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
     """One picture or upload; understands Range. A private one needs its owner's key."""
     files = parts_of(request).files
