@@ -50,7 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_variables_printed(door: Server) -> None:
     printed = exports(door)
     proxy = f"http://127.0.0.1:{door.settings['PROXY_PORT']}"
-    assert set(printed) == {"FAL_KEY", "SSL_CERT_FILE", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
+    shared = {"FAL_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
+    assert set(printed) == {*shared, "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
     assert printed["HTTPS_PROXY"] == printed["https_proxy"] == proxy
     assert {"127.0.0.1", "localhost"} == set(printed["NO_PROXY"].split(","))
 

@@ -43,7 +43,7 @@ def picture(answer: dict[str, Any]) -> bytes:
 
 def test_the_variables_printed(server: Server) -> None:
     printed = exports(server)
-    assert set(printed) == {"FAL_KEY", "FAL_RUN_HOST", "FAL_QUEUE_RUN_HOST", "SSL_CERT_FILE"}
+    assert set(printed) == {"FAL_KEY", "FAL_RUN_HOST", "FAL_QUEUE_RUN_HOST", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
     assert printed["FAL_RUN_HOST"] == server.tls_host
     assert printed["FAL_QUEUE_RUN_HOST"] == f"{server.tls_host}/queue"
 

@@ -59,7 +59,7 @@ def test_a_problem_in_an_option_names_the_option() -> None:
 
 
 BAD = {
-    "port": ["-1", "65536", "", "http"],
+    "port": ["-1", "65536", "http"],
     "max_queue_length": ["0"],
     "max_side": ["63", "14143"],
     "max_pixels": ["0"],
@@ -81,6 +81,34 @@ BAD = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_value_stops_the_start(name: str, value: str) -> None:
     assert len(problems({f"FLUX_SERVER_{name.upper()}": value})) == 1
+
+
+def test_an_empty_variable_stands_for_none() -> None:
+    settings = Settings.read({"FLUX_SERVER_PORT": "", "FLUX_SERVER_WEIGHTS": "", "FAL_KEY": ""})
+    assert (settings.port, settings.weights, settings.keys) == (8000, ("demo",), ())
+
+
+def test_the_key_that_env_gives_to_clients_of_an_open_server_asks_for_none() -> None:
+    assert Settings.read({"FAL_KEY": "local"}).keys == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("outbound_allow", "10.0.0.0/99"),
+        ("outbound_allow", "hooks.lan,!!"),
+        ("cors_origin", "foo"),
+        ("models_dir", "/nope"),
+        ("webhook_secret", "whsec_foo"),
+    ],
+)
+def test_what_would_never_work_is_refused_at_the_start(name: str, value: str) -> None:
+    assert len(problems({f"FLUX_SERVER_{name.upper()}": value})) == 1
+
+
+def test_ports_differ() -> None:
+    (line,) = problems({"FLUX_SERVER_PORT": "8100", "FLUX_SERVER_TLS_PORT": "8100"})
+    assert "should differ" in line
 
 
 def test_the_door_needs_tls() -> None:
