@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 #: fal sends a comment this often, in seconds, so that nobody in between closes a silent stream.
 HEARTBEAT = 15.0
@@ -24,9 +26,17 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any] | None]) -> None:
+    def __init__(
+        self, objects: AsyncIterator[dict[str, Any] | None], within: AbstractContextManager[None] | None = None
+    ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(_encoded(objects), headers=headers)
+        self._within = within or nullcontext()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream inside the given context, which ends also when the client leaves before the first event."""
+        with self._within:
+            await super().__call__(scope, receive, send)
 
 
 async def heard(bell: asyncio.Event) -> bool:

@@ -1,7 +1,7 @@
 """Run: one request, answered when it is done; stream: the same with its progress."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ router = APIRouter(tags=["run"])
 async def stream(request: Request, endpoint: str) -> Response:
     """Progress as events, then the output as the last one."""
     parts = parts_of(request)
-    job = await _accepted(request, parts, endpoint, Mode.STREAM, owner_by_token)
-    response = EventStream(_progress(parts, job))
+    job = await _accepted(request, parts, endpoint, Mode.STREAM)
+    response = EventStream(_progress(parts, job), within=bound_to_client(parts, job))
     response.headers["x-fal-request-id"] = job.request_id
     return response
 
@@ -31,7 +31,7 @@ async def stream(request: Request, endpoint: str) -> Response:
 async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output. The work stops when the client leaves."""
     parts = parts_of(request)
-    job = await _accepted(request, parts, endpoint, Mode.RUN, lambda request, _: owner_of(request))
+    job = await _accepted(request, parts, endpoint, Mode.RUN)
     with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
         gone.add_done_callback(lambda _: bell.set())
@@ -49,11 +49,10 @@ async def run(request: Request, endpoint: str) -> Response:
     return response
 
 
-async def _accepted(
-    request: Request, parts: Parts, endpoint: str, mode: Mode, owner_for: Callable[[Request, str], str]
-) -> Job:
-    # Without a key nobody is told which endpoints there are.
-    owner = owner_for(request, endpoint) if endpoint in parts.models else owner_of(request)
+async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
+    # Browsers stream with a token. Without key or token nobody is told which endpoints there are.
+    takes_token = mode == Mode.STREAM and endpoint in parts.models
+    owner = owner_by_token(request, endpoint) if takes_token else owner_of(request)
     model = model_for(request, endpoint)
     submission = await intake.read(request, model, owner, mode=mode, limits=parts.limits, guard=parts.guard)
     return await asyncio.to_thread(parts.queue.submit, submission)
@@ -77,7 +76,7 @@ async def _disconnected(request: Request) -> None:
 
 async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
     told = 0
-    with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
+    with parts.notifier.listen(job.request_id) as bell:
         while job.state != State.COMPLETED:
             bell.clear()
             if job.step != told:
