@@ -39,6 +39,11 @@ RUN pip --python /opt/flux-server/bin/python install -c constraints.txt ${TORCH_
 COPY --from=requirements /build/requirements.txt .
 # hadolint ignore=DL3042
 RUN pip --python /opt/flux-server/bin/python install -c constraints.txt -r requirements.txt
+# The fp8 tiers, where PyTorch is built for CUDA.
+# hadolint ignore=DL3013,DL3042
+RUN if /opt/flux-server/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+        pip --python /opt/flux-server/bin/python install -c constraints.txt torchao; \
+    fi
 # Libraries' tests, and PyTorch's headers, which are of use to compilers only: there is none here.
 RUN find /opt/flux-server/lib -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + \
     && rm -rf /opt/flux-server/lib/python3.11/site-packages/torch/test \
@@ -55,6 +60,13 @@ RUN groupadd --gid 10001 flux \
     && useradd --uid 10001 --gid flux --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin flux \
     && install -d -o flux -g flux -m 0750 /data /models /models/huggingface
 COPY --from=packages /opt/flux-server /opt/flux-server
+# Triton builds a small C library for the card before it compiles anything; on a CPU nothing is compiled.
+# hadolint ignore=DL3008
+RUN if /opt/flux-server/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+        apt-get update \
+        && apt-get install -y --no-install-recommends gcc libc6-dev libpython3-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=program /program /opt/flux-server
 # On all addresses of the container: what of the machine leads here is said when it is started.
 ENV PATH=/opt/flux-server/bin:$PATH \

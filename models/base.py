@@ -1,6 +1,6 @@
 """The contract between the server and a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,19 @@ from models.schema import ImageInput
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How far loading has come: the component that is being loaded, bytes so far, and bytes in all."""
+
+    component: str = ""
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+
+def _tell_nobody(loading: Loading) -> None:
+    """What loading reports to when nobody asked."""
+
+
+@dataclass(frozen=True)
 class Placement:
     """What a model is given to set itself up with, chosen by the operator.
 
@@ -19,19 +32,33 @@ class Placement:
         weights: folder in diffusers layout, or a hub id; None for a model that needs no weights.
         safety_checker: hub id or folder, used when the weights bring no `safety_checker` of their own.
         device: "cuda", "cpu", or "auto" for the best one there is.
+        memory: name of a plan in `models.memory`, or "auto" for the fastest that fits.
+        max_acceleration: the highest tier that is offered; requests for more get this one.
+        is_eager: paint with the very kernels diffusers' own pipeline runs, compiling nothing.
+        compile_cache: folder that keeps what was compiled; None for PyTorch's own place.
+        report: called before each component is loaded.
     """
 
     weights: str | Path | None
     safety_checker: str
     device: str = "auto"
+    memory: str = "auto"
+    max_acceleration: str = "high"
+    is_eager: bool = False
+    compile_cache: Path | None = None
+    report: Callable[[Loading], None] = _tell_nobody
 
 
 class CannotPaint(Exception):
     """This request fails, for a reason that its client is told. Nothing else is harmed."""
 
 
+class DeviceLost(Exception):
+    """The device answers no more in this process: only a new process can paint."""
+
+
 class Painting(Protocol):
-    """One request while it is being painted: one or more pictures, step after step."""
+    """One request while it is being painted: one or more pictures, step after step, then decoded."""
 
     @property
     def step(self) -> int:
@@ -42,8 +69,12 @@ class Painting(Protocol):
         """Steps in all, over all its pictures."""
 
     @property
+    def work(self) -> float:
+        """Work done so far, in floating point operations by the closed form."""
+
+    @property
     def pictures(self) -> Sequence[Image]:
-        """The pictures that are ready, RGB, in order of their seeds."""
+        """The pictures that are decoded, RGB, in order of their seeds."""
 
     @property
     def acceleration(self) -> str:
@@ -51,20 +82,37 @@ class Painting(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether every picture is ready."""
+        """Whether every picture is decoded."""
 
 
 class Engine(Protocol):
-    """A model on its device. One thread owns it: no method may be called from another."""
+    """A model on its device. One thread owns it; only what is said to run beside may be called from a second one."""
+
+    @property
+    def decodes_beside(self) -> bool:
+        """Whether `decode` and `is_unsafe` may run on another thread than `advance`, and gain from it."""
 
     def start(self, request: Any, seed: int) -> Painting:
         """Begin to paint `request`, an instance of the model's own Input; picture k uses seed + k."""
 
-    def advance(self, painting: Painting) -> None:
-        """Advance by one step. An exception ends this painting and leaves the others as they were."""
+    def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
+        """Take the next step of `painting`; returns it and those of `others` that shared the forward.
+
+        Raises CannotPaint, DeviceLost or what the library raises; it ends this painting and leaves the others as
+        they were.
+        """
+
+    def preview(self, painting: Painting) -> Image | None:
+        """What its newest picture looks like at this step, small; None when nothing can be seen yet."""
+
+    def decode(self, painting: Painting) -> None:
+        """Decode the next picture, once every step was taken. Raises as `advance`; CannotPaint on not-a-number."""
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
+
+    def warm_up(self) -> bool:
+        """Make one more tier ready, which may take minutes; False when none was left. May run beside."""
 
 
 class Model(Protocol):

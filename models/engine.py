@@ -1,50 +1,53 @@
-"""The step loop of FLUX: one generation, one step at a time."""
+"""The step loop of FLUX: generations that share one device, each advanced by one step at a time."""
 
-import copy
-from collections.abc import Sequence
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from PIL.Image import Image
 
-from models import safety, weights
-from models.base import CannotPaint, Painting, Placement
+from models import first_block_cache, safety, tiers, weights
+from models.base import CannotPaint, DeviceLost, Painting, Placement
+from models.first_block_cache import FirstBlockCache
+from models.generation import Generation, begin, unpacked
+from models.preview import Preview
+from models.texts import Texts
+from models.tiers import Tier
+from models.work import step_flop
 
+log = logging.getLogger(__name__)
 
-@dataclass
-class Generation:
-    """One picture on its way: packed latents of shape (1, tokens, channels) and the steps still to go."""
+T = TypeVar("T")
 
-    latents: Any
-    latent_ids: Any
-    scheduler: Any
-    timesteps: Any
-    guidance: Any
-    step: int = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the last step was taken."""
-        return bool(self.step == len(self.timesteps))
+#: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
+#: card has nothing left to gain, and everybody would wait for the slowest.
+TOKEN_BUDGET = 9216
 
 
 @dataclass
 class FluxPainting:
-    """One request: its pictures are painted one after the other, so each is the same bytes as alone."""
+    """One request. Without shared forwards its pictures are painted one after the other, each as if alone."""
 
     request: Any
     seed: int
     width: int
     height: int
-    text: tuple[Any, Any, Any] | None = None
-    generation: Generation | None = None
+    tier: Tier
+    generations: list[Generation] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
     step: int = 0
-    acceleration: str = "none"
+    work: float = 0.0
+
+    @property
+    def acceleration(self) -> str:
+        """The tier that paints."""
+        return self.tier.name
 
     @property
     def num_steps(self) -> int:
@@ -53,118 +56,233 @@ class FluxPainting:
 
     @property
     def is_done(self) -> bool:
-        """Whether every picture is ready."""
+        """Whether every picture is decoded."""
         return bool(len(self.pictures) == self.request.num_images)
+
+    @property
+    def due(self) -> list[Generation]:
+        """What can take a step now: all its pictures where they may share a forward, else the next one."""
+        unfinished = [generation for generation in self.generations if not generation.is_stepped]
+        return unfinished if self.tier.shares_forwards else unfinished[:1]
+
+
+#: A generation that goes through a forward, and whose it is.
+Member = tuple[FluxPainting, Generation]
 
 
 class FluxEngine:
-    """A FluxPipeline taken step by step. Bit for bit what `FluxPipeline.__call__` gives for the same seed."""
+    """A FluxPipeline taken step by step; eagerly and in the tier "none" bit for bit what `__call__` gives."""
 
-    def __init__(self, pipeline: FluxPipeline, checker: safety.Checker) -> None:
+    def __init__(self, pipeline: FluxPipeline, checker: safety.Checker, offered: Sequence[Tier], device: str) -> None:
         self.pipeline = pipeline
         self.checker = checker
-        self.device = pipeline._execution_device
+        self.tiers = list(offered)
+        self.device = device
+        self.texts = Texts(pipeline, device)
+        self.previews = Preview(pipeline.vae)
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
+        # A CPU has nothing to gain from a second thread: measured, OpenMP's teams hinder each other.
+        self.decodes_beside = device == "cuda"
+        self._side = torch.cuda.Stream() if device == "cuda" else None
+        self._last_step: Any = None
 
     @classmethod
     def load(cls, placement: Placement) -> "FluxEngine":
-        """Load pipeline and checker; raises OSError when the pipeline's weights are not there."""
-        return cls(weights.load(placement), safety.load(placement))
+        """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
+        pipeline, plan = weights.load(placement)
+        device = weights.device_for(placement.device)
+        offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
+        engine = cls(pipeline, safety.load(placement), offered, device)
+        if not engine.tiers[0].is_ready:
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> bool:
+        """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""
+        cold = [tier for tier in self.tiers if not tier.is_ready]
+        if cold:
+            with self._beside():
+                cold[0].warm_up(self.device, self.pipeline.transformer.dtype)
+            log.info("the tier %s is ready", cold[0].name)
+        if len(cold) == 1:
+            # A shape that nobody thought of is painted uncompiled: slower once, where a compile takes a minute.
+            torch.compiler.set_stance("eager_on_recompile")
+        return bool(cold)
 
     def start(self, request: Any, seed: int) -> FluxPainting:
         """Begin to paint; cheap, the text is encoded with the first step."""
-        size = request.image_size
-        return FluxPainting(request, seed, self._round(size.width), self._round(size.height))
+        size, tier = request.image_size, tiers.nearest(self.tiers, request.acceleration)
+        return FluxPainting(request, seed, self._round(size.width), self._round(size.height), tier)
 
     @torch.no_grad()
-    def advance(self, painting: Painting) -> None:
-        """One step of one picture, and its decoding after the last. Raises CannotPaint on NaN."""
+    def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
+        """One step of `painting`, in one forward with those of `others` that can share it."""
         assert isinstance(painting, FluxPainting)
-        generation = painting.generation or self._begin(painting)
-        painting.generation = generation
-        self._step(generation, painting)
-        painting.step += 1
-        if generation.is_done:
-            painting.pictures.append(self._decode(generation, painting))
-            painting.generation = None
+        together, alone = partial(self._step, painting, others), partial(self._step, painting, (), limit=1)
+        members, velocities = self._tried(painting, together, alone)
+        with self._faults(painting, is_last_try=True):
+            for (member, generation), velocity in zip(members, velocities, strict=True):
+                generation.take(velocity)
+                member.step += 1
+                member.work += self._work(generation)
+            self._keep_pace(generation for _, generation in members)
+        return list({id(member): member for member, _ in members}.values())
+
+    @torch.no_grad()
+    def preview(self, painting: Painting) -> Image | None:
+        """The newest estimate of its newest picture, as small RGB."""
+        assert isinstance(painting, FluxPainting)
+        seen = [generation for generation in painting.generations if generation.velocity is not None]
+        if not seen:
+            return None
+        picture: Image = self.previews.picture(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
+        return picture
+
+    @torch.no_grad()
+    def decode(self, painting: Painting) -> None:
+        """Decode the next picture; raises CannotPaint on not-a-number."""
+        assert isinstance(painting, FluxPainting)
+        generation = painting.generations[len(painting.pictures)]
+        decoded = partial(self._decoded, generation)
+        picture = self._tried(painting, decoded, decoded)
+        painting.pictures.append(picture)
+        generation.let_go()
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Ask the safety checker."""
-        return self.checker.is_unsafe(pictures)
+        with self._beside():
+            return self.checker.is_unsafe(pictures)
+
+    def free(self) -> None:
+        """Give memory that is only cached back to the device."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- one step
+
+    def _due(self, painting: FluxPainting) -> list[Generation]:
+        """Its generations that can take a step, begun if they were not."""
+        due = painting.due
+        while len(painting.generations) < painting.request.num_images and (not due or painting.tier.shares_forwards):
+            painting.generations.append(self._begin(painting, painting.seed + len(painting.generations)))
+            due = painting.due
+        return due
+
+    def _step(
+        self, painting: FluxPainting, others: Sequence[Painting], limit: int | None = None
+    ) -> tuple[list[Member], Sequence[torch.Tensor]]:
+        """The next forward: who goes through it, at most so many, and where each of them goes from here."""
+        members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
+        return members, self._velocities(painting.tier, [generation for _, generation in members])
+
+    def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
+        """Its own generations first, then those of others where that is allowed, within the token budget."""
+        beside = [other for other in others if other.tier is painting.tier and other.tier.shares_forwards]
+        members: list[Member] = []
+        for candidate in (painting, *beside):
+            for generation in self._due(candidate):
+                is_alike = not members or generation.key == members[0][1].key
+                if is_alike and (len(members) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
+                    members.append((candidate, generation))
+        return members
+
+    def _velocities(self, tier: Tier, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
+        """One forward for one or more generations of one size."""
+        first = generations[0]
+        timesteps = torch.stack([generation.timestep for generation in generations])
+        guidance = [generation.guidance for generation in generations]
+        inputs = {
+            "hidden_states": _together([generation.latents for generation in generations]),
+            "timestep": timesteps.to(first.latents.dtype) / 1000,
+            "guidance": None if first.guidance is None else _together(guidance),
+            "pooled_projections": _together([generation.text.pooled_prompt_embeds for generation in generations]),
+            "encoder_hidden_states": _together([generation.text.prompt_embeds for generation in generations]),
+            "txt_ids": first.text.ids,
+            "img_ids": first.latent_ids,
+        }
+        if first.cache is not None:
+            return [first_block_cache.velocity(tier.transformer, first.cache, **inputs)]
+        velocities: Sequence[torch.Tensor] = tier.transformer(**inputs, return_dict=False)[0].split(1)
+        return velocities
+
+    def _keep_pace(self, generations: Iterator[Generation]) -> None:
+        """Launch one step while the one before runs, and no more: else nothing could be cancelled or overtaken."""
+        if self.device != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        for generation in generations:
+            generation.event = event
+        if self._last_step is not None:
+            self._last_step.synchronize()
+        self._last_step = event
+
+    def _work(self, generation: Generation) -> int:
+        num_text_tokens = generation.text.prompt_embeds.shape[1]
+        return step_flop(self.pipeline.transformer.config, generation.latents.shape[1], num_text_tokens)
+
+    # -- the ends of a generation
 
     def _round(self, side: int) -> int:
         return max(self.multiple, side // self.multiple * self.multiple)
 
-    def _begin(self, painting: FluxPainting) -> Generation:
-        """Text, noise, timesteps and guidance of the next picture, as FluxPipeline prepares them."""
-        if painting.text is None:
-            painting.text = self.pipeline.encode_prompt(
-                prompt=painting.request.prompt, prompt_2=None, device=self.device, max_sequence_length=512
-            )
-        latents, latent_ids = self._noise(painting)
-        scheduler, timesteps = self._timesteps(painting.request.num_inference_steps, latents.shape[1])
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full([1], painting.request.guidance_scale, device=self.device, dtype=torch.float32)
-        return Generation(latents, latent_ids, scheduler, timesteps, guidance)
+    def _begin(self, painting: FluxPainting, seed: int) -> Generation:
+        text = self.texts.encode(painting.request.prompt)
+        size = (painting.width, painting.height)
+        generation = begin(self.pipeline, self.device, text, painting.request, size, seed)
+        generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
+        return generation
 
-    def _noise(self, painting: FluxPainting) -> tuple[torch.Tensor, torch.Tensor]:
-        assert painting.text is not None
-        # Drawn on the CPU, so that a seed gives the same noise on every device.
-        generator = torch.Generator("cpu").manual_seed(painting.seed + len(painting.pictures))
-        noise: tuple[torch.Tensor, torch.Tensor] = self.pipeline.prepare_latents(
-            1,
-            self.pipeline.transformer.config.in_channels // 4,
-            painting.height,
-            painting.width,
-            painting.text[0].dtype,
-            self.device,
-            generator,
-        )
-        return noise
-
-    def _timesteps(self, num_inference_steps: int, num_tokens: int) -> tuple[Any, torch.Tensor]:
-        # A scheduler counts its own steps, so generations that take turns need one each.
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        config = scheduler.config
-        shift = calculate_shift(
-            num_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = numpy.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, self.device, sigmas=sigmas, mu=shift)
-        scheduler.set_begin_index(0)
-        return scheduler, timesteps
-
-    def _step(self, generation: Generation, painting: FluxPainting) -> None:
-        assert painting.text is not None
-        prompt_embeds, pooled_prompt_embeds, text_ids = painting.text
-        timestep = generation.timesteps[generation.step]
-        velocity = self.pipeline.transformer(
-            hidden_states=generation.latents,
-            timestep=timestep.expand(1).to(generation.latents.dtype) / 1000,
-            guidance=generation.guidance,
-            pooled_projections=pooled_prompt_embeds,
-            encoder_hidden_states=prompt_embeds,
-            txt_ids=text_ids,
-            img_ids=generation.latent_ids,
-            return_dict=False,
-        )[0]
-        generation.latents = generation.scheduler.step(velocity, timestep, generation.latents, return_dict=False)[0]
-        generation.step += 1
-
-    def _decode(self, generation: Generation, painting: FluxPainting) -> Image:
-        if not torch.isfinite(generation.latents).all():
-            raise CannotPaint("The picture came out as not-a-number, so none is shown.")
-        vae = self.pipeline.vae
-        latents = self.pipeline._unpack_latents(
-            generation.latents, painting.height, painting.width, self.pipeline.vae_scale_factor
-        )
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        decoded = vae.decode(latents, return_dict=False)[0]
-        picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+    def _decoded(self, generation: Generation) -> Image:
+        with self._beside(generation):
+            latents = unpacked(self.pipeline, generation, generation.latents)
+            decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
+            if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
+                raise CannotPaint("The picture came out as not-a-number, so none is shown.")
+            picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
+
+    # -- the device
+
+    @contextmanager
+    def _beside(self, generation: Generation | None = None) -> Iterator[None]:
+        """On a GPU, a stream of its own, behind the generation's last step and beside everybody else's."""
+        if self._side is None:
+            yield
+            return
+        with torch.cuda.stream(self._side):
+            if generation is not None and generation.event is not None:
+                self._side.wait_event(generation.event)
+                generation.latents.record_stream(self._side)
+            yield
+
+    def _tried(self, painting: FluxPainting, first: Callable[[], T], again: Callable[[], T]) -> T:
+        """What `first` gives; when memory runs out, what is only cached is given back, and `again` is tried once."""
+        with suppress(torch.OutOfMemoryError), self._faults(painting):
+            return first()
+        # Here, not where the error is caught: its traceback would keep all that the forward had on the device.
+        self.free()
+        with self._faults(painting, is_last_try=True):
+            return again()
+
+    @contextmanager
+    def _faults(self, painting: FluxPainting, *, is_last_try: bool = False) -> Iterator[None]:
+        """The device's errors, told apart: out of memory, lost for good, and those of the request."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if not is_last_try:
+                raise
+            raise CannotPaint(
+                f"Out of memory: a picture of {painting.width}x{painting.height} did not fit, also when tried alone; "
+                f"{weights.free_memory(self.device) / 1e9:.1f} GB are free. A smaller one may fit."
+            ) from None
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error)) from error
+
+
+def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor alone is passed on as it is, so that its forward is the very one the pipeline makes."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

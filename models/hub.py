@@ -55,15 +55,26 @@ def missing(folder: Path) -> list[str]:
     return [name for name in components(folder) if not _is_whole(folder / name)]
 
 
+def index(folder: Path) -> dict[str, tuple[str, str]]:
+    """What model_index.json says: the library and the class of each component."""
+    said: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: (value[0], value[1]) for name, value in said.items() if isinstance(value, list) and value[0]}
+
+
 def components(folder: Path) -> list[str]:
     """The subfolders that model_index.json names."""
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    return list(index(folder))
 
 
 def size(folder: Path) -> int:
     """Bytes of weights in it."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the weights of each component that has some."""
+    found = {name: size(folder / name) for name in components(folder)}
+    return {name: num_bytes for name, num_bytes in found.items() if num_bytes}
 
 
 def _patterns(folder: Path) -> list[str]:
@@ -83,8 +94,8 @@ def _is_whole(component: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for listed in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
         return all((folder / shard).is_file() for shard in shards)
     return any(folder.glob("*.safetensors"))
 

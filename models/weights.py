@@ -1,17 +1,20 @@
 """Where weights come from: the demo, a folder in diffusers layout, or the hub."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from models import hub
-from models.base import Model, Placement
+from models import hub, memory
+from models.base import Loading, Model, Placement
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
+#: In the folder of some weights, and loaded by `models.safety`.
+_NOT_OF_THE_PIPELINE = ("safety_checker",)
 
 
 def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
@@ -70,10 +73,54 @@ def folder_of(where: str | Path) -> Path:
     return hub.locate(where) or hub.pull(where)
 
 
-def load(placement: Placement) -> "FluxPipeline":
-    """The pipeline in bf16 on its device; only safetensors, no code from the weights. Raises OSError."""
+def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
+    """The pipeline in bf16, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
+
+    One large part after the other goes to the device, so the host never holds all of them beside the device's.
+    """
     import torch
     from diffusers import FluxPipeline
+
+    _keep_quiet()
+    if placement.weights is None:
+        raise ValueError("a FLUX pipeline needs weights")
+    folder, device = folder_of(placement.weights), device_for(placement.device)
+    _refuse_strangers(folder)
+    sizes = hub.sizes(folder)
+    plan = memory.choose(placement.memory, sizes, free_memory(device), device=device)
+    parts, loaded = {}, 0
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if name not in _NOT_OF_THE_PIPELINE:
+            placement.report(Loading(name, loaded, sum(sizes.values())))
+            parts[name] = _load_part(folder, name)
+            if plan.is_whole:
+                parts[name].to(device)
+            loaded += size
+    pipeline = FluxPipeline.from_pretrained(
+        folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return plan.place(pipeline, device), plan
+
+
+def _refuse_strangers(folder: Path) -> None:
+    for name, (library, _) in hub.index(folder).items():
+        if name not in _NOT_OF_THE_PIPELINE and library not in ("diffusers", "transformers"):
+            raise OSError(f"{folder}: {name} is of {library}, and only diffusers' and transformers' classes are loaded")
+
+
+def _load_part(folder: Path, name: str) -> Any:
+    """A module of the class that model_index.json names."""
+    import torch
+
+    library, class_name = hub.index(folder)[name]
+    kind = getattr(importlib.import_module(library), class_name)
+    return kind.from_pretrained(
+        folder, subfolder=name, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+    ).eval()
+
+
+def _keep_quiet() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -81,13 +128,14 @@ def load(placement: Placement) -> "FluxPipeline":
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if placement.weights is None:
-        raise ValueError("a FLUX pipeline needs weights")
-    pipeline = FluxPipeline.from_pretrained(
-        folder_of(placement.weights), dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device_for(placement.device))
+
+
+def free_memory(device: str) -> int:
+    """Bytes of the device that can still be taken; on the CPU, of the machine."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
 
 
 def device_for(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: serve, pull, doctor, env, run."""
+"""The command line: serve, pull, doctor, bench, env, run."""
 
 import inspect
 import logging
@@ -43,7 +43,9 @@ def takes_settings(act: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BAD_SETTINGS) from None
         act(settings, **arguments)
 
-    settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not own]
+    # What a command asks for without a default is its argument; WEIGHTS stay away from it.
+    has_arguments = any(parameter.default is inspect.Parameter.empty for parameter in own)
+    settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not has_arguments]
     wrapped.__name__, wrapped.__doc__ = act.__name__, act.__doc__
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     wrapped.__signature__ = inspect.Signature([*settings, *keyword])  # type: ignore[attr-defined]
@@ -71,9 +73,7 @@ def _parameter(name: str) -> inspect.Parameter:
 def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
     _keep_quiet()
-    # OpenMP's threads wait for each other by spinning, long by default: beside a busy program a picture then takes
-    # ten times as long. Measured on two cores: 5 % slower when idle, twice as fast when the machine is shared.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _spin_less()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Late: `env` and `--help` need none of it.
@@ -126,6 +126,56 @@ def doctor(settings: Settings) -> None:
 
 @cli.command()
 @takes_settings
+def bench(
+    settings: Settings,
+    random_weights: Annotated[
+        str, typer.Option(help="tiny or full: weights of these shapes that nobody trained, full being FLUX.1 [dev]'s.")
+    ] = "",
+    sizes: Annotated[str, typer.Option(help="Width x height in pixels, separated by commas.")] = "1024x768",
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Steps of each picture.")] = 28,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the medians are shown.")] = 3,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that wait together.")] = 1,
+    cap_gb: Annotated[float, typer.Option(min=0, help="Use no more of the GPU's memory than this; 0 is all.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as JSON.")] = None,
+) -> None:
+    """Measure the engine's tiers beside diffusers' own pipeline, on this machine."""
+    _keep_quiet()
+    _spin_less()
+    from server import bench as measuring
+
+    try:
+        for line, found in measuring.run(
+            settings,
+            shape=_one_of(("", "tiny", "full"), random_weights, "--random-weights"),
+            sizes=[_size(word) for word in sizes.split(",")],
+            num_steps=steps,
+            num_rounds=rounds,
+            num_waiting=waiting,
+            cap_gb=cap_gb,
+        ):
+            typer.echo(line)
+            if json_file:
+                measuring.write(json_file, found)
+    except OSError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _one_of(known: tuple[str, ...], word: str, option: str) -> str:
+    if word not in known:
+        raise typer.BadParameter(f"{option}: {word} is not one of {', '.join(filter(None, known))}")
+    return word
+
+
+def _size(word: str) -> tuple[int, int]:
+    width, _, height = word.strip().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"--sizes: {word} is not WIDTHxHEIGHT")
+    return int(width), int(height)
+
+
+@cli.command()
+@takes_settings
 def env(settings: Settings) -> None:
     """Print what points each SDK at this server."""
     from server.clients import directions
@@ -151,6 +201,12 @@ def run(
     except OSError as error:
         typer.echo(f"{command[0]}: {error.strerror}", err=True)
         raise typer.Exit(NOT_FOUND) from None
+
+
+def _spin_less() -> None:
+    # OpenMP's threads wait for each other by spinning, long by default: beside a busy program a picture then takes
+    # ten times as long. Measured on two cores: 5 % slower when idle, twice as fast when the machine is shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _keep_quiet() -> None:

@@ -75,7 +75,16 @@ def _join(
     jobs = Queue(database, notifier, settings.max_queue_length)
     store = Files(settings.data_dir / "files", database)
     placements = {
-        endpoint: Placement(place, settings.safety_checker, settings.device) for endpoint, place in places.items()
+        endpoint: Placement(
+            place,
+            settings.safety_checker,
+            settings.device,
+            settings.memory,
+            settings.max_acceleration,
+            settings.eager,
+            settings.data_dir / "compiled",
+        )
+        for endpoint, place in places.items()
     }
     worker = Worker(settings, models, placements, jobs, store, notifier)
     parts = Parts(
@@ -101,7 +110,7 @@ def _join(
         ),
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
-        is_ready=lambda: worker.is_ready,
+        readiness=lambda: (worker.is_ready, worker.loading),
     )
     return parts, worker
 

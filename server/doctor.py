@@ -3,19 +3,22 @@
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from models import discover, hub, weights
+from models import discover, hub, memory, weights
 from server.settings import Settings
 
-#: What a pipeline needs beside its weights while it paints, as a share of them; measured on nothing smaller.
-_HEADROOM = 1.05
 #: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
-_FLUX_DEV_BYTES = 33_700_000_000
+_FLUX_DEV_SIZES = {
+    "transformer": 23_802_816_640,
+    "text_encoder_2": 9_524_621_312,
+    "text_encoder": 246_120_960,
+    "vae": 167_642_022,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
     found = yield from _device(settings)
     if found is None:
         return
-    device, free = found
     try:
         places = weights.assign(settings.weights, discover(settings.models_dir))
     except ValueError as error:
@@ -43,7 +45,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         return
     for endpoint, where in places.items():
         if where is not None:
-            yield from _model(endpoint, where, device, free)
+            yield from _model(endpoint, where, settings.memory, *found)
     yield _checker(settings, [where for where in places.values() if where])
 
 
@@ -100,20 +102,30 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | No
     return device, int(free)
 
 
-def _model(endpoint: str, where: str | Path, device: str, free: int) -> Iterator[Finding]:
+def _model(endpoint: str, where: str | Path, plan: str, device: str, free: int) -> Iterator[Finding]:
     folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
         yield Finding(endpoint, False, f"{where} is not here yet; `flux-server pull {where}` brings it")
-        size = _FLUX_DEV_BYTES
+        sizes = _FLUX_DEV_SIZES
     elif lacking := hub.missing(folder):
         yield Finding(endpoint, False, f"{folder} lacks {', '.join(lacking)}")
         return
     else:
-        size = hub.size(folder)
-        yield Finding(endpoint, True, f"weights are here, {size / 1e9:.2f} GB")
-    fits = size * _HEADROOM < free
-    words = f"needs {size * _HEADROOM / 1e9:.2f} GB on the {device}, {free / 1e9:.1f} GB are free"
-    yield Finding(f"{endpoint} fits", fits, words)
+        sizes = hub.sizes(folder)
+        yield Finding(endpoint, True, f"weights are here, {sum(sizes.values()) / 1e9:.2f} GB")
+    yield _memory(endpoint, sizes, plan, device, free)
+
+
+def _memory(endpoint: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
+    """Which plan is taken, and what each one needs."""
+    needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in memory.PLANS)
+    try:
+        chosen = memory.choose(name, sizes, free, device=device)
+    except OSError as error:
+        return Finding(f"{endpoint} memory", False, f"{error} ({needs})")
+    fits = chosen.needs(sizes) <= free
+    words = f"{chosen.name}, {chosen.words}; needed are {needs}, {free / 1e9:.1f} GB are free"
+    return Finding(f"{endpoint} memory", fits, words)
 
 
 def _checker(settings: Settings, places: list[str | Path]) -> Finding:

@@ -57,14 +57,14 @@ class Submission:
 
 
 #: More than there will ever be requests.
-_BEHIND_ALL = 1 << 62
+BEHIND_ALL = 1 << 62
 
 
 @dataclass(slots=True)
 class Job:
     """The in-memory image of a row. It changes only after the same change was committed.
 
-    Logs and progress live here alone until the job is finished.
+    Logs, progress and the newest preview live here alone until the job is finished.
     """
 
     sequence: int
@@ -76,6 +76,7 @@ class Job:
     base_url: str
     state: State
     attempt: int = 0
+    strikes: int = 0
     start_deadline: float | None = None
     is_cancelled: bool = False
     is_kept: bool = True
@@ -86,12 +87,14 @@ class Job:
     acceleration: str | None = None
     step: int = 0
     num_steps: int = 0
+    #: What the picture looks like so far, as a data URI; for those that stream.
+    preview: str | None = None
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
         """Its place in the queue: normal priority first, then in order of arrival. One number, quick to compare."""
-        return self.sequence + _BEHIND_ALL if self.priority == Priority.LOW else self.sequence
+        return self.sequence + BEHIND_ALL if self.priority == Priority.LOW else self.sequence
 
 
 @dataclass(frozen=True)

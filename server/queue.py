@@ -4,7 +4,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from sortedcontainers import SortedList
@@ -21,11 +21,13 @@ from server.errors import (
     ServerError,
     StartTimeout,
 )
-from server.jobs import Job, Mode, Outcome, State, Submission
+from server.jobs import BEHIND_ALL, Job, Mode, Outcome, State, Submission
 from server.notifier import QUEUE, WEBHOOKS, Notifier
 
 #: fal retries a job whose runner was lost at most this often.
 MAX_ATTEMPTS = 10
+#: After so many it is taken to be the job's fault, and others get their turn.
+MAX_STRIKES = 3
 #: How many finished jobs stay in memory for those who still ask for their status.
 RECENT = 2048
 
@@ -129,13 +131,16 @@ class Queue:
 
     # -- what the worker does
 
-    def claim(self) -> tuple[Job, str] | None:
-        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits."""
+    def claim(self, *, takes_low: bool = True) -> tuple[Job, str] | None:
+        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits.
+
+        Without `takes_low`, only of normal priority.
+        """
         with self._lock:
-            if not self._order:
+            if not self._order or (not takes_low and self._order[0] > BEHIND_ALL):
                 return None
             with self._database.transaction() as connection:
-                row = rows.claim(connection, self._clock())
+                row = rows.claim(connection, self._clock(), takes_low=takes_low)
             if row is None:
                 return None
             job = self._live[row["request_id"]]
@@ -164,6 +169,13 @@ class Queue:
             self._end(job, outcome)
             return True
 
+    def strike(self, jobs: Sequence[Job]) -> None:
+        """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
+        with self._lock, self._database.transaction() as connection:
+            for job in jobs:
+                if job.state == State.IN_PROGRESS:
+                    rows.strike(connection, job)
+
     def give_back(self, job: Job) -> None:
         """Put a running job back in its old place, because this process will not finish it.
 
@@ -175,7 +187,7 @@ class Queue:
                 return
             with self._database.transaction() as connection:
                 rows.give_back(connection, job)
-            job.step, job.num_steps, job.logs = 0, 0, []
+            job.step, job.num_steps, job.preview, job.logs = 0, 0, None, []
             job.state = State.IN_QUEUE
             self._enqueue(job)
         self._notifier.ring(job.request_id, QUEUE)
@@ -195,6 +207,9 @@ class Queue:
                     self._end(job, wire.outcome_of(ClientDisconnected()))
                 elif job.is_cancelled:
                     self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
+                elif job.strikes >= MAX_STRIKES:
+                    words = f"The server had to end {job.strikes} times while it worked at this request."
+                    self._end(job, wire.outcome_of(InternalError(words)))
                 elif job.state == State.IN_PROGRESS and job.attempt >= MAX_ATTEMPTS:
                     self._end(job, wire.outcome_of(InternalError(f"Gave up after {job.attempt} attempts.")))
                 elif job.state == State.IN_PROGRESS:

@@ -15,6 +15,7 @@ _CLAIM = """
     WHERE sequence = (
         SELECT sequence FROM jobs
         WHERE state = 'IN_QUEUE' AND (start_deadline IS NULL OR start_deadline > :now)
+            AND (:takes_low OR priority = 'normal')
         ORDER BY priority = 'low', sequence LIMIT 1
     )
     RETURNING request_id, attempt, input
@@ -84,9 +85,9 @@ def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3
     return found
 
 
-def claim(connection: sqlite3.Connection, now: float) -> sqlite3.Row | None:
+def claim(connection: sqlite3.Connection, now: float, *, takes_low: bool) -> sqlite3.Row | None:
     """The next job becomes IN_PROGRESS: its request_id, attempt and input. None when none waits."""
-    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now}).fetchone()
+    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "takes_low": takes_low}).fetchone()
     return row
 
 
@@ -122,6 +123,15 @@ def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
     _guarded(
         connection,
         "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
+    )
+
+
+def strike(connection: sqlite3.Connection, job: Job) -> None:
+    """Remember that the process had to end while it worked at this job."""
+    _guarded(
+        connection,
+        "UPDATE jobs SET strikes = strikes + 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
         job,
     )
 
@@ -164,6 +174,7 @@ def job_of(row: sqlite3.Row) -> Job:
         base_url=row["base_url"],
         state=State(row["state"]),
         attempt=row["attempt"],
+        strikes=row["strikes"],
         start_deadline=row["start_deadline"],
         is_cancelled=bool(row["is_cancelled"]),
         is_kept=bool(row["is_kept"]),

@@ -18,6 +18,8 @@ CREATE TABLE jobs (
     is_private      INTEGER NOT NULL CHECK (is_private IN (0, 1)),
     state           TEXT NOT NULL CHECK (state IN ('IN_QUEUE', 'IN_PROGRESS', 'COMPLETED')),
     attempt         INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
+    -- How often the process had to end because of it.
+    strikes         INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0),
     is_cancelled    INTEGER NOT NULL DEFAULT 0 CHECK (is_cancelled IN (0, 1)),
     submitted_at    REAL NOT NULL,
     started_at      REAL,

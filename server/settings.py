@@ -59,6 +59,16 @@ class Settings(BaseModel):
     safety_checker: str = Field(
         "Falconsai/nsfw_image_detection", description="Hub id or folder of the checker, if the weights bring none."
     )
+    memory: Literal["auto", "resident", "fp8-storage", "group-offload"] = Field(
+        "auto", description="How weights are placed: resident, fp8-storage, group-offload, or auto for what fits."
+    )
+    max_acceleration: Literal["none", "regular", "high"] = Field(
+        "high", description="The highest acceleration offered: none, regular or high; requests for more get this."
+    )
+    eager: bool = Field(False, description="Compile nothing: slower on a GPU, bit for bit diffusers' own pipeline.")
+    step_deadline: float = Field(
+        600, gt=0, description="A step that takes longer, in seconds, ends the process, for its supervisor to restart."
+    )
     enforce_safety_checker: bool = Field(False, description="Check every picture, whatever the request says.")
     embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the picture files.")
     max_running: int = Field(8, ge=1, le=64, description="How many requests may be painted in turns.")

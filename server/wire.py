@@ -76,7 +76,8 @@ def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
 
 def progress(job: Job) -> dict[str, Any]:
     """One event of /stream before the output."""
-    return {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
+    body: dict[str, Any] = {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
+    return body if job.preview is None else {**body, "preview": job.preview}
 
 
 def result(outcome: Outcome) -> Response:

@@ -1,36 +1,34 @@
-"""Claim, advance the engine, check, save, finish: one thread that owns the models."""
+"""Claim, then advance one painting by one step at a time: one thread that owns the models."""
 
+import base64
+import dataclasses
+import io
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
-from models.base import CannotPaint, Engine, Model, Painting, Placement
+from models.base import DeviceLost, Engine, Loading, Model, Placement
 from server import wire
-from server.answers import Answers, Painted
-from server.errors import ClientCancelled, DiskFull, InternalError, NotFound, ServerError
+from server.answers import Answers
+from server.errors import ClientCancelled, DiskFull, NotFound
+from server.fairness import Ledger
 from server.files import Files
-from server.jobs import Job, Outcome, Priority
+from server.finisher import Finisher
+from server.jobs import Job, Mode, Outcome, Priority
 from server.notifier import WORKER, Notifier
 from server.queue import Queue
+from server.running import Running, failure
 from server.settings import Settings
+from server.watchdog import Watchdog, end_process
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Running:
-    """A claimed job and its painting."""
-
-    job: Job
-    model: Model
-    request: Any
-    painting: Painting
-    seconds: float = 0.0
-    last_turn: int = 0
+#: How many previews a picture's client gets at most.
+PREVIEWS = 10
 
 
 class Worker:
@@ -49,15 +47,16 @@ class Worker:
         self._models = models
         self._placements = placements
         self._queue = queue
-        self._answers = Answers(files, embeds_parameters=settings.embed_parameters)
         self._notifier = notifier
         self._engines: dict[str, Engine] = {}
         self._running: list[Running] = []
-        #: Jobs that have ended and wait to be written down.
-        self._ended: deque[tuple[Job, Outcome]] = deque()
-        self._turn = 0
+        self._ledger = Ledger(settings.max_running)
+        self._watchdog = Watchdog(settings.step_deadline, self._end_late)
+        answers = Answers(files, embeds_parameters=settings.embed_parameters)
+        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail)
         self._stop_at: float | None = None
         self.is_ready = False
+        self.loading = Loading()
         #: Why the thread ended, if it ended by itself.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -78,132 +77,194 @@ class Worker:
     def setup(self) -> None:
         """Load every model that is served. Raises what the first bad one raises."""
         for endpoint, placement in self._placements.items():
-            self._engines[endpoint] = self._models[endpoint].setup(placement)
+            told = dataclasses.replace(placement, report=partial(self._report, endpoint))
+            self._engines[endpoint] = self._models[endpoint].setup(told)
         self.is_ready = True
 
     def turn(self) -> bool:
-        """Claim what there is room for, take one step of one painting; False when there was nothing to do.
+        """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""
+        has_painted = self.paint()
+        return self._finisher.turn() or has_painted
 
-        Raises DiskFull; nothing is lost then, and the next turn goes on where this one stopped.
-        """
-        self._settle()
+    def paint(self) -> bool:
+        """Claim what there is room for, then take one step of one painting; False when there was nothing to do."""
         self._claim()
-        if self._running:
-            running = min(self._running, key=_urgency)
-            self._turn += 1
-            running.last_turn = self._turn
-            outcome = wire.outcome_of(ClientCancelled()) if running.job.is_cancelled else self._advance(running)
-            if outcome is not None:
-                self._running.remove(running)
-                self._ended.append((running.job, outcome))
-        elif not self._ended:
+        if not self._running:
             return False
-        self._settle()
+        running = min(self._running, key=self._ledger.urgency)
+        try:
+            end = self._advance(running)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            end = failure(error, running.job)
+        if end is not None:
+            self._running.remove(running)
+            self._finisher.add(running.job, end)
         return True
+
+    # -- painting
+
+    def _claim(self) -> None:
+        """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
+        while self._stop_at is None:
+            num_low = sum(running.job.priority == Priority.LOW for running in self._running)
+            num_all = len(self._running) + len(self._finisher)
+            if num_all - num_low >= self._settings.max_running:
+                return
+            claimed = self._queue.claim(takes_low=num_all < self._settings.max_running)
+            if claimed is None:
+                return
+            job, text = claimed
+            try:
+                running = self._begin(job, text)
+            except Exception as error:
+                self._finisher.add(job, failure(error, job))
+            else:
+                self._ledger.admit(running, self._running)
+                self._running.append(running)
+
+    def _begin(self, job: Job, text: str) -> Running:
+        if job.endpoint not in self._engines:
+            raise NotFound(f"{job.endpoint} is not served here any more")
+        model, engine = self._models[job.endpoint], self._engines[job.endpoint]
+        # No limits: what was accepted stays accepted, whatever the settings are by now.
+        request = model.Input.model_validate_json(text)
+        must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
+        return Running(job, model, engine, request, engine.start(request, request.seed or 0), must_check)
+
+    def _advance(self, running: Running) -> Running | Outcome | None:
+        """What is next for this one; its end, when that is known or left to the finisher."""
+        if running.job.is_cancelled:
+            return wire.outcome_of(ClientCancelled())
+        if not running.is_stepped:
+            beside = self._beside(running)
+            with self._held_against([running.job, *(other.job for other in beside)]):
+                self._step(running, beside)
+        elif not running.engine.decodes_beside:
+            with self._held_against([running.job]):
+                running.develop()
+        is_left = running.is_stepped and running.engine.decodes_beside
+        return running if running.is_developed or is_left else None
+
+    def _beside(self, running: Running) -> list[Running]:
+        """Who may share its forward. Those with a strike go alone, so that only who is at fault gets another."""
+        return [
+            other
+            for other in sorted(self._running, key=self._ledger.urgency)
+            if other is not running and other.engine is running.engine
+            if not (other.is_stepped or other.job.is_cancelled) and other.job.priority == running.job.priority
+            if not (other.job.strikes or running.job.strikes)
+        ]
+
+    @contextmanager
+    def _held_against(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """A block that does not end, or that loses the device, is a strike against these."""
+        try:
+            with self._watchdog.over(jobs):
+                yield
+        except DeviceLost:
+            self._queue.strike(jobs)
+            raise
+
+    def _step(self, running: Running, beside: Sequence[Running]) -> None:
+        """One step, of this one and of those that share its forward."""
+        before = {id(member.painting): member.painting.work for member in (running, *beside)}
+        begun = time.perf_counter()
+        advanced = running.engine.advance(running.painting, [other.painting for other in beside])
+        taken = time.perf_counter() - begun
+        stepped = {id(painting) for painting in advanced}
+        for member in (running, *beside):
+            if id(member.painting) in stepped:
+                member.seconds += taken
+                self._ledger.charge(member, member.painting.work - before[id(member.painting)])
+                self._tell(member)
+
+    def _tell(self, running: Running) -> None:
+        """Progress for who listens; with a preview now and then for those that stream."""
+        job, painting = running.job, running.painting
+        every = math.ceil(painting.num_steps / PREVIEWS)
+        if job.mode == Mode.STREAM and painting.step % every == 0 and not running.is_stepped:
+            job.preview = _preview(running)
+        self._queue.progress(job, painting.step, painting.num_steps)
+
+    # -- the threads
 
     def _run(self) -> None:
         try:
             self.setup()
             log.info("ready: %s", ", ".join(self._engines))
+            self._finisher.start()
+            self._watchdog.start()
+            threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
             while self._is_wanted():
-                if not self._try_turn():
-                    self._notifier.work.wait()
-                    self._notifier.work.clear()
+                if not self._try_paint():
+                    self._notifier.work.wait(self._grace_left())
+                # Before the next look at anything: what rings after it is heard by the next wait.
+                self._notifier.work.clear()
             for running in self._running:
                 self._queue.give_back(running.job)
+            self._finisher.stop(self._stop_at or time.monotonic())
         except BaseException as error:
-            # What an operator can mend is said in a line; for the rest the trace is wanted.
-            log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError) else error)
-            self.failure = error
-            self._notifier.ring(WORKER)
+            self._fail(error)
+        finally:
+            self._watchdog.stop()
 
-    def _try_turn(self) -> bool:
+    def _try_paint(self) -> bool:
         try:
-            return self.turn()
+            return self.paint()
         except DiskFull:
             log.error("the disk is full; nothing is lost, trying again every second")
             self._notifier.work.wait(1)
             return True
 
     def _is_wanted(self) -> bool:
-        if self._stop_at is None:
-            return True
-        return bool(self._running or self._ended) and time.monotonic() < self._stop_at
+        if self._stop_at is None or self.failure is not None:
+            return self.failure is None
+        return bool(self._running or self._finisher) and time.monotonic() < self._stop_at
 
-    def _claim(self) -> None:
-        while self._stop_at is None and len(self._running) + len(self._ended) < self._settings.max_running:
-            claimed = self._queue.claim()
-            if claimed is None:
-                return
-            job, text = claimed
+    def _grace_left(self) -> float | None:
+        """Seconds; None while nobody has asked to stop."""
+        return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
+
+    def _warm_up(self) -> None:
+        """Further tiers, one after the other, while requests are painted in those that are ready."""
+        for endpoint, engine in self._engines.items():
             try:
-                self._running.append(self._begin(job, text))
-            except Exception as error:
-                self._ended.append((job, wire.outcome_of(_told(error, job))))
+                while engine.warm_up():
+                    continue
+            except Exception:
+                log.exception("%s: a tier could not be made ready; requests for it get the next lower one", endpoint)
 
-    def _begin(self, job: Job, text: str) -> Running:
-        if job.endpoint not in self._engines:
-            raise NotFound(f"{job.endpoint} is not served here any more")
-        model = self._models[job.endpoint]
-        # No limits: what was accepted stays accepted, whatever the settings are by now.
-        request = model.Input.model_validate_json(text)
-        painting = self._engines[job.endpoint].start(request, request.seed or 0)
-        # Behind those of this round: a stream of short requests must not keep a long one waiting for ever.
-        return Running(job, model, request, painting, last_turn=self._turn)
+    def _report(self, endpoint: str, loading: Loading) -> None:
+        self.loading = loading
+        done, total = loading.loaded_bytes / 1e9, loading.total_bytes / 1e9
+        log.info("%s: loading %s, %.1f of %.1f GB are here", endpoint, loading.component, done, total)
 
-    def _advance(self, running: Running) -> Outcome | None:
-        """One step; the outcome when it was the last, or when it failed."""
-        job, painting = running.job, running.painting
-        begun = time.perf_counter()
+    def _fail(self, error: BaseException) -> None:
+        # What an operator can mend is said in a line; for the rest the trace is wanted.
+        log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError) else error)
+        self.failure = error
+        self._notifier.work.set()
+        self._notifier.ring(WORKER)
+
+    def _end_late(self, jobs: Sequence[Job]) -> None:
         try:
-            # Done already when its pictures found no room on the disk the last time.
-            if not painting.is_done:
-                self._engines[job.endpoint].advance(painting)
-                running.seconds += time.perf_counter() - begun
-                self._queue.progress(job, painting.step, painting.num_steps)
-            if not painting.is_done or job.is_cancelled:
-                return None
-            painted = Painted(painting.pictures, self._flags(running), running.seconds, painting.acceleration)
-            return self._answers.outcome(job, running.model, running.request, painted)
-        except DiskFull:
-            raise
-        except Exception as error:
-            return wire.outcome_of(_told(error, job))
-
-    def _flags(self, running: Running) -> Sequence[bool]:
-        found = running.painting.pictures
-        if not (running.request.enable_safety_checker or self._settings.enforce_safety_checker):
-            return [False] * len(found)
-        flags = self._engines[running.job.endpoint].is_unsafe(found)
-        if len(flags) != len(found):
-            raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
-        return [bool(flag) for flag in flags]
-
-    def _settle(self) -> None:
-        """Write down how jobs ended."""
-        while self._ended:
-            job, outcome = self._ended[0]
-            is_shown = self._queue.finish(job, outcome)
-            self._ended.popleft()
-            if not is_shown:
-                self._answers.discard(outcome.files)
+            self._queue.strike(jobs)
+        finally:
+            # Also when the disk is full.
+            end_process(self._settings.step_deadline, jobs)
 
 
-def _urgency(running: Running) -> tuple[bool, bool, int, int]:
-    """Who is next: the cancelled to be gone, then normal priority, then who has waited longest, then the oldest.
-
-    Going round lets nobody starve: a long request gets its turn however many short ones come and go.
-    """
-    job = running.job
-    return (not job.is_cancelled, job.priority == Priority.LOW, running.last_turn, job.sequence)
-
-
-def _told(error: Exception, job: Job) -> ServerError:
-    """What the client is told of a failure; the operator's log has the rest."""
-    if isinstance(error, ServerError):
-        return error
-    if isinstance(error, CannotPaint):
-        log.warning("request %s failed: %s", job.request_id, error)
-        return InternalError(str(error))
-    log.error("request %s failed", job.request_id, exc_info=error)
-    return InternalError()
+def _preview(running: Running) -> str | None:
+    """A small JPEG as a data URI; without one the picture itself is none the worse."""
+    try:
+        picture = running.engine.preview(running.painting)
+    except Exception:
+        log.exception("request %s: there is no preview of step %d", running.job.request_id, running.painting.step)
+        return None
+    if picture is None:
+        return None
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

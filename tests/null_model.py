@@ -1,13 +1,14 @@
 """Models without weights, one behaviour each: what the queue, the worker and the wire are tested with."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import CannotPaint, Placement
+from models.base import CannotPaint, DeviceLost, Loading, Placement
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
 
@@ -22,6 +23,10 @@ class NullPainting:
         self.num_steps = request.num_inference_steps * request.num_images
 
     @property
+    def work(self) -> float:
+        return float(self.step)
+
+    @property
     def is_done(self) -> bool:
         return bool(len(self.pictures) == self.request.num_images)
 
@@ -29,15 +34,25 @@ class NullPainting:
 class NullEngine:
     """Does nothing, at once, then paints."""
 
+    decodes_beside = False
+
     def start(self, request: Any, seed: int) -> NullPainting:
         return NullPainting(request, seed)
 
-    def advance(self, painting: Any) -> None:
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         painting.step += 1
-        if painting.step % painting.request.num_inference_steps == 0:
-            colour = painting.seed + len(painting.pictures)
-            size = painting.request.image_size
-            painting.pictures.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
+        return [painting]
+
+    def preview(self, painting: Any) -> Image | None:
+        return PILImage.new("RGB", (16, 12), (painting.seed % 256, painting.step * 20 % 256, 64))
+
+    def decode(self, painting: Any) -> None:
+        colour = painting.seed + len(painting.pictures)
+        size = painting.request.image_size
+        painting.pictures.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
+
+    def warm_up(self) -> bool:
+        return False
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         return [False] * len(pictures)
@@ -49,21 +64,55 @@ class GateEngine(NullEngine):
     def __init__(self) -> None:
         self._gates: dict[str, int] = {}
 
-    def advance(self, painting: Any) -> None:
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         path = painting.request.prompt
         if path not in self._gates:
             self._gates[path] = os.open(path, os.O_RDONLY)
         os.read(self._gates[path], 1)
-        super().advance(painting)
+        return super().advance(painting)
+
+
+class SharingEngine(NullEngine):
+    """Takes everybody along in each step."""
+
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        return [member for each in (painting, *others) for member in super(SharingEngine, self).advance(each)]
+
+
+class MemoryEngine(NullEngine):
+    """Has no room for any picture."""
+
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        raise CannotPaint("Out of memory: a picture of 512x512 did not fit, also when tried alone.")
+
+
+class LostEngine(NullEngine):
+    """Loses the device in its second step, as long as the file in the prompt is there."""
+
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        if painting.step == 1 and Path(painting.request.prompt).exists():
+            raise DeviceLost("an illegal memory access was encountered")
+        return super().advance(painting)
+
+
+class LargePreviewEngine(GateEngine):
+    """The gate again, with previews of megabytes that no buffer holds many of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noise = PILImage.effect_noise((1600, 1600), 100).convert("RGB")
+
+    def preview(self, painting: Any) -> Image | None:
+        return self._noise
 
 
 class RaisesEngine(NullEngine):
     """Fails in its second step; says why only when the prompt is "told"."""
 
-    def advance(self, painting: Any) -> None:
+    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         if painting.step == 1:
             raise CannotPaint("This cannot be painted.") if painting.request.prompt == "told" else OSError("secret")
-        super().advance(painting)
+        return super().advance(painting)
 
 
 class UnsafeEngine(NullEngine):
@@ -86,7 +135,7 @@ class NullModel:
     Input = FluxDevInput
     Output = FluxDevOutput
 
-    def __init__(self, endpoint: str, engine: type[NullEngine]) -> None:
+    def __init__(self, endpoint: str, engine: Callable[[], NullEngine]) -> None:
         self.endpoint, self._engine = endpoint, engine
 
     def setup(self, placement: Placement) -> NullEngine:
@@ -103,3 +152,18 @@ class NullModel:
 
     def parameters(self, request: Any, seed: int) -> Mapping[str, Any]:
         return {**FLUX_DEV.parameters(request, seed), "endpoint": self.endpoint}
+
+
+class LoadingModel(NullModel):
+    """Tells of two components, and waits for a byte from the named pipe before the second is loaded."""
+
+    def __init__(self, endpoint: str, gate: str) -> None:
+        super().__init__(endpoint, NullEngine)
+        self._gate = gate
+
+    def setup(self, placement: Placement) -> NullEngine:
+        placement.report(Loading("text_encoder", 0, 4_000_000_000))
+        placement.report(Loading("transformer", 1_000_000_000, 4_000_000_000))
+        with Path(self._gate).open("rb", buffering=0) as gate:
+            gate.read(1)
+        return super().setup(placement)

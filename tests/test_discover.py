@@ -27,7 +27,7 @@ def test_the_package_has_flux_dev() -> None:
 
 
 def test_a_folder_adds_its_own() -> None:
-    added = {"test/null", "test/gate", "test/raises", "test/unsafe"}
+    added = {f"test/{name}" for name in ("null", "gate", "raises", "unsafe", "lost", "memory", "large-previews")}
     assert set(discover(MODELS)) == set(discover()) | added
 
 

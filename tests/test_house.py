@@ -15,18 +15,24 @@ from tests.serving import ROOT
 #: From the door to the ground: a module imports from its own layer and from those below.
 LAYERS = (
     {"server.__main__"},
-    {"server.serving", "server.clients", "server.doctor"},
+    {"server.serving", "server.clients", "server.doctor", "server.bench"},
     {"server.app"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
+    {"server.fairness", "server.finisher"},
+    {"server.running"},
     {"server.admission", "server.connect", "server.intake", "server.answers", "server.openapi", "server.catalog"},
     {"server.queue", "server.uploads", "server.fetch", "server.auth", "server.tls", "server.signing", "server.metrics"},
     {"server.rows"},
     {"server.files"},
-    {"server.address", "server.database", "server.events", "server.pictures", "server.lifecycle"},
+    {"server.address", "server.database", "server.events", "server.pictures", "server.lifecycle", "server.watchdog"},
     {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors"},
     {"models"},
     {"models.*"},
-    {"models.engine", "models.safety", "models.weights", "models.hub"},
+    {"models.speed", "models.random_weights"},
+    {"models.engine"},
+    {"models.generation", "models.tiers", "models.safety"},
+    {"models.weights", "models.preview"},
+    {"models.first_block_cache", "models.hub", "models.memory", "models.texts", "models.work"},
     {"models.base", "models.schema"},
 )
 SOURCES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "models").glob("*.py")])

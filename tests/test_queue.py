@@ -12,7 +12,7 @@ import pytest
 from server.database import Database, FolderInUse
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
 from server.jobs import Job, Lifecycle, Mode, Priority, State, StoredFile
-from server.queue import MAX_ATTEMPTS
+from server.queue import MAX_ATTEMPTS, MAX_STRIKES
 from server.retention import Retention
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
 
@@ -135,6 +135,26 @@ def test_give_back_of_a_cancelled_job_ends_it(parts: Parts) -> None:
     parts.queue.cancel(job)
     parts.queue.give_back(job)
     assert ended(parts, job) == (499, "client_cancelled")
+
+
+def test_without_low_only_normal_is_claimed(parts: Parts) -> None:
+    low = parts.queue.submit(submission(priority=Priority.LOW))
+    assert parts.queue.claim(takes_low=False) is None
+    normal = parts.queue.submit(submission())
+    found = parts.queue.claim(takes_low=False)
+    assert found and found[0] is normal
+    assert parts.queue.claim(takes_low=False) is None
+    assert (low.state, low.attempt, parts.queue.position(low)) == (State.IN_QUEUE, 0, 0)
+    found = parts.queue.claim()
+    assert found and found[0] is low
+
+
+def test_without_low_a_late_one_of_normal_does_not_let_low_in(parts: Parts) -> None:
+    parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
+    low = parts.queue.submit(submission(priority=Priority.LOW))
+    parts.clock.now += 5
+    assert parts.queue.claim(takes_low=False) is None
+    assert low.state == State.IN_QUEUE
 
 
 # -- cancel and leave
@@ -340,6 +360,75 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
         assert "10 attempts" in parts.queue.result(job).body
 
 
+# -- strikes
+
+
+def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job, other = claimed(parts), claimed(parts)
+        parts.queue.strike([job])
+        parts.queue.strike([job, other])
+        assert parts.rows("SELECT strikes, state FROM jobs") == [(2, "IN_PROGRESS"), (1, "IN_PROGRESS")]
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 2
+        again = parts.queue.claim()
+        assert again and (again[0].request_id, again[0].strikes) == (job.request_id, 2)
+
+
+def test_a_strike_counts_only_while_a_job_is_worked_at(parts: Parts) -> None:
+    done, waiting = finished(parts), claimed(parts)
+    parts.queue.give_back(waiting)
+    parts.queue.strike([done, waiting])
+    assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+
+
+def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
+    job, other = claimed(parts), claimed(parts)
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE jobs SET attempt = 2 WHERE request_id = ?", (job.request_id,))
+    with pytest.raises(RuntimeError):
+        parts.queue.strike([other, job])
+    assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts, webhook_url="https://example.com/hook")
+        for _ in range(MAX_STRIKES):
+            parts.queue.strike([job])
+        if not is_running:
+            parts.queue.give_back(job)
+        other = claimed(parts) if is_running else parts.queue.submit(submission())
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 1
+        assert ended(parts, job) == (500, "internal_error")
+        assert "had to end 3 times while it worked at this request" in parts.queue.result(job).body
+        assert parts.rows("SELECT request_id FROM deliveries") == [(job.request_id,)]
+        found = parts.queue.claim()
+        assert found and found[0].request_id == other.request_id
+
+
+def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        for _ in range(MAX_STRIKES - 1):
+            parts.queue.strike([job])
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 1
+
+
+def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        for _ in range(MAX_STRIKES):
+            parts.queue.strike([job])
+        parts.queue.cancel(job)
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 0
+        assert ended(parts, job) == (499, "client_cancelled")
+
+
 def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
@@ -484,6 +573,8 @@ IMPOSSIBLE = [
     "UPDATE jobs SET mode = 'later'",
     "UPDATE jobs SET priority = 'high'",
     "UPDATE jobs SET attempt = -1",
+    "UPDATE jobs SET strikes = -1",
+    "UPDATE jobs SET strikes = NULL",
     "UPDATE jobs SET is_kept = 2",
     "UPDATE jobs SET state = 'COMPLETED'",
     "UPDATE jobs SET state = 'COMPLETED', finished_at = 1, status = 200",

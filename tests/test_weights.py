@@ -1,13 +1,18 @@
-"""Where weights come from."""
+"""Where weights come from, and how they are loaded."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from models.base import Model
+from models import hub, memory, weights
+from models.base import Loading, Model, Placement
 from models.flux_dev import FluxDev
 from models.weights import DEMO, assign
 from tests.null_model import NullEngine, NullModel
+from tests.stand_in_hub import write_flux_dev
 
 DEV, SCHNELL, NULL = "fal-ai/flux/dev", "fal-ai/flux/schnell", "test/null"
 HUB = "black-forest-labs/FLUX.1-dev"
@@ -106,3 +111,116 @@ def test_an_unknown_endpoint_is_refused_with_those_there_are() -> None:
 def test_every_problem_is_listed() -> None:
     said = complaint("flux.gguf", "demo", "/nowhere", "x=demo").splitlines()
     assert [line.partition(":")[0] for line in said] == ["flux.gguf", "/nowhere", "x=demo"]
+
+
+# -- loading
+
+
+@pytest.fixture(scope="module")
+def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1-dev's exact layout at tiny dimensions."""
+    folder = tmp_path_factory.mktemp("weights") / "FLUX.1-dev"
+    write_flux_dev(folder)
+    return folder
+
+
+def placement(where: Path, **changes: Any) -> Placement:
+    return Placement(where, safety_checker="", device="cpu", **changes)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("plan", [plan.name for plan in memory.PLANS])
+def test_what_is_loaded_is_reported_by_component(flux_dev: Path, plan: str) -> None:
+    reports: list[Loading] = []
+    _, taken = weights.load(placement(flux_dev, memory=plan, report=reports.append))
+    assert taken.name == plan
+    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
+    sizes = {name: bytes_in(flux_dev / name) for name in parts}
+    assert all(sizes.values())
+    told = [report.component for report in reports]
+    assert told == sorted(parts, key=lambda name: -sizes[name])
+    assert [report.loaded_bytes for report in reports] == [
+        sum(sizes[name] for name in told[:index]) for index in range(len(told))
+    ]
+    assert {report.total_bytes for report in reports} == {sum(sizes.values())}
+
+
+def test_a_sharded_folder_is_loaded_as_the_pipeline_loads_it(flux_dev: Path) -> None:
+    import torch
+    from diffusers import FluxPipeline
+
+    assert (flux_dev / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert len(list((flux_dev / "transformer").glob("*.safetensors"))) > 1
+    ours, plan = weights.load(placement(flux_dev))
+    theirs = FluxPipeline.from_pretrained(flux_dev, dtype=torch.bfloat16, local_files_only=True)
+    assert plan.name == "resident"
+    assert ours.scheduler.config == theirs.scheduler.config
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        mine, its = getattr(ours, name), getattr(theirs, name)
+        assert type(mine) is type(its)
+        assert not mine.training
+        expected = its.state_dict()
+        assert mine.state_dict().keys() == expected.keys()
+        for key, tensor in mine.state_dict().items():
+            assert tensor.dtype == expected[key].dtype
+            assert torch.equal(tensor, expected[key])
+    for name in ("tokenizer", "tokenizer_2"):
+        text = "A red apple, on a blue table."
+        assert getattr(ours, name)(text).input_ids == getattr(theirs, name)(text).input_ids
+
+
+def test_a_sharded_folder_paints(flux_dev: Path) -> None:
+    from models.engine import FluxEngine
+    from tests.tiny_flux import asked, painted
+
+    (picture,) = painted(FluxEngine.load(placement(flux_dev)), asked(width=96, height=64), 1)
+    assert picture.size == (96, 64)
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Any:
+    """A copy of the demo whose index names another class."""
+
+    def change(component: str, library: str) -> Path:
+        folder = tmp_path / "demo"
+        shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("recipe"))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index[component] = [library, "Stranger"]
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2", "scheduler", "tokenizer"])
+def test_classes_of_other_libraries_are_refused_before_anything_is_loaded(changed: Any, component: str) -> None:
+    folder, reports = changed(component, "custom_lib"), list[Loading]()
+    (folder / component / "custom_lib.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
+    with pytest.raises(OSError, match=f"{component} is of custom_lib"):
+        weights.load(placement(folder, report=reports.append))
+    assert reports == []
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = list[Loading]()
+    monkeypatch.setattr(weights, "free_memory", lambda device: 1000)
+    with pytest.raises(OSError, match="GB free"):
+        weights.load(placement(DEMO, report=reports.append))
+    assert reports == []
+
+
+def test_pickled_weights_are_not_loaded(flux_dev: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(flux_dev, folder)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert hub.missing(folder) == ["vae"]
+    with pytest.raises(OSError, match="safetensors"):
+        weights.load(placement(folder))
+
+
+def test_without_weights_there_is_nothing_to_load() -> None:
+    with pytest.raises(ValueError, match="needs weights"):
+        weights.load(Placement(None, safety_checker="", device="cpu"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image as PILImage
 from PIL.Image import Image
@@ -21,7 +22,7 @@ from server.settings import Settings
 from server.worker import Worker
 from tests.null_model import GateEngine, NullEngine, NullModel, NullPainting, RaisesEngine, UnsafeEngine
 from tests.parts import Parts, full_disk, opened, reached, submission
-from tests.serving import Gate
+from tests.serving import Gate, completed, serving
 
 ENGINES: dict[str, type[NullEngine]] = {
     "test/null": NullEngine,
@@ -49,9 +50,18 @@ def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     return worker
 
 
-def submitted(parts: Parts, endpoint: str = "test/null", *, mode: Mode = Mode.QUEUE, **fields: Any) -> Job:
+def submitted(
+    parts: Parts,
+    endpoint: str = "test/null",
+    *,
+    mode: Mode = Mode.QUEUE,
+    owner: str = "me",
+    priority: Priority = Priority.NORMAL,
+    **fields: Any,
+) -> Job:
     """A small request."""
-    return parts.queue.submit(submission(endpoint, mode=mode, fields={**SMALL, **fields}))
+    fields = {**SMALL, **fields}
+    return parts.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
 
 
 def worked_off(worker: Worker) -> None:
@@ -97,6 +107,9 @@ def test_a_job_is_painted_step_by_step(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts)
     assert worker.turn()
     assert (job.state, job.attempt, job.step, job.num_steps) == (State.IN_PROGRESS, 1, 1, 2)
+    assert worker.turn()
+    assert (job.state, job.step, parts.on_disk()) == (State.IN_PROGRESS, 2, [])
+    # Decoded in a turn of its own, so that others may be stepped beside.
     assert worker.turn()
     assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
     assert [line["message"] for line in job.logs] == ["step 1/2", "step 2/2"]
@@ -163,25 +176,28 @@ def test_files_belong_to_the_client_and_expire_when_it_said(parts: Parts) -> Non
 # -- taking turns
 
 
-def test_turns_go_round_beginning_with_who_waited_longest(parts: Parts) -> None:
+def test_turns_go_to_whom_least_was_given(parts: Parts) -> None:
     worker = ready(parts)
     first = submitted(parts, num_inference_steps=5)
     for _ in range(3):
         worker.turn()
     second = submitted(parts, num_inference_steps=5)
     steps = []
-    for _ in range(5):
+    for _ in range(6):
         worker.turn()
         steps.append((first.step, second.step))
-    assert steps == [(4, 0), (4, 1), (5, 1), (5, 2), (5, 3)]
+    assert steps == [(3, 1), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4)]
 
 
 def test_a_long_request_does_not_starve_behind_short_ones(parts: Parts) -> None:
     worker = ready(parts, max_running=2)
     long = submitted(parts, num_inference_steps=6)
-    for _ in range(12):
+    # It is owed a quarter of all steps: half of an equal share.
+    for _ in range(6 * 4):
         if parts.queue.length == 0:
             submitted(parts, num_inference_steps=1)
+        # A turn for the step, one for the decoding.
+        worker.turn()
         worker.turn()
     assert long.state == State.COMPLETED
 
@@ -189,6 +205,7 @@ def test_a_long_request_does_not_starve_behind_short_ones(parts: Parts) -> None:
 def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = ready(parts)
     job = submitted(parts, num_inference_steps=1)
+    worker.turn()
     save = parts.files.save
     monkeypatch.setattr(parts.files, "save", lambda *_: (_ for _ in ()).throw(DiskFull()))
     with pytest.raises(DiskFull):
@@ -204,8 +221,8 @@ def test_normal_priority_goes_before_low(parts: Parts) -> None:
     low = parts.queue.submit(submission(fields=SMALL, priority=Priority.LOW))
     worker.turn()
     normal = submitted(parts)
-    worker.turn()
-    worker.turn()
+    for _ in range(3):
+        worker.turn()
     assert (normal.state, low.state, low.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
 
 
@@ -364,6 +381,7 @@ def test_the_operator_can_enforce_the_checker(parts: Parts, is_enforced: bool, f
 def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
     worker.turn()
+    worker.turn()
     with full_disk(parts):
         for _ in range(2):
             with pytest.raises(DiskFull):
@@ -376,6 +394,7 @@ def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
 
 def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
+    worker.turn()
     worker.turn()
     with full_disk(parts), pytest.raises(DiskFull):
         worker.turn()
@@ -483,3 +502,91 @@ def test_weights_that_do_not_load_end_the_worker_and_ring(parts: Parts) -> None:
     assert isinstance(worker.failure, OSError)
     assert not worker.is_ready
     worker.stop()
+
+
+# -- warm-up, beside the requests
+
+
+class ColdEngine(NullEngine):
+    """Three tiers to make ready: the second takes until it is let go, the third cannot be made ready at all."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.is_warming, self.may_go_on = threading.Event(), threading.Event()
+
+    def warm_up(self) -> bool:
+        self.threads.append(threading.current_thread().name)
+        if len(self.threads) == 2:
+            self.is_warming.set()
+            assert self.may_go_on.wait(60)
+        if len(self.threads) == 3:
+            raise RuntimeError("this card has no such kernel")
+        return True
+
+
+def test_warm_up_keeps_nobody_waiting_and_its_failure_harms_nobody(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    cold, last = ColdEngine(), ColdEngine()
+    worker = worker_of(parts, NullModel("test/null", lambda: cold), NullModel("test/other", lambda: last))
+
+    def painted_by(endpoint: str) -> None:
+        job = submitted(parts, endpoint)
+        asyncio.run(reached(parts, job, State.COMPLETED))
+        assert answer(parts, job)[0].status == 200
+
+    worker.start()
+    assert cold.is_warming.wait(60)
+    assert worker.is_ready
+    painted_by("test/null")
+    painted_by("test/other")
+    cold.may_go_on.set()
+    # The next endpoint has its turn, also after one that failed.
+    assert last.is_warming.wait(60)
+    painted_by("test/null")
+    last.may_go_on.set()
+    worker.stop()
+    assert worker.failure is None
+    assert (cold.threads, set(last.threads)) == (["warm-up"] * 3, {"warm-up"})
+    assert "test/null: a tier could not be made ready" in caplog.text
+    assert "this card has no such kernel" in caplog.text
+
+
+# -- what is said while the weights are loaded
+
+
+def test_ready_says_how_far_loading_has_come(tmp_path: Path, gate: Gate) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    lines = ("from tests.null_model import LoadingModel", f"MODEL = LoadingModel('test/loading', {str(gate.path)!r})")
+    (folder / "loading.py").write_text("\n".join(lines), encoding="utf-8")
+    with (
+        serving(tmp_path / "data", "test/loading=demo", models_dir=str(folder)) as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+    ):
+        server.wait_for("loading transformer, 1.0 of 4.0 GB are here")
+        answer = client.get("/health/ready")
+        body = answer.json()
+        assert (answer.status_code, body.pop("status"), bool(body.pop("version"))) == (503, "loading", True)
+        assert body == {"component": "transformer", "loaded_bytes": 1_000_000_000, "total_bytes": 4_000_000_000}
+        waiting = client.post("/queue/test/loading", json=SMALL | {"prompt": "x"}).json()
+        assert waiting["status"] == "IN_QUEUE"
+        gate.let(1)
+        assert completed(client, waiting["status_url"]).get("error") is None
+        answer = client.get("/health/ready")
+        assert (answer.status_code, set(answer.json())) == (200, {"status", "version"})
+        assert server.stop() == 0
+
+
+# -- out of memory
+
+
+def test_out_of_memory_is_told_and_may_be_tried_again(narrow_client: httpx.Client) -> None:
+    answer = narrow_client.post("/test/memory", json={"prompt": "x"})
+    assert (answer.status_code, answer.headers["x-fal-retryable"]) == (500, "true")
+    assert answer.json() == {
+        "detail": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
+        "message": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
+        "error_type": "internal_error",
+    }
+    assert narrow_client.post("/test/null", json={"prompt": "x"}).status_code == 200

@@ -6,7 +6,7 @@ from typing import cast
 
 from starlette.requests import HTTPConnection, Request
 
-from models.base import Model
+from models.base import Loading, Model
 from models.schema import Limits
 from server.auth import Keys
 from server.errors import NotFound
@@ -34,7 +34,8 @@ class Parts:
     retention: Retention
     signer: Signer
     notifier: Notifier
-    is_ready: Callable[[], bool]
+    #: Whether the models can paint, and how far loading has come.
+    readiness: Callable[[], tuple[bool, Loading]]
 
 
 def parts_of(request: Request) -> Parts:

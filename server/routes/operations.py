@@ -1,5 +1,6 @@
 """What an operator asks: is it alive, can it paint."""
 
+from dataclasses import asdict
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
@@ -21,8 +22,10 @@ async def health() -> Response:
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 when the model can paint, 503 before; requests are accepted either way and wait in the queue."""
-    is_ready = parts_of(request).is_ready()
-    return JSON({"status": "ready" if is_ready else "loading", "version": VERSION}, 200 if is_ready else 503)
+    is_ready, loading = parts_of(request).readiness()
+    if is_ready:
+        return JSON({"status": "ready", "version": VERSION})
+    return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
 
 
 @router.get("/", include_in_schema=False)

@@ -1,0 +1,126 @@
+"""A FLUX pipeline nobody trained: FLUX.1 [dev]'s true shapes, or tiny ones, built in memory without a download.
+
+Speed and memory depend on the shapes only, so both can be measured before the weights are here. The shapes are those
+of FLUX.1 [dev]'s own configuration files.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from models.weights import DEMO
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+#: Of the demo's tokenizer, which is used for all shapes.
+_ENDS = {"bos_token_id": 1352, "eos_token_id": 1353}
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {
+        "transformer": {"guidance_embeds": True},
+        "text_encoder": {
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "projection_dim": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            **_ENDS,
+        },
+        "text_encoder_2": {
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+    },
+    "tiny": {
+        "transformer": {
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+            "guidance_embeds": True,
+        },
+        "text_encoder": {
+            "vocab_size": 2048,
+            "hidden_size": 32,
+            "intermediate_size": 37,
+            "projection_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            **_ENDS,
+        },
+        "text_encoder_2": {
+            "vocab_size": 2048,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+        },
+        "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2},
+    },
+}
+
+
+def sizes(shape: str) -> dict[str, int]:
+    """Bytes of each part in bf16, without building it."""
+    import torch
+
+    with torch.device("meta"):
+        found = parts(shape)
+    return {name: 2 * sum(weight.numel() for weight in part.parameters()) for name, part in found.items()}
+
+
+def build(shape: str, device: str, seed: int = 0) -> "FluxPipeline":
+    """A pipeline of this shape in bf16, made on the device; the tokenizers are the demo's."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            found = parts(shape)
+    finally:
+        torch.set_default_dtype(before)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO / "scheduler"),
+        tokenizer=CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(DEMO / "tokenizer_2"),
+        **{name: part.eval() for name, part in found.items()},
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def parts(shape: str) -> dict[str, Any]:
+    """The modules of this shape, on PyTorch's default device."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    shapes = SHAPES[shape]
+    return {
+        "transformer": FluxTransformer2DModel(**shapes["transformer"]),
+        "text_encoder_2": T5EncoderModel(T5Config(**shapes["text_encoder_2"])),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes["text_encoder"])),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            **shapes["vae"],
+        ),
+    }

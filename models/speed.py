@@ -1,0 +1,189 @@
+"""How fast the engine paints, beside diffusers' own pipeline: one process, in alternation."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+
+from models import safety, tiers
+from models.base import Placement
+from models.engine import FluxEngine
+from models.texts import NUM_TOKENS
+from models.tiers import Tier
+from models.work import step_flop
+
+PROMPT = "a red apple on a blue table"
+GUIDANCE_SCALE = 3.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is painted: a size in pixels, steps, and how many requests wait together."""
+
+    width: int
+    height: int
+    num_steps: int
+    num_waiting: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way to paint one job. Medians over the rounds; text, steps and decoding count, loading does not.
+
+    Attributes:
+        way: "naive" is a call of FluxPipeline, "eager" the engine with the same kernels; else a tier.
+        seconds: a picture.
+        ms_per_step: of the steps alone; None for naive, whose steps are not ours to time.
+        ratio: how many times as fast as naive.
+        share: of the matmul rate measured in the same run; None for naive.
+        peak_gb: the most memory that the device held, in 10**9 bytes; None on a CPU.
+    """
+
+    way: str
+    size: str
+    num_steps: int
+    num_waiting: int
+    seconds: float
+    ms_per_step: float | None
+    ratio: float
+    share: float | None
+    peak_gb: float | None
+
+
+@dataclass(frozen=True)
+class _Taken:
+    seconds: float
+    step_seconds: float | None
+    peak: int | None
+
+
+def matmul_rate(device: str) -> float:
+    """Floating point operations a second of a large bf16 matrix product: the best of several."""
+    side = 8192 if device == "cuda" else 2048
+    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        begun = _now(device)
+        one @ other
+        times.append(_now(device) - begun)
+    return float(2 * side**3 / min(times))
+
+
+class Bench:
+    """Ways to paint with one pipeline; the tiers share its weights."""
+
+    def __init__(self, pipeline: Any, device: str, placement: Placement, *, is_whole: bool = True) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        self.rate = matmul_rate(device)
+        # The checker is asked on neither side.
+        self._checker = safety.Unavailable("not asked")
+        self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
+        for tier in tiers.build(pipeline, placement, device, is_whole=is_whole):
+            # Where nothing is compiled, "none" is what eager is already.
+            if tier.name != "none" or tier.transformer is not pipeline.transformer:
+                self.engines[tier.name] = self._engine(tier)
+
+    def figures(self, job: Job, num_rounds: int) -> Iterator[Figure]:
+        """Every way, alternating; a first round, which is not counted, warms all of them up."""
+        ways: dict[str, Callable[[], _Taken]] = {"naive": lambda: self._naive(job)}
+        for name, engine in self.engines.items():
+            ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
+        taken = [{name: paint() for name, paint in ways.items()} for _ in range(num_rounds + 1)][1:]
+        naive = statistics.median(one["naive"].seconds for one in taken)
+        for name in ways:
+            yield self._figure(name, job, [one[name] for one in taken], naive)
+
+    def difference(self, job: Job) -> int:
+        """The largest difference of a pixel between the pipeline's picture and the eager engine's."""
+        paintings, _ = self._paint(self.engines["eager"], job)
+        theirs, ours = self._call(job), paintings[0].pictures[0]
+        return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
+
+    def _figure(self, name: str, job: Job, taken: Sequence[_Taken], naive: float) -> Figure:
+        seconds = statistics.median(one.seconds for one in taken)
+        stepping = [one.step_seconds for one in taken if one.step_seconds is not None]
+        per_step = statistics.median(stepping) / job.num_steps / job.num_waiting if stepping else None
+        num_tokens = job.width * job.height // (self.pipeline.vae_scale_factor * 2) ** 2
+        flop = step_flop(self.pipeline.transformer.config, num_tokens, NUM_TOKENS)
+        peaks = [one.peak for one in taken if one.peak is not None]
+        return Figure(
+            name,
+            f"{job.width}x{job.height}",
+            job.num_steps,
+            job.num_waiting,
+            seconds / job.num_waiting,
+            per_step and per_step * 1000,
+            naive / seconds,
+            per_step and flop / per_step / self.rate,
+            max(peaks) / 1e9 if peaks else None,
+        )
+
+    def _engine(self, tier: Tier) -> FluxEngine:
+        engine = FluxEngine(self.pipeline, self._checker, [tier], self.device)
+        while engine.warm_up():
+            continue
+        return engine
+
+    def _naive(self, job: Job) -> _Taken:
+        begun = self._begin()
+        for _ in range(job.num_waiting):
+            self._call(job)
+        return _Taken(_now(self.device) - begun, None, self._peak())
+
+    def _shared(self, engine: FluxEngine, job: Job) -> _Taken:
+        begun = self._begin()
+        # Naive encodes its prompt each time, and so does this.
+        engine.texts.forget()
+        _, step_seconds = self._paint(engine, job)
+        return _Taken(_now(self.device) - begun, step_seconds, self._peak())
+
+    def _paint(self, engine: FluxEngine, job: Job) -> tuple[list[Any], float]:
+        """The paintings, decoded, and the seconds that the steps took, the text apart."""
+        request = SimpleNamespace(
+            prompt=PROMPT,
+            image_size=SimpleNamespace(width=job.width, height=job.height),
+            num_inference_steps=job.num_steps,
+            num_images=1,
+            guidance_scale=GUIDANCE_SCALE,
+            acceleration=engine.tiers[0].name,
+        )
+        engine.texts.encode(PROMPT)
+        begun = _now(self.device)
+        paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
+        while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:
+            engine.advance(waiting[0], waiting[1:])
+        step_seconds = _now(self.device) - begun
+        for painting in paintings:
+            engine.decode(painting)
+        return paintings, step_seconds
+
+    def _call(self, job: Job) -> Any:
+        return self.pipeline(
+            PROMPT,
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.num_steps,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=torch.Generator("cpu").manual_seed(1),
+        ).images[0]
+
+    def _begin(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return _now(self.device)
+
+    def _peak(self) -> int | None:
+        return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else None
+
+
+def _now(device: str) -> float:
+    """The time, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,106 @@
+"""`flux-server bench`: the engine's tiers beside diffusers' own pipeline, as a table and as JSON."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from models import memory, random_weights, weights
+from models.base import Placement
+from models.speed import Bench, Figure, Job
+from server.settings import Settings
+
+_HEADS = ("way", "size", "steps", "waiting", "s/picture", "ms/step", "x naive", "share of matmul", "peak GB")
+
+
+def run(
+    settings: Settings,
+    *,
+    shape: str,
+    sizes: Sequence[tuple[int, int]],
+    num_steps: int,
+    num_rounds: int,
+    num_waiting: int,
+    cap_gb: float,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines to print, each with what has been measured so far. Raises OSError when the device cannot be used."""
+    import torch
+
+    device = weights.device_for(settings.device)
+    if cap_gb and device == "cuda":
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
+    pipeline, plan = _pipeline(settings, shape, device, cap_gb)
+    placement = Placement(
+        None,
+        "",
+        device,
+        plan.name,
+        settings.max_acceleration,
+        settings.eager,
+        settings.data_dir / "compiled",
+    )
+    bench = Bench(pipeline, device, placement, is_whole=plan.is_whole)
+    found = _machine(device) | {
+        "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
+        "memory_plan": plan.name,
+        "matmul_tflop_per_second": round(bench.rate / 1e12, 3),
+        "figures": [],
+    }
+    yield "\n".join(f"{name}: {value}" for name, value in found.items() if name != "figures"), found
+    smallest = min(sizes)
+    difference = bench.difference(Job(*smallest, num_steps))
+    found["eager_difference"] = difference
+    yield f"largest difference of a pixel, eager from naive, {smallest[0]}x{smallest[1]}: {difference}", found
+    yield "".join(f"{head:>16}" for head in _HEADS), found
+    for size in sizes:
+        for figure in bench.figures(Job(*size, num_steps, num_waiting), num_rounds):
+            found["figures"].append(dataclasses.asdict(figure))
+            yield _line(figure), found
+
+
+def _pipeline(settings: Settings, shape: str, device: str, cap_gb: float) -> tuple[Any, memory.Plan]:
+    if not shape:
+        (where,) = (weights.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
+        return weights.load(Placement(where, "", device, settings.memory))
+    sizes = random_weights.sizes(shape)
+    free = weights.free_memory(device)
+    plan = memory.choose(settings.memory, sizes, int(cap_gb * 1e9) if cap_gb else free, device=device)
+    # A plan that does not keep everything on the device begins in the host's memory, as loading does.
+    pipeline = random_weights.build(shape, device if plan.is_whole else "cpu")
+    return plan.place(pipeline, device), plan
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import diffusers
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _line(figure: Figure) -> str:
+    cells = (
+        figure.way,
+        figure.size,
+        str(figure.num_steps),
+        str(figure.num_waiting),
+        f"{figure.seconds:.3f}",
+        "" if figure.ms_per_step is None else f"{figure.ms_per_step:.1f}",
+        f"{figure.ratio:.2f}",
+        "" if figure.share is None else f"{figure.share:.2f}",
+        "" if figure.peak_gb is None else f"{figure.peak_gb:.1f}",
+    )
+    return "".join(f"{cell:>16}" for cell in cells)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """What was measured, as JSON."""
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,315 @@
+"""Which tier paints, what it shares with the others, and that no request waits for a compiler."""
+
+import os
+import threading
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch._dynamo.utils import counters
+
+from models import tiers
+from models.base import Placement
+from models.engine import FluxEngine
+from models.schema import PRESETS
+from models.tiers import Tier
+from tests import tiny_flux
+from tests.tiny_flux import CallsAllSafe, asked, latents_of
+
+#: Sizes whose tokens are few, as many as the text's, and as many as were warmed up with.
+ODD_SIZES = [(64, 64), (256, 512), (384, 256), (640, 256)]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxPipeline:
+    return tiny_flux.pipeline(torch.bfloat16)
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks are captured as they are for a GPU, and then run as they are written: that takes no minutes."""
+    real = FluxTransformer2DModel.compile_repeated_blocks
+    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(real, backend="eager"))
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def placement(**changes: Any) -> Placement:
+    return Placement(None, safety_checker="", **changes)
+
+
+def names(built: list[Tier]) -> list[str]:
+    return [tier.name for tier in built]
+
+
+def compiled(pipeline: FluxPipeline) -> list[Tier]:
+    """What a GPU with fp8 has, cold; the matrices stay in bf16."""
+    exact = tiers.compile_blocks(tiers.twin(pipeline.transformer))
+    quantized = tiers.compile_blocks(tiers.twin(exact))
+    return [
+        Tier("none", exact, is_ready=False),
+        Tier("regular", quantized, shares_forwards=True, is_ready=False),
+        Tier("high", quantized, skips_blocks=True, is_ready=False),
+    ]
+
+
+def warm_all(engine: FluxEngine) -> None:
+    """On another thread, as the worker does."""
+
+    def go_on() -> None:
+        while engine.warm_up():
+            continue
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    thread.join()
+    assert all(tier.is_ready for tier in engine.tiers)
+
+
+def paint_every_way(engine: FluxEngine, width: int, height: int, num_steps: int) -> None:
+    """Every tier, and one to four in a forward, each with a guidance of its own."""
+    for acceleration in ("none", "high"):
+        request = asked(width=width, height=height, acceleration=acceleration, num_inference_steps=num_steps)
+        painting = engine.start(request, 1)
+        assert painting.acceleration == acceleration
+        for _ in range(num_steps):
+            engine.advance(painting)
+    for num_together in (1, 2, 3, 4):
+        paintings = [
+            engine.start(asked(f"{n}", width, height, acceleration="regular", guidance_scale=1.5 + n), num_together)
+            for n in range(num_together)
+        ]
+        assert len(engine.advance(paintings[0], paintings[1:])) == num_together
+
+
+# -- which there are
+
+
+@pytest.mark.parametrize(
+    ("max_acceleration", "offered"),
+    [("none", ["none"]), ("regular", ["none", "regular"]), ("high", ["none", "regular"])],
+)
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_a_cpu_paints_the_same_weights_alone_or_together(
+    pipeline: FluxPipeline, max_acceleration: str, offered: list[str], is_eager: bool
+) -> None:
+    asked_for = placement(max_acceleration=max_acceleration, is_eager=is_eager)
+    built = tiers.build(pipeline, asked_for, "cpu", is_whole=True)
+    assert names(built) == offered
+    assert all(tier.transformer is pipeline.transformer and tier.is_ready and not tier.skips_blocks for tier in built)
+    assert [tier.shares_forwards for tier in built] == [False, True][: len(built)]
+
+
+@pytest.mark.parametrize(("is_eager", "is_whole"), [(True, True), (False, False)])
+def test_a_gpu_that_must_not_compile_has_one(pipeline: FluxPipeline, is_eager: bool, is_whole: bool) -> None:
+    (tier,) = tiers.build(pipeline, placement(is_eager=is_eager), "cuda", is_whole=is_whole)
+    assert (tier.name, tier.is_ready) == ("none", True)
+    assert tier.transformer is pipeline.transformer
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A card with fp8 and room, as far as is asked; returns the transformers that were quantized."""
+    quantized: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    monkeypatch.setattr(tiers, "find_spec", lambda name: name == "torchao")
+    monkeypatch.setattr(tiers, "quantize", quantized.append)
+    return quantized
+
+
+def test_a_gpu_with_fp8_has_all_three_and_they_start_cold(pipeline: FluxPipeline, card: list[Any]) -> None:
+    built = tiers.build(pipeline, placement(), "cuda", is_whole=True)
+    assert names(built) == ["none", "regular", "high"]
+    assert [tier.is_ready for tier in built] == [False] * 3
+    assert [tier.shares_forwards for tier in built] == [False, True, False]
+    assert [tier.skips_blocks for tier in built] == [False, False, True]
+    none, regular, high = (tier.transformer for tier in built)
+    assert card == [regular]
+    assert regular is high
+    assert regular is not none
+    assert pipeline.transformer not in (none, regular)
+
+
+def test_nothing_is_quantized_that_is_not_offered(pipeline: FluxPipeline, card: list[Any]) -> None:
+    assert names(tiers.build(pipeline, placement(max_acceleration="none"), "cuda", is_whole=True)) == ["none"]
+    assert card == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("get_device_capability", (8, 0), "a card has no fp8"),
+        ("mem_get_info", (1000, 10**12), "a copy in fp8 needs"),
+        ("find_spec", None, "torchao is not installed"),
+    ],
+)
+def test_without_fp8_there_is_one_and_the_log_says_why(
+    pipeline: FluxPipeline,
+    card: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    value: Any,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(tiers if name == "find_spec" else torch.cuda, name, lambda *_: value)
+    with caplog.at_level("INFO", "models.tiers"):
+        assert names(tiers.build(pipeline, placement(), "cuda", is_whole=True)) == ["none"]
+    assert reason in caplog.text
+    assert card == []
+
+
+@pytest.mark.parametrize(
+    ("ready", "wanted", "given"),
+    [
+        ("none regular high", "high", "high"),
+        ("none regular high", "regular", "regular"),
+        ("none regular high", "none", "none"),
+        ("none regular", "high", "regular"),
+        ("none high", "regular", "none"),
+        ("none high", "high", "high"),
+        ("none", "high", "none"),
+        ("", "high", "none"),
+    ],
+)
+def test_the_nearest_lower_tier_that_is_ready(ready: str, wanted: str, given: str) -> None:
+    offered = [Tier(name, None, is_ready=name in ready.split()) for name in tiers.NAMES]
+    assert tiers.nearest(offered, wanted).name == given
+    some = [tier for tier in offered if tier.is_ready or tier.name == "none"]
+    assert tiers.nearest(some, wanted).name == given
+
+
+def test_requests_get_the_lower_tier_until_theirs_is_ready(pipeline: FluxPipeline) -> None:
+    offered = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, True, is_ready=False)]
+    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu")
+    try:
+        early = engine.start(asked(acceleration="high"), 1)
+        assert early.acceleration == "none"
+        with tiny_flux.batches(pipeline.transformer) as warmed:
+            assert engine.warm_up()
+        assert set(warmed) == {1, 2}
+        assert not engine.warm_up()
+        assert engine.start(asked(acceleration="high"), 1).acceleration == "regular"
+        assert early.acceleration == "none"
+    finally:
+        torch.compiler.set_stance("default")
+
+
+# -- what they share
+
+
+def test_a_twin_has_the_same_weights_and_none_of_its_own(pipeline: FluxPipeline) -> None:
+    original, copy = pipeline.transformer, tiers.twin(pipeline.transformer)
+    for mine, its in ((original.named_parameters(), copy.named_parameters()), (original.buffers(), copy.buffers())):
+        of_mine, of_its = list(mine), list(its)
+        assert len(of_mine) == len(of_its)
+        for one, other in zip(of_mine, of_its, strict=True):
+            assert one is other or (one[0] == other[0] and one[1] is other[1])
+    assert not {id(module) for module in original.modules()} & {id(module) for module in copy.modules()}
+
+
+def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -> None:
+    original, copy = pipeline.transformer, tiers.twin(pipeline.transformer)
+    before = original.proj_out.weight
+    tiers.compile_blocks(copy)
+    copy.set_attention_backend("native")
+    copy.proj_out.weight = torch.nn.Parameter(torch.zeros_like(before))
+
+    def states(transformer: Any) -> list[tuple[Any, Any]]:
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        return [(block._compiled_call_impl, block.attn.processor._attention_backend) for block in blocks]
+
+    assert all(run is None and backend is None for run, backend in states(original))
+    assert all(run is not None and backend is not None for run, backend in states(copy))
+    assert original.proj_out.weight is before
+    # A twin of what is compiled starts uncompiled, and can be compiled by itself.
+    assert all(run is None for run, _ in states(tiers.twin(copy)))
+
+
+def test_the_large_matrices_are_those_of_the_blocks_without_their_norms(pipeline: FluxPipeline) -> None:
+    of_joint = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+    of_joint += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+    of_joint += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    of_single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"]
+    expected = {f"transformer_blocks.0.{name}" for name in of_joint}
+    expected |= {f"single_transformer_blocks.{n}.{name}" for n in (0, 1) for name in of_single}
+    modules = pipeline.transformer.named_modules()
+    assert {name for name, module in modules if tiers.is_large_matrix(module, name)} == expected
+
+
+# -- compiled
+
+
+def test_serving_never_compiles(pipeline: FluxPipeline, compiles: None) -> None:
+    engine = FluxEngine(pipeline, CallsAllSafe(), compiled(pipeline), "cpu")
+    warm_all(engine)
+    torch.compiler.set_stance("fail_on_recompile")
+    for width, height in PRESETS.values():
+        engine.advance(engine.start(asked(width=width, height=height), 1))
+        # Half as wide and high, so that four go through one forward.
+        paint_every_way(engine, width // 2, height // 2, 1)
+    for width, height in ODD_SIZES:
+        # The later steps of "high" skip blocks.
+        paint_every_way(engine, width, height, 3)
+    plain = FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu")
+    request = asked(width=96, height=64)
+    assert torch.equal(latents_of(engine, request, 1), latents_of(plain, request, 1))
+
+
+def test_a_forward_that_was_not_warmed_up_would_be_noticed(pipeline: FluxPipeline, compiles: None) -> None:
+    transformer = tiers.compile_blocks(tiers.twin(pipeline.transformer))
+    Tier("none", transformer).warm_up("cpu", torch.bfloat16)
+    engine = FluxEngine(pipeline, CallsAllSafe(), [Tier("regular", transformer, shares_forwards=True)], "cpu")
+    paintings = [engine.start(asked(acceleration="regular"), seed) for seed in range(2)]
+    torch.compiler.set_stance("fail_on_recompile")
+    engine.advance(paintings[0])
+    with pytest.raises(RuntimeError, match="recompil"):
+        engine.advance(paintings[0], paintings[1:])
+
+
+def test_once_all_is_warm_nothing_is_compiled_any_more(pipeline: FluxPipeline, compiles: None) -> None:
+    def num_compiled() -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+    none, regular, _ = compiled(pipeline)
+    engine = FluxEngine(pipeline, CallsAllSafe(), [none, regular], "cpu")
+    before = num_compiled()
+    assert engine.warm_up()
+    first = num_compiled()
+    assert engine.warm_up()
+    second = num_compiled()
+    assert before < first < second
+    # Nobody asks for gradients: this stands for any forward that the warm-up did not think of.
+    with torch.enable_grad():
+        none.transformer(**tiers._inputs(none.transformer.config, 1, 16, "cpu", torch.bfloat16))
+    assert num_compiled() == second
+
+
+def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100/80GB HBM3")
+    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert f"torch-{torch.__version__}" in folder.name
+    assert "NVIDIA_H100-80GB_HBM3" in folder.name
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
+    assert (folder / "inductor").is_dir()
+    # A second start finds it, another card does not; what the operator has set is left as it is.
+    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    assert list(tmp_path.iterdir()) == [folder]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
