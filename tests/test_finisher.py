@@ -25,7 +25,7 @@ from tests.test_worker import LONG, answer, ready, submitted, told, worked_off, 
 
 
 class WatchedEngine(SharingEngine):
-    """Writes down which thread does what; decodes the prompt "held" when it is let."""
+    """Writes down which thread does what; decodes as the prompt says: held until it is let, lost, or nothing."""
 
     def __init__(self, *, decodes_beside: bool = True) -> None:
         self.decodes_beside = decodes_beside
@@ -45,9 +45,9 @@ class WatchedEngine(SharingEngine):
     def decode(self, painting: Any) -> None:
         self.note("decode")
         self.is_decoding.set()
-        if painting.request.prompt == "held":
+        if "held" in painting.request.prompt:
             assert self.may_decode.wait(60)
-        if painting.request.prompt == "lost":
+        if "lost" in painting.request.prompt:
             raise DeviceLost("an illegal memory access was encountered")
         if painting.request.prompt == "nothing":
             raise CannotPaint("The picture came out as not-a-number, so none is shown.")
@@ -294,7 +294,7 @@ def test_an_outcome_that_waits_for_room_is_not_made_again(parts: Parts, engine: 
 def stopping(worker: Worker, parts: Parts) -> threading.Thread:
     """Stop a worker that has something to finish; returns when it knows."""
     parts.notifier.work.clear()
-    thread = threading.Thread(target=worker.stop)
+    thread = threading.Thread(target=worker.stop, daemon=True)
     thread.start()
     while worker._stop_at is None:
         assert parts.notifier.work.wait(60)
@@ -311,6 +311,17 @@ def test_a_stop_lets_what_is_decoded_finish_within_the_grace(parts: Parts, engin
         thread.join()
         assert [answer(parts, job)[0].status for job in jobs] == [200, 200]
     assert worker.failure is None
+
+
+def test_a_stop_does_not_wait_for_what_a_lost_device_holds(parts: Parts, engine: WatchedEngine) -> None:
+    with at_work(parts, engine, shutdown_grace=3600) as worker:
+        submitted(parts, prompt="held, then lost", num_inference_steps=1)
+        assert engine.is_decoding.wait(60)
+        thread = stopping(worker, parts)
+        engine.may_decode.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert isinstance(worker.failure, DeviceLost)
 
 
 class WorstMoment(threading.Event):

@@ -206,6 +206,7 @@ def test_classes_of_other_libraries_are_refused_before_anything_is_loaded(change
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = list[Loading]()
+    monkeypatch.setattr(weights, "device_for", lambda name: "cuda")
     monkeypatch.setattr(weights, "free_memory", lambda device: 1000)
     with pytest.raises(OSError, match="GB free"):
         weights.load(placement(DEMO, report=reports.append))

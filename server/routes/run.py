@@ -75,13 +75,17 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
-    told = 0
+    told, shown = 0, None
     with parts.notifier.listen(job.request_id) as bell:
         while job.state != State.COMPLETED:
             bell.clear()
             if job.step != told:
-                told = job.step
-                yield wire.progress(job)
+                told, event = job.step, wire.progress(job)
+                # A preview that was sent is not sent again; one that nobody had time for was replaced by a newer one.
+                if "preview" in event and event["preview"] is shown:
+                    del event["preview"]
+                shown = event.get("preview", shown)
+                yield event
             if parts.notifier.is_closing:
                 yield InternalError("The server is stopping.").body
                 raise StreamFailed
