@@ -1,6 +1,6 @@
 """Loads a folder in FLUX.1 [dev]'s layout and true shapes: 34 GB of random numbers, sharded and indexed as on the hub.
 
-    python -m bench.full_shapes FOLDER [--steps 1] [--side 256]
+    python -m bench.full_shapes FOLDER [--steps 1] [--side 256] [--device cpu]
 
 Writes the folder if it is not there, loads it as `serve` does, says what memory that took, and paints one picture.
 """
@@ -64,7 +64,8 @@ def _write_shards(folder: Path, stem: str, part: Any) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        listed = {"metadata": {"total_size": folder.stat().st_size}, "weight_map": weight_map}
+        total = sum(2 * parameter.numel() for parameter in part.parameters())
+        listed = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listed), encoding="utf-8")
 
 

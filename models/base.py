@@ -112,7 +112,13 @@ class Engine(Protocol):
         """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
 
     def warm_up(self) -> bool:
-        """Make one more tier ready, which may take minutes; False when none was left. May run beside."""
+        """Make one more tier ready, which may take minutes; False when none was left. May run beside.
+
+        One that raises is given up, and is not tried again.
+        """
+
+    def settle(self) -> None:
+        """All engines are as ready as they can be: compile nothing from now on."""
 
 
 class Model(Protocol):

@@ -1,19 +1,18 @@
 """The step loop of FLUX: generations that share one device, each advanced by one step at a time."""
 
-import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 
 from models import first_block_cache, safety, tiers, weights
-from models.base import CannotPaint, DeviceLost, Painting, Placement
+from models.base import CannotPaint, Painting, Placement
+from models.device import Device
 from models.first_block_cache import FirstBlockCache
 from models.generation import Generation, begin, unpacked
 from models.preview import Preview
@@ -23,7 +22,6 @@ from models.work import step_flop
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 #: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
 #: card has nothing left to gain, and everybody would wait for the slowest.
@@ -60,6 +58,11 @@ class FluxPainting:
         return bool(len(self.pictures) == self.request.num_images)
 
     @property
+    def words(self) -> str:
+        """What is painted, in an error."""
+        return f"a picture of {self.width}x{self.height}"
+
+    @property
     def due(self) -> list[Generation]:
         """What can take a step now: all its pictures where they may share a forward, else the next one."""
         unfinished = [generation for generation in self.generations if not generation.is_stepped]
@@ -77,15 +80,13 @@ class FluxEngine:
         self.pipeline = pipeline
         self.checker = checker
         self.tiers = list(offered)
-        self.device = device
+        self.device = Device(device)
         self.texts = Texts(pipeline, device)
         self.previews = Preview(pipeline.vae)
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         # A CPU has nothing to gain from a second thread: measured, OpenMP's teams hinder each other.
-        self.decodes_beside = device == "cuda"
-        self._side = torch.cuda.Stream() if device == "cuda" else None
-        self._last_step: Any = None
+        self.decodes_beside = self.device.side is not None
 
     @classmethod
     def load(cls, placement: Placement) -> "FluxEngine":
@@ -95,20 +96,34 @@ class FluxEngine:
         offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
         engine = cls(pipeline, safety.load(placement), offered, device)
         if not engine.tiers[0].is_ready:
-            engine.warm_up()
+            try:
+                engine.warm_up()
+            except Exception:
+                log.exception("compiling failed, so every tier is painted uncompiled; a C compiler is needed")
+                engine.tiers = [Tier("none", pipeline.transformer)]
         return engine
 
     def warm_up(self) -> bool:
         """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""
         cold = [tier for tier in self.tiers if not tier.is_ready]
-        if cold:
-            with self._beside():
-                cold[0].warm_up(self.device, self.pipeline.transformer.dtype)
-            log.info("the tier %s is ready", cold[0].name)
-        if len(cold) == 1:
-            # A shape that nobody thought of is painted uncompiled: slower once, where a compile takes a minute.
+        if not cold:
+            return False
+        try:
+            with self.device.beside():
+                cold[0].warm_up(self.device.name, self.pipeline.transformer.dtype)
+        except Exception:
+            self.tiers.remove(cold[0])
+            raise
+        log.info("the tier %s is ready", cold[0].name)
+        return True
+
+    def settle(self) -> None:
+        """Every tier that can be ready is: a size that nobody thought of is painted uncompiled from now on.
+
+        Slower once, where a compile would take a minute. It holds for the process, so all engines come first.
+        """
+        if any(tier.transformer is not self.pipeline.transformer for tier in self.tiers):
             torch.compiler.set_stance("eager_on_recompile")
-        return bool(cold)
 
     def start(self, request: Any, seed: int) -> FluxPainting:
         """Begin to paint; cheap, the text is encoded with the first step."""
@@ -120,13 +135,15 @@ class FluxEngine:
         """One step of `painting`, in one forward with those of `others` that can share it."""
         assert isinstance(painting, FluxPainting)
         together, alone = partial(self._step, painting, others), partial(self._step, painting, (), limit=1)
-        members, velocities = self._tried(painting, together, alone)
-        with self._faults(painting, is_last_try=True):
+        members, velocities = self.device.tried(painting.words, together, alone)
+        with self.device.faults(painting.words, is_last_try=True):
             for (member, generation), velocity in zip(members, velocities, strict=True):
                 generation.take(velocity)
                 member.step += 1
                 member.work += self._work(generation)
-            self._keep_pace(generation for _, generation in members)
+            event = self.device.keep_pace()
+            for _, generation in members:
+                generation.event = event
         return list({id(member): member for member, _ in members}.values())
 
     @torch.no_grad()
@@ -145,20 +162,14 @@ class FluxEngine:
         assert isinstance(painting, FluxPainting)
         generation = painting.generations[len(painting.pictures)]
         decoded = partial(self._decoded, generation)
-        picture = self._tried(painting, decoded, decoded)
+        picture = self.device.tried(painting.words, decoded, decoded)
         painting.pictures.append(picture)
         generation.let_go()
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Ask the safety checker."""
-        with self._beside():
-            return self.checker.is_unsafe(pictures)
-
-    def free(self) -> None:
-        """Give memory that is only cached back to the device."""
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        asked = partial(self._judged, pictures)
+        return self.device.tried("checking a picture", asked, asked)
 
     # -- one step
 
@@ -169,6 +180,16 @@ class FluxEngine:
             painting.generations.append(self._begin(painting, painting.seed + len(painting.generations)))
             due = painting.due
         return due
+
+    def _due_beside(self, painting: FluxPainting) -> list[Generation]:
+        """As `_due`; none for one that cannot begin, which its own turn will say."""
+        try:
+            return self._due(painting)
+        except RuntimeError:
+            # The device's, not the request's.
+            raise
+        except Exception:
+            return []
 
     def _step(
         self, painting: FluxPainting, others: Sequence[Painting], limit: int | None = None
@@ -182,7 +203,7 @@ class FluxEngine:
         beside = [other for other in others if other.tier is painting.tier and other.tier.shares_forwards]
         members: list[Member] = []
         for candidate in (painting, *beside):
-            for generation in self._due(candidate):
+            for generation in self._due(painting) if candidate is painting else self._due_beside(candidate):
                 is_alike = not members or generation.key == members[0][1].key
                 if is_alike and (len(members) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
                     members.append((candidate, generation))
@@ -207,18 +228,6 @@ class FluxEngine:
         velocities: Sequence[torch.Tensor] = tier.transformer(**inputs, return_dict=False)[0].split(1)
         return velocities
 
-    def _keep_pace(self, generations: Iterator[Generation]) -> None:
-        """Launch one step while the one before runs, and no more: else nothing could be cancelled or overtaken."""
-        if self.device != "cuda":
-            return
-        event = torch.cuda.Event()
-        event.record()
-        for generation in generations:
-            generation.event = event
-        if self._last_step is not None:
-            self._last_step.synchronize()
-        self._last_step = event
-
     def _work(self, generation: Generation) -> int:
         num_text_tokens = generation.text.prompt_embeds.shape[1]
         return step_flop(self.pipeline.transformer.config, generation.latents.shape[1], num_text_tokens)
@@ -231,12 +240,12 @@ class FluxEngine:
     def _begin(self, painting: FluxPainting, seed: int) -> Generation:
         text = self.texts.encode(painting.request.prompt)
         size = (painting.width, painting.height)
-        generation = begin(self.pipeline, self.device, text, painting.request, size, seed)
+        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed)
         generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
         return generation
 
     def _decoded(self, generation: Generation) -> Image:
-        with self._beside(generation):
+        with self.device.beside(generation.latents, generation.event):
             latents = unpacked(self.pipeline, generation, generation.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
@@ -244,43 +253,9 @@ class FluxEngine:
             picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
 
-    # -- the device
-
-    @contextmanager
-    def _beside(self, generation: Generation | None = None) -> Iterator[None]:
-        """On a GPU, a stream of its own, behind the generation's last step and beside everybody else's."""
-        if self._side is None:
-            yield
-            return
-        with torch.cuda.stream(self._side):
-            if generation is not None and generation.event is not None:
-                self._side.wait_event(generation.event)
-                generation.latents.record_stream(self._side)
-            yield
-
-    def _tried(self, painting: FluxPainting, first: Callable[[], T], again: Callable[[], T]) -> T:
-        """What `first` gives; when memory runs out, what is only cached is given back, and `again` is tried once."""
-        with suppress(torch.OutOfMemoryError), self._faults(painting):
-            return first()
-        # Here, not where the error is caught: its traceback would keep all that the forward had on the device.
-        self.free()
-        with self._faults(painting, is_last_try=True):
-            return again()
-
-    @contextmanager
-    def _faults(self, painting: FluxPainting, *, is_last_try: bool = False) -> Iterator[None]:
-        """The device's errors, told apart: out of memory, lost for good, and those of the request."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            if not is_last_try:
-                raise
-            raise CannotPaint(
-                f"Out of memory: a picture of {painting.width}x{painting.height} did not fit, also when tried alone; "
-                f"{weights.free_memory(self.device) / 1e9:.1f} GB are free. A smaller one may fit."
-            ) from None
-        except torch.AcceleratorError as error:
-            raise DeviceLost(str(error)) from error
+    def _judged(self, pictures: Sequence[Image]) -> Sequence[bool]:
+        with self.device.beside():
+            return self.checker.is_unsafe(pictures)
 
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:

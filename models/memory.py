@@ -42,14 +42,14 @@ def _fp8_storage(pipeline: Any, device: str) -> Any:
 
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     pipeline.transformer.to(device)
-    _offload(pipeline.text_encoder_2, device)
+    _offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)
 
 
 def _group_offload(pipeline: Any, device: str) -> Any:
     """Blocks come to the device as they are used, each on its way while the one before works."""
     _offload(pipeline.transformer, device)
-    _offload(pipeline.text_encoder_2, device)
+    _offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)
 
 
@@ -76,7 +76,9 @@ def _rest(pipeline: Any, device: str) -> Any:
 
 
 def _small(sizes: Mapping[str, int]) -> float:
-    return sum(sizes.values()) * (1 + WORKSPACE) - sum(sizes.get(name, 0) for name in _LARGE)
+    """The small parts and the work, and a twelfth of the large ones: a block at work and the next on its way."""
+    large = sum(sizes.get(name, 0) for name in _LARGE)
+    return sum(sizes.values()) * (1 + WORKSPACE) - large * 11 / 12
 
 
 #: From the fastest to the smallest.

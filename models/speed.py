@@ -41,7 +41,7 @@ class Figure:
         ms_per_step: of the steps alone; None for naive, whose steps are not ours to time.
         ratio: how many times as fast as naive.
         share: of the matmul rate measured in the same run; None for naive.
-        peak_gb: the most memory that the device held, in 10**9 bytes; None on a CPU.
+        peak_gb: the most memory that the device held, in 10**9 bytes, with the weights of all tiers; None on a CPU.
     """
 
     way: str
@@ -157,7 +157,9 @@ class Bench:
         begun = _now(self.device)
         paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:
-            engine.advance(waiting[0], waiting[1:])
+            # As the worker does: the one for which least was done leads, and takes along those that have begun.
+            leader = min(waiting, key=lambda painting: painting.work)
+            engine.advance(leader, [painting for painting in waiting if painting is not leader])
         step_seconds = _now(self.device) - begun
         for painting in paintings:
             engine.decode(painting)

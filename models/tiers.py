@@ -105,11 +105,21 @@ def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
 
 def choose_attention(transformer: Any) -> None:
     """The fastest exact attention there is: FlashAttention 3 if it is installed, else cuDNN's on Hopper and later."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
     major, _ = torch.cuda.get_device_capability()
-    if major == 9 and find_spec("flash_attn_interface"):
-        transformer.set_attention_backend("_flash_3")
-    elif major >= 9:
-        transformer.set_attention_backend("_native_cudnn")
+    if major < 9:
+        return
+    # Choosing for one transformer also changes what all others take by default, which is put back.
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    try:
+        transformer.set_attention_backend(
+            "_flash_3" if major == 9 and find_spec("flash_attn_interface") else "_native_cudnn"
+        )
+    except (RuntimeError, ValueError) as error:
+        log.warning("PyTorch's own choice of attention is taken: %s", error)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(before)
 
 
 def keep_compiled(placement: Placement) -> None:
@@ -120,9 +130,13 @@ def keep_compiled(placement: Placement) -> None:
 
     import diffusers
 
-    triton = version("triton") if find_spec("triton") else "none"
+    triton, torchao = (version(name) if find_spec(name) else "none" for name in ("triton", "torchao"))
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    key = f"torch-{torch.__version__} triton-{triton} diffusers-{diffusers.__version__} {card}".replace(" ", "_")
+    key = (
+        f"torch-{torch.__version__} triton-{triton} torchao-{torchao} diffusers-{diffusers.__version__} {card}".replace(
+            " ", "_"
+        )
+    )
     folder = placement.compile_cache / key.replace("/", "-")
     for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         (folder / part).mkdir(parents=True, exist_ok=True)

@@ -131,11 +131,15 @@ def _keep_quiet() -> None:
 
 
 def free_memory(device: str) -> int:
-    """Bytes of the device that can still be taken; on the CPU, of the machine."""
+    """Bytes of the device that can still be taken, by this process's own limit too; on the CPU, of the machine."""
     import psutil
     import torch
 
-    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info()
+    limit = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return int(min(free, limit))
 
 
 def device_for(name: str) -> str:

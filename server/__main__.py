@@ -156,7 +156,7 @@ def bench(
             typer.echo(line)
             if json_file:
                 measuring.write(json_file, found)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

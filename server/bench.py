@@ -32,7 +32,7 @@ def run(
     if cap_gb and device == "cuda":
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
-    pipeline, plan = _pipeline(settings, shape, device, cap_gb)
+    pipeline, plan = _pipeline(settings, shape, device)
     placement = Placement(
         None,
         "",
@@ -61,13 +61,12 @@ def run(
             yield _line(figure), found
 
 
-def _pipeline(settings: Settings, shape: str, device: str, cap_gb: float) -> tuple[Any, memory.Plan]:
+def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory.Plan]:
     if not shape:
         (where,) = (weights.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
         return weights.load(Placement(where, "", device, settings.memory))
-    sizes = random_weights.sizes(shape)
     free = weights.free_memory(device)
-    plan = memory.choose(settings.memory, sizes, int(cap_gb * 1e9) if cap_gb else free, device=device)
+    plan = memory.choose(settings.memory, random_weights.sizes(shape), free, device=device)
     # A plan that does not keep everything on the device begins in the host's memory, as loading does.
     pipeline = random_weights.build(shape, device if plan.is_whole else "cpu")
     return plan.place(pipeline, device), plan

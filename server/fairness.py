@@ -38,13 +38,13 @@ class Ledger:
         self.total += work
 
     def urgency(self, running: Running) -> tuple[bool, bool, bool, float, float, int]:
-        """Who is least goes first: the cancelled to be gone, the painted to be seen, then as said above."""
+        """Who is least goes first: the cancelled, normal priority, the painted to be seen, then as said above."""
         job = running.job
         owed = (self.total - running.claimed_at) * self._owed
         return (
             not job.is_cancelled,
-            not running.is_stepped,
             job.priority == Priority.LOW,
+            not running.is_stepped,
             self._done[job.priority][job.owner],
             running.painting.work - owed,
             job.sequence,

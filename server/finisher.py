@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable
 
 from models.base import DeviceLost
+from server import wire
 from server.answers import Answers
-from server.errors import DiskFull
+from server.errors import ClientCancelled, DiskFull
 from server.jobs import Job, Outcome
 from server.notifier import Notifier
 from server.queue import Queue
@@ -16,6 +17,10 @@ from server.running import Running, failure
 from server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+
+#: Seconds beyond the grace: enough to encode and write a picture, so that only its decoding is given up.
+LAST_MOMENT = 2
 
 
 class Finisher:
@@ -35,13 +40,14 @@ class Finisher:
         self._watchdog = watchdog
         self._on_failure = on_failure
         self._line: deque[tuple[Job, Running | Outcome]] = deque()
+        self._num_at_hand = 0
         self._bell = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
 
     def __len__(self) -> int:
         """How many jobs wait for their end."""
-        return len(self._line)
+        return len(self._line) + self._num_at_hand
 
     def add(self, job: Job, end: Running | Outcome) -> None:
         """A job that is painted, or one whose outcome is known."""
@@ -53,26 +59,32 @@ class Finisher:
         self._thread.start()
 
     def stop(self, stop_at: float) -> None:
-        """Return when the job at hand has ended, at the latest at `stop_at`; the rest goes back to the queue."""
+        """Return when the job at hand has ended, or soon after `stop_at`; the rest goes back to the queue."""
         self._is_stopping = True
         self._bell.set()
         if self._thread.is_alive():
-            self._thread.join(max(0.0, stop_at - time.monotonic()))
-        if not self._thread.is_alive():
-            for job, _ in self._line:
-                self._queue.give_back(job)
+            self._thread.join(max(0.0, stop_at - time.monotonic()) + LAST_MOMENT)
+        # What is at hand still is left to the next start.
+        while self._line:
+            self._queue.give_back(self._line.popleft()[0])
 
     def turn(self) -> bool:
         """End one job; False when none waits. Raises DiskFull, and goes on with the same job the next time."""
-        if not self._line:
+        try:
+            job, end = self._line.popleft()
+        except IndexError:
             return False
-        job, end = self._line[0]
-        if isinstance(end, Running):
-            end = self._outcome(end)
-            # Kept, so that a full disk later on does not have it made again.
-            self._line[0] = (job, end)
-        is_shown = self._queue.finish(job, end)
-        self._line.popleft()
+        self._num_at_hand = 1
+        try:
+            if isinstance(end, Running):
+                end = self._outcome(end)
+            is_shown = self._queue.finish(job, end)
+        except DiskFull:
+            # With its outcome, if it has one: it is not made again.
+            self._line.appendleft((job, end))
+            raise
+        finally:
+            self._num_at_hand = 0
         if not is_shown:
             self._answers.discard(end.files)
         # There is room for another.
@@ -84,6 +96,8 @@ class Finisher:
         try:
             with self._watchdog.over([running.job]):
                 while not running.is_developed:
+                    if running.job.is_cancelled:
+                        return wire.outcome_of(ClientCancelled())
                     running.develop()
             return self._answers.outcome(running.job, running.model, running.request, running.painted)
         except DiskFull:

@@ -1,5 +1,6 @@
 """The durable queue. The row is the truth; the in-memory image follows each commit and answers status."""
 
+import logging
 import sqlite3
 import threading
 import time
@@ -14,6 +15,7 @@ from server.database import Database
 from server.errors import (
     ClientCancelled,
     ClientDisconnected,
+    DiskFull,
     InternalError,
     InvalidInput,
     NotFound,
@@ -23,6 +25,8 @@ from server.errors import (
 )
 from server.jobs import BEHIND_ALL, Job, Mode, Outcome, State, Submission
 from server.notifier import QUEUE, WEBHOOKS, Notifier
+
+log = logging.getLogger(__name__)
 
 #: fal retries a job whose runner was lost at most this often.
 MAX_ATTEMPTS = 10
@@ -171,10 +175,14 @@ class Queue:
 
     def strike(self, jobs: Sequence[Job]) -> None:
         """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
-        with self._lock, self._database.transaction() as connection:
-            for job in jobs:
-                if job.state == State.IN_PROGRESS:
-                    rows.strike(connection, job)
+        try:
+            with self._lock, self._database.transaction() as connection:
+                for job in jobs:
+                    if job.state == State.IN_PROGRESS:
+                        rows.strike(connection, job)
+        except DiskFull:
+            # What the process ends for is worse, and must not be hidden by this.
+            log.error("the disk is full: it is not remembered what the process worked at")
 
     def give_back(self, job: Job) -> None:
         """Put a running job back in its old place, because this process will not finish it.

@@ -71,7 +71,9 @@ class Settings(BaseModel):
     )
     enforce_safety_checker: bool = Field(False, description="Check every picture, whatever the request says.")
     embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the picture files.")
-    max_running: int = Field(8, ge=1, le=64, description="How many requests may be painted in turns.")
+    max_running: int = Field(
+        8, ge=1, le=64, description="How many requests may be painted in turns; as many of low priority beside."
+    )
     max_queue_length: int = Field(100_000, ge=1, description="How many requests may wait; more get 429.")
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")

@@ -230,11 +230,17 @@ class Worker:
     def _warm_up(self) -> None:
         """Further tiers, one after the other, while requests are painted in those that are ready."""
         for endpoint, engine in self._engines.items():
-            try:
-                while engine.warm_up():
-                    continue
-            except Exception:
-                log.exception("%s: a tier could not be made ready; requests for it get the next lower one", endpoint)
+            while self._warm_up_one(endpoint, engine):
+                continue
+        for engine in self._engines.values():
+            engine.settle()
+
+    def _warm_up_one(self, endpoint: str, engine: Engine) -> bool:
+        try:
+            return engine.warm_up()
+        except Exception:
+            log.exception("%s: a tier could not be made ready; requests for it get the next lower one", endpoint)
+            return True
 
     def _report(self, endpoint: str, loading: Loading) -> None:
         self.loading = loading

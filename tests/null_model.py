@@ -54,6 +54,9 @@ class NullEngine:
     def warm_up(self) -> bool:
         return False
 
+    def settle(self) -> None:
+        return None
+
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         return [False] * len(pictures)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.base import CannotPaint, DeviceLost
+from models.device import Device
 from models.engine import FluxEngine, FluxPainting
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, finished, painted
@@ -33,9 +34,9 @@ def freed(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     def free() -> None:
         seen.append(None)
-        FluxEngine.free(engine)
+        Device.free(engine.device)
 
-    monkeypatch.setattr(engine, "free", free)
+    monkeypatch.setattr(engine.device, "free", free)
     return seen
 
 
@@ -168,10 +169,10 @@ def test_what_failed_is_let_go_before_the_second_try(
         held.append(weakref.ref(named["hidden_states"] if named else inputs[0]))
 
     def free() -> None:
-        FluxEngine.free(engine)
+        Device.free(engine.device)
         at_free.extend(tensor() is None for tensor in held)
 
-    monkeypatch.setattr(engine, "free", free)
+    monkeypatch.setattr(engine.device, "free", free)
     painting = engine.start(asked(), 1)
     if part == "decode":
         tiny_flux.stepped(engine, painting)
@@ -204,10 +205,10 @@ def test_so_does_one_at_the_second_try(engine: FluxEngine, part: str) -> None:
 def test_an_error_that_shows_only_when_the_step_is_waited_for(
     engine: FluxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(generations: Any) -> None:
+    def wait() -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(engine, "_keep_pace", wait)
+    monkeypatch.setattr(engine.device, "keep_pace", wait)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         engine.advance(engine.start(asked(), 1))
 

@@ -200,6 +200,24 @@ def test_low_priority_that_waits_lends_no_key_an_advantage(parts: Parts) -> None
     assert abs(alices.step - 25) <= 1
 
 
+def test_low_priority_is_not_taken_along(parts: Parts) -> None:
+    worker = ready(parts, NullModel("test/null", CostlyEngine))
+    normal, low = submitted(parts), submitted(parts, priority=Priority.LOW)
+    worker.turn()
+    assert (normal.step, low.state, low.step) == (1, State.IN_PROGRESS, 0)
+
+
+def test_who_is_taken_along_pays_for_it(parts: Parts) -> None:
+    worker = ready(parts, NullModel("test/null", CostlyEngine))
+    large, larger = ({"width": side, "height": side} for side in (128, 256))
+    shared = [submitted(parts, owner=owner, num_inference_steps=1) for owner in ("alice", "bob")]
+    alices = submitted(parts, owner="alice", image_size=large)
+    bobs = submitted(parts, owner="bob", image_size=larger)
+    until(worker, lambda: steps(alices, bobs) > 0)
+    # Both keys had one small step, so the older request is next.
+    assert ([job.step for job in shared], alices.step, bobs.step) == ([1, 1], 1, 0)
+
+
 def test_those_of_low_priority_share_too(parts: Parts) -> None:
     worker = ready(parts)
     (one,) = many(parts, 1, owner="alice", priority=Priority.LOW)
@@ -213,12 +231,21 @@ def test_those_of_low_priority_share_too(parts: Parts) -> None:
 
 def test_a_picture_is_decoded_before_anybody_is_stepped(parts: Parts) -> None:
     worker = ready(parts)
-    painted = submitted(parts, num_inference_steps=1, num_images=2, priority=Priority.LOW)
+    painted = submitted(parts, num_inference_steps=1, num_images=2)
     until(worker, lambda: painted.step == 2)
     waiting = submitted(parts, owner="you")
     worker.turn()
     worker.turn()
     assert (painted.state, waiting.step) == (State.COMPLETED, 0)
+
+
+def test_a_picture_of_low_priority_is_decoded_when_nobody_else_waits(parts: Parts) -> None:
+    worker = ready(parts)
+    painted = submitted(parts, num_inference_steps=1, priority=Priority.LOW)
+    until(worker, lambda: painted.step == 1)
+    waiting = submitted(parts, num_inference_steps=3)
+    until(worker, lambda: painted.state == State.COMPLETED)
+    assert waiting.state == State.COMPLETED
 
 
 def test_the_cancelled_is_ended_before_anything_is_painted(parts: Parts) -> None:

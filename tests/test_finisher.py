@@ -1,6 +1,5 @@
 """What happens beside the steps: decoding, encoding, writing, and the end of a job, on their own thread."""
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,11 @@ from server.answers import Answers
 from server.errors import DiskFull
 from server.finisher import Finisher
 from server.jobs import Job, Mode, Outcome, State, StoredFile
-from server.notifier import WORKER
 from server.watchdog import Watchdog
 from server.worker import Worker
 from tests.null_model import NullModel, SharingEngine
 from tests.parts import Parts, claimed, full_disk, opened, painted, submission
-from tests.test_worker import LONG, answer, ready, submitted, told, worked_off, worker_of
+from tests.test_worker import LONG, answer, ready, stopped, submitted, told, wait_until, worked_off, worker_of
 
 
 class WatchedEngine(SharingEngine):
@@ -97,21 +95,6 @@ def ended(name: str) -> None:
         if thread.name == name:
             thread.join(60)
             assert not thread.is_alive()
-
-
-def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
-    """Wait for something that is told when it happens to a job."""
-
-    async def heard() -> None:
-        parts.notifier.attach(asyncio.get_running_loop())
-        with parts.notifier.listen(job.request_id, WORKER) as bell:
-            while not is_reached():
-                bell.clear()
-                # Read again: it may have rung between the look and the clearing.
-                if not is_reached():
-                    await bell.wait()
-
-    asyncio.run(heard())
 
 
 def completed(parts: Parts, *jobs: Job) -> list[int]:
@@ -246,6 +229,18 @@ def test_a_cancel_while_the_picture_is_decoded_leaves_nothing(parts: Parts, engi
     assert job.error_type == ("client_cancelled" if mode == Mode.QUEUE else "client_disconnected")
 
 
+def test_a_cancelled_one_in_line_is_not_decoded(parts: Parts, engine: WatchedEngine) -> None:
+    with at_work(parts, engine):
+        held = submitted(parts, prompt="held", num_inference_steps=1)
+        assert engine.is_decoding.wait(60)
+        job = submitted(parts, num_inference_steps=1)
+        wait_until(parts, job, lambda: job.step == 1)
+        parts.queue.cancel(job)
+        engine.may_decode.set()
+        assert completed(parts, held, job) == [200, 499]
+    assert [what for what, _ in engine.threads].count("decode") == 1
+
+
 # -- the disk is full
 
 
@@ -291,24 +286,12 @@ def test_an_outcome_that_waits_for_room_is_not_made_again(parts: Parts, engine: 
 # -- the end
 
 
-def stopping(worker: Worker, parts: Parts) -> threading.Thread:
-    """Stop a worker that has something to finish; returns when it knows."""
-    parts.notifier.work.clear()
-    thread = threading.Thread(target=worker.stop, daemon=True)
-    thread.start()
-    while worker._stop_at is None:
-        assert parts.notifier.work.wait(60)
-    return thread
-
-
 def test_a_stop_lets_what_is_decoded_finish_within_the_grace(parts: Parts, engine: WatchedEngine) -> None:
     with at_work(parts, engine, shutdown_grace=60) as worker:
         jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
         wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
-        thread = stopping(worker, parts)
         assert {job.state for job in jobs} == {State.IN_PROGRESS}
-        engine.may_decode.set()
-        thread.join()
+        stopped(parts, worker, engine.may_decode.set)
         assert [answer(parts, job)[0].status for job in jobs] == [200, 200]
     assert worker.failure is None
 
@@ -317,10 +300,7 @@ def test_a_stop_does_not_wait_for_what_a_lost_device_holds(parts: Parts, engine:
     with at_work(parts, engine, shutdown_grace=3600) as worker:
         submitted(parts, prompt="held, then lost", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
-        thread = stopping(worker, parts)
-        engine.may_decode.set()
-        thread.join(60)
-        assert not thread.is_alive()
+        stopped(parts, worker, engine.may_decode.set)
         assert isinstance(worker.failure, DeviceLost)
 
 
@@ -371,10 +351,10 @@ def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngi
             wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
             assert engine.is_decoding.wait(60)
             worker.stop()
-            assert {job.state for job in jobs} == {State.IN_PROGRESS}
-        # What was at hand has ended on the thread that had it; what waited is there at the next start.
+            assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_QUEUE]
+        # What was at hand ends on the thread that has it, if the process lives that long.
         assert worker.failure is None
-        assert [job.state for job in jobs] == [State.COMPLETED, State.IN_PROGRESS]
+        assert [job.state for job in jobs] == [State.COMPLETED, State.IN_QUEUE]
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1
         found = parts.queue.claim()

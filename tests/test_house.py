@@ -30,7 +30,7 @@ LAYERS = (
     {"models.*"},
     {"models.speed", "models.random_weights"},
     {"models.engine"},
-    {"models.generation", "models.tiers", "models.safety"},
+    {"models.generation", "models.tiers", "models.safety", "models.device"},
     {"models.weights", "models.preview"},
     {"models.first_block_cache", "models.hub", "models.memory", "models.texts", "models.work"},
     {"models.base", "models.schema"},

@@ -45,7 +45,7 @@ def test_what_fits_just_so_fits() -> None:
 
 
 def test_where_nothing_fits_both_figures_are_named() -> None:
-    with pytest.raises(OSError, match=r"has 2\.0 GB free.* need 4\.5 GB at least.*--memory"):
+    with pytest.raises(OSError, match=r"has 2\.0 GB free.* need 7\.2 GB at least.*--memory"):
         choose("auto", FLUX_DEV, 2 * 10**9)
 
 

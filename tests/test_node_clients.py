@@ -176,7 +176,9 @@ def test_requests_move_up_when_one_before_them_is_cancelled(narrow_sdk: Client, 
 def test_stream_tells_progress_then_the_output(sdk: Client, gate: Gate) -> None:
     said = sdk.run("stream.mjs", str(gate.path))
     *progress, output = said["events"]
-    assert progress[0] == {"type": "progress", "step": 1, "num_inference_steps": 3}
+    assert progress[0]["preview"].startswith("data:image/jpeg;base64,")
+    told = {"type": "progress", "step": 1, "num_inference_steps": 3, "preview": progress[0]["preview"]}
+    assert progress[0] == told
     assert [event["step"] for event in progress] in ([1, 2], [1, 2, 3])
     assert output.keys() == OUTPUT
     assert said["last"] == output

@@ -56,6 +56,7 @@ def warm(pipeline: FluxPipeline) -> Iterator[Warm]:
         thread = threading.Thread(target=go_on)
         thread.start()
         thread.join()
+        engine.settle()
         yield Warm(engine, counts)
     torch.compiler.set_stance("default")
     torch._dynamo.reset()

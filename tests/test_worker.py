@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from server.notifier import WORKER
 from server.settings import Settings
 from server.worker import Worker
 from tests.null_model import GateEngine, NullEngine, NullModel, NullPainting, RaisesEngine, UnsafeEngine
-from tests.parts import Parts, full_disk, opened, reached, submission
+from tests.parts import Clock, Parts, full_disk, opened, reached, submission
 from tests.serving import Gate, completed, serving
 
 ENGINES: dict[str, type[NullEngine]] = {
@@ -68,6 +68,21 @@ def worked_off(worker: Worker) -> None:
     """Take turns until nothing is left to do."""
     while worker.turn():
         continue
+
+
+def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
+    """Wait for what the worker's threads do to a job, or for their end."""
+
+    async def heard() -> None:
+        parts.notifier.attach(asyncio.get_running_loop())
+        with parts.notifier.listen(job.request_id, WORKER) as bell:
+            while not is_reached():
+                bell.clear()
+                # Read again: it may have rung between the look and the clearing.
+                if not is_reached():
+                    await bell.wait()
+
+    asyncio.run(heard())
 
 
 def answer(parts: Parts, job: Job) -> tuple[Outcome, dict[str, Any]]:
@@ -126,6 +141,29 @@ def test_the_answer_is_the_models_output(parts: Parts) -> None:
     (image,) = body["images"]
     assert (image["width"], image["height"], image["content_type"]) == (64, 64, "image/png")
     assert image["url"] == f"http://here/files/{parts.on_disk()[0]}"
+
+
+def test_seconds_are_those_of_the_steps_and_of_the_decoding(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr("time.perf_counter", clock)
+
+    class Slow(NullEngine):
+        def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+            clock.now += 1
+            return super().advance(painting, others)
+
+        def decode(self, painting: Any) -> None:
+            clock.now += 10
+            super().decode(painting)
+
+        def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+            clock.now += 100
+            return super().is_unsafe(pictures)
+
+    worker = ready(parts, NullModel("test/null", Slow))
+    jobs = [submitted(parts, num_inference_steps=3, num_images=2) for _ in range(2)]
+    worked_off(worker)
+    assert [answer(parts, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
 
 
 def test_picture_k_has_seed_plus_k_in_pixels_and_parameters(parts: Parts) -> None:
@@ -438,23 +476,30 @@ def test_the_thread_paints_until_it_is_stopped(parts: Parts) -> None:
     assert waiting.state == State.IN_QUEUE
 
 
+def stopped(parts: Parts, worker: Worker, once_it_knows: Callable[[], None]) -> None:
+    """Stop a worker on its threads, and let go what it is at as soon as it knows."""
+    ring = parts.notifier.work.set
+    stopper = threading.Thread(target=worker.stop, daemon=True)
+
+    def ring_and_let_go() -> None:
+        ring()
+        if threading.current_thread() is stopper:
+            once_it_knows()
+
+    parts.notifier.work.set = ring_and_let_go  # type: ignore[method-assign]
+    stopper.start()
+    stopper.join(60)
+    assert not stopper.is_alive()
+
+
 def stop_between_steps(parts: Parts, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False) -> None:
-    """Stop a worker in the middle of a step, and let it take the step only when it knows."""
-
-    async def running() -> None:
-        worker.start()
-        for job in jobs:
-            await reached(parts, job, State.IN_PROGRESS)
-
-    asyncio.run(running())
+    """Stop a worker in the middle of its second step, and let it take the step only when it knows."""
+    worker.start()
+    gate.let(1)
+    wait_until(parts, jobs[0], lambda: jobs[0].step == 1)
     if is_cancelled:
         parts.queue.cancel(jobs[0])
-    parts.notifier.work.clear()
-    stopping = threading.Thread(target=worker.stop)
-    stopping.start()
-    assert parts.notifier.work.wait(60)
-    gate.open()
-    stopping.join()
+    stopped(parts, worker, gate.open)
 
 
 def test_a_stop_gives_back_what_is_not_done(parts: Parts, gate: Gate) -> None:
@@ -508,26 +553,32 @@ def test_weights_that_do_not_load_end_the_worker_and_ring(parts: Parts) -> None:
 
 
 class ColdEngine(NullEngine):
-    """Three tiers to make ready: the second takes until it is let go, the third cannot be made ready at all."""
+    """Three tiers to make ready: the first takes until it is let go, the second cannot be made ready at all."""
 
-    def __init__(self) -> None:
-        self.threads: list[str] = []
-        self.is_warming, self.may_go_on = threading.Event(), threading.Event()
+    def __init__(self, told: list[str]) -> None:
+        self.told, self.num_tried = told, 0
+        self.is_warming, self.may_go_on, self.is_settled = threading.Event(), threading.Event(), threading.Event()
 
     def warm_up(self) -> bool:
-        self.threads.append(threading.current_thread().name)
-        if len(self.threads) == 2:
+        self.told.append(threading.current_thread().name)
+        self.num_tried += 1
+        if self.num_tried == 1:
             self.is_warming.set()
             assert self.may_go_on.wait(60)
-        if len(self.threads) == 3:
+        if self.num_tried == 2:
             raise RuntimeError("this card has no such kernel")
-        return True
+        return self.num_tried <= 3
+
+    def settle(self) -> None:
+        self.told.append("settled")
+        self.is_settled.set()
 
 
 def test_warm_up_keeps_nobody_waiting_and_its_failure_harms_nobody(
     parts: Parts, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cold, last = ColdEngine(), ColdEngine()
+    told: list[str] = []
+    cold, last = ColdEngine(told), ColdEngine(told)
     worker = worker_of(parts, NullModel("test/null", lambda: cold), NullModel("test/other", lambda: last))
 
     def painted_by(endpoint: str) -> None:
@@ -541,13 +592,17 @@ def test_warm_up_keeps_nobody_waiting_and_its_failure_harms_nobody(
     painted_by("test/null")
     painted_by("test/other")
     cold.may_go_on.set()
-    # The next endpoint has its turn, also after one that failed.
+    # The next tier and the next endpoint have their turn, also after one that failed.
     assert last.is_warming.wait(60)
+    assert told == ["warm-up"] * (4 + 1)
     painted_by("test/null")
     last.may_go_on.set()
+    assert last.is_settled.wait(60)
+    painted_by("test/other")
     worker.stop()
     assert worker.failure is None
-    assert (cold.threads, set(last.threads)) == (["warm-up"] * 3, {"warm-up"})
+    # Nothing is settled before all is warm.
+    assert told == ["warm-up"] * (4 + 4) + ["settled"] * 2
     assert "test/null: a tier could not be made ready" in caplog.text
     assert "this card has no such kernel" in caplog.text
 

@@ -1,0 +1,91 @@
+"""The device that paints: its streams, its pace, and its errors told apart."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+
+from models import weights
+from models.base import CannotPaint, DeviceLost
+
+T = TypeVar("T")
+
+
+class Device:
+    """A CPU, or the GPU; `side` is its second stream, on which pictures are decoded while steps go on."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.side = torch.cuda.Stream() if name == "cuda" else None
+        self._last_step: Any = None
+
+    def free(self) -> None:
+        """Give memory that is only cached back."""
+        gc.collect()
+        if self.name == "cuda":
+            torch.cuda.empty_cache()
+
+    def keep_pace(self) -> Any:
+        """Launch one step while the one before runs, and no more: else nothing could be cancelled or overtaken.
+
+        Returns the event behind the step that was launched last; None on a CPU, which does not run ahead.
+        """
+        if self.name == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        if self._last_step is not None:
+            self._last_step.synchronize()
+        self._last_step = event
+        return event
+
+    @contextmanager
+    def beside(self, latents: torch.Tensor | None = None, event: Any = None) -> Iterator[None]:
+        """On a GPU, a stream of its own, beside the steps; for `latents`, behind the `event` of their last step."""
+        if self.side is None:
+            yield
+            return
+        with torch.cuda.stream(self.side):
+            if latents is not None and event is not None:
+                self.side.wait_event(event)
+                latents.record_stream(self.side)
+            yield
+
+    def tried(self, words: str, first: Callable[[], T], again: Callable[[], T]) -> T:
+        """What `first` gives; when memory runs out, what is only cached is given back, and `again` is tried once."""
+        with suppress(torch.OutOfMemoryError), self.faults(words):
+            return first()
+        # Here, not where the error is caught: its traceback would keep all that the forward had on the device.
+        self.free()
+        with self.faults(words, is_last_try=True):
+            return again()
+
+    @contextmanager
+    def faults(self, words: str, *, is_last_try: bool = False) -> Iterator[None]:
+        """The device's errors, told apart: out of memory, lost for good, and those of the request."""
+        try:
+            yield
+        except RuntimeError as error:
+            # Libraries below PyTorch report both in words only.
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+                if not is_last_try:
+                    raise torch.OutOfMemoryError(str(error)) from None
+                free = weights.free_memory(self.name) / 1e9
+                raise CannotPaint(
+                    f"Out of memory: {words} did not fit, also when tried again by itself; {free:.1f} GB are free. "
+                    "A smaller picture may fit."
+                ) from None
+            if isinstance(error, torch.AcceleratorError) or not self._answers():
+                raise DeviceLost(str(error)) from error
+            raise
+
+    def _answers(self) -> bool:
+        """Whether the device still does anything: after some errors it never does again in this process."""
+        try:
+            if self.name == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
