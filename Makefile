@@ -28,6 +28,10 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.load
+	$(BIN)/flux-server bench demo --sizes 512x512 --steps 28 --rounds 9
+	$(BIN)/flux-server bench demo --sizes 512x512 --steps 8 --waiting 8 --rounds 5
+	$(BIN)/python -m bench.mixed --weights cost
+	$(BIN)/python -m bench.mixed --weights demo --requests 60
 
 clean:
 	rm -rf .venv tests/js/node_modules tests/.clients

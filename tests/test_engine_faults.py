@@ -2,12 +2,13 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Image
 
 from models.base import CannotPaint, DeviceLost
 from models.device import Device
@@ -183,6 +184,45 @@ def test_what_failed_is_let_go_before_the_second_try(
     finally:
         hook.remove()
     assert at_free == [True]
+
+
+def test_one_that_cannot_begin_ends_itself_alone(engine: FluxEngine) -> None:
+    leader, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
+    expected = [picture.tobytes() for picture in painted(engine, leader.request, 0)]
+    with failing(parts_of(engine)["text"], KeyError, KeyError):
+        while leader.step < leader.num_steps:
+            assert [painting is leader for painting in engine.advance(leader, [bad])] == [True]
+    assert bytes_of(engine, leader) == expected
+    with failing(parts_of(engine)["text"], KeyError), pytest.raises(KeyError):
+        engine.advance(bad, [leader])
+
+
+class Judge:
+    """A safety checker that raises these, one after the other, and then finds one picture in two unsafe."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.left = list(errors)
+
+    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+        if self.left:
+            raise self.left.pop(0)
+        return [index % 2 == 1 for index in range(len(pictures))]
+
+
+@pytest.mark.parametrize("error", [FULL("full"), RuntimeError("cuDNN error: out of memory, it was said")])
+def test_a_check_that_runs_out_of_memory_is_tried_again(
+    engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pictures = painted(engine, asked(num_images=2), 1)
+    monkeypatch.setattr(engine, "checker", Judge(error))
+    assert engine.is_unsafe(pictures) == [False, True]
+    assert len(freed) == 1
+    monkeypatch.setattr(engine, "checker", Judge(error, error))
+    with pytest.raises(CannotPaint, match="GB are free"):
+        engine.is_unsafe(pictures)
+    monkeypatch.setattr(engine, "checker", Judge(torch.AcceleratorError("it was said")))
+    with pytest.raises(DeviceLost, match="it was said"):
+        engine.is_unsafe(pictures)
 
 
 # -- the device is lost

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch._dynamo.utils import counters
 
-from models import tiers
+from models import memory, tiers
 from models.base import Placement
 from models.engine import FluxEngine
 from models.schema import PRESETS
@@ -203,17 +204,54 @@ def test_the_nearest_lower_tier_that_is_ready(ready: str, wanted: str, given: st
 def test_requests_get_the_lower_tier_until_theirs_is_ready(pipeline: FluxPipeline) -> None:
     offered = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, True, is_ready=False)]
     engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu")
-    try:
-        early = engine.start(asked(acceleration="high"), 1)
-        assert early.acceleration == "none"
-        with tiny_flux.batches(pipeline.transformer) as warmed:
-            assert engine.warm_up()
-        assert set(warmed) == {1, 2}
-        assert not engine.warm_up()
-        assert engine.start(asked(acceleration="high"), 1).acceleration == "regular"
-        assert early.acceleration == "none"
-    finally:
-        torch.compiler.set_stance("default")
+    early = engine.start(asked(acceleration="high"), 1)
+    assert early.acceleration == "none"
+    with tiny_flux.batches(pipeline.transformer) as warmed:
+        assert engine.warm_up()
+    assert set(warmed) == {1, 2}
+    assert not engine.warm_up()
+    assert engine.start(asked(acceleration="high"), 1).acceleration == "regular"
+    assert early.acceleration == "none"
+
+
+def cannot(**_: Any) -> None:
+    """Stands in for a transformer that does not compile."""
+    raise OSError("no compiler here")
+
+
+def broken(name: str) -> Tier:
+    cannot_run: Any = cannot
+    cannot_run.config = tiny_flux.transformer().config
+    return Tier(name, cannot_run, is_ready=False)
+
+
+def test_a_tier_that_cannot_be_made_ready_is_given_up(pipeline: FluxPipeline) -> None:
+    offered = [
+        Tier("none", pipeline.transformer),
+        broken("regular"),
+        Tier("high", pipeline.transformer, is_ready=False),
+    ]
+    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu")
+    with pytest.raises(OSError, match="no compiler here"):
+        engine.warm_up()
+    assert names(engine.tiers) == ["none", "high"]
+    assert engine.start(asked(acceleration="regular"), 1).acceleration == "none"
+    assert engine.warm_up()
+    assert not engine.warm_up()
+
+
+def test_without_a_compiler_all_is_painted_uncompiled(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("models.engine.weights.load", lambda _: (pipeline, memory.PLANS[0]))
+    monkeypatch.setattr("models.engine.safety.load", lambda _: CallsAllSafe())
+    monkeypatch.setattr("models.engine.tiers.build", lambda *_, **__: [broken("none"), broken("regular")])
+    engine = FluxEngine.load(placement(device="cpu"))
+    assert "painted uncompiled" in caplog.text
+    assert names(engine.tiers) == ["none"]
+    assert engine.tiers[0].transformer is pipeline.transformer
+    assert not engine.warm_up()
+    assert tiny_flux.painted(engine, asked(acceleration="high"), 1)
 
 
 # -- what they share
@@ -245,6 +283,24 @@ def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -
     assert original.proj_out.weight is before
     # A twin of what is compiled starts uncompiled, and can be compiled by itself.
     assert all(run is None for run, _ in states(tiers.twin(copy)))
+
+
+@pytest.mark.parametrize(
+    ("major", "has_flash", "chosen"),
+    [(8, True, None), (9, False, "_native_cudnn"), (10, True, "_native_cudnn"), (9, True, None)],
+)
+def test_attention_is_chosen_for_the_twin_alone(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, major: int, has_flash: bool, chosen: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    # FlashAttention 3 is said to be there and is not, so diffusers refuses it: then nothing is chosen.
+    monkeypatch.setattr(tiers, "find_spec", lambda name: has_flash)
+    default = _AttentionBackendRegistry.get_active_backend()
+    copy = tiers.twin(pipeline.transformer)
+    tiers.choose_attention(copy)
+    assert copy.transformer_blocks[0].attn.processor._attention_backend == chosen
+    assert pipeline.transformer.transformer_blocks[0].attn.processor._attention_backend is None
+    assert _AttentionBackendRegistry.get_active_backend() == default
 
 
 def test_the_large_matrices_are_those_of_the_blocks_without_their_norms(pipeline: FluxPipeline) -> None:
@@ -296,15 +352,26 @@ def test_a_forward_that_was_not_warmed_up_would_be_noticed(pipeline: FluxPipelin
             engine.advance(paintings[0], paintings[1:])
 
 
-def test_until_all_is_warm_each_is_compiled_and_then_nothing_any_more(warm: Warm) -> None:
+def test_once_settled_nothing_is_compiled_any_more(pipeline: FluxPipeline, warm: Warm) -> None:
     cold, none, regular, high = warm.num_compiled
     assert cold < none < regular
     # The same forwards as those of "regular".
     assert high == regular
-    # Nobody asks for this one: it stands for any forward that the warm-up did not think of.
-    before = num_compiled()
-    Tier("none", other_transformer(), shares_forwards=True).warm_up("cpu", torch.bfloat16)
-    assert num_compiled() == before
+
+    def num_new() -> int:
+        """Nobody asks for these forwards: they stand for any that the warm-up did not think of."""
+        before = num_compiled()
+        Tier("none", other_transformer(), shares_forwards=True).warm_up("cpu", torch.bfloat16)
+        return num_compiled() - before
+
+    try:
+        warm.engine.settle()
+        assert num_new() == 0
+    finally:
+        torch.compiler.set_stance("default")
+    # One that compiles nothing forbids nobody else to.
+    FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu").settle()
+    assert num_new() > 0
 
 
 def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
