@@ -108,9 +108,11 @@ def completed(parts: Parts, *jobs: Job) -> list[int]:
 
 
 def test_others_are_stepped_while_a_picture_is_decoded(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine):
+    with at_work(parts, engine) as worker:
         held = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
+        # It takes room, so that no more are claimed than may run.
+        assert len(worker._finisher) == 1
         other = submitted(parts, num_inference_steps=5)
         wait_until(parts, other, lambda: other.step == 5)
         assert (held.state, other.state) == (State.IN_PROGRESS, State.IN_PROGRESS)
@@ -298,10 +300,12 @@ def test_a_stop_lets_what_is_decoded_finish_within_the_grace(parts: Parts, engin
 
 def test_a_stop_does_not_wait_for_what_a_lost_device_holds(parts: Parts, engine: WatchedEngine) -> None:
     with at_work(parts, engine, shutdown_grace=3600) as worker:
-        submitted(parts, prompt="held, then lost", num_inference_steps=1)
+        jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held, then lost", "behind")]
+        wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
         assert engine.is_decoding.wait(60)
         stopped(parts, worker, engine.may_decode.set)
         assert isinstance(worker.failure, DeviceLost)
+        assert jobs[1].state == State.IN_QUEUE
 
 
 class WorstMoment(threading.Event):
@@ -360,6 +364,24 @@ def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngi
         found = parts.queue.claim()
         assert found and (found[0].request_id, found[0].attempt) == (jobs[1].request_id, 2)
         assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+
+
+def test_a_stop_without_grace_lets_a_picture_be_written(
+    parts: Parts, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, is_writing, may_write = parts.files.save, threading.Event(), threading.Event()
+
+    def save_when_let(*given: Any) -> StoredFile:
+        is_writing.set()
+        assert may_write.wait(60)
+        return save(*given)
+
+    monkeypatch.setattr(parts.files, "save", save_when_let)
+    with at_work(parts, engine, shutdown_grace=0) as worker:
+        job = submitted(parts, num_inference_steps=1)
+        assert is_writing.wait(60)
+        stopped(parts, worker, may_write.set)
+        assert answer(parts, job)[0].status == 200
 
 
 def finisher_of(parts: Parts) -> Finisher:
