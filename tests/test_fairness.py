@@ -147,7 +147,7 @@ def test_one_request_after_the_other_is_no_way_around(parts: Parts) -> None:
 def test_who_had_more_than_its_share_waits_also_with_its_next_request(parts: Parts) -> None:
     worker = ready(parts, NullModel("test/null", AloneEngine))
     (alices,) = many(parts, 1, owner="alice")
-    large = {"owner": "bob", "num_inference_steps": 1, "image_size": {"width": 256, "height": 256}}
+    large: dict[str, Any] = {"owner": "bob", "num_inference_steps": 1, "image_size": {"width": 256, "height": 256}}
     first = submitted(parts, **large)
     until(worker, lambda: first.state == State.COMPLETED)
     assert alices.step == 1
