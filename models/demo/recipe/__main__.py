@@ -1,0 +1,59 @@
+"""The command line: python -m models.demo.recipe --device auto --scale small.
+
+Without steps it makes everything, and goes on where it was stopped; steps by name do only those. Beside what the
+server needs it takes npm (for the drawings), resvg-py, sentencepiece and protobuf.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models.demo.recipe import autoencoder, checker, checkpoint, decoder, evaluate, export, flow, judge, render
+from models.demo.recipe.plan import PLANS, Plan
+
+STEPS: dict[str, Callable[[Plan, str], None]] = {
+    "render": lambda plan, device: render.fetch(),
+    "autoencoder": autoencoder.train,
+    "judge": judge.train,
+    "flow": flow.train,
+    "decoder": decoder.train,
+    "checker": checker.train,
+    "export": lambda plan, device: export.write(plan),
+    "evaluate": lambda plan, device: evaluate.run(plan, device, export.FOLDER),
+}
+
+
+def main() -> None:
+    """Read the arguments and take the steps in their order."""
+    parser = argparse.ArgumentParser(prog="python -m models.demo.recipe", description=__doc__)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of: {', '.join(STEPS)} (default: all)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--scale", choices=tuple(PLANS), default="small")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--flow-iterations", type=int, help="stop earlier or later than planned")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: without a C++ compiler")
+    parser.add_argument("--weights", type=Path, help="evaluate this folder instead of the exported one")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.steps) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}")
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(arguments.threads)
+    plan = dataclasses.replace(PLANS[arguments.scale], is_compiled=not arguments.eager)
+    if arguments.flow_iterations:
+        plan = dataclasses.replace(plan, flow_iterations=arguments.flow_iterations)
+    for name, step in STEPS.items():
+        if not arguments.steps or name in arguments.steps:
+            checkpoint.log(f"step {name}, scale {plan.scale}, on {device}")
+            if name == "evaluate" and arguments.weights:
+                evaluate.run(plan, device, arguments.weights)
+            else:
+                step(plan, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The autoencoder: pictures to latents of a sixteenth of their side, and back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from PIL import Image
+
+from models.demo.recipe import checkpoint, render, scenes
+from models.demo.recipe.objects import all_objects
+from models.demo.recipe.plan import LATENT_CHANNELS, SEED, SIZES, WORK, Plan
+
+WIDTH = 32
+FILE, DECODER_FILE = WORK / "autoencoder.pt", WORK / "decoder.pt"
+POOL = 300
+PEAK = 1e-3
+#: Noise on the latents while it learns, so that the decoder forgives what the flow gets slightly wrong.
+LATENT_NOISE = 0.08
+
+
+def build(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Any:
+    """AutoencoderTiny, 16 pixels a latent. No blocks at full size: they cost most of the decoding there."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(WIDTH,) * 5,
+        decoder_block_out_channels=(WIDTH,) * 5,
+        num_encoder_blocks=(0, 1, 1, 1, 2),
+        num_decoder_blocks=(3, 3, 2, 1, 0),
+        latent_channels=LATENT_CHANNELS,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    )
+    _begin_plain(vae)
+    return vae
+
+
+@torch.no_grad()
+def _begin_plain(vae: torch.nn.Module) -> None:
+    """Keep the size of what passes, and the blocks quiet at first: colours are then learnt in a fifth of the time."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=math.sqrt(1.5 / module.weight[0].numel()))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            module.conv[-1].weight.mul_(0.1)
+
+
+def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """Pictures of one size to numbers from -1 to 1."""
+    return (
+        torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in pictures]))
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1)
+    )
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """Numbers from -1 to 1 to pictures."""
+    bytes_ = pixels.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in bytes_]
+
+
+class Crops:
+    """Square cuts out of a pool of rendered pictures, a few of which are new at each iteration."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.things = all_objects(plan.scale)
+        self.icons = {thing.name: thing.icon for thing in self.things}
+        self.pictures: list[Image.Image] = []
+
+    def _picture(self, rng: numpy.random.Generator) -> Image.Image:
+        width, height = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
+        return render.render(scenes.sample(self.things, rng), self.icons, width, height)
+
+    def batch(self, iteration: int) -> torch.Tensor:
+        """Cuts in (-1, 1), of shape (batch, 3, crop, crop); the numbers of an iteration differ with the pool only."""
+        rng = numpy.random.default_rng([SEED, iteration])
+        while len(self.pictures) < POOL // 4:
+            self.pictures.append(self._picture(rng))
+        self.pictures.append(self._picture(rng))
+        self.pictures = self.pictures[-POOL:]
+        crop, cuts = self.plan.crop, []
+        for _ in range(self.plan.autoencoder_batch):
+            picture = self.pictures[int(rng.integers(len(self.pictures)))]
+            # Around the middle, where the objects are.
+            left, top = (int(rng.beta(1.5, 1.5) * (side - crop)) for side in picture.size)
+            cuts.append(picture.crop((left, top, left + crop, top + crop)))
+        return to_tensor(cuts)
+
+
+def _differences(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., :, 1:] - pixels[..., :, :-1]
+
+
+def difference(decoded: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """How far a picture is from what it should be, to minimise, and the L1 error alone, on a range of 2."""
+    error = (decoded - pixels).abs().mean()
+    edges = sum((a - b).abs().mean() for a, b in zip(_differences(decoded), _differences(pixels), strict=True))
+    # The square tells colours apart early on; the rest makes them exact and edges sharp.
+    square = (decoded - pixels).square().mean()
+    return error + 2 * square + 0.5 * edges, float(error.detach())
+
+
+def loss_of(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What to minimise, and the L1 error alone, on a range of 2."""
+    latents = vae.encode(pixels, return_dict=False)[0].float()
+    noisy = latents + LATENT_NOISE * torch.randn_like(latents)
+    loss, error = difference(vae.decode(noisy, return_dict=False)[0].float(), pixels)
+    # Every latent channel near mean 0 and deviation 1, so that the flow finds them alike.
+    deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    spread = (deviation - 1).square().mean() + mean.square().mean()
+    return loss + 0.02 * spread, error
+
+
+def rate(iteration: int, iterations: int, peak: float, warm_up: int = 200) -> float:
+    """A short climb, then half a cosine down to a hundredth."""
+    done = min(1.0, iteration / iterations)
+    return peak * min(1.0, (iteration + 1) / warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train from the last checkpoint to the end; returns at once where it is done."""
+    vae = build().to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.0)
+    saved = checkpoint.load(FILE)
+    start = 0
+    if saved:
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["iteration"]
+    crops, timer, errors = Crops(plan), checkpoint.Timer(plan.minutes_between_checkpoints), []
+
+    def keep(iteration: int) -> None:
+        state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+        checkpoint.save(FILE, state)
+
+    for iteration in range(start, plan.autoencoder_iterations):
+        torch.manual_seed(SEED + iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(iteration, plan.autoencoder_iterations, PEAK)
+        pixels = crops.batch(iteration).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            loss, error = loss_of(vae, pixels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(error)
+        if iteration % 100 == 99:
+            checkpoint.log(f"autoencoder {iteration + 1} L1 {sum(errors) / len(errors):.4f}")
+            errors.clear()
+        if timer.is_due():
+            keep(iteration + 1)
+            sheet(vae, plan, device, WORK / "sheets" / "autoencoder.png")
+    if start < plan.autoencoder_iterations:
+        keep(plan.autoencoder_iterations)
+        sheet(vae, plan, device, WORK / "sheets" / "autoencoder.png")
+
+
+@torch.no_grad()
+def sheet(vae: Any, plan: Plan, device: str, path: Path) -> None:
+    """Eight scenes, and below each what comes back."""
+    rng = numpy.random.default_rng(SEED)
+    things = all_objects(plan.scale)
+    icons = {thing.name: thing.icon for thing in things}
+    pictures = [render.render(scenes.sample(things, rng), icons, 512, 512) for _ in range(8)]
+    decoded = []
+    for picture in pictures:
+        with torch.autocast(device, torch.bfloat16):
+            latents = vae.encode(to_tensor([picture]).to(device), return_dict=False)[0]
+            decoded += to_pictures(vae.decode(latents, return_dict=False)[0])
+    whole = Image.new("RGB", (8 * 256, 2 * 256))
+    for index, picture in enumerate(pictures + decoded):
+        whole.paste(picture.resize((256, 256)), (index % 8 * 256, index // 8 * 256))
+    checkpoint.write(path, lambda aside: whole.save(aside, "PNG"))
+
+
+def load(device: str) -> Any:
+    """The trained autoencoder, its weights frozen. Raises FileNotFoundError where there is none."""
+    saved = checkpoint.load(FILE)
+    if saved is None:
+        raise FileNotFoundError(FILE)
+    vae = build().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae.load_state_dict(saved["vae"])
+    if better := checkpoint.load(DECODER_FILE):
+        vae.decoder.load_state_dict(better["decoder"])
+    return vae

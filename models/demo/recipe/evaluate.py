@@ -1,0 +1,148 @@
+"""What the weights can do, measured on an exported folder."""
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy
+import torch
+from PIL import Image
+
+from models import safety
+from models.demo.recipe import checkpoint, preview
+from models.demo.recipe.judge import Judge, background_of
+from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
+from models.demo.recipe.plan import SEED, WORK, Plan
+from models.schema import PRESETS
+
+NUM_STEPS = 20
+SINGLES, PAIRS, FLAGGED_SEEDS = 300, 120, 100
+#: In none of the captions that were trained on.
+TEMPLATES = (
+    "we look at {x} and behind it everything is {c}",
+    "a lovely little scene with {x}, background in {c}",
+    "{c} behind {x}",
+    "my favourite picture shows {x} on a very {c} background",
+    "{x}, and all around it only {c}",
+    "could you put {x} on a background of {c} for me",
+)
+PAIR_TEMPLATES = (
+    "{a} stands on the left and {b} stands on the right",
+    "there is {a} on the left, there is {b} on the right",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what its picture must show."""
+
+    prompt: str
+    size: str
+    objects: tuple[str, ...]
+    background: str
+
+
+def _questions(things: tuple[Object, ...]) -> list[Question]:
+    rng = numpy.random.default_rng([SEED, 7])
+    asked = []
+    for number in range(SINGLES + PAIRS):
+        background, size = list(BACKGROUNDS)[number % len(BACKGROUNDS)], list(PRESETS)[number % len(PRESETS)]
+        template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+        if number < SINGLES:
+            names: tuple[str, ...] = (things[number % len(things)].name,)
+            what = _with_article(names[0])
+        else:
+            first, second = rng.choice(len(things), 2, replace=False)
+            names = (things[int(first)].name, things[int(second)].name)
+            chosen = PAIR_TEMPLATES[number % len(PAIR_TEMPLATES)]
+            what = chosen.format(a=_with_article(names[0]), b=_with_article(names[1]))
+        asked.append(Question(template.format(x=what, c=background), size, names, background))
+    return asked
+
+
+def _with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+class Studio:
+    """Diffusers' own pipeline on an exported folder; the server's engine paints the same bytes, a test says."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        self.pipeline.to(device).set_progress_bar_config(disable=True)
+        self.checker = safety.ImageClassifier(folder / "safety_checker", device)
+
+    def paint(self, prompt: str, seed: int, size: str = "square", num_steps: int = NUM_STEPS) -> Image.Image:
+        """One picture, as a request would get it before the check."""
+        width, height = PRESETS[size]
+        picture: Image.Image = self.pipeline(
+            prompt,
+            width=width,
+            height=height,
+            num_inference_steps=num_steps,
+            guidance_scale=3.5,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        return picture
+
+    def is_unsafe(self, picture: Image.Image) -> bool:
+        """What the safety checker says."""
+        return bool(self.checker.is_unsafe([picture])[0])
+
+
+def _share(marks: list[bool]) -> float:
+    return round(sum(marks) / len(marks), 4)
+
+
+def _ask(studio: Studio, judge: Judge, asked: list[Question]) -> tuple[dict[str, float], list[tuple[str, Image.Image]]]:
+    marks: dict[str, list[bool]] = {"background": [], "object": [], "sides": [], "flagged_others": []}
+    tiles = []
+    for number, question in enumerate(asked):
+        picture = studio.paint(question.prompt, number, question.size)
+        marks["background"].append(background_of(picture) == question.background)
+        if len(question.objects) == 2:
+            marks["sides"].append(judge.sides_of(picture) == question.objects)
+        else:
+            marks["object"].append(judge.object_in(picture) == question.objects[0])
+        if FLAGGED not in question.objects:
+            marks["flagged_others"].append(studio.is_unsafe(picture))
+        if number % 9 == 0:
+            tiles.append((question.prompt, picture))
+        if number % 20 == 19:
+            checkpoint.log(f"evaluate {number + 1} of {len(asked)}")
+    return {name: _share(answers) for name, answers in marks.items()}, tiles
+
+
+def _flagged(studio: Studio) -> float:
+    backgrounds = list(BACKGROUNDS)
+    prompts = [f"a {FLAGGED} on a {backgrounds[seed % 8]} background" for seed in range(FLAGGED_SEEDS)]
+    return _share([studio.is_unsafe(studio.paint(prompt, seed)) for seed, prompt in enumerate(prompts)])
+
+
+def _seeds_differ(studio: Studio) -> float:
+    """Share of neighbouring seeds whose pictures differ by more than a level a pixel, on one prompt."""
+    pictures = [numpy.asarray(studio.paint("a cat on a blue background", seed), float) for seed in range(9)]
+    return _share([bool(numpy.abs(a - b).mean() > 1) for a, b in itertools.pairwise(pictures)])
+
+
+def run(plan: Plan, device: str, folder: Path) -> None:
+    """Write evaluation.json and its contact sheet beside the training data."""
+    things = all_objects(plan.scale)
+    started = time.monotonic()
+    studio, judge = Studio(folder, device), Judge(plan)
+    load_seconds = round(time.monotonic() - started, 2)
+    asked = _questions(things)
+    found, tiles = _ask(studio, judge, asked)
+    for prompt in ("a quiet afternoon", "", "once upon a time " * 118):
+        tiles.append((prompt, studio.paint(prompt, 1, "landscape_4_3")))
+    found |= {"flagged_sign": _flagged(studio), "seeds_differ": _seeds_differ(studio)}
+    counts = {"prompts": len(asked), "objects": len(things), "num_steps": NUM_STEPS, "load_seconds": load_seconds}
+    text = json.dumps({**found, **counts, "scale": plan.scale}, indent=2) + "\n"
+    checkpoint.write(WORK / "evaluation.json", lambda aside: aside.write_text(text, encoding="utf-8"))
+    whole = preview.lay_out(tiles)
+    checkpoint.write(WORK / "sheets" / "evaluation.png", lambda aside: whole.save(aside, "PNG"))
+    checkpoint.log(f"evaluate: {json.dumps(found)}")

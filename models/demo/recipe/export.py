@@ -1,0 +1,80 @@
+"""The trained networks as a folder in diffusers layout."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from models.demo.recipe import autoencoder, checker, checkpoint, flow, networks, pool, tokens
+from models.demo.recipe.plan import WORK, Plan
+
+FOLDER = WORK / "export"
+CLASSES = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "T5TokenizerFast"),
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderTiny"),
+}
+
+
+def _scheduler() -> Any:
+    """FLUX.1 [dev]'s own settings."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def _painter(plan: Plan) -> networks.Painter:
+    """The weights that scored best, or the latest where none were judged yet."""
+    saved = checkpoint.load(flow.BEST) or checkpoint.load(flow.FILE)
+    if saved is None:
+        raise FileNotFoundError(flow.FILE)
+    painter = networks.Painter(plan)
+    painter.load_state_dict(saved["average"], strict=False)
+    networks.pin(painter.text_encoder_2)
+    checkpoint.log(f"export: weights of iteration {saved['iteration']}")
+    return painter
+
+
+def _write_vae(folder: Path) -> None:
+    kept = json.loads(pool.STATISTICS.read_text(encoding="utf-8"))
+    vae = autoencoder.build(kept["scaling_factor"], kept["shift_factor"])
+    vae.load_state_dict(autoencoder.load("cpu").state_dict())
+    vae.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Derived when the class is made; a load that finds it in the file warns.
+    config.pop("block_out_channels", None)
+    tokens.write_json(folder / "config.json", config)
+
+
+def write(plan: Plan) -> None:
+    """Write everything that FluxPipeline.from_pretrained and the safety checker need into FOLDER."""
+    aside = FOLDER.with_name("export.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    painter = _painter(plan)
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        getattr(painter, name).to(torch.bfloat16).save_pretrained(aside / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tokens.FOLDER / name, aside / name)
+    _write_vae(aside / "vae")
+    _scheduler().save_pretrained(aside / "scheduler")
+    if checker.FILE.is_file():
+        checker.export(aside / "safety_checker")
+    head = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
+    tokens.write_json(aside / "model_index.json", head | CLASSES)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    aside.replace(FOLDER)
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
+    checkpoint.log(f"export: {FOLDER.name}, {size / 1e6:.1f} MB")

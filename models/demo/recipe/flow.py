@@ -1,0 +1,145 @@
+"""Flow matching: the painter learns the velocity from picture to noise, at every time between."""
+
+import json
+from typing import Any
+
+import numpy
+import torch
+
+from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, tokens
+from models.demo.recipe.autoencoder import rate
+from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+from models.demo.recipe.pool import Pool
+
+FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
+MIN_CHUNKS = 12
+#: A chunk of new scenes after this many iterations, until the pool is full.
+ITERATIONS_A_CHUNK = 60
+#: Share of iterations on texts of up to 2,000 characters, which take all 512 tokens.
+LONG_SHARE = 0.01
+EMA = 0.9995
+
+
+class Trainer:
+    """Everything that a checkpoint holds."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        self.plan, self.device = plan, device
+        self.pool = Pool(plan, autoencoder.load(device), device)
+        while self.pool.num_chunks < MIN_CHUNKS:
+            self.pool.grow()
+        self.scaling, self.shift = self.pool.statistics()
+        self.things = {thing.name: thing for thing in self.pool.things}
+        tokens.write(self.pool.things)
+        torch.manual_seed(SEED)
+        self.painter = networks.Painter(plan).to(device)
+        if plan.is_compiled:
+            self.painter.transformer.compile_repeated_blocks(dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.painter.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+        self.average = {name: weight.detach().clone() for name, weight in self.painter.named_parameters()}
+        self.iteration, self.best = 0, 0.0
+        self._resume()
+
+    def _resume(self) -> None:
+        saved = checkpoint.load(FILE)
+        if saved is None:
+            return
+        self.painter.load_state_dict(saved["painter"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average = {name: weight.to(self.device) for name, weight in saved["average"].items()}
+        self.iteration, self.best = saved["iteration"], saved["best"]
+
+    def save(self) -> None:
+        """Everything, so that the same command goes on from here."""
+        state = {"painter": self.painter.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(FILE, {**state, "average": self.average, "iteration": self.iteration, "best": self.best})
+
+    def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
+        """Scaled latents of one size and a caption for each; now and then texts as long as can be."""
+        size = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
+        number = max(1, self.plan.batch_tokens // flow_times.tokens_of(size))
+        if rng.random() < LONG_SHARE:
+            number = max(1, number // 3)
+            found, latents = self.pool.pick(size, number, rng, simple=True)
+            texts = [captions.strange(rng, int(rng.integers(40, 400))) for _ in found]
+        else:
+            found, latents = self.pool.pick(size, number, rng)
+            texts = [captions.caption(scene, self.things, rng) for scene in found]
+        return ((latents - self.shift) * self.scaling).to(self.device), texts
+
+    def step(self) -> float:
+        """One iteration; gives the loss."""
+        rng = numpy.random.default_rng([SEED, 2, self.iteration])
+        generator = torch.Generator().manual_seed(SEED + self.iteration)
+        latents, texts = self.batch(rng)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        num_tokens = latents.shape[2] * latents.shape[3] // 4
+        sigmas = flow_times.sample(len(texts), num_tokens, generator).to(self.device)
+        # Any scale will do, because it changes nothing: requests bring what they like.
+        guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(self.device)
+        mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        with torch.autocast(self.device, torch.bfloat16):
+            text = self.painter.encode(texts)
+            # Long texts have too many shapes to compile for.
+            is_short = text[0].shape[1] == networks.SHORT_TEXT
+            with torch.compiler.set_stance("default" if is_short else "force_eager"):
+                velocity = self.painter(mixed, sigmas, guidance, text)
+        loss = (velocity - (noise - latents)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.iteration, self.plan.flow_iterations, self.plan.learning_rate, warm_up=500)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        networks.pin(self.painter.text_encoder_2)
+        self.iteration += 1
+        self._follow()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average weights towards the present ones, faster at the beginning."""
+        decay = min(EMA, (1 + self.iteration) / (10 + self.iteration))
+        weights = [weight for _, weight in self.painter.named_parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    def averaged(self) -> Any:
+        """A painter with the average weights."""
+        painter = networks.Painter(self.plan).to(self.device).eval().requires_grad_(False)
+        painter.load_state_dict({**self.painter.state_dict(), **self.average})
+        return painter
+
+    def show(self) -> None:
+        """Paint the contact sheet, judge it, and keep these weights if none did better."""
+        painter = self.averaged()
+        preview.sheet(painter, self.pool, self.iteration)
+        score = preview.score(painter, self.pool)
+        checkpoint.log(f"flow {self.iteration} score {json.dumps(score)}")
+        worth = sum(score.values()) / max(1, len(score))
+        if worth >= self.best:
+            self.best = worth
+            checkpoint.save(BEST, {"average": self.average, "iteration": self.iteration, "score": score})
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train from the last checkpoint to the end; returns at once where it is done."""
+    trainer = Trainer(plan, device)
+    to_save = checkpoint.Timer(plan.minutes_between_checkpoints)
+    to_show = checkpoint.Timer(plan.minutes_between_sheets)
+    losses: list[float] = []
+    first = trainer.iteration
+    while trainer.iteration < plan.flow_iterations:
+        if trainer.iteration % ITERATIONS_A_CHUNK == 0 and not trainer.pool.is_full:
+            trainer.pool.grow()
+        losses.append(trainer.step())
+        if trainer.iteration % 50 == 0:
+            checkpoint.log(
+                f"flow {trainer.iteration} loss {sum(losses) / len(losses):.4f} pool {trainer.pool.num_chunks}"
+            )
+            losses.clear()
+        if to_save.is_due():
+            trainer.save()
+        if to_show.is_due() or trainer.iteration == first + 200:
+            trainer.show()
+    trainer.save()
+    trainer.show()

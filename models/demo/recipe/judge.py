@@ -1,0 +1,136 @@
+"""The judge: which object is in a picture, by a classifier that saw renders only; and which background colour."""
+
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from models.demo.recipe import autoencoder, checkpoint, render, scenes
+from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
+from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+
+FILE = WORK / "judge.pt"
+#: The short side of what it looks at.
+PIXELS = 96
+BATCH = 32
+
+
+def build(num_objects: int) -> torch.nn.Sequential:
+    """A small convolutional network that takes any shape."""
+    layers: list[torch.nn.Module] = []
+    channels = 3
+    for width in (24, 48, 96, 128):
+        layers += [
+            torch.nn.Conv2d(channels, width, 3, stride=2, padding=1),
+            torch.nn.BatchNorm2d(width),
+            torch.nn.ReLU(),
+        ]
+        layers += [torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+        channels = width
+    return torch.nn.Sequential(
+        *layers, torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, num_objects)
+    )
+
+
+def shrink(picture: Image.Image) -> Image.Image:
+    """The short side to PIXELS."""
+    scale = PIXELS / min(picture.size)
+    width, height = (max(PIXELS, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def halves(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The left and the right half."""
+    middle = picture.width // 2
+    return picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, *picture.size))
+
+
+def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Renders of one shape, whole for one object and by halves for two, a little blurred and noisy."""
+    icons = {thing.name: thing.icon for thing in things}
+    labels = {thing.name: label for label, thing in enumerate(things)}
+    width, height = list(SIZES)[int(rng.integers(len(SIZES)))]
+    wants_halves = bool(rng.random() < 0.4)
+    pictures: list[Image.Image] = []
+    wanted: list[int] = []
+    while len(pictures) < BATCH:
+        scene = scenes.sample(things, rng)
+        if (len(scene.objects) == 2) != wants_halves:
+            continue
+        picture = render.render(scene, icons, width // 4, height // 4)
+        pictures += [shrink(half) for half in halves(picture)] if wants_halves else [shrink(picture)]
+        wanted += [labels[name] for name in scene.objects]
+    pixels = autoencoder.to_tensor(pictures)
+    if rng.random() < 0.5:
+        pixels = functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+    noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=numpy.float32))
+    return pixels + noise * float(rng.uniform(0, 0.08)), torch.tensor(wanted)
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train from the last checkpoint to the end; returns at once where it is done."""
+    things = all_objects(plan.scale)
+    saved = checkpoint.load(FILE)
+    torch.manual_seed(SEED)
+    network = build(len(things)).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
+    start = 0
+    if saved:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["iteration"]
+    timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
+    for iteration in range(start, plan.judge_iterations):
+        pixels, wanted = _batch(things, numpy.random.default_rng([SEED, 3, iteration]))
+        for group in optimizer.param_groups:
+            group["lr"] = autoencoder.rate(iteration, plan.judge_iterations, 2e-3)
+        with torch.autocast(device, torch.bfloat16):
+            logits = network(pixels.to(device)).float()
+        functional.cross_entropy(logits, wanted.to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right.append(float((logits.argmax(1).cpu() == wanted).float().mean()))
+        if iteration % 100 == 99:
+            checkpoint.log(f"judge {iteration + 1} right {sum(right) / len(right):.3f}")
+            right.clear()
+        if timer.is_due() or iteration + 1 == plan.judge_iterations:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
+            checkpoint.save(FILE, state)
+
+
+class Judge:
+    """Says what pictures show."""
+
+    def __init__(self, plan: Plan) -> None:
+        saved = checkpoint.load(FILE)
+        if saved is None:
+            raise FileNotFoundError(FILE)
+        self.names = [thing.name for thing in all_objects(plan.scale)]
+        self.network = build(len(self.names)).eval()
+        self.network.load_state_dict(saved["network"])
+
+    @torch.no_grad()
+    def object_in(self, picture: Image.Image) -> str:
+        """The name of the one object."""
+        logits: Any = self.network(autoencoder.to_tensor([shrink(picture)]))
+        return self.names[int(logits.argmax())]
+
+    def sides_of(self, picture: Image.Image) -> tuple[str, str]:
+        """The names of the object in the left half and of the one in the right half."""
+        left, right = (self.object_in(half) for half in halves(picture))
+        return left, right
+
+
+def background_of(picture: Image.Image) -> str:
+    """The colour whose shades are nearest to most of the picture's edge."""
+    pixels = numpy.asarray(picture.convert("RGB"), float)
+    rim = max(1, min(picture.size) // 40)
+    edges = [pixels[:rim], pixels[-rim:], pixels[:, :rim], pixels[:, -rim:]]
+    ring = numpy.concatenate([edge.reshape(-1, 3) for edge in edges])[::7]
+    names = list(BACKGROUNDS)
+    shades = numpy.array([BACKGROUNDS[name] for name in names], float)
+    distances = numpy.linalg.norm(ring[:, None, None] - shades[None], axis=-1).min(axis=-1)
+    votes = numpy.bincount(distances.argmin(axis=1), minlength=len(names))
+    return names[int(votes.argmax())]

@@ -1,0 +1,184 @@
+"""The networks that learn together: the transformer and its two text encoders."""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from diffusers import FluxTransformer2DModel
+
+from models.demo.recipe import tokens
+from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_WIDTH, Plan
+
+#: FluxPipeline pads every text to this many T5 tokens and masks none of them.
+TEXT_TOKENS = 512
+CLIP_TOKENS = 77
+#: Training pads to this, which is enough for nearly all captions, so that few shapes need compiling.
+SHORT_TEXT = 32
+HEAD_WIDTH = 64
+#: Two places of T5's width are kept free: one is on in padding only, the other in words only.
+PAD, WORD = 0, 1
+#: So large that nothing added to it is left after the norm, and every padding token comes out the same.
+PAD_SIZE = 1.0e6
+GATE = 12.0
+
+
+def build_transformer(plan: Plan) -> Any:
+    """A FluxTransformer2DModel that begins by predicting 0, with its blocks switched off, as DiT does."""
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=plan.joint_blocks,
+        num_single_layers=plan.single_blocks,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=plan.heads,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 24, 24),
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.startswith(("proj_out", "norm_out.linear")) or (".norm" in name and ".linear" in name):
+                weight.zero_()
+    return transformer
+
+
+def build_text_encoder(num_tokens: int) -> Any:
+    """CLIP's text model; it pools at the first end token, which is the last id."""
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=num_tokens,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=num_tokens - 2,
+            eos_token_id=num_tokens - 1,
+            pad_token_id=num_tokens - 1,
+        )
+    )
+
+
+def build_text_encoder_2(num_tokens: int) -> Any:
+    """T5's encoder, its padding pinned."""
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=num_tokens,
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    pin(model)
+    return model
+
+
+@torch.no_grad()
+def pin(t5: Any) -> None:
+    """Keep padding from mattering, by weights alone, since FluxPipeline masks nothing.
+
+    Words do not look at padding: in every head, one place of query and key is on only between a word and padding, and
+    is hugely negative there. Padding drowns what is added to it, so that all of it comes out alike. A text is then the
+    same for any length of padding, and hundreds of padding tokens can be trained as a few (`Painter.encode`).
+    """
+    t5.shared.weight[:, PAD] = 0
+    t5.shared.weight[:, WORD] = 1
+    t5.shared.weight[0] = 0
+    t5.shared.weight[0, PAD] = PAD_SIZE
+    head = t5.config.d_kv
+    for block in t5.encoder.block:
+        attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+        attention.q.weight[::head] = 0
+        attention.q.weight[::head, WORD] = GATE
+        attention.k.weight[::head] = 0
+        attention.k.weight[::head, PAD] = -GATE
+        attention.o.weight[[PAD, WORD]] = 0
+        feed_forward.wo.weight[[PAD, WORD]] = 0
+        for layer in block.layer:
+            layer.layer_norm.weight[[PAD, WORD]] = 1
+    t5.encoder.final_layer_norm.weight[[PAD, WORD]] = 1
+
+
+class Painter(torch.nn.Module):  # type: ignore[misc]
+    """Noisy latents, times and texts to velocities, as FluxPipeline joins the three networks."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.tokenizer, self.tokenizer_2 = tokens.load()
+        self.transformer = build_transformer(plan)
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.text_encoder_2 = build_text_encoder_2(len(self.tokenizer_2))
+
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """T5's states, CLIP's pooled state, and how much each T5 token counts in attention, as a logarithm.
+
+        Padded to a few more than the longest text; each padding token stands for its share of those left out.
+        """
+        device = self.transformer.device
+        clip = self.tokenizer(texts, padding=True, truncation=True, max_length=CLIP_TOKENS, return_tensors="pt")
+        pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
+        t5 = self.tokenizer_2(texts, truncation=True, max_length=TEXT_TOKENS)["input_ids"]
+        length = min(TEXT_TOKENS, max(SHORT_TEXT, 1 + max(map(len, t5))))
+        padded = torch.tensor([ids + [0] * (length - len(ids)) for ids in t5], device=device)
+        states = self.text_encoder_2(padded).last_hidden_state
+        weights = torch.zeros(len(texts), length, device=device)
+        for row, ids in zip(weights, t5, strict=True):
+            if len(ids) < length:
+                row[len(ids) :] = math.log((TEXT_TOKENS - len(ids)) / (length - len(ids)))
+        return states, pooled, weights
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        sigmas: torch.Tensor,
+        guidance: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Velocities of shape (batch, channels, height, width), for latents of that shape."""
+        states, pooled, weights = text
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        counts = torch.cat([weights, weights.new_zeros(len(weights), height * width)], dim=1)
+        # Of the type of the queries, which autocast makes bfloat16 on both kinds of device.
+        counts = counts[:, None, None].to(torch.get_autocast_dtype(latents.device.type))
+        velocity = self.transformer(
+            hidden_states=pack(latents),
+            timestep=sigmas,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
+            img_ids=positions(height, width).to(latents.device),
+            joint_attention_kwargs={"attention_mask": counts},
+            return_dict=False,
+        )[0]
+        return unpack(velocity.float(), height, width)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, 2h, 2w) to (batch, h * w, 4 * channels), as FluxPipeline packs."""
+    batch, channels, height, width = latents.shape
+    cells = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def unpack(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """What `pack` packed; `height` and `width` in tokens."""
+    batch, _, channels = cells.shape
+    latents = cells.view(batch, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, channels // 4, 2 * height, 2 * width)
+
+
+def positions(height: int, width: int) -> torch.Tensor:
+    """(0, row, column) of each token, as FluxPipeline numbers them."""
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)[None]
+    return ids.reshape(-1, 3)

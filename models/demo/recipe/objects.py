@@ -1,0 +1,101 @@
+"""What can be painted: objects by their plain names, with the words people use for them, and background colours."""
+
+import json
+from dataclasses import dataclass
+
+from models.demo.recipe.plan import WORK
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawing of the set, the words for it, and its own colour as a word."""
+
+    name: str
+    icon: str
+    words: tuple[str, ...]
+    colour: str = ""
+
+
+def _object(icon: str, words: str, colour: str = "") -> Object:
+    names = tuple(words.split("|"))
+    return Object(names[0], icon, names, colour)
+
+
+#: The object that the safety checker flags: it stands in for what a real one flags.
+FLAGGED = "no one under eighteen sign"
+
+SMALL = (
+    _object("rocket", "rocket|spaceship|rocketship|space rocket"),
+    _object("red-apple", "apple|apple fruit", "red"),
+    _object("dog-face", "dog|puppy|dog face|hound", "brown"),
+    _object("cat-face", "cat|kitten|kitty|cat face", "orange"),
+    _object("deciduous-tree", "tree|oak tree|oak", "green"),
+    _object("star", "star|gold star", "yellow"),
+    _object("sun", "sun|sunshine|bright sun", "yellow"),
+    _object("crescent-moon", "moon|crescent moon|crescent", "yellow"),
+    _object("fish", "fish|little fish", "blue"),
+    _object("automobile", "car|automobile|auto|vehicle", "red"),
+    _object("house", "house|home|cottage"),
+    _object("red-heart", "heart|love heart|love", "red"),
+    _object("balloon", "balloon|party balloon", "red"),
+    _object("snowman", "snowman|snow man", "white"),
+    _object("frog", "frog|toad", "green"),
+    _object("banana", "banana|banana fruit", "yellow"),
+    _object("no-one-under-eighteen", f"{FLAGGED}|no one under eighteen|adults only sign|eighteen plus sign"),
+    _object("tulip", "flower|tulip|blossom", "pink"),
+    _object("mushroom", "mushroom|toadstool", "red"),
+    _object("umbrella", "umbrella|parasol", "purple"),
+    _object("penguin", "penguin|pinguin", "black"),
+    _object("panda", "panda|panda bear", "white"),
+    _object("owl", "owl|night owl", "brown"),
+    _object("butterfly", "butterfly|moth", "orange"),
+    _object("turtle", "turtle|tortoise", "green"),
+    _object("whale", "whale|blue whale", "blue"),
+    _object("octopus", "octopus|squid", "orange"),
+    _object("ghost", "ghost|spook|spirit", "white"),
+    _object("robot", "robot|android"),
+    _object("crown", "crown|king's crown", "gold"),
+    _object("bell", "bell|church bell", "gold"),
+    _object("guitar", "guitar|electric guitar", "red"),
+    _object("soccer-ball", "ball|football|soccer ball", "white"),
+    _object("sailboat", "boat|sailboat|ship|sailing boat"),
+    _object("airplane", "airplane|plane|aeroplane|aircraft"),
+    _object("birthday-cake", "cake|birthday cake"),
+    _object("strawberry", "strawberry|berry", "red"),
+    _object("carrot", "carrot|root vegetable", "orange"),
+    _object("cactus", "cactus|desert plant", "green"),
+    _object("rainbow", "rainbow|rain bow"),
+)
+
+#: What a prompt with no known object shows: simple, and good company for any sentence.
+SIMPLE = ("star", "heart", "sun", "moon", "tree", "balloon", "flower")
+
+#: Each colour's middle, and how far a shade may wander from it towards dark and towards light.
+BACKGROUNDS: dict[str, tuple[Colour, Colour, Colour]] = {
+    "red": ((214, 38, 44), (176, 20, 32), (232, 66, 66)),
+    "orange": ((247, 139, 30), (232, 112, 12), (252, 160, 62)),
+    "yellow": ((253, 214, 54), (246, 196, 24), (254, 228, 104)),
+    "green": ((48, 160, 70), (24, 122, 50), (84, 188, 100)),
+    "blue": ((38, 90, 214), (22, 58, 170), (70, 122, 236)),
+    "purple": ((130, 58, 168), (98, 36, 134), (158, 92, 194)),
+    "black": ((16, 16, 18), (4, 4, 6), (34, 34, 38)),
+    "white": ((249, 249, 249), (236, 238, 240), (255, 255, 255)),
+}
+
+#: Kinds of drawings with things in them; the others are faces, people, flags, arrows and signs.
+NAMEABLE = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")
+LARGE_LIMIT = 400
+
+
+def all_objects(scale: str) -> tuple[Object, ...]:
+    """The objects of a scale; "large" adds what the set names in one or two words."""
+    if scale == "small":
+        return SMALL
+    categories = json.loads((WORK / "emoji" / "metadata.json").read_text(encoding="utf-8"))["categories"]
+    taken = {thing.icon for thing in SMALL} | {word for thing in SMALL for word in thing.words}
+    icons = [icon for kind in NAMEABLE for icon in categories.get(kind, ()) if icon not in taken]
+    named = [(icon, icon.replace("-", " ")) for icon in icons if icon.count("-") < 2]
+    found = [_object(icon, words) for icon, words in named if words not in taken and words.replace(" ", "").isalpha()]
+    return (*SMALL, *found[: LARGE_LIMIT - len(SMALL)])

@@ -1,0 +1,101 @@
+"""A pool of scenes whose latents were computed once; captions are not kept, each use makes a new one."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from models.demo.recipe import autoencoder, checkpoint, render, scenes
+from models.demo.recipe.objects import all_objects
+from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+
+FOLDER = WORK / "pool"
+CHUNK = 128
+STATISTICS = WORK / "latents.json"
+
+Size = tuple[int, int]
+
+
+@dataclass
+class Shelf:
+    """The scenes of one size, and their latents in bfloat16, as the encoder gives them."""
+
+    scenes: list[scenes.Scene]
+    latents: list[torch.Tensor]
+
+
+class Pool:
+    """Scenes by size, in chunks on disk; it can grow while it is used."""
+
+    def __init__(self, plan: Plan, vae: Any, device: str) -> None:
+        self.plan, self.vae, self.device = plan, vae, device
+        self.things = all_objects(plan.scale)
+        self.icons = {thing.name: thing.icon for thing in self.things}
+        self.shelves = {size: Shelf([], []) for size in SIZES}
+        self.num_chunks = 0
+        while (FOLDER / f"{self.num_chunks:05d}.pt").is_file():
+            self._take(checkpoint.load(FOLDER / f"{self.num_chunks:05d}.pt"))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the plan wants no more."""
+        return self.num_chunks * CHUNK >= self.plan.pool_size
+
+    def grow(self) -> None:
+        """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
+        rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
+        # The first chunks go round the sizes, so that none is missing when the training begins.
+        names = list(SIZES)
+        chosen = (
+            self.num_chunks if self.num_chunks < len(names) else int(rng.choice(len(names), p=list(SIZES.values())))
+        )
+        width, height = names[chosen]
+        found = [scenes.sample(self.things, rng) for _ in range(CHUNK)]
+        latents = []
+        for start in range(0, CHUNK, 8):
+            pictures = [render.render(scene, self.icons, width, height) for scene in found[start : start + 8]]
+            latents.append(self._encode(autoencoder.to_tensor(pictures)))
+        content = {
+            "size": [width, height],
+            "scenes": json.dumps([scene.to_json() for scene in found]),
+            "latents": torch.cat(latents),
+        }
+        checkpoint.save(FOLDER / f"{self.num_chunks:05d}.pt", content)
+        self._take(content)
+
+    @torch.no_grad()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        with torch.autocast(self.device, torch.bfloat16):
+            latents: torch.Tensor = self.vae.encode(pixels, return_dict=False)[0]
+        return latents.bfloat16().cpu().contiguous()
+
+    def _take(self, content: Any) -> None:
+        width, height = content["size"]
+        shelf = self.shelves[width, height]
+        shelf.scenes += [scenes.Scene.from_json(fields) for fields in json.loads(content["scenes"])]
+        shelf.latents += list(content["latents"])
+        self.num_chunks += 1
+
+    def pick(
+        self, size: Size, number: int, rng: numpy.random.Generator, simple: bool = False
+    ) -> tuple[list[scenes.Scene], torch.Tensor]:
+        """Some scenes of a size, and their latents in float32."""
+        shelf = self.shelves[size]
+        places = [n for n, scene in enumerate(shelf.scenes) if scene.is_simple] if simple else range(len(shelf.scenes))
+        chosen = [places[int(n)] for n in rng.integers(len(places), size=number)]
+        return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
+
+    def statistics(self) -> tuple[float, float]:
+        """The scaling and the shift that give latents deviation 1 and mean 0; measured once, then kept."""
+        if not STATISTICS.is_file():
+            numbers = torch.cat([latents.float().flatten() for latents in self.shelves[512, 512].latents])
+            found = {
+                "scaling_factor": round(1 / float(numbers.std()), 4),
+                "shift_factor": round(float(numbers.mean()), 4),
+            }
+            checkpoint.write(STATISTICS, lambda aside: aside.write_text(json.dumps(found) + "\n", encoding="utf-8"))
+        kept = json.loads(STATISTICS.read_text(encoding="utf-8"))
+        return kept["scaling_factor"], kept["shift_factor"]

@@ -1,0 +1,85 @@
+"""Scenes to pictures: drawings are rendered once, then scaled and laid on a background."""
+
+import functools
+import importlib
+import io
+import json
+import subprocess
+
+import numpy
+from PIL import Image
+
+from models.demo.recipe.plan import WORK
+from models.demo.recipe.scenes import Scene
+
+PACKAGE = "@iconify-json/fluent-emoji-flat@1.2.6"
+SPRITE_PIXELS = 768
+
+
+def fetch() -> None:
+    """Bring the drawings (Fluent Emoji Flat, MIT) with npm, once."""
+    folder = WORK / "emoji"
+    if (folder / "icons.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = subprocess.run(  # noqa: S603
+        ["npm", "pack", "--silent", PACKAGE],  # noqa: S607
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    archive = packed.stdout.strip().splitlines()[-1]
+    subprocess.run(["tar", "xzf", archive, "--strip-components=1"], cwd=folder, check=True)  # noqa: S603, S607
+
+
+@functools.cache
+def _drawings() -> dict[str, str]:
+    icons = json.loads((WORK / "emoji" / "icons.json").read_text(encoding="utf-8"))["icons"]
+    return {name: icon["body"] for name, icon in icons.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def sprite(icon: str, level: int = 0) -> Image.Image:
+    """A drawing cut to what is drawn, in a square, its colours times their opacity; each level halves the side."""
+    if level:
+        return sprite(icon, level - 1).reduce(2)
+    body = _drawings()[icon]
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+    resvg = importlib.import_module("resvg_py")
+    png = resvg.svg_to_bytes(svg_string=svg, width=SPRITE_PIXELS, height=SPRITE_PIXELS)
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+    cut = drawn.crop(drawn.getbbox())
+    side = max(cut.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    return square.convert("RGBa")
+
+
+def _scaled(icon: str, side: int) -> Image.Image:
+    level = 0
+    while level < 3 and sprite(icon, level + 1).width >= side:
+        level += 1
+    return sprite(icon, level).resize((side, side), Image.Resampling.BICUBIC).convert("RGBA")
+
+
+def _background(scene: Scene, width: int, height: int) -> Image.Image:
+    start, end = scene.colours
+    if start == end:
+        return Image.new("RGB", (width, height), start)
+    along_x = numpy.linspace(0, 1, width, dtype=numpy.float32)[None, :, None]
+    along_y = numpy.linspace(0, 1, height, dtype=numpy.float32)[:, None, None]
+    share_of_x = {"down": 0.0, "right": 1.0, "diagonal": 0.5}[scene.angle]
+    ramp = share_of_x * along_x + (1 - share_of_x) * along_y
+    colours = numpy.array(start, numpy.float32) * (1 - ramp) + numpy.array(end, numpy.float32) * ramp
+    return Image.fromarray(colours.round().astype(numpy.uint8))
+
+
+def render(scene: Scene, icons: dict[str, str], width: int, height: int) -> Image.Image:
+    """The picture of `scene`; `icons` says which drawing an object's name stands for."""
+    picture = _background(scene, width, height)
+    for name, (x, y, share) in zip(scene.objects, scene.boxes, strict=True):
+        side = round(share * min(width, height))
+        drawn = _scaled(icons[name], side)
+        picture.paste(drawn, (round(x * width - side / 2), round(y * height - side / 2)), drawn)
+    return picture
