@@ -10,7 +10,11 @@ from pathlib import Path
 from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-VERSION = 1
+VERSION = 2
+#: What brings a data folder from the version before to this one.
+_STEPS = {
+    2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
+}
 
 
 class FolderInUse(RuntimeError):
@@ -56,6 +60,9 @@ class Database:
             raise FolderInUse(f"the data folder was written by a newer flux-server (schema {version})")
         if version == 0:
             self._connection.executescript(f"BEGIN IMMEDIATE;\n{SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;")
+            return
+        for step in range(version + 1, VERSION + 1):
+            self._connection.executescript(f"BEGIN IMMEDIATE;\n{_STEPS[step]};\nPRAGMA user_version = {step};\nCOMMIT;")
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -112,4 +112,4 @@ CREATE TABLE keys (
     created_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

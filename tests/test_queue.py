@@ -620,3 +620,14 @@ def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
     with opened(tmp_path, clock=Clock(12345.0)) as parts:
         finished(parts)
         assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]
+
+
+def test_a_folder_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        parts.rows("ALTER TABLE jobs DROP COLUMN strikes")
+        parts.rows("PRAGMA user_version = 1")
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 1
+        assert parts.rows("SELECT request_id, strikes FROM jobs") == [(job.request_id, 0)]
+        assert parts.rows("PRAGMA user_version") == [(2,)]
