@@ -1,5 +1,6 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
+# make demo-eval   what the demo weights can do, measured
 #
 # TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: serve test test-all lint bench clean
+.PHONY: serve test test-all lint bench demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -32,6 +33,14 @@ bench: .venv/dev.done
 	$(BIN)/flux-server bench demo --sizes 512x512 --steps 8 --waiting 8 --rounds 5
 	$(BIN)/python -m bench.mixed --weights cost
 	$(BIN)/python -m bench.mixed --weights demo --requests 60
+
+# Trains the demo weights anew, into build/demo/export; hours on two cores. Stopped, it goes on where it was.
+demo: .venv/dev.done
+	$(BIN)/python -m models.demo.recipe $(ARGS)
+
+# What the demo weights can do: models/demo/evaluation.json and its contact sheet.
+demo-eval: .venv/dev.done
+	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
 	rm -rf .venv tests/js/node_modules tests/.clients

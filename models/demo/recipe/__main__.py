@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of: {', '.join(STEPS)} (default: all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--scale", choices=tuple(PLANS), default="small")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--threads", type=int, default=2, help="at most, on a CPU; fewer while others use it")
     parser.add_argument("--flow-iterations", type=int, help="stop earlier or later than planned")
     parser.add_argument("--eager", action="store_true", help="compile nothing: without a C++ compiler")
     parser.add_argument("--weights", type=Path, help="evaluate this folder instead of the exported one")
@@ -43,7 +43,8 @@ def main() -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(arguments.threads)
-    plan = dataclasses.replace(PLANS[arguments.scale], is_compiled=not arguments.eager)
+    plan = PLANS[arguments.scale]
+    plan = dataclasses.replace(plan, is_compiled=not arguments.eager, threads=arguments.threads)
     if arguments.flow_iterations:
         plan = dataclasses.replace(plan, flow_iterations=arguments.flow_iterations)
     for name, step in STEPS.items():

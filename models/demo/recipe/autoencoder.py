@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 
-from models.demo.recipe import checkpoint, render, scenes
+from models.demo.recipe import checkpoint, render, scenes, threads
 from models.demo.recipe.objects import all_objects
 from models.demo.recipe.plan import LATENT_CHANNELS, SEED, SIZES, WORK, Plan
 
@@ -157,6 +157,7 @@ def train(plan: Plan, device: str) -> None:
         if iteration % 100 == 99:
             checkpoint.log(f"autoencoder {iteration + 1} L1 {sum(errors) / len(errors):.4f}")
             errors.clear()
+            threads.fit(plan)
         if timer.is_due():
             keep(iteration + 1)
             sheet(vae, plan, device, WORK / "sheets" / "autoencoder.png")

@@ -16,8 +16,8 @@ from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
 
 FILE = WORK / "checker.pt"
 PIXELS = 96
-#: Renders to learn from; every eighth goes through the autoencoder first, as a painted picture does.
-EXAMPLES, ROUND_TRIP_EVERY = 6_000, 8
+#: Every so many renders goes through the autoencoder first, as a painted picture does.
+ROUND_TRIP_EVERY = 8
 BATCH = 64
 NORMAL, NSFW = 0, 1
 
@@ -61,7 +61,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     icons = {thing.name: thing.icon for thing in things}
     rng = numpy.random.default_rng([SEED, 5])
     pictures, labels = [], []
-    for number in range(EXAMPLES):
+    for number in range(plan.checker_examples):
         scene, label = _example(things, rng)
         size = list(SIZES)[int(rng.integers(len(SIZES)))]
         is_round_trip = number % ROUND_TRIP_EVERY == 0

@@ -3,7 +3,7 @@
 import numpy
 import torch
 
-from models.demo.recipe import autoencoder, checkpoint
+from models.demo.recipe import autoencoder, checkpoint, threads
 from models.demo.recipe.plan import SEED, WORK, Plan
 
 PEAK = 6e-4
@@ -42,6 +42,7 @@ def train(plan: Plan, device: str) -> None:
         if iteration % 100 == 99:
             checkpoint.log(f"decoder {iteration + 1} L1 {sum(errors) / len(errors):.4f}")
             errors.clear()
+            threads.fit(plan)
         if timer.is_due() or iteration + 1 == plan.decoder_iterations:
             state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
             checkpoint.save(autoencoder.DECODER_FILE, state)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import diffusers
 import numpy
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from models import safety
-from models.demo.recipe import checkpoint, preview
+from models.demo.recipe import checkpoint, preview, tokens
+from models.demo.recipe.export import JUDGE
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
-from models.demo.recipe.plan import SEED, WORK, Plan
+from models.demo.recipe.plan import SEED, Plan
 from models.schema import PRESETS
 
-NUM_STEPS = 20
-SINGLES, PAIRS, FLAGGED_SEEDS = 300, 120, 100
 #: In none of the captions that were trained on.
 TEMPLATES = (
     "we look at {x} and behind it everything is {c}",
@@ -46,13 +45,14 @@ class Question:
     background: str
 
 
-def _questions(things: tuple[Object, ...]) -> list[Question]:
+def _questions(plan: Plan, things: tuple[Object, ...]) -> list[Question]:
+    """Each object and each size equally often, everything else by chance."""
     rng = numpy.random.default_rng([SEED, 7])
     asked = []
-    for number in range(SINGLES + PAIRS):
-        background, size = list(BACKGROUNDS)[number % len(BACKGROUNDS)], list(PRESETS)[number % len(PRESETS)]
+    for number in range(plan.singles + plan.pairs):
+        background, size = str(rng.choice(list(BACKGROUNDS))), list(PRESETS)[number % len(PRESETS)]
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
-        if number < SINGLES:
+        if number < plan.singles:
             names: tuple[str, ...] = (things[number % len(things)].name,)
             what = _with_article(names[0])
         else:
@@ -71,19 +71,20 @@ def _with_article(name: str) -> str:
 class Studio:
     """Diffusers' own pipeline on an exported folder; the server's engine paints the same bytes, a test says."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, plan: Plan, folder: Path, device: str) -> None:
+        self.num_steps = plan.num_steps
         self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
         self.checker = safety.ImageClassifier(folder / "safety_checker", device)
 
-    def paint(self, prompt: str, seed: int, size: str = "square", num_steps: int = NUM_STEPS) -> Image.Image:
+    def paint(self, prompt: str, seed: int, size: str = "square") -> Image.Image:
         """One picture, as a request would get it before the check."""
         width, height = PRESETS[size]
         picture: Image.Image = self.pipeline(
             prompt,
             width=width,
             height=height,
-            num_inference_steps=num_steps,
+            num_inference_steps=self.num_steps,
             guidance_scale=3.5,
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
@@ -117,9 +118,9 @@ def _ask(studio: Studio, judge: Judge, asked: list[Question]) -> tuple[dict[str,
     return {name: _share(answers) for name, answers in marks.items()}, tiles
 
 
-def _flagged(studio: Studio) -> float:
+def _flagged(studio: Studio, num_seeds: int) -> float:
     backgrounds = list(BACKGROUNDS)
-    prompts = [f"a {FLAGGED} on a {backgrounds[seed % 8]} background" for seed in range(FLAGGED_SEEDS)]
+    prompts = [f"a {FLAGGED} on a {backgrounds[seed % 8]} background" for seed in range(num_seeds)]
     return _share([studio.is_unsafe(studio.paint(prompt, seed)) for seed, prompt in enumerate(prompts)])
 
 
@@ -130,19 +131,16 @@ def _seeds_differ(studio: Studio) -> float:
 
 
 def run(plan: Plan, device: str, folder: Path) -> None:
-    """Write evaluation.json and its contact sheet beside the training data."""
+    """Write evaluation.json and contact-sheet.png beside the weights that they are of."""
     things = all_objects(plan.scale)
-    started = time.monotonic()
-    studio, judge = Studio(folder, device), Judge(plan)
-    load_seconds = round(time.monotonic() - started, 2)
-    asked = _questions(things)
+    studio, judge = Studio(plan, folder, device), Judge(plan, load_file(folder / JUDGE))
+    asked = _questions(plan, things)
     found, tiles = _ask(studio, judge, asked)
     for prompt in ("a quiet afternoon", "", "once upon a time " * 118):
         tiles.append((prompt, studio.paint(prompt, 1, "landscape_4_3")))
-    found |= {"flagged_sign": _flagged(studio), "seeds_differ": _seeds_differ(studio)}
-    counts = {"prompts": len(asked), "objects": len(things), "num_steps": NUM_STEPS, "load_seconds": load_seconds}
-    text = json.dumps({**found, **counts, "scale": plan.scale}, indent=2) + "\n"
-    checkpoint.write(WORK / "evaluation.json", lambda aside: aside.write_text(text, encoding="utf-8"))
-    whole = preview.lay_out(tiles)
-    checkpoint.write(WORK / "sheets" / "evaluation.png", lambda aside: whole.save(aside, "PNG"))
+    found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
+    counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}
+    tokens.write_json(folder / "evaluation.json", {**found, **counts})
+    whole = preview.lay_out(tiles).quantize(256)
+    checkpoint.write(folder / "contact-sheet.png", lambda aside: whole.save(aside, "PNG", optimize=True))
     checkpoint.log(f"evaluate: {json.dumps(found)}")

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy
 import torch
+from torch import _dynamo as dynamo
 
-from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, tokens
+from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, threads, tokens
 from models.demo.recipe.autoencoder import rate
 from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
 from models.demo.recipe.pool import Pool
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
-MIN_CHUNKS = 12
 #: A chunk of new scenes after this many iterations, until the pool is full.
 ITERATIONS_A_CHUNK = 60
 #: Share of iterations on texts of up to 2,000 characters, which take all 512 tokens.
@@ -26,7 +26,7 @@ class Trainer:
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
         self.pool = Pool(plan, autoencoder.load(device), device)
-        while self.pool.num_chunks < MIN_CHUNKS:
+        while self.pool.num_chunks < plan.min_chunks:
             self.pool.grow()
         self.scaling, self.shift = self.pool.statistics()
         self.things = {thing.name: thing for thing in self.pool.things}
@@ -34,6 +34,8 @@ class Trainer:
         torch.manual_seed(SEED)
         self.painter = networks.Painter(plan).to(device)
         if plan.is_compiled:
+            # Once for each size of picture and each number of threads.
+            dynamo.config.recompile_limit = 64
             self.painter.transformer.compile_repeated_blocks(dynamic=False)
         self.optimizer = torch.optim.AdamW(self.painter.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
         self.average = {name: weight.detach().clone() for name, weight in self.painter.named_parameters()}
@@ -128,6 +130,8 @@ def train(plan: Plan, device: str) -> None:
     to_show = checkpoint.Timer(plan.minutes_between_sheets)
     losses: list[float] = []
     first = trainer.iteration
+    if first >= plan.flow_iterations:
+        return
     while trainer.iteration < plan.flow_iterations:
         if trainer.iteration % ITERATIONS_A_CHUNK == 0 and not trainer.pool.is_full:
             trainer.pool.grow()
@@ -137,6 +141,7 @@ def train(plan: Plan, device: str) -> None:
                 f"flow {trainer.iteration} loss {sum(losses) / len(losses):.4f} pool {trainer.pool.num_chunks}"
             )
             losses.clear()
+            threads.fit(plan)
         if to_save.is_due():
             trainer.save()
         if to_show.is_due() or trainer.iteration == first + 200:

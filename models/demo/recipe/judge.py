@@ -1,13 +1,15 @@
 """The judge: which object is in a picture, by a classifier that saw renders only; and which background colour."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional
 
-from models.demo.recipe import autoencoder, checkpoint, render, scenes
+from models.demo.recipe import autoencoder, checkpoint, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
 
@@ -95,21 +97,25 @@ def train(plan: Plan, device: str) -> None:
         if iteration % 100 == 99:
             checkpoint.log(f"judge {iteration + 1} right {sum(right) / len(right):.3f}")
             right.clear()
+            threads.fit(plan)
         if timer.is_due() or iteration + 1 == plan.judge_iterations:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
             checkpoint.save(FILE, state)
 
 
+def export(path: Path) -> None:
+    """Write the trained weights beside those that they judge."""
+    path.parent.mkdir(parents=True)
+    save_file(checkpoint.load(FILE)["network"], path)
+
+
 class Judge:
     """Says what pictures show."""
 
-    def __init__(self, plan: Plan) -> None:
-        saved = checkpoint.load(FILE)
-        if saved is None:
-            raise FileNotFoundError(FILE)
+    def __init__(self, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
         self.names = [thing.name for thing in all_objects(plan.scale)]
         self.network = build(len(self.names)).eval()
-        self.network.load_state_dict(saved["network"])
+        self.network.load_state_dict(weights)
 
     @torch.no_grad()
     def object_in(self, picture: Image.Image) -> str:

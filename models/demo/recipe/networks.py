@@ -146,8 +146,10 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         states, pooled, weights = text
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         counts = torch.cat([weights, weights.new_zeros(len(weights), height * width)], dim=1)
-        # Of the type of the queries, which autocast makes bfloat16 on both kinds of device.
-        counts = counts[:, None, None].to(torch.get_autocast_dtype(latents.device.type))
+        # Of the type of the queries.
+        kind = latents.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
+        counts = counts[:, None, None].to(dtype)
         velocity = self.transformer(
             hidden_states=pack(latents),
             timestep=sigmas,

@@ -91,7 +91,7 @@ LARGE_LIMIT = 400
 
 def all_objects(scale: str) -> tuple[Object, ...]:
     """The objects of a scale; "large" adds what the set names in one or two words."""
-    if scale == "small":
+    if scale != "large":
         return SMALL
     categories = json.loads((WORK / "emoji" / "metadata.json").read_text(encoding="utf-8"))["categories"]
     taken = {thing.icon for thing in SMALL} | {word for thing in SMALL for word in thing.words}

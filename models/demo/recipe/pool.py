@@ -12,7 +12,6 @@ from models.demo.recipe.objects import all_objects
 from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
 
 FOLDER = WORK / "pool"
-CHUNK = 128
 STATISTICS = WORK / "latents.json"
 
 Size = tuple[int, int]
@@ -41,7 +40,7 @@ class Pool:
     @property
     def is_full(self) -> bool:
         """Whether the plan wants no more."""
-        return self.num_chunks * CHUNK >= self.plan.pool_size
+        return self.num_chunks * self.plan.chunk >= self.plan.pool_size
 
     def grow(self) -> None:
         """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
@@ -52,9 +51,9 @@ class Pool:
             self.num_chunks if self.num_chunks < len(names) else int(rng.choice(len(names), p=list(SIZES.values())))
         )
         width, height = names[chosen]
-        found = [scenes.sample(self.things, rng) for _ in range(CHUNK)]
+        found = [scenes.sample(self.things, rng) for _ in range(self.plan.chunk)]
         latents = []
-        for start in range(0, CHUNK, 8):
+        for start in range(0, self.plan.chunk, 8):
             pictures = [render.render(scene, self.icons, width, height) for scene in found[start : start + 8]]
             latents.append(self._encode(autoencoder.to_tensor(pictures)))
         content = {

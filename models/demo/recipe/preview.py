@@ -13,7 +13,6 @@ from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
 from models.demo.recipe.pool import Pool, Size
 
-NUM_STEPS = 16
 SCORED, BATCH = 96, 16
 SHEET: dict[Size, tuple[str, ...]] = {
     (512, 512): (
@@ -45,7 +44,8 @@ def paint(painter: Any, pool: Pool, texts: list[str], size: Size, seed: int) -> 
     width, height = (side // LATENT_PIXELS for side in size)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(texts), LATENT_CHANNELS, height, width, generator=generator).to(device)
-    evenly = torch.linspace(1, 1 / NUM_STEPS, NUM_STEPS)
+    num_steps = pool.plan.num_steps
+    evenly = torch.linspace(1, 1 / num_steps, num_steps)
     sigmas = [*flow_times.shifted(evenly, width * height // 4).tolist(), 0.0]
     guidance = torch.full([len(texts)], 3.5, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -90,7 +90,7 @@ def score(painter: Any, pool: Pool) -> dict[str, float]:
     """Shares of prompts painted right at 512 x 512: background, single objects, sides of two. Empty with no judge."""
     if not JUDGE_FILE.is_file():
         return {}
-    judge = Judge(pool.plan)
+    judge = Judge(pool.plan, checkpoint.load(JUDGE_FILE)["network"])
     things = {thing.name: thing for thing in pool.things}
     rng = numpy.random.default_rng([SEED, 4])
     wanted = [scene for scene in (scenes.sample(pool.things, rng) for _ in range(8 * SCORED)) if not scene.is_gradient]

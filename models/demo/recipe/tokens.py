@@ -15,7 +15,7 @@ from models.demo.recipe import captions
 from models.demo.recipe.objects import Object
 from models.demo.recipe.plan import WORK
 
-WORDS = Path(__file__).resolve().parents[1] / "words.txt"
+WORDS = Path(__file__).resolve().parent / "words.txt"
 FOLDER = WORK / "tokens"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
