@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from PIL.Image import Image
@@ -18,6 +19,10 @@ class Loading:
     component: str = ""
     loaded_bytes: int = 0
     total_bytes: int = 0
+
+
+#: Of a request without addresses.
+NO_INPUTS: Mapping[str, Path] = MappingProxyType({})
 
 
 def _tell_nobody(loading: Loading) -> None:
@@ -92,8 +97,12 @@ class Engine(Protocol):
     def decodes_beside(self) -> bool:
         """Whether `decode` and `is_unsafe` may run on another thread than `advance`, and gain from it."""
 
-    def start(self, request: Any, seed: int) -> Painting:
-        """Begin to paint `request`, an instance of the model's own Input; picture k uses seed + k."""
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> Painting:
+        """Begin to paint `request`, an instance of the model's own Input; picture k uses seed + k.
+
+        `inputs` holds what the request's addresses stand for, by the field's place, such as "image_url" or
+        "loras.0.path": pictures as RGB files within the limits, LoRA weights as safetensors.
+        """
 
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
         """Take the next step of `painting`; returns it and those of `others` that shared the forward.
@@ -117,6 +126,9 @@ class Engine(Protocol):
         One that raises is given up, and is not tried again.
         """
 
+    def close(self) -> None:
+        """Give the device's memory back; nothing is called after it."""
+
     def settle(self) -> None:
         """All engines are as ready as they can be: compile nothing from now on."""
 
@@ -127,6 +139,10 @@ class Model(Protocol):
     @property
     def endpoint(self) -> str:
         """The endpoint's id on fal, "owner/alias" or "owner/alias/path"."""
+
+    @property
+    def family(self) -> str:
+        """Endpoints of one family that are given the same weights share one engine."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -141,7 +157,10 @@ class Model(Protocol):
         """What an answer holds."""
 
     def setup(self, placement: Placement) -> Engine:
-        """Load the weights. Called once, on the thread that will own the engine; may take minutes."""
+        """Load the weights, on the thread that will own the engine; may take minutes.
+
+        Called for one endpoint of those that share the engine, and again after it was let go for want of memory.
+        """
 
     def answer(
         self,

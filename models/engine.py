@@ -1,20 +1,22 @@
 """The step loop of FLUX: generations that share one device, each advanced by one step at a time."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 
 from models import first_block_cache, safety, tiers, weights
-from models.base import CannotPaint, Painting, Placement
+from models.base import NO_INPUTS, CannotPaint, Painting, Placement
 from models.device import Device
 from models.first_block_cache import FirstBlockCache
-from models.generation import Generation, begin, unpacked
+from models.generation import Generation, begin, first_step, unpacked
 from models.preview import Preview
 from models.texts import Texts
 from models.tiers import Tier
@@ -37,6 +39,8 @@ class FluxPainting:
     width: int
     height: int
     tier: Tier
+    #: What it is painted over, if anything.
+    picture: Image | None = None
     generations: list[Generation] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
     step: int = 0
@@ -50,7 +54,8 @@ class FluxPainting:
     @property
     def num_steps(self) -> int:
         """Steps of all its pictures."""
-        return int(self.request.num_inference_steps * self.request.num_images)
+        num_left_out = 0 if self.picture is None else first_step(self.request)
+        return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
 
     @property
     def is_done(self) -> bool:
@@ -117,6 +122,13 @@ class FluxEngine:
         log.info("the tier %s is ready", cold[0].name)
         return True
 
+    def close(self) -> None:
+        """Give the device's memory back."""
+        # A thread may still be warming one up.
+        self.tiers = []
+        del self.pipeline, self.checker, self.texts, self.previews
+        self.device.free()
+
     def settle(self) -> None:
         """Every tier that can be ready is: a size that nobody thought of is painted uncompiled from now on.
 
@@ -125,10 +137,12 @@ class FluxEngine:
         if any(tier.transformer is not self.pipeline.transformer for tier in self.tiers):
             torch.compiler.set_stance("eager_on_recompile")
 
-    def start(self, request: Any, seed: int) -> FluxPainting:
-        """Begin to paint; cheap, the text is encoded with the first step."""
-        size, tier = request.image_size, tiers.nearest(self.tiers, request.acceleration)
-        return FluxPainting(request, seed, self._round(size.width), self._round(size.height), tier)
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxPainting:
+        """Begin to paint; cheap, text and picture are encoded with the first step."""
+        tier = tiers.nearest(self.tiers, request.acceleration)
+        picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
+        width, height = picture.size if picture else (request.image_size.width, request.image_size.height)
+        return FluxPainting(request, seed, self._round(width), self._round(height), tier, picture)
 
     @torch.no_grad()
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
@@ -240,7 +254,7 @@ class FluxEngine:
     def _begin(self, painting: FluxPainting, seed: int) -> Generation:
         text = self.texts.encode(painting.request.prompt)
         size = (painting.width, painting.height)
-        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed)
+        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.picture)
         generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
         return generation
 
@@ -256,6 +270,12 @@ class FluxEngine:
     def _judged(self, pictures: Sequence[Image]) -> Sequence[bool]:
         with self.device.beside():
             return self.checker.is_unsafe(pictures)
+
+
+def _opened(path: Path) -> Image:
+    with PIL.Image.open(path) as picture:
+        picture.load()
+        return picture
 
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:

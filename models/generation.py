@@ -7,6 +7,9 @@ from typing import Any
 import numpy
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
+from diffusers.utils.torch_utils import randn_tensor
+from PIL.Image import Image
 
 from models.first_block_cache import FirstBlockCache
 from models.texts import Text
@@ -56,7 +59,7 @@ class Generation:
         """What the latents are heading for as of the last step, packed; None before the first."""
         if self.velocity is None:
             return None
-        return self.latents - self.scheduler.sigmas[self.step] * self.velocity
+        return self.latents - self.scheduler.sigmas[self.scheduler.step_index] * self.velocity
 
     def take(self, velocity: torch.Tensor) -> None:
         """Step along `velocity`, of the shape of the latents."""
@@ -69,24 +72,65 @@ class Generation:
         self.latents = self.velocity = self.cache = None
 
 
-def begin(pipeline: Any, device: str, text: Text, request: Any, size: tuple[int, int], seed: int) -> Generation:
-    """Noise, timesteps and guidance of a picture of (width, height), as FluxPipeline prepares them."""
+def first_step(request: Any) -> int:
+    """How many steps are left out, because a picture to start from takes their place; 0 without one."""
+    num_steps, strength = request.num_inference_steps, getattr(request, "strength", 1.0)
+    # As FluxImg2ImgPipeline counts them, rounding and all.
+    return int(max(num_steps - min(num_steps * strength, num_steps), 0))
+
+
+def begin(
+    pipeline: Any,
+    device: str,
+    text: Text,
+    request: Any,
+    size: tuple[int, int],
+    seed: int,
+    picture: Image | None = None,
+) -> Generation:
+    """Latents, timesteps and guidance of a picture of (width, height), as diffusers' pipelines prepare them.
+
+    From noise as FluxPipeline, from a `picture` as FluxImg2ImgPipeline.
+    """
     width, height = size
+    num_channels = pipeline.transformer.config.in_channels // 4
+    # Drawn on the CPU, so that a seed gives the same noise on every device.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
+    scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
+    start = None
+    if picture is not None:
+        timesteps = timesteps[first_step(request) :]
+        scheduler.set_begin_index(first_step(request))
+        start = _noisy(pipeline, scheduler, timesteps[:1], picture, size, text.prompt_embeds.dtype, device, generator)
     latents, latent_ids = pipeline.prepare_latents(
-        1,
-        pipeline.transformer.config.in_channels // 4,
-        height,
-        width,
-        text.prompt_embeds.dtype,
-        device,
-        # Drawn on the CPU, so that a seed gives the same noise on every device.
-        torch.Generator("cpu").manual_seed(seed),
+        1, num_channels, height, width, text.prompt_embeds.dtype, device, generator, start
     )
-    scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, latents.shape[1], device)
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
     return Generation(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
+
+
+def _noisy(
+    pipeline: Any,
+    scheduler: Any,
+    timestep: torch.Tensor,
+    picture: Image,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A picture's latents with as much noise as the timestep has, packed."""
+    width, height = size
+    pixels = pipeline.image_processor.preprocess(picture, height=height, width=width).to(torch.float32)
+    encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
+    config = pipeline.vae.config
+    latents = (encoded - config.shift_factor) * config.scaling_factor
+    noise = randn_tensor(latents.shape, generator=generator, device=torch.device(device), dtype=dtype)
+    packed: torch.Tensor = pipeline._pack_latents(scheduler.scale_noise(latents, timestep, noise), *latents.shape)
+    return packed
 
 
 def unpacked(pipeline: Any, generation: Generation, latents: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,11 @@ PLANS = (
 NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
+def is_whole(sizes: Mapping[str, int], free: int) -> bool:
+    """Whether the weights fit as they are, with room to work."""
+    return PLANS[0].needs(sizes) <= free
+
+
 def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda") -> Plan:
     """The plan of this name, or for "auto" the first that fits into `free` bytes. Raises OSError when none does.
 

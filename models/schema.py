@@ -1,5 +1,6 @@
 """Input and output fields that models share: sizes and their presets, seeds, limits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +28,16 @@ PRESETS = {
 }
 
 MAX_PROMPT_LENGTH = 20_000
+EXAMPLE_PROMPT = (
+    "Extreme close-up of a single tiger eye, direct frontal view. Detailed iris and pupil. Sharp focus on eye texture "
+    'and color. Natural lighting to capture authentic eye shine and depth. The word "FLUX" is painted over it in big, '
+    "white brush strokes with visible texture."
+)
+#: An orange square, so that the example runs without any other server.
+EXAMPLE_PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
+    "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 # JSON numbers above 2**53 are mangled by JavaScript, and picture k is painted with seed + k, k <= 3.
 MAX_SEED = 2**53 - 4
 
@@ -101,11 +112,72 @@ class _PresetSchema:
         return {"anyOf": [handler(schema), {"enum": list(PRESETS), "type": "string"}]}
 
 
+@dataclass(frozen=True)
+class Remote:
+    """Marks a field that holds an address: what lies there, "picture" or "lora", is brought before the request runs."""
+
+    kind: Literal["picture", "lora"]
+
+
+def remotes(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
+    """Where the addresses are in a request, of what kind, and what they are."""
+    for name, field in type(request).model_fields.items():
+        value = getattr(request, name)
+        for marker in field.metadata:
+            if isinstance(marker, Remote) and value is not None:
+                yield (*loc, name), marker.kind, value
+        for place, inner in enumerate(value) if isinstance(value, list | tuple) else ():
+            if isinstance(inner, BaseModel):
+                yield from remotes(inner, (*loc, name, place))
+
+
 Size = Annotated[ImageSize, BeforeValidator(_from_preset), PlainSerializer(_to_preset), _PresetSchema()]
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 OutputFormat = Literal["jpeg", "png"]
 Acceleration = Literal["none", "regular", "high"]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+# Fields that several inputs have, with the ranges and in the words of fal's pages.
+Prompt = Annotated[
+    str,
+    Field(max_length=MAX_PROMPT_LENGTH, description="The prompt to generate an image from.", examples=[EXAMPLE_PROMPT]),
+]
+ImageURL = Annotated[
+    str,
+    Remote("picture"),
+    Field(
+        description="The URL of the image to generate an image from: http, https or a data URI.",
+        examples=[EXAMPLE_PICTURE],
+    ),
+]
+Strength = Annotated[
+    float,
+    Field(ge=0.01, le=1, description="How far to go from the initial image: the higher, the less of it is left."),
+]
+Steps = Annotated[int, Field(description="The number of inference steps to perform.")]
+GivenSeed = Annotated[
+    Seed | None,
+    Field(
+        description="The same seed and the same prompt given to the same version of the model "
+        "will output the same image every time."
+    ),
+]
+Guidance = Annotated[
+    float,
+    Field(
+        ge=1,
+        le=20,
+        description="The CFG (Classifier Free Guidance) scale is a measure of how close you want the model "
+        "to stick to your prompt when looking for a related image to show you.",
+    ),
+]
+SyncMode = Annotated[
+    bool,
+    Field(description="If set to true, the picture comes back as a data URI and is not kept in the file store."),
+]
+NumImages = Annotated[int, Field(ge=1, le=4, description="The number of images to generate.")]
+ChecksSafety = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
+Format = Annotated[OutputFormat, Field(description="The format of the generated image.")]
+Speed = Annotated[Acceleration, Field(description="How much speed to trade for exactness; the higher, the faster.")]
 
 
 class ImageInput(BaseModel):

@@ -142,6 +142,14 @@ def free_memory(device: str) -> int:
     return int(min(free, limit))
 
 
+def has_room(placement: Placement) -> bool:
+    """Whether all of these weights fit on the device beside what is there. Weights not pulled yet are said to."""
+    folder = placement.weights if isinstance(placement.weights, Path) else hub.locate(placement.weights or "")
+    if folder is None:
+        return True
+    return memory.is_whole(hub.sizes(folder), free_memory(device_for(placement.device)))
+
+
 def device_for(name: str) -> str:
     """The device to use for "auto", "cuda" or "cpu". Raises OSError where it cannot be used."""
     import torch

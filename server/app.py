@@ -22,6 +22,7 @@ from server.database import Database
 from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
 from server.files import Files
+from server.inputs import Inputs
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
@@ -74,24 +75,14 @@ def _join(
     notifier = Notifier()
     jobs = Queue(database, notifier, settings.max_queue_length)
     store = Files(settings.data_dir / "files", database)
-    placements = {
-        endpoint: Placement(
-            place,
-            settings.safety_checker,
-            settings.device,
-            settings.memory,
-            settings.max_acceleration,
-            settings.eager,
-            settings.data_dir / "compiled",
-        )
-        for endpoint, place in places.items()
-    }
-    worker = Worker(settings, models, placements, jobs, store, notifier)
+    guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
+    inputs = Inputs(settings.data_dir / "inputs", guard, store, limits, lambda: jobs.inputs)
+    worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier)
     parts = Parts(
         models=models,
-        limits=Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
         keys=_keys(settings, database),
-        guard=Guard(settings.outbound_allow),
+        guard=guard,
+        inputs=inputs,
         queue=jobs,
         files=store,
         uploads=Uploads(
@@ -113,6 +104,21 @@ def _join(
         readiness=lambda: (worker.is_ready, worker.loading),
     )
     return parts, worker
+
+
+def _placements(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
+    return {
+        endpoint: Placement(
+            place,
+            settings.safety_checker,
+            settings.device,
+            settings.memory,
+            settings.max_acceleration,
+            settings.eager,
+            settings.data_dir / "compiled",
+        )
+        for endpoint, place in places.items()
+    }
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
@@ -154,6 +160,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.retention.sweep)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),
+        asyncio.create_task(_every(SWEEP_EVERY, parts.inputs.sweep)),
     ]
     try:
         yield

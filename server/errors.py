@@ -46,6 +46,17 @@ class ServerError(Exception):
         return {"detail": str(self), "message": str(self)}
 
 
+class Unusable(Exception):
+    """What an address in a request stands for; whoever knows the field makes an InvalidInput of it.
+
+    `type` and `ctx` are in the words of fal's documented errors.
+    """
+
+    def __init__(self, error_type: str, message: str, **ctx: Any) -> None:
+        super().__init__(message)
+        self.type, self.ctx = error_type, ctx
+
+
 class InvalidInput(ServerError):
     """The request's fields are wrong; `detail` lists {loc, msg, type, input, ctx}."""
 

@@ -1,15 +1,23 @@
 """The guard on every address that comes from a request: what this server may connect to."""
 
+import asyncio
 import ipaddress
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 from ssrfguard import Policy, SSRFGuardError
 from ssrfguard.httpx import AsyncClient
 
+from server.errors import Unusable
+
 #: The ports a web server is found on; the low ones belong to mail, shells and the like.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
+MAX_REDIRECTS = 5
+#: Seconds in which something must come, while a download goes on.
+_QUIET_SECONDS = 20.0
+_CHUNK = 2**18
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -48,6 +56,52 @@ class Guard:
             raise ForbiddenURL(_brief(error)) from None
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
+
+    async def download(self, url: str, to: Path, max_bytes: int, seconds: float) -> None:
+        """GET into a file. Each redirect is judged anew; `seconds` are for all of it.
+
+        Raises ForbiddenURL for addresses that may not be reached, and Unusable.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                for _ in range(MAX_REDIRECTS + 1):
+                    following = await self._get(url, to, max_bytes)
+                    if following is None:
+                        return
+                    url = following
+        except TimeoutError:
+            raise Unusable("file_download_error", f"The download took longer than {seconds:.0f} seconds") from None
+        except SSRFGuardError as error:
+            raise ForbiddenURL(_brief(error)) from None
+        except (ValueError, httpx.InvalidURL) as error:
+            raise ForbiddenURL(f"not a URL: {error}") from None
+        except httpx.HTTPError as error:
+            raise Unusable("file_download_error", f"The download failed: {type(error).__name__}") from None
+        raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
+
+    async def _get(self, url: str, to: Path, max_bytes: int) -> str | None:
+        """One request; the address that it is sent on to, if it is."""
+        self.check(url)
+        # Not compressed, so that what is counted is what is kept.
+        headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
+        client = AsyncClient(policy=self._policy_for(url), timeout=_QUIET_SECONDS, trust_env=False)
+        async with client, client.stream("GET", url, headers=headers) as response:
+            if response.has_redirect_location:
+                return str(response.url.join(response.headers["location"]))
+            if response.status_code != 200:
+                raise Unusable("file_download_error", f"The download was answered {response.status_code}")
+            too_large = Unusable("file_too_large", f"The file is larger than {max_bytes} bytes", max_size=max_bytes)
+            length = response.headers.get("content-length", "")
+            if length.isdecimal() and int(length) > max_bytes:
+                raise too_large
+            size = 0
+            with to.open("wb") as file:
+                async for chunk in response.aiter_raw(_CHUNK):
+                    size += len(chunk)
+                    if size > max_bytes:
+                        raise too_large
+                    await asyncio.to_thread(file.write, chunk)
+        return None
 
     def _could_be_allowed(self, url: str) -> bool:
         try:

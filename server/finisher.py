@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from models.base import DeviceLost
+from models.base import DeviceLost, Engine
 from server import wire
 from server.answers import Answers
 from server.errors import ClientCancelled, DiskFull
@@ -40,14 +40,20 @@ class Finisher:
         self._watchdog = watchdog
         self._on_failure = on_failure
         self._line: deque[tuple[Job, Running | Outcome]] = deque()
-        self._num_at_hand = 0
+        self._at_hand: Running | Outcome | None = None
         self._bell = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
 
     def __len__(self) -> int:
         """How many jobs wait for their end."""
-        return len(self._line) + self._num_at_hand
+        return len(self._line) + (self._at_hand is not None)
+
+    @property
+    def engines(self) -> set[Engine]:
+        """Those that still have something to decode or to judge here."""
+        ends = [self._at_hand, *(end for _, end in tuple(self._line))]
+        return {end.engine for end in ends if isinstance(end, Running)}
 
     def add(self, job: Job, end: Running | Outcome) -> None:
         """A job that is painted, or one whose outcome is known."""
@@ -71,10 +77,12 @@ class Finisher:
     def turn(self) -> bool:
         """End one job; False when none waits. Raises DiskFull, and goes on with the same job the next time."""
         try:
-            job, end = self._line.popleft()
+            job, end = self._line[0]
         except IndexError:
             return False
-        self._num_at_hand = 1
+        # In this order, so that its engine is never seen as idle.
+        self._at_hand = end
+        self._line.popleft()
         try:
             if isinstance(end, Running):
                 end = self._outcome(end)
@@ -84,7 +92,7 @@ class Finisher:
             self._line.appendleft((job, end))
             raise
         finally:
-            self._num_at_hand = 0
+            self._at_hand = None
         if not is_shown:
             self._answers.discard(end.files)
         # There is room for another.

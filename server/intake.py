@@ -14,6 +14,7 @@ from models.schema import ImageInput, Limits
 from server import wire
 from server.errors import BadRequest, InvalidInput
 from server.fetch import ForbiddenURL, Guard
+from server.inputs import Inputs
 from server.jobs import Mode, Priority, Submission
 from server.lifecycle import lifecycle, number
 
@@ -24,20 +25,24 @@ MAX_IDEMPOTENCY_KEY = 255
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
-async def read(request: Request, model: Model, owner: str, *, mode: Mode, limits: Limits, guard: Guard) -> Submission:
-    """The submission in this request. Raises InvalidInput and BadRequest, naming the field and the limit."""
+async def read(request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs) -> Submission:
+    """The submission in this request, and what it names by address.
+
+    Raises InvalidInput and BadRequest, naming the field and the limit, and DiskFull.
+    """
     body = await request.body()
-    fields = validate(model, body, request.headers.get("content-type", ""), limits)
+    fields = validate(model, body, request.headers.get("content-type", ""), inputs.limits)
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
         input=fields.model_dump_json(),
+        inputs=await inputs.bring(fields, owner),
         base_url=request.state.base_url,
         mode=mode,
         priority=_priority(request.headers),
         start_deadline=_start_deadline(request.headers),
-        webhook_url=_webhook(request.query_params, guard) if is_queued else None,
+        webhook_url=_webhook(request.query_params, inputs.guard) if is_queued else None,
         idempotency_key=_idempotency_key(request.headers) if is_queued else None,
         body_hash=hashlib.sha256(body).hexdigest(),
         is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",

@@ -1,5 +1,6 @@
 """A job: one request, from its acceptance to its result."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -51,6 +52,8 @@ class Submission:
     webhook_url: str | None = None
     idempotency_key: str | None = None
     body_hash: str = ""
+    #: Files that the input names by address: the field's place, and the name in the folder of inputs.
+    inputs: Mapping[str, str] = field(default_factory=dict)
     is_kept: bool = True
     lifecycle: Lifecycle = Lifecycle()
     max_queue_length: int | None = None
@@ -81,6 +84,7 @@ class Job:
     is_cancelled: bool = False
     is_kept: bool = True
     lifecycle: Lifecycle = Lifecycle()
+    inputs: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
     error_type: str | None = None
     inference_time: float | None = None

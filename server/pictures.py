@@ -2,14 +2,19 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from PIL import ExifTags, PngImagePlugin
+import numpy
+import PIL.Image
+from PIL import ExifTags, ImageOps, PngImagePlugin
 from PIL.Image import Image, new
 
-from models.schema import OutputFormat
+from models.schema import Limits, OutputFormat
+from server.errors import Unusable
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"jpeg": "image/jpeg", "png": "image/png"}
 ENDINGS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
@@ -28,6 +33,63 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <dc:description><rdf:Alt><rdf:li xml:lang="x-default">{mark}</rdf:li></rdf:Alt></dc:description>
 </rdf:Description></rdf:RDF></x:xmpmeta>
 <?xpacket end="w"?>"""
+
+
+#: What is read of a picture that a client sends.
+SOURCE_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_SOURCE_PIXELS = 16_000_000
+
+
+def read(path: Path, limits: Limits) -> Image:
+    """A client's picture as RGB: the right way up, its first frame, scaled down to the limits. Raises Unusable."""
+    try:
+        with PIL.Image.open(path, formats=SOURCE_FORMATS) as source:
+            # What the header says, before anything is unpacked: a few hundred kilobytes can hold gigabytes.
+            if source.width * source.height > MAX_SOURCE_PIXELS:
+                raise _too_many_pixels(source.width, source.height)
+            picture = _rgb(ImageOps.exif_transpose(source))
+    except Unusable:
+        raise
+    except PIL.UnidentifiedImageError:
+        formats = [name.lower() for name in SOURCE_FORMATS]
+        words = f"The file is not a picture in one of the formats {', '.join(formats)}"
+        raise Unusable("unsupported_image_format", words, supported_formats=formats) from None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+        raise _too_many_pixels() from None
+    except Exception as error:
+        raise Unusable("image_load_error", f"The picture cannot be read: {error}") from None
+    fitting = min(
+        1.0,
+        limits.max_side / max(picture.size),
+        math.sqrt(limits.max_pixels / (picture.width * picture.height)),
+    )
+    width, height = (int(side * fitting) for side in picture.size)
+    if min(width, height) < limits.min_side:
+        raise Unusable(
+            "image_too_small",
+            f"The picture should be {limits.min_side} pixels wide and high at least"
+            f", once it is at most {limits.max_side} pixels on its longer side",
+            min_width=limits.min_side,
+            min_height=limits.min_side,
+        )
+    return picture if fitting == 1 else picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+
+
+def _too_many_pixels(*size: int) -> Unusable:
+    shown = f"; it has {size[0]}x{size[1]}" if size else ""
+    return Unusable(
+        "image_too_large",
+        f"The picture should have at most {MAX_SOURCE_PIXELS // 1_000_000} megapixels{shown}",
+        max_width=4000,
+        max_height=4000,
+    )
+
+
+def _rgb(picture: Image) -> Image:
+    """Eight bits a channel; Pillow itself would cut sixteen bits off instead of scaling them."""
+    if picture.mode.startswith("I"):
+        return PIL.Image.fromarray((numpy.asarray(picture).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
+    return picture.convert("RGB")
 
 
 def black(picture: Image) -> Image:

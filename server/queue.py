@@ -129,6 +129,12 @@ class Queue:
             return self._order.bisect_left(job.rank)
 
     @property
+    def inputs(self) -> set[str]:
+        """The files that requests name which are not done."""
+        with self._lock:
+            return {name for job in self._live.values() for name in job.inputs.values()}
+
+    @property
     def length(self) -> int:
         """How many requests wait."""
         return len(self._order)

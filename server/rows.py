@@ -45,6 +45,7 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         "mode": submission.mode,
         "priority": submission.priority,
         "input": submission.input,
+        "inputs": json.dumps(dict(submission.inputs)),
         "base_url": submission.base_url,
         "webhook_url": submission.webhook_url,
         "idempotency_key": submission.idempotency_key,
@@ -71,6 +72,7 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         start_deadline=submission.start_deadline,
         is_kept=submission.is_kept,
         lifecycle=submission.lifecycle,
+        inputs=submission.inputs,
     )
 
 
@@ -179,6 +181,7 @@ def job_of(row: sqlite3.Row) -> Job:
         is_cancelled=bool(row["is_cancelled"]),
         is_kept=bool(row["is_kept"]),
         lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
+        inputs=json.loads(row["inputs"]),
         error=row["error"],
         error_type=row["error_type"],
         inference_time=row["inference_time"],

@@ -8,6 +8,8 @@ CREATE TABLE jobs (
     mode            TEXT NOT NULL CHECK (mode IN ('queue', 'run', 'stream', 'realtime')),
     priority        TEXT NOT NULL CHECK (priority IN ('normal', 'low')),
     input           TEXT NOT NULL,
+    -- What the input names by address: {"image_url": "<SHA-256>.png"}.
+    inputs          TEXT NOT NULL DEFAULT '{}',
     base_url        TEXT NOT NULL,
     webhook_url     TEXT,
     idempotency_key TEXT,
@@ -112,4 +114,4 @@ CREATE TABLE keys (
     created_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;

@@ -65,6 +65,9 @@ class Settings(BaseModel):
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="The highest acceleration offered: none, regular or high; requests for more get this."
     )
+    max_loaded: int = Field(
+        0, ge=0, description="How many sets of weights stay in memory at a time; 0: as many as fit."
+    )
     eager: bool = Field(False, description="Compile nothing: slower on a GPU, bit for bit diffusers' own pipeline.")
     step_deadline: float = Field(
         600, gt=0, description="A step that takes longer, in seconds, ends the process, for its supervisor to restart."

@@ -1,7 +1,6 @@
 """Claim, then advance one painting by one step at a time: one thread that owns the models."""
 
 import base64
-import dataclasses
 import io
 import logging
 import math
@@ -9,16 +8,18 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
-from models.base import DeviceLost, Engine, Loading, Model, Placement
+from models.base import DeviceLost, Loading, Model, Placement
 from server import wire
 from server.answers import Answers
-from server.errors import ClientCancelled, DiskFull, NotFound
+from server.claims import Claims
+from server.engines import Engines
+from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
 from server.files import Files
 from server.finisher import Finisher
-from server.jobs import Job, Mode, Outcome, Priority
+from server.inputs import Inputs
+from server.jobs import Job, Mode, Outcome
 from server.notifier import WORKER, Notifier
 from server.queue import Queue
 from server.running import Running, failure
@@ -41,14 +42,14 @@ class Worker:
         placements: Mapping[str, Placement],
         queue: Queue,
         files: Files,
+        inputs: Inputs,
         notifier: Notifier,
     ) -> None:
         self._settings = settings
-        self._models = models
-        self._placements = placements
         self._queue = queue
         self._notifier = notifier
-        self._engines: dict[str, Engine] = {}
+        self._engines = Engines(models, placements, settings.max_loaded, self._report)
+        self._claims = Claims(settings, models, queue, self._engines, inputs)
         self._running: list[Running] = []
         self._ledger = Ledger(settings.max_running)
         self._watchdog = Watchdog(settings.step_deadline, self._end_late)
@@ -75,10 +76,8 @@ class Worker:
             self._thread.join(self._settings.shutdown_grace + 5)
 
     def setup(self) -> None:
-        """Load every model that is served. Raises what the first bad one raises."""
-        for endpoint, placement in self._placements.items():
-            told = dataclasses.replace(placement, report=partial(self._report, endpoint))
-            self._engines[endpoint] = self._models[endpoint].setup(told)
+        """Load what there is room for. Raises what the first bad one raises."""
+        self._engines.setup()
         self.is_ready = True
 
     def turn(self) -> bool:
@@ -88,7 +87,7 @@ class Worker:
 
     def paint(self) -> bool:
         """Claim what there is room for, then take one step of one painting; False when there was nothing to do."""
-        self._claim()
+        self._begin()
         if not self._running:
             return False
         running = min(self._running, key=self._ledger.urgency)
@@ -105,33 +104,17 @@ class Worker:
 
     # -- painting
 
-    def _claim(self) -> None:
-        """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
-        while self._stop_at is None:
-            num_low = sum(running.job.priority == Priority.LOW for running in self._running)
-            num_all = len(self._running) + len(self._finisher)
-            if num_all - num_low >= self._settings.max_running:
-                return
-            claimed = self._queue.claim(takes_low=num_all < self._settings.max_running)
-            if claimed is None:
-                return
-            job, text = claimed
-            try:
-                running = self._begin(job, text)
-            except Exception as error:
-                self._finisher.add(job, failure(error, job))
+    def _begin(self) -> None:
+        """Claim what there is room for, and begin what can be begun."""
+        if self._stop_at is None:
+            self._claims.claim(self._running, len(self._finisher))
+        in_use = {running.engine for running in self._running} | self._finisher.engines
+        for job, begun in self._claims.begun(in_use):
+            if isinstance(begun, Running):
+                self._ledger.admit(begun, self._running)
+                self._running.append(begun)
             else:
-                self._ledger.admit(running, self._running)
-                self._running.append(running)
-
-    def _begin(self, job: Job, text: str) -> Running:
-        if job.endpoint not in self._engines:
-            raise NotFound(f"{job.endpoint} is not served here any more")
-        model, engine = self._models[job.endpoint], self._engines[job.endpoint]
-        # No limits: what was accepted stays accepted, whatever the settings are by now.
-        request = model.Input.model_validate_json(text)
-        must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
-        return Running(job, model, engine, request, engine.start(request, request.seed or 0), must_check)
+                self._finisher.add(job, begun)
 
     def _advance(self, running: Running) -> Running | Outcome | None:
         """What is next for this one; its end, when that is known or left to the finisher."""
@@ -193,17 +176,17 @@ class Worker:
     def _run(self) -> None:
         try:
             self.setup()
-            log.info("ready: %s", ", ".join(self._engines))
+            log.info("ready")
             self._finisher.start()
             self._watchdog.start()
-            threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+            self._engines.start_warming_up()
             while self._is_wanted():
                 if not self._try_paint():
                     self._notifier.work.wait(self._grace_left())
                 # Before the next look at anything: what rings after it is heard by the next wait.
                 self._notifier.work.clear()
-            for running in self._running:
-                self._queue.give_back(running.job)
+            for job in (*(running.job for running in self._running), *self._claims.jobs):
+                self._queue.give_back(job)
             self._finisher.stop(self._stop_at or time.monotonic())
         except BaseException as error:
             self._fail(error)
@@ -227,25 +210,14 @@ class Worker:
         """Seconds; None while nobody has asked to stop."""
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
 
-    def _warm_up(self) -> None:
-        """Further tiers, one after the other, while requests are painted in those that are ready."""
-        for endpoint, engine in self._engines.items():
-            while self._warm_up_one(endpoint, engine):
-                continue
-        for engine in self._engines.values():
-            engine.settle()
-
-    def _warm_up_one(self, endpoint: str, engine: Engine) -> bool:
-        try:
-            return engine.warm_up()
-        except Exception:
-            log.exception("%s: a tier could not be made ready; requests for it get the next lower one", endpoint)
-            return True
-
     def _report(self, endpoint: str, loading: Loading) -> None:
+        """Tell the log, /health/ready, and those who wait for it."""
         self.loading = loading
         done, total = loading.loaded_bytes / 1e9, loading.total_bytes / 1e9
-        log.info("%s: loading %s, %.1f of %.1f GB are here", endpoint, loading.component, done, total)
+        words = f"loading {loading.component}, {done:.1f} of {total:.1f} GB are here"
+        log.info("%s: %s", endpoint, words)
+        for job in self._claims.jobs:
+            self._queue.log(job, f"{endpoint}: {words}")
 
     def _fail(self, error: BaseException) -> None:
         # What an operator can mend is said in a line; for the rest the trace is wanted.

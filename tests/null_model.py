@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import CannotPaint, DeviceLost, Loading, Placement
+from models.base import NO_INPUTS, CannotPaint, DeviceLost, Loading, Placement
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
 
@@ -36,7 +36,7 @@ class NullEngine:
 
     decodes_beside = False
 
-    def start(self, request: Any, seed: int) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
         return NullPainting(request, seed)
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
@@ -55,6 +55,9 @@ class NullEngine:
         return False
 
     def settle(self) -> None:
+        return None
+
+    def close(self) -> None:
         return None
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
@@ -121,7 +124,7 @@ class RaisesEngine(NullEngine):
 class UnsafeEngine(NullEngine):
     """Its checker flags, answers too little, or raises, as the prompt says."""
 
-    def start(self, request: Any, seed: int) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
         self._prompt = request.prompt
         return super().start(request, seed)
 
@@ -134,6 +137,7 @@ class UnsafeEngine(NullEngine):
 class NullModel:
     """fal-ai/flux/dev's fields in front of an engine that paints nothing."""
 
+    family = "null"
     weights: tuple[str, ...] = ()
     Input = FluxDevInput
     Output = FluxDevOutput

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from models.flux_dev import FluxDevInput
+from models.schema import Limits
 from server.database import Database
+from server.fetch import Guard
 from server.files import Files
+from server.inputs import Inputs
 from server.jobs import Job, Outcome, State, StoredFile, Submission
 from server.notifier import Notifier
 from server.queue import Queue
@@ -39,6 +42,7 @@ class Parts:
     clock: Clock
     queue: Queue
     files: Files
+    inputs: Inputs
 
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         """What the database says."""
@@ -56,7 +60,9 @@ def opened(folder: Path, *, max_length: int = 1000, clock: Clock | None = None) 
     database, notifier = Database(folder), Notifier()
     try:
         queue = Queue(database, notifier, max_length, clock)
-        yield Parts(folder, database, notifier, clock, queue, Files(folder / "files", database, clock))
+        files = Files(folder / "files", database, clock)
+        inputs = Inputs(folder / "inputs", Guard(("127.0.0.0/8",)), files, Limits(), lambda: queue.inputs, clock)
+        yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()
 

@@ -1,11 +1,13 @@
 """Who takes the next step: the worker's own turns, with engines whose work is counted."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from models.base import NO_INPUTS
 from server.jobs import Job, Priority, State
 from server.worker import Worker
 from tests.null_model import NullModel, NullPainting, SharingEngine
@@ -28,7 +30,7 @@ class CostlyEngine(SharingEngine):
     def __init__(self) -> None:
         self.begun: list[NullPainting] = []
 
-    def start(self, request: Any, seed: int) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
         self.begun.append(CostlyPainting(request, seed))
         return self.begun[-1]
 

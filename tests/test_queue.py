@@ -625,9 +625,10 @@ def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
 def test_a_folder_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
-        parts.rows("ALTER TABLE jobs DROP COLUMN strikes")
+        for column in ("strikes", "inputs"):
+            parts.rows(f"ALTER TABLE jobs DROP COLUMN {column}")
         parts.rows("PRAGMA user_version = 1")
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1
-        assert parts.rows("SELECT request_id, strikes FROM jobs") == [(job.request_id, 0)]
-        assert parts.rows("PRAGMA user_version") == [(2,)]
+        assert parts.rows("SELECT request_id, strikes, inputs FROM jobs") == [(job.request_id, 0, "{}")]
+        assert parts.rows("PRAGMA user_version") == [(3,)]

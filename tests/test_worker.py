@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import CannotPaint, Engine, Placement
+from models.base import NO_INPUTS, CannotPaint, Engine, Placement
 from server.errors import DiskFull
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State
 from server.notifier import WORKER
@@ -40,7 +40,7 @@ def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     served = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
     placements = {endpoint: Placement(None, "") for endpoint in served}
     chosen = Settings(data_dir=parts.folder, **settings)
-    return Worker(chosen, served, placements, parts.queue, parts.files, parts.notifier)
+    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs, parts.notifier)
 
 
 def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
@@ -443,7 +443,7 @@ def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(part
 
 def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
     class Wordy(NullEngine):
-        def start(self, request: Any, seed: int) -> NullPainting:
+        def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
             raise CannotPaint("no" * 20_000)
 
     worker, job = ready(parts, NullModel("test/null", Wordy)), submitted(parts)

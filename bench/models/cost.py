@@ -2,9 +2,11 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from models.base import NO_INPUTS
 from models.random_weights import SHAPES
 from models.texts import NUM_TOKENS
 from models.work import step_flop
@@ -41,7 +43,7 @@ class CostPainting(NullPainting):
 class CostEngine(NullEngine):
     """Each step takes its time."""
 
-    def start(self, request: Any, seed: int) -> CostPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> CostPainting:
         """As NullEngine does."""
         return CostPainting(request, seed)
 

@@ -7,11 +7,11 @@ from typing import cast
 from starlette.requests import HTTPConnection, Request
 
 from models.base import Loading, Model
-from models.schema import Limits
 from server.auth import Keys
 from server.errors import NotFound
 from server.fetch import Guard
 from server.files import Files
+from server.inputs import Inputs
 from server.jobs import Job
 from server.notifier import Notifier
 from server.queue import Queue
@@ -25,9 +25,9 @@ class Parts:
     """The parts of one server, joined in `app.py`."""
 
     models: Mapping[str, Model]
-    limits: Limits
     keys: Keys
     guard: Guard
+    inputs: Inputs
     queue: Queue
     files: Files
     uploads: Uploads

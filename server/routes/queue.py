@@ -74,7 +74,7 @@ async def submit(request: Request, endpoint: str) -> Response:
     parts = parts_of(request)
     owner = owner_of(request)
     model = model_for(request, endpoint)
-    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, limits=parts.limits, guard=parts.guard)
+    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, inputs=parts.inputs)
     job = await asyncio.to_thread(parts.queue.submit, submission)
     return _identified(JSON(wire.submitted(job, parts.queue.position(job))), job)
 

@@ -115,8 +115,9 @@ class _Session:
             await _complain(self._socket, "INTERNAL_ERROR", "Internal Server Error")
 
     async def _answer(self, body: bytes) -> None:
-        fields = intake.validate(self._model, body, "", self._parts.limits)
-        job = await self._submit(fields.model_dump_json())
+        fields = intake.validate(self._model, body, "", self._parts.inputs.limits)
+        inputs = await self._parts.inputs.bring(fields, self._owner)
+        job = await self._submit(fields.model_dump_json(), inputs)
         with bound_to_client(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:
             while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
                 bell.clear()
@@ -129,21 +130,22 @@ class _Session:
         timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
         await self._socket.send_text(to_json(timing).decode())
 
-    async def _submit(self, text: str) -> Job:
+    async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
         queue = self._parts.queue
-        submitting = asyncio.ensure_future(asyncio.to_thread(queue.submit, self._submission(text)))
+        submitting = asyncio.ensure_future(asyncio.to_thread(queue.submit, self._submission(text, inputs)))
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
             await asyncio.to_thread(queue.leave, await submitting)
             raise
 
-    def _submission(self, text: str) -> Submission:
+    def _submission(self, text: str, inputs: Mapping[str, str]) -> Submission:
         return Submission(
             endpoint=self._model.endpoint,
             owner=self._owner,
             input=text,
+            inputs=inputs,
             base_url=self._socket.state.base_url,
             mode=Mode.REALTIME,
             lifecycle=Lifecycle(),

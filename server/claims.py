@@ -1,0 +1,93 @@
+"""Jobs that are claimed and not begun: each waits until its weights are in memory."""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from models.base import DeviceLost, Engine, Model
+from server import wire
+from server.engines import Engines
+from server.errors import ClientCancelled, NotFound
+from server.inputs import Inputs
+from server.jobs import Job, Outcome, Priority
+from server.queue import Queue
+from server.running import Running, failure
+from server.settings import Settings
+
+
+class Claims:
+    """They begin in the order of their claims, so that who waits for other weights has its turn too."""
+
+    def __init__(
+        self, settings: Settings, models: Mapping[str, Model], queue: Queue, engines: Engines, inputs: Inputs
+    ) -> None:
+        self._settings = settings
+        self._models = models
+        self._queue = queue
+        self._engines = engines
+        self._inputs = inputs
+        self._waiting: deque[tuple[Job, str]] = deque()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that wait."""
+        return [job for job, _ in self._waiting]
+
+    def claim(self, running: Sequence[Running], num_ending: int) -> None:
+        """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
+        while True:
+            jobs = [*(each.job for each in running), *self.jobs]
+            num_low = sum(job.priority == Priority.LOW for job in jobs)
+            num_all = len(jobs) + num_ending
+            if num_all - num_low >= self._settings.max_running:
+                return
+            claimed = self._queue.claim(takes_low=num_all < self._settings.max_running)
+            if claimed is None:
+                return
+            self._waiting.append(claimed)
+
+    def begun(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, Running | Outcome]]:
+        """Those that can be painted from now on, and those that cannot be painted at all. Raises DeviceLost.
+
+        Weights are loaded here. While only engines `in_use` could make room for them, everybody waits.
+        """
+        for each in [each for each in self._waiting if each[0].is_cancelled]:
+            self._waiting.remove(each)
+            yield each[0], wire.outcome_of(ClientCancelled())
+        while self._waiting:
+            job, _ = self._waiting[0]
+            try:
+                engine, is_new = self._engine_for(job, in_use)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                self._waiting.popleft()
+                yield job, failure(error, job)
+                continue
+            if engine is None:
+                return
+            # All who waited for these weights: each switch is worth as much as it can be.
+            alike = [each for each in self._waiting if self._engines.at_hand(each[0].endpoint) is engine]
+            for claimed in alike if is_new else alike[:1]:
+                self._waiting.remove(claimed)
+                yield claimed[0], self._start(*claimed, engine)
+
+    def _engine_for(self, job: Job, in_use: Collection[Engine]) -> tuple[Engine | None, bool]:
+        """The engine for a job, and whether it was loaded for it; none while others that run are in its way."""
+        if job.endpoint not in self._engines:
+            raise NotFound(f"{job.endpoint} is not served here any more")
+        if engine := self._engines.at_hand(job.endpoint):
+            return engine, False
+        return self._engines.load(job.endpoint, in_use), True
+
+    def _start(self, job: Job, text: str, engine: Engine) -> Running | Outcome:
+        try:
+            model = self._models[job.endpoint]
+            # No limits: what was accepted stays accepted, whatever the settings are by now.
+            request = model.Input.model_validate_json(text)
+            inputs = {place: self._inputs.path(name) for place, name in job.inputs.items()}
+            must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
+            return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return failure(error, job)
