@@ -1,7 +1,7 @@
 """Server-sent events: JSON objects on a stream that stays open."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, objects: AsyncIterator[dict[str, Any] | None], within: AbstractContextManager[None] | None = None
+        self, objects: AsyncIterator[Mapping[str, Any] | None], within: AbstractContextManager[None] | None = None
     ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(_encoded(objects), headers=headers)
@@ -49,6 +49,6 @@ async def heard(bell: asyncio.Event) -> bool:
     return True
 
 
-async def _encoded(objects: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+async def _encoded(objects: AsyncIterator[Mapping[str, Any] | None]) -> AsyncIterator[bytes]:
     async for item in objects:
         yield b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"

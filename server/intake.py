@@ -25,13 +25,16 @@ MAX_IDEMPOTENCY_KEY = 255
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
-async def read(request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs) -> Submission:
-    """The submission in this request, and what it names by address.
+async def read(
+    request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs, body: bytes | None = None
+) -> Submission:
+    """The submission in this request, and what it names by address; `body` is what stands for the request's own.
 
     Raises InvalidInput and BadRequest, naming the field and the limit, and DiskFull.
     """
-    body = await request.body()
-    fields = validate(model, body, request.headers.get("content-type", ""), inputs.limits)
+    content_type = request.headers.get("content-type", "") if body is None else ""
+    body = await request.body() if body is None else body
+    fields = validate(model, body, content_type, inputs.limits)
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from models.base import NO_INPUTS, CannotPaint, DeviceLost, Loading, Placement
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
+from models.schema import ImageInput
 
 
 class NullPainting:
@@ -112,6 +113,20 @@ class LargePreviewEngine(GateEngine):
         return self._noise
 
 
+class CopyEngine(NullEngine):
+    """Paints what it is given."""
+
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+        painting = NullPainting(request, seed)
+        self._source = inputs["image_url"]
+        return painting
+
+    def decode(self, painting: Any) -> None:
+        with PILImage.open(self._source) as picture:
+            picture.load()
+        painting.pictures.append(picture)
+
+
 class RaisesEngine(NullEngine):
     """Fails in its second step; says why only when the prompt is "told"."""
 
@@ -139,7 +154,7 @@ class NullModel:
 
     family = "null"
     weights: tuple[str, ...] = ()
-    Input = FluxDevInput
+    Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 
     def __init__(self, endpoint: str, engine: Callable[[], NullEngine]) -> None:

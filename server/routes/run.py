@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from server import intake, wire
 from server.errors import InternalError
 from server.events import EventStream, StreamFailed, heard
-from server.jobs import Job, Mode, State
+from server.jobs import Job, Mode, Outcome, State
 from server.routes import Parts, model_for, owner_by_token, owner_of, parts_of
 
 router = APIRouter(tags=["run"])
@@ -32,6 +32,16 @@ async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output. The work stops when the client leaves."""
     parts = parts_of(request)
     job = await _accepted(request, parts, endpoint, Mode.RUN)
+    try:
+        response = wire.result(await ended(request, parts, job))
+    except InternalError as error:
+        response = wire.error(error)
+    response.headers["x-fal-request-id"] = job.request_id
+    return response
+
+
+async def ended(request: Request, parts: Parts, job: Job) -> Outcome:
+    """How the job ends; it ends with its client. Raises InternalError when the server stops first."""
     with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
         gone.add_done_callback(lambda _: bell.set())
@@ -41,12 +51,9 @@ async def run(request: Request, endpoint: str) -> Response:
                 await bell.wait()
         finally:
             gone.cancel()
-    if job.state == State.COMPLETED:
-        response = wire.result(await asyncio.to_thread(parts.queue.result, job))
-    else:
-        response = wire.error(InternalError("The server is stopping."))
-    response.headers["x-fal-request-id"] = job.request_id
-    return response
+    if job.state != State.COMPLETED:
+        raise InternalError("The server is stopping.")
+    return await asyncio.to_thread(parts.queue.result, job)
 
 
 async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:

@@ -1,0 +1,209 @@
+"""OpenAI's images API in front of the same queue: /v1/images/generations and /v1/models."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json, to_json
+
+from models.base import Model
+from server import intake, wire
+from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
+from server.events import EventStream, StreamFailed, heard
+from server.jobs import Job, Mode, Outcome, State
+from server.routes import Parts, owner_of, parts_of
+from server.routes.run import bound_to_client, ended
+from server.wire import JSON
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+DEFAULT_MODEL = "fal-ai/flux/dev"
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+#: What OpenAI calls fal's fields, so that an error names the field that was sent.
+_THEIR_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
+
+
+#: Tokens are what OpenAI bills; its package wants them counted.
+_NO_USAGE = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
+
+
+class ImagesRequest(BaseModel):
+    """OpenAI's own fields; every other one goes to the model, such as seed or num_inference_steps."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    size: str | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
+    user: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The same request in the model's own words. Raises InvalidInput for a size that is none."""
+        own = {"prompt": self.prompt, "num_images": self.n, "image_size": _size(self.size)}
+        # Streams carry their pictures, as OpenAI's do.
+        own["sync_mode"] = bool(self.stream) or self.response_format == "b64_json"
+        return {**(self.model_extra or {}), **{name: value for name, value in own.items() if value is not None}}
+
+
+@router.get("/models")
+async def models(request: Request) -> Response:
+    """The endpoints that are served."""
+    try:
+        owner_of(request)
+        return JSON({"object": "list", "data": [_model(endpoint) for endpoint in parts_of(request).models]})
+    except ServerError as error:
+        return problem(error)
+
+
+@router.get("/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """One endpoint."""
+    try:
+        owner_of(request)
+        return JSON(_model(_model_for(request, name).endpoint))
+    except ServerError as error:
+        return problem(error)
+
+
+@router.post("/images/generations")
+async def generations(request: Request) -> Response:
+    """Paint and wait for the pictures; with `stream`, partial pictures come first."""
+    parts = parts_of(request)
+    try:
+        owner = owner_of(request)
+        asked = _read(await request.body())
+        served = _model_for(request, asked.model or DEFAULT_MODEL)
+        mode = Mode.STREAM if asked.stream else Mode.RUN
+        submission = await intake.read(
+            request, served, owner, mode=mode, inputs=parts.inputs, body=to_json(asked.fields)
+        )
+        job = await asyncio.to_thread(parts.queue.submit, submission)
+        if asked.stream:
+            events = _events(parts, job, asked.partial_images or 0)
+            return _identified(EventStream(events, within=bound_to_client(parts, job)), job)
+        outcome = await ended(request, parts, job)
+    except ServerError as error:
+        return problem(error)
+    return _identified(_answer(outcome), job)
+
+
+def problem(error: ServerError) -> Response:
+    """An error in OpenAI's shape."""
+    return JSON(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
+
+
+def _problem(error: ServerError) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    found: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
+    if isinstance(error, InvalidInput):
+        return {"error": {**found, **_first(error.detail)}}
+    if isinstance(error, Unauthorized):
+        found["code"] = "invalid_api_key"
+    if isinstance(error, NotFound):
+        found |= {"code": "model_not_found", "param": "model"}
+    return {"error": found}
+
+
+def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several wrong fields, the first: OpenAI's shape has room for one."""
+    entry = detail[0]
+    names = [str(part) for part in entry["loc"] if part != "body"]
+    names = [_THEIR_NAMES.get(name, name) for name in names[:1]] + names[1:]
+    param = ".".join(names) or None
+    return {"message": f"{param}: {entry['msg']}" if param else entry["msg"], "param": param, "code": entry["type"]}
+
+
+def _read(body: bytes) -> ImagesRequest:
+    try:
+        return ImagesRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
+
+
+def _size(size: str | None) -> str | dict[str, int] | None:
+    """`auto` is the model's own; `1024x768`; or one of fal's presets."""
+    if size in (None, "auto"):
+        return None
+    matched = _SIZE.fullmatch(size)
+    return {"width": int(matched[1]), "height": int(matched[2])} if matched else size
+
+
+def _model_for(request: Request, name: str) -> Model:
+    served = parts_of(request).models
+    if name not in served:
+        raise NotFound(f"The model {name!r} does not exist; there are {', '.join(sorted(served))}")
+    return served[name]
+
+
+def _model(endpoint: str) -> dict[str, Any]:
+    return {"id": endpoint, "object": "model", "created": 0, "owned_by": endpoint.split("/")[0]}
+
+
+def _answer(outcome: Outcome) -> Response:
+    output = from_json(outcome.body)
+    if outcome.status != 200:
+        kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
+        message = outcome.error or "Internal Server Error"
+        return JSON(
+            {"error": {"message": message, "type": kind, "param": None, "code": outcome.error_type}}, outcome.status
+        )
+    return JSON({"created": int(time.time()), "data": [_datum(image["url"]) for image in output["images"]]})
+
+
+def _datum(url: str) -> dict[str, str]:
+    """A picture by its address, or in itself: never both, and never null."""
+    return {"b64_json": _base64(url)} if url.startswith("data:") else {"url": url}
+
+
+def _base64(data_uri: str) -> str:
+    return data_uri.partition(",")[2]
+
+
+async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
+    """So many partial pictures, evenly spread over the steps, then each picture."""
+    num_sent, shown = 0, None
+    with parts.notifier.listen(job.request_id) as bell:
+        while job.state != State.COMPLETED:
+            bell.clear()
+            preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps
+            if num_sent < num_partial and preview is not None and preview is not shown and is_due:
+                yield _event("partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
+                num_sent, shown = num_sent + 1, preview
+            if parts.notifier.is_closing:
+                yield {"type": "error", **_problem(InternalError("The server is stopping."))}
+                raise StreamFailed
+            if not await heard(bell):
+                yield None
+    outcome = await asyncio.to_thread(parts.queue.result, job)
+    if outcome.status != 200:
+        yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
+        raise StreamFailed
+    for image in from_json(outcome.body)["images"]:
+        kind = image["content_type"].removeprefix("image/")
+        size = f"{image['width']}x{image['height']}"
+        yield _event("completed", _base64(image["url"]), kind, size=size, usage=_NO_USAGE)
+
+
+def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str, Any]:
+    """One of OpenAI's events; a field that says nothing here has the word that OpenAI has for it."""
+    said = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
+    return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **said}
+
+
+def _identified(response: Response, job: Job) -> Response:
+    response.headers["x-fal-request-id"] = job.request_id
+    return response

@@ -1,0 +1,337 @@
+"""Pictures that come in by address: every way in, every limit, and nothing that should not be fetched."""
+
+import base64
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy
+import pytest
+from PIL import ExifTags, Image
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+from tests.parts import Clock, Parts, opened, submission
+from tests.serving import Server, serving
+
+COPY = "/test/copy"
+ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, content_type: str = "image/png") -> str:
+    return f"data:{content_type};base64,{base64.b64encode(content).decode()}"
+
+
+def noise(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
+    values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
+    return Image.fromarray(values.squeeze())
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two keys, and the operator's own network allowed."""
+    settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8"}
+    with serving(tmp_path_factory.mktemp("inputs"), "test/copy=demo", **settings) as server:
+        yield server.ready()
+
+
+@pytest.fixture
+def alice(running: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, timeout=60, trust_env=False, headers=ALICE) as client:
+        yield client
+
+
+def copied(client: httpx.Client, url: str, **more: Any) -> Image.Image:
+    """The picture that the engine was given."""
+    body = {"prompt": "", "image_url": url, "output_format": "png", "sync_mode": True, **more}
+    answer = client.post(COPY, json=body)
+    assert answer.status_code == 200, answer.text
+    content = base64.b64decode(answer.json()["images"][0]["url"].partition(",")[2])
+    return Image.open(io.BytesIO(content))
+
+
+def refused(client: httpx.Client, url: str, path: str = COPY) -> dict[str, Any]:
+    """Why it was not accepted; it is never more than a 422 that names the field."""
+    answer = client.post(path, json={"prompt": "", "image_url": url})
+    assert answer.status_code == 422, answer.text
+    (entry,) = answer.json()["detail"]
+    assert entry["loc"] == ["body", "image_url"]
+    assert entry["msg"]
+    found: dict[str, Any] = entry
+    return found
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.convert("RGB").tobytes()
+
+
+# -- the ways in
+
+
+def test_data_uri(alice: httpx.Client) -> None:
+    assert same(copied(alice, data_uri(encoded(noise()))), noise())
+
+
+def test_hosted(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()), content_type="image/png")
+    assert same(copied(alice, httpserver.url_for("/picture.png")), noise())
+
+
+def test_uploaded(alice: httpx.Client) -> None:
+    headers = {"host": "rest.fal.ai"}
+    announced = {"content_type": "image/png", "file_name": "in.png"}
+    begun = alice.post("/storage/upload/initiate", json=announced, headers=headers).json()
+    alice.put(begun["upload_url"], content=encoded(noise()), headers={"content-type": "image/png"}).raise_for_status()
+    assert same(copied(alice, begun["file_url"]), noise())
+
+
+def test_an_answer_is_an_input_too(alice: httpx.Client) -> None:
+    url = data_uri(encoded(noise()))
+    answer = alice.post(COPY, json={"prompt": "", "image_url": url, "output_format": "png"}).json()
+    assert same(copied(alice, answer["images"][0]["url"]), noise())
+
+
+def test_a_private_file_is_its_owners_alone(alice: httpx.Client) -> None:
+    headers = {"x-fal-object-lifecycle-preference": '{"initial_acl": {"default": "forbid"}}'}
+    body = {"prompt": "", "image_url": data_uri(encoded(noise())), "output_format": "png"}
+    url = alice.post(COPY, json=body, headers=headers).json()["images"][0]["url"]
+    assert same(copied(alice, url), noise())
+    answer = alice.post(COPY, json={"prompt": "", "image_url": url}, headers=BOB)
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["type"] == "file_download_error"
+
+
+def test_redirects_are_followed_a_few_times(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
+    httpserver.expect_request("/moved").respond_with_response(
+        Response(status=302, headers={"location": "/picture.png"})
+    )
+    httpserver.expect_request("/circle").respond_with_response(Response(status=302, headers={"location": "/circle"}))
+    assert same(copied(alice, httpserver.url_for("/moved")), noise())
+    assert "more than 5 times" in refused(alice, httpserver.url_for("/circle"))["msg"]
+
+
+def test_a_redirect_is_judged_like_any_other_address(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    where = {"location": "http://169.254.169.254/latest/meta-data/"}
+    httpserver.expect_request("/away").respond_with_response(Response(status=302, headers=where))
+    assert refused(alice, httpserver.url_for("/away"))["type"] == "file_download_error"
+
+
+def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, httpserver: HTTPServer) -> None:
+    """The bytes of the day of the submit, after a kill and with the host gone."""
+    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
+    settings = {"outbound_allow": "127.0.0.0/8"}
+    with serving(tmp_path, "test/copy=demo", "test/gate=demo", max_running="1", **settings) as server:
+        server.ready()
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+            # Something that never ends is ahead of it.
+            (tmp_path / "gate").touch()
+            client.post("/queue/test/copy", json={"prompt": "", "image_url": httpserver.url_for("/picture.png")})
+            request_id = client.post(
+                "/queue/test/copy",
+                json={"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"},
+            ).json()["request_id"]
+        server.kill()
+    httpserver.clear()
+    with serving(tmp_path, "test/copy=demo", **settings) as server:
+        server.ready()
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+            path = f"/queue/test/copy/requests/{request_id}"
+            with client.stream("GET", f"{path}/status/stream") as events:
+                events.read()
+            url = client.get(path).json()["images"][0]["url"]
+            assert same(Image.open(io.BytesIO(client.get(url).content)), noise())
+
+
+# -- what is read
+
+
+def test_orientation_and_first_frame(alice: httpx.Client) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = copied(alice, data_uri(encoded(noise(96, 80), exif=exif)))
+    assert same(turned, noise(96, 80).transpose(Image.Transpose.ROTATE_270))
+    second = Image.new("RGB", (96, 80))
+    moving = encoded(noise(), "PNG", save_all=True, append_images=[second])
+    assert same(copied(alice, data_uri(moving)), noise())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
+    grey = numpy.arange(96 * 80, dtype=numpy.uint16).reshape(80, 96) * 8
+    source = Image.fromarray(grey) if mode == "I;16" else noise().convert(mode)
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    found = copied(alice, data_uri(encoded(source, kind)))
+    assert found.mode == "RGB"
+    expected = Image.fromarray((grey // 257).astype(numpy.uint8)) if mode == "I;16" else source
+    if mode != "CMYK":
+        assert same(found, expected)
+
+
+def test_large_ones_are_scaled_down_to_the_limit(alice: httpx.Client) -> None:
+    assert copied(alice, data_uri(encoded(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
+    assert copied(alice, data_uri(encoded(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
+
+
+# -- what is refused
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of chunks, whatever they say."""
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    written = b"\x89PNG\r\n\x1a\n"
+    for name, content in (head, *chunks, (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        written += struct.pack(">I", len(content)) + name + content + checksum
+    return written
+
+
+#: 231 kB that unpack to 81 megapixels.
+BOMB = png(9000, 9000, (b"IDAT", zlib.compress(bytes(9000 * (1 + 3 * 9000)), 9)))
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "bomb": (BOMB, "image_too_large"),
+    "a header that lies": (png(60_000, 60_000, (b"IDAT", zlib.compress(b"x"))), "image_too_large"),
+    "no pixels": (png(96, 80), "image_load_error"),
+    "too few pixels": (png(96, 80, (b"IDAT", zlib.compress(bytes(100)))), "image_load_error"),
+    "broken compression": (png(96, 80, (b"IDAT", b"\x00" * 64)), "image_load_error"),
+    "cut short": (encoded(noise())[:2000], "image_load_error"),
+    "cut short jpeg": (encoded(noise(), "JPEG")[:900], "image_load_error"),
+    "cut short webp": (encoded(noise(), "WEBP")[:200], "image_load_error"),
+    "nothing": (b"", "unsupported_image_format"),
+    "text": (b"hello", "unsupported_image_format"),
+    "html": (b"<!doctype html><script>alert(1)</script>", "unsupported_image_format"),
+    "svg": (
+        b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "unsupported_image_format",
+    ),
+    "gif": (encoded(noise(), "GIF"), "unsupported_image_format"),
+    "tiff": (encoded(noise(), "TIFF"), "unsupported_image_format"),
+    "bmp": (encoded(noise(), "BMP"), "unsupported_image_format"),
+    "ico": (encoded(noise(), "ICO"), "unsupported_image_format"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported_image_format"),
+    "too small": (encoded(noise(63, 200)), "image_too_small"),
+    "a line": (encoded(Image.new("RGB", (4000, 100))), "image_too_small"),
+    "a header alone": (b"\x89PNG\r\n\x1a\n", "unsupported_image_format"),
+    "jpeg of no size": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "unsupported_image_format"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pictures(alice: httpx.Client, name: str) -> None:
+    content, error_type = HOSTILE[name]
+    entry = refused(alice, data_uri(content))
+    assert entry["type"] == error_type
+    assert len(entry["input"]) <= 1000
+    assert same(copied(alice, data_uri(encoded(noise()))), noise())
+
+
+@pytest.mark.parametrize(
+    "url", ["", "nonsense", "data:", "data:image/png;base64,%%%", "data:image/png,abc", "/etc/passwd"]
+)
+def test_what_is_no_address(alice: httpx.Client, url: str) -> None:
+    assert refused(alice, url)["type"] == "file_download_error"
+
+
+def test_size_is_bounded_before_and_while_it_comes(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    def dribble(request: Request) -> Response:
+        return Response((b"\x00" * 2**20 for _ in range(64)), content_type="image/png")
+
+    def boast(request: Request) -> Response:
+        return Response(b"", headers={"content-length": str(2**40)}, content_type="image/png")
+
+    httpserver.expect_request("/endless").respond_with_handler(dribble)
+    httpserver.expect_request("/boast").respond_with_handler(boast)
+    for path in ("/endless", "/boast"):
+        entry = refused(alice, httpserver.url_for(path))
+        assert (entry["type"], entry["ctx"]) == ("file_too_large", {"max_size": 25 * 2**20})
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_host_that_does_not_have_it(alice: httpx.Client, httpserver: HTTPServer, status: int) -> None:
+    httpserver.expect_request("/gone").respond_with_data(b"", status=status)
+    entry = refused(alice, httpserver.url_for("/gone"))
+    assert entry["type"] == "file_download_error"
+    assert str(status) in entry["msg"]
+
+
+def test_compression_in_transit_is_not_asked_for(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    seen: list[str] = []
+
+    def look(request: Request) -> Response:
+        seen.append(request.headers["accept-encoding"])
+        return Response(encoded(noise()), content_type="image/png")
+
+    httpserver.expect_request("/picture.png").respond_with_handler(look)
+    copied(alice, httpserver.url_for("/picture.png"))
+    assert seen == ["identity"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/",
+        "http://localhost:8000/health",
+        "http://[::1]/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://10.0.0.1/",
+        "http://[64:ff9b::7f00:1]/",
+        "http://0x7f.1/",
+        "http://2130706433/",
+        "file:///etc/passwd",
+        "ftp://example.com/a.png",
+        "http://user:password@example.com/a.png",
+    ],
+)
+def test_inner_addresses_are_refused(narrow_client: httpx.Client, url: str) -> None:
+    """By the guard that webhooks have, whose whole corpus is in test_fetch.py."""
+    assert refused(narrow_client, url)["type"] == "file_download_error"
+
+
+# -- how long it stays
+
+
+def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None:
+    clock = Clock()
+    with opened(tmp_path, clock=clock) as parts:
+        (parts.folder / "inputs" / "needed.png").write_bytes(b"1")
+        (parts.folder / "inputs" / "stray.png").write_bytes(b"2")
+        job = parts.queue.submit(submission(inputs={"image_url": "needed.png"}))
+        clock.now = (parts.folder / "inputs" / "needed.png").stat().st_mtime + 60
+        assert parts.inputs.sweep() == 0
+        clock.now += 3600
+        assert parts.inputs.sweep() == 1
+        parts.queue.cancel(job)
+        assert parts.inputs.sweep() == 1
+        assert _names(parts) == []
+
+
+def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        (parts.folder / "inputs" / "needed.png").write_bytes(b"1")
+        parts.queue.submit(submission(inputs={"image_url": "needed.png"}))
+    clock = Clock()
+    with opened(tmp_path, clock=clock) as parts:
+        parts.queue.recover()
+        clock.now = (parts.folder / "inputs" / "needed.png").stat().st_mtime + 3600
+        assert parts.inputs.sweep() == 0
+        assert _names(parts) == ["needed.png"]
+
+
+def test_a_refused_one_leaves_nothing(alice: httpx.Client, running: Server) -> None:
+    before = sorted((running.data_dir / "inputs").iterdir())
+    refused(alice, data_uri(b"hello"))
+    assert sorted((running.data_dir / "inputs").iterdir()) == before
+
+
+def _names(parts: Parts) -> list[str]:
+    return sorted(path.name for path in (parts.folder / "inputs").iterdir())
