@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from models import first_block_cache, safety, tiers, weights
 from models.base import NO_INPUTS, CannotPaint, Painting, Placement
 from models.device import Device
 from models.first_block_cache import FirstBlockCache
-from models.generation import Generation, begin, first_step, unpacked
+from models.generation import Generation, begin, unpacked
+from models.loras import Lora, Loras
+from models.painting import FluxPainting
 from models.preview import Preview
 from models.texts import Texts
 from models.tiers import Tier
@@ -30,50 +31,6 @@ log = logging.getLogger(__name__)
 TOKEN_BUDGET = 9216
 
 
-@dataclass
-class FluxPainting:
-    """One request. Without shared forwards its pictures are painted one after the other, each as if alone."""
-
-    request: Any
-    seed: int
-    width: int
-    height: int
-    tier: Tier
-    #: What it is painted over, if anything.
-    picture: Image | None = None
-    generations: list[Generation] = field(default_factory=list)
-    pictures: list[Image] = field(default_factory=list)
-    step: int = 0
-    work: float = 0.0
-
-    @property
-    def acceleration(self) -> str:
-        """The tier that paints."""
-        return self.tier.name
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all its pictures."""
-        num_left_out = 0 if self.picture is None else first_step(self.request)
-        return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every picture is decoded."""
-        return bool(len(self.pictures) == self.request.num_images)
-
-    @property
-    def words(self) -> str:
-        """What is painted, in an error."""
-        return f"a picture of {self.width}x{self.height}"
-
-    @property
-    def due(self) -> list[Generation]:
-        """What can take a step now: all its pictures where they may share a forward, else the next one."""
-        unfinished = [generation for generation in self.generations if not generation.is_stepped]
-        return unfinished if self.tier.shares_forwards else unfinished[:1]
-
-
 #: A generation that goes through a forward, and whose it is.
 Member = tuple[FluxPainting, Generation]
 
@@ -81,12 +38,21 @@ Member = tuple[FluxPainting, Generation]
 class FluxEngine:
     """A FluxPipeline taken step by step; eagerly and in the tier "none" bit for bit what `__call__` gives."""
 
-    def __init__(self, pipeline: FluxPipeline, checker: safety.Checker, offered: Sequence[Tier], device: str) -> None:
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        checker: safety.Checker,
+        offered: Sequence[Tier],
+        device: str,
+        *,
+        offers_loras: bool = True,
+    ) -> None:
         self.pipeline = pipeline
         self.checker = checker
         self.tiers = list(offered)
         self.device = Device(device)
-        self.texts = Texts(pipeline, device)
+        self.texts = Texts(device)
+        self.loras = Loras(pipeline) if offers_loras else None
         self.previews = Preview(pipeline.vae)
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
@@ -99,7 +65,7 @@ class FluxEngine:
         pipeline, plan = weights.load(placement)
         device = weights.device_for(placement.device)
         offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
-        engine = cls(pipeline, safety.load(placement), offered, device)
+        engine = cls(pipeline, safety.load(placement), offered, device, offers_loras=plan.is_whole)
         if not engine.tiers[0].is_ready:
             try:
                 engine.warm_up()
@@ -126,7 +92,7 @@ class FluxEngine:
         """Give the device's memory back."""
         # A thread may still be warming one up.
         self.tiers = []
-        del self.pipeline, self.checker, self.texts, self.previews
+        del self.pipeline, self.checker, self.texts, self.loras, self.previews
         self.device.free()
 
     def settle(self) -> None:
@@ -139,10 +105,15 @@ class FluxEngine:
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxPainting:
         """Begin to paint; cheap, text and picture are encoded with the first step."""
-        tier = tiers.nearest(self.tiers, request.acceleration)
+        loras = tuple(
+            Lora(inputs[f"loras.{place}.path"], lora.scale) for place, lora in enumerate(getattr(request, "loras", ()))
+        )
+        if loras and self.loras is None:
+            raise CannotPaint("LoRA weights need all of the model on the device: --memory resident.")
+        tier = tiers.nearest(tiers.UNCOMPILED if loras else self.tiers, request.acceleration)
         picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
         width, height = picture.size if picture else (request.image_size.width, request.image_size.height)
-        return FluxPainting(request, seed, self._round(width), self._round(height), tier, picture)
+        return FluxPainting(request, seed, self._round(width), self._round(height), tier, picture, loras)
 
     @torch.no_grad()
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
@@ -210,11 +181,16 @@ class FluxEngine:
     ) -> tuple[list[Member], Sequence[torch.Tensor]]:
         """The next forward: who goes through it, at most so many, and where each of them goes from here."""
         members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
-        return members, self._velocities(painting.tier, [generation for _, generation in members])
+        transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
+        return members, self._velocities(transformer, [generation for _, generation in members])
 
     def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
         """Its own generations first, then those of others where that is allowed, within the token budget."""
-        beside = [other for other in others if other.tier is painting.tier and other.tier.shares_forwards]
+        beside = [
+            other
+            for other in others
+            if other.tier is painting.tier and other.tier.shares_forwards and other.loras == painting.loras
+        ]
         members: list[Member] = []
         for candidate in (painting, *beside):
             for generation in self._due(painting) if candidate is painting else self._due_beside(candidate):
@@ -223,7 +199,7 @@ class FluxEngine:
                     members.append((candidate, generation))
         return members
 
-    def _velocities(self, tier: Tier, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
+    def _velocities(self, transformer: Any, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
         """One forward for one or more generations of one size."""
         first = generations[0]
         timesteps = torch.stack([generation.timestep for generation in generations])
@@ -238,8 +214,8 @@ class FluxEngine:
             "img_ids": first.latent_ids,
         }
         if first.cache is not None:
-            return [first_block_cache.velocity(tier.transformer, first.cache, **inputs)]
-        velocities: Sequence[torch.Tensor] = tier.transformer(**inputs, return_dict=False)[0].split(1)
+            return [first_block_cache.velocity(transformer, first.cache, **inputs)]
+        velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
         return velocities
 
     def _work(self, generation: Generation) -> int:
@@ -252,11 +228,15 @@ class FluxEngine:
         return max(self.multiple, side // self.multiple * self.multiple)
 
     def _begin(self, painting: FluxPainting, seed: int) -> Generation:
-        text = self.texts.encode(painting.request.prompt)
+        text = self.texts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
         size = (painting.width, painting.height)
         generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.picture)
         generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
         return generation
+
+    def _pipeline_of(self, painting: FluxPainting) -> Any:
+        """The pipeline with its LoRAs switched on, if it has any."""
+        return self.loras.use(painting.loras) if self.loras and painting.loras else self.pipeline
 
     def _decoded(self, generation: Generation) -> Image:
         with self.device.beside(generation.latents, generation.event):

@@ -33,6 +33,7 @@ EXAMPLE_PROMPT = (
     'and color. Natural lighting to capture authentic eye shine and depth. The word "FLUX" is painted over it in big, '
     "white brush strokes with visible texture."
 )
+EXAMPLE_LORA = "XLabs-AI/flux-RealismLora"
 #: An orange square, so that the example runs without any other server.
 EXAMPLE_PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
@@ -177,7 +178,29 @@ SyncMode = Annotated[
 NumImages = Annotated[int, Field(ge=1, le=4, description="The number of images to generate.")]
 ChecksSafety = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
 Format = Annotated[OutputFormat, Field(description="The format of the generated image.")]
+ModestSpeed = Annotated[
+    Literal["none", "regular"],
+    Field(description="How much speed to trade for exactness; the higher, the faster."),
+]
 Speed = Annotated[Acceleration, Field(description="How much speed to trade for exactness; the higher, the faster.")]
+
+
+class LoraWeight(BaseModel):
+    """LoRA weights, and how strongly they count."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    path: Annotated[
+        str,
+        Remote("lora"),
+        Field(
+            min_length=1,
+            max_length=4096,
+            description="URL of the weights as safetensors, or a hub id such as owner/name.",
+            examples=[EXAMPLE_LORA],
+        ),
+    ]
+    scale: float = Field(1, ge=0, le=4, description="How strongly the weights count, before they are added.")
 
 
 class ImageInput(BaseModel):

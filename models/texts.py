@@ -1,6 +1,7 @@
 """Prompts, encoded once: the embeddings of the last ones are kept."""
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,10 @@ class Text:
 class Texts:
     """The least recently used embeddings go first. One prompt of FLUX.1 takes 4 MB."""
 
-    def __init__(self, pipeline: Any, device: str, max_bytes: int = 256_000_000) -> None:
-        self.pipeline = pipeline
+    def __init__(self, device: str, max_bytes: int = 256_000_000) -> None:
         self.device = device
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[str, Text] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Text] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
@@ -44,17 +44,16 @@ class Texts:
 
     # With gradients other kernels would run, and the last bits differ from the pipeline's.
     @torch.no_grad()
-    def encode(self, prompt: str) -> Text:
-        """The prompt's embeddings, as FluxPipeline makes them."""
-        if prompt in self._kept:
-            self._kept.move_to_end(prompt)
-            return self._kept[prompt]
+    def encode(self, prompt: str, pipeline: Any, encoders: Hashable = None) -> Text:
+        """The prompt's embeddings, as the pipeline makes them; `encoders` tells its text encoders from others."""
+        key = (prompt, encoders)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
         text = Text(
-            *self.pipeline.encode_prompt(
-                prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=NUM_TOKENS
-            )
+            *pipeline.encode_prompt(prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=NUM_TOKENS)
         )
-        self._kept[prompt] = text
+        self._kept[key] = text
         while self.num_bytes > self.max_bytes and len(self._kept) > 1:
             self._kept.popitem(last=False)
         return text

@@ -48,6 +48,10 @@ class Tier:
         self.is_ready = True
 
 
+#: With LoRAs, whose forwards are not compiled: the same tiers, on the transformer that has them.
+UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
+
+
 def build(pipeline: Any, placement: Placement, device: str, *, is_whole: bool) -> list[Tier]:
     """The tiers that this device can run and the operator offers, from the most exact; "none" is always there."""
     offered = NAMES[: NAMES.index(placement.max_acceleration) + 1]

@@ -76,7 +76,15 @@ def _join(
     jobs = Queue(database, notifier, settings.max_queue_length)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
-    inputs = Inputs(settings.data_dir / "inputs", guard, store, limits, lambda: jobs.inputs)
+    inputs = Inputs(
+        settings.data_dir / "inputs",
+        guard,
+        store,
+        limits,
+        lambda: jobs.inputs,
+        max_lora_bytes=settings.max_lora_mib * 2**20,
+        max_kept_bytes=int(settings.loras_gb * 1e9),
+    )
     worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier)
     parts = Parts(
         models=models,

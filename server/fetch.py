@@ -57,18 +57,20 @@ class Guard:
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
 
-    async def download(self, url: str, to: Path, max_bytes: int, seconds: float) -> None:
-        """GET into a file. Each redirect is judged anew; `seconds` are for all of it.
+    async def download(self, url: str, to: Path, max_bytes: int, seconds: float, etag: str = "") -> str | None:
+        """GET into a file; gives its ETag, or "". None, and no file, when it is the one of this `etag` still.
+
+        Each redirect is judged anew; `seconds` are for all of it.
 
         Raises ForbiddenURL for addresses that may not be reached, and Unusable.
         """
         try:
             async with asyncio.timeout(seconds):
                 for _ in range(MAX_REDIRECTS + 1):
-                    following = await self._get(url, to, max_bytes)
-                    if following is None:
-                        return
-                    url = following
+                    response = await self._get(url, to, max_bytes, etag)
+                    if not response.has_redirect_location:
+                        return None if response.status_code == 304 else response.headers.get("etag", "")
+                    url = str(response.url.join(response.headers["location"]))
         except TimeoutError:
             raise Unusable("file_download_error", f"The download took longer than {seconds:.0f} seconds") from None
         except SSRFGuardError as error:
@@ -79,15 +81,16 @@ class Guard:
             raise Unusable("file_download_error", f"The download failed: {type(error).__name__}") from None
         raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
-    async def _get(self, url: str, to: Path, max_bytes: int) -> str | None:
-        """One request; the address that it is sent on to, if it is."""
+    async def _get(self, url: str, to: Path, max_bytes: int, etag: str) -> httpx.Response:
+        """One request, whose body is in the file if it has the one that is wanted."""
         self.check(url)
         # Not compressed, so that what is counted is what is kept.
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
+        headers |= {"if-none-match": etag} if etag else {}
         client = AsyncClient(policy=self._policy_for(url), timeout=_QUIET_SECONDS, trust_env=False)
         async with client, client.stream("GET", url, headers=headers) as response:
-            if response.has_redirect_location:
-                return str(response.url.join(response.headers["location"]))
+            if response.has_redirect_location or (etag and response.status_code == 304):
+                return response
             if response.status_code != 200:
                 raise Unusable("file_download_error", f"The download was answered {response.status_code}")
             too_large = Unusable("file_too_large", f"The file is larger than {max_bytes} bytes", max_size=max_bytes)
@@ -101,7 +104,7 @@ class Guard:
                     if size > max_bytes:
                         raise too_large
                     await asyncio.to_thread(file.write, chunk)
-        return None
+        return response
 
     def _could_be_allowed(self, url: str) -> bool:
         try:

@@ -3,36 +3,62 @@
 import asyncio
 import base64
 import binascii
-import contextlib
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from models.schema import ImageInput, Limits, remotes
-from server import pictures
+from server import hub_files, lora_files, pictures
 from server.errors import DiskFull, InvalidInput, Unusable
 from server.fetch import ForbiddenURL, Guard
 from server.files import FULL, Files
 
 MAX_PICTURE_BYTES = 25 * 2**20
-#: Seconds for one download, from the look-up of the name to the last byte.
-MAX_SECONDS = 60.0
 #: How many are on their way at a time, and how many of them one owner's.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: What is not needed yet is left alone so long: its request is being accepted.
 GRACE_SECONDS = 600.0
+#: How many addresses are remembered with the ETags of what came from them.
+MAX_KNOWN = 10_000
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is brought: how large at most, how long it may take, and what becomes of it.
+
+    `keep` checks a file, or writes it anew; it returns its ending.
+    """
+
+    max_bytes: int
+    max_seconds: float
+    keep: Callable[[Path, Limits], str]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What came from an address, and the ETag that it had."""
+
+    etag: str
+    name: str
+
+
 class Inputs:
-    """Pictures, as RGB within the limits. A retry after a crash finds the very bytes that were accepted."""
+    """Pictures, as RGB within the limits, and LoRA weights. A retry finds the very bytes that were accepted."""
 
     def __init__(
         self,
@@ -41,6 +67,9 @@ class Inputs:
         files: Files,
         limits: Limits,
         needed: Callable[[], set[str]],
+        *,
+        max_lora_bytes: int = 2**30,
+        max_kept_bytes: int = 10 * 10**9,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
@@ -48,10 +77,16 @@ class Inputs:
         self._files = files
         self.limits = limits
         self._needed = needed
+        self._max_kept_bytes = max_kept_bytes
         self._clock = clock
+        self._kinds = {
+            "picture": Kind(MAX_PICTURE_BYTES, 60.0, _keep_picture),
+            "lora": Kind(max_lora_bytes, 300.0, _keep_lora),
+        }
+        self._known: OrderedDict[str, _Known] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of: dict[str, asyncio.Semaphore] = {}
-        # Threads of their own, so that large pictures keep nobody's submit waiting.
+        # Threads of their own, so that large files keep nobody's submit waiting.
         self._threads = ThreadPoolExecutor(2, "inputs")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -65,9 +100,9 @@ class Inputs:
         Raises InvalidInput, naming the field, and DiskFull.
         """
         brought: dict[str, str] = {}
-        for loc, _, address in remotes(request):
+        for loc, kind, address in remotes(request):
             try:
-                brought[".".join(map(str, loc))] = await self._bring(address, owner)
+                brought[".".join(map(str, loc))] = await self._bring(address, owner, self._kinds[kind])
             except Unusable as error:
                 entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
                 raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
@@ -78,80 +113,131 @@ class Inputs:
         return brought
 
     def sweep(self) -> int:
-        """Delete what no request needs that is not done; returns how many."""
-        needed, before = self._needed(), self._clock() - GRACE_SECONDS
-        strays = [path for path in self._folder.iterdir() if path.name not in needed and path.stat().st_mtime < before]
-        for path in strays:
-            path.unlink(missing_ok=True)
-        return len(strays)
+        """Delete what no request needs that is not done: pictures at once, LoRAs as the room is needed, oldest first.
 
-    async def _bring(self, address: str, owner: str) -> str:
+        Returns how many.
+        """
+        needed, before = self._needed(), self._clock() - GRACE_SECONDS
+        idle = [(path, path.stat()) for path in self._folder.iterdir() if path.name not in needed]
+        idle = sorted((each for each in idle if each[1].st_mtime < before), key=lambda each: each[1].st_mtime)
+        excess = sum(path.stat().st_size for path in self._folder.glob("*.safetensors")) - self._max_kept_bytes
+        num_deleted = 0
+        for path, stat in idle:
+            if path.suffix == ".safetensors":
+                if excess <= 0:
+                    continue
+                excess -= stat.st_size
+            path.unlink(missing_ok=True)
+            num_deleted += 1
+        return num_deleted
+
+    async def _bring(self, address: str, owner: str, kind: Kind) -> str:
         aside = self._folder / f"{secrets.token_hex(8)}.part"
         try:
-            await self._fetch(address, owner, aside)
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._keep, aside)
+            if address[:5].lower() == "data:":
+                await asyncio.to_thread(aside.write_bytes, _decoded(address, kind))
+            elif own := _own_name(address):
+                await asyncio.to_thread(self._link, own, owner, aside)
+            else:
+                return await self._downloaded(address, owner, aside, kind)
+            return await self._in_thread(self._keep, aside, kind)
         finally:
             aside.unlink(missing_ok=True)
 
-    async def _fetch(self, address: str, owner: str, to: Path) -> None:
-        """The bytes that an address stands for, as they are."""
-        if address[:5].lower() == "data:":
-            await asyncio.to_thread(to.write_bytes, _decoded(address))
-            return
-        if own := self._own(address):
-            found = await asyncio.to_thread(self._files.find, own)
-            if found is None or (found.is_private and found.owner != owner):
-                raise Unusable("file_download_error", "There is no such file on this server")
-            # Linked, not read: it may be deleted meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                os.link(self._files.path(found), to)
-                return
-            raise Unusable("file_download_error", "There is no such file on this server")
+    async def _downloaded(self, address: str, owner: str, aside: Path, kind: Kind) -> str:
+        """From another server; what is here already and has not changed there does not come again."""
         semaphore = self._downloads_of.setdefault(owner, asyncio.Semaphore(MAX_DOWNLOADS_PER_OWNER))
         async with semaphore, self._downloads:
             try:
-                await self.guard.download(address, to, MAX_PICTURE_BYTES, MAX_SECONDS)
+                if kind is self._kinds["lora"]:
+                    address = await hub_files.address_of(address, self.guard, aside)
+                known = self._known.get(address)
+                etag = known.etag if known and await self._in_thread(_touch, self.path(known.name)) else ""
+                found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag)
             except ForbiddenURL as error:
                 raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None
+        if found is None and known:
+            return known.name
+        name = await self._in_thread(self._keep, aside, kind)
+        if found:
+            self._known[address] = _Known(found, name)
+            while len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+        return name
 
-    def _own(self, address: str) -> str | None:
-        """The name in our own store, whatever the host is called: 128 random bits are nobody else's."""
-        try:
-            path = urlsplit(address).path
-        except ValueError:
-            return None
-        matched = _OWN_PATH.fullmatch(path)
-        return matched[1] if matched else None
+    async def _in_thread(self, act: Callable[..., Result], *given: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, act, *given)
 
-    def _keep(self, aside: Path) -> str:
-        """Read the picture, and write what the engine gets: PNG, in the place that its own bytes name."""
-        if aside.stat().st_size > MAX_PICTURE_BYTES:
-            raise Unusable("file_too_large", _too_large(), max_size=MAX_PICTURE_BYTES)
-        content = pictures.encode(pictures.read(aside, self.limits), "png", None)
-        path = self._folder / f"{hashlib.sha256(content).hexdigest()}.png"
-        whole = aside.with_suffix(".whole")
+    def _link(self, name: str, owner: str, to: Path) -> None:
+        """A file of our own store: linked, not read, because it may be deleted meanwhile."""
+        found = self._files.find(name)
         try:
-            with whole.open("wb") as file:
-                file.write(content)
-                file.flush()
+            if found is None or (found.is_private and found.owner != owner):
+                raise FileNotFoundError
+            os.link(self._files.path(found), to)
+        except FileNotFoundError:
+            raise Unusable("file_download_error", "There is no such file on this server") from None
+
+    def _keep(self, aside: Path, kind: Kind) -> str:
+        """Put a file into the place that its own bytes name."""
+        if aside.stat().st_size > kind.max_bytes:
+            raise _too_large(kind)
+        ready = aside.with_suffix(".ready")
+        try:
+            shutil.copyfile(aside, ready)
+            ending = kind.keep(ready, self.limits)
+            with ready.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-            whole.rename(path)
+            path = self._folder / f"{digest}.{ending}"
+            ready.rename(path)
         finally:
-            whole.unlink(missing_ok=True)
+            ready.unlink(missing_ok=True)
         return path.name
 
 
-def _too_large() -> str:
-    return f"The file is larger than {MAX_PICTURE_BYTES // 2**20} MiB"
+def _keep_picture(path: Path, limits: Limits) -> str:
+    """What the engine gets is written anew, as PNG."""
+    path.write_bytes(pictures.encode(pictures.read(path, limits), "png", None))
+    return "png"
 
 
-def _decoded(address: str) -> bytes:
+def _keep_lora(path: Path, limits: Limits) -> str:
+    lora_files.check(path)
+    return "safetensors"
+
+
+def _touch(path: Path) -> bool:
+    """Whether a file is here; it counts as used now."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _own_name(address: str) -> str | None:
+    """The name in our own store, whatever the host is called: 128 random bits are nobody else's."""
+    try:
+        path = urlsplit(address).path
+    except ValueError:
+        return None
+    matched = _OWN_PATH.fullmatch(path)
+    return matched[1] if matched else None
+
+
+def _too_large(kind: Kind) -> Unusable:
+    words = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
+    return Unusable("file_too_large", words, max_size=kind.max_bytes)
+
+
+def _decoded(address: str, kind: Kind) -> bytes:
     """The bytes of a data URI."""
     matched = _DATA.match(address)
     if not matched:
         raise Unusable("file_download_error", "A data URI should be data:TYPE;base64,...")
-    if (len(address) - matched.end()) * 3 // 4 > MAX_PICTURE_BYTES:
-        raise Unusable("file_too_large", _too_large(), max_size=MAX_PICTURE_BYTES)
+    if (len(address) - matched.end()) * 3 // 4 > kind.max_bytes:
+        raise _too_large(kind)
     try:
         return base64.b64decode(address[matched.end() :], validate=True)
     except binascii.Error as error:

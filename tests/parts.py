@@ -61,7 +61,7 @@ def opened(folder: Path, *, max_length: int = 1000, clock: Clock | None = None) 
     try:
         queue = Queue(database, notifier, max_length, clock)
         files = Files(folder / "files", database, clock)
-        inputs = Inputs(folder / "inputs", Guard(("127.0.0.0/8",)), files, Limits(), lambda: queue.inputs, clock)
+        inputs = Inputs(folder / "inputs", Guard(("127.0.0.0/8",)), files, Limits(), lambda: queue.inputs, clock=clock)
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

@@ -8,8 +8,9 @@ import torch
 from diffusers import FluxPipeline
 
 from models.base import Placement
-from models.engine import TOKEN_BUDGET, FluxEngine, FluxPainting
+from models.engine import TOKEN_BUDGET, FluxEngine
 from models.flux_dev import FluxDevInput
+from models.painting import FluxPainting
 from models.schema import PRESETS
 from models.texts import Text
 from models.weights import DEMO

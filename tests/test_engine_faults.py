@@ -12,7 +12,8 @@ from PIL.Image import Image
 
 from models.base import CannotPaint, DeviceLost
 from models.device import Device
-from models.engine import FluxEngine, FluxPainting
+from models.engine import FluxEngine
+from models.painting import FluxPainting
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, finished, painted
 
@@ -328,7 +329,7 @@ def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: p
     monkeypatch.setattr("models.texts.NUM_TOKENS", 16)
     request = asked("a fish", num_inference_steps=50)
     expected = [picture.tobytes() for picture in painted(engine, request, 3)]
-    one = engine.texts.encode("a fish").num_bytes
+    one = engine.texts.encode("a fish", engine.pipeline).num_bytes
     monkeypatch.setattr(engine.texts, "max_bytes", 4 * one)
     survivor = engine.start(request, 3)
     engine.advance(survivor)

@@ -32,13 +32,13 @@ def encoded(pipeline: FluxPipeline) -> Iterator[list[int]]:
 
 
 def size_of_one(pipeline: FluxPipeline) -> int:
-    text: Text = Texts(pipeline, "cpu").encode("")
+    text: Text = Texts("cpu").encode("", pipeline)
     return text.num_bytes
 
 
 def test_equals_the_pipeline(pipeline: FluxPipeline) -> None:
     prompt = "a red apple on a blue table"
-    text = Texts(pipeline, "cpu").encode(prompt)
+    text = Texts("cpu").encode(prompt, pipeline)
     with torch.no_grad():
         expected = pipeline.encode_prompt(prompt, None, max_sequence_length=512)
     assert text.prompt_embeds.shape[1] == NUM_TOKENS == 512
@@ -47,12 +47,12 @@ def test_equals_the_pipeline(pipeline: FluxPipeline) -> None:
 
 
 def test_a_prompt_is_encoded_once(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = Texts(pipeline, "cpu")
-    first = texts.encode("a fish")
-    assert texts.encode("a fish") is first
+    texts = Texts("cpu")
+    first = texts.encode("a fish", pipeline)
+    assert texts.encode("a fish", pipeline) is first
     assert len(encoded) == 1
-    texts.encode("a car")
-    texts.encode("a fish")
+    texts.encode("a car", pipeline)
+    texts.encode("a fish", pipeline)
     assert len(encoded) == 2
 
 
@@ -73,23 +73,23 @@ def test_nothing_is_encoded_before_the_first_step(pipeline: FluxPipeline, encode
 
 
 def test_the_least_recently_used_go_first(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = Texts(pipeline, "cpu", max_bytes=3 * size_of_one(pipeline))
+    texts = Texts("cpu", max_bytes=3 * size_of_one(pipeline))
     for prompt in ("one", "two", "three"):
-        texts.encode(prompt)
-    texts.encode("one")
-    texts.encode("four")
+        texts.encode(prompt, pipeline)
+    texts.encode("one", pipeline)
+    texts.encode("four", pipeline)
     encoded.clear()
     for prompt in ("one", "three", "four"):
-        texts.encode(prompt)
+        texts.encode(prompt, pipeline)
     assert encoded == []
-    texts.encode("two")
+    texts.encode("two", pipeline)
     assert encoded == [1]
 
 
 def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
     one = size_of_one(pipeline)
     # Not a multiple: what does not fit wholly is not kept.
-    texts = Texts(pipeline, "cpu", max_bytes=3 * one + one // 2)
+    texts = Texts("cpu", max_bytes=3 * one + one // 2)
     for number in range(8):
         texts.encode(f"picture {number}")
         assert texts.num_bytes == min(number + 1, 3) * one <= texts.max_bytes
@@ -98,11 +98,11 @@ def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
 def test_the_last_one_is_kept_though_it_is_too_large(pipeline: FluxPipeline, encoded: list[int]) -> None:
     one = size_of_one(pipeline)
     encoded.clear()
-    texts = Texts(pipeline, "cpu", max_bytes=one - 1)
-    texts.encode("a fish")
-    kept = texts.encode("a car")
+    texts = Texts("cpu", max_bytes=one - 1)
+    texts.encode("a fish", pipeline)
+    kept = texts.encode("a car", pipeline)
     assert texts.num_bytes == one
-    assert texts.encode("a car") is kept
+    assert texts.encode("a car", pipeline) is kept
     assert encoded == [1, 1]
 
 

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from PIL.Image import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from models.engine import FluxEngine, FluxPainting
+from models.engine import FluxEngine
 from models.flux_dev import FluxDevInput
+from models.painting import FluxPainting
 from models.tiers import Tier
 from models.weights import DEMO
 

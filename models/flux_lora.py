@@ -1,0 +1,31 @@
+"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights of the caller's."""
+
+from typing import Any
+
+from pydantic import Field
+
+from models.flux_dev import FluxDev, FluxDevInput
+from models.schema import LoraWeight, ModestSpeed
+
+
+class FluxLoraInput(FluxDevInput):
+    """As FLUX.1 [dev]'s, with LoRA weights."""
+
+    loras: list[LoraWeight] = Field(
+        [], max_length=8, description="The LoRAs to use for the image generation; their effects add up."
+    )
+    acceleration: ModestSpeed = "none"
+
+
+class FluxLora(FluxDev):
+    """FLUX.1 [dev] in the style, or with the subject, that LoRA weights were trained on."""
+
+    endpoint = "fal-ai/flux-lora"
+    Input = FluxLoraInput
+
+    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+        """Of one picture; where the LoRAs came from is not named, because addresses tell about people."""
+        return {**super().parameters(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
+
+
+MODEL = FluxLora()

@@ -1,0 +1,33 @@
+"""fal-ai/flux-lora/image-to-image: a picture painted over another, with LoRA weights of the caller's."""
+
+from typing import Any
+
+from pydantic import Field
+
+from models.flux_dev_image_to_image import FluxDevImageToImage, FluxDevImageToImageInput
+from models.schema import LoraWeight, ModestSpeed, Steps, Strength
+
+
+class FluxLoraImageToImageInput(FluxDevImageToImageInput):
+    """As image-to-image's, with LoRA weights."""
+
+    strength: Strength = 0.85
+    num_inference_steps: Steps = Field(28, ge=1, le=50)
+    loras: list[LoraWeight] = Field(
+        [], max_length=8, description="The LoRAs to use for the image generation; their effects add up."
+    )
+    acceleration: ModestSpeed = "none"
+
+
+class FluxLoraImageToImage(FluxDevImageToImage):
+    """FLUX.1 [dev] painting over a picture in the style that LoRA weights were trained on."""
+
+    endpoint = "fal-ai/flux-lora/image-to-image"
+    Input = FluxLoraImageToImageInput
+
+    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+        """Of one picture."""
+        return {**super().parameters(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
+
+
+MODEL = FluxLoraImageToImage()

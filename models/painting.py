@@ -1,0 +1,55 @@
+"""One request of FLUX while it is painted: its pictures, and how far they are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+from models.generation import Generation, first_step
+from models.loras import Lora
+from models.tiers import Tier
+
+
+@dataclass
+class FluxPainting:
+    """One request. Without shared forwards its pictures are painted one after the other, each as if alone."""
+
+    request: Any
+    seed: int
+    width: int
+    height: int
+    tier: Tier
+    #: What it is painted over, if anything.
+    picture: Image | None = None
+    loras: tuple[Lora, ...] = ()
+    generations: list[Generation] = field(default_factory=list)
+    pictures: list[Image] = field(default_factory=list)
+    step: int = 0
+    work: float = 0.0
+
+    @property
+    def acceleration(self) -> str:
+        """The tier that paints."""
+        return self.tier.name
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all its pictures."""
+        num_left_out = 0 if self.picture is None else first_step(self.request)
+        return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every picture is decoded."""
+        return bool(len(self.pictures) == self.request.num_images)
+
+    @property
+    def words(self) -> str:
+        """What is painted, in an error."""
+        return f"a picture of {self.width}x{self.height}"
+
+    @property
+    def due(self) -> list[Generation]:
+        """What can take a step now: all its pictures where they may share a forward, else the next one."""
+        unfinished = [generation for generation in self.generations if not generation.is_stepped]
+        return unfinished if self.tier.shares_forwards else unfinished[:1]

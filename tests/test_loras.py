@@ -1,0 +1,201 @@
+"""LoRA weights: as diffusers applies them, bit for bit, and nothing of them left behind."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from models.base import CannotPaint
+from models.engine import FluxEngine
+from models.flux_lora import FluxLoraInput
+from models.loras import KEPT
+from tests import tiny_flux
+from tests.tiny_flux import difference, finished
+
+RANK = 4
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+
+def write(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
+    """LoRA weights for some layers of `tiny_flux`, in diffusers' own names."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        "transformer.transformer_blocks.0.attn.to_q": (width, width),
+        "transformer.transformer_blocks.0.ff.net.0.proj": (width, 4 * width),
+        "transformer.single_transformer_blocks.1.proj_mlp": (width, 4 * width),
+        "transformer.x_embedder": (16, width),
+    }
+    if text:
+        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"] = (16, 16)
+    weights = {}
+    for name, (inner, outer) in layers.items():
+        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, inner, generator=generator)
+        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(outer, rank, generator=generator)
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / f"{seed}.safetensors", seed, text=seed == 1) for seed in range(3)]
+
+
+def asked(*scales: float, **more: Any) -> tuple[FluxLoraInput, list[float]]:
+    body = {
+        "prompt": "a fish",
+        "image_size": {"width": 96, "height": 64},
+        "num_inference_steps": 3,
+        "loras": [{"path": f"http://unused/{n}", "scale": scale} for n, scale in enumerate(scales)],
+        **more,
+    }
+    return FluxLoraInput.model_validate(body), list(scales)
+
+
+def inputs(*paths: Path) -> dict[str, Path]:
+    return {f"loras.{place}.path": path for place, path in enumerate(paths)}
+
+
+def painted(engine: FluxEngine, request: FluxLoraInput, *paths: Path) -> Any:
+    (picture,) = finished(engine, engine.start(request, 5, inputs(*paths)))
+    return picture
+
+
+def call(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path) -> Any:
+    """What diffusers' own pipeline gives with these LoRAs."""
+    for place, path in enumerate(paths):
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{place}")
+    if paths:
+        pipeline.set_adapters([f"a{place}" for place in range(len(paths))], [lora.scale for lora in request.loras])
+    return pipeline(
+        request.prompt,
+        width=request.image_size.width,
+        height=request.image_size.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=512,
+    ).images[0]
+
+
+def fingerprint(engine: FluxEngine) -> str:
+    """Of every bit of the base weights."""
+    found = hashlib.sha256()
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        for key, weight in sorted(getattr(engine.pipeline, name).state_dict().items()):
+            found.update(key.encode())
+            found.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("acceleration", ["none", "regular"])
+def test_equals_the_pipeline(files: list[Path], dtype: torch.dtype, acceleration: str) -> None:
+    engine = tiny_flux.engine(dtype)
+    for scales, paths in (((1.0,), files[:1]), ((0.5,), files[1:2]), ((0.7, 1.3), files[:2])):
+        request, _ = asked(*scales, acceleration=acceleration)
+        assert difference(painted(engine, request, *paths), call(tiny_flux.pipeline(dtype), request, *paths)) == 0
+
+
+def test_the_base_is_never_touched(files: list[Path]) -> None:
+    engine = tiny_flux.engine(torch.bfloat16)
+    before, (plain, _) = fingerprint(engine), asked()
+    first = painted(engine, plain)
+    request, _ = asked(1.5)
+    changed = engine.start(request, 5, inputs(files[0]))
+    between = engine.start(plain, 5)
+    # In turns, step by step.
+    for _ in range(3):
+        engine.advance(changed)
+        engine.advance(between)
+    assert difference(finished(engine, between)[0], first) == 0
+    assert difference(finished(engine, changed)[0], first) > 0
+    assert difference(painted(engine, plain), first) == 0
+    assert fingerprint(engine) == before
+    assert all("lora" not in name for name, _ in engine.pipeline.transformer.named_modules())
+
+
+def test_turns_with_different_loras(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    requests = [(asked(1.0)[0], files[0]), (asked(0.4)[0], files[1]), (asked(2.0)[0], files[0])]
+    alone = [painted(tiny_flux.engine(), request, path) for request, path in requests]
+    paintings = [engine.start(request, 5, inputs(path)) for request, path in requests]
+    for _ in range(3):
+        for painting in paintings:
+            engine.advance(painting)
+    for painting, expected in zip(paintings, alone, strict=True):
+        assert difference(finished(engine, painting)[0], expected) == 0
+
+
+def test_only_those_with_the_same_loras_share_a_forward(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    request, _ = asked(1.0, acceleration="regular")
+    leader, same, other, plain = (
+        engine.start(request, 1, inputs(files[0])),
+        engine.start(request, 2, inputs(files[0])),
+        engine.start(request, 3, inputs(files[1])),
+        engine.start(asked(acceleration="regular")[0], 4),
+    )
+    assert engine.advance(leader, [same, other, plain]) == [leader, same]
+
+
+def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
+    engine = tiny_flux.engine()
+    request, _ = asked(1.0, num_inference_steps=1)
+    paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(KEPT + 4)]
+    for path in paths:
+        painted(engine, request, path)
+    assert engine.loras
+    assert engine.loras.names == [path.stem for path in paths[-KEPT:]]
+    again = painted(engine, request, paths[0])
+    assert difference(again, painted(tiny_flux.engine(), request, paths[0])) == 0
+
+
+def test_the_same_twice_counts_twice(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    twice = painted(engine, asked(0.5, 0.5)[0], files[0], files[0])
+    assert difference(twice, painted(engine, asked(1.0)[0], files[0])) == 0
+
+
+def test_scale_zero_is_the_base(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    assert difference(painted(engine, asked(0.0)[0], files[0]), painted(engine, asked()[0])) == 0
+
+
+def spoiled(path: Path, to: Path, **changes: torch.Tensor) -> Path:
+    save_file({**load_file(path), **changes}, to)
+    return to
+
+
+def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    before = fingerprint(engine)
+    good = painted(engine, asked(1.0)[0], files[0])
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(16)}
+    hidden = {"transformer.proj_out.weight": torch.zeros(16, 32)}
+    wider = torch.randn(RANK, 64)
+    bad = {
+        "features": spoiled(files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}),
+        "not of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
+        "base weights": spoiled(files[0], tmp_path / "c.safetensors", **hidden),
+        "": write(tmp_path / "d.safetensors", 1, width=48),
+    }
+    for words, path in bad.items():
+        with pytest.raises(CannotPaint, match=rf"loras\.1 does not fit this model: .*{words}"):
+            painted(engine, asked(1.0, 1.0)[0], files[0], path)
+        assert fingerprint(engine) == before
+        assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
+
+
+def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(files[0], copy)
+    first = painted(engine, asked(1.0)[0], copy)
+    copy.unlink()
+    assert difference(painted(engine, asked(1.0)[0], copy), first) == 0
