@@ -9,8 +9,8 @@ from torch import _dynamo as dynamo
 
 from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, threads, tokens
 from models.demo.recipe.autoencoder import rate
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
-from models.demo.recipe.pool import Pool
+from models.demo.recipe.plan import SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
+from models.demo.recipe.pool import Pool, Size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: A chunk of new scenes after this many iterations, until the pool is full.
@@ -26,7 +26,7 @@ class Trainer:
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
         self.pool = Pool(plan, autoencoder.load(device), device)
-        while self.pool.num_chunks < plan.min_chunks:
+        while self.pool.num_chunks < plan.min_chunks or self.pool.missing:
             self.pool.grow()
         self.scaling, self.shift = self.pool.statistics()
         self.things = {thing.name: thing for thing in self.pool.things}
@@ -58,8 +58,10 @@ class Trainer:
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
         """Scaled latents of one size and a caption for each; now and then texts as long as can be."""
-        size = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
-        number = max(1, self.plan.batch_tokens // flow_times.tokens_of(size))
+        size = self._size(rng)
+        # Their text counts too.
+        num_tokens = flow_times.tokens_of(size) + networks.SHORT_TEXT
+        number = max(1, self.plan.batch_tokens // num_tokens)
         if rng.random() < LONG_SHARE:
             number = max(1, number // 3)
             found, latents = self.pool.pick(size, number, rng, simple=True)
@@ -68,6 +70,12 @@ class Trainer:
             found, latents = self.pool.pick(size, number, rng)
             texts = [captions.caption(scene, self.things, rng) for scene in found]
         return ((latents - self.shift) * self.scaling).to(self.device), texts
+
+    def _size(self, rng: numpy.random.Generator) -> Size:
+        is_late = self.iteration >= self.plan.flow_iterations / 2
+        if rng.random() < SMALL_SHARES[is_late]:
+            return SMALL_SIZE
+        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
     def step(self) -> float:
         """One iteration; gives the loss."""

@@ -9,7 +9,7 @@ import torch
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+from models.demo.recipe.plan import SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
@@ -32,7 +32,7 @@ class Pool:
         self.plan, self.vae, self.device = plan, vae, device
         self.things = all_objects(plan.scale)
         self.icons = {thing.name: thing.icon for thing in self.things}
-        self.shelves = {size: Shelf([], []) for size in SIZES}
+        self.shelves = {size: Shelf([], []) for size in (SMALL_SIZE, *SIZES)}
         self.num_chunks = 0
         while (FOLDER / f"{self.num_chunks:05d}.pt").is_file():
             self._take(checkpoint.load(FOLDER / f"{self.num_chunks:05d}.pt"))
@@ -42,15 +42,15 @@ class Pool:
         """Whether the plan wants no more."""
         return self.num_chunks * self.plan.chunk >= self.plan.pool_size
 
+    @property
+    def missing(self) -> list[Size]:
+        """Sizes of which there is no scene."""
+        return [size for size, shelf in self.shelves.items() if not shelf.scenes]
+
     def grow(self) -> None:
         """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
         rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
-        # The first chunks go round the sizes, so that none is missing when the training begins.
-        names = list(SIZES)
-        chosen = (
-            self.num_chunks if self.num_chunks < len(names) else int(rng.choice(len(names), p=list(SIZES.values())))
-        )
-        width, height = names[chosen]
+        width, height = self._next_size(rng)
         found = [scenes.sample(self.things, rng) for _ in range(self.plan.chunk)]
         latents = []
         for start in range(0, self.plan.chunk, 8):
@@ -63,6 +63,14 @@ class Pool:
         }
         checkpoint.save(FOLDER / f"{self.num_chunks:05d}.pt", content)
         self._take(content)
+
+    def _next_size(self, rng: numpy.random.Generator) -> Size:
+        """The first chunks go round the sizes, so that none is missing when the training begins."""
+        if self.missing:
+            return self.missing[0]
+        if rng.random() < SMALL_SHARES[0]:
+            return SMALL_SIZE
+        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
