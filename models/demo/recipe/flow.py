@@ -9,7 +9,7 @@ from torch import _dynamo as dynamo
 
 from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, threads, tokens
 from models.demo.recipe.autoencoder import rate
-from models.demo.recipe.plan import SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
+from models.demo.recipe.plan import CENTRED_SHARES, EARLY, SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
 from models.demo.recipe.pool import Pool, Size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
@@ -42,6 +42,11 @@ class Trainer:
         self.iteration, self.best = 0, 0.0
         self._resume()
 
+    @property
+    def is_early(self) -> bool:
+        """Whether it is still learning what words mean."""
+        return self.iteration < EARLY * self.plan.flow_iterations
+
     def _resume(self) -> None:
         saved = checkpoint.load(FILE)
         if saved is None:
@@ -64,16 +69,16 @@ class Trainer:
         number = max(1, self.plan.batch_tokens // num_tokens)
         if rng.random() < LONG_SHARE:
             number = max(1, number // 3)
-            found, latents = self.pool.pick(size, number, rng, simple=True)
+            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_simple)
             texts = [captions.strange(rng, int(rng.integers(40, 400))) for _ in found]
         else:
-            found, latents = self.pool.pick(size, number, rng)
+            is_centred = rng.random() < CENTRED_SHARES[self.is_early]
+            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_centred or not is_centred)
             texts = [captions.caption(scene, self.things, rng) for scene in found]
         return ((latents - self.shift) * self.scaling).to(self.device), texts
 
     def _size(self, rng: numpy.random.Generator) -> Size:
-        is_late = self.iteration >= self.plan.flow_iterations / 2
-        if rng.random() < SMALL_SHARES[is_late]:
+        if rng.random() < SMALL_SHARES[self.is_early]:
             return SMALL_SIZE
         return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 

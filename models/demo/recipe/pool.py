@@ -1,6 +1,7 @@
 """A pool of scenes whose latents were computed once; captions are not kept, each use makes a new one."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class Pool:
         """The first chunks go round the sizes, so that none is missing when the training begins."""
         if self.missing:
             return self.missing[0]
-        if rng.random() < SMALL_SHARES[0]:
+        if rng.random() < SMALL_SHARES[True]:
             return SMALL_SIZE
         return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
@@ -87,11 +88,11 @@ class Pool:
         self.num_chunks += 1
 
     def pick(
-        self, size: Size, number: int, rng: numpy.random.Generator, simple: bool = False
+        self, size: Size, number: int, rng: numpy.random.Generator, is_wanted: Callable[[scenes.Scene], bool]
     ) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """Some scenes of a size, and their latents in float32."""
+        """Some scenes of a size and of a kind, and their latents in float32."""
         shelf = self.shelves[size]
-        places = [n for n, scene in enumerate(shelf.scenes) if scene.is_simple] if simple else range(len(shelf.scenes))
+        places = [n for n, scene in enumerate(shelf.scenes) if is_wanted(scene)] or range(len(shelf.scenes))
         chosen = [places[int(n)] for n in rng.integers(len(places), size=number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 
