@@ -28,6 +28,7 @@ class Plan:
     judge_iterations: int
     checker_iterations: int
     checker_examples: int
+    reading_iterations: int
     pool_size: int
     flow_iterations: int
     batch_tokens: int
@@ -62,6 +63,7 @@ PLANS = {
         judge_iterations=2,
         checker_iterations=2,
         checker_examples=16,
+        reading_iterations=2,
         pool_size=32,
         flow_iterations=4,
         batch_tokens=512,
@@ -85,8 +87,9 @@ PLANS = {
         judge_iterations=1_600,
         checker_iterations=1_500,
         checker_examples=3_000,
+        reading_iterations=1_000,
         pool_size=16_384,
-        flow_iterations=8_000,
+        flow_iterations=6_000,
         batch_tokens=4_096,
         heads=3,
         joint_blocks=2,
@@ -100,6 +103,7 @@ PLANS = {
         judge_iterations=20_000,
         checker_iterations=6_000,
         checker_examples=12_000,
+        reading_iterations=20_000,
         pool_size=131_072,
         flow_iterations=200_000,
         batch_tokens=32_768,
