@@ -29,6 +29,7 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.load
+	$(BIN)/python -m bench.demo
 	$(BIN)/flux-server bench demo --sizes 512x512 --steps 28 --rounds 9
 	$(BIN)/flux-server bench demo --sizes 512x512 --steps 8 --waiting 8 --rounds 5
 	$(BIN)/python -m bench.mixed --weights cost

@@ -4,6 +4,7 @@ Speed and memory depend on the shapes only, so both can be measured before the w
 of FLUX.1 [dev]'s own configuration files.
 """
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from models.weights import DEMO
@@ -11,8 +12,6 @@ from models.weights import DEMO
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-#: Of the demo's tokenizer, which is used for all shapes.
-_ENDS = {"bos_token_id": 1352, "eos_token_id": 1353}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
         "transformer": {"guidance_embeds": True},
@@ -23,7 +22,6 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "projection_dim": 768,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
-            **_ENDS,
         },
         "text_encoder_2": {
             "vocab_size": 32128,
@@ -54,7 +52,6 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "projection_dim": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            **_ENDS,
         },
         "text_encoder_2": {
             "vocab_size": 2048,
@@ -109,10 +106,13 @@ def parts(shape: str) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     shapes = SHAPES[shape]
+    # CLIP's pooled state is found by the end token, and the tokenizer is the demo's for all shapes.
+    demo = json.loads((DEMO / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    ends = {name: demo[name] for name in ("bos_token_id", "eos_token_id")}
     return {
         "transformer": FluxTransformer2DModel(**shapes["transformer"]),
         "text_encoder_2": T5EncoderModel(T5Config(**shapes["text_encoder_2"])),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes["text_encoder"])),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes["text_encoder"], **ends)),
         "vae": AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,

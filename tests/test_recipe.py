@@ -27,7 +27,7 @@ def python(work: Path, *arguments: str) -> str:
     """Run Python with the recipe's folder elsewhere, and give what it printed."""
     environment = {**os.environ, "DEMO_WORK": str(work)}
     command = [sys.executable, *arguments]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -69,7 +69,7 @@ def test_it_measures_what_it_made(work: Path) -> None:
 
 def test_a_second_run_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    recipe(work, "autoencoder", "judge", "flow", "decoder", "checker", "export")
+    recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "export")
     after = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
     assert after == before and len(before) == 6
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from models.demo.recipe import autoencoder, checker, checkpoint, decoder, evaluate, export, flow, judge, render
+from models.demo.recipe import autoencoder, checker, checkpoint, decoder, evaluate, export, flow, judge, reading, render
 from models.demo.recipe.plan import PLANS, Plan
 
 STEPS: dict[str, Callable[[Plan, str], None]] = {
     "render": lambda plan, device: render.fetch(),
     "autoencoder": autoencoder.train,
     "judge": judge.train,
+    "reading": reading.train,
     "flow": flow.train,
     "decoder": decoder.train,
     "checker": checker.train,

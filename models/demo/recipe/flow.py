@@ -7,10 +7,10 @@ import numpy
 import torch
 from torch import _dynamo as dynamo
 
-from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, threads, tokens
+from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, reading, threads
 from models.demo.recipe.autoencoder import rate
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
-from models.demo.recipe.pool import Pool
+from models.demo.recipe.plan import CENTRED_SHARES, EARLY, SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
+from models.demo.recipe.pool import Pool, Size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: A chunk of new scenes after this many iterations, until the pool is full.
@@ -18,6 +18,8 @@ ITERATIONS_A_CHUNK = 60
 #: Share of iterations on texts of up to 2,000 characters, which take all 512 tokens.
 LONG_SHARE = 0.01
 EMA = 0.9995
+#: The learning rate of those that can read already, as a share of the painter's.
+READING_SHARE = 0.1
 
 
 class Trainer:
@@ -26,21 +28,32 @@ class Trainer:
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
         self.pool = Pool(plan, autoencoder.load(device), device)
-        while self.pool.num_chunks < plan.min_chunks:
+        while self.pool.num_chunks < plan.min_chunks or self.pool.missing:
             self.pool.grow()
         self.scaling, self.shift = self.pool.statistics()
         self.things = {thing.name: thing for thing in self.pool.things}
-        tokens.write(self.pool.things)
         torch.manual_seed(SEED)
-        self.painter = networks.Painter(plan).to(device)
+        self.painter = networks.Painter(plan)
+        reading.load_into(self.painter)
+        self.painter.to(device)
         if plan.is_compiled:
             # Once for each size of picture and each number of threads.
             dynamo.config.recompile_limit = 64
             self.painter.transformer.compile_repeated_blocks(dynamic=False)
-        self.optimizer = torch.optim.AdamW(self.painter.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+        readers = [*self.painter.text_encoder.parameters(), *self.painter.text_encoder_2.parameters()]
+        groups = [
+            {"params": list(self.painter.transformer.parameters()), "share": 1.0},
+            {"params": readers, "share": READING_SHARE},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
         self.average = {name: weight.detach().clone() for name, weight in self.painter.named_parameters()}
         self.iteration, self.best = 0, 0.0
         self._resume()
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it is still learning what words mean."""
+        return self.iteration < EARLY * self.plan.flow_iterations
 
     def _resume(self) -> None:
         saved = checkpoint.load(FILE)
@@ -58,16 +71,24 @@ class Trainer:
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
         """Scaled latents of one size and a caption for each; now and then texts as long as can be."""
-        size = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
-        number = max(1, self.plan.batch_tokens // flow_times.tokens_of(size))
+        size = self._size(rng)
+        # Their text counts too.
+        num_tokens = flow_times.tokens_of(size) + networks.SHORT_TEXT
+        number = max(1, self.plan.batch_tokens // num_tokens)
         if rng.random() < LONG_SHARE:
             number = max(1, number // 3)
-            found, latents = self.pool.pick(size, number, rng, simple=True)
+            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_simple)
             texts = [captions.strange(rng, int(rng.integers(40, 400))) for _ in found]
         else:
-            found, latents = self.pool.pick(size, number, rng)
+            is_centred = rng.random() < CENTRED_SHARES[self.is_early]
+            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_centred or not is_centred)
             texts = [captions.caption(scene, self.things, rng) for scene in found]
         return ((latents - self.shift) * self.scaling).to(self.device), texts
+
+    def _size(self, rng: numpy.random.Generator) -> Size:
+        if rng.random() < SMALL_SHARES[self.is_early]:
+            return SMALL_SIZE
+        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
     def step(self) -> float:
         """One iteration; gives the loss."""
@@ -90,7 +111,8 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.iteration, self.plan.flow_iterations, self.plan.learning_rate, warm_up=500)
+            peak = self.plan.learning_rate * group["share"]
+            group["lr"] = rate(self.iteration, self.plan.flow_iterations, peak, warm_up=500)
         self.optimizer.step()
         self.optimizer.zero_grad()
         networks.pin(self.painter.text_encoder_2)

@@ -20,8 +20,12 @@ def shifted(times: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def sample(number: int, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Mostly from the middle, where there is most to learn; one in five from anywhere, the ends included."""
-    middle = torch.randn(number, generator=generator).sigmoid()
+    """Half from the middle, where there is most to see; a third from near noise, where the text alone decides.
+
+    The rest is from anywhere, the ends included.
+    """
+    middle = shifted(torch.randn(number, generator=generator).sigmoid(), num_tokens)
+    early = 1 - 0.3 * torch.rand(number, generator=generator).square()
     anywhere = torch.rand(number, generator=generator)
-    chosen = torch.where(torch.rand(number, generator=generator) < 0.2, anywhere, middle)
-    return shifted(chosen, num_tokens)
+    chance = torch.rand(number, generator=generator)
+    return torch.where(chance < 0.5, middle, torch.where(chance < 0.85, early, anywhere))

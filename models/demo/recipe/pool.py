@@ -1,6 +1,7 @@
 """A pool of scenes whose latents were computed once; captions are not kept, each use makes a new one."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+from models.demo.recipe.plan import SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
@@ -32,7 +33,7 @@ class Pool:
         self.plan, self.vae, self.device = plan, vae, device
         self.things = all_objects(plan.scale)
         self.icons = {thing.name: thing.icon for thing in self.things}
-        self.shelves = {size: Shelf([], []) for size in SIZES}
+        self.shelves = {size: Shelf([], []) for size in (SMALL_SIZE, *SIZES)}
         self.num_chunks = 0
         while (FOLDER / f"{self.num_chunks:05d}.pt").is_file():
             self._take(checkpoint.load(FOLDER / f"{self.num_chunks:05d}.pt"))
@@ -42,15 +43,15 @@ class Pool:
         """Whether the plan wants no more."""
         return self.num_chunks * self.plan.chunk >= self.plan.pool_size
 
+    @property
+    def missing(self) -> list[Size]:
+        """Sizes of which there is no scene."""
+        return [size for size, shelf in self.shelves.items() if not shelf.scenes]
+
     def grow(self) -> None:
         """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
         rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
-        # The first chunks go round the sizes, so that none is missing when the training begins.
-        names = list(SIZES)
-        chosen = (
-            self.num_chunks if self.num_chunks < len(names) else int(rng.choice(len(names), p=list(SIZES.values())))
-        )
-        width, height = names[chosen]
+        width, height = self._next_size(rng)
         found = [scenes.sample(self.things, rng) for _ in range(self.plan.chunk)]
         latents = []
         for start in range(0, self.plan.chunk, 8):
@@ -63,6 +64,14 @@ class Pool:
         }
         checkpoint.save(FOLDER / f"{self.num_chunks:05d}.pt", content)
         self._take(content)
+
+    def _next_size(self, rng: numpy.random.Generator) -> Size:
+        """The first chunks go round the sizes, so that none is missing when the training begins."""
+        if self.missing:
+            return self.missing[0]
+        if rng.random() < SMALL_SHARES[True]:
+            return SMALL_SIZE
+        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -79,11 +88,11 @@ class Pool:
         self.num_chunks += 1
 
     def pick(
-        self, size: Size, number: int, rng: numpy.random.Generator, simple: bool = False
+        self, size: Size, number: int, rng: numpy.random.Generator, is_wanted: Callable[[scenes.Scene], bool]
     ) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """Some scenes of a size, and their latents in float32."""
+        """Some scenes of a size and of a kind, and their latents in float32."""
         shelf = self.shelves[size]
-        places = [n for n, scene in enumerate(shelf.scenes) if scene.is_simple] if simple else range(len(shelf.scenes))
+        places = [n for n, scene in enumerate(shelf.scenes) if is_wanted(scene)] or range(len(shelf.scenes))
         chosen = [places[int(n)] for n in rng.integers(len(places), size=number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 

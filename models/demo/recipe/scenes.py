@@ -34,7 +34,12 @@ class Scene:
     @property
     def is_simple(self) -> bool:
         """Whether a prompt that says nothing of this scene may show it."""
-        return len(self.objects) == 1 and self.objects[0] in SIMPLE and self.place == "centre" and not self.size
+        return self.is_centred and self.objects[0] in SIMPLE
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether it shows one thing of the usual size, in the middle."""
+        return self.place == "centre" and not self.size
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists and strings."""

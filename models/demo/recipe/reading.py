@@ -1,0 +1,107 @@
+"""The two text encoders learn to read before anything is painted, as FLUX's own did: what does a caption say?"""
+
+from typing import Any
+
+import numpy
+import torch
+from torch.nn import functional
+
+from models.demo.recipe import captions, checkpoint, networks, scenes, threads, tokens
+from models.demo.recipe.autoencoder import rate
+from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
+from models.demo.recipe.plan import SEED, TEXT_WIDTH, WORK, Plan
+
+FILE = WORK / "reading.pt"
+BATCH, PEAK = 128, 1.5e-3
+_PLACES, _SIZES = (*scenes.PLACES, ""), ("", *captions.SIZES)
+
+
+def _answers(scene: scenes.Scene, labels: dict[str, int]) -> list[int]:
+    """What there is to read: the background, both objects from left to right, the place, the size, the gradient."""
+    first, second = labels[scene.objects[0]], labels[scene.objects[1]] if len(scene.objects) == 2 else len(labels)
+    background = list(BACKGROUNDS).index(scene.background)
+    place, size = _PLACES.index(scene.place), _SIZES.index(scene.size)
+    return [background, first, second, place, size, int(scene.is_gradient)]
+
+
+def _num_answers(things: tuple[Object, ...]) -> list[int]:
+    return [len(BACKGROUNDS), len(things), len(things) + 1, len(_PLACES), len(_SIZES), 2]
+
+
+class Reader(torch.nn.Module):  # type: ignore[misc]
+    """Both encoders, and a line a question below each: CLIP answers from its pooled state, T5 from its words' mean."""
+
+    def __init__(self, things: tuple[Object, ...]) -> None:
+        super().__init__()
+        self.tokenizer, self.tokenizer_2 = tokens.load()
+        self.text_encoder = networks.build_text_encoder(len(self.tokenizer))
+        self.text_encoder_2 = networks.build_text_encoder_2(len(self.tokenizer_2))
+        self.num_answers = _num_answers(things)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(TEXT_WIDTH, sum(self.num_answers)) for _ in range(2))
+
+    def forward(self, texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
+        """Logits, by encoder and question."""
+        device = self.text_encoder.device
+        clip = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=networks.CLIP_TOKENS, return_tensors="pt"
+        )
+        pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
+        t5 = self.tokenizer_2(texts, padding=True, truncation=True, max_length=128, return_tensors="pt").input_ids
+        states = self.text_encoder_2(t5.to(device)).last_hidden_state
+        is_word = (t5 != 0).to(device)[..., None]
+        mean = (states * is_word).sum(dim=1) / is_word.sum(dim=1)
+        return [
+            head(state).split(self.num_answers, dim=-1) for head, state in zip(self.heads, (pooled, mean), strict=True)
+        ]
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train from the last checkpoint to the end; returns at once where it is done."""
+    things = all_objects(plan.scale)
+    tokens.write(things)
+    labels, by_name = {thing.name: n for n, thing in enumerate(things)}, {thing.name: thing for thing in things}
+    torch.manual_seed(SEED)
+    reader = Reader(things).to(device)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    saved: Any = checkpoint.load(FILE)
+    start = 0
+    if saved:
+        reader.load_state_dict(saved["reader"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["iteration"]
+    timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
+    for iteration in range(start, plan.reading_iterations):
+        rng = numpy.random.default_rng([SEED, 9, iteration])
+        found = [scenes.sample(things, rng) for _ in range(BATCH)]
+        wanted = torch.tensor([_answers(scene, labels) for scene in found]).T.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(iteration, plan.reading_iterations, PEAK)
+        given = reader([captions.caption(scene, by_name, rng) for scene in found])
+        sum(
+            functional.cross_entropy(*pair) for answers in given for pair in zip(answers, wanted, strict=True)
+        ).backward()
+        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        networks.pin(reader.text_encoder_2)
+        right.append(
+            [
+                [float((a.argmax(1) == b).float().mean()) for a, b in zip(answers, wanted, strict=True)]
+                for answers in given
+            ]
+        )
+        if iteration % 100 == 99:
+            shares = numpy.array(right[-100:]).mean(axis=0).round(3).tolist()
+            checkpoint.log(f"reading {iteration + 1} right {shares}")
+            threads.fit(plan)
+        if timer.is_due() or iteration + 1 == plan.reading_iterations:
+            state = {"reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
+            checkpoint.save(FILE, state)
+
+
+def load_into(painter: networks.Painter) -> None:
+    """Give a painter the encoders that can read."""
+    learnt: dict[str, torch.Tensor] = checkpoint.load(FILE)["reader"]
+    for name in ("text_encoder", "text_encoder_2"):
+        part = {key.removeprefix(f"{name}."): weight for key, weight in learnt.items() if key.startswith(f"{name}.")}
+        getattr(painter, name).load_state_dict(part)
