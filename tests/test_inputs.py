@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy
@@ -16,7 +17,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from tests.parts import Clock, Parts, opened, submission
-from tests.serving import Server, serving
+from tests.serving import Gate, Server, completed, in_progress, serving
 
 COPY = "/test/copy"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
@@ -127,30 +128,29 @@ def test_a_redirect_is_judged_like_any_other_address(alice: httpx.Client, httpse
     assert refused(alice, httpserver.url_for("/away"))["type"] == "file_download_error"
 
 
-def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, httpserver: HTTPServer) -> None:
+def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, httpserver: HTTPServer, gate: Gate) -> None:
     """The bytes of the day of the submit, after a kill and with the host gone."""
     httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
-    settings = {"outbound_allow": "127.0.0.0/8"}
-    with serving(tmp_path, "test/copy=demo", "test/gate=demo", max_running="1", **settings) as server:
-        server.ready()
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-            # Something that never ends is ahead of it.
-            (tmp_path / "gate").touch()
-            client.post("/queue/test/copy", json={"prompt": "", "image_url": httpserver.url_for("/picture.png")})
-            request_id = client.post(
-                "/queue/test/copy",
-                json={"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"},
-            ).json()["request_id"]
+    body = {"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"}
+    settings = {"outbound_allow": "127.0.0.0/8", "max_running": "1"}
+    with (
+        serving(tmp_path / "data", "test/copy=demo", **settings) as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+    ):
+        # This one is painted for ever.
+        first = client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+        in_progress(client, first["status_url"])
+        path = urlsplit(client.post("/queue/test/copy", json=body).json()["response_url"]).path
         server.kill()
+    gate.open()
     httpserver.clear()
-    with serving(tmp_path, "test/copy=demo", **settings) as server:
-        server.ready()
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-            path = f"/queue/test/copy/requests/{request_id}"
-            with client.stream("GET", f"{path}/status/stream") as events:
-                events.read()
-            url = client.get(path).json()["images"][0]["url"]
-            assert same(Image.open(io.BytesIO(client.get(url).content)), noise())
+    with (
+        serving(tmp_path / "data", "test/copy=demo", **settings) as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+    ):
+        assert completed(client, f"{path}/status")["status"] == "COMPLETED"
+        found = client.get(urlsplit(client.get(path).json()["images"][0]["url"]).path)
+        assert same(Image.open(io.BytesIO(found.content)), noise())
 
 
 # -- what is read
@@ -222,7 +222,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "too small": (encoded(noise(63, 200)), "image_too_small"),
     "a line": (encoded(Image.new("RGB", (4000, 100))), "image_too_small"),
     "a header alone": (b"\x89PNG\r\n\x1a\n", "unsupported_image_format"),
-    "jpeg of no size": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "unsupported_image_format"),
+    "jpeg of no size": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "image_load_error"),
 }
 
 
@@ -247,7 +247,10 @@ def test_size_is_bounded_before_and_while_it_comes(alice: httpx.Client, httpserv
         return Response((b"\x00" * 2**20 for _ in range(64)), content_type="image/png")
 
     def boast(request: Request) -> Response:
-        return Response(b"", headers={"content-length": str(2**40)}, content_type="image/png")
+        response = Response(b"\x89PNG", content_type="image/png")
+        response.automatically_set_content_length = False
+        response.headers["content-length"] = str(2**40)
+        return response
 
     httpserver.expect_request("/endless").respond_with_handler(dribble)
     httpserver.expect_request("/boast").respond_with_handler(boast)
