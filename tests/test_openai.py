@@ -10,7 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.serving import Gate, Server
+from tests.serving import Gate, Server, completed, in_progress
 
 DEV, NULL = "fal-ai/flux/dev", "test/null"
 SMALL: dict[str, Any] = {"num_inference_steps": 2}
@@ -89,16 +89,15 @@ def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
     assert opened(base64.b64decode(last.b64_json)).size == (128, 96)
 
 
-def test_a_client_that_leaves_is_not_painted_for(client: httpx.Client, server: Server, gate: Gate) -> None:
-    body = {"prompt": str(gate.path), "model": "test/gate", "stream": True}
-    with client.stream("POST", "/v1/images/generations", json=body) as answer:
+def test_a_client_that_leaves_is_not_painted_for(narrow_client: httpx.Client, gate: Gate) -> None:
+    """It waits behind one that is painted for ever."""
+    first = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+    in_progress(narrow_client, first["status_url"])
+    body = {"prompt": "", "model": NULL, "stream": True}
+    with narrow_client.stream("POST", "/v1/images/generations", json=body) as answer:
         request_id = answer.headers["x-fal-request-id"]
-    gate.let(1)
-    status = client.get(f"/queue/test/gate/requests/{request_id}/status").json()
-    assert status["request_id"] == request_id
-    with client.stream("GET", f"/queue/test/gate/requests/{request_id}/status/stream") as events:
-        events.read()
-    assert client.get(f"/queue/test/gate/requests/{request_id}/status").json()["status"] == "COMPLETED"
+    last = completed(narrow_client, f"/queue/test/null/requests/{request_id}/status")
+    assert last["error_type"] == "client_disconnected"
 
 
 @pytest.mark.parametrize(
