@@ -53,10 +53,11 @@ class Claims:
         for each in [each for each in self._waiting if each[0].is_cancelled]:
             self._waiting.remove(each)
             yield each[0], wire.outcome_of(ClientCancelled())
+        busy = set(in_use)
         while self._waiting:
             job, _ = self._waiting[0]
             try:
-                engine, is_new = self._engine_for(job, in_use)
+                engine, is_new = self._engine_for(job, busy)
             except DeviceLost:
                 raise
             except Exception as error:
@@ -67,6 +68,7 @@ class Claims:
                 return
             # All who waited for these weights: each switch is worth as much as it can be.
             alike = [each for each in self._waiting if self._engines.at_hand(each[0].endpoint) is engine]
+            busy.add(engine)
             for claimed in alike if is_new else alike[:1]:
                 self._waiting.remove(claimed)
                 yield claimed[0], self._start(*claimed, engine)
