@@ -77,7 +77,7 @@ class Inputs:
         self._files = files
         self.limits = limits
         self._needed = needed
-        self._max_kept_bytes = max_kept_bytes
+        self.max_kept_bytes = max_kept_bytes
         self._clock = clock
         self._kinds = {
             "picture": Kind(MAX_PICTURE_BYTES, 60.0, _keep_picture),
@@ -120,7 +120,7 @@ class Inputs:
         needed, before = self._needed(), self._clock() - GRACE_SECONDS
         idle = [(path, path.stat()) for path in self._folder.iterdir() if path.name not in needed]
         idle = sorted((each for each in idle if each[1].st_mtime < before), key=lambda each: each[1].st_mtime)
-        excess = sum(path.stat().st_size for path in self._folder.glob("*.safetensors")) - self._max_kept_bytes
+        excess = sum(path.stat().st_size for path in self._folder.glob("*.safetensors")) - self.max_kept_bytes
         num_deleted = 0
         for path, stat in idle:
             if path.suffix == ".safetensors":
