@@ -152,7 +152,8 @@ class Inputs:
                 if kind is self._kinds["lora"]:
                     address = await hub_files.address_of(address, self.guard, aside)
                 known = self._known.get(address)
-                etag = known.etag if known and await self._in_thread(_touch, self.path(known.name)) else ""
+                is_here = known is not None and await self._in_thread(_touch, self.path(known.name))
+                etag = known.etag if known and is_here else ""
                 found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag)
             except ForbiddenURL as error:
                 raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None

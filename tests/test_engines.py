@@ -161,8 +161,7 @@ def test_a_cancelled_one_does_not_wait_for_weights(parts: Parts) -> None:
     submitted(parts, "a/a", num_inference_steps=9)
     other = submitted(parts, "a/b")
     worker.turn()
-    assert other.state == State.IN_PROGRESS
-    parts.queue.cancel(other)
+    assert parts.queue.cancel(other) == State.IN_PROGRESS
     worker.turn()
     assert other.state == State.COMPLETED
     assert "+ a/b" not in shelf.happened

@@ -18,7 +18,7 @@ def pipeline(request: pytest.FixtureRequest) -> FluxPipeline:
 
 
 def begun(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **more: Any) -> Generation:
-    text = Texts(pipeline, "cpu").encode("a fish")
+    text = Texts("cpu").encode("a fish", pipeline)
     return begin(pipeline, "cpu", text, asked(num_inference_steps=4, **more), size, seed)
 
 

@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {"num_inference_steps": 2}
 @pytest.fixture
 def sdk(server: Server) -> Iterator[openai.OpenAI]:
     with (
-        httpx.Client(trust_env=False, timeout=60) as client,
+        openai.DefaultHttpxClient(trust_env=False, timeout=60) as client,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="local", http_client=client, max_retries=0) as sdk,
     ):
         yield sdk
@@ -81,8 +81,9 @@ def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
     )  # fmt: skip
     *partial, last = list(stream)
     assert 0 < len(partial) <= num_partial or num_partial == 0 == len(partial)
-    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
-    for event in partial:
+    for number, event in enumerate(partial):
+        assert event.type == "image_generation.partial_image"
+        assert event.partial_image_index == number
         opened(base64.b64decode(event.b64_json))
     assert last.type == "image_generation.completed"
     assert last.size == "128x96"
@@ -130,7 +131,7 @@ def test_the_packages_own_errors(sdk: openai.OpenAI) -> None:
 
 
 def test_a_wrong_key(keyed: Server) -> None:
-    with httpx.Client(trust_env=False, timeout=60) as client:
+    with openai.DefaultHttpxClient(trust_env=False, timeout=60) as client:
         wrong = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody", http_client=client, max_retries=0)
         with pytest.raises(openai.AuthenticationError) as raised:
             wrong.images.generate(prompt="", model=NULL)
