@@ -88,7 +88,7 @@ class Settings(BaseModel):
     retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")
     retention_gb: float = Field(10, gt=0, description="How much disk pictures may take, in GB; the oldest go first.")
     outbound_allow: Words = Field(
-        (), description="Hosts and networks of your own that webhooks may reach, such as 10.0.0.0/8 or hooks.lan."
+        (), description="Own hosts and networks that webhooks and downloads may reach, such as 10.0.0.0/8 or hooks.lan."
     )
     webhook_secret: str = Field("", description="Standard Webhooks' shared secret, whsec_..., if any.")
     shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
