@@ -153,7 +153,7 @@ class Bench:
             guidance_scale=GUIDANCE_SCALE,
             acceleration=engine.tiers[0].name,
         )
-        engine.texts.encode(PROMPT)
+        engine.texts.encode(PROMPT, engine.pipeline)
         begun = _now(self.device)
         paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:

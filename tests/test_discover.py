@@ -27,7 +27,10 @@ def test_the_package_has_flux_dev() -> None:
 
 
 def test_a_folder_adds_its_own() -> None:
-    added = {f"test/{name}" for name in ("null", "gate", "raises", "unsafe", "lost", "memory", "large-previews")}
+    added = {
+        f"test/{name}"
+        for name in ("null", "gate", "raises", "unsafe", "lost", "memory", "large-previews", "copy", "lora")
+    }
     assert set(discover(MODELS)) == set(discover()) | added
 
 

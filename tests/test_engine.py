@@ -217,8 +217,8 @@ def test_those_with_texts_of_other_lengths_do_not(
 ) -> None:
     encode = engine.texts.encode
 
-    def shorter(prompt: str) -> Text:
-        text: Text = encode(prompt)
+    def shorter(prompt: str, *given: Any) -> Text:
+        text: Text = encode(prompt, *given)
         if prompt != "picture 1":
             return text
         return Text(text.prompt_embeds[:, :256], text.pooled_prompt_embeds, text.ids[:256])

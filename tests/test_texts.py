@@ -91,7 +91,7 @@ def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
     # Not a multiple: what does not fit wholly is not kept.
     texts = Texts("cpu", max_bytes=3 * one + one // 2)
     for number in range(8):
-        texts.encode(f"picture {number}")
+        texts.encode(f"picture {number}", pipeline)
         assert texts.num_bytes == min(number + 1, 3) * one <= texts.max_bytes
 
 
