@@ -196,8 +196,9 @@ def test_a_hundred_switches(tiny: Path) -> None:
         del engine
         gc.collect()
         used.append(psutil.Process().memory_info().rss)
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.numel() > 1_000_000]
-    assert not tensors
+    # By its type alone: asking some of PyTorch's old modules for their class warns.
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    assert not [each.shape for each in tensors if each.numel() > 500_000]
     assert max(used[90:]) < max(used[10:20]) + 50_000_000
 
 
