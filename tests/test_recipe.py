@@ -17,6 +17,8 @@ from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
 from tests.serving import ROOT
 
 DEMO = ROOT / "models" / "demo"
+#: Half a minute by itself; a machine that others use needs more.
+pytestmark = pytest.mark.timeout(900)
 THINGS = {thing.name: thing for thing in SMALL}
 ASKED_FOR = (
     "rocket apple dog cat tree star sun moon fish car house heart balloon snowman frog banana".split()  # noqa: SIM905
