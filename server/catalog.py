@@ -46,7 +46,7 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
             "description": f"The OpenAPI schema for the {endpoint} queue.",
             "x-fal-metadata": {
                 "endpointId": endpoint,
-                "category": "text-to-image",
+                "category": _category(model),
                 "thumbnailUrl": "",
                 "playgroundUrl": f"{base_url}/",
                 "documentationUrl": f"{base_url}/models/{endpoint}/llms.txt",
@@ -83,7 +83,7 @@ def llms_txt(model: Model, base_url: str) -> str:
             "## Overview\n",
             f"- **Endpoint**: `{base_url}/{model.endpoint}`",
             f"- **Model ID**: `{model.endpoint}`",
-            "- **Category**: text-to-image",
+            f"- **Category**: {_category(model)}",
             "- **Kind**: inference\n",
             "## Pricing\n",
             "Self-hosted: no charge for a picture.\n",
@@ -110,6 +110,11 @@ def llms_txt(model: Model, base_url: str) -> str:
             "",
         ]
     )
+
+
+def _category(model: Model) -> str:
+    """fal's word for what goes in and what comes out."""
+    return "image-to-image" if "image_url" in model.Input.model_fields else "text-to-image"
 
 
 def _schemas(model: Model) -> dict[str, Any]:

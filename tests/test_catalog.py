@@ -12,6 +12,7 @@ import pytest
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
+from models import discover
 from tests.node import JS
 from tests.serving import ROOT, Server
 from tests.test_node_clients import node as node
@@ -31,6 +32,8 @@ INPUT = [
     "output_format",
     "acceleration",
 ]
+#: All that the package serves.
+FAMILY = sorted(discover())
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
 
@@ -67,7 +70,7 @@ def problems(document: Any, name: str, value: Any) -> list[str]:
     return [error.message for error in OAS30Validator(schema(document, name)).iter_errors(value)]
 
 
-@pytest.mark.parametrize("endpoint", [FLUX, "test/null"])
+@pytest.mark.parametrize("endpoint", [*FAMILY, "test/null"])
 def test_it_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
     found = document_of(client, endpoint)
     assert found["openapi"] == "3.0.4"
@@ -215,6 +218,22 @@ def test_the_bodies_of_llms_txt_are_accepted(text: str, client: httpx.Client) ->
     assert set(full) == set(INPUT) - {"seed", "sync_mode"}
     for body in (needed, full):
         assert client.post("/test/null", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("endpoint", FAMILY)
+def test_every_endpoint_accepts_its_own_example(client: httpx.Client, endpoint: str) -> None:
+    told = client.get(f"/models/{endpoint}/llms.txt").text
+    needed, full, *_ = (json.loads(example) for example in examples(told, "json"))
+    category = "image-to-image" if "image_url" in needed else "text-to-image"
+    assert f"- **Category**: {category}" in told
+    assert document_of(client, endpoint)["info"]["x-fal-metadata"]["category"] == category
+    assert set(needed) <= set(full)
+    small = {"image_size": {"width": 64, "height": 64}} if "image_size" in full else {}
+    for body in (needed, full):
+        steps = min(10, full["num_inference_steps"])
+        answer = client.post(f"/{endpoint}", json={**body, **small, "num_inference_steps": steps})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["prompt"] == needed["prompt"]
 
 
 def test_the_python_example_runs(text: str, server: Server) -> None:
