@@ -5,15 +5,13 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev import FluxDev, FluxDevInput
-from models.schema import LoraWeight, ModestSpeed
+from models.schema import Loras, ModestSpeed
 
 
 class FluxLoraInput(FluxDevInput):
     """As FLUX.1 [dev]'s, with LoRA weights."""
 
-    loras: list[LoraWeight] = Field(
-        [], max_length=8, description="The LoRAs to use for the image generation; their effects add up."
-    )
+    loras: Loras = Field([])
     acceleration: ModestSpeed = "none"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev_image_to_image import FluxDevImageToImage, FluxDevImageToImageInput
-from models.schema import LoraWeight, ModestSpeed, Steps, Strength
+from models.schema import Loras, ModestSpeed, Steps, Strength
 
 
 class FluxLoraImageToImageInput(FluxDevImageToImageInput):
@@ -13,9 +13,7 @@ class FluxLoraImageToImageInput(FluxDevImageToImageInput):
 
     strength: Strength = 0.85
     num_inference_steps: Steps = Field(28, ge=1, le=50)
-    loras: list[LoraWeight] = Field(
-        [], max_length=8, description="The LoRAs to use for the image generation; their effects add up."
-    )
+    loras: Loras = Field([])
     acceleration: ModestSpeed = "none"
 
 

@@ -203,6 +203,12 @@ class LoraWeight(BaseModel):
     scale: float = Field(1, ge=0, le=4, description="How strongly the weights count, before they are added.")
 
 
+Loras = Annotated[
+    list[LoraWeight],
+    Field(max_length=8, description="The LoRAs to use for the image generation; their effects add up."),
+]
+
+
 class ImageInput(BaseModel):
     """What every model's Input has; unknown fields are ignored, null stands for "not given"."""
 
