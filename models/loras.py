@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import FluxPipeline
 
 from models.base import CannotPaint
@@ -76,6 +77,10 @@ class Loras:
                 self._pipeline.load_lora_weights(
                     str(lora.path.parent), weight_name=lora.path.name, adapter_name=lora.name, local_files_only=True
                 )
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            # The device's, not the file's: who asked for the step tells these apart.
+            self._forget(lora.name)
+            raise
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             # Half of it may be there.
             self._forget(lora.name)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -41,12 +40,12 @@ Result = TypeVar("Result")
 class Kind:
     """What is brought: how large at most, how long it may take, and what becomes of it.
 
-    `keep` checks a file, or writes it anew; it returns its ending.
+    `keep` checks the first file, and puts what is kept of it into the place of the second; it returns its ending.
     """
 
     max_bytes: int
     max_seconds: float
-    keep: Callable[[Path, Limits], str]
+    keep: Callable[[Path, Path, Limits], str]
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,7 @@ class Inputs:
             raise _too_large(kind)
         ready = aside.with_suffix(".ready")
         try:
-            shutil.copyfile(aside, ready)
-            ending = kind.keep(ready, self.limits)
+            ending = kind.keep(aside, ready, self.limits)
             with ready.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
@@ -197,14 +195,17 @@ class Inputs:
         return path.name
 
 
-def _keep_picture(path: Path, limits: Limits) -> str:
+def _keep_picture(aside: Path, ready: Path, limits: Limits) -> str:
     """What the engine gets is written anew, as PNG."""
-    path.write_bytes(pictures.encode(pictures.read(path, limits), "png", None))
+    ready.write_bytes(pictures.encode(pictures.read(aside, limits), "png", None))
     return "png"
 
 
-def _keep_lora(path: Path, limits: Limits) -> str:
-    lora_files.check(path)
+def _keep_lora(aside: Path, ready: Path, limits: Limits) -> str:
+    lora_files.check(aside)
+    aside.rename(ready)
+    # An upload that is linked here may be old, and the sweep goes by that.
+    os.utime(ready)
     return "safetensors"
 
 

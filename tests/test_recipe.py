@@ -16,7 +16,6 @@ from models.demo.recipe.export import JUDGE
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
 from tests.serving import ROOT
 
-DEMO = ROOT / "models" / "demo"
 #: Half a minute by itself; a machine that others use needs more.
 pytestmark = pytest.mark.timeout(900)
 THINGS = {thing.name: thing for thing in SMALL}
