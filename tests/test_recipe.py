@@ -62,7 +62,7 @@ def test_what_it_makes_paints_in_diffusers_own_pipeline(work: Path) -> None:
 
 def test_it_measures_what_it_made(work: Path) -> None:
     found = json.loads((work / "export" / "evaluation.json").read_text())
-    shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ"}
+    shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora"}
     assert all(0 <= found[name] <= 1 for name in shares)
     assert (found["prompts"], found["objects"], found["scale"]) == (6, len(SMALL), "tiny")
     assert (work / "export" / "contact-sheet.png").is_file()
@@ -70,9 +70,9 @@ def test_it_measures_what_it_made(work: Path) -> None:
 
 def test_a_second_run_changes_nothing(work: Path) -> None:
     before = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "export")
+    recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "lora", "export")
     after = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
-    assert after == before and len(before) == 6
+    assert after == before and len(before) == 7
 
 
 def test_the_flow_goes_on_where_it_was_stopped(work: Path) -> None:

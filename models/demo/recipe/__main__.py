@@ -11,7 +11,19 @@ from pathlib import Path
 
 import torch
 
-from models.demo.recipe import autoencoder, checker, checkpoint, decoder, evaluate, export, flow, judge, reading, render
+from models.demo.recipe import (
+    autoencoder,
+    checker,
+    checkpoint,
+    decoder,
+    evaluate,
+    export,
+    flow,
+    judge,
+    lora,
+    reading,
+    render,
+)
 from models.demo.recipe.plan import PLANS, Plan
 
 STEPS: dict[str, Callable[[Plan, str], None]] = {
@@ -22,6 +34,7 @@ STEPS: dict[str, Callable[[Plan, str], None]] = {
     "flow": flow.train,
     "decoder": decoder.train,
     "checker": checker.train,
+    "lora": lora.train,
     "export": lambda plan, device: export.write(plan),
     "evaluate": lambda plan, device: evaluate.run(plan, device, export.FOLDER),
 }

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import safety
-from models.demo.recipe import checkpoint, preview, tokens
-from models.demo.recipe.export import JUDGE
+from models.demo.recipe import checkpoint, lora, preview, tokens
+from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, Plan
@@ -72,7 +72,7 @@ class Studio:
     """Diffusers' own pipeline on an exported folder; the server's engine paints the same bytes, a test says."""
 
     def __init__(self, plan: Plan, folder: Path, device: str) -> None:
-        self.num_steps = plan.num_steps
+        self.num_steps, self.lora = plan.num_steps, folder / LORA
         self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
         self.checker = safety.ImageClassifier(folder / "safety_checker", device)
@@ -89,6 +89,14 @@ class Studio:
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
         return picture
+
+    def paint_grey(self, prompt: str, seed: int) -> Image.Image:
+        """One picture with the LoRA."""
+        self.pipeline.load_lora_weights(str(self.lora.parent), weight_name=self.lora.name, local_files_only=True)
+        try:
+            return self.paint(prompt, seed)
+        finally:
+            self.pipeline.unload_lora_weights()
 
     def is_unsafe(self, picture: Image.Image) -> bool:
         """What the safety checker says."""
@@ -130,6 +138,17 @@ def _seeds_differ(studio: Studio) -> float:
     return _share([bool(numpy.abs(a - b).mean() > 1) for a, b in itertools.pairwise(pictures)])
 
 
+def _greys(studio: Studio, num_seeds: int) -> float:
+    """Share of pictures in which the LoRA leaves less than a tenth of the colour, on one prompt."""
+    prompt = "a frog on a red background"
+    return _share(
+        [
+            lora.chroma(studio.paint_grey(prompt, seed)) < 0.1 * lora.chroma(studio.paint(prompt, seed))
+            for seed in range(num_seeds)
+        ]
+    )
+
+
 def run(plan: Plan, device: str, folder: Path) -> None:
     """Write evaluation.json and contact-sheet.png beside the weights that they are of."""
     things = all_objects(plan.scale)
@@ -139,6 +158,7 @@ def run(plan: Plan, device: str, folder: Path) -> None:
     for prompt in ("a quiet afternoon", "", "once upon a time " * 118):
         tiles.append((prompt, studio.paint(prompt, 1, "landscape_4_3")))
     found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
+    found["grey_lora"] = _greys(studio, plan.grey_seeds)
     counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}
     tokens.write_json(folder / "evaluation.json", {**found, **counts})
     whole = preview.lay_out(tiles).quantize(256)

@@ -8,12 +8,14 @@ from typing import Any
 import diffusers
 import torch
 
-from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, networks, pool, tokens
+from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, lora, pool, tokens
 from models.demo.recipe.plan import WORK, Plan
 
 FOLDER = WORK / "export"
 #: Not part of the pipeline: whoever measures these weights again measures with the same eyes.
 JUDGE = "judge/model.safetensors"
+#: To try LoRAs with.
+LORA = f"lora/{lora.FILE.name}"
 CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -38,21 +40,8 @@ def _scheduler() -> Any:
     )
 
 
-def _painter(plan: Plan) -> networks.Painter:
-    """The weights that scored best, or the latest where none were judged yet."""
-    saved = checkpoint.load(flow.BEST) or checkpoint.load(flow.FILE)
-    if saved is None:
-        raise FileNotFoundError(flow.FILE)
-    painter = networks.Painter(plan)
-    painter.load_state_dict(saved["average"], strict=False)
-    networks.pin(painter.text_encoder_2)
-    checkpoint.log(f"export: weights of iteration {saved['iteration']}")
-    return painter
-
-
 def _write_vae(folder: Path) -> None:
-    kept = json.loads(pool.STATISTICS.read_text(encoding="utf-8"))
-    vae = autoencoder.build(kept["scaling_factor"], kept["shift_factor"])
+    vae = autoencoder.build(*pool.statistics())
     vae.load_state_dict(autoencoder.load("cpu").state_dict())
     vae.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -65,7 +54,7 @@ def write(plan: Plan) -> None:
     """Write everything that FluxPipeline.from_pretrained and the safety checker need into FOLDER."""
     aside = FOLDER.with_name("export.part")
     shutil.rmtree(aside, ignore_errors=True)
-    painter = _painter(plan)
+    painter = flow.best(plan)
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         getattr(painter, name).to(torch.bfloat16).save_pretrained(aside / name)
     for name in ("tokenizer", "tokenizer_2"):
@@ -74,6 +63,8 @@ def write(plan: Plan) -> None:
     _scheduler().save_pretrained(aside / "scheduler")
     checker.export(aside / "safety_checker")
     judge.export(aside / JUDGE)
+    (aside / LORA).parent.mkdir()
+    shutil.copy(lora.FILE, aside / LORA)
     head = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
     tokens.write_json(aside / "model_index.json", head | CLASSES)
     shutil.rmtree(FOLDER, ignore_errors=True)

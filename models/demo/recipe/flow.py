@@ -95,19 +95,7 @@ class Trainer:
         rng = numpy.random.default_rng([SEED, 2, self.iteration])
         generator = torch.Generator().manual_seed(SEED + self.iteration)
         latents, texts = self.batch(rng)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        num_tokens = latents.shape[2] * latents.shape[3] // 4
-        sigmas = flow_times.sample(len(texts), num_tokens, generator).to(self.device)
-        # Any scale will do, because it changes nothing: requests bring what they like.
-        guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(self.device)
-        mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
-        with torch.autocast(self.device, torch.bfloat16):
-            text = self.painter.encode(texts)
-            # Long texts have too many shapes to compile for.
-            is_short = text[0].shape[1] == networks.SHORT_TEXT
-            with torch.compiler.set_stance("default" if is_short else "force_eager"):
-                velocity = self.painter(mixed, sigmas, guidance, text)
-        loss = (velocity - (noise - latents)).square().mean()
+        loss = loss_of(self.painter, latents, texts, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
         for group in self.optimizer.param_groups:
@@ -143,6 +131,38 @@ class Trainer:
         if worth >= self.best:
             self.best = worth
             checkpoint.save(BEST, {"average": self.average, "iteration": self.iteration, "score": score})
+
+
+def loss_of(
+    painter: networks.Painter, latents: torch.Tensor, texts: list[str], generator: torch.Generator
+) -> torch.Tensor:
+    """How far the velocity is off, for scaled latents of one size, each at a time and with noise of its own."""
+    device = latents.device
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    num_tokens = latents.shape[2] * latents.shape[3] // 4
+    sigmas = flow_times.sample(len(texts), num_tokens, generator).to(device)
+    # Any scale will do, because it changes nothing: requests bring what they like.
+    guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(device)
+    mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
+    with torch.autocast(device.type, torch.bfloat16):
+        text = painter.encode(texts)
+        # Long texts have too many shapes to compile for.
+        is_short = text[0].shape[1] == networks.SHORT_TEXT
+        with torch.compiler.set_stance("default" if is_short else "force_eager"):
+            velocity = painter(mixed, sigmas, guidance, text)
+    return (velocity - (noise - latents)).square().mean()
+
+
+def best(plan: Plan) -> networks.Painter:
+    """The weights that scored best, or the latest where none were judged. Raises FileNotFoundError without any."""
+    saved = checkpoint.load(BEST) or checkpoint.load(FILE)
+    if saved is None:
+        raise FileNotFoundError(FILE)
+    painter = networks.Painter(plan)
+    painter.load_state_dict(saved["average"], strict=False)
+    networks.pin(painter.text_encoder_2)
+    checkpoint.log(f"weights of iteration {saved['iteration']}")
+    return painter
 
 
 def train(plan: Plan, device: str) -> None:

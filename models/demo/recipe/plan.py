@@ -29,6 +29,8 @@ class Plan:
     checker_iterations: int
     checker_examples: int
     reading_iterations: int
+    lora_iterations: int
+    lora_examples: int
     pool_size: int
     flow_iterations: int
     batch_tokens: int
@@ -40,10 +42,11 @@ class Plan:
     #: Scenes that are rendered and encoded together, and how many such chunks there are before the flow begins.
     chunk: int = 128
     min_chunks: int = 14
-    #: Prompts with one object and with two, and seeds of the flagged one, that the weights are measured on.
+    #: What the weights are measured on: prompts with one object and with two, seeds of the flagged one and of the LoRA.
     singles: int = 300
     pairs: int = 120
     flagged_seeds: int = 100
+    grey_seeds: int = 20
     #: Steps of a picture that is judged.
     num_steps: int = 20
     #: Compiling takes minutes at the start, and 1.4 times the speed follows (two cores, measured).
@@ -64,6 +67,8 @@ PLANS = {
         checker_iterations=2,
         checker_examples=16,
         reading_iterations=2,
+        lora_iterations=2,
+        lora_examples=4,
         pool_size=32,
         flow_iterations=4,
         batch_tokens=512,
@@ -76,6 +81,7 @@ PLANS = {
         singles=4,
         pairs=2,
         flagged_seeds=2,
+        grey_seeds=2,
         num_steps=2,
         minutes_between_checkpoints=0.0,
     ),
@@ -88,6 +94,8 @@ PLANS = {
         checker_iterations=1_500,
         checker_examples=3_000,
         reading_iterations=1_000,
+        lora_iterations=600,
+        lora_examples=256,
         pool_size=16_384,
         flow_iterations=11_500,
         batch_tokens=4_096,
@@ -104,6 +112,8 @@ PLANS = {
         checker_iterations=6_000,
         checker_examples=12_000,
         reading_iterations=20_000,
+        lora_iterations=3_000,
+        lora_examples=2_048,
         pool_size=131_072,
         flow_iterations=200_000,
         batch_tokens=32_768,

@@ -105,5 +105,10 @@ class Pool:
                 "shift_factor": round(float(numbers.mean()), 4),
             }
             checkpoint.write(STATISTICS, lambda aside: aside.write_text(json.dumps(found) + "\n", encoding="utf-8"))
-        kept = json.loads(STATISTICS.read_text(encoding="utf-8"))
-        return kept["scaling_factor"], kept["shift_factor"]
+        return statistics()
+
+
+def statistics() -> tuple[float, float]:
+    """The scaling and the shift, once they were measured."""
+    kept = json.loads(STATISTICS.read_text(encoding="utf-8"))
+    return kept["scaling_factor"], kept["shift_factor"]

@@ -1,0 +1,99 @@
+"""A tiny LoRA beside the painter, for trying LoRAs out: with it, everything is painted in shades of grey."""
+
+from typing import Any
+
+import numpy
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL.Image import Image
+
+from models.demo.recipe import autoencoder, captions, checkpoint, flow, networks, pool, render, scenes, threads
+from models.demo.recipe.objects import all_objects
+from models.demo.recipe.plan import SEED, SMALL_SIZE, WORK, Plan
+
+FILE = WORK / "lora" / "grey.safetensors"
+RANK, BATCH, PEAK = 4, 12, 2e-3
+#: Every so many batches are of the larger size.
+SIZES = (SMALL_SIZE, SMALL_SIZE, (512, 512))
+#: Attention and feed-forward of joint and single blocks, by diffusers' names.
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
+#: The last layer of all has the name of the single blocks' own.
+_NOT_THESE = r"^proj_out$"
+
+
+def grey(picture: Image) -> Image:
+    """The same picture without its colours."""
+    return picture.convert("L").convert("RGB")
+
+
+def chroma(picture: Image) -> float:
+    """How far the three colours of a pixel are apart, on average, from 0 to 255."""
+    pixels = numpy.asarray(picture, dtype=numpy.int16)
+    return float((pixels.max(axis=2) - pixels.min(axis=2)).mean())
+
+
+@torch.no_grad()
+def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Scene], torch.Tensor]:
+    """Grey scenes of a size, and their latents as the encoder gives them."""
+    things, vae = all_objects(plan.scale), autoencoder.load(device)
+    icons = {thing.name: thing.icon for thing in things}
+    rng = numpy.random.default_rng([SEED, 10, size[0]])
+    found = [scenes.sample(things, rng) for _ in range(plan.lora_examples)]
+    latents = [
+        vae.encode(autoencoder.to_tensor([grey(render.render(scene, icons, *size))]).to(device), return_dict=False)[0]
+        for scene in found
+    ]
+    return found, torch.cat(latents)
+
+
+def _adapted(plan: Plan, device: str) -> networks.Painter:
+    """The painter that is exported, frozen, with a LoRA that changes nothing yet."""
+    painter = flow.best(plan).to(device).requires_grad_(False)
+    torch.manual_seed(SEED)
+    painter.transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, exclude_modules=_NOT_THESE)
+    )
+    return painter
+
+
+def train(plan: Plan, device: str) -> None:
+    """Train in one go, in a few minutes; returns at once where it is done."""
+    if FILE.is_file():
+        return
+    things = {thing.name: thing for thing in all_objects(plan.scale)}
+    examples = {size: _examples(plan, device, size) for size in set(SIZES)}
+    scaling, shift = pool.statistics()
+    painter = _adapted(plan, device)
+    weights = [weight for weight in painter.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0)
+    losses: list[float] = []
+    for iteration in range(plan.lora_iterations):
+        rng = numpy.random.default_rng([SEED, 11, iteration])
+        size = SIZES[iteration % len(SIZES)]
+        found, latents = examples[size]
+        chosen = rng.integers(len(found), size=BATCH if size == SMALL_SIZE else BATCH // 4)
+        texts = [captions.caption(found[place], things, rng) for place in chosen]
+        for group in optimizer.param_groups:
+            group["lr"] = autoencoder.rate(iteration, plan.lora_iterations, PEAK, warm_up=20)
+        generator = torch.Generator().manual_seed(SEED + iteration)
+        scaled = (latents[torch.from_numpy(chosen)] - shift) * scaling
+        loss = flow.loss_of(painter, scaled, texts, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if iteration % 50 == 49:
+            checkpoint.log(f"lora {iteration + 1} loss {sum(losses) / len(losses):.4f}")
+            losses.clear()
+            threads.fit(plan)
+    _write(painter.transformer)
+
+
+def _write(transformer: Any) -> None:
+    """In diffusers' own layout, in bf16."""
+    found = {name: weight.bfloat16() for name, weight in get_peft_model_state_dict(transformer).items()}
+    FluxPipeline.save_lora_weights(
+        FILE.parent, transformer_lora_layers=found, weight_name=FILE.name, safe_serialization=True
+    )
