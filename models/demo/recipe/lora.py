@@ -49,7 +49,8 @@ def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Sce
 
 def _adapted(plan: Plan, device: str) -> networks.Painter:
     """The painter that is exported, frozen, with a LoRA that changes nothing yet."""
-    painter = flow.best(plan).to(device).requires_grad_(False)
+    painter = flow.best(plan)
+    painter.to(device).requires_grad_(False)
     torch.manual_seed(SEED)
     painter.transformer.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, exclude_modules=_NOT_THESE)
