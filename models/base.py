@@ -54,6 +54,14 @@ class Placement:
     report: Callable[[Loading], None] = _tell_nobody
 
 
+@dataclass(frozen=True)
+class AddOn:
+    """Further weights that an endpoint needs: in this folder of its own weights, or by this id in the hub's cache."""
+
+    folder: str
+    hub_id: str
+
+
 class CannotPaint(Exception):
     """This request fails, for a reason that its client is told. Nothing else is harmed."""
 
@@ -147,6 +155,10 @@ class Model(Protocol):
     @property
     def weights(self) -> tuple[str, ...]:
         """Hub ids this endpoint can run on; empty for a model that needs no weights."""
+
+    @property
+    def add_on(self) -> AddOn | None:
+        """What must be installed beside the weights for this endpoint to be served; None when nothing."""
 
     @property
     def Input(self) -> type[ImageInput]:  # noqa: N802  the wire's own word

@@ -19,6 +19,7 @@ from models.generation import Generation, begin, unpacked
 from models.loras import Lora, Loras
 from models.painting import FluxPainting
 from models.preview import Preview
+from models.redux import Redux
 from models.texts import Texts
 from models.tiers import Tier
 from models.work import step_flop
@@ -46,6 +47,7 @@ class FluxEngine:
         device: str,
         *,
         offers_loras: bool = True,
+        redux: Redux | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.checker = checker
@@ -53,6 +55,7 @@ class FluxEngine:
         self.device = Device(device)
         self.texts = Texts(device)
         self.loras = Loras(pipeline) if offers_loras else None
+        self.redux = redux
         self.previews = Preview(pipeline.vae)
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
@@ -65,7 +68,10 @@ class FluxEngine:
         pipeline, plan = weights.load(placement)
         device = weights.device_for(placement.device)
         offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
-        engine = cls(pipeline, safety.load(placement), offered, device, offers_loras=plan.is_whole)
+        prior = weights.installed(placement.weights, weights.REDUX) if placement.weights else None
+        redux = Redux.load(prior, pipeline.transformer, device) if prior else None
+        checker = safety.load(placement)
+        engine = cls(pipeline, checker, offered, device, offers_loras=plan.is_whole, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
                 engine.warm_up()
@@ -92,7 +98,7 @@ class FluxEngine:
         """Give the device's memory back."""
         # A thread may still be warming one up.
         self.tiers = []
-        del self.pipeline, self.checker, self.texts, self.loras, self.previews
+        del self.pipeline, self.checker, self.texts, self.loras, self.redux, self.previews
         self.device.free()
 
     def settle(self) -> None:
@@ -112,8 +118,12 @@ class FluxEngine:
             raise CannotPaint("LoRA weights need all of the model on the device: --memory resident.")
         tier = tiers.nearest(tiers.UNCOMPILED if loras else self.tiers, request.acceleration)
         picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
-        width, height = picture.size if picture else (request.image_size.width, request.image_size.height)
-        return FluxPainting(request, seed, self._round(width), self._round(height), tier, picture, loras)
+        # One that has no strength is looked at, not painted over.
+        start, subject = (picture, None) if hasattr(request, "strength") else (None, picture)
+        if subject and self.redux is None:
+            raise CannotPaint(f"These weights cannot read pictures: {weights.REDUX.hub_id} is not installed.")
+        width, height = start.size if start else (request.image_size.width, request.image_size.height)
+        return FluxPainting(request, seed, self._round(width), self._round(height), tier, start, subject, loras)
 
     @torch.no_grad()
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
@@ -228,7 +238,10 @@ class FluxEngine:
         return max(self.multiple, side // self.multiple * self.multiple)
 
     def _begin(self, painting: FluxPainting, seed: int) -> Generation:
-        text = self.texts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
+        if painting.subject and self.redux:
+            text = self.redux.encode(painting.subject)
+        else:
+            text = self.texts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
         size = (painting.width, painting.height)
         generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.picture)
         generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from models.base import Engine, Placement
+from models.base import AddOn, Engine, Placement
 from models.schema import (
     ChecksSafety,
     Format,
@@ -49,6 +49,7 @@ class FluxDev:
     endpoint = "fal-ai/flux/dev"
     family = "flux"
     weights = ("black-forest-labs/FLUX.1-dev",)
+    add_on: AddOn | None = None
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 

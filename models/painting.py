@@ -21,6 +21,8 @@ class FluxPainting:
     tier: Tier
     #: What it is painted over, if anything.
     picture: Image | None = None
+    #: What it is told to paint by, instead of a prompt.
+    subject: Image | None = None
     loras: tuple[Lora, ...] = ()
     generations: list[Generation] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models import hub, memory
-from models.base import Loading, Model, Placement
+from models.base import AddOn, Loading, Model, Placement
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
-#: In the folder of some weights, and loaded by `models.safety`.
-_NOT_OF_THE_PIPELINE = ("safety_checker",)
+#: What FLUX.1 [dev] reads a picture with instead of a prompt.
+REDUX = AddOn("redux", "black-forest-labs/FLUX.1-Redux-dev")
+#: Loaded by `models.safety` and `models.redux`.
+_NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder)
 
 
 def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
@@ -37,19 +39,40 @@ def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Pa
 
 def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if spec == "demo":
-        return {model.endpoint: DEMO for model in models.values() if model.weights}
+        return {model.endpoint: DEMO for model in models.values() if model.weights and _has_all(model, DEMO)}
     endpoint, separator, rest = spec.partition("=")
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
-        return {endpoint: place(rest)}
+        where = place(rest)
+        if not _has_all(models[endpoint], where):
+            raise ValueError(f"{spec}: {endpoint} needs {_lacking(models[endpoint], where)} too")
+        return {endpoint: where}
     where = place(spec)
     if isinstance(where, Path):
         return {DEFAULT_ENDPOINT: where}
     served = [model.endpoint for model in models.values() if where in model.weights]
     if not served:
         raise ValueError(f"{spec}: no endpoint is known to run on it; say ENDPOINT={spec}")
-    return dict.fromkeys(served, where)
+    return {endpoint: where for endpoint in served if _has_all(models[endpoint], where)}
+
+
+def installed(where: str | Path, add_on: AddOn) -> Path | None:
+    """Where an add-on to some weights lies: weights from a folder bring it, and those from the hub find it there."""
+    if isinstance(where, Path):
+        return where / add_on.folder if (where / add_on.folder).is_dir() else None
+    return hub.locate(add_on.hub_id)
+
+
+def _has_all(model: Model, where: str | Path) -> bool:
+    return model.add_on is None or installed(where, model.add_on) is not None
+
+
+def _lacking(model: Model, where: str | Path) -> str:
+    assert model.add_on is not None
+    if isinstance(where, Path):
+        return f"the folder {model.add_on.folder} in {where}, with {model.add_on.hub_id}"
+    return f"{model.add_on.hub_id}; `flux-server pull {model.add_on.hub_id}` brings it"
 
 
 def place(spec: str) -> str | Path:
@@ -86,7 +109,7 @@ def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
         raise ValueError("a FLUX pipeline needs weights")
     folder, device = folder_of(placement.weights), device_for(placement.device)
     _refuse_strangers(folder)
-    sizes = hub.sizes(folder)
+    sizes = _sizes(placement.weights, folder)
     plan = memory.choose(placement.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
@@ -101,6 +124,12 @@ def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
     )
     pipeline.set_progress_bar_config(disable=True)
     return plan.place(pipeline, device), plan
+
+
+def _sizes(where: str | Path | None, folder: Path) -> dict[str, int]:
+    """Bytes of the weights of each component, and of what is installed beside them."""
+    beside = installed(where, REDUX) if where else None
+    return hub.sizes(folder) | ({REDUX.folder: hub.size(beside)} if beside else {})
 
 
 def _refuse_strangers(folder: Path) -> None:
@@ -147,7 +176,7 @@ def has_room(placement: Placement) -> bool:
     folder = placement.weights if isinstance(placement.weights, Path) else hub.locate(placement.weights or "")
     if folder is None:
         return True
-    return memory.is_whole(hub.sizes(folder), free_memory(device_for(placement.device)))
+    return memory.is_whole(_sizes(placement.weights, folder), free_memory(device_for(placement.device)))
 
 
 def device_for(name: str) -> str:

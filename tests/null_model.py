@@ -154,6 +154,7 @@ class NullModel:
 
     family = "null"
     weights: tuple[str, ...] = ()
+    add_on = None
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 

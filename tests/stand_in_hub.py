@@ -30,8 +30,8 @@ def write_flux_dev(folder: Path) -> None:
         num_single_layers=2,
         attention_head_dim=32,
         num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
+        joint_attention_dim=demo.text_encoder_2.config.d_model,
+        pooled_projection_dim=demo.text_encoder.config.hidden_size,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )

@@ -1,0 +1,50 @@
+"""FLUX.1 Redux: a picture takes the place of the prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPriorReduxPipeline
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from PIL.Image import Image
+from transformers import SiglipImageProcessorPil, SiglipVisionModel
+
+from models.texts import NUM_TOKENS, Text
+
+
+class Redux:
+    """The prior of FLUX.1 Redux [dev]: what a picture shows, told to the transformer after a text of zeros."""
+
+    def __init__(self, prior: FluxPriorReduxPipeline, transformer: Any) -> None:
+        self.prior = prior
+        self._text_width = transformer.config.joint_attention_dim
+        self._pooled_width = transformer.config.pooled_projection_dim
+        told = prior.image_embedder.config.txt_in_features
+        if told != self._text_width:
+            raise OSError(f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}")
+
+    @classmethod
+    def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
+        """In bf16 on the device; only safetensors. Raises OSError, also where it does not fit."""
+        common = {"dtype": torch.bfloat16, "use_safetensors": True, "local_files_only": True}
+        prior = FluxPriorReduxPipeline(
+            image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder", **common).eval(),
+            # Pillow's way of scaling is the same everywhere, and needs no torchvision.
+            feature_extractor=SiglipImageProcessorPil.from_pretrained(
+                folder / "feature_extractor", local_files_only=True
+            ),
+            image_embedder=ReduxImageEncoder.from_pretrained(folder / "image_embedder", **common).eval(),
+        )
+        return cls(prior.to(device), transformer)
+
+    # With gradients other kernels would run, and the last bits differ from the pipeline's.
+    @torch.no_grad()
+    def encode(self, picture: Image) -> Text:
+        """What stands for the text, as FluxPriorReduxPipeline makes it when it has no text encoders."""
+        device = self.prior.image_embedder.device
+        states = self.prior.encode_image(picture, device, 1)
+        told = self.prior.image_embedder(states).image_embeds
+        no_text = told.new_zeros(1, NUM_TOKENS, self._text_width)
+        embeds = torch.cat([no_text, told], dim=1)
+        ids = told.new_zeros(embeds.shape[1], 3)
+        return Text(embeds, told.new_zeros(1, self._pooled_width), ids)
