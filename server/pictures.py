@@ -14,6 +14,7 @@ from PIL import ExifTags, ImageOps, PngImagePlugin
 from PIL.Image import Image, new
 
 from models.schema import Limits, OutputFormat
+from server import picture_parts
 from server.errors import Unusable
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"jpeg": "image/jpeg", "png": "image/png"}
@@ -42,12 +43,15 @@ MAX_SOURCE_PIXELS = 16_000_000
 
 def read(path: Path, limits: Limits) -> Image:
     """A client's picture as RGB: the right way up, its first frame, scaled down to the limits. Raises Unusable."""
+    content = path.read_bytes()
+    picture_parts.check(content)
     try:
-        with PIL.Image.open(path, formats=SOURCE_FORMATS) as source:
+        with PIL.Image.open(io.BytesIO(content), formats=SOURCE_FORMATS) as source:
             # What the header says, before anything is unpacked: a few hundred kilobytes can hold gigabytes.
             if source.width * source.height > MAX_SOURCE_PIXELS:
                 raise _too_many_pixels(source.width, source.height)
-            picture = _rgb(ImageOps.exif_transpose(source))
+            source.load()
+            picture = _rgb(_upright(source))
     except Unusable:
         raise
     except PIL.UnidentifiedImageError:
@@ -83,6 +87,14 @@ def _too_many_pixels(*size: int) -> Unusable:
         max_width=4000,
         max_height=4000,
     )
+
+
+def _upright(picture: Image) -> Image:
+    """As its metadata say, where they can be read: many programs write bad ones."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture
 
 
 def _rgb(picture: Image) -> Image:

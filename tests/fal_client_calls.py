@@ -173,6 +173,25 @@ async def uploads_async(folder: str) -> Any:
     }
 
 
+def pictures_in(path: str, hosted: str) -> Any:
+    """What test/copy answers to a picture that comes in each way, and what it was told to fetch."""
+    with Image.open(path) as picture:
+        picture.load()
+    ways = {
+        "hosted": hosted,
+        "data URI": fal_client.encode_image(picture, "png"),
+        "data URI of a file": fal_client.encode_file(path),
+        "uploaded": fal_client.upload_file(path),
+        "uploaded image": fal_client.upload_image(picture, "png"),
+    }
+    return {name: _copied(url) for name, url in ways.items()}
+
+
+def _copied(url: str) -> Any:
+    arguments = {"prompt": "", "image_url": url, "output_format": "png"}
+    return fal_client.subscribe("test/copy", arguments=arguments)
+
+
 def realtime() -> Any:
     """Two pictures and a refusal in one session, and a picture in a session opened with the key itself."""
     with fal_client.realtime(FLUX, max_buffering=5) as session:

@@ -34,6 +34,7 @@ LAYERS = (
         "server.watchdog",
     },
     {"server.pictures", "server.lora_files"},
+    {"server.picture_parts"},
     {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors"},
     {"models"},
     {"models.*"},

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,10 @@ from PIL import ExifTags, Image
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from models.schema import Limits
+from server import pictures
+from server.errors import Unusable
+from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
 from tests.parts import Clock, Parts, opened, submission
 from tests.serving import Gate, Server, completed, in_progress, serving
 
@@ -23,19 +25,8 @@ COPY = "/test/copy"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **more)
-    return buffer.getvalue()
-
-
 def data_uri(content: bytes, content_type: str = "image/png") -> str:
     return f"data:{content_type};base64,{base64.b64encode(content).decode()}"
-
-
-def noise(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
-    values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
-    return Image.fromarray(values.squeeze())
 
 
 @pytest.fixture(scope="module")
@@ -186,53 +177,54 @@ def test_large_ones_are_scaled_down_to_the_limit(alice: httpx.Client) -> None:
 # -- what is refused
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of chunks, whatever they say."""
-    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    written = b"\x89PNG\r\n\x1a\n"
-    for name, content in (head, *chunks, (b"IEND", b"")):
-        checksum = struct.pack(">I", zlib.crc32(name + content))
-        written += struct.pack(">I", len(content)) + name + content + checksum
-    return written
-
-
-#: 231 kB that unpack to 81 megapixels.
-BOMB = png(9000, 9000, (b"IDAT", zlib.compress(bytes(9000 * (1 + 3 * 9000)), 9)))
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "bomb": (BOMB, "image_too_large"),
-    "a header that lies": (png(60_000, 60_000, (b"IDAT", zlib.compress(b"x"))), "image_too_large"),
-    "no pixels": (png(96, 80), "image_load_error"),
-    "too few pixels": (png(96, 80, (b"IDAT", zlib.compress(bytes(100)))), "image_load_error"),
-    "broken compression": (png(96, 80, (b"IDAT", b"\x00" * 64)), "image_load_error"),
-    "cut short": (encoded(noise())[:2000], "image_load_error"),
-    "cut short jpeg": (encoded(noise(), "JPEG")[:900], "image_load_error"),
-    "cut short webp": (encoded(noise(), "WEBP")[:200], "image_load_error"),
-    "nothing": (b"", "unsupported_image_format"),
-    "text": (b"hello", "unsupported_image_format"),
-    "html": (b"<!doctype html><script>alert(1)</script>", "unsupported_image_format"),
-    "svg": (
-        b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-        "unsupported_image_format",
-    ),
-    "gif": (encoded(noise(), "GIF"), "unsupported_image_format"),
-    "tiff": (encoded(noise(), "TIFF"), "unsupported_image_format"),
-    "bmp": (encoded(noise(), "BMP"), "unsupported_image_format"),
-    "ico": (encoded(noise(), "ICO"), "unsupported_image_format"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported_image_format"),
-    "too small": (encoded(noise(63, 200)), "image_too_small"),
-    "a line": (encoded(Image.new("RGB", (4000, 100))), "image_too_small"),
-    "a header alone": (b"\x89PNG\r\n\x1a\n", "unsupported_image_format"),
-    "jpeg of no size": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "image_load_error"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", REFUSED)
 def test_hostile_pictures(alice: httpx.Client, name: str) -> None:
-    content, error_type = HOSTILE[name]
+    content, error_type = REFUSED[name]
     entry = refused(alice, data_uri(content))
     assert entry["type"] == error_type
     assert len(entry["input"]) <= 1000
     assert same(copied(alice, data_uri(encoded(noise()))), noise())
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_odd_pictures(alice: httpx.Client, name: str) -> None:
+    assert same(copied(alice, data_uri(TAKEN[name])), noise())
+
+
+def test_as_many_as_were_promised() -> None:
+    assert len(REFUSED) + len(TAKEN) >= 48
+
+
+def mutate(number: int, folder: Path) -> None:
+    """Change a few bytes of a good picture: what comes of it is RGB within the limits, or is refused."""
+    rng = numpy.random.default_rng(number)
+    good = (PNG, JPEG, WEBP, PROGRESSIVE)[number % 4]
+    content = bytearray(good)
+    for place in rng.integers(len(content) if number % 2 else min(200, len(content)), size=1 + number % 7):
+        content[place] = rng.integers(256)
+    if number % 5 == 0:
+        del content[int(rng.integers(len(content))) :]
+    path = folder / "mutated"
+    path.write_bytes(content)
+    limits = Limits()
+    try:
+        found = pictures.read(path, limits)
+    except Unusable:
+        return
+    assert found.mode == "RGB"
+    assert limits.min_side <= min(found.size) <= max(found.size) <= limits.max_side
+
+
+def test_mutations(tmp_path: Path) -> None:
+    for number in range(300):
+        mutate(number, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_many_mutations(tmp_path: Path) -> None:
+    for number in range(20_000):
+        mutate(number, tmp_path)
 
 
 @pytest.mark.parametrize(
