@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import httpx
 import pytest
 
 from models import discover
-from tests.serving import MODELS
+from tests.serving import MODELS, serving
 
 NULL = """
 from tests.null_model import NullEngine, NullModel
@@ -63,3 +64,41 @@ def test_a_file_that_fails_is_told_and_not_half_kept(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="discover_nothing"):
             discover(tmp_path)
+
+
+def test_a_file_in_a_folder_is_served_with_no_other_change(tmp_path: Path) -> None:
+    """The endpoint itself, what describes it, and its own fields."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write(
+        folder,
+        "discover_served",
+        """
+from pydantic import Field
+
+from models.flux_dev import FluxDevInput
+from tests.null_model import NullEngine, NullModel
+
+
+class Input(FluxDevInput):
+    zest: int = Field(3, ge=1, le=5, description="How much lemon.")
+
+
+class Lemon(NullModel):
+    Input = Input
+
+
+MODEL = Lemon("me/lemon", NullEngine)
+""",
+    )
+    with (
+        serving(tmp_path / "data", "me/lemon=demo", models_dir=str(folder)) as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        assert client.post("/me/lemon", json={"prompt": "a lemon"}).json()["images"]
+        entry = client.post("/me/lemon", json={"prompt": "a lemon", "zest": 9}).json()["detail"][0]
+        assert (entry["loc"], entry["ctx"]) == (["body", "zest"], {"le": 5})
+        told = client.get("/models/me/lemon/llms.txt").text
+        assert "How much lemon." in told
+        assert "me/lemon" in [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert "/me/lemon" in client.get("/openapi.json").json()["paths"]

@@ -14,6 +14,8 @@ from diffusers import FluxPipeline
 from models.demo.recipe import captions, scenes
 from models.demo.recipe.export import JUDGE
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
+from models.demo.recipe.plan import TOKEN_PIXELS
+from models.schema import PRESETS
 from tests.serving import ROOT
 
 #: Half a minute by itself; a machine that others use needs more.
@@ -144,6 +146,19 @@ def test_captions_name_what_a_scene_shows() -> None:
         said = captions.plain(scene, THINGS, rng)
         assert scene.background in said
         assert all(any(word in said for word in THINGS[name].words) for name in scene.objects)
+
+
+@pytest.mark.parametrize("size", PRESETS.values(), ids=PRESETS)
+def test_objects_stay_inside(size: tuple[int, int]) -> None:
+    """And apart, on the tokens' grid."""
+    rng = numpy.random.default_rng(2)
+    for _ in range(300):
+        boxes = scenes.sample(SMALL, rng).boxes(*size)
+        for left, top, side in boxes:
+            assert left >= 0 and left + side <= size[0] and top >= 0 and top + side <= size[1]
+            assert left % TOKEN_PIXELS == top % TOKEN_PIXELS == side % TOKEN_PIXELS == 0
+        if len(boxes) == 2:
+            assert boxes[0][0] + boxes[0][2] <= boxes[1][0]
 
 
 def test_objects_and_backgrounds_that_were_promised() -> None:

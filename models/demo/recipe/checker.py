@@ -65,8 +65,8 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         scene, label = _example(things, rng)
         size = list(SIZES)[int(rng.integers(len(SIZES)))]
         is_round_trip = number % ROUND_TRIP_EVERY == 0
-        width, height = size if is_round_trip and size[0] * size[1] < 600_000 else (size[0] // 2, size[1] // 2)
-        picture = render.render(scene, icons, width, height)
+        smaller = 1 if is_round_trip and size[0] * size[1] < 600_000 else 2
+        picture = render.render(scene, icons, *size, smaller=smaller)
         if is_round_trip:
             pixels = autoencoder.to_tensor([picture]).to(device)
             latents = vae.encode(pixels, return_dict=False)[0]

@@ -61,7 +61,7 @@ def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[tor
         scene = scenes.sample(things, rng)
         if (len(scene.objects) == 2) != wants_halves:
             continue
-        picture = render.render(scene, icons, width // 4, height // 4)
+        picture = render.render(scene, icons, width, height, smaller=4)
         pictures += [shrink(half) for half in halves(picture)] if wants_halves else [shrink(picture)]
         wanted += [labels[name] for name in scene.objects]
     pixels = autoencoder.to_tensor(pictures)

@@ -39,7 +39,8 @@ def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Sce
     things, vae = all_objects(plan.scale), autoencoder.load(device)
     icons = {thing.name: thing.icon for thing in things}
     rng = numpy.random.default_rng([SEED, 10, size[0]])
-    found = [scenes.sample(things, rng) for _ in range(plan.lora_examples)]
+    sampled = (scenes.sample(things, rng) for _ in range(99 * plan.lora_examples))
+    found = [scene for scene in sampled if size != SMALL_SIZE or scene.is_centred][: plan.lora_examples]
     latents = [
         vae.encode(autoencoder.to_tensor([grey(render.render(scene, icons, *size))]).to(device), return_dict=False)[0]
         for scene in found

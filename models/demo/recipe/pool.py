@@ -52,7 +52,7 @@ class Pool:
         """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
         rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
         width, height = self._next_size(rng)
-        found = [scenes.sample(self.things, rng) for _ in range(self.plan.chunk)]
+        found = [self._scene((width, height), rng) for _ in range(self.plan.chunk)]
         latents = []
         for start in range(0, self.plan.chunk, 8):
             pictures = [render.render(scene, self.icons, width, height) for scene in found[start : start + 8]]
@@ -64,6 +64,13 @@ class Pool:
         }
         checkpoint.save(FOLDER / f"{self.num_chunks:05d}.pt", content)
         self._take(content)
+
+    def _scene(self, size: Size, rng: numpy.random.Generator) -> scenes.Scene:
+        """One that fits: in the small size, one thing in the middle."""
+        scene = scenes.sample(self.things, rng)
+        while size == SMALL_SIZE and not scene.is_centred:
+            scene = scenes.sample(self.things, rng)
+        return scene
 
     def _next_size(self, rng: numpy.random.Generator) -> Size:
         """The first chunks go round the sizes, so that none is missing when the training begins."""

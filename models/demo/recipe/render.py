@@ -75,11 +75,10 @@ def _background(scene: Scene, width: int, height: int) -> Image.Image:
     return Image.fromarray(colours.round().astype(numpy.uint8))
 
 
-def render(scene: Scene, icons: dict[str, str], width: int, height: int) -> Image.Image:
-    """The picture of `scene`; `icons` says which drawing an object's name stands for."""
-    picture = _background(scene, width, height)
-    for name, (x, y, share) in zip(scene.objects, scene.boxes, strict=True):
-        side = round(share * min(width, height))
-        drawn = _scaled(icons[name], side)
-        picture.paste(drawn, (round(x * width - side / 2), round(y * height - side / 2)), drawn)
+def render(scene: Scene, icons: dict[str, str], width: int, height: int, *, smaller: int = 1) -> Image.Image:
+    """The picture of `scene`, so many times smaller; `icons` says which drawing an object's name stands for."""
+    picture = _background(scene, width // smaller, height // smaller)
+    for name, (left, top, side) in zip(scene.objects, scene.boxes(width, height), strict=True):
+        drawn = _scaled(icons[name], side // smaller)
+        picture.paste(drawn, (left // smaller, top // smaller), drawn)
     return picture

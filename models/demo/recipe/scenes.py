@@ -6,12 +6,13 @@ from typing import Any
 import numpy
 
 from models.demo.recipe.objects import BACKGROUNDS, SIMPLE, Colour, Object
+from models.demo.recipe.plan import TOKEN_PIXELS
 
 PLACES = {"centre": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
-#: Side of an object as a share of the picture's short side, from and to.
-SHARES = {"": (0.50, 0.58), "small": (0.25, 0.29), "big": (0.68, 0.76)}
+#: Side of an object in pixels, whatever the picture's size, in whole tokens: a drawing is learnt once for all presets.
+SIDES = {"": 8 * TOKEN_PIXELS, "small": 4 * TOKEN_PIXELS, "big": 12 * TOKEN_PIXELS}
 #: Away from the middle, and two together, objects are smaller, so that they stay inside.
-PLACED_SHARE, PAIR_SHARE = (0.40, 0.44), (0.38, 0.43)
+PLACED_SIDE = 6 * TOKEN_PIXELS
 ANGLES = ("down", "right", "diagonal")
 #: Share of the scenes that is kept for prompts that name no object.
 SIMPLE_SHARE = 0.08
@@ -26,8 +27,6 @@ class Scene:
     is_gradient: bool
     place: str
     size: str
-    #: Centre x, centre y and side of each object; x by the width, y by the height, side by the short side.
-    boxes: tuple[tuple[float, float, float], ...]
     colours: tuple[Colour, Colour]
     angle: str
 
@@ -41,6 +40,13 @@ class Scene:
         """Whether it shows one thing of the usual size, in the middle."""
         return self.place == "centre" and not self.size
 
+    def boxes(self, width: int, height: int) -> list[tuple[int, int, int]]:
+        """Left, top and side of each object in a picture of this size, all on the tokens' grid."""
+        places = ("left", "right") if len(self.objects) == 2 else (self.place,)
+        side = SIDES[self.size] if places == ("centre",) else PLACED_SIDE
+        middles = [(_on_grid(PLACES[place][0] * width), _on_grid(PLACES[place][1] * height)) for place in places]
+        return [(x - side // 2, y - side // 2, side) for x, y in middles]
+
     def to_json(self) -> dict[str, Any]:
         """As plain lists and strings."""
         return asdict(self)
@@ -48,9 +54,8 @@ class Scene:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Scene":
         """The scene that `to_json` wrote."""
-        boxes = tuple((x, y, side) for x, y, side in fields["boxes"])
         (a, b, c), (d, e, f) = fields["colours"]
-        return cls(**{**fields, "objects": tuple(fields["objects"]), "boxes": boxes, "colours": ((a, b, c), (d, e, f))})
+        return cls(**{**fields, "objects": tuple(fields["objects"]), "colours": ((a, b, c), (d, e, f))})
 
 
 def _shade(background: str, rng: numpy.random.Generator) -> Colour:
@@ -69,10 +74,8 @@ def _colours(background: str, is_gradient: bool, rng: numpy.random.Generator) ->
     return (dark, light) if rng.random() < 0.5 else (light, dark)
 
 
-def _box(place: str, shares: tuple[float, float], rng: numpy.random.Generator) -> tuple[float, float, float]:
-    x, y = PLACES[place]
-    jitter_x, jitter_y = rng.uniform(-0.02, 0.02, 2)
-    return x + float(jitter_x), y + float(jitter_y), float(rng.uniform(*shares))
+def _on_grid(place: float) -> int:
+    return round(place / TOKEN_PIXELS) * TOKEN_PIXELS
 
 
 def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
@@ -82,19 +85,16 @@ def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
     colours = _colours(background, is_gradient, rng)
     angle = str(rng.choice(ANGLES))
     if rng.random() < SIMPLE_SHARE:
-        box = _box("centre", SHARES[""], rng)
-        return Scene((str(rng.choice(SIMPLE)),), background, is_gradient, "centre", "", (box,), colours, angle)
+        return Scene((str(rng.choice(SIMPLE)),), background, is_gradient, "centre", "", colours, angle)
     if rng.random() < 0.34:
         first, second = rng.choice(len(things), 2, replace=False)
         pair = (things[first].name, things[second].name)
-        boxes = tuple(_box(place, PAIR_SHARE, rng) for place in ("left", "right"))
-        return Scene(pair, background, is_gradient, "", "", boxes, colours, angle)
+        return Scene(pair, background, is_gradient, "", "", colours, angle)
     place, size = "centre", ""
     chance = rng.random()
     if chance < 0.25:
         place = str(rng.choice(list(PLACES)[1:]))
     elif chance < 0.5:
         size = str(rng.choice(["small", "big"]))
-    shares = SHARES[size] if place == "centre" else PLACED_SHARE
     name = things[int(rng.integers(len(things)))].name
-    return Scene((name,), background, is_gradient, place, size, (_box(place, shares, rng),), colours, angle)
+    return Scene((name,), background, is_gradient, place, size, colours, angle)
