@@ -13,6 +13,7 @@ from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
+from models.weights import assign
 from tests.node import JS
 from tests.serving import ROOT, Server
 from tests.test_node_clients import node as node
@@ -33,7 +34,8 @@ INPUT = [
     "acceleration",
 ]
 #: All that the package serves.
-FAMILY = sorted(discover())
+#: Redux has a server of its own, in test_redux.py.
+FAMILY = sorted(assign(["demo"], discover()))
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
 

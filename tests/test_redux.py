@@ -164,6 +164,10 @@ def test_over_the_wire(tmp_path: Path, folder: Path, source: Path) -> None:
         answer = client.post(f"/{REDUX}", json=body)
         assert answer.status_code == 200, answer.text
         assert (answer.json()["prompt"], answer.json()["seed"]) == ("", 5)
+        told = client.get(f"/models/{REDUX}/llms.txt").text
+        assert "**Category**: image-to-image" in told and "**`prompt`** (`string`, _required" not in told
+        document = client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": REDUX}).json()
+        assert document["components"]["schemas"]["FluxDevReduxInput"]["required"] == ["image_url"]
         missing = client.post(f"/{REDUX}", json={})
         assert missing.json()["detail"][0]["loc"] == ["body", "image_url"]
     content = base64.b64decode(answer.json()["images"][0]["url"].partition(",")[2])
