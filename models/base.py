@@ -74,6 +74,10 @@ class Painting(Protocol):
     """One request while it is being painted: one or more pictures, step after step, then decoded."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its pictures, in pixels."""
+
+    @property
     def step(self) -> int:
         """Steps done, over all its pictures."""
 

@@ -30,6 +30,11 @@ class FluxPainting:
     work: float = 0.0
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its pictures."""
+        return self.width, self.height
+
+    @property
     def acceleration(self) -> str:
         """The tier that paints."""
         return self.tier.name

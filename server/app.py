@@ -14,15 +14,17 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Model, Placement
 from models.schema import Limits
-from server import admission, auth, openapi, wire
+from server import admission, auth, gauges, openapi, wire
 from server.address import Address
 from server.admission import Admission
 from server.auth import Keys
+from server.counted import Counted
 from server.database import Database
 from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
 from server.files import Files
 from server.inputs import Inputs
+from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
@@ -65,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(nouns.router)
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Counted, metrics=parts.metrics)
     _add_doors(app, settings, parts.keys)
     return app
 
@@ -72,8 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
 def _join(
     settings: Settings, models: dict[str, Model], places: Mapping[str, str | Path | None], database: Database
 ) -> tuple[Parts, Worker]:
-    notifier = Notifier()
-    jobs = Queue(database, notifier, settings.max_queue_length)
+    notifier, metrics = Notifier(), Metrics()
+    jobs = Queue(database, notifier, settings.max_queue_length, metrics=metrics)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = Inputs(
@@ -85,7 +88,8 @@ def _join(
         max_lora_bytes=settings.max_lora_mib * 2**20,
         max_kept_bytes=int(settings.loras_gb * 1e9),
     )
-    worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier)
+    worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier, metrics)
+    metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready))
     parts = Parts(
         models=models,
         keys=_keys(settings, database),
@@ -109,6 +113,7 @@ def _join(
         ),
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
+        metrics=metrics,
         readiness=lambda: (worker.is_ready, worker.loading),
     )
     return parts, worker
@@ -132,8 +137,8 @@ def _placements(settings: Settings, places: Mapping[str, str | Path | None]) -> 
 def _keys(settings: Settings, database: Database) -> Keys:
     """The operator's keys; else, where others can reach the server, its own, made and printed at the first start."""
     pepper = auth.pepper(database)
-    if settings.keys or settings.is_loopback:
-        return Keys(settings.keys, pepper=pepper)
+    if settings.keys or settings.operator_keys or settings.is_loopback:
+        return Keys(settings.keys, pepper=pepper, operators=settings.operator_keys)
     if not auth.stored_hashes(database):
         key = auth.generate(database)
         print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
@@ -164,7 +169,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts.signer.rotate()
     worker.start()
     tasks = [
-        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer).run()),
+        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer, metrics=parts.metrics).run()),
         asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.retention.sweep)),
         asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),

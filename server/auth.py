@@ -8,7 +8,7 @@ import time
 import jwt
 
 from server.database import Database
-from server.errors import Unauthorized
+from server.errors import Forbidden, Unauthorized
 
 #: The owner of everything when there is no key.
 EVERYBODY = "everybody"
@@ -21,9 +21,17 @@ class Keys:
     Tokens stand for a key for a while and for one purpose; their secret dies with the process.
     """
 
-    def __init__(self, keys: tuple[str, ...], hashes: tuple[str, ...] = (), pepper: bytes = b"") -> None:
+    def __init__(
+        self,
+        keys: tuple[str, ...],
+        hashes: tuple[str, ...] = (),
+        pepper: bytes = b"",
+        operators: tuple[str, ...] = (),
+    ) -> None:
         self._pepper = pepper
-        self._hashes = (*(_hash(key, pepper) for key in keys), *hashes)
+        own = tuple(_hash(key, pepper) for key in operators)
+        self._hashes = tuple(dict.fromkeys((*(_hash(key, pepper) for key in keys), *hashes, *own)))
+        self._operators = own or (self._hashes if len(self._hashes) == 1 else ())
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -46,6 +54,12 @@ class Keys:
         if scope is None or scheme.lower() != "bearer":
             raise Unauthorized
         return self.owner_of_token(key.strip(), scope)
+
+    def operator(self, authorization: str | None) -> None:
+        """Let the operator pass. Raises Unauthorized, and Forbidden for a key that is a client's alone."""
+        owner = self.owner(authorization)
+        if not self.is_open and owner not in {known[:32] for known in self._operators}:
+            raise Forbidden("This key is a client's; --operator-keys names those that may see this")
 
     def issue(self, owner: str, scope: str, seconds: float) -> str:
         """A token for this owner and scope."""

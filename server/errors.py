@@ -82,7 +82,7 @@ class Unauthorized(ServerError):
 
 
 class Forbidden(ServerError):
-    """A web page of a foreign origin."""
+    """A web page of a foreign origin, or a client where only the operator may look."""
 
     status = 403
 

@@ -11,6 +11,7 @@ from server import wire
 from server.answers import Answers
 from server.errors import ClientCancelled, DiskFull
 from server.jobs import Job, Outcome
+from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.running import Running, failure
@@ -33,7 +34,9 @@ class Finisher:
         notifier: Notifier,
         watchdog: Watchdog,
         on_failure: Callable[[BaseException], None],
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._queue = queue
         self._answers = answers
         self._notifier = notifier
@@ -107,7 +110,10 @@ class Finisher:
                     if running.job.is_cancelled:
                         return wire.outcome_of(ClientCancelled())
                     running.develop()
-            return self._answers.outcome(running.job, running.model, running.request, running.painted)
+            outcome = self._answers.outcome(running.job, running.model, running.request, running.painted)
+            self._metrics.pictures.labels(running.job.endpoint).inc(len(running.painted.pictures))
+            self._metrics.flagged.labels(running.job.endpoint).inc(sum(running.painted.flags))
+            return outcome
         except DiskFull:
             raise
         except DeviceLost:

@@ -24,6 +24,7 @@ from server.errors import (
     StartTimeout,
 )
 from server.jobs import BEHIND_ALL, Job, Mode, Outcome, State, Submission
+from server.metrics import Metrics
 from server.notifier import QUEUE, WEBHOOKS, Notifier
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,10 @@ class Queue:
         notifier: Notifier,
         max_length: int = 100_000,
         clock: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
         self._database = database
+        self._metrics = metrics or Metrics()
         self._notifier = notifier
         self._max_length = max_length
         self._clock = clock
@@ -74,6 +77,7 @@ class Queue:
                 job = rows.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
             self._enqueue(job)
+        self._metrics.submitted.labels(job.endpoint).inc()
         self._notifier.work.set()
         return job
 
@@ -156,6 +160,7 @@ class Queue:
             job = self._live[row["request_id"]]
             job.attempt, job.state = row["attempt"], State.IN_PROGRESS
             self._dequeue(job)
+        self._metrics.begun(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
         self._notifier.ring(job.request_id, QUEUE)
         return job, row["input"]
 
@@ -266,6 +271,7 @@ class Queue:
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)
         self._live.pop(job.request_id, None)
+        self._metrics.end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)
 
     def _same(self, connection: sqlite3.Connection, submission: Submission) -> Job | None:

@@ -18,7 +18,7 @@ _CLAIM = """
             AND (:takes_low OR priority = 'normal')
         ORDER BY priority = 'low', sequence LIMIT 1
     )
-    RETURNING request_id, attempt, input
+    RETURNING request_id, attempt, input, submitted_at
 """
 
 _END = """
@@ -88,7 +88,7 @@ def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3
 
 
 def claim(connection: sqlite3.Connection, now: float, *, takes_low: bool) -> sqlite3.Row | None:
-    """The next job becomes IN_PROGRESS: its request_id, attempt and input. None when none waits."""
+    """The next job becomes IN_PROGRESS: its request_id, attempt, input and submitted_at. None when none waits."""
     row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "takes_low": takes_low}).fetchone()
     return row
 

@@ -52,6 +52,9 @@ class Settings(BaseModel):
     proxy_others: bool = Field(False, description="Let the CONNECT door connect to hosts that are not fal's.")
     data_dir: Path = Field(description="Folder of the queue, the pictures and the certificates.")
     keys: Words = Field((), description="API keys clients must send, separated by commas; FAL_KEY counts as one.")
+    operator_keys: Words = Field(
+        (), description="API keys that may read /metrics too; a key that is the only one may anyway."
+    )
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
     trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")
     cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")

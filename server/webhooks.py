@@ -12,6 +12,7 @@ from pydantic_core import from_json, to_json
 
 from server.database import Database
 from server.fetch import ForbiddenURL, Guard
+from server.metrics import Metrics
 from server.notifier import WEBHOOKS, Notifier
 from server.signing import Signer
 
@@ -36,7 +37,9 @@ class Webhooks:
         guard: Guard,
         signer: Signer,
         clock: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._database = database
         self._signer = signer
         self._notifier = notifier
@@ -123,5 +126,6 @@ class Webhooks:
                 "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ? WHERE request_id = ?",
                 (attempt, due_at, now if error is None else None, error, request_id),
             )
+        self._metrics.webhooks.labels("failed" if error else "delivered").inc()
         if error is not None:
             log.warning("webhook of %s, attempt %d: %s", request_id, attempt, error)

@@ -20,6 +20,7 @@ from server.files import Files
 from server.finisher import Finisher
 from server.inputs import Inputs
 from server.jobs import Job, Mode, Outcome
+from server.metrics import Metrics
 from server.notifier import WORKER, Notifier
 from server.queue import Queue
 from server.running import Running, failure
@@ -44,7 +45,9 @@ class Worker:
         files: Files,
         inputs: Inputs,
         notifier: Notifier,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
         self._notifier = notifier
@@ -54,7 +57,7 @@ class Worker:
         self._ledger = Ledger(settings.max_running)
         self._watchdog = Watchdog(settings.step_deadline, self._end_late)
         answers = Answers(files, embeds_parameters=settings.embed_parameters)
-        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail)
+        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail, self._metrics)
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = Loading()
@@ -156,6 +159,7 @@ class Worker:
         begun = time.perf_counter()
         advanced = running.engine.advance(running.painting, [other.painting for other in beside])
         taken = time.perf_counter() - begun
+        self._metrics.stepped(running.painting.size, running.painting.acceleration, taken)
         stepped = {id(painting) for painting in advanced}
         for member in (running, *beside):
             if id(member.painting) in stepped:

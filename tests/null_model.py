@@ -24,6 +24,11 @@ class NullPainting:
         self.num_steps = request.num_inference_steps * request.num_images
 
     @property
+    def size(self) -> tuple[int, int]:
+        size = getattr(self.request, "image_size", None)
+        return (size.width, size.height) if size else (64, 64)
+
+    @property
     def work(self) -> float:
         return float(self.step)
 

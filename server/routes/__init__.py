@@ -13,6 +13,7 @@ from server.fetch import Guard
 from server.files import Files
 from server.inputs import Inputs
 from server.jobs import Job
+from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
@@ -34,6 +35,7 @@ class Parts:
     retention: Retention
     signer: Signer
     notifier: Notifier
+    metrics: Metrics
     #: Whether the models can paint, and how far loading has come.
     readiness: Callable[[], tuple[bool, Loading]]
 

@@ -1,11 +1,13 @@
 """What an operator asks: is it alive, can it paint."""
 
+import asyncio
 from dataclasses import asdict
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
+from server.metrics import CONTENT_TYPE
 from server.routes import parts_of
 from server.wire import JSON
 
@@ -26,6 +28,14 @@ async def ready(request: Request) -> Response:
     if is_ready:
         return JSON({"status": "ready", "version": VERSION})
     return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """What Prometheus reads; the operator's alone where there are keys."""
+    parts = parts_of(request)
+    parts.keys.operator(request.headers.get("authorization"))
+    return Response(await asyncio.to_thread(parts.metrics.text), media_type=CONTENT_TYPE)
 
 
 @router.get("/", include_in_schema=False)

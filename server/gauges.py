@@ -1,0 +1,33 @@
+"""The state of the server at this moment, for who reads the metrics."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+
+from server.database import Database
+
+
+def read(database: Database, data_dir: Path, is_ready: Callable[[], bool]) -> Mapping[str, tuple[str, float]]:
+    """What each means, and its value; waits for the disk."""
+    disk = shutil.disk_usage(data_dir)
+    (due,) = database.read("SELECT count(*) AS number FROM deliveries WHERE due_at IS NOT NULL")
+    next_one = database.read(
+        "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' ORDER BY priority = 'low', sequence LIMIT 1"
+    )
+    (waiting,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_QUEUE'")
+    (running,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_PROGRESS'")
+    oldest = max(0.0, time.time() - next_one[0]["submitted_at"]) if next_one else 0.0
+    (kept,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
+    return {
+        "ready": ("Whether the models can paint.", float(is_ready())),
+        "queue_length": ("Requests that wait.", float(waiting["number"])),
+        "queue_oldest_seconds": ("How long the next one has waited.", oldest),
+        "requests_running": ("Requests that are being painted.", float(running["number"])),
+        "webhooks_due": ("Webhooks that wait to be sent, or sent again.", float(due["number"])),
+        "files_bytes": ("Pictures and uploads that are kept.", float(kept["size"])),
+        "disk_free_bytes": ("Free on the disk of the data folder.", float(disk.free)),
+        "memory_resident_bytes": ("Of this process.", float(psutil.Process().memory_info().rss)),
+    }

@@ -1,0 +1,70 @@
+"""What Prometheus reads of this process: counts and times, with names and units by Prometheus' conventions."""
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from models.schema import PRESETS
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_PREFIX = "flux_server_"
+_STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WAITS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
+
+
+class Metrics:
+    """One server's. Counters are raised by the parts as things happen, from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.http_requests = self._counter("http_requests", "HTTP requests answered.", "method", "route", "status")
+        self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
+        self.ended = self._counter("requests_ended", "Requests that reached their end.", "endpoint", "outcome")
+        self.retried = self._counter("requests_retried", "Requests begun another time.", "endpoint")
+        self.pictures = self._counter("pictures", "Pictures painted.", "endpoint")
+        self.flagged = self._counter("pictures_flagged", "Pictures that were not shown.", "endpoint")
+        self.webhooks = self._counter("webhook_attempts", "Webhooks sent, every attempt.", "outcome")
+        self.wait = self._histogram("queue_wait_seconds", "From submit to the first start.", _WAITS, "endpoint")
+        self.step = self._histogram("step_seconds", "One forward, alone or shared.", _STEPS, "size", "acceleration")
+
+    def stepped(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
+        """One forward. Sizes of clients' own making count as one, or they could fill the memory."""
+        name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
+        self.step.labels(name, acceleration).observe(seconds)
+
+    def begun(self, endpoint: str, attempt: int, waited: float) -> None:
+        """A request was claimed, `waited` seconds after its submit."""
+        if attempt > 1:
+            self.retried.labels(endpoint).inc()
+        else:
+            self.wait.labels(endpoint).observe(max(0.0, waited))
+
+    def end(self, endpoint: str, status: int, *, is_cancelled: bool) -> None:
+        """A request reached its end."""
+        outcome = "cancelled" if is_cancelled else "completed" if status == 200 else "failed"
+        self.ended.labels(endpoint, outcome).inc()
+
+    def watch(self, gauges: Callable[[], Mapping[str, tuple[str, float]]]) -> None:
+        """Ask for these each time the metrics are read: what they mean, and their values now."""
+        self.registry.register(_Gauges(gauges))
+
+    def text(self) -> bytes:
+        """All of them, in the form that Prometheus reads."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", words, labels, registry=self.registry)
+
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", words, labels, registry=self.registry, buckets=buckets)
+
+
+class _Gauges(Collector):
+    def __init__(self, read: Callable[[], Mapping[str, tuple[str, float]]]) -> None:
+        self._read = read
+
+    def collect(self) -> list[Metric]:
+        """The values of this moment."""
+        return [GaugeMetricFamily(f"{_PREFIX}{name}", words, value) for name, (words, value) in self._read().items()]
