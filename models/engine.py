@@ -116,7 +116,7 @@ class FluxEngine:
         )
         if loras and self.loras is None:
             raise CannotPaint("LoRA weights need all of the model on the device: --memory resident.")
-        tier = tiers.nearest(tiers.UNCOMPILED if loras else self.tiers, request.acceleration)
+        tier = tiers.nearest(tiers.uncompiled(self.tiers) if loras else self.tiers, request.acceleration)
         picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
         # One that has no strength is looked at, not painted over.
         start, subject = (picture, None) if hasattr(request, "strength") else (None, picture)
@@ -129,7 +129,7 @@ class FluxEngine:
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
         """One step of `painting`, in one forward with those of `others` that can share it."""
         assert isinstance(painting, FluxPainting)
-        together, alone = partial(self._step, painting, others), partial(self._step, painting, (), limit=1)
+        together, alone = partial(self._step, painting, others), partial(self._step_alone, painting)
         members, velocities = self.device.tried(painting.words, together, alone)
         with self.device.faults(painting.words, is_last_try=True):
             for (member, generation), velocity in zip(members, velocities, strict=True):
@@ -193,6 +193,12 @@ class FluxEngine:
         members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
         transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
         return members, self._velocities(transformer, [generation for _, generation in members])
+
+    def _step_alone(self, painting: FluxPainting) -> tuple[list[Member], Sequence[torch.Tensor]]:
+        """With as much of the memory as can be had."""
+        if self.loras:
+            self.loras.forget_idle(painting.loras)
+        return self._step(painting, (), limit=1)
 
     def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
         """Its own generations first, then those of others where that is allowed, within the token budget."""
@@ -266,7 +272,7 @@ class FluxEngine:
 
 
 def _opened(path: Path) -> Image:
-    with PIL.Image.open(path) as picture:
+    with PIL.Image.open(path, formats=("PNG",)) as picture:
         picture.load()
         return picture
 

@@ -48,8 +48,13 @@ class Tier:
         self.is_ready = True
 
 
-#: With LoRAs, whose forwards are not compiled: the same tiers, on the transformer that has them.
-UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
+_UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
+
+
+def uncompiled(offered: Sequence[Tier]) -> list[Tier]:
+    """With LoRAs, whose forwards are not compiled: those of the same names, on the transformer that has the LoRAs."""
+    names = {tier.name for tier in offered}
+    return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
 def build(pipeline: Any, placement: Placement, device: str, *, is_whole: bool) -> list[Tier]:

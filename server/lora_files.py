@@ -1,5 +1,6 @@
 """LoRA files as they come from strangers: what they must be before anything reads them."""
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,6 +11,8 @@ MAX_TENSORS = 20_000
 #: Sides of a matrix; FLUX.1's widest layer has 15,360.
 MAX_SIDE = 65_536
 MAX_RANK = 1024
+#: Of a tensor: libraries take these for regular expressions, and one with nested repetitions never ends.
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,300}")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _MATRICES = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
@@ -31,6 +34,8 @@ def check(path: Path) -> None:
 
 
 def _check_one(name: str, dtype: str, shape: list[int]) -> None:
+    if not _NAME.fullmatch(name):
+        raise _bad(f"{name[:200]!r} is no name of a layer")
     if dtype not in _FLOATS:
         raise _bad(f"{name[:200]} is of type {dtype}, not of floating point numbers")
     if len(shape) > 4 or max(shape, default=1) > MAX_SIDE:

@@ -158,6 +158,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "whole numbers": (save({"x.lora_A.weight": numpy.ones((2, 2), "int64")}), "of type I64"),
     "a rank too high": (save({"x.lora_A.weight": numpy.ones((1025, 1025), "float16")}), "has the rank 1025"),
     "a side too long": (save({"x.lora_A.weight": numpy.ones((1, 65_537), "float16")}), "has the shape"),
+    "a name that is an expression": (
+        save({"x.lora_A.weight": numpy.ones((2, 2), "float32"), "(?:[a-z]+)+!.alpha": numpy.ones(1, "float32")}),
+        "is no name of a layer",
+    ),
     "too many": (save({f"{n}.lora_A.weight": numpy.ones(1, "float16") for n in range(20_001)}), "holds 20001 tensors"),
     "too large": (save({"x.lora_A.weight": numpy.ones((1024, 1100), "float32")}), "larger than 4194304 bytes"),
 }

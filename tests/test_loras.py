@@ -1,6 +1,7 @@
 """LoRA weights: as diffusers applies them, bit for bit, and nothing of them left behind."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from models.base import CannotPaint
 from models.engine import FluxEngine
 from models.flux_lora import FluxLoraInput
-from models.loras import KEPT
+from models.loras import Loras
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 
@@ -147,13 +148,33 @@ def test_only_those_with_the_same_loras_share_a_forward(files: list[Path]) -> No
 def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
     engine = tiny_flux.engine()
     request, _ = asked(1.0, num_inference_steps=1)
-    paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(KEPT + 4)]
+    paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(5)]
+    engine.loras = Loras(engine.pipeline, kept_bytes=3 * paths[0].stat().st_size)
     for path in paths:
         painted(engine, request, path)
-    assert engine.loras
-    assert engine.loras.names == [path.stem for path in paths[-KEPT:]]
+    assert engine.loras.names == [path.stem for path in paths[-3:]]
     again = painted(engine, request, paths[0])
     assert difference(again, painted(tiny_flux.engine(), request, paths[0])) == 0
+
+
+def test_room_is_made_also_where_one_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    engine.loras = Loras(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)
+    bad = write(tmp_path / "bad.safetensors", 1, width=48)
+    for seed in range(4):
+        good = [write(tmp_path / f"{seed}-{n}.safetensors", 10 * seed + n) for n in range(2)]
+        with pytest.raises(CannotPaint):
+            painted(engine, asked(1.0, 1.0, 1.0)[0], *good, bad)
+        assert len(engine.loras.names) <= 3
+
+
+def test_when_memory_runs_out_idle_ones_go(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    painted(engine, asked(1.0)[0], files[0])
+    painted(engine, asked(1.0)[0], files[1])
+    painting = engine.start(asked(1.0, acceleration="none")[0], 5, inputs(files[1]))
+    engine._step_alone(painting)
+    assert engine.loras and engine.loras.names == [files[1].stem]
 
 
 def test_the_same_twice_counts_twice(files: list[Path]) -> None:
@@ -190,6 +211,41 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
             painted(engine, asked(1.0, 1.0)[0], files[0], path)
         assert fingerprint(engine) == before
         assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
+
+
+def test_one_that_fails_leaves_nothing_in_others_pictures(tmp_path: Path, files: list[Path]) -> None:
+    """Half of it may fit: layers that the picture being painted has no LoRA for."""
+    flat = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(16)}
+    bad = spoiled(write(tmp_path / "whole.safetensors", 9, text=True), tmp_path / "bad.safetensors", **flat)
+    few = {key: weight for key, weight in load_file(files[0]).items() if "attn" in key}
+    save_file(few, tmp_path / "few.safetensors")
+    engine, alone = tiny_flux.engine(), tiny_flux.engine()
+    expected = painted(alone, asked(1.0)[0], tmp_path / "few.safetensors")
+    victim = engine.start(asked(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
+    engine.advance(victim)
+    with pytest.raises(CannotPaint, match=r"loras\.0 does not fit this model"):
+        painted(engine, asked(1.0)[0], bad)
+    (picture,) = finished(engine, victim)
+    assert difference(picture, expected) == 0
+    assert engine.loras and engine.loras.names == ["few"]
+
+
+def test_what_a_file_says_of_itself_is_not_listened_to(tmp_path: Path, files: list[Path]) -> None:
+    """Its header could choose how the layers are set up, or hold an expression that never ends."""
+    said = {"r": 1, "lora_alpha": 99, "target_modules": ["to_q"], "init_lora_weights": "pissa"}
+    told = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
+    save_file(load_file(files[0]), tmp_path / "told.safetensors", metadata=told)
+    engine = tiny_flux.engine()
+    plain = painted(engine, asked(1.0)[0], files[0])
+    assert difference(painted(engine, asked(1.0)[0], tmp_path / "told.safetensors"), plain) == 0
+
+
+@pytest.mark.parametrize("offered", ["none", "regular"])
+def test_no_higher_tier_than_the_operator_offers(files: list[Path], offered: str) -> None:
+    engine = tiny_flux.engine()
+    engine.tiers = [tier for tier in engine.tiers if tier.name in ("none", offered)]
+    painting = engine.start(asked(1.0, acceleration="regular")[0], 1, inputs(files[0]))
+    assert painting.acceleration == offered
 
 
 def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path]) -> None:
