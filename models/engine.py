@@ -65,8 +65,17 @@ class FluxEngine:
     @classmethod
     def load(cls, placement: Placement) -> "FluxEngine":
         """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
-        pipeline, plan = weights.load(placement)
         device = weights.device_for(placement.device)
+        try:
+            return cls._load(placement, device)
+        except BaseException:
+            # What was loaded of it is only cached now, and others need the room.
+            Device(device).free()
+            raise
+
+    @classmethod
+    def _load(cls, placement: Placement, device: str) -> "FluxEngine":
+        pipeline, plan = weights.load(placement)
         offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
         prior = weights.installed(placement.weights, weights.REDUX) if placement.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None

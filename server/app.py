@@ -18,6 +18,7 @@ from server import admission, auth, gauges, openapi, wire
 from server.address import Address
 from server.admission import Admission
 from server.auth import Keys
+from server.brought import Brought
 from server.counted import Counted
 from server.database import Database
 from server.errors import MethodNotAllowed, NotFound, ServerError
@@ -80,13 +81,12 @@ def _join(
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = Inputs(
-        settings.data_dir / "inputs",
+        Brought(settings.data_dir / "inputs", jobs.inputs, int(settings.loras_gb * 1e9)),
         guard,
         store,
         limits,
-        lambda: jobs.inputs,
         max_lora_bytes=settings.max_lora_mib * 2**20,
-        max_kept_bytes=int(settings.loras_gb * 1e9),
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
     )
     worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier, metrics)
     metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready))

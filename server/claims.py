@@ -86,7 +86,7 @@ class Claims:
             model = self._models[job.endpoint]
             # No limits: what was accepted stays accepted, whatever the settings are by now.
             request = model.Input.model_validate_json(text)
-            inputs = {place: self._inputs.path(name) for place, name in job.inputs.items()}
+            inputs = {place: self._inputs.brought.path(name) for place, name in job.inputs.items()}
             must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
             return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
         except DeviceLost:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 
@@ -13,6 +14,8 @@ log = logging.getLogger(__name__)
 
 #: What endpoints have in common that share an engine.
 Key = tuple[str, str]
+#: Weights that could not be loaded are not tried again for so long: others would have to make room each time.
+PAUSE_SECONDS = 120.0
 
 
 class Engines:
@@ -24,14 +27,25 @@ class Engines:
         placements: Mapping[str, Placement],
         max_loaded: int,
         report: Callable[[str, Loading], None],
+        on_idle: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_idle` is called from another thread when an engine that was in the way no longer is."""
         self._models = models
         self._placements = placements
         self._max_loaded = max_loaded
         self._report = report
         #: From the least to the most recently used.
         self._loaded: OrderedDict[Key, Engine] = OrderedDict()
+        self._on_idle = on_idle
+        self._clock = clock
+        self._failures: dict[Key, tuple[float, OSError]] = {}
         self._warms_up = False
+        #: The one that is being warmed up: its memory cannot be had.
+        self._warming: Key | None = None
+        #: One thread warms up at a time.
+        self._warm_up_lock = threading.Lock()
+        #: Over the loaded engines, and who is being warmed up.
         self._lock = threading.Lock()
 
     def __contains__(self, endpoint: str) -> bool:
@@ -59,19 +73,32 @@ class Engines:
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
         """Bring an endpoint's engine into memory; None while only those `in_use` could make room. Raises OSError."""
+        self._raise_again(self._key(endpoint))
         while self._loaded and not self.has_room(endpoint):
-            idle = [key for key, engine in self._loaded.items() if engine not in in_use]
-            if not idle:
-                return None
-            log.info("%s: %s is let go to make room", endpoint, idle[0][1])
-            self._loaded.pop(idle[0]).close()
+            with self._lock:
+                idle = [key for key, engine in self._loaded.items() if engine not in in_use and key != self._warming]
+                if not idle:
+                    return None
+                log.info("%s: %s is let go to make room", endpoint, idle[0][1])
+                engine = self._loaded.pop(idle[0])
+            engine.close()
         return self._load(endpoint)
+
+    def _raise_again(self, key: Key) -> None:
+        failed_at, error = self._failures.get(key, (-PAUSE_SECONDS, None))
+        if error and self._clock() < failed_at + PAUSE_SECONDS:
+            raise error.with_traceback(None)
 
     def _load(self, endpoint: str) -> Engine:
         placement = self._placements[endpoint]
         told = dataclasses.replace(placement, report=lambda loading: self._report(endpoint, loading))
-        engine = self._models[endpoint].setup(told)
-        self._loaded[self._key(endpoint)] = engine
+        try:
+            engine = self._models[endpoint].setup(told)
+        except OSError as error:
+            self._failures[self._key(endpoint)] = (self._clock(), error)
+            raise
+        with self._lock:
+            self._loaded[self._key(endpoint)] = engine
         if self._warms_up:
             self.start_warming_up()
         return engine
@@ -79,25 +106,32 @@ class Engines:
     def start_warming_up(self) -> None:
         """Make further tiers ready on a thread of its own, of what is loaded now and of what will be."""
         self._warms_up = True
-        threading.Thread(target=self._warm_up, args=(dict(self._loaded),), name="warm-up", daemon=True).start()
+        threading.Thread(target=self._warm_up, args=(list(self._loaded),), name="warm-up", daemon=True).start()
 
-    def _warm_up(self, engines: Mapping[Key, Engine]) -> None:
-        with self._lock:
-            for key, engine in engines.items():
-                while _warm_up_one(key, engine):
+    def _warm_up(self, keys: Collection[Key]) -> None:
+        with self._warm_up_lock:
+            for key in keys:
+                while self._warm_up_one(key):
                     continue
-            for engine in engines.values():
-                engine.settle()
+            for engine in [self._loaded.get(key) for key in keys]:
+                if engine:
+                    engine.settle()
+
+    def _warm_up_one(self, key: Key) -> bool:
+        """One tier; False when there is none left, or the engine was let go. Held here only while it works."""
+        with self._lock:
+            engine, self._warming = self._loaded.get(key), key
+        try:
+            return engine is not None and engine.warm_up()
+        except Exception:
+            log.exception("%s: a tier could not be made ready; requests for it get the next lower one", key[1])
+            return True
+        finally:
+            with self._lock:
+                self._warming = None
+            self._on_idle()
 
     def _key(self, endpoint: str) -> Key:
         placement = self._placements[endpoint]
         # Without weights there is nothing to share.
         return (self._models[endpoint].family, str(placement.weights)) if placement.weights else ("", endpoint)
-
-
-def _warm_up_one(key: Key, engine: Engine) -> bool:
-    try:
-        return engine.warm_up()
-    except Exception:
-        log.exception("%s: a tier could not be made ready; requests for it get the next lower one", key[1])
-        return True

@@ -3,36 +3,35 @@
 import asyncio
 import base64
 import binascii
-import hashlib
 import os
 import re
-import secrets
-import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, remotes
 from server import hub_files, lora_files, pictures
-from server.errors import DiskFull, InvalidInput, Unusable
+from server.brought import LORA, Brought
+from server.errors import DiskFull, InvalidInput, QueueFull, Unusable
 from server.fetch import ForbiddenURL, Guard
 from server.files import FULL, Files
 
 MAX_PICTURE_BYTES = 25 * 2**20
 #: How many are on their way at a time, and how many of them one owner's.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
-#: What is not needed yet is left alone so long: its request is being accepted.
-GRACE_SECONDS = 600.0
 #: How many addresses are remembered with the ETags of what came from them.
 MAX_KNOWN = 10_000
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
+Loc = tuple[str | int, ...]
 Result = TypeVar("Result")
 
 
@@ -61,97 +60,85 @@ class Inputs:
 
     def __init__(
         self,
-        folder: Path,
+        brought: Brought,
         guard: Guard,
         files: Files,
         limits: Limits,
-        needed: Callable[[], set[str]],
         *,
         max_lora_bytes: int = 2**30,
-        max_kept_bytes: int = 10 * 10**9,
-        clock: Callable[[], float] = time.time,
+        max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
-        self._folder = folder
+        self.brought = brought
         self.guard = guard
         self._files = files
         self.limits = limits
-        self._needed = needed
-        self.max_kept_bytes = max_kept_bytes
-        self._clock = clock
+        self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {
             "picture": Kind(MAX_PICTURE_BYTES, 60.0, _keep_picture),
             "lora": Kind(max_lora_bytes, 300.0, _keep_lora),
         }
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of: dict[str, asyncio.Semaphore] = {}
         # Threads of their own, so that large files keep nobody's submit waiting.
         self._threads = ThreadPoolExecutor(2, "inputs")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-
-    def path(self, name: str) -> Path:
-        """Where a file lies."""
-        return self._folder / name
 
     async def bring(self, request: ImageInput, owner: str) -> dict[str, str]:
         """Everything that the request names by address: the field's place, and the file's name.
 
-        Raises InvalidInput, naming the field, and DiskFull.
+        Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
         """
         brought: dict[str, str] = {}
-        for loc, kind, address in remotes(request):
-            try:
-                brought[".".join(map(str, loc))] = await self._bring(address, owner, self._kinds[kind])
-            except Unusable as error:
-                entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
-                raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
-            except OSError as error:
-                if error.errno in FULL:
-                    raise DiskFull from error
-                raise
+        with self.brought.held() as hold:
+            for loc, kind, address in remotes(request):
+                name = await self._brought(address, owner, kind, loc)
+                hold(name)
+                brought[".".join(map(str, loc))] = name
+        num_bytes = await self._in_thread(self.brought.num_bytes, owner, set(brought.values())) if brought else 0
+        if num_bytes > self._max_bytes_per_owner:
+            raise QueueFull("The waiting requests of this key bring too much along (--max-uploads-gb); try again later")
         return brought
 
+    async def _brought(self, address: str, owner: str, kind: str, loc: Loc) -> str:
+        """One of them, its errors in fal's words."""
+        try:
+            return await self._bring(address, owner, kind)
+        except Unusable as error:
+            entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
+            raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
+        except OSError as error:
+            if error.errno in FULL:
+                raise DiskFull from error
+            raise
+
     def sweep(self) -> int:
-        """Delete what no request needs that is not done: pictures at once, LoRAs as the room is needed, oldest first.
+        """Delete what no request needs any more; returns how many."""
+        return self.brought.sweep()
 
-        Returns how many.
-        """
-        needed, before = self._needed(), self._clock() - GRACE_SECONDS
-        idle = [(path, path.stat()) for path in self._folder.iterdir() if path.name not in needed]
-        idle = sorted((each for each in idle if each[1].st_mtime < before), key=lambda each: each[1].st_mtime)
-        excess = sum(path.stat().st_size for path in self._folder.glob("*.safetensors")) - self.max_kept_bytes
-        num_deleted = 0
-        for path, stat in idle:
-            if path.suffix == ".safetensors":
-                if excess <= 0:
-                    continue
-                excess -= stat.st_size
-            path.unlink(missing_ok=True)
-            num_deleted += 1
-        return num_deleted
-
-    async def _bring(self, address: str, owner: str, kind: Kind) -> str:
-        aside = self._folder / f"{secrets.token_hex(8)}.part"
+    async def _bring(self, address: str, owner: str, kind_name: str) -> str:
+        kind, aside = self._kinds[kind_name], self.brought.aside()
         try:
             if address[:5].lower() == "data:":
-                await asyncio.to_thread(aside.write_bytes, _decoded(address, kind))
+                await self._in_thread(_decode, address, aside, kind)
             elif own := _own_name(address):
                 await asyncio.to_thread(self._link, own, owner, aside)
             else:
-                return await self._downloaded(address, owner, aside, kind)
+                return await self._downloaded(address, owner, aside, kind_name)
             return await self._in_thread(self._keep, aside, kind)
         finally:
             aside.unlink(missing_ok=True)
 
-    async def _downloaded(self, address: str, owner: str, aside: Path, kind: Kind) -> str:
+    async def _downloaded(self, address: str, owner: str, aside: Path, kind_name: str) -> str:
         """From another server; what is here already and has not changed there does not come again."""
+        kind = self._kinds[kind_name]
         semaphore = self._downloads_of.setdefault(owner, asyncio.Semaphore(MAX_DOWNLOADS_PER_OWNER))
         async with semaphore, self._downloads:
             try:
-                if kind is self._kinds["lora"]:
+                if kind_name == "lora":
                     address = await hub_files.address_of(address, self.guard, aside)
-                known = self._known.get(address)
-                is_here = known is not None and await self._in_thread(_touch, self.path(known.name))
+                # What came from it as a picture was not looked at as a LoRA.
+                known = self._known.get((kind_name, address))
+                is_here = known is not None and await self._in_thread(self.brought.touch, known.name)
                 etag = known.etag if known and is_here else ""
                 found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag)
             except ForbiddenURL as error:
@@ -160,7 +147,7 @@ class Inputs:
             return known.name
         name = await self._in_thread(self._keep, aside, kind)
         if found:
-            self._known[address] = _Known(found, name)
+            self._known[kind_name, address] = _Known(found, name)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
         return name
@@ -179,43 +166,38 @@ class Inputs:
             raise Unusable("file_download_error", "There is no such file on this server") from None
 
     def _keep(self, aside: Path, kind: Kind) -> str:
-        """Put a file into the place that its own bytes name."""
+        """Check a file, and put what is kept of it into the place that its own bytes name."""
         if aside.stat().st_size > kind.max_bytes:
             raise _too_large(kind)
         ready = aside.with_suffix(".ready")
         try:
-            ending = kind.keep(aside, ready, self.limits)
-            with ready.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            path = self._folder / f"{digest}.{ending}"
-            ready.rename(path)
+            return self.brought.keep(ready, kind.keep(aside, ready, self.limits))
         finally:
             ready.unlink(missing_ok=True)
-        return path.name
+
+
+def as_json(request: ImageInput, brought: Mapping[str, str]) -> str:
+    """The request as it is kept: the name of its file takes the place of a data URI, which may be large."""
+    told = request.model_dump(mode="json")
+    for loc, _, address in remotes(request):
+        if address[:5].lower() == "data:":
+            holder: Any = told
+            for step in loc[:-1]:
+                holder = holder[step]
+            holder[loc[-1]] = brought[".".join(map(str, loc))]
+    return str(to_json(told), "utf-8")
 
 
 def _keep_picture(aside: Path, ready: Path, limits: Limits) -> str:
     """What the engine gets is written anew, as PNG."""
     ready.write_bytes(pictures.encode(pictures.read(aside, limits), "png", None))
-    return "png"
+    return ".png"
 
 
 def _keep_lora(aside: Path, ready: Path, limits: Limits) -> str:
     lora_files.check(aside)
     aside.rename(ready)
-    # An upload that is linked here may be old, and the sweep goes by that.
-    os.utime(ready)
-    return "safetensors"
-
-
-def _touch(path: Path) -> bool:
-    """Whether a file is here; it counts as used now."""
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True
+    return LORA
 
 
 def _own_name(address: str) -> str | None:
@@ -233,14 +215,14 @@ def _too_large(kind: Kind) -> Unusable:
     return Unusable("file_too_large", words, max_size=kind.max_bytes)
 
 
-def _decoded(address: str, kind: Kind) -> bytes:
-    """The bytes of a data URI."""
+def _decode(address: str, aside: Path, kind: Kind) -> None:
+    """Write the bytes of a data URI."""
     matched = _DATA.match(address)
     if not matched:
         raise Unusable("file_download_error", "A data URI should be data:TYPE;base64,...")
     if (len(address) - matched.end()) * 3 // 4 > kind.max_bytes:
         raise _too_large(kind)
     try:
-        return base64.b64decode(address[matched.end() :], validate=True)
+        aside.write_bytes(base64.b64decode(address[matched.end() :], validate=True))
     except binascii.Error as error:
         raise Unusable("file_download_error", f"The data URI is not base64: {error}") from None

@@ -14,7 +14,7 @@ from models.schema import ImageInput, Limits
 from server import wire
 from server.errors import BadRequest, InvalidInput
 from server.fetch import ForbiddenURL, Guard
-from server.inputs import Inputs
+from server.inputs import Inputs, as_json
 from server.jobs import Mode, Priority, Submission
 from server.lifecycle import lifecycle, number
 
@@ -35,12 +35,13 @@ async def read(
     content_type = request.headers.get("content-type", "") if body is None else ""
     body = await request.body() if body is None else body
     fields = validate(model, body, content_type, inputs.limits)
+    brought = await inputs.bring(fields, owner)
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
-        input=fields.model_dump_json(),
-        inputs=await inputs.bring(fields, owner),
+        input=as_json(fields, brought),
+        inputs=brought,
         base_url=request.state.base_url,
         mode=mode,
         priority=_priority(request.headers),

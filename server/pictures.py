@@ -67,7 +67,8 @@ def read(path: Path, limits: Limits) -> Image:
         limits.max_side / max(picture.size),
         math.sqrt(limits.max_pixels / (picture.width * picture.height)),
     )
-    width, height = (int(side * fitting) for side in picture.size)
+    # A hair more, because 2215 * (2048 / 2215) is less than 2048 in floating point.
+    width, height = (int(side * fitting + 1e-6) for side in picture.size)
     if min(width, height) < limits.min_side:
         raise Unusable(
             "image_too_small",

@@ -132,11 +132,11 @@ class Queue:
         with self._order_lock:
             return self._order.bisect_left(job.rank)
 
-    @property
-    def inputs(self) -> set[str]:
-        """The files that requests name which are not done."""
+    def inputs(self, owner: str | None = None) -> set[str]:
+        """The files that requests name which are not done: an owner's, or everybody's."""
         with self._lock:
-            return {name for job in self._live.values() for name in job.inputs.values()}
+            jobs = [job for job in self._live.values() if owner in (None, job.owner)]
+        return {name for job in jobs for name in job.inputs.values()}
 
     @property
     def length(self) -> int:

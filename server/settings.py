@@ -85,7 +85,9 @@ class Settings(BaseModel):
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
     max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
-    max_uploads_gb: float = Field(5, gt=0, description="How much one key may have uploaded at a time, in GB.")
+    max_uploads_gb: float = Field(
+        5, gt=0, description="How much one key may have uploaded, and its waiting requests bring, in GB."
+    )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
     loras_gb: float = Field(10, gt=0, description="How much disk LoRA files may take, in GB; the oldest go first.")
     retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")

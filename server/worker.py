@@ -51,7 +51,7 @@ class Worker:
         self._settings = settings
         self._queue = queue
         self._notifier = notifier
-        self._engines = Engines(models, placements, settings.max_loaded, self._report)
+        self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work.set)
         self._claims = Claims(settings, models, queue, self._engines, inputs)
         self._running: list[Running] = []
         self._ledger = Ledger(settings.max_running)

@@ -10,6 +10,7 @@ from typing import Any
 
 from models.flux_dev import FluxDevInput
 from models.schema import Limits
+from server.brought import Brought
 from server.database import Database
 from server.fetch import Guard
 from server.files import Files
@@ -61,7 +62,8 @@ def opened(folder: Path, *, max_length: int = 1000, clock: Clock | None = None) 
     try:
         queue = Queue(database, notifier, max_length, clock)
         files = Files(folder / "files", database, clock)
-        inputs = Inputs(folder / "inputs", Guard(("127.0.0.0/8",)), files, Limits(), lambda: queue.inputs, clock=clock)
+        brought = Brought(folder / "inputs", queue.inputs, 10**10, clock)
+        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits())
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

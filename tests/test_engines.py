@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from models.engine import FluxEngine
 from models.flux_dev import FluxDevInput
 from models.random_weights import build
 from models.weights import DEMO
-from server.engines import Engines
+from server.engines import PAUSE_SECONDS, Engines
 from server.jobs import State
 from tests.null_model import NullEngine, NullModel
-from tests.parts import Parts
+from tests.parts import Clock, Parts
 from tests.test_worker import answer, submitted, worked_off
 from tests.tiny_flux import asked, difference, finished
 
@@ -87,6 +88,50 @@ def test_what_is_in_use_stays() -> None:
     assert engines.load("a/c", {first, second}) is None
     assert engines.load("a/c", {first}) is not None
     assert shelf.happened[2:] == ["- a/b", "+ a/c"]
+
+
+def test_what_is_being_warmed_up_is_not_let_go() -> None:
+    """Its memory could not be had before the compiler is done with it."""
+    begun, go_on, idle = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(NullEngine):
+        def warm_up(self) -> bool:
+            begun.set()
+            assert go_on.wait(60)
+            return False
+
+    models = {"a/a": NullModel("a/a", Slow), "a/b": NullModel("a/b", NullEngine)}
+    placements = {endpoint: Placement(None, "") for endpoint in models}
+    engines = Engines(models, placements, 1, lambda endpoint, loading: None, idle.set)
+    engines.setup()
+    engines.start_warming_up()
+    assert begun.wait(60)
+    assert engines.load("a/b", ()) is None
+    go_on.set()
+    assert idle.wait(60)
+    assert engines.load("a/b", ()) is not None
+
+
+def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None:
+    clock = Clock()
+    happened: list[str] = []
+
+    class Broken(NullModel):
+        def setup(self, placement: Placement) -> NullEngine:
+            happened.append("tried")
+            raise OSError("a shard is missing")
+
+    models = {"a/a": NullModel("a/a", NullEngine), "a/b": Broken("a/b", NullEngine)}
+    placements = {endpoint: Placement(None, "") for endpoint in models}
+    engines = Engines(models, placements, 1, lambda endpoint, loading: None, clock=clock)
+    engines.setup()
+    for tried in (1, 1, 2):
+        with pytest.raises(OSError, match="a shard is missing"):
+            engines.load("a/b", ())
+        assert len(happened) == tried
+        if tried == 1:
+            clock.now += PAUSE_SECONDS * 0.6
+            assert engines.at_hand("a/a") or engines.load("a/a", ())
 
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     {"server.engines", "server.running"},
     {"server.admission", "server.connect", "server.intake", "server.answers", "server.openapi", "server.catalog"},
     {"server.uploads", "server.inputs"},
-    {"server.hub_files"},
+    {"server.hub_files", "server.brought"},
     {"server.queue", "server.fetch", "server.auth", "server.tls", "server.signing"},
     {"server.rows"},
     {"server.files"},

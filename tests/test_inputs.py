@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import numpy
 import pytest
 from PIL import ExifTags, Image
 from pytest_httpserver import HTTPServer
+from safetensors.numpy import save
 from werkzeug import Request, Response
 
+from models.flux_lora_image_to_image import FluxLoraImageToImageInput
 from models.schema import Limits
 from server import pictures
 from server.errors import Unusable
+from server.inputs import as_json
 from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
 from tests.parts import Clock, Parts, opened, submission
 from tests.serving import Gate, Server, completed, in_progress, serving
@@ -173,6 +177,8 @@ def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
 def test_large_ones_are_scaled_down_to_the_limit(alice: httpx.Client) -> None:
     assert copied(alice, data_uri(encoded(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
     assert copied(alice, data_uri(encoded(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
+    # Whose share of the limit is no exact number.
+    assert copied(alice, data_uri(encoded(Image.new("RGB", (2215, 2215))))).size == (2048, 2048)
 
 
 # -- what is refused
@@ -306,6 +312,92 @@ def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
         clock.now = (parts.folder / "inputs" / "needed.png").stat().st_mtime + 3600
         assert parts.inputs.sweep() == 0
         assert _names(parts) == ["needed.png"]
+
+
+def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> None:
+    """However long that takes."""
+    clock = Clock()
+    with opened(tmp_path, clock=clock) as parts:
+        brought = parts.inputs.brought
+        with brought.held() as hold:
+            ready = brought.aside()
+            ready.write_bytes(b"1")
+            name = brought.keep(ready, ".png")
+            hold(name)
+            clock.now = brought.path(name).stat().st_mtime + 3600
+            assert brought.sweep() == 0
+        clock.now = brought.path(name).stat().st_mtime + 3600
+        assert brought.sweep() == 1
+
+
+def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> None:
+    clock = Clock(now=4_000_000_000.0)
+    with opened(tmp_path, clock=clock) as parts:
+        brought = parts.inputs.brought
+        for name in ("a.part", "b.png"):
+            brought.path(name).write_bytes(b"1")
+        seen = []
+
+        def needed(owner: str | None) -> set[str]:
+            seen.append(owner)
+            return set()
+
+        brought._needed = needed
+        iterdir = Path.iterdir
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "iterdir", lambda folder: [*iterdir(folder), folder / "gone.part"])
+            assert brought.sweep() == 3
+        assert seen == [None]
+
+
+def test_the_same_address_as_another_kind_is_looked_at_again(
+    alice: httpx.Client, httpserver: HTTPServer, running: Server
+) -> None:
+    """An ETag says that a file is the same, not that it is a picture."""
+    lora = save({"x.lora_A.weight": numpy.ones((4, 8), "float32")})
+
+    def answer(request: Request) -> Response:
+        is_same = request.headers.get("if-none-match") == '"1"'
+        return Response(b"" if is_same else lora, status=304 if is_same else 200, headers={"etag": '"1"'})
+
+    httpserver.expect_request("/file").respond_with_handler(answer)
+    url = httpserver.url_for("/file")
+    assert alice.post("/test/lora", json={"prompt": "", "loras": [{"path": url}]}).status_code == 200
+    assert refused(alice, url)["type"] == "unsupported_image_format"
+
+
+def test_a_data_uri_is_not_kept_beside_its_file() -> None:
+    """Nested ones neither; what came from elsewhere is kept as it was said."""
+    url = data_uri(encoded(noise()))
+    small = data_uri(b"lora")
+    fields = {"prompt": "x", "image_url": url, "loras": [{"path": "owner/name"}, {"path": small, "scale": 0.5}]}
+    request = FluxLoraImageToImageInput.model_validate(fields)
+    brought = {"image_url": "a.png", "loras.0.path": "b.safetensors", "loras.1.path": "c.safetensors"}
+    kept = json.loads(as_json(request, brought))
+    assert kept["image_url"] == "a.png"
+    assert kept["loras"] == [{"path": "owner/name", "scale": 1}, {"path": "c.safetensors", "scale": 0.5}]
+    again = FluxLoraImageToImageInput.model_validate_json(as_json(request, brought))
+    assert again.model_dump(exclude={"image_url", "loras"}) == request.model_dump(exclude={"image_url", "loras"})
+
+
+def test_one_key_cannot_fill_the_disk(tmp_path: Path, gate: Gate) -> None:
+    """Its waiting requests bring so much along and no more; others are not kept out."""
+    settings = {"keys": "alice:secret,bob:secret", "max_uploads_gb": "0.00005", "max_running": "1"}
+    with (
+        serving(tmp_path / "data", "test/copy=demo", **settings) as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=ALICE) as client,
+    ):
+        body = {"prompt": str(gate.path), "num_inference_steps": 1}
+        in_progress(client, client.post("/queue/test/gate", json=body).json()["status_url"])
+        pictures_ = [data_uri(encoded(noise(96, 80 + n))) for n in range(3)]
+        answers = [
+            client.post("/queue/test/copy", json={"prompt": "", "image_url": url}, headers=who)
+            for who in (ALICE, BOB)
+            for url in pictures_
+        ]
+        gate.open()
+    assert [answer.status_code for answer in answers] == [200, 200, 429] * 2
+    assert "--max-uploads-gb" in answers[2].json()["detail"]
 
 
 def test_a_refused_one_leaves_nothing(alice: httpx.Client, running: Server) -> None:

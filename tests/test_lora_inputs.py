@@ -210,8 +210,8 @@ def test_they_stay_until_the_room_is_needed(tmp_path: Path) -> None:
             os.utime(folder / f"{number}.safetensors", (clock.now + number, clock.now + number))
         parts.queue.submit(submission(inputs={"loras.0.path": "0.safetensors"}))
         clock.now += 10_000
-        parts.inputs.max_kept_bytes = 4000
+        parts.inputs.brought.max_kept_bytes = 4000
         assert parts.inputs.sweep() == 0
-        parts.inputs.max_kept_bytes = 2500
+        parts.inputs.brought.max_kept_bytes = 2500
         assert parts.inputs.sweep() == 2
         assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "3.safetensors"]

@@ -14,6 +14,7 @@ from pydantic_core import from_json, to_json
 from models.base import Model
 from server import intake
 from server.errors import BadRequest, InvalidInput, ServerError, Unauthorized
+from server.inputs import as_json
 from server.jobs import Job, Lifecycle, Mode, State, Submission
 from server.lifecycle import number
 from server.routes import Parts, owner_by_token
@@ -117,7 +118,7 @@ class _Session:
     async def _answer(self, body: bytes) -> None:
         fields = intake.validate(self._model, body, "", self._parts.inputs.limits)
         inputs = await self._parts.inputs.bring(fields, self._owner)
-        job = await self._submit(fields.model_dump_json(), inputs)
+        job = await self._submit(as_json(fields, inputs), inputs)
         with bound_to_client(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:
             while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
                 bell.clear()
