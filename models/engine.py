@@ -11,10 +11,11 @@ import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 
-from models import first_block_cache, safety, tiers, weights
+from models import forward, safety, tiers, weights
 from models.base import NO_INPUTS, CannotPaint, Painting, Placement
 from models.device import Device
 from models.first_block_cache import FirstBlockCache
+from models.forward import Member
 from models.generation import Generation, begin, unpacked
 from models.loras import Lora, Loras
 from models.painting import FluxPainting
@@ -25,15 +26,6 @@ from models.tiers import Tier
 from models.work import step_flop
 
 log = logging.getLogger(__name__)
-
-
-#: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
-#: card has nothing left to gain, and everybody would wait for the slowest.
-TOKEN_BUDGET = 9216
-
-
-#: A generation that goes through a forward, and whose it is.
-Member = tuple[FluxPainting, Generation]
 
 
 class FluxEngine:
@@ -201,7 +193,7 @@ class FluxEngine:
         """The next forward: who goes through it, at most so many, and where each of them goes from here."""
         members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
         transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
-        return members, self._velocities(transformer, [generation for _, generation in members])
+        return members, forward.velocities(transformer, [generation for _, generation in members])
 
     def _step_alone(self, painting: FluxPainting) -> tuple[list[Member], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
@@ -210,38 +202,10 @@ class FluxEngine:
         return self._step(painting, (), limit=1)
 
     def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
-        """Its own generations first, then those of others where that is allowed, within the token budget."""
-        beside = [
-            other
-            for other in others
-            if other.tier is painting.tier and other.tier.shares_forwards and other.loras == painting.loras
-        ]
-        members: list[Member] = []
-        for candidate in (painting, *beside):
-            for generation in self._due(painting) if candidate is painting else self._due_beside(candidate):
-                is_alike = not members or generation.key == members[0][1].key
-                if is_alike and (len(members) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
-                    members.append((candidate, generation))
-        return members
-
-    def _velocities(self, transformer: Any, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
-        """One forward for one or more generations of one size."""
-        first = generations[0]
-        timesteps = torch.stack([generation.timestep for generation in generations])
-        guidance = [generation.guidance for generation in generations]
-        inputs = {
-            "hidden_states": _together([generation.latents for generation in generations]),
-            "timestep": timesteps.to(first.latents.dtype) / 1000,
-            "guidance": None if first.guidance is None else _together(guidance),
-            "pooled_projections": _together([generation.text.pooled_prompt_embeds for generation in generations]),
-            "encoder_hidden_states": _together([generation.text.prompt_embeds for generation in generations]),
-            "txt_ids": first.text.ids,
-            "img_ids": first.latent_ids,
-        }
-        if first.cache is not None:
-            return [first_block_cache.velocity(transformer, first.cache, **inputs)]
-        velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
-        return velocities
+        """Its own generations first, then those of others where that is allowed."""
+        beside = [other for other in others if forward.can_share(painting, other)]
+        due = [(painting, self._due(painting)), *((other, self._due_beside(other)) for other in beside)]
+        return forward.members(due)
 
     def _work(self, generation: Generation) -> int:
         num_text_tokens = generation.text.prompt_embeds.shape[1]
@@ -284,8 +248,3 @@ def _opened(path: Path) -> Image:
     with PIL.Image.open(path, formats=("PNG",)) as picture:
         picture.load()
         return picture
-
-
-def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor alone is passed on as it is, so that its forward is the very one the pipeline makes."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -42,6 +42,7 @@ LAYERS = (
     {"models.*"},
     {"models.speed", "models.random_weights"},
     {"models.engine"},
+    {"models.forward"},
     {
         "models.generation",
         "models.tiers",

@@ -1,0 +1,58 @@
+"""One forward: whose generations go through it together, and where it takes each of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from models import first_block_cache
+from models.generation import Generation
+from models.painting import FluxPainting
+
+#: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
+#: card has nothing left to gain, and everybody would wait for the slowest.
+TOKEN_BUDGET = 9216
+
+#: A generation that goes through a forward, and whose it is.
+Member = tuple[FluxPainting, Generation]
+
+
+def can_share(painting: FluxPainting, other: FluxPainting) -> bool:
+    """Whether both run through the same transformer, and their tier allows it."""
+    return other.tier is painting.tier and other.tier.shares_forwards and other.loras == painting.loras
+
+
+def members(due: Sequence[tuple[FluxPainting, Sequence[Generation]]]) -> list[Member]:
+    """Those that are like the first, in their order, within the token budget; the first in any case."""
+    found: list[Member] = []
+    for painting, generations in due:
+        for generation in generations:
+            is_alike = not found or generation.key == found[0][1].key
+            if is_alike and (len(found) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
+                found.append((painting, generation))
+    return found
+
+
+def velocities(transformer: Any, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
+    """One forward for one or more generations of one size: the velocity of each, of the shape of its latents."""
+    first = generations[0]
+    timesteps = torch.stack([generation.timestep for generation in generations])
+    guidance = [generation.guidance for generation in generations]
+    inputs = {
+        "hidden_states": _together([generation.latents for generation in generations]),
+        "timestep": timesteps.to(first.latents.dtype) / 1000,
+        "guidance": None if first.guidance is None else _together(guidance),
+        "pooled_projections": _together([generation.text.pooled_prompt_embeds for generation in generations]),
+        "encoder_hidden_states": _together([generation.text.prompt_embeds for generation in generations]),
+        "txt_ids": first.text.ids,
+        "img_ids": first.latent_ids,
+    }
+    if first.cache is not None:
+        return [first_block_cache.velocity(transformer, first.cache, **inputs)]
+    found: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
+    return found
+
+
+def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor alone is passed on as it is, so that its forward is the very one the pipeline makes."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
