@@ -1,6 +1,7 @@
 """From pictures to the answer a client gets: blacked out where unsafe, encoded, stored, listed."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class Answers:
                 inference_time=seconds,
                 acceleration=painted.acceleration,
                 files=tuple(files),
+                billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in painted.pictures),
             )
         except BaseException:
             self.discard(files)

@@ -10,11 +10,22 @@ from pathlib import Path
 from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-VERSION = 3
+VERSION = 4
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
     3: "ALTER TABLE jobs ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
+    4: """
+        ALTER TABLE jobs ADD COLUMN billable_units INTEGER NOT NULL DEFAULT 0 CHECK (billable_units >= 0);
+        CREATE TABLE usage (
+            owner          TEXT NOT NULL,
+            day            TEXT NOT NULL,
+            endpoint       TEXT NOT NULL,
+            requests       INTEGER NOT NULL CHECK (requests > 0),
+            billable_units INTEGER NOT NULL CHECK (billable_units >= 0),
+            PRIMARY KEY (owner, day, endpoint)
+        ) STRICT, WITHOUT ROWID
+    """,
 }
 
 

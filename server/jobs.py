@@ -112,6 +112,8 @@ class Outcome:
     inference_time: float | None = None
     acceleration: str | None = None
     files: tuple["StoredFile", ...] = ()
+    #: Megapixels, each picture's rounded up: what fal counts for this model.
+    billable_units: int = 0
 
 
 @dataclass(frozen=True)

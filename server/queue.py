@@ -125,7 +125,7 @@ class Queue:
         if not job.is_kept and row["fetched_at"] is None:
             with self._database.transaction() as connection:
                 rows.mark_fetched(connection, job, self._clock())
-        return Outcome(row["status"], row["output"], row["error"], row["error_type"], row["inference_time"])
+        return rows.outcome_of(row)
 
     def position(self, job: Job) -> int:
         """How many requests are ahead of it."""

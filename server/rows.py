@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import uuid
+from datetime import UTC, datetime
 
 from server.files import list_file
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
@@ -25,13 +26,18 @@ _END = """
     UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
         output_size = :output_size,
         error = :error, error_type = :error_type, inference_time = :inference_time,
-        acceleration = :acceleration, logs = :logs, is_cancelled = :is_cancelled
+        acceleration = :acceleration, billable_units = :billable_units, logs = :logs, is_cancelled = :is_cancelled
     WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
 """
 
 _DUE = """
     INSERT INTO deliveries (request_id, url, due_at)
     SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL
+"""
+
+_USED = """
+    INSERT INTO usage VALUES (?, ?, ?, 1, ?) ON CONFLICT DO UPDATE
+    SET requests = requests + 1, billable_units = billable_units + excluded.billable_units
 """
 
 
@@ -107,6 +113,7 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         "error_type": outcome.error_type,
         "inference_time": outcome.inference_time,
         "acceleration": outcome.acceleration,
+        "billable_units": outcome.billable_units,
         "logs": json.dumps(job.logs),
         "is_cancelled": is_cancelled,
         "request_id": job.request_id,
@@ -117,6 +124,9 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         raise _lost(job)
     for file in outcome.files:
         list_file(connection, file, job.request_id, now)
+    if outcome.status == 200:
+        day = datetime.fromtimestamp(now, UTC).date().isoformat()
+        connection.execute(_USED, (job.owner, day, job.endpoint, outcome.billable_units))
     connection.execute(_DUE, (now, job.request_id))
 
 
@@ -187,4 +197,16 @@ def job_of(row: sqlite3.Row) -> Job:
         inference_time=row["inference_time"],
         acceleration=row["acceleration"],
         logs=json.loads(row["logs"]) if row["logs"] else [],
+    )
+
+
+def outcome_of(row: sqlite3.Row) -> Outcome:
+    """How the job in a whole row ended; its files are listed elsewhere."""
+    return Outcome(
+        row["status"],
+        row["output"],
+        row["error"],
+        row["error_type"],
+        row["inference_time"],
+        billable_units=row["billable_units"],
     )

@@ -34,6 +34,7 @@ CREATE TABLE jobs (
     error           TEXT,
     error_type      TEXT,
     inference_time  REAL,
+    billable_units  INTEGER NOT NULL DEFAULT 0 CHECK (billable_units >= 0),
     acceleration    TEXT,
     logs            TEXT,
     CHECK ((state = 'COMPLETED') = (finished_at IS NOT NULL)),
@@ -52,6 +53,16 @@ CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
 CREATE INDEX jobs_large ON jobs (finished_at, output_size) WHERE output_size > 0;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+-- What was painted for whom, a row a day (UTC): it outlives the requests.
+CREATE TABLE usage (
+    owner          TEXT NOT NULL,
+    day            TEXT NOT NULL,
+    endpoint       TEXT NOT NULL,
+    requests       INTEGER NOT NULL CHECK (requests > 0),
+    billable_units INTEGER NOT NULL CHECK (billable_units >= 0),
+    PRIMARY KEY (owner, day, endpoint)
+) STRICT, WITHOUT ROWID;
 
 -- A file without a request is one that its owner uploaded.
 CREATE TABLE files (
@@ -114,4 +125,4 @@ CREATE TABLE keys (
     created_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;

@@ -87,6 +87,7 @@ def result(outcome: Outcome) -> Response:
         headers["x-fal-error-type"] = outcome.error_type
     if outcome.status >= 500:
         headers["x-fal-retryable"] = "true"
+    headers.setdefault("x-fal-billable-units", str(outcome.billable_units))
     return JSON(outcome.body.encode(), outcome.status, headers)
 
 

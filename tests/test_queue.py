@@ -622,13 +622,26 @@ def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
         assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]
 
 
-def test_a_folder_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Path) -> None:
+    """And what waits in it is painted."""
+    with opened(tmp_path / "new") as parts:
+        expected = columns(parts)
+    with opened(tmp_path / "old") as parts:
         job = claimed(parts)
-        for column in ("strikes", "inputs"):
+        parts.rows("DROP TABLE usage")
+        for column in ("strikes", "inputs", "billable_units"):
             parts.rows(f"ALTER TABLE jobs DROP COLUMN {column}")
         parts.rows("PRAGMA user_version = 1")
-    with opened(tmp_path) as parts:
+    with opened(tmp_path / "old") as parts:
+        assert columns(parts) == expected
         assert parts.queue.recover() == 1
         assert parts.rows("SELECT request_id, strikes, inputs FROM jobs") == [(job.request_id, 0, "{}")]
-        assert parts.rows("PRAGMA user_version") == [(3,)]
+
+
+def columns(parts: Parts) -> dict[str, Any]:
+    """Every column of every table, whatever their order, and the version."""
+    tables = [name for (name,) in parts.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found: dict[str, Any] = {
+        name: sorted(row[1:] for row in parts.rows(f"PRAGMA table_info({name})")) for name in tables
+    }
+    return {**found, "version": parts.rows("PRAGMA user_version")}
