@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
-from server.routes import Parts, catalog, files, openai, operations, queue, realtime, run, storage, tokens
+from server.routes import Parts, catalog, files, openai, operations, playground, queue, realtime, run, storage, tokens
 from server.settings import Settings
 from server.signing import Signer
 from server.uploads import Uploads
@@ -64,8 +64,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.parts, app.state.worker = parts, worker
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
-    for nouns in (queue, catalog, storage, tokens, files, operations, openai, realtime, run):
+    for nouns in (queue, catalog, storage, tokens, files, operations, playground, openai, realtime, run):
         app.include_router(nouns.router)
+    app.mount("/static", playground.files)
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Counted, metrics=parts.metrics)

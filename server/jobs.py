@@ -91,8 +91,9 @@ class Job:
     acceleration: str | None = None
     step: int = 0
     num_steps: int = 0
-    #: What the picture looks like so far, as a data URI; for those that stream.
+    #: What the picture looks like so far, as a data URI; for those that stream, and those whose status asks for it.
     preview: str | None = None
+    wants_previews: bool = False
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property

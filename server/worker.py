@@ -171,7 +171,7 @@ class Worker:
         """Progress for who listens; with a preview now and then for those that stream."""
         job, painting = running.job, running.painting
         every = math.ceil(painting.num_steps / PREVIEWS)
-        if job.mode == Mode.STREAM and painting.step % every == 0 and not running.is_stepped:
+        if (job.mode == Mode.STREAM or job.wants_previews) and painting.step % every == 0 and not running.is_stepped:
             job.preview = _preview(running)
         self._queue.progress(job, painting.step, painting.num_steps)
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import RedirectResponse
 
 from server.metrics import CONTENT_TYPE
 from server.routes import parts_of
@@ -36,9 +35,3 @@ async def metrics(request: Request) -> Response:
     parts = parts_of(request)
     parts.keys.operator(request.headers.get("authorization"))
     return Response(await asyncio.to_thread(parts.metrics.text), media_type=CONTENT_TYPE)
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> Response:
-    """The page to begin with."""
-    return RedirectResponse("docs")

@@ -22,16 +22,17 @@ async def status(request: Request, app: str, request_id: str) -> Response:
     """Where a request stands; 202 until it is done."""
     parts = parts_of(request)
     job = await _job(request, parts, app, request_id)
-    logs = job.logs if _wants_logs(request) else None
+    logs = job.logs if _wants(request, "logs") else None
     return _identified(JSON(_status(parts, job, logs), wire.STATUS_CODES[job.state]), job)
 
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str) -> Response:
-    """The same as events, with the new log lines only, until the request is done."""
+    """The same as events, with the new log lines only, until the request is done; with `previews=1`, small ones too."""
     parts = parts_of(request)
     job = await _job(request, parts, app, request_id)
-    return _identified(EventStream(_changes(parts, job, _wants_logs(request))), job)
+    job.wants_previews |= _wants(request, "previews")
+    return _identified(EventStream(_changes(parts, job, _wants(request, "logs"))), job)
 
 
 @router.get("/{app:path}/requests/{request_id}")
@@ -95,16 +96,18 @@ async def _job(request: Request, parts: Parts, app: str, request_id: str) -> Job
 
 async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
     told: dict[str, Any] = {}
-    sent = 0
+    sent, shown = 0, None
     with parts.notifier.listen(job.request_id, QUEUE) as bell:
         while True:
             bell.clear()
             logs = job.logs[sent:]
             body = _status(parts, job, logs if wants_logs else None)
-            if body != told:
+            preview = job.preview if job.wants_previews and job.preview is not shown else None
+            if body != told or preview:
                 sent += len(logs)
                 told = _status(parts, job, [] if wants_logs else None)
-                yield body
+                shown = job.preview
+                yield {**body, "preview": preview} if preview else body
             if body["status"] == State.COMPLETED or parts.notifier.is_closing:
                 return
             if not await heard(bell):
@@ -115,8 +118,8 @@ def _status(parts: Parts, job: Job, logs: list[dict[str, Any]] | None) -> dict[s
     return wire.status(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
 
 
-def _wants_logs(request: Request) -> bool:
-    return request.query_params.get("logs", "").lower() in ("1", "true")
+def _wants(request: Request, what: str) -> bool:
+    return request.query_params.get(what, "").lower() in ("1", "true")
 
 
 def _identified(response: Response, job: Job) -> Response:

@@ -1,0 +1,43 @@
+"""The page to begin with: every endpoint as a form, its requests as they are painted."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+from server.routes import parts_of
+from server.wire import JSON
+
+router = APIRouter(include_in_schema=False)
+STATIC = Path(__file__).parents[1] / "static"
+#: Nothing of the page comes from elsewhere, and nothing goes elsewhere.
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+files = StaticFiles(directory=STATIC)
+
+
+@router.get("/")
+async def page() -> Response:
+    """The playground."""
+    return FileResponse(STATIC / "index.html", headers=_HEADERS)
+
+
+@router.get("/playground.json")
+async def about(request: Request) -> Response:
+    """What the page needs to know of this server; no secret, as llms.txt is none."""
+    parts = parts_of(request)
+    return JSON(
+        {
+            "endpoints": list(parts.models),
+            "needsKey": not parts.keys.is_open,
+            "python": 'in the shell: eval "$(flux-server env)"',
+        }
+    )

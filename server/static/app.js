@@ -1,0 +1,132 @@
+// The page: choose an endpoint, fill its form, run, watch, keep.
+
+import * as api from "./api.js";
+import * as code from "./code.js";
+import * as form from "./form.js";
+import { Run } from "./run.js";
+
+const at = (id) => document.getElementById(id);
+const KEPT = 60;
+
+let about = { endpoints: [], needsKey: false };
+let endpoint = "";
+let fields = new Map();
+
+// What this browser ran, the newest first: { endpoint, requestId, input, startedAt }.
+const history = {
+  all: () => JSON.parse(localStorage.getItem("runs") ?? "[]"),
+  add: (run) => localStorage.setItem("runs", JSON.stringify([run, ...history.all()].slice(0, KEPT))),
+  remove: (requestId) =>
+    localStorage.setItem("runs", JSON.stringify(history.all().filter((run) => run.requestId !== requestId))),
+};
+
+// Ask for a key until one is good.
+async function withKey(act) {
+  for (;;) {
+    try {
+      return await act();
+    } catch (error) {
+      if (!(error instanceof api.Refused) || error.status !== 401) throw error;
+      at("ask-problem").textContent = sessionStorage.getItem("key") ? "That key was refused." : "";
+      at("ask").showModal();
+      await new Promise((resolve) => at("ask").addEventListener("close", resolve, { once: true }));
+      api.setKey(at("ask-key").value.trim());
+    }
+  }
+}
+
+async function choose(name) {
+  delete document.body.dataset.ready;
+  endpoint = name;
+  localStorage.setItem("endpoint", name);
+  at("endpoint").value = name;
+  at("llms").href = `models/${name}/llms.txt`;
+  const described = await api.documentOf(name);
+  const { prompt, image_url, image_size, seed } = form.read(fields);
+  fields = form.build(described, { first: at("fields"), more: at("more") }, showCode);
+  // What was typed already is worth keeping; the rest has the new endpoint's own defaults.
+  for (const [kept, value] of Object.entries({ prompt, image_url, image_size, seed })) {
+    if (value !== undefined) fields.get(kept)?.write(value);
+  }
+  at("problem").textContent = "";
+  showCode();
+  document.body.dataset.ready = name;
+}
+
+const showCode = () => code.show(at("code"), endpoint, form.read(fields), { ...about, url: location.origin });
+
+async function use(name, input) {
+  if (name !== endpoint) await choose(name);
+  form.write(fields, input);
+  showCode();
+  at("form").scrollIntoView({ block: "nearest" });
+}
+
+async function run() {
+  const input = form.read(fields);
+  const strays = form.complain(fields, []);
+  at("problem").textContent = strays;
+  try {
+    const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
+    const started = { endpoint, requestId, input, startedAt: Date.now() };
+    history.add(started);
+    show(started);
+  } catch (error) {
+    at("problem").textContent =
+      error instanceof api.Refused && error.problems.length
+        ? form.complain(fields, error.problems)
+        : error.message;
+  }
+}
+
+function show(started, isOld = false) {
+  at("empty").hidden = true;
+  const shown = new Run(started, {
+    use,
+    paintOver: (url) => use("fal-ai/flux/dev/image-to-image", { prompt: started.input.prompt, image_url: url }),
+    forget: () => {
+      history.remove(started.requestId);
+      shown.node.remove();
+      at("empty").hidden = at("runs").children.length > 0;
+    },
+  });
+  at("runs")[isOld ? "append" : "prepend"](shown.node);
+  withKey(() => shown.follow()).catch((error) => shown.fail(error));
+}
+
+for (const tab of document.querySelectorAll("[role=tab]")) {
+  tab.addEventListener("click", () => {
+    for (const each of document.querySelectorAll("[role=tab]")) {
+      const isChosen = each === tab;
+      each.setAttribute("aria-selected", String(isChosen));
+      each.tabIndex = isChosen ? 0 : -1;
+      at(each.getAttribute("aria-controls")).hidden = !isChosen;
+    }
+  });
+  tab.addEventListener("keydown", ({ key }) => {
+    if (!["ArrowLeft", "ArrowRight"].includes(key)) return;
+    const other = [...document.querySelectorAll("[role=tab]")].find((each) => each !== tab);
+    other.focus();
+    other.click();
+  });
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "Enter") run();
+});
+at("reset").addEventListener("click", () => {
+  form.write(fields, {});
+  form.complain(fields, []);
+  showCode();
+});
+at("endpoint").addEventListener("change", () => choose(at("endpoint").value));
+
+about = await api.playground();
+at("endpoint").append(...about.endpoints.map((name) => form.element("option", { textContent: name })));
+const last = localStorage.getItem("endpoint");
+await choose(about.endpoints.includes(last) ? last : about.endpoints[0]);
+for (const started of history.all()) show(started, true);

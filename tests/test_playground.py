@@ -1,0 +1,225 @@
+"""The playground in a real browser: typed, run, watched, cancelled, kept."""
+
+import base64
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from tests.hostile_pictures import encoded, noise
+from tests.node import JS
+from tests.serving import Gate, Server, free_port, serving
+from tests.test_browser_client import browser as browser
+from tests.test_node_clients import node as node
+from tests.test_python_client import exports
+
+
+@pytest.fixture(scope="module")
+def playing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The test models alone; one request is painted at a time."""
+    settings = {"max_running": "1", "tls_port": str(free_port())}
+    with serving(tmp_path_factory.mktemp("playing"), "test/null=demo", **settings) as server:
+        yield server.ready()
+
+
+@pytest.fixture
+def page(browser: Browser, playing: Server) -> Iterator[Page]:
+    yield from opened(browser, playing.url)
+
+
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """A page of a browser that was never here; whatever goes wrong on it, or leaves the origin, fails the test."""
+    context = browser.new_context(**options)
+    found = context.new_page()
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    found.on("request", lambda request: wrong.append(request.url) if is_foreign(request.url, url) else None)
+    found.goto(url)
+    yield found
+    context.close()
+    assert wrong == []
+
+
+def size_of(picture: Locator) -> Any:
+    """Its own width and height, once it is there."""
+    return picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+
+
+def is_foreign(url: str, own: str) -> bool:
+    return urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc != urlsplit(own).netloc
+
+
+def choose(page: Page, endpoint: str) -> None:
+    """An endpoint, and wait for its form."""
+    page.wait_for_selector("body[data-ready]")
+    page.get_by_label("Endpoint").select_option(endpoint)
+    page.wait_for_selector(f"body[data-ready='{endpoint}']")
+
+
+def run(page: Page, prompt: str) -> Any:
+    """Type a prompt and press the button; the newest run."""
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Run").click()
+    newest = page.locator("#runs > li").first
+    expect(newest.locator(".prompt")).to_have_text(prompt)
+    return newest
+
+
+def test_type_run_and_see(page: Page) -> None:
+    choose(page, "test/null")
+    shown = run(page, "a red apple")
+    picture = shown.get_by_role("img", name="a red apple")
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])") == [
+        1024,
+        768,
+    ]
+    expect(shown.locator(".state")).to_contain_text("seed")
+
+
+def test_position_steps_and_cancel(page: Page, gate: Gate) -> None:
+    choose(page, "test/gate")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Num inference steps", exact=True).fill("3")
+    running = run(page, str(gate.path))
+    expect(running.locator(".state")).to_have_text("begun")
+    choose(page, "test/null")
+    waiting = run(page, "second")
+    expect(waiting.locator(".state")).to_have_text("next in line")
+    cancelled = run(page, "third")
+    expect(cancelled.locator(".state")).to_have_text("waiting, 1 request ahead")
+    cancelled.get_by_role("button", name="Cancel").click()
+    expect(cancelled.locator(".state")).to_contain_text("cancelled")
+    gate.let(2)
+    behind = page.locator("#runs > li").nth(2)
+    expect(behind.locator(".state")).to_have_text("step 2 of 3")
+    expect(behind.locator(".preview")).to_be_visible()
+    gate.open()
+    expect(behind.locator("figure img")).to_be_visible()
+    expect(page.locator("#runs > li").nth(1).locator("figure img")).to_be_visible()
+
+
+def test_history_survives_a_reload_and_gives_the_same_picture(page: Page) -> None:
+    choose(page, "test/null")
+    first = run(page, "kept")
+    source = first.locator("figure img").get_attribute("src")
+    page.reload()
+    again = page.locator("#runs > li").first
+    expect(again.locator("figure img")).to_have_attribute("src", str(source))
+    again.get_by_role("button", name="Use these settings").click()
+    expect(page.get_by_label("Prompt")).to_have_value("kept")
+    again.get_by_role("button", name="Forget").click()
+    expect(page.get_by_text("What you run appears here.")).to_be_visible()
+
+
+def test_a_picture_is_dropped(page: Page) -> None:
+    choose(page, "test/copy")
+    content = base64.b64encode(encoded(noise())).decode()
+    page.locator(".field.image_url").evaluate(
+        """(node, content) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+            const given = new DataTransfer();
+            given.items.add(new File([bytes], "in.png", { type: "image/png" }));
+            node.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+        }""",
+        content,
+    )
+    expect(page.get_by_label("Image url")).to_have_value(re.compile("/files/"))
+    shown = run(page, "copy it")
+    assert size_of(shown.locator("figure img")) == [96, 80]
+
+
+def test_what_is_wrong_marks_its_field(page: Page) -> None:
+    choose(page, "test/null")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Guidance scale", exact=True).fill("99")
+    page.get_by_role("button", name="Run").click()
+    field = page.get_by_label("Guidance scale", exact=True)
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(page.locator(".field.guidance_scale .problem")).to_contain_text("less than or equal to 20")
+    expect(field).to_be_focused()
+
+
+def test_flagged_pictures_are_blurred(page: Page) -> None:
+    choose(page, "test/unsafe")
+    shown = run(page, "whatever")
+    expect(shown.locator("figure img.flagged")).to_be_visible()
+    expect(shown).to_contain_text("Flagged by the safety checker")
+
+
+def test_failures_are_told(page: Page) -> None:
+    choose(page, "test/raises")
+    expect(run(page, "whatever").locator(".state")).to_have_text("Internal Server Error")
+
+
+def test_a_wrong_key_is_asked_for_again(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path, "test/null=demo", keys="right") as server:
+        for page in opened(browser, server.ready().url):
+            choose(page, "test/null")
+            page.get_by_label("Prompt").fill("x")
+            page.get_by_role("button", name="Run").click()
+            for key, problem in (("wrong", ""), ("right", "That key was refused.")):
+                expect(page.locator("#ask-problem")).to_have_text(problem)
+                page.get_by_label("Key", exact=True).fill(key)
+                page.get_by_role("button", name="Use this key").click()
+            expect(page.locator("#runs figure img")).to_be_visible()
+            assert page.evaluate("JSON.stringify(localStorage)").find("right") == -1
+
+
+def test_it_recovers_from_a_restart(browser: Browser, tmp_path: Path, gate: Gate) -> None:
+    port = str(free_port())
+    with serving(tmp_path, "test/null=demo", port=port) as server:
+        pages = opened(browser, server.ready().url)
+        page = next(pages)
+        choose(page, "test/gate")
+        shown = run(page, str(gate.path))
+        expect(shown.locator(".state")).to_have_text("begun")
+        server.kill()
+    expect(shown.locator(".state")).to_contain_text("cannot be reached")
+    gate.let(28)
+    with serving(tmp_path, "test/null=demo", port=port) as server:
+        server.ready()
+        expect(shown.locator("figure img")).to_be_visible(timeout=30_000)
+        assert next(pages, None) is None
+
+
+def test_the_code_runs(node: None, page: Page, playing: Server, tmp_path: Path) -> None:
+    """Each program, pasted as it is."""
+    choose(page, "test/null")
+    page.get_by_label("Prompt").fill("it's a \"test\" with $HOME and 'quotes'")
+    page.get_by_role("button", name=re.compile("512.512")).click()
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_role("tab", name="Code").click()
+    programs = {
+        name: page.locator(f"pre[data-language={name}]").inner_text() for name in ("curl", "Python", "JavaScript")
+    }
+    environment = {"PATH": os.environ["PATH"], **exports(playing), "FAL_KEY": "local"}
+    (tmp_path / "pasted.mjs").write_text(programs["JavaScript"])
+    (tmp_path / "node_modules").symlink_to(JS / "node_modules")
+    commands = {
+        "curl": ["bash", "-c", programs["curl"]],
+        "Python": [sys.executable, "-c", programs["Python"]],
+        "JavaScript": ["node", "pasted.mjs"],
+    }
+    for name, command in commands.items():
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert "/files/" in done.stdout, name
+
+
+def test_it_is_served_strictly(playing: Server) -> None:
+    answer = httpx.get(playing.url, trust_env=False)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    for name in ("app.js", "style.css", "icon.svg"):
+        assert httpx.get(f"{playing.url}/static/{name}", trust_env=False).status_code == 200
+    assert httpx.get(f"{playing.url}/static/../app.py", trust_env=False).status_code == 404
