@@ -89,7 +89,7 @@ PLANS = {
         scale="small",
         autoencoder_iterations=4_600,
         autoencoder_batch=16,
-        decoder_iterations=1_200,
+        decoder_iterations=400,
         judge_iterations=1_600,
         checker_iterations=1_500,
         checker_examples=3_000,
@@ -97,7 +97,7 @@ PLANS = {
         lora_iterations=600,
         lora_examples=256,
         pool_size=6_144,
-        flow_iterations=5_600,
+        flow_iterations=6_400,
         batch_tokens=4_096,
         heads=3,
         joint_blocks=2,
@@ -131,4 +131,4 @@ EARLY = 0.5
 SMALL_SHARES = {True: 0.6, False: 0.15}
 CENTRED_SHARES = {True: 0.5, False: 0.0}
 #: Share of the others by size, in pixels.
-SIZES = dict(zip(PRESETS.values(), (0.08, 0.52, 0.10, 0.08, 0.13, 0.09), strict=True))
+SIZES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
