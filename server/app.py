@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Model, Placement
 from models.schema import Limits
-from server import admission, auth, gauges, openapi, wire
+from server import admission, auth, gauges, openapi, overview, wire
 from server.address import Address
 from server.admission import Admission
 from server.auth import Keys
@@ -115,6 +115,7 @@ def _join(
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
         metrics=metrics,
+        overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
     )
     return parts, worker

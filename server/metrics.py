@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.gauges: Callable[[], Mapping[str, tuple[str, float]]] = dict
         self.http_requests = self._counter("http_requests", "HTTP requests answered.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that reached their end.", "endpoint", "outcome")
@@ -48,6 +49,7 @@ class Metrics:
 
     def watch(self, gauges: Callable[[], Mapping[str, tuple[str, float]]]) -> None:
         """Ask for these each time the metrics are read: what they mean, and their values now."""
+        self.gauges = gauges
         self.registry.register(_Gauges(gauges))
 
     def text(self) -> bytes:

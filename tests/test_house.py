@@ -17,7 +17,7 @@ LAYERS = (
     {"server.__main__"},
     {"server.serving", "server.clients", "server.doctor", "server.bench"},
     {"server.app"},
-    {"server.gauges", "server.counted"},
+    {"server.gauges", "server.counted", "server.overview"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
     {"server.fairness", "server.finisher", "server.claims"},
     {"server.engines", "server.running"},

@@ -216,6 +216,17 @@ def test_the_code_runs(node: None, page: Page, playing: Server, tmp_path: Path) 
         assert "/files/" in done.stdout, name
 
 
+def test_the_operators_view(browser: Browser, playing: Server) -> None:
+    httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
+    httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)
+    for page in opened(browser, f"{playing.url}/status"):
+        expect(page.locator("#state")).to_contain_text("ready")
+        expect(page.locator("#endpoints")).to_contain_text("test/null")
+        expect(page.locator("#failures")).to_contain_text("test/raises")
+        expect(page.locator("#usage")).to_contain_text("everybody")
+        expect(page.locator("#minutes span")).to_have_count(60)
+
+
 def test_it_is_served_strictly(playing: Server) -> None:
     answer = httpx.get(playing.url, trust_env=False)
     policy = answer.headers["content-security-policy"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from starlette.requests import HTTPConnection, Request
 
@@ -36,6 +36,8 @@ class Parts:
     signer: Signer
     notifier: Notifier
     metrics: Metrics
+    #: What the operator sees at a glance; waits for the disk.
+    overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
     readiness: Callable[[], tuple[bool, Loading]]
 

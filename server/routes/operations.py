@@ -29,6 +29,18 @@ async def ready(request: Request) -> Response:
     return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
 
 
+@router.get("/status.json")
+async def status(request: Request) -> Response:
+    """The last hour, what failed, and who used what; the operator's alone where there are keys."""
+    parts = parts_of(request)
+    parts.keys.operator(request.headers.get("authorization"))
+    is_ready, loading = parts.readiness()
+    seen = await asyncio.to_thread(parts.overview)
+    gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
+    about = {"version": VERSION, "is_ready": is_ready, "loading": asdict(loading), "served": list(parts.models)}
+    return JSON({**about, "now": gauges, **seen})
+
+
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """What Prometheus reads; the operator's alone where there are keys."""

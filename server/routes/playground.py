@@ -30,6 +30,12 @@ async def page() -> Response:
     return FileResponse(STATIC / "index.html", headers=_HEADERS)
 
 
+@router.get("/status")
+async def status() -> Response:
+    """The operator's view."""
+    return FileResponse(STATIC / "status.html", headers=_HEADERS)
+
+
 @router.get("/playground.json")
 async def about(request: Request) -> Response:
     """What the page needs to know of this server; no secret, as llms.txt is none."""

@@ -28,6 +28,7 @@ const json = async (path, options) => (await call(path, options)).json();
 const app = (endpoint) => endpoint.split("/").slice(0, 2).join("/");
 const requestPath = ({ endpoint, requestId }) => `queue/${app(endpoint)}/requests/${requestId}`;
 
+export const status = () => json("status.json");
 export const playground = () => json("playground.json");
 export const documentOf = (endpoint) =>
   json(`api/openapi/queue/openapi.json?endpoint_id=${encodeURIComponent(endpoint)}`);

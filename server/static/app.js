@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import * as code from "./code.js";
 import * as form from "./form.js";
+import { withKey } from "./key.js";
 import { Run } from "./run.js";
 
 const at = (id) => document.getElementById(id);
@@ -19,21 +20,6 @@ const history = {
   remove: (requestId) =>
     localStorage.setItem("runs", JSON.stringify(history.all().filter((run) => run.requestId !== requestId))),
 };
-
-// Ask for a key until one is good.
-async function withKey(act) {
-  for (;;) {
-    try {
-      return await act();
-    } catch (error) {
-      if (!(error instanceof api.Refused) || error.status !== 401) throw error;
-      at("ask-problem").textContent = sessionStorage.getItem("key") ? "That key was refused." : "";
-      at("ask").showModal();
-      await new Promise((resolve) => at("ask").addEventListener("close", resolve, { once: true }));
-      api.setKey(at("ask-key").value.trim());
-    }
-  }
-}
 
 async function choose(name) {
   delete document.body.dataset.ready;

@@ -1,0 +1,62 @@
+"""What an operator wants to see at a glance: the last hour, what failed, and who used what."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from server.database import Database
+
+MINUTES = 60
+USAGE_DAYS = 30
+_FAILURES = 20
+_MINUTES = """
+    SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
+        count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units
+    FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
+"""
+_ENDPOINTS = """
+    SELECT endpoint, count(*) AS completed, avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
+    FROM jobs WHERE state = 'COMPLETED' AND status = 200 AND finished_at > ? GROUP BY endpoint ORDER BY endpoint
+"""
+_LAST_FAILURES = """
+    SELECT request_id, endpoint, finished_at, error, error_type FROM jobs
+    WHERE state = 'COMPLETED' AND status >= 500 ORDER BY finished_at DESC LIMIT ?
+"""
+_USAGE = """
+    SELECT substr(owner, 1, 9) AS owner, sum(requests) AS requests, sum(billable_units) AS billable_units FROM usage
+    WHERE day >= ? GROUP BY owner ORDER BY billable_units DESC
+"""
+
+
+def read(database: Database, now: float | None = None) -> dict[str, Any]:
+    """As plain values; waits for the disk. Owners are told by the beginning of what stands for their key."""
+    now = time.time() if now is None else now
+    return {
+        "minutes": _minutes(database, now),
+        "endpoints": _endpoints(database, now),
+        "failures": _failures(database),
+        "usage": _usage(database, now),
+    }
+
+
+def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
+    """What ended in each of the last minutes, the oldest first."""
+    rows = database.read(_MINUTES, now - 60 * MINUTES)
+    found = {row["minute"]: {name: row[name] for name in ("ended", "completed", "billable_units")} for row in rows}
+    return [found.get(minute, {"ended": 0, "completed": 0, "billable_units": 0}) for minute in range(MINUTES)]
+
+
+def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
+    """How long requests of the last hour waited and took, on average, in seconds."""
+    return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
+
+
+def _failures(database: Database) -> list[dict[str, Any]]:
+    """The last ones that were the server's fault, the newest first."""
+    return [dict(row) for row in database.read(_LAST_FAILURES, _FAILURES)]
+
+
+def _usage(database: Database, now: float) -> list[dict[str, Any]]:
+    """Requests and billable units of the last days, by key."""
+    first = datetime.fromtimestamp(now, UTC).date() - timedelta(days=USAGE_DAYS - 1)
+    return [dict(row) for row in database.read(_USAGE, first.isoformat())]
