@@ -66,6 +66,14 @@ class CannotPaint(Exception):
     """This request fails, for a reason that its client is told. Nothing else is harmed."""
 
 
+class DoesNotFit(CannotPaint):
+    """What the request brought along is not for this model; `loc` is the field's place."""
+
+    def __init__(self, loc: tuple[str | int, ...], words: str) -> None:
+        super().__init__(words)
+        self.loc = loc
+
+
 class DeviceLost(Exception):
     """The device answers no more in this process: only a new process can paint."""
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from models.base import CannotPaint
+from models.base import DoesNotFit
 from models.tiers import twin
 
 #: Bytes of those that stay on the device, the least recently used go first. One of rank 16 takes some 40 MB for
@@ -53,7 +53,7 @@ class Loras:
         return list(self._loaded)
 
     def use(self, loras: tuple[Lora, ...]) -> Any:
-        """The pipeline with exactly these switched on. Raises CannotPaint, naming the one that does not fit."""
+        """The pipeline with exactly these switched on. Raises DoesNotFit, naming the one."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if loras != self._active:
@@ -96,7 +96,8 @@ class Loras:
             # The device's errors are not the file's: who asked for the step tells these apart.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
-            raise CannotPaint(f"loras.{place} does not fit this model: {_brief(error)}") from error
+            words = f"These LoRA weights do not fit this model: {_brief(error)}"
+            raise DoesNotFit(("loras", place, "path"), words) from error
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:

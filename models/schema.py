@@ -195,7 +195,6 @@ class LoraWeight(BaseModel):
         Remote("lora"),
         Field(
             min_length=1,
-            max_length=4096,
             description="URL of the weights as safetensors, or a hub id such as owner/name.",
             examples=[EXAMPLE_LORA],
         ),

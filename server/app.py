@@ -53,7 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
     places = weights.assign(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
-    parts, worker = _join(settings, models, places, database)
+    absent = {endpoint: _needs(model) for endpoint, model in known.items() if endpoint not in places}
+    parts, worker = _join(settings, models, absent, places, database)
     app = FastAPI(
         title="flux-server",
         version=operations.VERSION,
@@ -75,24 +76,22 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _join(
-    settings: Settings, models: dict[str, Model], places: Mapping[str, str | Path | None], database: Database
+    settings: Settings,
+    models: dict[str, Model],
+    absent: Mapping[str, str],
+    places: Mapping[str, str | Path | None],
+    database: Database,
 ) -> tuple[Parts, Worker]:
     notifier, metrics = Notifier(), Metrics()
     jobs = Queue(database, notifier, settings.max_queue_length, metrics=metrics)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
-    inputs = Inputs(
-        Brought(settings.data_dir / "inputs", jobs.inputs, int(settings.loras_gb * 1e9)),
-        guard,
-        store,
-        limits,
-        max_lora_bytes=settings.max_lora_mib * 2**20,
-        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
-    )
+    inputs = _inputs(settings, jobs, guard, store, limits)
     worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier, metrics)
     metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready))
     parts = Parts(
         models=models,
+        absent=absent,
         keys=_keys(settings, database),
         guard=guard,
         inputs=inputs,
@@ -119,6 +118,21 @@ def _join(
         readiness=lambda: (worker.is_ready, worker.loading),
     )
     return parts, worker
+
+
+def _inputs(settings: Settings, jobs: Queue, guard: Guard, store: Files, limits: Limits) -> Inputs:
+    return Inputs(
+        Brought(settings.data_dir / "inputs", jobs.inputs, int(settings.loras_gb * 1e9)),
+        guard,
+        store,
+        limits,
+        max_lora_bytes=settings.max_lora_mib * 2**20,
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+    )
+
+
+def _needs(model: Model) -> str:
+    return " or ".join(model.weights) + (f" with {model.add_on.hub_id}" if model.add_on else "")
 
 
 def _placements(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:

@@ -78,7 +78,9 @@ class Guard:
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
         except httpx.HTTPError as error:
-            raise Unusable("file_download_error", f"The download failed: {type(error).__name__}") from None
+            host = urlsplit(url).hostname
+            words = f"The download from {host} failed: {type(error).__name__} {_brief(error)}".strip()
+            raise Unusable("file_download_error", words) from None
         raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
     async def _get(self, url: str, to: Path, max_bytes: int, etag: str) -> httpx.Response:

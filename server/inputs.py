@@ -28,6 +28,8 @@ MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many addresses are remembered with the ETags of what came from them.
 MAX_KNOWN = 10_000
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
+MAX_ADDRESS = 8192
+_SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*:", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -136,6 +138,8 @@ class Inputs:
             try:
                 if kind_name == "lora":
                     address = await hub_files.address_of(address, self.guard, aside)
+                if not _SCHEME.match(address[:100]) or len(address) > MAX_ADDRESS:
+                    raise Unusable("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
                 is_here = known is not None and await self._in_thread(self.brought.touch, known.name)
@@ -208,6 +212,15 @@ def _own_name(address: str) -> str | None:
         return None
     matched = _OWN_PATH.fullmatch(path)
     return matched[1] if matched else None
+
+
+def _what_is_accepted(kind: str) -> str:
+    """For those who tried a path, above all."""
+    more = ", or a hub id such as owner/name" if kind == "lora" else ""
+    return (
+        "This should be an http or https address, a data URI, or the address of a file uploaded to this server"
+        f"{more}; paths on the server's own disk are never read"
+    )
 
 
 def _too_large(kind: Kind) -> Unusable:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.base import CannotPaint, Engine, Model, Painting
+from models.base import CannotPaint, DoesNotFit, Engine, Model, Painting
 from server import wire
 from server.answers import Painted
-from server.errors import InternalError, ServerError
+from server.errors import InternalError, InvalidInput, ServerError
 from server.jobs import Job, Outcome
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ def failure(error: Exception, job: Job) -> Outcome:
     """What the client is told of an error; the operator's log has the rest."""
     if isinstance(error, ServerError):
         return wire.outcome_of(error)
+    if isinstance(error, DoesNotFit):
+        entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
+        return wire.outcome_of(InvalidInput([entry]))
     if isinstance(error, CannotPaint):
         log.warning("request %s failed: %s", job.request_id, error)
         return wire.outcome_of(InternalError(str(error)))

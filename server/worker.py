@@ -217,8 +217,9 @@ class Worker:
     def _report(self, endpoint: str, loading: Loading) -> None:
         """Tell the log, /health/ready, and those who wait for it."""
         self.loading = loading
-        done, total = loading.loaded_bytes / 1e9, loading.total_bytes / 1e9
-        words = f"loading {loading.component}, {done:.1f} of {total:.1f} GB are here"
+        unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
+        done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
+        words = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
         log.info("%s: %s", endpoint, words)
         for job in self._claims.jobs:
             self._queue.log(job, f"{endpoint}: {words}")

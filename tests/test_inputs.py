@@ -23,7 +23,7 @@ from server.errors import Unusable
 from server.inputs import as_json
 from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
 from tests.parts import Clock, Parts, opened, submission
-from tests.serving import Gate, Server, completed, in_progress, serving
+from tests.serving import Gate, Server, completed, free_port, in_progress, serving
 from tests.test_fetch import FORBIDDEN
 
 COPY = "/test/copy"
@@ -239,6 +239,16 @@ def test_many_mutations(tmp_path: Path) -> None:
 )
 def test_what_is_no_address(alice: httpx.Client, url: str) -> None:
     assert refused(alice, url)["type"] == "file_download_error"
+
+
+@pytest.mark.parametrize("url", ["in.png", "/tmp/in.png", "C:\\in.png"])
+def test_a_path_is_told_what_is_accepted(alice: httpx.Client, url: str) -> None:
+    message = refused(alice, url)["msg"]
+    assert "http or https address, a data URI" in message or "not permitted" in message
+
+
+def test_a_host_that_cannot_be_reached_is_named(alice: httpx.Client) -> None:
+    assert "from 127.0.0.1 failed" in refused(alice, f"http://127.0.0.1:{free_port()}/in.png")["msg"]
 
 
 def test_size_is_bounded_before_and_while_it_comes(alice: httpx.Client, httpserver: HTTPServer) -> None:

@@ -4,17 +4,19 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from models.base import CannotPaint
+from models.base import CannotPaint, DoesNotFit
 from models.engine import FluxEngine
 from models.flux_lora import FluxLoraInput
 from models.loras import Loras
+from server.jobs import Job
+from server.running import failure
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 
@@ -207,7 +209,7 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
         "": write(tmp_path / "d.safetensors", 1, width=48),
     }
     for words, path in bad.items():
-        with pytest.raises(CannotPaint, match=rf"loras\.1 does not fit this model: .*{words}"):
+        with pytest.raises(CannotPaint, match=rf"do not fit this model: .*{words}"):
             painted(engine, asked(1.0, 1.0)[0], files[0], path)
         assert fingerprint(engine) == before
         assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
@@ -223,7 +225,7 @@ def test_one_that_fails_leaves_nothing_in_others_pictures(tmp_path: Path, files:
     expected = painted(alone, asked(1.0)[0], tmp_path / "few.safetensors")
     victim = engine.start(asked(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
     engine.advance(victim)
-    with pytest.raises(CannotPaint, match=r"loras\.0 does not fit this model"):
+    with pytest.raises(CannotPaint, match="do not fit this model"):
         painted(engine, asked(1.0)[0], bad)
     (picture,) = finished(engine, victim)
     assert difference(picture, expected) == 0
@@ -255,3 +257,12 @@ def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path])
     first = painted(engine, asked(1.0)[0], copy)
     copy.unlink()
     assert difference(painted(engine, asked(1.0)[0], copy), first) == 0
+
+
+def test_the_client_is_told_which_one_and_why() -> None:
+    """As a field that is wrong, which is its own fault, not as a failure of the server."""
+    error = DoesNotFit(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
+    outcome = failure(error, cast(Job, None))
+    assert outcome.status == 422
+    (entry,) = json.loads(outcome.body)["detail"]
+    assert (entry["loc"], entry["msg"]) == (["body", "loras", 1, "path"], str(error))

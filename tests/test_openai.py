@@ -107,7 +107,7 @@ def test_a_client_that_leaves_is_not_painted_for(narrow_client: httpx.Client, ga
         ({"n": 5}, "n", "less_than_equal"),
         ({"n": 0}, "n", "greater_than_equal"),
         ({"size": "8x8"}, "size.width", "greater_than_equal"),
-        ({"size": "huge"}, "size", "literal_error"),
+        ({"size": "huge"}, "size", "value_error"),
         ({"response_format": "gif"}, "response_format", "literal_error"),
         ({"num_inference_steps": 99}, "num_inference_steps", "less_than_equal"),
         ({"prompt": None}, "prompt", "string_type"),
@@ -138,3 +138,7 @@ def test_a_wrong_key(keyed: Server) -> None:
         assert raised.value.code == "invalid_api_key"
         right = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="alice:secret", http_client=client, max_retries=0)
         assert right.images.generate(prompt="", model=NULL, extra_body=SMALL).data
+
+
+def test_paths_that_there_are_not(client: httpx.Client) -> None:
+    assert client.post("/v1/images/edits", json={}).json()["detail"] == "Path /v1/images/edits not found"

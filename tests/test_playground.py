@@ -231,6 +231,8 @@ def test_it_is_served_strictly(playing: Server) -> None:
     answer = httpx.get(playing.url, trust_env=False)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert httpx.head(playing.url, trust_env=False).status_code == 200
+    assert httpx.head(f"{playing.url}/status", trust_env=False).status_code == 200
     for name in ("app.js", "style.css", "icon.svg"):
         assert httpx.get(f"{playing.url}/static/{name}", trust_env=False).status_code == 200
     assert httpx.get(f"{playing.url}/static/../app.py", trust_env=False).status_code == 404

@@ -127,6 +127,12 @@ def test_it_is_served_where_its_weights_are(folder: Path) -> None:
         assign([f"{REDUX}=demo"], MODELS)
 
 
+def test_without_its_weights_a_request_is_told_what_lacks(client: httpx.Client) -> None:
+    answer = client.post(f"/{REDUX}", json={"image_url": "x"})
+    assert answer.status_code == 404
+    assert answer.json()["detail"] == f"{REDUX} is not served here: it needs {HUB} with {REDUX_HUB}"
+
+
 def test_weights_of_the_hub_find_it_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert assign([HUB], MODELS) == {DEV: HUB}
     with pytest.raises(ValueError, match=f"needs {REDUX_HUB}; `flux-server pull {REDUX_HUB}` brings it"):

@@ -674,3 +674,10 @@ def test_an_upload_goes_on_after_the_server_was_killed(tmp_path: Path) -> None:
         parts = [{"partNumber": number, "etag": '"x"'} for number in (2, 1)]
         ok(client.post(f"{begun['upload_url']}/complete", json={"parts": parts}))
         assert client.get(begun["file_url"]).content == UPLOADED
+
+
+def test_a_form_is_refused(client: httpx.Client) -> None:
+    """What curl -F sends would be kept with its envelope."""
+    answer = client.post("/files/upload", files={"file": ("in.png", b"x", "image/png")})
+    assert answer.status_code == 400
+    assert "--data-binary" in answer.json()["detail"]

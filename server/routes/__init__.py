@@ -26,6 +26,8 @@ class Parts:
     """The parts of one server, joined in `app.py`."""
 
     models: Mapping[str, Model]
+    #: Endpoints that could be served and are not, and the weights that they need.
+    absent: Mapping[str, str]
     keys: Keys
     guard: Guard
     inputs: Inputs
@@ -71,6 +73,10 @@ def model_for(request: Request, endpoint: str) -> Model:
     models = parts_of(request).models
     if endpoint in models:
         return models[endpoint]
+    if endpoint in parts_of(request).absent:
+        raise NotFound(f"{endpoint} is not served here: it needs {parts_of(request).absent[endpoint]}")
+    if endpoint.startswith("v1/"):
+        raise NotFound(f"Path /{endpoint} not found")
     app = next((known for known in models if endpoint.startswith(f"{known}/")), None)
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from models.base import Model
+from models.schema import PRESETS
 from server import intake, wire
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.events import EventStream, StreamFailed, heard
@@ -136,9 +137,12 @@ def _read(body: bytes) -> ImagesRequest:
 
 def _size(size: str | None) -> str | dict[str, int] | None:
     """`auto` is the model's own; `1024x768`; or one of fal's presets."""
-    if size in (None, "auto"):
+    if size is None or size == "auto":
         return None
     matched = _SIZE.fullmatch(size)
+    if not matched and size not in PRESETS:
+        words = f"Input should be auto, WIDTHxHEIGHT such as 1024x768, or one of {', '.join(PRESETS)}"
+        raise InvalidInput([{"type": "value_error", "loc": ["body", "size"], "msg": words, "input": size[:100]}])
     return {"width": int(matched[1]), "height": int(matched[2])} if matched else size
 
 

@@ -37,7 +37,8 @@ async def status(request: Request) -> Response:
     is_ready, loading = parts.readiness()
     seen = await asyncio.to_thread(parts.overview)
     gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
-    about = {"version": VERSION, "is_ready": is_ready, "loading": asdict(loading), "served": list(parts.models)}
+    progress = None if is_ready else asdict(loading)
+    about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
     return JSON({**about, "now": gauges, **seen})
 
 

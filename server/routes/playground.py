@@ -24,13 +24,13 @@ _HEADERS = {
 files = StaticFiles(directory=STATIC)
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 async def page() -> Response:
     """The playground."""
     return FileResponse(STATIC / "index.html", headers=_HEADERS)
 
 
-@router.get("/status")
+@router.api_route("/status", methods=["GET", "HEAD"])
 async def status() -> Response:
     """The operator's view."""
     return FileResponse(STATIC / "status.html", headers=_HEADERS)
@@ -44,6 +44,6 @@ async def about(request: Request) -> Response:
         {
             "endpoints": list(parts.models),
             "needsKey": not parts.keys.is_open,
-            "python": 'in the shell: eval "$(flux-server env)"',
+            "python": 'and in the shell, eval "$(flux-server env)"; it lies in .venv/bin after make serve',
         }
     )

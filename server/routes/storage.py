@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server import wire
-from server.errors import InvalidInput
+from server.errors import BadRequest, InvalidInput
 from server.lifecycle import lifecycle
 from server.routes import owner_of, parts_of
 from server.uploads import Upload
@@ -99,6 +99,8 @@ async def complete(request: Request, upload_id: str) -> Response:
 @router.post("/files/upload")
 async def upload_at_once(request: Request) -> Response:
     """The file in one request, as fal-client sends small ones."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = parts_of(request).uploads
     upload = await _begin(request, _announced(request), UPLOADS)
     await uploads.receive(upload, 1, request.stream())

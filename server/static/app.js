@@ -114,5 +114,6 @@ at("endpoint").addEventListener("change", () => choose(at("endpoint").value));
 about = await api.playground();
 at("endpoint").append(...about.endpoints.map((name) => form.element("option", { textContent: name })));
 const last = localStorage.getItem("endpoint");
-await choose(about.endpoints.includes(last) ? last : about.endpoints[0]);
+const first = about.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : about.endpoints[0];
+await choose(about.endpoints.includes(last) ? last : first);
 for (const started of history.all()) show(started, true);

@@ -41,8 +41,8 @@ function plot(place, values) {
 }
 
 function show(seen) {
-  const { component, loaded_bytes: loaded, total_bytes: total } = seen.loading;
-  at("state").textContent = seen.is_ready ? `ready, version ${seen.version}` : `loading ${component} ${bytes(loaded)} of ${bytes(total)}`;
+  const loading = seen.loading && `loading ${seen.loading.component}, ${bytes(seen.loading.loaded_bytes)} of ${bytes(seen.loading.total_bytes)}`;
+  at("state").textContent = loading ?? `ready, version ${seen.version}`;
   at("now").replaceChildren(
     ...Object.entries(NOW).flatMap(([name, [words, shown]]) => [
       element("dt", { textContent: words }), element("dd", { textContent: shown(seen.now[name]) }),
