@@ -91,3 +91,14 @@ def test_shares_forwards_with_text_to_image(source: Path) -> None:
     assert sizes == [2]
     (together,) = finished(engine, painting)
     assert difference(alone, together) <= 1
+
+
+def test_little_strength_leaves_the_picture_as_it_was(source: Path) -> None:
+    engine = FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    with Image.open(source) as picture:
+        before = numpy.asarray(picture.resize((192, 128), Image.Resampling.LANCZOS), float)
+    errors = []
+    for strength in (0.01, 1):
+        (after,) = finished(engine, engine.start(asked(strength=strength), 1, {"image_url": source}))
+        errors.append(float(numpy.abs(numpy.asarray(after, float) - before).mean()))
+    assert errors[0] < errors[1] / 2

@@ -162,7 +162,7 @@ def test_an_engine_without_it_says_so(source: Path) -> None:
 def test_over_the_wire(tmp_path: Path, folder: Path, source: Path) -> None:
     url = f"data:image/png;base64,{base64.b64encode(source.read_bytes()).decode()}"
     body = {"image_url": url, "image_size": {"width": 96, "height": 64}, "num_inference_steps": 2, "seed": 5}
-    body |= {"output_format": "png", "sync_mode": True}
+    body |= {"output_format": "png", "sync_mode": True, "enable_safety_checker": False}
     with (
         serving(tmp_path / "data", f"{DEV}={folder}", f"{REDUX}={folder}") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
