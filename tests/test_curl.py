@@ -8,11 +8,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from PIL import Image
 
 from tests.serving import ROOT, Server
 
+README_PICTURE = ROOT / "docs" / "first-picture.jpg"
 EXPIRED = 'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 1e-9}'
 
 
@@ -50,12 +52,14 @@ def url(server: Server) -> str:
 def test_the_command_of_the_readme(server: Server) -> None:
     answer = as_shown(server)
     assert set(answer) == {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
-    assert answer["prompt"] == "a red apple"
+    assert answer["prompt"] == "a dog on a blue background"
     (image,) = answer["images"]
     assert (image["width"], image["height"], image["content_type"]) == (1024, 768, "image/jpeg")
     assert image["url"].startswith(f"{server.url}/files/")
-    with Image.open(io.BytesIO(curl(image["url"]))) as picture:
+    with Image.open(io.BytesIO(curl(image["url"]))) as picture, Image.open(README_PICTURE) as shown:
         assert (picture.size, picture.format) == ((1024, 768), "JPEG")
+        # Another processor rounds otherwise.
+        assert numpy.abs(numpy.asarray(picture, float) - numpy.asarray(shown, float)).mean() < 3
 
 
 def test_content_type_left_to_curl(server: Server) -> None:
