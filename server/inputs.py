@@ -29,7 +29,7 @@ MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 MAX_KNOWN = 10_000
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
 MAX_ADDRESS = 8192
-_SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*:", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
