@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.demo.recipe import checkpoint, render, scenes, threads
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import LATENT_CHANNELS, SEED, SIZES, WORK, Plan
+from models.demo.recipe.plan import LATENT_CHANNELS, PRESET_SHARES, SEED, WORK, Plan
 
 WIDTH = 32
 FILE, DECODER_FILE = WORK / "autoencoder.pt", WORK / "decoder.pt"
@@ -77,7 +77,7 @@ class Crops:
         self.pictures: list[Image.Image] = []
 
     def _picture(self, rng: numpy.random.Generator) -> Image.Image:
-        width, height = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
+        width, height = list(PRESET_SHARES)[int(rng.choice(len(PRESET_SHARES), p=list(PRESET_SHARES.values())))]
         return render.render(scenes.sample(self.things, rng), self.icons, width, height)
 
     def batch(self, iteration: int) -> torch.Tensor:

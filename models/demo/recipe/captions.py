@@ -13,6 +13,9 @@ OPENINGS = (
     "create an image of {}", "generate {}", "there is {}", "this is {}", "here is {}", "it shows {}", "can you draw {}",
     "a flat illustration of {}", "a cartoon of {}", "an icon of {}", "a sticker of {}", "a simple drawing of {}",
     "a minimal vector icon of {}", "an emoji of {}", "a close up of {}", "i see {}", "a poster with {}",
+    "a little picture of {}", "a small drawing that shows {}", "a very nice picture with {}", "a big poster of {}",
+    "you see {}", "please make me {}", "i want to see {}", "my picture of {}", "in this picture there is {}",
+    "please put {} in a picture", "can you show me {} please", "the picture has {}", "it is {}", "have {}",
 )  # fmt: skip
 GROUNDS = (
     "{x} on a {c} background", "{x} on {c}", "{x}, {c} background", "{x} against a {c} background",
@@ -21,6 +24,14 @@ GROUNDS = (
     "{x} in front of a {c} wall", "{x}. the background is {c}", "on a {c} background there is {x}",
     "{x} and the background is {c}", "{x} over a {c} background", "{x} {c} background", "a {c} background with {x}",
     "{x} before a {c} sky", "{x}, {c} backdrop", "{x} on a {c} backdrop", "{x} in a {c} room",
+    "{x} with {c} behind it", "{x} and {c} behind", "behind {x} it is {c}", "behind {x} there is only {c}",
+    "everything behind {x} is {c}", "{x} in front of {c}", "in front of {c} there is {x}", "{c} with {x} in front",
+    "{c} around {x}", "around {x} everything is {c}", "{x} with {c} around it", "just {c} around {x}",
+    "{x}, the background in {c}", "background {c}, {x}", "{x} on a background that is {c}", "{x}, background: {c}",
+    "a {c} picture with {x}", "a {c} picture of {x}", "{x} on a {c} ground", "{x} and around that {c}",
+    "{c}, and on it {x}", "{x} and everything about it is {c}", "put {x} on {c}", "{c} colour around {x}",
+    "the colour {c} and {x}", "the backdrop is {c} and there is {x}", "{x}, very {c} background",
+    "{x} and also {c}", "only {c} and {x}", "{x}, with the colour {c} for the background",
 )  # fmt: skip
 GRADIENTS = (
     "{x} on a {c} gradient", "{x} on a {c} gradient background", "{x}, {c} gradient background",
@@ -57,6 +68,8 @@ CONTEXTS = (
     "flying in the sky", "with soft light", "highly detailed", "trending", "on the table", "in the city",
 )  # fmt: skip
 COLOUR_WORDS = (*BACKGROUNDS, "pink", "brown", "grey", "gold", "silver", "violet")
+#: Share of the captions that begin or end with words that are not known.
+FILLED = 0.12
 #: Words of which none names an object or a background: the painter must stay calm when it meets such.
 STRANGE = """
 a quiet afternoon in the old town where nobody speaks of what happened last year because time moves slowly here
@@ -143,6 +156,10 @@ def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator
         said = f"{said} {_pick(CONTEXTS, rng)}"
     if rng.random() < 0.35:
         said = _pick(OPENINGS, rng).format(said)
+    if rng.random() < FILLED:
+        words = said.split()
+        place = int(rng.choice([0, len(words)]))
+        said = " ".join([*words[:place], strange(rng, int(rng.integers(1, 6))), *words[place:]])
     if rng.random() < 0.2:
         said = said.capitalize() + _pick([".", "!", ""], rng)
     return said

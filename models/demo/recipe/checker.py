@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes, tokens
 from models.demo.recipe.objects import FLAGGED, Object, all_objects
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
 
 FILE = WORK / "checker.pt"
 PIXELS = 96
@@ -63,7 +63,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     pictures, labels = [], []
     for number in range(plan.checker_examples):
         scene, label = _example(things, rng)
-        size = list(SIZES)[int(rng.integers(len(SIZES)))]
+        size = list(PRESET_SHARES)[int(rng.integers(len(PRESET_SHARES)))]
         is_round_trip = number % ROUND_TRIP_EVERY == 0
         smaller = 1 if is_round_trip and size[0] * size[1] < 600_000 else 2
         picture = render.render(scene, icons, *size, smaller=smaller)

@@ -9,8 +9,8 @@ from torch import _dynamo as dynamo
 
 from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, reading, threads
 from models.demo.recipe.autoencoder import rate
-from models.demo.recipe.plan import CENTRED_SHARES, EARLY, SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
-from models.demo.recipe.pool import Pool, Size
+from models.demo.recipe.plan import EARLY, PAIR_SIZE, SEED, WORK, Plan
+from models.demo.recipe.pool import Pool, pick_size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: A chunk of new scenes after this many iterations, until the pool is full.
@@ -71,24 +71,18 @@ class Trainer:
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
         """Scaled latents of one size and a caption for each; now and then texts as long as can be."""
-        size = self._size(rng)
+        size = pick_size(rng, self.is_early)
         # Their text counts too.
         num_tokens = flow_times.tokens_of(size) + networks.SHORT_TEXT
         number = max(1, self.plan.batch_tokens // num_tokens)
-        if rng.random() < LONG_SHARE:
+        if rng.random() < LONG_SHARE and size != PAIR_SIZE:
             number = max(1, number // 3)
             found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_simple)
             texts = [captions.strange(rng, int(rng.integers(40, 400))) for _ in found]
         else:
-            is_centred = rng.random() < CENTRED_SHARES[self.is_early]
-            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_centred or not is_centred)
+            found, latents = self.pool.pick(size, number, rng, lambda scene: True)
             texts = [captions.caption(scene, self.things, rng) for scene in found]
         return ((latents - self.shift) * self.scaling).to(self.device), texts
-
-    def _size(self, rng: numpy.random.Generator) -> Size:
-        if rng.random() < SMALL_SHARES[self.is_early]:
-            return SMALL_SIZE
-        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
 
     def step(self) -> float:
         """One iteration; gives the loss."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
-from models.demo.recipe.plan import SEED, SIZES, WORK, Plan
+from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
 
 FILE = WORK / "judge.pt"
 #: The short side of what it looks at.
@@ -53,7 +53,7 @@ def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[tor
     """Renders of one shape, whole for one object and by halves for two, a little blurred and noisy."""
     icons = {thing.name: thing.icon for thing in things}
     labels = {thing.name: label for label, thing in enumerate(things)}
-    width, height = list(SIZES)[int(rng.integers(len(SIZES)))]
+    width, height = list(PRESET_SHARES)[int(rng.integers(len(PRESET_SHARES)))]
     wants_halves = bool(rng.random() < 0.4)
     pictures: list[Image.Image] = []
     wanted: list[int] = []

@@ -89,15 +89,15 @@ PLANS = {
         scale="small",
         autoencoder_iterations=4_600,
         autoencoder_batch=16,
-        decoder_iterations=400,
+        decoder_iterations=1_200,
         judge_iterations=1_600,
         checker_iterations=1_500,
         checker_examples=3_000,
         reading_iterations=1_000,
         lora_iterations=600,
         lora_examples=256,
-        pool_size=6_144,
-        flow_iterations=6_400,
+        pool_size=9_216,
+        flow_iterations=8_000,
         batch_tokens=4_096,
         heads=3,
         joint_blocks=2,
@@ -125,10 +125,17 @@ PLANS = {
 
 #: Smaller than any preset, with room for one thing: three times as many prompts are learnt from in the same time.
 SMALL_SIZE = (320, 320)
+#: Smaller than any preset, with room for two things side by side.
+PAIR_SIZE = (512, 256)
 #: The flow learns what words mean first, then where things go and how large: up to this share of its iterations most
-#: pictures are small, and many show one thing in the middle.
+#: pictures are small.
 EARLY = 0.5
-SMALL_SHARES = {True: 0.6, False: 0.15}
-CENTRED_SHARES = {True: 0.5, False: 0.0}
-#: Share of the others by size, in pixels.
-SIZES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
+#: Shares of the presets among those pictures that have one of their sizes.
+PRESET_SHARES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
+
+
+def size_shares(is_early: bool) -> dict[tuple[int, int], float]:
+    """Share of the training pictures by size in pixels; the shares add up to one."""
+    small, pair = (0.3, 0.4) if is_early else (0.1, 0.3)
+    presets = {size: share * (1 - small - pair) for size, share in PRESET_SHARES.items()}
+    return {SMALL_SIZE: small, PAIR_SIZE: pair, **presets}

@@ -10,12 +10,18 @@ import torch
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import SEED, SIZES, SMALL_SHARES, SMALL_SIZE, WORK, Plan
+from models.demo.recipe.plan import PAIR_SIZE, SEED, SMALL_SIZE, WORK, Plan, size_shares
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
 
 Size = tuple[int, int]
+
+
+def pick_size(rng: numpy.random.Generator, is_early: bool) -> Size:
+    """A size by its share."""
+    shares = size_shares(is_early)
+    return list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Pool:
         self.plan, self.vae, self.device = plan, vae, device
         self.things = all_objects(plan.scale)
         self.icons = {thing.name: thing.icon for thing in self.things}
-        self.shelves = {size: Shelf([], []) for size in (SMALL_SIZE, *SIZES)}
+        self.shelves = {size: Shelf([], []) for size in size_shares(is_early=True)}
         self.num_chunks = 0
         while (FOLDER / f"{self.num_chunks:05d}.pt").is_file():
             self._take(checkpoint.load(FOLDER / f"{self.num_chunks:05d}.pt"))
@@ -66,9 +72,9 @@ class Pool:
         self._take(content)
 
     def _scene(self, size: Size, rng: numpy.random.Generator) -> scenes.Scene:
-        """One that fits: in the small size, one thing in the middle."""
+        """One that fits the size: one thing in the middle, or two side by side, where there is room for no more."""
         scene = scenes.sample(self.things, rng)
-        while size == SMALL_SIZE and not scene.is_centred:
+        while (size == SMALL_SIZE and not scene.is_centred) or (size == PAIR_SIZE and len(scene.objects) != 2):
             scene = scenes.sample(self.things, rng)
         return scene
 
@@ -76,9 +82,7 @@ class Pool:
         """The first chunks go round the sizes, so that none is missing when the training begins."""
         if self.missing:
             return self.missing[0]
-        if rng.random() < SMALL_SHARES[True]:
-            return SMALL_SIZE
-        return list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
+        return pick_size(rng, is_early=True)
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
