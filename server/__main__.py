@@ -1,7 +1,6 @@
 """The command line: serve, pull, doctor, bench, env, run."""
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -74,11 +73,11 @@ def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
     _keep_quiet()
     _spin_less()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     # Late: `env` and `--help` need none of it.
+    from server import logs
     from server.serving import serve_until_stopped
 
+    logs.set_up(settings.log_level, settings.log_format)
     try:
         failure = serve_until_stopped(settings)
     except (ValueError, OSError, RuntimeError) as error:

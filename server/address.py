@@ -29,7 +29,7 @@ HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 #: Paths that belong to no role, whatever the host is called.
-_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/")
+_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/")
 #: Requests that carry a file and bound it themselves.
 _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 

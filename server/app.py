@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Model, Placement
 from models.schema import Limits
-from server import admission, auth, gauges, openapi, overview, wire
+from server import admission, auth, gauges, history, openapi, overview, wire
 from server.address import Address
 from server.admission import Admission
 from server.auth import Keys
@@ -29,7 +29,20 @@ from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.retention import Retention
-from server.routes import Parts, catalog, files, openai, operations, playground, queue, realtime, run, storage, tokens
+from server.routes import (
+    Parts,
+    catalog,
+    files,
+    openai,
+    operations,
+    platform,
+    playground,
+    queue,
+    realtime,
+    run,
+    storage,
+    tokens,
+)
 from server.settings import Settings
 from server.signing import Signer
 from server.uploads import Uploads
@@ -65,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.parts, app.state.worker = parts, worker
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
-    for nouns in (queue, catalog, storage, tokens, files, operations, playground, openai, realtime, run):
+    for nouns in (queue, catalog, storage, tokens, files, operations, playground, platform, openai, realtime, run):
         app.include_router(nouns.router)
     app.mount("/static", playground.files)
     app.add_exception_handler(ServerError, _server_error)
@@ -114,6 +127,7 @@ def _join(
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
         metrics=metrics,
+        history=partial(history.read, database),
         overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
     )

@@ -1,8 +1,12 @@
 """Every HTTP answer is counted, by the route that gave it."""
 
+import logging
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 _METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
@@ -25,6 +29,7 @@ class Counted:
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 route = getattr(scope.get("route"), "path", "none")
                 self._metrics.http_requests.labels(method, route, str(message["status"])).inc()
+                log.debug("%s %s %d", method, scope["path"], message["status"])
             await send(message)
 
         await self.app(scope, receive, counting)

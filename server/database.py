@@ -10,7 +10,7 @@ from pathlib import Path
 from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-VERSION = 4
+VERSION = 5
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -26,6 +26,7 @@ _STEPS = {
             PRIMARY KEY (owner, day, endpoint)
         ) STRICT, WITHOUT ROWID
     """,
+    5: "CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'COMPLETED' AND is_kept = 1",
 }
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from sortedcontainers import SortedList
 
-from server import rows, wire
+from server import journal, rows, wire
 from server.database import Database
 from server.errors import (
     ClientCancelled,
@@ -272,6 +272,7 @@ class Queue:
             self._recent.popitem(last=False)
         self._live.pop(job.request_id, None)
         self._metrics.end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
+        journal.ended(job, outcome, is_cancelled=is_cancelled)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)
 
     def _same(self, connection: sqlite3.Connection, submission: Submission) -> Job | None:

@@ -71,7 +71,7 @@ def failure(error: Exception, job: Job) -> Outcome:
         entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
         return wire.outcome_of(InvalidInput([entry]))
     if isinstance(error, CannotPaint):
-        log.warning("request %s failed: %s", job.request_id, error)
+        log.warning("failed: %s", error, extra={"request_id": job.request_id})
         return wire.outcome_of(InternalError(str(error)))
-    log.error("request %s failed", job.request_id, exc_info=error)
+    log.error("failed", exc_info=error, extra={"request_id": job.request_id})
     return wire.outcome_of(InternalError())

@@ -51,6 +51,7 @@ CREATE INDEX jobs_queued ON jobs (priority = 'low', sequence) WHERE state = 'IN_
 CREATE INDEX jobs_deadline ON jobs (start_deadline) WHERE state = 'IN_QUEUE' AND start_deadline IS NOT NULL;
 CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
+CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'COMPLETED' AND is_kept = 1;
 CREATE INDEX jobs_large ON jobs (finished_at, output_size) WHERE output_size > 0;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
@@ -125,4 +126,4 @@ CREATE TABLE keys (
     created_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 4;
+PRAGMA user_version = 5;

@@ -55,6 +55,8 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     options: dict[str, Any] = {
         "lifespan": "off",
         "access_log": False,
+        # Its messages go where ours go.
+        "log_config": None,
         "log_level": "warning",
         "proxy_headers": False,
         "server_header": False,

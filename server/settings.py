@@ -99,6 +99,7 @@ class Settings(BaseModel):
     shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
     models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="How: text, in colour on a terminal, or json.")
 
     @field_validator("weights")
     @classmethod

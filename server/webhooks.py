@@ -86,7 +86,7 @@ class Webhooks:
         except Exception:
             # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
             self._put_off[request_id] = self._clock() + _LONGEST_WAIT
-            log.exception("webhook of %s could not be recorded", request_id)
+            log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
             del self._under_way[request_id]
         self._notifier.ring(WEBHOOKS)
@@ -128,4 +128,4 @@ class Webhooks:
             )
         self._metrics.webhooks.labels("failed" if error else "delivered").inc()
         if error is not None:
-            log.warning("webhook of %s, attempt %d: %s", request_id, attempt, error)
+            log.warning("webhook, attempt %d: %s", attempt, error, extra={"request_id": request_id})

@@ -220,7 +220,7 @@ class Worker:
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
         done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
         words = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
-        log.info("%s: %s", endpoint, words)
+        log.info("%s: %s", endpoint, words, extra={"loading": loading})
         for job in self._claims.jobs:
             self._queue.log(job, f"{endpoint}: {words}")
 
@@ -244,7 +244,8 @@ def _preview(running: Running) -> str | None:
     try:
         picture = running.engine.preview(running.painting)
     except Exception:
-        log.exception("request %s: there is no preview of step %d", running.job.request_id, running.painting.step)
+        about = {"request_id": running.job.request_id}
+        log.exception("there is no preview of step %d", running.painting.step, extra=about)
         return None
     if picture is None:
         return None

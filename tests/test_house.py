@@ -15,7 +15,7 @@ from tests.serving import ROOT
 #: From the door to the ground: a module imports from its own layer and from those below.
 LAYERS = (
     {"server.__main__"},
-    {"server.serving", "server.clients", "server.doctor", "server.bench"},
+    {"server.serving", "server.logs", "server.clients", "server.doctor", "server.bench"},
     {"server.app"},
     {"server.gauges", "server.counted", "server.overview"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
@@ -25,12 +25,13 @@ LAYERS = (
     {"server.uploads", "server.inputs"},
     {"server.hub_files", "server.brought"},
     {"server.queue", "server.fetch", "server.auth", "server.tls", "server.signing"},
-    {"server.rows"},
+    {"server.rows", "server.journal"},
     {"server.files"},
     {
         "server.address",
         "server.database",
         "server.events",
+        "server.history",
         "server.lifecycle",
         "server.watchdog",
     },

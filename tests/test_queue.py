@@ -629,6 +629,7 @@ def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Pa
     with opened(tmp_path / "old") as parts:
         job = claimed(parts)
         parts.rows("DROP TABLE usage")
+        parts.rows("DROP INDEX jobs_owner")
         for column in ("strikes", "inputs", "billable_units"):
             parts.rows(f"ALTER TABLE jobs DROP COLUMN {column}")
         parts.rows("PRAGMA user_version = 1")
@@ -639,9 +640,10 @@ def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Pa
 
 
 def columns(parts: Parts) -> dict[str, Any]:
-    """Every column of every table, whatever their order, and the version."""
+    """Every column of every table, whatever their order, every index, and the version."""
     tables = [name for (name,) in parts.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
     found: dict[str, Any] = {
         name: sorted(row[1:] for row in parts.rows(f"PRAGMA table_info({name})")) for name in tables
     }
-    return {**found, "version": parts.rows("PRAGMA user_version")}
+    indexes = parts.rows("SELECT name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name")
+    return {**found, "indexes": indexes, "version": parts.rows("PRAGMA user_version")}

@@ -11,6 +11,7 @@ from server.auth import Keys
 from server.errors import NotFound
 from server.fetch import Guard
 from server.files import Files
+from server.history import Wanted
 from server.inputs import Inputs
 from server.jobs import Job
 from server.metrics import Metrics
@@ -38,6 +39,8 @@ class Parts:
     signer: Signer
     notifier: Notifier
     metrics: Metrics
+    #: What a key has asked for; waits for the disk.
+    history: Callable[[Wanted], Mapping[str, Any]]
     #: What the operator sees at a glance; waits for the disk.
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.

@@ -1,0 +1,85 @@
+"""What the server says while it runs: a line an event, for people or as JSON for machines; a bar while it loads."""
+
+import logging
+import sys
+from typing import Any, Literal
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+from tqdm import tqdm
+
+from models.base import Loading
+
+
+def set_up(level: str, style: Literal["text", "json"]) -> None:
+    """Send every log of this process to standard error. What is passed in `extra`, such as request_id, is shown."""
+    handler = _Handler(draws_bars=style == "text" and sys.stderr.isatty())
+    handler.setFormatter(_formatter(style, has_colours=sys.stderr.isatty()))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # At their own levels these tell addresses and prompts.
+    for name in ("httpx", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        _without_progress,
+    ]
+    # Neither shows the variables of a failed function: prompts and keys are among them.
+    if style == "json":
+        shared += [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+        ]
+        renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    else:
+        shared.append(structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False))
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=has_colours,
+            pad_event_to=0,
+            pad_level=False,
+            sort_keys=False,
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    processors = [ProcessorFormatter.remove_processors_meta, renderer]
+    return ProcessorFormatter(processors=processors, foreign_pre_chain=shared)
+
+
+def _without_progress(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Drop what is meant for the bar; the line says it in words."""
+    event.pop("loading", None)
+    return event
+
+
+class _Handler(logging.Handler):
+    """Lines, with the bar of what is being loaded below them where somebody watches."""
+
+    def __init__(self, *, draws_bars: bool) -> None:
+        super().__init__()
+        self._draws_bars = draws_bars
+        self._bar: tqdm[Any] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, or move the bar."""
+        loading: Loading | None = getattr(record, "loading", None)
+        if loading and self._draws_bars:
+            self._draw(loading)
+            return
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+    def _draw(self, loading: Loading) -> None:
+        if self._bar is None or self._bar.total != loading.total_bytes:
+            self._bar = tqdm(total=loading.total_bytes, unit="B", unit_scale=True, leave=False, file=sys.stderr)
+        self._bar.set_description(f"loading {loading.component}", refresh=False)
+        self._bar.update(loading.loaded_bytes - self._bar.n)
+        self._bar.refresh()
