@@ -62,6 +62,25 @@ class AddOn:
     hub_id: str
 
 
+@dataclass(frozen=True)
+class About:
+    """What an operator is told of an engine.
+
+    Attributes:
+        device: its name.
+        memory: the memory plan.
+        acceleration: the tiers that are ready.
+        used_bytes: of the device's memory, by whatever process; None on a CPU.
+        total_bytes: of the device's memory; None on a CPU.
+    """
+
+    device: str = "cpu"
+    memory: str = ""
+    acceleration: tuple[str, ...] = ()
+    used_bytes: int | None = None
+    total_bytes: int | None = None
+
+
 class CannotPaint(Exception):
     """This request fails, for a reason that its client is told. Nothing else is harmed."""
 
@@ -139,6 +158,9 @@ class Engine(Protocol):
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
+
+    def about(self) -> About:
+        """What an operator is told of it, at this moment; called from any thread."""
 
     def warm_up(self) -> bool:
         """Make one more tier ready, which may take minutes; False when none was left. May run beside.

@@ -21,6 +21,18 @@ class Device:
         self.side = torch.cuda.Stream() if name == "cuda" else None
         self._last_step: Any = None
 
+    @property
+    def words(self) -> str:
+        """Its name for people."""
+        return torch.cuda.get_device_name() if self.name == "cuda" else self.name
+
+    def memory(self) -> tuple[int | None, int | None]:
+        """Bytes in use, by whatever process, and bytes in all; neither on a CPU."""
+        if self.name == "cpu":
+            return None, None
+        free, total = torch.cuda.mem_get_info()
+        return total - free, total
+
     def free(self) -> None:
         """Give memory that is only cached back."""
         gc.collect()

@@ -12,12 +12,13 @@ from diffusers import FluxPipeline
 from PIL.Image import Image
 
 from models import forward, safety, tiers, weights
-from models.base import NO_INPUTS, CannotPaint, Painting, Placement
+from models.base import NO_INPUTS, About, CannotPaint, Painting, Placement
 from models.device import Device
 from models.first_block_cache import FirstBlockCache
 from models.forward import Member
 from models.generation import Generation, begin, unpacked
 from models.loras import Lora, Loras
+from models.memory import PLANS, Plan
 from models.painting import FluxPainting
 from models.preview import Preview
 from models.redux import Redux
@@ -38,7 +39,7 @@ class FluxEngine:
         offered: Sequence[Tier],
         device: str,
         *,
-        offers_loras: bool = True,
+        plan: Plan = PLANS[0],
         redux: Redux | None = None,
     ) -> None:
         self.pipeline = pipeline
@@ -46,7 +47,8 @@ class FluxEngine:
         self.tiers = list(offered)
         self.device = Device(device)
         self.texts = Texts(device)
-        self.loras = Loras(pipeline) if offers_loras else None
+        self.plan = plan
+        self.loras = Loras(pipeline) if plan.is_whole else None
         self.redux = redux
         self.previews = Preview(pipeline.vae)
         #: Sides are rounded down to this many pixels.
@@ -72,7 +74,7 @@ class FluxEngine:
         prior = weights.installed(placement.weights, weights.REDUX) if placement.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
         checker = safety.load(placement)
-        engine = cls(pipeline, checker, offered, device, offers_loras=plan.is_whole, redux=redux)
+        engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
                 engine.warm_up()
@@ -80,6 +82,11 @@ class FluxEngine:
                 log.exception("compiling failed, so every tier is painted uncompiled; a C compiler is needed")
                 engine.tiers = [Tier("none", pipeline.transformer)]
         return engine
+
+    def about(self) -> About:
+        """The device, the memory plan, and the tiers that are ready."""
+        ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
+        return About(self.device.words, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
         """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""

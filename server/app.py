@@ -101,7 +101,7 @@ def _join(
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = _inputs(settings, jobs, guard, store, limits)
     worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier, metrics)
-    metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready))
+    metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.about))
     parts = Parts(
         models=models,
         absent=absent,
@@ -130,6 +130,7 @@ def _join(
         history=partial(history.read, database),
         overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
+        engines=worker.about,
     )
     return parts, worker
 

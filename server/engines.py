@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 
 from models import weights
-from models.base import Engine, Loading, Model, Placement
+from models.base import About, Engine, Loading, Model, Placement
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,13 @@ class Engines:
         if self._warms_up:
             self.start_warming_up()
         return engine
+
+    def about(self) -> Mapping[str, About]:
+        """What there is to tell of each that is loaded, by its weights; called from any thread."""
+        with self._lock:
+            loaded = dict(self._loaded)
+        names = {str(weights.DEMO): "demo"}
+        return {names.get(where, where): engine.about() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:
         """Make further tiers ready on a thread of its own, of what is loaded now and of what will be."""

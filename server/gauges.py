@@ -7,10 +7,13 @@ from pathlib import Path
 
 import psutil
 
+from models.base import About
 from server.database import Database
 
 
-def read(database: Database, data_dir: Path, is_ready: Callable[[], bool]) -> Mapping[str, tuple[str, float]]:
+def read(
+    database: Database, data_dir: Path, is_ready: Callable[[], bool], engines: Callable[[], Mapping[str, About]]
+) -> Mapping[str, tuple[str, float]]:
     """What each means, and its value; waits for the disk."""
     disk = shutil.disk_usage(data_dir)
     (due,) = database.read("SELECT count(*) AS number FROM deliveries WHERE due_at IS NOT NULL")
@@ -21,6 +24,12 @@ def read(database: Database, data_dir: Path, is_ready: Callable[[], bool]) -> Ma
     (running,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_PROGRESS'")
     oldest = max(0.0, time.time() - next_one[0]["submitted_at"]) if next_one else 0.0
     (kept,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
+    # All engines are on one device.
+    about = next(iter(engines().values()), About())
+    device = {
+        "device_memory_used_bytes": ("Of the GPU, by every process on it.", about.used_bytes),
+        "device_memory_bytes": ("Of the GPU in all.", about.total_bytes),
+    }
     return {
         "ready": ("Whether the models can paint.", float(is_ready())),
         "queue_length": ("Requests that wait.", float(waiting["number"])),
@@ -30,4 +39,6 @@ def read(database: Database, data_dir: Path, is_ready: Callable[[], bool]) -> Ma
         "files_bytes": ("Pictures and uploads that are kept.", float(kept["size"])),
         "disk_free_bytes": ("Free on the disk of the data folder.", float(disk.free)),
         "memory_resident_bytes": ("Of this process.", float(psutil.Process().memory_info().rss)),
+        "engines_loaded": ("Sets of weights in memory.", float(len(engines()))),
+        **{name: (words, float(value)) for name, (words, value) in device.items() if value is not None},
     }

@@ -1,6 +1,7 @@
 """What Prometheus reads of this process: counts and times, with names and units by Prometheus' conventions."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -34,6 +35,18 @@ class Metrics:
         """One forward. Sizes of clients' own making count as one, or they could fill the memory."""
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """How many forwards there were since the start, and their mean in seconds, by size and tier."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for sample in (sample for metric in self.step.collect() for sample in metric.samples):
+            kind = sample.name.rpartition("_")[2]
+            if kind in ("sum", "count"):
+                found.setdefault((sample.labels["size"], sample.labels["acceleration"]), {})[kind] = sample.value
+        return [
+            {"size": size, "acceleration": tier, "count": int(seen["count"]), "seconds": seen["sum"] / seen["count"]}
+            for (size, tier), seen in found.items()
+        ]
 
     def begun(self, endpoint: str, attempt: int, waited: float) -> None:
         """A request was claimed, `waited` seconds after its submit."""

@@ -11,7 +11,8 @@ USAGE_DAYS = 30
 _FAILURES = 20
 _MINUTES = """
     SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
-        count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units
+        count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units,
+        avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
     FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
 """
 _ENDPOINTS = """
@@ -27,6 +28,9 @@ _USAGE = """
     WHERE day >= ? GROUP BY owner ORDER BY billable_units DESC
 """
 
+#: A minute in which nothing ended.
+_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "wait": None, "inference": None}
+
 
 def read(database: Database, now: float | None = None) -> dict[str, Any]:
     """As plain values; waits for the disk. Owners are told by the beginning of what stands for their key."""
@@ -40,10 +44,10 @@ def read(database: Database, now: float | None = None) -> dict[str, Any]:
 
 
 def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
-    """What ended in each of the last minutes, the oldest first."""
+    """What ended in each of the last minutes, the oldest first; mean seconds that it waited and was painted."""
     rows = database.read(_MINUTES, now - 60 * MINUTES)
-    found = {row["minute"]: {name: row[name] for name in ("ended", "completed", "billable_units")} for row in rows}
-    return [found.get(minute, {"ended": 0, "completed": 0, "billable_units": 0}) for minute in range(MINUTES)]
+    found = {row["minute"]: {name: row[name] for name in _NOTHING} for row in rows}
+    return [found.get(minute, _NOTHING) for minute in range(MINUTES)]
 
 
 def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:

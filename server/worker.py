@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from models.base import DeviceLost, Loading, Model, Placement
+from models.base import About, DeviceLost, Loading, Model, Placement
 from server import wire
 from server.answers import Answers
 from server.claims import Claims
@@ -82,6 +82,10 @@ class Worker:
         """Load what there is room for. Raises what the first bad one raises."""
         self._engines.setup()
         self.is_ready = True
+
+    def about(self) -> Mapping[str, About]:
+        """What there is to tell of the engines in memory, by their weights; called from any thread."""
+        return self._engines.about()
 
     def turn(self) -> bool:
         """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""

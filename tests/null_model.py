@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, CannotPaint, DeviceLost, Loading, Placement
+from models.base import NO_INPUTS, About, CannotPaint, DeviceLost, Loading, Placement
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
 from models.schema import ImageInput
@@ -56,6 +56,9 @@ class NullEngine:
         colour = painting.seed + len(painting.pictures)
         size = painting.request.image_size
         painting.pictures.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
+
+    def about(self) -> About:
+        return About("nothing", "none at all", ("none",), 1_000, 4_000)
 
     def warm_up(self) -> bool:
         return False

@@ -54,6 +54,16 @@ def size_of(picture: Locator) -> Any:
     return picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
 
 
+def pixel_of(picture: Locator) -> Any:
+    """The colour of its middle."""
+    return picture.evaluate("""async (image) => {
+        await image.decode();
+        const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+        canvas.drawImage(image, 0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    }""")
+
+
 def is_foreign(url: str, own: str) -> bool:
     return urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc != urlsplit(own).netloc
 
@@ -117,8 +127,57 @@ def test_history_survives_a_reload_and_gives_the_same_picture(page: Page) -> Non
     expect(again.locator("figure img")).to_have_attribute("src", str(source))
     again.get_by_role("button", name="Use these settings").click()
     expect(page.get_by_label("Prompt")).to_have_value("kept")
+    # The seed was the server's own; with it the rerun gives the same picture, whose colour is the seed.
+    rerun = run(page, "kept")
+    expect(rerun.locator("figure img")).not_to_have_attribute("src", str(source))
+    assert pixel_of(rerun.locator("figure img")) == pixel_of(again.locator("figure img"))
+    rerun.get_by_role("button", name="Forget").click()
     again.get_by_role("button", name="Forget").click()
     expect(page.get_by_text("What you run appears here.")).to_be_visible()
+
+
+def test_what_the_key_asked_for_elsewhere(browser: Browser, playing: Server, page: Page) -> None:
+    """From another program, page by page, with what failed; what this browser ran is not shown twice."""
+    choose(page, "test/null")
+    run(page, "my own")
+    with httpx.Client(base_url=playing.url, timeout=60, trust_env=False) as client:
+        client.post("/test/raises", json={"prompt": "failed elsewhere"})
+        for number in range(21):
+            client.post("/test/null", json={"prompt": f"elsewhere {number}"}).raise_for_status()
+    earlier = page.get_by_role("button", name="Show what this key asked for before")
+    earlier.click()
+    expect(page.locator("#runs > li")).to_have_count(21)
+    expect(page.get_by_role("img", name="elsewhere 20")).to_be_visible()
+    earlier.click()
+    failed = page.locator("#runs > li", has_text="failed elsewhere")
+    expect(failed.locator(".state")).to_have_text("Internal Server Error")
+    expect(page.locator("#runs > li .prompt", has_text="my own")).to_have_count(1)
+
+
+def test_the_seed_is_locked_and_rolled(page: Page) -> None:
+    choose(page, "test/null")
+    seed = page.get_by_label("Seed", exact=True)
+    first = run(page, "any seed")
+    expect(first.locator(".state")).to_contain_text("seed")
+    page.get_by_role("button", name="Lock").click()
+    expect(first.locator(".state")).to_contain_text(f"seed {seed.input_value()}")
+    expect(page.get_by_role("button", name="Lock")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Lock").click()
+    expect(seed).to_have_value("")
+    page.get_by_role("button", name="Roll").click()
+    expect(seed).to_have_value(re.compile(r"\d+"))
+
+
+def test_a_picture_is_painted_over(page: Page) -> None:
+    """Its address is put into the form of the endpoint that takes one."""
+    choose(page, "test/null")
+    shown = run(page, "once more")
+    source = shown.locator("figure img").get_attribute("src")
+    shown.get_by_role("button", name="Use as input").click()
+    page.wait_for_selector("body[data-ready='test/copy']")
+    expect(page.get_by_label("Image url")).to_have_value(str(source))
+    expect(page.get_by_label("Prompt")).to_have_value("once more")
+    assert size_of(run(page, "copied").locator("figure img")) == [1024, 768]
 
 
 def test_a_picture_is_dropped(page: Page) -> None:
@@ -154,6 +213,8 @@ def test_flagged_pictures_are_blurred(page: Page) -> None:
     shown = run(page, "whatever")
     expect(shown.locator("figure img.flagged")).to_be_visible()
     expect(shown).to_contain_text("Flagged by the safety checker")
+    shown.get_by_role("button", name="Show").click()
+    expect(shown.locator("figure img.flagged")).to_have_count(0)
 
 
 def test_failures_are_told(page: Page) -> None:
@@ -224,7 +285,11 @@ def test_the_operators_view(browser: Browser, playing: Server) -> None:
         expect(page.locator("#endpoints")).to_contain_text("test/null")
         expect(page.locator("#failures")).to_contain_text("test/raises")
         expect(page.locator("#usage")).to_contain_text("everybody")
-        expect(page.locator("#minutes span")).to_have_count(60)
+        expect(page.locator(".bars")).to_have_count(4)
+        expect(page.locator(".bars").first.locator("span")).to_have_count(60)
+        expect(page.get_by_role("img", name="Pictures a minute, the last hour: at most")).to_be_visible()
+        expect(page.locator("#engines")).to_contain_text("none at all")
+        expect(page.locator("#steps")).to_contain_text("1024x768")
 
 
 def test_it_is_served_strictly(playing: Server) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from starlette.requests import HTTPConnection, Request
 
-from models.base import Loading, Model
+from models.base import About, Loading, Model
 from server.auth import Keys
 from server.errors import NotFound
 from server.fetch import Guard
@@ -45,6 +45,8 @@ class Parts:
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
     readiness: Callable[[], tuple[bool, Loading]]
+    #: What there is to tell of the engines in memory, by their weights.
+    engines: Callable[[], Mapping[str, About]]
 
 
 def parts_of(request: Request) -> Parts:

@@ -43,6 +43,11 @@ async def about(request: Request) -> Response:
     return JSON(
         {
             "endpoints": list(parts.models),
+            "paintOver": [
+                endpoint
+                for endpoint, model in parts.models.items()
+                if {"image_url", "strength"} <= model.Input.model_fields.keys()
+            ],
             "needsKey": not parts.keys.is_open,
             "python": 'and in the shell, eval "$(flux-server env)"; it lies in .venv/bin after make serve',
         }

@@ -33,6 +33,12 @@ export const playground = () => json("playground.json");
 export const documentOf = (endpoint) =>
   json(`api/openapi/queue/openapi.json?endpoint_id=${encodeURIComponent(endpoint)}`);
 
+// A page of what this key asked for, the newest first, with what it sent and got.
+export const earlier = (cursor) =>
+  json(`v1/models/requests/by-endpoint?${new URLSearchParams({
+    expand: "payloads", limit: 20, start: "1970-01-01", ...(cursor && { cursor }),
+  })}`);
+
 export const submit = (endpoint, input) =>
   json(`queue/${endpoint}`, {
     method: "POST",

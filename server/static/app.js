@@ -9,7 +9,7 @@ import { Run } from "./run.js";
 const at = (id) => document.getElementById(id);
 const KEPT = 60;
 
-let about = { endpoints: [], needsKey: false };
+let about = { endpoints: [], paintOver: [], needsKey: false };
 let endpoint = "";
 let fields = new Map();
 
@@ -48,6 +48,9 @@ async function use(name, input) {
   at("form").scrollIntoView({ block: "nearest" });
 }
 
+// Of the endpoints that paint over a picture, the one that belongs to this, or else any.
+const overFor = (name) => about.paintOver.find((over) => over === `${name}/image-to-image`) ?? about.paintOver[0];
+
 async function run() {
   const input = form.read(fields);
   const strays = form.complain(fields, []);
@@ -56,7 +59,7 @@ async function run() {
     const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
     const started = { endpoint, requestId, input, startedAt: Date.now() };
     history.add(started);
-    show(started);
+    follow(show(started));
   } catch (error) {
     at("problem").textContent =
       error instanceof api.Refused && error.problems.length
@@ -69,7 +72,8 @@ function show(started, isOld = false) {
   at("empty").hidden = true;
   const shown = new Run(started, {
     use,
-    paintOver: (url) => use("fal-ai/flux/dev/image-to-image", { prompt: started.input.prompt, image_url: url }),
+    told: (seed) => fields.get("seed")?.told?.(seed),
+    paintOver: about.paintOver.length ? (url) => use(overFor(started.endpoint), { prompt: started.input.prompt, image_url: url }) : null,
     forget: () => {
       history.remove(started.requestId);
       shown.node.remove();
@@ -77,8 +81,27 @@ function show(started, isOld = false) {
     },
   });
   at("runs")[isOld ? "append" : "prepend"](shown.node);
-  withKey(() => shown.follow()).catch((error) => shown.fail(error));
+  return shown;
 }
+
+const follow = (shown) => withKey(() => shown.follow()).catch((error) => shown.fail(error));
+
+// What else this key asked for, from whatever browser or program: page by page, from the server.
+let cursor = null;
+async function showEarlier() {
+  const page = await withKey(() => api.earlier(cursor));
+  const known = new Set([...at("runs").children].map((node) => node.dataset.requestId));
+  for (const item of page.items.filter(({ request_id: id }) => !known.has(id))) {
+    const { request_id: requestId, endpoint_id, json_input: input, sent_at } = item;
+    const shown = show({ endpoint: endpoint_id, requestId, input, startedAt: Date.parse(sent_at) }, true);
+    if (item.status_code === 200 && item.json_output) shown.finish(item.json_output);
+    else follow(shown);
+  }
+  cursor = page.next_cursor;
+  at("earlier").hidden = !page.has_more;
+}
+
+at("earlier").addEventListener("click", () => showEarlier().catch((error) => (at("problem").textContent = error.message)));
 
 for (const tab of document.querySelectorAll("[role=tab]")) {
   tab.addEventListener("click", () => {
@@ -116,4 +139,4 @@ at("endpoint").append(...about.endpoints.map((name) => form.element("option", { 
 const last = localStorage.getItem("endpoint");
 const first = about.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : about.endpoints[0];
 await choose(about.endpoints.includes(last) ? last : first);
-for (const started of history.all()) show(started, true);
+for (const started of history.all()) follow(show(started, true));

@@ -103,16 +103,25 @@ function seedField(name, property) {
   const control = element("input", { type: "number", min: property.minimum, max: property.maximum, step: 1 });
   control.placeholder = "random each time";
   const dice = element("button", { type: "button", textContent: "Roll", title: "Choose a seed and keep it" });
-  const clear = element("button", { type: "button", textContent: "Any", title: "Another seed each time" });
+  const lock = element("button", { type: "button", textContent: "Lock", title: "Keep the last picture's seed" });
+  const random = () => Math.floor(Math.random() * 2 ** 32);
+  let last;
+  const shown = () => lock.setAttribute("aria-pressed", String(control.value !== ""));
   const changed = (value) => {
     control.value = value;
     control.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  dice.addEventListener("click", () => changed(Math.floor(Math.random() * 2 ** 32)));
-  clear.addEventListener("click", () => changed(""));
-  const row = element("span", { className: "row" }, dice, clear);
-  const write = (value) => (control.value = value ?? "");
-  return { ...frame(name, property, control, row), read: () => number(control.value), write };
+  dice.addEventListener("click", () => changed(random()));
+  lock.addEventListener("click", () => changed(control.value === "" ? (last ?? random()) : ""));
+  control.addEventListener("input", shown);
+  const row = element("span", { className: "row" }, dice, lock);
+  const write = (value) => {
+    control.value = value ?? "";
+    shown();
+  };
+  write();
+  const told = (seed) => (last = seed);
+  return { ...frame(name, property, control, row), read: () => number(control.value), write, told };
 }
 
 function choiceField(name, property, choices) {

@@ -10,9 +10,10 @@ const button = (words, act) => {
 };
 
 export class Run {
-  constructor(started, { use, paintOver, forget }) {
+  constructor(started, { use, paintOver, forget, told }) {
     this.started = started;
     this.paintOver = paintOver;
+    this.told = told;
     this.words = element("p", { className: "state", textContent: "sending…" });
     this.words.setAttribute("role", "status");
     this.bar = element("progress", { max: 1, ariaLabel: "Steps" });
@@ -23,7 +24,7 @@ export class Run {
     const prompt = element("p", { className: "prompt", textContent: started.input.prompt ?? "" });
     const actions = element(
       "div", { className: "actions" }, this.stop,
-      button("Use these settings", () => use(started.endpoint, started.input)),
+      button("Use these settings", () => use(started.endpoint, this.settings())),
       button("Forget", forget),
     );
     const more = element(
@@ -33,6 +34,11 @@ export class Run {
     const when = element("time", { dateTime: new Date(started.startedAt).toISOString(), textContent: new Date(started.startedAt).toLocaleTimeString() });
     this.node = element("li", { className: "run" }, prompt, when, this.words, this.bar, this.pictures, actions, more);
     this.node.dataset.requestId = started.requestId;
+  }
+
+  // What gives the same pictures again: a seed that was left to the server is known once it answered.
+  settings() {
+    return { ...this.started.input, seed: this.seed ?? this.started.input.seed };
   }
 
   async follow() {
@@ -68,6 +74,9 @@ export class Run {
 
   finish(output) {
     const seconds = output.timings?.inference;
+    this.seed = output.seed;
+    this.node.dataset.status = "COMPLETED";
+    this.told(output.seed);
     this.ended(`seed ${output.seed}${seconds === undefined ? "" : `, ${seconds.toFixed(2)} s`}`);
     this.raw.textContent = JSON.stringify(output, null, 2);
     this.pictures.replaceChildren(
@@ -79,8 +88,11 @@ export class Run {
     const image = element("img", { src: url, width, height, alt: this.started.input.prompt ?? "", className: isFlagged ? "flagged" : "" });
     const link = element("a", { href: url, textContent: "Download", download: "" });
     const copy = button("Copy link", () => navigator.clipboard.writeText(url));
-    const over = button("Use as input", () => this.paintOver(url));
-    const caption = element("figcaption", {}, isFlagged ? "Flagged by the safety checker. " : "", link, copy, over);
+    const caption = element("figcaption", {}, isFlagged ? "Flagged by the safety checker. " : "", link, copy);
+    if (this.paintOver) caption.append(button("Use as input", () => this.paintOver(url)));
+    if (isFlagged) caption.append(button("Show", (event) => {
+      event.target.textContent = image.classList.toggle("flagged") ? "Show" : "Blur";
+    }));
     return element("figure", {}, image, caption);
   }
 

@@ -7,19 +7,32 @@ import { withKey } from "./key.js";
 const at = (id) => document.getElementById(id);
 const EVERY = 5000;
 
-const seconds = (value) => (value === null ? "–" : value < 60 ? `${value.toFixed(1)} s` : `${Math.round(value / 60)} min`);
+const seconds = (value) => {
+  if (value === null) return "–";
+  if (value >= 60) return `${Math.round(value / 60)} min`;
+  return value >= 1 ? `${value.toFixed(1)} s` : `${(1000 * value).toFixed(0)} ms`;
+};
 const bytes = (value) => (value < 1e9 ? `${(value / 1e6).toFixed(0)} MB` : `${(value / 1e9).toFixed(1)} GB`);
 const when = (value) => new Date(value * 1000).toLocaleString();
+const count = (value) => value.toLocaleString();
 
 const NOW = {
-  queue_length: ["waiting", String],
+  queue_length: ["waiting", count],
   queue_oldest_seconds: ["the next one waits for", seconds],
-  requests_running: ["being painted", String],
-  webhooks_due: ["webhooks to send", String],
+  requests_running: ["being painted", count],
+  webhooks_due: ["webhooks to send", count],
   files_bytes: ["pictures and uploads kept", bytes],
   disk_free_bytes: ["free on the disk", bytes],
   memory_resident_bytes: ["memory of the process", bytes],
 };
+
+// One small plot each of the last hour: its words, a minute's value, and how the highest is written.
+const PLOTS = [
+  ["Pictures a minute", (minute) => minute.completed, count],
+  ["Megapixels a minute, each picture's rounded up", (minute) => minute.billable_units, count],
+  ["Wait in the queue", (minute) => minute.wait, seconds],
+  ["Time to paint one", (minute) => minute.inference, seconds],
+];
 
 function table(place, columns, rows) {
   const head = element("tr", {}, ...Object.values(columns).map(([words]) => element("th", { scope: "col", textContent: words })));
@@ -29,15 +42,21 @@ function table(place, columns, rows) {
   place.replaceChildren(element("thead", {}, head), element("tbody", {}, ...(body.length ? body : [nothing])));
 }
 
-function plot(place, values) {
-  const highest = Math.max(1, ...values);
+function plot(minutes, [words, valueOf, written]) {
+  const values = minutes.map(valueOf);
+  const known = values.filter((value) => value !== null);
+  const highest = Math.max(0, ...known);
   const bars = values.map((value) => {
-    const bar = element("span", { title: String(value) });
-    bar.style.height = `${(100 * value) / highest}%`;
+    const bar = element("span");
+    bar.style.height = `${highest ? (100 * (value ?? 0)) / highest : 0}%`;
     return bar;
   });
-  place.replaceChildren(...bars);
-  place.setAttribute("aria-label", `${values.reduce((a, b) => a + b, 0)} in the last hour, at most ${highest} a minute`);
+  const chart = element("div", { className: "bars" }, ...bars);
+  chart.setAttribute("role", "img");
+  const most = known.length ? `at most ${written(highest)}` : "nothing yet";
+  chart.setAttribute("aria-label", `${words}, the last hour: ${most}`);
+  const scale = element("p", { className: "scale" }, element("span", { textContent: "an hour ago" }), element("span", { textContent: most }), element("span", { textContent: "now" }));
+  return element("figure", {}, element("figcaption", { textContent: words }), chart, scale);
 }
 
 function show(seen) {
@@ -48,9 +67,16 @@ function show(seen) {
       element("dt", { textContent: words }), element("dd", { textContent: shown(seen.now[name]) }),
     ]),
   );
-  plot(at("minutes"), seen.minutes.map((minute) => minute.billable_units));
-  table(at("endpoints"), { endpoint: ["endpoint", String], completed: ["completed", String], wait: ["waited", seconds], inference: ["took", seconds] }, seen.endpoints);
-  table(at("usage"), { owner: ["key", String], requests: ["requests", String], billable_units: ["billable units", String] }, seen.usage);
+  at("plots").replaceChildren(...PLOTS.map((each) => plot(seen.minutes, each)));
+  const engines = seen.engines.map((engine) => ({
+    ...engine,
+    acceleration: engine.acceleration.join(", "),
+    used: engine.used_bytes === null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
+  }));
+  table(at("engines"), { weights: ["weights", String], device: ["device", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, engines);
+  table(at("steps"), { size: ["size", String], acceleration: ["tier", String], count: ["steps", count], seconds: ["one takes", seconds] }, seen.steps);
+  table(at("endpoints"), { endpoint: ["endpoint", String], completed: ["completed", count], wait: ["waited", seconds], inference: ["took", seconds] }, seen.endpoints);
+  table(at("usage"), { owner: ["key", String], requests: ["requests", count], billable_units: ["billable units", count] }, seen.usage);
   table(at("failures"), { finished_at: ["when", when], endpoint: ["endpoint", String], error: ["error", String], request_id: ["request", String] }, seen.failures);
   document.body.dataset.ready = "true";
 }
