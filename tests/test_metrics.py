@@ -1,15 +1,18 @@
 """/metrics, read as Prometheus reads it."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import promql_parser
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pytest_httpserver import HTTPServer
 
 from server.metrics import Metrics
-from tests.serving import TEST_MODELS, Gate, completed, in_progress, serving
+from tests.serving import ROOT, TEST_MODELS, Gate, completed, in_progress, serving
 
 Labels = tuple[tuple[str, str], ...]
 QUEUED = "/queue/test/null"
@@ -131,3 +134,30 @@ def test_webhooks(counting: httpx.Client, httpserver: HTTPServer) -> None:
     while read(counting).get(delivered) != 1:
         pass
     assert read(counting)["webhooks_due", ()] == 0
+
+
+def expressions() -> list[str]:
+    """Every query of the dashboard, with Grafana's variables filled in."""
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    return [
+        target["expr"].replace("$__rate_interval", "5m").replace("$instance", ".*")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    ]
+
+
+@pytest.mark.parametrize("expression", expressions())
+def test_the_dashboard_is_in_prometheus_own_language(expression: str) -> None:
+    assert promql_parser.parse(expression)
+
+
+def test_the_dashboard_asks_for_what_there_is(counting: httpx.Client) -> None:
+    """And for all of it: each metric is on a panel."""
+    counting.post("/test/raises", json={"prompt": "x"})
+    asked = set(re.findall(r"flux_server_\w+", " ".join(expressions())))
+    names = set()
+    for family in text_string_to_metric_families(counting.get("/metrics").text):
+        suffix = {"counter": "_total", "histogram": "_bucket"}.get(family.type, "")
+        if not family.name.endswith("_created"):
+            names.add(family.name + suffix)
+    assert asked == names

@@ -29,7 +29,7 @@ const NOW = {
 // One small plot each of the last hour: its words, a minute's value, and how the highest is written.
 const PLOTS = [
   ["Pictures a minute", (minute) => minute.completed, count],
-  ["Megapixels a minute, each picture's rounded up", (minute) => minute.billable_units, count],
+  ["Billable megapixels a minute", (minute) => minute.billable_units, count],
   ["Wait in the queue", (minute) => minute.wait, seconds],
   ["Time to paint one", (minute) => minute.inference, seconds],
 ];
