@@ -1,4 +1,4 @@
-"""The command line: serve, pull, doctor, bench, env, run."""
+"""The command line: serve, pull, doctor, bench, env, run; the operator's commands stand in `commands.py`."""
 
 import inspect
 import os
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server import tls
+from server import commands, tls
 from server.settings import PREFIX, BadSettings, Settings
 
 cli = typer.Typer(
@@ -171,6 +171,11 @@ def _size(word: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise typer.BadParameter(f"--sizes: {word} is not WIDTHxHEIGHT")
     return int(width), int(height)
+
+
+cli.add_typer(commands.keys, name="keys")
+cli.add_typer(commands.webhooks, name="webhooks")
+cli.command("backup")(commands.back_up)
 
 
 @cli.command()

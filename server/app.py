@@ -17,8 +17,9 @@ from models.schema import Limits
 from server import admission, auth, gauges, history, openapi, overview, wire
 from server.address import Address
 from server.admission import Admission
-from server.auth import Keys
+from server.auth import Keys, Scope
 from server.brought import Brought
+from server.control import Control
 from server.counted import Counted
 from server.database import Database
 from server.errors import MethodNotAllowed, NotFound, ServerError
@@ -26,7 +27,7 @@ from server.fetch import Guard
 from server.files import Files
 from server.inputs import Inputs
 from server.metrics import Metrics
-from server.notifier import Notifier
+from server.notifier import WEBHOOKS, Notifier
 from server.queue import Queue
 from server.retention import Retention
 from server.routes import (
@@ -77,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.parts, app.state.worker = parts, worker
+    app.state.control = _control(settings, parts, database)
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
     for nouns in (queue, catalog, storage, tokens, files, operations, playground, platform, openai, realtime, run):
         app.include_router(nouns.router)
@@ -135,6 +137,15 @@ def _join(
     return parts, worker
 
 
+def _control(settings: Settings, parts: Parts, database: Database) -> Control:
+    def learn() -> None:
+        parts.keys.learn(auth.stored(database, with_first=_uses_first_key(settings)))
+
+    return Control(
+        database, settings.data_dir, on_keys=learn, on_webhooks=partial(parts.notifier.ring, WEBHOOKS)
+    )
+
+
 def _inputs(settings: Settings, jobs: Queue, guard: Guard, store: Files, limits: Limits) -> Inputs:
     return Inputs(
         Brought(settings.data_dir / "inputs", jobs.inputs, int(settings.loras_gb * 1e9)),
@@ -166,14 +177,16 @@ def _placements(settings: Settings, places: Mapping[str, str | Path | None]) -> 
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """The operator's keys; else, where others can reach the server, its own, made and printed at the first start."""
-    pepper = auth.pepper(database)
-    if settings.keys or settings.operator_keys or settings.is_loopback:
-        return Keys(settings.keys, pepper=pepper, operators=settings.operator_keys)
-    if not auth.stored_hashes(database):
-        key = auth.generate(database)
+    """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
+    if _uses_first_key(settings) and not auth.stored(database):
+        key = auth.add(database, "", Scope.OPERATOR)
         print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
-    return Keys((), auth.stored_hashes(database), pepper)
+    known = auth.stored(database, with_first=_uses_first_key(settings))
+    return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
+
+
+def _uses_first_key(settings: Settings) -> bool:
+    return not (settings.keys or settings.operator_keys or settings.is_loopback)
 
 
 def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:

@@ -4,6 +4,10 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
 
 import jwt
 
@@ -15,6 +19,18 @@ EVERYBODY = "everybody"
 _ALGORITHM = "HS256"
 
 
+class Scope(StrEnum):
+    """What a key is good for: requests, or the operator's view and other keys beside them."""
+
+    CLIENT = "client"
+    OPERATOR = "operator"
+
+
+#: The scope of each key that this server made, by the key's hash.
+Stored = Mapping[str, Scope]
+_NONE: Stored = MappingProxyType({})
+
+
 class Keys:
     """The keys clients may send; none at all means that everybody is one owner.
 
@@ -24,20 +40,21 @@ class Keys:
     def __init__(
         self,
         keys: tuple[str, ...],
-        hashes: tuple[str, ...] = (),
+        stored: Stored = _NONE,
         pepper: bytes = b"",
         operators: tuple[str, ...] = (),
     ) -> None:
         self._pepper = pepper
-        own = tuple(_hash(key, pepper) for key in operators)
-        self._hashes = tuple(dict.fromkeys((*(_hash(key, pepper) for key in keys), *hashes, *own)))
-        self._operators = own or (self._hashes if len(self._hashes) == 1 else ())
+        self._given = {_hash(key, pepper): Scope.CLIENT for key in keys}
+        self._given |= {_hash(key, pepper): Scope.OPERATOR for key in operators}
+        self._scopes = {**self._given, **stored}
         self._secret = secrets.token_bytes(32)
+        #: Whether no key is asked for. Decided at the start, so that revoking the last key opens nothing.
+        self.is_open = not self._scopes
 
-    @property
-    def is_open(self) -> bool:
-        """Whether no key is asked for."""
-        return not self._hashes
+    def learn(self, stored: Stored) -> None:
+        """The keys that this server made are these from now on."""
+        self._scopes = {**self._given, **stored}
 
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
         """Who this is, from "Key ..." or "Bearer ..."; a token is good where its scope is. Raises Unauthorized."""
@@ -48,7 +65,7 @@ class Keys:
             raise Unauthorized
         given = _hash(key.strip(), self._pepper)
         # Every hash is compared, so that the time taken says nothing.
-        matches = [known for known in self._hashes if hmac.compare_digest(known, given)]
+        matches = [known for known in self._scopes if hmac.compare_digest(known, given)]
         if matches:
             return matches[0][:32]
         if scope is None or scheme.lower() != "bearer":
@@ -58,7 +75,11 @@ class Keys:
     def operator(self, authorization: str | None) -> None:
         """Let the operator pass. Raises Unauthorized, and Forbidden for a key that is a client's alone."""
         owner = self.owner(authorization)
-        if not self.is_open and owner not in {known[:32] for known in self._operators}:
+        operators = [known[:32] for known, scope in self._scopes.items() if scope == Scope.OPERATOR]
+        # Where nobody was made the operator, the only key is, or the only one that the settings give.
+        own = self._given or self._scopes
+        lone = [known[:32] for known in own] if len(own) == 1 else []
+        if not self.is_open and owner not in (operators or lone):
             raise Forbidden("This key is a client's; --operator-keys names those that may see this")
 
     def issue(self, owner: str, scope: str, seconds: float) -> str:
@@ -87,18 +108,44 @@ def pepper(database: Database) -> bytes:
     return bytes(value)
 
 
-def stored_hashes(database: Database) -> tuple[str, ...]:
-    """Hashes of the keys made by this server."""
-    return tuple(row["hash"] for row in database.read("SELECT hash FROM keys"))
+def stored(database: Database, *, with_first: bool = True) -> dict[str, Scope]:
+    """The keys made by this server; `with_first` also the one it made by itself at its first start."""
+    rows = database.read("SELECT hash, scope FROM keys WHERE name <> '' OR ?", with_first)
+    return {row["hash"]: Scope(row["scope"]) for row in rows}
 
 
-def generate(database: Database) -> str:
-    """Make a key, keep its hash, and return it: the only time it can be seen."""
+def add(database: Database, name: str, scope: Scope) -> str:
+    """Make a key, keep its hash, and return it: the only time it can be seen. The first one has no name.
+
+    Raises ValueError when the name is taken.
+    """
     key = f"{secrets.token_hex(8)}:{secrets.token_hex(16)}"
     hashed = _hash(key, pepper(database))
     with database.transaction() as connection:
-        connection.execute("INSERT INTO keys VALUES (?, ?, ?)", (hashed, hashed[:32], time.time()))
+        if name and connection.execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchone():
+            raise ValueError(f"There is a key named {name} already")
+        connection.execute(
+            "INSERT INTO keys (hash, owner, created_at, name, scope) VALUES (?, ?, ?, ?, ?)",
+            (hashed, hashed[:32], time.time(), name, scope),
+        )
     return key
+
+
+def listed(database: Database) -> list[dict[str, Any]]:
+    """Name, scope, time of making, and the owner as logs and the operator's view tell it; never the key."""
+    rows = database.read("SELECT name, scope, created_at, substr(owner, 1, 9) AS owner FROM keys ORDER BY created_at")
+    return [dict(row) for row in rows]
+
+
+def revoke(database: Database, name: str) -> None:
+    """Forget a key by its name or the beginning of its owner. Raises ValueError when none or several fit."""
+    with database.transaction() as connection:
+        found = connection.execute(
+            "SELECT hash FROM keys WHERE name = ?1 OR (length(?1) >= 9 AND substr(owner, 1, length(?1)) = ?1)", (name,)
+        ).fetchall()
+        if len(found) != 1:
+            raise ValueError(f"There is no key {name}" if not found else f"Several keys begin with {name}")
+        connection.execute("DELETE FROM keys WHERE hash = ?", (found[0]["hash"],))
 
 
 def _hash(key: str, pepper: bytes) -> str:

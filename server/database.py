@@ -10,7 +10,8 @@ from pathlib import Path
 from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
-VERSION = 5
+FILE = "queue.sqlite3"
+VERSION = 6
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -27,6 +28,11 @@ _STEPS = {
         ) STRICT, WITHOUT ROWID
     """,
     5: "CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'COMPLETED' AND is_kept = 1",
+    6: """
+        ALTER TABLE keys ADD COLUMN name TEXT NOT NULL DEFAULT '';
+        ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'));
+        CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> ''
+    """,
 }
 
 
@@ -48,15 +54,15 @@ class Database:
             raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
-        (folder / "queue.sqlite3").touch(mode=0o600)
-        (folder / "queue.sqlite3").chmod(0o600)
+        (folder / FILE).touch(mode=0o600)
+        (folder / FILE).chmod(0o600)
         self._lock_file = (folder / "lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock_file.close()
             raise FolderInUse(f"another server is using {folder}; give this one its own --data-dir") from None
-        self._connection = sqlite3.connect(folder / "queue.sqlite3", check_same_thread=False, isolation_level=None)
+        self._connection = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.Lock()
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
@@ -96,6 +102,12 @@ class Database:
         """Rows of one query."""
         with self._lock:
             return self._connection.execute(sql, parameters).fetchall()
+
+    def copy(self, folder: Path) -> None:
+        """Write all of it, as it is now, into a new file in this folder; others wait meanwhile."""
+        with self._lock:
+            self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
+        (folder / FILE).chmod(0o600)
 
     def close(self) -> None:
         """Close the file and let others have the folder."""

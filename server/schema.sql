@@ -123,7 +123,12 @@ CREATE TABLE secrets (
 CREATE TABLE keys (
     hash       TEXT PRIMARY KEY CHECK (length(hash) = 64),
     owner      TEXT NOT NULL,
-    created_at REAL NOT NULL
+    created_at REAL NOT NULL,
+    -- The one that the server made by itself at its first start has none.
+    name       TEXT NOT NULL DEFAULT '',
+    scope      TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'))
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 5;
+CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> '';
+
+PRAGMA user_version = 6;

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
-from server import tls
+from server import control_socket, tls
 from server.app import create_app
 from server.connect import ConnectDoor
 from server.notifier import WORKER
@@ -72,7 +72,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     door = await _door(settings, sockets)
-    async with app.router.lifespan_context(app):
+    async with app.router.lifespan_context(app), control_socket.listening(app.state.control, settings.data_dir):
         with parts.notifier.listen(WORKER) as worker_ended:
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)

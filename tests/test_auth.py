@@ -9,8 +9,8 @@ from typing import Any
 import jwt
 import pytest
 
-from server.auth import EVERYBODY, Keys, generate, pepper, stored_hashes
-from server.errors import Unauthorized
+from server.auth import EVERYBODY, Keys, Scope, add, listed, pepper, revoke, stored
+from server.errors import Forbidden, Unauthorized
 from tests.parts import Parts, opened
 
 KEY = "id:secret"
@@ -64,8 +64,8 @@ def test_an_owner_does_not_tell_the_key() -> None:
 
 
 def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
-    key = generate(parts.database)
-    assert Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Key {key}")
+    key = add(parts.database, "", Scope.OPERATOR)
+    assert Keys((), stored(parts.database), pepper(parts.database)).owner(f"Key {key}")
     everything = b"".join(path.read_bytes() for path in parts.folder.glob("queue.sqlite3*"))
     assert key.encode() not in everything
     assert key.partition(":")[2].encode() not in everything
@@ -73,22 +73,59 @@ def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
 
 def test_a_generated_key_is_known_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
-        key = generate(parts.database)
-        owner = Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Key {key}")
+        key = add(parts.database, "", Scope.OPERATOR)
+        owner = Keys((), stored(parts.database), pepper(parts.database)).owner(f"Key {key}")
     with opened(tmp_path) as parts:
-        assert Keys((), stored_hashes(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
+        assert Keys((), stored(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
 
 
 def test_generated_keys_differ_and_have_two_parts_as_fals_do(parts: Parts) -> None:
-    first, second = generate(parts.database), generate(parts.database)
+    first, second = add(parts.database, "", Scope.OPERATOR), add(parts.database, "", Scope.OPERATOR)
     assert first != second
     assert len(first.split(":")) == 2
 
 
 def test_given_and_generated_keys_are_both_known(parts: Parts) -> None:
-    key = generate(parts.database)
-    keys = Keys((KEY,), stored_hashes(parts.database), pepper(parts.database))
+    key = add(parts.database, "", Scope.OPERATOR)
+    keys = Keys((KEY,), stored(parts.database), pepper(parts.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
+
+
+def test_named_keys_are_listed_and_revoked(parts: Parts) -> None:
+    keys = {name: add(parts.database, name, scope) for name, scope in (("shop", Scope.CLIENT), ("me", Scope.OPERATOR))}
+    known = Keys((), stored(parts.database), pepper(parts.database))
+    owner = known.owner(f"Key {keys['shop']}")
+    assert {each["name"]: each["scope"] for each in listed(parts.database)} == {"shop": "client", "me": "operator"}
+    assert listed(parts.database)[0]["owner"] == owner[:9]
+    assert keys["shop"] not in str(listed(parts.database))
+    known.operator(f"Key {keys['me']}")
+    with pytest.raises(Forbidden):
+        known.operator(f"Key {keys['shop']}")
+    revoke(parts.database, "shop")
+    known.learn(stored(parts.database))
+    with pytest.raises(Unauthorized):
+        known.owner(f"Key {keys['shop']}")
+    assert known.owner(f"Key {keys['me']}")
+
+
+def test_revoking_the_last_key_opens_nothing(parts: Parts) -> None:
+    add(parts.database, "only", Scope.CLIENT)
+    known = Keys((), stored(parts.database), pepper(parts.database))
+    revoke(parts.database, listed(parts.database)[0]["owner"])
+    known.learn(stored(parts.database))
+    assert not known.is_open
+    with pytest.raises(Unauthorized):
+        known.owner(None)
+
+
+def test_names_stand_for_one_key(parts: Parts) -> None:
+    add(parts.database, "shop", Scope.CLIENT)
+    with pytest.raises(ValueError, match="named shop already"):
+        add(parts.database, "shop", Scope.CLIENT)
+    for name in ("", "nobody", "0", "%"):
+        with pytest.raises(ValueError, match="There is no key"):
+            revoke(parts.database, name)
+    assert len(listed(parts.database)) == 1
 
 
 # -- tokens

@@ -15,8 +15,11 @@ from tests.serving import ROOT
 #: From the door to the ground: a module imports from its own layer and from those below.
 LAYERS = (
     {"server.__main__"},
+    {"server.commands"},
     {"server.serving", "server.logs", "server.clients", "server.doctor", "server.bench"},
     {"server.app"},
+    {"server.control_socket"},
+    {"server.control"},
     {"server.gauges", "server.counted", "server.overview"},
     {"server.routes", "server.worker", "server.cluster", "server.webhooks", "server.retention"},
     {"server.fairness", "server.finisher", "server.claims"},

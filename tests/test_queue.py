@@ -598,7 +598,7 @@ IMPOSSIBLE = [
     "INSERT INTO uploads VALUES ('u', 'a', 'me', 't', 'f', 0, NULL, 1), ('v', 'a', 'me', 't', 'f', 0, NULL, 1)",
     "INSERT INTO deliveries (request_id, url) VALUES ('nobody', 'https://example.com')",
     "INSERT INTO deliveries (request_id, url, due_at, delivered_at) SELECT request_id, 'u', 1, 1 FROM jobs",
-    "INSERT INTO keys VALUES ('short', 'me', 1)",
+    "INSERT INTO keys VALUES ('short', 'me', 1, '', 'client')",
 ]
 
 
@@ -630,6 +630,9 @@ def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Pa
         job = claimed(parts)
         parts.rows("DROP TABLE usage")
         parts.rows("DROP INDEX jobs_owner")
+        parts.rows("DROP INDEX keys_name")
+        parts.rows("ALTER TABLE keys DROP COLUMN name")
+        parts.rows("ALTER TABLE keys DROP COLUMN scope")
         for column in ("strikes", "inputs", "billable_units"):
             parts.rows(f"ALTER TABLE jobs DROP COLUMN {column}")
         parts.rows("PRAGMA user_version = 1")
@@ -645,5 +648,5 @@ def columns(parts: Parts) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: sorted(row[1:] for row in parts.rows(f"PRAGMA table_info({name})")) for name in tables
     }
-    indexes = parts.rows("SELECT name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name")
+    indexes = parts.rows("SELECT trim(sql, char(10) || ' ') FROM sqlite_master WHERE type = 'index' ORDER BY name")
     return {**found, "indexes": indexes, "version": parts.rows("PRAGMA user_version")}

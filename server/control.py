@@ -1,0 +1,107 @@
+"""What the operator does beside serving: keys, webhooks, a backup; in the running server, or without one."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server import auth
+from server.auth import Scope
+from server.database import Database
+
+#: What a backup holds beside the database: pictures and uploads, what waiting requests brought, the certificates.
+_FOLDERS = ("files", "inputs", "tls")
+_WEBHOOKS = """
+    SELECT deliveries.request_id, url, deliveries.attempt, due_at, delivered_at, deliveries.error
+    FROM deliveries JOIN jobs USING (request_id) WHERE delivered_at IS NULL OR ?
+    ORDER BY finished_at DESC LIMIT ?
+"""
+
+
+def _nothing() -> None:
+    """Nobody has to be told."""
+
+
+class Control:
+    """Acts on one data folder. Every act takes and gives plain values, waits for the disk, and raises ValueError."""
+
+    def __init__(
+        self,
+        database: Database,
+        data_dir: Path,
+        *,
+        on_keys: Callable[[], None] = _nothing,
+        on_webhooks: Callable[[], None] = _nothing,
+    ) -> None:
+        """`on_keys` and `on_webhooks` are called after a change of those."""
+        self._database = database
+        self._data_dir = data_dir
+        self._on_keys = on_keys
+        self._on_webhooks = on_webhooks
+        self.acts: dict[str, Callable[..., Any]] = {
+            "add_key": self.add_key,
+            "list_keys": self.list_keys,
+            "revoke_key": self.revoke_key,
+            "list_webhooks": self.list_webhooks,
+            "redeliver": self.redeliver,
+            "back_up": self.back_up,
+        }
+
+    def add_key(self, name: str, scope: str) -> str:
+        """A new key, which nobody can read again."""
+        if not name or len(name) > 100 or not name.isprintable():
+            raise ValueError("A key's name should have 1 to 100 letters")
+        if scope not in set(Scope):
+            raise ValueError(f"A key's scope should be one of {', '.join(Scope)}")
+        key = auth.add(self._database, name, Scope(scope))
+        self._on_keys()
+        return key
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Name, scope, time of making and owner of each."""
+        return auth.listed(self._database)
+
+    def revoke_key(self, name: str) -> None:
+        """From now on the key is a wrong one; its requests and pictures stay."""
+        auth.revoke(self._database, name)
+        self._on_keys()
+
+    def list_webhooks(self, *, with_delivered: bool = False, limit: int = 100) -> list[dict[str, Any]]:
+        """Those that wait to be sent or were given up, the newest first; `with_delivered` the others too."""
+        return [dict(row) for row in self._database.read(_WEBHOOKS, with_delivered, limit)]
+
+    def redeliver(self, request_id: str) -> None:
+        """Send a webhook again, now, with all its retries: also one that was delivered or given up."""
+        with self._database.transaction() as connection:
+            changed = connection.execute(
+                "UPDATE deliveries SET attempt = 0, due_at = ?, delivered_at = NULL, error = NULL WHERE request_id = ?",
+                (time.time(), request_id),
+            ).rowcount
+        if not changed:
+            raise ValueError(f"There is no webhook of request {request_id}")
+        self._on_webhooks()
+
+    def back_up(self, folder: str) -> int:
+        """Copy the data folder into a new one while the server goes on; returns its bytes.
+
+        The database first: a picture that is painted meanwhile is left out with its row.
+        """
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, mode=0o700)
+            self._database.copy(target)
+            for name in _FOLDERS:
+                if (self._data_dir / name).is_dir():
+                    shutil.copytree(self._data_dir / name, target / name, copy_function=_copy_if_there)
+        except OSError as error:
+            raise ValueError(f"{target}: {error.strerror or error}") from None
+        return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def _copy_if_there(source: str, target: str) -> str:
+    """One file; what expired meanwhile is left out."""
+    try:
+        return str(shutil.copy2(source, target))
+    except FileNotFoundError:
+        return target

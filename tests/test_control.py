@@ -1,0 +1,185 @@
+"""What the operator does beside serving, with the server running and without."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from pytest_httpserver import HTTPServer
+
+from server import control_socket
+from server.control import Control
+from tests.parts import Parts, finished, opened, painted, submission
+from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving
+
+
+def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, as the operator runs it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
+    command = [sys.executable, "-m", "server", *arguments]
+    environment["FLUX_SERVER_DATA_DIR"] = str(data_dir)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def said(data_dir: Path, *arguments: str) -> str:
+    """What a command prints that goes well."""
+    done = flux_server(data_dir, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def status_of(url: str, key: str, path: str) -> int:
+    """What a request with this key is answered."""
+    answer = httpx.post(f"{url}{path}", json={"prompt": "x"}, headers={"authorization": f"Key {key}"}, trust_env=False)
+    return answer.status_code
+
+
+def test_a_key_comes_and_goes_while_the_server_runs(tmp_path: Path) -> None:
+    with serving(tmp_path, TEST_MODELS, keys="boss-key") as server:
+        url = server.ready().url
+        key = said(tmp_path, "keys", "add", "shop")
+        assert status_of(url, key, "/test/null") == 200
+        assert httpx.get(f"{url}/metrics", headers={"authorization": "Key boss-key"}, trust_env=False).is_success
+        assert httpx.get(f"{url}/metrics", headers={"authorization": f"Key {key}"}, trust_env=False).status_code == 403
+        operator = said(tmp_path, "keys", "add", "boss", "--scope", "operator")
+        assert httpx.get(f"{url}/metrics", headers={"authorization": f"Key {operator}"}, trust_env=False).is_success
+        listed = said(tmp_path, "keys", "list")
+        assert [line.split("\t")[:2] for line in listed.splitlines()] == [["shop", "client"], ["boss", "operator"]]
+        assert key not in listed
+        said(tmp_path, "keys", "revoke", "shop")
+        assert status_of(url, key, "/test/null") == 401
+        assert status_of(url, "boss-key", "/test/null") == 200
+        again = flux_server(tmp_path, "keys", "revoke", "shop")
+        assert (again.returncode, again.stderr) == (1, "There is no key shop\n")
+
+
+def test_without_a_server_too(tmp_path: Path) -> None:
+    """And the next server asks for the key, also on loopback."""
+    key = said(tmp_path, "keys", "add", "shop")
+    with serving(tmp_path, TEST_MODELS) as server:
+        assert status_of(server.ready().url, key, "/test/null") == 200
+        assert status_of(server.url, "wrong", "/test/null") == 401
+    assert "shop" in said(tmp_path, "keys", "list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("keys", "add", ""), "should have 1 to 100 letters"),
+        (("keys", "add", "a\nb"), "should have 1 to 100 letters"),
+        (("keys", "add", "shop", "--scope", "king"), "one of client, operator"),
+        (("keys", "revoke", "nobody"), "There is no key nobody"),
+        (("webhooks", "redeliver", "nothing"), "There is no webhook of request nothing"),
+        (("backup", "/proc/nowhere"), "/proc/nowhere: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = flux_server(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        assert (tmp_path / control_socket.NAME).stat().st_mode & 0o777 == 0o600
+        assert server.stop() == 0
+    assert not (tmp_path / control_socket.NAME).exists()
+
+
+def test_a_long_path_and_a_socket_left_behind(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir(mode=0o700)
+    for _ in range(2):
+        with serving(folder, TEST_MODELS) as server:
+            server.ready()
+            assert said(folder, "keys", "list") == ""
+            server.kill()
+
+
+@pytest.mark.parametrize("line", [b"\n", b"nonsense\n", b"{}\n", b'{"act": "exit", "arguments": {}}\n', b"[1]\n", b"x"])
+def test_nonsense_on_the_socket_harms_nothing(tmp_path: Path, line: bytes) -> None:
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(tmp_path / control_socket.NAME))
+            connection.sendall(line)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(65_536)
+        assert said(tmp_path, "keys", "list") == ""
+
+
+def test_a_webhook_is_sent_again(tmp_path: Path, httpserver: HTTPServer) -> None:
+    """One that was delivered, and the receiver sees the same id."""
+    httpserver.expect_ordered_request("/hook").respond_with_data("")
+    httpserver.expect_ordered_request("/hook").respond_with_data("")
+    with serving(tmp_path, TEST_MODELS, outbound_allow="127.0.0.0/8") as server:
+        with (
+            httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+            httpserver.wait(raise_assertions=True, stop_on_nohandler=False) as _,
+        ):
+            hook = httpserver.url_for("/hook")
+            posted = client.post("/queue/test/null", params={"fal_webhook": hook}, json={"prompt": "x"}).json()
+            completed(client, posted)
+            while "delivered" not in said(tmp_path, "webhooks", "list", "--all"):
+                continue
+            assert said(tmp_path, "webhooks", "list") == ""
+            said(tmp_path, "webhooks", "redeliver", posted["request_id"])
+        ids = [request.headers["x-fal-webhook-request-id"] for request, _ in httpserver.log]
+        assert ids == [posted["request_id"]] * 2
+
+
+def test_webhooks_by_their_state(parts: Parts) -> None:
+    control = Control(parts.database, parts.folder)
+    due, given_up, delivered = (finished(parts, webhook_url=f"http://here/{n}").request_id for n in range(3))
+    parts.rows(f"UPDATE deliveries SET due_at = NULL, error = 'answered 500' WHERE request_id = '{given_up}'")
+    parts.rows(f"UPDATE deliveries SET due_at = NULL, delivered_at = 5 WHERE request_id = '{delivered}'")
+    assert {each["request_id"] for each in control.list_webhooks()} == {due, given_up}
+    assert len(control.list_webhooks(with_delivered=True)) == 3
+    assert len(control.list_webhooks(with_delivered=True, limit=2)) == 2
+    control.redeliver(given_up)
+    assert parts.rows(f"SELECT attempt, error FROM deliveries WHERE request_id = '{given_up}'") == [(0, None)]
+
+
+def test_a_backup_of_a_running_server_is_served(tmp_path: Path) -> None:
+    """With what was painted, what waits, and the key; what came after it is not in it."""
+    with serving(tmp_path / "data", TEST_MODELS, keys="one", tls_port=str(free_port())) as server:
+        headers = {"authorization": "Key one"}
+        with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=headers) as client:
+            picture = client.post("/test/null", json={"prompt": "x"}).json()["images"][0]["url"]
+            content = client.get(picture).content
+            extra = said(tmp_path / "data", "keys", "add", "shop")
+            assert "MB" in said(tmp_path / "data", "backup", str(tmp_path / "copy"))
+            later = client.post("/queue/test/null", json={"prompt": "later"}).json()
+            completed(client, later)
+        mode = (tmp_path / "copy" / "queue.sqlite3").stat().st_mode & 0o777
+        authority = (tmp_path / "data" / "tls" / "ca.pem").read_bytes()
+    assert mode == 0o600
+    assert (tmp_path / "copy" / "tls" / "ca.pem").read_bytes() == authority
+    with serving(tmp_path / "copy", TEST_MODELS, keys="one") as server:
+        with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=headers) as client:
+            assert client.get(httpx.URL(picture).path).content == content
+            assert client.get(f"/queue/test/null/requests/{later['request_id']}/status").status_code == 404
+        assert status_of(server.url, extra, "/test/null") == 200
+
+
+def test_a_backup_overwrites_nothing(parts: Parts, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        Control(parts.database, parts.folder).back_up(str(tmp_path / "there"))
+
+
+def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
+    job = finished(parts)
+    parts.queue.submit(submission())
+    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    with opened(tmp_path / "copy") as copy:
+        assert copy.rows("PRAGMA integrity_check") == [("ok",)]
+        assert copy.queue.recover() == 1
+        found = copy.queue.load(job.request_id)
+        assert found
+        assert copy.queue.result(found).body == painted().body
