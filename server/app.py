@@ -29,6 +29,7 @@ from server.inputs import Inputs
 from server.metrics import Metrics
 from server.notifier import WEBHOOKS, Notifier
 from server.queue import Queue
+from server.quota import Quota
 from server.retention import Retention
 from server.routes import (
     Parts,
@@ -98,7 +99,14 @@ def _join(
     database: Database,
 ) -> tuple[Parts, Worker]:
     notifier, metrics = Notifier(), Metrics()
-    jobs = Queue(database, notifier, settings.max_queue_length, metrics=metrics)
+    jobs = Queue(
+        database,
+        notifier,
+        settings.max_queue_length,
+        metrics=metrics,
+        max_length_per_owner=settings.max_queue_length_per_key,
+        max_running_per_owner=settings.max_running_per_key,
+    )
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = _inputs(settings, jobs, guard, store, limits)
@@ -110,6 +118,7 @@ def _join(
         keys=_keys(settings, database),
         guard=guard,
         inputs=inputs,
+        quota=Quota(settings.rate_per_key),
         queue=jobs,
         files=store,
         uploads=Uploads(

@@ -142,6 +142,16 @@ class QueueFull(ServerError):
     message = "The queue is full; try again later"
 
 
+class TooManyRequests(ServerError):
+    """One key asks for more than its share; `retry_after` in seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.headers = {"retry-after": str(retry_after), "x-fal-needs-retry": "1"}  # type: ignore[misc]
+
+
 class DiskFull(ServerError):
     """Nothing was accepted; what was accepted before is safe."""
 

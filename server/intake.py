@@ -17,6 +17,7 @@ from server.fetch import ForbiddenURL, Guard
 from server.inputs import Inputs, as_json
 from server.jobs import Mode, Priority, Submission
 from server.lifecycle import lifecycle, number
+from server.quota import Quota
 
 #: fal's smallest start deadline, in seconds.
 MIN_START_TIMEOUT = 0.1
@@ -26,15 +27,17 @@ _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
 async def read(
-    request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs, body: bytes | None = None
+    request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs, quota: Quota, body: bytes | None = None
 ) -> Submission:
     """The submission in this request, and what it names by address; `body` is what stands for the request's own.
 
-    Raises InvalidInput and BadRequest, naming the field and the limit, and DiskFull.
+    Raises InvalidInput and BadRequest, naming the field and the limit, TooManyRequests, and DiskFull.
     """
     content_type = request.headers.get("content-type", "") if body is None else ""
     body = await request.body() if body is None else body
     fields = validate(model, body, content_type, inputs.limits)
+    # What was refused costs nothing; what brings files does, so this comes first.
+    quota.take(owner)
     brought = await inputs.bring(fields, owner)
     is_queued = mode == Mode.QUEUE
     return Submission(

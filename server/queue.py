@@ -8,8 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from sortedcontainers import SortedList
-
 from server import journal, rows, wire
 from server.database import Database
 from server.errors import (
@@ -22,10 +20,12 @@ from server.errors import (
     QueueFull,
     ServerError,
     StartTimeout,
+    TooManyRequests,
 )
-from server.jobs import BEHIND_ALL, Job, Mode, Outcome, State, Submission
+from server.jobs import Job, Mode, Outcome, State, Submission
 from server.metrics import Metrics
 from server.notifier import QUEUE, WEBHOOKS, Notifier
+from server.order import Order
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +50,20 @@ class Queue:
         max_length: int = 100_000,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
+        *,
+        max_length_per_owner: int = 0,
+        max_running_per_owner: int = 0,
     ) -> None:
+        """Limits of 0 are none."""
         self._database = database
         self._metrics = metrics or Metrics()
         self._notifier = notifier
-        self._max_length = max_length
+        self._max_length, self._max_length_per_owner = max_length, max_length_per_owner
+        self._max_running_per_owner = max_running_per_owner
         self._clock = clock
         # Held over a commit and the change of the image that follows it, so that both keep one order.
         self._lock = threading.RLock()
-        # Held for moments only, so the event loop can ask for positions while a commit waits for the disk.
-        self._order_lock = threading.Lock()
-        self._order: SortedList[int] = SortedList()
+        self._order = Order()
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
 
@@ -74,9 +77,11 @@ class Queue:
                     return known
                 if len(self._order) >= min(self._max_length, submission.max_queue_length or self._max_length):
                     raise QueueFull
+                if 0 < self._max_length_per_owner <= self._order.waiting(submission.owner):
+                    raise TooManyRequests(f"{self._max_length_per_owner} requests of this key wait, the most that may")
                 job = rows.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
-            self._enqueue(job)
+            self._order.wait(job)
         self._metrics.submitted.labels(job.endpoint).inc()
         self._notifier.work.set()
         return job
@@ -129,8 +134,7 @@ class Queue:
 
     def position(self, job: Job) -> int:
         """How many requests are ahead of it."""
-        with self._order_lock:
-            return self._order.bisect_left(job.rank)
+        return self._order.position(job)
 
     def inputs(self, owner: str | None = None) -> set[str]:
         """The files that requests name which are not done: an owner's, or everybody's."""
@@ -151,15 +155,16 @@ class Queue:
         Without `takes_low`, only of normal priority.
         """
         with self._lock:
-            if not self._order or (not takes_low and self._order[0] > BEHIND_ALL):
+            busy = self._order.at_limit(self._max_running_per_owner)
+            if not self._order.is_anybody_else_waiting(busy) or (not takes_low and self._order.is_all_low()):
                 return None
             with self._database.transaction() as connection:
-                row = rows.claim(connection, self._clock(), takes_low=takes_low)
+                row = rows.claim(connection, self._clock(), takes_low=takes_low, busy=busy)
             if row is None:
                 return None
             job = self._live[row["request_id"]]
             job.attempt, job.state = row["attempt"], State.IN_PROGRESS
-            self._dequeue(job)
+            self._order.run(job)
         self._metrics.begun(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
         self._notifier.ring(job.request_id, QUEUE)
         return job, row["input"]
@@ -208,7 +213,8 @@ class Queue:
                 rows.give_back(connection, job)
             job.step, job.num_steps, job.preview, job.logs = 0, 0, None, []
             job.state = State.IN_QUEUE
-            self._enqueue(job)
+            self._order.rest(job)
+            self._order.wait(job)
         self._notifier.ring(job.request_id, QUEUE)
 
     # -- what time does
@@ -234,7 +240,7 @@ class Queue:
                 elif job.state == State.IN_PROGRESS:
                     self.give_back(job)
                 else:
-                    self._enqueue(job)
+                    self._order.wait(job)
         self._notifier.work.set()
         return self.length
 
@@ -261,7 +267,9 @@ class Queue:
         with self._database.transaction() as connection:
             rows.end(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:
-            self._dequeue(job)
+            self._order.leave(job)
+        else:
+            self._order.rest(job)
         job.is_cancelled = is_cancelled
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
@@ -284,14 +292,6 @@ class Queue:
             message = "Idempotency-Key was used before with another body"
             raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
         return self.find(row["request_id"]) or rows.job_of(row)
-
-    def _enqueue(self, job: Job) -> None:
-        with self._order_lock:
-            self._order.add(job.rank)
-
-    def _dequeue(self, job: Job) -> None:
-        with self._order_lock:
-            self._order.discard(job.rank)
 
 
 def _cancellation(job: Job) -> ServerError:

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from server.files import list_file
@@ -17,6 +18,7 @@ _CLAIM = """
         SELECT sequence FROM jobs
         WHERE state = 'IN_QUEUE' AND (start_deadline IS NULL OR start_deadline > :now)
             AND (:takes_low OR priority = 'normal')
+            AND owner NOT IN (SELECT value FROM json_each(:busy))
         ORDER BY priority = 'low', sequence LIMIT 1
     )
     RETURNING request_id, attempt, input, submitted_at
@@ -93,9 +95,15 @@ def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3
     return found
 
 
-def claim(connection: sqlite3.Connection, now: float, *, takes_low: bool) -> sqlite3.Row | None:
-    """The next job becomes IN_PROGRESS: its request_id, attempt, input and submitted_at. None when none waits."""
-    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "takes_low": takes_low}).fetchone()
+def claim(
+    connection: sqlite3.Connection, now: float, *, takes_low: bool, busy: Sequence[str] = ()
+) -> sqlite3.Row | None:
+    """The next job becomes IN_PROGRESS: its request_id, attempt, input and submitted_at. None when none waits.
+
+    Those of owners who are `busy` are passed over.
+    """
+    values = {"now": now, "takes_low": takes_low, "busy": json.dumps(busy)}
+    row: sqlite3.Row | None = connection.execute(_CLAIM, values).fetchone()
     return row
 
 

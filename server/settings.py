@@ -81,6 +81,13 @@ class Settings(BaseModel):
         8, ge=1, le=64, description="How many requests may be painted in turns; as many of low priority beside."
     )
     max_queue_length: int = Field(100_000, ge=1, description="How many requests may wait; more get 429.")
+    max_queue_length_per_key: int = Field(
+        0, ge=0, description="How many requests of one key may wait; more get 429. 0: as many as of all."
+    )
+    max_running_per_key: int = Field(
+        0, ge=0, description="How many requests of one key are painted at a time; the others wait. 0: no limit."
+    )
+    rate_per_key: str = Field("", description="How many requests one key may send, such as 60/minute; more get 429.")
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
     max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
@@ -131,6 +138,13 @@ class Settings(BaseModel):
                 continue
             ipaddress.ip_network(entry, strict=False)
         return entries
+
+    @field_validator("rate_per_key")
+    @classmethod
+    def _is_rate(cls, rate: str) -> str:
+        if rate and not re.fullmatch(r"[1-9]\d{0,8} ?(/|per) ?([1-9]\d{0,4} ?)?(second|minute|hour|day)s?", rate):
+            raise ValueError("should be a number and a time, such as 60/minute or 10 per 5 seconds")
+        return rate
 
     @field_validator("models_dir")
     @classmethod

@@ -124,7 +124,7 @@ def test_a_webhook_is_sent_again(tmp_path: Path, httpserver: HTTPServer) -> None
         ):
             hook = httpserver.url_for("/hook")
             posted = client.post("/queue/test/null", params={"fal_webhook": hook}, json={"prompt": "x"}).json()
-            completed(client, posted)
+            completed(client, posted["status_url"])
             while "delivered" not in said(tmp_path, "webhooks", "list", "--all"):
                 continue
             assert said(tmp_path, "webhooks", "list") == ""
@@ -155,7 +155,7 @@ def test_a_backup_of_a_running_server_is_served(tmp_path: Path) -> None:
             extra = said(tmp_path / "data", "keys", "add", "shop")
             assert "MB" in said(tmp_path / "data", "backup", str(tmp_path / "copy"))
             later = client.post("/queue/test/null", json={"prompt": "later"}).json()
-            completed(client, later)
+            completed(client, later["status_url"])
         mode = (tmp_path / "copy" / "queue.sqlite3").stat().st_mode & 0o777
         authority = (tmp_path / "data" / "tls" / "ca.pem").read_bytes()
     assert mode == 0o600

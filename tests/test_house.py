@@ -28,7 +28,7 @@ LAYERS = (
     {"server.uploads", "server.inputs"},
     {"server.hub_files", "server.brought"},
     {"server.queue", "server.fetch", "server.auth", "server.tls", "server.signing"},
-    {"server.rows", "server.journal"},
+    {"server.rows", "server.journal", "server.order"},
     {"server.files"},
     {
         "server.address",
@@ -36,6 +36,7 @@ LAYERS = (
         "server.events",
         "server.history",
         "server.lifecycle",
+        "server.quota",
         "server.watchdog",
     },
     {"server.pictures", "server.lora_files"},

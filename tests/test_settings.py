@@ -95,6 +95,9 @@ def test_the_key_that_env_gives_to_clients_of_an_open_server_asks_for_none() -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("rate_per_key", "many"),
+        ("rate_per_key", "0/minute"),
+        ("rate_per_key", "5/fortnight"),
         ("outbound_allow", "10.0.0.0/99"),
         ("outbound_allow", "hooks.lan,!!"),
         ("cors_origin", "foo"),

@@ -17,6 +17,7 @@ from server.jobs import Job
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
+from server.quota import Quota
 from server.retention import Retention
 from server.signing import Signer
 from server.uploads import Uploads
@@ -32,6 +33,7 @@ class Parts:
     keys: Keys
     guard: Guard
     inputs: Inputs
+    quota: Quota
     queue: Queue
     files: Files
     uploads: Uploads

@@ -90,7 +90,7 @@ async def generations(request: Request) -> Response:
         served = _model_for(request, asked.model or DEFAULT_MODEL)
         mode = Mode.STREAM if asked.stream else Mode.RUN
         submission = await intake.read(
-            request, served, owner, mode=mode, inputs=parts.inputs, body=to_json(asked.fields)
+            request, served, owner, mode=mode, inputs=parts.inputs, quota=parts.quota, body=to_json(asked.fields)
         )
         job = await asyncio.to_thread(parts.queue.submit, submission)
         if asked.stream:

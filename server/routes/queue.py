@@ -75,7 +75,7 @@ async def submit(request: Request, endpoint: str) -> Response:
     parts = parts_of(request)
     owner = owner_of(request)
     model = model_for(request, endpoint)
-    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, inputs=parts.inputs)
+    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, inputs=parts.inputs, quota=parts.quota)
     job = await asyncio.to_thread(parts.queue.submit, submission)
     return _identified(JSON(wire.submitted(job, parts.queue.position(job))), job)
 

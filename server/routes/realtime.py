@@ -117,6 +117,7 @@ class _Session:
 
     async def _answer(self, body: bytes) -> None:
         fields = intake.validate(self._model, body, "", self._parts.inputs.limits)
+        self._parts.quota.take(self._owner)
         inputs = await self._parts.inputs.bring(fields, self._owner)
         job = await self._submit(as_json(fields, inputs), inputs)
         with bound_to_client(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:

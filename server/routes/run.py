@@ -61,7 +61,7 @@ async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -
     takes_token = mode == Mode.STREAM and endpoint in parts.models
     owner = owner_by_token(request, endpoint) if takes_token else owner_of(request)
     model = model_for(request, endpoint)
-    submission = await intake.read(request, model, owner, mode=mode, inputs=parts.inputs)
+    submission = await intake.read(request, model, owner, mode=mode, inputs=parts.inputs, quota=parts.quota)
     return await asyncio.to_thread(parts.queue.submit, submission)
 
 
