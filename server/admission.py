@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from server import wire
 from server.address import FAL_HOSTS, HOST, hostname_of
@@ -32,12 +33,15 @@ class Admission:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        try:
-            self._admit(scope, dict(scope["headers"]))
-        except ServerError as error:
-            await wire.error(error)(scope, receive, _identified(send))
-        else:
-            await self.app(scope, receive, _identified(send))
+        request_id = str(uuid.uuid4())
+        # What is logged meanwhile says it too; what belongs to a job says the job's.
+        with bound_contextvars(request_id=request_id):
+            try:
+                self._admit(scope, dict(scope["headers"]))
+            except ServerError as error:
+                await wire.error(error)(scope, receive, _identified(send, request_id))
+            else:
+                await self.app(scope, receive, _identified(send, request_id))
 
     def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -75,14 +79,14 @@ def allowed_origins(settings: Settings) -> tuple[str, ...]:
     return (*settings.cors_origin, f"{parts.scheme}://{parts.netloc}")
 
 
-def _identified(send: Send) -> Send:
+def _identified(send: Send, request_id: str) -> Send:
     """Send with the header that @fal-ai/client takes its requestId from, whatever the answer is."""
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = message.get("headers", [])
             if not any(name.lower() == b"x-fal-request-id" for name, _ in headers):
-                message = {**message, "headers": [*headers, (b"x-fal-request-id", str(uuid.uuid4()).encode())]}
+                message = {**message, "headers": [*headers, (b"x-fal-request-id", request_id.encode())]}
         await send(message)
 
     return sender

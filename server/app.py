@@ -20,7 +20,7 @@ from server.admission import Admission
 from server.auth import Keys, Scope
 from server.brought import Brought
 from server.control import Control
-from server.counted import Counted
+from server.counted import Counted, Routed
 from server.database import Database
 from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
@@ -86,8 +86,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static", playground.files)
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Counted, metrics=parts.metrics)
+    app.add_middleware(Routed)
     _add_doors(app, settings, parts.keys)
+    app.add_middleware(Counted, metrics=parts.metrics)
     return app
 
 

@@ -31,7 +31,8 @@ _STEPS = {
     6: """
         ALTER TABLE keys ADD COLUMN name TEXT NOT NULL DEFAULT '';
         ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'));
-        CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> ''
+        CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> '';
+        CREATE INDEX jobs_failed ON jobs (finished_at) WHERE status >= 500
     """,
 }
 

@@ -10,6 +10,8 @@ import psutil
 from models.base import About
 from server.database import Database
 
+_FIRST = "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' AND (priority = 'low') = ? ORDER BY sequence LIMIT 1"
+
 
 def read(
     database: Database, data_dir: Path, is_ready: Callable[[], bool], engines: Callable[[], Mapping[str, About]]
@@ -17,12 +19,11 @@ def read(
     """What each means, and its value; waits for the disk."""
     disk = shutil.disk_usage(data_dir)
     (due,) = database.read("SELECT count(*) AS number FROM deliveries WHERE due_at IS NOT NULL")
-    next_one = database.read(
-        "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' ORDER BY priority = 'low', sequence LIMIT 1"
-    )
+    # The first of each priority; one of low priority may have waited for longest.
+    firsts = [database.read(_FIRST, is_low) for is_low in (False, True)]
     (waiting,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_QUEUE'")
     (running,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_PROGRESS'")
-    oldest = max(0.0, time.time() - next_one[0]["submitted_at"]) if next_one else 0.0
+    oldest = max((max(0.0, time.time() - row["submitted_at"]) for rows in firsts for row in rows), default=0.0)
     (kept,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
     # All engines are on one device.
     about = next(iter(engines().values()), About())
@@ -33,7 +34,7 @@ def read(
     return {
         "ready": ("Whether the models can paint.", float(is_ready())),
         "queue_length": ("Requests that wait.", float(waiting["number"])),
-        "queue_oldest_seconds": ("How long the next one has waited.", oldest),
+        "queue_oldest_seconds": ("How long the one that came first has waited.", oldest),
         "requests_running": ("Requests that are being painted.", float(running["number"])),
         "webhooks_due": ("Webhooks that wait to be sent, or sent again.", float(due["number"])),
         "files_bytes": ("Pictures and uploads that are kept.", float(kept["size"])),

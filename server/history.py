@@ -3,7 +3,7 @@
 import base64
 import binascii
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +44,7 @@ def read(database: Database, wanted: Wanted) -> dict[str, Any]:
     conditions, values = _conditions(wanted)
     columns = "sequence, request_id, endpoint, submitted_at, started_at, finished_at, status, inference_time"
     if wanted.has_payloads:
-        columns += ", input, CASE WHEN output_size = 0 THEN output END AS output"
+        columns += ", input, inputs, CASE WHEN output_size = 0 THEN output END AS output"
     rows = database.read(
         f"SELECT {columns} FROM jobs WHERE {' AND '.join(conditions)}"  # noqa: S608  our own words
         " ORDER BY finished_at DESC, sequence DESC LIMIT ?",
@@ -99,9 +99,21 @@ def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
         "duration": round(row["finished_at"] - row["submitted_at"], 3),
     }
     if has_payloads:
-        item["json_input"] = from_json(row["input"])
+        item["json_input"] = _without_held(from_json(row["input"]), from_json(row["inputs"]))
         item["json_output"] = from_json(row["output"]) if row["output"] else None
     return item
+
+
+def _without_held(given: Any, held: Mapping[str, str]) -> Any:
+    """The input without what came in the request itself: it is not kept, and stands there by a name of our own."""
+    for place, name in held.items():
+        *path, last = place.split(".")
+        inner = given
+        for step in path:
+            inner = inner[int(step) if step.isdecimal() else step]
+        if inner.get(last) == name:
+            del inner[last]
+    return given
 
 
 def _when(seconds: float | None) -> str | None:

@@ -1,6 +1,7 @@
 """What the server says while it runs: a line an event, for people or as JSON for machines; a bar while it loads."""
 
 import logging
+import re
 import sys
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 from models.base import Loading
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 def set_up(level: str, style: Literal["text", "json"]) -> None:
     """Send every log of this process to standard error. What is passed in `extra`, such as request_id, is shown."""
@@ -17,12 +20,13 @@ def set_up(level: str, style: Literal["text", "json"]) -> None:
     handler.setFormatter(_formatter(style, has_colours=sys.stderr.isatty()))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # At their own levels these tell addresses and prompts.
-    for name in ("httpx", "PIL"):
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
     shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -37,7 +41,7 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
         ]
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
     else:
-        shared.append(structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False))
+        shared += [_on_one_line, structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False)]
         renderer = structlog.dev.ConsoleRenderer(
             colors=has_colours,
             pad_event_to=0,
@@ -52,6 +56,12 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
 def _without_progress(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Drop what is meant for the bar; the line says it in words."""
     event.pop("loading", None)
+    return event
+
+
+def _on_one_line(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Control characters written out: what clients sent must not write lines of its own, or move the cursor."""
+    event["event"] = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(event["event"]))
     return event
 
 

@@ -12,6 +12,7 @@ _FAILURES = 20
 _MINUTES = """
     SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
         count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units,
+        sum((status = 200) * coalesce(json_extract(input, '$.num_images'), 1)) AS pictures,
         avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
     FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
 """
@@ -21,7 +22,7 @@ _ENDPOINTS = """
 """
 _LAST_FAILURES = """
     SELECT request_id, endpoint, finished_at, error, error_type FROM jobs
-    WHERE state = 'COMPLETED' AND status >= 500 ORDER BY finished_at DESC LIMIT ?
+    WHERE status >= 500 ORDER BY finished_at DESC LIMIT ?
 """
 _USAGE = """
     SELECT substr(owner, 1, 9) AS owner, sum(requests) AS requests, sum(billable_units) AS billable_units FROM usage
@@ -29,7 +30,7 @@ _USAGE = """
 """
 
 #: A minute in which nothing ended.
-_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "wait": None, "inference": None}
+_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "pictures": 0, "wait": None, "inference": None}
 
 
 def read(database: Database, now: float | None = None) -> dict[str, Any]:

@@ -52,6 +52,7 @@ CREATE INDEX jobs_deadline ON jobs (start_deadline) WHERE state = 'IN_QUEUE' AND
 CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
 CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'COMPLETED' AND is_kept = 1;
+CREATE INDEX jobs_failed ON jobs (finished_at) WHERE status >= 500;
 CREATE INDEX jobs_large ON jobs (finished_at, output_size) WHERE output_size > 0;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 

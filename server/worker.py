@@ -175,7 +175,10 @@ class Worker:
         """Progress for who listens; with a preview now and then for those that stream."""
         job, painting = running.job, running.painting
         every = math.ceil(painting.num_steps / PREVIEWS)
-        if (job.mode == Mode.STREAM or job.wants_previews) and painting.step % every == 0 and not running.is_stepped:
+        is_wanted = job.mode == Mode.STREAM or job.wants_previews
+        # The checker sees pictures, not previews: where it is enforced, none leaves.
+        is_allowed = not self._settings.enforce_safety_checker
+        if is_wanted and is_allowed and painting.step % every == 0 and not running.is_stepped:
             job.preview = _preview(running)
         self._queue.progress(job, painting.step, painting.num_steps)
 

@@ -55,15 +55,26 @@ class Parts:
 
 
 @contextmanager
-def opened(folder: Path, *, max_length: int = 1000, clock: Clock | None = None, **limits: int) -> Iterator[Parts]:
-    """The parts for as long as the block lasts; a second time on one folder is a second start.
-
-    `limits` are those of one owner, as the queue names them.
-    """
+def opened(
+    folder: Path,
+    *,
+    max_length: int = 1000,
+    clock: Clock | None = None,
+    max_length_per_owner: int = 0,
+    max_running_per_owner: int = 0,
+) -> Iterator[Parts]:
+    """The parts for as long as the block lasts; a second time on one folder is a second start."""
     clock = clock or Clock()
     database, notifier = Database(folder), Notifier()
     try:
-        queue = Queue(database, notifier, max_length, clock, **limits)
+        queue = Queue(
+            database,
+            notifier,
+            max_length,
+            clock,
+            max_length_per_owner=max_length_per_owner,
+            max_running_per_owner=max_running_per_owner,
+        )
         files = Files(folder / "files", database, clock)
         brought = Brought(folder / "inputs", queue.inputs, 10**10, clock)
         inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits())

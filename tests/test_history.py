@@ -1,5 +1,7 @@
 """What a key has asked for, page by page."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -104,6 +106,20 @@ def test_an_answer_with_pictures_in_it_is_left_out(parts: Parts) -> None:
     parts.queue.finish(job, well('{"images":["' + "x" * 100_000 + '"]}'))
     (item,) = history.read(parts.database, Wanted(owner="me", has_payloads=True))["items"]
     assert item["json_output"] is None
+
+
+@pytest.mark.parametrize("given", ["data:image/png;base64,AAAA", "https://example.com/a.png"])
+def test_what_came_in_the_request_itself_is_not_named(parts: Parts, given: str) -> None:
+    """An address can be asked for again; a data URI is kept no longer than the request needs it."""
+    stored = "f.png" if given.startswith("data:") else given
+    text = json.dumps({"prompt": "x", "image_url": stored, "loras": [{"path": stored, "scale": 1}]})
+    held = {"image_url": "f.png", "loras.0.path": "f.png"}
+    job = parts.queue.submit(dataclasses.replace(submission(), input=text, inputs=held))
+    parts.queue.cancel(job)
+    (item,) = history.read(parts.database, Wanted(owner="me", has_payloads=True))["items"]
+    kept = {} if given.startswith("data:") else {"image_url": given}
+    lora = {"scale": 1} if given.startswith("data:") else {"path": given, "scale": 1}
+    assert item["json_input"] == {"prompt": "x", **kept, "loras": [lora]}
 
 
 @pytest.mark.parametrize("cursor", ["x", "Mg==", "%", "é" * 8, "A" * 9_999])

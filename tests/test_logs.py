@@ -31,13 +31,19 @@ def test_each_request_is_one_line_of_json(tmp_path: Path) -> None:
         with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client:
             painted = client.post("/test/null", json={"prompt": SECRET})
             failed = client.post("/test/raises", json={"prompt": SECRET})
-            client.post("/test/null", json={"prompt": SECRET, "num_images": 99})
+            client.post("/queue/test/null", json={"prompt": SECRET})
+            refused = client.post("/test/null", json={"prompt": SECRET, "num_images": 99})
         server.stop()
         server._reader.join()
         said = events(server.lines)
-    told = {str(event["request_id"]): event for event in said if event["logger"] == "server.journal"}
+    lines = [event for event in said if event["logger"] == "server.journal"]
+    assert len(lines) == 3
+    told = {str(event["request_id"]): event for event in lines}
     raised = [event for event in said if "exception" in event]
-    assert set(told) == {answer.headers["x-fal-request-id"] for answer in (painted, failed)}
+    assert set(told) > {answer.headers["x-fal-request-id"] for answer in (painted, failed)}
+    # One that was never accepted is found by its id too.
+    (event,) = [event for event in said if event.get("request_id") == refused.headers["x-fal-request-id"]]
+    assert event["message"] == "POST /{endpoint:path} 422"
     well, badly = (told[answer.headers["x-fal-request-id"]] for answer in (painted, failed))
     assert (well["endpoint"], well["status"], well["billable_units"], well["level"]) == ("test/null", 200, 1, "info")
     assert (badly["endpoint"], badly["status"]) == ("test/raises", 500)
@@ -117,3 +123,11 @@ def test_a_failure_tells_no_variables(capsys: pytest.CaptureFixture[str]) -> Non
     said = formatter.format(record)
     assert "ValueError: " in said
     assert SECRET not in said
+
+
+def test_what_clients_send_writes_no_lines_of_its_own() -> None:
+    formatter = logs._formatter("text", has_colours=False)
+    words = "a name\n2026-01-01 all is well\x1b[2J\x9b"
+    said = formatter.format(logging.getLogger("x").makeRecord("x", logging.INFO, "f", 1, words, (), None))
+    assert said.isprintable()
+    assert "\\n2026" in said

@@ -126,6 +126,19 @@ def test_who_may_read(tmp_path: Path, keys: str, operators: str, key: str, statu
             assert paint.status_code == 200
 
 
+def test_answers_that_no_route_gave(counting: httpx.Client) -> None:
+    """Refused at the door, too large, and broken in the middle: an alarm on these must ring."""
+    assert counting.get("/health", headers={"host": "elsewhere.example"}).status_code == 421
+    assert counting.post("/test/null", content=b"x" * (41 * 2**20)).status_code == 413
+    found = read(counting)
+    for status in ("421", "413"):
+        assert [
+            value
+            for (name, labels), value in found.items()
+            if name == "http_requests_total" and ("status", status) in labels
+        ] == [1]
+
+
 def test_webhooks(counting: httpx.Client, httpserver: HTTPServer) -> None:
     httpserver.expect_ordered_request("/hook").respond_with_data("")
     with httpserver.wait(raise_assertions=True, stop_on_nohandler=False):

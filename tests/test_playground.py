@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.hostile_pictures import encoded, noise
 from tests.node import JS
@@ -180,8 +180,8 @@ def test_a_picture_is_painted_over(page: Page) -> None:
     assert size_of(run(page, "copied").locator("figure img")) == [1024, 768]
 
 
-def test_a_picture_is_dropped(page: Page) -> None:
-    choose(page, "test/copy")
+def drop(page: Page) -> None:
+    """A picture of 96 x 80, on the field for one."""
     content = base64.b64encode(encoded(noise())).decode()
     page.locator(".field.image_url").evaluate(
         """(node, content) => {
@@ -192,15 +192,24 @@ def test_a_picture_is_dropped(page: Page) -> None:
         }""",
         content,
     )
+
+
+def test_a_picture_is_dropped(page: Page) -> None:
+    choose(page, "test/copy")
+    drop(page)
     expect(page.get_by_label("Image url")).to_have_value(re.compile("/files/"))
     shown = run(page, "copy it")
     assert size_of(shown.locator("figure img")) == [96, 80]
 
 
-def test_what_is_wrong_marks_its_field(page: Page) -> None:
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_what_is_wrong_marks_its_field(page: Page, is_folded: bool) -> None:
+    """Also one that is folded away: it is shown."""
     choose(page, "test/null")
     page.get_by_text("More settings").click()
     page.get_by_label("Guidance scale", exact=True).fill("99")
+    if is_folded:
+        page.get_by_text("More settings").click()
     page.get_by_role("button", name="Run").click()
     field = page.get_by_label("Guidance scale", exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
@@ -236,6 +245,104 @@ def test_a_wrong_key_is_asked_for_again(browser: Browser, tmp_path: Path) -> Non
             assert page.evaluate("JSON.stringify(localStorage)").find("right") == -1
 
 
+def test_a_key_need_not_be_given(browser: Browser, tmp_path: Path) -> None:
+    """Escape leaves the dialog; what was wanted is not done, and a key that was given before is kept."""
+    with serving(tmp_path, "test/null=demo", keys="right,other") as server:
+        for page in opened(browser, server.ready().url):
+            choose(page, "test/null")
+            page.get_by_label("Prompt").fill("x")
+            page.get_by_role("button", name="Run").click()
+            page.keyboard.press("Escape")
+            expect(page.locator("#ask")).to_be_hidden()
+            expect(page.locator("#problem")).to_contain_text("wants a key")
+            page.get_by_role("button", name="Key", exact=True).click()
+            page.get_by_label("Key", exact=True).fill("right")
+            page.get_by_role("button", name="Use this key").click()
+            page.goto(f"{server.url}/status")
+            expect(page.locator("#ask-problem")).to_contain_text("is a client's")
+            page.get_by_role("button", name="Not now").click()
+            expect(page.locator("#state")).to_contain_text("is a client's")
+            page.goto(server.url)
+            choose(page, "test/null")
+            expect(run(page, "still my key").locator("figure img")).to_be_visible()
+
+
+def test_a_file_dropped_first_asks_for_the_key(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path, "test/null=demo", keys="right") as server:
+        for page in opened(browser, server.ready().url):
+            choose(page, "test/copy")
+            drop(page)
+            page.get_by_label("Key", exact=True).fill("right")
+            page.get_by_role("button", name="Use this key").click()
+            expect(page.get_by_label("Image url")).to_have_value(re.compile("/files/"))
+
+
+def test_many_at_once_leave_room_to_cancel(page: Page, gate: Gate) -> None:
+    """More than a browser has connections for: each is followed all the same, and the last can be cancelled."""
+    choose(page, "test/gate")
+    run(page, str(gate.path))
+    choose(page, "test/null")
+    for number in range(8):
+        run(page, f"number {number}")
+    last = page.locator("#runs > li").first
+    expect(last.locator(".state")).to_have_text("waiting, 7 requests ahead")
+    last.get_by_role("button", name="Cancel").click()
+    expect(last.locator(".state")).to_contain_text("cancelled")
+    gate.open()
+    expect(page.locator("#runs figure img")).to_have_count(8)
+
+
+def test_what_does_not_fit_into_the_browser_is_shown_all_the_same(page: Page) -> None:
+    choose(page, "test/null")
+    run(page, "first")
+    page.evaluate("localStorage.setItem('filler', 'x'.repeat(5 * 2 ** 20 - 100 - JSON.stringify(localStorage).length))")
+    expect(run(page, "the browser is full " * 20).locator("figure img")).to_be_visible()
+    expect(run(page, "again").locator("figure img")).to_be_visible()
+    assert page.locator("#problem").inner_text() == ""
+
+
+def test_the_endpoint_chosen_last_wins(page: Page) -> None:
+    """However late the description of the one before it comes."""
+    choose(page, "test/null")
+    held: list[Route] = []
+    page.route("**/openapi.json?endpoint_id=test%2Fcopy", lambda route: held.append(route))
+    page.get_by_label("Endpoint").select_option("test/copy")
+    page.get_by_label("Endpoint").select_option("test/unsafe")
+    page.wait_for_selector("body[data-ready='test/unsafe']")
+    held[0].continue_()
+    page.wait_for_load_state("networkidle")
+    expect(page.get_by_label("Image url")).to_have_count(0)
+    expect(page.get_by_label("Endpoint")).to_have_value("test/unsafe")
+
+
+def test_what_is_forgotten_is_gone(page: Page, playing: Server, gate: Gate) -> None:
+    """From the server too, with its picture; what still runs is stopped first."""
+    choose(page, "test/null")
+    shown = run(page, "a secret")
+    source = str(shown.locator("figure img").get_attribute("src"))
+    with page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
+        shown.get_by_role("button", name="Forget").click()
+    assert deleted.value.status == 204
+    assert httpx.get(source, trust_env=False).status_code == 404
+    choose(page, "test/gate")
+    running = run(page, str(gate.path))
+    expect(running.locator(".state")).to_have_text("begun")
+    with page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
+        running.get_by_role("button", name="Forget").click()
+        gate.open()
+    assert deleted.value.status == 204
+
+
+def test_a_picture_that_is_gone_is_said_to_be(page: Page, playing: Server) -> None:
+    """Painted elsewhere, so that this browser has it not itself."""
+    answer = httpx.post(f"{playing.url}/test/null", json={"prompt": "for a while"}, trust_env=False).json()
+    (playing.data_dir / "files" / answer["images"][0]["url"].rpartition("/")[2]).unlink()
+    page.wait_for_selector("body[data-ready]")
+    page.get_by_role("button", name="Show what this key asked for before").click()
+    shown = page.locator("#runs > li", has_text="for a while").first
+    expect(shown).to_contain_text("This picture is not kept any more")
+
+
 def test_it_recovers_from_a_restart(browser: Browser, tmp_path: Path, gate: Gate) -> None:
     port = str(free_port())
     with serving(tmp_path, "test/null=demo", port=port) as server:
@@ -253,28 +360,30 @@ def test_it_recovers_from_a_restart(browser: Browser, tmp_path: Path, gate: Gate
         assert next(pages, None) is None
 
 
-def test_the_code_runs(node: None, page: Page, playing: Server, tmp_path: Path) -> None:
-    """Each program, pasted as it is."""
-    choose(page, "test/null")
-    page.get_by_label("Prompt").fill("it's a \"test\" with $HOME and 'quotes'")
-    page.get_by_role("button", name=re.compile("512.512")).click()
-    page.get_by_label("Seed", exact=True).fill("5")
-    page.get_by_role("tab", name="Code").click()
-    programs = {
-        name: page.locator(f"pre[data-language={name}]").inner_text() for name in ("curl", "Python", "JavaScript")
-    }
-    environment = {"PATH": os.environ["PATH"], **exports(playing), "FAL_KEY": "local"}
-    (tmp_path / "pasted.mjs").write_text(programs["JavaScript"])
-    (tmp_path / "node_modules").symlink_to(JS / "node_modules")
-    commands = {
-        "curl": ["bash", "-c", programs["curl"]],
-        "Python": [sys.executable, "-c", programs["Python"]],
-        "JavaScript": ["node", "pasted.mjs"],
-    }
-    for name, command in commands.items():
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert "/files/" in done.stdout, name
+@pytest.mark.parametrize("key", ["", "a-key"])
+def test_the_code_runs(node: None, browser: Browser, tmp_path: Path, key: str) -> None:
+    """Each program, pasted as it is, with a server that asks for a key and with one that does not."""
+    with serving(tmp_path / "data", "test/null=demo", tls_port=str(free_port()), keys=key) as server:
+        for page in opened(browser, server.ready().url):
+            choose(page, "test/null")
+            page.get_by_label("Prompt").fill("it's a \"test\" with $HOME and 'quotes'")
+            page.get_by_role("button", name=re.compile("512.512")).click()
+            page.get_by_label("Seed", exact=True).fill("5")
+            page.get_by_role("tab", name="Code").click()
+            names = ("curl", "Python", "JavaScript")
+            programs = {name: page.locator(f"pre[data-language={name}]").inner_text() for name in names}
+        environment = {"PATH": os.environ["PATH"], **exports(server), "FAL_KEY": key or "local"}
+        (tmp_path / "pasted.mjs").write_text(programs["JavaScript"])
+        (tmp_path / "node_modules").symlink_to(JS / "node_modules")
+        commands = {
+            "curl": ["bash", "-c", programs["curl"]],
+            "Python": [sys.executable, "-c", programs["Python"]],
+            "JavaScript": ["node", "pasted.mjs"],
+        }
+        for name, command in commands.items():
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{name}: {done.stderr}"
+            assert "/files/" in done.stdout, name
 
 
 def test_the_operators_view(browser: Browser, playing: Server) -> None:

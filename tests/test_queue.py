@@ -630,6 +630,7 @@ def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Pa
         job = claimed(parts)
         parts.rows("DROP TABLE usage")
         parts.rows("DROP INDEX jobs_owner")
+        parts.rows("DROP INDEX jobs_failed")
         parts.rows("DROP INDEX keys_name")
         parts.rows("ALTER TABLE keys DROP COLUMN name")
         parts.rows("ALTER TABLE keys DROP COLUMN scope")

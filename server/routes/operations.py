@@ -38,7 +38,9 @@ async def status(request: Request) -> Response:
     seen = await asyncio.to_thread(parts.overview)
     gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
     progress = None if is_ready else asdict(loading)
-    engines = [{"weights": name, **asdict(about)} for name, about in parts.engines().items()]
+    # A driver that hangs must not hang the others.
+    loaded = await asyncio.to_thread(parts.engines)
+    engines = [{"weights": name, **asdict(about)} for name, about in loaded.items()]
     about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
     return JSON({**about, "now": gauges, "engines": engines, "steps": parts.metrics.steps(), **seen})
 

@@ -1,6 +1,7 @@
 """The page to begin with: every endpoint as a form, its requests as they are painted."""
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -21,7 +22,19 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-files = StaticFiles(directory=STATIC)
+
+
+class _Files(StaticFiles):
+    """Asked for anew each time, so that a page never runs with the scripts of another version."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        """The file, or that it is still the same."""
+        response = super().file_response(*arguments, **options)
+        response.headers.update({"cache-control": "no-cache", "x-content-type-options": "nosniff"})
+        return response
+
+
+files = _Files(directory=STATIC)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -43,12 +56,11 @@ async def about(request: Request) -> Response:
     return JSON(
         {
             "endpoints": list(parts.models),
-            "paintOver": [
+            "paint_over": [
                 endpoint
                 for endpoint, model in parts.models.items()
                 if {"image_url", "strength"} <= model.Input.model_fields.keys()
             ],
-            "needsKey": not parts.keys.is_open,
-            "python": 'and in the shell, eval "$(flux-server env)"; it lies in .venv/bin after make serve',
+            "needs_key": not parts.keys.is_open,
         }
     )

@@ -3,53 +3,55 @@
 import * as api from "./api.js";
 import * as code from "./code.js";
 import * as form from "./form.js";
-import { withKey } from "./key.js";
+import { askForKey, withKey } from "./key.js";
+import * as kept from "./kept.js";
 import { Run } from "./run.js";
 
 const at = (id) => document.getElementById(id);
-const KEPT = 60;
 
-let about = { endpoints: [], paintOver: [], needsKey: false };
+let about = { endpoints: [], paint_over: [], needs_key: false };
 let endpoint = "";
 let fields = new Map();
 
-// What this browser ran, the newest first: { endpoint, requestId, input, startedAt }.
-const history = {
-  all: () => JSON.parse(localStorage.getItem("runs") ?? "[]"),
-  add: (run) => localStorage.setItem("runs", JSON.stringify([run, ...history.all()].slice(0, KEPT))),
-  remove: (requestId) =>
-    localStorage.setItem("runs", JSON.stringify(history.all().filter((run) => run.requestId !== requestId))),
-};
+let choices = 0;
 
+// Another endpoint's form; the last one chosen wins, however long their descriptions take.
 async function choose(name) {
+  const choice = (choices += 1);
   delete document.body.dataset.ready;
-  endpoint = name;
-  localStorage.setItem("endpoint", name);
-  at("endpoint").value = name;
-  at("llms").href = `models/${name}/llms.txt`;
-  const described = await api.documentOf(name);
-  const { prompt, image_url, image_size, seed } = form.read(fields);
-  fields = form.build(described, { first: at("fields"), more: at("more") }, showCode);
-  // What was typed already is worth keeping; the rest has the new endpoint's own defaults.
-  for (const [kept, value] of Object.entries({ prompt, image_url, image_size, seed })) {
-    if (value !== undefined) fields.get(kept)?.write(value);
+  try {
+    const described = await api.documentOf(name);
+    if (choice !== choices) return;
+    endpoint = name;
+    localStorage.setItem("endpoint", name);
+    at("llms").href = `models/${name}/llms.txt`;
+    const { prompt, image_url, image_size, seed } = form.read(fields);
+    fields = form.build(described, { first: at("fields"), more: at("more") }, showCode);
+    // What was typed already is worth keeping; the rest has the new endpoint's own defaults.
+    for (const [kept, value] of Object.entries({ prompt, image_url, image_size, seed })) {
+      if (value !== undefined) fields.get(kept)?.write(value);
+    }
+    at("problem").textContent = "";
+  } catch (error) {
+    at("problem").textContent = `${name}: ${error.message}`;
   }
-  at("problem").textContent = "";
+  at("endpoint").value = endpoint;
   showCode();
-  document.body.dataset.ready = name;
+  document.body.dataset.ready = endpoint;
 }
 
-const showCode = () => code.show(at("code"), endpoint, form.read(fields), { ...about, url: location.origin });
+const showCode = () => code.show(at("code"), endpoint, form.read(fields), { needsKey: about.needs_key, url: api.origin });
 
 async function use(name, input) {
   if (name !== endpoint) await choose(name);
+  if (name !== endpoint) return;
   form.write(fields, input);
   showCode();
   at("form").scrollIntoView({ block: "nearest" });
 }
 
 // Of the endpoints that paint over a picture, the one that belongs to this, or else any.
-const overFor = (name) => about.paintOver.find((over) => over === `${name}/image-to-image`) ?? about.paintOver[0];
+const overFor = (name) => about.paint_over.find((over) => over === `${name}/image-to-image`) ?? about.paint_over[0];
 
 async function run() {
   const input = form.read(fields);
@@ -58,8 +60,8 @@ async function run() {
   try {
     const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
     const started = { endpoint, requestId, input, startedAt: Date.now() };
-    history.add(started);
     follow(show(started));
+    kept.add(started);
   } catch (error) {
     at("problem").textContent =
       error instanceof api.Refused && error.problems.length
@@ -72,11 +74,10 @@ function show(started, isOld = false) {
   at("empty").hidden = true;
   const shown = new Run(started, {
     use,
-    told: (seed) => fields.get("seed")?.told?.(seed),
-    paintOver: about.paintOver.length ? (url) => use(overFor(started.endpoint), { prompt: started.input.prompt, image_url: url }) : null,
-    forget: () => {
-      history.remove(started.requestId);
-      shown.node.remove();
+    told: (seed) => isOld || fields.get("seed")?.told?.(seed),
+    paintOver: about.paint_over.length ? (url) => use(overFor(started.endpoint), { prompt: started.input.prompt, image_url: url }) : null,
+    forgotten: () => {
+      kept.remove(started.requestId);
       at("empty").hidden = at("runs").children.length > 0;
     },
   });
@@ -125,7 +126,8 @@ at("form").addEventListener("submit", (event) => {
   run();
 });
 document.addEventListener("keydown", (event) => {
-  if ((event.ctrlKey || event.metaKey) && event.key === "Enter") run();
+  const isWanted = (event.ctrlKey || event.metaKey) && event.key === "Enter" && !event.repeat;
+  if (isWanted && !at("ask").open) run();
 });
 at("reset").addEventListener("click", () => {
   form.write(fields, {});
@@ -135,8 +137,10 @@ at("reset").addEventListener("click", () => {
 at("endpoint").addEventListener("change", () => choose(at("endpoint").value));
 
 about = await api.playground();
+at("key").hidden = !about.needs_key;
+at("key").addEventListener("click", () => askForKey());
 at("endpoint").append(...about.endpoints.map((name) => form.element("option", { textContent: name })));
 const last = localStorage.getItem("endpoint");
 const first = about.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : about.endpoints[0];
 await choose(about.endpoints.includes(last) ? last : first);
-for (const started of history.all()) follow(show(started, true));
+for (const started of kept.all()) follow(show(started, true));

@@ -7,11 +7,11 @@ const python = (value) =>
   JSON.stringify(value, null, 4).replace(/("(?:[^"\\]|\\.)*")|\b(true|false|null)\b/g, (_, text, word) =>
     text ?? { true: "True", false: "False", null: "None" }[word]);
 
-export function programs(endpoint, input, { url, needsKey, python: variables }) {
+export function programs(endpoint, input, { url, needsKey }) {
   const authorization = needsKey ? ` \\\n  -H "Authorization: Key $FAL_KEY"` : "";
   return {
     curl: `curl ${url}/${endpoint}${authorization} \\\n  -H 'Content-Type: application/json' \\\n  -d ${shell(JSON.stringify(input))}\n`,
-    Python: `# pip install fal-client; ${variables}\nimport fal_client\n\nresult = fal_client.subscribe(\n    ${JSON.stringify(endpoint)},\n    arguments=${python(input).replaceAll("\n", "\n    ")},\n)\nprint(result["images"][0]["url"])\n`,
+    Python: `# pip install fal-client; then, in the shell: eval "$(flux-server env)"\nimport fal_client\n\nresult = fal_client.subscribe(\n    ${JSON.stringify(endpoint)},\n    arguments=${python(input).replaceAll("\n", "\n    ")},\n)\nprint(result["images"][0]["url"])\n`,
     JavaScript: `// npm install @fal-ai/client\nimport { fal } from "@fal-ai/client";\n\nfal.config({ ${needsKey ? "credentials: process.env.FAL_KEY, " : ""}proxyUrl: { url: ${JSON.stringify(`${url}/api/fal/proxy`)}, when: "always" } });\nconst result = await fal.subscribe(${JSON.stringify(endpoint)}, {\n  input: ${JSON.stringify(input, null, 2).replaceAll("\n", "\n  ")},\n});\nconsole.log(result.data.images[0].url);\n`,
   };
 }

@@ -1,6 +1,7 @@
 // A form made from an endpoint's own schema: each property becomes one field, in the schema's order.
 
-import { upload } from "./api.js";
+import { here, upload } from "./api.js";
+import { withKey } from "./key.js";
 
 // What most people change; the rest is folded away.
 const FIRST = ["prompt", "image_url", "loras", "image_size", "strength", "num_images", "seed"];
@@ -37,7 +38,10 @@ export function write(fields, values) {
 export function complain(fields, problems) {
   for (const field of fields.values()) field.complain("");
   const strays = problems.filter(([place, words]) => !fields.get(place.split(".")[0])?.complain(words));
-  document.querySelector("[aria-invalid=true]")?.focus();
+  const first = document.querySelector("[aria-invalid=true]");
+  const folded = first?.closest("details");
+  if (folded) folded.open = true;
+  first?.focus();
   return strays.map(([place, words]) => `${place}: ${words}`).join("\n");
 }
 
@@ -186,7 +190,7 @@ function fileField(name, property) {
   const shown = element("img", { alt: "", hidden: true });
   const show = () => {
     shown.hidden = !/^data:image\/|\/files\//.test(control.value);
-    if (!shown.hidden) shown.src = control.value;
+    if (!shown.hidden) shown.src = here(control.value);
   };
   const field = frame(name, property, control, element("span", { className: "row" }, choose, chooser, shown));
   const take = async (file) => {
@@ -194,7 +198,7 @@ function fileField(name, property) {
     field.complain("");
     control.value = "uploading…";
     try {
-      control.value = await upload(file);
+      control.value = await withKey(() => upload(file));
     } catch (error) {
       control.value = "";
       field.complain(error.message);

@@ -1,19 +1,28 @@
-// Ask for a key until one is good; it is kept until the tab is closed.
+// Ask for a key until one is good, or until somebody would rather not; it is kept until the tab is closed.
 
 import * as api from "./api.js";
 
+const ask = document.getElementById("ask");
+
+// Show the dialog; whether a key was given.
+export async function askForKey(problem = "") {
+  document.getElementById("ask-problem").textContent = problem;
+  ask.returnValue = "";
+  if (!ask.open) ask.showModal();
+  await new Promise((resolve) => ask.addEventListener("close", resolve, { once: true }));
+  if (ask.returnValue !== "use") return false;
+  api.setKey(document.getElementById("ask-key").value.trim());
+  return true;
+}
+
 export async function withKey(act) {
-  const ask = document.getElementById("ask");
   for (;;) {
     try {
       return await act();
     } catch (error) {
       if (!(error instanceof api.Refused) || ![401, 403].includes(error.status)) throw error;
-      const refused = error.status === 403 ? error.message : "That key was refused.";
-      document.getElementById("ask-problem").textContent = sessionStorage.getItem("key") ? refused : "";
-      if (!ask.open) ask.showModal();
-      await new Promise((resolve) => ask.addEventListener("close", resolve, { once: true }));
-      api.setKey(document.getElementById("ask-key").value.trim());
+      const problem = error.status === 403 ? error.message : "That key was refused.";
+      if (!(await askForKey(sessionStorage.getItem("key") ? problem : ""))) throw error;
     }
   }
 }

@@ -10,7 +10,7 @@ const button = (words, act) => {
 };
 
 export class Run {
-  constructor(started, { use, paintOver, forget, told }) {
+  constructor(started, { use, paintOver, forgotten, told }) {
     this.started = started;
     this.paintOver = paintOver;
     this.told = told;
@@ -25,13 +25,13 @@ export class Run {
     const actions = element(
       "div", { className: "actions" }, this.stop,
       button("Use these settings", () => use(started.endpoint, this.settings())),
-      button("Forget", forget),
+      button("Forget", () => this.forget(forgotten)),
     );
     const more = element(
       "details", {}, element("summary", { textContent: "Request, answer, log" }),
       element("pre", { tabIndex: 0, textContent: `${started.endpoint}\n${JSON.stringify(started.input, null, 2)}` }), this.raw, this.logs,
     );
-    const when = element("time", { dateTime: new Date(started.startedAt).toISOString(), textContent: new Date(started.startedAt).toLocaleTimeString() });
+    const when = element("time", { dateTime: new Date(started.startedAt).toISOString(), textContent: new Date(started.startedAt).toLocaleString() });
     this.node = element("li", { className: "run" }, prompt, when, this.words, this.bar, this.pictures, actions, more);
     this.node.dataset.requestId = started.requestId;
   }
@@ -52,8 +52,8 @@ export class Run {
 
   tell({ status, queue_position: position, logs, preview }) {
     this.node.dataset.status = status;
+    if (logs) this.logs.textContent = logs.map(({ message }) => message).join("\n");
     for (const { message } of logs ?? []) {
-      this.logs.textContent += `${message}\n`;
       const step = /^step (\d+)\/(\d+)$/.exec(message);
       if (step) [this.bar.value, this.bar.max] = [Number(step[1]), Number(step[2])];
     }
@@ -86,6 +86,7 @@ export class Run {
 
   picture(url, width, height, isFlagged) {
     const image = element("img", { src: url, width, height, alt: this.started.input.prompt ?? "", className: isFlagged ? "flagged" : "" });
+    image.addEventListener("error", () => image.replaceWith("This picture is not kept any more, or is its owner's alone."));
     const link = element("a", { href: url, textContent: "Download", download: "" });
     const copy = button("Copy link", () => navigator.clipboard.writeText(url));
     const caption = element("figcaption", {}, isFlagged ? "Flagged by the safety checker. " : "", link, copy);
@@ -99,11 +100,22 @@ export class Run {
   fail(error) {
     this.pictures.replaceChildren();
     this.ended(error.status === 404 ? "The server has forgotten this request." : error.message);
+    if (error.body) this.raw.textContent = JSON.stringify(error.body, null, 2);
     this.node.dataset.status = "FAILED";
   }
 
   ended(words) {
     this.words.textContent = words;
     this.bar.hidden = this.stop.hidden = true;
+    this.isOver = true;
+    if (this.isForgotten) api.forget(this.started);
+  }
+
+  // From the page, and from the server with its pictures: at once, or when it has stopped.
+  async forget(forgotten) {
+    this.isForgotten = true;
+    this.node.remove();
+    forgotten();
+    await (this.isOver ? api.forget(this.started) : api.cancel(this.started));
   }
 }

@@ -18,7 +18,7 @@ const count = (value) => value.toLocaleString();
 
 const NOW = {
   queue_length: ["waiting", count],
-  queue_oldest_seconds: ["the next one waits for", seconds],
+  queue_oldest_seconds: ["the longest wait", seconds],
   requests_running: ["being painted", count],
   webhooks_due: ["webhooks to send", count],
   files_bytes: ["pictures and uploads kept", bytes],
@@ -28,7 +28,7 @@ const NOW = {
 
 // One small plot each of the last hour: its words, a minute's value, and how the highest is written.
 const PLOTS = [
-  ["Pictures a minute", (minute) => minute.completed, count],
+  ["Pictures a minute", (minute) => minute.pictures, count],
   ["Billable megapixels a minute", (minute) => minute.billable_units, count],
   ["Wait in the queue", (minute) => minute.wait, seconds],
   ["Time to paint one", (minute) => minute.inference, seconds],
@@ -81,11 +81,15 @@ function show(seen) {
   document.body.dataset.ready = "true";
 }
 
+let isRefused = false;
 for (;;) {
   try {
-    show(await withKey(api.status));
+    show(await (isRefused ? api.status() : withKey(api.status)));
+    isRefused = false;
   } catch (error) {
     at("state").textContent = error.message;
+    // Asked once; whoever would rather not give a key is not asked again and again.
+    isRefused = [401, 403].includes(error.status);
   }
   await new Promise((resolve) => setTimeout(resolve, EVERY));
 }

@@ -11,6 +11,7 @@ try {
   const errors = [];
   const foreign = [];
   page.on("pageerror", (error) => errors.push(String(error)));
+  page.on("console", (said) => said.text().includes("Content-Security-Policy") && errors.push(said.text()));
   page.on("request", (request) => {
     const asked = new URL(request.url());
     if (asked.protocol.startsWith("http") && asked.origin !== new URL(url).origin) foreign.push(asked.href);
