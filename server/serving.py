@@ -15,6 +15,7 @@ import uvicorn
 from server import control_socket, tls
 from server.app import create_app
 from server.connect import ConnectDoor
+from server.deadlines import timed
 from server.notifier import WORKER
 from server.settings import Settings
 
@@ -44,7 +45,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
         sockets.append(_bound(settings.host, settings.tls_port))
     # A port of 0 is known only now, and URLs in answers name it.
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
-    loop_factory = uvicorn.Config("", loop="auto").get_loop_factory()
+    loop_factory = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(_serve(settings, sockets))
 
@@ -55,6 +56,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     options: dict[str, Any] = {
         "lifespan": "off",
         "access_log": False,
+        "http": timed(max_connections=settings.max_connections),
         # Its messages go where ours go.
         "log_config": None,
         "log_level": "warning",

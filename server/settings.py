@@ -90,6 +90,7 @@ class Settings(BaseModel):
     rate_per_key: str = Field("", description="How many requests one key may send, such as 60/minute; more get 429.")
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
+    max_connections: int = Field(4096, ge=1, description="How many connections a port holds; more are closed.")
     max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(

@@ -5,6 +5,7 @@ import io
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from server.jobs import Mode
 from server.worker import PREVIEWS
 from tests.null_model import NullEngine, NullModel, SharingEngine
 from tests.parts import Parts
-from tests.serving import Gate, Server, completed, statuses
+from tests.serving import TEST_MODELS, Gate, Server, completed, serving, statuses
 from tests.test_worker import answer, ready, submitted, worked_off
 
 PREFIX = "data:image/jpeg;base64,"
@@ -75,6 +76,17 @@ def test_a_stream_shows_the_picture_as_it_comes(narrow_client: httpx.Client, gat
         # The null model paints its step, in a colour that JPEG changes a little.
         red, green, _ = picture.getpixel((8, 6))  # type: ignore[misc]
         assert abs(red - 200) < 8 and abs(green - step * 20 % 256) < 8
+
+
+def test_where_the_checker_is_enforced_none_is_sent(tmp_path: Path, gate: Gate) -> None:
+    """It judges pictures, so nothing that it did not judge leaves."""
+    with (
+        serving(tmp_path / "data", TEST_MODELS, enforce_safety_checker="true") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        gate.let(28)
+        with streaming(client, "/test/gate/stream", {"prompt": str(gate.path)}) as (_, events):
+            assert not any("preview" in event for event in events)
 
 
 def test_a_client_that_reads_slowly_is_shown_the_newest(narrow: Server, gate: Gate) -> None:

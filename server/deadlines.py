@@ -1,0 +1,113 @@
+"""How long a client may take: uvicorn itself waits for ever, and so would everything that a connection holds."""
+
+import asyncio
+import logging
+import socket
+import struct
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+log = logging.getLogger(__name__)
+
+_NO_LINGER = struct.pack("ii", 1, 0)
+
+
+class TimedProtocol(HttpToolsProtocol):
+    """uvicorn's own, with an end to its patience, in seconds.
+
+    Whoever takes longer is cut off without an answer: some clients repeat at once what is answered with 408. A body
+    may come slowly but steadily, and an answer may be read so.
+    """
+
+    header_seconds = 10.0
+    body_seconds = 60.0
+    #: Bytes of a body that earn one more second.
+    body_rate = 16_384
+    answer_seconds = 60.0
+    max_connections = 4096
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A new connection; one too many is closed at once."""
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._answer_timer: asyncio.TimerHandle | None = None
+        self._begun, self._received = 0.0, 0
+        if len(self.connections) > self.max_connections:
+            log.warning("more than %d connections are open; another one is refused", self.max_connections)
+            self._cut_off()
+        else:
+            self._expect(self.header_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is waited for any more."""
+        self._forget()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        if self._timer is None:
+            self._expect(self.header_seconds)
+
+    def on_headers_complete(self) -> None:
+        """From here on the body is waited for."""
+        super().on_headers_complete()
+        self._begun, self._received = self.loop.time(), 0
+        self._expect(self.body_seconds)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of it."""
+        self._received += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of it is here."""
+        self._forget()
+        super().on_message_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        """Another protocol's matter."""
+        self._forget()
+        super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        """The client does not read what it asked for."""
+        super().pause_writing()
+        if self._answer_timer is None:
+            self._answer_timer = self.loop.call_later(self.answer_seconds, self._cut_off)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
+        super().resume_writing()
+
+    def _expect(self, seconds: float) -> None:
+        self._forget()
+        self._timer = self.loop.call_later(seconds, self._late)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        left = self._begun + self.body_seconds + self._received / self.body_rate - self.loop.time()
+        if self._received and left > 0:
+            self._expect(left)
+        else:
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        # With a reset, or the system would keep what was not read, and wait for it to be.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
+
+
+def timed(**limits: Any) -> type[TimedProtocol]:
+    """The protocol with other limits."""
+    return type("TimedProtocol", (TimedProtocol,), limits)

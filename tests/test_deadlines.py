@@ -1,0 +1,176 @@
+"""Clients that take too long, each on a real socket."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from server.deadlines import TimedProtocol, timed
+from tests.serving import TEST_MODELS, serving
+
+LARGE = b"x" * 50_000_000
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Reads what comes, then answers with its length; /large with more than any buffer holds."""
+    length, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        length, more = length + len(message.get("body", b"")), message.get("more_body", False)
+    body = LARGE if scope["path"] == "/large" else str(length).encode()
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]}
+    )
+    for start in range(0, len(body), 65_536):
+        await send({"type": "http.response.body", "body": body[start : start + 65_536], "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+class _Listener(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def listening(protocol: type[TimedProtocol]) -> Iterator[int]:
+    """A port where this protocol is spoken."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1}
+        listener = _Listener(uvicorn.Config(app, http=protocol, **options))
+        thread = threading.Thread(target=lambda: asyncio.run(listener.serve([bound])))
+        thread.start()
+        try:
+            yield bound.getsockname()[1]
+        finally:
+            listener.should_exit = True
+            thread.join()
+
+
+def answered(connection: socket.socket) -> bool:
+    """Whether a request gets its answer on this connection."""
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+    said = b""
+    while not said.endswith(b"\r\n\r\n0"):
+        said += connection.recv(65_536)
+    return said.startswith(b"HTTP/1.1 200")
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Wait until the server ends it; a socket that never ends fails by its timeout."""
+    connection.settimeout(30)
+    try:
+        while connection.recv(65_536):
+            continue
+    except ConnectionResetError:
+        pass
+    return True
+
+
+QUICK = {"header_seconds": 0.3, "body_seconds": 0.3, "answer_seconds": 0.3}
+POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET",
+        b"GET / HTTP/1.1\r\nHost: he",
+        POST,
+        POST + b"x" * 100,
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\nGET / HT",
+    ],
+    ids=["silent", "half a line", "half a header", "no body", "half a body", "half a second request"],
+)
+def test_whoever_stops_in_the_middle_is_cut_off(said: bytes) -> None:
+    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(said)
+        assert is_cut_off(connection)
+
+
+@pytest.mark.parametrize("first", [b"", POST], ids=["header", "body"])
+def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
+    """However often one comes."""
+    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(first)
+        connection.settimeout(0.02)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while True:
+                connection.sendall(b"G")
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(1) == b"":
+                        raise ConnectionResetError
+
+
+def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
+    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+        # Nothing is read until the server has given up: its end shows as a reset, or an end before all has come.
+        peer_left = threading.Event()
+
+        def watch() -> None:
+            while not peer_left.is_set():
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+                # Anything but ESTABLISHED.
+                if info[0] != 1:
+                    peer_left.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert peer_left.wait(30)
+        watcher.join()
+
+
+def test_a_body_may_be_slow_if_it_is_steady() -> None:
+    """Ten times as long as the limit for one that stands still, at twice the rate that is asked for."""
+    protocol = timed(header_seconds=5.0, body_seconds=0.2, body_rate=50_000)
+    with listening(protocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
+        wait = threading.Event()
+
+        def dripped() -> Iterator[bytes]:
+            for _ in range(40):
+                wait.wait(0.05)
+                yield b"x" * 5_000
+
+        answer = client.post(f"http://127.0.0.1:{port}/", content=dripped())
+    assert answer.text == "200000"
+
+
+def test_whoever_thinks_between_requests_is_not_hurried() -> None:
+    """Only the usual keep-alive ends an idle connection; a request of its own has all of its time."""
+    with listening(timed(**QUICK)) as port, httpx.Client(timeout=60, trust_env=False) as client:
+        for _ in range(5):
+            assert client.post(f"http://127.0.0.1:{port}/", content=b"1234").text == "4"
+
+
+def test_one_connection_too_many() -> None:
+    with listening(timed(max_connections=2)) as port:
+        address = ("127.0.0.1", port)
+        with socket.create_connection(address) as first, socket.create_connection(address) as second:
+            assert answered(first) and answered(second)
+            with socket.create_connection(address) as third:
+                assert is_cut_off(third)
+            assert answered(first)
+
+
+def test_the_server_speaks_it(tmp_path: Any) -> None:
+    """And a WebSocket or a stream that is quiet for long is no slow client."""
+    with serving(tmp_path, TEST_MODELS, max_connections="3") as server:
+        host, port = server.ready().url.removeprefix("http://").split(":")
+        held = [socket.create_connection((host, int(port))) for _ in range(3)]
+        for connection in held:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        with socket.create_connection((host, int(port))) as fourth:
+            assert is_cut_off(fourth)
+        for connection in held:
+            connection.close()
