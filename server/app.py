@@ -100,14 +100,7 @@ def _join(
     database: Database,
 ) -> tuple[Parts, Worker]:
     notifier, metrics = Notifier(), Metrics()
-    jobs = Queue(
-        database,
-        notifier,
-        settings.max_queue_length,
-        metrics=metrics,
-        max_length_per_owner=settings.max_queue_length_per_key,
-        max_running_per_owner=settings.max_running_per_key,
-    )
+    jobs = _queue(settings, database, notifier, metrics)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = _inputs(settings, jobs, guard, store, limits)
@@ -122,13 +115,7 @@ def _join(
         quota=Quota(settings.rate_per_key),
         queue=jobs,
         files=store,
-        uploads=Uploads(
-            settings.data_dir / "uploads",
-            database,
-            store,
-            max_bytes=settings.max_upload_mib * 2**20,
-            max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
-        ),
+        uploads=_uploads(settings, database, store),
         retention=Retention(
             database,
             jobs,
@@ -145,6 +132,27 @@ def _join(
         engines=worker.about,
     )
     return parts, worker
+
+
+def _uploads(settings: Settings, database: Database, store: Files) -> Uploads:
+    return Uploads(
+        settings.data_dir / "uploads",
+        database,
+        store,
+        max_bytes=settings.max_upload_mib * 2**20,
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+    )
+
+
+def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: Metrics) -> Queue:
+    return Queue(
+        database,
+        notifier,
+        settings.max_queue_length,
+        metrics=metrics,
+        max_length_per_owner=settings.max_queue_length_per_key,
+        max_running_per_owner=settings.max_running_per_key,
+    )
 
 
 def _control(settings: Settings, parts: Parts, database: Database) -> Control:

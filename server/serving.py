@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
+from fastapi import FastAPI
 
 from server import control_socket, tls
 from server.app import create_app
@@ -53,22 +54,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
     parts, worker = app.state.parts, app.state.worker
-    options: dict[str, Any] = {
-        "lifespan": "off",
-        "access_log": False,
-        "http": timed(max_connections=settings.max_connections),
-        # Its messages go where ours go.
-        "log_config": None,
-        "log_level": "warning",
-        "proxy_headers": False,
-        "server_header": False,
-        "timeout_graceful_shutdown": _LAST_WORDS,
-    }
-    listeners = [_Listener(uvicorn.Config(app, **options))]
-    if settings.tls_port:
-        files = tls.ensure(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
-        certificate: dict[str, Any] = {"ssl_certfile": str(files.certificate), "ssl_keyfile": str(files.key)}
-        listeners.append(_Listener(uvicorn.Config(app, **options, **certificate)))
+    listeners = _listeners(app, settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -96,6 +82,26 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             await door.close()
     failure: BaseException | None = worker.failure
     return failure
+
+
+def _listeners(app: FastAPI, settings: Settings) -> list[_Listener]:
+    options: dict[str, Any] = {
+        "lifespan": "off",
+        "access_log": False,
+        "http": timed(max_connections=settings.max_connections),
+        # Its messages go where ours go.
+        "log_config": None,
+        "log_level": "warning",
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": _LAST_WORDS,
+    }
+    listeners = [_Listener(uvicorn.Config(app, **options))]
+    if settings.tls_port:
+        files = tls.ensure(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
+        certificate: dict[str, Any] = {"ssl_certfile": str(files.certificate), "ssl_keyfile": str(files.key)}
+        listeners.append(_Listener(uvicorn.Config(app, **options, **certificate)))
+    return listeners
 
 
 async def _door(settings: Settings, sockets: list[socket.socket]) -> ConnectDoor | None:
