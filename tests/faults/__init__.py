@@ -1,0 +1,1 @@
+"""Ways to go wrong, on purpose."""

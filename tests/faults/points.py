@@ -1,0 +1,78 @@
+"""Named moments in the life of a request at which a server can be made to die, as by kill -9."""
+
+import importlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """Before or after the n-th call of a function; `is_acknowledged`: whether the client has its answer by then."""
+
+    module: str
+    name: str
+    is_before: bool
+    number: int = 1
+    is_acknowledged: bool = True
+
+
+def _before(module: str, name: str, number: int = 1, *, is_acknowledged: bool = True) -> Point:
+    return Point(module, name, True, number, is_acknowledged)
+
+
+def _after(module: str, name: str, number: int = 1, *, is_acknowledged: bool = True) -> Point:
+    return Point(module, name, False, number, is_acknowledged)
+
+
+POINTS = {
+    "before the row is written": _before("server.rows", "insert", is_acknowledged=False),
+    "before the row is committed": _after("server.rows", "insert", is_acknowledged=False),
+    "before the submit is answered": _after("server.queue", "Queue.submit", is_acknowledged=False),
+    "before the claim": _before("server.rows", "claim"),
+    "before the claim is committed": _after("server.rows", "claim"),
+    "after the claim": _after("server.queue", "Queue.claim"),
+    "before the first step": _before("tests.null_model", "NullEngine.advance"),
+    "between steps": _after("tests.null_model", "NullEngine.advance", 3),
+    "before the picture is decoded": _before("tests.null_model", "NullEngine.decode"),
+    "after the picture was judged": _after("tests.null_model", "NullEngine.is_unsafe"),
+    "before the file is written": _before("server.files", "Files.save"),
+    "before the file has its name": _before("server.files", "Files.adopt"),
+    "after the first of two files": _after("server.files", "Files.save", 1),
+    "before the end is written": _before("server.rows", "end"),
+    "before the end is committed": _after("server.rows", "end"),
+    "after the end": _after("server.queue", "Queue.finish"),
+    "before the webhook is sent": _before("server.webhooks", "Webhooks._send"),
+    "before the webhook's end is written": _before("server.webhooks", "Webhooks._record"),
+}
+
+
+def arm(name: str, marker: Path) -> None:
+    """Make this process die at the point, the first time that it is reached: `marker` says that it was."""
+    point = POINTS[name]
+    holder: Any = importlib.import_module(point.module)
+    *path, last = point.name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    original: Callable[..., Any] = getattr(holder, last)
+    calls = 0
+
+    def die() -> None:
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if point.is_before and calls == point.number:
+            die()
+        result = original(*arguments, **options)
+        if not point.is_before and calls == point.number:
+            die()
+        return result
+
+    setattr(holder, last, dying)
