@@ -9,13 +9,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: serve test test-all lint bench demo demo-eval clean
+.PHONY: serve test soak test-all lint bench demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak and not cluster and not container and not eval" $(ARGS)
+
+# Long runs, an hour on two cores.
+soak: lint
+	$(BIN)/pytest -m soak $(ARGS)
 
 test-all: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak" $(ARGS)
