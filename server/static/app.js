@@ -33,6 +33,7 @@ async function choose(name) {
     }
     at("problem").textContent = "";
   } catch (error) {
+    if (choice !== choices) return;
     at("problem").textContent = `${name}: ${error.message}`;
   }
   at("endpoint").value = endpoint;
