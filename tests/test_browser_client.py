@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,21 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         return
 
 
+def installed(names: Sequence[str]) -> str:
+    """The path of a program by one of its names, the package's first; skips without it, except in CI, where it fails."""
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        missing = f"{names[0]} is missing: install it, such as by `apt-get install {names[0]}`"
+        if os.environ.get("CI"):
+            pytest.fail(f"{missing}; CI must not skip the tests of browsers")
+        pytest.skip(missing)
+    return path
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window; skips without it, except in CI, where it fails."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        missing = "chromium is missing: install it, such as by `apt-get install chromium`"
-        if os.environ.get("CI"):
-            pytest.fail(f"{missing}; CI must not skip the test of the browser")
-        pytest.skip(missing)
+    """Chromium without a window."""
+    path = installed(NAMES)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser

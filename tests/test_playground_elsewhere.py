@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.node import JS
 from tests.serving import Server
 from tests.test_browser_client import browser as browser
+from tests.test_browser_client import installed
 from tests.test_node_clients import node as node
 from tests.test_playground import choose, opened, run
 from tests.test_playground import playing as playing
@@ -24,21 +24,9 @@ NAMES = ("firefox-esr", "firefox")
 DARK = "rgb(20, 20, 25)"
 
 
-@pytest.fixture
-def firefox(node: None) -> str:
-    """Its path; skips without it, except in CI, where it fails."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        missing = "firefox is missing: install it, such as by `apt-get install firefox-esr`"
-        if os.environ.get("CI"):
-            pytest.fail(f"{missing}; CI must not skip the test of the playground in Firefox")
-        pytest.skip(missing)
-    return path
-
-
-def test_in_firefox(firefox: str, playing: Server) -> None:
+def test_in_firefox(node: None, playing: Server) -> None:
     """Typed, run, seen, kept over a reload; in the dark, and on the width of a phone."""
-    command = ["node", "firefox.mjs", firefox, playing.url, "test/null", "seen in Firefox"]
+    command = ["node", "firefox.mjs", installed(NAMES), playing.url, "test/null", "seen in Firefox"]
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
     done = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
