@@ -30,7 +30,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def installed(names: Sequence[str]) -> str:
-    """The path of a program by one of its names, the package's first; skips without it, except in CI, where it fails."""
+    """A program's path, by one of its names, the package's first; skips without it, and fails in CI."""
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         missing = f"{names[0]} is missing: install it, such as by `apt-get install {names[0]}`"
