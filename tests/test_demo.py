@@ -24,8 +24,8 @@ from models.weights import DEMO
 from tests.test_recipe import python
 from tests.tiny_flux import finished, painted
 
-#: What these weights reach; they are still being trained. The goals: 0.97, 0.90, and 0.75 of pairs on their sides.
-REACHED = {"background": 0.86, "object": 0.75, "flagged_sign": 0.99, "seeds_differ": 1.0}
+#: What is wanted; of pairs, 0.75 on their sides, which these weights do not reach yet.
+REACHED = {"background": 0.97, "object": 0.90, "sides": 0.50, "flagged_sign": 0.99, "seeds_differ": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_every_weight_is_a_number() -> None:
 def test_what_was_measured() -> None:
     found = json.loads((DEMO / "evaluation.json").read_text(encoding="utf-8"))
     assert all(found[name] >= share for name, share in REACHED.items()), found
-    assert found["flagged_others"] <= 2 / 400
+    assert found["flagged_others"] <= 1 / 400
     assert found["prompts"] >= 400
 
 
