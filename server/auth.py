@@ -80,7 +80,9 @@ class Keys:
         own = self._given or self._scopes
         lone = [known[:32] for known in own] if len(own) == 1 else []
         if not self.is_open and owner not in (operators or lone):
-            raise Forbidden("This key is a client's; --operator-keys names those that may see this")
+            raise Forbidden(
+                "This key is a client's; --operator-keys, or `keys add --scope operator`, make those that may see this"
+            )
 
     def issue(self, owner: str, scope: str, seconds: float) -> str:
         """A token for this owner and scope."""

@@ -39,12 +39,16 @@ def add_key(
 ) -> None:
     """Make a key and print it, this once. The server knows it at once, or, where it asked for none, when restarted."""
     typer.echo(_ask(data_dir, "add_key", name=name, scope=scope))
+    if len(_ask(data_dir, "list_keys")) == 1:
+        typer.echo("The first key: a server that asks for none begins to at its next start.", err=True)
 
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
     """Name, scope and age of each; the owner is what logs and /status call it."""
-    for key in _ask(data_dir, "list_keys"):
+    found = _ask(data_dir, "list_keys")
+    typer.echo("name\tscope\towner\tmade" if found else "There are none.", err=True)
+    for key in found:
         typer.echo(f"{key['name'] or '(the first)'}\t{key['scope']}\t{key['owner']}\t{_when(key['created_at'])}")
 
 
@@ -55,6 +59,9 @@ def revoke_key(
 ) -> None:
     """Forget a key, at once. What it asked for goes on."""
     _ask(data_dir, "revoke_key", name=name)
+    if not _ask(data_dir, "list_keys"):
+        words = "No key is left here. On loopback, and without --keys, the server asks for none from its next start."
+        typer.echo(words, err=True)
 
 
 @webhooks.command("list")
@@ -64,7 +71,9 @@ def list_webhooks(
     data_dir: DataDir = None,
 ) -> None:
     """Webhooks that wait, or were given up after all retries."""
-    for each in _ask(data_dir, "list_webhooks", with_delivered=delivered, limit=limit):
+    found = _ask(data_dir, "list_webhooks", with_delivered=delivered, limit=limit)
+    typer.echo("request\tstate\tattempts\turl\terror" if found else "There are none.", err=True)
+    for each in found:
         tried = f"{each['attempt']} tried"
         typer.echo("\t".join((each["request_id"], _state(each), tried, each["url"], each["error"] or "")))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from server.control import Control
-from server.database import Database, FolderInUse
+from server.database import FILE, Database, FolderInUse
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,12 @@ def _act(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(data_dir: Path, act: str, **arguments: Any) -> Any:
-    """Have something done by the running server, or here where there is none. Raises ValueError, and OSError."""
+    """Have something done by the running server, or here where there is none. Raises ValueError, and OSError.
+
+    Only a key may be the first thing in a new data folder.
+    """
+    if act != "add_key" and not (data_dir / FILE).is_file():
+        raise OSError(f"there is no data folder of a server at {data_dir}; --data-dir names another")
     try:
         database = Database(data_dir)
     except FolderInUse:

@@ -78,7 +78,10 @@ class Unauthorized(ServerError):
     """No key, or a wrong one."""
 
     status = 401
-    message = 'This server wants a key it knows: send "Authorization: Key ..." with one of --keys or its FAL_KEY'
+    message = (
+        'This server wants a key it knows: send "Authorization: Key ..." with one of --keys, its FAL_KEY, '
+        "or one that `flux-server keys add` made"
+    )
 
 
 class Forbidden(ServerError):

@@ -77,10 +77,31 @@ def test_without_a_server_too(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    with opened(tmp_path):
+        pass
     done = flux_server(tmp_path, *arguments)
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("keys", "list"), ("keys", "revoke", "x"), ("webhooks", "list"), ("backup", "/x")]
+)
+def test_a_folder_without_a_server_is_not_made(tmp_path: Path, arguments: str) -> None:
+    """A backup of nothing must not look like one."""
+    done = flux_server(tmp_path / "mistyped", *arguments.split())
+    assert done.returncode == 1
+    assert f"no data folder of a server at {tmp_path / 'mistyped'}" in done.stderr
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_the_first_and_the_last_key_are_told_of(tmp_path: Path) -> None:
+    assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "one").stderr
+    assert flux_server(tmp_path, "keys", "add", "two").stderr == ""
+    assert flux_server(tmp_path, "keys", "revoke", "one").stderr == ""
+    assert "No key is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
+    assert flux_server(tmp_path, "keys", "list").stderr == "There are none.\n"
 
 
 def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
