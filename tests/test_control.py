@@ -85,9 +85,7 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, .
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [("keys", "list"), ("keys", "revoke", "x"), ("webhooks", "list"), ("backup", "/x")]
-)
+@pytest.mark.parametrize("arguments", ["keys list", "keys revoke x", "webhooks list", "backup /x"])
 def test_a_folder_without_a_server_is_not_made(tmp_path: Path, arguments: str) -> None:
     """A backup of nothing must not look like one."""
     done = flux_server(tmp_path / "mistyped", *arguments.split())
