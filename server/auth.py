@@ -76,9 +76,9 @@ class Keys:
         """Let the operator pass. Raises Unauthorized, and Forbidden for a key that is a client's alone."""
         owner = self.owner(authorization)
         operators = [known[:32] for known, scope in self._scopes.items() if scope == Scope.OPERATOR]
-        # Where nobody was made the operator, the only key is, or the only one that the settings give.
-        own = self._given or self._scopes
-        lone = [known[:32] for known in own] if len(own) == 1 else []
+        # Where nobody was made the operator, the only key of the settings is. Keys made here were given a scope, and
+        # one of a client must not become the operator's because that was revoked.
+        lone = [known[:32] for known in self._given] if len(self._given) == 1 else []
         if not self.is_open and owner not in (operators or lone):
             raise Forbidden(
                 "This key is a client's; --operator-keys, or `keys add --scope operator`, make those that may see this"

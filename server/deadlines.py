@@ -21,6 +21,8 @@ class TimedProtocol(HttpToolsProtocol):
     """
 
     header_seconds = 10.0
+    #: Of a request line and its headers, beside what comes with their first part. httptools itself has no limit.
+    header_bytes = 65_536
     body_seconds = 60.0
     #: Bytes of a body that earn one more second.
     body_rate = 16_384
@@ -33,6 +35,7 @@ class TimedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._answer_timer: asyncio.TimerHandle | None = None
         self._begun, self._received = 0.0, 0
+        self._is_in_header, self._head = True, 0
         if len(self.connections) > self.max_connections:
             log.warning("more than %d connections are open; another one is refused", self.max_connections)
             self._cut_off()
@@ -45,14 +48,23 @@ class TimedProtocol(HttpToolsProtocol):
         self.resume_writing()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Whatever comes; a header without end is cut off."""
+        self._head += len(data)
+        super().data_received(data)
+        if self._is_in_header and self._head > self.header_bytes:
+            self._cut_off()
+
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        self._is_in_header, self._head = True, 0
         if self._timer is None:
             self._expect(self.header_seconds)
 
     def on_headers_complete(self) -> None:
         """From here on the body is waited for."""
+        self._is_in_header = False
         super().on_headers_complete()
         self._begun, self._received = self.loop.time(), 0
         self._expect(self.body_seconds)

@@ -26,7 +26,8 @@ def read(
     oldest = max((max(0.0, time.time() - row["submitted_at"]) for rows in firsts for row in rows), default=0.0)
     (kept,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
     # All engines are on one device.
-    about = next(iter(engines().values()), About())
+    loaded = engines()
+    about = next(iter(loaded.values()), About())
     device = {
         "device_memory_used_bytes": ("Of the GPU, by every process on it.", about.used_bytes),
         "device_memory_bytes": ("Of the GPU in all.", about.total_bytes),
@@ -40,6 +41,6 @@ def read(
         "files_bytes": ("Pictures and uploads that are kept.", float(kept["size"])),
         "disk_free_bytes": ("Free on the disk of the data folder.", float(disk.free)),
         "memory_resident_bytes": ("Of this process.", float(psutil.Process().memory_info().rss)),
-        "engines_loaded": ("Sets of weights in memory.", float(len(engines()))),
+        "engines_loaded": ("Sets of weights in memory.", float(len(loaded))),
         **{name: (words, float(value)) for name, (words, value) in device.items() if value is not None},
     }

@@ -53,7 +53,7 @@ class Settings(BaseModel):
     data_dir: Path = Field(description="Folder of the queue, the pictures and the certificates.")
     keys: Words = Field((), description="API keys clients must send, separated by commas; FAL_KEY counts as one.")
     operator_keys: Words = Field(
-        (), description="API keys that may see /status and /metrics too; a key that is the only one may anyway."
+        (), description="API keys that may see /status and /metrics too; the only one of --keys may anyway."
     )
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
     trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")

@@ -108,6 +108,15 @@ def test_named_keys_are_listed_and_revoked(parts: Parts) -> None:
     assert known.owner(f"Key {keys['me']}")
 
 
+def test_a_client_does_not_become_the_operator_when_that_is_revoked(parts: Parts) -> None:
+    keys = {name: add(parts.database, name, scope) for name, scope in (("shop", Scope.CLIENT), ("me", Scope.OPERATOR))}
+    known = Keys((), stored(parts.database), pepper(parts.database))
+    revoke(parts.database, "me")
+    known.learn(stored(parts.database))
+    with pytest.raises(Forbidden):
+        known.operator(f"Key {keys['shop']}")
+
+
 def test_revoking_the_last_key_opens_nothing(parts: Parts) -> None:
     add(parts.database, "only", Scope.CLIENT)
     known = Keys((), stored(parts.database), pepper(parts.database))

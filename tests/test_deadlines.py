@@ -111,6 +111,25 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
                         raise ConnectionResetError
 
 
+@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX-A: ", b"GET / HTTP/1.1\r\nHost: here\r\n\r\nGET /"])
+def test_a_header_without_end_is_not_kept(start: bytes) -> None:
+    """However much time there would be."""
+    with listening(timed(header_seconds=3600.0)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(start)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while True:
+                connection.sendall(b"a" * 65_536)
+
+
+def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
+    with listening(TimedProtocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
+        for _ in range(2):
+            headers = {"x-long": "a" * 40_000}
+            answer = client.post(f"http://127.0.0.1:{port}/", content=b"x" * 5_000_000, headers=headers)
+            assert answer.text == "5000000"
+
+
 def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
     with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")

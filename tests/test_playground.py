@@ -75,10 +75,15 @@ def choose(page: Page, endpoint: str) -> None:
     page.wait_for_selector(f"body[data-ready='{endpoint}']")
 
 
-def run(page: Page, prompt: str) -> Any:
-    """Type a prompt and press the button; the newest run."""
+def press(page: Page, prompt: str) -> None:
+    """Type a prompt and press the button, whatever comes of it."""
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_role("button", name="Run").click()
+
+
+def run(page: Page, prompt: str) -> Any:
+    """Type a prompt and press the button; the newest run."""
+    press(page, prompt)
     newest = page.locator("#runs > li").first
     expect(newest.locator(".prompt")).to_have_text(prompt)
     return newest
@@ -235,8 +240,7 @@ def test_a_wrong_key_is_asked_for_again(browser: Browser, tmp_path: Path) -> Non
     with serving(tmp_path, "test/null=demo", keys="right") as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
-            page.get_by_label("Prompt").fill("x")
-            page.get_by_role("button", name="Run").click()
+            press(page, "x")
             for key, problem in (("wrong", ""), ("right", "That key was refused.")):
                 expect(page.locator("#ask-problem")).to_have_text(problem)
                 page.get_by_label("Key", exact=True).fill(key)
@@ -250,8 +254,7 @@ def test_a_key_need_not_be_given(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, "test/null=demo", keys="right,other") as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
-            page.get_by_label("Prompt").fill("x")
-            page.get_by_role("button", name="Run").click()
+            press(page, "x")
             page.keyboard.press("Escape")
             expect(page.locator("#ask")).to_be_hidden()
             expect(page.locator("#problem")).to_contain_text("wants a key")
