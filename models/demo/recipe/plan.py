@@ -96,7 +96,7 @@ PLANS = {
         reading_iterations=1_000,
         lora_iterations=600,
         lora_examples=256,
-        pool_size=9_216,
+        pool_size=12_288,
         flow_iterations=20_000,
         batch_tokens=4_096,
         heads=3,
@@ -130,12 +130,17 @@ PAIR_SIZE = (512, 256)
 #: The flow learns what words mean first, then where things go and how large: up to this share of its iterations most
 #: pictures are small.
 EARLY = 0.5
-#: Shares of the presets among those pictures that have one of their sizes.
+#: Up to this share of the pool its scenes are those of the early iterations; then come pairs in every preset.
+EARLY_POOL = 0.75
+#: Shares of the presets among the early pictures that have one of their sizes; the late ones have each equally often.
 PRESET_SHARES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
 
 
 def size_shares(is_early: bool) -> dict[tuple[int, int], float]:
     """Share of the training pictures by size in pixels; the shares add up to one."""
-    small, pair = (0.3, 0.4) if is_early else (0.1, 0.3)
-    presets = {size: share * (1 - small - pair) for size, share in PRESET_SHARES.items()}
+    small, pair = (0.3, 0.4) if is_early else (0.05, 0.05)
+    for_presets = 1 - small - pair
+    presets = {
+        size: (share if is_early else 1 / len(PRESET_SHARES)) * for_presets for size, share in PRESET_SHARES.items()
+    }
     return {SMALL_SIZE: small, PAIR_SIZE: pair, **presets}

@@ -10,7 +10,7 @@ import torch
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import PAIR_SIZE, SEED, SMALL_SIZE, WORK, Plan, size_shares
+from models.demo.recipe.plan import EARLY_POOL, PAIR_SIZE, SEED, SMALL_SIZE, WORK, Plan, size_shares
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
@@ -50,6 +50,11 @@ class Pool:
         return self.num_chunks * self.plan.chunk >= self.plan.pool_size
 
     @property
+    def is_early(self) -> bool:
+        """Whether the next chunk is one of those that teach what words mean."""
+        return self.num_chunks * self.plan.chunk < EARLY_POOL * self.plan.pool_size
+
+    @property
     def missing(self) -> list[Size]:
         """Sizes of which there is no scene."""
         return [size for size, shelf in self.shelves.items() if not shelf.scenes]
@@ -74,7 +79,8 @@ class Pool:
     def _scene(self, size: Size, rng: numpy.random.Generator) -> scenes.Scene:
         """One that fits the size: one thing in the middle, or two side by side, where there is room for no more."""
         scene = scenes.sample(self.things, rng)
-        while (size == SMALL_SIZE and not scene.is_centred) or (size == PAIR_SIZE and len(scene.objects) != 2):
+        wants_pairs = size == PAIR_SIZE or (size != SMALL_SIZE and not self.is_early)
+        while (size == SMALL_SIZE and not scene.is_centred) or (wants_pairs and len(scene.objects) != 2):
             scene = scenes.sample(self.things, rng)
         return scene
 
@@ -82,7 +88,7 @@ class Pool:
         """The first chunks go round the sizes, so that none is missing when the training begins."""
         if self.missing:
             return self.missing[0]
-        return pick_size(rng, is_early=True)
+        return pick_size(rng, self.is_early)
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,10 @@ from models.demo.recipe.judge import FILE as JUDGE_FILE
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
 from models.demo.recipe.pool import Pool, Size
+from models.schema import PRESETS
 
-SCORED, BATCH = 96, 16
+#: Pictures of each preset that are scored.
+BATCH = 16
 SHEET: dict[Size, tuple[str, ...]] = {
     (512, 512): (
         "a red apple on a blue background", "a dog", "a cat on a yellow background", "a rocket on black",
@@ -87,18 +89,23 @@ def lay_out(tiles: list[tuple[str, Image.Image]], columns: int = 8, side: int = 
 
 
 def score(painter: Any, pool: Pool) -> dict[str, float]:
-    """Shares of prompts painted right at 512 x 512: background, single objects, sides of two. Empty with no judge."""
+    """Shares of prompts painted right over all presets: background, one thing, sides of two. Empty with no judge."""
     if not JUDGE_FILE.is_file():
         return {}
     judge = Judge(pool.plan, checkpoint.load(JUDGE_FILE)["network"])
     things = {thing.name: thing for thing in pool.things}
     rng = numpy.random.default_rng([SEED, 4])
-    wanted = [scene for scene in (scenes.sample(pool.things, rng) for _ in range(8 * SCORED)) if not scene.is_gradient]
+    wanted = [
+        scene
+        for scene in (scenes.sample(pool.things, rng) for _ in range(8 * BATCH * len(PRESETS)))
+        if not scene.is_gradient
+    ]
     marks: dict[str, list[bool]] = {"background": [], "object": [], "sides": []}
-    for start in range(0, SCORED, BATCH):
+    for number, size in enumerate(PRESETS.values()):
+        start = number * BATCH
         some = wanted[start : start + BATCH]
         texts = [captions.plain(scene, things, rng) for scene in some]
-        for scene, picture in zip(some, paint(painter, pool, texts, (512, 512), SEED + start), strict=True):
+        for scene, picture in zip(some, paint(painter, pool, texts, size, SEED + start), strict=True):
             marks["background"].append(background_of(picture) == scene.background)
             if len(scene.objects) == 2:
                 marks["sides"].append(judge.sides_of(picture) == scene.objects)
