@@ -10,8 +10,7 @@ from PIL.Image import Image
 
 from models.base import Model
 from server import pictures
-from server.files import Files
-from server.jobs import Job, Outcome, StoredFile
+from server.jobs import Job, Outcome, Store, StoredFile
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Painted:
 class Answers:
     """Makes the outcome of a job whose pictures are painted and checked."""
 
-    def __init__(self, files: Files, *, embeds_parameters: bool) -> None:
+    def __init__(self, files: Store, *, embeds_parameters: bool) -> None:
         self._files = files
         self._embeds_parameters = embeds_parameters
 

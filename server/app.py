@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models import discover, weights
-from models.base import Model, Placement
+from models.base import Model
 from models.schema import Limits
 from server import admission, auth, gauges, history, openapi, overview, wire
 from server.address import Address
 from server.admission import Admission
 from server.auth import Keys, Scope
+from server.black_box import BlackBox
 from server.brought import Brought
 from server.control import Control
 from server.counted import Counted, Routed
 from server.database import Database
+from server.engines import placements
 from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
 from server.files import Files
@@ -69,7 +71,8 @@ def create_app(settings: Settings) -> FastAPI:
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
     absent = {endpoint: _needs(model) for endpoint, model in known.items() if endpoint not in places}
-    parts, worker = _join(settings, models, absent, places, database)
+    black_box = BlackBox(settings.data_dir)
+    parts, worker = _join(settings, models, absent, places, database, black_box)
     app = FastAPI(
         title="flux-server",
         version=operations.VERSION,
@@ -78,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
     )
-    app.state.parts, app.state.worker = parts, worker
+    app.state.parts, app.state.worker, app.state.black_box = parts, worker, black_box
     app.state.control = _control(settings, parts, database)
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
     for nouns in (queue, catalog, storage, tokens, files, operations, playground, platform, openai, realtime, run):
@@ -98,13 +101,15 @@ def _join(
     absent: Mapping[str, str],
     places: Mapping[str, str | Path | None],
     database: Database,
+    black_box: BlackBox,
 ) -> tuple[Parts, Worker]:
     notifier, metrics = Notifier(), Metrics()
     jobs = _queue(settings, database, notifier, metrics)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = _inputs(settings, jobs, guard, store, limits)
-    worker = Worker(settings, models, _placements(settings, places), jobs, store, inputs, notifier, metrics)
+    placed = placements(settings, places)
+    worker = Worker(settings, models, placed, jobs, store, inputs.brought.path, notifier, metrics, black_box)
     metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.about))
     parts = Parts(
         models=models,
@@ -177,21 +182,6 @@ def _needs(model: Model) -> str:
     return " or ".join(model.weights) + (f" with {model.add_on.hub_id}" if model.add_on else "")
 
 
-def _placements(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
-    return {
-        endpoint: Placement(
-            place,
-            settings.safety_checker,
-            settings.device,
-            settings.memory,
-            settings.max_acceleration,
-            settings.eager,
-            settings.data_dir / "compiled",
-        )
-        for endpoint, place in places.items()
-    }
-
-
 def _keys(settings: Settings, database: Database) -> Keys:
     """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
     if _uses_first_key(settings) and not auth.stored(database):
@@ -224,7 +214,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts: Parts = app.state.parts
     worker: Worker = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
-    parts.queue.recover()
+    parts.queue.recover(_after_crash(app.state.black_box))
     parts.files.remove_strays()
     parts.signer.rotate()
     worker.start()
@@ -243,6 +233,16 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         database.close()
+
+
+def _after_crash(black_box: BlackBox) -> Sequence[str]:
+    """The requests that the last process worked at, if it died of a fault of its own; from now on, this one's."""
+    trace, request_ids = black_box.read()
+    if trace:
+        at = ", ".join(request_ids) or "no request"
+        log.error("the last process died of a fault of its own while it worked at %s:\n%s", at, trace)
+    black_box.open()
+    return request_ids
 
 
 async def _every(seconds: float, act: Callable[[], object]) -> None:

@@ -1,15 +1,14 @@
 """Jobs that are claimed and not begun: each waits until its weights are in memory."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from models.base import DeviceLost, Engine, Model
 from server import wire
 from server.engines import Engines
 from server.errors import ClientCancelled, NotFound
-from server.inputs import Inputs
-from server.jobs import Job, Outcome, Priority
-from server.queue import Queue
+from server.jobs import Job, Outcome, Priority, Source
 from server.running import Running, failure
 from server.settings import Settings
 
@@ -18,13 +17,19 @@ class Claims:
     """They begin in the order of their claims, so that who waits for other weights has its turn too."""
 
     def __init__(
-        self, settings: Settings, models: Mapping[str, Model], queue: Queue, engines: Engines, inputs: Inputs
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        queue: Source,
+        engines: Engines,
+        input_path: Callable[[str], Path],
     ) -> None:
+        """`input_path` says where a file lies that a request brought along."""
         self._settings = settings
         self._models = models
         self._queue = queue
         self._engines = engines
-        self._inputs = inputs
+        self._input_path = input_path
         self._waiting: deque[tuple[Job, str]] = deque()
 
     @property
@@ -86,7 +91,7 @@ class Claims:
             model = self._models[job.endpoint]
             # No limits: what was accepted stays accepted, whatever the settings are by now.
             request = model.Input.model_validate_json(text)
-            inputs = {place: self._inputs.brought.path(name) for place, name in job.inputs.items()}
+            inputs = {place: self._input_path(name) for place, name in job.inputs.items()}
             must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
             return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
         except DeviceLost:

@@ -6,9 +6,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 from models import weights
 from models.base import About, Engine, Loading, Model, Placement
+from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +18,22 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str]
 #: Weights that could not be loaded are not tried again for so long: others would have to make room each time.
 PAUSE_SECONDS = 120.0
+
+
+def placements(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
+    """What each endpoint is set up with, by the weights it was given."""
+    return {
+        endpoint: Placement(
+            place,
+            settings.safety_checker,
+            settings.device,
+            settings.memory,
+            settings.max_acceleration,
+            settings.eager,
+            settings.data_dir / "compiled",
+        )
+        for endpoint, place in places.items()
+    }
 
 
 class Engines:

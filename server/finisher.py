@@ -10,10 +10,9 @@ from models.base import DeviceLost, Engine
 from server import wire
 from server.answers import Answers
 from server.errors import ClientCancelled, DiskFull
-from server.jobs import Job, Outcome
+from server.jobs import Job, Outcome, Source
 from server.metrics import Metrics
 from server.notifier import Notifier
-from server.queue import Queue
 from server.running import Running, failure
 from server.watchdog import Watchdog
 
@@ -29,7 +28,7 @@ class Finisher:
 
     def __init__(
         self,
-        queue: Queue,
+        queue: Source,
         answers: Answers,
         notifier: Notifier,
         watchdog: Watchdog,
@@ -111,8 +110,7 @@ class Finisher:
                         return wire.outcome_of(ClientCancelled())
                     running.develop()
             outcome = self._answers.outcome(running.job, running.model, running.request, running.painted)
-            self._metrics.pictures.labels(running.job.endpoint).inc(len(running.painted.pictures))
-            self._metrics.flagged.labels(running.job.endpoint).inc(sum(running.painted.flags))
+            self._metrics.painted(running.job.endpoint, len(running.painted.pictures), sum(running.painted.flags))
             return outcome
         except DiskFull:
             raise

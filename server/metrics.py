@@ -36,6 +36,11 @@ class Metrics:
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
 
+    def painted(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
+        """The pictures of one request, and how many of them are not shown."""
+        self.pictures.labels(endpoint).inc(num_pictures)
+        self.flagged.labels(endpoint).inc(num_flagged)
+
     def steps(self) -> list[dict[str, Any]]:
         """How many forwards there were since the start, and their mean in seconds, by size and tier."""
         found: dict[tuple[str, str], dict[str, float]] = {}

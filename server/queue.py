@@ -5,20 +5,18 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
-from server import journal, rows, wire
+from server import journal, rows, verdicts, wire
 from server.database import Database
 from server.errors import (
     ClientCancelled,
     ClientDisconnected,
     DiskFull,
-    InternalError,
     InvalidInput,
     NotFound,
     QueueFull,
-    ServerError,
     StartTimeout,
     TooManyRequests,
 )
@@ -29,10 +27,6 @@ from server.order import Order
 
 log = logging.getLogger(__name__)
 
-#: fal retries a job whose runner was lost at most this often.
-MAX_ATTEMPTS = 10
-#: After so many it is taken to be the job's fault, and others get their turn.
-MAX_STRIKES = 3
 #: How many finished jobs stay in memory for those who still ask for their status.
 RECENT = 2048
 
@@ -184,7 +178,7 @@ class Queue:
         """End a running job; False when it was cancelled meanwhile and ends so instead."""
         with self._lock:
             if job.is_cancelled:
-                self._end(job, wire.outcome_of(_cancellation(job)), is_cancelled=True)
+                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
                 return False
             self._end(job, outcome)
             return True
@@ -192,10 +186,13 @@ class Queue:
     def strike(self, jobs: Sequence[Job]) -> None:
         """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
         try:
-            with self._lock, self._database.transaction() as connection:
-                for job in jobs:
-                    if job.state == State.IN_PROGRESS:
+            with self._lock:
+                struck = [job for job in jobs if job.state == State.IN_PROGRESS]
+                with self._database.transaction() as connection:
+                    for job in struck:
                         rows.strike(connection, job)
+                for job in struck:
+                    job.strikes += 1
         except DiskFull:
             # What the process ends for is worse, and must not be hidden by this.
             log.error("the disk is full: it is not remembered what the process worked at")
@@ -207,7 +204,7 @@ class Queue:
         """
         with self._lock:
             if job.is_cancelled:
-                self._end(job, wire.outcome_of(_cancellation(job)), is_cancelled=True)
+                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
                 return
             with self._database.transaction() as connection:
                 rows.give_back(connection, job)
@@ -217,28 +214,36 @@ class Queue:
             self._order.wait(job)
         self._notifier.ring(job.request_id, QUEUE)
 
+    def lose(self, job: Job) -> None:
+        """The process that worked at a job is gone: it goes back to its old place, or ends if that was too often."""
+        with self._lock:
+            outcome = verdicts.after_loss(job)
+            if outcome and not job.is_cancelled:
+                self._end(job, outcome)
+            else:
+                self.give_back(job)
+        self._notifier.work.set()
+
     # -- what time does
 
-    def recover(self) -> int:
+    def recover(self, struck: Collection[str] = ()) -> int:
         """At the start: jobs that were running go back to their old place. Returns how many wait.
 
-        Those nobody waits for any more, the cancelled, and those that were tried too often end here.
+        Those nobody waits for any more, the cancelled, and those that were tried too often end here. `struck` are the
+        request ids that the last process worked at when it died of a fault of its own.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
                 job = rows.job_of(row)
                 self._live[job.request_id] = job
+                if job.request_id in struck:
+                    self.strike([job])
                 if job.mode != Mode.QUEUE:
                     self._end(job, wire.outcome_of(ClientDisconnected()))
                 elif job.is_cancelled:
                     self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
-                elif job.strikes >= MAX_STRIKES:
-                    words = f"The server had to end {job.strikes} times while it worked at this request."
-                    self._end(job, wire.outcome_of(InternalError(words)))
-                elif job.state == State.IN_PROGRESS and job.attempt >= MAX_ATTEMPTS:
-                    self._end(job, wire.outcome_of(InternalError(f"Gave up after {job.attempt} attempts.")))
-                elif job.state == State.IN_PROGRESS:
-                    self.give_back(job)
+                elif job.state == State.IN_PROGRESS or job.strikes >= verdicts.MAX_STRIKES:
+                    self.lose(job)
                 else:
                     self._order.wait(job)
         self._notifier.work.set()
@@ -292,8 +297,3 @@ class Queue:
             message = "Idempotency-Key was used before with another body"
             raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
         return self.find(row["request_id"]) or rows.job_of(row)
-
-
-def _cancellation(job: Job) -> ServerError:
-    """What the client of a cancelled job is told: it asked for that, or it left."""
-    return ClientCancelled() if job.mode == Mode.QUEUE else ClientDisconnected()

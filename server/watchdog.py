@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from server.jobs import Job
@@ -17,18 +17,25 @@ STUCK = 3
 
 
 class Watchdog:
-    """Looks at what each thread is at; `on_late` is told the jobs of one that is past the deadline."""
+    """Looks at what each thread is at.
+
+    `on_late` is told the jobs of one that is past the deadline, `note` each time what all of them are at.
+    """
 
     def __init__(
         self,
         deadline: float,
         on_late: Callable[[Sequence[Job]], None],
         clock: Callable[[], float] = time.monotonic,
+        note: Callable[[Mapping[int, Sequence[Job]]], None] | None = None,
     ) -> None:
         self._deadline = deadline
         self._on_late = on_late
+        self._note = note
         self._clock = clock
         self._watched: dict[int, tuple[float, Sequence[Job]]] = {}
+        # Over a change and the note of it, so that the newest note is the last one.
+        self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -45,14 +52,11 @@ class Watchdog:
         """While the block lasts, this thread works at these jobs."""
         me = threading.get_ident()
         around = self._watched.get(me)
-        self._watched[me] = (self._clock(), jobs)
+        self._put(me, (self._clock(), jobs))
         try:
             yield
         finally:
-            if around is None:
-                del self._watched[me]
-            else:
-                self._watched[me] = around
+            self._put(me, around)
 
     def look(self) -> None:
         """Tell of a thread that is late."""
@@ -60,6 +64,15 @@ class Watchdog:
         for begun, jobs in list(self._watched.values()):
             if now - begun > self._deadline:
                 self._on_late(jobs)
+
+    def _put(self, thread: int, what: tuple[float, Sequence[Job]] | None) -> None:
+        with self._lock:
+            if what is None:
+                del self._watched[thread]
+            else:
+                self._watched[thread] = what
+            if self._note:
+                self._note({thread: jobs for thread, (_, jobs) in self._watched.items()})
 
     def _run(self) -> None:
         while not self._is_stopped.wait(1):

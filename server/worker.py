@@ -6,23 +6,22 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from models.base import About, DeviceLost, Loading, Model, Placement
 from server import wire
 from server.answers import Answers
+from server.black_box import BlackBox
 from server.claims import Claims
 from server.engines import Engines
 from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
-from server.files import Files
 from server.finisher import Finisher
-from server.inputs import Inputs
-from server.jobs import Job, Mode, Outcome
+from server.jobs import Job, Mode, Outcome, Source, Store
 from server.metrics import Metrics
 from server.notifier import WORKER, Notifier
-from server.queue import Queue
 from server.running import Running, failure
 from server.settings import Settings
 from server.watchdog import Watchdog, end_process
@@ -41,21 +40,23 @@ class Worker:
         settings: Settings,
         models: Mapping[str, Model],
         placements: Mapping[str, Placement],
-        queue: Queue,
-        files: Files,
-        inputs: Inputs,
+        queue: Source,
+        files: Store,
+        input_path: Callable[[str], Path],
         notifier: Notifier,
         metrics: Metrics | None = None,
+        black_box: BlackBox | None = None,
     ) -> None:
+        """`input_path` says where a file lies that a request brought along."""
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
         self._notifier = notifier
         self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work.set)
-        self._claims = Claims(settings, models, queue, self._engines, inputs)
+        self._claims = Claims(settings, models, queue, self._engines, input_path)
         self._running: list[Running] = []
         self._ledger = Ledger(settings.max_running)
-        self._watchdog = Watchdog(settings.step_deadline, self._end_late)
+        self._watchdog = Watchdog(settings.step_deadline, self._end_late, note=black_box.note if black_box else None)
         answers = Answers(files, embeds_parameters=settings.embed_parameters)
         self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail, self._metrics)
         self._stop_at: float | None = None

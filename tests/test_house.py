@@ -46,6 +46,8 @@ LAYERS = (
         "server.lifecycle",
         "server.quota",
         "server.watchdog",
+        "server.black_box",
+        "server.verdicts",
     },
     {"server.pictures", "server.lora_files"},
     {"server.picture_parts"},

@@ -12,8 +12,8 @@ import pytest
 from server.database import Database, FolderInUse
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
 from server.jobs import Job, Lifecycle, Mode, Priority, State, StoredFile
-from server.queue import MAX_ATTEMPTS, MAX_STRIKES
 from server.retention import Retention
+from server.verdicts import MAX_ATTEMPTS, MAX_STRIKES
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
 
 #: A prompt that needs pages of its own in the database.

@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 
 from server.errors import TooManyRequests
 from server.jobs import Mode, Priority, State
-from server.queue import MAX_ATTEMPTS, MAX_STRIKES
 from server.retention import Retention
+from server.verdicts import MAX_ATTEMPTS, MAX_STRIKES
 from tests.parts import Clock, Parts, opened, painted, submission
 
 MAX_AGE = 7 * 86_400.0

@@ -40,7 +40,7 @@ def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     served = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
     placements = {endpoint: Placement(None, "") for endpoint in served}
     chosen = Settings(data_dir=parts.folder, **settings)
-    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs, parts.notifier)
+    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs.brought.path, parts.notifier)
 
 
 def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
