@@ -20,6 +20,7 @@ from server.admission import Admission
 from server.auth import Keys, Scope
 from server.black_box import BlackBox
 from server.brought import Brought
+from server.cluster import Cluster
 from server.control import Control
 from server.counted import Counted, Routed
 from server.database import Database
@@ -102,15 +103,20 @@ def _join(
     places: Mapping[str, str | Path | None],
     database: Database,
     black_box: BlackBox,
-) -> tuple[Parts, Worker]:
+) -> tuple[Parts, Worker | Cluster]:
     notifier, metrics = Notifier(), Metrics()
     jobs = _queue(settings, database, notifier, metrics)
     store = Files(settings.data_dir / "files", database)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
     inputs = _inputs(settings, jobs, guard, store, limits)
-    placed = placements(settings, places)
-    worker = Worker(settings, models, placed, jobs, store, inputs.brought.path, notifier, metrics, black_box)
-    metrics.watch(partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.about))
+    worker: Worker | Cluster
+    if settings.ray:
+        worker = Cluster(settings, jobs, store, inputs, notifier, metrics)
+    else:
+        placed, paths = placements(settings, places), inputs.brought.path
+        worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
+    seen = partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
+    metrics.watch(seen, partial(gauges.by_gpu, worker.gpus))
     parts = Parts(
         models=models,
         absent=absent,
@@ -134,7 +140,7 @@ def _join(
         history=partial(history.read, database),
         overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
-        engines=worker.about,
+        gpus=worker.gpus,
     )
     return parts, worker
 
@@ -212,7 +218,7 @@ def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
     parts: Parts = app.state.parts
-    worker: Worker = app.state.worker
+    worker: Worker | Cluster = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
     parts.queue.recover(_after_crash(app.state.black_box))
     parts.files.remove_strays()

@@ -1,5 +1,6 @@
 """The file store: pictures and uploads under names nobody can guess."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -53,23 +54,25 @@ class Files:
 
     def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Put bytes on the disk for good; the caller lists the file when the job is finished. Raises DiskFull."""
-        name = new_name(ending)
-        aside = self._folder / f"{name}.part"
+        file = StoredFile(new_name(ending), owner, len(content), content_type, is_private=lifecycle.is_private)
+        return self.put(file, content, lifecycle)
+
+    def put(self, file: StoredFile, content: bytes, lifecycle: Lifecycle) -> StoredFile:
+        """As `save`, under the name that the file has; when it expires is counted from now. Raises DiskFull."""
+        aside = self._folder / f"{file.name}.part"
         try:
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            self.adopt(aside, name)
+            with aside.open("wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            self.adopt(aside, file.name)
         except OSError as error:
             aside.unlink(missing_ok=True)
             if error.errno in FULL:
                 raise DiskFull from error
             raise
         expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
-        return StoredFile(
-            name, owner, len(content), content_type, is_private=lifecycle.is_private, expires_at=expires_at
-        )
+        return dataclasses.replace(file, expires_at=expires_at)
 
     def adopt(self, path: Path, name: str) -> None:
         """Move a file that is on the disk already into the store, for good."""

@@ -55,6 +55,7 @@ async def read(
         is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
         lifecycle=lifecycle(request.headers),
         max_queue_length=_max_queue_length(request.query_params),
+        runner_hint=request.headers.get("x-fal-runner-hint"),
     )
 
 

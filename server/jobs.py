@@ -57,6 +57,7 @@ class Submission:
     is_kept: bool = True
     lifecycle: Lifecycle = Lifecycle()
     max_queue_length: int | None = None
+    runner_hint: str | None = None
 
 
 #: More than there will ever be requests.
@@ -94,6 +95,8 @@ class Job:
     #: What the picture looks like so far, as a data URI; for those that stream, and those whose status asks for it.
     preview: str | None = None
     wants_previews: bool = False
+    #: fal's X-Fal-Runner-Hint: requests with the same one like the same GPU. Not kept over a restart.
+    runner_hint: str | None = None
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -56,6 +56,8 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
 def _without_progress(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Drop what is meant for the bar; the line says it in words."""
     event.pop("loading", None)
+    # Ray puts this into every record of the process.
+    event.pop("_ray_timestamp_ns", None)
     return event
 
 

@@ -10,6 +10,10 @@ from prometheus_client.registry import Collector
 from models.schema import PRESETS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: What it means, and its value now.
+Gauge = tuple[str, float]
+#: By the GPU's name and its node's.
+GpuValues = Mapping[tuple[str, str], float]
 _PREFIX = "flux_server_"
 _STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WAITS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
@@ -20,7 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.gauges: Callable[[], Mapping[str, tuple[str, float]]] = dict
+        self.gauges: Callable[[], Mapping[str, Gauge]] = dict
         self.http_requests = self._counter("http_requests", "HTTP requests answered.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that reached their end.", "endpoint", "outcome")
@@ -65,10 +69,12 @@ class Metrics:
         outcome = "cancelled" if is_cancelled else "completed" if status == 200 else "failed"
         self.ended.labels(endpoint, outcome).inc()
 
-    def watch(self, gauges: Callable[[], Mapping[str, tuple[str, float]]]) -> None:
-        """Ask for these each time the metrics are read: what they mean, and their values now."""
+    def watch(
+        self, gauges: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
+    ) -> None:
+        """Ask for these each time the metrics are read: what they mean, and their values now, in all and by GPU."""
         self.gauges = gauges
-        self.registry.register(_Gauges(gauges))
+        self.registry.register(_Gauges(gauges, by_gpu))
 
     def text(self) -> bytes:
         """All of them, in the form that Prometheus reads."""
@@ -82,9 +88,17 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, read: Callable[[], Mapping[str, tuple[str, float]]]) -> None:
-        self._read = read
+    def __init__(
+        self, read: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
+    ) -> None:
+        self._read, self._by_gpu = read, by_gpu
 
     def collect(self) -> list[Metric]:
         """The values of this moment."""
-        return [GaugeMetricFamily(f"{_PREFIX}{name}", words, value) for name, (words, value) in self._read().items()]
+        found = [GaugeMetricFamily(f"{_PREFIX}{name}", words, value) for name, (words, value) in self._read().items()]
+        for name, (words, values) in self._by_gpu().items():
+            family = GaugeMetricFamily(f"{_PREFIX}{name}", words, labels=("gpu", "node"))
+            for labels, value in values.items():
+                family.add_metric(labels, value)
+            found.append(family)
+        return list(found)

@@ -81,6 +81,7 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         is_kept=submission.is_kept,
         lifecycle=submission.lifecycle,
         inputs=submission.inputs,
+        runner_hint=submission.runner_hint,
     )
 
 

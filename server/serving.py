@@ -56,11 +56,11 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     parts, worker = app.state.parts, app.state.worker
     listeners = _listeners(app, settings)
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+    _hear_signals(stopping)
     door = await _door(settings, sockets)
     async with app.router.lifespan_context(app), control_socket.listening(app.state.control, settings.data_dir):
+        # Once more, because Ray has put handlers of its own in their place.
+        _hear_signals(stopping)
         with parts.notifier.listen(WORKER) as worker_ended:
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
@@ -82,6 +82,12 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             await door.close()
     failure: BaseException | None = worker.failure
     return failure
+
+
+def _hear_signals(stopping: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
 
 
 def _listeners(app: FastAPI, settings: Settings) -> list[_Listener]:

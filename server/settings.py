@@ -72,6 +72,12 @@ class Settings(BaseModel):
         0, ge=0, description="How many sets of weights stay in memory at a time; 0: as many as fit."
     )
     eager: bool = Field(False, description="Compile nothing: slower on a GPU, bit for bit diffusers' own pipeline.")
+    ray: str = Field(
+        "", description="Paint on a Ray cluster: local, auto or its address; empty: in the server's own process."
+    )
+    gpus: int = Field(0, ge=0, description="With --ray: how many GPUs; 0: as many as the cluster has.")
+    min_gpus: int = Field(1, ge=0, description="With --ray and --max-gpus: how many GPUs are kept, also idle.")
+    max_gpus: int = Field(0, ge=0, description="With --ray: ask for GPUs as the queue grows, up to so many.")
     step_deadline: float = Field(
         600, gt=0, description="A step that takes longer, in seconds, ends the process, for its supervisor to restart."
     )
@@ -160,6 +166,16 @@ class Settings(BaseModel):
         for network in networks:
             ipaddress.ip_network(network, strict=False)
         return networks
+
+    @model_validator(mode="after")
+    def _gpus_are_of_a_cluster(self) -> "Settings":
+        if not self.ray and (self.gpus or self.max_gpus):
+            raise ValueError("--gpus and --max-gpus need --ray")
+        if self.gpus and self.max_gpus:
+            raise ValueError("either --gpus or --max-gpus: a fixed number, or as the queue grows")
+        if self.max_gpus and self.min_gpus > self.max_gpus:
+            raise ValueError("--min-gpus should be at most --max-gpus")
+        return self
 
     @model_validator(mode="after")
     def _door_needs_tls(self) -> "Settings":

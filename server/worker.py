@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.base import About, DeviceLost, Loading, Model, Placement
+from models.base import DeviceLost, Loading, Model, Placement
 from server import wire
 from server.answers import Answers
 from server.black_box import BlackBox
@@ -19,6 +19,7 @@ from server.engines import Engines
 from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
 from server.finisher import Finisher
+from server.gpu import Gpu
 from server.jobs import Job, Mode, Outcome, Source, Store
 from server.metrics import Metrics
 from server.notifier import WORKER, Notifier
@@ -84,9 +85,10 @@ class Worker:
         self._engines.setup()
         self.is_ready = True
 
-    def about(self) -> Mapping[str, About]:
-        """What there is to tell of the engines in memory, by their weights; called from any thread."""
-        return self._engines.about()
+    def gpus(self) -> Sequence[Gpu]:
+        """What an operator is told of the one GPU that this worker has; called from any thread."""
+        num_running = len(self._running) + len(self._claims.jobs) + len(self._finisher)
+        return [Gpu("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.about())]
 
     def turn(self) -> bool:
         """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""

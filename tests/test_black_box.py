@@ -32,10 +32,12 @@ def died(data_dir: Path, name: str, number: int) -> str:
     for life in range(number):
         with serving(data_dir, "test/fatal=demo", models_dir=MODELS) as server:
             if life == 0:
-                with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
-                    # The process may be gone before the answer has left it, though the row is there.
-                    with contextlib.suppress(httpx.TransportError):
-                        submit(client, name)
+                # The process may be gone before the answer has left it, though the row is there.
+                with (
+                    httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+                    contextlib.suppress(httpx.TransportError),
+                ):
+                    submit(client, name)
             assert server.process.wait(60) == -signal.Signals[name]
         said = server.output
     return said

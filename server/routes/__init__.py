@@ -1,16 +1,17 @@
 """The routes, one file a noun; what they need of the server is in `Parts`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from starlette.requests import HTTPConnection, Request
 
-from models.base import About, Loading, Model
+from models.base import Loading, Model
 from server.auth import Keys
 from server.errors import NotFound
 from server.fetch import Guard
 from server.files import Files
+from server.gpu import Gpu
 from server.history import Wanted
 from server.inputs import Inputs
 from server.jobs import Job
@@ -47,8 +48,8 @@ class Parts:
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
     readiness: Callable[[], tuple[bool, Loading]]
-    #: What there is to tell of the engines in memory, by their weights.
-    engines: Callable[[], Mapping[str, About]]
+    #: What there is to tell of each GPU, and of the engines in its memory.
+    gpus: Callable[[], Sequence[Gpu]]
 
 
 def parts_of(request: Request) -> Parts:

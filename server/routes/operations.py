@@ -39,10 +39,9 @@ async def status(request: Request) -> Response:
     gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
     progress = None if is_ready else asdict(loading)
     # A driver that hangs must not hang the others.
-    loaded = await asyncio.to_thread(parts.engines)
-    engines = [{"weights": name, **asdict(about)} for name, about in loaded.items()]
+    gpus = [asdict(gpu) for gpu in await asyncio.to_thread(parts.gpus)]
     about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
-    return JSON({**about, "now": gauges, "engines": engines, "steps": parts.metrics.steps(), **seen})
+    return JSON({**about, "now": gauges, "gpus": gpus, "steps": parts.metrics.steps(), **seen})
 
 
 @router.get("/metrics")

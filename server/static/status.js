@@ -68,7 +68,7 @@ function show(seen) {
     ]),
   );
   at("plots").replaceChildren(...PLOTS.map((each) => plot(seen.minutes, each)));
-  const engines = seen.engines.map((engine) => ({
+  const engines = seen.gpus.flatMap((gpu) => Object.entries(gpu.engines).map(([weights, engine]) => ({ weights, ...engine }))).map((engine) => ({
     ...engine,
     acceleration: engine.acceleration.join(", "),
     used: engine.used_bytes === null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,

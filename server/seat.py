@@ -1,0 +1,255 @@
+"""One GPU's place in the cluster: one runner after the other, and the jobs that the present one has."""
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models.base import About, Loading
+from server import desk
+from server.errors import DiskFull
+from server.files import Files
+from server.gpu import Gpu
+from server.jobs import Job, Priority
+from server.metrics import Metrics
+from server.queue import Queue
+from server.ray_runner import Link, Lost
+
+log = logging.getLogger(__name__)
+
+#: Seconds before the next try, after so many runners in a row that never painted.
+PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+#: Prompts that a runner is taken to have in its cache.
+PROMPTS = 64
+
+
+class Seat:
+    """`on_change` is called from its thread when there may be room, and when a runner comes or goes."""
+
+    def __init__(
+        self,
+        number: int,
+        link: Callable[[], Link],
+        queue: Queue,
+        files: Files,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.number = number
+        self._make_link = link
+        self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
+        #: What the present runner has, by request id.
+        self.jobs: dict[str, Job] = {}
+        self._cancelled: set[str] = set()
+        self._shown: set[str] = set()
+        self.loading, self.is_ready, self.is_closing = Loading(), False, False
+        self._engines: Mapping[str, About] = {}
+        self._link: Link | None = None
+        self._num_lost = 0
+        self._sizes: set[str] = set()
+        self._prompts: OrderedDict[str, None] = OrderedDict()
+        self.idle_since = time.monotonic()
+        # Over the jobs and the link, so that no job is given to a runner that is being given up.
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"seat-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Ask for a GPU, and paint on it."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the GPU go, at once where it has nothing to do; after its jobs otherwise."""
+        self.is_closing = True
+        self._is_over.set()
+        with self._lock:
+            link = self._link
+        if link and self.is_ready:
+            link.stop()
+        elif link:
+            link.kill()
+
+    def end(self, seconds: float) -> None:
+        """Wait for that, but not for longer; what is left by then goes back to the queue."""
+        self._thread.join(max(0.0, seconds))
+        with self._lock:
+            if self._link:
+                self._link.kill()
+        self._thread.join(5)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its GPU was let go."""
+        return not self._thread.is_alive()
+
+    # -- what it is given
+
+    def has_room(self, limit: int, *, for_low: bool) -> bool:
+        """Whether it can take one more; those of low priority must not keep normal ones out."""
+        if not self.is_ready or self.is_closing:
+            return False
+        jobs = list(self.jobs.values())
+        num_low = sum(job.priority == Priority.LOW for job in jobs)
+        return len(jobs) < limit if for_low else len(jobs) - num_low < limit
+
+    def fit(self, text: str) -> int:
+        """How well a job would be served here: its size was painted before, its prompt was read before."""
+        size, prompt = _traits(text)
+        return 2 * (size in self._sizes) + (prompt in self._prompts)
+
+    def give(self, job: Job, text: str) -> None:
+        """One more job. It is lost with the runner, if that is what happens."""
+        size, prompt = _traits(text)
+        self._sizes.add(size)
+        self._prompts[prompt] = None
+        if len(self._prompts) > PROMPTS:
+            self._prompts.popitem(last=False)
+        with self._lock:
+            link = self._link
+            if link:
+                self.jobs[job.request_id] = job
+        if link is None:
+            self._retry(lambda: self._queue.give_back(job))
+        else:
+            link.take(job, text)
+
+    def pass_on(self) -> None:
+        """Tell the runner which of its jobs are cancelled by now, and of which somebody wants to see previews."""
+        with self._lock:
+            link, jobs = self._link, list(self.jobs.values())
+        for job in jobs if link else ():
+            if job.is_cancelled and job.request_id not in self._cancelled:
+                self._cancelled.add(job.request_id)
+                link.cancel(job.request_id)  # type: ignore[union-attr]
+            if job.wants_previews and job.request_id not in self._shown:
+                self._shown.add(job.request_id)
+                link.preview(job.request_id)  # type: ignore[union-attr]
+
+    def gpu(self) -> Gpu:
+        """What an operator is told of it."""
+        link = self._link
+        node = link.node if link else ""
+        state = "loading" if node else "waiting"
+        if self.is_ready:
+            state = "leaving" if self.is_closing else "ready"
+        return Gpu(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines)
+
+    # -- its thread
+
+    def _run(self) -> None:
+        num_failed = 0
+        while not self._is_over.wait(PAUSES[min(num_failed, len(PAUSES) - 1)]):
+            num_failed += 1
+            try:
+                num_failed = 0 if self._live() else num_failed
+            except Exception:
+                log.exception("GPU %d: trying again", self.number)
+
+    def _live(self) -> bool:
+        """One runner, from its start to its end; whether it could paint."""
+        link = self._make_link()
+        with self._lock:
+            self._link = link
+        was_ready = False
+        try:
+            for report in link.reports():
+                self._hear(link, report)
+                was_ready = was_ready or self.is_ready
+        except Lost as error:
+            if not self._is_over.is_set():
+                self._num_lost += 1
+                log.warning("GPU %d: its runner is gone: %s", self.number, error)
+        finally:
+            with self._lock:
+                self._link, self.is_ready = None, False
+            link.kill()
+            self._lose(link)
+            self._engines = {}
+            self._on_change()
+        return was_ready
+
+    def _lose(self, link: Link) -> None:
+        """What the runner had goes elsewhere, or ends because this was too often."""
+        if self.jobs and not self._is_over.is_set() and (struck := link.struck()):
+            jobs = [job for job in self.jobs.values() if job.request_id in struck]
+            log.error(
+                "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(struck)
+            )
+            self._queue.strike(jobs)
+        for job in sorted(self.jobs.values(), key=lambda job: job.rank):
+            self._retry(lambda job=job: self._queue.lose(job))  # type: ignore[misc]
+            self._forget(job)
+        self._sizes.clear()
+        self._prompts.clear()
+
+    def _hear(self, link: Link, report: desk.Report) -> None:
+        job = self.jobs.get(getattr(report, "request_id", ""))
+        match report:
+            case desk.Progress() if job:
+                job.preview = report.preview or job.preview
+                self._queue.progress(job, report.step, report.num_steps)
+                if job.wants_previews:
+                    self.pass_on()
+            case desk.Line() if job:
+                self._queue.log(job, report.message, report.level)
+            case desk.Ended() if job:
+                self._retry(lambda: self._finish(job, report))
+                self._forget(job)
+            case desk.Returned() if job:
+                self._retry(lambda: self._queue.give_back(job))
+                self._forget(job)
+            case desk.Struck():
+                self._queue.strike([self.jobs[name] for name in report.request_ids if name in self.jobs])
+                link.hear()
+            case desk.Stepped():
+                self._metrics.stepped(report.size, report.acceleration, report.seconds)
+            case desk.Painted():
+                self._metrics.painted(report.endpoint, report.num_pictures, report.num_flagged)
+            case _:
+                self._hear_state(report)
+
+    def _hear_state(self, report: desk.Report) -> None:
+        match report:
+            case desk.State():
+                self.loading, self._engines = report.loading, report.engines
+                if report.is_ready and not self.is_ready:
+                    self.is_ready, self.idle_since = True, time.monotonic()
+                    self._on_change()
+            case desk.Logged():
+                report.record.gpu = self.number
+                logging.getLogger(report.record.name).handle(report.record)
+            case desk.Over() if report.failure:
+                raise Lost(report.failure)
+
+    def _finish(self, job: Job, ended: desk.Ended) -> None:
+        """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files."""
+        files = tuple(self._files.put(file, ended.contents[file.name], job.lifecycle) for file in ended.outcome.files)
+        if not self._queue.finish(job, dataclasses.replace(ended.outcome, files=files)):
+            self._files.remove([file.name for file in files])
+
+    def _forget(self, job: Job) -> None:
+        self.jobs.pop(job.request_id, None)
+        self._cancelled.discard(job.request_id)
+        self._shown.discard(job.request_id)
+        self.idle_since = time.monotonic()
+        self._on_change()
+
+    def _retry(self, act: Callable[[], object]) -> None:
+        """Until the disk has room for it."""
+        while True:
+            try:
+                act()
+                return
+            except DiskFull:
+                log.error("the disk is full; nothing is lost, trying again every second")
+                time.sleep(1)
+
+
+def _traits(text: str) -> tuple[str, str]:
+    """What a compiled runner, and one that has read a prompt, would have at hand."""
+    fields: dict[str, Any] = json.loads(text)
+    return json.dumps(fields.get("image_size")), str(fields.get("prompt"))
