@@ -1,5 +1,6 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
+# make cluster a cluster of Ray's on this machine, with runners and nodes that die
 # make demo-eval   what the demo weights can do, measured
 #
 # TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: serve test soak test-all lint bench demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -20,6 +21,13 @@ test: lint tests/js/node_modules
 # Long runs, an hour on two cores.
 soak: lint
 	$(BIN)/pytest -m soak $(ARGS)
+
+# Then what the SDKs do, on one runner in a process of Ray's.
+SDK_TESTS := tests/test_python_client.py tests/test_node_clients.py tests/test_replayed_clients.py tests/test_curl.py \
+	tests/test_realtime.py tests/test_openai.py tests/test_storage_http.py
+cluster: lint tests/js/node_modules
+	$(BIN)/pytest -m cluster $(ARGS)
+	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
 test-all: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak" $(ARGS)

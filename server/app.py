@@ -33,6 +33,7 @@ from server.metrics import Metrics
 from server.notifier import WEBHOOKS, Notifier
 from server.queue import Queue
 from server.quota import Quota
+from server.ray_runner import Fleet
 from server.retention import Retention
 from server.routes import (
     Parts,
@@ -111,7 +112,7 @@ def _join(
     inputs = _inputs(settings, jobs, guard, store, limits)
     worker: Worker | Cluster
     if settings.ray:
-        worker = Cluster(settings, jobs, store, inputs, notifier, metrics)
+        worker = Cluster(settings, jobs, store, Fleet(settings, inputs.brought.path), notifier, metrics)
     else:
         placed, paths = placements(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
@@ -127,13 +128,7 @@ def _join(
         queue=jobs,
         files=store,
         uploads=_uploads(settings, database, store),
-        retention=Retention(
-            database,
-            jobs,
-            store,
-            max_age=settings.retention_days * 86_400,
-            max_bytes=settings.retention_gb * 1e9,
-        ),
+        retention=_retention(settings, database, jobs, store),
         signer=Signer(database, settings.webhook_secret),
         notifier=notifier,
         metrics=metrics,
@@ -143,6 +138,11 @@ def _join(
         gpus=worker.gpus,
     )
     return parts, worker
+
+
+def _retention(settings: Settings, database: Database, jobs: Queue, store: Files) -> Retention:
+    max_age, max_bytes = settings.retention_days * 86_400, settings.retention_gb * 1e9
+    return Retention(database, jobs, store, max_age=max_age, max_bytes=max_bytes)
 
 
 def _uploads(settings: Settings, database: Database, store: Files) -> Uploads:

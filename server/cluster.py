@@ -4,21 +4,19 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 from models.base import Loading
+from server.board import Board, Traits
 from server.errors import DiskFull
 from server.files import Files
 from server.gpu import Gpu
-from server.inputs import Inputs
 from server.jobs import Job
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
-from server.ray_runner import Link, connect
+from server.ray_runner import Fleet
 from server.seat import Seat
 from server.settings import Settings
 
@@ -30,23 +28,23 @@ JOBS_A_GPU = 4
 IDLE_SECONDS = 60.0
 #: Seconds between two looks at how many GPUs there should be.
 LOOK_EVERY = 1.0
-#: Runner hints that are remembered.
-HINTS = 10_000
 
 
 class Cluster:
     """What a worker is to one GPU: claims jobs, and gives each to the seat that serves it best."""
 
     def __init__(
-        self, settings: Settings, queue: Queue, files: Files, inputs: Inputs, notifier: Notifier, metrics: Metrics
+        self, settings: Settings, queue: Queue, files: Files, fleet: Fleet, notifier: Notifier, metrics: Metrics
     ) -> None:
         self._settings, self._queue, self._files = settings, queue, files
         self._notifier, self._metrics = notifier, metrics
-        self._ray: Any = None
-        self._link = partial(Link, settings, inputs.brought.path)
+        self._fleet = fleet
+        queue.on_cancel = self.cancel
         self._seats: list[Seat] = []
         self._num_seats = 0
-        self._hints: OrderedDict[str, Seat] = OrderedDict()
+        self._board = Board(settings.max_running)
+        #: Seats whose runner or jobs changed, until the board knows.
+        self._changed: deque[Seat] = deque()
         self._is_stopping = False
         #: Why it ended by itself, if it did.
         self.failure: BaseException | None = None
@@ -66,9 +64,14 @@ class Cluster:
         """What an operator is told of each."""
         return [seat.gpu() for seat in list(self._seats)]
 
+    def cancel(self, job: Job) -> None:
+        """A job is to end before its next step; returns when its runner knows, or is gone."""
+        for seat in [seat for seat in self._seats if job.request_id in seat.jobs]:
+            seat.cancel(job)
+
     def start(self) -> None:
-        """Connect to Ray, and ask it for GPUs. Raises RuntimeError."""
-        self._ray = connect(self._settings.ray, self._settings.gpus or 1)
+        """Ask for GPUs. Raises RuntimeError where there is nobody to ask."""
+        self._fleet.connect()
         self._thread.start()
 
     def stop(self) -> None:
@@ -83,19 +86,18 @@ class Cluster:
             seat.close()
         for seat in self._seats:
             seat.end(until - time.monotonic())
-        self._ray.shutdown()
+        self._fleet.close()
 
     # -- its thread
 
     def _run(self) -> None:
         looked_at = -math.inf
         while not self._is_stopping:
+            now = time.monotonic()
             try:
-                if time.monotonic() >= looked_at + LOOK_EVERY:
+                if now >= looked_at + LOOK_EVERY:
+                    looked_at = now
                     self._scale()
-                    looked_at = time.monotonic()
-                for seat in self._seats:
-                    seat.pass_on()
                 while self._hand_out():
                     continue
             except DiskFull:
@@ -107,38 +109,34 @@ class Cluster:
 
     def _hand_out(self) -> bool:
         """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
-        limit = self._settings.max_running
-        for_low = [seat for seat in self._seats if seat.has_room(limit, for_low=True)]
-        free = for_low or [seat for seat in self._seats if seat.has_room(limit, for_low=False)]
-        claimed = self._queue.claim(takes_low=bool(for_low)) if free else None
+        while self._changed:
+            self._board.update(self._changed.popleft())
+        claimed = self._queue.claim(takes_low=self._board.takes_low) if self._board.has_room else None
         if claimed is None:
             return False
         job, text = claimed
-        self._best(free, job, text).give(job, text)
+        seat = self._board.choose(job, Traits.of(text))
+        assert isinstance(seat, Seat)
+        seat.give(job, text)
+        self._board.update(seat)
         return True
 
-    def _best(self, free: Sequence[Seat], job: Job, text: str) -> Seat:
-        """The one that is hinted at; else of those with least to do, the one that has most of it at hand."""
-        chosen: Seat = min(free, key=lambda seat: (len(seat.jobs), -seat.fit(text), seat.number))
-        hinted = self._hints.get(job.runner_hint or "")
-        if hinted and hinted in free:
-            chosen = hinted
-        if job.runner_hint:
-            self._hints[job.runner_hint] = chosen
-            self._hints.move_to_end(job.runner_hint)
-            if len(self._hints) > HINTS:
-                self._hints.popitem(last=False)
-        return chosen
+    def _tell(self, seat: Seat) -> None:
+        """A seat's runner or jobs changed; called from the seat's thread."""
+        self._changed.append(seat)
+        self._notifier.work.set()
 
     # -- how many GPUs
 
     def _scale(self) -> None:
         """Ask for GPUs that are wanted, and let those go that are not: the last ones first."""
-        self._seats = [seat for seat in self._seats if not seat.is_over]
+        for seat in [seat for seat in self._seats if seat.is_over]:
+            self._seats.remove(seat)
+            self._board.remove(seat)
         staying = [seat for seat in self._seats if not seat.is_closing]
         wanted = self._num_wanted()
         for _ in range(wanted - len(staying)):
-            seat = Seat(self._num_seats, self._link, self._queue, self._files, self._metrics, self._notifier.work.set)
+            seat = Seat(self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell)
             self._num_seats += 1
             self._seats.append(seat)
             seat.start()
@@ -154,6 +152,6 @@ class Cluster:
             return settings.gpus
         if not settings.max_gpus:
             # As many as there are, and at least one is asked for: nodes may come later.
-            return max(1, settings.min_gpus, int(self._ray.cluster_resources().get("GPU", 0)))
+            return max(1, settings.min_gpus, self._fleet.num_gpus())
         num_jobs = self._queue.length + sum(len(seat.jobs) for seat in self._seats)
         return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / JOBS_A_GPU)))

@@ -1,7 +1,6 @@
 """The durable queue. The row is the truth; the in-memory image follows each commit and answers status."""
 
 import logging
-import sqlite3
 import threading
 import time
 from collections import OrderedDict
@@ -14,7 +13,6 @@ from server.errors import (
     ClientCancelled,
     ClientDisconnected,
     DiskFull,
-    InvalidInput,
     NotFound,
     QueueFull,
     StartTimeout,
@@ -57,6 +55,8 @@ class Queue:
         self._clock = clock
         # Held over a commit and the change of the image that follows it, so that both keep one order.
         self._lock = threading.RLock()
+        #: Told of a running job that is cancelled; returns when whoever works at it knows, wherever that is.
+        self.on_cancel: Callable[[Job], None] = lambda job: None
         self._order = Order()
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
@@ -67,8 +67,8 @@ class Queue:
         """Accept a request: when this returns, it survives the server. Raises QueueFull, DiskFull, InvalidInput."""
         with self._lock:
             with self._database.transaction() as connection:
-                if known := self._same(connection, submission):
-                    return known
+                if row := rows.find_same(connection, submission):
+                    return self.find(row["request_id"]) or rows.job_of(row)
                 if len(self._order) >= min(self._max_length, submission.max_queue_length or self._max_length):
                     raise QueueFull
                 if 0 < self._max_length_per_owner <= self._order.waiting(submission.owner):
@@ -90,6 +90,8 @@ class Queue:
                 with self._database.transaction() as connection:
                     rows.mark_cancelled(connection, job)
                 job.is_cancelled = True
+        if job.state == State.IN_PROGRESS:
+            self.on_cancel(job)
         self._notifier.work.set()
         return state
 
@@ -287,13 +289,3 @@ class Queue:
         self._metrics.end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
         journal.ended(job, outcome, is_cancelled=is_cancelled)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)
-
-    def _same(self, connection: sqlite3.Connection, submission: Submission) -> Job | None:
-        """The job an Idempotency-Key stands for already; InvalidInput when its body was another."""
-        row = rows.find_same(connection, submission)
-        if row is None:
-            return None
-        if row["body_hash"] != submission.body_hash:
-            message = "Idempotency-Key was used before with another body"
-            raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
-        return self.find(row["request_id"]) or rows.job_of(row)

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds that the node of a dead runner has to tell how it died; a dead node tells nothing.
 TELL_WITHIN = 3.0
+#: Seconds that a cancel may take to reach a runner before its client is answered all the same.
+HEARD_WITHIN = 2.0
 #: What the head calls beside the one call that lasts.
 _ORDERS = "orders"
 #: By itself, because it lasts as long as the grace, and cancels must come through meanwhile.
@@ -81,8 +83,9 @@ class Link:
         self._order("take")(job, text, contents)
 
     def cancel(self, request_id: str) -> None:
-        """A job is to end before its next step."""
-        self._order("cancel")(request_id)
+        """A job is to end before its next step; returns when the runner knows, or cannot know."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.get(self._order("cancel")(request_id), timeout=HEARD_WITHIN)
 
     def preview(self, request_id: str) -> None:
         """Somebody wants to see a job's previews."""
@@ -123,30 +126,50 @@ def _read_black_box(folder: str) -> tuple[str, list[str]]:
     return BlackBox(Path(folder)).read()
 
 
-def connect(where: str, num_gpus: int) -> Any:
-    """Start Ray on this machine ("local"), or join the cluster at an address ("auto": the one that this node is of).
+class Fleet:
+    """The GPUs that Ray has to give: of this machine ("local"), or of the cluster at an address.
 
-    Raises RuntimeError where Ray is not installed or does not answer.
+    "auto" is the cluster that this machine is a node of.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if where == "local":
-        # Its name hides it: every port of Ray's is then bound to loopback, and not to all interfaces.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    try:
-        import ray
-        import ray.util.scheduling_strategies
-    except ImportError:
-        raise RuntimeError("--ray needs Ray: pip install 'flux-server[ray]'") from None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-    try:
+
+    def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
+        self._settings, self._input_path = settings, input_path
+        self._ray: Any = None
+
+    def connect(self) -> None:
+        """Start Ray, or join it. Raises RuntimeError where it is not installed or does not answer."""
+        where = self._settings.ray
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if where == "local":
-            own = num_gpus if not _has_gpus() else None
-            ray.init("local", num_gpus=own, include_dashboard=False, **quiet)
-        else:
-            ray.init(where, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"--ray {where}: {error}") from None
-    return ray
+            # Its name hides it: every port of Ray's is then bound to loopback, and not to all interfaces.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        try:
+            import ray
+            import ray.util.scheduling_strategies
+        except ImportError:
+            raise RuntimeError("--ray needs Ray: pip install 'flux-server[ray]'") from None
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+        try:
+            if where == "local":
+                number = None if _has_gpus() else self._settings.gpus or self._settings.max_gpus or 1
+                ray.init("local", num_gpus=number, include_dashboard=False, **quiet)
+            else:
+                ray.init(where, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise RuntimeError(f"--ray {where}: {error}") from None
+        self._ray = ray
+
+    def link(self) -> Link:
+        """A runner on the next GPU that is free."""
+        return Link(self._settings, self._input_path)
+
+    def num_gpus(self) -> int:
+        """How many there are in all, busy ones too."""
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    def close(self) -> None:
+        """Leave; what was started here ends."""
+        self._ray.shutdown()
 
 
 def _has_gpus() -> bool:

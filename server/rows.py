@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from server.errors import InvalidInput
 from server.files import list_file
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
 
@@ -86,13 +87,16 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
 
 
 def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
-    """The row that the submission's Idempotency-Key stands for already."""
+    """The row that the submission's Idempotency-Key stands for already. Raises InvalidInput if its body was another."""
     if submission.idempotency_key is None:
         return None
     found: sqlite3.Row | None = connection.execute(
         "SELECT * FROM jobs WHERE owner = ? AND endpoint = ? AND idempotency_key = ?",
         (submission.owner, submission.endpoint, submission.idempotency_key),
     ).fetchone()
+    if found and found["body_hash"] != submission.body_hash:
+        message = "Idempotency-Key was used before with another body"
+        raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
     return found
 
 

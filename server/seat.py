@@ -1,13 +1,10 @@
 """One GPU's place in the cluster: one runner after the other, and the jobs that the present one has."""
 
 import dataclasses
-import json
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from models.base import About, Loading
 from server import desk
@@ -23,8 +20,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds before the next try, after so many runners in a row that never painted.
 PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-#: Prompts that a runner is taken to have in its cache.
-PROMPTS = 64
 
 
 class Seat:
@@ -37,21 +32,20 @@ class Seat:
         queue: Queue,
         files: Files,
         metrics: Metrics,
-        on_change: Callable[[], None],
+        on_change: Callable[["Seat"], None],
     ) -> None:
         self.number = number
         self._make_link = link
         self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
         #: What the present runner has, by request id.
         self.jobs: dict[str, Job] = {}
-        self._cancelled: set[str] = set()
         self._shown: set[str] = set()
         self.loading, self.is_ready, self.is_closing = Loading(), False, False
         self._engines: Mapping[str, About] = {}
         self._link: Link | None = None
         self._num_lost = 0
-        self._sizes: set[str] = set()
-        self._prompts: OrderedDict[str, None] = OrderedDict()
+        #: Runners so far.
+        self.life = 0
         self.idle_since = time.monotonic()
         # Over the jobs and the link, so that no job is given to a runner that is being given up.
         self._lock = threading.Lock()
@@ -66,6 +60,7 @@ class Seat:
         """Let the GPU go, at once where it has nothing to do; after its jobs otherwise."""
         self.is_closing = True
         self._is_over.set()
+        self._on_change(self)
         with self._lock:
             link = self._link
         if link and self.is_ready:
@@ -88,46 +83,37 @@ class Seat:
 
     # -- what it is given
 
-    def has_room(self, limit: int, *, for_low: bool) -> bool:
-        """Whether it can take one more; those of low priority must not keep normal ones out."""
-        if not self.is_ready or self.is_closing:
-            return False
-        jobs = list(self.jobs.values())
-        num_low = sum(job.priority == Priority.LOW for job in jobs)
-        return len(jobs) < limit if for_low else len(jobs) - num_low < limit
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes jobs."""
+        return self.is_ready and not self.is_closing
 
-    def fit(self, text: str) -> int:
-        """How well a job would be served here: its size was painted before, its prompt was read before."""
-        size, prompt = _traits(text)
-        return 2 * (size in self._sizes) + (prompt in self._prompts)
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many jobs it has, and how many of them are of low priority."""
+        jobs = list(self.jobs.values())
+        return len(jobs), sum(job.priority == Priority.LOW for job in jobs)
 
     def give(self, job: Job, text: str) -> None:
         """One more job. It is lost with the runner, if that is what happens."""
-        size, prompt = _traits(text)
-        self._sizes.add(size)
-        self._prompts[prompt] = None
-        if len(self._prompts) > PROMPTS:
-            self._prompts.popitem(last=False)
         with self._lock:
             link = self._link
             if link:
                 self.jobs[job.request_id] = job
         if link is None:
             self._retry(lambda: self._queue.give_back(job))
-        else:
-            link.take(job, text)
+            return
+        link.take(job, text)
+        # Since it was claimed, when nobody could be told yet.
+        if job.is_cancelled:
+            link.cancel(job.request_id)
 
-    def pass_on(self) -> None:
-        """Tell the runner which of its jobs are cancelled by now, and of which somebody wants to see previews."""
+    def cancel(self, job: Job) -> None:
+        """One of its jobs is to end; returns when the runner knows, or is gone."""
         with self._lock:
-            link, jobs = self._link, list(self.jobs.values())
-        for job in jobs if link else ():
-            if job.is_cancelled and job.request_id not in self._cancelled:
-                self._cancelled.add(job.request_id)
-                link.cancel(job.request_id)  # type: ignore[union-attr]
-            if job.wants_previews and job.request_id not in self._shown:
-                self._shown.add(job.request_id)
-                link.preview(job.request_id)  # type: ignore[union-attr]
+            link = self._link
+        if link:
+            link.cancel(job.request_id)
 
     def gpu(self) -> Gpu:
         """What an operator is told of it."""
@@ -154,6 +140,7 @@ class Seat:
         link = self._make_link()
         with self._lock:
             self._link = link
+            self.life += 1
         was_ready = False
         try:
             for report in link.reports():
@@ -169,7 +156,7 @@ class Seat:
             link.kill()
             self._lose(link)
             self._engines = {}
-            self._on_change()
+            self._on_change(self)
         return was_ready
 
     def _lose(self, link: Link) -> None:
@@ -183,8 +170,6 @@ class Seat:
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
             self._retry(lambda job=job: self._queue.lose(job))  # type: ignore[misc]
             self._forget(job)
-        self._sizes.clear()
-        self._prompts.clear()
 
     def _hear(self, link: Link, report: desk.Report) -> None:
         job = self.jobs.get(getattr(report, "request_id", ""))
@@ -192,8 +177,9 @@ class Seat:
             case desk.Progress() if job:
                 job.preview = report.preview or job.preview
                 self._queue.progress(job, report.step, report.num_steps)
-                if job.wants_previews:
-                    self.pass_on()
+                if job.wants_previews and job.request_id not in self._shown:
+                    self._shown.add(job.request_id)
+                    link.preview(job.request_id)
             case desk.Line() if job:
                 self._queue.log(job, report.message, report.level)
             case desk.Ended() if job:
@@ -218,7 +204,7 @@ class Seat:
                 self.loading, self._engines = report.loading, report.engines
                 if report.is_ready and not self.is_ready:
                     self.is_ready, self.idle_since = True, time.monotonic()
-                    self._on_change()
+                    self._on_change(self)
             case desk.Logged():
                 report.record.gpu = self.number
                 logging.getLogger(report.record.name).handle(report.record)
@@ -233,10 +219,9 @@ class Seat:
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.request_id, None)
-        self._cancelled.discard(job.request_id)
         self._shown.discard(job.request_id)
         self.idle_since = time.monotonic()
-        self._on_change()
+        self._on_change(self)
 
     def _retry(self, act: Callable[[], object]) -> None:
         """Until the disk has room for it."""
@@ -247,9 +232,3 @@ class Seat:
             except DiskFull:
                 log.error("the disk is full; nothing is lost, trying again every second")
                 time.sleep(1)
-
-
-def _traits(text: str) -> tuple[str, str]:
-    """What a compiled runner, and one that has read a prompt, would have at hand."""
-    fields: dict[str, Any] = json.loads(text)
-    return json.dumps(fields.get("image_size")), str(fields.get("prompt"))

@@ -18,6 +18,8 @@ from pydantic_core import from_json
 ROOT = Path(__file__).parent.parent
 MODELS = Path(__file__).parent / "models"
 
+#: `TEST_RAY=local pytest ...` runs the same tests on runners of Ray's.
+CLUSTER = {"RAY": os.environ["TEST_RAY"], "GPUS": "1"} if "TEST_RAY" in os.environ else {}
 #: As WEIGHTS: the test models alone. Without torch a server starts at once.
 TEST_MODELS = "test/null=demo"
 
@@ -32,6 +34,7 @@ class Server:
             "TLS_PORT": "0",
             "DATA_DIR": str(data_dir),
             "MODELS_DIR": str(MODELS),
+            **CLUSTER,
             **{name.upper(): value for name, value in settings.items()},
         }
         self.process = subprocess.Popen(

@@ -22,7 +22,7 @@ LAYERS = (
     {"server.control"},
     {"server.gauges", "server.counted", "server.overview"},
     {"server.routes", "server.cluster", "server.webhooks", "server.retention"},
-    {"server.seat"},
+    {"server.seat", "server.board"},
     {"server.ray_runner"},
     {"server.runner"},
     {"server.worker", "server.webhooks", "server.retention"},
@@ -157,7 +157,11 @@ def test_routes_and_worker_meet_in_the_queue() -> None:
 
 
 def test_only_app_and_doctor_look_for_models() -> None:
-    assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {"server.app", "server.doctor"}
+    assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {
+        "server.app",
+        "server.doctor",
+        "server.runner",
+    }
 
 
 @pytest.mark.parametrize("module", ["server.app", "server.serving", "server.__main__", "models.flux_dev"])
