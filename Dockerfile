@@ -44,6 +44,10 @@ RUN pip --python /opt/flux-server/bin/python install -c constraints.txt -r requi
 RUN if /opt/flux-server/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
         pip --python /opt/flux-server/bin/python install -c constraints.txt torchao; \
     fi
+# A cluster's own tools, where they are asked for: --build-arg RAY=1.
+ARG RAY=""
+# hadolint ignore=DL3013,DL3042
+RUN if [ -n "$RAY" ]; then pip --python /opt/flux-server/bin/python install -c constraints.txt 'ray[default]'; fi
 # Libraries' tests, and PyTorch's headers, which are of use to compilers only: there is none here.
 RUN find /opt/flux-server/lib -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + \
     && rm -rf /opt/flux-server/lib/python3.11/site-packages/torch/test \

@@ -24,6 +24,8 @@ COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 SCRIPT = ROOT / "tests" / "container" / "build.sh"
 SERVICES = ("flux", "demo")
+CLUSTER = ("head", "worker-0", "worker-1")
+KUBERAY = ROOT / "deploy" / "kuberay.yaml"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -121,10 +123,11 @@ def test_the_compose_file_follows_the_specification() -> None:
 
 
 def test_what_each_command_starts() -> None:
-    assert set(compose()["services"]) == set(SERVICES)
+    assert set(compose()["services"]) == {*SERVICES, *CLUSTER}
     assert started() == {"flux"}
     assert started(named="demo") == {"demo"}
     assert started("demo") == {"flux", "demo"}
+    assert started("cluster") == {"flux", *CLUSTER}
 
 
 def test_docker_compose_reads_it_likewise(tmp_path: Path) -> None:
@@ -227,6 +230,41 @@ def test_flux_has_a_gpu_and_the_demo_none() -> None:
     assert demo["environment"]["FLUX_SERVER_DEVICE"] == "cpu"
     assert demo["command"] == ["serve", "demo"]
     assert demo["profiles"] == ["demo"]
+
+
+def test_the_cluster_is_a_head_without_a_gpu_and_two_workers_with_one_each() -> None:
+    head, *workers = (service(name, RAY_AUTH_TOKEN="secret", FAL_KEY="alice:secret") for name in CLUSTER)
+    assert "deploy" not in head
+    settings = Settings.read(head["environment"], {"ray": "auto"})
+    assert settings.keys == ("alice:secret",)
+    assert head["command"][0].endswith('flux-server serve "$FLUX_MODEL" --ray auto')
+    assert head["ports"] == service("flux")["ports"]
+    devices = [worker["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for worker in workers]
+    assert devices == [["0"], ["1"]]
+    for it in (head, *workers):
+        assert it["build"]["args"]["RAY"] == "1"
+        assert (it["environment"]["RAY_AUTH_MODE"], it["environment"]["RAY_AUTH_TOKEN"]) == ("token", "secret")
+        assert (it["read_only"], it["cap_drop"], it["restart"]) == (True, ["ALL"], "unless-stopped")
+    # Neither its keys nor its data are a worker's business.
+    assert all("FAL_KEY" not in it["environment"] and it["volumes"] == ["models:/models"] for it in workers)
+    assert all(it["ports"] == [] for it in workers)
+    assert 'ARG RAY=""' in DOCKERFILE
+
+
+def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
+    spec = yaml.safe_load(KUBERAY.read_text(encoding="utf-8"))["spec"]
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"ray=={spec['rayVersion']}\n" in constraints
+    assert (spec["enableInTreeAutoscaling"], spec["authOptions"]["mode"]) == (True, "token")
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
+    environment = {each["name"]: each["value"] for each in head["env"]}
+    settings = Settings.read(environment, {"ray": "auto"})
+    (workers,) = spec["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (settings.min_gpus, settings.max_gpus)
+    (worker,) = workers["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert "flux-server serve black-forest-labs/FLUX.1-dev --ray auto" in head["args"][0]
 
 
 def test_the_page_on_deploying_names_what_there_is() -> None:

@@ -16,6 +16,10 @@ DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT
 FOREIGN = {
     *(
         "--detach",
+        "--head",
+        "--node-ip-address",
+        "--address",
+        "--from-literal",
         "--follow",
         "--build",
         "--profile",
