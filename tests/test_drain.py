@@ -98,9 +98,7 @@ def stopped_with_everything_open(data_dir: Path, gate: Gate, steps: int, hangs: 
 
 
 @pytest.mark.parametrize("number", rounds(1, 50))
-def test_a_stop_with_everything_open(
-    tmp_path: Path, gate: Gate, number: int, request: pytest.FixtureRequest
-) -> None:
+def test_a_stop_with_everything_open(tmp_path: Path, gate: Gate, number: int, request: pytest.FixtureRequest) -> None:
     """Some requests are done within the grace, some are not, and now and then a step does not end at all."""
     steps, hangs = random.Random(number).randint(1, 50), number % 5 == 4
     paths, seconds = stopped_with_everything_open(tmp_path / "data", gate, steps, hangs)
