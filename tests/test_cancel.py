@@ -17,7 +17,7 @@ OK, REQUESTED, TOO_LATE = 200, 202, 400
 
 @dataclass(frozen=True)
 class Plan:
-    """When a request is cancelled: after so many of its steps; -1 while it waits, `total` at any time, more when done."""
+    """When a request is cancelled: after so many steps; -1 while it waits, `total` at any time, more when done."""
 
     number: int
     num_steps: int
