@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from server import commands, tls
+from server.errors import DiskFull
 from server.settings import PREFIX, BadSettings, Settings
 
 cli = typer.Typer(
@@ -80,7 +81,7 @@ def serve(settings: Settings) -> None:
     logs.set_up(settings.log_level, settings.log_format)
     try:
         failure = serve_until_stopped(settings)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, DiskFull) as error:
         typer.echo(f"The server could not start:\n{error}", err=True)
         raise typer.Exit(FAILED) from None
     # Without waiting for a thread that may still be loading weights.

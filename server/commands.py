@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.errors import DiskFull
 from server.settings import BadSettings, Settings
 
 FAILED = 1
@@ -26,7 +27,7 @@ def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
 
     try:
         return control_socket.ask(Settings.read(os.environ, {"data_dir": data_dir}).data_dir, act, **arguments)
-    except (BadSettings, ValueError, OSError) as error:
+    except (BadSettings, ValueError, OSError, DiskFull) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

@@ -9,6 +9,7 @@ from typing import Any
 from server import auth
 from server.auth import Scope
 from server.database import Database
+from server.errors import DiskFull
 
 #: What a backup holds beside the database: pictures and uploads, what waiting requests brought, the certificates.
 _FOLDERS = ("files", "inputs", "tls")
@@ -94,6 +95,8 @@ class Control:
             for name in _FOLDERS:
                 if (self._data_dir / name).is_dir():
                     shutil.copytree(self._data_dir / name, target / name, copy_function=_copy_if_there)
+        except DiskFull:
+            raise ValueError(f"{target}: No space left on device") from None
         except OSError as error:
             raise ValueError(f"{target}: {error.strerror or error}") from None
         return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

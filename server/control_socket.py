@@ -12,6 +12,7 @@ from typing import Any
 
 from server.control import Control
 from server.database import FILE, Database, FolderInUse
+from server.errors import DiskFull
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ async def listening(control: Control, data_dir: Path) -> AsyncIterator[None]:
 def _act(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": control.acts[asked["act"]](**asked["arguments"])}
-    except ValueError as error:
+    except (ValueError, DiskFull) as error:
         return {"error": str(error)}
     except Exception:
         log.exception("%s failed", asked.get("act"))

@@ -12,6 +12,8 @@ from server.errors import DiskFull
 SCHEMA = Path(__file__).with_name("schema.sql")
 FILE = "queue.sqlite3"
 VERSION = 6
+#: What SQLite says when there is no more room: for a table, and for the index of its log.
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -41,6 +43,17 @@ class FolderInUse(RuntimeError):
     """Another server holds the data folder."""
 
 
+@contextmanager
+def _full_disk_told() -> Iterator[None]:
+    """Raises DiskFull where SQLite says so in its own words."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode in _FULL:
+            raise DiskFull from error
+        raise
+
+
 class Database:
     """SQLite in WAL mode with every commit on disk before it is answered.
 
@@ -66,10 +79,11 @@ class Database:
         self._connection = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.Lock()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
-            self._connection.execute(f"PRAGMA {pragma}")
         try:
-            self._migrate()
+            with _full_disk_told():
+                for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
+                    self._connection.execute(f"PRAGMA {pragma}")
+                self._migrate()
         except BaseException:
             self.close()
             raise
@@ -87,16 +101,14 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
-        with self._lock:
+        with self._lock, _full_disk_told():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
-            except BaseException as error:
+            except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    raise DiskFull from error
                 raise
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
@@ -105,8 +117,8 @@ class Database:
             return self._connection.execute(sql, parameters).fetchall()
 
     def copy(self, folder: Path) -> None:
-        """Write all of it, as it is now, into a new file in this folder; others wait meanwhile."""
-        with self._lock:
+        """Write all of it, as it is now, into a new file in this folder; others wait meanwhile. Raises DiskFull."""
+        with self._lock, _full_disk_told():
             self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
         (folder / FILE).chmod(0o600)
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 #: Seconds beyond the grace: enough to encode and write a picture, so that only its decoding is given up.
-LAST_MOMENT = 2
+LAST_MOMENT = 1.0
 
 
 class Finisher:

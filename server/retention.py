@@ -12,6 +12,16 @@ from server.queue import Queue
 #: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
 GRACE_SECONDS = 600.0
 _BATCH = 500
+#: Those whose webhook is due still are kept: a clock that is set right may make them old at once.
+_OLD = """
+    SELECT request_id FROM jobs WHERE state = 'COMPLETED' AND (
+        (is_kept = 0 AND fetched_at <= ?) OR (
+            finished_at <= ? AND NOT EXISTS (
+                SELECT 1 FROM deliveries WHERE deliveries.request_id = jobs.request_id AND due_at IS NOT NULL
+            )
+        )
+    )
+"""
 #: All that takes room: files, and the answers that hold pictures themselves.
 _KEPT = """
     SELECT name, request_id, size, created_at FROM files
@@ -48,12 +58,7 @@ class Retention:
             "SELECT name FROM files WHERE request_id IS NULL AND created_at <= ?", now - self._max_age
         )
         self._delete_uploads([row["name"] for row in old])
-        rows = self._database.read(
-            "SELECT request_id FROM jobs WHERE state = 'COMPLETED'"
-            " AND (finished_at <= ? OR (is_kept = 0 AND fetched_at <= ?))",
-            now - self._max_age,
-            now - GRACE_SECONDS,
-        )
+        rows = self._database.read(_OLD, now - GRACE_SECONDS, now - self._max_age)
         return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
 
     def delete(self, job: Job) -> None:

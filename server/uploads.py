@@ -74,7 +74,7 @@ class Uploads:
         self._remove_strays()
 
     def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Expect a file; its name in the store is known from now on. Raises QueueFull."""
+        """Expect a file; its name in the store is known from now on. Raises QueueFull and DiskFull."""
         ((under_way,),) = self._database.read("SELECT count(*) FROM uploads WHERE owner = ?", owner)
         if under_way >= MAX_UNDER_WAY:
             raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
@@ -86,21 +86,16 @@ class Uploads:
             file_name=_clean(file_name)[:255] or "file",
             lifecycle=lifecycle,
         )
-        with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    upload.upload_id,
-                    upload.name,
-                    upload.owner,
-                    upload.content_type,
-                    upload.file_name,
-                    lifecycle.is_private,
-                    lifecycle.lifetime,
-                    self._clock(),
-                ),
-            )
-        self._parts(upload).mkdir(mode=0o700)
+        folder = self._parts(upload)
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise DiskFull from error
+        try:
+            self._insert(upload)
+        except BaseException:
+            folder.rmdir()
+            raise
         return upload
 
     def find(self, upload_id: str) -> Upload:
@@ -168,6 +163,12 @@ class Uploads:
         shutil.rmtree(folder, ignore_errors=True)
         return file
 
+    def forget(self, upload: Upload) -> None:
+        """Give up one that nobody can finish. On a full disk that is left to the sweep."""
+        with contextlib.suppress(DiskFull), self._database.transaction() as connection:
+            connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
+        shutil.rmtree(self._parts(upload), ignore_errors=True)
+
     def sweep(self) -> int:
         """Forget uploads that were not finished in time; returns how many."""
         with self._database.transaction() as connection:
@@ -180,6 +181,20 @@ class Uploads:
 
     async def _in_thread(self, act: Callable[..., Result], *given: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, act, *given)
+
+    def _insert(self, upload: Upload) -> None:
+        values = (
+            upload.upload_id,
+            upload.name,
+            upload.owner,
+            upload.content_type,
+            upload.file_name,
+            upload.lifecycle.is_private,
+            upload.lifecycle.lifetime,
+            self._clock(),
+        )
+        with self._database.transaction() as connection:
+            connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def _listed(self, upload: Upload, whole: Path, size: int) -> StoredFile:
         now = self._clock()

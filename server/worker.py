@@ -18,7 +18,7 @@ from server.claims import Claims
 from server.engines import Engines
 from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
-from server.finisher import Finisher
+from server.finisher import LAST_MOMENT, Finisher
 from server.gpu import Gpu
 from server.jobs import Job, Mode, Outcome, Source, Store
 from server.metrics import Metrics
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: How many previews a picture's client gets at most.
 PREVIEWS = 10
+#: Seconds beyond the grace until a stop goes on without the worker: the finisher's, and some to give back what is left.
+_END = LAST_MOMENT + 0.5
 
 
 class Worker:
@@ -76,9 +78,10 @@ class Worker:
         was_ready, self.is_ready = self.is_ready, False
         self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
         self._notifier.work.set()
-        # Loading cannot be interrupted and has nothing to lose; a single step may outlast the grace.
+        # Loading cannot be interrupted and has nothing to lose; nor has a step that does not end: the next start gives
+        # its job back.
         if was_ready:
-            self._thread.join(self._settings.shutdown_grace + 5)
+            self._thread.join(self._settings.shutdown_grace + _END)
 
     def setup(self) -> None:
         """Load what there is room for. Raises what the first bad one raises."""

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ TEST_MODELS = "test/null=demo"
 
 
 class Server:
-    """A running `flux-server serve`."""
+    """A running `flux-server serve`; `within` is a command that runs it somewhere else, such as nsenter."""
 
-    def __init__(self, data_dir: Path, *weights: str, **settings: str) -> None:
+    def __init__(self, data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> None:
         self.data_dir = data_dir
         self.settings = {
             "PORT": "0",
@@ -38,7 +38,7 @@ class Server:
             **{name.upper(): value for name, value in settings.items()},
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", *(weights or ("demo",))],
+            [*within, sys.executable, "-m", "server", "serve", *(weights or ("demo",))],
             cwd=ROOT,
             env=self.environment(),
             stdout=subprocess.PIPE,
@@ -106,9 +106,9 @@ class Server:
 
 
 @contextmanager
-def serving(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
+def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> Iterator[Server]:
     """A server for as long as the block lasts, which then ends whatever way it must."""
-    server = Server(data_dir, *weights, **settings)
+    server = Server(data_dir, *weights, within=within, **settings)
     try:
         yield server
     finally:

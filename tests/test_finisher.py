@@ -355,6 +355,7 @@ def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngi
             wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
             assert engine.is_decoding.wait(60)
             worker.stop()
+            worker._thread.join()
             assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_QUEUE]
         # What was at hand ends on the thread that has it, if the process lives that long.
         assert worker.failure is None

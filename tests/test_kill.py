@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from tests.parts import opened
+from tests.rounds import rounds
 from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving, statuses
 
 SMALL = {"image_size": {"width": 256, "height": 256}, "num_inference_steps": 10}
@@ -71,7 +73,7 @@ def test_a_killed_server_paints_the_same_bytes_when_it_is_back(tmp_path: Path, c
         assert len(parts.on_disk()) == sum(len(pictures) for pictures in undisturbed)
 
 
-def submit_until_killed(url: str, acknowledged: list[str], is_enough: threading.Event) -> None:
+def submit_until_killed(url: str, acknowledged: list[str], enough: int, is_enough: threading.Event) -> None:
     """One of many clients: submit without end, and remember what was answered."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         while True:
@@ -79,18 +81,19 @@ def submit_until_killed(url: str, acknowledged: list[str], is_enough: threading.
                 acknowledged.append(submit(client, {"prompt": "x", "seed": 7}, "test/null"))
             except httpx.TransportError:
                 return
-            if len(acknowledged) >= 40:
+            if len(acknowledged) >= enough:
                 is_enough.set()
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", rounds(5, 100))
 def test_what_was_acknowledged_survives_a_kill_under_load(tmp_path: Path, number: int) -> None:
     acknowledged: list[str] = []
+    enough = random.Random(number).randint(10, 70)
     is_enough = threading.Event()
     with serving(tmp_path, TEST_MODELS) as first, ThreadPoolExecutor(SUBMITTERS) as clients:
         url = first.ready().url
         for _ in range(SUBMITTERS):
-            clients.submit(submit_until_killed, url, acknowledged, is_enough)
+            clients.submit(submit_until_killed, url, acknowledged, enough, is_enough)
         assert is_enough.wait(60)
         first.kill()
     with serving(tmp_path, TEST_MODELS) as second, client_of(second) as client:
@@ -98,11 +101,17 @@ def test_what_was_acknowledged_survives_a_kill_under_load(tmp_path: Path, number
         results = [client.get(path.removesuffix("/status")) for path in acknowledged]
         assert {result.status_code for result in results} == {200}
         assert second.stop() == 0
-    found = rows(tmp_path, "SELECT request_id, status FROM jobs")
+    found = rows(tmp_path, "SELECT request_id FROM jobs")
     assert len(set(acknowledged)) == len(acknowledged)
     # A submit whose answer was lost may be there too, as one more; what was answered must be.
-    assert set(ids(acknowledged)) <= {request_id for request_id, _ in found}
+    assert set(ids(acknowledged)) <= {request_id for (request_id,) in found}
     assert len(found) - len(acknowledged) <= SUBMITTERS
+    # One picture of each that is done, and no other.
+    files = rows(tmp_path, "SELECT name, request_id FROM files ORDER BY name")
+    done = rows(tmp_path, "SELECT request_id FROM jobs WHERE status = 200")
+    assert sorted(request_id for _, request_id in files) == sorted(request_id for (request_id,) in done)
+    with opened(tmp_path) as parts:
+        assert parts.on_disk() == [name for name, _ in files]
 
 
 def test_those_who_waited_on_the_line_are_not_painted_for_after_a_kill(tmp_path: Path) -> None:

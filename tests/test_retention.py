@@ -40,6 +40,17 @@ def test_results_and_pictures_go_by_age(parts: Parts) -> None:
     assert parts.queue.load(old.request_id) is None
 
 
+def test_a_result_whose_webhook_is_due_is_kept_until_it_was_told(parts: Parts) -> None:
+    """Its clock may have been set right by a year meanwhile."""
+    job = with_picture(parts, webhook_url="http://there/hook")
+    parts.clock.now += 366 * DAY
+    assert retention(parts).sweep() == 0
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET due_at = NULL")
+    assert retention(parts).sweep() == 1
+    assert parts.queue.load(job.request_id) is None
+
+
 def test_age_counts_from_the_end_not_from_the_submit(parts: Parts) -> None:
     job = parts.queue.submit(submission())
     parts.clock.now += 30 * DAY

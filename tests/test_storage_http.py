@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -508,6 +509,24 @@ def test_a_file_that_is_too_large(small: Server, small_client: httpx.Client, siz
 def test_a_file_that_is_too_large_in_chunks(small_client: httpx.Client) -> None:
     chunks = (b"x" * 65_536 for _ in range(17))
     too_large(small_client.post("/files/upload", content=chunks, headers=ALICE), LIMIT)
+
+
+def under_way(server: Server) -> set[str]:
+    """The uploads that count against their owners' limit."""
+    return {path.name for path in (server.data_dir / "uploads").iterdir()}
+
+
+def test_an_upload_that_nobody_can_go_on_with_is_forgotten(small: Server, small_client: httpx.Client) -> None:
+    """In one request, whose client is told of no upload: too large, or left in the middle."""
+    before, url = under_way(small), httpx.URL(small.url)
+    too_large(small_client.post("/files/upload", content=b"x" * (LIMIT + 1), headers=ALICE), LIMIT)
+    with socket.create_connection((url.host, url.port)) as connection:
+        headers = "Host: 127.0.0.1\r\nAuthorization: Key alice:secret\r\nContent-Length: 1000\r\n"
+        connection.sendall(f"POST /files/upload HTTP/1.1\r\n{headers}\r\nonly this".encode())
+        while under_way(small) <= before:
+            continue
+    while under_way(small) != before:
+        continue
 
 
 def test_parts_that_are_too_large_together(small_client: httpx.Client) -> None:

@@ -103,8 +103,13 @@ async def upload_at_once(request: Request) -> Response:
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = parts_of(request).uploads
     upload = await _begin(request, _announced(request), UPLOADS)
-    await uploads.receive(upload, 1, request.stream())
-    file = await uploads.finish(upload)
+    try:
+        await uploads.receive(upload, 1, request.stream())
+        file = await uploads.finish(upload)
+    except BaseException:
+        # Nobody was told of it, so nobody can go on with it. Not awaited: the client may be gone.
+        asyncio.get_running_loop().run_in_executor(None, uploads.forget, upload)
+        raise
     return JSON({"access_url": f"{request.state.base_url}/files/{file.name}"})
 
 

@@ -1,6 +1,7 @@
 """Named moments in the life of a request at which a server can be made to die, as by kill -9."""
 
 import importlib
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def arm(name: str, marker: Path) -> None:
     for part in path:
         holder = getattr(holder, part)
     original: Callable[..., Any] = getattr(holder, last)
-    calls = 0
+    calls = itertools.count(1)
 
     def die() -> None:
         if not marker.exists():
@@ -66,12 +67,12 @@ def arm(name: str, marker: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def dying(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if point.is_before and calls == point.number:
+        # Of this call: others may come while it lasts.
+        number = next(calls)
+        if point.is_before and number == point.number:
             die()
         result = original(*arguments, **options)
-        if not point.is_before and calls == point.number:
+        if not point.is_before and number == point.number:
             die()
         return result
 
