@@ -1,7 +1,10 @@
 """Programs for a network of their own: `python -m tests.network_programs PROGRAM ARGUMENT...` prints JSON."""
 
+import hashlib
 import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +15,10 @@ from urllib.parse import quote, urlsplit
 import httpx
 from PIL import Image
 
+from models.weights import DEMO
 from tests.network import PUBLIC, Resolver, Wire, canary, lead_everything_here
 from tests.serving import TEST_MODELS, Server, serving
+from tests.stand_in_hub import COMMIT
 from tests.test_fetch import FORBIDDEN, INNER
 from tests.test_lora_inputs import GOOD
 
@@ -119,6 +124,41 @@ def allowed(folder: str) -> Any:
         while 'flux_server_webhook_attempts_total{outcome="delivered"} 1.0' not in client.get("/metrics").text:
             continue
         return {"ends": found, "tried": sorted(wire.tried() - {_own(server)})}
+
+
+def local(folder: str) -> Any:
+    """Weights of every kind that are here: what was tried while they were loaded and painted, and after that."""
+    for name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_", "DIFFUSERS_"))]:
+        del os.environ[name]
+    os.environ["HF_HOME"] = f"{folder}/hub"
+    weights, own = Path(folder) / "weights", Path(folder) / "own"
+    cached(Path(folder) / "hub", "black-forest-labs/FLUX.1-dev", DEMO)
+    cached(Path(folder) / "hub", "Falconsai/nsfw_image_detection", DEMO / "safety_checker")
+    shutil.copytree(DEMO, weights, ignore=shutil.ignore_patterns("recipe", "safety_checker"))
+    wire = Wire()
+    specs = ("demo", "black-forest-labs/FLUX.1-dev", f"fal-ai/flux/krea={weights}")
+    with serving(own, *specs) as server, _client(server) as client:
+        body = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
+        ends = {name: client.post(f"/fal-ai/flux/{name}", json=body).json() for name in ("schnell", "dev", "krea")}
+        tried = sorted(wire.tried() - {_own(server)})
+        _picture(client, "http://public.test/picture.png")
+        return {"ends": ends, "tried": tried, "after": sorted(wire.tried() - {_own(server)})}
+
+
+def cached(home: Path, hub_id: str, folder: Path) -> Path:
+    """A folder as the hub's own client keeps what it pulled: links to blobs. Returns where it is read."""
+    repository = home / "hub" / f"models--{hub_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(folder)
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        for made in (link, blob):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
 
 
 if __name__ == "__main__":

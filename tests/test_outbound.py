@@ -52,3 +52,16 @@ def test_who_is_allowed_to_is_heard(allowed: Any) -> None:
     assert tried >= {*inner, "::1", "fd00::1", "fec0::1", "fd00:ec2::254", "64:ff9b::7f00:1", "2002:7f00:1::"}
     files = {"GET 10.0.0.1 /picture.png", "GET 192.168.0.1 /lora.safetensors", "POST 169.254.169.254 /hook"}
     assert set(allowed["asked"]) > files
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return inside("local", tmp_path_factory.mktemp("local"))
+
+
+def test_weights_that_are_here_are_loaded_and_painted_without_a_word_to_anybody(local: Any) -> None:
+    """Those of the demo, of a folder, and of the hub's cache; no name is looked up either."""
+    assert [end.get("has_nsfw_concepts", end) for end in local["ends"].values()] == [[False]] * 3
+    assert local["tried"] == []
+    # The wire was listened to.
+    assert set(local["after"]) == {f"tcp {PUBLIC} 80", LOOKED_UP}
