@@ -9,6 +9,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL.Image import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
+from models import trust
 from models.texts import NUM_TOKENS, Text
 
 
@@ -26,6 +27,7 @@ class Redux:
     @classmethod
     def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
         """In bf16 on the device; only safetensors. Raises OSError, also where it does not fit."""
+        trust.check(folder)
         common = {"dtype": torch.bfloat16, "use_safetensors": True, "local_files_only": True}
         prior = FluxPriorReduxPipeline(
             image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder", **common).eval(),

@@ -6,13 +6,16 @@ from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 
-from models import hub
+from models import hub, trust
 from models.base import CannotPaint, Placement
 from models.weights import device_for, folder_of
 
 #: Falconsai/nsfw_image_detection's "nsfw" probability above which fal's own toolkit flags a picture.
 THRESHOLD = 0.5
+#: Without the second, transformers asks on the terminal whether code from the folder may run.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Checker(Protocol):
@@ -28,8 +31,8 @@ class ImageClassifier:
     def __init__(self, folder: Path, device: str) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **_LOCAL)
         self.model = model.to(device).eval()
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
@@ -53,7 +56,7 @@ class CompVis:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import AutoImageProcessor
 
-        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
         model = StableDiffusionSafetyChecker.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         self.model = model.to(device).eval()
 
@@ -84,7 +87,7 @@ def load(placement: Placement) -> Checker:
     """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
         return _load(_folder(placement), device_for(placement.device))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
 
 
@@ -110,6 +113,7 @@ def _folder(placement: Placement) -> Path:
 def _load(folder: Path, device: str) -> Checker:
     from transformers import PretrainedConfig
 
+    trust.check(folder)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
         return CompVis(folder, device)

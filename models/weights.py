@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models import hub, memory
+from models import hub, memory, trust
 from models.base import AddOn, Loading, Model, Placement
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: What FLUX.1 [dev] reads a picture with instead of a prompt.
 REDUX = AddOn("redux", "black-forest-labs/FLUX.1-Redux-dev")
 #: Loaded by `models.safety` and `models.redux`.
-_NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder)
+NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder)
 
 
 def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
@@ -108,12 +108,12 @@ def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
     if placement.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
     folder, device = folder_of(placement.weights), device_for(placement.device)
-    _refuse_strangers(folder)
+    trust.check_pipeline(folder, NOT_OF_THE_PIPELINE)
     sizes = _sizes(placement.weights, folder)
     plan = memory.choose(placement.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        if name not in _NOT_OF_THE_PIPELINE:
+        if name not in NOT_OF_THE_PIPELINE:
             placement.report(Loading(name, loaded, sum(sizes.values())))
             parts[name] = _load_part(folder, name)
             if plan.is_whole:
@@ -132,21 +132,19 @@ def _sizes(where: str | Path | None, folder: Path) -> dict[str, int]:
     return hub.sizes(folder) | ({REDUX.folder: hub.size(beside)} if beside else {})
 
 
-def _refuse_strangers(folder: Path) -> None:
-    for name, (library, _) in hub.index(folder).items():
-        if name not in _NOT_OF_THE_PIPELINE and library not in ("diffusers", "transformers"):
-            raise OSError(f"{folder}: {name} is of {library}, and only diffusers' and transformers' classes are loaded")
-
-
 def _load_part(folder: Path, name: str) -> Any:
-    """A module of the class that model_index.json names."""
+    """A module of the class that model_index.json names. Raises OSError."""
     import torch
+    from safetensors import SafetensorError
 
     library, class_name = hub.index(folder)[name]
     kind = getattr(importlib.import_module(library), class_name)
-    return kind.from_pretrained(
-        folder, subfolder=name, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
-    ).eval()
+    try:
+        return kind.from_pretrained(
+            folder, subfolder=name, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+        ).eval()
+    except SafetensorError as error:
+        raise OSError(f"{folder / name}: the weights cannot be read: {error}") from None
 
 
 def _keep_quiet() -> None:

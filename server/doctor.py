@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from models import discover, hub, memory, weights
+from models import discover, hub, memory, trust, weights
 from server.settings import Settings
 
 #: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
@@ -110,10 +110,21 @@ def _model(endpoint: str, where: str | Path, plan: str, device: str, free: int) 
     elif lacking := hub.missing(folder):
         yield Finding(endpoint, False, f"{folder} lacks {', '.join(lacking)}")
         return
+    elif refused := _refused(folder):
+        yield Finding(endpoint, False, refused)
+        return
     else:
         sizes = hub.sizes(folder)
         yield Finding(endpoint, True, f"weights are here, {sum(sizes.values()) / 1e9:.2f} GB")
     yield _memory(endpoint, sizes, plan, device, free)
+
+
+def _refused(folder: Path) -> str:
+    try:
+        trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _memory(endpoint: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:

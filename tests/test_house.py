@@ -73,7 +73,7 @@ LAYERS = (
         "models.redux",
     },
     {"models.weights", "models.preview"},
-    {"models.first_block_cache", "models.hub", "models.memory", "models.texts", "models.work"},
+    {"models.first_block_cache", "models.hub", "models.memory", "models.texts", "models.trust", "models.work"},
     {"models.base", "models.schema"},
 )
 SOURCES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "models").glob("*.py")])
