@@ -1,5 +1,6 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
+# make peers   this server beside FastAPI, LitServe and BentoML, in four minutes
 # make demo-eval   what the demo weights can do, measured
 #
 # TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: serve test soak test-all lint bench demo demo-eval clean
+.PHONY: serve test soak test-all lint bench peers demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -39,6 +40,10 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.mixed --weights cost
 	$(BIN)/python -m bench.mixed --weights demo --requests 60
 
+# Needs an environment of its own, where nothing of theirs meets what the server runs on.
+peers: .venv/dev.done build/peers/installed.done
+	$(BIN)/python -m bench.peers $(ARGS)
+
 # Trains the demo weights anew, into build/demo/export; hours on two cores. Stopped, it goes on where it was.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -48,7 +53,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv tests/js/node_modules tests/.clients
+	rm -rf .venv build/peers tests/js/node_modules tests/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -62,6 +67,11 @@ clean:
 
 .venv/dev.done: .venv/serve.done
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+build/peers/installed.done: bench/peers.txt
+	$(PYTHON) -m venv --clear build/peers
+	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peers.txt
 	touch $@
 
 # Without npm the tests of the Node SDKs are skipped, and say so.
