@@ -7,9 +7,9 @@ shape with the address of a picture. What is done in between differs, and with i
 
 - "FastAPI", "LitServe" and "BentoML" make no picture and keep nothing. FastAPI calls the model on one of its threads,
   BentoML on its only one, LitServe in a process of its own. All is as it comes, but for logs, which are off.
-- "flux-server, run" puts the request on the disk before it begins, paints 64x64 pixels, has them checked, marks and
-  encodes them as a JPEG, puts that on the disk and then the answer: three transactions, two fsyncs, a line in the log.
-- "FastAPI, kept" is what that takes when written by hand: two transactions, the same picture unmarked, two fsyncs.
+- "flux-server, run" puts the request on the disk before it begins, paints 64x64 pixels, encodes them as a JPEG with its
+  marks, and puts that on the disk and then the answer: three transactions, two fsyncs more, and a line in the log.
+- "FastAPI, kept" is what that takes when written by hand: two transactions, the picture without marks, two fsyncs.
 - "flux-server, submit" answers when the request is on the disk. "BentoML, task" is BentoML's way to do that, and SQLite
   too. Behind both stands a model that is at work all the while, as a real one would be for seconds.
 
@@ -71,7 +71,8 @@ def _ours(url: str, gate: Path) -> Asked:
 @contextmanager
 def fastapi(python: Path) -> Iterator[Asked]:
     """In uvicorn, with uvloop and httptools as this server has them."""
-    command = ("-m", "uvicorn", "bench.peer_servers.with_fastapi:app", "--log-level", "warning", "--port")
+    app = "bench.peer_servers.with_fastapi:app"
+    command = ("-m", "uvicorn", app, "--log-level", "warning", "--no-access-log", "--port")
     with _peer(python, command, "/docs") as port:
         yield iter([("FastAPI", port, "/generate"), ("FastAPI, kept", port, "/kept")])
 

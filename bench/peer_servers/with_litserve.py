@@ -25,4 +25,4 @@ class Null(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     server = litserve.LitServer(Null(api_path="/generate"), accelerator="cpu")
-    server.run("127.0.0.1", int(sys.argv[1]), log_level="warning", generate_client_file=False)
+    server.run("127.0.0.1", int(sys.argv[1]), log_level="warning", access_log=False, generate_client_file=False)
