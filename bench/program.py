@@ -1,13 +1,13 @@
 """A server of somebody else's, in processes of its own."""
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import httpx
+import psutil
 
 from tests.serving import ROOT
 
@@ -15,8 +15,7 @@ from tests.serving import ROOT
 @contextmanager
 def answering(command: Sequence[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
     """Runs it for as long as the block lasts, which begins when this URL is answered by 200."""
-    # A session of its own, so that what it starts ends with it.
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment) as process:
         try:
             _wait(process, url)
             yield
@@ -37,9 +36,12 @@ def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 60) -> No
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """As an operator does, and after three seconds by force, with whatever it left behind."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-        os.killpg(process.pid, signal.SIGKILL)
+    """As an operator does, and after three seconds by force, with all that it started: some are in other sessions."""
+    try:
+        whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    process.terminate()
+    for left in psutil.wait_procs(whole, 3)[1]:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
