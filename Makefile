@@ -1,6 +1,7 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
 # make cluster a cluster of Ray's on this machine, with runners and nodes that die
+# make peers   this server beside FastAPI, LitServe and BentoML, in four minutes
 # make demo-eval   what the demo weights can do, measured
 #
 # TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: serve test soak cluster test-all lint bench demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -47,6 +48,10 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.mixed --weights cost
 	$(BIN)/python -m bench.mixed --weights demo --requests 60
 
+# Needs an environment of its own, where nothing of theirs meets what the server runs on.
+peers: .venv/dev.done build/peers/installed.done
+	$(BIN)/python -m bench.peers $(ARGS)
+
 # Trains the demo weights anew, into build/demo/export; hours on two cores. Stopped, it goes on where it was.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -56,7 +61,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv tests/js/node_modules tests/.clients
+	rm -rf .venv build/peers tests/js/node_modules tests/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -70,6 +75,11 @@ clean:
 
 .venv/dev.done: .venv/serve.done
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+build/peers/installed.done: bench/peers.txt
+	$(PYTHON) -m venv --clear build/peers
+	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peers.txt
 	touch $@
 
 # Without npm the tests of the Node SDKs are skipped, and say so.

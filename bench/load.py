@@ -6,7 +6,6 @@ The load comes from a process of its own on the same machine; absolute figures h
 """
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
@@ -18,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
+from bench.client import measure, request
 from server import wire
 from server.database import Database
 from server.jobs import Job, Submission
@@ -28,69 +26,6 @@ from server.queue import Queue
 from tests.serving import serving
 
 BODY = json.dumps({"prompt": "a red apple", "image_size": "square", "num_inference_steps": 1}).encode()
-
-
-class Client(asyncio.Protocol):
-    """One connection that sends its next request as soon as the last is answered."""
-
-    def __init__(self, request: bytes, deadline: float) -> None:
-        self.request, self.deadline = request, deadline
-        self.seconds: list[float] = []
-        self.bad = 0
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._buffer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        self.transport = transport
-        self._send()
-
-    def data_received(self, data: bytes) -> None:
-        """Count the answer when all of it is here, and go on."""
-        self._buffer += data
-        head, separator, body = self._buffer.partition(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length: ", 1)[1].split(b"\r\n", 1)[0]) if separator else 0
-        if not separator or len(body) < length:
-            return
-        self.bad += not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 202"))
-        self.seconds.append(time.perf_counter() - self._sent)
-        self._buffer = b""
-        if time.monotonic() < self.deadline:
-            self._send()
-        else:
-            self.transport.close()
-            self.done.set_result(None)
-
-    def _send(self) -> None:
-        self._sent = time.perf_counter()
-        self.transport.write(self.request)  # type: ignore[attr-defined]
-
-
-async def _load(port: int, request: bytes, clients: int, seconds: float) -> dict[str, float]:
-    loop = asyncio.get_running_loop()
-    deadline = time.monotonic() + seconds
-    begun = time.perf_counter()
-    made = [await loop.create_connection(lambda: Client(request, deadline), "127.0.0.1", port) for _ in range(clients)]
-    await asyncio.gather(*(client.done for _, client in made))
-    taken = time.perf_counter() - begun
-    times = sorted(second for _, client in made for second in client.seconds)
-    return {
-        "per_second": len(times) / taken,
-        "p50_ms": 1000 * statistics.median(times),
-        "p99_ms": 1000 * times[int(len(times) * 0.99)],
-        "bad": sum(client.bad for _, client in made),
-    }
-
-
-def _request(method: str, path: str, body: bytes = b"") -> bytes:
-    return (
-        f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    ).encode() + body
-
-
-def _measure(port: int, request: bytes, clients: int, seconds: float) -> dict[str, float]:
-    return uvloop.run(_load(port, request, clients, seconds))
 
 
 def _http(clients: int, seconds: float) -> None:
@@ -109,11 +44,11 @@ def _asked(waiting: int, clients: int, seconds: float) -> float:
         last = _filled(folder / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
         with serving(folder / "data", "demo", max_queue_length="1000000") as server:
             port = int(server.ready().url.rsplit(":", 1)[1])
-            figures = _measure(port, _request("GET", f"/queue/test/gate/requests/{last}/status"), clients, seconds)
+            figures = measure(port, request("GET", f"/queue/test/gate/requests/{last}/status"), clients, seconds)
             _print(f"status, {clients} clients, {waiting} queued", figures)
             if waiting == 500:
-                submit = _request("POST", "/queue/test/null", BODY)
-                _print(f"submit, {clients} clients", _measure(port, submit, clients, seconds))
+                submit = request("POST", "/queue/test/null", BODY)
+                _print(f"submit, {clients} clients", measure(port, submit, clients, seconds))
             return figures["per_second"]
 
 

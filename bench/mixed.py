@@ -12,7 +12,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from bench.program import answering
 from models.weights import DEMO
 from tests.serving import ROOT, free_port, serving
 
@@ -85,18 +85,11 @@ class Ours:
 def naive(weights: str) -> Iterator[Naive]:
     """The naive server, ready."""
     port = free_port()
-    environment = os.environ | ({"FLUX": str(DEMO)} if weights == "demo" else {})
+    environment = {"FLUX": str(DEMO)} if weights == "demo" else {}
     command = [sys.executable, "-m", "uvicorn", "bench.naive_server:app", "--port", str(port), "--log-level", "error"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                httpx.get(f"{url}/docs")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
+    url = f"http://127.0.0.1:{port}"
+    with answering(command, f"{url}/docs", environment):
         yield Naive(url)
-        process.terminate()
 
 
 @contextmanager
