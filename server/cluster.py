@@ -14,9 +14,9 @@ from server.files import Files
 from server.gpu import Gpu
 from server.jobs import Job
 from server.metrics import Metrics
-from server.notifier import Notifier
+from server.notifier import WORKER, Notifier
 from server.queue import Queue
-from server.ray_runner import Fleet
+from server.ray_runner import Fleet, FleetLost
 from server.seat import Seat
 from server.settings import Settings
 
@@ -102,6 +102,11 @@ class Cluster:
                     continue
             except DiskFull:
                 log.error("the disk is full; nothing is lost, trying again every second")
+            except FleetLost as error:
+                log.error("the cluster is gone: %s", error)
+                self.failure = error
+                self._notifier.ring(WORKER)
+                return
             except Exception:
                 log.exception("the cluster could not be looked after; trying again")
             self._notifier.work.wait(LOOK_EVERY)
@@ -147,11 +152,11 @@ class Cluster:
                 seat.close()
 
     def _num_wanted(self) -> int:
-        settings = self._settings
+        settings, num_gpus = self._settings, self._fleet.num_gpus()
         if settings.gpus:
             return settings.gpus
         if not settings.max_gpus:
             # As many as there are, and at least one is asked for: nodes may come later.
-            return max(1, settings.min_gpus, self._fleet.num_gpus())
+            return max(1, settings.min_gpus, num_gpus)
         num_jobs = self._queue.length + sum(len(seat.jobs) for seat in self._seats)
         return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / JOBS_A_GPU)))

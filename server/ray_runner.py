@@ -30,6 +30,10 @@ class Lost(Exception):
     """A runner is gone, with its process or its node; or its GPU is."""
 
 
+class FleetLost(Exception):
+    """This process has no Ray any more: only a new process can have one."""
+
+
 class RayRunner(Runner):
     """A runner that lives in a process of Ray's."""
 
@@ -164,8 +168,11 @@ class Fleet:
         return Link(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
-        """How many there are in all, busy ones too."""
-        return int(self._ray.cluster_resources().get("GPU", 0))
+        """How many there are in all, busy ones too. Raises FleetLost when this process's own node is gone."""
+        nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+        if self._ray.get_runtime_context().get_node_id() not in nodes:
+            raise FleetLost("Ray has died on this machine")
+        return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 
     def close(self) -> None:
         """Leave; what was started here ends."""

@@ -15,7 +15,7 @@ from server.cluster import Cluster
 from server.errors import DiskFull
 from server.jobs import Job, Outcome, Priority, State, StoredFile
 from server.metrics import Metrics
-from server.ray_runner import Lost
+from server.ray_runner import FleetLost, Lost
 from server.settings import Settings
 from tests.parts import Parts, submission
 
@@ -87,6 +87,8 @@ class Fleet:
         return made
 
     def num_gpus(self) -> int:
+        if not self.number:
+            raise FleetLost("it has died")
         return self.number
 
     def close(self) -> None: ...
@@ -303,3 +305,14 @@ def test_a_runner_that_cannot_load_is_tried_again(parts: Parts, fleet: Fleet, st
     fleet.next()
     until(lambda: cluster.is_ready)
     assert cluster.gpus()[0].num_restarts == 3
+
+
+def test_a_head_without_ray_ends_and_keeps_its_queue(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+    cluster = start()
+    submit(parts)
+    fleet.next().taken()
+    fleet.number = 0
+    until(lambda: cluster.failure is not None)
+    assert str(cluster.failure) == "it has died"
+    cluster.stop()
+    assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",)]
