@@ -17,9 +17,9 @@ serve: .venv/serve.done
 test: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak and not cluster and not container and not eval" $(ARGS)
 
-# Long runs, an hour on two cores.
+# Long runs, an hour on two cores; -rP shows the figures that they print.
 soak: lint
-	$(BIN)/pytest -m soak $(ARGS)
+	$(BIN)/pytest -m soak -rP $(ARGS)
 
 test-all: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak" $(ARGS)

@@ -1,8 +1,9 @@
 """Submits and status polls a second against the null model, and what 100,000 waiting requests cost.
 
-    python -m bench.load [--clients 64] [--seconds 5]
+    python -m bench.load [--clients 64 256] [--seconds 5]
 
-The load comes from a process of its own on the same machine; absolute figures hold for an idle machine only.
+The load comes from a process of its own on the same machine; absolute figures hold for an idle machine only. The server
+is killed at the end, and whatever it acknowledged is looked for in its database.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,18 @@ from server.database import Database
 from server.jobs import Job, Submission
 from server.notifier import Notifier
 from server.queue import Queue
-from tests.serving import serving
+from tests.serving import TEST_MODELS, serving
 
 BODY = json.dumps({"prompt": "a red apple", "image_size": "square", "num_inference_steps": 1}).encode()
 
 
 class Client(asyncio.Protocol):
-    """One connection that sends its next request as soon as the last is answered."""
+    """One connection that sends its next request as soon as the last is answered, while more are wanted."""
 
-    def __init__(self, request: bytes, deadline: float) -> None:
-        self.request, self.deadline = request, deadline
+    def __init__(self, request: bytes, is_over: Callable[[], bool]) -> None:
+        self.request, self.is_over = request, is_over
         self.seconds: list[float] = []
+        self.request_ids: list[bytes] = []
         self.bad = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._buffer = b""
@@ -54,67 +58,124 @@ class Client(asyncio.Protocol):
             return
         self.bad += not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 202"))
         self.seconds.append(time.perf_counter() - self._sent)
+        self.request_ids.append(head.partition(b"x-fal-request-id: ")[2][:36])
         self._buffer = b""
-        if time.monotonic() < self.deadline:
-            self._send()
-        else:
-            self.transport.close()
+        self.request = self.next_request(body)
+        if self.is_over():
             self.done.set_result(None)
+            self.transport.close()
+        else:
+            self._send()
+
+    def next_request(self, body: bytes) -> bytes:
+        """What follows this answer."""
+        return self.request
+
+    def connection_lost(self, exception: Exception | None) -> None:
+        """Whoever is cut off says so."""
+        if not self.done.done():
+            self.done.set_exception(exception or ConnectionResetError("the server hung up"))
 
     def _send(self) -> None:
         self._sent = time.perf_counter()
         self.transport.write(self.request)  # type: ignore[attr-defined]
 
 
-async def _load(port: int, request: bytes, clients: int, seconds: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Figures:
+    """What so many clients had from the server, all together."""
+
+    #: How long each answer took, ascending, and all of them.
+    seconds: list[float]
+    taken: float
+    bad: int
+    request_ids: list[bytes]
+
+    @property
+    def per_second(self) -> float:
+        """Answers."""
+        return len(self.seconds) / self.taken
+
+    def milliseconds(self, share: float) -> float:
+        """Within which this share of the answers came."""
+        return 1000 * self.seconds[min(len(self.seconds) - 1, int(len(self.seconds) * share))]
+
+    def __str__(self) -> str:
+        """One line."""
+        quantiles = " ".join(f"p{100 * share:.0f}_ms {self.milliseconds(share):.1f}" for share in (0.5, 0.99))
+        return f"per_second {self.per_second:.1f} {quantiles} bad {self.bad}"
+
+
+async def _load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
     loop = asyncio.get_running_loop()
-    deadline = time.monotonic() + seconds
     begun = time.perf_counter()
-    made = [await loop.create_connection(lambda: Client(request, deadline), "127.0.0.1", port) for _ in range(clients)]
+    made = [await loop.create_connection(client, "127.0.0.1", port) for _ in range(clients)]
     await asyncio.gather(*(client.done for _, client in made))
     taken = time.perf_counter() - begun
     times = sorted(second for _, client in made for second in client.seconds)
-    return {
-        "per_second": len(times) / taken,
-        "p50_ms": 1000 * statistics.median(times),
-        "p99_ms": 1000 * times[int(len(times) * 0.99)],
-        "bad": sum(client.bad for _, client in made),
-    }
+    request_ids = [request_id for _, client in made for request_id in client.request_ids]
+    return Figures(times, taken, sum(client.bad for _, client in made), request_ids)
 
 
-def _request(method: str, path: str, body: bytes = b"") -> bytes:
+def request(method: str, path: str, body: bytes = b"") -> bytes:
+    """The bytes of a request."""
     return (
         f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     ).encode() + body
 
 
-def _measure(port: int, request: bytes, clients: int, seconds: float) -> dict[str, float]:
-    return uvloop.run(_load(port, request, clients, seconds))
+def load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
+    """So many of these clients, until each has enough. Raises OSError for one that is cut off."""
+    return uvloop.run(_load(port, clients, client))
 
 
-def _http(clients: int, seconds: float) -> None:
-    asked = {waiting: _asked(waiting, clients, seconds) for waiting in (100, 500, 100_000)}
-    ratio = asked[100] / asked[100_000]
+def _again(request: bytes, seconds: float) -> Callable[[], Client]:
+    """Clients that send this again and again."""
+    end = time.monotonic() + seconds
+    return lambda: Client(request, lambda: time.monotonic() >= end)
+
+
+@contextmanager
+def _queued(folder: Path, waiting: int) -> Iterator[tuple[int, bytes]]:
+    """A server in which so many wait and nobody is painted for: its port, and a request for the last one's status."""
+    # The gate model holds the worker, so that what is submitted stays queued.
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    last = _filled(folder / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
+    with serving(folder / "data", TEST_MODELS, max_queue_length="1000000") as server:
+        yield int(server.ready().url.rsplit(":", 1)[1]), request("GET", f"/queue/test/gate/requests/{last}/status")
+
+
+def under_load(clients: int, seconds: float) -> tuple[Figures, Figures]:
+    """Status of the last of 500, then submits. Raises AssertionError for what was acknowledged and is not there."""
+    with tempfile.TemporaryDirectory() as name:
+        with _queued(Path(name), 500) as (port, status):
+            asked = load(port, clients, _again(status, seconds))
+            submitted = load(port, clients, _again(request("POST", "/queue/test/null", BODY), seconds))
+        database = Database(Path(name) / "data")
+        there = {row["request_id"].encode() for row in database.read("SELECT request_id FROM jobs")}
+        database.close()
+    acknowledged = set(submitted.request_ids)
+    assert len(acknowledged) == len(submitted.request_ids), "one id stands for two requests"
+    assert acknowledged <= there, f"{len(acknowledged - there)} of {len(acknowledged)} acknowledged requests are lost"
+    return asked, submitted
+
+
+def _http(clients: list[int], seconds: float) -> None:
+    for number in clients:
+        asked, submitted = under_load(number, seconds)
+        print(f"{f'status, {number} clients, 500 queued':40} {asked}")
+        print(f"{f'submit, {number} clients':40} {submitted}", flush=True)
+    ratio = _statuses_per_second(100, clients[0]) / _statuses_per_second(100_000, clients[0])
     print(f"{'a status over HTTP':40} {ratio:.2f}x with 100,000 queued what it costs with 100")
 
 
-def _asked(waiting: int, clients: int, seconds: float) -> float:
-    """Status of the last of so many, then submits; answers the statuses a second."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # The gate model holds the worker, so that what is submitted stays queued.
-        gate = folder / "gate"
-        os.mkfifo(gate)
-        last = _filled(folder / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
-        with serving(folder / "data", "demo", max_queue_length="1000000") as server:
-            port = int(server.ready().url.rsplit(":", 1)[1])
-            figures = _measure(port, _request("GET", f"/queue/test/gate/requests/{last}/status"), clients, seconds)
-            _print(f"status, {clients} clients, {waiting} queued", figures)
-            if waiting == 500:
-                submit = _request("POST", "/queue/test/null", BODY)
-                _print(f"submit, {clients} clients", _measure(port, submit, clients, seconds))
-            return figures["per_second"]
+def _statuses_per_second(waiting: int, clients: int) -> float:
+    with tempfile.TemporaryDirectory() as name, _queued(Path(name), waiting) as (port, status):
+        figures = load(port, clients, _again(status, 5))
+    print(f"{f'status, {clients} clients, {waiting} queued':40} {figures}", flush=True)
+    return figures.per_second
 
 
 def _filled(data_dir: Path, waiting: int, text: str) -> str:
@@ -125,10 +186,6 @@ def _filled(data_dir: Path, waiting: int, text: str) -> str:
     jobs = [queue.submit(submission) for _ in range(waiting)]
     database.close()
     return jobs[-1].request_id
-
-
-def _print(name: str, figures: dict[str, float]) -> None:
-    print(f"{name:40}", *(f"{key} {value:.1f}" for key, value in figures.items()), flush=True)
 
 
 def _queue_cost() -> None:
@@ -164,7 +221,7 @@ def _median(act: Callable[[], object], times: int) -> float:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, Python {sys.version.split()[0]}")
