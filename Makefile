@@ -19,9 +19,9 @@ serve: .venv/serve.done
 test: lint tests/js/node_modules
 	$(BIN)/pytest -m "not soak and not cluster and not container and not eval" $(ARGS)
 
-# Long runs, an hour on two cores.
+# Long runs, an hour on two cores; -rP shows the figures that they print.
 soak: lint
-	$(BIN)/pytest -m soak $(ARGS)
+	$(BIN)/pytest -m soak -rP $(ARGS)
 
 # Then what the SDKs do, on one runner in a process of Ray's.
 SDK_TESTS := tests/test_python_client.py tests/test_node_clients.py tests/test_replayed_clients.py tests/test_curl.py \

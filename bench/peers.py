@@ -30,7 +30,8 @@ from pathlib import Path
 
 import httpx
 
-from bench.client import measure, request
+from bench import client
+from bench.client import again, load, request
 from bench.program import answering
 from tests.serving import ROOT, TEST_MODELS, free_port, gated, in_progress, serving
 
@@ -117,13 +118,18 @@ def measured(python: Path, clients: Sequence[int], rounds: int, seconds: float) 
             with opened() as asked:
                 for name, port, path in asked:
                     body = request("POST", path, json.dumps(BODY).encode())
-                    measure(port, body, max(clients), WARM_UP)
+                    load(port, max(clients), again(body, WARM_UP))
                     for count in clients:
-                        figures = measure(port, body, count, seconds)
-                        if figures["bad"]:
-                            raise SystemExit(f"{name} refused {figures['bad']:.0f} requests")
-                        found.setdefault(name, {}).setdefault(count, []).append(figures)
+                        figures = load(port, count, again(body, seconds))
+                        if figures.bad:
+                            raise SystemExit(f"{name} refused {figures.bad} requests")
+                        found.setdefault(name, {}).setdefault(count, []).append(_kept(figures))
     return {name: found[name] for group in GROUPS for name in group}
+
+
+def _kept(figures: client.Figures) -> dict[str, float]:
+    quantiles = {f"p{100 * share:.0f}_ms": figures.milliseconds(share) for share in (0.5, 0.99)}
+    return {"per_second": figures.per_second, **quantiles}
 
 
 def _print(found: Figures) -> None:
@@ -154,13 +160,13 @@ def main() -> None:
         parser.error(f"{options.python} is not there; `make peers` makes it")
     # What is started here stays on them too.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    load = os.getloadavg()[0]
-    print(f"load average {load:.1f} before, Python {sys.version.split()[0]}", flush=True)
+    busy = os.getloadavg()[0]
+    print(f"load average {busy:.1f} before, Python {sys.version.split()[0]}", flush=True)
     clients = [int(count) for count in options.clients.split(",")]
     found = measured(options.python, clients, options.rounds, options.seconds)
     _print(found)
     if options.json:
-        kept = {"load_before": load, "peers": found}
+        kept = {"load_before": busy, "peers": found}
         options.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 

@@ -193,6 +193,8 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
             for phase in rng.sample(PHASES, len(PHASES)):
                 phase(scene)
             assert server.stop() == 0
+        # Nothing half written takes the room that there was not.
+        assert not list((disk.seen / "data").rglob("*.part"))
         disk.fill()
         with serving(disk.folder / "data", TEST_MODELS, **settings) as server:
             server.wait_for("The server could not start:\nThe disk of the server is full")
