@@ -123,3 +123,15 @@ class TimedProtocol(HttpToolsProtocol):
 def timed(**limits: Any) -> type[TimedProtocol]:
     """The protocol with other limits."""
     return type("TimedProtocol", (TimedProtocol,), limits)
+
+
+def hurry_handshakes(loop: asyncio.AbstractEventLoop, seconds: float = TimedProtocol.header_seconds) -> None:
+    """Bound those of TLS, which come before any protocol: uvicorn cannot say it, and the loop itself waits a minute."""
+    create_server = loop.create_server
+
+    def hurried(*arguments: Any, ssl: Any = None, **options: Any) -> Any:
+        if ssl is not None:
+            options["ssl_handshake_timeout"] = seconds
+        return create_server(*arguments, ssl=ssl, **options)
+
+    loop.create_server = hurried  # type: ignore[method-assign]

@@ -2,10 +2,13 @@
 
 import asyncio
 import ipaddress
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpcore
 import httpx
 from ssrfguard import Policy, SSRFGuardError
 from ssrfguard.httpx import AsyncClient
@@ -18,6 +21,10 @@ MAX_REDIRECTS = 5
 #: Seconds in which something must come, while a download goes on.
 _QUIET_SECONDS = 20.0
 _CHUNK = 2**18
+#: Of the answer to a POST, whose status is all that counts; and beside the file that is downloaded.
+MAX_ANSWER_BYTES = 2**16
+#: What the system holds for us of it. After connecting: what was on its way by then may be as much again.
+_SMALL_BUFFER = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -51,9 +58,9 @@ class Guard:
         Raises ForbiddenURL, or httpx.HTTPError when there was no answer.
         """
         try:
-            client = self._client(url, seconds)
-            async with client, client.stream("POST", url, content=content, headers=dict(headers)) as response:
-                return response.status_code
+            client, bounded = self._client(url, seconds, socket_options=[_SMALL_BUFFER]), _bounded(MAX_ANSWER_BYTES)
+            async with client, client.stream("POST", url, content=content, headers=headers, extensions=bounded) as sent:
+                return sent.status_code
         except SSRFGuardError as error:
             raise ForbiddenURL(_brief(error)) from None
         except (ValueError, httpx.InvalidURL) as error:
@@ -92,7 +99,9 @@ class Guard:
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
         headers |= {"if-none-match": etag} if etag else {}
         client = self._client(url, _QUIET_SECONDS)
-        async with client, client.stream("GET", url, headers=headers) as response:
+        # Twice, because it may come in chunks, with a little beside each.
+        bounded = _bounded(2 * max_bytes + MAX_ANSWER_BYTES)
+        async with client, client.stream("GET", url, headers=headers, extensions=bounded) as response:
             if response.has_redirect_location or (etag and response.status_code == 304):
                 return response
             if response.status_code != 200:
@@ -110,8 +119,9 @@ class Guard:
                     await asyncio.to_thread(file.write, chunk)
         return response
 
-    def _client(self, url: str, seconds: float) -> AsyncClient:
-        return AsyncClient(policy=self._policy_for(url), timeout=seconds, verify=self._tls, trust_env=False)
+    def _client(self, url: str, seconds: float, **options: Any) -> AsyncClient:
+        policy = self._policy_for(url)
+        return AsyncClient(policy=policy, timeout=seconds, verify=self._tls, trust_env=False, **options)
 
     def _could_be_allowed(self, url: str) -> bool:
         try:
@@ -126,6 +136,29 @@ class Guard:
         except ValueError:
             return self._policy
         return self._open_policy if host in self._hosts else self._policy
+
+
+def _bounded(max_bytes: int) -> dict[str, Any]:
+    """Extensions of a request after which no more than this is read for it: interim answers never end otherwise."""
+    left = max_bytes
+
+    async def bound(event: str, told: Mapping[str, Any]) -> None:
+        if event not in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            return
+        stream = told["return_value"]
+        read = stream.read
+
+        async def read_less(size: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  its signature
+            nonlocal left
+            if left <= 0:
+                raise httpcore.ReadError(f"the answer is longer than {max_bytes} bytes")
+            found: bytes = await read(min(size, left), timeout)
+            left -= len(found)
+            return found
+
+        stream.read = read_less
+
+    return {"trace": bound}
 
 
 def _brief(error: Exception) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 from server import control_socket, tls
 from server.app import create_app
 from server.connect import ConnectDoor
-from server.deadlines import timed
+from server.deadlines import hurry_handshakes, timed
 from server.notifier import WORKER
 from server.settings import Settings
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 #: Seconds that open answers get to end once the worker has stopped.
 _LAST_WORDS = 5
+#: Files beside the connections and what they are sent: the database, weights, receivers of webhooks.
+_OTHER_FILES = 512
 
 
 class _Listener(uvicorn.Server):
@@ -54,8 +57,9 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
     parts, worker = app.state.parts, app.state.worker
-    listeners = _listeners(app, settings)
+    listeners = _listeners(app, settings, room_for(settings.max_connections, len(sockets)))
     stopping = asyncio.Event()
+    hurry_handshakes(asyncio.get_running_loop())
     _hear_signals(stopping)
     door = await _door(settings, sockets)
     async with app.router.lifespan_context(app), control_socket.listening(app.state.control, settings.data_dir):
@@ -90,11 +94,28 @@ def _hear_signals(stopping: asyncio.Event) -> None:
         loop.add_signal_handler(number, stopping.set)
 
 
-def _listeners(app: FastAPI, settings: Settings) -> list[_Listener]:
+def room_for(max_connections: int, ports: int) -> int:
+    """How many connections a port can hold, once this process may open as many files as it can: most begin with 1024.
+
+    Two files for each: its socket, and the picture that it is sent.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * ports * max_connections + _OTHER_FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit == wanted:
+        return max_connections
+    room = max(1, (limit - _OTHER_FILES) // (2 * ports))
+    log.warning("%d open files are allowed (ulimit -Hn), so a port holds %d connections", hard, room)
+    return room
+
+
+def _listeners(app: FastAPI, settings: Settings, max_connections: int) -> list[_Listener]:
     options: dict[str, Any] = {
         "lifespan": "off",
         "access_log": False,
-        "http": timed(max_connections=settings.max_connections),
+        "http": timed(max_connections=max_connections),
         # Its messages go where ours go.
         "log_config": None,
         "log_level": "warning",

@@ -2,17 +2,24 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+import uvloop
 
-from server.deadlines import TimedProtocol, timed
+from server import tls
+from server.deadlines import TimedProtocol, hurry_handshakes, timed
+from server.serving import room_for
 from tests.serving import TEST_MODELS, serving
+from tests.slow_clients import few_files
 
 LARGE = b"x" * 50_000_000
 
@@ -171,6 +178,29 @@ def test_whoever_thinks_between_requests_is_not_hurried() -> None:
             assert client.post(f"http://127.0.0.1:{port}/", content=b"1234").text == "4"
 
 
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> None:
+    """And a port without TLS, which knows none, is opened as before."""
+    files = tls.ensure(tmp_path, "127.0.0.1", "")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+
+    async def wait() -> bytes:
+        loop = asyncio.get_running_loop()
+        hurry_handshakes(loop, 0.3)
+        plain = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=context)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        async with asyncio.timeout(30):
+            said = await reader.read()
+        for each in (plain, server, writer):
+            each.close()
+        return said
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        assert runner.run(wait()) == b""
+
+
 def test_one_connection_too_many() -> None:
     with listening(timed(max_connections=2)) as port:
         address = ("127.0.0.1", port)
@@ -179,6 +209,31 @@ def test_one_connection_too_many() -> None:
             with socket.create_connection(address) as third:
                 assert is_cut_off(third)
             assert answered(first)
+
+
+def test_more_connections_than_files_at_first(tmp_path: Path) -> None:
+    """Most systems start a program with 1024 open files, and let it have more."""
+    with contextlib.ExitStack() as opened:
+        with few_files(64):
+            server = opened.enter_context(serving(tmp_path, TEST_MODELS))
+        host, port = server.ready().url.removeprefix("http://").split(":")
+        held = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
+        for connection in held:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_fewer_files_than_connections(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the system gives no more, fewer connections are held, and somebody is told."""
+    given = list[Any]()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    assert room_for(4096, 2) == 128
+    assert given == [(1024, 1024)]
+    assert "a port holds 128 connections" in caplog.text
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    assert room_for(4096, 2) == 4096
+    assert given[1:] == [(16_896, resource.RLIM_INFINITY)]
 
 
 def test_the_server_speaks_it(tmp_path: Any) -> None:

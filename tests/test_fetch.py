@@ -2,12 +2,15 @@
 
 import asyncio
 import socket
+from pathlib import Path
 
 import httpx
 import pytest
 from pytest_httpserver import HTTPServer
 
+from server.errors import Unusable
 from server.fetch import ForbiddenURL, Guard
+from tests.test_webhook_receivers import endless, receiving
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 
@@ -203,6 +206,13 @@ def test_the_public_authorities_are_not_read_anew_for_each_request(
     guard = Guard(LOOPBACK)
     monkeypatch.setattr("ssl.create_default_context", None)
     assert [post(guard, httpserver.url_for("/")) for _ in range(2)] == [200, 200]
+
+
+def test_interim_answers_without_end_end_a_download(tmp_path: Path) -> None:
+    """As much as the file may be large twice over, not as much as comes in a minute."""
+    told = pytest.raises(Unusable, match="the answer is longer than 67536 bytes")
+    with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, told:
+        asyncio.run(Guard(LOOPBACK).download(url, tmp_path / "file", 1000, 30))
 
 
 def test_no_answer_is_an_http_error_not_a_refusal() -> None:

@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from httpcore._backends.anyio import AnyIOStream
 
 from server import tls
 from server.webhooks import DELAYS
-from tests.parts import Parts, finished
+from tests.parts import Parts, finished, opened
 from tests.test_webhooks import delivery, turn
 
 #: Seconds that a receiver has in these tests, of which one that hangs takes all.
@@ -130,22 +132,28 @@ BEHAVIOURS: dict[str, tuple[Behaviour, bool]] = {
 
 
 @contextmanager
-def receiving(behave: Behaviour, context: ssl.SSLContext | None = None) -> Iterator[str]:
-    """The address of a receiver that takes one connection."""
+def receiving(behave: Behaviour, context: ssl.SSLContext | None = None, times: int = 1) -> Iterator[str]:
+    """The address of a receiver that takes so many connections, one after the other."""
 
     def serve() -> None:
-        with contextlib.suppress(OSError):
-            accepted, _ = listener.accept()
-            with accepted if context is None else context.wrap_socket(accepted, server_side=True) as connection:
-                # Longer than anybody here waits; a receiver that nobody leaves fails its test.
-                connection.settimeout(30)
-                behave(connection)
+        for _ in range(times):
+            with contextlib.suppress(OSError):
+                accepted, _ = listener.accept()
+                with accepted if context is None else context.wrap_socket(accepted, server_side=True) as connection:
+                    # Longer than anybody here waits; a receiver that nobody leaves fails its test.
+                    connection.settimeout(30)
+                    behave(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
         scheme = "http" if context is None else "https"
-        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/hook"
+        try:
+            yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/hook"
+        except BaseException:
+            # Whoever was not called is not waited for.
+            listener.shutdown(socket.SHUT_RDWR)
+            raise
         thread.join(40)
         assert not thread.is_alive()
 
@@ -173,6 +181,74 @@ def test_a_bad_receiver(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_there_are_as_many_as_were_asked_for() -> None:
     assert len(BEHAVIOURS) >= 32
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_a_bad_receiver_again_and_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All eleven attempts, each exactly when it is due, or eleven requests that are told of once."""
+    monkeypatch.setattr("server.webhooks.TIMEOUT", PATIENCE)
+    behave, is_success = BEHAVIOURS[name]
+    attempts = 1 + len(DELAYS)
+    with receiving(behave, times=attempts) as url:
+        if is_success:
+            for number in range(attempts):
+                with opened(tmp_path / str(number)) as parts:
+                    is_told(parts, url, is_success=True)
+            return
+        with opened(tmp_path) as parts:
+            finished(parts, webhook_url=url)
+            for number, delay in enumerate((*DELAYS, None), 1):
+                turn(parts)
+                attempt, due_at, delivered_at, error = delivery(parts)
+                assert (attempt, delivered_at) == (number, None)
+                assert due_at == (delay and parts.clock.now + delay)
+                assert error
+                # It is not due before: nobody is called, and the receiver takes no more than it was told to.
+                parts.clock.now += (delay or 3600) - 1
+                assert turn(parts) == (1 if delay else 60)
+                parts.clock.now += 1
+
+
+#: Replies that never end, at each place where they could.
+ENDLESS = [name for name in BEHAVIOURS if "endless" in name or name == "100 for ever"]
+#: What the system and the loop take beside what is read: our buffer, the receiver's, and one chunk.
+ON_THE_WAY = 2**16
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_little_of_an_endless_reply_is_read(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 64 KiB. The receiver, whose own buffer is as small as can be, counts what it gets rid of."""
+    behave, is_success = BEHAVIOURS[name]
+    sent = 0
+
+    class Counting:
+        """A connection that counts."""
+
+        def __init__(self, connection: socket.socket) -> None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            self._connection = connection
+            self.recv = connection.recv
+
+        def sendall(self, part: bytes) -> None:
+            nonlocal sent
+            while part:
+                number = self._connection.send(part)
+                sent, part = sent + number, part[number:]
+
+    took, read = 0, AnyIOStream.read
+
+    async def counting(stream: AnyIOStream, *limits: Any) -> bytes:
+        nonlocal took
+        found = await read(stream, *limits)
+        took += len(found)
+        return found
+
+    monkeypatch.setattr(AnyIOStream, "read", counting)
+    with receiving(lambda connection: behave(Counting(connection))) as url:  # type: ignore[arg-type]
+        is_told(parts, url, is_success=is_success)
+    assert 0 < took <= 65_536
+    assert took <= sent <= took + ON_THE_WAY
 
 
 def test_a_certificate_that_nobody_signed(parts: Parts, tmp_path: Path) -> None:
