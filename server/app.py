@@ -198,7 +198,7 @@ def _keys(settings: Settings, database: Database) -> Keys:
 
 
 def _uses_first_key(settings: Settings) -> bool:
-    return not (settings.keys or settings.operator_keys or settings.is_loopback)
+    return settings.is_for_others and not (settings.keys or settings.operator_keys)
 
 
 def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:

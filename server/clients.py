@@ -129,4 +129,4 @@ def _host(settings: Settings) -> str:
 def _key(settings: Settings) -> str:
     if settings.keys:
         return settings.keys[0]
-    return OPEN_KEY if settings.is_loopback else "the-key-shown-at-the-first-start"
+    return "the-key-shown-at-the-first-start" if settings.is_for_others else OPEN_KEY

@@ -56,7 +56,9 @@ class Settings(BaseModel):
         (), description="API keys that may see /status and /metrics too; the only one of --keys may anyway."
     )
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
-    trusted_proxies: Words = Field((), description="Addresses whose X-Forwarded-* headers are believed.")
+    trusted_proxies: Words = Field(
+        (), description="Addresses whose X-Forwarded-* headers are believed; with any, a key is asked for."
+    )
     cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to paint: auto, cuda or cpu.")
     safety_checker: str = Field(
@@ -194,8 +196,13 @@ class Settings(BaseModel):
         return url.rstrip("/")
 
     @property
+    def is_for_others(self) -> bool:
+        """Whether others than this machine's programs can reach the server, by the network or through a proxy."""
+        return bool(self.trusted_proxies) or not self.is_loopback
+
+    @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether it listens for this machine alone."""
         if self.host == "localhost":
             return True
         try:

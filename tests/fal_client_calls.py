@@ -208,6 +208,21 @@ async def realtime_async() -> Any:
         return [*answers, await _heard_async(session, APPLE)]
 
 
+def by_host(endpoint: str) -> Any:
+    """Every way that is led by the host alone, and a refusal; uploads and realtime's tokens are led otherwise."""
+    arguments = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 2}
+    with fal_client.realtime(endpoint, use_jwt=False) as session:
+        heard = _heard(session, arguments)
+    return {
+        "run": fal_client.run(endpoint, arguments=arguments),
+        "submit": fal_client.submit(endpoint, arguments=arguments).get(),
+        "subscribe": fal_client.subscribe(endpoint, arguments=arguments, with_logs=True),
+        "stream": list(fal_client.stream(endpoint, arguments=arguments))[-1],
+        "realtime": heard,
+        "error": _failure(lambda: fal_client.run(endpoint, arguments={"prompt": 5}))["status_code"],
+    }
+
+
 def hopeless(folder: str) -> Any:
     """How everything fails when there is no server."""
     attempts = {

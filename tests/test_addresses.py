@@ -1,12 +1,17 @@
 """Every address a client may know this server by, and the URLs that come back."""
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pydantic_core import from_json
+from starlette.responses import PlainTextResponse
 
+from server.admission import Admission
+from server.settings import Settings
 from tests.serving import TEST_MODELS, Gate, Server, in_progress, serving
 
 FLUX = "fal-ai/flux/dev"
@@ -188,7 +193,7 @@ def test_forwarded_headers_of_strangers_are_ignored(client: httpx.Client) -> Non
 @pytest.fixture(scope="module")
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server behind a proxy on this machine, with a name of its own."""
-    settings = {"trusted_proxies": "127.0.0.1", "public_url": "https://flux.example.com/fal"}
+    settings = {"trusted_proxies": "127.0.0.1", "public_url": "https://flux.example.com/fal", "keys": "a:key"}
     with serving(tmp_path_factory.mktemp("proxied"), TEST_MODELS, **settings) as running:
         yield running.ready()
 
@@ -196,7 +201,8 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def proxied_client(proxied: Server) -> Iterator[httpx.Client]:
     """A client of that server."""
-    with httpx.Client(base_url=proxied.url, timeout=60, trust_env=False) as client:
+    key = {"authorization": "Key a:key"}
+    with httpx.Client(base_url=proxied.url, timeout=60, trust_env=False, headers=key) as client:
         yield client
 
 
@@ -226,6 +232,14 @@ def test_public_url_stands_for_fals_names(proxied_client: httpx.Client) -> None:
     assert reply["status_url"].startswith("https://flux.example.com/fal/queue/test/null/requests/")
 
 
-def test_public_url_is_a_name_of_this_server(proxied_client: httpx.Client) -> None:
-    headers = {"host": "flux.example.com", "origin": "https://flux.example.com"}
-    assert proxied_client.post("/test/null", json=SMALL, headers=headers).status_code == 200
+def test_public_url_is_a_name_of_this_server() -> None:
+    """Also where no key is asked for, and only that one."""
+    settings = Settings(data_dir=Path(), public_url="https://flux.example.com/fal")
+    admission = Admission(PlainTextResponse("in"), settings, is_open=True)
+
+    async def status(name: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission)) as visitor:
+            return (await visitor.get(f"http://{name}/", headers={"origin": f"https://{name}"})).status_code
+
+    assert asyncio.run(status("flux.example.com")) == 200
+    assert asyncio.run(status("other.example.com")) == 421

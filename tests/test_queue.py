@@ -620,34 +620,3 @@ def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
     with opened(tmp_path, clock=Clock(12345.0)) as parts:
         finished(parts)
         assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]
-
-
-def test_a_folder_of_an_older_version_becomes_the_same_as_a_new_one(tmp_path: Path) -> None:
-    """And what waits in it is painted."""
-    with opened(tmp_path / "new") as parts:
-        expected = columns(parts)
-    with opened(tmp_path / "old") as parts:
-        job = claimed(parts)
-        parts.rows("DROP TABLE usage")
-        parts.rows("DROP INDEX jobs_owner")
-        parts.rows("DROP INDEX jobs_failed")
-        parts.rows("DROP INDEX keys_name")
-        parts.rows("ALTER TABLE keys DROP COLUMN name")
-        parts.rows("ALTER TABLE keys DROP COLUMN scope")
-        for column in ("strikes", "inputs", "billable_units"):
-            parts.rows(f"ALTER TABLE jobs DROP COLUMN {column}")
-        parts.rows("PRAGMA user_version = 1")
-    with opened(tmp_path / "old") as parts:
-        assert columns(parts) == expected
-        assert parts.queue.recover() == 1
-        assert parts.rows("SELECT request_id, strikes, inputs FROM jobs") == [(job.request_id, 0, "{}")]
-
-
-def columns(parts: Parts) -> dict[str, Any]:
-    """Every column of every table, whatever their order, every index, and the version."""
-    tables = [name for (name,) in parts.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    found: dict[str, Any] = {
-        name: sorted(row[1:] for row in parts.rows(f"PRAGMA table_info({name})")) for name in tables
-    }
-    indexes = parts.rows("SELECT trim(sql, char(10) || ' ') FROM sqlite_master WHERE type = 'index' ORDER BY name")
-    return {**found, "indexes": indexes, "version": parts.rows("PRAGMA user_version")}

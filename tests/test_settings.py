@@ -160,6 +160,12 @@ def test_loopback_is_this_machine_alone(host: str, is_loopback: bool) -> None:
     assert Settings.read({"FLUX_SERVER_HOST": host}).is_loopback is is_loopback
 
 
+def test_others_come_by_the_network_or_through_a_proxy() -> None:
+    assert not Settings.read({}).is_for_others
+    assert Settings.read({"FLUX_SERVER_HOST": "0.0.0.0"}).is_for_others
+    assert Settings.read({"FLUX_SERVER_TRUSTED_PROXIES": "127.0.0.1"}).is_for_others
+
+
 def test_a_public_url_has_no_slash_at_its_end() -> None:
     settings = Settings.read({"FLUX_SERVER_PUBLIC_URL": "https://fal.example/base/"})
     assert settings.public_url == "https://fal.example/base"
