@@ -18,7 +18,7 @@ from tests.serving import Gate, Server
 FLUX = "fal-ai/flux/dev"
 KEY = {"authorization": "Key id:secret"}
 JSON = {"accept": "application/json", "content-type": "application/json"}
-#: With a seed: of pictures as small as this, after one step, the demo's checker takes one in some hundreds for the sign.
+#: With a seed: of pictures this small, after one step, the demo's checker takes one in some hundreds for the sign.
 SMALL = {"prompt": "a red apple", "num_inference_steps": 1, "image_size": {"width": 64, "height": 96}, "seed": 42}
 
 Send = Callable[..., httpx.Response]
