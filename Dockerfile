@@ -80,6 +80,7 @@ ENV PATH=/opt/flux-server/bin:$PATH \
     FLUX_SERVER_HOST=0.0.0.0 \
     FLUX_SERVER_DATA_DIR=/data \
     HF_HOME=/models/huggingface \
+    RAY_USAGE_STATS_ENABLED=0 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME ["/data", "/models"]
 EXPOSE 8000 8443

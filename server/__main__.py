@@ -11,6 +11,7 @@ import typer
 
 from server import commands, tls
 from server.errors import DiskFull
+from server.quiet import keep_quiet, spin_less
 from server.settings import PREFIX, BadSettings, Settings
 
 cli = typer.Typer(
@@ -72,8 +73,8 @@ def _parameter(name: str) -> inspect.Parameter:
 @takes_settings
 def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
-    _keep_quiet()
-    _spin_less()
+    keep_quiet()
+    spin_less()
     # Late: `env` and `--help` need none of it.
     from server import logs
     from server.serving import serve_until_stopped
@@ -95,7 +96,7 @@ def pull(
     settings: Settings, hub_id: Annotated[str, typer.Argument(help="Such as black-forest-labs/FLUX.1-dev.")]
 ) -> None:
     """Bring weights from the hub into its cache, and the safety checker with them; HF_TOKEN is used if set."""
-    _keep_quiet()
+    keep_quiet()
     from models import hub
 
     try:
@@ -114,7 +115,7 @@ def pull(
 @takes_settings
 def doctor(settings: Settings) -> None:
     """Say what this machine can run, and why not."""
-    _keep_quiet()
+    keep_quiet()
     from server.doctor import examine
 
     findings = list(examine(settings))
@@ -139,8 +140,8 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure the engine's tiers beside diffusers' own pipeline, on this machine."""
-    _keep_quiet()
-    _spin_less()
+    keep_quiet()
+    spin_less()
     from server import bench as measuring
 
     try:
@@ -206,19 +207,6 @@ def run(
     except OSError as error:
         typer.echo(f"{command[0]}: {error.strerror}", err=True)
         raise typer.Exit(NOT_FOUND) from None
-
-
-def _spin_less() -> None:
-    # OpenMP's threads wait for each other by spinning, long by default: beside a busy program a picture then takes
-    # ten times as long. Measured on two cores: 5 % slower when idle, twice as fast when the machine is shared.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _keep_quiet() -> None:
-    """Before any library reads it: none reports anything to anybody, or warns of what nobody here can change."""
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_TELEMETRY="1")
-    # Warnings that repeat prompts, and that ask for torchvision.
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def _join(
     worker: Worker | Cluster
     if settings.ray:
         worker = Cluster(settings, jobs, store, Fleet(settings, inputs.brought.path), notifier, metrics)
+        jobs.on_cancel = worker.cancel
     else:
         placed, paths = placements(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)

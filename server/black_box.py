@@ -1,5 +1,6 @@
 """What was at work when a process died of a fault of its own, for the one that comes after it to read."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -34,8 +35,9 @@ class BlackBox:
     def note(self, working: Mapping[int, Sequence[Job]]) -> None:
         """Remember which thread is at which jobs. Not synced: what a process wrote outlives it, if not the machine."""
         names = {f"{thread:x}": [job.request_id for job in jobs] for thread, jobs in working.items()}
-        # One line; what is left of a longer one before it comes after its end.
-        os.pwrite(self._descriptor, f"{json.dumps(names)}\n".encode(), 0)
+        # One line; what is left of a longer one before it comes after its end. On a full disk it is not worth a job.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, f"{json.dumps(names)}\n".encode(), 0)
 
     def read(self) -> tuple[str, list[str]]:
         """The trace that the last process left, and the ids of what its thread was at; empty when it left none."""
@@ -44,8 +46,12 @@ class BlackBox:
             working = json.loads(self._at_work.read_text(encoding="utf-8").partition("\n")[0] or "{}")
         except (OSError, ValueError):
             return "", []
-        thread = re.search(r"^Current thread 0x0*([0-9a-f]+)", trace, re.MULTILINE)
-        if thread and thread[1] in working:
-            return trace, working[thread[1]]
-        # A thread of a library: whatever was at work is suspected.
+        if thread := re.search(r"^Current thread 0x0*([0-9a-f]+)", trace, re.MULTILINE):
+            return trace, working.get(thread[1], [])
+        # A thread of a library, which Python does not know: whatever was at work is suspected.
         return trace, [request_id for ids in working.values() for request_id in ids] if trace else []
+
+
+def read(folder: str) -> tuple[str, list[str]]:
+    """What the black box in this folder holds; by itself, so that it is quickly called elsewhere."""
+    return BlackBox(Path(folder)).read()

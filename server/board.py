@@ -1,14 +1,14 @@
-"""Which GPU of many takes the next job: kept up to date change by change, so that a thousand cost no more than ten."""
+"""Which GPU of many takes the next job: kept up to date change by change, because there may be a thousand."""
 
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from server.jobs import Job, Priority
 
-#: Prompts that a runner is taken to have in its cache.
-PROMPTS = 64
+#: Prompts, and sizes, that a runner is taken to have at hand.
+KNOWN = 64
 #: Runner hints that are remembered.
 HINTS = 10_000
 
@@ -33,6 +33,9 @@ class Place(Protocol):
         """How many jobs it has, and how many of them are of low priority."""
 
 
+P = TypeVar("P", bound=Place)
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a runner may have at hand already: what was compiled for a size, and what was read of a prompt."""
@@ -47,20 +50,48 @@ class Traits:
         return cls(json.dumps(fields.get("image_size")), str(fields.get("prompt")))
 
 
-class Board:
+class _Known(Generic[P]):
+    """Who has what at hand, the newest of each."""
+
+    def __init__(self) -> None:
+        self._of: dict[P, OrderedDict[str, None]] = {}
+        self._who: dict[str, set[P]] = {}
+
+    def who(self, what: str) -> set[P]:
+        """Those that have it."""
+        return self._who.get(what, set())
+
+    def learn(self, place: P, what: str) -> None:
+        """It has this from now on."""
+        known = self._of.setdefault(place, OrderedDict())
+        known[what] = None
+        known.move_to_end(what)
+        self._who.setdefault(what, set()).add(place)
+        if len(known) > KNOWN:
+            self._lose(place, known.popitem(last=False)[0])
+
+    def forget(self, place: P) -> None:
+        """It has nothing any more."""
+        for what in self._of.pop(place, ()):
+            self._lose(place, what)
+
+    def _lose(self, place: P, what: str) -> None:
+        self._who[what].discard(place)
+        if not self._who[what]:
+            del self._who[what]
+
+
+class Board(Generic[P]):
     """Used by one thread. `limit` is how many requests of normal priority a GPU may have, and as many of low beside."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         #: Those that may take something, by how many jobs they have.
-        self._by_load: dict[int, set[Place]] = {}
-        self._load_of: dict[Place, int] = {}
-        self._life_of: dict[Place, int] = {}
-        self._by_size: dict[str, set[Place]] = {}
-        self._by_prompt: dict[str, set[Place]] = {}
-        self._sizes: dict[Place, set[str]] = {}
-        self._prompts: dict[Place, OrderedDict[str, None]] = {}
-        self._hints: OrderedDict[str, Place] = OrderedDict()
+        self._by_load: dict[int, set[P]] = {}
+        self._load_of: dict[P, int] = {}
+        self._life_of: dict[P, int] = {}
+        self._sizes, self._prompts = _Known[P](), _Known[P]()
+        self._hints: OrderedDict[str, P] = OrderedDict()
 
     @property
     def has_room(self) -> bool:
@@ -72,7 +103,7 @@ class Board:
         """Whether any can take one of low priority, which must not keep normal ones out."""
         return any(load < self._limit for load in self._by_load)
 
-    def update(self, place: Place) -> None:
+    def update(self, place: P) -> None:
         """Something changed there."""
         if self._life_of.get(place) != place.life:
             self._forget(place)
@@ -83,13 +114,13 @@ class Board:
             self._load_of[place] = num_jobs
             self._by_load.setdefault(num_jobs, set()).add(place)
 
-    def remove(self, place: Place) -> None:
+    def remove(self, place: P) -> None:
         """It is no more."""
         self._forget(place)
         self._life_of.pop(place, None)
         self._take_off(place)
 
-    def choose(self, job: Job, traits: Traits) -> Place:
+    def choose(self, job: Job, traits: Traits) -> P:
         """Where the hint points, if there is room; else of those with least to do, the one that has most at hand.
 
         There must be room for it.
@@ -100,45 +131,29 @@ class Board:
             self._hints.move_to_end(job.runner_hint)
             if len(self._hints) > HINTS:
                 self._hints.popitem(last=False)
-        self._learn(chosen, traits)
+        self._sizes.learn(chosen, traits.size)
+        self._prompts.learn(chosen, traits.prompt)
         return chosen
 
-    def _take_off(self, place: Place) -> None:
+    def _take_off(self, place: P) -> None:
         load = self._load_of.pop(place, None)
         if load is not None:
             self._by_load[load].discard(place)
             if not self._by_load[load]:
                 del self._by_load[load]
 
-    def _hinted(self, job: Job) -> Place | None:
+    def _hinted(self, job: Job) -> P | None:
         place = self._hints.get(job.runner_hint or "")
         load = self._load_of.get(place) if place else None
         is_free = load is not None and (job.priority == Priority.NORMAL or load < self._limit)
         return place if is_free else None
 
-    def _best(self, traits: Traits) -> Place:
+    def _best(self, traits: Traits) -> P:
         idlest = self._by_load[min(self._by_load)]
-        sized, read = self._by_size.get(traits.size, set()), self._by_prompt.get(traits.prompt, set())
+        sized, read = self._sizes.who(traits.size), self._prompts.who(traits.prompt)
         found = idlest & sized & read or idlest & sized or idlest & read or idlest
         return min(found, key=lambda place: place.number)
 
-    def _learn(self, place: Place, traits: Traits) -> None:
-        self._sizes.setdefault(place, set()).add(traits.size)
-        self._by_size.setdefault(traits.size, set()).add(place)
-        prompts = self._prompts.setdefault(place, OrderedDict())
-        prompts[traits.prompt] = None
-        prompts.move_to_end(traits.prompt)
-        self._by_prompt.setdefault(traits.prompt, set()).add(place)
-        if len(prompts) > PROMPTS:
-            self._unread(place, prompts.popitem(last=False)[0])
-
-    def _forget(self, place: Place) -> None:
-        for size in self._sizes.pop(place, ()):
-            self._by_size[size].discard(place)
-        for prompt in self._prompts.pop(place, ()):
-            self._unread(place, prompt)
-
-    def _unread(self, place: Place, prompt: str) -> None:
-        self._by_prompt[prompt].discard(place)
-        if not self._by_prompt[prompt]:
-            del self._by_prompt[prompt]
+    def _forget(self, place: P) -> None:
+        self._sizes.forget(place)
+        self._prompts.forget(place)

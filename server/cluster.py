@@ -22,7 +22,7 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-#: With --max-gpus: one GPU for so many requests that wait or run.
+#: What one GPU is given at a time, at most, so that one that joins finds work; with --max-gpus, what one is asked for.
 JOBS_A_GPU = 4
 #: A GPU that is not wanted any more is let go after so many idle seconds.
 IDLE_SECONDS = 60.0
@@ -39,10 +39,9 @@ class Cluster:
         self._settings, self._queue, self._files = settings, queue, files
         self._notifier, self._metrics = notifier, metrics
         self._fleet = fleet
-        queue.on_cancel = self.cancel
         self._seats: list[Seat] = []
         self._num_seats = 0
-        self._board = Board(settings.max_running)
+        self._board = Board[Seat](min(settings.max_running, JOBS_A_GPU))
         #: Seats whose runner or jobs changed, until the board knows.
         self._changed: deque[Seat] = deque()
         self._is_stopping = False
@@ -53,12 +52,13 @@ class Cluster:
     @property
     def is_ready(self) -> bool:
         """Whether one GPU can paint, at least."""
-        return not self._is_stopping and any(seat.is_ready for seat in self._seats)
+        return not self._is_stopping and any(seat.is_ready for seat in list(self._seats))
 
     @property
     def loading(self) -> Loading:
         """How far the one is that has come furthest."""
-        return max((seat.loading for seat in self._seats), key=lambda loading: loading.loaded_bytes, default=Loading())
+        all_of_them = [seat.loading for seat in list(self._seats)]
+        return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=Loading())
 
     def gpus(self) -> Sequence[Gpu]:
         """What an operator is told of each."""
@@ -66,7 +66,7 @@ class Cluster:
 
     def cancel(self, job: Job) -> None:
         """A job is to end before its next step; returns when its runner knows, or is gone."""
-        for seat in [seat for seat in self._seats if job.request_id in seat.jobs]:
+        for seat in [seat for seat in list(self._seats) if job.request_id in seat.jobs]:
             seat.cancel(job)
 
     def start(self) -> None:
@@ -82,17 +82,16 @@ class Cluster:
         until = time.monotonic() + self._settings.shutdown_grace + 5
         self._notifier.work.set()
         self._thread.join(10)
-        for seat in self._seats:
-            seat.close()
-        for seat in self._seats:
-            seat.end(until - time.monotonic())
+        for act in (Seat.close, lambda seat: seat.join(until), Seat.kill, lambda seat: seat.join(until + 5)):
+            for seat in self._seats:
+                act(seat)
         self._fleet.close()
 
     # -- its thread
 
     def _run(self) -> None:
         looked_at = -math.inf
-        while not self._is_stopping:
+        while not self._is_stopping and self.failure is None:
             now = time.monotonic()
             try:
                 if now >= looked_at + LOOK_EVERY:
@@ -103,9 +102,7 @@ class Cluster:
             except DiskFull:
                 log.error("the disk is full; nothing is lost, trying again every second")
             except FleetLost as error:
-                log.error("the cluster is gone: %s", error)
-                self.failure = error
-                self._notifier.ring(WORKER)
+                self._fail(error)
                 return
             except Exception:
                 log.exception("the cluster could not be looked after; trying again")
@@ -115,13 +112,14 @@ class Cluster:
     def _hand_out(self) -> bool:
         """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
         while self._changed:
-            self._board.update(self._changed.popleft())
+            seat = self._changed.popleft()
+            if not seat.is_over:
+                self._board.update(seat)
         claimed = self._queue.claim(takes_low=self._board.takes_low) if self._board.has_room else None
         if claimed is None:
             return False
         job, text = claimed
         seat = self._board.choose(job, Traits.of(text))
-        assert isinstance(seat, Seat)
         seat.give(job, text)
         self._board.update(seat)
         return True
@@ -130,6 +128,12 @@ class Cluster:
         """A seat's runner or jobs changed; called from the seat's thread."""
         self._changed.append(seat)
         self._notifier.work.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """The head cannot go on: another process starts with what is in the queue. Called from any thread."""
+        log.error("the cluster is given up: %s", error, exc_info=None if isinstance(error, FleetLost) else error)
+        self.failure = error
+        self._notifier.ring(WORKER)
 
     # -- how many GPUs
 
@@ -141,7 +145,9 @@ class Cluster:
         staying = [seat for seat in self._seats if not seat.is_closing]
         wanted = self._num_wanted()
         for _ in range(wanted - len(staying)):
-            seat = Seat(self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell)
+            seat = Seat(
+                self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell, self._fail
+            )
             self._num_seats += 1
             self._seats.append(seat)
             seat.start()

@@ -52,6 +52,13 @@ class Returned:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A job that could not be taken in, with what came along with it."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
 class Struck:
     """The process has to end while it works at these."""
 
@@ -99,7 +106,7 @@ class Over:
     failure: str | None = None
 
 
-Report = Progress | Line | Ended | Returned | Struck | Stepped | Painted | State | Logged | Over
+Report = Progress | Line | Ended | Returned | Refused | Struck | Stepped | Painted | State | Logged | Over
 
 
 class Desk:

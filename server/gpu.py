@@ -17,6 +17,7 @@ class Gpu:
         num_running: requests that it has.
         num_restarts: how often it was started again because it was lost.
         engines: what there is to tell of its engines, by their weights.
+        failure: why the last runner there ended, until the next one is ready.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Gpu:
     num_running: int = 0
     num_restarts: int = 0
     engines: Mapping[str, About] = field(default_factory=dict)
+    failure: str = ""

@@ -85,7 +85,7 @@ class Queue:
         with self._lock:
             state = job.state
             if state == State.IN_QUEUE:
-                self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
+                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
             elif state == State.IN_PROGRESS and not job.is_cancelled:
                 with self._database.transaction() as connection:
                     rows.mark_cancelled(connection, job)
@@ -97,11 +97,7 @@ class Queue:
 
     def leave(self, job: Job) -> None:
         """The client of a run or stream left: nobody waits for this job any more."""
-        with self._lock:
-            if job.state == State.IN_QUEUE:
-                self._end(job, wire.outcome_of(ClientDisconnected()), is_cancelled=True)
-            else:
-                self.cancel(job)
+        self.cancel(job)
 
     def find(self, request_id: str) -> Job | None:
         """A live or recent job from memory, without touching the disk."""

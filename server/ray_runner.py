@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.black_box import BlackBox
+from server import black_box
 from server.desk import Report
 from server.jobs import Job
 from server.runner import Runner
@@ -82,9 +82,14 @@ class Link:
             raise Lost(" ... ".join(dict.fromkeys((lines[0], lines[-1])))) from None
 
     def take(self, job: Job, text: str) -> None:
-        """Give it a job, with what came along."""
-        contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in set(job.inputs.values())}
-        self._order("take")(job, text, contents)
+        """Give it a job, with those of its files that are not there yet. Raises Lost, and OSError for a file."""
+        names = sorted(set(job.inputs.values()))
+        try:
+            lacking = self._ray.get(self._order("lacks")(names), timeout=HEARD_WITHIN) if names else []
+            contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in lacking}
+            self._order("take")(job, text, contents)
+        except self._ray.exceptions.RayError as error:
+            raise Lost(str(error)) from None
 
     def cancel(self, request_id: str) -> None:
         """A job is to end before its next step; returns when the runner knows, or cannot know."""
@@ -113,7 +118,7 @@ class Link:
         if not self._about:
             return []
         nearby = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self._about["node_id"], soft=False)
-        task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=nearby)(_read_black_box)
+        task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=nearby)(black_box.read)
         try:
             trace, request_ids = self._ray.get(task.remote(self._about["folder"]), timeout=TELL_WITHIN)
         except self._ray.exceptions.RayError:
@@ -124,10 +129,6 @@ class Link:
 
     def _order(self, name: str) -> Callable[..., Any]:
         return partial(getattr(self._actor, name).options(concurrency_group=_ORDERS).remote)
-
-
-def _read_black_box(folder: str) -> tuple[str, list[str]]:
-    return BlackBox(Path(folder)).read()
 
 
 class Fleet:
@@ -143,7 +144,6 @@ class Fleet:
     def connect(self) -> None:
         """Start Ray, or join it. Raises RuntimeError where it is not installed or does not answer."""
         where = self._settings.ray
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if where == "local":
             # Its name hides it: every port of Ray's is then bound to loopback, and not to all interfaces.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -159,7 +159,7 @@ class Fleet:
                 ray.init("local", num_gpus=number, include_dashboard=False, **quiet)
             else:
                 ray.init(where, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RuntimeError(f"--ray {where}: {error}") from None
         self._ray = ray
 

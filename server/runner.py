@@ -1,9 +1,11 @@
 """One GPU away from the head: the same worker as in the server's own process, with a desk in the place of its queue."""
 
+import contextlib
 import logging
 import logging.handlers
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +17,15 @@ import psutil
 from models import discover, weights
 from server.black_box import BlackBox
 from server.brought import Brought
-from server.desk import Desk, Logged, Over, Report, ReportedMetrics, State
+from server.desk import Desk, Logged, Over, Refused, Report, ReportedMetrics, State
 from server.engines import placements
 from server.jobs import Job
 from server.notifier import Notifier
+from server.quiet import keep_quiet, spin_less
 from server.settings import Settings
 from server.worker import Worker
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the worker: while it loads, and when it paints.
 LOOKS = (0.1, 2.0)
@@ -38,6 +43,8 @@ class Runner:
     """Made, called and ended by the head. Knows nothing of Ray, so that it can be tried without."""
 
     def __init__(self, settings: Settings) -> None:
+        keep_quiet()
+        spin_less()
         # One thread, says Ray to those that ask for no CPU; the worker in a server's own process takes what there is.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._folder = _new_folder(node_folder() / "runners")
@@ -76,17 +83,24 @@ class Runner:
             reports = self._desk.reports()
             yield reports
             is_over = any(isinstance(report, Over) for report in reports)
-        self._black_box.close()
 
     def take(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
         """One more job, and where to get the files that came along with it."""
-        for name, source in contents.items():
-            if not self._brought.touch(name):
+        try:
+            for name, source in contents.items():
                 aside = self._brought.aside()
                 aside.write_bytes(self.fetch(source))
                 self._brought.keep(aside, Path(name).suffix)
+        except Exception:
+            log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
+            self._desk.tell(Refused(job.request_id))
+            return
         self._desk.put(job, text)
         self._bell.work.set()
+
+    def lacks(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of these files are not here; the others stay for a while."""
+        return [name for name in names if not self._brought.touch(name)]
 
     def fetch(self, source: Any) -> bytes:
         """What is in a file that a job brought along; `source` is what the head gave for it."""
@@ -127,7 +141,8 @@ class Runner:
                 swept_at = time.monotonic()
 
     def _fail(self) -> None:
-        self._desk.tell(Over(str(self._worker.failure)))
+        failure = self._worker.failure
+        self._desk.tell(Over(str(failure) or repr(failure)))
 
 
 class _Bell(Notifier):
@@ -161,11 +176,14 @@ class _Handler(logging.handlers.QueueHandler):
 def _new_folder(runners: Path) -> Path:
     """A folder for this process; those of runners that died a while ago are deleted."""
     runners.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for folder in runners.iterdir():
-        is_old = folder.stat().st_mtime < time.time() - KEPT
-        if folder.name.isdecimal() and is_old and not psutil.pid_exists(int(folder.name)):
-            shutil.rmtree(folder, ignore_errors=True)
-    mine = runners / str(os.getpid())
+    # Of this machine alone: homes may be shared.
+    here = f"{socket.gethostname()}-"
+    for folder in runners.glob(f"{here}*"):
+        with contextlib.suppress(OSError, ValueError):
+            is_old = folder.stat().st_mtime < time.time() - KEPT
+            if is_old and not psutil.pid_exists(int(folder.name.removeprefix(here))):
+                shutil.rmtree(folder, ignore_errors=True)
+    mine = runners / f"{here}{os.getpid()}"
     shutil.rmtree(mine, ignore_errors=True)
     mine.mkdir(mode=0o700)
     return mine

@@ -15,6 +15,7 @@ from server.jobs import Job, Priority
 from server.metrics import Metrics
 from server.queue import Queue
 from server.ray_runner import Link, Lost
+from server.running import failure
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +34,19 @@ class Seat:
         files: Files,
         metrics: Metrics,
         on_change: Callable[["Seat"], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self.number = number
         self._make_link = link
         self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
+        self._on_failure = on_failure
         #: What the present runner has, by request id.
         self.jobs: dict[str, Job] = {}
         self._shown: set[str] = set()
         self.loading, self.is_ready, self.is_closing = Loading(), False, False
         self._engines: Mapping[str, About] = {}
         self._link: Link | None = None
-        self._num_lost = 0
+        self._num_lost, self._failure = 0, ""
         #: Runners so far.
         self.life = 0
         self.idle_since = time.monotonic()
@@ -68,13 +71,16 @@ class Seat:
         elif link:
             link.kill()
 
-    def end(self, seconds: float) -> None:
-        """Wait for that, but not for longer; what is left by then goes back to the queue."""
-        self._thread.join(max(0.0, seconds))
+    def join(self, until: float) -> None:
+        """Wait for that, until this moment of the monotonic clock at the latest."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+
+    def kill(self) -> None:
+        """Wait no more: what is left goes back to the queue."""
         with self._lock:
-            if self._link:
-                self._link.kill()
-        self._thread.join(5)
+            link = self._link
+        if link:
+            link.kill()
 
     @property
     def is_over(self) -> bool:
@@ -103,7 +109,16 @@ class Seat:
         if link is None:
             self._retry(lambda: self._queue.give_back(job))
             return
-        link.take(job, text)
+        try:
+            link.take(job, text)
+        except Lost as error:
+            # With all that it has, which goes elsewhere; this one would only fail here again.
+            log.error("GPU %d: a request could not be handed over: %s", self.number, error)
+            link.kill()
+        except OSError as error:
+            outcome = failure(error, job)
+            self._retry(lambda: self._queue.finish(job, outcome))
+            self._forget(job)
         # Since it was claimed, when nobody could be told yet.
         if job.is_cancelled:
             link.cancel(job.request_id)
@@ -122,7 +137,7 @@ class Seat:
         state = "loading" if node else "waiting"
         if self.is_ready:
             state = "leaving" if self.is_closing else "ready"
-        return Gpu(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines)
+        return Gpu(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines, self._failure)
 
     # -- its thread
 
@@ -132,8 +147,10 @@ class Seat:
             num_failed += 1
             try:
                 num_failed = 0 if self._live() else num_failed
-            except Exception:
-                log.exception("GPU %d: trying again", self.number)
+            except Exception as error:
+                # Of the head itself, such as its database: only a new process puts everything back.
+                self._on_failure(error)
+                return
 
     def _live(self) -> bool:
         """One runner, from its start to its end; whether it could paint."""
@@ -141,6 +158,8 @@ class Seat:
         with self._lock:
             self._link = link
             self.life += 1
+        if self.is_closing:
+            link.kill()
         was_ready = False
         try:
             for report in link.reports():
@@ -148,7 +167,7 @@ class Seat:
                 was_ready = was_ready or self.is_ready
         except Lost as error:
             if not self._is_over.is_set():
-                self._num_lost += 1
+                self._num_lost, self._failure = self._num_lost + 1, str(error)
                 log.warning("GPU %d: its runner is gone: %s", self.number, error)
         finally:
             with self._lock:
@@ -188,6 +207,8 @@ class Seat:
             case desk.Returned() if job:
                 self._retry(lambda: self._queue.give_back(job))
                 self._forget(job)
+            case desk.Refused() if job:
+                raise Lost("it could not take in what came along with a request")
             case desk.Struck():
                 self._queue.strike([self.jobs[name] for name in report.request_ids if name in self.jobs])
                 link.hear()
@@ -203,18 +224,27 @@ class Seat:
             case desk.State():
                 self.loading, self._engines = report.loading, report.engines
                 if report.is_ready and not self.is_ready:
-                    self.is_ready, self.idle_since = True, time.monotonic()
+                    self.is_ready, self.idle_since, self._failure = True, time.monotonic(), ""
                     self._on_change(self)
             case desk.Logged():
                 report.record.gpu = self.number
-                logging.getLogger(report.record.name).handle(report.record)
-            case desk.Over() if report.failure:
+                logger = logging.getLogger(report.record.name)
+                # Its own level holds here too.
+                if logger.isEnabledFor(report.record.levelno):
+                    logger.handle(report.record)
+            case desk.Over() if report.failure is not None:
                 raise Lost(report.failure)
 
     def _finish(self, job: Job, ended: desk.Ended) -> None:
         """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files."""
-        files = tuple(self._files.put(file, ended.contents[file.name], job.lifecycle) for file in ended.outcome.files)
-        if not self._queue.finish(job, dataclasses.replace(ended.outcome, files=files)):
+        try:
+            files = tuple(
+                self._files.put(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
+            )
+            outcome = dataclasses.replace(ended.outcome, files=files)
+        except OSError as error:
+            files, outcome = (), failure(error, job)
+        if not self._queue.finish(job, outcome):
             self._files.remove([file.name for file in files])
 
     def _forget(self, job: Job) -> None:

@@ -52,8 +52,8 @@ class Watchdog:
         """While the block lasts, this thread works at these jobs."""
         me = threading.get_ident()
         around = self._watched.get(me)
-        self._put(me, (self._clock(), jobs))
         try:
+            self._put(me, (self._clock(), jobs))
             yield
         finally:
             self._put(me, around)

@@ -66,3 +66,25 @@ def test_a_box_of_a_process_that_ended_well_says_nothing(tmp_path: Path) -> None
     with serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server:
         assert server.ready().stop() == 0
     assert BlackBox(tmp_path).read() == ("", [])
+
+
+def test_a_thread_that_is_at_no_job_is_nobodys_fault(tmp_path: Path) -> None:
+    (tmp_path / "at_work.json").write_text('{"7f5f4b4666c0": ["one"], "7f5f4b466700": ["two"]}\nrest of a longer one')
+    trace = tmp_path / "crash.txt"
+    for thread, suspects in (("00007f5f4b4666c0", ["one"]), ("00007f0000000000", [])):
+        trace.write_text(f"Fatal Python error: Aborted\n\nCurrent thread 0x{thread} (most recent call first):\n")
+        assert BlackBox(tmp_path).read()[1] == suspects
+    trace.write_text("Fatal Python error: Segmentation fault\n\n<no Python frame>\n")
+    assert BlackBox(tmp_path).read()[1] == ["one", "two"]
+    trace.write_text("")
+    assert BlackBox(tmp_path).read() == ("", [])
+
+
+def test_a_full_disk_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = BlackBox(tmp_path)
+    box.open()
+    try:
+        monkeypatch.setattr("os.pwrite", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        box.note({1: []})
+    finally:
+        box.close()

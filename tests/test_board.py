@@ -26,8 +26,8 @@ def of(size: str = "square", prompt: str = "x") -> Traits:
 
 
 @pytest.fixture
-def three() -> tuple[Board, list[Place]]:
-    made, places = Board(2), [Place(0), Place(1), Place(2)]
+def three() -> tuple[Board[Place], list[Place]]:
+    made, places = Board[Place](2), [Place(0), Place(1), Place(2)]
     for place in places:
         made.update(place)
     return made, places
@@ -40,7 +40,7 @@ def test_traits_are_the_size_and_the_prompt_of_an_input() -> None:
     assert Traits.of("{}") == Traits("null", "None")
 
 
-def test_who_has_least_to_do_comes_first(three: tuple[Board, list[Place]]) -> None:
+def test_who_has_least_to_do_comes_first(three: tuple[Board[Place], list[Place]]) -> None:
     made, (first, second, third) = three
     first.load, third.load = (1, 0), (2, 0)
     for place in (first, third):
@@ -57,7 +57,7 @@ def test_who_has_least_to_do_comes_first(three: tuple[Board, list[Place]]) -> No
     assert not made.has_room
 
 
-def test_of_the_idle_ones_who_has_most_at_hand(three: tuple[Board, list[Place]]) -> None:
+def test_of_the_idle_ones_who_has_most_at_hand(three: tuple[Board[Place], list[Place]]) -> None:
     made, (first, second, third) = three
     assert made.choose(job(), of("square", "a cat")) is first
     first.load = (1, 0)
@@ -74,7 +74,7 @@ def test_of_the_idle_ones_who_has_most_at_hand(three: tuple[Board, list[Place]])
     assert made.choose(job(), of("portrait", "a dog")) in (first, third)
 
 
-def test_a_new_runner_has_nothing_at_hand(three: tuple[Board, list[Place]]) -> None:
+def test_a_new_runner_has_nothing_at_hand(three: tuple[Board[Place], list[Place]]) -> None:
     made, (first, second, _) = three
     first.load = (1, 0)
     made.update(first)
@@ -85,7 +85,7 @@ def test_a_new_runner_has_nothing_at_hand(three: tuple[Board, list[Place]]) -> N
     assert made.choose(job(), of()) is first
 
 
-def test_low_priority_keeps_nobody_out(three: tuple[Board, list[Place]]) -> None:
+def test_low_priority_keeps_nobody_out(three: tuple[Board[Place], list[Place]]) -> None:
     made, places = three
     for place in places:
         place.load = (2, 1)
@@ -94,7 +94,7 @@ def test_low_priority_keeps_nobody_out(three: tuple[Board, list[Place]]) -> None
     assert made.choose(job(), of()) is places[0]
 
 
-def test_a_hint_is_followed_while_there_is_room(three: tuple[Board, list[Place]]) -> None:
+def test_a_hint_is_followed_while_there_is_room(three: tuple[Board[Place], list[Place]]) -> None:
     made, (first, second, _) = three
     assert made.choose(job("mine"), of()) is first
     first.load = (1, 0)
@@ -109,7 +109,7 @@ def test_a_hint_is_followed_while_there_is_room(three: tuple[Board, list[Place]]
     assert made.choose(job("mine", Priority.LOW), of()) is not second
 
 
-def test_who_is_gone_is_not_chosen(three: tuple[Board, list[Place]]) -> None:
+def test_who_is_gone_is_not_chosen(three: tuple[Board[Place], list[Place]]) -> None:
     made, (first, second, third) = three
     made.choose(job("mine"), of())
     made.remove(first)
@@ -121,10 +121,10 @@ def test_who_is_gone_is_not_chosen(three: tuple[Board, list[Place]]) -> None:
 
 
 def test_no_more_is_remembered_than_is_worth_it(
-    three: tuple[Board, list[Place]], monkeypatch: pytest.MonkeyPatch
+    three: tuple[Board[Place], list[Place]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(board, "HINTS", 2)
-    monkeypatch.setattr(board, "PROMPTS", 2)
+    monkeypatch.setattr(board, "KNOWN", 2)
     made, (first, second, _) = three
     for name in ("a", "b", "c"):
         assert made.choose(job(name), of("square", name)) is first

@@ -1,13 +1,18 @@
 """Several Ray nodes on one machine: what is lost goes elsewhere, and nobody sees a difference."""
 
+import base64
+import contextlib
 import hashlib
+import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from PIL import Image
 
 from tests.parts import opened
 from tests.ray_nodes import MODELS, nodes, runners, serving_on
@@ -57,6 +62,14 @@ def until(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
             return seen
 
 
+def killed(chance: random.Random) -> None:
+    """One runner, as soon as there is one."""
+    while True:
+        with contextlib.suppress(IndexError, psutil.NoSuchProcess):
+            chance.choice(runners()).kill()
+            return
+
+
 def test_each_gpu_paints_and_is_shown(three: Any, tmp_path: Path) -> None:
     with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
         until(client, ["ready"] * 3)
@@ -86,6 +99,18 @@ def test_progress_previews_and_cancel_between_steps(three: Any, tmp_path: Path, 
         assert '"images"' in lines[-1]
 
 
+def test_a_picture_that_comes_along_reaches_the_runner(three: Any, tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
+    sent = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+        for seed in range(2):
+            asked = {"prompt": "x", "image_url": sent, "seed": seed, "output_format": "png"}
+            (image,) = client.post("/test/copy", json=asked).raise_for_status().json()["images"]
+            picture = Image.open(io.BytesIO(client.get(httpx.URL(image["url"]).path).content))
+            assert picture.convert("RGB").getpixel((0, 0)) == (1, 2, 250)
+
+
 def test_two_hundred_jobs_outlive_thirty_kills_of_runners_and_nodes(three: Any, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -104,8 +129,8 @@ def test_two_hundred_jobs_outlive_thirty_kills_of_runners_and_nodes(three: Any, 
             if kill % 5 == 4:
                 three.remove_node(chance.choice(list(three.worker_nodes)), allow_graceful=False)
                 three.add_node(num_cpus=1, num_gpus=1)
-            elif found := runners():
-                chance.choice(found).kill()
+            else:
+                killed(chance)
         assert [digest(client, each) for each in paths] == wanted, f"with seed {seed}"
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
@@ -188,8 +213,6 @@ def test_requests_with_one_hint_go_to_one_gpu(three: Any, tmp_path: Path, gate: 
 
 @pytest.mark.parametrize("kind", ["local"])
 def test_ray_on_this_machine_listens_on_loopback_alone(tmp_path: Path, kind: str) -> None:
-    import psutil
-
     with serving(tmp_path, TEST_MODELS, ray=kind, gpus="2") as server, client_of(server.ready()) as client:
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
         family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]

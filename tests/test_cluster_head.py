@@ -31,6 +31,7 @@ class Link:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.orders: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.suspects: list[str] = []
+        self.cannot_take: Exception | None = None
 
     def reports(self) -> Iterator[desk.Report]:
         while True:
@@ -42,6 +43,8 @@ class Link:
                 return
 
     def take(self, job: Job, text: str) -> None:
+        if self.cannot_take:
+            raise self.cannot_take
         self.orders.put(("take", job.request_id))
 
     def cancel(self, request_id: str) -> None:
@@ -112,6 +115,7 @@ def start(parts: Parts, fleet: Fleet, tmp_path: Path) -> Iterator[Callable[..., 
     def begin(**settings: Any) -> Cluster:
         chosen = Settings(data_dir=tmp_path, ray="nowhere", **{"max_running": 1, "shutdown_grace": 0, **settings})
         made = Cluster(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
+        parts.queue.on_cancel = made.cancel
         started.append(made)
         made.start()
         return made
@@ -316,3 +320,56 @@ def test_a_head_without_ray_ends_and_keeps_its_queue(parts: Parts, fleet: Fleet,
     assert str(cluster.failure) == "it has died"
     cluster.stop()
     assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",)]
+
+
+@pytest.mark.parametrize("is_refused_there", [False, True])
+def test_what_cannot_be_handed_over_is_tried_elsewhere(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], is_refused_there: bool
+) -> None:
+    fleet.number = 2
+    cluster = start()
+    first = fleet.made.get(timeout=20)
+    first.cannot_take = None if is_refused_there else Lost("the object store is full")
+    first.ready()
+    until(lambda: cluster.is_ready)
+    job = submit(parts)
+    if is_refused_there:
+        assert first.taken() == job.request_id
+        first.said.put(desk.Refused(job.request_id))
+    assert fleet.next().taken() == job.request_id
+    assert (job.attempt, job.strikes) == (2, 0)
+
+
+def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+    cluster = start()
+    link = fleet.next()
+    link.cannot_take = FileNotFoundError("gone")
+    job = submit(parts)
+    until(lambda: job.state == State.COMPLETED)
+    assert (job.error_type, cluster.is_ready) == ("internal_error", True)
+
+
+def test_a_head_that_cannot_write_its_rows_ends(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start()
+    job = submit(parts)
+    link = fleet.next()
+    link.taken()
+    monkeypatch.setattr(parts.queue, "finish", lambda *given: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
+    link.said.put(ended(job))
+    until(lambda: cluster.failure is not None)
+    assert str(cluster.failure) == "disk I/O error"
+
+
+def test_a_picture_that_cannot_be_written_fails_alone(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start()
+    job = submit(parts)
+    link = fleet.next()
+    link.taken()
+    monkeypatch.setattr(parts.files, "put", lambda *given: (_ for _ in ()).throw(OSError("bad sector")))
+    link.said.put(ended(job))
+    until(lambda: job.state == State.COMPLETED)
+    assert (job.error_type, cluster.failure) == ("internal_error", None)

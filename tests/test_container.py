@@ -252,7 +252,8 @@ def test_the_cluster_is_a_head_without_a_gpu_and_two_workers_with_one_each() -> 
 
 
 def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
-    spec = yaml.safe_load(KUBERAY.read_text(encoding="utf-8"))["spec"]
+    *claims, cluster = yaml.safe_load_all(KUBERAY.read_text(encoding="utf-8"))
+    spec = cluster["spec"]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"ray=={spec['rayVersion']}\n" in constraints
     assert (spec["enableInTreeAutoscaling"], spec["authOptions"]["mode"]) == (True, "token")
@@ -265,6 +266,10 @@ def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
     (worker,) = workers["template"]["spec"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "flux-server serve black-forest-labs/FLUX.1-dev --ray auto" in head["args"][0]
+    claimed = {
+        volume["persistentVolumeClaim"]["claimName"] for volume in spec["headGroupSpec"]["template"]["spec"]["volumes"]
+    }
+    assert claimed == {claim["metadata"]["name"] for claim in claims}
 
 
 def test_the_page_on_deploying_names_what_there_is() -> None:

@@ -57,7 +57,7 @@ LAYERS = (
     {"server.pictures", "server.lora_files"},
     {"server.picture_parts"},
     {"server.metrics"},
-    {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors", "server.gpu"},
+    {"server.notifier", "server.jobs", "server.wire", "server.settings", "server.errors", "server.gpu", "server.quiet"},
     {"models"},
     {"models.*"},
     {"models.speed", "models.random_weights"},

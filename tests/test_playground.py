@@ -400,7 +400,7 @@ def test_the_operators_view(browser: Browser, playing: Server) -> None:
         expect(page.locator(".bars")).to_have_count(4)
         expect(page.locator(".bars").first.locator("span")).to_have_count(60)
         expect(page.get_by_role("img", name="Pictures a minute, the last hour: at most")).to_be_visible()
-        expect(page.locator("#engines")).to_contain_text("none at all")
+        expect(page.locator("#gpus")).to_contain_text("none at all")
         expect(page.locator("#steps")).to_contain_text("1024x768")
 
 

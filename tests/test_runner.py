@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[R
         made.stop()
         # To its end, so that everything is closed.
         list(reports)
+        made._worker._thread.join()
+        made._black_box.close()
         root.handlers[:], root.level = handlers, level
 
 
@@ -106,6 +109,16 @@ def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None
     assert blue > 200 > 20 > max(red, green)
 
 
+def test_what_cannot_be_taken_in_is_refused(
+    working: tuple[Runner, Iterator[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, reports = working
+    monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
+    assert made.lacks(["a.png"]) == ["a.png"]
+    made.take(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
+    assert first(reports, desk.Refused) == desk.Refused("one")
+
+
 def test_what_runs_is_given_back_when_the_grace_is_over(
     working: tuple[Runner, Iterator[Any]], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,10 +148,11 @@ def test_a_lost_device_is_heard_of_before_the_process_ends(
 
 
 def test_folders_of_dead_runners_go_after_a_while(tmp_path: Path) -> None:
-    old = tmp_path / "4194305"
-    old.mkdir()
-    young = tmp_path / "4194306"
-    young.mkdir()
-    os.utime(old, (0, 0))
+    host = socket.gethostname()
+    old, young, elsewhere = (tmp_path / name for name in (f"{host}-4194305", f"{host}-4194306", "other-4194305"))
+    for folder in (old, young, elsewhere):
+        folder.mkdir()
+    for folder in (old, elsewhere):
+        os.utime(folder, (0, 0))
     mine = runner._new_folder(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, young.name])
+    assert {*tmp_path.iterdir()} == {mine, young, elsewhere}

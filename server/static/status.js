@@ -68,12 +68,23 @@ function show(seen) {
     ]),
   );
   at("plots").replaceChildren(...PLOTS.map((each) => plot(seen.minutes, each)));
-  const engines = seen.gpus.flatMap((gpu) => Object.entries(gpu.engines).map(([weights, engine]) => ({ weights, ...engine }))).map((engine) => ({
-    ...engine,
-    acceleration: engine.acceleration.join(", "),
-    used: engine.used_bytes === null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
-  }));
-  table(at("engines"), { weights: ["weights", String], device: ["device", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, engines);
+  // One line for each set of weights on each GPU; one without, too.
+  const gpus = seen.gpus.flatMap((gpu) => {
+    const engines = Object.entries(gpu.engines);
+    return (engines.length ? engines : [["–", null]]).map(([weights, engine]) => ({
+      ...gpu,
+      weights,
+      device: engine?.device ?? "–",
+      memory: engine?.memory ?? "–",
+      acceleration: engine?.acceleration.join(", ") ?? "–",
+      used: engine?.used_bytes == null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
+      state: gpu.failure ? `${gpu.state}: ${gpu.failure}` : gpu.state,
+    }));
+  });
+  const ofCluster = seen.gpus.some((gpu) => gpu.node)
+    ? { name: ["GPU", String], node: ["machine", String], state: ["state", String], num_running: ["requests", count], num_restarts: ["times lost", count] }
+    : {};
+  table(at("gpus"), { ...ofCluster, weights: ["weights", String], device: ["device", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, gpus);
   table(at("steps"), { size: ["size", String], acceleration: ["tier", String], count: ["steps", count], seconds: ["one takes", seconds] }, seen.steps);
   table(at("endpoints"), { endpoint: ["endpoint", String], completed: ["completed", count], wait: ["waited", seconds], inference: ["took", seconds] }, seen.endpoints);
   table(at("usage"), { owner: ["key", String], requests: ["requests", count], billable_units: ["billable units", count] }, seen.usage);
