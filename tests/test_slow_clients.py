@@ -32,8 +32,8 @@ def test_fifty_at_once() -> None:
         assert {name: len(times) for name, times in slow.closed.items()} == dict.fromkeys(slow.kinds, 10)
 
 
-def p99_while(url: str, act: Callable[[], object]) -> float:
-    """Of the seconds that whole runs take, one after the other, while this is done."""
+def runs_while(url: str, act: Callable[[], object]) -> list[float]:
+    """The seconds that whole runs take, one after the other, while this is done."""
     is_over = threading.Event()
 
     def run() -> list[float]:
@@ -51,8 +51,11 @@ def p99_while(url: str, act: Callable[[], object]) -> float:
             act()
         finally:
             is_over.set()
-        taken = sorted(running.result())
-    return taken[len(taken) * 99 // 100]
+        return running.result()
+
+
+def p99(taken: list[float]) -> float:
+    return sorted(taken)[len(taken) * 99 // 100]
 
 
 @pytest.mark.soak
@@ -66,14 +69,23 @@ def test_a_thousand_at_once(tmp_path: Path) -> None:
         content = bytes(32 * 2**20)
         path = urlsplit(httpx.post(f"{url}/files/upload", content=content, trust_env=False).json()["access_url"]).path
         kinds = {**IN_HEADER, **in_body(path)}
-        before = p99_while(url, lambda: threading.Event().wait(TimedProtocol.body_seconds))
-        with SlowClients(urlsplit(url).port or 0, kinds, 200, pace=1 / 40) as slow:
-            after = p99_while(url, lambda: slow.watch(1.0, 2 * TimedProtocol.body_seconds))
+        slow = SlowClients(urlsplit(url).port or 0, kinds, 200, pace=1 / 40)
+
+        def come_and_go() -> None:
+            with slow:
+                slow.watch(1.0, 2 * TimedProtocol.body_seconds)
+
+        def nobody() -> None:
+            threading.Event().wait(TimedProtocol.body_seconds / 2)
+
+        # Before and after, for the machine is not the same all the time.
+        alone, beside = runs_while(url, nobody), runs_while(url, come_and_go)
+        alone += runs_while(url, nobody)
     assert {name: len(times) for name, times in slow.closed.items()} == dict.fromkeys(kinds, 200)
     worst = {name: max(times) for name, times in slow.closed.items()}
-    print(f"p99 {before * 1000:.1f} ms alone, {after * 1000:.1f} ms beside them; closed after at most {worst}")
+    print(f"p99 {p99(alone) * 1000:.1f} ms alone, {p99(beside) * 1000:.1f} ms beside them; closed after {worst}")
     for name in kinds:
         limit = TimedProtocol.header_seconds if name in IN_HEADER else TimedProtocol.body_seconds
         assert min(slow.closed[name]) > limit - GRACE
         assert worst[name] <= limit + GRACE
-    assert after < 2 * before
+    assert p99(beside) < 2 * p99(alone)

@@ -125,7 +125,13 @@ class Upgraded:
     receiver: Receiver
 
 
-@pytest.fixture(params=sorted(EVERY), ids="v{}".format)
+def _in_turn(version: int) -> Any:
+    """The oldest takes every step there is, and the last but one is what most come from; the others take their time."""
+    marks = [] if version in (min(EVERY), VERSION - 1) else [pytest.mark.soak]
+    return pytest.param(version, marks=marks, id=f"v{version}")
+
+
+@pytest.fixture(params=map(_in_turn, sorted(EVERY)))
 def upgraded(tmp_path: Path, request: pytest.FixtureRequest, httpserver: HTTPServer) -> Iterator[Upgraded]:
     receiver = Receiver(httpserver)
     write(tmp_path, EVERY[request.param], receiver.url)
