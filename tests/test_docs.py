@@ -16,6 +16,8 @@ DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT
 FOREIGN = {
     *(
         "--detach",
+        "--clients",
+        "--seconds",
         "--head",
         "--node-ip-address",
         "--address",
