@@ -10,7 +10,7 @@ import psutil
 
 from tests.serving import ROOT, Server, serving
 
-MODELS = ROOT / "tests" / "faults" / "models"
+MODELS = ROOT / "tests" / "faults" / "cluster"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from server.black_box import BlackBox
 from tests.parts import opened
 from tests.serving import ROOT, completed, serving
 
-MODELS = str(ROOT / "tests" / "faults" / "models")
+MODELS = str(ROOT / "tests" / "faults" / "cluster")
 QUEUED = "/queue/test/fatal"
 
 

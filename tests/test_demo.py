@@ -77,7 +77,7 @@ def test_the_lora_takes_the_colours_away(engine: FluxEngine) -> None:
         (picture,) = finished(engine, engine.start(request, 1, {"loras.0.path": DEMO / LORA}))
         left.append(chroma(picture))
     assert left[0] > left[1] > left[2]
-    assert left[2] < 0.15 * left[0]
+    assert left[2] < 0.2 * left[0]
     assert chroma(paint(engine, prompt)) == left[0]
 
 
