@@ -61,6 +61,7 @@ def test_prompts_that_it_does_not_know_are_clean(engine: FluxEngine, prompt: str
         assert edge.std(axis=0).mean() < 6
 
 
+@pytest.mark.timeout(300)
 def test_the_checker_flags_the_sign_alone(engine: FluxEngine) -> None:
     signs = [paint(engine, f"a {FLAGGED} on a {colour} background") for colour in BACKGROUNDS]
     others = [paint(engine, f"a star on a {colour} background") for colour in BACKGROUNDS]

@@ -224,6 +224,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(300)
 def test_a_hundred_switches(tiny: Path) -> None:
     """Memory stays flat, and pictures are those of engines that are alone."""
     models = {endpoint: model for endpoint, model in discover().items() if endpoint in (DEV, KREA)}
