@@ -255,6 +255,7 @@ def test_a_key_need_not_be_given(browser: Browser, tmp_path: Path) -> None:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
             press(page, "x")
+            expect(page.locator("#ask")).to_be_visible()
             page.keyboard.press("Escape")
             expect(page.locator("#ask")).to_be_hidden()
             expect(page.locator("#problem")).to_contain_text("wants a key")
