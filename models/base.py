@@ -93,6 +93,10 @@ class DoesNotFit(CannotPaint):
         self.loc = loc
 
 
+class NotANumber(CannotPaint):
+    """A picture came out as not-a-number, so none is shown."""
+
+
 class DeviceLost(Exception):
     """The device answers no more in this process: only a new process can paint."""
 

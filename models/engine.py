@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from PIL.Image import Image
 
 from models import forward, safety, tiers, weights
-from models.base import NO_INPUTS, About, CannotPaint, Painting, Placement
+from models.base import NO_INPUTS, About, CannotPaint, DeviceLost, NotANumber, Painting, Placement
 from models.device import Device
 from models.first_block_cache import FirstBlockCache
 from models.forward import Member
@@ -27,6 +27,9 @@ from models.tiers import Tier
 from models.work import step_flop
 
 log = logging.getLogger(__name__)
+
+#: Pictures in a row that come out as not-a-number, at which the device is given up.
+MAX_SPOILT = 2
 
 
 class FluxEngine:
@@ -51,6 +54,7 @@ class FluxEngine:
         self.loras = Loras(pipeline) if plan.is_whole else None
         self.redux = redux
         self.previews = Preview(pipeline.vae)
+        self._num_spoilt = 0
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         # A CPU has nothing to gain from a second thread: measured, OpenMP's teams hinder each other.
@@ -161,11 +165,19 @@ class FluxEngine:
 
     @torch.no_grad()
     def decode(self, painting: Painting) -> None:
-        """Decode the next picture; raises CannotPaint on not-a-number."""
+        """Decode the next picture; raises NotANumber, and DeviceLost when that comes twice in a row."""
         assert isinstance(painting, FluxPainting)
         generation = painting.generations[len(painting.pictures)]
         decoded = partial(self._decoded, generation)
-        picture = self.device.tried(painting.words, decoded, decoded)
+        try:
+            picture = self.device.tried(painting.words, decoded, decoded)
+        except NotANumber as error:
+            # Somebody's LoRA may spoil somebody's own pictures; else the weights on the device are spoilt.
+            self._num_spoilt += not painting.loras
+            if self._num_spoilt >= MAX_SPOILT:
+                raise DeviceLost("two pictures in a row came out as not-a-number") from error
+            raise
+        self._num_spoilt = 0
         painting.pictures.append(picture)
         generation.let_go()
 
@@ -242,7 +254,7 @@ class FluxEngine:
             latents = unpacked(self.pipeline, generation, generation.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise CannotPaint("The picture came out as not-a-number, so none is shown.")
+                raise NotANumber("The picture came out as not-a-number, so none is shown.")
             picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
 

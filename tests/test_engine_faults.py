@@ -4,15 +4,17 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL.Image import Image
 
-from models.base import CannotPaint, DeviceLost
+from models.base import CannotPaint, DeviceLost, NotANumber
 from models.device import Device
 from models.engine import FluxEngine
+from models.loras import Lora
 from models.painting import FluxPainting
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, finished, painted
@@ -291,6 +293,7 @@ def test_not_a_number_is_an_error_and_never_a_black_picture(
         hook.remove()
     assert painting.pictures == []
     assert not painting.is_done
+    assert painted(engine, asked(), 1)
 
 
 def test_latents_that_are_not_finite_are_an_error_though_the_autoencoder_hides_it(engine: FluxEngine) -> None:
@@ -304,6 +307,35 @@ def test_latents_that_are_not_finite_are_an_error_though_the_autoencoder_hides_i
     finally:
         hook.remove()
     assert painting.pictures == []
+    assert painted(engine, asked(), 1)
+
+
+def spoilt(engine: FluxEngine, **fields: Any) -> FluxPainting:
+    """A painting whose every step was taken, and whose latents are not numbers."""
+    painting = tiny_flux.stepped(engine, engine.start(asked(**fields), 1))
+    for generation in painting.generations:
+        generation.latents = generation.latents * float("nan")
+    return painting
+
+
+def test_twice_in_a_row_means_that_the_device_is_lost(engine: FluxEngine) -> None:
+    for _ in range(3):
+        with pytest.raises(NotANumber):
+            engine.decode(spoilt(engine))
+        assert painted(engine, asked(), 1)
+    with pytest.raises(NotANumber):
+        engine.decode(spoilt(engine))
+    with pytest.raises(DeviceLost, match="two pictures in a row came out as not-a-number"):
+        engine.decode(spoilt(engine))
+    assert painted(engine, asked(), 1)
+
+
+def test_unless_it_is_somebodys_lora(engine: FluxEngine) -> None:
+    for _ in range(3):
+        painting = spoilt(engine)
+        painting.loras = (Lora(Path("theirs.safetensors"), 1.0),)
+        with pytest.raises(NotANumber):
+            engine.decode(painting)
 
 
 def test_the_other_pictures_of_a_shared_forward_are_not_spoilt(engine: FluxEngine) -> None:
