@@ -37,7 +37,7 @@ def forget(seen: Path) -> None:
 
 def faulty(data_dir: Path) -> Any:
     """A server of test/faulty whose steps may take two seconds."""
-    models = str(ROOT / "tests" / "faults" / "models")
+    models = str(ROOT / "tests" / "faults" / "demo")
     return serving(data_dir, "test/faulty=demo", models_dir=models, step_deadline="2")
 
 
