@@ -1,38 +1,38 @@
 """What a Ray cluster costs and gives, on one machine with GPUs that are none, and what one head can hold.
 
-    python -m bench.cluster [overhead] [kill] [join] [scale] [head]
+    python -m bench.cluster [overhead] [kill] [join] [scale] [head] [whole]
 
 The GPUs are logical ones, the models sleep or do nothing: these are figures of the server and of Ray, not of painting.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
-import queue
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
-from models.base import About, Loading
-from server import desk
+from bench.client import Client, load, request
+from bench.null_cluster import NullFleet
 from server.cluster import Cluster
 from server.database import Database
-from server.files import Files, new_name
-from server.jobs import Job, Outcome, State, StoredFile, Submission
+from server.files import Files
+from server.jobs import State, Submission
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.settings import Settings
 from tests.ray_nodes import MODELS, nodes, runners, serving_on
-from tests.serving import Server, completed, gated, serving
+from tests.serving import ROOT, Server, completed, gated, serving
 
 SMALL = {"prompt": "x", "seed": 1, "num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}
 
@@ -157,57 +157,7 @@ def scale(jobs: int = 80) -> None:
     print(f"{'four GPUs do':40} {found[4] / found[1]:.2f} times what one does")
 
 
-# -- what one head can hold: the real queue, files, seats and dispatcher, with runners that end every job at once
-
-
-class NullLink:
-    """A runner without a process: each job that it takes has ended already."""
-
-    node = "nowhere"
-    content = os.urandom(150_000)
-
-    def __init__(self) -> None:
-        self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-
-    def reports(self) -> Iterator[desk.Report]:
-        """Ready, then one end after the other."""
-        yield desk.State(Loading(), True, {"null": About()})
-        while job := self._taken.get():
-            for step in range(1, 29):
-                yield desk.Progress(job.request_id, step, 28, None)
-            name = new_name("jpg")
-            file = StoredFile(name, job.owner, len(self.content), "image/jpeg")
-            yield desk.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {name: self.content})
-
-    def take(self, job: Job, text: str) -> None:
-        """It ends at once."""
-        self._taken.put(job)
-
-    def stop(self) -> None:
-        """No more."""
-        self._taken.put(None)
-
-    kill = stop
-
-    def struck(self) -> list[str]:
-        """Nobody is at fault."""
-        return []
-
-
-class NullFleet:
-    """As many GPUs as anybody wants."""
-
-    link = NullLink
-
-    def connect(self) -> None:
-        """Nobody is asked."""
-
-    def num_gpus(self) -> int:
-        """Without end."""
-        return 1_000_000
-
-    def close(self) -> None:
-        """Nobody is told."""
+# -- what one head can hold: all that is real of it, with runners that end every job at once
 
 
 def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
@@ -237,7 +187,63 @@ def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
             line.position(last)
         print(f"{f'a position among {waiting} that wait':40} {1000 * (time.perf_counter() - begun):.1f} µs")
         database.close()
-    print(f"{'so one head is full at':40} {jobs / taken:.0f} GPUs for each second that a picture takes")
+
+
+class Asker(Client):
+    """Submits, asks for the status until it is done, reads the result, fetches the picture, and again."""
+
+    def __init__(self, until: float) -> None:
+        self.submit = request("POST", "/queue/test/null", json.dumps(SMALL).encode())
+        super().__init__(self.submit, lambda: time.monotonic() >= until)
+        self.step, self.path, self.num_pictures = "submit", "", 0
+
+    def next_request(self, body: bytes) -> bytes:
+        """What fal's clients do next."""
+        if self.step == "submit":
+            self.step, self.path = "status", "/queue/test/null/requests/" + json.loads(body)["request_id"]
+        elif self.step == "status" and b'"COMPLETED"' in body:
+            self.step = "result"
+            return request("GET", self.path)
+        elif self.step == "result":
+            self.step = "picture"
+            return request("GET", httpx.URL(json.loads(body)["images"][0]["url"]).path)
+        elif self.step == "picture":
+            self.step, self.num_pictures = "submit", self.num_pictures + 1
+            return self.submit
+        return request("GET", f"{self.path}/status")
+
+    def _send(self) -> None:
+        # As fal's client for Python does: ten times a second.
+        if self.step == "status":
+            asyncio.get_running_loop().call_later(0.1, super()._send)
+        else:
+            super()._send()
+
+
+def whole(gpus: int = 1000, clients: int = 256, seconds: float = 20) -> None:
+    """The same over HTTP, from the submit to the picture at the client."""
+    models = ROOT / "bench" / "null_cluster_models"
+    askers: list[Asker] = []
+    with (
+        tempfile.TemporaryDirectory() as name,
+        serving(
+            Path(name), "test/null=demo", models_dir=str(models), ray="none", gpus=str(gpus), max_running="1"
+        ) as server,
+    ):
+        port = int(server.url.rsplit(":", 1)[1])
+        with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
+            _ready(client, gpus)
+        until = time.monotonic() + seconds
+
+        def asker() -> Asker:
+            askers.append(Asker(until))
+            return askers[-1]
+
+        figures = load(port, clients, asker)
+        assert figures.bad == 0
+    pictures = sum(each.num_pictures for each in askers)
+    print(f"{f'{clients} clients: whole requests a second':40} {pictures / figures.taken:.0f}")
+    print(f"{'HTTP requests for each of them':40} {len(figures.seconds) / pictures:.1f}")
 
 
 def _say(what: str, taken: list[float]) -> None:
@@ -248,7 +254,7 @@ def _percentile(seconds: list[float], percent: int) -> float:
     return 1000 * statistics.quantiles(seconds, n=100)[percent - 1]
 
 
-PARTS: dict[str, Callable[[], None]] = {"overhead": overhead, "kill": kill, "join": join, "scale": scale, "head": head}
+PARTS: dict[str, Callable[[], None]] = {each.__name__: each for each in (overhead, kill, join, scale, head, whole)}
 
 
 def main() -> None:

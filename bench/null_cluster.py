@@ -1,0 +1,62 @@
+"""GPUs that are none, a thousand in one process: what is left of a cluster is the head."""
+
+import json
+import os
+import queue
+from collections.abc import Iterator
+
+from models.base import About, Loading
+from server import desk
+from server.files import new_name
+from server.jobs import Job, Outcome, StoredFile
+
+
+class NullLink:
+    """A runner without a process: each job that it takes has ended already."""
+
+    node = "nowhere"
+    content = os.urandom(150_000)
+
+    def __init__(self) -> None:
+        self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+
+    def reports(self) -> Iterator[desk.Report]:
+        """Ready, then one end after the other."""
+        yield desk.State(Loading(), True, {"null": About()})
+        while job := self._taken.get():
+            for step in range(1, 29):
+                yield desk.Progress(job.request_id, step, 28, None)
+            name = new_name("jpg")
+            file = StoredFile(name, job.owner, len(self.content), "image/jpeg")
+            body = json.dumps({"images": [{"url": f"{job.base_url}/files/{name}"}], "seed": 1})
+            yield desk.Ended(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
+
+    def take(self, job: Job, text: str) -> None:
+        """It ends at once."""
+        self._taken.put(job)
+
+    def stop(self) -> None:
+        """No more."""
+        self._taken.put(None)
+
+    kill = stop
+
+    def struck(self) -> list[str]:
+        """Nobody is at fault."""
+        return []
+
+
+class NullFleet:
+    """As many GPUs as anybody wants."""
+
+    link = NullLink
+
+    def connect(self) -> None:
+        """Nobody is asked."""
+
+    def num_gpus(self) -> int:
+        """Without end."""
+        return 1_000_000
+
+    def close(self) -> None:
+        """Nobody is told."""

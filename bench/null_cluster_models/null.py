@@ -1,0 +1,9 @@
+"""test/null on GPUs that are none: nothing but the head works."""
+
+import server.app
+from bench.null_cluster import NullFleet
+from tests.null_model import NullEngine, NullModel
+
+server.app.Fleet = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
+
+MODEL = NullModel("test/null", NullEngine)
