@@ -1,5 +1,6 @@
 """One GPU's place in the cluster: one runner after the other, and the jobs that the present one has."""
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds before the next try, after so many runners in a row that never painted.
 PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+#: What requests bring along is in memory for one of them at a time, whatever seats they go to.
+_READING = threading.Lock()
 
 
 class Seat:
@@ -108,17 +111,26 @@ class Seat:
                 self.jobs[job.request_id] = job
         if link is None:
             self._retry(lambda: self._queue.give_back(job))
-            return
+        elif job.inputs:
+            # It may be a gigabyte, and others wait for other GPUs.
+            threading.Thread(target=self._hand_over, args=(link, job, text), daemon=True).start()
+        else:
+            self._hand_over(link, job, text)
+
+    def _hand_over(self, link: Link, job: Job, text: str) -> None:
         try:
-            link.take(job, text)
+            with _READING if job.inputs else contextlib.nullcontext():
+                link.take(job, text)
         except Lost as error:
             # With all that it has, which goes elsewhere; this one would only fail here again.
             log.error("GPU %d: a request could not be handed over: %s", self.number, error)
             link.kill()
-        except OSError as error:
-            outcome = failure(error, job)
-            self._retry(lambda: self._queue.finish(job, outcome))
-            self._forget(job)
+        except Exception as error:
+            # Unless it went back to the queue meanwhile, with the runner.
+            if self._link is link:
+                outcome = failure(error, job)
+                self._retry(lambda: self._queue.finish(job, outcome))
+                self._forget(job)
         # Since it was claimed, when nobody could be told yet.
         if job.is_cancelled:
             link.cancel(job.request_id)

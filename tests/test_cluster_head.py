@@ -32,6 +32,8 @@ class Link:
         self.orders: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.suspects: list[str] = []
         self.cannot_take: Exception | None = None
+        self.may_take = threading.Event()
+        self.may_take.set()
 
     def reports(self) -> Iterator[desk.Report]:
         while True:
@@ -43,6 +45,8 @@ class Link:
                 return
 
     def take(self, job: Job, text: str) -> None:
+        if job.inputs:
+            self.may_take.wait(60)
         if self.cannot_take:
             raise self.cannot_take
         self.orders.put(("take", job.request_id))
@@ -344,9 +348,29 @@ def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start:
     cluster = start()
     link = fleet.next()
     link.cannot_take = FileNotFoundError("gone")
-    job = submit(parts)
+    job = submit(parts, inputs={"image_url": "gone"})
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.is_ready) == ("internal_error", True)
+
+
+def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+) -> None:
+    fleet.number = 2
+    cluster = start()
+    links = [fleet.next(), fleet.next()]
+    until(lambda: all(gpu.state == "ready" for gpu in cluster.gpus()) and len(cluster.gpus()) == 2)
+    for link in links:
+        link.may_take.clear()
+    large = submit(parts, inputs={"image_url": "0" * 32 + ".png"})
+    until(lambda: large.state == State.IN_PROGRESS)
+    small = submit(parts)
+    until(lambda: not all(link.orders.empty() for link in links))
+    first, second = sorted(links, key=lambda link: link.orders.empty())
+    assert first.taken() == small.request_id
+    for link in links:
+        link.may_take.set()
+    assert second.taken() == large.request_id
 
 
 def test_a_head_that_cannot_write_its_rows_ends(
