@@ -92,10 +92,13 @@ def test_what_was_acknowledged_survives_a_kill_under_load(tmp_path: Path, number
     is_enough = threading.Event()
     with serving(tmp_path, TEST_MODELS) as first, ThreadPoolExecutor(SUBMITTERS) as clients:
         url = first.ready().url
-        for _ in range(SUBMITTERS):
-            clients.submit(submit_until_killed, url, acknowledged, enough, is_enough)
+        submitting = [
+            clients.submit(submit_until_killed, url, acknowledged, enough, is_enough) for _ in range(SUBMITTERS)
+        ]
         assert is_enough.wait(60)
         first.kill()
+    # Each was cut off, and nobody refused.
+    assert [client.result() for client in submitting] == [None] * SUBMITTERS
     with serving(tmp_path, TEST_MODELS) as second, client_of(second) as client:
         assert {completed(client, path)["status"] for path in acknowledged} == {"COMPLETED"}
         results = [client.get(path.removesuffix("/status")) for path in acknowledged]

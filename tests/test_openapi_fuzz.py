@@ -28,26 +28,36 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
 
 
 def fuzzed(operations: list[Any], mode: GenerationMode, examples: int) -> Counter[int]:
-    """So many requests, shared between the operations; returns the statuses. What cannot be got wrong is left out."""
+    """So many requests at least, over all operations; returns the statuses. What cannot be got wrong is left out."""
     statuses: Counter[int] = Counter()
-    for operation in operations:
-
-        @settings(max_examples=examples // len(operations) + 1, **OPTIONS)
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def sent(case: Any) -> None:
-            response = case.call()
-            statuses[response.status_code] += 1
-            case.validate_response(response, checks=[not_a_server_error])
-
-        with contextlib.suppress(Unsatisfiable):
-            sent()
+    share = examples // len(operations) + 1
+    # Where there is little to vary Hypothesis soon has no more, so the others make up for them.
+    rich = [operation for operation in operations if _fuzz(operation, mode, share, statuses) >= share]
+    while (lacking := examples - statuses.total()) > 0:
+        for operation in rich:
+            _fuzz(operation, mode, lacking // len(rich) + 1, statuses)
     return statuses
+
+
+def _fuzz(operation: Any, mode: GenerationMode, examples: int, statuses: Counter[int]) -> int:
+    """How many it came to."""
+    before = statuses.total()
+
+    @settings(max_examples=examples, **OPTIONS)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def sent(case: Any) -> None:
+        response = case.call()
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=[not_a_server_error])
+
+    with contextlib.suppress(Unsatisfiable):
+        sent()
+    return statuses.total() - before
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_no_answer_is_the_servers_fault(operations: list[Any], mode: GenerationMode) -> None:
-    statuses = fuzzed(operations, mode, 700)
-    assert sum(statuses.values()) >= 100
+    statuses = fuzzed(operations, mode, 500)
     # What fits is mostly accepted, and what does not is not, or this would say little.
     accepted = sum(number for status, number in statuses.items() if status < 300)
     refused = sum(number for status, number in statuses.items() if 400 <= status < 500)
@@ -58,4 +68,5 @@ def test_no_answer_is_the_servers_fault(operations: list[Any], mode: GenerationM
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_nor_of_many_more(operations: list[Any], mode: GenerationMode) -> None:
-    fuzzed(operations, mode, 20_000)
+    statuses = fuzzed(operations, mode, 20_000)
+    print(f"{statuses.total()} requests, {mode.value}: {dict(sorted(statuses.items()))}")

@@ -33,6 +33,8 @@ REQUESTS = st.tuples(
     st.sampled_from([Mode.QUEUE, Mode.QUEUE, Mode.RUN]),
     st.sampled_from(list(Priority)),
     st.sampled_from([None, None, 1.0, 60.0]),
+    # An Idempotency-Key.
+    st.sampled_from([None, None, None, "a", "b"]),
 )
 JUMPS = (0.0, 0.5, 30.0, 3600.0, -3600.0, 86_400.0, 366 * 86_400.0)
 
@@ -45,6 +47,7 @@ class Entry:
     owner: str
     mode: Mode
     deadline: float | None
+    key: str | None
     state: State = State.IN_QUEUE
     attempt: int = 0
     strikes: int = 0
@@ -96,16 +99,34 @@ class QueueBesideModel(RuleBasedStateMachine):
         entry.state, entry.status, entry.finished_at = State.COMPLETED, status, self.clock.now
         entry.is_cancelled = False
 
+    def goes_back(self, name: str) -> None:
+        if self.entries[name].is_cancelled:
+            self.ends(name, 499)
+        else:
+            self.entries[name].state = State.IN_QUEUE
+
+    def is_lost(self, name: str) -> None:
+        """With whoever worked at it."""
+        entry = self.entries[name]
+        if not entry.is_cancelled and (entry.strikes >= MAX_STRIKES or entry.attempt >= MAX_ATTEMPTS):
+            self.ends(name, 500)
+        else:
+            self.goes_back(name)
+
     def chosen(self, data: Any, state: State) -> str:
         return str(data.draw(st.sampled_from(self.of(state))))
 
     # -- what clients do
 
     @rule(wanted=st.lists(REQUESTS, min_size=1, max_size=5))
-    def submit(self, wanted: list[tuple[str, Mode, Priority, float | None]]) -> None:
-        for owner, mode, priority, deadline in wanted:
+    def submit(self, wanted: list[tuple[str, Mode, Priority, float | None, str | None]]) -> None:
+        for owner, mode, priority, deadline, key in wanted:
             ends_at = None if deadline is None else self.clock.now + deadline
-            request = submission(owner=owner, mode=mode, priority=priority, start_deadline=ends_at)
+            request = submission(owner=owner, mode=mode, priority=priority, start_deadline=ends_at, idempotency_key=key)
+            same = [name for name, entry in self.entries.items() if key and (entry.owner, entry.key) == (owner, key)]
+            if same:
+                assert [self.parts.queue.submit(request).request_id] == same
+                continue
             waiting = sum(entry.owner == owner and entry.state == State.IN_QUEUE for entry in self.entries.values())
             if waiting >= PER_OWNER:
                 with pytest.raises(TooManyRequests):
@@ -113,7 +134,7 @@ class QueueBesideModel(RuleBasedStateMachine):
                 continue
             job = self.parts.queue.submit(request)
             self.number += 1
-            self.entries[job.request_id] = Entry((priority == Priority.LOW, self.number), owner, mode, ends_at)
+            self.entries[job.request_id] = Entry((priority == Priority.LOW, self.number), owner, mode, ends_at, key)
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data(), leaves=st.booleans())
@@ -150,7 +171,7 @@ class QueueBesideModel(RuleBasedStateMachine):
             entry.state, entry.attempt = State.IN_PROGRESS, entry.attempt + 1
 
     @precondition(lambda self: self.of(State.IN_PROGRESS))
-    @rule(data=st.data(), act=st.sampled_from(["progress", "finish", "give back", "strike"]))
+    @rule(data=st.data(), act=st.sampled_from(["progress", "finish", "give back", "strike", "lose"]))
     def work(self, data: Any, act: str) -> None:
         name = self.chosen(data, State.IN_PROGRESS)
         entry, job = self.entries[name], self.parts.queue.find(name)
@@ -163,12 +184,12 @@ class QueueBesideModel(RuleBasedStateMachine):
         elif act == "finish":
             assert self.parts.queue.finish(job, painted()) == (not entry.is_cancelled)
             self.ends(name, 499 if entry.is_cancelled else 200)
+        elif act == "lose":
+            self.parts.queue.lose(job)
+            self.is_lost(name)
         else:
             self.parts.queue.give_back(job)
-            if entry.is_cancelled:
-                self.ends(name, 499)
-            else:
-                entry.state = State.IN_QUEUE
+            self.goes_back(name)
 
     # -- what time does
 
@@ -206,12 +227,10 @@ class QueueBesideModel(RuleBasedStateMachine):
         for name, entry in self.entries.items():
             if entry.state == State.COMPLETED:
                 continue
-            if entry.mode != Mode.QUEUE or entry.is_cancelled:
+            if entry.mode != Mode.QUEUE:
                 self.ends(name, 499)
-            elif entry.strikes >= MAX_STRIKES or (entry.state == State.IN_PROGRESS and entry.attempt >= MAX_ATTEMPTS):
-                self.ends(name, 500)
-            else:
-                entry.state = State.IN_QUEUE
+            elif entry.state == State.IN_PROGRESS or entry.strikes >= MAX_STRIKES:
+                self.is_lost(name)
         assert self.parts.queue.recover() == len(self.of(State.IN_QUEUE))
 
     # -- what always holds

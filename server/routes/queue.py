@@ -103,7 +103,8 @@ async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[di
             logs = job.logs[sent:]
             body = _status(parts, job, logs if wants_logs else None)
             preview = job.preview if job.wants_previews and job.preview is not shown else None
-            if body != told or preview:
+            # A stream that the server closes ends with an event, as any other.
+            if body != told or preview or parts.notifier.is_closing:
                 sent += len(logs)
                 told = _status(parts, job, [] if wants_logs else None)
                 shown = job.preview
