@@ -81,7 +81,7 @@ class Webhooks:
     async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
         try:
             error = await self._send(request_id, url)
-            await asyncio.to_thread(self._record, request_id, attempt + 1, error)
+            await asyncio.to_thread(self._record, request_id, attempt, error)
             self._put_off.pop(request_id, None)
         except Exception:
             # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
@@ -117,14 +117,16 @@ class Webhooks:
         error = f"Invalid status code: {row['status']}"
         return row["owner"], {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
 
-    def _record(self, request_id: str, attempt: int, error: str | None) -> None:
-        now = self._clock()
+    def _record(self, request_id: str, before: int, error: str | None) -> None:
+        now, attempt = self._clock(), before + 1
         is_over = error is None or attempt > len(DELAYS)
-        due_at = None if is_over else now + DELAYS[attempt - 1]
+        due_at = None if is_over else now + DELAYS[before]
         with self._database.transaction() as connection:
+            # What the operator sends again meanwhile begins at its first attempt anew, and stays due.
             connection.execute(
-                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ? WHERE request_id = ?",
-                (attempt, due_at, now if error is None else None, error, request_id),
+                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ?"
+                " WHERE request_id = ? AND attempt = ?",
+                (attempt, due_at, now if error is None else None, error, request_id, before),
             )
         self._metrics.webhooks.labels("failed" if error else "delivered").inc()
         if error is not None:

@@ -13,6 +13,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from server import wire
+from server.control import Control
 from server.errors import StartTimeout
 from server.fetch import Guard
 from server.jobs import Job, State
@@ -298,6 +299,30 @@ def test_a_receiver_is_left_in_peace_when_its_answer_cannot_be_recorded(parts: P
     asyncio.run(deliver())
     assert len(received(httpserver)) == 1
     assert delivery(parts)[1] is not None
+
+
+@pytest.mark.parametrize("status", [500, 200])
+def test_what_the_operator_sends_again_meanwhile_is_sent_again(
+    parts: Parts, httpserver: HTTPServer, status: int
+) -> None:
+    """During the last attempt, which would be the end of it either way."""
+
+    def send_again(request: Request) -> Response:
+        Control(parts.database, parts.folder).redeliver(job.request_id)
+        return Response(status=status)
+
+    httpserver.expect_ordered_request("/hook").respond_with_handler(send_again)
+    job = finished(parts, webhook_url=hook(httpserver))
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS),))
+    turn(parts)
+    attempt, due_at, delivered_at, error = delivery(parts)
+    assert (attempt, delivered_at, error) == (0, None, None)
+    assert isinstance(due_at, float)
+    parts.clock.now = due_at
+    turn(parts)
+    assert delivery(parts) == (1, None, parts.clock.now, None)
+    assert len(received(httpserver)) == 2
 
 
 def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, httpserver: HTTPServer) -> None:
