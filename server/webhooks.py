@@ -25,6 +25,12 @@ DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
 #: How many receivers are spoken to at once.
 CONCURRENCY = 32
 _LONGEST_WAIT = 60.0
+#: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
+#: are set back by a little all the time.
+_FARTHEST = DELAYS[-1] + 60.0
+_DUE = """
+    SELECT request_id, url, attempt FROM deliveries WHERE due_at <= ? OR due_at > ? ORDER BY due_at LIMIT ?
+"""
 
 
 class Webhooks:
@@ -38,6 +44,8 @@ class Webhooks:
         signer: Signer,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._database = database
@@ -45,8 +53,9 @@ class Webhooks:
         self._notifier = notifier
         self._guard = guard
         self._clock = clock
+        self._monotonic = monotonic
         self._under_way: dict[str, asyncio.Task[None]] = {}
-        #: Deliveries whose outcome could not be written down, and when to try again.
+        #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
         self._put_off: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -62,21 +71,20 @@ class Webhooks:
 
     async def turn(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
-        rows = await asyncio.to_thread(
-            self._database.read,
-            "SELECT request_id, url, attempt, due_at FROM deliveries WHERE due_at IS NOT NULL ORDER BY due_at LIMIT ?",
-            CONCURRENCY * 2,
-        )
-        now = self._clock()
+        now, moment = self._clock(), self._monotonic()
+        rows = await asyncio.to_thread(self._database.read, _DUE, now, now + _FARTHEST, CONCURRENCY * 2)
         for row in rows:
-            if row["due_at"] > now:
-                return min(_LONGEST_WAIT, float(row["due_at"]) - now)
-            if self._put_off.get(row["request_id"], now) > now:
+            if self._put_off.get(row["request_id"], moment) > moment:
                 continue
             if row["request_id"] not in self._under_way and len(self._under_way) < CONCURRENCY:
                 task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
                 self._under_way[row["request_id"]] = task
-        return _LONGEST_WAIT
+        return await asyncio.to_thread(self._wait, now)
+
+    def _wait(self, now: float) -> float:
+        """Seconds until the next falls due."""
+        ((due_at,),) = self._database.read("SELECT min(due_at) FROM deliveries WHERE due_at > ?", now)
+        return _LONGEST_WAIT if due_at is None else min(_LONGEST_WAIT, float(due_at) - now)
 
     async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
         try:
@@ -85,7 +93,7 @@ class Webhooks:
             self._put_off.pop(request_id, None)
         except Exception:
             # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
-            self._put_off[request_id] = self._clock() + _LONGEST_WAIT
+            self._put_off[request_id] = self._monotonic() + _LONGEST_WAIT
             log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
             del self._under_way[request_id]

@@ -4,7 +4,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,16 +20,16 @@ from server.fetch import Guard
 from server.jobs import Job, State
 from server.signing import Signer
 from server.webhooks import DELAYS, Webhooks
-from tests.parts import Parts, claimed, finished, opened, painted
+from tests.parts import Clock, Parts, claimed, finished, opened, painted
 
 LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
 
 
-def webhooks(parts: Parts, guard: Guard = LOOPBACK) -> Webhooks:
+def webhooks(parts: Parts, guard: Guard = LOOPBACK, monotonic: Callable[[], float] = time.monotonic) -> Webhooks:
     """What delivers; a second one is what a restart makes."""
     signer = Signer(parts.database, clock=parts.clock)
     signer.rotate()
-    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock)
+    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock, monotonic=monotonic)
 
 
 async def delivered(hooks: Webhooks) -> float:
@@ -323,6 +324,51 @@ def test_what_the_operator_sends_again_meanwhile_is_sent_again(
     turn(parts)
     assert delivery(parts) == (1, None, parts.clock.now, None)
     assert len(received(httpserver)) == 2
+
+
+@pytest.mark.parametrize("back", [2 * 3600.0, 366 * 86_400.0])
+def test_what_a_wrong_clock_put_far_ahead_is_due(parts: Parts, httpserver: HTTPServer, back: float) -> None:
+    """The first attempt, and a retry."""
+    first = finished(parts, webhook_url=hook(httpserver, 500))
+    turn(parts)
+    second = finished(parts, webhook_url=httpserver.url_for("/hook"))
+    parts.clock.now -= back
+    turn(parts)
+    told = [request.json["request_id"] for request in received(httpserver)]
+    assert sorted(told) == sorted([first.request_id, first.request_id, second.request_id])
+    assert parts.rows("SELECT count(*) FROM deliveries WHERE due_at IS NULL") == [(2,)]
+
+
+def test_a_retry_does_not_come_early_because_a_clock_is_set_back_a_little(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver, 500))
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS) - 1,))
+    turn(parts)
+    parts.clock.now -= 1
+    assert turn(parts) == 60
+    assert len(received(httpserver)) == 1
+
+
+def test_what_was_put_off_comes_a_minute_later_by_any_clock(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver))
+    monotonic = Clock(5.0)
+
+    async def deliver() -> None:
+        hooks = webhooks(parts, monotonic=monotonic)
+        parts.rows("PRAGMA query_only = ON")
+        await delivered(hooks)
+        parts.rows("PRAGMA query_only = OFF")
+        for jump in (86_400.0, -86_400.0):
+            parts.clock.now += jump
+            monotonic.now += 29
+            await delivered(hooks)
+        assert len(received(httpserver)) == 1
+        monotonic.now += 3
+        await delivered(hooks)
+
+    asyncio.run(deliver())
+    assert len(received(httpserver)) == 2
+    assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
 def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, httpserver: HTTPServer) -> None:
