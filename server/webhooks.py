@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from pydantic_core import from_json, to_json
@@ -22,15 +25,35 @@ log = logging.getLogger(__name__)
 TIMEOUT = 15.0
 #: Seconds to wait before each of the ten retries: within two hours, as fal does.
 DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
-#: How many receivers are spoken to at once.
-CONCURRENCY = 32
+#: How many deliveries are under way at once. Of them an owner has no more than are free: half of what the others leave.
+CONCURRENCY = 64
+#: How many of an owner's go to one receiver.
+PER_RECEIVER = 8
 _LONGEST_WAIT = 60.0
+_LONGEST_REST = 5.0
 #: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
 #: are set back by a little all the time.
 _FARTHEST = DELAYS[-1] + 60.0
+#: A receiver is an owner's: who makes one hang holds up nobody else's webhooks to it.
 _DUE = """
-    SELECT request_id, url, attempt FROM deliveries WHERE due_at <= ? OR due_at > ? ORDER BY due_at LIMIT ?
+    WITH passed AS (SELECT value FROM json_each(?)),
+    due AS (
+        SELECT request_id, url, deliveries.attempt, due_at, owner,
+            substr(replace(url, '?', '/'), instr(url, '//') + 2) || '/' AS place
+        FROM deliveries JOIN jobs USING (request_id) WHERE due_at > ? AND due_at <= ?
+    )
+    SELECT request_id, url, attempt, owner, owner || ' ' || substr(place, 1, instr(place, '/') - 1) AS receiver
+    FROM due WHERE request_id NOT IN passed AND owner NOT IN passed AND receiver NOT IN passed
+    ORDER BY due_at LIMIT ?
 """
+
+
+class _Slot(NamedTuple):
+    """One delivery under way."""
+
+    task: asyncio.Task[None]
+    owner: str
+    receiver: str
 
 
 class Webhooks:
@@ -54,7 +77,7 @@ class Webhooks:
         self._guard = guard
         self._clock = clock
         self._monotonic = monotonic
-        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._under_way: dict[str, _Slot] = {}
         #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
         self._put_off: dict[str, float] = {}
 
@@ -63,7 +86,10 @@ class Webhooks:
         with self._notifier.listen(WEBHOOKS) as bell:
             while True:
                 bell.clear()
+                began = self._monotonic()
                 wait = await self.turn()
+                # Those that wait behind a bad receiver are read through each time, and others need the database too.
+                await asyncio.sleep(min(_LONGEST_REST, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
@@ -72,14 +98,32 @@ class Webhooks:
     async def turn(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
         now, moment = self._clock(), self._monotonic()
-        rows = await asyncio.to_thread(self._database.read, _DUE, now, now + _FARTHEST, CONCURRENCY * 2)
-        for row in rows:
-            if self._put_off.get(row["request_id"], moment) > moment:
-                continue
-            if row["request_id"] not in self._under_way and len(self._under_way) < CONCURRENCY:
-                task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
-                self._under_way[row["request_id"]] = task
+        self._put_off = {request_id: until for request_id, until in self._put_off.items() if until > moment}
+        await self._begin(-math.inf, now)
+        await self._begin(now + _FARTHEST, math.inf)
         return await asyncio.to_thread(self._wait, now)
+
+    async def _begin(self, after: float, until: float) -> None:
+        """Those that fell due in this time, as far as there is room for them."""
+        while len(self._under_way) < CONCURRENCY:
+            passed = json.dumps([*self._under_way, *self._put_off, *self._full()])
+            rows = await asyncio.to_thread(self._database.read, _DUE, passed, after, until, CONCURRENCY)
+            for row in rows:
+                if self._full().isdisjoint((row["owner"], row["receiver"])):
+                    task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
+                    self._under_way[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
+            # The first of them had room, so that each round begins one at least.
+            if len(rows) < CONCURRENCY:
+                break
+
+    def _full(self) -> set[str]:
+        """The owners and the receivers for which no further delivery may begin."""
+        owners = Counter(slot.owner for slot in self._under_way.values())
+        receivers = Counter(slot.receiver for slot in self._under_way.values())
+        free = CONCURRENCY - len(self._under_way)
+        return {name for name, number in owners.items() if number >= free} | {
+            name for name, number in receivers.items() if number >= PER_RECEIVER
+        }
 
     def _wait(self, now: float) -> float:
         """Seconds until the next falls due."""

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,10 @@ from server.control import Control
 from server.errors import StartTimeout
 from server.fetch import Guard
 from server.jobs import Job, State
+from server.notifier import WEBHOOKS
 from server.signing import Signer
-from server.webhooks import DELAYS, Webhooks
-from tests.parts import Clock, Parts, claimed, finished, opened, painted
+from server.webhooks import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
+from tests.parts import Clock, Parts, claimed, finished, opened, painted, submission
 
 LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
 
@@ -264,6 +265,114 @@ def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTP
 
     asyncio.run(deliver())
     assert sorted(json.loads(request.data)["request_id"] for request in received(httpserver)) == sorted(jobs)
+
+
+@contextmanager
+def silent_receivers(number: int) -> Iterator[list[str]]:
+    """The addresses of so many that take every connection and never answer."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100)) for _ in range(number)]
+        yield [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+
+
+def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
+    """The ids of requests that were ended at once, each with a webhook due at one of these."""
+    jobs = [parts.queue.submit(submission(webhook_url=url, owner=owner)) for url in urls]
+    for job in jobs:
+        parts.queue.cancel(job)
+    return {job.request_id for job in jobs}
+
+
+async def told(parts: Parts, hooks: Webhooks, hoped_for: set[str]) -> None:
+    """Turns until these were delivered, while others are under way."""
+    parts.notifier.attach(asyncio.get_running_loop())
+    with parts.notifier.listen(WEBHOOKS) as bell:
+        while True:
+            bell.clear()
+            await hooks.turn()
+            done = parts.rows("SELECT request_id FROM deliveries WHERE delivered_at IS NOT NULL")
+            if hoped_for <= {name for (name,) in done}:
+                return
+            async with asyncio.timeout(10):
+                await bell.wait()
+
+
+async def begun(hooks: Webhooks) -> int:
+    """How many deliveries are under way after a turn."""
+    await hooks.turn()
+    # Connecting makes tasks of its own.
+    return sum("_deliver" in str(task.get_coro()) for task in asyncio.all_tasks())
+
+
+async def abandoned() -> None:
+    """End what these receivers never will."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.wait(others)
+
+
+def test_a_receiver_that_never_answers_holds_up_nobody_else(
+    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither other receivers of the same owner nor other owners, though all of its webhooks were due before."""
+    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+
+    async def deliver(silent: str) -> None:
+        cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
+        cancelled(parts, "bad", *(f"{silent}?number={number}" for number in range(60)))
+        hooks = webhooks(parts)
+        assert await begun(hooks) == PER_RECEIVER
+        parts.clock.now += 1
+        good = [url] * 20
+        await told(parts, hooks, cancelled(parts, "bad", *good) | cancelled(parts, "good", *good))
+        await abandoned()
+
+    url = hook(httpserver)
+    with silent_receivers(1) as (silent,):
+        asyncio.run(deliver(silent))
+
+
+def test_many_receivers_of_one_owner_hold_up_no_other_owner(
+    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has half of what the others leave: there is some for the next, also when several of them are bad."""
+    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+
+    async def deliver(silent: list[str]) -> None:
+        hooks, under_way = webhooks(parts), 0
+        for owner, most in (("bad", CONCURRENCY // 2), ("worse", CONCURRENCY // 4), ("worst", CONCURRENCY // 8)):
+            cancelled(parts, owner, *(f"{url}/hook" for url in silent for _ in range(20)))
+            under_way += most
+            assert await begun(hooks) == under_way
+            parts.clock.now += 1
+        await told(parts, hooks, cancelled(parts, "good", *[url] * 20))
+        await abandoned()
+
+    url = hook(httpserver)
+    with silent_receivers(CONCURRENCY // PER_RECEIVER) as silent:
+        asyncio.run(deliver(silent))
+
+
+def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands that wait behind a bad receiver are read through each time: others need the database too."""
+    monotonic = Clock()
+    rests: list[float] = []
+
+    async def turn(_: Webhooks) -> float:
+        monotonic.now += (0.25, 60.0)[len(rests)]
+        return 0.0
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(Webhooks, "turn", turn)
+    monkeypatch.setattr("server.webhooks.asyncio.sleep", rest)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(webhooks(parts, monotonic=monotonic).run())
+    assert rests == [1.0, 5.0]
 
 
 def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) -> None:
