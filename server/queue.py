@@ -120,8 +120,12 @@ class Queue:
             raise NotFound
         row = found[0]
         if not job.is_kept and row["fetched_at"] is None:
-            with self._database.transaction() as connection:
-                rows.mark_fetched(connection, job, self._clock())
+            try:
+                with self._database.transaction() as connection:
+                    rows.mark_fetched(connection, job, self._clock())
+            except DiskFull:
+                # The answer is there and needs no room; the next fetch is remembered instead.
+                log.warning("the disk is full: a fetch is not remembered", extra={"request_id": job.request_id})
         return rows.outcome_of(row)
 
     def position(self, job: Job) -> int:

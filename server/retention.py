@@ -12,16 +12,15 @@ from server.queue import Queue
 #: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
 GRACE_SECONDS = 600.0
 _BATCH = 500
-#: Those whose webhook is due still are kept: a clock that is set right may make them old at once.
-_OLD = """
-    SELECT request_id FROM jobs WHERE state = 'COMPLETED' AND (
-        (is_kept = 0 AND fetched_at <= ?) OR (
-            finished_at <= ? AND NOT EXISTS (
-                SELECT 1 FROM deliveries WHERE deliveries.request_id = jobs.request_id AND due_at IS NOT NULL
-            )
-        )
-    )
-"""
+#: Those whose webhook is due still are kept: what it tells must be there to be read, and a clock that is set right may
+#: make them old at once.
+_TOLD = """NOT EXISTS (
+    SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
+)"""
+_OLD = f"""
+    SELECT request_id FROM jobs AS results
+    WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_TOLD}
+"""  # noqa: S608  our own words
 #: All that takes room: files, and the answers that hold pictures themselves.
 _KEPT = """
     SELECT name, request_id, size, created_at FROM files
@@ -73,13 +72,15 @@ class Retention:
         self._files.remove([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
-        """The oldest results and uploads go until the files fit."""
+        """The oldest results and uploads go until the files fit, or only those are left whose webhook is due."""
         ((total,),) = self._database.read(f"SELECT coalesce(sum(size), 0) FROM ({_KEPT})")  # noqa: S608  our own words
         if total <= self._max_bytes:
             return 0
         doomed: list[str] = []
         uploads: list[str] = []
-        rows = self._database.read(f"SELECT * FROM ({_KEPT}) ORDER BY created_at, request_id")  # noqa: S608
+        rows = self._database.read(
+            f"SELECT * FROM ({_KEPT}) AS results WHERE {_TOLD} ORDER BY created_at, request_id"  # noqa: S608
+        )
         for row in rows:
             if total <= self._max_bytes and row["request_id"] not in doomed[-1:]:
                 break

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from pydantic_core import from_json, to_json
@@ -22,9 +25,35 @@ log = logging.getLogger(__name__)
 TIMEOUT = 15.0
 #: Seconds to wait before each of the ten retries: within two hours, as fal does.
 DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
-#: How many receivers are spoken to at once.
-CONCURRENCY = 32
+#: How many deliveries are under way at once. Of them an owner has no more than are free: half of what the others leave.
+CONCURRENCY = 64
+#: How many of an owner's go to one receiver.
+PER_RECEIVER = 8
 _LONGEST_WAIT = 60.0
+_LONGEST_REST = 5.0
+#: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
+#: are set back by a little all the time.
+_FARTHEST = DELAYS[-1] + 60.0
+#: A receiver is an owner's: who makes one hang holds up nobody else's webhooks to it.
+_DUE = """
+    WITH passed AS (SELECT value FROM json_each(?)),
+    due AS (
+        SELECT request_id, url, deliveries.attempt, due_at, owner,
+            substr(replace(url, '?', '/'), instr(url, '//') + 2) || '/' AS place
+        FROM deliveries JOIN jobs USING (request_id) WHERE due_at > ? AND due_at <= ?
+    )
+    SELECT request_id, url, attempt, owner, owner || ' ' || substr(place, 1, instr(place, '/') - 1) AS receiver
+    FROM due WHERE request_id NOT IN passed AND owner NOT IN passed AND receiver NOT IN passed
+    ORDER BY due_at LIMIT ?
+"""
+
+
+class _Slot(NamedTuple):
+    """One delivery under way."""
+
+    task: asyncio.Task[None]
+    owner: str
+    receiver: str
 
 
 class Webhooks:
@@ -38,6 +67,8 @@ class Webhooks:
         signer: Signer,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics or Metrics()
         self._database = database
@@ -45,8 +76,9 @@ class Webhooks:
         self._notifier = notifier
         self._guard = guard
         self._clock = clock
-        self._under_way: dict[str, asyncio.Task[None]] = {}
-        #: Deliveries whose outcome could not be written down, and when to try again.
+        self._monotonic = monotonic
+        self._under_way: dict[str, _Slot] = {}
+        #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
         self._put_off: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -54,7 +86,10 @@ class Webhooks:
         with self._notifier.listen(WEBHOOKS) as bell:
             while True:
                 bell.clear()
+                began = self._monotonic()
                 wait = await self.turn()
+                # Those that wait behind a bad receiver are read through each time, and others need the database too.
+                await asyncio.sleep(min(_LONGEST_REST, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
@@ -62,30 +97,47 @@ class Webhooks:
 
     async def turn(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
-        rows = await asyncio.to_thread(
-            self._database.read,
-            "SELECT request_id, url, attempt, due_at FROM deliveries WHERE due_at IS NOT NULL ORDER BY due_at LIMIT ?",
-            CONCURRENCY * 2,
-        )
-        now = self._clock()
-        for row in rows:
-            if row["due_at"] > now:
-                return min(_LONGEST_WAIT, float(row["due_at"]) - now)
-            if self._put_off.get(row["request_id"], now) > now:
-                continue
-            if row["request_id"] not in self._under_way and len(self._under_way) < CONCURRENCY:
-                task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
-                self._under_way[row["request_id"]] = task
-        return _LONGEST_WAIT
+        now, moment = self._clock(), self._monotonic()
+        self._put_off = {request_id: until for request_id, until in self._put_off.items() if until > moment}
+        await self._begin(-math.inf, now)
+        await self._begin(now + _FARTHEST, math.inf)
+        return await asyncio.to_thread(self._wait, now)
+
+    async def _begin(self, after: float, until: float) -> None:
+        """Those that fell due in this time, as far as there is room for them."""
+        while len(self._under_way) < CONCURRENCY:
+            passed = json.dumps([*self._under_way, *self._put_off, *self._full()])
+            rows = await asyncio.to_thread(self._database.read, _DUE, passed, after, until, CONCURRENCY)
+            for row in rows:
+                if self._full().isdisjoint((row["owner"], row["receiver"])):
+                    task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
+                    self._under_way[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
+            # The first of them had room, so that each round begins one at least.
+            if len(rows) < CONCURRENCY:
+                break
+
+    def _full(self) -> set[str]:
+        """The owners and the receivers for which no further delivery may begin."""
+        owners = Counter(slot.owner for slot in self._under_way.values())
+        receivers = Counter(slot.receiver for slot in self._under_way.values())
+        free = CONCURRENCY - len(self._under_way)
+        return {name for name, number in owners.items() if number >= free} | {
+            name for name, number in receivers.items() if number >= PER_RECEIVER
+        }
+
+    def _wait(self, now: float) -> float:
+        """Seconds until the next falls due."""
+        ((due_at,),) = self._database.read("SELECT min(due_at) FROM deliveries WHERE due_at > ?", now)
+        return _LONGEST_WAIT if due_at is None else min(_LONGEST_WAIT, float(due_at) - now)
 
     async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
         try:
             error = await self._send(request_id, url)
-            await asyncio.to_thread(self._record, request_id, attempt + 1, error)
+            await asyncio.to_thread(self._record, request_id, attempt, error)
             self._put_off.pop(request_id, None)
         except Exception:
             # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
-            self._put_off[request_id] = self._clock() + _LONGEST_WAIT
+            self._put_off[request_id] = self._monotonic() + _LONGEST_WAIT
             log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
             del self._under_way[request_id]
@@ -117,14 +169,16 @@ class Webhooks:
         error = f"Invalid status code: {row['status']}"
         return row["owner"], {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
 
-    def _record(self, request_id: str, attempt: int, error: str | None) -> None:
-        now = self._clock()
+    def _record(self, request_id: str, before: int, error: str | None) -> None:
+        now, attempt = self._clock(), before + 1
         is_over = error is None or attempt > len(DELAYS)
-        due_at = None if is_over else now + DELAYS[attempt - 1]
+        due_at = None if is_over else now + DELAYS[before]
         with self._database.transaction() as connection:
+            # What the operator sends again meanwhile begins at its first attempt anew, and stays due.
             connection.execute(
-                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ? WHERE request_id = ?",
-                (attempt, due_at, now if error is None else None, error, request_id),
+                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ?"
+                " WHERE request_id = ? AND attempt = ?",
+                (attempt, due_at, now if error is None else None, error, request_id, before),
             )
         self._metrics.webhooks.labels("failed" if error else "delivered").inc()
         if error is not None:

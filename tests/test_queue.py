@@ -532,6 +532,24 @@ def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -
     assert parts.rows("PRAGMA integrity_check") == [("ok",)]
 
 
+def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = finished(parts, is_kept=False)
+
+    def find_no_room(*_: object) -> None:
+        raise DiskFull
+
+    with monkeypatch.context() as patched:
+        patched.setattr("server.rows.mark_fetched", find_no_room)
+        assert parts.queue.result(job).body == '{"seed":7}'
+    assert "the disk is full" in caplog.text
+    assert parts.rows("SELECT fetched_at FROM jobs") == [(None,)]
+    parts.clock.now += 100
+    assert parts.queue.result(job).status == 200
+    assert parts.rows("SELECT fetched_at FROM jobs") == [(parts.clock.now,)]
+
+
 def test_other_errors_of_sqlite_are_not_taken_for_a_full_disk(parts: Parts) -> None:
     with pytest.raises(sqlite3.OperationalError), parts.database.transaction() as connection:
         connection.execute("SELECT * FROM nothing")

@@ -45,10 +45,37 @@ def test_a_result_whose_webhook_is_due_is_kept_until_it_was_told(parts: Parts) -
     job = with_picture(parts, webhook_url="http://there/hook")
     parts.clock.now += 366 * DAY
     assert retention(parts).sweep() == 0
-    with parts.database.transaction() as connection:
-        connection.execute("UPDATE deliveries SET due_at = NULL")
+    told(parts)
     assert retention(parts).sweep() == 1
     assert parts.queue.load(job.request_id) is None
+
+
+def test_what_is_not_to_be_kept_stays_too_until_its_webhook_was_told(parts: Parts) -> None:
+    job = with_picture(parts, is_kept=False, webhook_url="http://there/hook")
+    parts.queue.result(job)
+    parts.clock.now += GRACE_SECONDS
+    assert retention(parts).sweep() == 0
+    told(parts)
+    assert retention(parts).sweep() == 1
+
+
+def test_the_budget_takes_younger_ones_before_those_whose_webhook_is_due(parts: Parts) -> None:
+    job = with_picture(parts, webhook_url="http://there/hook")
+    parts.clock.now += 1
+    young, file = with_picture(parts), uploaded(parts)
+    assert retention(parts, max_bytes=0).sweep() == 1
+    assert known(parts) == [job.request_id]
+    assert (parts.queue.load(young.request_id), parts.files.find(file.name)) == (None, None)
+    assert len(left(parts)) == 1
+    told(parts)
+    assert retention(parts, max_bytes=0).sweep() == 1
+    assert left(parts) == []
+
+
+def told(parts: Parts) -> None:
+    """As after the deliveries of all webhooks."""
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET due_at = NULL")
 
 
 def test_age_counts_from_the_end_not_from_the_submit(parts: Parts) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,23 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from server import wire
+from server.control import Control
 from server.errors import StartTimeout
 from server.fetch import Guard
 from server.jobs import Job, State
+from server.notifier import WEBHOOKS
 from server.signing import Signer
-from server.webhooks import DELAYS, Webhooks
-from tests.parts import Parts, claimed, finished, opened, painted
+from server.webhooks import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
+from tests.parts import Clock, Parts, claimed, finished, opened, painted, submission
 
 LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
 
 
-def webhooks(parts: Parts, guard: Guard = LOOPBACK) -> Webhooks:
+def webhooks(parts: Parts, guard: Guard = LOOPBACK, monotonic: Callable[[], float] = time.monotonic) -> Webhooks:
     """What delivers; a second one is what a restart makes."""
     signer = Signer(parts.database, clock=parts.clock)
     signer.rotate()
-    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock)
+    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock, monotonic=monotonic)
 
 
 async def delivered(hooks: Webhooks) -> float:
@@ -264,6 +267,114 @@ def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTP
     assert sorted(json.loads(request.data)["request_id"] for request in received(httpserver)) == sorted(jobs)
 
 
+@contextmanager
+def silent_receivers(number: int) -> Iterator[list[str]]:
+    """The addresses of so many that take every connection and never answer."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100)) for _ in range(number)]
+        yield [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+
+
+def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
+    """The ids of requests that were ended at once, each with a webhook due at one of these."""
+    jobs = [parts.queue.submit(submission(webhook_url=url, owner=owner)) for url in urls]
+    for job in jobs:
+        parts.queue.cancel(job)
+    return {job.request_id for job in jobs}
+
+
+async def told(parts: Parts, hooks: Webhooks, hoped_for: set[str]) -> None:
+    """Turns until these were delivered, while others are under way."""
+    parts.notifier.attach(asyncio.get_running_loop())
+    with parts.notifier.listen(WEBHOOKS) as bell:
+        while True:
+            bell.clear()
+            await hooks.turn()
+            done = parts.rows("SELECT request_id FROM deliveries WHERE delivered_at IS NOT NULL")
+            if hoped_for <= {name for (name,) in done}:
+                return
+            async with asyncio.timeout(10):
+                await bell.wait()
+
+
+async def begun(hooks: Webhooks) -> int:
+    """How many deliveries are under way after a turn."""
+    await hooks.turn()
+    # Connecting makes tasks of its own.
+    return sum("_deliver" in str(task.get_coro()) for task in asyncio.all_tasks())
+
+
+async def abandoned() -> None:
+    """End what these receivers never will."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.wait(others)
+
+
+def test_a_receiver_that_never_answers_holds_up_nobody_else(
+    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither other receivers of the same owner nor other owners, though all of its webhooks were due before."""
+    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+
+    async def deliver(silent: str) -> None:
+        cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
+        cancelled(parts, "bad", *(f"{silent}?number={number}" for number in range(60)))
+        hooks = webhooks(parts)
+        assert await begun(hooks) == PER_RECEIVER
+        parts.clock.now += 1
+        good = [url] * 20
+        await told(parts, hooks, cancelled(parts, "bad", *good) | cancelled(parts, "good", *good))
+        await abandoned()
+
+    url = hook(httpserver)
+    with silent_receivers(1) as (silent,):
+        asyncio.run(deliver(silent))
+
+
+def test_many_receivers_of_one_owner_hold_up_no_other_owner(
+    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has half of what the others leave: there is some for the next, also when several of them are bad."""
+    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+
+    async def deliver(silent: list[str]) -> None:
+        hooks, under_way = webhooks(parts), 0
+        for owner, most in (("bad", CONCURRENCY // 2), ("worse", CONCURRENCY // 4), ("worst", CONCURRENCY // 8)):
+            cancelled(parts, owner, *(f"{url}/hook" for url in silent for _ in range(20)))
+            under_way += most
+            assert await begun(hooks) == under_way
+            parts.clock.now += 1
+        await told(parts, hooks, cancelled(parts, "good", *[url] * 20))
+        await abandoned()
+
+    url = hook(httpserver)
+    with silent_receivers(CONCURRENCY // PER_RECEIVER) as silent:
+        asyncio.run(deliver(silent))
+
+
+def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands that wait behind a bad receiver are read through each time: others need the database too."""
+    monotonic = Clock()
+    rests: list[float] = []
+
+    async def turn(_: Webhooks) -> float:
+        monotonic.now += (0.25, 60.0)[len(rests)]
+        return 0.0
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(Webhooks, "turn", turn)
+    monkeypatch.setattr("server.webhooks.asyncio.sleep", rest)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(webhooks(parts, monotonic=monotonic).run())
+    assert rests == [1.0, 5.0]
+
+
 def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) -> None:
     may_answer = threading.Event()
 
@@ -298,6 +409,75 @@ def test_a_receiver_is_left_in_peace_when_its_answer_cannot_be_recorded(parts: P
     asyncio.run(deliver())
     assert len(received(httpserver)) == 1
     assert delivery(parts)[1] is not None
+
+
+@pytest.mark.parametrize("status", [500, 200])
+def test_what_the_operator_sends_again_meanwhile_is_sent_again(
+    parts: Parts, httpserver: HTTPServer, status: int
+) -> None:
+    """During the last attempt, which would be the end of it either way."""
+
+    def send_again(request: Request) -> Response:
+        Control(parts.database, parts.folder).redeliver(job.request_id)
+        return Response(status=status)
+
+    httpserver.expect_ordered_request("/hook").respond_with_handler(send_again)
+    job = finished(parts, webhook_url=hook(httpserver))
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS),))
+    turn(parts)
+    attempt, due_at, delivered_at, error = delivery(parts)
+    assert (attempt, delivered_at, error) == (0, None, None)
+    assert isinstance(due_at, float)
+    parts.clock.now = due_at
+    turn(parts)
+    assert delivery(parts) == (1, None, parts.clock.now, None)
+    assert len(received(httpserver)) == 2
+
+
+@pytest.mark.parametrize("back", [2 * 3600.0, 366 * 86_400.0])
+def test_what_a_wrong_clock_put_far_ahead_is_due(parts: Parts, httpserver: HTTPServer, back: float) -> None:
+    """The first attempt, and a retry."""
+    first = finished(parts, webhook_url=hook(httpserver, 500))
+    turn(parts)
+    second = finished(parts, webhook_url=httpserver.url_for("/hook"))
+    parts.clock.now -= back
+    turn(parts)
+    told = [request.json["request_id"] for request in received(httpserver)]
+    assert sorted(told) == sorted([first.request_id, first.request_id, second.request_id])
+    assert parts.rows("SELECT count(*) FROM deliveries WHERE due_at IS NULL") == [(2,)]
+
+
+def test_a_retry_does_not_come_early_because_a_clock_is_set_back_a_little(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver, 500))
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS) - 1,))
+    turn(parts)
+    parts.clock.now -= 1
+    assert turn(parts) == 60
+    assert len(received(httpserver)) == 1
+
+
+def test_what_was_put_off_comes_a_minute_later_by_any_clock(parts: Parts, httpserver: HTTPServer) -> None:
+    finished(parts, webhook_url=hook(httpserver))
+    monotonic = Clock(5.0)
+
+    async def deliver() -> None:
+        hooks = webhooks(parts, monotonic=monotonic)
+        parts.rows("PRAGMA query_only = ON")
+        await delivered(hooks)
+        parts.rows("PRAGMA query_only = OFF")
+        for jump in (86_400.0, -86_400.0):
+            parts.clock.now += jump
+            monotonic.now += 29
+            await delivered(hooks)
+        assert len(received(httpserver)) == 1
+        monotonic.now += 3
+        await delivered(hooks)
+
+    asyncio.run(deliver())
+    assert len(received(httpserver)) == 2
+    assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
 def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, httpserver: HTTPServer) -> None:
