@@ -118,15 +118,43 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
                         raise ConnectionResetError
 
 
-@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX-A: ", b"GET / HTTP/1.1\r\nHost: here\r\n\r\nGET /"])
-def test_a_header_without_end_is_not_kept(start: bytes) -> None:
-    """However much time there would be."""
-    with listening(timed(header_seconds=3600.0)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /", b"a"),
+        (b"GET / HTTP/1.1\r\nX-A: ", b"a"),
+        (GET, b"X: y\r\n"),
+        (GET + b"\r\nGET /", b"a"),
+        (CHUNKED + b"0\r\nX-A: ", b"a"),
+        (CHUNKED + b"0\r\n", b"X: y\r\n"),
+        (CHUNKED + b"1;", b"a"),
+    ],
+    ids=["line", "header", "headers", "second line", "trailer", "trailers", "chunk extension"],
+)
+def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
+    """However much time there would be; neither is what comes in its form after a body, or within one."""
+    patient = timed(header_seconds=3600.0, body_seconds=3600.0)
+    with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(start)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while True:
-                connection.sendall(b"a" * 65_536)
+            for _ in range(100):
+                connection.sendall(more * (65_536 // len(more)))
+
+
+def test_a_body_in_the_smallest_chunks_is_well() -> None:
+    """Six times as much is said about it as there is of it; with trailers that are short, too."""
+    with listening(TimedProtocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(60)
+        connection.sendall(CHUNKED + b"1\r\na\r\n" * 199_999 + b"0\r\nX-A: b\r\n\r\n")
+        said = b""
+        while more := connection.recv(65_536):
+            said += more
+    assert said.endswith(b"\r\n\r\n200000")
 
 
 def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
