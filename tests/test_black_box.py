@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,20 @@ def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
     died(tmp_path, "SIGKILL", 4)
     with opened(tmp_path) as parts:
         assert parts.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL", "SIGTERM"])
+def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name: str) -> None:
+    """As docs/operations.md says."""
+    code = (
+        "import pathlib, signal, sys; from server.black_box import BlackBox;"
+        "BlackBox(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.Signals[name]
+    faults = re.search(r"A process that dies by (.*) leaves a trace", (ROOT / "docs" / "operations.md").read_text())
+    assert faults
+    assert bool(BlackBox(tmp_path).read()[0]) == (name in faults[1])
 
 
 def test_a_box_of_a_process_that_ended_well_says_nothing(tmp_path: Path) -> None:
