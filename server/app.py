@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -221,7 +221,8 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
     parts: Parts = app.state.parts
     worker: Worker | Cluster = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
-    parts.queue.recover(_after_crash(app.state.black_box))
+    _after_crash(app.state.black_box, parts.queue)
+    parts.queue.recover()
     parts.files.remove_strays()
     parts.signer.rotate()
     worker.start()
@@ -242,14 +243,15 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         database.close()
 
 
-def _after_crash(black_box: BlackBox) -> Sequence[str]:
-    """The requests that the last process worked at, if it died of a fault of its own; from now on, this one's."""
+def _after_crash(black_box: BlackBox, jobs: Queue) -> None:
+    """Blame what the last process worked at, if it died of a fault of its own; from now on this one's is recorded."""
     trace, request_ids = black_box.read()
     if trace:
         at = ", ".join(request_ids) or "no request"
         log.error("the last process died of a fault of its own while it worked at %s:\n%s", at, trace)
+        jobs.blame(request_ids)
+    # Only now, because what was recorded is gone then; a kill in between is one strike too many, and not one too few.
     black_box.open()
-    return request_ids
 
 
 async def _every(seconds: float, act: Callable[[], object]) -> None:

@@ -1,8 +1,10 @@
 """What the operator does beside serving: keys, webhooks, a backup; in the running server, or without one."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from server.auth import Scope
 from server.database import Database
 from server.errors import DiskFull
 
-#: What a backup holds beside the database: pictures and uploads, what waiting requests brought, the certificates.
-_FOLDERS = ("files", "inputs", "tls")
+#: What a backup holds beside the database and what waiting requests brought: pictures and uploads, the certificates.
+_FOLDERS = ("files", "tls")
 _WEBHOOKS = """
     SELECT deliveries.request_id, url, deliveries.attempt, due_at, delivered_at, deliveries.error
     FROM deliveries JOIN jobs USING (request_id) WHERE delivered_at IS NULL OR ?
@@ -86,25 +88,31 @@ class Control:
     def back_up(self, folder: str) -> int:
         """Copy the data folder into a new one while the server goes on; returns its bytes.
 
-        The database first: a picture that is painted meanwhile is left out with its row.
+        What waiting requests brought goes with them, so it comes before the database; the rest of it, which came since,
+        together with the database: meanwhile no request can end. Pictures are kept for longer, so they come last.
         """
         target = Path(folder)
         try:
             target.mkdir(parents=True, mode=0o700)
-            self._database.copy(target)
+            self._copy("inputs", target)
+            self._database.copy(target, together_with=partial(self._copy, "inputs", target))
             for name in _FOLDERS:
-                if (self._data_dir / name).is_dir():
-                    shutil.copytree(self._data_dir / name, target / name, copy_function=_copy_if_there)
+                self._copy(name, target)
         except DiskFull:
             raise ValueError(f"{target}: No space left on device") from None
         except OSError as error:
             raise ValueError(f"{target}: {error.strerror or error}") from None
         return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
+    def _copy(self, name: str, target: Path) -> None:
+        """What is in a folder and not yet there."""
+        if (self._data_dir / name).is_dir():
+            shutil.copytree(self._data_dir / name, target / name, copy_function=_copy_if_new, dirs_exist_ok=True)
 
-def _copy_if_there(source: str, target: str) -> str:
+
+def _copy_if_new(source: str, target: str) -> str:
     """One file; what expired meanwhile is left out."""
-    try:
-        return str(shutil.copy2(source, target))
-    except FileNotFoundError:
-        return target
+    with contextlib.suppress(FileNotFoundError):
+        if not Path(target).exists():
+            shutil.copy2(source, target)
+    return target

@@ -3,7 +3,7 @@
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,10 +116,14 @@ class Database:
         with self._lock:
             return self._connection.execute(sql, parameters).fetchall()
 
-    def copy(self, folder: Path) -> None:
-        """Write all of it, as it is now, into a new file in this folder; others wait meanwhile. Raises DiskFull."""
+    def copy(self, folder: Path, together_with: Callable[[], None]) -> None:
+        """Write all of it, as it is now, into a new file in this folder, and do this, while nothing can change.
+
+        Raises DiskFull.
+        """
         with self._lock, _full_disk_told():
             self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
+            together_with()
         (folder / FILE).chmod(0o600)
 
     def close(self) -> None:

@@ -22,7 +22,8 @@ class TimedProtocol(HttpToolsProtocol):
 
     # Promised are 10 s and 60 s; in a busy process a timer comes late.
     header_seconds = 9.5
-    #: Of a request line and its headers, beside what comes with their first part. httptools itself has no limit.
+    #: Of a request line and its headers, of trailers, and of what stands between two parts of a body; beside what comes
+    #: with the first of it. httptools itself has no limit.
     header_bytes = 65_536
     body_seconds = 59.0
     #: Bytes of a body that earn one more second.
@@ -36,7 +37,7 @@ class TimedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._answer_timer: asyncio.TimerHandle | None = None
         self._begun, self._received = 0.0, 0
-        self._is_in_header, self._head = True, 0
+        self._beside_body = 0
         if len(self.connections) > self.max_connections:
             log.warning("more than %d connections are open; another one is refused", self.max_connections)
             self._cut_off()
@@ -50,28 +51,28 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Whatever comes; a header without end is cut off."""
-        self._head += len(data)
+        """Whatever comes; a header or trailer without end is cut off."""
+        self._beside_body += len(data)
         super().data_received(data)
-        if self._is_in_header and self._head > self.header_bytes:
+        if self._beside_body > self.header_bytes:
             self._cut_off()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._is_in_header, self._head = True, 0
+        self._beside_body = 0
         if self._timer is None:
             self._expect(self.header_seconds)
 
     def on_headers_complete(self) -> None:
         """From here on the body is waited for."""
-        self._is_in_header = False
         super().on_headers_complete()
         self._begun, self._received = self.loop.time(), 0
         self._expect(self.body_seconds)
 
     def on_body(self, body: bytes) -> None:
-        """A part of it."""
+        """A part of it, be it one byte: however small the chunks are, a whole body passes."""
+        self._beside_body = 0
         self._received += len(body)
         super().on_body(body)
 

@@ -23,6 +23,8 @@ from server.fetch import ForbiddenURL, Guard
 from server.files import FULL, Files
 
 MAX_PICTURE_BYTES = 25 * 2**20
+#: What an input needs that brings the largest picture as a data URI; the rest of it is small.
+MAX_INPUT_BYTES = MAX_PICTURE_BYTES * 4 // 3 + 2**20
 #: How many are on their way at a time, and how many of them one owner's.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many addresses are remembered with the ETags of what came from them.

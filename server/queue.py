@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from server import journal, rows, verdicts, wire
@@ -188,13 +188,7 @@ class Queue:
     def strike(self, jobs: Sequence[Job]) -> None:
         """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
         try:
-            with self._lock:
-                struck = [job for job in jobs if job.state == State.IN_PROGRESS]
-                with self._database.transaction() as connection:
-                    for job in struck:
-                        rows.strike(connection, job)
-                for job in struck:
-                    job.strikes += 1
+            self._strike(jobs)
         except DiskFull:
             # What the process ends for is worse, and must not be hidden by this.
             log.error("the disk is full: it is not remembered what the process worked at")
@@ -228,18 +222,22 @@ class Queue:
 
     # -- what time does
 
-    def recover(self, struck: Collection[str] = ()) -> int:
+    def blame(self, request_ids: Sequence[str]) -> None:
+        """At the start, before `recover`: a strike each, because the last process died of a fault of its own with them.
+
+        Raises DiskFull: the next start can tell it still.
+        """
+        self._strike([job for request_id in request_ids if (job := self.load(request_id))])
+
+    def recover(self) -> int:
         """At the start: jobs that were running go back to their old place. Returns how many wait.
 
-        Those nobody waits for any more, the cancelled, and those that were tried too often end here. `struck` are the
-        request ids that the last process worked at when it died of a fault of its own.
+        Those nobody waits for any more, the cancelled, and those that were tried too often end here.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
                 job = rows.job_of(row)
                 self._live[job.request_id] = job
-                if job.request_id in struck:
-                    self.strike([job])
                 if job.mode != Mode.QUEUE:
                     self._end(job, wire.outcome_of(ClientDisconnected()))
                 elif job.is_cancelled:
@@ -268,6 +266,15 @@ class Queue:
                 self._recent.pop(request_id, None)
 
     # -- inside
+
+    def _strike(self, jobs: Sequence[Job]) -> None:
+        with self._lock:
+            struck = [job for job in jobs if job.state == State.IN_PROGRESS]
+            with self._database.transaction() as connection:
+                for job in struck:
+                    rows.strike(connection, job)
+            for job in struck:
+                job.strikes += 1
 
     def _end(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
         """The row first, in one transaction; then the image; then the bell."""

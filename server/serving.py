@@ -18,6 +18,7 @@ from server import control_socket, tls
 from server.app import create_app
 from server.connect import ConnectDoor
 from server.deadlines import hurry_handshakes, timed
+from server.inputs import MAX_INPUT_BYTES
 from server.notifier import WORKER
 from server.settings import Settings
 
@@ -116,6 +117,9 @@ def _listeners(app: FastAPI, settings: Settings, max_connections: int) -> list[_
         "lifespan": "off",
         "access_log": False,
         "http": timed(max_connections=max_connections),
+        "ws_max_size": min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20),
+        # What is small on its way would be large here.
+        "ws_per_message_deflate": False,
         # Its messages go where ours go.
         "log_config": None,
         "log_level": "warning",

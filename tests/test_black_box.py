@@ -1,15 +1,25 @@
 """A process that dies of a fault of its own tells the next one at which job; three times, and that job fails alone."""
 
+import asyncio
 import contextlib
+import json
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server import rows
+from server.app import create_app
 from server.black_box import BlackBox
-from tests.parts import opened
+from server.errors import DiskFull
+from server.settings import Settings
+from tests.faults.points import AT_START
+from tests.parts import claimed, opened
 from tests.serving import ROOT, completed, serving
 
 MODELS = str(ROOT / "tests" / "faults" / "cluster")
@@ -55,10 +65,65 @@ def test_a_job_that_kills_its_process_three_times_fails_alone(tmp_path: Path, na
         assert completed(client, submit(client, "x")).get("error") is None
 
 
+def suspected(data_dir: Path) -> None:
+    """A request was at work when the last process died of a fault of its own."""
+    with opened(data_dir) as parts:
+        job = claimed(parts, endpoint="test/crash")
+    (data_dir / "at_work.json").write_text(json.dumps({"7f": [job.request_id]}))
+    (data_dir / "crash.txt").write_text("Fatal Python error: Aborted\n\nCurrent thread 0x000000000000007f (most recent")
+
+
+@pytest.mark.parametrize("point", AT_START)
+def test_a_start_that_is_killed_forgets_no_strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    monkeypatch.setenv("CRASH_AT", point)
+    monkeypatch.setenv("CRASH_MARKER", str(tmp_path / "marker"))
+    suspected(tmp_path / "data")
+    models = str(ROOT / "tests" / "faults" / "models")
+    with serving(tmp_path / "data", "test/crash=demo", models_dir=models) as server:
+        assert server.process.wait(60) == -9
+    with serving(tmp_path / "data", "test/crash=demo", models_dir=models) as server:
+        assert server.ready().stop() == 0
+    with opened(tmp_path / "data") as parts:
+        assert parts.rows("SELECT strikes FROM jobs") == [(1,)]
+
+
+def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, as it does wherever something cannot be written; the next one finds all that it needs."""
+    suspected(tmp_path)
+    left = BlackBox(tmp_path).read()
+    app = create_app(Settings.read({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
+    monkeypatch.setattr(rows, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    try:
+        with pytest.raises(DiskFull):
+            asyncio.run(start())
+    finally:
+        app.state.parts.queue._database.close()
+    assert BlackBox(tmp_path).read() == left
+
+
 def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
     died(tmp_path, "SIGKILL", 4)
     with opened(tmp_path) as parts:
         assert parts.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL", "SIGTERM"])
+def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name: str) -> None:
+    """As docs/operations.md says."""
+    code = (
+        "import pathlib, signal, sys; from server.black_box import BlackBox;"
+        "BlackBox(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.Signals[name]
+    faults = re.search(r"A process that dies by (.*) leaves a trace", (ROOT / "docs" / "operations.md").read_text())
+    assert faults
+    assert bool(BlackBox(tmp_path).read()[0]) == (name in faults[1])
 
 
 def test_a_box_of_a_process_that_ended_well_says_nothing(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What the operator does beside serving, with the server running and without."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +14,7 @@ from pytest_httpserver import HTTPServer
 
 from server import control_socket
 from server.control import Control
+from server.jobs import Job
 from tests.parts import Parts, finished, opened, painted, submission
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving
 
@@ -202,3 +205,46 @@ def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
         found = copy.queue.load(job.request_id)
         assert found
         assert copy.queue.result(found).body == painted().body
+
+
+def accepted(parts: Parts) -> Job:
+    """A request that waits, and the picture that it brought."""
+    (parts.folder / "inputs" / "brought.png").write_bytes(b"1")
+    return parts.queue.submit(submission(inputs={"image_url": "brought.png"}))
+
+
+@pytest.mark.parametrize("is_there_before", [True, False], ids=["before", "meanwhile"])
+def test_a_backup_has_what_waiting_requests_brought(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there_before: bool
+) -> None:
+    """However long the rest of it takes: here it comes just before the database is copied, and goes right after."""
+    copy = parts.database.copy
+
+    def copied(*given: Any, **named: Any) -> None:
+        job = waiting or accepted(parts)
+        copy(*given, **named)
+        parts.queue.cancel(job)
+        parts.clock.now = 4_000_000_000.0
+        assert parts.inputs.sweep() == 1
+
+    waiting = accepted(parts) if is_there_before else None
+    monkeypatch.setattr(parts.database, "copy", copied)
+    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert list((parts.folder / "inputs").iterdir()) == []
+    with opened(tmp_path / "copy") as restored:
+        assert restored.queue.recover() == 1
+        assert restored.inputs.brought.path("brought.png").read_bytes() == b"1"
+
+
+def test_a_backup_reads_what_was_brought_once(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait while the database is copied, so little may be left to do then."""
+    accepted(parts)
+    read, copy2 = list[str](), shutil.copy2
+
+    def copied(source: str, target: str) -> None:
+        read.append(Path(source).name)
+        copy2(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", copied)
+    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert read == ["brought.png"]

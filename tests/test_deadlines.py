@@ -14,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 import uvloop
+from websockets.sync.client import connect
 
 from server import tls
 from server.deadlines import TimedProtocol, hurry_handshakes, timed
@@ -24,8 +25,20 @@ from tests.slow_clients import few_files
 LARGE = b"x" * 50_000_000
 
 
+#: Streams of /quiet that wait for somebody to ask for /speak.
+quiet = list[asyncio.Event]()
+
+
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """Reads what comes, then answers with its length; /large with more than any buffer holds."""
+    if scope["type"] == "websocket":
+        await echo(receive, send)
+        return
+    if scope["path"] == "/quiet":
+        await stream(send)
+        return
+    while scope["path"] == "/speak" and quiet:
+        quiet.pop().set()
     length, more = 0, True
     while more:
         message = await receive()
@@ -39,6 +52,23 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     for start in range(0, len(body), 65_536):
         await send({"type": "http.response.body", "body": body[start : start + 65_536], "more_body": True})
     await send({"type": "http.response.body"})
+
+
+async def stream(send: Any) -> None:
+    """Something at once, the rest when it may."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": b"first", "more_body": True})
+    quiet.append(asyncio.Event())
+    await quiet[-1].wait()
+    await send({"type": "http.response.body", "body": b"last"})
+
+
+async def echo(receive: Any, send: Any) -> None:
+    """Says back what it hears."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] != "websocket.disconnect":
+        await send({"type": "websocket.send", "text": message["text"]})
 
 
 class _Listener(uvicorn.Server):
@@ -118,15 +148,43 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
                         raise ConnectionResetError
 
 
-@pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX-A: ", b"GET / HTTP/1.1\r\nHost: here\r\n\r\nGET /"])
-def test_a_header_without_end_is_not_kept(start: bytes) -> None:
-    """However much time there would be."""
-    with listening(timed(header_seconds=3600.0)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /", b"a"),
+        (b"GET / HTTP/1.1\r\nX-A: ", b"a"),
+        (GET, b"X: y\r\n"),
+        (GET + b"\r\nGET /", b"a"),
+        (CHUNKED + b"0\r\nX-A: ", b"a"),
+        (CHUNKED + b"0\r\n", b"X: y\r\n"),
+        (CHUNKED + b"1;", b"a"),
+    ],
+    ids=["line", "header", "headers", "second line", "trailer", "trailers", "chunk extension"],
+)
+def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
+    """However much time there would be; neither is what comes in its form after a body, or within one."""
+    patient = timed(header_seconds=3600.0, body_seconds=3600.0)
+    with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(start)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while True:
-                connection.sendall(b"a" * 65_536)
+            for _ in range(100):
+                connection.sendall(more * (65_536 // len(more)))
+
+
+def test_a_body_in_the_smallest_chunks_is_well() -> None:
+    """Six times as much is said about it as there is of it; with trailers that are short, too."""
+    with listening(TimedProtocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(60)
+        connection.sendall(CHUNKED + b"1\r\na\r\n" * 199_999 + b"0\r\nX-A: b\r\n\r\n")
+        said = b""
+        while more := connection.recv(65_536):
+            said += more
+    assert said.endswith(b"\r\n\r\n200000")
 
 
 def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
@@ -171,11 +229,50 @@ def test_a_body_may_be_slow_if_it_is_steady() -> None:
     assert answer.text == "200000"
 
 
+#: Longer than anything may take that is QUICK.
+LONG = 1.0
+
+
+def stays_open(connection: socket.socket) -> None:
+    """Nothing comes for long, not even the end."""
+    connection.settimeout(LONG)
+    with pytest.raises(TimeoutError):
+        connection.recv(65_536)
+    connection.settimeout(30)
+
+
 def test_whoever_thinks_between_requests_is_not_hurried() -> None:
     """Only the usual keep-alive ends an idle connection; a request of its own has all of its time."""
-    with listening(timed(**QUICK)) as port, httpx.Client(timeout=60, trust_env=False) as client:
-        for _ in range(5):
-            assert client.post(f"http://127.0.0.1:{port}/", content=b"1234").text == "4"
+    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        for _ in range(2):
+            assert answered(connection)
+            stays_open(connection)
+        assert answered(connection)
+
+
+def test_a_stream_may_be_quiet_for_long() -> None:
+    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(b"POST /quiet HTTP/1.1\r\nHost: here\r\nContent-Length: 1\r\n\r\nx")
+        said = b""
+        while b"first" not in said:
+            said += connection.recv(65_536)
+        stays_open(connection)
+        httpx.get(f"http://127.0.0.1:{port}/speak", trust_env=False)
+        while more := connection.recv(65_536):
+            said += more
+    assert b"last" in said
+
+
+def test_a_web_socket_may_be_quiet_for_long() -> None:
+    with (
+        listening(timed(**QUICK)) as port,
+        connect(f"ws://127.0.0.1:{port}/", proxy=None, open_timeout=60) as connection,
+    ):
+        with pytest.raises(TimeoutError):
+            connection.recv(timeout=LONG)
+        connection.send("a word")
+        assert connection.recv(timeout=60) == "a word"
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -237,7 +334,7 @@ def test_fewer_files_than_connections(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_the_server_speaks_it(tmp_path: Any) -> None:
-    """And a WebSocket or a stream that is quiet for long is no slow client."""
+    """With as many connections as its setting says, and no more."""
     with serving(tmp_path, TEST_MODELS, max_connections="3") as server:
         host, port = server.ready().url.removeprefix("http://").split(":")
         held = [socket.create_connection((host, int(port))) for _ in range(3)]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from server.inputs import MAX_INPUT_BYTES, MAX_PICTURE_BYTES
 from server.jobs import Mode
 from tests.node import Client, clients
 from tests.parts import opened, submission
@@ -201,6 +202,64 @@ def test_the_oldest_of_those_that_wait_give_way(narrow: Server, tmp_path: Path, 
             assert socket.ping().wait(60)
         found = prompts(socket, str(tmp_path / waiting[-1]))
     assert found == [str(tmp_path / prompt) for prompt in ("gate", *waiting[-kept:])]
+
+
+MIB = 2**20
+
+
+def test_nothing_is_spoken_compressed(server: Server) -> None:
+    """A kilobyte would become megabytes here. The client offers it, as most do, and goes on without."""
+    with session(server) as socket:
+        assert socket.protocol.extensions == []
+        assert painted(socket)["seed"] == 5
+
+
+def test_the_largest_picture_fits_into_a_frame(server: Server) -> None:
+    """Of zeros, so that it is told of as a picture that cannot be read."""
+    uri = "data:image/png;base64," + "A" * (MAX_PICTURE_BYTES // 3 * 4)
+    with session(server, "test/copy") as socket:
+        socket.send(msgpack.packb({**SMALL, "image_url": uri}))
+        words = heard(socket)
+        assert words["error"] == "INVALID_INPUT"
+        assert "image" in words["reason"]
+
+
+def test_a_frame_is_no_larger_than_a_body_may_be(tmp_path: Path) -> None:
+    with serving(tmp_path, TEST_MODELS, max_body_mib="1") as server, session(server.ready()) as socket:
+        assert painted(socket, padding="x" * (MIB - 1000))["seed"] == 5
+        with pytest.raises(ConnectionClosed) as closed:
+            painted(socket, padding="x" * MIB)
+        assert closed.value.rcvd
+        assert closed.value.rcvd.code == 1009
+
+
+@pytest.mark.parametrize("pack", [msgpack.packb, json.dumps], ids=["msgpack", "json"])
+def test_large_inputs_that_wait_give_way_sooner(server: Server, tmp_path: Path, pack: Callable[[Any], Any]) -> None:
+    """All that wait are no larger than the largest."""
+    waiting = [f"number {number}" for number in range(6)]
+    with session(server, "test/gate") as socket:
+        with held_up(socket, tmp_path / "gate"):
+            for prompt in waiting:
+                (tmp_path / prompt).touch()
+                socket.send(pack({**SMALL, "prompt": str(tmp_path / prompt), "padding": "x" * (MAX_INPUT_BYTES // 4)}))
+            assert socket.ping().wait(60)
+        found = prompts(socket, str(tmp_path / waiting[-1]))
+    assert found == [str(tmp_path / prompt) for prompt in ("gate", *waiting[-3:])]
+
+
+@pytest.mark.parametrize("padding", [[{}] * 1000, [0] * 1024], ids=["maps", "numbers"])
+def test_a_frame_may_hold_many_things(server: Server, padding: list[Any]) -> None:
+    with session(server) as socket:
+        assert painted(socket, padding=padding)["seed"] == 5
+
+
+@pytest.mark.parametrize("padding", [[[{}] * 1000] * 2, [0] * 1025, dict.fromkeys(map(str, range(1025)), 0)])
+def test_a_frame_of_too_many_things_is_not_read(server: Server, padding: Any) -> None:
+    """Megabytes of empty maps would take gigabytes."""
+    with session(server) as socket:
+        socket.send(msgpack.packb({**SMALL, "padding": padding}))
+        assert heard(socket)["error"] == "INVALID_INPUT"
+        assert painted(socket)["seed"] == 5
 
 
 @pytest.mark.parametrize("given", ["0", "61", "-1", "x", "nan", "1e9", "%00"])

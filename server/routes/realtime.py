@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgpack
@@ -12,9 +14,10 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic_core import from_json, to_json
 
 from models.base import Model
+from models.schema import ImageInput
 from server import intake
 from server.errors import BadRequest, InvalidInput, ServerError, Unauthorized
-from server.inputs import as_json
+from server.inputs import MAX_INPUT_BYTES, as_json
 from server.jobs import Job, Lifecycle, Mode, State, Submission
 from server.lifecycle import number
 from server.routes import Parts, owner_by_token
@@ -28,6 +31,10 @@ MAX_BUFFERING = 60
 #: Seconds without an input after which the session ends, as fal's do.
 IDLE_SECONDS = 600.0
 _UNAUTHORIZED, _IDLE = 1008, 1000
+#: What is larger is read in a thread.
+_LARGE = 2**16
+#: How many lists and maps a msgpack frame may hold, and how many things each of them: a byte would become 70 otherwise.
+_MAX_PARTS = 1024
 
 
 @router.websocket("/{endpoint:path}/realtime")
@@ -52,6 +59,32 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         await session.serve()
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """What was sent, as it was sent: it is read when its turn comes, and many that wait never have one."""
+
+    content: bytes
+    is_text: bool
+
+    def as_json(self) -> bytes:
+        """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
+        if self.is_text:
+            return self.content
+        parts = itertools.count()
+
+        def kept(part: Any) -> Any:
+            if next(parts) >= _MAX_PARTS:
+                raise ValueError("too many lists and maps")
+            return part
+
+        limits = {"max_array_len": _MAX_PARTS, "max_map_len": _MAX_PARTS}
+        try:
+            fields = msgpack.unpackb(self.content, object_hook=kept, list_hook=kept, **limits)
+            return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
+        except (ValueError, msgpack.UnpackException, RecursionError):
+            return b"not msgpack"
+
+
 class _Session:
     """What is read goes into a short buffer; what is painted comes out of it."""
 
@@ -60,7 +93,7 @@ class _Session:
         self._parts = parts
         self._model = model
         self._owner = owner
-        self._inputs: deque[bytes] = deque(maxlen=max_buffering)
+        self._inputs: deque[_Frame] = deque(maxlen=max_buffering)
         self._arrived = asyncio.Event()
         self._is_painting = False
 
@@ -89,8 +122,14 @@ class _Session:
                 return
             if message["type"] == "websocket.disconnect":
                 return
-            self._inputs.append(_input(message))
-            self._arrived.set()
+            self._wait(_frame(message))
+
+    def _wait(self, frame: _Frame) -> None:
+        """The newest waits in any case; of the others, those that are no larger with it than one may be."""
+        self._inputs.append(frame)
+        while len(self._inputs) > 1 and sum(len(each.content) for each in self._inputs) > MAX_INPUT_BYTES:
+            self._inputs.popleft()
+        self._arrived.set()
 
     async def _paint(self) -> None:
         while True:
@@ -101,9 +140,9 @@ class _Session:
                 await self._try_answer(self._inputs.popleft())
                 self._is_painting = False
 
-    async def _try_answer(self, body: bytes) -> None:
+    async def _try_answer(self, frame: _Frame) -> None:
         try:
-            await self._answer(body)
+            await self._answer(frame)
         except InvalidInput as error:
             await _complain(self._socket, "INVALID_INPUT", str(error))
         except ServerError as error:
@@ -115,8 +154,9 @@ class _Session:
             log.exception("a realtime request failed")
             await _complain(self._socket, "INTERNAL_ERROR", "Internal Server Error")
 
-    async def _answer(self, body: bytes) -> None:
-        fields = intake.validate(self._model, body, "", self._parts.inputs.limits)
+    async def _answer(self, frame: _Frame) -> None:
+        is_large = len(frame.content) > _LARGE
+        fields = await asyncio.to_thread(self._fields, frame) if is_large else self._fields(frame)
         self._parts.quota.take(self._owner)
         inputs = await self._parts.inputs.bring(fields, self._owner)
         job = await self._submit(as_json(fields, inputs), inputs)
@@ -131,6 +171,9 @@ class _Session:
         await self._socket.send_bytes(msgpack.packb(from_json(outcome.body)))
         timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
         await self._socket.send_text(to_json(timing).decode())
+
+    def _fields(self, frame: _Frame) -> ImageInput:
+        return intake.validate(self._model, frame.as_json(), "", self._parts.inputs.limits)
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
@@ -164,14 +207,9 @@ def _max_buffering(parameters: Mapping[str, str]) -> int:
     return int(count)
 
 
-def _input(message: Mapping[str, Any]) -> bytes:
-    """One frame as the JSON that every other door takes; a frame that cannot be read becomes JSON that is refused."""
-    if message.get("text") is not None:
-        return str(message["text"]).encode()
-    try:
-        return to_json(msgpack.unpackb(message["bytes"]), inf_nan_mode="constants", bytes_mode="base64")
-    except (ValueError, msgpack.UnpackException, RecursionError):
-        return b"not msgpack"
+def _frame(message: Mapping[str, Any]) -> _Frame:
+    text = message.get("text")
+    return _Frame(message["bytes"], is_text=False) if text is None else _Frame(text.encode(), is_text=True)
 
 
 async def _complain(socket: WebSocket, code: str, reason: str) -> None:

@@ -49,11 +49,16 @@ POINTS = {
     "before the webhook is sent": _before("server.webhooks", "Webhooks._send"),
     "before the webhook's end is written": _before("server.webhooks", "Webhooks._record"),
 }
+#: In the life of a server, after one that died of a fault of its own.
+AT_START = {
+    "before the strike is committed": _after("server.rows", "strike"),
+    "after the strike": _before("server.queue", "Queue.recover"),
+}
 
 
 def arm(name: str, marker: Path) -> None:
     """Make this process die at the point, the first time that it is reached: `marker` says that it was."""
-    point = POINTS[name]
+    point = {**POINTS, **AT_START}[name]
     holder: Any = importlib.import_module(point.module)
     *path, last = point.name.split(".")
     for part in path:
