@@ -17,6 +17,10 @@ THRESHOLD = 0.5
 #: Without the second, transformers asks on the terminal whether code from the folder may run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
+#: How many tensors that cannot be used an error names.
+_NAMED = 3
+_NOT_A_NUMBER = "The safety checker's answer is not a number, so no picture is shown."
+
 
 class Checker(Protocol):
     """Judges pictures."""
@@ -32,7 +36,7 @@ class ImageClassifier:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **_LOCAL)
+        model = _whole(AutoModelForImageClassification, folder, **_LOCAL)
         self.model = model.to(device).eval()
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
@@ -41,12 +45,13 @@ class ImageClassifier:
 
     @torch.no_grad()
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        """True where the probability of "nsfw" is above the threshold; raises CannotPaint on NaN."""
+        """True where the probability of "nsfw" is above the threshold; raises CannotPaint where it is no number."""
         inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.model.device, self.model.dtype)
-        probabilities = self.model(**inputs).logits.float().softmax(dim=-1)[:, self.nsfw].tolist()
-        if any(probability != probability for probability in probabilities):
-            raise CannotPaint("The safety checker's answer is not a number, so no picture is shown.")
-        return [probability > THRESHOLD for probability in probabilities]
+        logits = self.model(**inputs).logits.float()
+        # An infinite one would be a probability of 0 or of 1.
+        if not logits.isfinite().all():
+            raise CannotPaint(_NOT_A_NUMBER)
+        return [probability > THRESHOLD for probability in logits.softmax(dim=-1)[:, self.nsfw].tolist()]
 
 
 class CompVis:
@@ -57,16 +62,15 @@ class CompVis:
         from transformers import AutoImageProcessor
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = StableDiffusionSafetyChecker.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        self.model = model.to(device).eval()
+        self.model = _whole(StableDiffusionSafetyChecker, folder, local_files_only=True).to(device).eval()
+        # Within the model, which calls what is not a number safe, and hands on nothing that it was counted from.
+        self.model.visual_projection.register_forward_hook(_refuse_without_direction)
 
     @torch.no_grad()
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        """True where the model finds a forbidden concept."""
+        """True where the model finds a forbidden concept; raises CannotPaint where it cannot compare."""
         pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
-        if not torch.isfinite(pixels).all():
-            raise CannotPaint("The picture is not finite, so it cannot be checked and is not shown.")
         # The model blacks out flagged pictures itself, in this array, which nobody reads.
         _, flagged = self.model(clip_input=pixels, images=pixels.float().cpu().numpy())
         return [bool(flag) for flag in flagged]
@@ -81,6 +85,26 @@ class Unavailable:
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Raises CannotPaint."""
         raise CannotPaint(self.reason)
+
+
+def _whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """A model with all of its weights from the folder. Raises ValueError: what lacks would be random, and judge."""
+    # Sizes are ignored there to be refused here, with the names.
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = kind.from_pretrained(folder, **options)
+    unusable = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    unusable |= {name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()}
+    if unusable:
+        named = ", ".join(sorted(unusable)[:_NAMED])
+        raise ValueError(f"{folder} lacks {len(unusable)} tensors of the model or has no numbers for them: {named}")
+    return model
+
+
+def _refuse_without_direction(projection: torch.nn.Module, inputs: Any, embeddings: torch.Tensor) -> None:
+    # In the embeddings' own type, as the model divides by it: what overflows here is like nothing there.
+    lengths = embeddings.norm(dim=-1)
+    if not ((lengths > 0) & (lengths < torch.inf)).all():
+        raise CannotPaint(_NOT_A_NUMBER)
 
 
 def load(placement: Placement) -> Checker:

@@ -89,17 +89,25 @@ class Keys:
         claims = {"sub": owner, "scope": scope, "exp": int(time.time() + seconds)}
         return jwt.encode(claims, self._secret, _ALGORITHM)
 
+    def knows(self, owner: str) -> bool:
+        """Whether this owner's key is good still: what came in by one that was revoked goes no further."""
+        return self.is_open or any(known[:32] == owner for known in self._scopes)
+
     def owner_of_token(self, token: str, scope: str) -> str:
-        """Who the token was issued to. Raises Unauthorized for another scope, a late token, or a forged one."""
+        """Who the token was issued to.
+
+        Raises Unauthorized for another scope, a late token, a forged one, or one whose key was revoked.
+        """
         if self.is_open:
             return EVERYBODY
         try:
             claims = jwt.decode(token, self._secret, [_ALGORITHM], options={"require": ["exp", "sub", "scope"]})
         except jwt.InvalidTokenError:
             raise Unauthorized from None
-        if scope not in claims["scope"].split(" "):
+        owner = str(claims["sub"])
+        if scope not in claims["scope"].split(" ") or not self.knows(owner):
             raise Unauthorized
-        return str(claims["sub"])
+        return owner
 
 
 def pepper(database: Database) -> bytes:

@@ -58,7 +58,7 @@ def revoke_key(
     name: Annotated[str, typer.Argument(help="Its name, or its owner as `keys list` tells it.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Forget a key, at once. What it asked for goes on."""
+    """Forget a key and its tokens, at once. What it asked for goes on."""
     _ask(data_dir, "revoke_key", name=name)
     if not _ask(data_dir, "list_keys"):
         words = "No key is left here. On loopback, and without --keys, the server asks for none from its next start."

@@ -157,6 +157,19 @@ class UnsafeEngine(NullEngine):
         return [] if self._prompt == "silent" else [True] * len(pictures)
 
 
+class SlowCheckEngine(NullEngine):
+    """Its checker waits for a byte from the named pipe in the prompt, and flags."""
+
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+        self._gate = request.prompt
+        return super().start(request, seed)
+
+    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+        with Path(self._gate).open("rb", buffering=0) as gate:
+            gate.read(1)
+        return [True] * len(pictures)
+
+
 class NullModel:
     """fal-ai/flux/dev's fields in front of an engine that paints nothing."""
 

@@ -188,6 +188,19 @@ def test_a_token_ends() -> None:
     assert is_refused(keys, issued(keys, seconds=-3600)[0])
 
 
+def test_a_token_dies_with_its_key(parts: Parts) -> None:
+    key = add(parts.database, "shop", Scope.CLIENT)
+    keys = Keys((KEY,), stored(parts.database), pepper(parts.database))
+    owner = keys.owner(f"Key {key}")
+    token, other = keys.issue(owner, "flux", 60), issued(keys)[0]
+    assert keys.owner_of_token(token, "flux") == owner
+    revoke(parts.database, "shop")
+    keys.learn(stored(parts.database))
+    assert is_refused(keys, token)
+    assert not keys.knows(owner)
+    assert keys.owner_of_token(other, "flux") == keys.owner(f"Key {KEY}")
+
+
 def test_a_token_dies_with_the_process() -> None:
     assert is_refused(Keys((KEY,)), issued(Keys((KEY,)))[0])
 
@@ -229,3 +242,4 @@ def test_without_a_key_every_token_is_everybodys(token: str) -> None:
     keys = Keys(())
     assert keys.owner_of_token(token, "flux") == keys.owner(f"Bearer {token}", "flux") == EVERYBODY
     assert keys.owner_of_token(keys.issue(EVERYBODY, "flux", 60), "uploads") == EVERYBODY
+    assert keys.knows(EVERYBODY)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import pytest
 from pytest_httpserver import HTTPServer
 
 from server import control_socket
 from server.control import Control
 from server.jobs import Job
-from tests.parts import Parts, finished, opened, painted, submission
+from tests.parts import Parts, finished, opened, submission
+from tests.parts import painted as outcome
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving
+from tests.test_realtime import SMALL, UNAUTHORIZED, last_words, painted, session
 
 
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +60,31 @@ def test_a_key_comes_and_goes_while_the_server_runs(tmp_path: Path) -> None:
         assert status_of(url, "boss-key", "/test/null") == 200
         again = flux_server(tmp_path, "keys", "revoke", "shop")
         assert (again.returncode, again.stderr) == (1, "There is no key shop\n")
+
+
+def test_tokens_and_sessions_end_with_their_key(tmp_path: Path) -> None:
+    """Those of others do not."""
+    with serving(tmp_path, TEST_MODELS, keys="boss-key") as server:
+        shop = {"authorization": f"Key {said(tmp_path, 'keys', 'add', 'shop')}"}
+        with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client:
+            query = f"?fal_jwt_token={client.post('/tokens', json={'allowed_apps': ['null']}, headers=shop).json()}"
+            bearer = f"Bearer {client.post('/storage/auth/token', headers=shop).json()['token']}"
+
+            def answers() -> list[int]:
+                stream = client.post(f"/test/null/stream{query}", json=SMALL)
+                upload = client.post("/files/upload", content=b"x", headers={"authorization": bearer})
+                return [stream.status_code, upload.status_code]
+
+            assert answers() == [200, 200]
+            with session(server, query=query) as theirs, session(server, authorization="Key boss-key") as other:
+                assert painted(theirs)["seed"] == painted(other)["seed"] == 5
+                said(tmp_path, "keys", "revoke", "shop")
+                theirs.send(msgpack.packb(SMALL))
+                assert last_words(theirs) == (UNAUTHORIZED, 1008)
+                assert painted(other)["seed"] == 5
+            assert answers() == [401, 401]
+            with session(server, query=query) as again:
+                assert last_words(again) == (UNAUTHORIZED, 1008)
 
 
 def test_without_a_server_too(tmp_path: Path) -> None:
@@ -204,7 +232,7 @@ def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
         assert copy.queue.recover() == 1
         found = copy.queue.load(job.request_id)
         assert found
-        assert copy.queue.result(found).body == painted().body
+        assert copy.queue.result(found).body == outcome().body
 
 
 def accepted(parts: Parts) -> Job:

@@ -39,7 +39,10 @@ _MAX_PARTS = 1024
 
 @router.websocket("/{endpoint:path}/realtime")
 async def realtime(socket: WebSocket, endpoint: str) -> None:
-    """One session: each input is painted in turn; of those that wait, the oldest give way."""
+    """One session: each input is painted in turn; of those that wait, the oldest give way.
+
+    It ends with the first input after its key was revoked.
+    """
     parts = cast(Parts, socket.app.state.parts)
     if endpoint not in parts.models:
         await socket.close(1008, "There is no such endpoint")
@@ -49,9 +52,7 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         owner = owner_by_token(socket, endpoint)
         session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
-        # The words @fal-ai/client drops its token for.
-        await socket.send_json({"status": "error", "error": "Unauthorized"})
-        await socket.close(_UNAUTHORIZED)
+        await _turn_away(socket)
     except BadRequest as error:
         await _complain(socket, "BAD_REQUEST", str(error))
         await socket.close(1008)
@@ -121,6 +122,9 @@ class _Session:
                 await self._socket.close(_IDLE)
                 return
             if message["type"] == "websocket.disconnect":
+                return
+            if not self._parts.keys.knows(self._owner):
+                await _turn_away(self._socket)
                 return
             self._wait(_frame(message))
 
@@ -210,6 +214,12 @@ def _max_buffering(parameters: Mapping[str, str]) -> int:
 def _frame(message: Mapping[str, Any]) -> _Frame:
     text = message.get("text")
     return _Frame(message["bytes"], is_text=False) if text is None else _Frame(text.encode(), is_text=True)
+
+
+async def _turn_away(socket: WebSocket) -> None:
+    # The words @fal-ai/client drops its token for.
+    await socket.send_json({"status": "error", "error": "Unauthorized"})
+    await socket.close(_UNAUTHORIZED)
 
 
 async def _complain(socket: WebSocket, code: str, reason: str) -> None:
