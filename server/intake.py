@@ -1,17 +1,15 @@
 """What a client sends, turned into a submission: the body's fields, and fal's headers and parameters."""
 
-import codecs
 import hashlib
 import secrets
 import time
 from collections.abc import Mapping
 
-from pydantic import ValidationError
 from starlette.requests import Request
 
 from models.base import Model
 from models.schema import ImageInput, Limits
-from server import wire
+from server import bodies
 from server.errors import BadRequest, InvalidInput
 from server.fetch import ForbiddenURL, Guard
 from server.inputs import Inputs, as_json
@@ -64,11 +62,7 @@ def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> Im
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
-    try:
-        # Some tools write a byte order mark, which JSON does not have.
-        fields = model.Input.model_validate_json(body.removeprefix(codecs.BOM_UTF8), context={"limits": limits})
-    except ValidationError as error:
-        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
+    fields = bodies.read(model.Input, body, {"limits": limits})
     # Below 2**32, because a larger number may be mangled on its way through JavaScript.
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
     return fields.model_copy(update={"seed": seed})

@@ -33,6 +33,7 @@ LAYERS = (
         "server.admission",
         "server.deadlines",
         "server.connect",
+        "server.bodies",
         "server.intake",
         "server.answers",
         "server.openapi",

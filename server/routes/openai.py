@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
 from models.base import Model
 from models.schema import PRESETS
-from server import intake, wire
+from server import bodies, intake
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, Outcome, State
@@ -86,7 +86,7 @@ async def generations(request: Request) -> Response:
     parts = parts_of(request)
     try:
         owner = owner_of(request)
-        asked = _read(await request.body())
+        asked = bodies.read(ImagesRequest, await request.body())
         served = _model_for(request, asked.model or DEFAULT_MODEL)
         mode = Mode.STREAM if asked.stream else Mode.RUN
         submission = await intake.read(
@@ -126,13 +126,6 @@ def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
     names = [_THEIR_NAMES.get(name, name) for name in names[:1]] + names[1:]
     param = ".".join(names) or None
     return {"message": f"{param}: {entry['msg']}" if param else entry["msg"], "param": param, "code": entry["type"]}
-
-
-def _read(body: bytes) -> ImagesRequest:
-    try:
-        return ImagesRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
 
 
 def _size(size: str | None) -> str | dict[str, int] | None:

@@ -2,21 +2,18 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from server import wire
-from server.errors import BadRequest, InvalidInput
+from server import bodies
+from server.errors import BadRequest
 from server.lifecycle import lifecycle
 from server.routes import owner_of, parts_of
 from server.uploads import Upload
 from server.wire import JSON
 
 router = APIRouter(tags=["storage"])
-
-Body = TypeVar("Body", bound=BaseModel)
 
 #: What a token that uploads is good for, and how long, in seconds.
 UPLOADS = "uploads"
@@ -58,7 +55,7 @@ async def token(request: Request) -> Response:
 @router.post("/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
     """Say where to PUT a file, and where it will be."""
-    upload = await _begin(request, await _body(request, Announcement))
+    upload = await _begin(request, bodies.read(Announcement, await request.body() or b"{}"))
     base = request.state.base_url
     upload_url = f"{base}/storage/upload/{upload.upload_id}"
     return JSON({"upload_url": upload_url, "file_url": f"{base}/files/{upload.name}"})
@@ -90,7 +87,7 @@ async def complete(request: Request, upload_id: str) -> Response:
     """Join the parts."""
     uploads = parts_of(request).uploads
     upload = await asyncio.to_thread(uploads.find, upload_id)
-    listed = [part.part_number for part in (await _body(request, Completion)).parts]
+    listed = [part.part_number for part in bodies.read(Completion, await request.body() or b"{}").parts]
     file = await uploads.finish(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
     return JSON({"access_url": url, "file_url": url})
@@ -136,11 +133,3 @@ async def _begin(request: Request, announced: Announcement, scope: str | None = 
         announced.file_name,
         lifecycle(request.headers),
     )
-
-
-async def _body(request: Request, kind: type[Body]) -> Body:
-    raw: Any = await request.body()
-    try:
-        return kind.model_validate_json(raw or b"{}")
-    except ValidationError as error:
-        raise InvalidInput(wire.detail(error.errors(include_url=False), raw)) from None

@@ -3,10 +3,9 @@
 import asyncio
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from server import wire
-from server.errors import InvalidInput
+from server import bodies
 from server.routes import owner_of, parts_of
 from server.wire import JSON
 
@@ -24,11 +23,7 @@ class TokenRequest(BaseModel):
 async def issue(request: Request) -> Response:
     """A token as a bare JSON string, the one form that all SDKs read."""
     owner = owner_of(request)
-    body = await request.body()
-    try:
-        wanted = TokenRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise InvalidInput(wire.detail(error.errors(include_url=False), body)) from None
+    wanted = bodies.read(TokenRequest, await request.body())
     scope = " ".join(wanted.allowed_apps)
     return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
 
