@@ -11,6 +11,8 @@ from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 FILE = "queue.sqlite3"
+#: What its rows list lies here, beside it. A start removes what no row lists.
+FOLDERS = ("files", "uploads", "inputs")
 VERSION = 6
 #: What SQLite says when there is no more room: for a table, and for the index of its log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
@@ -54,6 +56,17 @@ def _full_disk_told() -> Iterator[None]:
         raise
 
 
+def check(folder: Path) -> None:
+    """Leave a folder alone where files are and no database tells of them: all would be strays. Raises OSError."""
+    if (folder / FILE).is_file() and (folder / FILE).stat().st_size:
+        return
+    for name in FOLDERS:
+        # Of a file system of its own, which has this from the beginning.
+        if (folder / name).is_dir() and any(path.name != "lost+found" for path in (folder / name).iterdir()):
+            what = f"{folder} has {name}/ but no {FILE}"
+            raise OSError(f"{what}: it is not a data folder of this server, or its database is missing")
+
+
 class Database:
     """SQLite in WAL mode with every commit on disk before it is answered.
 
@@ -66,6 +79,7 @@ class Database:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
+        check(folder)
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
         (folder / FILE).touch(mode=0o600)
