@@ -1,6 +1,8 @@
 """What the operator does beside serving: keys, webhooks, a backup; in the running server, or without one."""
 
+import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 from server import auth
 from server.auth import Scope
-from server.database import Database
+from server.database import FOLDERS, Database
 from server.errors import DiskFull
 
 #: What a backup holds beside the database: pictures and uploads, what waiting requests brought, the certificates.
@@ -89,17 +91,41 @@ class Control:
         The database first: a picture that is painted meanwhile is left out with its row.
         """
         target = Path(folder)
+        # Until it is whole it has another name.
+        aside = Path(f"{target}.part")
+        self._check(target, aside)
         try:
-            target.mkdir(parents=True, mode=0o700)
-            self._database.copy(target)
-            for name in _FOLDERS:
-                if (self._data_dir / name).is_dir():
-                    shutil.copytree(self._data_dir / name, target / name, copy_function=_copy_if_there)
+            aside.mkdir(parents=True, mode=0o700)
+            try:
+                self._database.copy(aside)
+                for name in _FOLDERS:
+                    if (self._data_dir / name).is_dir():
+                        shutil.copytree(self._data_dir / name, aside / name, copy_function=_copy_if_there)
+                aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         except DiskFull:
             raise ValueError(f"{target}: No space left on device") from None
-        except OSError as error:
-            raise ValueError(f"{target}: {error.strerror or error}") from None
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(f"{target}: {_brief(error)}") from None
         return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+    def _check(self, target: Path, aside: Path) -> None:
+        for name in {*_FOLDERS, *FOLDERS}:
+            if target.resolve().is_relative_to((self._data_dir / name).resolve()):
+                raise ValueError(f"{target} lies within what is backed up")
+        for path in (target, aside):
+            if path.exists():
+                raise ValueError(f"{path}: File exists")
+
+
+def _brief(error: Exception) -> str:
+    """What the system says; of several files what it says of the first, and how many they are."""
+    if not isinstance(error, shutil.Error):
+        return getattr(error, "strerror", None) or str(error)
+    reasons = [str(reason) for _, _, reason in error.args[0]]
+    first = re.sub(r"^\[Errno \d+\] |: ['\"].*$", "", reasons[0])
+    return f"{first} ({len(reasons)} file{'s' if len(reasons) > 1 else ''})"
 
 
 def _copy_if_there(source: str, target: str) -> str:

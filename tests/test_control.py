@@ -12,8 +12,10 @@ from pytest_httpserver import HTTPServer
 
 from server import control_socket
 from server.control import Control
+from server.jobs import Lifecycle
 from tests.parts import Parts, finished, opened, painted, submission
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving
+from tests.test_uploads import files_of_at_most
 
 
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -190,6 +192,30 @@ def test_a_backup_overwrites_nothing(parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
         Control(parts.database, parts.folder).back_up(str(tmp_path / "there"))
+
+
+@pytest.mark.parametrize(
+    "name", ["files", "files/copy", "inputs/a/b", "uploads/copy", "tls/copy", "./copy/../files/copy"]
+)
+def test_a_backup_into_what_it_copies_is_refused(parts: Parts, name: str) -> None:
+    finished(parts)
+    target = parts.folder / name
+    with pytest.raises(ValueError, match=r"(lies within what is backed up|exists)$"):
+        Control(parts.database, parts.folder).back_up(str(target))
+    assert not target.exists() or name == "files"
+
+
+def test_a_backup_that_fails_leaves_nothing_behind(parts: Parts, tmp_path: Path) -> None:
+    for _ in range(3):
+        parts.files.save(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
+    # For one that is found there must be no doubt that it is whole.
+    with files_of_at_most(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
+        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    with files_of_at_most(1000), pytest.raises(ValueError, match=r"copy: disk I/O error$"):
+        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert list(tmp_path.iterdir()) == [parts.folder]
+    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert {path.name for path in tmp_path.iterdir()} == {parts.folder.name, "copy"}
 
 
 def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
