@@ -36,15 +36,18 @@ class Control:
         *,
         on_keys: Callable[[], None] = _nothing,
         on_webhooks: Callable[[], None] = _nothing,
+        is_open: Callable[[], bool] | None = None,
     ) -> None:
-        """`on_keys` and `on_webhooks` are called after a change of those."""
+        """`on_keys` and `on_webhooks` are called after a change of those; `is_open` tells of the running server."""
         self._database = database
         self._data_dir = data_dir
         self._on_keys = on_keys
         self._on_webhooks = on_webhooks
+        self._is_open = is_open
         self.acts: dict[str, Callable[..., Any]] = {
             "add_key": self.add_key,
             "list_keys": self.list_keys,
+            "is_open": self.is_open,
             "revoke_key": self.revoke_key,
             "list_webhooks": self.list_webhooks,
             "redeliver": self.redeliver,
@@ -64,6 +67,10 @@ class Control:
     def list_keys(self) -> list[dict[str, Any]]:
         """Name, scope, time of making and owner of each."""
         return auth.listed(self._database)
+
+    def is_open(self) -> bool:
+        """Whether no key is asked for: by the running server, or by one on loopback without keys in its settings."""
+        return self._is_open() if self._is_open else not auth.stored(self._database, with_first=False)
 
     def revoke_key(self, name: str) -> None:
         """From now on the key is a wrong one; its requests and pictures stay."""

@@ -11,6 +11,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server import control_socket
+from server.auth import Scope, add
 from server.control import Control
 from server.jobs import Lifecycle
 from tests.parts import Parts, finished, opened, painted, submission
@@ -100,8 +101,38 @@ def test_the_first_and_the_last_key_are_told_of(tmp_path: Path) -> None:
     assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "one").stderr
     assert flux_server(tmp_path, "keys", "add", "two").stderr == ""
     assert flux_server(tmp_path, "keys", "revoke", "one").stderr == ""
-    assert "No key is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
+    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
     assert flux_server(tmp_path, "keys", "list").stderr == "There are none.\n"
+
+
+def test_the_servers_own_key_counts_for_none_on_loopback(tmp_path: Path) -> None:
+    """It was made behind a proxy, and a server without one does not ask for it."""
+    with opened(tmp_path) as parts:
+        add(parts.database, "", Scope.OPERATOR)
+    assert "(the first)" in said(tmp_path, "keys", "list")
+    assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
+    assert flux_server(tmp_path, "keys", "add", "later").stderr == ""
+    said(tmp_path, "keys", "revoke", "late")
+    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "later").stderr
+
+
+def test_as_long_as_a_server_asks_for_no_key_each_new_one_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        for name in ("one", "two"):
+            assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", name).stderr
+        assert server.stop() == 0
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        assert flux_server(tmp_path, "keys", "add", "three").stderr == ""
+
+
+def test_a_key_for_a_folder_that_was_not_there_says_so(tmp_path: Path) -> None:
+    """Its path may be mistyped."""
+    folder = tmp_path / "mistyped"
+    made = f"Made a new data folder at {folder}; no server runs on it"
+    assert made in flux_server(folder, "keys", "add", "one").stderr
+    assert made not in flux_server(folder, "keys", "add", "two").stderr
 
 
 def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
