@@ -136,6 +136,7 @@ def _join(
         history=partial(history.read, database),
         overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
+        is_stopping=lambda: worker.is_stopping,
         gpus=worker.gpus,
     )
     return parts, worker

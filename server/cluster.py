@@ -44,7 +44,7 @@ class Cluster:
         self._board = Board[Seat](min(settings.max_running, JOBS_A_GPU))
         #: Seats whose runner or jobs changed, until the board knows.
         self._changed: deque[Seat] = deque()
-        self._is_stopping = False
+        self.is_stopping = False
         #: Why it ended by itself, if it did.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cluster", daemon=True)
@@ -52,7 +52,7 @@ class Cluster:
     @property
     def is_ready(self) -> bool:
         """Whether one GPU can paint, at least."""
-        return not self._is_stopping and any(seat.is_ready for seat in list(self._seats))
+        return not self.is_stopping and any(seat.is_ready for seat in list(self._seats))
 
     @property
     def loading(self) -> Loading:
@@ -76,9 +76,9 @@ class Cluster:
 
     def stop(self) -> None:
         """Claim nothing more; what runs is finished within the grace, the rest goes back; then return."""
-        if self._is_stopping:
+        if self.is_stopping:
             return
-        self._is_stopping = True
+        self.is_stopping = True
         until = time.monotonic() + self._settings.shutdown_grace + 5
         self._notifier.work.set()
         self._thread.join(10)
@@ -91,7 +91,7 @@ class Cluster:
 
     def _run(self) -> None:
         looked_at = -math.inf
-        while not self._is_stopping and self.failure is None:
+        while not self.is_stopping and self.failure is None:
             now = time.monotonic()
             try:
                 if now >= looked_at + LOOK_EVERY:

@@ -83,6 +83,11 @@ class Worker:
         if was_ready:
             self._thread.join(self._settings.shutdown_grace + _END)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stop_at is not None
+
     def setup(self) -> None:
         """Load what there is room for. Raises what the first bad one raises."""
         self._engines.setup()

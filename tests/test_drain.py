@@ -60,8 +60,9 @@ def ended(server: Server, client: httpx.Client) -> float:
     server.wait_for("stopping")
     # Unready, as long as it answers at all.
     with contextlib.suppress(httpx.TransportError):
-        while client.get("/health/ready").status_code != 503:
+        while (answer := client.get("/health/ready")).status_code != 503:
             continue
+        assert answer.json()["status"] == "stopping"
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.output
     return time.monotonic() - asked_at

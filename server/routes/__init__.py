@@ -48,6 +48,7 @@ class Parts:
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
     readiness: Callable[[], tuple[bool, Loading]]
+    is_stopping: Callable[[], bool]
     #: What there is to tell of each GPU, and of the engines in its memory.
     gpus: Callable[[], Sequence[Gpu]]
 
