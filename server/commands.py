@@ -24,10 +24,11 @@ DataDir = Annotated[
 
 def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
     from server import control_socket
+    from server.database import Damaged
 
     try:
         return control_socket.ask(_folder(data_dir), act, **arguments)
-    except (ValueError, OSError, DiskFull) as error:
+    except (ValueError, OSError, DiskFull, Damaged) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

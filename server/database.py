@@ -16,6 +16,8 @@ FOLDERS = ("files", "uploads", "inputs")
 VERSION = 6
 #: What SQLite says when there is no more room: for a table, and for the index of its log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+#: And of a file that is none of its own, or is damaged.
+_DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -45,14 +47,23 @@ class FolderInUse(RuntimeError):
     """Another server holds the data folder."""
 
 
+class Damaged(RuntimeError):
+    """The file cannot be read."""
+
+
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
-    """Raises DiskFull where SQLite says so in its own words."""
+def _in_our_words(file: Path) -> Iterator[None]:
+    """Raises DiskFull and Damaged where SQLite says so in its own words."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode in _FULL:
+    except sqlite3.DatabaseError as error:
+        # Python's own errors have none.
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code in _FULL:
             raise DiskFull from error
+        # The rest of it tells more of how.
+        if code & 0xFF in _DAMAGED:
+            raise Damaged(f"{file} is not a database of this server; restore it from a backup") from error
         raise
 
 
@@ -90,11 +101,12 @@ class Database:
         except BlockingIOError:
             self._lock_file.close()
             raise FolderInUse(f"another server is using {folder}; give this one its own --data-dir") from None
-        self._connection = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
+        self._file = folder / FILE
+        self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.Lock()
         try:
-            with _full_disk_told():
+            with _in_our_words(self._file):
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
                     self._connection.execute(f"PRAGMA {pragma}")
                 self._migrate()
@@ -115,7 +127,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
-        with self._lock, _full_disk_told():
+        with self._lock, _in_our_words(self._file):
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
@@ -127,12 +139,12 @@ class Database:
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
         """Rows of one query."""
-        with self._lock:
+        with self._lock, _in_our_words(self._file):
             return self._connection.execute(sql, parameters).fetchall()
 
     def copy(self, folder: Path) -> None:
         """Write all of it, as it is now, into a new file in this folder; others wait meanwhile. Raises DiskFull."""
-        with self._lock, _full_disk_told():
+        with self._lock, _in_our_words(self._file):
             self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
         (folder / FILE).chmod(0o600)
 

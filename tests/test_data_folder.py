@@ -69,3 +69,26 @@ def test_only_what_the_server_could_have_made_is_removed(tmp_path: Path, caplog:
         assert parts.inputs.sweep() == 2
     assert {path for folder in folders for path in folder.rglob("*")} == kept
     assert caplog.messages.count("removed 2 files that no row lists") == 2
+
+
+def damaged(path: Path, at: int = 0) -> None:
+    """Garbage from here on."""
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + b"garbage " * (len(content[at:]) // 8))
+
+
+@pytest.mark.parametrize("at", [0, 4096])
+def test_a_damaged_database_is_named(tmp_path: Path, at: int) -> None:
+    """As a whole, or behind its first page, which SQLite finds out later."""
+    with opened(tmp_path / "data"):
+        pass
+    file = tmp_path / "data" / "queue.sqlite3"
+    damaged(file, at)
+    content = file.read_bytes()
+    for command in (["serve", "--port", "0", "--tls-port", "0"], ["keys", "list"], ["backup", "copy"]):
+        done = flux_server(tmp_path / "data", *command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{file} is not a database of this server" in done.stderr
+        assert "restore it from a backup" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert file.read_bytes() == content
