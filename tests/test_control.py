@@ -259,3 +259,24 @@ def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
         found = copy.queue.load(job.request_id)
         assert found
         assert copy.queue.result(found).body == painted().body
+
+
+def test_env_gives_no_key_that_would_be_refused(tmp_path: Path) -> None:
+    """Neither beside the server nor without it; one that asks for none takes any."""
+    local, wanted = "export FAL_KEY=local", "# FAL_KEY: this server wants a key that it knows"
+    assert local in said(tmp_path / "none", "env")
+    (tmp_path / "none").mkdir()
+    assert local in said(tmp_path / "none", "env")
+    assert list((tmp_path / "none").iterdir()) == []
+    with serving(tmp_path / "open", TEST_MODELS) as server:
+        server.ready()
+        assert local in said(tmp_path / "open", "env")
+    assert local in said(tmp_path / "open", "env")
+    with serving(tmp_path / "given", TEST_MODELS, keys="alice") as server:
+        server.ready()
+        assert wanted in said(tmp_path / "given", "env")
+    said(tmp_path / "open", "keys", "add", "shop")
+    files = {path.name for path in (tmp_path / "open").iterdir()}
+    printed = said(tmp_path / "open", "env")
+    assert wanted in printed and local not in printed and 'credentials: "your-key"' in printed
+    assert {path.name for path in (tmp_path / "open").iterdir()} == files
