@@ -184,9 +184,11 @@ cli.command("backup")(commands.back_up)
 @takes_settings
 def env(settings: Settings) -> None:
     """Print what points each SDK at this server."""
+    from server import control_socket
     from server.clients import directions
 
-    typer.echo(directions(settings, tls.paths(settings.data_dir)))
+    lacks_key = not settings.keys and control_socket.wants_key(settings.data_dir)
+    typer.echo(directions(settings, tls.paths(settings.data_dir), lacks_key=lacks_key))
 
 
 @cli.command()

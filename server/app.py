@@ -171,7 +171,8 @@ def _control(settings: Settings, parts: Parts, database: Database) -> Control:
     def learn() -> None:
         parts.keys.learn(auth.stored(database, with_first=_uses_first_key(settings)))
 
-    return Control(database, settings.data_dir, on_keys=learn, on_webhooks=partial(parts.notifier.ring, WEBHOOKS))
+    ring = partial(parts.notifier.ring, WEBHOOKS)
+    return Control(database, settings.data_dir, on_keys=learn, on_webhooks=ring, is_open=lambda: parts.keys.is_open)
 
 
 def _inputs(settings: Settings, jobs: Queue, guard: Guard, store: Files, limits: Limits) -> Inputs:

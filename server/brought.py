@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 import threading
 import time
@@ -10,9 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from server.files import is_ours
+
 #: What was used so shortly ago is left alone: its request is being accepted.
 GRACE_SECONDS = 600.0
 LORA = ".safetensors"
+#: What was brought, and what is on its way.
+_OURS = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
 
 
 class Brought:
@@ -97,7 +102,8 @@ class Brought:
         Returns how many.
         """
         needed = self._needed(None)
-        idle = sorted((path for path in self._folder.iterdir() if path.name not in needed), key=_used_at)
+        found = (path for path in self._folder.iterdir() if is_ours(path, _OURS))
+        idle = sorted((path for path in found if path.name not in needed), key=_used_at)
         excess = sum(self._size(path.name) for path in self._folder.glob(f"*{LORA}")) - self.max_kept_bytes
         num_deleted = 0
         for path in idle:

@@ -39,17 +39,23 @@ _DIRECT = "127.0.0.1,localhost"
 _COVERED = ("python", "node", "npm", "npx", "yarn", "pnpm", "uv", "pytest", "fal")
 
 
-def directions(settings: Settings, files: TLS) -> str:
-    """Shell exports, and comments for what is not a variable: `eval "$(flux-server env)"` works."""
+def directions(settings: Settings, files: TLS, *, lacks_key: bool = False) -> str:
+    """Shell exports, and comments for what is not a variable: `eval "$(flux-server env)"` works.
+
+    With `lacks_key` the server wants a key, and none is known here.
+    """
     host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
     python = _BY_DOOR if settings.proxy_port else _BY_HOST
     if not settings.tls_port:
         python = "not available, because fal-client speaks HTTPS only and --tls-port is 0."
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables(settings, files).items()]
+    if lacks_key:
+        note = "# FAL_KEY: this server wants a key that it knows; flux-server keys add NAME makes one"
+        exports = [note if line.startswith("export FAL_KEY=") else line for line in exports]
     if settings.tls_port and not files.bundle.exists():
         exports.append("# (the certificate is made when the server starts for the first time)")
-    key = _key(settings)
+    key = "your-key" if lacks_key else _key(settings)
     return _LINES.format(
         python=python,
         exports="\n".join(exports),

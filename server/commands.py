@@ -24,10 +24,19 @@ DataDir = Annotated[
 
 def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
     from server import control_socket
+    from server.database import Damaged
 
     try:
-        return control_socket.ask(Settings.read(os.environ, {"data_dir": data_dir}).data_dir, act, **arguments)
-    except (BadSettings, ValueError, OSError, DiskFull) as error:
+        return control_socket.ask(_folder(data_dir), act, **arguments)
+    except (ValueError, OSError, DiskFull, Damaged) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _folder(data_dir: str | None) -> Path:
+    try:
+        return Settings.read(os.environ, {"data_dir": data_dir}).data_dir
+    except BadSettings as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 
@@ -39,9 +48,16 @@ def add_key(
     data_dir: DataDir = None,
 ) -> None:
     """Make a key and print it, this once. The server knows it at once, or, where it asked for none, when restarted."""
+    from server.database import FILE
+
+    is_new = not (_folder(data_dir) / FILE).is_file()
+    # Asked before: without a server, a key that is there is asked for.
+    is_open = is_new or _ask(data_dir, "is_open")
     typer.echo(_ask(data_dir, "add_key", name=name, scope=scope))
-    if len(_ask(data_dir, "list_keys")) == 1:
-        typer.echo("The first key: a server that asks for none begins to at its next start.", err=True)
+    if is_new:
+        typer.echo(f"Made a new data folder at {_folder(data_dir)}; no server runs on it", err=True)
+    if is_open:
+        typer.echo("A server that asks for no key yet begins to at its next start.", err=True)
 
 
 @keys.command("list")
@@ -60,9 +76,9 @@ def revoke_key(
 ) -> None:
     """Forget a key and its tokens, at once. What it asked for goes on."""
     _ask(data_dir, "revoke_key", name=name)
-    if not _ask(data_dir, "list_keys"):
-        words = "No key is left here. On loopback, and without --keys, the server asks for none from its next start."
-        typer.echo(words, err=True)
+    if not any(key["name"] for key in _ask(data_dir, "list_keys")):
+        words = "No key with a name is left. On loopback, and without --keys, the server asks for none"
+        typer.echo(f"{words} from its next start.", err=True)
 
 
 @webhooks.command("list")

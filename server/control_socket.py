@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from server.control import Control
-from server.database import FILE, Database, FolderInUse
+from server.database import FILE, Database, FolderInUse, peek
 from server.errors import DiskFull
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,15 @@ def ask(data_dir: Path, act: str, **arguments: Any) -> Any:
         return Control(database, data_dir).acts[act](**arguments)
     finally:
         database.close()
+
+
+def wants_key(data_dir: Path) -> bool:
+    """Whether the server of this folder asks for a key: the running one, or the next. Does not take the folder."""
+    with suppress(OSError, ValueError):
+        return not _ask_server(data_dir, "is_open", {})
+    with suppress(sqlite3.Error):
+        return bool(peek(data_dir, "SELECT 1 FROM keys WHERE name <> ''"))
+    return False
 
 
 def _ask_server(data_dir: Path, act: str, arguments: dict[str, Any]) -> Any:

@@ -4,16 +4,20 @@ import fcntl
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from server.errors import DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 FILE = "queue.sqlite3"
+#: What its rows list lies here, beside it. A start removes what no row lists.
+FOLDERS = ("files", "uploads", "inputs")
 VERSION = 6
 #: What SQLite says when there is no more room: for a table, and for the index of its log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+#: And of a file that is none of its own, or is damaged.
+_DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 #: What brings a data folder from the version before to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
@@ -43,15 +47,44 @@ class FolderInUse(RuntimeError):
     """Another server holds the data folder."""
 
 
+class Damaged(RuntimeError):
+    """The file cannot be read."""
+
+
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
-    """Raises DiskFull where SQLite says so in its own words."""
+def _in_our_words(file: Path) -> Iterator[None]:
+    """Raises DiskFull and Damaged where SQLite says so in its own words."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode in _FULL:
+    except sqlite3.DatabaseError as error:
+        # Python's own errors have none.
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code in _FULL:
             raise DiskFull from error
+        # The rest of it tells more of how.
+        if code & 0xFF in _DAMAGED:
+            raise Damaged(f"{file} is not a database of this server; restore it from a backup") from error
         raise
+
+
+def check(folder: Path) -> None:
+    """Leave a folder alone where files are and no database tells of them: all would be strays. Raises OSError."""
+    if (folder / FILE).is_file() and (folder / FILE).stat().st_size:
+        return
+    for name in FOLDERS:
+        # Of a file system of its own, which has this from the beginning.
+        if (folder / name).is_dir() and any(path.name != "lost+found" for path in (folder / name).iterdir()):
+            what = f"{folder} has {name}/ but no {FILE}"
+            raise OSError(f"{what}: it is not a data folder of this server, or its database is missing")
+
+
+def peek(folder: Path, sql: str) -> list[sqlite3.Row]:
+    """Rows of one query, read beside whoever has the folder. Raises sqlite3.Error, also where there is no database."""
+    file = (folder / FILE).absolute()
+    # Without a log nobody has it open, and SQLite would make one, which might then be another user's.
+    mode = "ro" if file.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True)) as connection:
+        return connection.execute(sql).fetchall()
 
 
 class Database:
@@ -66,6 +99,7 @@ class Database:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
+        check(folder)
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
         (folder / FILE).touch(mode=0o600)
@@ -76,11 +110,12 @@ class Database:
         except BlockingIOError:
             self._lock_file.close()
             raise FolderInUse(f"another server is using {folder}; give this one its own --data-dir") from None
-        self._connection = sqlite3.connect(folder / FILE, check_same_thread=False, isolation_level=None)
+        self._file = folder / FILE
+        self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.Lock()
         try:
-            with _full_disk_told():
+            with _in_our_words(self._file):
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
                     self._connection.execute(f"PRAGMA {pragma}")
                 self._migrate()
@@ -101,7 +136,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
-        with self._lock, _full_disk_told():
+        with self._lock, _in_our_words(self._file):
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
@@ -113,7 +148,7 @@ class Database:
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
         """Rows of one query."""
-        with self._lock:
+        with self._lock, _in_our_words(self._file):
             return self._connection.execute(sql, parameters).fetchall()
 
     def copy(self, folder: Path, together_with: Callable[[], None]) -> None:
@@ -121,7 +156,7 @@ class Database:
 
         Raises DiskFull.
         """
-        with self._lock, _full_disk_told():
+        with self._lock, _in_our_words(self._file):
             self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
             together_with()
         (folder / FILE).chmod(0o600)

@@ -1,15 +1,17 @@
 """What this machine can run, and why not: looked at before anything is loaded."""
 
+import os
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from models import discover, hub, memory, trust, weights
+from server import database
 from server.settings import Settings
 
 #: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
@@ -43,10 +45,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("weights", False, str(error))
         return
-    for endpoint, where in places.items():
-        if where is not None:
-            yield from _model(endpoint, where, settings.memory, *found)
-    yield _checker(settings, [where for where in places.values() if where])
+    served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
+    for where, endpoints in served.items():
+        yield from _weights(where, endpoints, settings.memory, *found)
+    yield _checker(settings, list(served))
 
 
 def _python() -> Finding:
@@ -73,12 +75,28 @@ def _is_free(host: str, port: int) -> bool:
 
 def _disk(settings: Settings) -> Finding:
     folder = settings.data_dir
-    while not folder.exists():
+    # Not its own method, which raises where it may not look.
+    while not os.path.exists(folder):  # noqa: PTH110
         folder = folder.parent
+    if problem := _unusable(folder):
+        return Finding("disk", False, problem)
     free = shutil.disk_usage(folder).free
     needed = settings.retention_gb * 1e9
     words = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
     return Finding("disk", free > needed, words)
+
+
+def _unusable(folder: Path) -> str:
+    """Why the data folder, or the one it would be made in, is none to the server; empty when it can be."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"{folder} cannot be read and written"
+    try:
+        database.check(folder)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | None]:
@@ -102,21 +120,23 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | No
     return device, int(free)
 
 
-def _model(endpoint: str, where: str | Path, plan: str, device: str, free: int) -> Iterator[Finding]:
+def _weights(where: str | Path, endpoints: Sequence[str], plan: str, device: str, free: int) -> Iterator[Finding]:
+    name = "demo" if where == weights.DEMO else str(where)
     folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
-        yield Finding(endpoint, False, f"{where} is not here yet; `flux-server pull {where}` brings it")
+        yield Finding(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
     elif lacking := hub.missing(folder):
-        yield Finding(endpoint, False, f"{folder} lacks {', '.join(lacking)}")
+        yield Finding(name, False, f"{folder} lacks {', '.join(lacking)}")
         return
     elif refused := _refused(folder):
-        yield Finding(endpoint, False, refused)
+        yield Finding(name, False, refused)
         return
     else:
         sizes = hub.sizes(folder)
-        yield Finding(endpoint, True, f"weights are here, {sum(sizes.values()) / 1e9:.2f} GB")
-    yield _memory(endpoint, sizes, plan, device, free)
+        size = sum(sizes.values()) / 1e9
+        yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
+    yield _memory(name, sizes, plan, device, free)
 
 
 def _refused(folder: Path) -> str:
@@ -127,16 +147,22 @@ def _refused(folder: Path) -> str:
     return ""
 
 
-def _memory(endpoint: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
+def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
     """Which plan is taken, and what each one needs."""
-    needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in memory.PLANS)
+    # By itself a CPU takes no other.
+    plans = memory.PLANS[:1] if (device, name) == ("cpu", "auto") else memory.PLANS
+    needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
         chosen = memory.choose(name, sizes, free, device=device)
     except OSError as error:
-        return Finding(f"{endpoint} memory", False, f"{error} ({needs})")
-    fits = chosen.needs(sizes) <= free
-    words = f"{chosen.name}, {chosen.words}; needed are {needs}, {free / 1e9:.1f} GB are free"
-    return Finding(f"{endpoint} memory", fits, words)
+        return Finding(f"{where} memory", False, f"{error} ({needs})")
+    figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
+    if chosen.needs(sizes) <= free:
+        return Finding(f"{where} memory", True, f"{chosen.name}, {chosen.words}; {figures}")
+    fits_none = all(plan.needs(sizes) > free for plan in plans)
+    return Finding(
+        f"{where} memory", False, f"{'nothing fits' if fits_none else f'{chosen.name} does not fit'}: {figures}"
+    )
 
 
 def _checker(settings: Settings, places: list[str | Path]) -> Finding:

@@ -49,8 +49,7 @@ class Guard:
         try:
             self._policy_for(url).check_url(url)
         except (SSRFGuardError, ValueError) as error:
-            hint = "; the setting --outbound-allow can permit it" if self._could_be_allowed(url) else ""
-            raise ForbiddenURL(f"{_brief(error)}{hint}") from None
+            raise self._refusal(url, error) from None
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str], seconds: float) -> int:
         """POST and return the status; no redirect is followed and no body read.
@@ -62,7 +61,7 @@ class Guard:
             async with client, client.stream("POST", url, content=content, headers=headers, extensions=bounded) as sent:
                 return sent.status_code
         except SSRFGuardError as error:
-            raise ForbiddenURL(_brief(error)) from None
+            raise self._refusal(url, error) from None
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
 
@@ -83,7 +82,7 @@ class Guard:
         except TimeoutError:
             raise Unusable("file_download_error", f"The download took longer than {seconds:.0f} seconds") from None
         except SSRFGuardError as error:
-            raise ForbiddenURL(_brief(error)) from None
+            raise self._refusal(url, error) from None
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
         except httpx.HTTPError as error:
@@ -123,12 +122,13 @@ class Guard:
         policy = self._policy_for(url)
         return AsyncClient(policy=policy, timeout=seconds, verify=self._tls, trust_env=False, **options)
 
-    def _could_be_allowed(self, url: str) -> bool:
+    def _refusal(self, url: str, error: Exception) -> ForbiddenURL:
+        """What to say; where the operator could have allowed it, also how."""
         try:
             self._open_policy.check_url(url)
         except (SSRFGuardError, ValueError):
-            return False
-        return True
+            return ForbiddenURL(_brief(error))
+        return ForbiddenURL(f"{_brief(error)}; the setting --outbound-allow can permit it")
 
     def _policy_for(self, url: str) -> Policy:
         try:

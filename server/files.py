@@ -2,21 +2,27 @@
 
 import dataclasses
 import errno
+import logging
 import os
 import re
 import secrets
+import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from server.database import Database
 from server.errors import DiskFull
 from server.jobs import Lifecycle, StoredFile
 
+log = logging.getLogger(__name__)
+
 #: What the system says when there is no more room.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
+#: Also of one that is being written.
+_OURS = re.compile(rf"{_NAME.pattern}(\.part)?")
 
 
 def new_name(ending: str) -> str:
@@ -41,6 +47,24 @@ def list_file(connection: sqlite3.Connection, file: StoredFile, request_id: str 
             file.expires_at,
         ),
     )
+
+
+def is_ours(path: Path, names: re.Pattern[str]) -> bool:
+    """Whether this server can have made it, under one of these names; a folder's ends with a slash."""
+    return bool(names.fullmatch(f"{path.name}/" if path.is_dir() else path.name)) and not path.is_symlink()
+
+
+def remove_strays(folder: Path, names: re.Pattern[str], listed: Container[str]) -> int:
+    """Delete what is ours and no row lists: a crash came between it and its row. At the start only."""
+    strays = [path for path in folder.iterdir() if path.name not in listed and is_ours(path, names)]
+    for path in strays:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if strays:
+        log.info("removed %d files that no row lists", len(strays))
+    return len(strays)
 
 
 class Files:
@@ -104,8 +128,6 @@ class Files:
             (self._folder / name).unlink(missing_ok=True)
 
     def remove_strays(self) -> int:
-        """Delete what no row lists: a crash came between a file and its row. At the start only."""
+        """Of this store; returns how many."""
         listed = {row["name"] for row in self._database.read("SELECT name FROM files")}
-        strays = [path.name for path in self._folder.iterdir() if path.name not in listed]
-        self.remove(strays)
-        return len(strays)
+        return remove_strays(self._folder, _OURS, listed)

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from models.base import Loading
 
+#: What uvicorn calls an error, and is meant: a stream that failed is cut off.
+_CUT_OFF = "ASGI callable returned without completing response."
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -19,9 +21,14 @@ def set_up(level: str, style: Literal["text", "json"]) -> None:
     handler = _Handler(draws_bars=style == "text" and sys.stderr.isatty())
     handler.setFormatter(_formatter(style, has_colours=sys.stderr.isatty()))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     # At their own levels these tell addresses and prompts.
     for name in ("httpx", "httpx2", "httpcore", "httpcore2", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.msg != _CUT_OFF
 
 
 def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:

@@ -18,7 +18,8 @@ class Notifier:
 
     def __init__(self) -> None:
         self.work = threading.Event()
-        self.is_closing = False
+        #: The server takes its leave: it finishes what it can. Then it is closing, and nobody waits any more.
+        self.is_stopping, self.is_closing = False, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: dict[str, set[asyncio.Event]] = {}
 

@@ -247,6 +247,8 @@ class Queue:
                 else:
                     self._order.wait(job)
         self._notifier.work.set()
+        if self.length:
+            log.info("%d requests wait", self.length)
         return self.length
 
     def expire(self) -> int:

@@ -75,6 +75,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
+        parts.notifier.is_stopping = True
         log.info("stopping")
         # The worker first, while clients still listen: what it finishes within the grace reaches them.
         await asyncio.to_thread(worker.stop)

@@ -145,7 +145,11 @@ class Settings(BaseModel):
         for entry in entries:
             if re.fullmatch(r"[\w.\-]*[A-Za-z_][\w.\-]*", entry):
                 continue
-            ipaddress.ip_network(entry, strict=False)
+            try:
+                ipaddress.ip_network(entry, strict=False)
+            except ValueError:
+                what = "a host, an address or a network, without scheme or port"
+                raise ValueError(f"{entry} should be {what}") from None
         return entries
 
     @field_validator("rate_per_key")

@@ -4,9 +4,10 @@ import datetime
 import ipaddress
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import certifi
 from cryptography import x509
@@ -29,6 +30,8 @@ ADDRESSES = ("127.0.0.1", "::1")
 _AUTHORITY_DAYS = 3650
 _CERTIFICATE_DAYS = 397
 _RENEW_DAYS = 30
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ def ensure(data_dir: Path, *hosts: str) -> TLS:
     if not (authority_key.exists() and files.authority.exists()):
         _make_authority(files.authority, authority_key)
         files.certificate.unlink(missing_ok=True)
+    issuer, issuer_key = _read(files.authority, x509.load_pem_x509_certificate), _read(authority_key, _load_key)
     _write(files.bundle, b"\n".join(path.read_bytes() for path in (*_usual_authorities(), files.authority)), 0o644)
     names = _alternative_names(hosts)
-    if not (files.certificate.exists() and files.key.exists() and _is_current(files.certificate, names)):
-        _make_certificate(files, authority_key, names)
+    if not (files.certificate.exists() and files.key.exists() and _is_current(files, names)):
+        _make_certificate(files, issuer, issuer_key, names)
     return files
 
 
@@ -86,8 +90,23 @@ def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
     return x509.SubjectAlternativeName(shown)
 
 
-def _is_current(path: Path, names: x509.SubjectAlternativeName) -> bool:
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+def _read(path: Path, load: Callable[[bytes], Loaded]) -> Loaded:
+    try:
+        return load(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} cannot be read; delete it and a new one is made") from None
+
+
+def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(content, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def _is_current(files: TLS, names: x509.SubjectAlternativeName) -> bool:
+    certificate = _read(files.certificate, x509.load_pem_x509_certificate)
+    # For what comes of it: whoever serves with it would not say which file it is.
+    _read(files.key, _load_key)
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and found == names
 
@@ -106,10 +125,9 @@ def _make_authority(path: Path, key_path: Path) -> None:
     _write(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
-def _make_certificate(files: TLS, authority_key: Path, names: x509.SubjectAlternativeName) -> None:
-    issuer = x509.load_pem_x509_certificate(files.authority.read_bytes())
-    issuer_key = serialization.load_pem_private_key(authority_key.read_bytes(), None)
-    assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
+def _make_certificate(
+    files: TLS, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey, names: x509.SubjectAlternativeName
+) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         _builder(_name("flux-server"), issuer.subject, key.public_key(), _CERTIFICATE_DAYS)

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from server.database import Database
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull
-from server.files import Files, list_file, new_name
+from server.files import Files, list_file, new_name, remove_strays
 from server.jobs import Lifecycle, StoredFile
 
 #: How long an upload may take from its first word to its last, in seconds.
@@ -30,6 +30,8 @@ MAX_PARTS = 10_000
 #: How many uploads one owner may have begun and not finished.
 MAX_UNDER_WAY = 1_000
 _ENDING = re.compile(r"[a-z0-9]{1,8}")
+#: The folder of an upload's parts, and what they are joined in.
+_OURS = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
 Result = TypeVar("Result")
 
@@ -71,7 +73,8 @@ class Uploads:
         # Threads of their own, so that large files keep nobody's submit waiting.
         self._threads = ThreadPoolExecutor(4, "uploads")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._remove_strays()
+        rows = database.read("SELECT upload_id FROM uploads")
+        remove_strays(folder, _OURS, {row["upload_id"] for row in rows})
 
     def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
         """Expect a file; its name in the store is known from now on. Raises QueueFull and DiskFull."""
@@ -227,16 +230,6 @@ class Uploads:
         of_this = self._max_bytes - under_way.get(upload.upload_id, 0)
         of_owner = self._max_bytes_per_owner - stored - sum(under_way.values())
         return int(min(of_this, of_owner))
-
-    def _remove_strays(self) -> None:
-        """Delete what no row knows: a crash came between a row and its folder."""
-        known = {row["upload_id"] for row in self._database.read("SELECT upload_id FROM uploads")}
-        for path in self._folder.iterdir():
-            if path.name not in known:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
 
     def _take(self, upload: Upload, part_number: int, aside: Path, size: int) -> None:
         """Keep a part; parts that came at the same time are weighed one after the other."""

@@ -14,12 +14,14 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server import control_socket
+from server.auth import Scope, add
 from server.control import Control
-from server.jobs import Job
+from server.jobs import Job, Lifecycle
 from tests.parts import Parts, finished, opened, submission
 from tests.parts import painted as outcome
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving
 from tests.test_realtime import SMALL, UNAUTHORIZED, last_words, painted, session
+from tests.test_uploads import files_of_at_most
 
 
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -129,8 +131,38 @@ def test_the_first_and_the_last_key_are_told_of(tmp_path: Path) -> None:
     assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "one").stderr
     assert flux_server(tmp_path, "keys", "add", "two").stderr == ""
     assert flux_server(tmp_path, "keys", "revoke", "one").stderr == ""
-    assert "No key is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
+    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
     assert flux_server(tmp_path, "keys", "list").stderr == "There are none.\n"
+
+
+def test_the_servers_own_key_counts_for_none_on_loopback(tmp_path: Path) -> None:
+    """It was made behind a proxy, and a server without one does not ask for it."""
+    with opened(tmp_path) as parts:
+        add(parts.database, "", Scope.OPERATOR)
+    assert "(the first)" in said(tmp_path, "keys", "list")
+    assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
+    assert flux_server(tmp_path, "keys", "add", "later").stderr == ""
+    said(tmp_path, "keys", "revoke", "late")
+    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "later").stderr
+
+
+def test_as_long_as_a_server_asks_for_no_key_each_new_one_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        for name in ("one", "two"):
+            assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", name).stderr
+        assert server.stop() == 0
+    with serving(tmp_path, TEST_MODELS) as server:
+        server.ready()
+        assert flux_server(tmp_path, "keys", "add", "three").stderr == ""
+
+
+def test_a_key_for_a_folder_that_was_not_there_says_so(tmp_path: Path) -> None:
+    """Its path may be mistyped."""
+    folder = tmp_path / "mistyped"
+    made = f"Made a new data folder at {folder}; no server runs on it"
+    assert made in flux_server(folder, "keys", "add", "one").stderr
+    assert made not in flux_server(folder, "keys", "add", "two").stderr
 
 
 def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
@@ -223,6 +255,30 @@ def test_a_backup_overwrites_nothing(parts: Parts, tmp_path: Path) -> None:
         Control(parts.database, parts.folder).back_up(str(tmp_path / "there"))
 
 
+@pytest.mark.parametrize(
+    "name", ["files", "files/copy", "inputs/a/b", "uploads/copy", "tls/copy", "./copy/../files/copy"]
+)
+def test_a_backup_into_what_it_copies_is_refused(parts: Parts, name: str) -> None:
+    finished(parts)
+    target = parts.folder / name
+    with pytest.raises(ValueError, match=r"(lies within what is backed up|exists)$"):
+        Control(parts.database, parts.folder).back_up(str(target))
+    assert not target.exists() or name == "files"
+
+
+def test_a_backup_that_fails_leaves_nothing_behind(parts: Parts, tmp_path: Path) -> None:
+    for _ in range(3):
+        parts.files.save(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
+    # For one that is found there must be no doubt that it is whole.
+    with files_of_at_most(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
+        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    with files_of_at_most(1000), pytest.raises(ValueError, match=r"copy: disk I/O error$"):
+        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert list(tmp_path.iterdir()) == [parts.folder]
+    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    assert {path.name for path in tmp_path.iterdir()} == {parts.folder.name, "copy"}
+
+
 def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
     job = finished(parts)
     parts.queue.submit(submission())
@@ -235,10 +291,13 @@ def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
         assert copy.queue.result(found).body == outcome().body
 
 
+BROUGHT = f"{1:064x}.png"
+
+
 def accepted(parts: Parts) -> Job:
     """A request that waits, and the picture that it brought."""
-    (parts.folder / "inputs" / "brought.png").write_bytes(b"1")
-    return parts.queue.submit(submission(inputs={"image_url": "brought.png"}))
+    (parts.folder / "inputs" / BROUGHT).write_bytes(b"1")
+    return parts.queue.submit(submission(inputs={"image_url": BROUGHT}))
 
 
 @pytest.mark.parametrize("is_there_before", [True, False], ids=["before", "meanwhile"])
@@ -261,7 +320,7 @@ def test_a_backup_has_what_waiting_requests_brought(
     assert list((parts.folder / "inputs").iterdir()) == []
     with opened(tmp_path / "copy") as restored:
         assert restored.queue.recover() == 1
-        assert restored.inputs.brought.path("brought.png").read_bytes() == b"1"
+        assert restored.inputs.brought.path(BROUGHT).read_bytes() == b"1"
 
 
 def test_a_backup_reads_what_was_brought_once(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,4 +334,25 @@ def test_a_backup_reads_what_was_brought_once(parts: Parts, tmp_path: Path, monk
 
     monkeypatch.setattr(shutil, "copy2", copied)
     Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    assert read == ["brought.png"]
+    assert read == [BROUGHT]
+
+
+def test_env_gives_no_key_that_would_be_refused(tmp_path: Path) -> None:
+    """Neither beside the server nor without it; one that asks for none takes any."""
+    local, wanted = "export FAL_KEY=local", "# FAL_KEY: this server wants a key that it knows"
+    assert local in said(tmp_path / "none", "env")
+    (tmp_path / "none").mkdir()
+    assert local in said(tmp_path / "none", "env")
+    assert list((tmp_path / "none").iterdir()) == []
+    with serving(tmp_path / "open", TEST_MODELS) as server:
+        server.ready()
+        assert local in said(tmp_path / "open", "env")
+    assert local in said(tmp_path / "open", "env")
+    with serving(tmp_path / "given", TEST_MODELS, keys="alice") as server:
+        server.ready()
+        assert wanted in said(tmp_path / "given", "env")
+    said(tmp_path / "open", "keys", "add", "shop")
+    files = {path.name for path in (tmp_path / "open").iterdir()}
+    printed = said(tmp_path / "open", "env")
+    assert wanted in printed and local not in printed and 'credentials: "your-key"' in printed
+    assert {path.name for path in (tmp_path / "open").iterdir()} == files

@@ -78,7 +78,8 @@ def ended(server: Server, client: httpx.Client, *, is_at_once: bool) -> tuple[fl
     server.wait_for("stopping")
     # Unready from the first moment on; it may be gone by now where it has nothing to wait for.
     with contextlib.suppress(httpx.TransportError) if is_at_once else contextlib.nullcontext():
-        assert client.get("/health/ready").status_code == 503
+        answer = client.get("/health/ready")
+        assert (answer.status_code, answer.json()["status"]) == (503, "stopping")
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.output
     return asked_at, time.monotonic() - asked_at

@@ -134,11 +134,13 @@ def names_of_loopback(port: int) -> list[str]:
     return [f"http://{name}:{port}/" for name in ("localhost", "0x7f.1", "0x7f000001", "0x7f.0x0.0x0.0x1")]
 
 
-def test_a_name_of_this_machine_is_refused_when_it_is_connected_to(httpserver: HTTPServer) -> None:
+def test_a_name_of_this_machine_is_refused_when_it_is_connected_to(httpserver: HTTPServer, tmp_path: Path) -> None:
     httpserver.expect_request("/").respond_with_data("in")
     for url in names_of_loopback(httpserver.port):
-        with pytest.raises(ForbiddenURL):
+        with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
             post(Guard(), url)
+        with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
+            asyncio.run(Guard().download(url, tmp_path / "file", 1000, 30))
     assert httpserver.log == []
 
 

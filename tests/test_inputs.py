@@ -295,14 +295,16 @@ def test_inner_addresses_are_refused(narrow_client: httpx.Client, url: str) -> N
 
 # -- how long it stays
 
+NEEDED, STRAY = f"{'1' * 64}.png", f"{'2' * 64}.png"
+
 
 def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
-        (parts.folder / "inputs" / "needed.png").write_bytes(b"1")
-        (parts.folder / "inputs" / "stray.png").write_bytes(b"2")
-        job = parts.queue.submit(submission(inputs={"image_url": "needed.png"}))
-        clock.now = (parts.folder / "inputs" / "needed.png").stat().st_mtime + 60
+        (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
+        (parts.folder / "inputs" / STRAY).write_bytes(b"2")
+        job = parts.queue.submit(submission(inputs={"image_url": NEEDED}))
+        clock.now = (parts.folder / "inputs" / NEEDED).stat().st_mtime + 60
         assert parts.inputs.sweep() == 0
         clock.now += 3600
         assert parts.inputs.sweep() == 1
@@ -313,14 +315,14 @@ def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None
 
 def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
-        (parts.folder / "inputs" / "needed.png").write_bytes(b"1")
-        parts.queue.submit(submission(inputs={"image_url": "needed.png"}))
+        (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
+        parts.queue.submit(submission(inputs={"image_url": NEEDED}))
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
         parts.queue.recover()
-        clock.now = (parts.folder / "inputs" / "needed.png").stat().st_mtime + 3600
+        clock.now = (parts.folder / "inputs" / NEEDED).stat().st_mtime + 3600
         assert parts.inputs.sweep() == 0
-        assert _names(parts) == ["needed.png"]
+        assert _names(parts) == [NEEDED]
 
 
 def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> N
     clock = Clock(now=4_000_000_000.0)
     with opened(tmp_path, clock=clock) as parts:
         brought = parts.inputs.brought
-        for name in ("a.part", "b.png"):
+        for name in (f"{'a' * 16}.part", STRAY):
             brought.path(name).write_bytes(b"1")
         seen = []
 
@@ -354,7 +356,7 @@ def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> N
         brought._needed = needed
         iterdir = Path.iterdir
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "iterdir", lambda folder: [*iterdir(folder), folder / "gone.part"])
+            patch.setattr(Path, "iterdir", lambda folder: [*iterdir(folder), folder / f"{'b' * 16}.part"])
             assert brought.sweep() == 3
         assert seen == [None]
 

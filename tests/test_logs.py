@@ -52,6 +52,25 @@ def test_each_request_is_one_line_of_json(tmp_path: Path) -> None:
     assert SECRET not in server.output
 
 
+def test_a_stream_that_is_cut_off_on_purpose_is_no_error_of_the_server(tmp_path: Path, gate: Gate) -> None:
+    """One whose request fails, and one that the stop ends: its client is told by the end that is missing."""
+    with serving(tmp_path / "data", TEST_MODELS, shutdown_grace="0") as server:
+        for endpoint, words in (("test/raises", "internal_error"), ("test/gate", "The server is stopping.")):
+            with (
+                httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+                client.stream("POST", f"/{endpoint}/stream", json={"prompt": str(gate.path)}) as answer,
+            ):
+                if endpoint == "test/gate":
+                    server.process.terminate()
+                last = ""
+                with pytest.raises(httpx.RemoteProtocolError):
+                    for line in answer.iter_lines():
+                        last = line or last
+                assert words in last
+        assert server.process.wait(60) == 0
+    assert "uvicorn" not in server.output
+
+
 @contextmanager
 def on_a_terminal(command: list[str]) -> Iterator[int]:
     """A program that believes that somebody watches; what it writes is read from the descriptor."""

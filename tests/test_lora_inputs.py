@@ -205,13 +205,14 @@ def test_they_stay_until_the_room_is_needed(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
         folder = parts.folder / "inputs"
-        for number in range(4):
-            (folder / f"{number}.safetensors").write_bytes(bytes(1000))
-            os.utime(folder / f"{number}.safetensors", (clock.now + number, clock.now + number))
-        parts.queue.submit(submission(inputs={"loras.0.path": "0.safetensors"}))
+        names = [f"{number}{'0' * 63}.safetensors" for number in range(4)]
+        for number, name in enumerate(names):
+            (folder / name).write_bytes(bytes(1000))
+            os.utime(folder / name, (clock.now + number, clock.now + number))
+        parts.queue.submit(submission(inputs={"loras.0.path": names[0]}))
         clock.now += 10_000
         parts.inputs.brought.max_kept_bytes = 4000
         assert parts.inputs.sweep() == 0
         parts.inputs.brought.max_kept_bytes = 2500
         assert parts.inputs.sweep() == 2
-        assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "3.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == [names[0], names[3]]

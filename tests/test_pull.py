@@ -165,9 +165,9 @@ def test_doctor_tells_what_is_here(hub: Hub, tmp_path: Path) -> None:
     options = {"cwd": ROOT, "env": environment(hub, tmp_path), "capture_output": True, "text": True, "timeout": 60}
     before = subprocess.run(command, **options)  # type: ignore[call-overload]
     assert before.returncode == 1
-    assert f"✗ fal-ai/flux/dev: {FLUX_DEV} is not here yet; `flux-server pull {FLUX_DEV}` brings it" in before.stdout
+    assert f"✗ {FLUX_DEV}: not here yet; `flux-server pull {FLUX_DEV}` brings it" in before.stdout
     assert pull(hub, tmp_path).returncode == 0
     after = subprocess.run(command, **options)  # type: ignore[call-overload]
     assert after.returncode == 0, after.stdout
-    assert "✓ fal-ai/flux/dev: weights are here" in after.stdout
+    assert f"✓ {FLUX_DEV}: weights are here" in after.stdout
     assert f"✓ safety checker: {CHECKER} is here" in after.stdout

@@ -1,6 +1,7 @@
 """The durable queue on a real SQLite file."""
 
 import json
+import logging
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,18 @@ def ended(parts: Parts, job: Job) -> tuple[int, str | None]:
 
 
 # -- submit, claim, finish
+
+
+def test_a_start_says_how_many_requests_it_takes_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+        parts.queue.submit(submission())
+        claimed(parts)
+    assert not [line for line in caplog.messages if "wait" in line]
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+    assert "2 requests wait" in caplog.messages
 
 
 def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:

@@ -109,6 +109,12 @@ def test_what_would_never_work_is_refused_at_the_start(name: str, value: str) ->
     assert len(problems({f"FLUX_SERVER_{name.upper()}": value})) == 1
 
 
+@pytest.mark.parametrize("entry", ["localhost:18110", "http://localhost", "hooks.lan/path", "[::1]:80", "10.0.0.0/99"])
+def test_what_is_allowed_has_neither_scheme_nor_port(entry: str) -> None:
+    (line,) = problems({"FLUX_SERVER_OUTBOUND_ALLOW": f"10.0.0.0/8,{entry}"})
+    assert f"{entry} should be a host, an address or a network, without scheme or port" in line
+
+
 def test_ports_differ() -> None:
     (line,) = problems({"FLUX_SERVER_PORT": "8100", "FLUX_SERVER_TLS_PORT": "8100"})
     assert "should differ" in line

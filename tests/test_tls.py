@@ -151,3 +151,15 @@ def test_no_certificate_lives_longer_than_browsers_allow(files: tls.TLS) -> None
     certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     assert life <= datetime.timedelta(days=398)
+
+
+@pytest.mark.parametrize("name", ["ca.pem", "ca.key", "cert.pem", "key.pem"])
+@pytest.mark.parametrize("content", [b"garbage", b""])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / "tls" / name
+    tls.ensure(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} cannot be read; delete it and a new one is made"):
+        tls.ensure(tmp_path)
+    path.unlink()
+    handshake(tls.ensure(tmp_path), "localhost", tmp_path / "tls" / "ca.pem")

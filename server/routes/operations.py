@@ -22,7 +22,9 @@ async def health() -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """200 when the model can paint, 503 before; requests are accepted either way and wait in the queue."""
+    """200 when the model can paint, 503 before and while it stops; requests are accepted all the same and wait."""
+    if parts_of(request).notifier.is_stopping:
+        return JSON({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = parts_of(request).readiness()
     if is_ready:
         return JSON({"status": "ready", "version": VERSION})

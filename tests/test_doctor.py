@@ -1,0 +1,62 @@
+"""What `doctor` says of a machine that cannot run what it is asked about."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from server import doctor
+from server.doctor import Finding
+from server.settings import Settings
+
+HUB_ID = "black-forest-labs/FLUX.1-dev"
+
+
+def found(data_dir: Path, *weights: str, **changes: Any) -> dict[str, Finding]:
+    """Every finding by what was looked at, of which each is there once."""
+    settings = Settings(data_dir=data_dir, weights=weights or ("demo",), device="cpu", **changes)
+    findings = list(doctor.examine(settings))
+    by_name = {finding.what: finding for finding in findings}
+    assert len(by_name) == len(findings)
+    return by_name
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("file", "file is not a folder"),
+        ("file/below/it", "file is not a folder"),
+        ("foreign", "foreign has files/ but no queue.sqlite3"),
+    ],
+)
+def test_a_folder_that_serve_refuses_is_not_well(tmp_path: Path, place: str, words: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign" / "files" / "mine").mkdir(parents=True)
+    disk = found(tmp_path / place, retention_gb=0.001)["disk"]
+    assert not disk.is_well
+    assert words in disk.words
+
+
+def test_a_folder_that_may_not_be_written_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(tmp_path / "new", retention_gb=0.001)["disk"].is_well
+    # To root, who may be running this, everything is permitted.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    disk = found(tmp_path / "new", retention_gb=0.001)["disk"]
+    assert (disk.is_well, disk.words) == (False, f"{tmp_path} cannot be read and written")
+
+
+def test_weights_of_many_endpoints_are_looked_at_once(tmp_path: Path) -> None:
+    weights = found(tmp_path)["demo"]
+    assert weights.is_well
+    assert "fal-ai/flux/dev, " in weights.words
+
+
+def test_where_nothing_fits_no_plan_is_named_as_if_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.hub.locate", lambda hub_id: None)
+    memory = psutil.virtual_memory()._replace(available=23_200_000_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    words = found(tmp_path, HUB_ID)[f"{HUB_ID} memory"].words
+    assert words == "nothing fits: needed are resident 37.79 GB, 23.2 GB are free"
+    words = found(tmp_path, HUB_ID, memory="resident")[f"{HUB_ID} memory"].words
+    assert words.startswith("resident does not fit: needed are resident 37.79 GB, fp8-storage ")
