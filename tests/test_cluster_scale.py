@@ -1,6 +1,7 @@
 """As many GPUs as the queue needs, on real nodes: those that go have nothing to do, or finish it first."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,20 @@ import pytest
 
 from server.cluster import JOBS_A_GPU
 from tests.parts import opened
-from tests.ray_nodes import SLOW, body, client_of, digest, gpus, nodes, path, runners, serving_on, until
+from tests.ray_nodes import (
+    SLOW,
+    autoscaled,
+    body,
+    client_of,
+    digest,
+    gpus,
+    nodes,
+    num_machines,
+    path,
+    runners,
+    serving_on,
+    until,
+)
 from tests.serving import Gate, completed, gated, in_progress, statuses
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -111,3 +125,43 @@ def test_a_stop_lets_every_gpu_finish_within_the_grace(
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
         assert len(parts.on_disk()) == CROWD
+
+
+@pytest.mark.parametrize("is_second", [False, True], ids=["v1", "v2"])
+def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(tmp_path: Path, is_second: bool) -> None:
+    settings = {"max_gpus": "5", "min_gpus": "0", "max_running": "1"}
+    number = 60
+    with (
+        autoscaled(tmp_path / "autoscaling.json", 3, is_second=is_second) as cluster,
+        serving_on(cluster, tmp_path / "data", **settings) as server,
+        client_of(server) as client,
+    ):
+        assert (gpus(client), num_machines(cluster)) == ([], 0)
+        begun = time.monotonic()
+        slow = [path(client.post(SLOW, json=body(seed, num_inference_steps=50))) for seed in range(number)]
+        while not num_machines(cluster):
+            threading.Event().wait(0.1)
+        print(f"{time.monotonic() - begun:.1f} s from the first request to a machine")
+        # Two of those that are asked for never come.
+        until(client, ["ready"] * 3 + ["waiting"] * 2)
+        print(f"{time.monotonic() - begun:.1f} s to three GPUs that paint")
+        assert num_machines(cluster) == 3
+        assert len({digest(client, each) for each in slow}) == number
+        print(f"{time.monotonic() - begun:.1f} s to the last of {number}")
+        begun = time.monotonic()
+        while gpus(client):
+            threading.Event().wait(0.1)
+        print(f"{time.monotonic() - begun:.1f} s until no GPU was asked for")
+        while num_machines(cluster):
+            threading.Event().wait(0.1)
+        print(f"{time.monotonic() - begun:.1f} s until the machines were gone")
+        assert not runners()
+        # From nothing to one again.
+        begun = time.monotonic()
+        assert digest(client, path(client.post(SLOW, json=body(number))))
+        print(f"{time.monotonic() - begun:.1f} s from nothing to a picture")
+        assert num_machines(cluster) == 1
+        assert server.stop() == 0
+    with opened(tmp_path / "data") as parts:
+        assert parts.rows("SELECT status, attempt, count(*) FROM jobs GROUP BY 1, 2") == [(200, 1, number + 1)]
+        assert len(parts.on_disk()) == number + 1
