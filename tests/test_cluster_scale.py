@@ -128,9 +128,11 @@ def test_a_stop_lets_every_gpu_finish_within_the_grace(
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["v1", "v2"])
-def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(tmp_path: Path, is_second: bool) -> None:
+def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(
+    tmp_path: Path, gate: Gate, is_second: bool
+) -> None:
     settings = {"max_gpus": "5", "min_gpus": "0", "max_running": "1"}
-    number = 60
+    number = 5 * JOBS_A_GPU
     with (
         autoscaled(tmp_path / "autoscaling.json", 3, is_second=is_second) as cluster,
         serving_on(cluster, tmp_path / "data", **settings) as server,
@@ -138,7 +140,7 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(tmp_path:
     ):
         assert (gpus(client), num_machines(cluster)) == ([], 0)
         begun = time.monotonic()
-        slow = [path(client.post(SLOW, json=body(seed, num_inference_steps=50))) for seed in range(number)]
+        held = [path(client.post(GATE, json=held_at(gate, seed))) for seed in range(number)]
         while not num_machines(cluster):
             threading.Event().wait(0.1)
         print(f"{time.monotonic() - begun:.1f} s from the first request to a machine")
@@ -146,7 +148,9 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(tmp_path:
         until(client, ["ready"] * 3 + ["waiting"] * 2)
         print(f"{time.monotonic() - begun:.1f} s to three GPUs that paint")
         assert num_machines(cluster) == 3
-        assert len({digest(client, each) for each in slow}) == number
+        # For each of them twice, because one may have to start again.
+        gate.let(2 * number * STEPS)
+        assert len({digest(client, each) for each in held}) == number
         print(f"{time.monotonic() - begun:.1f} s to the last of {number}")
         begun = time.monotonic()
         while gpus(client):
@@ -163,5 +167,8 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(tmp_path:
         assert num_machines(cluster) == 1
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
-        assert parts.rows("SELECT status, attempt, count(*) FROM jobs GROUP BY 1, 2") == [(200, 1, number + 1)]
+        assert parts.rows("SELECT status, count(*) FROM jobs GROUP BY 1") == [(200, number + 1)]
+        # The first autoscaler may start a machine beyond its limit, which it takes back whatever runs there.
+        is_taken = not is_second and "its runner is gone" in server.output
+        assert is_taken or parts.rows("SELECT max(attempt) FROM jobs") == [(1,)]
         assert len(parts.on_disk()) == number + 1
