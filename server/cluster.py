@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 #: What one GPU is given at a time, at most, so that one that joins finds work; with --max-gpus, what one is asked for.
 JOBS_A_GPU = 4
-#: A GPU that is not wanted any more is let go after so many idle seconds.
+#: A GPU that has nothing to do is let go after so many seconds with more of them than are wanted.
 IDLE_SECONDS = 60.0
 #: Seconds between two looks at how many GPUs there should be.
 LOOK_EVERY = 1.0
@@ -41,6 +41,8 @@ class Cluster:
         self._fleet = fleet
         self._seats: list[Seat] = []
         self._num_seats = 0
+        #: When there were last no more of them than are wanted.
+        self._all_wanted_at = -math.inf
         self._board = Board[Seat](min(settings.max_running, JOBS_A_GPU))
         #: Seats whose runner or jobs changed, until the board knows.
         self._changed: deque[Seat] = deque()
@@ -151,11 +153,21 @@ class Cluster:
             self._num_seats += 1
             self._seats.append(seat)
             seat.start()
-        # Those first that have no GPU yet, then those that came last.
-        for seat in sorted(staying, key=lambda seat: (seat.is_ready, -seat.number))[: max(0, len(staying) - wanted)]:
-            if not seat.is_ready or (not seat.jobs and time.monotonic() > seat.idle_since + IDLE_SECONDS):
-                log.info("GPU %d is let go", seat.number)
-                seat.close()
+        if len(staying) <= wanted:
+            self._all_wanted_at = time.monotonic()
+        # Those first that have no GPU yet, then those that came last; one that has work never.
+        spare = sorted(filter(self._is_spare, staying), key=lambda seat: (seat.has_gpu, seat.is_ready, -seat.number))
+        for seat in spare[: max(0, len(staying) - wanted)]:
+            log.info("GPU %d is let go", seat.number)
+            seat.close()
+
+    def _is_spare(self, seat: Seat) -> bool:
+        """Whether it may be let go where there are too many. One that loads is kept as long as one that idles.
+
+        Otherwise a queue that is now a little shorter, now a little longer would never see its weights loaded.
+        """
+        is_long = time.monotonic() > max(seat.idle_since, self._all_wanted_at) + IDLE_SECONDS
+        return not seat.jobs and (is_long or not seat.has_gpu)
 
     def _num_wanted(self) -> int:
         settings, num_gpus = self._settings, self._fleet.num_gpus()

@@ -90,6 +90,12 @@ class Seat:
         """Whether its GPU was let go."""
         return not self._thread.is_alive()
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it has one: its runner loads there, or paints."""
+        link = self._link
+        return bool(link and link.node)
+
     # -- what it is given
 
     @property

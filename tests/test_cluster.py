@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import random
 from collections.abc import Iterator
@@ -15,16 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.parts import opened
-from tests.ray_nodes import MODELS, nodes, runners, serving_on
-from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving, statuses
+from tests.ray_nodes import MODELS, SLOW, body, client_of, digest, gpus, nodes, path, runners, serving_on, until
+from tests.serving import TEST_MODELS, Gate, completed, in_progress, serving, statuses
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-SLOW = "/queue/test/slow"
-
-
-def body(seed: int, **changes: Any) -> dict[str, Any]:
-    return {"prompt": "x", "seed": seed, "num_inference_steps": 10, "image_size": "square", **changes}
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +25,6 @@ def three() -> Iterator[Any]:
     """Three nodes with a GPU each."""
     with nodes(3) as cluster:
         yield cluster
-
-
-def client_of(server: Server) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=120, trust_env=False)
-
-
-def path(answer: httpx.Response) -> str:
-    return httpx.URL(answer.json()["status_url"]).path
-
-
-def digest(client: httpx.Client, status_path: str) -> str:
-    """Wait for a request to end well; what its picture's bytes come to."""
-    assert completed(client, status_path).get("error") is None
-    (image,) = client.get(status_path.removesuffix("/status")).json()["images"]
-    return hashlib.sha256(client.get(httpx.URL(image["url"]).path).raise_for_status().content).hexdigest()
-
-
-def gpus(client: httpx.Client) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = client.get("/status.json").json()["gpus"]
-    return found
-
-
-def until(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
-    """Wait until the GPUs are in these states; the test's own time limit ends it."""
-    while True:
-        seen = gpus(client)
-        if sorted(gpu["state"] for gpu in seen) == sorted(states):
-            return seen
 
 
 def killed(chance: random.Random) -> None:

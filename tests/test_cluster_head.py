@@ -85,6 +85,8 @@ class Fleet:
     def __init__(self) -> None:
         self.made: queue.SimpleQueue[Link] = queue.SimpleQueue()
         self.number = 1
+        #: How often the cluster looked how many GPUs there are.
+        self.num_looks = 0
 
     def connect(self) -> None: ...
 
@@ -94,6 +96,7 @@ class Fleet:
         return made
 
     def num_gpus(self) -> int:
+        self.num_looks += 1
         if not self.number:
             raise FleetLost("it has died")
         return self.number
@@ -295,6 +298,42 @@ def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
                 link.said.put(ended(jobs[link.taken()]))
         threading.Event().wait(0.005)
     until(lambda: not cluster.gpus())
+
+
+def test_an_idle_gpu_goes_while_a_later_one_paints_on(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
+    cluster = start(max_gpus=2, min_gpus=0)
+    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.JOBS_A_GPU + 1))}
+    first = fleet.next()
+    painting = first.taken()
+    second = fleet.next()
+    held = jobs.pop(second.taken())
+    while jobs:
+        first.said.put(ended(jobs.pop(painting)))
+        painting = first.taken() if jobs else ""
+    until(lambda: [(gpu.name, gpu.state, gpu.num_running) for gpu in cluster.gpus()] == [("1", "ready", 1)])
+    second.said.put(ended(held))
+    until(lambda: held.state == State.COMPLETED)
+    assert held.attempt == 1
+    until(lambda: not cluster.gpus())
+
+
+@pytest.mark.parametrize(("node", "left"), [("there", ["ready", "loading"]), ("", ["ready"])])
+def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_loads(
+    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], node: str, left: list[str]
+) -> None:
+    cluster = start(max_gpus=2, min_gpus=0)
+    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.JOBS_A_GPU + 1))}
+    first = fleet.next()
+    painting = first.taken()
+    fleet.made.get(timeout=20).node = node
+    first.said.put(ended(jobs[painting]))
+    until(lambda: jobs[painting].state == State.COMPLETED)
+    looks = fleet.num_looks
+    until(lambda: fleet.num_looks > looks + 3)
+    until(lambda: [gpu.state for gpu in cluster.gpus()] == left)
 
 
 def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
