@@ -220,8 +220,13 @@ class Asker(Client):
             super()._send()
 
 
-def whole(gpus: int = 1000, clients: int = 256, seconds: float = 20) -> None:
+def whole(gpus: int = 1000, seconds: float = 10) -> None:
     """The same over HTTP, from the submit to the picture at the client."""
+    for clients in (32, 256):
+        _whole(gpus, clients, seconds)
+
+
+def _whole(gpus: int, clients: int, seconds: float) -> None:
     models = ROOT / "bench" / "null_cluster_models"
     askers: list[Asker] = []
     with (
