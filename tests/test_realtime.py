@@ -229,8 +229,8 @@ def test_a_frame_is_no_larger_than_a_body_may_be(tmp_path: Path) -> None:
         assert painted(socket, padding="x" * (MIB - 1000))["seed"] == 5
         with pytest.raises(ConnectionClosed) as closed:
             painted(socket, padding="x" * MIB)
-        assert closed.value.rcvd
-        assert closed.value.rcvd.code == 1009
+        # The reason may be lost with the rest of the frame, which the server does not read.
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 @pytest.mark.parametrize("pack", [msgpack.packb, json.dumps], ids=["msgpack", "json"])
