@@ -162,6 +162,10 @@ class Fleet:
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RuntimeError(f"--ray {where}: {error}") from None
         self._ray = ray
+        context = ray.get_runtime_context()
+        log.info(
+            "Ray is at %s, with %d GPUs; those that are taken are waited for", context.gcs_address, self.num_gpus()
+        )
 
     def link(self) -> Link:
         """A runner on the next GPU that is free."""

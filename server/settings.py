@@ -179,6 +179,8 @@ class Settings(BaseModel):
             raise ValueError("--gpus and --max-gpus need --ray")
         if self.gpus and self.max_gpus:
             raise ValueError("either --gpus or --max-gpus: a fixed number, or as the queue grows")
+        if "min_gpus" in self.model_fields_set and not self.max_gpus:
+            raise ValueError("--min-gpus needs --max-gpus")
         if self.max_gpus and self.min_gpus > self.max_gpus:
             raise ValueError("--min-gpus should be at most --max-gpus")
         return self

@@ -17,6 +17,9 @@ from tests.serving import ROOT, Server, completed, free_port, serving
 
 MODELS = ROOT / "tests" / "faults" / "cluster"
 SLOW = "/queue/test/slow"
+#: All that is started here inherits it.
+_MARK = "TESTS_OF_PROCESS"
+os.environ[_MARK] = str(os.getpid())
 #: The names that the autoscaler knows the head by.
 _HEAD, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 
@@ -119,9 +122,17 @@ def serving_on(cluster: Any, data_dir: Path, **settings: str) -> Iterator[Server
 
 
 def runners() -> list[psutil.Process]:
-    """The processes that paint, of whatever server on this machine."""
+    """The processes that paint, of whatever server of these tests; others may run beside them."""
     seen = psutil.process_iter(["cmdline"])
-    return [process for process in seen if "".join(process.info["cmdline"] or []).startswith("ray::RayRunner")]
+    return [
+        each for each in seen if "".join(each.info["cmdline"] or []).startswith("ray::RayRunner") and _is_ours(each)
+    ]
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.environ().get(_MARK) == os.environ[_MARK])
+    return False
 
 
 def body(seed: int, **changes: Any) -> dict[str, Any]:

@@ -32,6 +32,8 @@ FOREIGN = {
         "--require",
         "--now",
         "--data-binary",
+        "--block",
+        "--build-arg",
     ),
     *("--scope", "--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
     *("--cap-gb", "--json", "--no-sandbox", "--device", "--scale", "--threads", "--eager", "--flow-iterations"),

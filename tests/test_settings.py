@@ -120,6 +120,21 @@ def test_ports_differ() -> None:
     assert "should differ" in line
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"GPUS": "2"}, "need --ray"),
+        ({"MAX_GPUS": "2"}, "need --ray"),
+        ({"RAY": "local", "GPUS": "2", "MAX_GPUS": "2"}, "either --gpus or --max-gpus"),
+        ({"RAY": "local", "MIN_GPUS": "1"}, "--min-gpus needs --max-gpus"),
+        ({"RAY": "local", "MIN_GPUS": "3", "MAX_GPUS": "2"}, "--min-gpus should be at most --max-gpus"),
+    ],
+)
+def test_numbers_of_gpus_that_say_nothing(given: dict[str, str], words: str) -> None:
+    (line,) = problems({f"FLUX_SERVER_{name}": value for name, value in given.items()})
+    assert words in line
+
+
 def test_the_door_needs_tls() -> None:
     (line,) = problems({"FLUX_SERVER_PROXY_PORT": "8888", "FLUX_SERVER_TLS_PORT": "0"})
     assert "--proxy-port needs --tls-port" in line
