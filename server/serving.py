@@ -67,6 +67,9 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         # Once more, because Ray has put handlers of its own in their place.
         _hear_signals(stopping)
         with parts.notifier.listen(WORKER) as worker_ended:
+            # It may have failed before anybody listened.
+            if worker.failure:
+                worker_ended.set()
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
