@@ -60,7 +60,8 @@ def test_progress_previews_and_cancel_between_steps(three: Any, tmp_path: Path, 
         assert completed(client, queued)["error_type"] == "client_cancelled"
         with client.stream("POST", "/test/slow/stream", json=body(2)) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-        assert sum('"preview"' in line for line in lines) == 9
+        # One that nobody had time for was replaced by the next.
+        assert 1 <= sum('"preview"' in line for line in lines) <= 9
         assert '"images"' in lines[-1]
 
 
@@ -138,7 +139,10 @@ def test_the_head_is_killed_and_started_again(three: Any, tmp_path: Path, gate: 
         assert server.stop() == 0
     with opened(tmp_path) as parts:
         assert parts.rows("SELECT count(*) FROM jobs WHERE state <> 'COMPLETED'") == [(0,)]
-        assert parts.rows("SELECT count(*) FROM files") == [(20,)]
+        # The held one may have been at its gate before that was gone; each has one result.
+        painted = parts.rows("SELECT request_id FROM jobs WHERE status = 200 ORDER BY 1")
+        assert len(painted) >= 20
+        assert parts.rows("SELECT request_id FROM files ORDER BY 1") == painted
 
 
 def test_a_node_that_joins_takes_work(tmp_path: Path, gate: Gate) -> None:
