@@ -23,7 +23,7 @@ serve: .venv/serve.done
 test: lint tests/js/node_modules
 	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval" $(ARGS)
 
-# Long runs, an hour on two cores; -rP shows the figures that they print.
+# Long runs, more than an hour on two cores; -rP shows the figures that they print.
 soak: lint
 	$(BIN)/pytest -m soak -rP $(ARGS)
 
