@@ -4,6 +4,7 @@
 # make peers   this server beside FastAPI, LitServe and BentoML, in four minutes
 # make demo-eval   what the demo weights can do, measured
 #
+# CPU=avx2 computes as a CPU of 2013 to 2020 does, without AVX-512 and bfloat16; CONTRIBUTING.md says how far.
 # TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
 
 PYTHON ?= python3
@@ -13,7 +14,14 @@ ARGS ?=
 # Much of a test is waiting for a process to start: two files at a time take hardly more than half as long.
 TWICE := -n 2 --dist loadfile
 # As the server does for itself: OpenMP's threads spin less while they wait, which two programs at a time would pay for.
-export GOMP_SPINCOUNT ?= 10000
+export GOMP_SPINCOUNT ?= 1000
+ifeq ($(CPU),avx2)
+export ONEDNN_MAX_CPU_ISA := AVX2
+export ATEN_CPU_CAPABILITY := avx2
+export MKL_ENABLE_INSTRUCTIONS := AVX2
+else ifdef CPU
+$(error CPU=$(CPU): only CPU=avx2 can be imitated)
+endif
 
 .PHONY: serve test soak cluster test-all lint bench peers demo demo-eval clean
 

@@ -1,14 +1,17 @@
-"""Mixed sizes arriving at random, at this server and at the one people write today: who waits how long.
+"""Requests arriving at random, at this server and at the one people write today: who waits how long.
 
-    python -m bench.mixed [--weights cost|demo] [--requests 200] [--load 0.7] [--json FILE]
+    python -m bench.mixed [--weights cost|demo] [--mix drafts] [--requests 300] [--load 0.7] [--seeds 5] [--json FILE]
 
-Both get the same requests at the same moments, one server after the other. A request's wait is what it took beyond
-what it takes alone. `drafts` is many small pictures and few large ones; `even` is as many of each.
+Both servers get the same requests at the same moments, one server after the other, once for each seed. A request's
+latency is the time to its answer; its wait is what the latency is beyond what the request takes alone. `drafts` is
+many small images and few large ones, `even` as many of each, `equal` one size, and `at-once` eight equal requests
+sent together.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 import httpx
 
 from bench.program import answering
+from models import cpu
 from models.weights import DEMO
 from tests.serving import ROOT, free_port, serving
 
@@ -46,7 +50,11 @@ MIXES = {
         Kind("large", 0.03, 1536, 1536, 50),
     ),
     "even": (Kind("draft", 0.5, 512, 512, 8), Kind("default", 0.5, 1024, 768, 28)),
+    "equal": (Kind("default", 1.0, 1024, 768, 28),),
+    "at-once": (Kind("default", 1.0, 1024, 768, 28),),
 }
+AT_ONCE = 8
+Arrivals = list[tuple[float, Kind]]
 
 
 class Naive:
@@ -112,8 +120,8 @@ async def _alone(server: Naive | Ours, mix: tuple[Kind, ...]) -> dict[str, float
         return {kind.name: min([await _ask(client, server, kind) for _ in range(3)]) for kind in mix}
 
 
-async def _poisson(server: Naive | Ours, arrivals: list[tuple[float, Kind]]) -> tuple[list[float], float]:
-    """What each request took, and the time from the first arrival to the last answer."""
+async def _run(server: Naive | Ours, arrivals: Arrivals) -> tuple[list[float], float]:
+    """The latency of each request, and the time from the first arrival to the last answer, in seconds."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
         begun = time.perf_counter()
@@ -122,12 +130,12 @@ async def _poisson(server: Naive | Ours, arrivals: list[tuple[float, Kind]]) -> 
             await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
             return await _ask(client, server, kind)
 
-        taken = await asyncio.gather(*(one(at, kind) for at, kind in arrivals))
-        return list(taken), time.perf_counter() - begun
+        latencies = await asyncio.gather(*(one(at, kind) for at, kind in arrivals))
+        return list(latencies), time.perf_counter() - begun
 
 
-def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count: int) -> list[tuple[float, Kind]]:
-    chance = random.Random(1)
+def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count: int, seed: int) -> Arrivals:
+    chance = random.Random(seed)
     mean = sum(kind.share * alone[kind.name] for kind in mix)
     at, found = 0.0, []
     for kind in chance.choices(mix, [kind.share for kind in mix], k=count):
@@ -136,68 +144,74 @@ def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count
     return found
 
 
-def measure(weights: str, mix_name: str, load: float, count: int) -> dict[str, Any]:
-    """Both servers under the same arrivals."""
+def measure(weights: str, mix_name: str, load: float, count: int, seeds: int) -> dict[str, Any]:
+    """Both servers under the same arrivals, for each seed."""
     mix = MIXES[mix_name]
-    found: dict[str, Any] = {"weights": weights, "mix": mix_name, "load": load, "requests": count}
-    arrivals: list[tuple[float, Kind]] = []
-    alone: dict[str, float] = {}
-    for opened in (naive, ours):
-        with opened(weights) as server:
-            if not alone:
-                alone = asyncio.run(_alone(server, mix))
-                arrivals = _arrivals(mix, alone, load, count)
-            else:
-                asyncio.run(_alone(server, mix))
-            taken, whole = asyncio.run(_poisson(server, arrivals))
-        waits = [
-            (max(0.0, seconds - alone[kind.name]), kind.name)
-            for seconds, (_, kind) in zip(taken, arrivals, strict=True)
-        ]
-        found[server.name] = {
-            "throughput": count / whole,
-            **_summary([wait for wait, _ in waits]),
-            "by_kind": {kind.name: _summary([wait for wait, name in waits if name == kind.name]) for kind in mix},
-            "waits": sorted(wait for wait, _ in waits),
-        }
-    return found
+    if mix_name == "at-once":
+        load, count = math.inf, AT_ONCE
+    with ExitStack() as stack:
+        servers: list[Naive | Ours] = [stack.enter_context(naive(weights)), stack.enter_context(ours(weights))]
+        # What the naive server takes counts for both.
+        alone, _ = [asyncio.run(_alone(server, mix)) for server in servers]
+        rounds = []
+        for seed in range(1, seeds + 1):
+            arrivals = _arrivals(mix, alone, load, count, seed)
+            rounds.append({server.name: _figures(server, arrivals, alone) for server in servers})
+    about = {"weights": weights, "mix": mix_name, "load": load, "requests": count}
+    return {**about, "cpu": cpu.describe(), "rounds": rounds}
 
 
-def _summary(waits: list[float]) -> dict[str, float]:
-    if not waits:
-        return {}
-    ordered = sorted(waits)
+def _figures(server: Naive | Ours, arrivals: Arrivals, alone: dict[str, float]) -> dict[str, Any]:
+    latencies, whole = asyncio.run(_run(server, arrivals))
+    waits = [
+        (max(0.0, seconds - alone[kind.name]), kind.name)
+        for seconds, (_, kind) in zip(latencies, arrivals, strict=True)
+    ]
+    names = sorted({name for _, name in waits})
     return {
-        "mean": statistics.mean(ordered),
-        "p50": ordered[len(ordered) // 2],
-        "p95": ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
+        "throughput": len(arrivals) / whole,
+        "mean_latency": statistics.mean(latencies),
+        "p95_wait": _p95([wait for wait, _ in waits]),
+        "p95_wait_by_kind": {name: _p95([wait for wait, other in waits if other == name]) for name in names},
+        "waits": sorted(wait for wait, _ in waits),
     }
 
 
+def _p95(waits: list[float]) -> float:
+    return sorted(waits)[min(len(waits) - 1, int(len(waits) * 0.95))]
+
+
+def _median(rounds: list[dict[str, Any]], name: str, key: str) -> float:
+    return float(statistics.median(each[name][key] for each in rounds))
+
+
+def _ratio(rounds: list[dict[str, Any]], key: str) -> str:
+    """Ours over the naive server's, within each round: the median, and the range."""
+    found = sorted(each[Ours.name][key] / max(each[Naive.name][key], 1e-9) for each in rounds)
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
 def main() -> None:
-    """Print waits and throughput of both, and their ratios."""
+    """Print latencies, waits and throughput of both, and their ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", choices=("cost", "demo"), default="cost")
     parser.add_argument("--mix", choices=tuple(MIXES), default="drafts")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     # A draft takes about 20 ms then.
     os.environ.setdefault("COST", "0.000125")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    found = measure(options.weights, options.mix, options.load, options.requests)
-    one, other = found["naive"], found["flux-server"]
-    for name, server in (("naive", one), ("flux-server", other)):
-        kinds = ", ".join(f"{kind} p95 {said['p95']:.2f}" for kind, said in server["by_kind"].items() if said)
-        print(
-            f"{name:12} waits: mean {server['mean']:.2f}, p50 {server['p50']:.2f}, p95 {server['p95']:.2f} s; "
-            f"{server['throughput']:.2f} pictures a second; {kinds}"
-        )
-    print(
-        f"p95 wait, naive over ours: {one['p95'] / other['p95']:.2f}; "
-        f"throughput, ours over naive: {other['throughput'] / one['throughput']:.2f}"
-    )
+    print(f"{cpu.describe()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
+    found = measure(options.weights, options.mix, options.load, options.requests, options.seeds)
+    rounds = found["rounds"]
+    print(f"{found['weights']}, {found['mix']}, {found['requests']} requests, median of {len(rounds)} rounds")
+    for name in (Naive.name, Ours.name):
+        mean, p95, rate = (_median(rounds, name, key) for key in ("mean_latency", "p95_wait", "throughput"))
+        print(f"{name:12} latency: mean {mean:.2f} s; wait: p95 {p95:.2f} s; {rate:.2f} images a second")
+    for key in ("mean_latency", "p95_wait", "throughput"):
+        print(f"{key}, ours over naive: {_ratio(rounds, key)}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -37,12 +37,14 @@ def _waits(measured: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.6 * len(measured), 3.4), layout="constrained")
     for axes, found in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
         for name, colour in (("naive", "#9a9a9a"), ("flux-server", "#c2410c")):
-            waits = found[name]["waits"]
+            # All rounds together.
+            waits = sorted(wait for each in found["rounds"] for wait in each[name]["waits"])
             axes.step(waits, [100 * (index + 1) / len(waits) for index in range(len(waits))], label=name, color=colour)
         axes.axhline(95, color="#dddddd", linewidth=0.8)
         axes.set_xlabel("wait beyond its own work, seconds")
         axes.set_ylabel("requests, %")
-        axes.set_title(f"{found['weights']}, {found['mix']}, load {found['load']}", fontsize=10)
+        load = "" if found["mix"] == "at-once" else f", load {found['load']}"
+        axes.set_title(f"{found['weights']}, {found['mix']}{load}", fontsize=10)
         axes.legend(frameon=False, loc="lower right")
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -37,6 +37,7 @@ class Placement:
         weights: folder in diffusers layout, or a hub id; None for a model that needs no weights.
         safety_checker: hub id or folder, used when the weights bring no `safety_checker` of their own.
         device: "cuda", "cpu", or "auto" for the best one there is.
+        dtype: "bfloat16", "float32", or "auto" for what the device computes fastest in.
         memory: name of a plan in `models.memory`, or "auto" for the fastest that fits.
         max_acceleration: the highest tier that is offered; requests for more get this one.
         is_eager: paint with the very kernels diffusers' own pipeline runs, compiling nothing.
@@ -47,6 +48,7 @@ class Placement:
     weights: str | Path | None
     safety_checker: str
     device: str = "auto"
+    dtype: str = "auto"
     memory: str = "auto"
     max_acceleration: str = "high"
     is_eager: bool = False
@@ -68,6 +70,7 @@ class About:
 
     Attributes:
         device: its name.
+        dtype: the type of number it computes in, by PyTorch's name.
         memory: the memory plan.
         acceleration: the tiers that are ready.
         used_bytes: of the device's memory, by whatever process; None on a CPU.
@@ -75,6 +78,7 @@ class About:
     """
 
     device: str = "cpu"
+    dtype: str = ""
     memory: str = ""
     acceleration: tuple[str, ...] = ()
     used_bytes: int | None = None
@@ -117,8 +121,12 @@ class Painting(Protocol):
         """Steps in all, over all its pictures."""
 
     @property
-    def work(self) -> float:
+    def work(self) -> int:
         """Work done so far, in floating point operations by the closed form."""
+
+    @property
+    def remaining_work(self) -> int:
+        """Work of the steps still to take, over all its pictures; a step that may be skipped counts as taken."""
 
     @property
     def pictures(self) -> Sequence[Image]:
@@ -127,6 +135,10 @@ class Painting(Protocol):
     @property
     def acceleration(self) -> str:
         """The tier that paints: "none", "regular" or "high", which may be lower than the one asked for."""
+
+    @property
+    def dtype(self) -> str:
+        """The type of number it is computed in, by PyTorch's name, such as "bfloat16"."""
 
     @property
     def is_done(self) -> bool:

@@ -1,16 +1,21 @@
 """The device that paints: its streams, its pace, and its errors told apart."""
 
 import gc
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 
-from models import weights
+from models import cpu, weights
 from models.base import CannotPaint, DeviceLost
+from models.texts import NUM_TOKENS
+from models.work import step_flop
 
 T = TypeVar("T")
+#: Seconds of a matrix product after which no larger one is tried.
+_SLOW = 0.2
 
 
 class Device:
@@ -24,7 +29,36 @@ class Device:
     @property
     def words(self) -> str:
         """Its name for people."""
-        return torch.cuda.get_device_name() if self.name == "cuda" else self.name
+        return torch.cuda.get_device_name() if self.name == "cuda" else cpu.describe()
+
+    def now(self) -> float:
+        """Seconds on a clock, once the device has done what it was given."""
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """Floating point operations per second of a matrix product: the best of several, of growing size on a CPU."""
+        rate = 0.0
+        for side in (8192,) * 12 if self.name == "cuda" else (256, 1024, *(2048,) * 6):
+            one, other = (torch.randn(side, side, device=self.name, dtype=dtype) for _ in range(2))
+            begun = self.now()
+            one @ other
+            seconds = self.now() - begun
+            rate = max(rate, 2 * side**3 / seconds)
+            # Where numbers of this type are emulated, the next size would take minutes.
+            if self.name == "cpu" and seconds > _SLOW:
+                break
+        return rate
+
+    def step_words(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
+        """What a step of FLUX at 1024x768 takes here at least: its closed form over the rate of matrix products."""
+        rate, flop = self.matmul_rate(dtype), step_flop(config, 1024 * 768 // 256, NUM_TOKENS)
+        seconds, name = flop / rate, weights.type_name(dtype)
+        return (
+            f"a step at 1024x768 takes {seconds:,.0f} s or more here, an image of 28 steps {28 * seconds / 60:,.0f} min"
+            f" ({flop / 1e12:.1f} TFLOP at {rate / 1e12:.4f} TFLOP/s in {name}, beside what the disk takes)"
+        )
 
     def memory(self) -> tuple[int | None, int | None]:
         """Bytes in use, by whatever process, and bytes in all; neither on a CPU."""

@@ -22,12 +22,15 @@ from models.memory import PLANS, Plan
 from models.painting import FluxPainting
 from models.preview import Preview
 from models.redux import Redux
-from models.texts import Texts
+from models.sharing import Sharing
+from models.texts import NUM_TOKENS, Texts
 from models.tiers import Tier
 from models.work import step_flop
 
 log = logging.getLogger(__name__)
 
+#: Parameters of a transformer for which a CPU takes minutes a step; the demo's has a thousandth.
+FULL_SIZE = 1_000_000_000
 #: Pictures in a row that come out as not-a-number, at which the device is given up.
 MAX_SPOILT = 2
 
@@ -44,12 +47,14 @@ class FluxEngine:
         *,
         plan: Plan = PLANS[0],
         redux: Redux | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.checker = checker
         self.tiers = list(offered)
         self.device = Device(device)
         self.texts = Texts(device)
+        self.sharing = sharing or Sharing(self.device.now)
         self.plan = plan
         self.loras = Loras(pipeline) if plan.is_whole else None
         self.redux = redux
@@ -78,6 +83,7 @@ class FluxEngine:
         prior = weights.installed(placement.weights, weights.REDUX) if placement.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
         checker = safety.load(placement)
+        _tell_type(placement, pipeline, device)
         engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
@@ -90,7 +96,8 @@ class FluxEngine:
     def about(self) -> About:
         """The device, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
-        return About(self.device.words, self.plan.name, ready, *self.device.memory())
+        dtype = weights.type_name(self.pipeline.transformer.dtype)
+        return About(self.device.words, dtype, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
         """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""
@@ -135,7 +142,9 @@ class FluxEngine:
         if subject and self.redux is None:
             raise CannotPaint(f"These weights cannot read pictures: {weights.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
-        return FluxPainting(request, seed, self._round(width), self._round(height), tier, start, subject, loras)
+        width, height = self._round(width), self._round(height)
+        work, dtype = self._step_work(width, height, subject), weights.type_name(self.pipeline.transformer.dtype)
+        return FluxPainting(request, seed, width, height, tier, work, dtype, start, subject, loras)
 
     @torch.no_grad()
     def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
@@ -147,7 +156,6 @@ class FluxEngine:
             for (member, generation), velocity in zip(members, velocities, strict=True):
                 generation.take(velocity)
                 member.step += 1
-                member.work += self._work(generation)
             event = self.device.keep_pace()
             for _, generation in members:
                 generation.event = event
@@ -211,8 +219,11 @@ class FluxEngine:
     ) -> tuple[list[Member], Sequence[torch.Tensor]]:
         """The next forward: who goes through it, at most so many, and where each of them goes from here."""
         members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
+        size = (painting.tier.name, bool(painting.loras), members[0][1].num_tokens)
+        members = members[: self.sharing.number(size, len(members))]
         transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
-        return members, forward.velocities(transformer, [generation for _, generation in members])
+        with self.sharing.timed(size, len(members)):
+            return members, forward.velocities(transformer, [generation for _, generation in members])
 
     def _step_alone(self, painting: FluxPainting) -> tuple[list[Member], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
@@ -226,9 +237,10 @@ class FluxEngine:
         due = [(painting, self._due(painting)), *((other, self._due_beside(other)) for other in beside)]
         return forward.members(due)
 
-    def _work(self, generation: Generation) -> int:
-        num_text_tokens = generation.text.prompt_embeds.shape[1]
-        return step_flop(self.pipeline.transformer.config, generation.latents.shape[1], num_text_tokens)
+    def _step_work(self, width: int, height: int, subject: Image | None) -> int:
+        num_tokens = (width // self.multiple) * (height // self.multiple)
+        num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if subject and self.redux else 0)
+        return step_flop(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
     # -- the ends of a generation
 
@@ -261,6 +273,14 @@ class FluxEngine:
     def _judged(self, pictures: Sequence[Image]) -> Sequence[bool]:
         with self.device.beside():
             return self.checker.is_unsafe(pictures)
+
+
+def _tell_type(placement: Placement, pipeline: Any, device: str) -> None:
+    """Log what the weights are computed in, and warn of large ones on a CPU."""
+    transformer, where = pipeline.transformer, Device(device)
+    log.info("computing in %s on %s", weights.type_name(transformer.dtype), where.words)
+    if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
+        log.warning("%s; use a GPU", where.step_words(transformer.config, transformer.dtype))
 
 
 def _opened(path: Path) -> Image:

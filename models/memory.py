@@ -40,7 +40,7 @@ def _fp8_storage(pipeline: Any, device: str) -> Any:
     """The transformer's weights are kept in 8 bits and widened layer by layer as they are used."""
     import torch
 
-    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.dtype)
     pipeline.transformer.to(device)
     _offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)

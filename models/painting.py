@@ -19,6 +19,10 @@ class FluxPainting:
     width: int
     height: int
     tier: Tier
+    #: Floating point operations of one step of one picture.
+    step_work: int
+    #: The transformer's type, by PyTorch's name.
+    dtype: str
     #: What it is painted over, if anything.
     picture: Image | None = None
     #: What it is told to paint by, instead of a prompt.
@@ -27,7 +31,6 @@ class FluxPainting:
     generations: list[Generation] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
     step: int = 0
-    work: float = 0.0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,6 +47,16 @@ class FluxPainting:
         """Steps of all its pictures."""
         num_left_out = 0 if self.picture is None else first_step(self.request)
         return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
+
+    @property
+    def work(self) -> int:
+        """Work done so far, in floating point operations."""
+        return self.step * self.step_work
+
+    @property
+    def remaining_work(self) -> int:
+        """Work of the steps still to take."""
+        return (self.num_steps - self.step) * self.step_work
 
     @property
     def is_done(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from models.weights import DEMO
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import FluxPipeline
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -67,24 +68,24 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def sizes(shape: str) -> dict[str, int]:
-    """Bytes of each part in bf16, without building it."""
+def sizes(shape: str, dtype: "torch.dtype") -> dict[str, int]:
+    """Bytes of each part in this type, without building it."""
     import torch
 
     with torch.device("meta"):
         found = parts(shape)
-    return {name: 2 * sum(weight.numel() for weight in part.parameters()) for name, part in found.items()}
+    return {name: dtype.itemsize * sum(weight.numel() for weight in part.parameters()) for name, part in found.items()}
 
 
-def build(shape: str, device: str, seed: int = 0) -> "FluxPipeline":
-    """A pipeline of this shape in bf16, made on the device; the tokenizers are the demo's."""
+def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "FluxPipeline":
+    """A pipeline of this shape and type, made on the device; the tokenizers are the demo's."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             found = parts(shape)

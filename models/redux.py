@@ -24,11 +24,17 @@ class Redux:
         if told != self._text_width:
             raise OSError(f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}")
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens a picture becomes, after those of the text."""
+        config = self.prior.image_encoder.config
+        return int((config.image_size // config.patch_size) ** 2)
+
     @classmethod
     def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
-        """In bf16 on the device; only safetensors. Raises OSError, also where it does not fit."""
+        """In the transformer's type, on the device; only safetensors. Raises OSError, also where it does not fit."""
         trust.check(folder)
-        common = {"dtype": torch.bfloat16, "use_safetensors": True, "local_files_only": True}
+        common = {"dtype": transformer.dtype, "use_safetensors": True, "local_files_only": True}
         prior = FluxPriorReduxPipeline(
             image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder", **common).eval(),
             # Pillow's way of scaling is the same everywhere, and needs no torchvision.

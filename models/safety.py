@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from models import hub, trust
 from models.base import CannotPaint, Placement
-from models.weights import device_for, folder_of
+from models.weights import device_for, dtype_of, folder_of
 
 #: Falconsai/nsfw_image_detection's "nsfw" probability above which fal's own toolkit flags a picture.
 THRESHOLD = 0.5
@@ -32,11 +32,11 @@ class Checker(Protocol):
 class ImageClassifier:
     """A transformers image classifier with an "nsfw" label, such as Falconsai/nsfw_image_detection."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, **options: Any) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = _whole(AutoModelForImageClassification, folder, **_LOCAL)
+        model = _whole(AutoModelForImageClassification, folder, **_LOCAL, **options)
         self.model = model.to(device).eval()
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
@@ -57,12 +57,13 @@ class ImageClassifier:
 class CompVis:
     """CompVis/stable-diffusion-safety-checker, which compares CLIP embeddings with forbidden concepts."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, **options: Any) -> None:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import AutoImageProcessor
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        self.model = _whole(StableDiffusionSafetyChecker, folder, local_files_only=True).to(device).eval()
+        model = _whole(StableDiffusionSafetyChecker, folder, local_files_only=True, **options)
+        self.model = model.to(device).eval()
         # Within the model, which calls what is not a number safe, and hands on nothing that it was counted from.
         self.model.visual_projection.register_forward_hook(_refuse_without_direction)
 
@@ -110,7 +111,7 @@ def _refuse_without_direction(projection: torch.nn.Module, inputs: Any, embeddin
 def load(placement: Placement) -> Checker:
     """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
-        return _load(_folder(placement), device_for(placement.device))
+        return _load(_folder(placement), device_for(placement.device), dtype_of(placement))
     except (OSError, ValueError, SafetensorError) as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
 
@@ -134,11 +135,13 @@ def _folder(placement: Placement) -> Path:
     return found
 
 
-def _load(folder: Path, device: str) -> Checker:
+def _load(folder: Path, device: str, dtype: torch.dtype) -> Checker:
     from transformers import PretrainedConfig
 
     trust.check(folder)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
+    # Judged in the type of its file, unless this CPU is slow in that: a checker in float32 is no worse in float32.
+    options = {"dtype": dtype} if dtype == torch.float32 else {}
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
-        return CompVis(folder, device)
-    return ImageClassifier(folder, device)
+        return CompVis(folder, device, **options)
+    return ImageClassifier(folder, device, **options)

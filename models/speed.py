@@ -1,7 +1,6 @@
 """How fast the engine paints, beside diffusers' own pipeline: one process, in alternation."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 
 from models import safety, tiers
 from models.base import Placement
+from models.device import Device
 from models.engine import FluxEngine
 from models.texts import NUM_TOKENS
 from models.tiers import Tier
@@ -62,25 +62,14 @@ class _Taken:
     peak: int | None
 
 
-def matmul_rate(device: str) -> float:
-    """Floating point operations a second of a large bf16 matrix product: the best of several."""
-    side = 8192 if device == "cuda" else 2048
-    one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(12):
-        begun = _now(device)
-        one @ other
-        times.append(_now(device) - begun)
-    return float(2 * side**3 / min(times))
-
-
 class Bench:
     """Ways to paint with one pipeline; the tiers share its weights."""
 
     def __init__(self, pipeline: Any, device: str, placement: Placement, *, is_whole: bool = True) -> None:
         self.pipeline = pipeline
         self.device = device
-        self.rate = matmul_rate(device)
+        self._now = Device(device).now
+        self.rate = Device(device).matmul_rate(pipeline.transformer.dtype)
         # The checker is asked on neither side.
         self._checker = safety.Unavailable("not asked")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
@@ -134,14 +123,14 @@ class Bench:
         begun = self._begin()
         for _ in range(job.num_waiting):
             self._call(job)
-        return _Taken(_now(self.device) - begun, None, self._peak())
+        return _Taken(self._now() - begun, None, self._peak())
 
     def _shared(self, engine: FluxEngine, job: Job) -> _Taken:
         begun = self._begin()
         # Naive encodes its prompt each time, and so does this.
         engine.texts.forget()
         _, step_seconds = self._paint(engine, job)
-        return _Taken(_now(self.device) - begun, step_seconds, self._peak())
+        return _Taken(self._now() - begun, step_seconds, self._peak())
 
     def _paint(self, engine: FluxEngine, job: Job) -> tuple[list[Any], float]:
         """The paintings, decoded, and the seconds that the steps took, the text apart."""
@@ -154,13 +143,13 @@ class Bench:
             acceleration=engine.tiers[0].name,
         )
         engine.texts.encode(PROMPT, engine.pipeline)
-        begun = _now(self.device)
+        begun = self._now()
         paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:
-            # As the worker does: the one for which least was done leads, and takes along those that have begun.
-            leader = min(waiting, key=lambda painting: painting.work)
+            # As the worker does: the one with the least remaining work leads.
+            leader = min(waiting, key=lambda painting: painting.remaining_work)
             engine.advance(leader, [painting for painting in waiting if painting is not leader])
-        step_seconds = _now(self.device) - begun
+        step_seconds = self._now() - begun
         for painting in paintings:
             engine.decode(painting)
         return paintings, step_seconds
@@ -178,14 +167,7 @@ class Bench:
     def _begin(self) -> float:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return _now(self.device)
+        return self._now()
 
     def _peak(self) -> int | None:
         return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else None
-
-
-def _now(device: str) -> float:
-    """The time, once the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models import hub, memory, trust
+from models import cpu, hub, memory, trust
 from models.base import AddOn, Loading, Model, Placement
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import FluxPipeline
 
 DEMO = Path(__file__).parent / "demo"
@@ -97,11 +98,10 @@ def folder_of(where: str | Path) -> Path:
 
 
 def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
-    """The pipeline in bf16, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
+    """The pipeline in its type, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
 
     One large part after the other goes to the device, so the host never holds all of them beside the device's.
     """
-    import torch
     from diffusers import FluxPipeline
 
     _keep_quiet()
@@ -109,39 +109,42 @@ def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
         raise ValueError("a FLUX pipeline needs weights")
     folder, device = folder_of(placement.weights), device_for(placement.device)
     trust.check_pipeline(folder, NOT_OF_THE_PIPELINE)
-    sizes = _sizes(placement.weights, folder)
+    dtype = dtype_of(placement)
+    sizes = _sizes(placement.weights, folder, dtype)
     plan = memory.choose(placement.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name not in NOT_OF_THE_PIPELINE:
             placement.report(Loading(name, loaded, sum(sizes.values())))
-            parts[name] = _load_part(folder, name)
+            parts[name] = _load_part(folder, name, dtype)
             if plan.is_whole:
                 parts[name].to(device)
             loaded += size
-    pipeline = FluxPipeline.from_pretrained(
-        folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True, **parts
-    )
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return plan.place(pipeline, device), plan
 
 
-def _sizes(where: str | Path | None, folder: Path) -> dict[str, int]:
-    """Bytes of the weights of each component, and of what is installed beside them."""
-    beside = installed(where, REDUX) if where else None
+def sizes_on_disk(where: str | Path, folder: Path) -> dict[str, int]:
+    """Bytes of the weights of each component, and of what is installed beside them, as they are stored: in bf16."""
+    beside = installed(where, REDUX)
     return hub.sizes(folder) | ({REDUX.folder: hub.size(beside)} if beside else {})
 
 
-def _load_part(folder: Path, name: str) -> Any:
+def _sizes(where: str | Path, folder: Path, dtype: "torch.dtype") -> dict[str, int]:
+    """The same in memory, where float32 takes twice as much."""
+    return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, folder).items()}
+
+
+def _load_part(folder: Path, name: str, dtype: "torch.dtype") -> Any:
     """A module of the class that model_index.json names. Raises OSError."""
-    import torch
     from safetensors import SafetensorError
 
     library, class_name = hub.index(folder)[name]
     kind = getattr(importlib.import_module(library), class_name)
     try:
         return kind.from_pretrained(
-            folder, subfolder=name, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+            folder, subfolder=name, dtype=dtype, use_safetensors=True, local_files_only=True
         ).eval()
     except SafetensorError as error:
         raise OSError(f"{folder / name}: the weights cannot be read: {error}") from None
@@ -171,10 +174,12 @@ def free_memory(device: str) -> int:
 
 def has_room(placement: Placement) -> bool:
     """Whether all of these weights fit on the device beside what is there. Weights not pulled yet are said to."""
-    folder = placement.weights if isinstance(placement.weights, Path) else hub.locate(placement.weights or "")
+    where = placement.weights or ""
+    folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
         return True
-    return memory.is_whole(_sizes(placement.weights, folder), free_memory(device_for(placement.device)))
+    sizes = _sizes(where, folder, dtype_of(placement))
+    return memory.is_whole(sizes, free_memory(device_for(placement.device)))
 
 
 def device_for(name: str) -> str:
@@ -189,3 +194,35 @@ def device_for(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(placement: Placement) -> "torch.dtype":
+    """The type that these weights are computed in. Raises OSError where the device cannot, and hub.HubError."""
+    if placement.weights is None:
+        return dtype_for(placement.dtype, device_for(placement.device))
+    sizes = sizes_on_disk(placement.weights, folder_of(placement.weights))
+    return dtype_for(placement.dtype, device_for(placement.device), sum(sizes.values()))
+
+
+def type_name(dtype: "torch.dtype") -> str:
+    """PyTorch's own, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_for(name: str, device: str, num_bytes: int = 0) -> "torch.dtype":
+    """The type for "auto", "bfloat16" or "float32", and `num_bytes` of weights stored in bf16.
+
+    A GPU computes in bf16. A CPU computes in what its flags say it is fast at, and in float32 only where the weights
+    fit into the machine's memory at twice their size: in bf16 they are mapped from their files. Raises OSError.
+    """
+    import psutil
+    import torch
+
+    if device == "cuda":
+        if name == "float32":
+            raise OSError("--dtype float32 is for CPUs; on a GPU only bfloat16 is supported")
+        return torch.bfloat16
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    fits = 2 * num_bytes <= psutil.virtual_memory().total
+    return torch.float32 if fits and not cpu.has_bfloat16() else torch.bfloat16

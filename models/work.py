@@ -1,7 +1,23 @@
 """How much work a step is, in closed form: what generations are charged for, and what speed is measured against."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+#: FLUX.1 [dev]'s transformer, from its own configuration file.
+FLUX_DEV: Mapping[str, Any] = MappingProxyType(
+    {
+        "in_channels": 64,
+        "out_channels": None,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+    }
+)
 
 
 def step_flop(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int) -> int:

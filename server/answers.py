@@ -21,6 +21,7 @@ class Painted:
     flags: Sequence[bool]
     seconds: float
     acceleration: str
+    dtype: str
 
 
 class Answers:
@@ -78,4 +79,5 @@ class Answers:
             "width": picture.width,
             "height": picture.height,
             "acceleration": painted.acceleration,
+            "dtype": painted.dtype,
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from models import memory, random_weights, weights
+from models import cpu, memory, random_weights, weights
 from models.base import Placement
 from models.speed import Bench, Figure, Job
 from server.settings import Settings
@@ -36,15 +36,16 @@ def run(
     placement = Placement(
         None,
         "",
-        device,
-        plan.name,
-        settings.max_acceleration,
-        settings.eager,
-        settings.data_dir / "compiled",
+        device=device,
+        memory=plan.name,
+        max_acceleration=settings.max_acceleration,
+        is_eager=settings.eager,
+        compile_cache=settings.data_dir / "compiled",
     )
     bench = Bench(pipeline, device, placement, is_whole=plan.is_whole)
     found = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
+        "dtype": weights.type_name(pipeline.transformer.dtype),
         "memory_plan": plan.name,
         "matmul_tflop_per_second": round(bench.rate / 1e12, 3),
         "figures": [],
@@ -62,13 +63,17 @@ def run(
 
 
 def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory.Plan]:
+    import torch
+
     if not shape:
         (where,) = (weights.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
-        return weights.load(Placement(where, "", device, settings.memory))
+        return weights.load(Placement(where, "", device=device, dtype=settings.dtype, memory=settings.memory))
+    stored = random_weights.sizes(shape, torch.bfloat16)
+    dtype = weights.dtype_for(settings.dtype, device, sum(stored.values()))
     free = weights.free_memory(device)
-    plan = memory.choose(settings.memory, random_weights.sizes(shape), free, device=device)
+    plan = memory.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
     # A plan that does not keep everything on the device begins in the host's memory, as loading does.
-    pipeline = random_weights.build(shape, device if plan.is_whole else "cpu")
+    pipeline = random_weights.build(shape, device if plan.is_whole else "cpu", dtype)
     return plan.place(pipeline, device), plan
 
 
@@ -76,9 +81,10 @@ def _machine(device: str) -> dict[str, Any]:
     import diffusers
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu.describe()
     return {
         "device": name,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "load_average": round(os.getloadavg()[0], 2),

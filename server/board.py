@@ -103,6 +103,11 @@ class Board(Generic[P]):
         """Whether any can take one of low priority, which must not keep normal ones out."""
         return any(load < self._limit for load in self._by_load)
 
+    @property
+    def num_slots(self) -> int:
+        """How many requests of one priority all GPUs together may have."""
+        return self._limit * len(self._life_of)
+
     def update(self, place: P) -> None:
         """Something changed there."""
         if self._life_of.get(place) != place.life:

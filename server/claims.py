@@ -45,7 +45,8 @@ class Claims:
             num_all = len(jobs) + num_ending
             if num_all - num_low >= self._settings.max_running:
                 return
-            claimed = self._queue.claim(takes_low=num_all < self._settings.max_running)
+            limit = self._settings.max_running
+            claimed = self._queue.claim(takes_low=num_all < limit, slots=limit)
             if claimed is None:
                 return
             self._waiting.append(claimed)

@@ -117,7 +117,9 @@ class Cluster:
             seat = self._changed.popleft()
             if not seat.is_over:
                 self._board.update(seat)
-        claimed = self._queue.claim(takes_low=self._board.takes_low) if self._board.has_room else None
+        if not self._board.has_room:
+            return False
+        claimed = self._queue.claim(takes_low=self._board.takes_low, slots=self._board.num_slots)
         if claimed is None:
             return False
         job, text = claimed

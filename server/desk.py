@@ -154,7 +154,7 @@ class Desk:
 
     # -- what the worker does: `Source`
 
-    def claim(self, *, takes_low: bool = True) -> tuple[Job, str] | None:
+    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
         """The next job; the head has seen to the limits."""
         return self._jobs.popleft() if self._jobs else None
 

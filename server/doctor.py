@@ -1,5 +1,6 @@
 """What this machine can run, and why not: looked at before anything is loaded."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,10 +8,12 @@ import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from models import discover, hub, memory, trust, weights
+from models import cpu, discover, hub, memory, trust, weights
+from models.work import FLUX_DEV
 from server import database
 from server.settings import Settings
 
@@ -47,7 +50,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         return
     served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
     for where, endpoints in served.items():
-        yield from _weights(where, endpoints, settings.memory, *found)
+        yield from _weights(where, endpoints, settings, *found)
     yield _checker(settings, list(served))
 
 
@@ -116,11 +119,14 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | No
         )
         return device, int(free)
     free = psutil.virtual_memory().available
-    yield Finding("device", True, f"CPU, {free / 1e9:.0f} GB of memory free, PyTorch {torch.__version__}")
+    what = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
+    yield Finding("device", True, f"{what}, PyTorch {torch.__version__}")
     return device, int(free)
 
 
-def _weights(where: str | Path, endpoints: Sequence[str], plan: str, device: str, free: int) -> Iterator[Finding]:
+def _weights(
+    where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
+) -> Iterator[Finding]:
     name = "demo" if where == weights.DEMO else str(where)
     folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
@@ -133,10 +139,30 @@ def _weights(where: str | Path, endpoints: Sequence[str], plan: str, device: str
         yield Finding(name, False, refused)
         return
     else:
-        sizes = hub.sizes(folder)
+        sizes = weights.sizes_on_disk(where, folder)
         size = sum(sizes.values()) / 1e9
         yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
-    yield _memory(name, sizes, plan, device, free)
+    try:
+        dtype = weights.dtype_for(settings.dtype, device, sum(sizes.values()))
+    except OSError as error:
+        yield Finding(f"{name} type", False, str(error))
+        return
+    if device == "cpu":
+        yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
+    sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
+    yield _memory(name, sizes, settings.memory, device, free)
+
+
+def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
+    """What a CPU computes in, and for full-size weights what that takes."""
+    from models.device import Device
+    from models.engine import FULL_SIZE
+
+    words = weights.type_name(dtype)
+    if transformer_size < 2 * FULL_SIZE:
+        return words
+    own = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8")) if folder else {}
+    return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
 
 def _refused(folder: Path) -> str:

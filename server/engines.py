@@ -26,11 +26,12 @@ def placements(settings: Settings, places: Mapping[str, str | Path | None]) -> d
         endpoint: Placement(
             place,
             settings.safety_checker,
-            settings.device,
-            settings.memory,
-            settings.max_acceleration,
-            settings.eager,
-            settings.data_dir / "compiled",
+            device=settings.device,
+            dtype=settings.dtype,
+            memory=settings.memory,
+            max_acceleration=settings.max_acceleration,
+            is_eager=settings.eager,
+            compile_cache=settings.data_dir / "compiled",
         )
         for endpoint, place in places.items()
     }

@@ -1,24 +1,29 @@
-"""Who takes the next step: by priority, then by the work that was done for each key and each request."""
+"""Who takes the next step: least remaining work, fair between keys."""
 
 from collections.abc import Sequence
 
 from server.jobs import Priority
 from server.running import Running
 
+#: A request that waits is counted as shorter by one part in so many of the work done since it was claimed.
+AGEING = 20
+
 
 class Ledger:
-    """Counts work, in floating point operations.
+    """Counts the work done for each key, in floating point operations.
 
-    The key for which least was done goes first, and of its requests the one for which least was done: a short request
-    is through soon, however long the others are. Ageing keeps those from starving: each is owed a share of all the
-    work done since it was claimed, so a stream of short ones cannot hold it up for ever.
+    Within a key, the request with the least remaining work goes first, so that equal requests end one after the
+    other and a short one is never held up by a long one. Ageing bounds what the long one waits: with R work
+    remaining, it is overtaken only by requests of r work that are claimed before AGEING * (R - r) was done after it.
+
+    Between keys, the lowest score goes first: the work done for the key, plus what remains of its next request. That
+    is the virtual finish of fair queueing. As a request advances, the sum stays the same, so equal keys alternate
+    request by request. Counted in integers, because in floats the sum would drift.
     """
 
-    def __init__(self, max_running: int) -> None:
-        #: Half of an equal share.
-        self._owed = 0.5 / max_running
-        self._done: dict[Priority, dict[str, float]] = {priority: {} for priority in Priority}
-        self.total = 0.0
+    def __init__(self) -> None:
+        self._done: dict[Priority, dict[str, int]] = {priority: {} for priority in Priority}
+        self.total = 0
 
     def admit(self, running: Running, others: Sequence[Running]) -> None:
         """A request begins. Its key gets no credit for the time in which it asked for nothing."""
@@ -29,23 +34,38 @@ class Ledger:
         least = min((done[owner] for owner in active), default=None)
         # Keys that have fallen behind start level with the others; those that are ahead stay so.
         kept = {} if least is None else {key: work for key, work in done.items() if key in active or work > least}
-        kept.setdefault(running.job.owner, least or 0.0)
+        kept.setdefault(running.job.owner, least or 0)
         self._done[priority] = kept
 
-    def charge(self, running: Running, work: float) -> None:
+    def charge(self, running: Running, work: int) -> None:
         """So much was done for it."""
         self._done[running.job.priority][running.job.owner] += work
         self.total += work
 
-    def urgency(self, running: Running) -> tuple[bool, bool, bool, float, float, int]:
-        """Who is least goes first: the cancelled, normal priority, the painted to be seen, then as said above."""
-        job = running.job
-        owed = (self.total - running.claimed_at) * self._owed
-        return (
-            not job.is_cancelled,
-            job.priority == Priority.LOW,
-            not running.is_stepped,
-            self._done[job.priority][job.owner],
-            running.painting.work - owed,
-            job.sequence,
-        )
+    def in_turn(self, running: Sequence[Running]) -> list[Running]:
+        """All of them, in the order of their turns: the cancelled, then normal priority before low.
+
+        Of one priority: those whose pictures wait to be decoded, then by score, then by what remains.
+        """
+        firsts: dict[tuple[Priority, str], Running] = {}
+        for each in filter(lambda each: not each.is_stepped, running):
+            key = (each.job.priority, each.job.owner)
+            firsts[key] = min(firsts.get(key, each), each, key=self._aged)
+
+        def turn(each: Running) -> tuple[int, ...]:
+            job, is_waiting = each.job, not each.is_stepped
+            group = (not job.is_cancelled, job.priority == Priority.LOW, is_waiting)
+            if not is_waiting:
+                return (*group, job.sequence)
+            first = firsts[job.priority, job.owner]
+            remaining = first.painting.remaining_work
+            score = self._done[job.priority][job.owner] + remaining
+            # Of equal scores the one that has begun: turn by turn, both would end late.
+            return (*group, score, remaining, first.job.sequence, *self._aged(each))
+
+        return sorted(running, key=turn)
+
+    def _aged(self, running: Running) -> tuple[int, int]:
+        """The order within a key."""
+        age = (self.total - running.claimed_at) // AGEING
+        return running.painting.remaining_work - age, running.job.sequence

@@ -136,8 +136,11 @@ class StoredFile:
 class Source(Protocol):
     """Where a worker has its jobs from and leaves what becomes of them: the queue, or a stand-in on another machine."""
 
-    def claim(self, *, takes_low: bool = True) -> tuple[Job, str] | None:
-        """The next job and its input; None when none waits. Without `takes_low`, only of normal priority."""
+    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
+        """The next job and its input; None when none waits. Without `takes_low`, only of normal priority.
+
+        `slots` is how many requests of one priority run at a time: owners get equal shares of them.
+        """
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
         """One more step is done; its preview, if there is one, is the job's."""

@@ -2,10 +2,11 @@
 
 import threading
 from collections import Counter
+from collections.abc import Collection
 
 from sortedcontainers import SortedList
 
-from server.jobs import BEHIND_ALL, Job
+from server.jobs import Job, Priority
 
 
 class Order:
@@ -14,8 +15,10 @@ class Order:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ranks: SortedList[int] = SortedList()
-        self._waiting: Counter[str] = Counter()
-        self._running: Counter[str] = Counter()
+        self._jobs: dict[int, Job] = {}
+        #: The ranks of each owner's waiting requests.
+        self._waiting: dict[Priority, dict[str, SortedList[int]]] = {priority: {} for priority in Priority}
+        self._running: dict[Priority, Counter[str]] = {priority: Counter() for priority in Priority}
 
     def __len__(self) -> int:
         """How many wait."""
@@ -25,25 +28,33 @@ class Order:
         """It takes its place."""
         with self._lock:
             self._ranks.add(job.rank)
-            self._waiting[job.owner] += 1
+            self._jobs[job.rank] = job
+            self._waiting[job.priority].setdefault(job.owner, SortedList()).add(job.rank)
 
     def leave(self, job: Job) -> None:
         """It waits no more."""
         with self._lock:
-            if job.rank in self._ranks:
-                self._ranks.remove(job.rank)
-                _take_one(self._waiting, job.owner)
+            if self._jobs.pop(job.rank, None) is None:
+                return
+            self._ranks.remove(job.rank)
+            own = self._waiting[job.priority][job.owner]
+            own.remove(job.rank)
+            if not own:
+                del self._waiting[job.priority][job.owner]
 
     def run(self, job: Job) -> None:
         """It waits no more and runs."""
         self.leave(job)
         with self._lock:
-            self._running[job.owner] += 1
+            self._running[job.priority][job.owner] += 1
 
     def rest(self, job: Job) -> None:
         """It runs no more."""
         with self._lock:
-            _take_one(self._running, job.owner)
+            running = self._running[job.priority]
+            running[job.owner] -= 1
+            if running[job.owner] <= 0:
+                del running[job.owner]
 
     def position(self, job: Job) -> int:
         """How many are ahead of it."""
@@ -52,27 +63,25 @@ class Order:
 
     def waiting(self, owner: str) -> int:
         """How many requests of this owner wait."""
-        return self._waiting[owner]
-
-    def is_all_low(self) -> bool:
-        """Whether those of low priority alone wait."""
         with self._lock:
-            return bool(self._ranks) and self._ranks[0] > BEHIND_ALL
+            return sum(len(owners.get(owner, ())) for owners in self._waiting.values())
 
-    def at_limit(self, limit: int) -> list[str]:
+    def at_limit(self, limit: int) -> set[str]:
         """The owners of whom so many run, or more; 0 is no limit."""
         with self._lock:
-            return [owner for owner, number in self._running.items() if 0 < limit <= number]
+            running: Counter[str] = sum(self._running.values(), Counter())
+            return {owner for owner, number in running.items() if 0 < limit <= number}
 
-    def is_anybody_else_waiting(self, owners: list[str]) -> bool:
-        """Whether any owner but these waits."""
+    def first(self, priority: Priority, busy: Collection[str], slots: int) -> Job | None:
+        """The next of this priority, in the queue's order, with one exception; None when none waits.
+
+        An owner who has a full share of the slots is passed over while one without waits: else whoever has a
+        hundred requests in the queue would hold up everybody's first. Owners who are `busy` are always passed over.
+        """
         with self._lock:
-            return any(owner not in owners for owner in self._waiting)
-
-
-def _take_one(counter: Counter[str], owner: str) -> None:
-    """One fewer; who has none is forgotten."""
-    if counter[owner] > 1:
-        counter[owner] -= 1
-    else:
-        del counter[owner]
+            waiting = {owner: own[0] for owner, own in self._waiting[priority].items() if owner not in busy}
+            running = self._running[priority]
+            share = slots / (len(waiting.keys() | running.keys()) or 1)
+            behind = [rank for owner, rank in waiting.items() if running[owner] < share]
+            rank = min(behind or waiting.values(), default=None)
+            return None if rank is None else self._jobs[rank]

@@ -18,7 +18,7 @@ from server.errors import (
     StartTimeout,
     TooManyRequests,
 )
-from server.jobs import Job, Mode, Outcome, State, Submission
+from server.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.metrics import Metrics
 from server.notifier import QUEUE, WEBHOOKS, Notifier
 from server.order import Order
@@ -81,7 +81,7 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> State:
-        """Stop a job; returns the state it was in. IN_PROGRESS: it ends before its next step."""
+        """Stop a job, or its client left; returns the state it was in. IN_PROGRESS: it ends before its next step."""
         with self._lock:
             state = job.state
             if state == State.IN_QUEUE:
@@ -94,10 +94,6 @@ class Queue:
             self.on_cancel(job)
         self._notifier.work.set()
         return state
-
-    def leave(self, job: Job) -> None:
-        """The client of a run or stream left: nobody waits for this job any more."""
-        self.cancel(job)
 
     def find(self, request_id: str) -> Job | None:
         """A live or recent job from memory, without touching the disk."""
@@ -145,20 +141,14 @@ class Queue:
 
     # -- what the worker does
 
-    def claim(self, *, takes_low: bool = True) -> tuple[Job, str] | None:
-        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits.
-
-        Without `takes_low`, only of normal priority.
-        """
+    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
+        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits. See `Source`."""
         with self._lock:
-            busy = self._order.at_limit(self._max_running_per_owner)
-            if not self._order.is_anybody_else_waiting(busy) or (not takes_low and self._order.is_all_low()):
+            job = self._first(takes_low=takes_low, slots=slots)
+            if job is None:
                 return None
             with self._database.transaction() as connection:
-                row = rows.claim(connection, self._clock(), takes_low=takes_low, busy=busy)
-            if row is None:
-                return None
-            job = self._live[row["request_id"]]
+                row = rows.claim(connection, job, self._clock())
             job.attempt, job.state = row["attempt"], State.IN_PROGRESS
             self._order.run(job)
         self._metrics.begun(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
@@ -268,6 +258,16 @@ class Queue:
                 self._recent.pop(request_id, None)
 
     # -- inside
+
+    def _first(self, *, takes_low: bool, slots: int) -> Job | None:
+        """Who is claimed next; those whose start deadline has passed end here."""
+        busy = self._order.at_limit(self._max_running_per_owner)
+        for priority in (Priority.NORMAL, Priority.LOW) if takes_low else (Priority.NORMAL,):
+            while job := self._order.first(priority, busy, slots):
+                if job.start_deadline is None or job.start_deadline > self._clock():
+                    return job
+                self._end(job, wire.outcome_of(StartTimeout()))
+        return None
 
     def _strike(self, jobs: Sequence[Job]) -> None:
         with self._lock:

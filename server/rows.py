@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from server.errors import InvalidInput
@@ -15,14 +14,8 @@ SMALL_OUTPUT = 16_384
 
 _CLAIM = """
     UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
-    WHERE sequence = (
-        SELECT sequence FROM jobs
-        WHERE state = 'IN_QUEUE' AND (start_deadline IS NULL OR start_deadline > :now)
-            AND (:takes_low OR priority = 'normal')
-            AND owner NOT IN (SELECT value FROM json_each(:busy))
-        ORDER BY priority = 'low', sequence LIMIT 1
-    )
-    RETURNING request_id, attempt, input, submitted_at
+    WHERE sequence = :sequence AND state = 'IN_QUEUE'
+    RETURNING attempt, input, submitted_at
 """
 
 _END = """
@@ -100,15 +93,11 @@ def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3
     return found
 
 
-def claim(
-    connection: sqlite3.Connection, now: float, *, takes_low: bool, busy: Sequence[str] = ()
-) -> sqlite3.Row | None:
-    """The next job becomes IN_PROGRESS: its request_id, attempt, input and submitted_at. None when none waits.
-
-    Those of owners who are `busy` are passed over.
-    """
-    values = {"now": now, "takes_low": takes_low, "busy": json.dumps(busy)}
-    row: sqlite3.Row | None = connection.execute(_CLAIM, values).fetchone()
+def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
+    """The job becomes IN_PROGRESS: its attempt, input and submitted_at. Raises RuntimeError when it does not wait."""
+    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "sequence": job.sequence}).fetchone()
+    if row is None:
+        raise RuntimeError(f"{job.request_id} does not wait")
     return row
 
 

@@ -28,7 +28,7 @@ class Running:
     #: Spent on its steps and its decoding, in seconds.
     seconds: float = 0.0
     #: What the worker had done in all when this one was claimed.
-    claimed_at: float = 0.0
+    claimed_at: int = 0
     flags: Sequence[bool] | None = None
 
     @property
@@ -60,7 +60,8 @@ class Running:
     def painted(self) -> Painted:
         """What it came to, once developed."""
         assert self.flags is not None
-        return Painted(self.painting.pictures, self.flags, self.seconds, self.painting.acceleration)
+        painting = self.painting
+        return Painted(painting.pictures, self.flags, self.seconds, painting.acceleration, painting.dtype)
 
 
 def failure(error: Exception, job: Job) -> Outcome:

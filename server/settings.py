@@ -61,6 +61,10 @@ class Settings(BaseModel):
     )
     cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to paint: auto, cuda or cpu.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Type of number on a CPU: bfloat16, float32, or auto for what it is fast at; a GPU takes bfloat16.",
+    )
     safety_checker: str = Field(
         "Falconsai/nsfw_image_detection", description="Hub id or folder of the checker, if the weights bring none."
     )

@@ -58,7 +58,7 @@ class Worker:
         self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work.set)
         self._claims = Claims(settings, models, queue, self._engines, input_path)
         self._running: list[Running] = []
-        self._ledger = Ledger(settings.max_running)
+        self._ledger = Ledger()
         self._watchdog = Watchdog(settings.step_deadline, self._end_late, note=black_box.note if black_box else None)
         answers = Answers(files, embeds_parameters=settings.embed_parameters)
         self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail, self._metrics)
@@ -103,7 +103,7 @@ class Worker:
         self._begin()
         if not self._running:
             return False
-        running = min(self._running, key=self._ledger.urgency)
+        running = self._ledger.in_turn(self._running)[0]
         try:
             end = self._advance(running)
         except DeviceLost:
@@ -147,7 +147,7 @@ class Worker:
         """Who may share its forward. Those with a strike go alone, so that only who is at fault gets another."""
         return [
             other
-            for other in sorted(self._running, key=self._ledger.urgency)
+            for other in self._ledger.in_turn(self._running)
             if other is not running and other.engine is running.engine
             if not (other.is_stepped or other.job.is_cancelled) and other.job.priority == running.job.priority
             if not (other.job.strikes or running.job.strikes)

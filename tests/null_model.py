@@ -20,7 +20,7 @@ class NullPainting:
     def __init__(self, request: Any, seed: int) -> None:
         self.request, self.seed = request, seed
         self.step, self.pictures = 0, list[Image]()
-        self.acceleration = "none"
+        self.acceleration, self.dtype = "none", "float32"
         self.num_steps = request.num_inference_steps * request.num_images
 
     @property
@@ -29,8 +29,12 @@ class NullPainting:
         return (size.width, size.height) if size else (64, 64)
 
     @property
-    def work(self) -> float:
-        return float(self.step)
+    def work(self) -> int:
+        return int(self.step)
+
+    @property
+    def remaining_work(self) -> int:
+        return int(self.num_steps - self.step)
 
     @property
     def is_done(self) -> bool:
@@ -58,7 +62,7 @@ class NullEngine:
         painting.pictures.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
 
     def about(self) -> About:
-        return About("nothing", "none at all", ("none",), 1_000, 4_000)
+        return About("nothing", "float32", "none at all", ("none",), 1_000, 4_000)
 
     def warm_up(self) -> bool:
         return False

@@ -62,8 +62,16 @@ class Life:
         self.hooked |= {job.request_id} if hook else set()
 
     def work(self) -> None:
+        """Some turns; who is late when its turn to be claimed comes ends then."""
+        late = self.late_ones()
         for _ in range(self.rng.randint(1, 4)):
             self.worker.turn()
+        self.late |= late - self.late_ones()
+
+    def late_ones(self) -> set[str]:
+        """Those that wait although their deadline has passed."""
+        waiting = self.parts.rows("SELECT request_id FROM jobs WHERE state = 'IN_QUEUE'")
+        return {name for (name,) in waiting if (deadline := self.deadlines[name]) and deadline <= self.clock.now}
 
     def jump(self) -> None:
         self.clock.now += self.rng.choice(JUMPS)
@@ -72,8 +80,7 @@ class Life:
         self.clock.now += self.rng.uniform(0, 30)
 
     def expire(self) -> None:
-        waiting = self.parts.rows("SELECT request_id FROM jobs WHERE state = 'IN_QUEUE'")
-        late = {name for (name,) in waiting if (deadline := self.deadlines[name]) and deadline <= self.clock.now}
+        late = self.late_ones()
         assert self.parts.queue.expire() == len(late)
         self.late |= late
 
@@ -96,8 +103,8 @@ class Life:
 
     def judge(self) -> None:
         """Once all that can be done is done, everything that was accepted has its end, and every end was told."""
-        worked_off(self.worker)
         self.expire()
+        worked_off(self.worker)
         # The clock is right from now on, whatever it was when the webhooks fell due.
         right = self.clock.now
         while self.parts.rows("SELECT 1 FROM deliveries WHERE due_at IS NOT NULL"):

@@ -14,7 +14,7 @@ from models.forward import TOKEN_BUDGET
 from models.painting import FluxPainting
 from models.schema import PRESETS
 from models.texts import Text
-from models.weights import DEMO
+from models.weights import DEMO, dtype_for
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, difference, finished, latents_of, painted, stepped
 
@@ -46,7 +46,7 @@ def demo() -> FluxEngine:
 @pytest.fixture(scope="module")
 def plain() -> FluxPipeline:
     """The demo weights as anybody would load them, without anything of ours."""
-    pipeline = FluxPipeline.from_pretrained(DEMO, dtype=torch.bfloat16, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(DEMO, dtype=dtype_for("auto", "cpu"), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -219,7 +219,7 @@ def test_a_cancelled_one_does_not_wait_for_weights(parts: Parts) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in a folder of their own."""
     folder = tmp_path_factory.mktemp("tiny")
-    build("tiny", "cpu").save_pretrained(folder)
+    build("tiny", "cpu", torch.bfloat16).save_pretrained(folder)
     shutil.copytree(DEMO / "safety_checker", folder / "safety_checker")
     return folder
 

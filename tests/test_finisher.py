@@ -223,7 +223,7 @@ def test_a_cancel_while_the_picture_is_decoded_leaves_nothing(parts: Parts, engi
     with at_work(parts, engine):
         job = submitted(parts, prompt="held", mode=mode)
         assert engine.is_decoding.wait(60)
-        (parts.queue.cancel if mode == Mode.QUEUE else parts.queue.leave)(job)
+        parts.queue.cancel(job)
         assert job.state == State.IN_PROGRESS
         engine.may_decode.set()
         assert completed(parts, job) == [499]

@@ -75,7 +75,7 @@ LAYERS = (
     },
     {"models.weights", "models.preview"},
     {"models.first_block_cache", "models.hub", "models.memory", "models.texts", "models.trust", "models.work"},
-    {"models.base", "models.schema"},
+    {"models.base", "models.cpu", "models.schema", "models.sharing"},
 )
 SOURCES = sorted([*(ROOT / "server").rglob("*.py"), *(ROOT / "models").glob("*.py")])
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")

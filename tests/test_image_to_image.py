@@ -12,7 +12,7 @@ from PIL import Image
 from models.base import Placement
 from models.engine import FluxEngine
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
-from models.weights import DEMO
+from models.weights import DEMO, dtype_for
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 
@@ -53,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("strength", [0.01, 0.35, 0.95, 1])
 def test_equals_the_pipeline_on_the_demo_weights(source: Path, strength: float) -> None:
     engine = FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
-    plain = FluxPipeline.from_pretrained(DEMO, dtype=torch.bfloat16, local_files_only=True)
+    plain = FluxPipeline.from_pretrained(DEMO, dtype=dtype_for("auto", "cpu"), local_files_only=True)
     request = asked(strength=strength)
     painting = engine.start(request, 5, {"image_url": source})
     (picture,) = finished(engine, painting)

@@ -92,7 +92,7 @@ def test_who_is_not_counted_is_not_remembered() -> None:
         order.wait(job)
         order.run(job)
         order.rest(job)
-    assert (len(order._waiting), len(order._running), len(order)) == (0, 0, 0)
+    assert not any((*order._waiting.values(), *order._running.values(), order._jobs, len(order)))
 
 
 def _job(number: int) -> Job:

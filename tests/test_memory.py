@@ -62,7 +62,7 @@ def test_only_what_stays_as_it_is_can_be_compiled() -> None:
 
 def placed(name: str) -> FluxEngine:
     parts = BY_NAME[name].place(tiny_flux.pipeline(torch.bfloat16), "cpu")
-    return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu")
+    return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu", sharing=tiny_flux.SharesAlways())
 
 
 def num_bytes(module: Any) -> int:

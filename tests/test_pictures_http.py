@@ -12,6 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from models.schema import PRESETS
+from models.weights import dtype_for, type_name
 from server.pictures import DIGITAL_SOURCE_TYPE
 from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving
 
@@ -181,6 +182,7 @@ def test_marked_with_its_parameters(client: httpx.Client, output_format: str) ->
         "width": 128,
         "height": 96,
         "acceleration": "none",
+        "dtype": type_name(dtype_for("auto", "cpu")),
     }
 
 

@@ -207,7 +207,7 @@ def test_cancel_of_a_completed_job_changes_nothing(parts: Parts) -> None:
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
 def test_a_client_that_leaves_ends_its_queued_job(parts: Parts, mode: Mode) -> None:
     job = parts.queue.submit(submission(mode=mode))
-    parts.queue.leave(job)
+    parts.queue.cancel(job)
     assert ended(parts, job) == (499, "client_disconnected")
     assert parts.queue.claim() is None
 
@@ -215,14 +215,14 @@ def test_a_client_that_leaves_ends_its_queued_job(parts: Parts, mode: Mode) -> N
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
 def test_a_client_that_leaves_ends_its_running_job(parts: Parts, mode: Mode) -> None:
     job = claimed(parts, mode=mode)
-    parts.queue.leave(job)
+    parts.queue.cancel(job)
     assert not parts.queue.finish(job, painted())
     assert ended(parts, job) == (499, "client_disconnected")
 
 
 def test_a_client_that_leaves_after_the_end_changes_nothing(parts: Parts) -> None:
     job = finished(parts, mode=Mode.RUN)
-    parts.queue.leave(job)
+    parts.queue.cancel(job)
     assert ended(parts, job) == (200, None)
 
 
@@ -352,7 +352,7 @@ def test_recover_ends_what_nobody_waits_for(tmp_path: Path, mode: Mode, is_runni
     with opened(tmp_path) as parts:
         job = claimed(parts, mode=mode) if is_running else parts.queue.submit(submission(mode=mode))
         if is_cancelled:
-            parts.queue.leave(job)
+            parts.queue.cancel(job)
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
         assert ended(parts, job) == (499, "client_disconnected")

@@ -137,15 +137,12 @@ class QueueBesideModel(RuleBasedStateMachine):
             self.entries[job.request_id] = Entry((priority == Priority.LOW, self.number), owner, mode, ends_at, key)
 
     @precondition(lambda self: self.entries)
-    @rule(data=st.data(), leaves=st.booleans())
-    def cancel(self, data: Any, leaves: bool) -> None:
+    @rule(data=st.data())
+    def cancel(self, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(self.entries, key=lambda each: self.entries[each].rank)))
         entry, job = self.entries[name], self.parts.queue.load(name)
         assert job
-        if leaves:
-            self.parts.queue.leave(job)
-        else:
-            assert self.parts.queue.cancel(job) == entry.state
+        assert self.parts.queue.cancel(job) == entry.state
         if entry.state == State.IN_QUEUE:
             self.ends(name, 499)
         elif entry.state == State.IN_PROGRESS:
@@ -154,21 +151,38 @@ class QueueBesideModel(RuleBasedStateMachine):
     # -- what the worker does
 
     @precondition(lambda self: self.of(State.IN_QUEUE))
-    @rule(takes_low=st.booleans())
-    def claim(self, takes_low: bool) -> None:
-        running = [self.entries[name].owner for name in self.of(State.IN_PROGRESS)]
+    @rule(takes_low=st.booleans(), slots=st.integers(1, 8))
+    def claim(self, takes_low: bool, slots: int) -> None:
+        claimed = self.parts.queue.claim(takes_low=takes_low, slots=slots)
+        for is_low in (False, True) if takes_low else (False,):
+            while name := self.next(is_low, slots):
+                entry = self.entries[name]
+                if entry.deadline is not None and entry.deadline <= self.clock.now:
+                    self.ends(name, 504)
+                    continue
+                assert claimed and claimed[0].request_id == name
+                entry.state, entry.attempt = State.IN_PROGRESS, entry.attempt + 1
+                return
+        assert claimed is None
+
+    def next(self, is_low: bool, slots: int) -> str | None:
+        """The first in the queue's order, those last whose owner has a full share of the slots."""
+        running = [(entry.rank[0], entry.owner) for entry in self.entries.values() if entry.state == State.IN_PROGRESS]
         fit = [
             name
             for name in self.of(State.IN_QUEUE)
-            if (entry := self.entries[name]) and (takes_low or not entry.rank[0])
-            if entry.deadline is None or entry.deadline > self.clock.now
-            if running.count(entry.owner) < RUNNING_PER_OWNER
+            if self.entries[name].rank[0] == is_low
+            if sum(owner == self.entries[name].owner for _, owner in running) < RUNNING_PER_OWNER
         ]
-        claimed = self.parts.queue.claim(takes_low=takes_low)
-        assert (claimed[0].request_id if claimed else None) == (fit[0] if fit else None)
-        if fit:
-            entry = self.entries[fit[0]]
-            entry.state, entry.attempt = State.IN_PROGRESS, entry.attempt + 1
+        owners = {self.entries[name].owner for name in fit} | {owner for low, owner in running if low == is_low}
+        return min(
+            fit,
+            default=None,
+            key=lambda name: (
+                running.count((is_low, self.entries[name].owner)) * len(owners) >= slots,
+                self.entries[name].rank,
+            ),
+        )
 
     @precondition(lambda self: self.of(State.IN_PROGRESS))
     @rule(data=st.data(), act=st.sampled_from(["progress", "finish", "give back", "strike", "lose"]))

@@ -25,7 +25,7 @@ from models.redux import Redux
 from models.weights import DEMO, assign
 from tests import tiny_flux
 from tests.serving import serving
-from tests.tiny_flux import CallsAllSafe, difference, finished, tiers_of
+from tests.tiny_flux import CallsAllSafe, SharesAlways, difference, finished, tiers_of
 
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
 HUB, REDUX_HUB = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Redux-dev"
@@ -65,7 +65,9 @@ def engine(dtype: torch.dtype, redux: Redux | None = None) -> FluxEngine:
     pipeline = tiny_flux.pipeline(dtype)
     pipeline.transformer = tiny_flux.transformer(dtype, **TRUE_WIDTHS)
     redux = redux or Redux(prior(dtype, 4096), pipeline.transformer)
-    return FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu", redux=redux)
+    return FluxEngine(
+        pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu", redux=redux, sharing=SharesAlways()
+    )
 
 
 def inputs(source: Path) -> Mapping[str, Path]:

@@ -20,7 +20,7 @@ from models.engine import FluxEngine
 from models.schema import PRESETS
 from models.tiers import Tier
 from tests import tiny_flux
-from tests.tiny_flux import CallsAllSafe, asked, latents_of
+from tests.tiny_flux import CallsAllSafe, SharesAlways, asked, latents_of
 
 #: Sizes whose tokens are few, and as many as the text's.
 ODD_SIZES = [(64, 64), (256, 512)]
@@ -46,7 +46,7 @@ def warm(pipeline: FluxPipeline) -> Iterator[Warm]:
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(real, backend="eager"))
-        engine = FluxEngine(pipeline, CallsAllSafe(), compiled(pipeline), "cpu")
+        engine = FluxEngine(pipeline, CallsAllSafe(), compiled(pipeline), "cpu", sharing=SharesAlways())
         counts = [num_compiled()]
 
         def go_on() -> None:
@@ -344,7 +344,8 @@ def test_a_forward_that_was_not_warmed_up_would_be_noticed(pipeline: FluxPipelin
     transformer = other_transformer()
     with torch.compiler.set_stance("default"):
         Tier("none", transformer).warm_up("cpu", torch.bfloat16)
-    engine = FluxEngine(pipeline, CallsAllSafe(), [Tier("regular", transformer, shares_forwards=True)], "cpu")
+    offered = [Tier("regular", transformer, shares_forwards=True)]
+    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu", sharing=SharesAlways())
     paintings = [engine.start(asked(acceleration="regular"), seed) for seed in range(2)]
     with torch.compiler.set_stance("fail_on_recompile"):
         engine.advance(paintings[0])

@@ -7,20 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.work import step_flop
+from models.work import FLUX_DEV, step_flop
 from tests.tiny_flux import transformer
-
-FLUX_DEV = {
-    "in_channels": 64,
-    "out_channels": None,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
 
 
 @pytest.mark.parametrize(("num_tokens", "num_text_tokens"), [(1, 1), (24, 7), (40, 96)])

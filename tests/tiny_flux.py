@@ -1,6 +1,6 @@
 """A FLUX of a few thousand random weights, and how it is painted with, step by step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from models.engine import FluxEngine
 from models.flux_dev import FluxDevInput
 from models.painting import FluxPainting
+from models.sharing import Sharing
 from models.tiers import Tier
 from models.weights import DEMO
 
@@ -99,10 +100,20 @@ def tiers_of(flow: Any) -> list[Tier]:
     return [Tier("none", flow), Tier("regular", flow, shares_forwards=True), Tier("high", flow, skips_blocks=True)]
 
 
+class SharesAlways(Sharing):
+    """Every forward that can be shared is, whatever it costs."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 0.0)
+
+    def number(self, size: Hashable, wanted: int) -> int:
+        return wanted
+
+
 def engine(dtype: torch.dtype = torch.float32, **settings: Any) -> FluxEngine:
-    """An engine with all three tiers."""
+    """An engine with all three tiers, which shares every forward that can be shared."""
     parts = pipeline(dtype, **settings)
-    return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu")
+    return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu", sharing=SharesAlways())
 
 
 def asked(prompt: str = "a red apple", width: int = 64, height: int = 64, **more: Any) -> FluxDevInput:

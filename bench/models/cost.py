@@ -7,37 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from models.base import NO_INPUTS
-from models.random_weights import SHAPES
 from models.texts import NUM_TOKENS
-from models.work import step_flop
+from models.work import FLUX_DEV, step_flop
 from tests.null_model import NullEngine, NullModel, NullPainting
 
-_SHAPE = {
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "in_channels": 64,
-    "out_channels": None,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    **SHAPES["full"]["transformer"],
-}
+
+def work_of(width: int, height: int) -> int:
+    """Floating point operations of a step of a picture of this size in pixels."""
+    return step_flop(FLUX_DEV, width * height // 256, NUM_TOKENS)
 
 
 def seconds_of(width: int, height: int) -> float:
-    """A step of a picture of this size in pixels."""
-    return step_flop(_SHAPE, width * height // 256, NUM_TOKENS) / 1e12 * float(os.environ["COST"])
+    """What such a step takes."""
+    return work_of(width, height) / 1e12 * float(os.environ["COST"])
 
 
 class CostPainting(NullPainting):
     """Counts its work as the real one does."""
 
     @property
-    def work(self) -> float:
-        """In seconds, which go with floating point operations."""
+    def work(self) -> int:
+        """In floating point operations."""
+        return self.step * self._step_work
+
+    @property
+    def remaining_work(self) -> int:
+        """In floating point operations."""
+        return int(self.num_steps - self.step) * self._step_work
+
+    @property
+    def _step_work(self) -> int:
         size = self.request.image_size
-        return self.step * seconds_of(size.width, size.height)
+        return work_of(size.width, size.height)
 
 
 class CostEngine(NullEngine):

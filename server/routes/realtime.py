@@ -186,7 +186,7 @@ class _Session:
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            await asyncio.to_thread(queue.leave, await submitting)
+            await asyncio.to_thread(queue.cancel, await submitting)
             raise
 
     def _submission(self, text: str, inputs: Mapping[str, str]) -> Submission:

@@ -74,7 +74,7 @@ def bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
         # When the server stops, the next start ends it: by then the database may be closed here.
         if job.state != State.COMPLETED and not parts.notifier.is_closing:
             # Not awaited: this may run while the connection's own task is being cancelled.
-            asyncio.get_running_loop().run_in_executor(None, parts.queue.leave, job)
+            asyncio.get_running_loop().run_in_executor(None, parts.queue.cancel, job)
 
 
 async def _disconnected(request: Request) -> None:

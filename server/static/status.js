@@ -75,6 +75,7 @@ function show(seen) {
       ...gpu,
       weights,
       device: engine?.device ?? "–",
+      dtype: engine?.dtype ?? "–",
       memory: engine?.memory ?? "–",
       acceleration: engine?.acceleration.join(", ") ?? "–",
       used: engine?.used_bytes == null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
@@ -84,7 +85,7 @@ function show(seen) {
   const ofCluster = seen.gpus.some((gpu) => gpu.node)
     ? { name: ["GPU", String], node: ["machine", String], state: ["state", String], num_running: ["requests", count], num_restarts: ["times lost", count] }
     : {};
-  table(at("gpus"), { ...ofCluster, weights: ["weights", String], device: ["device", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, gpus);
+  table(at("gpus"), { ...ofCluster, weights: ["weights", String], device: ["device", String], dtype: ["type", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, gpus);
   table(at("steps"), { size: ["size", String], acceleration: ["tier", String], count: ["steps", count], seconds: ["one takes", seconds] }, seen.steps);
   table(at("endpoints"), { endpoint: ["endpoint", String], completed: ["completed", count], wait: ["waited", seconds], inference: ["took", seconds] }, seen.endpoints);
   table(at("usage"), { owner: ["key", String], requests: ["requests", count], billable_units: ["billable units", count] }, seen.usage);
