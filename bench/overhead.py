@@ -65,7 +65,7 @@ def main() -> None:
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     direct, served = [], []
     with tempfile.TemporaryDirectory() as folder, _served(Path(folder)) as (url, worker):
-        (engine,) = worker._engines.values()
+        engine = worker._engines.at_hand("fal-ai/flux/dev")
         for _ in range(options.rounds + 2):
             direct.append(_direct(engine.pipeline, options.size, options.steps))
             served.append(_round_trip(url, worker, request))

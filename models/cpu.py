@@ -28,10 +28,11 @@ def has_bfloat16() -> bool:
     """
     import torch
 
-    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
-    is_native = any(capabilities.get(name, False) for name in _BFLOAT16)
-    # By itself this one is true where bfloat16 is emulated; but it knows when ONEDNN_MAX_CPU_ISA asks for an older CPU.
-    return is_native and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Looked for, because builds of PyTorch without oneDNN, and older ones, lack them: there float32 is never slow.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    is_allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    # The second is true where bfloat16 is emulated, too, but knows when ONEDNN_MAX_CPU_ISA asks for an older CPU.
+    return any(capabilities.get(name, False) for name in _BFLOAT16) and bool(is_allowed())
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -279,6 +279,11 @@ def _tell_type(placement: Placement, pipeline: Any, device: str) -> None:
     """Log what the weights are computed in, and warn of large ones on a CPU."""
     transformer, where = pipeline.transformer, Device(device)
     log.info("computing in %s on %s", weights.type_name(transformer.dtype), where.words)
+    if device == "cpu" and weights.is_emulated(placement, transformer.dtype):
+        log.warning(
+            "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory, and "
+            "--dtype float32 takes it all the same"
+        )
     if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
         log.warning("%s; use a GPU", where.step_words(transformer.config, transformer.dtype))
 

@@ -1,4 +1,7 @@
-"""Whether a shared forward pays: timed once for each size, on forwards that requests need anyway."""
+"""Whether a shared forward pays: timed for each size, once in the life of the process.
+
+Timed on forwards that requests need anyway, so that it costs nothing and holds for sizes that no warm-up thought of.
+"""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager

@@ -204,6 +204,13 @@ def dtype_of(placement: Placement) -> "torch.dtype":
     return dtype_for(placement.dtype, device_for(placement.device), sum(sizes.values()))
 
 
+def is_emulated(placement: Placement, dtype: "torch.dtype") -> bool:
+    """Whether bfloat16 was chosen, on a CPU that is slow at it, because float32 did not fit."""
+    import torch
+
+    return placement.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
+
+
 def type_name(dtype: "torch.dtype") -> str:
     """PyTorch's own, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -199,9 +199,9 @@ def run(
     """Run a Python or Node program with its fal calls brought to this server."""
     from server import clients
 
-    if settings.tls_port and (note := clients.what_run_leaves_out(settings, command)):
-        typer.echo(f"flux-server: {note}", err=True)
     try:
+        clients.check(settings, tls.paths(settings.data_dir), command)
+        typer.echo(f"flux-server: {clients.what_run_leaves_out(command)}", err=True)
         clients.run(settings, tls.paths(settings.data_dir), command)
     except clients.CannotBring as error:
         typer.echo(str(error), err=True)

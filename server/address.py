@@ -16,20 +16,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import wire
 from server.errors import BadRequest, BodyTooLarge, InternalError, NotFound, ServerError
 from server.events import StreamFailed
+from server.fal_hosts import DOMAINS, Role, is_fal, role_of
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
-
-RUN_HOSTS = frozenset({"fal.run", "falrun.com", "ws.fal.run"})
-QUEUE_HOSTS = frozenset({"queue.fal.run", "queue.falrun.com"})
-REST_HOSTS = frozenset({"rest.fal.ai", "rest.alpha.fal.ai", "fal.media", "v3.fal.media"})
-FAL_HOSTS = RUN_HOSTS | QUEUE_HOSTS | REST_HOSTS
 
 HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 #: Paths that belong to no role, whatever the host is called.
-_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/")
+_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/platform/")
+#: The operator's and the playground's, which are no part of fal's API.
+_PAGES = ("/status", "/metrics", "/playground", "/static/", "/platform/")
+#: Where fal's platform API is, whose paths are others under every other name: OpenAI's are /v1/models too.
+PLATFORM = "/platform"
+#: What there is under the website's name.
+_SITE_PATHS = ("/api/openapi/", "/models/")
 #: Requests that carry a file and bound it themselves.
 _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 
@@ -96,18 +98,25 @@ class Address:
         """The scope with the path in its one form, and with `base_url` in its state."""
         scheme, host, prefix = self._reached(scope, headers)
         path, query, is_queue = scope["path"], scope["query_string"], False
-        hostname = hostname_of(host)
+        hostname, asked = hostname_of(host), path
         if path.rstrip("/") == PROXY_PATH and scope.get("method") != "OPTIONS":
-            path, query, hostname = _target(headers)
-            is_queue = hostname in QUEUE_HOSTS
+            asked, query, hostname = _target(headers)
+            path = _fal_path(hostname, asked, is_told=True)
+            is_queue = role_of(hostname) == Role.QUEUE
+        elif is_fal(hostname):
+            path = _fal_path(hostname, path)
+            is_queue = role_of(hostname) == Role.QUEUE or (
+                role_of(hostname) == Role.RUN and b"_subdomain=queue" in query.split(b"&")
+            )
         elif not path.startswith(_OWN_PATHS):
             is_queue = hostname.startswith("queue.") or b"_subdomain=queue" in query.split(b"&")
         path = path.rstrip("/") or "/"
         # "/requests/" can only mean the queue, so a client with one base URL for everything is served too.
         if (is_queue or "/requests/" in path) and not path.startswith(("/queue/", *_OWN_PATHS)):
             path = f"/queue{path}"
-        base_url = self._public_base(scope) if hostname_of(host) in FAL_HOSTS else f"{scheme}://{host}{prefix}"
-        state = {**scope.get("state", {}), "base_url": base_url}
+        base_url = self._public_base(scope) if is_fal(hostname_of(host)) else f"{scheme}://{host}{prefix}"
+        fal_url = f"https://{hostname}{asked}" if is_fal(hostname) else ""
+        state = {**scope.get("state", {}), "base_url": base_url, "fal_url": fal_url}
         return {**scope, "path": path, "raw_path": path.encode(), "query_string": query, "state": state}
 
     def _reached(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[str, str, str]:
@@ -136,6 +145,26 @@ def hostname_of(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
+def _fal_path(hostname: str, path: str, *, is_told: bool = False) -> str:
+    """The path here of one under a name of fal's. Raises NotFound where nothing is offered under it.
+
+    `is_told` where the name is not the Host but what a proxied request is meant for: then this server's own paths are
+    meant by nobody.
+    """
+    role, own = role_of(hostname), (*_PAGES, *(_OWN_PATHS if is_told else ()))
+    if role == Role.PLATFORM:
+        return f"{PLATFORM}{path}"
+    is_offered = path.startswith(_SITE_PATHS) if role == Role.SITE else not path.startswith(own)
+    if role is None or not path.strip("/") or not is_offered:
+        raise not_offered(f"https://{hostname}{path}")
+    return path
+
+
+def not_offered(url: str) -> NotFound:
+    """For a request that fal may answer, and that must not reach fal."""
+    return NotFound(f"{url} is not offered by this server")
+
+
 def _target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
     """Path, query and host of the proxied URL: read, never fetched."""
     target = headers.get(_TARGET, b"").decode("latin-1")
@@ -143,13 +172,11 @@ def _target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
         raise BadRequest("The x-fal-target-url header is missing")
     try:
         parts = urlsplit(target)
-        hostname = parts.hostname or ""
+        hostname = (parts.hostname or "").rstrip(".")
     except ValueError:
         raise BadRequest("The x-fal-target-url header is not a URL") from None
-    if parts.scheme != "https" or hostname not in FAL_HOSTS:
-        raise BadRequest(f"x-fal-target-url may name {', '.join(sorted(FAL_HOSTS))} only")
-    if not parts.path.strip("/") or parts.path.startswith(_OWN_PATHS):
-        raise NotFound(f"Path {parts.path} not found")
+    if parts.scheme != "https" or not is_fal(hostname):
+        raise BadRequest(f"x-fal-target-url should be an https URL under {', '.join(DOMAINS)}")
     return parts.path, parts.query.encode("latin-1"), hostname
 
 

@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from server import wire
-from server.address import FAL_HOSTS, HOST, hostname_of
+from server.address import HOST, hostname_of
 from server.errors import BadRequest, Forbidden, Misdirected, ServerError
+from server.fal_hosts import is_fal
 from server.settings import Settings
 
 LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
@@ -58,7 +59,7 @@ class Admission:
             raise Forbidden(f"Web pages of {origin} may not use this server; --cors-origin can permit it")
 
     def _is_own(self, hostname: str) -> bool:
-        if hostname in FAL_HOSTS or hostname == "localhost" or hostname.endswith(".localhost"):
+        if is_fal(hostname) or hostname == "localhost" or hostname.endswith(".localhost"):
             return True
         if self._settings.public_url and hostname == urlsplit(self._settings.public_url).hostname:
             return True

@@ -14,8 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Model
 from models.schema import Limits
-from server import admission, auth, gauges, history, openapi, overview, wire
-from server.address import Address
+from server import admission, auth, gauges, history, openapi, overview, usage, wire
+from server.address import Address, not_offered
 from server.admission import Admission
 from server.auth import Keys, Scope
 from server.black_box import BlackBox
@@ -134,6 +134,7 @@ def _join(
         notifier=notifier,
         metrics=metrics,
         history=partial(history.read, database),
+        usage=partial(usage.read, database),
         overview=partial(overview.read, database),
         readiness=lambda: (worker.is_ready, worker.loading),
         gpus=worker.gpus,
@@ -276,7 +277,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     # The routes that take any endpoint make every unknown path look like a known one with the wrong verb.
     is_known = "/requests/" in path or _endpoint(path) in request.app.state.parts.models
     if error.status_code == 404 or (error.status_code == 405 and not is_known):
-        return wire.error(NotFound(f"Path {path} not found"))
+        url = request.state.fal_url
+        return wire.error(not_offered(url) if url else NotFound(f"Path {path} not found"))
     response = wire.error(MethodNotAllowed()) if error.status_code == 405 else wire.JSON({"detail": error.detail})
     response.status_code = error.status_code
     response.headers.update(error.headers or {})

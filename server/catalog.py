@@ -46,7 +46,7 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
             "description": f"The OpenAPI schema for the {endpoint} queue.",
             "x-fal-metadata": {
                 "endpointId": endpoint,
-                "category": _category(model),
+                "category": category(model),
                 "thumbnailUrl": "",
                 "playgroundUrl": f"{base_url}/",
                 "documentationUrl": f"{base_url}/models/{endpoint}/llms.txt",
@@ -79,11 +79,11 @@ def llms_txt(model: Model, base_url: str) -> str:
     return "\n".join(
         [
             f"# {model.endpoint}\n",
-            f"> {_summary(model)}\n",
+            f"> {summary(model)}\n",
             "## Overview\n",
             f"- **Endpoint**: `{base_url}/{model.endpoint}`",
             f"- **Model ID**: `{model.endpoint}`",
-            f"- **Category**: {_category(model)}",
+            f"- **Category**: {category(model)}",
             "- **Kind**: inference\n",
             "## Pricing\n",
             "Self-hosted: no charge for a picture.\n",
@@ -112,7 +112,7 @@ def llms_txt(model: Model, base_url: str) -> str:
     )
 
 
-def _category(model: Model) -> str:
+def category(model: Model) -> str:
     """fal's word for what goes in and what comes out."""
     return "image-to-image" if "image_url" in model.Input.model_fields else "text-to-image"
 
@@ -184,7 +184,8 @@ def _example_response(base_url: str, needed: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _summary(model: Model) -> str:
+def summary(model: Model) -> str:
+    """What the endpoint does, in a line."""
     return re.sub(r"\s+", " ", (type(model).__doc__ or model.endpoint).strip())
 
 

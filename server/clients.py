@@ -4,8 +4,9 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from urllib.parse import urlsplit
 
-from server.address import FAL_HOSTS
+from server.fal_hosts import DOMAINS
 from server.settings import OPEN_KEY, Settings
 from server.tls import TLS
 
@@ -35,8 +36,13 @@ _BY_HOST = (
 )
 _BY_DOOR = "fal-client of any age, whole: these variables are all it takes."
 _DIRECT = "127.0.0.1,localhost"
-#: Programs that `run` brings here whole: Python through its variables, Node through the preload.
-_COVERED = ("python", "node", "npm", "npx", "yarn", "pnpm", "uv", "pytest", "fal")
+#: Each library reads one of them, in one of both spellings; images come from this server without a proxy.
+_PROXIES = [spelt for name in ("HTTPS", "HTTP", "WSS", "WS") for spelt in (f"{name}_PROXY", f"{name.lower()}_proxy")]
+#: Those that some libraries prefer to these.
+_OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
+#: Programs that `run` brings here: Python through its variables, Node through the preload.
+_PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn", "pnpm")
+_OTHERS = "programs in other languages that it starts"
 
 
 def directions(settings: Settings, files: TLS, *, lacks_key: bool = False) -> str:
@@ -75,8 +81,9 @@ def variables(settings: Settings, files: TLS) -> dict[str, str]:
     shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": bundle, "REQUESTS_CA_BUNDLE": bundle}
     if settings.proxy_port:
         door = f"http://127.0.0.1:{settings.proxy_port}"
-        # Both spellings, because each library reads one of them; pictures come from here without the door.
-        return {**shared, "HTTPS_PROXY": door, "https_proxy": door, "NO_PROXY": _DIRECT, "no_proxy": _DIRECT}
+        own = (_host(settings), urlsplit(settings.public_url).hostname)
+        direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, own))))
+        return {**shared, **dict.fromkeys(_PROXIES, door), "NO_PROXY": direct, "no_proxy": direct}
     host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 
@@ -86,17 +93,19 @@ def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> d
     # Quoted for Node, which knows double quotes alone.
     preload = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
     options = f'{outside.get("NODE_OPTIONS", "")} --require "{preload}"'.strip()
-    # The machine's own proxy has no business with what is here.
-    direct = ",".join(filter(None, (outside.get("NO_PROXY") or outside.get("no_proxy"), _DIRECT, _host(settings))))
+    # The machine's own proxy has no business with what is here, nor with what is led here.
+    told, names = outside.get("NO_PROXY") or outside.get("no_proxy"), (*DOMAINS, *(f".{name}" for name in DOMAINS))
+    direct = ",".join(filter(None, (told, _DIRECT, _host(settings), *names)))
+    passed = {name: value for name, value in outside.items() if name.upper() not in _OTHER_PROXIES}
     return {
-        **outside,
+        **(passed if settings.proxy_port else outside),
         "NO_PROXY": direct,
         "no_proxy": direct,
         **variables(settings, files),
         "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
         "NODE_EXTRA_CA_CERTS": str(files.bundle),
         "NODE_OPTIONS": options,
-        "FLUX_TLS_DOOR": ",".join((settings.own_address, str(settings.tls_port), *sorted(FAL_HOSTS))),
+        "FLUX_RUN_TARGET": ",".join((settings.own_address, str(settings.port), str(settings.tls_port), *DOMAINS)),
     }
 
 
@@ -104,27 +113,37 @@ class CannotBring(Exception):
     """A program's calls cannot be brought here, so it must not run: they would go to the real cloud."""
 
 
-def run(settings: Settings, files: TLS, command: Sequence[str]) -> None:
-    """Become the command, with its fal calls brought here.
-
-    Raises OSError when there is no such command, and CannotBring.
-    """
+def check(settings: Settings, files: TLS, command: Sequence[str]) -> None:
+    """Raises CannotBring where calls of this command would go to the real cloud."""
     if not settings.tls_port:
         raise CannotBring("run needs --tls-port: without it the program's calls would go to the real cloud")
+    if not settings.proxy_port and not _is_node(command):
+        raise CannotBring(
+            "run needs --proxy-port for all programs but Node's, as the server does: "
+            "without it their calls would go to the real cloud"
+        )
     if not files.bundle.exists():
         raise CannotBring(
             f"there is no certificate in {files.bundle.parent}; start the server once with this --data-dir"
         )
+
+
+def run(settings: Settings, files: TLS, command: Sequence[str]) -> None:
+    """Become the command, with its fal calls brought here. Raises OSError when there is no such command."""
     os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  what was asked for
 
 
-def what_run_leaves_out(settings: Settings, command: Sequence[str]) -> str:
-    """What to tell of before the command runs; empty when it is covered whole."""
-    if not PurePath(command[0]).name.startswith(_COVERED):
+def what_run_leaves_out(command: Sequence[str]) -> str:
+    """What to tell of before the command runs."""
+    if _is_node(command):
+        return f"not led here: {_OTHERS}."
+    if not PurePath(command[0]).name.startswith(_PYTHON):
         return "run covers Python and Node; other programs need their client's proxy URL, see `flux-server env`."
-    if not settings.proxy_port:
-        return "without --proxy-port, Python's uploads and realtime, and fal-client before 0.11, are not brought here."
-    return ""
+    return f"not led here: what ignores proxy variables (aiohttp without trust_env=True, bare sockets), {_OTHERS}."
+
+
+def _is_node(command: Sequence[str]) -> bool:
+    return PurePath(command[0]).name.startswith(_NODE)
 
 
 def _host(settings: Settings) -> str:

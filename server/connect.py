@@ -1,16 +1,18 @@
 """The CONNECT door: a proxy on loopback that brings fal's names to this server, and goes nowhere else.
 
 A client that is told to use it as HTTPS_PROXY opens tunnels to fal's hosts; each ends at our own TLS port, whose
-certificate bears those names. So every fal-client works whole with environment variables alone, and when the server
-is down there is nothing to connect to: no request can reach the real cloud.
+certificate bears those names. As HTTP_PROXY it is sent whole requests, which end at our plain port. So every fal-client
+works whole with environment variables alone, and when the server is down there is nothing to connect to: no request can
+reach the real cloud.
 """
 
 import asyncio
 import contextlib
 import logging
 import re
+from dataclasses import dataclass
 
-from server.address import FAL_HOSTS
+from server.fal_hosts import is_certified, is_fal
 
 log = logging.getLogger(__name__)
 
@@ -18,16 +20,26 @@ _MAX_HEAD = 16_384
 #: Seconds a client gets to say where it wants to go.
 _HEAD_TIMEOUT = 10.0
 _CHUNK = 65_536
+_PLAIN_PORT, _TLS_PORT = 80, 443
 _TARGET = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})")
+#: A request as a proxy is sent it, with a whole URL: its scheme, its host, and its port if it says one.
+_FORWARDED = re.compile(
+    rb"[A-Z]+ (https?|wss?)://(\[[0-9a-fA-F:.]+\]|[^:/?#\s@]+)(?::(\d{1,5}))?(?=[/?# ])", re.IGNORECASE
+)
+#: Headers about one connection, which are the proxy's to say.
+_HOP = re.compile(rb"(?im)^(proxy-)?connection:.*\r\n")
+_LENGTH = re.compile(rb"(?im)^content-length:\s*(\d{1,18})\s*\r$")
+_UPGRADE = re.compile(rb"(?im)^upgrade:")
+_CHUNKED = re.compile(rb"(?im)^transfer-encoding:")
 
 _Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class ConnectDoor:
-    """Tunnels `CONNECT host:443` for fal's hosts to our TLS port; anything else is refused unless let through."""
+    """Leads fal's hosts to our ports; anything else is refused unless let through."""
 
-    def __init__(self, tls_address: tuple[str, int], lets_others_through: bool) -> None:
-        self._tls_address = tls_address
+    def __init__(self, address: str, port: int, tls_port: int, lets_others_through: bool) -> None:
+        self._address, self._port, self._tls_port = address, port, tls_port
         self._lets_others_through = lets_others_through
         self._tunnels: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -53,19 +65,25 @@ class ConnectDoor:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client connection from its first line to its end."""
         try:
-            host, port = await _wanted(reader)
-            there = await self._connect(host, port)
+            target = await _target_of(reader)
+            there = await self._connect(target)
         except _Refused as refusal:
             await _answer(writer, refusal.line, str(refusal))
         else:
-            await _answer(writer, "200 Connection established")
-            await _tunnel((reader, writer), there)
+            if not target.request:
+                await _answer(writer, "200 Connection established")
+            await _tunnel((reader, writer), there, target)
         finally:
             writer.close()
 
-    async def _connect(self, host: str, port: int) -> _Ends:
-        if host in FAL_HOSTS:
-            host, port = self._tls_address
+    async def _connect(self, target: "_Target") -> _Ends:
+        host, port = target.host, target.port
+        if is_fal(host):
+            is_plain = port == _PLAIN_PORT or bool(target.request)
+            # No certificate bears a name of any depth.
+            if not is_plain and not is_certified(host):
+                raise _Refused("403 Not offered by this server", f"{host} is not offered by this server.")
+            host, port = self._address, self._port if is_plain else self._tls_port
         elif not self._lets_others_through:
             log.warning("the CONNECT door refused %s:%d", host, port)
             raise _Refused(
@@ -79,14 +97,31 @@ class ConnectDoor:
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Where a client wants to go. One that sends a whole request: its head, and how long its body is.
+
+    A length of None stands for a body, or a conversation, of no length that is known.
+    """
+
+    host: str
+    port: int
+    request: bytes = b""
+    length: int | None = None
+
+
 class _Refused(Exception):
     def __init__(self, line: str, reason: str) -> None:
         super().__init__(reason)
         self.line = line
 
 
-async def _wanted(reader: asyncio.StreamReader) -> tuple[str, int]:
-    """Host and port that the client asks for."""
+def _not_understood() -> _Refused:
+    return _Refused("405 Method Not Allowed", "This proxy understands CONNECT host:port and http:// URLs only.")
+
+
+async def _target_of(reader: asyncio.StreamReader) -> _Target:
+    """What the client asks for. Raises _Refused."""
     try:
         async with asyncio.timeout(_HEAD_TIMEOUT):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -96,13 +131,33 @@ async def _wanted(reader: asyncio.StreamReader) -> tuple[str, int]:
         raise _Refused("431 Request Header Fields Too Large", "The request's head is too long.") from None
     except (OSError, asyncio.IncompleteReadError):
         raise _Refused("400 Bad Request", "The request broke off.") from None
+    if forwarded := _FORWARDED.match(head):
+        return _forwarded(head, forwarded)
     method, _, rest = head.split(b"\r\n", 1)[0].decode("latin-1").partition(" ")
     if method != "CONNECT":
-        raise _Refused("405 Method Not Allowed", "This proxy understands CONNECT host:port only.")
+        raise _not_understood()
     match = _TARGET.fullmatch(rest.partition(" ")[0])
-    if not match or not 0 < int(match[2]) < 65536:
-        raise _Refused("400 Bad Request", "CONNECT wants a host and a port.")
-    return match[1].strip("[]").lower().rstrip("."), int(match[2])
+    return _target(match[1] if match else "", int(match[2]) if match else 0)
+
+
+def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
+    is_secure, is_conversation = match[1].lower() in (b"https", b"wss"), bool(_UPGRADE.search(head))
+    port = int(match[3] or (_TLS_PORT if is_secure else _PLAIN_PORT))
+    # One request a connection: the next one may be for another host.
+    request = head if is_conversation else _HOP.sub(b"", head[:-2]) + b"connection: close\r\n\r\n"
+    length = _LENGTH.search(head)
+    is_open = is_conversation or bool(_CHUNKED.search(head))
+    target = _target(match[2].decode("latin-1"), port, request, None if is_open else int(length[1]) if length else 0)
+    # What is meant for somebody else's TLS is not sent on in clear.
+    if is_secure and not is_fal(target.host):
+        raise _not_understood()
+    return target
+
+
+def _target(host: str, port: int, request: bytes = b"", length: int | None = None) -> _Target:
+    if not host or not 0 < port < 65536:
+        raise _Refused("400 Bad Request", "A proxy is told a host and a port.")
+    return _Target(host.strip("[]").lower().rstrip("."), port, request, length)
 
 
 async def _answer(writer: asyncio.StreamWriter, line: str, reason: str = "") -> None:
@@ -113,19 +168,28 @@ async def _answer(writer: asyncio.StreamWriter, line: str, reason: str = "") -> 
         await writer.drain()
 
 
-async def _tunnel(here: _Ends, there: _Ends) -> None:
-    """Carry bytes both ways until both sides have said all."""
+async def _tunnel(here: _Ends, there: _Ends, target: _Target) -> None:
+    """Carry bytes both ways until both sides have said all; of a whole request no more than it is long."""
+    there[1].write(target.request)
+    sending = asyncio.create_task(_carry(here[0], there[1], target.length))
+    # Looked at, because a client may leave in the middle of a body.
+    sending.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
-        await asyncio.gather(_carry(here[0], there[1]), _carry(there[0], here[1]))
+        answering = _carry(there[0], here[1])
+        # What follows a whole request and its answer is the next one, and may be for another host.
+        await (answering if target.request else asyncio.gather(sending, answering))
     except (ConnectionError, TimeoutError):
         log.debug("a tunnel broke")
     finally:
+        sending.cancel()
         there[1].close()
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while chunk := await reader.read(_CHUNK):
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, length: int | None = None) -> None:
+    """All that is said, or so many bytes of it."""
+    while length != 0 and (chunk := await reader.read(_CHUNK if length is None else min(length, _CHUNK))):
         writer.write(chunk)
         await writer.drain()
-    if writer.can_write_eof():
+        length = None if length is None else length - len(chunk)
+    if length is None and writer.can_write_eof():
         writer.write_eof()

@@ -12,8 +12,8 @@ AGEING = 20
 class Ledger:
     """Counts the work done for each key, in floating point operations.
 
-    Within a key, the request with the least remaining work goes first, so that equal requests end one after the
-    other and a short one is never held up by a long one. Ageing bounds what the long one waits: with R work
+    Within a key, the request with the least remaining work goes first: equal requests end one after the other, and a
+    short one goes before a long one that has more left to do. Ageing bounds what the long one waits: with R work
     remaining, it is overtaken only by requests of r work that are claimed before AGEING * (R - r) was done after it.
 
     Between keys, the lowest score goes first: the work done for the key, plus what remains of its next request. That

@@ -143,7 +143,8 @@ async def _door(settings: Settings, sockets: list[socket.socket]) -> ConnectDoor
     """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
     if not settings.proxy_port:
         return None
-    door = ConnectDoor((settings.own_address, sockets[1].getsockname()[1]), settings.proxy_others)
+    port, tls_port = (bound.getsockname()[1] for bound in sockets)
+    door = ConnectDoor(settings.own_address, port, tls_port, lets_others_through=settings.proxy_others)
     await door.open("127.0.0.1", settings.proxy_port)
     return door
 

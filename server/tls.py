@@ -15,16 +15,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from server.address import FAL_HOSTS
+from server.fal_hosts import CERTIFICATE_NAMES
 
 #: Names a client may call us by: ours, and fal's for those who bring fal's names here. A wildcard below
-#: localhost is refused by OpenSSL and Node, so each name is listed.
+#: localhost is refused by OpenSSL and Node, so each of its names is listed.
 NAMES = (
     "localhost",
     "queue.localhost",
     "rest.localhost",
     "ws.localhost",
-    *sorted(FAL_HOSTS),
+    *CERTIFICATE_NAMES,
 )
 ADDRESSES = ("127.0.0.1", "::1")
 _AUTHORITY_DAYS = 3650

@@ -22,16 +22,19 @@ VERSIONS = ("1.0.3", "0.7.0", "0.5.9")
 
 def folder_of(version: str) -> Path | None:
     """Where this older client is, fetched by pip the first time; None for the one that is installed anyway."""
-    if version == VERSIONS[0]:
-        return None
-    folder = CLIENTS / f"fal-client-{version}"
+    return None if version == VERSIONS[0] else fetched("fal-client", version, "--no-deps")
+
+
+def fetched(package: str, version: str, *options: str) -> Path:
+    """A folder with this package, fetched by pip the first time."""
+    folder = CLIENTS / f"{package}-{version}"
     if not folder.is_dir():
         aside = CLIENTS / f"{folder.name}.part"
         shutil.rmtree(aside, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(aside)]
-        done = subprocess.run([*pip, f"fal-client=={version}"], capture_output=True, text=True, timeout=100)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", str(aside)]
+        done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, timeout=300)
         if done.returncode:
-            pytest.fail(f"pip could not fetch fal-client {version}, which this test drives:\n{done.stderr}")
+            pytest.fail(f"pip could not fetch {package} {version}, which this test drives:\n{done.stderr}")
         aside.rename(folder)
     return folder
 

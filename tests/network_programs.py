@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from PIL import Image
 
 from models.weights import DEMO
 from tests.network import PUBLIC, Resolver, Wire, canary, lead_everything_here
-from tests.serving import TEST_MODELS, Server, serving
+from tests.serving import ROOT, TEST_MODELS, Server, serving, with_door
 from tests.stand_in_hub import COMMIT
 from tests.test_fetch import FORBIDDEN, INNER
 from tests.test_lora_inputs import GOOD
@@ -143,6 +144,39 @@ def local(folder: str) -> Any:
         tried = sorted(wire.tried() - {_own(server)})
         _picture(client, "http://public.test/picture.png")
         return {"ends": ends, "tried": tried, "after": sorted(wire.tried() - {_own(server)})}
+
+
+#: Under fal's domains: those that clients use, and made-up ones.
+FAL_NAMES = (
+    "fal.run",
+    "queue.fal.run",
+    "rest.fal.ai",
+    "v3.fal.media",
+    "v3b.fal.media",
+    "api.fal.ai",
+    "fal.ai",
+    "gateway.alpha.fal.ai",
+    "fal.dev",
+    "made-up.fal.run",
+    "made-up.fal.dev",
+    "far.too.deep.fal.media",
+)
+
+
+def turned_to_fal(folder: str, program: str, state: str) -> Any:
+    """What a program that `run` starts was answered under fal's names, and all that was tried on the wire."""
+    with with_door(Path(folder), TEST_MODELS) as server:
+        if state == "stopped":
+            server.stop()
+        node = ["node", str(Path(__file__).parent / "js" / "hosts.mjs")]
+        python = [sys.executable, "-m", "tests.fal_host_calls"]
+        settings = {f"FLUX_SERVER_{name}": value for name, value in server.settings.items()}
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
+        wire = Wire()
+        command = [sys.executable, "-m", "server", "run", "--", *(node if program == "node" else python), *FAL_NAMES]
+        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        tried = {" ".join(each.split(" ")[:2]) for each in wire.tried()}
+        return {"answers": json.loads(done.stdout.splitlines()[-1]), "tried": sorted(tried), "notes": done.stderr}
 
 
 def cached(home: Path, hub_id: str, folder: Path) -> Path:

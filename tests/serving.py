@@ -129,7 +129,7 @@ def free_port() -> int:
 @contextmanager
 def with_door(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
     """A server that paints, with TLS and the CONNECT door."""
-    ports = {"tls_port": str(free_port()), "proxy_port": str(free_port())}
+    ports = {name: str(free_port()) for name in ("port", "tls_port", "proxy_port")}
     with serving(data_dir, *weights, **{**ports, **settings}) as running:
         yield running.ready()
 

@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import pytest
 
+from models import cpu
 from server import doctor
 from server.doctor import Finding
 from server.settings import Settings
@@ -15,7 +16,8 @@ HUB_ID = "black-forest-labs/FLUX.1-dev"
 
 def found(data_dir: Path, *weights: str, **changes: Any) -> dict[str, Finding]:
     """Every finding by what was looked at, of which each is there once."""
-    settings = Settings(data_dir=data_dir, weights=weights or ("demo",), device="cpu", **changes)
+    fixed: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", **changes}
+    settings = Settings(data_dir=data_dir, weights=weights or ("demo",), **fixed)
     findings = list(doctor.examine(settings))
     by_name = {finding.what: finding for finding in findings}
     assert len(by_name) == len(findings)
@@ -60,3 +62,18 @@ def test_where_nothing_fits_no_plan_is_named_as_if_it_did(tmp_path: Path, monkey
     assert words == "nothing fits: needed are resident 37.79 GB, 23.2 GB are free"
     words = found(tmp_path, HUB_ID, memory="resident")[f"{HUB_ID} memory"].words
     assert words.startswith("resident does not fit: needed are resident 37.79 GB, fp8-storage ")
+
+
+def test_a_cpu_is_told_what_it_computes_in(tmp_path: Path) -> None:
+    assert found(tmp_path, dtype="float32")["demo type"].words == "float32"
+    assert cpu.describe() in found(tmp_path)["device"].words
+
+
+def test_full_size_weights_on_a_cpu_are_told_with_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.hub.locate", lambda hub_id: None)
+    monkeypatch.setattr("models.device.Device.matmul_rate", lambda self, dtype: 1e12)
+    words = found(tmp_path, HUB_ID)[f"{HUB_ID} type"].words
+    assert words.startswith("bfloat16; a step at 1024x768 takes 55 s or more here, an image of 28 steps 26 min")
+    assert words.endswith("use a GPU")

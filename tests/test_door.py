@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from server import connect, tls
-from server.address import FAL_HOSTS
 from server.connect import ConnectDoor
+from server.fal_hosts import CERTIFICATE_NAMES, Role, role_of
 from server.settings import BadSettings, Settings
 from tests.door import VERSIONS, finished, folder_of, reached, said, watched
 from tests.serving import ROOT, TEST_MODELS, Server, free_port, serving, with_door
@@ -51,8 +51,10 @@ def test_the_variables_printed(door: Server) -> None:
     printed = exports(door)
     proxy = f"http://127.0.0.1:{door.settings['PROXY_PORT']}"
     shared = {"FAL_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
-    assert set(printed) == {*shared, "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
-    assert printed["HTTPS_PROXY"] == printed["https_proxy"] == proxy
+    names = [f"{scheme}_PROXY" for scheme in ("HTTPS", "HTTP", "WSS", "WS")]
+    proxies = {*names, *(name.lower() for name in names)}
+    assert set(printed) == {*shared, *proxies, "NO_PROXY", "no_proxy"}
+    assert {printed[name] for name in proxies} == {proxy}
     assert {"127.0.0.1", "localhost"} == set(printed["NO_PROXY"].split(","))
 
 
@@ -172,20 +174,26 @@ def everything(port: int, sent: bytes) -> bytes:
     return found
 
 
-@pytest.mark.parametrize("name", [*sorted(FAL_HOSTS), "FAL.RUN", "fal.run.", "Queue.Fal.Run."])
+#: With something in the place of the star.
+NAMES = [name.replace("*", "anything") for name in CERTIFICATE_NAMES]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "FAL.RUN", "fal.run.", "Queue.Fal.Run."])
 def test_every_name_of_fal_leads_here(door: Server, name: str) -> None:
     trusted = ssl.create_default_context(cafile=str(door.data_dir / "tls" / "ca.pem"))
     proper = name.lower().rstrip(".")
     with entered(door, name) as (plain, answer), trusted.wrap_socket(plain, server_hostname=proper) as secure:
         assert answer.startswith(b"HTTP/1.1 200 ")
         secure.sendall(f"GET /health HTTP/1.1\r\nhost: {proper}\r\nconnection: close".encode() + ENDS)
-        assert head(secure).startswith(b"HTTP/1.1 200 ")
+        is_offered = role_of(proper) in (Role.RUN, Role.QUEUE, Role.REST)
+        assert head(secure).startswith(b"HTTP/1.1 200 " if is_offered else b"HTTP/1.1 404 ")
 
 
 OTHERS = [
     "example.com",
-    "fal.ai",
-    "api.fal.ai",
+    "notfal.ai",
+    "fal.ai.example.com",
+    "ai",
     "fal.run.example.com",
     "evilfal.run",
     "127.0.0.1",
@@ -205,8 +213,11 @@ def test_other_hosts_are_refused(door: Server, name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "status"),
     [
-        (b"GET http://fal.run/health HTTP/1.1\r\nhost: fal.run", 405),
-        (b"POST http://queue.fal.run/fal-ai/flux/dev HTTP/1.1\r\ncontent-length: 0", 405),
+        (b"GET https://example.com/ HTTP/1.1\r\nhost: example.com", 405),
+        (b"GET http:///health HTTP/1.1", 405),
+        (b"GET http://fal.run:99999/health HTTP/1.1", 400),
+        (b"GET http://example.com/ HTTP/1.1\r\nhost: example.com", 403),
+        (b"GET http://fal.run@example.com/ HTTP/1.1", 405),
         (b"GET / HTTP/1.1", 405),
         (b"CONNECT fal.run HTTP/1.1", 400),
         (b"CONNECT fal.run: HTTP/1.1", 400),
@@ -217,8 +228,36 @@ def test_other_hosts_are_refused(door: Server, name: str) -> None:
         (b"connect fal.run:443 HTTP/1.1", 405),
     ],
 )
-def test_only_connect_is_understood(door: Server, line: bytes, status: int) -> None:
+def test_nothing_else_is_understood(door: Server, line: bytes, status: int) -> None:
     assert everything(int(door.settings["PROXY_PORT"]), line + ENDS).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+@pytest.mark.parametrize("target", ["https://fal.run", "http://fal.run", "HTTP://Fal.Run:80", "http://fal.run.", "http://fal.run:8000"])
+def test_a_whole_request_for_a_name_of_fal_is_answered_here(door: Server, target: str) -> None:
+    sent = f"GET {target}/health HTTP/1.1\r\nhost: fal.run\r\nproxy-connection: keep-alive".encode() + ENDS
+    answer = everything(int(door.settings["PROXY_PORT"]), sent)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"alive"' in answer
+
+
+def test_a_whole_request_has_its_body(door: Server) -> None:
+    body = b'{"prompt": "plain"}'
+    line = "POST http://fal.run/test/null HTTP/1.1\r\nhost: fal.run\r\ncontent-type: application/json"
+    sent = f"{line}\r\ncontent-length: {len(body)}".encode() + ENDS + body
+    assert b'"prompt":"plain"' in everything(int(door.settings["PROXY_PORT"]), sent)
+
+
+def test_a_tunnel_to_the_plain_port_is_plain(door: Server) -> None:
+    with entered(door, "queue.fal.run", 80) as (plain, answer):
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        plain.sendall(b"GET /health HTTP/1.1\r\nhost: queue.fal.run\r\nconnection: close" + ENDS)
+        assert head(plain).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("name", ["a.b.c.fal.ai", "a.b.fal.run"])
+def test_a_name_that_no_certificate_bears_is_refused_truly(door: Server, name: str) -> None:
+    answer = everything(int(door.settings["PROXY_PORT"]), f"CONNECT {name}:443 HTTP/1.1".encode() + ENDS)
+    assert answer.startswith(b"HTTP/1.1 403 Not offered by this server")
 
 
 @pytest.mark.parametrize("sent", [b"x" * 100_000, b"CONNECT fal.run:443 HTTP/1.1\r\n" + b"x: y\r\n" * 20_000])
@@ -245,7 +284,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
     async def knock() -> bytes:
         port = free_port()
-        door = ConnectDoor(("127.0.0.1", 1), lets_others_through=False)
+        door = ConnectDoor("127.0.0.1", 1, 2, lets_others_through=False)
         await door.open("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"CONNECT fal.run:443 HTTP/1.1\r\n")

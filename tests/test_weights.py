@@ -125,7 +125,8 @@ def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def placement(where: Path, **changes: Any) -> Placement:
-    return Placement(where, safety_checker="", device="cpu", **changes)
+    """In the type that the files are in, whatever this CPU is fast at."""
+    return Placement(where, safety_checker="", device="cpu", **{"dtype": "bfloat16", **changes})
 
 
 def bytes_in(folder: Path) -> int:

@@ -23,7 +23,9 @@ def seconds_of(width: int, height: int) -> float:
 
 
 class CostPainting(NullPainting):
-    """Counts its work as the real one does."""
+    """Counts its work as the real one does, and knows when its last step ends."""
+
+    ends_at = 0.0
 
     @property
     def work(self) -> int:
@@ -42,17 +44,33 @@ class CostPainting(NullPainting):
 
 
 class CostEngine(NullEngine):
-    """Each step takes its time."""
+    """A device that works by itself, as a GPU does: a step is launched while the one before runs, and no earlier."""
+
+    decodes_beside = True
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> CostPainting:
         """As NullEngine does."""
         return CostPainting(request, seed)
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        """Sleep."""
-        size = painting.request.image_size
-        time.sleep(seconds_of(size.width, size.height))
+        """Launch a step, then wait for the end of the one before."""
+        size, before = painting.request.image_size, self._free_at
+        self._free_at = max(time.perf_counter(), before) + seconds_of(size.width, size.height)
+        painting.ends_at = self._free_at
+        _sleep_until(before)
         return super().advance(painting)
+
+    def decode(self, painting: Any) -> None:
+        """Behind the painting's last step."""
+        _sleep_until(painting.ends_at)
+        super().decode(painting)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 MODEL = NullModel("bench/cost", CostEngine)

@@ -7,6 +7,7 @@ from typing import Any, cast
 from starlette.requests import HTTPConnection, Request
 
 from models.base import Loading, Model
+from server.address import not_offered
 from server.auth import Keys
 from server.errors import NotFound
 from server.fetch import Guard
@@ -22,6 +23,7 @@ from server.quota import Quota
 from server.retention import Retention
 from server.signing import Signer
 from server.uploads import Uploads
+from server.usage import UsageFilter, Used
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Parts:
     metrics: Metrics
     #: What a key has asked for; waits for the disk.
     history: Callable[[Wanted], Mapping[str, Any]]
+    #: What a key has used; waits for the disk.
+    usage: Callable[[UsageFilter], Sequence[Used]]
     #: What the operator sees at a glance; waits for the disk.
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
@@ -83,12 +87,15 @@ def model_for(request: Request, endpoint: str) -> Model:
         return models[endpoint]
     if endpoint in parts_of(request).absent:
         raise NotFound(f"{endpoint} is not served here: it needs {parts_of(request).absent[endpoint]}")
+    if request.state.fal_url and endpoint.startswith("platform/"):
+        raise not_offered(request.state.fal_url)
     if endpoint.startswith("v1/"):
         raise NotFound(f"Path /{endpoint} not found")
     app = next((known for known in models if endpoint.startswith(f"{known}/")), None)
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")
-    raise NotFound(f"Application {endpoint!r} not found; there are {', '.join(sorted(models))}")
+    offered = ", ".join(sorted(models))
+    raise NotFound(f"Application {endpoint!r} not found: it is not offered by this server, which has {offered}")
 
 
 def owned(job: Job | None, owner: str, app: str) -> Job:
