@@ -232,7 +232,9 @@ def test_nothing_else_is_understood(door: Server, line: bytes, status: int) -> N
     assert everything(int(door.settings["PROXY_PORT"]), line + ENDS).startswith(f"HTTP/1.1 {status} ".encode())
 
 
-@pytest.mark.parametrize("target", ["https://fal.run", "http://fal.run", "HTTP://Fal.Run:80", "http://fal.run.", "http://fal.run:8000"])
+@pytest.mark.parametrize(
+    "target", ["https://fal.run", "http://fal.run", "HTTP://Fal.Run:80", "http://fal.run.", "http://fal.run:8000"]
+)
 def test_a_whole_request_for_a_name_of_fal_is_answered_here(door: Server, target: str) -> None:
     sent = f"GET {target}/health HTTP/1.1\r\nhost: fal.run\r\nproxy-connection: keep-alive".encode() + ENDS
     answer = everything(int(door.settings["PROXY_PORT"]), sent)
