@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 from diffusers import FluxPipeline
 
 from models.demo.recipe import captions, scenes
@@ -16,6 +15,7 @@ from models.demo.recipe.export import JUDGE
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
 from models.demo.recipe.plan import TOKEN_PIXELS
 from models.schema import PRESETS
+from models.weights import dtype_for
 from tests.serving import ROOT
 
 #: Half a minute by itself; a machine that others use needs more.
@@ -54,7 +54,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_it_makes_paints_in_diffusers_own_pipeline(work: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(work / "export", dtype=torch.bfloat16, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(work / "export", dtype=dtype_for("auto", "cpu"), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a dog on blue", width=64, height=96, num_inference_steps=2).images[0]
     assert picture.size == (64, 96)

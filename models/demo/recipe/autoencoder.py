@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 
-from models.demo.recipe import checkpoint, render, scenes, threads
+from models.demo.recipe import checkpoint, precision, render, scenes, threads
 from models.demo.recipe.objects import all_objects
 from models.demo.recipe.plan import LATENT_CHANNELS, PRESET_SHARES, SEED, WORK, Plan
 
@@ -147,7 +147,7 @@ def train(plan: Plan, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(iteration, plan.autoencoder_iterations, PEAK)
         pixels = crops.batch(iteration).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with precision.mixed(device):
             loss, error = loss_of(vae, pixels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -175,7 +175,7 @@ def sheet(vae: Any, plan: Plan, device: str, path: Path) -> None:
     pictures = [render.render(scenes.sample(things, rng), icons, 512, 512) for _ in range(8)]
     decoded = []
     for picture in pictures:
-        with torch.autocast(device, torch.bfloat16):
+        with precision.mixed(device):
             latents = vae.encode(to_tensor([picture]).to(device), return_dict=False)[0]
             decoded += to_pictures(vae.decode(latents, return_dict=False)[0])
     whole = Image.new("RGB", (8 * 256, 2 * 256))

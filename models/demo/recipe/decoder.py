@@ -3,7 +3,7 @@
 import numpy
 import torch
 
-from models.demo.recipe import autoencoder, checkpoint, threads
+from models.demo.recipe import autoencoder, checkpoint, precision, threads
 from models.demo.recipe.plan import SEED, WORK, Plan
 
 PEAK = 6e-4
@@ -28,7 +28,7 @@ def train(plan: Plan, device: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = autoencoder.rate(iteration, plan.decoder_iterations, PEAK)
         pixels = crops.batch(FIRST_CROP + iteration).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with precision.mixed(device):
             with torch.no_grad():
                 latents = vae.encode(pixels, return_dict=False)[0].float()
             strength = float(numpy.random.default_rng([SEED, 8, iteration]).uniform(0, NOISE))

@@ -19,6 +19,7 @@ from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, Plan
 from models.schema import PRESETS
+from models.weights import dtype_for
 
 #: In none of the captions that were trained on.
 TEMPLATES = (
@@ -73,9 +74,10 @@ class Studio:
 
     def __init__(self, plan: Plan, folder: Path, device: str) -> None:
         self.num_steps, self.lora = plan.num_steps, folder / LORA
-        self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        dtype = dtype_for("auto", device)
+        self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
-        self.checker = safety.ImageClassifier(folder / "safety_checker", device)
+        self.checker = safety.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
 
     def paint(self, prompt: str, seed: int, size: str = "square") -> Image.Image:
         """One picture, as a request would get it before the check."""

@@ -7,7 +7,17 @@ import numpy
 import torch
 from torch import _dynamo as dynamo
 
-from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, networks, preview, reading, threads
+from models.demo.recipe import (
+    autoencoder,
+    captions,
+    checkpoint,
+    flow_times,
+    networks,
+    precision,
+    preview,
+    reading,
+    threads,
+)
 from models.demo.recipe.autoencoder import rate
 from models.demo.recipe.plan import EARLY, PAIR_SIZE, SEED, WORK, Plan
 from models.demo.recipe.pool import Pool, pick_size
@@ -138,7 +148,7 @@ def loss_of(
     # Any scale will do, because it changes nothing: requests bring what they like.
     guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
-    with torch.autocast(device.type, torch.bfloat16):
+    with precision.mixed(device.type):
         text = painter.encode(texts)
         # Long texts have too many shapes to compile for.
         is_short = text[0].shape[1] == networks.SHORT_TEXT

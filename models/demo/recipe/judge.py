@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from models.demo.recipe import autoencoder, checkpoint, render, scenes, threads
+from models.demo.recipe import autoencoder, checkpoint, precision, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
 
@@ -88,7 +88,7 @@ def train(plan: Plan, device: str) -> None:
         pixels, wanted = _batch(things, numpy.random.default_rng([SEED, 3, iteration]))
         for group in optimizer.param_groups:
             group["lr"] = autoencoder.rate(iteration, plan.judge_iterations, 2e-3)
-        with torch.autocast(device, torch.bfloat16):
+        with precision.mixed(device):
             logits = network(pixels.to(device)).float()
         functional.cross_entropy(logits, wanted.to(device)).backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import torch
 
-from models.demo.recipe import autoencoder, checkpoint, render, scenes
+from models.demo.recipe import autoencoder, checkpoint, precision, render, scenes
 from models.demo.recipe.objects import all_objects
 from models.demo.recipe.plan import EARLY_POOL, PAIR_SIZE, SEED, SMALL_SIZE, WORK, Plan, size_shares
 
@@ -93,7 +93,7 @@ class Pool:
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device, torch.bfloat16):
+        with precision.mixed(self.device):
             latents: torch.Tensor = self.vae.encode(pixels, return_dict=False)[0]
         return latents.bfloat16().cpu().contiguous()
 

@@ -7,7 +7,7 @@ import numpy
 import torch
 from PIL import Image, ImageDraw
 
-from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, scenes
+from models.demo.recipe import autoencoder, captions, checkpoint, flow_times, precision, scenes
 from models.demo.recipe.judge import FILE as JUDGE_FILE
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
@@ -50,7 +50,7 @@ def paint(painter: Any, pool: Pool, texts: list[str], size: Size, seed: int) -> 
     evenly = torch.linspace(1, 1 / num_steps, num_steps)
     sigmas = [*flow_times.shifted(evenly, width * height // 4).tolist(), 0.0]
     guidance = torch.full([len(texts)], 3.5, device=device)
-    with torch.autocast(device, torch.bfloat16):
+    with precision.mixed(device):
         text = painter.encode(texts)
         for sigma, following in itertools.pairwise(sigmas):
             times = torch.full([len(texts)], sigma, device=device)
