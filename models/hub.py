@@ -10,10 +10,18 @@ from typing import Any
 #: What a pipeline reads; pickled weights, single-file checkpoints and other precisions are left where they are.
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
 _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
+#: The largest JSON file of FLUX.1 describes a tokenizer, and has 3 MB.
+MAX_JSON_BYTES = 64 * 2**20
+#: What to do about a file that is malformed.
+REPLACE = "put the original file of the weights in its place"
 
 
 class HubError(OSError):
     """The hub does not give what was asked for; the message says what to do."""
+
+
+class BadWeights(OSError):
+    """Weights that are malformed or not to be trusted; the message names the file, and says what to do."""
 
 
 def pull(hub_id: str) -> Path:
@@ -22,7 +30,7 @@ def pull(hub_id: str) -> Path:
     The token is the one in HF_TOKEN, if there is one.
 
     A file that breaks off is gone on with; after a kill, the files that are whole do not come again.
-    Raises HubError.
+    Raises HubError, and BadWeights where a file that came is malformed.
     """
     from huggingface_hub import snapshot_download
 
@@ -36,7 +44,7 @@ def pull(hub_id: str) -> Path:
 
 
 def locate(hub_id: str) -> Path | None:
-    """The folder of what was pulled, if all of it is there; never opens a connection."""
+    """The folder of what was pulled, if all of it is there; never opens a connection. Raises BadWeights."""
     from huggingface_hub import try_to_load_from_cache
 
     if hub_id.count("/") != 1:
@@ -49,16 +57,49 @@ def locate(hub_id: str) -> Path | None:
 
 
 def missing(folder: Path) -> list[str]:
-    """What a pipeline's or model's folder lacks, by name; empty when it is whole."""
+    """What a pipeline's or model's folder lacks, by name; empty when it is whole. Raises BadWeights."""
     if not (folder / "model_index.json").is_file():
         return [] if (folder / "config.json").is_file() and _has_weights(folder) else ["model_index.json"]
     return [name for name in components(folder) if not _is_whole(folder / name)]
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the weights. Raises BadWeights where there is none."""
+    if (num_bytes := path.stat().st_size) > MAX_JSON_BYTES:
+        raise BadWeights(f"{path} has {num_bytes} bytes, and {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadWeights(f"{path} is not JSON: {error}; {REPLACE}") from None
+    if not isinstance(said, dict):
+        raise BadWeights(f"{path} is JSON, but no object; {REPLACE}")
+    return said
+
+
 def index(folder: Path) -> dict[str, tuple[str, str]]:
-    """What model_index.json says: the library and the class of each component."""
-    said: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return {name: (value[0], value[1]) for name, value in said.items() if isinstance(value, list) and value[0]}
+    """What model_index.json says: the library and the class of each component. Raises BadWeights."""
+    path, found = folder / "model_index.json", {}
+    for name, value in read(path).items():
+        # A component that is left out is a pair of nulls, and what is no list is a setting.
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        if not name.isidentifier():
+            raise BadWeights(f"{path} names {name!r}, which is no component's name; {REPLACE}")
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise BadWeights(f"{path}: {name} is {str(value)[:100]}, not a library and a class; {REPLACE}")
+        found[name] = (value[0], value[1])
+    return found
+
+
+def shards(listed: Path) -> set[str]:
+    """The files that an index of weights names, each beside it. Raises BadWeights."""
+    files = read(listed).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise BadWeights(f"{listed} is no index of weights: weight_map must name a file for each tensor; {REPLACE}")
+    for name in files.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise BadWeights(f"{listed} names {name!r}, and only safetensors files beside it are loaded; {REPLACE}")
+    return set(files.values())
 
 
 def components(folder: Path) -> list[str]:
@@ -95,8 +136,7 @@ def _is_whole(component: Path) -> bool:
 
 def _has_weights(folder: Path) -> bool:
     for listed in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
+        return all((folder / shard).is_file() for shard in shards(listed))
     return any(folder.glob("*.safetensors"))
 
 
@@ -115,6 +155,8 @@ def _explained(hub_id: str) -> Iterator[None]:
     page = f"{constants.ENDPOINT}/{hub_id}"
     try:
         yield
+    except BadWeights:
+        raise
     except HFValidationError:
         raise HubError(f"{hub_id} is neither a folder here nor an id of the hub") from None
     except GatedRepoError:

@@ -17,6 +17,8 @@ from models.tiers import twin
 #: Bytes of those that stay on the device, the least recently used go first. One of rank 16 takes some 40 MB for
 #: FLUX.1. What one painting asks for may be more, while it is painted.
 KEPT_BYTES = 2_000_000_000
+#: What diffusers calls a layer's two matrices, whatever the file called them.
+_MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Loras:
                 # peft warns of a second adapter, which is what is wanted.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 self._pipeline.load_lora_weights(tensors, adapter_name=lora.name)
+            # diffusers passes over layers that are not the model's, even if that is all of them.
+            if lora.name not in self._known:
+                raise ValueError("none of its layers is the model's; take weights that were trained on this model")
         except BaseException as error:
             # Half of it may be there, and would paint into the next picture.
             self._forget(lora.name)
@@ -101,15 +106,20 @@ class Loras:
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Only what stands beside the base weights: anything else would be written into them."""
+        """Only what stands beside the base weights, in pairs that fit: anything else would be written into them."""
+        if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
+            raise ValueError(f"{vectors[0]} is not a single number")
         # A copy, because it takes some out.
         converted = self._pipeline.lora_state_dict(dict(tensors))
-        if strange := [key for key in converted if "lora_" not in key]:
-            raise ValueError(f"{strange[0]} is not of a LoRA; changed base weights are not supported")
-        for key, weight in converted.items():
-            part, _, module = key.partition(".")
-            if part == "transformer":
-                _check_shape(self._pipeline.transformer, module, weight)
+        of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
+        for key in converted:
+            if "lora_" not in key or (key in of_transformer and not key.endswith(_MATRICES)):
+                raise ValueError(
+                    f"{key} is not of a LoRA's matrices; changed base weights and biases are not supported"
+                )
+        for name in {key.rpartition(".lora_")[0] for key in of_transformer}:
+            pair = [of_transformer.get(name + ending) for ending in _MATRICES]
+            _check_pair(self._pipeline.transformer, name.removeprefix("transformer."), *pair)
 
     def _make_room(self, wanted: Collection[str], num_bytes: int) -> None:
         for name in [name for name in self._loaded if name not in wanted]:
@@ -117,10 +127,14 @@ class Loras:
                 return
             self._forget(name)
 
+    @property
+    def _known(self) -> set[str]:
+        """The names of all that the pipeline has, in whatever part of it."""
+        return {each for names in self._pipeline.get_list_adapters().values() for each in names}
+
     def _forget(self, name: str) -> None:
         self._loaded.pop(name, None)
-        known = {each for names in self._pipeline.get_list_adapters().values() for each in names}
-        if name in known:
+        if name in self._known:
             with warnings.catch_warnings():
                 # Which others are on is said before the next forward.
                 warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
@@ -136,17 +150,22 @@ def _scales(loras: Sequence[Lora]) -> dict[str, float]:
     return scales
 
 
-def _check_shape(transformer: Any, key: str, weight: Any) -> None:
-    """Raises ValueError where a matrix does not fit the layer it stands beside."""
-    name, _, kind = key.rpartition(".lora_")
-    if weight.dim() < 2:
-        raise ValueError(f"{key} is not a matrix")
-    layer = getattr(transformer.get_submodule(name), "base_layer", transformer.get_submodule(name))
-    is_inner = kind.startswith("A")
-    expected = layer.in_features if is_inner else layer.out_features
-    found = weight.shape[1] if is_inner else weight.shape[0]
-    if found != expected:
-        raise ValueError(f"{key} is for {found} features where {expected} are")
+def _check_pair(transformer: Any, name: str, inner: torch.Tensor | None, outer: torch.Tensor | None) -> None:
+    """Raises ValueError where two matrices do not fit the layer that they stand beside, or each other."""
+    try:
+        layer = transformer.get_submodule(name)
+    except AttributeError:
+        layer = None
+    layer = getattr(layer, "base_layer", layer)
+    if not isinstance(layer, torch.nn.Linear):
+        raise ValueError(f"the model has no linear layer {name}")
+    if inner is None or outer is None:
+        raise ValueError(f"{name} has one matrix where a LoRA has two")
+    if not (inner.dim() == outer.dim() == 2 and inner.shape[0] == outer.shape[1]):
+        raise ValueError(f"{name} has matrices of {list(inner.shape)} and {list(outer.shape)}, which are no pair")
+    if (inner.shape[1], outer.shape[0]) != (layer.in_features, layer.out_features):
+        found, expected = f"{inner.shape[1]} to {outer.shape[0]}", f"{layer.in_features} to {layer.out_features}"
+        raise ValueError(f"{name} is for {found} features where {expected} are")
 
 
 def _brief(error: Exception) -> str:

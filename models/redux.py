@@ -10,6 +10,7 @@ from PIL.Image import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from models import trust
+from models.hub import BadWeights
 from models.texts import NUM_TOKENS, Text
 
 
@@ -22,7 +23,8 @@ class Redux:
         self._pooled_width = transformer.config.pooled_projection_dim
         told = prior.image_embedder.config.txt_in_features
         if told != self._text_width:
-            raise OSError(f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}")
+            words = f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}"
+            raise BadWeights(f"{words}; take the Redux weights that were made for it")
 
     @property
     def num_tokens(self) -> int:
@@ -34,16 +36,19 @@ class Redux:
     def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
         """In the transformer's type, on the device; only safetensors. Raises OSError, also where it does not fit."""
         trust.check(folder)
-        common = {"dtype": transformer.dtype, "use_safetensors": True, "local_files_only": True}
-        prior = FluxPriorReduxPipeline(
-            image_encoder=SiglipVisionModel.from_pretrained(folder / "image_encoder", **common).eval(),
-            # Pillow's way of scaling is the same everywhere, and needs no torchvision.
-            feature_extractor=SiglipImageProcessorPil.from_pretrained(
-                folder / "feature_extractor", local_files_only=True
-            ),
-            image_embedder=ReduxImageEncoder.from_pretrained(folder / "image_embedder", **common).eval(),
-        )
-        return cls(prior.to(device), transformer)
+        dtype = transformer.dtype
+        with trust.explained(folder):
+            prior = FluxPriorReduxPipeline(
+                image_encoder=trust.whole(
+                    SiglipVisionModel, folder / "image_encoder", dtype=dtype, trust_remote_code=False
+                ),
+                # Pillow's way of scaling is the same everywhere, and needs no torchvision.
+                feature_extractor=SiglipImageProcessorPil.from_pretrained(
+                    folder / "feature_extractor", local_files_only=True, trust_remote_code=False
+                ),
+                image_embedder=trust.whole(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
+            )
+            return cls(prior.to(device), transformer)
 
     # With gradients other kernels would run, and the last bits differ from the pipeline's.
     @torch.no_grad()

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 
 from models import hub, trust
 from models.base import CannotPaint, Placement
@@ -17,8 +16,6 @@ THRESHOLD = 0.5
 #: Without the second, transformers asks on the terminal whether code from the folder may run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
-#: How many tensors that cannot be used an error names.
-_NAMED = 3
 _NOT_A_NUMBER = "The safety checker's answer is not a number, so no picture is shown."
 
 
@@ -36,11 +33,11 @@ class ImageClassifier:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = _whole(AutoModelForImageClassification, folder, **_LOCAL, **options)
-        self.model = model.to(device).eval()
+        model = _whole(AutoModelForImageClassification, folder, trust_remote_code=False, **options)
+        self.model = model.to(device)
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
-            raise ValueError(f"{folder} has no label 'nsfw', only {', '.join(labels)}")
+            raise hub.BadWeights(f"{folder} has no label 'nsfw', only {', '.join(labels)}; take another safety checker")
         self.nsfw = labels["nsfw"]
 
     @torch.no_grad()
@@ -62,8 +59,8 @@ class CompVis:
         from transformers import AutoImageProcessor
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = _whole(StableDiffusionSafetyChecker, folder, local_files_only=True, **options)
-        self.model = model.to(device).eval()
+        model = _whole(StableDiffusionSafetyChecker, folder, trust_remote_code=False, **options)
+        self.model = model.to(device)
         # Within the model, which calls what is not a number safe, and hands on nothing that it was counted from.
         self.model.visual_projection.register_forward_hook(_refuse_without_direction)
 
@@ -89,15 +86,10 @@ class Unavailable:
 
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:
-    """A model with all of its weights from the folder. Raises ValueError: what lacks would be random, and judge."""
-    # Sizes are ignored there to be refused here, with the names.
-    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = kind.from_pretrained(folder, **options)
-    unusable = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    unusable |= {name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()}
-    if unusable:
-        named = ", ".join(sorted(unusable)[:_NAMED])
-        raise ValueError(f"{folder} lacks {len(unusable)} tensors of the model or has no numbers for them: {named}")
+    """A model with all of its weights from the folder, each a number. Raises hub.BadWeights."""
+    model = trust.whole(kind, folder, **options)
+    if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise hub.BadWeights(f"{folder} has no numbers for {trust.shortened(spoilt)}; {hub.REPLACE}")
     return model
 
 
@@ -111,8 +103,10 @@ def _refuse_without_direction(projection: torch.nn.Module, inputs: Any, embeddin
 def load(placement: Placement) -> Checker:
     """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
-        return _load(_folder(placement), device_for(placement.device), dtype_of(placement))
-    except (OSError, ValueError, SafetensorError) as error:
+        folder = _folder(placement)
+        with trust.explained(folder):
+            return _load(folder, device_for(placement.device), dtype_of(placement))
+    except OSError as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
 
 

@@ -16,8 +16,9 @@ DEMO = Path(__file__).parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: What FLUX.1 [dev] reads a picture with instead of a prompt.
 REDUX = AddOn("redux", "black-forest-labs/FLUX.1-Redux-dev")
-#: Loaded by `models.safety` and `models.redux`.
-NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder)
+#: Loaded by `models.safety` and `models.redux`, or by nobody: what FluxPipeline has for IP-Adapters, not served here.
+NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder, "image_encoder", "feature_extractor")
+_MATCH = "take all parts from the same weights"
 
 
 def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
@@ -114,13 +115,16 @@ def load(placement: Placement) -> "tuple[FluxPipeline, memory.Plan]":
     plan = memory.choose(placement.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        if name not in NOT_OF_THE_PIPELINE:
+        if name in trust.CLASSES:
             placement.report(Loading(name, loaded, sum(sizes.values())))
             parts[name] = _load_part(folder, name, dtype)
             if plan.is_whole:
                 parts[name].to(device)
             loaded += size
-    pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts)
+    small = {name: _load_part(folder, name, dtype) for name in trust.CLASSES if name not in parts}
+    with trust.explained(folder):
+        pipeline = FluxPipeline(**parts, **small)
+        _check_fit(folder, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return plan.place(pipeline, device), plan
 
@@ -137,17 +141,41 @@ def _sizes(where: str | Path, folder: Path, dtype: "torch.dtype") -> dict[str, i
 
 
 def _load_part(folder: Path, name: str, dtype: "torch.dtype") -> Any:
-    """A module of the class that model_index.json names. Raises OSError."""
-    from safetensors import SafetensorError
+    """A part of the class that model_index.json names, which was checked before. Raises hub.BadWeights."""
+    from torch.nn import Module
 
     library, class_name = hub.index(folder)[name]
-    kind = getattr(importlib.import_module(library), class_name)
-    try:
-        return kind.from_pretrained(
-            folder, subfolder=name, dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
-    except SafetensorError as error:
-        raise OSError(f"{folder / name}: the weights cannot be read: {error}") from None
+    # Without it, some of transformers' classes ask on the terminal whether code from the folder may run.
+    options = {"trust_remote_code": False} if library == "transformers" else {}
+    with trust.explained(folder / name):
+        kind = getattr(importlib.import_module(library), class_name)
+        if issubclass(kind, Module):
+            return trust.whole(kind, folder / name, dtype=dtype, **options)
+        return kind.from_pretrained(folder / name, local_files_only=True, **options)
+
+
+def _check_fit(folder: Path, pipeline: Any) -> None:
+    """Parts that do not fit each other are whole, and every picture would fail. Raises hub.BadWeights."""
+    clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
+    flow, vae = pipeline.transformer.config, pipeline.vae.config
+    widths = {
+        "text_encoder": (clip.hidden_size, flow.pooled_projection_dim),
+        "text_encoder_2": (t5.d_model, flow.joint_attention_dim),
+        # Four latents are a token.
+        "vae": (4 * vae.latent_channels, flow.in_channels),
+    }
+    for name, (given, taken) in widths.items():
+        if given != taken:
+            raise hub.BadWeights(f"{folder / name} gives {given} channels, and the transformer takes {taken}; {_MATCH}")
+    # On a GPU an index out of range is the end of the process.
+    lengths = {
+        "tokenizer": (max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
+        "tokenizer_2": (max(pipeline.tokenizer_2.get_vocab().values()) + 1, t5.vocab_size),
+        "tokenizer/tokenizer_config.json": (pipeline.tokenizer.model_max_length, clip.max_position_embeddings),
+    }
+    for name, (given, limit) in lengths.items():
+        if given > limit:
+            raise hub.BadWeights(f"{folder / name} counts to {given}, and its text encoder to {limit}; {_MATCH}")
 
 
 def _keep_quiet() -> None:

@@ -157,7 +157,7 @@ def bench(
             typer.echo(line)
             if json_file:
                 measuring.write(json_file, found)
-    except (OSError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

@@ -21,6 +21,10 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: The longest Host that is accepted, in characters: it becomes part of the URLs in answers, which are kept.
+MAX_HOST = 255
+#: The longest X-Forwarded-Prefix that is believed, in characters, likewise.
+MAX_PREFIX = 255
 HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
@@ -130,6 +134,9 @@ class Address:
             prefix = _first(headers, b"x-forwarded-prefix", "").rstrip("/")
             if not HOST.fullmatch(host) or scheme not in ("http", "https"):
                 raise BadRequest("The X-Forwarded headers are malformed")
+            if len(host) > MAX_HOST or len(prefix) > MAX_PREFIX:
+                limits = f"X-Forwarded-Host at most {MAX_HOST} characters, X-Forwarded-Prefix at most {MAX_PREFIX}"
+                raise BadRequest(f"The X-Forwarded headers are too long: {limits}")
         return scheme, host, prefix
 
     def _public_base(self, scope: Scope) -> str:

@@ -3,18 +3,22 @@
 import ipaddress
 import re
 import uuid
-from collections.abc import Mapping
+from collections import Counter
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from server import wire
-from server.address import HOST, hostname_of
-from server.errors import BadRequest, Forbidden, Misdirected, ServerError
+from server.address import HOST, MAX_HOST, hostname_of
+from server.errors import BadRequest, Forbidden, Misdirected, NotFound, ServerError
 from server.fal_hosts import is_fal
 from server.settings import Settings
 
+#: What decides who may come in. Of two of a kind, one part of the server would read the first and another the last; the
+#: parser itself refuses a second Content-Length.
+_ONCE = (b"host", b"origin", b"authorization")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
 
 
@@ -38,16 +42,25 @@ class Admission:
         # What is logged meanwhile says it too; what belongs to a job says the job's.
         with bound_contextvars(request_id=request_id):
             try:
-                self._admit(scope, dict(scope["headers"]))
+                self._admit(scope)
             except ServerError as error:
                 await wire.error(error)(scope, receive, _identified(send, request_id))
             else:
                 await self.app(scope, receive, _identified(send, request_id))
 
-    def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    def _admit(self, scope: Scope) -> None:
+        headers, numbers = dict(scope["headers"]), Counter(name for name, _ in scope["headers"])
+        for name in _ONCE:
+            if numbers[name] > 1:
+                raise BadRequest(f"The {name.decode().title()} header came {numbers[name]} times; send it once")
         host = headers.get(b"host", b"").decode("latin-1")
+        if len(host) > MAX_HOST:
+            raise BadRequest(f"The Host header has {len(host)} characters; it should have at most {MAX_HOST}")
         if not HOST.fullmatch(host):
             raise BadRequest("The Host header is missing or malformed")
+        # Routes are found by regular expressions, whose end is also before a line feed.
+        if _CONTROL.search(scope["path"]):
+            raise NotFound(f"Path {scope['path']!r} not found: it has a control character")
         if not self._is_open:
             return
         if not self._is_own(hostname_of(host)):

@@ -6,36 +6,38 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models import discover, weights
 from models.base import Model
 from models.schema import Limits
-from server import admission, auth, gauges, history, openapi, overview, usage, wire
-from server.address import Address, not_offered
+from server import admission, auth, gauges, history, http_errors, openapi, overview, usage
+from server.address import Address
 from server.admission import Admission
 from server.auth import Keys, Scope
 from server.black_box import BlackBox
-from server.brought import Brought
+from server.brought import INPUTS, Brought, size_of
 from server.cluster import Cluster
 from server.control import Control
 from server.counted import Counted, Routed
-from server.database import Database
+from server.database import Damaged, Database
 from server.engines import placements
-from server.errors import MethodNotAllowed, NotFound, ServerError
 from server.fetch import Guard
 from server.files import Files
+from server.in_flight import InFlight
 from server.inputs import Inputs
 from server.metrics import Metrics
+from server.needs import Needs
 from server.notifier import WEBHOOKS, Notifier
 from server.queue import Queue
 from server.quota import Quota
 from server.ray_runner import Fleet
 from server.retention import Retention
 from server.routes import (
+    TOO_MANY_OPEN,
     Parts,
     catalog,
     files,
@@ -50,7 +52,9 @@ from server.routes import (
     tokens,
 )
 from server.settings import Settings
+from server.shares import Shares
 from server.signing import Signer
+from server.turns import Turns
 from server.uploads import Uploads
 from server.webhooks import Webhooks
 from server.worker import Worker
@@ -81,6 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
         description="fal's API for FLUX.1 [dev] on your own machine.",
         lifespan=partial(_lifespan, settings=settings, database=database),
         redirect_slashes=False,
+        # FastAPI's own pages load their scripts from a public network.
+        docs_url=None,
         redoc_url=None,
     )
     app.state.parts, app.state.worker, app.state.black_box = parts, worker, black_box
@@ -89,8 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
     for nouns in (queue, catalog, storage, tokens, files, operations, playground, platform, openai, realtime, run):
         app.include_router(nouns.router)
     app.mount("/static", playground.files)
-    app.add_exception_handler(ServerError, _server_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.mount("/docs", playground.swagger)
+    http_errors.answer(app)
     app.add_middleware(Routed)
     _add_doors(app, settings, parts.keys)
     app.add_middleware(Counted, metrics=parts.metrics)
@@ -106,10 +112,10 @@ def _join(
     black_box: BlackBox,
 ) -> tuple[Parts, Worker | Cluster]:
     notifier, metrics = Notifier(), Metrics()
-    jobs = _queue(settings, database, notifier, metrics)
-    store = Files(settings.data_dir / "files", database)
+    needs, store = Needs(partial(size_of, settings.data_dir / INPUTS)), Files(settings.data_dir / "files", database)
+    jobs = _queue(settings, database, notifier, metrics, needs)
     guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
-    inputs = _inputs(settings, jobs, guard, store, limits)
+    inputs = _inputs(settings, needs, guard, store, limits)
     worker: Worker | Cluster
     if settings.ray:
         worker = Cluster(settings, jobs, store, Fleet(settings, inputs.brought.path), notifier, metrics)
@@ -117,6 +123,7 @@ def _join(
     else:
         placed, paths = placements(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
+    database.on_damage = worker.fail
     seen = partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
     metrics.watch(seen, partial(gauges.by_gpu, worker.gpus))
     parts = Parts(
@@ -125,7 +132,7 @@ def _join(
         keys=_keys(settings, database),
         guard=guard,
         inputs=inputs,
-        quota=Quota(settings.rate_per_key),
+        **_shared(settings),
         queue=jobs,
         files=store,
         uploads=_uploads(settings, database, store),
@@ -140,6 +147,16 @@ def _join(
         gpus=worker.gpus,
     )
     return parts, worker
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    """What is shared between keys."""
+    return {
+        "quota": Quota(settings.rate_per_key),
+        "in_flight": InFlight(4 * settings.max_body_mib * 2**20),
+        "open_answers": Shares(settings.max_connections, TOO_MANY_OPEN),
+        "turns": Turns("requests", 8, 2),
+    }
 
 
 def _retention(settings: Settings, database: Database, jobs: Queue, store: Files) -> Retention:
@@ -157,7 +174,7 @@ def _uploads(settings: Settings, database: Database, store: Files) -> Uploads:
     )
 
 
-def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: Metrics) -> Queue:
+def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: Metrics, needs: Needs) -> Queue:
     return Queue(
         database,
         notifier,
@@ -165,6 +182,7 @@ def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: 
         metrics=metrics,
         max_length_per_owner=settings.max_queue_length_per_key,
         max_running_per_owner=settings.max_running_per_key,
+        needs=needs,
     )
 
 
@@ -176,12 +194,13 @@ def _control(settings: Settings, parts: Parts, database: Database) -> Control:
     return Control(database, settings.data_dir, on_keys=learn, on_webhooks=ring, is_open=lambda: parts.keys.is_open)
 
 
-def _inputs(settings: Settings, jobs: Queue, guard: Guard, store: Files, limits: Limits) -> Inputs:
+def _inputs(settings: Settings, needs: Needs, guard: Guard, store: Files, limits: Limits) -> Inputs:
     return Inputs(
-        Brought(settings.data_dir / "inputs", jobs.inputs, int(settings.loras_gb * 1e9)),
+        Brought(settings.data_dir / INPUTS, needs.names, int(settings.loras_gb * 1e9)),
         guard,
         store,
         limits,
+        needs=needs,
         max_lora_bytes=settings.max_lora_mib * 2**20,
         max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
     )
@@ -260,30 +279,9 @@ async def _every(seconds: float, act: Callable[[], object]) -> None:
     while True:
         try:
             await asyncio.to_thread(act)
+        except Damaged:
+            # The server ends, and says why.
+            return
         except Exception:
             log.exception("%s failed; trying again", act)
         await asyncio.sleep(seconds)
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ServerError)
-    return wire.error(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors, in fal's words."""
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    # The routes that take any endpoint make every unknown path look like a known one with the wrong verb.
-    is_known = "/requests/" in path or _endpoint(path) in request.app.state.parts.models
-    if error.status_code == 404 or (error.status_code == 405 and not is_known):
-        url = request.state.fal_url
-        return wire.error(not_offered(url) if url else NotFound(f"Path {path} not found"))
-    response = wire.error(MethodNotAllowed()) if error.status_code == 405 else wire.JSON({"detail": error.detail})
-    response.status_code = error.status_code
-    response.headers.update(error.headers or {})
-    return response
-
-
-def _endpoint(path: str) -> str:
-    return path.removeprefix("/queue").removesuffix("/stream").strip("/")

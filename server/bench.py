@@ -25,7 +25,7 @@ def run(
     num_waiting: int,
     cap_gb: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines to print, each with what has been measured so far. Raises OSError when the device cannot be used."""
+    """Lines to print, each with what was measured so far. Raises OSError and ValueError for what cannot be used."""
     import torch
 
     device = weights.device_for(settings.device)

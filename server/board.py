@@ -45,8 +45,11 @@ class Traits:
 
     @classmethod
     def of(cls, text: str) -> "Traits":
-        """Of a request's input."""
-        fields: dict[str, Any] = json.loads(text)
+        """Of a request's input; of one that cannot be read, whoever takes it tells its client."""
+        try:
+            fields: dict[str, Any] = dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            return cls("", "")
         return cls(json.dumps(fields.get("image_size")), str(fields.get("prompt")))
 
 

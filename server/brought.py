@@ -16,6 +16,8 @@ from server.files import is_ours
 #: What was used so shortly ago is left alone: its request is being accepted.
 GRACE_SECONDS = 600.0
 LORA = ".safetensors"
+#: The folder of what was brought, in the data folder.
+INPUTS = "inputs"
 #: What was brought, and what is on its way.
 _OURS = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
 
@@ -26,7 +28,7 @@ class Brought:
     def __init__(
         self,
         folder: Path,
-        needed: Callable[[str | None], set[str]],
+        needed: Callable[[], set[str]],
         max_kept_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -92,16 +94,12 @@ class Brought:
                 self._held.subtract(names)
                 self._held += Counter()
 
-    def num_bytes(self, owner: str, more: set[str]) -> int:
-        """Of what an owner's requests need that are not done, and of these."""
-        return sum(self._size(name) for name in self._needed(owner) | more)
-
     def sweep(self) -> int:
         """Delete what no request needs that is not done: pictures at once, LoRAs as the room is needed, oldest first.
 
         Returns how many.
         """
-        needed = self._needed(None)
+        needed = self._needed()
         found = (path for path in self._folder.iterdir() if is_ours(path, _OURS))
         idle = sorted((path for path in found if path.name not in needed), key=_used_at)
         excess = sum(self._size(path.name) for path in self._folder.glob(f"*{LORA}")) - self.max_kept_bytes
@@ -124,10 +122,15 @@ class Brought:
             return True
 
     def _size(self, name: str) -> int:
-        try:
-            return self.path(name).stat().st_size
-        except FileNotFoundError:
-            return 0
+        return size_of(self._folder, name)
+
+
+def size_of(folder: Path, name: str) -> int:
+    """Bytes of a file that was brought; 0 where there is none."""
+    try:
+        return (folder / name).stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _used_at(path: Path) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from models.base import Loading
 from server.board import Board, Traits
+from server.database import Damaged
 from server.errors import DiskFull
 from server.files import Files
 from server.gpu import Gpu
@@ -104,7 +105,7 @@ class Cluster:
             except DiskFull:
                 log.error("the disk is full; nothing is lost, trying again every second")
             except FleetLost as error:
-                self._fail(error)
+                self.fail(error)
                 return
             except Exception:
                 log.exception("the cluster could not be looked after; trying again")
@@ -133,9 +134,12 @@ class Cluster:
         self._changed.append(seat)
         self._notifier.work.set()
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """The head cannot go on: another process starts with what is in the queue. Called from any thread."""
-        log.error("the cluster is given up: %s", error, exc_info=None if isinstance(error, FleetLost) else error)
+        if self.failure is not None:
+            return
+        is_told = isinstance(error, FleetLost | Damaged)
+        log.error("the cluster is given up: %s", error, exc_info=None if is_told else error)
         self.failure = error
         self._notifier.ring(WORKER)
 
@@ -150,7 +154,7 @@ class Cluster:
         wanted = self._num_wanted()
         for _ in range(wanted - len(staying)):
             seat = Seat(
-                self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell, self._fail
+                self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell, self.fail
             )
             self._num_seats += 1
             self._seats.append(seat)

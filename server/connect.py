@@ -10,13 +10,18 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.fal_hosts import is_certified, is_fal
 
 log = logging.getLogger(__name__)
 
+#: Tunnels that are open at a time, each of which holds two sockets.
+MAX_TUNNELS = 512
 _MAX_HEAD = 16_384
+#: The longest host name, in characters.
+_MAX_HOST = 255
 #: Seconds a client gets to say where it wants to go.
 _HEAD_TIMEOUT = 10.0
 _CHUNK = 65_536
@@ -38,9 +43,18 @@ _Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class ConnectDoor:
     """Leads fal's hosts to our ports; anything else is refused unless let through."""
 
-    def __init__(self, address: str, port: int, tls_port: int, lets_others_through: bool) -> None:
+    #: Seconds after which a tunnel is closed over which nothing comes, from either side; also one whose client waits
+    #: for a run.
+    idle_seconds = 600.0
+    #: Seconds that connecting to the other side may take.
+    connect_seconds = 10.0
+
+    def __init__(
+        self, address: str, port: int, tls_port: int, lets_others_through: bool, max_tunnels: int = MAX_TUNNELS
+    ) -> None:
         self._address, self._port, self._tls_port = address, port, tls_port
         self._lets_others_through = lets_others_through
+        self._max_tunnels = max_tunnels
         self._tunnels: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -57,6 +71,14 @@ class ConnectDoor:
         await asyncio.gather(*self._tunnels, return_exceptions=True)
 
     def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._tunnels) >= self._max_tunnels:
+            log.warning("%d tunnels are open in the CONNECT door; another one is refused", self._max_tunnels)
+            words = (
+                f"This proxy has {self._max_tunnels} tunnels open, which is its limit; close one, or try again later."
+            )
+            writer.write(_said("503 Service Unavailable", words))
+            writer.close()
+            return
         # A task of our own: asyncio's would print a traceback when the stop cancels it.
         tunnel = asyncio.create_task(self._serve(reader, writer))
         self._tunnels.add(tunnel)
@@ -65,16 +87,59 @@ class ConnectDoor:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client connection from its first line to its end."""
         try:
+            await self._lead(reader, writer)
+            await self._sent(writer)
+        except TimeoutError:
+            log.debug("a tunnel was idle for %.0f seconds", self.idle_seconds)
+        finally:
+            writer.transport.abort()
+
+    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Bring a client where it wants to go, or tell it why not. Raises TimeoutError for an idle tunnel."""
+        try:
             target = await _target_of(reader)
             there = await self._connect(target)
         except _Refused as refusal:
-            await _answer(writer, refusal.line, str(refusal))
-        else:
+            writer.write(_said(refusal.line, str(refusal)))
+            return
+        try:
             if not target.request:
-                await _answer(writer, "200 Connection established")
-            await _tunnel((reader, writer), there, target)
+                writer.write(_said("200 Connection established"))
+            await self._tunnel((reader, writer), there, target)
+            await self._sent(there[1])
         finally:
-            writer.close()
+            there[1].transport.abort()
+
+    async def _tunnel(self, here: _Ends, there: _Ends, target: "_Target") -> None:
+        """Carry bytes both ways until both sides have said all; of a whole request no more than it is long.
+
+        Raises TimeoutError when nothing came for too long.
+        """
+        now = asyncio.get_running_loop().time
+        there[1].write(target.request)
+        async with asyncio.timeout(self.idle_seconds) as quiet:
+
+            def heard() -> None:
+                if not quiet.expired():
+                    quiet.reschedule(now() + self.idle_seconds)
+
+            try:
+                async with asyncio.TaskGroup() as ways:
+                    sending = ways.create_task(_carry(here[0], there[1], heard, target.length))
+                    answering = ways.create_task(_carry(there[0], here[1], heard))
+                    if target.request:
+                        # What follows a whole request and its answer is the next one, and may be for another host.
+                        await answering
+                        sending.cancel()
+            except* OSError:
+                log.debug("a tunnel broke")
+
+    async def _sent(self, writer: asyncio.StreamWriter) -> None:
+        """Close a connection, and wait until what was written to it is sent; not for ever where nobody reads it."""
+        writer.close()
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(self.idle_seconds):
+                await writer.wait_closed()
 
     async def _connect(self, target: "_Target") -> _Ends:
         host, port = target.host, target.port
@@ -91,7 +156,11 @@ class ConnectDoor:
                 f"{host} is not one of fal's hosts; --proxy-others lets others through.",
             )
         try:
-            return await asyncio.open_connection(host, port)
+            async with asyncio.timeout(self.connect_seconds):
+                return await asyncio.open_connection(host, port)
+        except TimeoutError:
+            words = f"{host}:{port} did not answer within {self.connect_seconds:.0f} seconds."
+            raise _Refused("504 Gateway Timeout", words) from None
         # ValueError: a name that no look-up takes.
         except (OSError, ValueError, OverflowError):
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
@@ -155,39 +224,25 @@ def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
 
 
 def _target(host: str, port: int, request: bytes = b"", length: int | None = None) -> _Target:
-    if not host or not 0 < port < 65536:
-        raise _Refused("400 Bad Request", "A proxy is told a host and a port.")
+    if not 0 < len(host) <= _MAX_HOST or not 0 < port < 65536:
+        words = f"A proxy is told a host, of at most {_MAX_HOST} characters, and a port."
+        raise _Refused("400 Bad Request", words)
     return _Target(host.strip("[]").lower().rstrip("."), port, request, length)
 
 
-async def _answer(writer: asyncio.StreamWriter, line: str, reason: str = "") -> None:
+def _said(line: str, reason: str = "") -> bytes:
+    """An answer of the proxy itself."""
     body = reason.encode()
     length = f"content-length: {len(body)}\r\nconnection: close\r\n" if reason else ""
-    writer.write(f"HTTP/1.1 {line}\r\n{length}\r\n".encode() + body)
-    with contextlib.suppress(ConnectionError):
-        await writer.drain()
+    return f"HTTP/1.1 {line}\r\n{length}\r\n".encode() + body
 
 
-async def _tunnel(here: _Ends, there: _Ends, target: _Target) -> None:
-    """Carry bytes both ways until both sides have said all; of a whole request no more than it is long."""
-    there[1].write(target.request)
-    sending = asyncio.create_task(_carry(here[0], there[1], target.length))
-    # Looked at, because a client may leave in the middle of a body.
-    sending.add_done_callback(lambda task: task.cancelled() or task.exception())
-    try:
-        answering = _carry(there[0], here[1])
-        # What follows a whole request and its answer is the next one, and may be for another host.
-        await (answering if target.request else asyncio.gather(sending, answering))
-    except (ConnectionError, TimeoutError):
-        log.debug("a tunnel broke")
-    finally:
-        sending.cancel()
-        there[1].close()
-
-
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, length: int | None = None) -> None:
-    """All that is said, or so many bytes of it."""
+async def _carry(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Callable[[], None], length: int | None = None
+) -> None:
+    """All that is said, or so many bytes of it; `heard` is called for each piece. Raises OSError when it breaks off."""
     while length != 0 and (chunk := await reader.read(_CHUNK if length is None else min(length, _CHUNK))):
+        heard()
         writer.write(chunk)
         await writer.drain()
         length = None if length is None else length - len(chunk)

@@ -1,10 +1,12 @@
 """The data folder's one SQLite file and the one connection to it."""
 
 import fcntl
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from server.errors import DiskFull
@@ -13,7 +15,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 FILE = "queue.sqlite3"
 #: What its rows list lies here, beside it. A start removes what no row lists.
 FOLDERS = ("files", "uploads", "inputs")
-VERSION = 6
+VERSION = 7
 #: What SQLite says when there is no more room: for a table, and for the index of its log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 #: And of a file that is none of its own, or is damaged.
@@ -39,6 +41,50 @@ _STEPS = {
         ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'));
         CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> '';
         CREATE INDEX jobs_failed ON jobs (finished_at) WHERE status >= 500
+    """,
+    7: """
+        DROP INDEX jobs_large;
+        ALTER TABLE jobs ADD COLUMN row_size INTEGER NOT NULL DEFAULT 0 CHECK (row_size >= 0);
+        CREATE TABLE kept (
+            owner        TEXT PRIMARY KEY,
+            num_bytes    INTEGER NOT NULL CHECK (num_bytes >= 0),
+            num_uploads  INTEGER NOT NULL CHECK (num_uploads >= 0),
+            upload_bytes INTEGER NOT NULL CHECK (upload_bytes >= 0)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TRIGGER files_kept AFTER INSERT ON files BEGIN
+            INSERT INTO kept VALUES (
+                NEW.owner, max(NEW.size, 4096), NEW.request_id IS NULL, max(NEW.size, 4096) * (NEW.request_id IS NULL)
+            ) ON CONFLICT DO UPDATE SET
+                num_bytes = num_bytes + excluded.num_bytes,
+                num_uploads = num_uploads + excluded.num_uploads,
+                upload_bytes = upload_bytes + excluded.upload_bytes;
+        END;
+
+        CREATE TRIGGER files_gone AFTER DELETE ON files BEGIN
+            UPDATE kept SET
+                num_bytes = num_bytes - max(OLD.size, 4096),
+                num_uploads = num_uploads - (OLD.request_id IS NULL),
+                upload_bytes = upload_bytes - max(OLD.size, 4096) * (OLD.request_id IS NULL)
+            WHERE owner = OLD.owner;
+            DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
+        END;
+
+        CREATE TRIGGER jobs_kept AFTER UPDATE OF row_size ON jobs BEGIN
+            INSERT INTO kept VALUES (NEW.owner, NEW.row_size - OLD.row_size, 0, 0)
+            ON CONFLICT DO UPDATE SET num_bytes = num_bytes + excluded.num_bytes;
+        END;
+
+        CREATE TRIGGER jobs_gone AFTER DELETE ON jobs BEGIN
+            UPDATE kept SET num_bytes = num_bytes - OLD.row_size WHERE owner = OLD.owner;
+            DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
+        END;
+
+        INSERT INTO kept
+            SELECT owner, sum(max(size, 4096)), sum(request_id IS NULL), sum(max(size, 4096) * (request_id IS NULL))
+            FROM files GROUP BY owner;
+        UPDATE jobs SET row_size = 1024 + length(CAST(input || output || coalesce(logs, '') AS BLOB))
+            WHERE state = 'COMPLETED'
     """,
 }
 
@@ -104,7 +150,9 @@ class Database:
         # SQLite gives its other files the mode of this one.
         (folder / FILE).touch(mode=0o600)
         (folder / FILE).chmod(0o600)
-        self._lock_file = (folder / "lock").open("w")
+        # Nobody else's to open either: who locks it keeps the server from starting.
+        self._lock_file = os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
+        os.fchmod(self._lock_file.fileno(), 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -113,7 +161,11 @@ class Database:
         self._file = folder / FILE
         self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
+        # A text that is none, in a damaged row, must not keep all others from being read.
+        self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
+        #: Told when the file turns out to be damaged: whoever has it open cannot go on.
+        self.on_damage: Callable[[Damaged], None] = lambda error: None
         try:
             with _in_our_words(self._file):
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
@@ -134,9 +186,19 @@ class Database:
             self._connection.executescript(f"BEGIN IMMEDIATE;\n{_STEPS[step]};\nPRAGMA user_version = {step};\nCOMMIT;")
 
     @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The connection, for one thread at a time. Raises DiskFull and Damaged."""
+        try:
+            with self._lock, _in_our_words(self._file):
+                yield
+        except Damaged as error:
+            self.on_damage(error)
+            raise
+
+    @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
-        with self._lock, _in_our_words(self._file):
+        with self._held():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
@@ -148,7 +210,7 @@ class Database:
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
         """Rows of one query."""
-        with self._lock, _in_our_words(self._file):
+        with self._held():
             return self._connection.execute(sql, parameters).fetchall()
 
     def copy(self, folder: Path, together_with: Callable[[], None]) -> None:
@@ -156,7 +218,7 @@ class Database:
 
         Raises DiskFull.
         """
-        with self._lock, _in_our_words(self._file):
+        with self._held():
             self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
             together_with()
         (folder / FILE).chmod(0o600)

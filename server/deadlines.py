@@ -17,15 +17,17 @@ class TimedProtocol(HttpToolsProtocol):
     """uvicorn's own, with an end to its patience, in seconds.
 
     Whoever takes longer is cut off without an answer: some clients repeat at once what is answered with 408. A body
-    may come slowly but steadily, and an answer may be read so.
+    may come slowly but steadily, and an answer may be read so; what came fast before earns no long silence.
     """
 
-    # Promised are 10 s and 60 s; in a busy process a timer comes late.
+    # Promised are 10 s, 20 s and 60 s; in a busy process a timer comes late.
     header_seconds = 9.5
     #: Of a request line and its headers, of trailers, and of what stands between two parts of a body; beside what comes
     #: with the first of it. httptools itself has no limit.
     header_bytes = 65_536
     body_seconds = 59.0
+    #: The longest that nothing may come of a body, however fast it came before.
+    gap_seconds = 19.5
     #: Bytes of a body that earn one more second.
     body_rate = 16_384
     answer_seconds = 59.0
@@ -36,7 +38,7 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._answer_timer: asyncio.TimerHandle | None = None
-        self._begun, self._received = 0.0, 0
+        self._begun, self._heard, self._received = 0.0, 0.0, 0
         self._beside_body = 0
         if len(self.connections) > self.max_connections:
             log.warning("more than %d connections are open; another one is refused", self.max_connections)
@@ -60,20 +62,22 @@ class TimedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._beside_body = 0
+        self._beside_body, self._begun = 0, 0.0
         if self._timer is None:
             self._expect(self.header_seconds)
 
     def on_headers_complete(self) -> None:
         """From here on the body is waited for."""
         super().on_headers_complete()
-        self._begun, self._received = self.loop.time(), 0
-        self._expect(self.body_seconds)
+        self._begun = self._heard = self.loop.time()
+        self._received = 0
+        self._expect(min(self.body_seconds, self.gap_seconds))
 
     def on_body(self, body: bytes) -> None:
         """A part of it, be it one byte: however small the chunks are, a whole body passes."""
         self._beside_body = 0
         self._received += len(body)
+        self._heard = self.loop.time()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -110,8 +114,16 @@ class TimedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        left = self._begun + self.body_seconds + self._received / self.body_rate - self.loop.time()
-        if self._received and left > 0:
+        if not self._begun:
+            self._cut_off()
+            return
+        now = self.loop.time()
+        if self.flow.read_paused:
+            # It is the server that does not read, and the body has come as far as it can.
+            self._begun, self._heard = self._begun + now - self._heard, now
+        average = self._begun + self.body_seconds + self._received / self.body_rate
+        left = min(average, self._heard + self.gap_seconds) - now
+        if left > 0:
             self._expect(left)
         else:
             self._cut_off()

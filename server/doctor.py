@@ -1,6 +1,5 @@
 """What this machine can run, and why not: looked at before anything is loaded."""
 
-import json
 import os
 import shutil
 import socket
@@ -45,12 +44,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
         return
     try:
         places = weights.assign(settings.weights, discover(settings.models_dir))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield Finding("weights", False, str(error))
         return
     served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
     for where, endpoints in served.items():
-        yield from _weights(where, endpoints, settings, *found)
+        try:
+            yield from _weights(where, endpoints, settings, *found)
+        except OSError as error:
+            yield Finding(_name(where), False, str(error))
     yield _checker(settings, list(served))
 
 
@@ -127,30 +129,32 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | No
 def _weights(
     where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
 ) -> Iterator[Finding]:
-    name = "demo" if where == weights.DEMO else str(where)
+    """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
+    name = _name(where)
     folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
         yield Finding(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
-    elif lacking := hub.missing(folder):
-        yield Finding(name, False, f"{folder} lacks {', '.join(lacking)}")
-        return
-    elif refused := _refused(folder):
-        yield Finding(name, False, refused)
-        return
     else:
+        trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
+        if redux := weights.installed(where, weights.REDUX):
+            trust.check(redux)
         sizes = weights.sizes_on_disk(where, folder)
         size = sum(sizes.values()) / 1e9
         yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
     try:
         dtype = weights.dtype_for(settings.dtype, device, sum(sizes.values()))
+        if device == "cpu":
+            yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
     except OSError as error:
         yield Finding(f"{name} type", False, str(error))
         return
-    if device == "cpu":
-        yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
     sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
     yield _memory(name, sizes, settings.memory, device, free)
+
+
+def _name(where: str | Path) -> str:
+    return "demo" if where == weights.DEMO else str(where)
 
 
 def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
@@ -161,16 +165,11 @@ def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
     words = weights.type_name(dtype)
     if transformer_size < 2 * FULL_SIZE:
         return words
-    own = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8")) if folder else {}
-    return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
-
-
-def _refused(folder: Path) -> str:
-    try:
-        trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
-    except OSError as error:
-        return str(error)
-    return ""
+    if folder is None:
+        return f"{words}; {Device('cpu').step_words(FLUX_DEV, dtype)}; use a GPU"
+    with trust.explained(folder / "transformer"):
+        own = hub.read(folder / "transformer" / "config.json")
+        return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
 
 def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
@@ -192,10 +191,24 @@ def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: 
 
 
 def _checker(settings: Settings, places: list[str | Path]) -> Finding:
+    try:
+        return _found_checker(settings.safety_checker, places)
+    except OSError as error:
+        return Finding("safety checker", False, str(error))
+
+
+def _found_checker(name: str, places: list[str | Path]) -> Finding:
+    """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
     folders = [place if isinstance(place, Path) else hub.locate(place) for place in places]
-    if folders and all(folder is not None and (folder / "safety_checker").is_dir() for folder in folders):
-        return Finding("safety checker", True, "comes with the weights")
-    name = settings.safety_checker
-    is_here = Path(name).is_dir() or hub.locate(name) is not None
-    words = f"{name} is here" if is_here else f"{name} is not here; `flux-server pull {name}` brings it"
-    return Finding("safety checker", is_here, words)
+    own = [folder / "safety_checker" for folder in folders if folder is not None]
+    if own and len(own) == len(folders) and all(folder.is_dir() for folder in own):
+        found, words = own, "comes with the weights"
+    elif configured := Path(name) if Path(name).is_dir() else hub.locate(name):
+        found, words = [configured], f"{name} is here"
+    else:
+        return Finding("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
+    for folder in found:
+        trust.check(folder)
+        if hub.missing(folder):
+            return Finding("safety checker", False, f"{folder} lacks its configuration or its safetensors")
+    return Finding("safety checker", True, words)

@@ -78,7 +78,9 @@ class Engines:
                 self._load(endpoint)
 
     def at_hand(self, endpoint: str) -> Engine | None:
-        """The engine of an endpoint, if it is in memory; that counts as use."""
+        """The engine of an endpoint, if it is served and in memory; that counts as use."""
+        if endpoint not in self:
+            return None
         key = self._key(endpoint)
         if key in self._loaded:
             self._loaded.move_to_end(key)

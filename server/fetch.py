@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpcore
 import httpx
-from ssrfguard import Policy, SSRFGuardError
+from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
 from ssrfguard.httpx import AsyncClient
 
 from server.errors import Unusable
@@ -18,6 +18,8 @@ from server.errors import Unusable
 #: The ports a web server is found on; the low ones belong to mail, shells and the like.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
 MAX_REDIRECTS = 5
+#: In characters. A longer ETag is not worth remembering: its file is downloaded again.
+MAX_ETAG = 255
 #: Seconds in which something must come, while a download goes on.
 _QUIET_SECONDS = 20.0
 _CHUNK = 2**18
@@ -26,6 +28,15 @@ MAX_ANSWER_BYTES = 2**16
 #: What the system holds for us of it. After connecting: what was on its way by then may be as much again.
 _SMALL_BUFFER = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+#: ssrfguard's table, which judges an address that carries an IPv4 address by that one too; and of IPv6 only what the
+#: internet has. Outside of it are ways to carry one that the table does not list, such as ::ffff:0:127.0.0.1.
+_ADDRESSES = AddressTable(
+    (
+        *DEFAULT_DENIED.blocks,
+        Block(ipaddress.ip_network("::/0"), "Reserved by IETF", "RFC4291", Reach.DENIED),
+        Block(ipaddress.ip_network("2000::/3"), "Global Unicast", "RFC4291", Reach.PERMITTED),
+    )
+)
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -39,7 +50,7 @@ class Guard:
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         networks, self._hosts = _sorted_out(allow)
-        self._policy = Policy(allowed_networks=networks, allowed_ports=PORTS)
+        self._policy = Policy(denied_networks=_ADDRESSES, allowed_networks=networks, allowed_ports=PORTS)
         self._open_policy = Policy(allowed_networks=_EVERYWHERE, allowed_ports=PORTS)
         # Once: reading the public authorities takes 15 ms, in which nobody else is served.
         self._tls = httpx.create_ssl_context(trust_env=False)
@@ -66,7 +77,9 @@ class Guard:
             raise ForbiddenURL(f"not a URL: {error}") from None
 
     async def download(self, url: str, to: Path, max_bytes: int, seconds: float, etag: str = "") -> str | None:
-        """GET into a file; gives its ETag, or "". None, and no file, when it is the one of this `etag` still.
+        """GET into a file; gives its ETag, or "" for none or a long one.
+
+        None, and no file, when it is the one of this `etag` still.
 
         Each redirect is judged anew; `seconds` are for all of it.
 
@@ -77,7 +90,7 @@ class Guard:
                 for _ in range(MAX_REDIRECTS + 1):
                     response = await self._get(url, to, max_bytes, etag)
                     if not response.has_redirect_location:
-                        return None if response.status_code == 304 else response.headers.get("etag", "")
+                        return None if response.status_code == 304 else _etag(response)
                     url = str(response.url.join(response.headers["location"]))
         except TimeoutError:
             raise Unusable("file_download_error", f"The download took longer than {seconds:.0f} seconds") from None
@@ -136,6 +149,11 @@ class Guard:
         except ValueError:
             return self._policy
         return self._open_policy if host in self._hosts else self._policy
+
+
+def _etag(response: httpx.Response) -> str:
+    etag = response.headers.get("etag", "")
+    return etag if len(etag) <= MAX_ETAG else ""
 
 
 def _bounded(max_bytes: int) -> dict[str, Any]:

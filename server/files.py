@@ -20,9 +20,21 @@ log = logging.getLogger(__name__)
 
 #: What the system says when there is no more room.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Bytes that a file takes at least, however small it is: a block, and its row.
+_BLOCK = 4096
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 #: Also of one that is being written.
 _OURS = re.compile(rf"{_NAME.pattern}(\.part)?")
+
+
+def room_of(size: int) -> int:
+    """Bytes that a file of this size counts as. The database's triggers count so too."""
+    return max(size, _BLOCK)
+
+
+def is_name(name: str) -> bool:
+    """Whether a file of the store can have this name."""
+    return bool(_NAME.fullmatch(name))
 
 
 def new_name(ending: str) -> str:
@@ -117,6 +129,10 @@ class Files:
         if not rows or (rows[0]["expires_at"] is not None and rows[0]["expires_at"] <= self._clock()):
             return None
         return StoredFile(**{**dict(rows[0]), "is_private": bool(rows[0]["is_private"])})
+
+    def lists(self, name: str) -> bool:
+        """Whether a row lists a file of this name, be it expired."""
+        return bool(self._database.read("SELECT 1 FROM files WHERE name = ?", name))
 
     def path(self, file: StoredFile) -> Path:
         """Where it lies."""

@@ -99,13 +99,23 @@ def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
         "duration": round(row["finished_at"] - row["submitted_at"], 3),
     }
     if has_payloads:
-        item["json_input"] = _without_held(from_json(row["input"]), from_json(row["inputs"]))
-        item["json_output"] = from_json(row["output"]) if row["output"] else None
+        item["json_input"] = _without_held(_parsed(row["input"]), _parsed(row["inputs"]))
+        item["json_output"] = _parsed(row["output"]) if row["output"] else None
     return item
 
 
-def _without_held(given: Any, held: Mapping[str, str]) -> Any:
+def _parsed(text: str) -> Any:
+    """What JSON says; None for a damaged row's, so that the others of its page are listed."""
+    try:
+        return from_json(text)
+    except ValueError:
+        return None
+
+
+def _without_held(given: Any, held: Any) -> Any:
     """The input without what came in the request itself: it is not kept, and stands there by a name of our own."""
+    if not (isinstance(given, dict) and isinstance(held, dict)):
+        return given
     for place, name in held.items():
         *path, last = place.split(".")
         inner = given

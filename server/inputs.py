@@ -5,12 +5,12 @@ import base64
 import binascii
 import os
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic_core import to_json
@@ -21,6 +21,8 @@ from server.brought import LORA, Brought
 from server.errors import DiskFull, InvalidInput, QueueFull, Unusable
 from server.fetch import ForbiddenURL, Guard
 from server.files import FULL, Files
+from server.needs import Needs
+from server.turns import Turns
 
 MAX_PICTURE_BYTES = 25 * 2**20
 #: What an input needs that brings the largest picture as a data URI; the rest of it is small.
@@ -29,6 +31,7 @@ MAX_INPUT_BYTES = MAX_PICTURE_BYTES * 4 // 3 + 2**20
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many addresses are remembered with the ETags of what came from them.
 MAX_KNOWN = 10_000
+MAX_KNOWN_ADDRESS = 1024
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
 MAX_ADDRESS = 8192
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
@@ -36,7 +39,6 @@ _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 Loc = tuple[str | int, ...]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class Inputs:
         files: Files,
         limits: Limits,
         *,
+        needs: Needs,
         max_lora_bytes: int = 2**30,
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
         self.brought = brought
         self.guard = guard
         self._files = files
+        self._needs = needs
         self.limits = limits
         self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {
@@ -83,23 +87,25 @@ class Inputs:
         }
         self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
-        self._downloads_of: dict[str, asyncio.Semaphore] = {}
+        self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self._threads = ThreadPoolExecutor(2, "inputs")
+        self._turns = Turns("inputs", 4, 1)
 
     async def bring(self, request: ImageInput, owner: str) -> dict[str, str]:
         """Everything that the request names by address: the field's place, and the file's name.
 
         Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
         """
+        # What a request names twice comes once.
+        found: dict[tuple[str, str], str] = {}
         brought: dict[str, str] = {}
         with self.brought.held() as hold:
             for loc, kind, address in remotes(request):
-                name = await self._brought(address, owner, kind, loc)
-                hold(name)
-                brought[".".join(map(str, loc))] = name
-        num_bytes = await self._in_thread(self.brought.num_bytes, owner, set(brought.values())) if brought else 0
-        if num_bytes > self._max_bytes_per_owner:
+                if (kind, address) not in found:
+                    found[kind, address] = await self._brought(address, owner, kind, loc)
+                    hold(found[kind, address])
+                brought[".".join(map(str, loc))] = found[kind, address]
+        if self._needs.num_bytes(owner, set(found.values())) > self._max_bytes_per_owner:
             raise QueueFull("The waiting requests of this key bring too much along (--max-uploads-gb); try again later")
         return brought
 
@@ -123,20 +129,19 @@ class Inputs:
         kind, aside = self._kinds[kind_name], self.brought.aside()
         try:
             if address[:5].lower() == "data:":
-                await self._in_thread(_decode, address, aside, kind)
+                await self._turns.run(owner, _decode, address, aside, kind)
             elif own := _own_name(address):
-                await asyncio.to_thread(self._link, own, owner, aside)
+                await self._turns.run(owner, self._link, own, owner, aside)
             else:
                 return await self._downloaded(address, owner, aside, kind_name)
-            return await self._in_thread(self._keep, aside, kind)
+            return await self._turns.run(owner, self._keep, aside, kind)
         finally:
             aside.unlink(missing_ok=True)
 
     async def _downloaded(self, address: str, owner: str, aside: Path, kind_name: str) -> str:
         """From another server; what is here already and has not changed there does not come again."""
         kind = self._kinds[kind_name]
-        semaphore = self._downloads_of.setdefault(owner, asyncio.Semaphore(MAX_DOWNLOADS_PER_OWNER))
-        async with semaphore, self._downloads:
+        async with self._downloads_of[owner], self._downloads:
             try:
                 if kind_name == "lora":
                     address = await hub_files.address_of(address, self.guard, aside)
@@ -144,22 +149,19 @@ class Inputs:
                     raise Unusable("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
-                is_here = known is not None and await self._in_thread(self.brought.touch, known.name)
+                is_here = known is not None and await self._turns.run(owner, self.brought.touch, known.name)
                 etag = known.etag if known and is_here else ""
                 found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag)
             except ForbiddenURL as error:
                 raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None
         if found is None and known:
             return known.name
-        name = await self._in_thread(self._keep, aside, kind)
-        if found:
+        name = await self._turns.run(owner, self._keep, aside, kind)
+        if found and len(address) <= MAX_KNOWN_ADDRESS:
             self._known[kind_name, address] = _Known(found, name)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
         return name
-
-    async def _in_thread(self, act: Callable[..., Result], *given: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, act, *given)
 
     def _link(self, name: str, owner: str, to: Path) -> None:
         """A file of our own store: linked, not read, because it may be deleted meanwhile."""

@@ -20,19 +20,29 @@ from server.quota import Quota
 #: fal's smallest start deadline, in seconds.
 MIN_START_TIMEOUT = 0.1
 MAX_IDEMPOTENCY_KEY = 255
+MAX_RUNNER_HINT = 255
+MAX_WEBHOOK_URL = 2048
 #: curl's -d says the second, some clients say nothing; the body is JSON all the same.
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
 async def read(
-    request: Request, model: Model, owner: str, *, mode: Mode, inputs: Inputs, quota: Quota, body: bytes | None = None
+    request: Request,
+    body: bytes,
+    model: Model,
+    owner: str,
+    *,
+    mode: Mode,
+    inputs: Inputs,
+    quota: Quota,
+    content_type: str | None = None,
 ) -> Submission:
-    """The submission in this request, and what it names by address; `body` is what stands for the request's own.
+    """The submission in this request and its body, and what it names by address.
 
-    Raises InvalidInput and BadRequest, naming the field and the limit, TooManyRequests, and DiskFull.
+    `content_type` is the body's where that is not the request's own. Raises InvalidInput and BadRequest, naming the
+    field and the limit, TooManyRequests, and DiskFull.
     """
-    content_type = request.headers.get("content-type", "") if body is None else ""
-    body = await request.body() if body is None else body
+    content_type = request.headers.get("content-type", "") if content_type is None else content_type
     fields = validate(model, body, content_type, inputs.limits)
     # What was refused costs nothing; what brings files does, so this comes first.
     quota.take(owner)
@@ -53,7 +63,7 @@ async def read(
         is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
         lifecycle=lifecycle(request.headers),
         max_queue_length=_max_queue_length(request.query_params),
-        runner_hint=request.headers.get("x-fal-runner-hint"),
+        runner_hint=_runner_hint(request.headers),
     )
 
 
@@ -93,6 +103,9 @@ def _webhook(parameters: Mapping[str, str], guard: Guard) -> str | None:
     url = parameters.get("fal_webhook")
     if not url:
         return None
+    if len(url) > MAX_WEBHOOK_URL:
+        message, loc = f"URL should have at most {MAX_WEBHOOK_URL} characters", ["query", "fal_webhook"]
+        raise InvalidInput([{"type": "url_too_long", "loc": loc, "msg": message, "input": url[:1000]}])
     try:
         guard.check(url)
     except ForbiddenURL as error:
@@ -106,6 +119,13 @@ def _idempotency_key(headers: Mapping[str, str]) -> str | None:
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY:
         raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters")
     return key
+
+
+def _runner_hint(headers: Mapping[str, str]) -> str | None:
+    hint = headers.get("x-fal-runner-hint")
+    if hint is not None and len(hint) > MAX_RUNNER_HINT:
+        raise BadRequest(f"X-Fal-Runner-Hint should have at most {MAX_RUNNER_HINT} characters")
+    return hint
 
 
 def _max_queue_length(parameters: Mapping[str, str]) -> int | None:

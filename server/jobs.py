@@ -86,6 +86,10 @@ class Job:
     is_kept: bool = True
     lifecycle: Lifecycle = Lifecycle()
     inputs: Mapping[str, str] = field(default_factory=dict)
+    #: Bytes of its input's text.
+    input_size: int = 0
+    #: Whether its row does not say any more which files the input names by address.
+    is_damaged: bool = False
     error: str | None = None
     error_type: str | None = None
     inference_time: float | None = None

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 #: What is read of a picture that a client sends.
 SOURCE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SOURCE_PIXELS = 16_000_000
+# Pillow warns of each entry of bad metadata: one picture of less than a megabyte would fill the log with thirteen.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read(path: Path, limits: Limits) -> Image:

@@ -20,6 +20,7 @@ from server.errors import (
 )
 from server.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.metrics import Metrics
+from server.needs import Needs
 from server.notifier import QUEUE, WEBHOOKS, Notifier
 from server.order import Order
 
@@ -45,8 +46,9 @@ class Queue:
         *,
         max_length_per_owner: int = 0,
         max_running_per_owner: int = 0,
+        needs: Needs | None = None,
     ) -> None:
-        """Limits of 0 are none."""
+        """Limits of 0 are none. `needs` is told of each request until it is done."""
         self._database = database
         self._metrics = metrics or Metrics()
         self._notifier = notifier
@@ -58,6 +60,7 @@ class Queue:
         #: Told of a running job that is cancelled; returns when whoever works at it knows, wherever that is.
         self.on_cancel: Callable[[Job], None] = lambda job: None
         self._order = Order()
+        self._needs = needs or Needs(lambda name: 0)
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
 
@@ -75,6 +78,7 @@ class Queue:
                     raise TooManyRequests(f"{self._max_length_per_owner} requests of this key wait, the most that may")
                 job = rows.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
+            self._needs.add(job)
             self._order.wait(job)
         self._metrics.submitted.labels(job.endpoint).inc()
         self._notifier.work.set()
@@ -127,12 +131,6 @@ class Queue:
     def position(self, job: Job) -> int:
         """How many requests are ahead of it."""
         return self._order.position(job)
-
-    def inputs(self, owner: str | None = None) -> set[str]:
-        """The files that requests name which are not done: an owner's, or everybody's."""
-        with self._lock:
-            jobs = [job for job in self._live.values() if owner in (None, job.owner)]
-        return {name for job in jobs for name in job.inputs.values()}
 
     @property
     def length(self) -> int:
@@ -222,17 +220,18 @@ class Queue:
     def recover(self) -> int:
         """At the start: jobs that were running go back to their old place. Returns how many wait.
 
-        Those nobody waits for any more, the cancelled, and those that were tried too often end here.
+        Those nobody waits for any more, the cancelled, the damaged, and those that were tried too often end here.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
                 job = rows.job_of(row)
                 self._live[job.request_id] = job
+                self._needs.add(job)
                 if job.mode != Mode.QUEUE:
                     self._end(job, wire.outcome_of(ClientDisconnected()))
                 elif job.is_cancelled:
                     self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
-                elif job.state == State.IN_PROGRESS or job.strikes >= verdicts.MAX_STRIKES:
+                elif job.state == State.IN_PROGRESS or job.strikes >= verdicts.MAX_STRIKES or job.is_damaged:
                     self.lose(job)
                 else:
                     self._order.wait(job)
@@ -294,7 +293,8 @@ class Queue:
         self._recent[job.request_id] = job
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)
-        self._live.pop(job.request_id, None)
+        if self._live.pop(job.request_id, None):
+            self._needs.drop(job)
         self._metrics.end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
         journal.ended(job, outcome, is_cancelled=is_cancelled)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)

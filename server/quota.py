@@ -1,4 +1,4 @@
-"""How many requests a key may send in a while."""
+"""How many requests a key may send in a while, and how many uploads beside them."""
 
 import math
 import time
@@ -18,9 +18,10 @@ class Quota:
         self._item: RateLimitItem | None = parse(rate) if rate else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    def take(self, owner: str) -> None:
-        """Count one request. Raises TooManyRequests, which says when the next one is welcome."""
-        if self._item is None or self._limiter.hit(self._item, owner):
+    def take(self, owner: str, what: str = "requests") -> None:
+        """Count one of these. Raises TooManyRequests, which says when the next one is welcome."""
+        if self._item is None or self._limiter.hit(self._item, what, owner):
             return
-        wait = self._limiter.get_window_stats(self._item, owner).reset_time - time.time()
-        raise TooManyRequests(f"This key may send {self._item}", retry_after=max(1, math.ceil(wait)))
+        wait = self._limiter.get_window_stats(self._item, what, owner).reset_time - time.time()
+        words = f"This key may send {self._item}: that many {what} (--rate-per-key)"
+        raise TooManyRequests(words, retry_after=max(1, math.ceil(wait)))

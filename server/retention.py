@@ -1,7 +1,8 @@
 """Forget in time: results and pictures go by age, by their own expiry, and by how much disk they take."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from server.database import Database
 from server.errors import StillInProgress
@@ -21,11 +22,11 @@ _OLD = f"""
     SELECT request_id FROM jobs AS results
     WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_TOLD}
 """  # noqa: S608  our own words
-#: All that takes room: files, and the answers that hold pictures themselves.
+#: All of an owner's that takes room, as the table `kept` counts it.
 _KEPT = """
-    SELECT name, request_id, size, created_at FROM files
+    SELECT name, request_id, owner, max(size, 4096) AS size, created_at FROM files
     UNION ALL
-    SELECT NULL, request_id, output_size, finished_at FROM jobs WHERE output_size > 0
+    SELECT NULL, request_id, owner, row_size, finished_at FROM jobs WHERE row_size > 0
 """
 
 
@@ -72,19 +73,23 @@ class Retention:
         self._files.remove([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
-        """The oldest results and uploads go until the files fit, or only those are left whose webhook is due."""
-        ((total,),) = self._database.read(f"SELECT coalesce(sum(size), 0) FROM ({_KEPT})")  # noqa: S608  our own words
-        if total <= self._max_bytes:
-            return 0
+        """Whoever keeps more than an equal share makes room, until all fits; what one leaves goes to the others."""
+        kept = {row["owner"]: row["num_bytes"] for row in self._database.read("SELECT owner, num_bytes FROM kept")}
+        share = _share(kept.values(), self._max_bytes)
+        return sum(self._shrink(owner, size - share) for owner, size in kept.items() if size > share)
+
+    def _shrink(self, owner: str, excess: float) -> int:
+        """An owner's oldest results and uploads go, or only those are left whose webhook is due."""
         doomed: list[str] = []
         uploads: list[str] = []
         rows = self._database.read(
-            f"SELECT * FROM ({_KEPT}) AS results WHERE {_TOLD} ORDER BY created_at, request_id"  # noqa: S608
+            f"SELECT * FROM ({_KEPT}) AS results WHERE owner = ? AND {_TOLD} ORDER BY created_at, request_id",  # noqa: S608
+            owner,
         )
         for row in rows:
-            if total <= self._max_bytes and row["request_id"] not in doomed[-1:]:
+            if excess <= 0 and row["request_id"] not in doomed[-1:]:
                 break
-            total -= row["size"]
+            excess -= row["size"]
             if row["request_id"] is None:
                 uploads.append(row["name"])
             elif row["request_id"] not in doomed[-1:]:
@@ -109,3 +114,12 @@ class Retention:
             self._queue.forget(batch)
         self._files.remove(names)
         return len(request_ids)
+
+
+def _share(sizes: Collection[float], room: float) -> float:
+    """The most that each may keep so that all of them fit: what is below it may stay as it is."""
+    for num_left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        if size * num_left > room:
+            return room / num_left
+        room -= size
+    return math.inf

@@ -4,13 +4,19 @@ import json
 import sqlite3
 import uuid
 from datetime import UTC, datetime
+from typing import Any
 
-from server.errors import InvalidInput
+from pydantic_core import from_json
+
+from server import wire
+from server.errors import InternalError, InvalidInput
 from server.files import list_file
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
 
-#: Answers up to this size, in bytes, are not worth counting.
+#: Answers up to this size, in bytes, hold no picture.
 SMALL_OUTPUT = 16_384
+#: Bytes of a row beside its texts, indexes and all.
+_ROW_BYTES = 1024
 
 _CLAIM = """
     UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
@@ -20,7 +26,9 @@ _CLAIM = """
 
 _END = """
     UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
-        output_size = :output_size,
+        output_size = :output_size, row_size = :row_size,
+        input = CASE WHEN :is_cancelled THEN '{}' ELSE input END,
+        inputs = CASE WHEN :is_cancelled THEN '{}' ELSE inputs END,
         error = :error, error_type = :error_type, inference_time = :inference_time,
         acceleration = :acceleration, billable_units = :billable_units, logs = :logs, is_cancelled = :is_cancelled
     WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
@@ -75,6 +83,7 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         is_kept=submission.is_kept,
         lifecycle=submission.lifecycle,
         inputs=submission.inputs,
+        input_size=len(submission.input.encode()),
         runner_hint=submission.runner_hint,
     )
 
@@ -102,21 +111,23 @@ def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
 
 
 def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
-    """The job becomes COMPLETED, with its answer, its files and its webhook's due row.
+    """The job becomes COMPLETED, with its answer, its files and its webhook's due row. Cancelled, it loses its input.
 
     Raises RuntimeError when the row is not in the state and attempt of `job`: somebody else's claim.
     """
+    logs, num_bytes = json.dumps(job.logs), len(outcome.body.encode())
     values = {
         "now": now,
         "status": outcome.status,
         "output": outcome.body,
-        "output_size": len(outcome.body) if len(outcome.body) > SMALL_OUTPUT else 0,
+        "output_size": num_bytes if num_bytes > SMALL_OUTPUT else 0,
         "error": outcome.error,
         "error_type": outcome.error_type,
         "inference_time": outcome.inference_time,
         "acceleration": outcome.acceleration,
         "billable_units": outcome.billable_units,
-        "logs": json.dumps(job.logs),
+        "logs": logs,
+        "row_size": _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size),
         "is_cancelled": is_cancelled,
         "request_id": job.request_id,
         "state": job.state,
@@ -177,7 +188,8 @@ def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
 
 
 def job_of(row: sqlite3.Row) -> Job:
-    """The image of a whole row."""
+    """The image of a whole row; of a damaged one what can be read of it."""
+    logs, names = _parsed(row["logs"] or "[]"), _names_in(row["inputs"])
     return Job(
         sequence=row["sequence"],
         request_id=row["request_id"],
@@ -193,17 +205,21 @@ def job_of(row: sqlite3.Row) -> Job:
         is_cancelled=bool(row["is_cancelled"]),
         is_kept=bool(row["is_kept"]),
         lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
-        inputs=json.loads(row["inputs"]),
+        inputs=names or {},
+        input_size=len(row["input"].encode()),
+        is_damaged=names is None,
         error=row["error"],
         error_type=row["error_type"],
         inference_time=row["inference_time"],
         acceleration=row["acceleration"],
-        logs=json.loads(row["logs"]) if row["logs"] else [],
+        logs=logs if isinstance(logs, list) else [],
     )
 
 
 def outcome_of(row: sqlite3.Row) -> Outcome:
     """How the job in a whole row ended; its files are listed elsewhere."""
+    if not _is_answer(row["output"]):
+        return wire.outcome_of(InternalError("The answer of this request is damaged: its row cannot be read."))
     return Outcome(
         row["status"],
         row["output"],
@@ -212,3 +228,24 @@ def outcome_of(row: sqlite3.Row) -> Outcome:
         row["inference_time"],
         billable_units=row["billable_units"],
     )
+
+
+def _is_answer(text: str) -> bool:
+    # Of one that holds pictures no more than its ends is looked at: to read all of it takes long.
+    if len(text) > SMALL_OUTPUT:
+        return text.startswith("{") and text.endswith("}")
+    return isinstance(_parsed(text), dict)
+
+
+def _names_in(text: str) -> dict[str, str] | None:
+    found = _parsed(text)
+    is_whole = isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
+    return found if is_whole else None
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says; None for what is none."""
+    try:
+        return from_json(text)
+    except ValueError:
+        return None

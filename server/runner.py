@@ -51,7 +51,7 @@ class Runner:
         settings = settings.model_copy(update={"data_dir": node_folder()})
         self._desk, self._bell = Desk(), _Bell(self._fail)
         kept = int(settings.loras_gb * 1e9)
-        self._brought = Brought(self._folder / "inputs", lambda owner: self._desk.names, kept)
+        self._brought = Brought(self._folder / "inputs", lambda: self._desk.names, kept)
         known = discover(settings.models_dir)
         places = weights.assign(settings.weights, known)
         self._black_box = BlackBox(self._folder)

@@ -31,6 +31,8 @@ CREATE TABLE jobs (
     output          TEXT,
     -- Bytes of an answer that holds its pictures itself; 0 for those that only name them.
     output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
+    -- Bytes that this row counts as once it is finished.
+    row_size        INTEGER NOT NULL DEFAULT 0 CHECK (row_size >= 0),
     error           TEXT,
     error_type      TEXT,
     inference_time  REAL,
@@ -53,7 +55,6 @@ CREATE INDEX jobs_running ON jobs (sequence) WHERE state = 'IN_PROGRESS';
 CREATE INDEX jobs_finished ON jobs (finished_at) WHERE state = 'COMPLETED';
 CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'COMPLETED' AND is_kept = 1;
 CREATE INDEX jobs_failed ON jobs (finished_at) WHERE status >= 500;
-CREATE INDEX jobs_large ON jobs (finished_at, output_size) WHERE output_size > 0;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 -- What was painted for whom, a row a day (UTC): it outlives the requests.
@@ -83,6 +84,43 @@ CREATE INDEX files_of_job ON files (request_id) WHERE request_id IS NOT NULL;
 CREATE INDEX files_uploaded ON files (owner, size) WHERE request_id IS NULL;
 CREATE INDEX files_age ON files (created_at);
 CREATE INDEX files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
+
+-- What each owner keeps here: finished rows and files, and the uploads among the files. A file counts as a block at
+-- least.
+CREATE TABLE kept (
+    owner        TEXT PRIMARY KEY,
+    num_bytes    INTEGER NOT NULL CHECK (num_bytes >= 0),
+    num_uploads  INTEGER NOT NULL CHECK (num_uploads >= 0),
+    upload_bytes INTEGER NOT NULL CHECK (upload_bytes >= 0)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER files_kept AFTER INSERT ON files BEGIN
+    INSERT INTO kept VALUES (
+        NEW.owner, max(NEW.size, 4096), NEW.request_id IS NULL, max(NEW.size, 4096) * (NEW.request_id IS NULL)
+    ) ON CONFLICT DO UPDATE SET
+        num_bytes = num_bytes + excluded.num_bytes,
+        num_uploads = num_uploads + excluded.num_uploads,
+        upload_bytes = upload_bytes + excluded.upload_bytes;
+END;
+
+CREATE TRIGGER files_gone AFTER DELETE ON files BEGIN
+    UPDATE kept SET
+        num_bytes = num_bytes - max(OLD.size, 4096),
+        num_uploads = num_uploads - (OLD.request_id IS NULL),
+        upload_bytes = upload_bytes - max(OLD.size, 4096) * (OLD.request_id IS NULL)
+    WHERE owner = OLD.owner;
+    DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
+END;
+
+CREATE TRIGGER jobs_kept AFTER UPDATE OF row_size ON jobs BEGIN
+    INSERT INTO kept VALUES (NEW.owner, NEW.row_size - OLD.row_size, 0, 0)
+    ON CONFLICT DO UPDATE SET num_bytes = num_bytes + excluded.num_bytes;
+END;
+
+CREATE TRIGGER jobs_gone AFTER DELETE ON jobs BEGIN
+    UPDATE kept SET num_bytes = num_bytes - OLD.row_size WHERE owner = OLD.owner;
+    DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
+END;
 
 -- Uploads under way; their parts lie in a folder of the upload's own.
 CREATE TABLE uploads (
@@ -132,4 +170,4 @@ CREATE TABLE keys (
 
 CREATE UNIQUE INDEX keys_name ON keys (name) WHERE name <> '';
 
-PRAGMA user_version = 6;
+PRAGMA user_version = 7;

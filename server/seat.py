@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from models.base import About, Loading
-from server import desk
+from server import desk, reports
 from server.errors import DiskFull
 from server.files import Files
 from server.gpu import Gpu
@@ -183,7 +183,7 @@ class Seat:
             for report in link.reports():
                 self._hear(link, report)
                 was_ready = was_ready or self.is_ready
-        except Lost as error:
+        except (Lost, reports.Implausible) as error:
             if not self._is_over.is_set():
                 self._num_lost, self._failure = self._num_lost + 1, str(error)
                 log.warning("GPU %d: its runner is gone: %s", self.number, error)
@@ -209,7 +209,7 @@ class Seat:
             self._forget(job)
 
     def _hear(self, link: Link, report: desk.Report) -> None:
-        job = self.jobs.get(getattr(report, "request_id", ""))
+        job = reports.checked(report, self.jobs)
         match report:
             case desk.Progress() if job:
                 job.preview = report.preview or job.preview
@@ -245,7 +245,7 @@ class Seat:
                     self.is_ready, self.idle_since, self._failure = True, time.monotonic(), ""
                     self._on_change(self)
             case desk.Logged():
-                report.record.gpu = self.number
+                report.record.gpu, report.record.msg = self.number, report.record.msg[: reports.MAX_LINE]
                 logger = logging.getLogger(report.record.name)
                 # Its own level holds here too.
                 if logger.isEnabledFor(report.record.levelno):
@@ -254,7 +254,12 @@ class Seat:
                 raise Lost(report.failure)
 
     def _finish(self, job: Job, ended: desk.Ended) -> None:
-        """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files."""
+        """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.
+
+        Raises Implausible for a file that is there already: it is somebody else's.
+        """
+        if any(self._files.lists(each.name) for each in ended.outcome.files):
+            raise reports.Implausible("it reported a file that is there already")
         try:
             files = tuple(
                 self._files.put(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files

@@ -16,11 +16,12 @@ from fastapi import FastAPI
 
 from server import control_socket, tls
 from server.app import create_app
-from server.connect import ConnectDoor
+from server.connect import MAX_TUNNELS, ConnectDoor
 from server.deadlines import hurry_handshakes, timed
 from server.inputs import MAX_INPUT_BYTES
 from server.notifier import WORKER
 from server.settings import Settings
+from server.sockets import CountedWebSocket
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Listener(uvicorn.Server):
 
 
 def serve_until_stopped(settings: Settings) -> BaseException | None:
-    """Serve until SIGINT or SIGTERM; returns why the worker failed, if it did.
+    """Serve until SIGINT, SIGTERM or the end of the terminal; returns why the worker failed, if it did.
 
     Raises OSError when a port is taken, ValueError and RuntimeError for what create_app refuses.
     """
@@ -58,11 +59,13 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
     parts, worker = app.state.parts, app.state.worker
-    listeners = _listeners(app, settings, room_for(settings.max_connections, len(sockets)))
+    # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
+    room = room_for(settings.max_connections, len(sockets) + bool(settings.proxy_port))
+    listeners = _listeners(app, settings, room)
     stopping = asyncio.Event()
     hurry_handshakes(asyncio.get_running_loop())
     _hear_signals(stopping)
-    door = await _door(settings, sockets)
+    door = await _door(settings, sockets, min(MAX_TUNNELS, room))
     async with app.router.lifespan_context(app), control_socket.listening(app.state.control, settings.data_dir):
         # Once more, because Ray has put handlers of its own in their place.
         _hear_signals(stopping)
@@ -95,8 +98,10 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
 
 def _hear_signals(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup the server is to outlive its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, stopping.set)
 
 
 def room_for(max_connections: int, ports: int) -> int:
@@ -121,6 +126,7 @@ def _listeners(app: FastAPI, settings: Settings, max_connections: int) -> list[_
         "lifespan": "off",
         "access_log": False,
         "http": timed(max_connections=max_connections),
+        "ws": CountedWebSocket,
         "ws_max_size": min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20),
         # What is small on its way would be large here.
         "ws_per_message_deflate": False,
@@ -139,12 +145,13 @@ def _listeners(app: FastAPI, settings: Settings, max_connections: int) -> list[_
     return listeners
 
 
-async def _door(settings: Settings, sockets: list[socket.socket]) -> ConnectDoor | None:
+async def _door(settings: Settings, sockets: list[socket.socket], max_tunnels: int) -> ConnectDoor | None:
     """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
     if not settings.proxy_port:
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)
-    door = ConnectDoor(settings.own_address, port, tls_port, lets_others_through=settings.proxy_others)
+    others = settings.proxy_others
+    door = ConnectDoor(settings.own_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
     await door.open("127.0.0.1", settings.proxy_port)
     return door
 

@@ -99,11 +99,16 @@ class Settings(BaseModel):
     max_running_per_key: int = Field(
         0, ge=0, description="How many requests of one key are painted at a time; the others wait. 0: no limit."
     )
-    rate_per_key: str = Field("", description="How many requests one key may send, such as 60/minute; more get 429.")
+    rate_per_key: str = Field(
+        "",
+        description="How many requests, and beside them uploads, one key may send, such as 60/minute; more get 429.",
+    )
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
     max_connections: int = Field(4096, ge=1, description="How many connections a port holds; more are closed.")
-    max_body_mib: int = Field(40, ge=1, description="Largest request body, in MiB.")
+    max_body_mib: int = Field(
+        40, ge=1, description="Largest request body, in MiB; four times as much may be in memory on its way."
+    )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
         5, gt=0, description="How much one key may have uploaded, and its waiting requests bring, in GB."
@@ -111,7 +116,11 @@ class Settings(BaseModel):
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
     loras_gb: float = Field(10, gt=0, description="How much disk LoRA files may take, in GB; the oldest go first.")
     retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")
-    retention_gb: float = Field(10, gt=0, description="How much disk pictures may take, in GB; the oldest go first.")
+    retention_gb: float = Field(
+        10,
+        gt=0,
+        description="How much disk results and files may take, in GB; who keeps most makes room, oldest first.",
+    )
     outbound_allow: Words = Field(
         (), description="Own hosts and networks that webhooks and downloads may reach, such as 10.0.0.0/8 or hooks.lan."
     )

@@ -1,10 +1,8 @@
 """Uploads under way: parts on the disk that become one file in the store."""
 
-import asyncio
 import contextlib
 import hashlib
 import mimetypes
-import os
 import re
 import secrets
 import shutil
@@ -13,15 +11,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TypeVar
 
 from server.database import Database
-from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull
+from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull, TooManyRequests
 from server.files import Files, list_file, new_name, remove_strays
 from server.jobs import Lifecycle, StoredFile
+from server.turns import Turns
+from server.under_way import UnderWay, Upload, join, sizes_in
 
 #: How long an upload may take from its first word to its last, in seconds.
 LIFETIME = 86_400.0
@@ -29,23 +26,11 @@ LIFETIME = 86_400.0
 MAX_PARTS = 10_000
 #: How many uploads one owner may have begun and not finished.
 MAX_UNDER_WAY = 1_000
+#: How many files one owner may have uploaded, and parts of files under way.
+MAX_FILES = 20_000
 _ENDING = re.compile(r"[a-z0-9]{1,8}")
 #: The folder of an upload's parts, and what they are joined in.
 _OURS = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file that its owner is about to send."""
-
-    upload_id: str
-    name: str
-    owner: str
-    content_type: str
-    file_name: str
-    lifecycle: Lifecycle
 
 
 class Uploads:
@@ -67,20 +52,24 @@ class Uploads:
         self._max_bytes = max_bytes
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
+        self._under_way = UnderWay()
+        # Over every change of it, and the change on the disk that belongs to it.
         self._lock = threading.Lock()
         #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
         self._in_flight: Counter[str] = Counter()
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self._threads = ThreadPoolExecutor(4, "uploads")
+        self.turns = Turns("uploads", 4, 2)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        rows = database.read("SELECT upload_id FROM uploads")
+        rows = database.read("SELECT * FROM uploads")
         remove_strays(folder, _OURS, {row["upload_id"] for row in rows})
+        for row in rows:
+            self._under_way.begin(_upload(row), sizes_in(folder / row["upload_id"]))
 
     def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Expect a file; its name in the store is known from now on. Raises QueueFull and DiskFull."""
-        ((under_way,),) = self._database.read("SELECT count(*) FROM uploads WHERE owner = ?", owner)
-        if under_way >= MAX_UNDER_WAY:
+        """Expect a file; its name in the store is known from now on. Raises QueueFull, TooManyRequests and DiskFull."""
+        if self._under_way.num_uploads[owner] >= MAX_UNDER_WAY:
             raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
+        self._check_number(owner)
         upload = Upload(
             upload_id=secrets.token_hex(16),
             name=new_name(_ending(file_name, content_type)),
@@ -88,6 +77,7 @@ class Uploads:
             content_type=_type(content_type),
             file_name=_clean(file_name)[:255] or "file",
             lifecycle=lifecycle,
+            created_at=self._clock(),
         )
         folder = self._parts(upload)
         try:
@@ -99,26 +89,26 @@ class Uploads:
         except BaseException:
             folder.rmdir()
             raise
+        with self._lock:
+            self._under_way.begin(upload)
         return upload
 
     def find(self, upload_id: str) -> Upload:
         """An upload under way. Raises NotFound."""
-        rows = self._database.read(
-            "SELECT * FROM uploads WHERE upload_id = ? AND created_at > ?", upload_id, self._clock() - LIFETIME
-        )
-        if not rows:
+        upload = self._under_way.find(upload_id)
+        if upload is None or upload.created_at <= self._clock() - LIFETIME:
             raise NotFound("There is no such upload, or it is over")
-        return _upload(rows[0])
+        return upload
 
     async def receive(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
         """Write one part as it comes; returns its ETag. Raises BodyTooLarge, naming the limit, and DiskFull."""
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
-        room = await self._in_thread(self._room, upload, part_number)
+        room = await self.turns.run(upload.owner, self._room, upload, part_number)
         aside = self._parts(upload) / f"{secrets.token_hex(8)}.part"
         digest, size = hashlib.md5(usedforsecurity=False), 0
         try:
-            file = await self._in_thread(aside.open, "wb")
+            file = await self.turns.run(upload.owner, aside.open, "wb")
             try:
                 async for chunk in chunks:
                     size += len(chunk)
@@ -126,10 +116,10 @@ class Uploads:
                     if self._in_flight[upload.owner] > room:
                         raise BodyTooLarge(self._limit_words())
                     digest.update(chunk)
-                    await self._in_thread(file.write, chunk)
+                    await self.turns.run(upload.owner, file.write, chunk)
             finally:
-                await self._in_thread(file.close)
-            await self._in_thread(self._take, upload, part_number, aside, size)
+                await self.turns.run(upload.owner, file.close)
+            await self.turns.run(upload.owner, self._take, upload, part_number, aside, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
@@ -141,7 +131,7 @@ class Uploads:
 
     async def finish(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """As `complete`, off the event loop."""
-        return await self._in_thread(self.complete, upload, part_numbers)
+        return await self.turns.run(upload.owner, self.complete, upload, part_numbers)
 
     def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Join the parts, in order whatever order they are listed in, into a file that is served from now on.
@@ -149,13 +139,13 @@ class Uploads:
         Raises BadRequest when a listed part was not sent, and DiskFull.
         """
         folder = self._parts(upload)
-        sent = sorted(_sizes(folder))
+        sent = self._under_way.parts(upload.upload_id)
         wanted = sorted(set(part_numbers)) if part_numbers else sent
         if missing := sorted(set(wanted) - set(sent)):
             raise BadRequest(f"Part {missing[0]} was not sent")
         whole = self._folder / f"{secrets.token_hex(8)}.whole"
         try:
-            size = _join([folder / str(number) for number in wanted], whole)
+            size = join([folder / str(number) for number in wanted], whole)
             file = self._listed(upload, whole, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
@@ -163,14 +153,14 @@ class Uploads:
             raise DiskFull from error
         finally:
             whole.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        self._end(upload.upload_id)
         return file
 
     def forget(self, upload: Upload) -> None:
         """Give up one that nobody can finish. On a full disk that is left to the sweep."""
         with contextlib.suppress(DiskFull), self._database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
-        shutil.rmtree(self._parts(upload), ignore_errors=True)
+        self._end(upload.upload_id)
 
     def sweep(self) -> int:
         """Forget uploads that were not finished in time; returns how many."""
@@ -179,11 +169,8 @@ class Uploads:
                 "DELETE FROM uploads WHERE created_at <= ? RETURNING upload_id", (self._clock() - LIFETIME,)
             ).fetchall()
         for row in rows:
-            shutil.rmtree(self._folder / row["upload_id"], ignore_errors=True)
+            self._end(row["upload_id"])
         return len(rows)
-
-    async def _in_thread(self, act: Callable[..., Result], *given: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, act, *given)
 
     def _insert(self, upload: Upload) -> None:
         values = (
@@ -194,7 +181,7 @@ class Uploads:
             upload.file_name,
             upload.lifecycle.is_private,
             upload.lifecycle.lifetime,
-            self._clock(),
+            upload.created_at,
         )
         with self._database.transaction() as connection:
             connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -219,24 +206,40 @@ class Uploads:
         return file
 
     def _room(self, upload: Upload, part_number: int) -> int:
-        """How many bytes this part may have."""
-        rows = self._database.read("SELECT upload_id FROM uploads WHERE owner = ?", upload.owner)
-        under_way = {row["upload_id"]: sum(_sizes(self._folder / row["upload_id"]).values()) for row in rows}
-        if upload.upload_id in under_way:
-            under_way[upload.upload_id] -= _sizes(self._parts(upload)).get(part_number, 0)
-        ((stored,),) = self._database.read(
-            "SELECT coalesce(sum(size), 0) FROM files WHERE owner = ? AND request_id IS NULL", upload.owner
-        )
-        of_this = self._max_bytes - under_way.get(upload.upload_id, 0)
-        of_owner = self._max_bytes_per_owner - stored - sum(under_way.values())
-        return int(min(of_this, of_owner))
+        """How many bytes this part may have. Raises TooManyRequests."""
+        if not self._under_way.has(upload.upload_id, part_number):
+            self._check_number(upload.owner)
+        known = self._under_way.size(upload.upload_id, part_number)
+        of_this = self._max_bytes - self._under_way.size(upload.upload_id)
+        of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._under_way.num_bytes[upload.owner]
+        return min(of_this, of_owner) + known
 
     def _take(self, upload: Upload, part_number: int, aside: Path, size: int) -> None:
-        """Keep a part; parts that came at the same time are weighed one after the other."""
+        """Keep a part; parts that came at the same time are weighed one after the other. Raises FileNotFoundError."""
         with self._lock:
+            if self._under_way.find(upload.upload_id) is None:
+                raise FileNotFoundError
             if size > self._room(upload, part_number):
                 raise BodyTooLarge(self._limit_words())
             aside.rename(self._parts(upload) / str(part_number))
+            self._under_way.put(upload.upload_id, part_number, size)
+
+    def _end(self, upload_id: str) -> None:
+        with self._lock:
+            self._under_way.end(upload_id)
+        shutil.rmtree(self._folder / upload_id, ignore_errors=True)
+
+    def _check_number(self, owner: str) -> None:
+        if self._kept(owner)[0] + self._under_way.num_parts[owner] >= MAX_FILES:
+            words = (
+                f"This key has {MAX_FILES} files and parts of files uploaded, the most; it can once some have expired"
+            )
+            raise TooManyRequests(words)
+
+    def _kept(self, owner: str) -> tuple[int, int]:
+        """How many files of an owner's uploads there are, and their bytes."""
+        rows = self._database.read("SELECT num_uploads, upload_bytes FROM kept WHERE owner = ?", owner)
+        return (rows[0]["num_uploads"], rows[0]["upload_bytes"]) if rows else (0, 0)
 
     def _limit_words(self) -> str:
         return (
@@ -250,7 +253,9 @@ class Uploads:
 
 def _upload(row: sqlite3.Row) -> Upload:
     lifecycle = Lifecycle(row["lifetime"], bool(row["is_private"]))
-    return Upload(row["upload_id"], row["name"], row["owner"], row["content_type"], row["file_name"], lifecycle)
+    return Upload(
+        row["upload_id"], row["name"], row["owner"], row["content_type"], row["file_name"], lifecycle, row["created_at"]
+    )
 
 
 def _ending(file_name: str, content_type: str) -> str:
@@ -267,24 +272,3 @@ def _clean(text: str) -> str:
 def _type(text: str) -> str:
     cleaned = _clean(text)
     return cleaned if cleaned and cleaned.isascii() else "application/octet-stream"
-
-
-def _sizes(folder: Path) -> dict[int, int]:
-    """The parts that have come, and their bytes."""
-    sizes: dict[int, int] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                if entry.name.isdecimal():
-                    sizes[int(entry.name)] = entry.stat().st_size
-    return sizes
-
-
-def _join(parts: Sequence[Path], whole: Path) -> int:
-    with whole.open("wb") as file:
-        for part in parts:
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, file, 2**20)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()

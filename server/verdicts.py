@@ -11,7 +11,10 @@ MAX_STRIKES = 3
 
 
 def after_loss(job: Job) -> Outcome | None:
-    """How it ends, because it was tried too often; None when it may be tried again."""
+    """How it ends, because it was tried too often or cannot be read; None when it may be tried again."""
+    if job.is_damaged:
+        words = "The row of this request is damaged, so that the files which it brought along cannot be found."
+        return wire.outcome_of(InternalError(words))
     if job.strikes >= MAX_STRIKES:
         return wire.outcome_of(
             InternalError(f"The server had to end {job.strikes} times while it worked at this request.")

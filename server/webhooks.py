@@ -87,13 +87,20 @@ class Webhooks:
             while True:
                 bell.clear()
                 began = self._monotonic()
-                wait = await self.turn()
+                wait = await self._try_turn()
                 # Those that wait behind a bad receiver are read through each time, and others need the database too.
                 await asyncio.sleep(min(_LONGEST_REST, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await bell.wait()
+
+    async def _try_turn(self) -> float:
+        try:
+            return await self.turn()
+        except Exception:
+            log.exception("the webhooks could not be looked after; trying again")
+            return _LONGEST_REST
 
     async def turn(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
@@ -165,9 +172,15 @@ class Webhooks:
         (row,) = self._database.read("SELECT owner, status, output FROM jobs WHERE request_id = ?", request_id)
         body: dict[str, Any] = {"request_id": request_id, "gateway_request_id": request_id}
         if row["status"] == 200:
-            return row["owner"], {**body, "status": "OK", "payload": from_json(row["output"])}
-        error = f"Invalid status code: {row['status']}"
-        return row["owner"], {**body, "status": "ERROR", "error": error, "payload": from_json(row["output"])}
+            body["status"] = "OK"
+        else:
+            body |= {"status": "ERROR", "error": f"Invalid status code: {row['status']}"}
+        try:
+            body["payload"] = from_json(row["output"])
+        except ValueError:
+            # As fal tells of a payload that it cannot send.
+            body |= {"payload": None, "payload_error": "The answer of this request is damaged: its row cannot be read."}
+        return row["owner"], body
 
     def _record(self, request_id: str, before: int, error: str | None) -> None:
         now, attempt = self._clock(), before + 1

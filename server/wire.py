@@ -1,10 +1,12 @@
 """The shapes on the wire: submit reply, status, result, errors, events, and the URLs of a request."""
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from pydantic_core import ErrorDetails, to_json
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server.errors import HEADERS_BY_TYPE, ServerError
 from server.jobs import Job, Outcome, State
@@ -13,10 +15,28 @@ from server.jobs import Job, Outcome, State
 STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
 
 
+_CHUNK = 2**16
+
+
 class JSON(Response):
     """JSON with the application/json type that the JavaScript SDKs decide by; NaN is sent as null."""
 
     media_type = "application/json"
+    #: What is held while it is sent, for an answer that may be large.
+    room: AbstractAsyncContextManager[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, once there is room."""
+        if self.room is None:
+            await super().__call__(scope, receive, send)
+            return
+        async with self.room:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            # In parts, because uvicorn takes what it is given at once and waits for the client before the next.
+            for start in range(0, len(self.body), _CHUNK):
+                part = self.body[start : start + _CHUNK]
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body"})
 
     def render(self, content: object) -> bytes:
         """Serialize; strings that are JSON already pass through as bytes."""
@@ -80,7 +100,7 @@ def progress(job: Job) -> dict[str, Any]:
     return body if job.preview is None else {**body, "preview": job.preview}
 
 
-def result(outcome: Outcome) -> Response:
+def result(outcome: Outcome) -> JSON:
     """The model's own answer, status and headers included."""
     headers = dict(HEADERS_BY_TYPE.get(outcome.error_type or "", {}))
     if outcome.error_type:

@@ -15,6 +15,7 @@ from server import wire
 from server.answers import Answers
 from server.black_box import BlackBox
 from server.claims import Claims
+from server.database import Damaged
 from server.engines import Engines
 from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
@@ -61,7 +62,7 @@ class Worker:
         self._ledger = Ledger()
         self._watchdog = Watchdog(settings.step_deadline, self._end_late, note=black_box.note if black_box else None)
         answers = Answers(files, embeds_parameters=settings.embed_parameters)
-        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self._fail, self._metrics)
+        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = Loading()
@@ -206,7 +207,7 @@ class Worker:
                 self._queue.give_back(job)
             self._finisher.stop(self._stop_at or time.monotonic())
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
         finally:
             self._watchdog.stop()
 
@@ -237,9 +238,12 @@ class Worker:
         for job in self._claims.jobs:
             self._queue.log(job, f"{endpoint}: {words}")
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """The server cannot go on, for this reason. Called from any thread, and the first reason counts."""
+        if self.failure is not None:
+            return
         # What an operator can mend is said in a line; for the rest the trace is wanted.
-        log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError) else error)
+        log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | Damaged) else error)
         self.failure = error
         self._notifier.work.set()
         self._notifier.ring(WORKER)

@@ -35,7 +35,12 @@ NAMES = {
     "six.test": [["::1"]],
     "mapped.test": [["::ffff:10.0.0.1"]],
     "nat64.test": [["64:ff9b::a00:1"]],
+    "nat64-local.test": [["64:ff9b:1::a00:1"]],
     "six-to-four.test": [["2002:a00:1::"]],
+    "teredo.test": [["2001:0:a00:1::"]],
+    "translated.test": [["::ffff:0:a00:1"]],
+    "compatible.test": [["::a00:1"]],
+    "reserved.test": [["200::1"]],
     "carrier.test": [["100.64.0.1"]],
     # Public to whoever looks first, inner to whoever looks again.
     "rebinding.test": [[PUBLIC], ["10.0.0.1"]],
@@ -183,7 +188,8 @@ def cached(home: Path, hub_id: str, folder: Path) -> Path:
     """A folder as the hub's own client keeps what it pulled: links to blobs. Returns where it is read."""
     repository = home / "hub" / f"models--{hub_id.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
-    for path in (path for path in folder.rglob("*") if path.is_file()):
+    # No code: nothing of the kind is pulled.
+    for path in (path for path in folder.rglob("*") if path.is_file() and not path.suffix.startswith(".py")):
         link = snapshot / path.relative_to(folder)
         blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
         for made in (link, blob):

@@ -5,17 +5,19 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from models.flux_dev import FluxDevInput
 from models.schema import Limits
-from server.brought import Brought
+from server.brought import INPUTS, Brought, size_of
 from server.database import Database
 from server.fetch import Guard
 from server.files import Files
 from server.inputs import Inputs
 from server.jobs import Job, Outcome, State, StoredFile, Submission
+from server.needs import Needs
 from server.notifier import Notifier
 from server.queue import Queue
 
@@ -67,17 +69,19 @@ def opened(
     clock = clock or Clock()
     database, notifier = Database(folder), Notifier()
     try:
+        needs = Needs(partial(size_of, folder / INPUTS))
         queue = Queue(
             database,
             notifier,
             max_length,
             clock,
+            needs=needs,
             max_length_per_owner=max_length_per_owner,
             max_running_per_owner=max_running_per_owner,
         )
         files = Files(folder / "files", database, clock)
-        brought = Brought(folder / "inputs", queue.inputs, 10**10, clock)
-        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits())
+        brought = Brought(folder / INPUTS, needs.names, 10**10, clock)
+        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits(), needs=needs)
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

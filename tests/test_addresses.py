@@ -225,6 +225,20 @@ def test_malformed_forwarded_headers(proxied_client: httpx.Client, header: dict[
     assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
 
 
+@pytest.mark.parametrize(("name", "start"), [("x-forwarded-host", ""), ("x-forwarded-prefix", "/")])
+def test_long_forwarded_headers(proxied_client: httpx.Client, name: str, start: str) -> None:
+    """They are part of the base of URLs, which is kept with each request."""
+
+    def answer(length: int) -> httpx.Response:
+        headers = {**BEHIND, name: start.ljust(length, "x")}
+        return proxied_client.post("/queue/test/null", json=SMALL, headers=headers)
+
+    assert answer(255).status_code == 200
+    refused = answer(256)
+    assert (refused.status_code, refused.json()["error_type"]) == (400, "bad_request")
+    assert f"{name.title()} at most 255" in refused.json()["detail"]
+
+
 def test_public_url_stands_for_fals_names(proxied_client: httpx.Client) -> None:
     answer = proxied_client.post("/test/null", json=SMALL, headers={"host": "fal.run"}).json()
     assert answer["images"][0]["url"].startswith("https://flux.example.com/fal/files/")

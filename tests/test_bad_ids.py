@@ -4,9 +4,11 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from tests.refusals import text
-from tests.serving import Gate, completed, in_progress
+from tests.serving import Gate, Server, completed, in_progress
 
 FLUX = "/fal-ai/flux/dev"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
@@ -31,7 +33,35 @@ def test_unknown_path_of_an_endpoint(client: httpx.Client) -> None:
     assert text(client.post(f"{FLUX}/sub", json={"prompt": "x"}), 404) == "Path /sub not found"
 
 
-UNKNOWN_IDS = ["00000000-0000-4000-8000-000000000000", "x", "'", "%00", "%2e%2e", "%F0%9F%8D%8E", "x" * 4000]
+CONTROLS = ["%00", "%09", "%0a", "%0D", "%1b", "%7f", "%c2%85"]
+PATHS = ["/", "/health", "/status.json", "/metrics", "/docs", "/openapi.json", "/v1/models", "/static/app.js"]
+
+
+@pytest.mark.usefixtures("serves_on")
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_character_in_a_path(client: httpx.Client, control: str) -> None:
+    """Nowhere, and least of all at the end, where a line feed could be overlooked."""
+    for path in PATHS:
+        assert client.get(path).status_code == 200
+        for found in (f"{path}{control}", f"/{control}{path.removeprefix('/')}"):
+            assert "control character" in text(client.get(found), 404)
+    request = client.post("/queue/test/null", json={"prompt": "x"}).json()["status_url"]
+    assert "control character" in text(client.get(f"{request}{control}"), 404)
+    for path in ("/test/null", "/queue/test/null", "/test/null/stream", "/files/upload", "/storage/upload/initiate"):
+        assert "control character" in text(client.post(f"{path}{control}", json={"prompt": "x"}), 404)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_character_in_the_path_of_a_websocket(server: Server, control: str) -> None:
+    url = server.url.replace("http", "ws")
+    with connect(f"{url}/test/null/realtime"):
+        pass
+    with pytest.raises(InvalidStatus) as refused:
+        connect(f"{url}/test/null/realtime{control}")
+    assert refused.value.response.status_code == 404
+
+
+UNKNOWN_IDS = ["00000000-0000-4000-8000-000000000000", "x", "'", "%2e%2e", "%F0%9F%8D%8E", "x" * 4000]
 
 
 @pytest.mark.usefixtures("serves_on")

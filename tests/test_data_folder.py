@@ -31,6 +31,15 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_as_it_is(tmp_path: Path,
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [precious]
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o666])
+def test_nobody_else_can_hold_the_lock(tmp_path: Path, mode: int) -> None:
+    """Whoever can open a file can lock it, and so keep the server from starting."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "lock").chmod(mode)
+    with opened(tmp_path):
+        assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_new_disk_in_the_place_of_a_folder_is_no_stranger(tmp_path: Path) -> None:
     """Of ext4's, which has a folder of its own from the beginning."""
     (tmp_path / "files" / "lost+found").mkdir(parents=True)

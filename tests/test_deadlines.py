@@ -39,6 +39,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         return
     while scope["path"] == "/speak" and quiet:
         quiet.pop().set()
+    if scope["path"] == "/later":
+        quiet.append(asyncio.Event())
+        await quiet[-1].wait()
     length, more = 0, True
     while more:
         message = await receive()
@@ -146,6 +149,35 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
                 with contextlib.suppress(TimeoutError):
                     if connection.recv(1) == b"":
                         raise ConnectionResetError
+
+
+def test_what_came_fast_earns_no_long_silence() -> None:
+    """By the average alone it had a minute left."""
+    protocol = timed(body_seconds=3600.0, gap_seconds=0.3)
+    with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(POST + b"x" * 999_999)
+        assert is_cut_off(connection)
+
+
+def test_a_silence_of_the_servers_own_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not read, until it is told to by another request."""
+    protocol = timed(body_seconds=0.3, gap_seconds=0.3)
+    with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        looks = threading.Semaphore(0)
+        late = protocol._late
+
+        def looked(self: TimedProtocol) -> None:
+            late(self)
+            looks.release()
+
+        monkeypatch.setattr(protocol, "_late", looked)
+        connection.sendall(POST.replace(b"POST /", b"POST /later") + b"x" * 1_000_000)
+        for _ in range(3):
+            assert looks.acquire(timeout=30)
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(b"GET /speak HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert connection.recv(1000).endswith(b"1000000")
 
 
 CHUNKED = b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"

@@ -1,9 +1,19 @@
-"""SIGTERM with everything open: what runs, what streams, what waits on the line. Nothing is lost, nobody hangs."""
+"""SIGTERM with everything open: what runs, what streams, what waits on the line. Nothing is lost, nobody hangs.
+
+And the other signals that stop a server the same way.
+"""
 
 import contextlib
+import fcntl
 import json
+import os
+import pty
 import random
+import shutil
+import signal
 import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +27,7 @@ import pytest
 from server.jobs import State
 from tests.parts import opened
 from tests.rounds import rounds
-from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving
+from tests.serving import ROOT, TEST_MODELS, Gate, Server, completed, free_port, in_progress, serving
 
 NUMBER = 20
 GRACE = 1
@@ -139,3 +149,88 @@ def test_a_stop_with_everything_open(tmp_path: Path, gate: Gate, number: int, re
         found = parts.rows("SELECT mode, state, status, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1")
     unheard = [(mode, State.COMPLETED, 499, NUMBER) for mode in ("run", "stream")]
     assert found == [("queue", State.COMPLETED, 200, 2), *unheard]
+
+
+def painted(url: str, gate: Gate) -> None:
+    """Wait until a request of two steps is being painted."""
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        body = {"prompt": str(gate.path), "num_inference_steps": 2}
+        in_progress(client, client.post("/queue/test/gate", json=body).json()["status_url"])
+
+
+def ends(data_dir: Path) -> list[tuple[Any, ...]]:
+    """State, status and number of attempts of each request."""
+    with opened(data_dir) as parts:
+        return parts.rows("SELECT state, status, attempt FROM jobs")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_runs_is_finished_first(tmp_path: Path, gate: Gate, number: signal.Signals) -> None:
+    with serving(tmp_path / "data", TEST_MODELS, shutdown_grace="60") as server:
+        painted(server.ready().url, gate)
+        server.process.send_signal(number)
+        server.wait_for("stopping")
+        gate.let(2)
+        assert server.process.wait(60) == 0
+    assert "Traceback" not in server.output
+    assert ends(tmp_path / "data") == [(State.COMPLETED, 200, 1)]
+
+
+def on_a_terminal(data_dir: Path, port: int) -> tuple[subprocess.Popen[bytes], int]:
+    """A server whose terminal this is."""
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "server", "serve", TEST_MODELS, "--port", str(port), "--tls-port", "0"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
+    process = subprocess.Popen(
+        [*command, "--data-dir", str(data_dir), "--models-dir", str(ROOT / "tests" / "models")],
+        cwd=ROOT,
+        env=clean,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    return process, ours
+
+
+def heard(terminal: int, words: bytes) -> None:
+    """Read until this is said."""
+    said = b""
+    while words not in said:
+        said += os.read(terminal, 65_536)
+
+
+def test_what_runs_is_finished_after_the_terminal_was_closed(tmp_path: Path, gate: Gate) -> None:
+    """Although nothing can be logged any more."""
+    port = free_port()
+    process, terminal = on_a_terminal(tmp_path / "data", port)
+    try:
+        heard(terminal, b"ready")
+        painted(f"http://127.0.0.1:{port}", gate)
+        os.close(terminal)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            while client.get("/health/ready").status_code != 503:
+                continue
+        gate.let(2)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert ends(tmp_path / "data") == [(State.COMPLETED, 200, 1)]
+
+
+def test_under_nohup_the_server_outlives_its_terminal(tmp_path: Path) -> None:
+    nohup = shutil.which("nohup")
+    assert nohup
+    with serving(tmp_path / "data", TEST_MODELS, within=(nohup,)) as server:
+        url = server.ready().url
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        ignored = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn"))
+        assert ignored >> (signal.SIGHUP - 1) & 1
+        server.process.send_signal(signal.SIGHUP)
+        answer = httpx.post(f"{url}/test/null", json={"prompt": "still there?"}, trust_env=False)
+        assert answer.json()["prompt"] == "still there?"
+        assert httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200
+        assert server.stop() == 0

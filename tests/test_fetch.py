@@ -9,7 +9,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server.errors import Unusable
-from server.fetch import ForbiddenURL, Guard
+from server.fetch import MAX_ETAG, ForbiddenURL, Guard
 from tests.test_webhook_receivers import endless, receiving
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -67,6 +67,19 @@ INNER = [
     "http://[::127.0.0.1]/",
     "http://[64:ff9b::7f00:1]/",
     "http://[2002:7f00:1::]/",
+    # Teredo, by its server and by its client; what is translated on the way; site-local and reserved networks.
+    "http://[2001:0:7f00:1::]/",
+    "http://[2001:0:808:808::80ff:fffe]/",
+    "http://[::7f00:1]/",
+    "http://[::ffff:0:127.0.0.1]/",
+    "http://[::ffff:0:7f00:1]/",
+    "http://[0:0:0:0:ffff:0:a9fe:a9fe]/",
+    "http://[::ffff:0:8.8.8.8]/",
+    "http://[64:ff9b:1::7f00:1]/",
+    "http://[64:ff9b:0:1::7f00:1]/",
+    "http://[feff::1]/",
+    "http://[200::1]/",
+    "http://[4000::1]/",
     "http://10.0.0.1/",
     "http://172.16.0.1/",
     "http://192.168.0.1/",
@@ -118,6 +131,9 @@ ALLOWED = [
     "http://example.com:8080/hook?token=1#part",
     "https://93.184.216.34/",
     "https://[2606:2800:220:1:248:1893:25c8:1946]/",
+    # Public addresses of IPv4, carried.
+    "https://[::ffff:93.184.216.34]/",
+    "https://[64:ff9b::5db8:d822]/",
     "HTTPS://EXAMPLE.COM/",
     "https://bücher.example/",
 ]
@@ -185,6 +201,16 @@ def test_the_setting_opens_what_it_names_and_nothing_else(allow: str, url: str, 
     with pytest.raises(ForbiddenURL):
         guard.check(url)
     return None
+
+
+@pytest.mark.parametrize(("length", "is_kept"), [(MAX_ETAG, True), (MAX_ETAG + 1, False)])
+def test_a_long_etag_is_not_given(httpserver: HTTPServer, tmp_path: Path, length: int, is_kept: bool) -> None:
+    """It would be remembered for each of thousands of addresses."""
+    etag = f'"{"x" * (length - 2)}"'
+    httpserver.expect_request("/").respond_with_data("in", headers={"etag": etag})
+    given = asyncio.run(Guard(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
+    assert given == (etag if is_kept else "")
+    assert (tmp_path / "file").read_text() == "in"
 
 
 def test_a_redirect_is_not_followed(httpserver: HTTPServer) -> None:

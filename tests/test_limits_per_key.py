@@ -140,6 +140,19 @@ def test_every_door_counts(tmp_path: Path, method: str, path: str) -> None:
     assert "2 per 1 day" in refused.text
 
 
+@pytest.mark.parametrize("path", ["/storage/upload/initiate", "/files/upload", "/files/upload/multipart"])
+def test_uploads_count_beside_requests(tmp_path: Path, path: str) -> None:
+    one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
+    with (
+        serving(tmp_path, TEST_MODELS, keys="one,two", rate_per_key="2 per day") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        statuses = [client.post(path, headers=one).status_code for _ in range(3)]
+        assert client.post("/test/null", json={"prompt": "x"}, headers=one).status_code == 200
+        assert client.post(path, headers=two).status_code == 200
+    assert statuses == [200, 200, 429]
+
+
 def test_one_key_at_a_time(tmp_path: Path, gate: Gate) -> None:
     """With a real worker: what waits for its own key begins as soon as that is done, and others go past it."""
     one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))

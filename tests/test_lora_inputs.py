@@ -16,6 +16,8 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
+from server import lora_files, lora_header
+from server.errors import Unusable
 from tests.parts import Clock, opened, submission
 from tests.serving import Server, serving
 from tests.test_fetch import FORBIDDEN
@@ -36,7 +38,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, hub: HTTPServer) -> Iterat
     before = os.environ.get("HF_ENDPOINT")
     os.environ["HF_ENDPOINT"] = hub.url_for("").rstrip("/")
     try:
-        settings = {"outbound_allow": "127.0.0.0/8,localhost", "max_lora_mib": "4"}
+        settings = {"outbound_allow": "127.0.0.0/8,localhost", "max_lora_mib": "12"}
         with serving(tmp_path_factory.mktemp("loras"), "test/lora=demo", **settings) as server:
             yield server.ready()
     finally:
@@ -94,6 +96,32 @@ def test_hosted_comes_once(user: httpx.Client, running: Server, httpserver: HTTP
         accepted(user, httpserver.url_for("/lora.safetensors"))
     assert statuses == [200, 304, 304]
     assert content in kept(running)
+
+
+def test_named_eight_times_it_comes_once(user: httpx.Client, httpserver: HTTPServer) -> None:
+    times = []
+
+    def give(request: Request) -> Response:
+        times.append(request.path)
+        return Response(GOOD)
+
+    httpserver.expect_request("/eight").respond_with_handler(give)
+    accepted(user, *[httpserver.url_for("/eight")] * 8)
+    assert times == ["/eight"]
+
+
+def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the server's own it would hold everybody up."""
+
+    def fail(path: Path) -> str:
+        raise AssertionError(path)
+
+    monkeypatch.setattr(lora_header, "problem", fail)
+    (tmp_path / "a").write_bytes(GOOD)
+    lora_files.check(tmp_path / "a")
+    (tmp_path / "b").write_bytes(HOSTILE["whole numbers"][0])
+    with pytest.raises(Unusable, match="of type I64"):
+        lora_files.check(tmp_path / "b")
 
 
 def test_one_that_changed_comes_again(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
@@ -163,7 +191,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "is no name of a layer",
     ),
     "too many": (save({f"{n}.lora_A.weight": numpy.ones(1, "float16") for n in range(20_001)}), "holds 20001 tensors"),
-    "too large": (save({"x.lora_A.weight": numpy.ones((1024, 1100), "float32")}), "larger than 4194304 bytes"),
+    "a header without end": (header(b" " * (8 * 2**20 + 1)), "larger than 8 MiB"),
+    "metadata without end": (
+        header({"__metadata__": {f"{n}": "" for n in range(4097)}, "a.lora_A.weight": ONE}, bytes(16)),
+        "more than 4096 entries",
+    ),
+    "too large": (save({"x.lora_A.weight": numpy.ones((1024, 3100), "float32")}), "larger than 12582912 bytes"),
 }
 
 

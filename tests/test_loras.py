@@ -202,7 +202,25 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
     norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(16)}
     hidden = {"transformer.proj_out.weight": torch.zeros(16, 32)}
     wider = torch.randn(RANK, 64)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
     bad = {
+        "alpha is not a single number": spoiled(
+            files[0], tmp_path / "e.safetensors", **{f"{layer}.alpha": torch.ones(3)}
+        ),
+        "which are no pair": spoiled(
+            files[0], tmp_path / "f.safetensors", **{f"{layer}.lora_A.weight": torch.ones(RANK + 1, 32)}
+        ),
+        "has one matrix where a LoRA has two": spoiled(
+            files[0], tmp_path / "g.safetensors", **{"transformer.proj_out.lora_B.weight": torch.ones(16, RANK)}
+        ),
+        "default.weight is not of a LoRA": spoiled(
+            files[0], tmp_path / "h.safetensors", **{f"{layer}.lora_A.default.weight": torch.ones(RANK, 32)}
+        ),
+        "no linear layer transformer_blocks.0.attn.norm_q": spoiled(
+            files[0],
+            tmp_path / "i.safetensors",
+            **{f"{layer.replace('to_q', 'norm_q')}.lora_A.weight": torch.ones(RANK, 16)},
+        ),
         "features": spoiled(files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}),
         "not of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
         "base weights": spoiled(files[0], tmp_path / "c.safetensors", **hidden),

@@ -405,12 +405,37 @@ def test_the_operators_view(browser: Browser, playing: Server) -> None:
         expect(page.locator("#steps")).to_contain_text("1024x768")
 
 
-def test_it_is_served_strictly(playing: Server) -> None:
-    answer = httpx.get(playing.url, trust_env=False)
+def test_the_api_in_swagger_ui(browser: Browser, playing: Server) -> None:
+    """Every operation is listed, one is unfolded and tried; `opened` looks at what the page asks for, and of whom."""
+    paths = httpx.get(f"{playing.url}/openapi.json", trust_env=False).json()["paths"]
+    for page in opened(browser, f"{playing.url}/docs"):
+        expect(page.locator(".opblock")).to_have_count(sum(len(operations) for operations in paths.values()))
+        posted = page.locator(".opblock-post", has_text="/queue/test/null")
+        posted.locator(".opblock-summary-control").click()
+        expect(posted.get_by_text("Put a request in the queue")).to_be_visible()
+        expect(posted.locator(".highlight-code").first).to_contain_text("prompt")
+        health = page.locator(".opblock").filter(has=page.locator("[data-path='/health']"))
+        health.locator(".opblock-summary-control").click()
+        health.get_by_role("button", name="Try it out").click()
+        health.get_by_role("button", name="Execute").click()
+        expect(health.locator(".live-responses-table tbody")).to_contain_text("alive")
+
+
+@pytest.mark.parametrize("path", ["/", "/status", "/docs"])
+def test_it_is_served_strictly(playing: Server, path: str) -> None:
+    answer = httpx.get(f"{playing.url}{path}", trust_env=False)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-    assert httpx.head(playing.url, trust_env=False).status_code == 200
-    assert httpx.head(f"{playing.url}/status", trust_env=False).status_code == 200
-    for name in ("app.js", "style.css", "icon.svg"):
-        assert httpx.get(f"{playing.url}/static/{name}", trust_env=False).status_code == 200
+    assert {"frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"} <= set(policy.split("; "))
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    # No script stands in the page itself, and each comes from this server.
+    sources = re.findall(r"<script\b[^>]*>", answer.text)
+    assert sources and all(re.search(r'src="(static|docs)/', source) for source in sources)
+    assert httpx.head(f"{playing.url}{path}", trust_env=False).status_code == 200
+
+
+def test_its_files_are_served_strictly(playing: Server) -> None:
+    for name in ("static/app.js", "static/style.css", "static/icon.svg", "docs/swagger-ui-bundle.js"):
+        answer = httpx.get(f"{playing.url}/{name}", trust_env=False)
+        assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
     assert httpx.get(f"{playing.url}/static/../app.py", trust_env=False).status_code == 404

@@ -25,6 +25,7 @@ from models.redux import Redux
 from models.weights import DEMO, assign
 from tests import tiny_flux
 from tests.serving import serving
+from tests.test_trust import add
 from tests.tiny_flux import CallsAllSafe, SharesAlways, difference, finished, tiers_of
 
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
@@ -154,6 +155,24 @@ def test_one_that_does_not_fit_stops_the_start(tmp_path: Path, folder: Path) -> 
     write_beside(tmp_path / "demo", 48)
     with pytest.raises(OSError, match="this Redux is for text states 48 wide, and the transformer reads"):
         FluxEngine.load(Placement(tmp_path / "demo", safety_checker="", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "words"),
+    [
+        ("image_embedder/config.json", {"redux_dim": 48}, "image_embedder has other shapes than its configuration for"),
+        ("image_encoder/config.json", {"num_hidden_layers": 3}, "image_encoder lacks"),
+        ("image_encoder/config.json", {"hidden_size": "wide"}, "image_encoder cannot be loaded: "),
+        ("feature_extractor/preprocessor_config.json", {"size": "large"}, "redux cannot be loaded: "),
+    ],
+)
+def test_malformed_ones_are_named(tmp_path: Path, folder: Path, file: str, said: dict[str, Any], words: str) -> None:
+    """Each part of it is read when it is loaded; what is seen before that stands in test_malformed_weights.py."""
+    shutil.copytree(folder / "redux", tmp_path / "redux")
+    add(tmp_path / "redux" / file, **said)
+    transformer = tiny_flux.transformer(joint_attention_dim=128)
+    with pytest.raises(OSError, match=words):
+        Redux.load(tmp_path / "redux", transformer, "cpu")
 
 
 def test_an_engine_without_it_says_so(source: Path) -> None:

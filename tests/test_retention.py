@@ -19,7 +19,8 @@ def retention(parts: Parts, max_age: float = 7 * DAY, max_bytes: float = 1e9) ->
 
 def with_picture(parts: Parts, size: int = 100, lifetime: float | None = None, **changes: Any) -> Job:
     """A finished job with one picture of this many bytes."""
-    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", "me", Lifecycle(lifetime)), **changes)
+    owner = changes.get("owner", "me")
+    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime)), **changes)
 
 
 def known(parts: Parts) -> list[str]:
@@ -108,20 +109,87 @@ def test_a_picture_with_an_expiry_of_its_own_goes_then_and_its_result_stays(part
 def test_the_oldest_go_until_the_pictures_fit(parts: Parts) -> None:
     jobs = []
     for _ in range(4):
-        jobs.append(with_picture(parts, size=100))
+        jobs.append(with_picture(parts, size=10_000))
         parts.clock.now += 1
-    assert retention(parts, max_bytes=400).sweep() == 0
-    assert retention(parts, max_bytes=250).sweep() == 2
+    assert retention(parts, max_bytes=50_000).sweep() == 0
+    assert retention(parts, max_bytes=25_000).sweep() == 2
     assert known(parts) == [job.request_id for job in jobs[2:]]
     assert len(parts.on_disk()) == 2
 
 
-def test_results_without_pictures_take_no_part_in_the_budget(parts: Parts) -> None:
-    bare = finished(parts)
+def test_results_without_pictures_count_with_their_prompts(parts: Parts) -> None:
+    long = finished(parts, fields={"prompt": "x" * 20_000})
     parts.clock.now += 1
-    with_picture(parts)
+    short = finished(parts)
+    assert retention(parts, max_bytes=25_000).sweep() == 0
+    assert retention(parts, max_bytes=20_000).sweep() == 1
+    assert known(parts) == [short.request_id] != [long.request_id]
+
+
+def test_a_cancelled_request_loses_its_prompt_at_once(parts: Parts) -> None:
+    waiting = parts.queue.submit(submission(fields={"prompt": "x" * 20_000}, inputs={"image_url": "a.png"}))
+    parts.queue.cancel(waiting)
+    running = claimed(parts, fields={"prompt": "x" * 20_000})
+    parts.queue.cancel(running)
+    parts.queue.give_back(running)
+    assert parts.rows("SELECT DISTINCT input, inputs FROM jobs") == [("{}", "{}")]
+    assert parts.rows("SELECT max(row_size) < 5000 FROM jobs") == [(1,)]
+
+
+def test_whoever_keeps_most_makes_room(parts: Parts) -> None:
+    """One owner's many, however young, make nobody's only one go."""
+    lone = with_picture(parts, size=100_000, owner="alice")
+    parts.clock.now += DAY
+    many = [with_picture(parts, size=100_000, owner="bob") for _ in range(10)]
+    assert retention(parts, max_bytes=500_000).sweep() == 7
+    assert known(parts) == [lone.request_id, *(job.request_id for job in many[7:])]
+
+
+def test_uploads_of_one_make_nobody_elses_go(parts: Parts) -> None:
+    lone = with_picture(parts, size=100_000, owner="alice")
+    files = [uploaded(parts, owner="bob", size=100_000) for _ in range(10)]
+    retention(parts, max_bytes=500_000).sweep()
+    assert parts.queue.load(lone.request_id) is not None
+    assert sum(parts.files.find(file.name) is not None for file in files) == 3
+
+
+def test_what_one_leaves_of_its_share_is_the_others(parts: Parts) -> None:
+    for owner, number in {"alice": 1, "bob": 4, "carol": 9}.items():
+        for _ in range(number):
+            with_picture(parts, size=100_000, owner=owner)
+            parts.clock.now += 1
+    retention(parts, max_bytes=980_000).sweep()
+    assert parts.rows("SELECT owner, count(*) FROM jobs GROUP BY owner") == [("alice", 1), ("bob", 4), ("carol", 4)]
+
+
+def test_what_each_keeps_is_counted_as_it_comes_and_goes(parts: Parts) -> None:
+    """As the rows themselves say."""
+    jobs = [with_picture(parts, size=size, owner=owner) for size, owner in [(10, "a"), (9000, "a"), (50_000, "b")]]
+    uploaded(parts, owner="b", size=0)
+    gone = uploaded(parts, owner="c", size=5000)
+    parts.queue.cancel(parts.queue.submit(submission(owner="d")))
+    assert kept(parts) == counted(parts) != []
+    retention(parts).delete(jobs[0])
+    with parts.database.transaction() as connection:
+        connection.execute("DELETE FROM files WHERE name = ?", (gone.name,))
+    assert kept(parts) == counted(parts)
     retention(parts, max_bytes=0).sweep()
-    assert known(parts) == [bare.request_id]
+    assert kept(parts) == counted(parts) == []
+
+
+def kept(parts: Parts) -> list[tuple[Any, ...]]:
+    """What the database has counted."""
+    return parts.rows("SELECT owner, num_bytes, num_uploads, upload_bytes FROM kept ORDER BY owner")
+
+
+def counted(parts: Parts) -> list[tuple[Any, ...]]:
+    """The same from the rows themselves."""
+    return parts.rows(
+        "SELECT owner, sum(size), sum(is_upload), sum(size * is_upload) FROM ("
+        " SELECT owner, max(size, 4096) AS size, request_id IS NULL AS is_upload FROM files"
+        " UNION ALL SELECT owner, row_size, 0 FROM jobs"
+        ") GROUP BY owner ORDER BY owner"
+    )
 
 
 def test_what_is_not_to_be_kept_goes_after_it_was_fetched_and_a_grace(parts: Parts) -> None:
@@ -162,9 +230,9 @@ def test_many_are_forgotten_at_once(parts: Parts, count: int) -> None:
 # -- uploads
 
 
-def uploaded(parts: Parts, size: int = 100, lifetime: float | None = None) -> StoredFile:
+def uploaded(parts: Parts, size: int = 100, lifetime: float | None = None, owner: str = "me") -> StoredFile:
     """A file that belongs to no job."""
-    file = parts.files.save(b"x" * size, "png", "image/png", "me", Lifecycle(lifetime))
+    file = parts.files.save(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime))
     with parts.database.transaction() as connection:
         list_file(connection, file, None, parts.clock.now)
     return file
@@ -205,40 +273,40 @@ def test_an_upload_with_an_expiry_of_its_own_goes_then(parts: Parts) -> None:
 def test_uploads_and_results_share_the_disk_and_the_oldest_go(parts: Parts) -> None:
     uploads, jobs = [], []
     for _ in range(3):
-        uploads.append(uploaded(parts, size=100))
+        uploads.append(uploaded(parts, size=10_000))
         parts.clock.now += 1
-        jobs.append(with_picture(parts, size=100))
+        jobs.append(with_picture(parts, size=10_000))
         parts.clock.now += 1
-    assert retention(parts, max_bytes=600).sweep() == 0
+    assert retention(parts, max_bytes=70_000).sweep() == 0
     assert len(left(parts)) == 6
-    assert retention(parts, max_bytes=350).sweep() == 1
+    assert retention(parts, max_bytes=40_000).sweep() == 1
     assert known(parts) == [job.request_id for job in jobs[1:]]
     assert len(left(parts)) == 3
     assert [parts.files.find(file.name) is not None for file in uploads] == [False, False, True]
 
 
 def test_a_young_upload_outlives_old_results(parts: Parts) -> None:
-    with_picture(parts, size=100)
+    with_picture(parts, size=10_000)
     parts.clock.now += 1
-    file = uploaded(parts, size=100)
-    assert retention(parts, max_bytes=100).sweep() == 1
+    file = uploaded(parts, size=10_000)
+    assert retention(parts, max_bytes=10_000).sweep() == 1
     assert left(parts) == [file.name]
 
 
 def test_a_job_goes_with_all_its_pictures_among_uploads_of_the_same_moment(parts: Parts) -> None:
-    files = [parts.files.save(b"x" * 100, "png", "image/png", "me", Lifecycle()) for _ in range(3)]
-    uploaded(parts, size=100)
+    files = [parts.files.save(b"x" * 10_000, "png", "image/png", "me", Lifecycle()) for _ in range(3)]
+    uploaded(parts, size=10_000)
     finished(parts, *files)
-    later = uploaded(parts, size=100)
+    later = uploaded(parts, size=10_000)
     parts.clock.now += 1
-    kept = with_picture(parts, size=100)
-    retention(parts, max_bytes=350).sweep()
+    kept = with_picture(parts, size=10_000)
+    retention(parts, max_bytes=35_000).sweep()
     assert known(parts) == [kept.request_id]
     assert later.name not in left(parts)
     assert len(left(parts)) == 1
 
 
 def test_an_upload_larger_than_the_whole_budget_goes(parts: Parts) -> None:
-    uploaded(parts, size=1000)
-    retention(parts, max_bytes=999).sweep()
+    uploaded(parts, size=10_000)
+    retention(parts, max_bytes=9_999).sweep()
     assert left(parts) == []

@@ -1,5 +1,6 @@
 """The two kinds of safety checker, tiny ones made here, loaded as the real ones are."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,26 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
         save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(CannotPaint, match=rf"could not be loaded.*{name}\b"):
             checker.is_unsafe(PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "words"),
+    [
+        ("config.json", "[]", "config.json is JSON, but no object"),
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "{}", "cannot be loaded: "),
+        ("config.json", '{"architectures": 5}', "cannot be loaded: "),
+        ("config.json", '{"model_type": "vit", "id2label": 5}', "cannot be loaded: "),
+        ("preprocessor_config.json", '{"image_processor_type": 5}', "cannot be loaded: "),
+        ("model.safetensors", "x", "model.safetensors is not a safetensors file"),
+    ],
+)
+def test_a_malformed_checker_fails_closed(tmp_path: Path, file: str, said: str, words: str) -> None:
+    shutil.copytree(DEMO / "safety_checker", tmp_path / "checker")
+    (tmp_path / "checker" / file).write_text(said, encoding="utf-8")
+    checker = safety.load(Placement(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
+    with pytest.raises(CannotPaint, match=rf"could not be loaded.*{words}"):
+        checker.is_unsafe(PICTURES)
 
 
 def test_the_published_names_of_compvis_are_whole(tmp_path: Path) -> None:

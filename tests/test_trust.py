@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from models.weights import DEMO
 from server import doctor
 from server.settings import Settings
 from tests.network_programs import cached
+from tests.serving import ROOT
 
 
 class Bomb:
@@ -65,6 +68,12 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
+#: What transformers finds code by.
+AUTO_MAP = dict.fromkeys(
+    ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoModelForImageClassification"),
+    "stranger.Stranger",
+)
+
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link to a file": (lambda folder: link(folder / "vae" / "config.json", Path("/etc/hostname")), "leads out"),
     "a link to a folder": (lambda folder: link(folder / "vae", DEMO / "vae"), "leads out"),
@@ -80,6 +89,31 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an adapter": (
         lambda folder: add(folder / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)),
         "an adapter is no part",
+    ),
+    "a pipe": (lambda folder: os.mkfifo(folder / "vae" / "x.json"), "neither a file nor a folder"),
+    "a link in a circle": (lambda folder: link(folder / "vae" / "x", Path("x")), "neither a file nor a folder"),
+    "code": (lambda folder: (folder / "vae" / "stranger.py").touch(), "stranger.py is code"),
+    "code where nobody looks": (lambda folder: (folder / "pipeline.py").touch(), "pipeline.py is code"),
+    "code of its checker": (lambda folder: (folder / "safety_checker" / "x.py").touch(), "x.py is code"),
+    "attention of the hub": (
+        lambda folder: add(folder / "text_encoder" / "config.json", attn_implementation="somebody/kernel"),
+        "names code by attn_implementation",
+    ),
+    "code of a part": (
+        lambda folder: add(folder / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
+        "names code by auto_map",
+    ),
+    "a class that looks for code": (
+        lambda folder: add(folder / "model_index.json", text_encoder=["transformers", "AutoModel"]),
+        "only transformers.CLIPTextModel",
+    ),
+    "another class": (
+        lambda folder: add(folder / "model_index.json", vae=["diffusers", "UNet2DModel"]),
+        "only diffusers.AutoencoderKL or diffusers.AutoencoderTiny",
+    ),
+    "another part": (
+        lambda folder: add(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]),
+        "unet is of diffusers, and is no part",
     ),
     "a pipeline of its own": (lambda folder: add(folder / "model_index.json", _class_name=["x", "X"]), "is of x"),
     "a component elsewhere": (
@@ -110,7 +144,7 @@ def test_links_within_are_followed(folder: Path) -> None:
 
 
 def test_the_hubs_cache_is_loaded_as_it_lies(tmp_path: Path) -> None:
-    """All links into its blobs. The way there may be a link too; one to the blobs of others is refused."""
+    """All links into its blobs. The way there may be a link too; those to folders there, or to others' are refused."""
     snapshot = cached(tmp_path / "real", "somebody/weights", DEMO)
     (tmp_path / "home").symlink_to("real")
     place = weights.place(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
@@ -123,6 +157,12 @@ def test_the_hubs_cache_is_loaded_as_it_lies(tmp_path: Path) -> None:
     assert safety.load(placement(place)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
     other = cached(tmp_path / "real", "somebody/else", DEMO / "vae")
     link(snapshot / "vae" / "config.json", (other / "config.json").resolve())
+    with pytest.raises(OSError, match="leads out"):
+        weights.load(placement(place))
+    hidden = snapshot.parents[1] / "blobs" / "hidden"
+    hidden.mkdir()
+    (hidden / "stranger.py").touch()
+    link(snapshot / "vae", hidden)
     with pytest.raises(OSError, match="leads out"):
         weights.load(placement(place))
 
@@ -139,28 +179,55 @@ def test_a_pickle_by_the_name_of_safetensors_is_not_unpickled(folder: Path, mark
     assert mark.exists()
 
 
+@pytest.fixture
+def stranger(folder: Path, mark: Path) -> Callable[[str], Path]:
+    """Puts code into a component, which its configurations name, and makes model_index.json ask for it."""
+
+    def put(name: str) -> Path:
+        (folder / name / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
+        for path in (folder / name).glob("*config.json"):
+            add(path, auto_map=AUTO_MAP, model_type="stranger", image_processor_type="Stranger")
+        if name != "safety_checker":
+            kind = "AutoTokenizer" if "tokenizer" in name else "AutoModel"
+            add(folder / "model_index.json", **{name: ["transformers", kind]})
+        return folder
+
+    return put
+
+
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "tokenizer", "transformer", "vae", "scheduler"])
-def test_code_beside_the_weights_does_not_run(folder: Path, mark: Path, name: str) -> None:
-    """Configurations name it, and the pipeline is the usual one."""
-    (folder / name / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
-    kinds = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor")
-    for path in (folder / name).glob("*config.json"):
-        add(path, auto_map=dict.fromkeys(kinds, "stranger.Stranger"))
-    pipeline, _ = weights.load(placement(folder))
-    assert type(pipeline).__module__.startswith("diffusers.")
+def test_code_beside_the_weights_does_not_run(stranger: Callable[[str], Path], mark: Path, name: str) -> None:
+    with pytest.raises(OSError, match=r"names code|is code"):
+        weights.load(placement(stranger(name)))
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
-    folder: Path, mark: Path, file: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["bench", "doctor", "serve"])
+def test_no_command_runs_it_and_nobody_is_asked(
+    stranger: Callable[[str], Path], mark: Path, tmp_path: Path, command: str
 ) -> None:
-    checker = folder / "safety_checker"
-    (checker / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
-    kinds = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
-    names = {"model_type": "stranger", "image_processor_type": "Stranger"}
-    add(checker / file, auto_map=dict.fromkeys(kinds, "stranger.Stranger"), **names)
-    with pytest.raises(CannotPaint, match="could not be loaded"):
-        safety.load(placement(folder)).is_unsafe([])
+    """Whoever was asked would say yes."""
+    settings = ("--device", "cpu", "--port", "0", "--tls-port", "0", "--data-dir", str(tmp_path / "data"))
+    line = [sys.executable, "-m", "server", command, str(stranger("text_encoder")), *settings]
+    done = subprocess.run(line, cwd=ROOT, input="y\n" * 20, capture_output=True, text=True, timeout=100)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert "names code by auto_map" in said
+    assert "[y/N]" not in said
+    assert "Traceback" not in said
+    assert not mark.exists()
+
+
+def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
+    stranger: Callable[[str], Path], mark: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CannotPaint, match=r"could not be loaded.*(names code|is code)"):
+        safety.load(placement(stranger("safety_checker"))).is_unsafe([])
     assert not mark.exists()
     assert "[y/N]" not in capfd.readouterr().out
+
+
+def test_a_token_by_the_name_of_code_is_a_token(folder: Path) -> None:
+    words = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    add(folder / "tokenizer" / "vocab.json", auto_map=max(words.values()))
+    trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)

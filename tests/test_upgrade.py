@@ -20,6 +20,7 @@ from server.database import _STEPS, FILE, SCHEMA, VERSION
 from tests.hostile_pictures import encoded, noise
 from tests.parts import opened
 from tests.serving import TEST_MODELS, Server, completed, serving
+from tests.test_retention import counted, kept
 from tests.test_webhook_signatures import Receiver, is_fals
 
 SCHEMAS = {int(path.stem[1:]): path for path in (Path(__file__).parent / "schemas").glob("v*.sql")}
@@ -236,3 +237,11 @@ def _parts(sql: str) -> Iterator[str]:
         else:
             part += sign
     yield " ".join(part.split())
+
+
+@pytest.mark.parametrize("version", sorted(SCHEMAS))
+def test_what_each_owner_keeps_is_counted(tmp_path: Path, version: int) -> None:
+    write(tmp_path, SCHEMAS[version], "http://here")
+    with opened(tmp_path) as parts:
+        assert kept(parts) == counted(parts)
+        assert [owner for owner, *_ in kept(parts)] == ["everybody"]

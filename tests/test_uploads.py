@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from starlette.requests import ClientDisconnect
 
-from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound
+from server import uploads as uploads_module
+from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, TooManyRequests
 from server.jobs import Lifecycle, StoredFile
-from server.uploads import LIFETIME, MAX_PARTS, Upload, Uploads
+from server.under_way import Upload
+from server.uploads import LIFETIME, MAX_PARTS, Uploads
 from tests.parts import Parts, opened
 
 
@@ -234,16 +236,16 @@ def test_parts_that_come_at_the_same_time_count_together(parts: Parts, uploads: 
 
 
 def test_an_owner_has_a_limit_of_files_and_parts_together(parts: Parts) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=1500)
+    uploads = uploads_of(parts, max_bytes=10_000, max_bytes_per_owner=20_000)
     first = begun(uploads)
-    send(uploads, first, 1, b"x" * 800)
+    send(uploads, first, 1, b"x" * 8000)
     uploads.complete(first)
     second, third = begun(uploads), begun(uploads)
-    send(uploads, second, 1, b"x" * 600)
-    with pytest.raises(BodyTooLarge, match="1500 bytes"):
-        send(uploads, third, 1, b"x" * 101)
-    send(uploads, third, 1, b"x" * 100)
-    assert [uploads.complete(upload).size for upload in (second, third)] == [600, 100]
+    send(uploads, second, 1, b"x" * 6000)
+    with pytest.raises(BodyTooLarge, match="20000 bytes"):
+        send(uploads, third, 1, b"x" * 6001)
+    send(uploads, third, 1, b"x" * 6000)
+    assert [uploads.complete(upload).size for upload in (second, third)] == [6000, 6000]
 
 
 def test_an_owners_limit_is_its_own(parts: Parts) -> None:
@@ -486,3 +488,53 @@ def test_an_upload_that_was_completed_meanwhile_is_not_found(parts: Parts, uploa
     with pytest.raises(NotFound):
         send(uploads, upload, 1, b"hello")
     assert len(parts.rows("SELECT * FROM files")) == 1
+
+
+# -- how many
+
+
+def test_empty_files_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as a block, and together as many as may be."""
+    monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
+    uploads = uploads_of(parts, max_bytes_per_owner=100_000)
+    for _ in range(3):
+        uploads.complete(begun(uploads))
+    assert parts.rows("SELECT num_uploads, upload_bytes FROM kept") == [(3, 3 * 4096)]
+    with pytest.raises(TooManyRequests, match="3 files"):
+        begun(uploads)
+    begun(uploads, owner="you")
+
+
+def test_empty_parts_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
+    uploads = uploads_of(parts, max_bytes_per_owner=100_000)
+    upload, other = begun(uploads), begun(uploads)
+    for number in (1, 2):
+        send(uploads, upload, number)
+    send(uploads, other, 1)
+    with pytest.raises(TooManyRequests, match="3 files and parts"):
+        send(uploads, other, 2)
+    # One that is here may come again, and an upload that is over leaves room.
+    send(uploads, upload, 2, b"more")
+    uploads.forget(upload)
+    send(uploads, other, 2)
+
+
+def test_empty_files_use_up_the_room_of_their_owner(parts: Parts) -> None:
+    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+    for _ in range(3):
+        uploads.complete(begun(uploads))
+    with pytest.raises(BodyTooLarge):
+        send(uploads, begun(uploads), 1, b"x")
+
+
+def test_a_restart_counts_what_is_there(parts: Parts) -> None:
+    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+    upload = begun(uploads)
+    for number in (1, 2):
+        send(uploads, upload, number, b"x" * 100)
+    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+    send(uploads, upload, 3, b"x" * 100)
+    with pytest.raises(BodyTooLarge):
+        send(uploads, upload, 4, b"x" * 100)
+    assert uploads.complete(upload).size == 300

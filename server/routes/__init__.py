@@ -7,6 +7,7 @@ from typing import Any, cast
 from starlette.requests import HTTPConnection, Request
 
 from models.base import Loading, Model
+from server import intake
 from server.address import not_offered
 from server.auth import Keys
 from server.errors import NotFound
@@ -14,16 +15,24 @@ from server.fetch import Guard
 from server.files import Files
 from server.gpu import Gpu
 from server.history import Wanted
+from server.in_flight import InFlight
 from server.inputs import Inputs
-from server.jobs import Job
+from server.jobs import Job, Mode, Submission
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
 from server.quota import Quota
 from server.retention import Retention
+from server.shares import Shares
 from server.signing import Signer
+from server.turns import Turns
 from server.uploads import Uploads
 from server.usage import UsageFilter, Used
+from server.wire import JSON
+
+TOO_MANY_OPEN = (
+    "This key has as many answers open as it may, half of --max-connections, or less beside others; end some first"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,11 @@ class Parts:
     keys: Keys
     guard: Guard
     inputs: Inputs
+    in_flight: InFlight
+    #: Answers that wait or go on for as long as a request does.
+    open_answers: Shares
+    #: For what waits for the database.
+    turns: Turns
     quota: Quota
     queue: Queue
     files: Files
@@ -105,3 +119,16 @@ def owned(job: Job | None, owner: str, app: str) -> Job:
     if app != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
         raise NotFound
     return job
+
+
+async def submission_of(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
+    """What a request asks for. Raises as `intake.read` does."""
+    parts = parts_of(request)
+    async with parts.in_flight.body(request, owner) as body:
+        return await intake.read(request, body, model, owner, mode=mode, inputs=parts.inputs, quota=parts.quota)
+
+
+def held(parts: Parts, job: Job, response: JSON) -> JSON:
+    """An answer that counts as its owner's until it is sent: a client that does not read it fills no memory."""
+    response.room = parts.in_flight.room(job.owner, len(response.body))
+    return response

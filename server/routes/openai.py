@@ -1,6 +1,5 @@
 """OpenAI's images API in front of the same queue: /v1/images/generations and /v1/models."""
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -15,8 +14,8 @@ from models.schema import PRESETS
 from server import bodies, intake
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.events import EventStream, StreamFailed, heard
-from server.jobs import Job, Mode, Outcome, State
-from server.routes import Parts, owner_of, parts_of
+from server.jobs import Job, Mode, Outcome, State, Submission
+from server.routes import Parts, held, owner_of, parts_of
 from server.routes.run import bound_to_client, ended
 from server.wire import JSON
 
@@ -43,7 +42,7 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     prompt: str
-    model: str | None = None
+    model: str | None = Field(None, max_length=255)
     n: int | None = Field(None, ge=1)
     size: str | None = None
     response_format: Literal["url", "b64_json"] | None = None
@@ -85,21 +84,27 @@ async def generations(request: Request) -> Response:
     """Paint and wait for the pictures; with `stream`, partial pictures come first."""
     parts = parts_of(request)
     try:
-        owner = owner_of(request)
-        asked = bodies.read(ImagesRequest, await request.body())
-        served = _model_for(request, asked.model or DEFAULT_MODEL)
-        mode = Mode.STREAM if asked.stream else Mode.RUN
-        submission = await intake.read(
-            request, served, owner, mode=mode, inputs=parts.inputs, quota=parts.quota, body=to_json(asked.fields)
-        )
-        job = await asyncio.to_thread(parts.queue.submit, submission)
+        asked, submission = await _asked(request)
+        job = await parts.turns.run(submission.owner, parts.queue.submit, submission)
         if asked.stream:
             events = _events(parts, job, asked.partial_images or 0)
             return _identified(EventStream(events, within=bound_to_client(parts, job)), job)
         outcome = await ended(request, parts, job)
     except ServerError as error:
         return problem(error)
-    return _identified(_answer(outcome), job)
+    return _identified(held(parts, job, _answer(outcome)), job)
+
+
+async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
+    """What is asked for, in OpenAI's words and in ours."""
+    parts, owner = parts_of(request), owner_of(request)
+    async with parts.in_flight.body(request, owner) as body:
+        asked = bodies.read(ImagesRequest, body)
+        served = _model_for(request, asked.model or DEFAULT_MODEL)
+        mode, fields = Mode.STREAM if asked.stream else Mode.RUN, to_json(asked.fields)
+        return asked, await intake.read(
+            request, fields, served, owner, mode=mode, inputs=parts.inputs, quota=parts.quota, content_type=""
+        )
 
 
 def problem(error: ServerError) -> Response:
@@ -150,7 +155,7 @@ def _model(endpoint: str) -> dict[str, Any]:
     return {"id": endpoint, "object": "model", "created": 0, "owned_by": endpoint.split("/")[0]}
 
 
-def _answer(outcome: Outcome) -> Response:
+def _answer(outcome: Outcome) -> JSON:
     output = from_json(outcome.body)
     if outcome.status != 200:
         kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
@@ -185,7 +190,7 @@ async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Map
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    outcome = await asyncio.to_thread(parts.queue.result, job)
+    outcome = await parts.turns.run(job.owner, parts.queue.result, job)
     if outcome.status != 200:
         yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
         raise StreamFailed

@@ -4,7 +4,6 @@ Under the Host api.fal.ai, and through the proxies, /v1/... is brought to /platf
 is at the same path under every other name.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeVar
@@ -117,8 +116,8 @@ async def pricing(request: Request) -> Response:
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
     """What so many calls or units would cost: nothing."""
-    owner_of(request)
-    planned = bodies.read(Estimate, await request.body())
+    async with parts_of(request).in_flight.body(request, owner_of(request)) as body:
+        planned = bodies.read(Estimate, body)
     for name in planned.endpoints:
         model_for(request, name)
     return JSON({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
@@ -132,7 +131,7 @@ async def usage(request: Request) -> Response:
     end = query.end or datetime.now(UTC)
     start = query.start or end - LATELY
     wanted = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
-    found = await asyncio.to_thread(parts_of(request).usage, wanted)
+    found = await parts_of(request).turns.run(owner, parts_of(request).usage, wanted)
     answer: dict[str, Any] = _paging()
     if "time_series" in query.expand or "summary" not in query.expand:
         answer["time_series"] = _time_series(found)
@@ -168,7 +167,7 @@ async def by_endpoint(request: Request) -> Response:
         has_payloads="payloads" in query.expand,
     )
     try:
-        return JSON(await asyncio.to_thread(parts_of(request).history, wanted))
+        return JSON(await parts_of(request).turns.run(owner, parts_of(request).history, wanted))
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None

@@ -1,4 +1,4 @@
-"""The page to begin with: every endpoint as a form, its requests as they are painted."""
+"""The pages: every endpoint as a form, its requests as they are painted; the operator's view; Swagger UI."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from server.wire import JSON
 
 router = APIRouter(include_in_schema=False)
 STATIC = Path(__file__).parents[1] / "static"
-#: Nothing of the page comes from elsewhere, and nothing goes elsewhere.
+#: Nothing of the pages comes from elsewhere, and nothing goes elsewhere.
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self';"
@@ -35,6 +35,8 @@ class _Files(StaticFiles):
 
 
 files = _Files(directory=STATIC)
+#: Swagger UI's own script and style, as fastapi-offline brings them.
+swagger = _Files(packages=[("fastapi_offline", "static")])
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -47,6 +49,12 @@ async def page() -> Response:
 async def status() -> Response:
     """The operator's view."""
     return FileResponse(STATIC / "status.html", headers=_HEADERS)
+
+
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs() -> Response:
+    """Swagger UI on /openapi.json. Its script comes from this server: it runs where the playground keeps the key."""
+    return FileResponse(STATIC / "docs.html", headers=_HEADERS)
 
 
 @router.get("/playground.json")

@@ -1,17 +1,16 @@
 """The queue: submit, status, status stream, result, cancel."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server import intake, wire
+from server import wire
 from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInProgress
 from server.events import EventStream, heard
 from server.jobs import Job, Mode, State
 from server.notifier import QUEUE
-from server.routes import Parts, model_for, owned, owner_of, parts_of
+from server.routes import Parts, held, model_for, owned, owner_of, parts_of, submission_of
 from server.wire import JSON
 
 router = APIRouter(prefix="/queue", tags=["queue"])
@@ -32,7 +31,8 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
     parts = parts_of(request)
     job = await _job(request, parts, app, request_id)
     job.wants_previews |= _wants(request, "previews")
-    return _identified(EventStream(_changes(parts, job, _wants(request, "logs"))), job)
+    changes = _changes(parts, job, _wants(request, "logs"))
+    return _identified(EventStream(changes, within=parts.open_answers.held(job.owner)), job)
 
 
 @router.get("/{app:path}/requests/{request_id}")
@@ -43,7 +43,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     job = await _job(request, parts, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _identified(wire.result(await asyncio.to_thread(parts.queue.result, job)), job)
+    return _identified(held(parts, job, wire.result(await parts.turns.run(job.owner, parts.queue.result, job))), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")
@@ -51,7 +51,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
     """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
     parts = parts_of(request)
     job = await _job(request, parts, app, request_id)
-    await asyncio.to_thread(parts.retention.delete, job)
+    await parts.turns.run(job.owner, parts.retention.delete, job)
     return _identified(Response(status_code=204), job)
 
 
@@ -63,7 +63,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
         job = await _job(request, parts, app, request_id)
     except NotFound as error:
         return JSON({"status": "NOT_FOUND", **error.body}, 404)
-    state = await asyncio.to_thread(parts.queue.cancel, job)
+    state = await parts.turns.run(job.owner, parts.queue.cancel, job)
     return _identified(_CANCELLED[state](), job)
 
 
@@ -75,8 +75,8 @@ async def submit(request: Request, endpoint: str) -> Response:
     parts = parts_of(request)
     owner = owner_of(request)
     model = model_for(request, endpoint)
-    submission = await intake.read(request, model, owner, mode=Mode.QUEUE, inputs=parts.inputs, quota=parts.quota)
-    job = await asyncio.to_thread(parts.queue.submit, submission)
+    submission = await submission_of(request, model, owner, Mode.QUEUE)
+    job = await parts.turns.run(owner, parts.queue.submit, submission)
     return _identified(JSON(wire.submitted(job, parts.queue.position(job))), job)
 
 
@@ -90,7 +90,7 @@ _CANCELLED = {
 async def _job(request: Request, parts: Parts, app: str, request_id: str) -> Job:
     """This caller's job, from memory if it can be; from its row otherwise."""
     owner = owner_of(request)
-    job = parts.queue.find(request_id) or await asyncio.to_thread(parts.queue.load, request_id)
+    job = parts.queue.find(request_id) or await parts.turns.run(owner, parts.queue.load, request_id)
     return owned(job, owner, app)
 
 

@@ -16,12 +16,14 @@ from pydantic_core import from_json, to_json
 from models.base import Model
 from models.schema import ImageInput
 from server import intake
-from server.errors import BadRequest, InvalidInput, ServerError, Unauthorized
+from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
 from server.inputs import MAX_INPUT_BYTES, as_json
 from server.jobs import Job, Lifecycle, Mode, State, Submission
 from server.lifecycle import number
 from server.routes import Parts, owner_by_token
 from server.routes.run import bound_to_client
+from server.shares import Shares
+from server.sockets import count
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -50,6 +52,7 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
     await socket.accept()
     try:
         owner = owner_by_token(socket, endpoint)
+        count(socket.scope, owner, parts.in_flight)
         session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
         await _turn_away(socket)
@@ -57,7 +60,16 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         await _complain(socket, "BAD_REQUEST", str(error))
         await socket.close(1008)
     else:
-        await session.serve()
+        await _served(socket, session, parts.open_answers, owner)
+
+
+async def _served(socket: WebSocket, session: "_Session", open_answers: Shares, owner: str) -> None:
+    try:
+        with open_answers.held(owner):
+            await session.serve()
+    except TooManyRequests as error:
+        await _complain(socket, "UNAVAILABLE", str(error))
+        await socket.close(1013)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,11 @@ class _Frame:
 
     content: bytes
     is_text: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content)
 
     def as_json(self) -> bytes:
         """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
@@ -94,7 +111,8 @@ class _Session:
         self._parts = parts
         self._model = model
         self._owner = owner
-        self._inputs: deque[_Frame] = deque(maxlen=max_buffering)
+        self._inputs: deque[_Frame] = deque()
+        self._max_buffering = max_buffering
         self._arrived = asyncio.Event()
         self._is_painting = False
 
@@ -109,6 +127,8 @@ class _Session:
             painting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await painting
+            while self._inputs:
+                self._drop_oldest()
 
     async def _read(self) -> None:
         while True:
@@ -126,14 +146,27 @@ class _Session:
             if not self._parts.keys.knows(self._owner):
                 await _turn_away(self._socket)
                 return
-            self._wait(_frame(message))
+            try:
+                self._wait(_frame(message))
+            except TooManyRequests as error:
+                await _complain(self._socket, "UNAVAILABLE", str(error))
 
     def _wait(self, frame: _Frame) -> None:
-        """The newest waits in any case; of the others, those that are no larger with it than one may be."""
+        """The newest waits in any case; of the others, those that are no larger with it than one may be.
+
+        Raises TooManyRequests where its key has too much on its way.
+        """
+        while self._inputs and (
+            len(self._inputs) == self._max_buffering
+            or sum(each.size for each in self._inputs) + frame.size > MAX_INPUT_BYTES
+        ):
+            self._drop_oldest()
+        self._parts.in_flight.take(self._owner, frame.size)
         self._inputs.append(frame)
-        while len(self._inputs) > 1 and sum(len(each.content) for each in self._inputs) > MAX_INPUT_BYTES:
-            self._inputs.popleft()
         self._arrived.set()
+
+    def _drop_oldest(self) -> None:
+        self._parts.in_flight.give_back(self._owner, self._inputs.popleft().size)
 
     async def _paint(self) -> None:
         while True:
@@ -141,7 +174,11 @@ class _Session:
             self._arrived.clear()
             while self._inputs:
                 self._is_painting = True
-                await self._try_answer(self._inputs.popleft())
+                frame = self._inputs.popleft()
+                try:
+                    await self._try_answer(frame)
+                finally:
+                    self._parts.in_flight.give_back(self._owner, frame.size)
                 self._is_painting = False
 
     async def _try_answer(self, frame: _Frame) -> None:
@@ -160,7 +197,7 @@ class _Session:
 
     async def _answer(self, frame: _Frame) -> None:
         is_large = len(frame.content) > _LARGE
-        fields = await asyncio.to_thread(self._fields, frame) if is_large else self._fields(frame)
+        fields = await self._parts.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
         self._parts.quota.take(self._owner)
         inputs = await self._parts.inputs.bring(fields, self._owner)
         job = await self._submit(as_json(fields, inputs), inputs)
@@ -171,7 +208,7 @@ class _Session:
         if job.error is not None or job.state != State.COMPLETED:
             await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
-        outcome = await asyncio.to_thread(self._parts.queue.result, job)
+        outcome = await self._parts.turns.run(self._owner, self._parts.queue.result, job)
         await self._socket.send_bytes(msgpack.packb(from_json(outcome.body)))
         timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
         await self._socket.send_text(to_json(timing).decode())
@@ -181,8 +218,8 @@ class _Session:
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
-        queue = self._parts.queue
-        submitting = asyncio.ensure_future(asyncio.to_thread(queue.submit, self._submission(text, inputs)))
+        queue, turns = self._parts.queue, self._parts.turns
+        submitting = asyncio.ensure_future(turns.run(self._owner, queue.submit, self._submission(text, inputs)))
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:

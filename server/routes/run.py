@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic_core import from_json
 
-from server import intake, wire
+from server import wire
 from server.errors import InternalError
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, Outcome, State
-from server.routes import Parts, model_for, owner_by_token, owner_of, parts_of
+from server.routes import Parts, held, model_for, owner_by_token, owner_of, parts_of, submission_of
 
 router = APIRouter(tags=["run"])
 
@@ -33,7 +33,7 @@ async def run(request: Request, endpoint: str) -> Response:
     parts = parts_of(request)
     job = await _accepted(request, parts, endpoint, Mode.RUN)
     try:
-        response = wire.result(await ended(request, parts, job))
+        response: Response = held(parts, job, wire.result(await ended(request, parts, job)))
     except InternalError as error:
         response = wire.error(error)
     response.headers["x-fal-request-id"] = job.request_id
@@ -53,7 +53,7 @@ async def ended(request: Request, parts: Parts, job: Job) -> Outcome:
             gone.cancel()
     if job.state != State.COMPLETED:
         raise InternalError("The server is stopping.")
-    return await asyncio.to_thread(parts.queue.result, job)
+    return await parts.turns.run(job.owner, parts.queue.result, job)
 
 
 async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
@@ -61,15 +61,16 @@ async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -
     takes_token = mode == Mode.STREAM and endpoint in parts.models
     owner = owner_by_token(request, endpoint) if takes_token else owner_of(request)
     model = model_for(request, endpoint)
-    submission = await intake.read(request, model, owner, mode=mode, inputs=parts.inputs, quota=parts.quota)
-    return await asyncio.to_thread(parts.queue.submit, submission)
+    submission = await submission_of(request, model, owner, mode)
+    return await parts.turns.run(owner, parts.queue.submit, submission)
 
 
 @contextmanager
 def bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
-    """Whatever ends the connection ends the job: nothing is painted for nobody."""
+    """Whatever ends the connection ends the job: nothing is painted for nobody. Raises TooManyRequests."""
     try:
-        yield
+        with parts.open_answers.held(job.owner):
+            yield
     finally:
         # When the server stops, the next start ends it: by then the database may be closed here.
         if job.state != State.COMPLETED and not parts.notifier.is_closing:
@@ -99,7 +100,7 @@ async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | No
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    outcome = await asyncio.to_thread(parts.queue.result, job)
+    outcome = await parts.turns.run(job.owner, parts.queue.result, job)
     yield from_json(outcome.body)
     if outcome.status != 200:
         raise StreamFailed

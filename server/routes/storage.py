@@ -10,7 +10,7 @@ from server import bodies
 from server.errors import BadRequest
 from server.lifecycle import lifecycle
 from server.routes import owner_of, parts_of
-from server.uploads import Upload
+from server.under_way import Upload
 from server.wire import JSON
 
 router = APIRouter(tags=["storage"])
@@ -55,7 +55,10 @@ async def token(request: Request) -> Response:
 @router.post("/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
     """Say where to PUT a file, and where it will be."""
-    upload = await _begin(request, bodies.read(Announcement, await request.body() or b"{}"))
+    owner = owner_of(request)
+    async with parts_of(request).in_flight.body(request, owner) as body:
+        announced = bodies.read(Announcement, body or b"{}")
+    upload = await _begin(request, owner, announced)
     base = request.state.base_url
     upload_url = f"{base}/storage/upload/{upload.upload_id}"
     return JSON({"upload_url": upload_url, "file_url": f"{base}/files/{upload.name}"})
@@ -65,7 +68,7 @@ async def initiate(request: Request) -> Response:
 async def put(request: Request, upload_id: str) -> Response:
     """The whole file at once; the address is the secret, so no key is asked for."""
     uploads = parts_of(request).uploads
-    upload = await asyncio.to_thread(uploads.find, upload_id)
+    upload = uploads.find(upload_id)
     etag = await uploads.receive(upload, 1, request.stream())
     await uploads.finish(upload)
     return JSON({}, headers={"etag": etag})
@@ -76,7 +79,7 @@ async def put(request: Request, upload_id: str) -> Response:
 async def put_part(request: Request, upload_id: str, part_number: int) -> Response:
     """One part: its ETag in the header, where Python looks, and in the body, where JavaScript does."""
     uploads = parts_of(request).uploads
-    upload = await asyncio.to_thread(uploads.find, upload_id)
+    upload = uploads.find(upload_id)
     etag = await uploads.receive(upload, part_number, request.stream())
     return JSON({"partNumber": part_number, "etag": etag}, headers={"etag": etag})
 
@@ -86,8 +89,9 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
 async def complete(request: Request, upload_id: str) -> Response:
     """Join the parts."""
     uploads = parts_of(request).uploads
-    upload = await asyncio.to_thread(uploads.find, upload_id)
-    listed = [part.part_number for part in bodies.read(Completion, await request.body() or b"{}").parts]
+    upload = uploads.find(upload_id)
+    async with parts_of(request).in_flight.body(request, upload.owner) as body:
+        listed = [part.part_number for part in bodies.read(Completion, body or b"{}").parts]
     file = await uploads.finish(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
     return JSON({"access_url": url, "file_url": url})
@@ -99,7 +103,7 @@ async def upload_at_once(request: Request) -> Response:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = parts_of(request).uploads
-    upload = await _begin(request, _announced(request), UPLOADS)
+    upload = await _begin(request, owner_of(request, UPLOADS), _announced(request))
     try:
         await uploads.receive(upload, 1, request.stream())
         file = await uploads.finish(upload)
@@ -113,7 +117,7 @@ async def upload_at_once(request: Request) -> Response:
 @router.post("/files/upload/multipart")
 async def begin_multipart(request: Request) -> Response:
     """Expect a file in parts, as fal-client sends large ones."""
-    upload = await _begin(request, _announced(request), UPLOADS)
+    upload = await _begin(request, owner_of(request, UPLOADS), _announced(request))
     url = f"{request.state.base_url}/files/{upload.name}"
     return JSON({"access_url": url, "uploadId": upload.upload_id})
 
@@ -124,10 +128,12 @@ def _announced(request: Request) -> Announcement:
     return Announcement(content_type=content_type[:255], file_name=file_name[:1024])
 
 
-async def _begin(request: Request, announced: Announcement, scope: str | None = None) -> Upload:
-    owner = owner_of(request, scope)
-    return await asyncio.to_thread(
-        parts_of(request).uploads.begin,
+async def _begin(request: Request, owner: str, announced: Announcement) -> Upload:
+    parts_of(request).quota.take(owner, "uploads")
+    uploads = parts_of(request).uploads
+    return await uploads.turns.run(
+        owner,
+        uploads.begin,
         owner,
         announced.content_type,
         announced.file_name,

@@ -1,6 +1,7 @@
 """What proves who is who: short-lived tokens for browsers, and the public keys that webhooks are signed with."""
 
 import asyncio
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
@@ -15,7 +16,7 @@ router = APIRouter(tags=["tokens"])
 class TokenRequest(BaseModel):
     """fal's SDKs name apps by their alias alone: "flux" for fal-ai/flux/dev."""
 
-    allowed_apps: list[str] = Field(min_length=1, max_length=100)
+    allowed_apps: list[Annotated[str, Field(max_length=255)]] = Field(min_length=1, max_length=100)
     token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token ends.")
 
 
@@ -23,7 +24,8 @@ class TokenRequest(BaseModel):
 async def issue(request: Request) -> Response:
     """A token as a bare JSON string, the one form that all SDKs read."""
     owner = owner_of(request)
-    wanted = bodies.read(TokenRequest, await request.body())
+    async with parts_of(request).in_flight.body(request, owner) as body:
+        wanted = bodies.read(TokenRequest, body)
     scope = " ".join(wanted.allowed_apps)
     return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
 

@@ -54,11 +54,27 @@ AT_START = {
     "before the strike is committed": _after("server.rows", "strike"),
     "after the strike": _before("server.queue", "Queue.recover"),
 }
+#: In the life of an upload in parts, once they are sent.
+IN_UPLOAD = {
+    "before a part is kept": _before("server.uploads", "Uploads._take", 2, is_acknowledged=False),
+    "after a part is kept": _after("server.uploads", "Uploads._take", 2, is_acknowledged=False),
+    "before the parts are joined": _before("server.uploads", "join", is_acknowledged=False),
+    "after the parts are joined": _after("server.uploads", "join", is_acknowledged=False),
+    "before the upload is listed": _before("server.uploads", "list_file", is_acknowledged=False),
+    "before that is committed": _after("server.uploads", "list_file", is_acknowledged=False),
+    "before the parts are removed": _before("server.uploads", "Uploads._end", is_acknowledged=False),
+}
+#: While the folder is backed up.
+IN_BACKUP = {
+    "before the database is copied": _before("server.database", "Database.copy"),
+    "after the database is copied": _after("server.database", "Database.copy"),
+    "before the certificates are copied": _before("server.control", "Control._copy", 4),
+}
 
 
 def arm(name: str, marker: Path) -> None:
     """Make this process die at the point, the first time that it is reached: `marker` says that it was."""
-    point = {**POINTS, **AT_START}[name]
+    point = {**POINTS, **AT_START, **IN_UPLOAD, **IN_BACKUP}[name]
     holder: Any = importlib.import_module(point.module)
     *path, last = point.name.split(".")
     for part in path:

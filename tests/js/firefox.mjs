@@ -29,7 +29,11 @@ try {
   await page.waitForSelector("#runs figure img");
   const kept = await page.$eval("#runs .prompt", (node) => node.textContent);
   const ground = await page.$eval("body", (body) => getComputedStyle(body).backgroundColor);
-  await page.setViewport({ width: 390, height: 844 });
+  // Along with the size puppeteer says which way the screen is held, which Firefox ESR does not know.
+  await page.setViewport({ width: 390, height: 844 }).catch((error) => {
+    if (!error.message.includes("setScreenOrientationOverride")) throw error;
+  });
+  await page.evaluate(() => innerWidth === 390 || new Promise((resize) => addEventListener("resize", resize)));
   const overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
   console.log(JSON.stringify({ size, state, kept, errors, foreign, overflow, ground }));
 } finally {

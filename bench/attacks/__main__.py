@@ -1,0 +1,44 @@
+"""The command line: `python -m bench.attacks`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import bench.attacks
+from bench.attacks import bodies, kept, loras
+from bench.attacks.measure import measure
+from bench.attacks.report import figures, line
+
+ATTACKS = {attack.name: attack for attack in (*loras.ATTACKS, *bodies.ATTACKS, *kept.ATTACKS)}
+#: Of both phases of an attack together, in seconds.
+MAX_SECONDS = 20.0
+
+
+def main() -> None:
+    """Print a line for each attack."""
+    listed = "\n".join(f"  {attack.name:18}{attack.about}" for attack in ATTACKS.values())
+    parser = argparse.ArgumentParser(
+        description=bench.attacks.__doc__, epilog=listed, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attack", nargs="+", choices=tuple(ATTACKS), default=list(ATTACKS), metavar="NAME")
+    parser.add_argument(
+        "--seconds", type=float, default=3.5, help="of a phase of an attack, at most 10; alone, half of it"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    seconds = min(options.seconds, MAX_SECONDS / bench.attacks.ROUNDS)
+    print(
+        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, Python {sys.version.split()[0]}", flush=True
+    )
+    found = []
+    for name in options.attack:
+        found.append(figures(ATTACKS[name], measure(ATTACKS[name], seconds)))
+        print(line(found[-1]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

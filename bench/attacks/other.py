@@ -1,0 +1,133 @@
+"""The other key: asks, submits and uploads at a fixed rate, in a process of its own, and notes how long each took."""
+
+import asyncio
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from urllib.parse import urlsplit
+
+import uvloop
+
+from bench.attacks import OTHER
+from bench.attacks.connection import Answer, connected, request
+
+OPERATIONS = ("status", "submit", "upload")
+#: Operations a second, all kinds together. The next one starts in time whether or not the last one is done.
+RATE = 30
+#: After so many seconds an operation counts as never answered.
+PATIENCE = 20.0
+_FILE = bytes(100_000)
+#: What it submits is small, and what it uploads expires soon, so that this key itself keeps little.
+SUBMIT = json.dumps({"prompt": "x", "num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}).encode()
+_EXPIRES = {"x_fal_object_lifecycle": "2"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One that was carried out: when it began by the monotonic clock, how long it took, and its last answer."""
+
+    kind: str
+    begun_at: float
+    seconds: float
+    #: A status, "closed" for a connection that ended without one, or "late" after `PATIENCE`.
+    answer: str
+
+
+class Other:
+    """The process that `acting` runs; `stop` ends it."""
+
+    def __init__(self, pipe: Pipe, is_over: Event, num_waiting: "Synchronized[int]") -> None:
+        self._pipe, self._is_over, self._num_waiting = pipe, is_over, num_waiting
+
+    def waiting(self) -> int:
+        """How many of its operations are under way."""
+        return int(self._num_waiting.value)
+
+    def stop(self) -> list[Operation]:
+        """No further operation; waits for those under way, and returns all."""
+        self._is_over.set()
+        operations: list[Operation] = self._pipe.recv()
+        return operations
+
+
+@contextmanager
+def acting(port: int, kinds: Sequence[str], status_path: str) -> Iterator[Other]:
+    """The other key at work; the first status that it asks for is at this path."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    is_over, num_waiting = context.Event(), context.Value("i", 0)
+    actor = _Actor(port, status_path, num_waiting)
+    process = context.Process(target=_act, args=(there, is_over, actor, kinds), daemon=True)
+    process.start()
+    # So that the end of the process is heard here.
+    there.close()
+    try:
+        yield Other(here, is_over, num_waiting)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _act(pipe: Pipe, is_over: Event, actor: "_Actor", kinds: Sequence[str]) -> None:
+    pipe.send(uvloop.run(actor.act(kinds, is_over.is_set)))
+
+
+class _Actor:
+    def __init__(self, port: int, status_path: str, num_waiting: "Synchronized[int]") -> None:
+        self._port, self._status_path, self._num_waiting = port, status_path, num_waiting
+        self._operations: list[Operation] = []
+
+    async def act(self, kinds: Sequence[str], is_over: Callable[[], bool]) -> list[Operation]:
+        """The kinds in turn, until it is over."""
+        acts = {"status": self._status, "submit": self._submit, "upload": self._upload}
+        begun, running = time.monotonic(), set[asyncio.Task[None]]()
+        for number in itertools.count():
+            await asyncio.sleep(begun + number / RATE - time.monotonic())
+            if is_over():
+                break
+            kind = kinds[number % len(kinds)]
+            task = asyncio.create_task(self._timed(kind, acts[kind]))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            self._num_waiting.value = len(running)
+        await asyncio.gather(*running)
+        return self._operations
+
+    async def _timed(self, kind: str, act: Callable[[], Coroutine[None, None, Answer]]) -> None:
+        begun_at, answer = time.monotonic(), "closed"
+        try:
+            async with asyncio.timeout(PATIENCE):
+                answer = str((await act()).status)
+        except TimeoutError:
+            answer = "late"
+        except (OSError, EOFError):
+            pass
+        self._operations.append(Operation(kind, begun_at, time.monotonic() - begun_at, answer))
+
+    async def _status(self) -> Answer:
+        return await self._ask(request("GET", self._status_path, OTHER))
+
+    async def _submit(self) -> Answer:
+        answer = await self._ask(request("POST", "/queue/bench/null", OTHER, SUBMIT))
+        if answer.is_good:
+            self._status_path = urlsplit(json.loads(answer.body)["status_url"]).path
+        return answer
+
+    async def _upload(self) -> Answer:
+        announced = json.dumps({"content_type": "image/png", "file_name": "a.png"}).encode()
+        begun = await self._ask(request("POST", "/storage/upload/initiate", OTHER, announced, **_EXPIRES))
+        if not begun.is_good:
+            return begun
+        path = urlsplit(json.loads(begun.body)["upload_url"]).path
+        return await self._ask(request("PUT", path, OTHER, _FILE))
+
+    async def _ask(self, content: bytes) -> Answer:
+        async with connected(self._port) as connection:
+            return await connection.exchange(content)

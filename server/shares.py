@@ -1,0 +1,50 @@
+"""So many of something, shared between owners."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from server.errors import TooManyRequests
+
+
+class Shares:
+    """An owner may hold as much as is left for the others then: half of it all alone, and less beside others.
+
+    For the event loop's thread alone.
+    """
+
+    def __init__(self, total: int, refusal: str) -> None:
+        """`refusal` is what a client is told who asks for too much."""
+        self._total, self._refusal = total, refusal
+        self._held: Counter[str] = Counter()
+
+    @property
+    def free(self) -> int:
+        """What nobody holds."""
+        return self._total - self._held.total()
+
+    def take(self, owner: str, number: int = 1) -> None:
+        """Hold so many more. Raises TooManyRequests."""
+        if not self._try_take(owner, number):
+            raise TooManyRequests(self._refusal)
+
+    def give_back(self, owner: str, number: int = 1) -> None:
+        """Hold so many no more."""
+        self._held[owner] -= number
+        if not self._held[owner]:
+            del self._held[owner]
+
+    @contextmanager
+    def held(self, owner: str) -> Iterator[None]:
+        """One more while the block lasts. Raises TooManyRequests."""
+        self.take(owner)
+        try:
+            yield
+        finally:
+            self.give_back(owner)
+
+    def _try_take(self, owner: str, number: int) -> bool:
+        if number and self._held[owner] + number > self.free - number:
+            return False
+        self._held[owner] += number
+        return True
