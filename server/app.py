@@ -25,6 +25,7 @@ from server.control import Control
 from server.counted import Counted, Routed
 from server.database import Damaged, Database
 from server.engines import placements
+from server.errors import DiskFull
 from server.fetch import Guard
 from server.files import Files
 from server.in_flight import InFlight
@@ -64,6 +65,8 @@ log = logging.getLogger(__name__)
 #: How often deadlines are looked at, and how often old results are forgotten, in seconds.
 EXPIRE_EVERY = 0.25
 SWEEP_EVERY = 60.0
+#: Seconds beyond that after the disk was full.
+DISK_PAUSE = 1.0
 _EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
 
 
@@ -154,7 +157,8 @@ def _shared(settings: Settings) -> dict[str, Any]:
     return {
         "quota": Quota(settings.rate_per_key),
         "in_flight": InFlight(4 * settings.max_body_mib * 2**20),
-        "open_answers": Shares(settings.max_connections, TOO_MANY_OPEN),
+        # Who is refused must not keep the connection either, or nobody else could open one.
+        "open_answers": Shares(settings.max_connections, TOO_MANY_OPEN, closes=True),
         "turns": Turns("requests", 8, 2),
     }
 
@@ -282,6 +286,9 @@ async def _every(seconds: float, act: Callable[[], object]) -> None:
         except Damaged:
             # The server ends, and says why.
             return
+        except DiskFull as error:
+            log.error("%s; trying again", error)
+            await asyncio.sleep(DISK_PAUSE)
         except Exception:
             log.exception("%s failed; trying again", act)
         await asyncio.sleep(seconds)

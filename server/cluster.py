@@ -102,8 +102,8 @@ class Cluster:
                     self._scale()
                 while self._hand_out():
                     continue
-            except DiskFull:
-                log.error("the disk is full; nothing is lost, trying again every second")
+            except DiskFull as error:
+                log.error("%s; nothing is lost, trying again every second", error)
             except FleetLost as error:
                 self.fail(error)
                 return

@@ -13,7 +13,7 @@ from typing import Any
 from server import auth
 from server.auth import Scope
 from server.database import FOLDERS, Database
-from server.errors import DiskFull
+from server.errors import DiskFails, DiskFull
 
 #: What a backup holds beside the database and what waiting requests brought: pictures and uploads, the certificates.
 _FOLDERS = ("files", "tls")
@@ -114,8 +114,9 @@ class Control:
                 aside.rename(target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        except DiskFull:
-            raise ValueError(f"{target}: No space left on device") from None
+        except DiskFull as error:
+            words = error.__cause__ if isinstance(error, DiskFails) else "No space left on device"
+            raise ValueError(f"{target}: {words}") from None
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"{target}: {_brief(error)}") from None
         return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

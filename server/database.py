@@ -5,11 +5,11 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from server.errors import DiskFull
+from server.errors import DiskFails, DiskFull
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 FILE = "queue.sqlite3"
@@ -18,6 +18,8 @@ FOLDERS = ("files", "uploads", "inputs")
 VERSION = 7
 #: What SQLite says when there is no more room: for a table, and for the index of its log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+#: When the disk is read-only, or broken; the rest of the code tells more of how.
+_FAILING = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 #: And of a file that is none of its own, or is damaged.
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 #: What brings a data folder from the version before to this one.
@@ -97,6 +99,47 @@ class Damaged(RuntimeError):
     """The file cannot be read."""
 
 
+class Replaced(Damaged):
+    """Another program put another file in its place, or wrote to it."""
+
+
+class _Place:
+    """Which file it is, and how large between two uses of it, so that a change that is not the server's is noticed.
+
+    It is not opened for that: SQLite would lose its locks. Its time may change without it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._log = file, file.with_name(f"{FILE}-wal")
+        self.is_lost = False
+        self._is, self._log_is = _identity(file), _identity(self._log)
+        self.learn()
+
+    def learn(self) -> None:
+        """It should have this size the next time."""
+        with suppress(FileNotFoundError):
+            self._size = self._file.stat().st_size
+
+    def check(self) -> None:
+        """Raises Replaced. The log is put aside then: SQLite would write what is in it into the new file."""
+        if not self.is_lost and _identity(self._file) == self._is and self._file.stat().st_size == self._size:
+            return
+        if not self.is_lost and _identity(self._log) == self._log_is:
+            self._log.rename(f"{self._log}.replaced")
+        self.is_lost = True
+        what = f"{self._file} was replaced or written to by another program while the server ran"
+        raise Replaced(f"{what}; stop the server before you restore it from a backup")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What it is to the system, whatever is in it; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextmanager
 def _in_our_words(file: Path) -> Iterator[None]:
     """Raises DiskFull and Damaged where SQLite says so in its own words."""
@@ -107,7 +150,8 @@ def _in_our_words(file: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0)
         if code in _FULL:
             raise DiskFull from error
-        # The rest of it tells more of how.
+        if code & 0xFF in _FAILING:
+            raise DiskFails(f"{DiskFails.message}: {error}") from error
         if code & 0xFF in _DAMAGED:
             raise Damaged(f"{file} is not a database of this server; restore it from a backup") from error
         raise
@@ -164,6 +208,7 @@ class Database:
         # A text that is none, in a damaged row, must not keep all others from being read.
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
+        self._place: _Place | None = None
         #: Told when the file turns out to be damaged: whoever has it open cannot go on.
         self.on_damage: Callable[[Damaged], None] = lambda error: None
         try:
@@ -171,6 +216,7 @@ class Database:
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
                     self._connection.execute(f"PRAGMA {pragma}")
                 self._migrate()
+            self._place = _Place(self._file)
         except BaseException:
             self.close()
             raise
@@ -187,10 +233,16 @@ class Database:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The connection, for one thread at a time. Raises DiskFull and Damaged."""
+        """The connection, for one thread at a time. Raises DiskFull, DiskFails, Damaged and Replaced."""
+        place = self._place
+        assert place
         try:
             with self._lock, _in_our_words(self._file):
-                yield
+                place.check()
+                try:
+                    yield
+                finally:
+                    place.learn()
         except Damaged as error:
             self.on_damage(error)
             raise
@@ -226,5 +278,7 @@ class Database:
     def close(self) -> None:
         """Close the file and let others have the folder."""
         with self._lock:
-            self._connection.close()
+            # Closed, SQLite would write its log into a file that is another's by now.
+            if not (self._place and self._place.is_lost):
+                self._connection.close()
         self._lock_file.close()

@@ -13,6 +13,7 @@ ServerError
 ├── Misdirected             421  a Host that is not ours
 ├── QueueFull               429
 ├── DiskFull                507
+│   └── DiskFails           507  read-only, or broken
 └── RequestError                 fal's "request errors": with error_type in body and header
     ├── BadRequest          400  bad_request
     ├── ClientCancelled     499  client_cancelled
@@ -146,13 +147,15 @@ class QueueFull(ServerError):
 
 
 class TooManyRequests(ServerError):
-    """One key asks for more than its share; `retry_after` in seconds."""
+    """One key asks for more than its share; `retry_after` in seconds. With `closes` the connection ends, too."""
 
     status = 429
 
-    def __init__(self, message: str, retry_after: int = 5) -> None:
+    def __init__(self, message: str, retry_after: int = 5, *, closes: bool = False) -> None:
         super().__init__(message)
         self.headers = {"retry-after": str(retry_after), "x-fal-needs-retry": "1"}  # type: ignore[misc]
+        if closes:
+            self.headers["connection"] = "close"
 
 
 class DiskFull(ServerError):
@@ -160,6 +163,12 @@ class DiskFull(ServerError):
 
     status = 507
     message = "The disk of the server is full"
+
+
+class DiskFails(DiskFull):
+    """It cannot be written to, for whatever reason; all the same is true."""
+
+    message = "The disk of the server cannot be written to"
 
 
 class RequestError(ServerError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 
 from server.database import Database
-from server.errors import DiskFull
+from server.errors import DiskFails, DiskFull
 from server.jobs import Lifecycle, StoredFile
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,11 @@ _BLOCK = 4096
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 #: Also of one that is being written.
 _OURS = re.compile(rf"{_NAME.pattern}(\.part)?")
+
+
+def disk_error(error: OSError) -> DiskFull:
+    """What a client is told of an error of the system's."""
+    return DiskFull() if error.errno in FULL else DiskFails(f"{DiskFails.message}: {error.strerror}")
 
 
 def room_of(size: int) -> int:
@@ -104,8 +109,8 @@ class Files:
             self.adopt(aside, file.name)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            if error.errno in FULL:
-                raise DiskFull from error
+            if error.errno in (*FULL, errno.EROFS):
+                raise disk_error(error) from error
             raise
         expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
         return dataclasses.replace(file, expires_at=expires_at)

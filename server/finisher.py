@@ -133,7 +133,7 @@ class Finisher:
     def _try_turn(self) -> bool:
         try:
             return self.turn()
-        except DiskFull:
-            log.error("the disk is full; nothing is lost, trying again every second")
+        except DiskFull as error:
+            log.error("%s; nothing is lost, trying again every second", error)
             self._bell.wait(1)
             return True

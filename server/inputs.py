@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-import binascii
+import errno
 import os
 import re
 from collections import OrderedDict, defaultdict
@@ -18,9 +18,9 @@ from pydantic_core import to_json
 from models.schema import ImageInput, Limits, remotes
 from server import hub_files, lora_files, pictures
 from server.brought import LORA, Brought
-from server.errors import DiskFull, InvalidInput, QueueFull, Unusable
+from server.errors import InvalidInput, QueueFull, Unusable
 from server.fetch import ForbiddenURL, Guard
-from server.files import FULL, Files
+from server.files import FULL, Files, disk_error
 from server.needs import Needs
 from server.turns import Turns
 
@@ -34,6 +34,8 @@ MAX_KNOWN = 10_000
 MAX_KNOWN_ADDRESS = 1024
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
 MAX_ADDRESS = 8192
+#: Characters of base64 that are decoded at a time; four of them are three bytes.
+_PART = 2**20
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -117,8 +119,8 @@ class Inputs:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
         except OSError as error:
-            if error.errno in FULL:
-                raise DiskFull from error
+            if error.errno in (*FULL, errno.EROFS):
+                raise disk_error(error) from error
             raise
 
     def sweep(self) -> int:
@@ -128,7 +130,10 @@ class Inputs:
     async def _bring(self, address: str, owner: str, kind_name: str) -> str:
         kind, aside = self._kinds[kind_name], self.brought.aside()
         try:
-            if address[:5].lower() == "data:":
+            is_data = address[:5].lower() == "data:"
+            if not is_data and len(address) > MAX_ADDRESS:
+                raise Unusable("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
+            if is_data:
                 await self._turns.run(owner, _decode, address, aside, kind)
             elif own := _own_name(address):
                 await self._turns.run(owner, self._link, own, owner, aside)
@@ -145,7 +150,7 @@ class Inputs:
             try:
                 if kind_name == "lora":
                     address = await hub_files.address_of(address, self.guard, aside)
-                if not _SCHEME.match(address[:100]) or len(address) > MAX_ADDRESS:
+                if not _SCHEME.match(address[:100]):
                     raise Unusable("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
@@ -239,7 +244,13 @@ def _decode(address: str, aside: Path, kind: Kind) -> None:
         raise Unusable("file_download_error", "A data URI should be data:TYPE;base64,...")
     if (len(address) - matched.end()) * 3 // 4 > kind.max_bytes:
         raise _too_large(kind)
+    starts = range(matched.end(), len(address), _PART)
+    if 0 <= address.find("=", matched.end()) < len(address) - 2:
+        raise Unusable("file_download_error", "The data URI is not base64: something follows its end")
     try:
-        aside.write_bytes(base64.b64decode(address[matched.end() :], validate=True))
-    except binascii.Error as error:
+        # Part by part: decoding holds Python's lock.
+        with aside.open("wb") as file:
+            for start in starts:
+                file.write(base64.b64decode(address[start : start + _PART], validate=True))
+    except ValueError as error:
         raise Unusable("file_download_error", f"The data URI is not base64: {error}") from None

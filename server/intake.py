@@ -12,10 +12,12 @@ from models.schema import ImageInput, Limits
 from server import bodies
 from server.errors import BadRequest, InvalidInput
 from server.fetch import ForbiddenURL, Guard
+from server.in_flight import SMALL
 from server.inputs import Inputs, as_json
 from server.jobs import Mode, Priority, Submission
 from server.lifecycle import lifecycle, number
 from server.quota import Quota
+from server.turns import Turns
 
 #: fal's smallest start deadline, in seconds.
 MIN_START_TIMEOUT = 0.1
@@ -35,6 +37,7 @@ async def read(
     mode: Mode,
     inputs: Inputs,
     quota: Quota,
+    turns: Turns,
     content_type: str | None = None,
 ) -> Submission:
     """The submission in this request and its body, and what it names by address.
@@ -43,7 +46,9 @@ async def read(
     field and the limit, TooManyRequests, and DiskFull.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
-    fields = validate(model, body, content_type, inputs.limits)
+    given = (model, body, content_type, inputs.limits)
+    # What is large takes long to read, and others are served meanwhile.
+    fields, body_hash = await turns.run(owner, _read, *given) if len(body) > SMALL else _read(*given)
     # What was refused costs nothing; what brings files does, so this comes first.
     quota.take(owner)
     brought = await inputs.bring(fields, owner)
@@ -59,12 +64,17 @@ async def read(
         start_deadline=_start_deadline(request.headers),
         webhook_url=_webhook(request.query_params, inputs.guard) if is_queued else None,
         idempotency_key=_idempotency_key(request.headers) if is_queued else None,
-        body_hash=hashlib.sha256(body).hexdigest(),
+        body_hash=body_hash,
         is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
         lifecycle=lifecycle(request.headers),
         max_queue_length=_max_queue_length(request.query_params),
         runner_hint=_runner_hint(request.headers),
     )
+
+
+def _read(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
+    """The fields, and what stands for the body."""
+    return validate(model, body, content_type, limits), hashlib.sha256(body).hexdigest()
 
 
 def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:

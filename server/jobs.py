@@ -88,6 +88,8 @@ class Job:
     inputs: Mapping[str, str] = field(default_factory=dict)
     #: Bytes of its input's text.
     input_size: int = 0
+    #: Bytes of its answer, once it is completed; 0 for a small one, perhaps.
+    output_size: int = 0
     #: Whether its row does not say any more which files the input names by address.
     is_damaged: bool = False
     error: str | None = None

@@ -4,6 +4,7 @@ Reading a large header holds Python's lock, for seconds where somebody means har
 process. This file imports nothing of the server's, so that the process starts soon. It prints why a file is refused.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -52,4 +53,6 @@ def _of_one(name: str, dtype: str, shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
+    # Whoever is served goes first.
+    os.nice(10)
     sys.stdout.buffer.write(problem(Path(sys.argv[1])).encode("utf-8", "replace"))

@@ -12,7 +12,8 @@ _FAILURES = 20
 _MINUTES = """
     SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
         count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units,
-        sum((status = 200) * coalesce(CASE WHEN json_valid(input) THEN json_extract(input, '$.num_images') END, 1)) AS pictures,
+        sum((status = 200) * coalesce(iif(json_valid(input), json_extract(input, '$.num_images'), 1), 1))
+            AS pictures,
         avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
     FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
 """

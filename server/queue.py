@@ -285,7 +285,7 @@ class Queue:
             self._order.leave(job)
         else:
             self._order.rest(job)
-        job.is_cancelled = is_cancelled
+        job.is_cancelled, job.output_size = is_cancelled, len(outcome.body)
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
         # Last, because the event loop reads without the lock: who sees it completed sees all of it.

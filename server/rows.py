@@ -207,6 +207,7 @@ def job_of(row: sqlite3.Row) -> Job:
         lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
         inputs=names or {},
         input_size=len(row["input"].encode()),
+        output_size=row["output_size"],
         is_damaged=names is None,
         error=row["error"],
         error_type=row["error_type"],

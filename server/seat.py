@@ -282,6 +282,6 @@ class Seat:
             try:
                 act()
                 return
-            except DiskFull:
-                log.error("the disk is full; nothing is lost, trying again every second")
+            except DiskFull as error:
+                log.error("%s; nothing is lost, trying again every second", error)
                 time.sleep(1)

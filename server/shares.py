@@ -13,9 +13,9 @@ class Shares:
     For the event loop's thread alone.
     """
 
-    def __init__(self, total: int, refusal: str) -> None:
-        """`refusal` is what a client is told who asks for too much."""
-        self._total, self._refusal = total, refusal
+    def __init__(self, total: int, refusal: str, *, closes: bool = False) -> None:
+        """`refusal` is what a client is told who asks for too much; with `closes` its connection ends with that."""
+        self._total, self._refusal, self._closes = total, refusal, closes
         self._held: Counter[str] = Counter()
 
     @property
@@ -26,7 +26,7 @@ class Shares:
     def take(self, owner: str, number: int = 1) -> None:
         """Hold so many more. Raises TooManyRequests."""
         if not self._try_take(owner, number):
-            raise TooManyRequests(self._refusal)
+            raise TooManyRequests(self._refusal, closes=self._closes)
 
     def give_back(self, owner: str, number: int = 1) -> None:
         """Hold so many no more."""

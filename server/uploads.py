@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 
 from server.database import Database
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull, TooManyRequests
-from server.files import Files, list_file, new_name, remove_strays
+from server.files import Files, disk_error, list_file, new_name, remove_strays
 from server.jobs import Lifecycle, StoredFile
 from server.turns import Turns
 from server.under_way import UnderWay, Upload, join, sizes_in
@@ -83,7 +83,7 @@ class Uploads:
         try:
             folder.mkdir(mode=0o700)
         except OSError as error:
-            raise DiskFull from error
+            raise disk_error(error) from error
         try:
             self._insert(upload)
         except BaseException:
@@ -123,7 +123,7 @@ class Uploads:
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
-            raise DiskFull from error
+            raise disk_error(error) from error
         finally:
             self._in_flight[upload.owner] -= size
             aside.unlink(missing_ok=True)
@@ -150,7 +150,7 @@ class Uploads:
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
-            raise DiskFull from error
+            raise disk_error(error) from error
         finally:
             whole.unlink(missing_ok=True)
         self._end(upload.upload_id)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 from pydantic_core import from_json, to_json
 
-from server.database import Database
+from server.database import Damaged, Database
 from server.fetch import ForbiddenURL, Guard
 from server.metrics import Metrics
 from server.notifier import WEBHOOKS, Notifier
@@ -98,6 +98,9 @@ class Webhooks:
     async def _try_turn(self) -> float:
         try:
             return await self.turn()
+        except Damaged:
+            # The server ends, and says why.
+            return _LONGEST_WAIT
         except Exception:
             log.exception("the webhooks could not be looked after; trying again")
             return _LONGEST_REST

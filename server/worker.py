@@ -214,8 +214,8 @@ class Worker:
     def _try_paint(self) -> bool:
         try:
             return self.paint()
-        except DiskFull:
-            log.error("the disk is full; nothing is lost, trying again every second")
+        except DiskFull as error:
+            log.error("%s; nothing is lost, trying again every second", error)
             self._notifier.work.wait(1)
             return True
 

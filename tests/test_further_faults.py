@@ -209,7 +209,7 @@ def test_damaged_rows_harm_nobody_else(tmp_path: Path) -> None:
                 assert status["error"], what
                 assert answer.status_code == (404 if what == "endpoint" else 500), what
                 assert answer.json()["detail"]
-        history = {"endpoint_id": "test/null", "expand": "payloads", "limit": 100}
+        history: dict[str, Any] = {"endpoint_id": "test/null", "expand": "payloads", "limit": 100}
         listed = client.get("/v1/models/requests/by-endpoint", params=history).raise_for_status().json()["items"]
         assert len(listed) == sum(what != "endpoint" for _, what in ids)
         for page in ("/status.json", "/metrics", "/health"):
@@ -262,7 +262,7 @@ def test_a_page_of_noise_ends_the_server_with_words(tmp_path: Path, is_running: 
                 assert server.process.wait(60) == 1
                 if not asked.exception():
                     assert (asked.result().status_code, asked.result().json()["error_type"]) == (500, "internal_error")
-            assert server.output.count("restore it from a backup") == 1
+            assert server.output.count("while the server ran; stop the server before you restore it") == 1
             assert "Traceback" not in server.output
     for _ in range(2):
         done = flux_server(tmp_path, "serve", "--port", "0", "--tls-port", "0")

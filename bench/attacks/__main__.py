@@ -24,14 +24,13 @@ def main() -> None:
     )
     parser.add_argument("--attack", nargs="+", choices=tuple(ATTACKS), default=list(ATTACKS), metavar="NAME")
     parser.add_argument(
-        "--seconds", type=float, default=3.5, help="of a phase of an attack, at most 10; alone, half of it"
+        "--seconds", type=float, default=3, help="of a phase of an attack, at most 10; alone, half of it"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     seconds = min(options.seconds, MAX_SECONDS / bench.attacks.ROUNDS)
-    print(
-        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, Python {sys.version.split()[0]}", flush=True
-    )
+    machine = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, Python {sys.version.split()[0]}"
+    print(f"{machine}; {bench.attacks.ROUNDS} phases of {seconds:g} s at most for each attack", flush=True)
     found = []
     for name in options.attack:
         found.append(figures(ATTACKS[name], measure(ATTACKS[name], seconds)))

@@ -75,11 +75,13 @@ class Watch:
         """Wait for two sweeps, and on while the folder still changes, but not for ever."""
         until = time.monotonic() + LONGEST_REST
         self.for_seconds(2 * every)
-        before = dict[str, int]()
-        while time.monotonic() < until and before != self.folder:
+        is_changing = True
+        while is_changing and time.monotonic() < until:
+            self.look_at_folder()
             before = self.folder
             self.for_seconds(1.2 * every)
             self.look_at_folder()
+            is_changing = before != self.folder
 
     def _cpu_seconds(self) -> float:
         with suppress(psutil.NoSuchProcess):

@@ -1,6 +1,7 @@
 """The routes, one file a noun; what they need of the server is in `Parts`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from server.gpu import Gpu
 from server.history import Wanted
 from server.in_flight import InFlight
 from server.inputs import Inputs
-from server.jobs import Job, Mode, Submission
+from server.jobs import Job, Mode, Outcome, Submission
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.queue import Queue
@@ -123,12 +124,35 @@ def owned(job: Job | None, owner: str, app: str) -> Job:
 
 async def submission_of(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
     """What a request asks for. Raises as `intake.read` does."""
+    async with parts_of(request).in_flight.body(request, owner) as body:
+        return await submission_in(request, body, model, owner, mode)
+
+
+async def submission_in(
+    request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
+) -> Submission:
+    """The same for a body that is here already. Raises as `intake.read` does."""
     parts = parts_of(request)
-    async with parts.in_flight.body(request, owner) as body:
-        return await intake.read(request, body, model, owner, mode=mode, inputs=parts.inputs, quota=parts.quota)
+    shared: dict[str, Any] = {"inputs": parts.inputs, "quota": parts.quota, "turns": parts.turns}
+    return await intake.read(request, body, model, owner, mode=mode, content_type=content_type, **shared)
 
 
-def held(parts: Parts, job: Job, response: JSON) -> JSON:
-    """An answer that counts as its owner's until it is sent: a client that does not read it fills no memory."""
-    response.room = parts.in_flight.room(job.owner, len(response.body))
-    return response
+async def read_within(parts: Parts, owner: str, num_bytes: int, read: Callable[[], Awaitable[JSON]]) -> JSON:
+    """An answer that is read once there is room for it, and counts as its owner's until it is sent.
+
+    A client that reads nothing fills no memory, however often it asks. Raises TooManyRequests.
+    """
+    async with AsyncExitStack[None]() as stack:
+        await stack.enter_async_context(parts.in_flight.room(owner, num_bytes))
+        response = await read()
+        response.room = stack.pop_all()
+        return response
+
+
+async def result_of(parts: Parts, job: Job, shown: Callable[[Outcome], JSON]) -> JSON:
+    """How a completed job ended. Raises TooManyRequests, and NotFound when it was forgotten meanwhile."""
+
+    async def read() -> JSON:
+        return shown(await parts.turns.run(job.owner, parts.queue.result, job))
+
+    return await read_within(parts, job.owner, job.output_size, read)

@@ -11,11 +11,11 @@ from pydantic_core import from_json, to_json
 
 from models.base import Model
 from models.schema import PRESETS
-from server import bodies, intake
+from server import bodies
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, Outcome, State, Submission
-from server.routes import Parts, held, owner_of, parts_of
+from server.routes import Parts, owner_of, parts_of, result_of, submission_in
 from server.routes.run import bound_to_client, ended
 from server.wire import JSON
 
@@ -89,22 +89,20 @@ async def generations(request: Request) -> Response:
         if asked.stream:
             events = _events(parts, job, asked.partial_images or 0)
             return _identified(EventStream(events, within=bound_to_client(parts, job)), job)
-        outcome = await ended(request, parts, job)
+        await ended(request, parts, job)
+        return _identified(await result_of(parts, job, _answer), job)
     except ServerError as error:
         return problem(error)
-    return _identified(held(parts, job, _answer(outcome)), job)
 
 
 async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
     """What is asked for, in OpenAI's words and in ours."""
-    parts, owner = parts_of(request), owner_of(request)
-    async with parts.in_flight.body(request, owner) as body:
+    owner = owner_of(request)
+    async with parts_of(request).in_flight.body(request, owner) as body:
         asked = bodies.read(ImagesRequest, body)
         served = _model_for(request, asked.model or DEFAULT_MODEL)
         mode, fields = Mode.STREAM if asked.stream else Mode.RUN, to_json(asked.fields)
-        return asked, await intake.read(
-            request, fields, served, owner, mode=mode, inputs=parts.inputs, quota=parts.quota, content_type=""
-        )
+        return asked, await submission_in(request, fields, served, owner, mode, content_type="")
 
 
 def problem(error: ServerError) -> Response:

@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from models.base import Model
+from models.schema import MAX_PROMPT_LENGTH
 from server import bodies, catalog, wire
 from server.address import PLATFORM
 from server.errors import InvalidInput
 from server.history import Wanted
-from server.routes import model_for, owner_of, parts_of
+from server.routes import model_for, owner_of, parts_of, read_within
 from server.usage import UsageFilter, Used
 from server.wire import JSON
 
@@ -27,6 +28,8 @@ LATELY, FOR_ONE = timedelta(days=1), timedelta(days=90)
 #: What is counted. Nothing is charged for it.
 UNIT, CURRENCY = "megapixels", "USD"
 _MODELS = f"{PLATFORM}/v1/models"
+#: What a request takes in a list with payloads: its prompt stands in its input and in its output.
+_ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
 #: When these endpoints became what they are: at the start of the server.
 _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
@@ -166,8 +169,13 @@ async def by_endpoint(request: Request) -> Response:
         cursor=query.cursor,
         has_payloads="payloads" in query.expand,
     )
+    parts = parts_of(request)
+
+    async def read() -> JSON:
+        return JSON(await parts.turns.run(owner, parts.history, wanted))
+
     try:
-        return JSON(await parts_of(request).turns.run(owner, parts_of(request).history, wanted))
+        return await read_within(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None

@@ -10,7 +10,7 @@ from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInP
 from server.events import EventStream, heard
 from server.jobs import Job, Mode, State
 from server.notifier import QUEUE
-from server.routes import Parts, held, model_for, owned, owner_of, parts_of, submission_of
+from server.routes import Parts, model_for, owned, owner_of, parts_of, result_of, submission_of
 from server.wire import JSON
 
 router = APIRouter(prefix="/queue", tags=["queue"])
@@ -43,7 +43,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     job = await _job(request, parts, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _identified(held(parts, job, wire.result(await parts.turns.run(job.owner, parts.queue.result, job))), job)
+    return _identified(await result_of(parts, job, wire.result), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")

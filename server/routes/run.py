@@ -11,8 +11,8 @@ from pydantic_core import from_json
 from server import wire
 from server.errors import InternalError
 from server.events import EventStream, StreamFailed, heard
-from server.jobs import Job, Mode, Outcome, State
-from server.routes import Parts, held, model_for, owner_by_token, owner_of, parts_of, submission_of
+from server.jobs import Job, Mode, State
+from server.routes import Parts, model_for, owner_by_token, owner_of, parts_of, result_of, submission_of
 
 router = APIRouter(tags=["run"])
 
@@ -33,15 +33,16 @@ async def run(request: Request, endpoint: str) -> Response:
     parts = parts_of(request)
     job = await _accepted(request, parts, endpoint, Mode.RUN)
     try:
-        response: Response = held(parts, job, wire.result(await ended(request, parts, job)))
+        await ended(request, parts, job)
+        response: Response = await result_of(parts, job, wire.result)
     except InternalError as error:
         response = wire.error(error)
     response.headers["x-fal-request-id"] = job.request_id
     return response
 
 
-async def ended(request: Request, parts: Parts, job: Job) -> Outcome:
-    """How the job ends; it ends with its client. Raises InternalError when the server stops first."""
+async def ended(request: Request, parts: Parts, job: Job) -> None:
+    """Wait for the end of the job; it ends with its client. Raises InternalError when the server stops first."""
     with bound_to_client(parts, job), parts.notifier.listen(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
         gone.add_done_callback(lambda _: bell.set())
@@ -53,7 +54,6 @@ async def ended(request: Request, parts: Parts, job: Job) -> Outcome:
             gone.cancel()
     if job.state != State.COMPLETED:
         raise InternalError("The server is stopping.")
-    return await parts.turns.run(job.owner, parts.queue.result, job)
 
 
 async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
