@@ -23,7 +23,7 @@ class JSON(Response):
 
     media_type = "application/json"
     #: What is held while it is sent, for an answer that may be large.
-    room: AbstractAsyncContextManager[None] | None = None
+    room: AbstractAsyncContextManager[object, bool | None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, once there is room."""

@@ -1,9 +1,8 @@
 """Kills and full disks in the middle of uploads and backups; rows and pages that are damaged."""
 
 import random
-import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +12,23 @@ import httpx
 import pytest
 
 from server.auth import EVERYBODY
+from server.control_socket import _ask_server
 from tests.faults.points import IN_BACKUP, IN_UPLOAD
 from tests.parts import Parts, opened, submission
 from tests.serving import ROOT, TEST_MODELS, Server, completed, serving
 from tests.small_disk import small_disk
 from tests.test_control import flux_server
 from tests.test_uploads import uploads_of
+from tests.test_webhooks import webhooks
 
 FAULTS = {"models_dir": str(ROOT / "tests" / "faults" / "models")}
 PARTS = {1: random.Random(1).randbytes(300_000), 2: random.Random(2).randbytes(200_000)}
 WHOLE = PARTS[1] + PARTS[2]
+
+
+def some(points: Iterable[str], *first: str) -> list[Any]:
+    """Those at which most could go wrong, and the others in the soak alone."""
+    return [*first, *(pytest.param(name, marks=pytest.mark.soak) for name in points if name not in first)]
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def in_order(parts: Parts) -> None:
     )
 
 
-@pytest.mark.parametrize("name", IN_UPLOAD)
+@pytest.mark.parametrize("name", some(IN_UPLOAD, "before a part is kept", "before that is committed"))
 def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What was acknowledged is there, nothing half is served, nothing is left that no row lists."""
     monkeypatch.setenv("CRASH_AT", name)
@@ -85,7 +91,7 @@ def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path, monkeypatch: pytest.M
         assert uploads_of(parts)._under_way.num_parts.total() == 0
 
 
-@pytest.mark.parametrize("name", IN_BACKUP)
+@pytest.mark.parametrize("name", some(IN_BACKUP, "after the database is copied"))
 def test_a_kill_in_the_middle_of_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It has not the name of a whole one, and the server has lost nothing."""
     monkeypatch.setenv("CRASH_AT", name)
@@ -128,21 +134,15 @@ def test_a_full_disk_in_the_middle_of_an_upload_and_of_a_backup(tmp_path: Path) 
             assert client.get(file).content == WHOLE
             disk.fill(room=300_000)
             with pytest.raises(ValueError, match="No space left on device"):
-                _back_up(disk.seen / "data", str(disk.folder / "copy"))
+                _ask_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
             disk.free()
-            _back_up(disk.seen / "data", str(disk.folder / "copy"))
+            _ask_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
             assert server.stop() == 0
         assert sorted(path.name for path in disk.seen.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):
             with opened(disk.copy(name, tmp_path / name)) as parts:
                 in_order(parts)
                 assert len(parts.on_disk()) == 1
-
-
-def _back_up(data: Path, target: str) -> None:
-    from server.control_socket import _ask_server
-
-    _ask_server(data, "back_up", {"folder": target})
 
 
 # -- damaged rows
@@ -221,8 +221,6 @@ def test_damaged_rows_harm_nobody_else(tmp_path: Path) -> None:
 
 
 def test_a_webhook_tells_that_its_answer_is_damaged(tmp_path: Path) -> None:
-    from tests.test_webhooks import webhooks
-
     ids = damaged(tmp_path)
     with opened(tmp_path) as parts:
         for what in ANSWERS:
@@ -249,24 +247,28 @@ def with_requests(folder: Path) -> int:
         return int(parts.rows("PRAGMA page_count")[0][0])
 
 
-@pytest.mark.parametrize("is_running", [False, True], ids=["at the start", "meanwhile"])
-def test_a_page_of_noise_ends_the_server_with_words(tmp_path: Path, is_running: bool) -> None:
-    """Whoever finds it, such as a look at deadlines four times a second, says it once."""
+def test_a_page_of_noise_keeps_the_server_from_starting(tmp_path: Path) -> None:
+    """It says so each time, and changes nothing."""
     num_pages, file = with_requests(tmp_path), tmp_path / "queue.sqlite3"
-    with serving(tmp_path, TEST_MODELS) if is_running else serving(tmp_path / "other", TEST_MODELS) as server:
-        server.ready()
-        noise(file, 1, num_pages)
-        if is_running:
-            with ThreadPoolExecutor(1) as client:
-                asked = client.submit(httpx.get, f"{server.url}/status.json", trust_env=False)
-                assert server.process.wait(60) == 1
-                if not asked.exception():
-                    assert (asked.result().status_code, asked.result().json()["error_type"]) == (500, "internal_error")
-            assert server.output.count("while the server ran; stop the server before you restore it") == 1
-            assert "Traceback" not in server.output
+    noise(file, 1, num_pages)
+    content = file.read_bytes()
     for _ in range(2):
         done = flux_server(tmp_path, "serve", "--port", "0", "--tls-port", "0")
         assert (done.returncode, "Traceback" in done.stderr) == (1, False)
         assert "restore it from a backup" in done.stderr
-    with pytest.raises(sqlite3.DatabaseError), sqlite3.connect(file) as connection:
-        connection.execute("SELECT * FROM jobs").fetchall()
+    assert file.read_bytes() == content
+
+
+def test_a_page_of_noise_ends_a_running_server_with_words(tmp_path: Path) -> None:
+    """Whoever finds it, such as a look at deadlines four times a second, says it once."""
+    num_pages = with_requests(tmp_path)
+    with serving(tmp_path, TEST_MODELS, max_running="1") as server:
+        url = server.ready().url
+        noise(tmp_path / "queue.sqlite3", 1, num_pages)
+        with ThreadPoolExecutor(1) as client:
+            asked = client.submit(httpx.get, f"{url}/status.json", trust_env=False)
+            assert server.process.wait(60) == 1
+            if not asked.exception():
+                assert (asked.result().status_code, asked.result().json()["error_type"]) == (500, "internal_error")
+    assert server.output.count("restore it from a backup") == 1
+    assert "Traceback" not in server.output

@@ -191,6 +191,31 @@ def counted(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reads
 
 
+def test_the_webhooks_go_on_after_an_error_of_the_database(
+    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was: otherwise nothing would be delivered until the next start."""
+    monkeypatch.setattr("server.webhooks._LONGEST_REST", 0.01)
+    url = hook(httpserver)
+    cancelled(parts, "alice", url)
+    failed = list[str]()
+    monkeypatch.setattr("server.webhooks.log.exception", failed.append)
+    parts.rows("ALTER TABLE deliveries RENAME TO away")
+
+    async def deliver(hooks: Webhooks) -> None:
+        running = asyncio.create_task(hooks.run())
+        while len(failed) < 2:
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        parts.rows("ALTER TABLE away RENAME TO deliveries")
+        while not parts.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0"):
+            assert not running.done()
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(deliver(webhooks(parts)))
+
+
 async def rung(bell: asyncio.Event, hooks: Webhooks, seen: list[int]) -> None:
     """Wait until something was delivered, or was not."""
     seen.append(len(hooks._under_way))

@@ -12,7 +12,7 @@ from server import desk, reports
 from server.cluster import Cluster
 from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, StoredFile
 from server.ray_runner import Lost
-from tests.parts import Parts, finished
+from tests.parts import Parts, finished, submission
 from tests.test_cluster_head import Fleet, Link, ended, fleet, start, submit, until
 
 __all__ = ["fleet", "start"]
@@ -196,3 +196,15 @@ def test_what_an_honest_runner_reports_is_believed() -> None:
         desk.Over("the GPU is lost"),
     ):
         reports.checked(report, {job.request_id: job})
+
+
+def test_an_input_that_cannot_be_read_holds_up_no_other(parts: Parts, fleet: Fleet, start: Start) -> None:
+    """Of a damaged row; its runner says what is wrong with it."""
+    bad = parts.queue.submit(submission(input="nonsense"))
+    start()
+    link = fleet.next()
+    assert link.taken() == bad.request_id
+    link.said.put(with_outcome(bad, status=500, error="it cannot be read"))
+    good = submit(parts)
+    assert link.taken() == good.request_id
+    assert bad.error == "it cannot be read"

@@ -142,7 +142,7 @@ async def read_within(parts: Parts, owner: str, num_bytes: int, read: Callable[[
 
     A client that reads nothing fills no memory, however often it asks. Raises TooManyRequests.
     """
-    async with AsyncExitStack[None]() as stack:
+    async with AsyncExitStack() as stack:
         await stack.enter_async_context(parts.in_flight.room(owner, num_bytes))
         response = await read()
         response.room = stack.pop_all()
