@@ -46,7 +46,16 @@ _STEPS = {
     """,
     7: """
         DROP INDEX jobs_large;
-        ALTER TABLE jobs ADD COLUMN row_size INTEGER NOT NULL DEFAULT 0 CHECK (row_size >= 0);
+        CREATE TABLE row_sizes (
+            request_id  TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,
+            owner       TEXT NOT NULL,
+            num_bytes   INTEGER NOT NULL CHECK (num_bytes > 0),
+            finished_at REAL NOT NULL
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE INDEX row_sizes_of ON row_sizes (owner, finished_at);
+        CREATE INDEX files_of ON files (owner, created_at);
+
         CREATE TABLE kept (
             owner        TEXT PRIMARY KEY,
             num_bytes    INTEGER NOT NULL CHECK (num_bytes >= 0),
@@ -72,21 +81,22 @@ _STEPS = {
             DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
         END;
 
-        CREATE TRIGGER jobs_kept AFTER UPDATE OF row_size ON jobs BEGIN
-            INSERT INTO kept VALUES (NEW.owner, NEW.row_size - OLD.row_size, 0, 0)
+        CREATE TRIGGER rows_kept AFTER INSERT ON row_sizes BEGIN
+            INSERT INTO kept VALUES (NEW.owner, NEW.num_bytes, 0, 0)
             ON CONFLICT DO UPDATE SET num_bytes = num_bytes + excluded.num_bytes;
         END;
 
-        CREATE TRIGGER jobs_gone AFTER DELETE ON jobs BEGIN
-            UPDATE kept SET num_bytes = num_bytes - OLD.row_size WHERE owner = OLD.owner;
+        CREATE TRIGGER rows_gone AFTER DELETE ON row_sizes BEGIN
+            UPDATE kept SET num_bytes = num_bytes - OLD.num_bytes WHERE owner = OLD.owner;
             DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
         END;
 
         INSERT INTO kept
             SELECT owner, sum(max(size, 4096)), sum(request_id IS NULL), sum(max(size, 4096) * (request_id IS NULL))
             FROM files GROUP BY owner;
-        UPDATE jobs SET row_size = 1024 + length(CAST(input || output || coalesce(logs, '') AS BLOB))
-            WHERE state = 'COMPLETED'
+        INSERT INTO row_sizes
+            SELECT request_id, owner, 1024 + length(CAST(input || output || coalesce(logs, '') AS BLOB)), finished_at
+            FROM jobs WHERE state = 'COMPLETED'
     """,
 }
 

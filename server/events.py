@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 #: fal sends a comment this often, in seconds, so that nobody in between closes a silent stream.
 HEARTBEAT = 15.0
+_PART = 2**16
 
 
 class StreamFailed(Exception):
@@ -51,4 +52,7 @@ async def heard(bell: asyncio.Event) -> bool:
 
 async def _encoded(objects: AsyncIterator[Mapping[str, Any] | None]) -> AsyncIterator[bytes]:
     async for item in objects:
-        yield b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"
+        event = b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"
+        # In parts, because uvicorn takes what it is given at once and waits for the client before the next.
+        for start in range(0, len(event), _PART):
+            yield event[start : start + _PART]

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 
+from server.errors import BodyTooLarge
 from server.shares import Shares
 
 #: What is smaller is not counted: as much lies in the buffers of any connection.
@@ -15,7 +16,7 @@ WAIT_SECONDS = 5.0
 
 
 class InFlight(Shares):
-    """Bytes of them. For the event loop's thread alone."""
+    """Bytes of bodies and answers, divided between owners. For the event loop's thread alone."""
 
     def __init__(self, max_bytes: int, wait_seconds: float = WAIT_SECONDS) -> None:
         super().__init__(
@@ -32,36 +33,53 @@ class InFlight(Shares):
         self._freed.set()
 
     @asynccontextmanager
-    async def room(self, owner: str, num_bytes: int) -> AsyncIterator[None]:
-        """Hold so many while the block lasts; waits for them first. Raises TooManyRequests where that takes long."""
-        # What is larger than a quarter counts as that, or it might never pass.
+    async def room(self, owner: str, num_bytes: int, *, is_patient: bool = False) -> AsyncIterator[None]:
+        """Hold so many while the block lasts; waits for them first, with `is_patient` for as long as it takes.
+
+        Raises TooManyRequests.
+        """
+        held = await self._wait_for(owner, num_bytes, None if is_patient else self._wait_seconds)
+        try:
+            yield
+        finally:
+            self.give_back(owner, held)
+
+    @asynccontextmanager
+    async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
+        """All of a request's body; it counts as the owner's until the block ends.
+
+        Raises TooManyRequests, and BodyTooLarge for more than `max_bytes`.
+        """
+        # Not `Request.body`, which keeps it for as long as the request is there.
+        chunks, length, held, stream = list[bytes](), 0, 0, request.stream()
+        try:
+            async for chunk in stream:
+                chunks.append(chunk)
+                length += len(chunk)
+                if max_bytes is not None and length > max_bytes:
+                    raise BodyTooLarge(f"The body is larger than {max_bytes} bytes")
+                if length > SMALL and not held:
+                    # One of no known length may be as long as any.
+                    expected = int(request.headers.get("content-length", self._total))
+                    held = await self._wait_for(owner, expected, self._wait_seconds)
+            body = b"".join(chunks)
+            chunks.clear()
+            # What was expected and did not come is free again.
+            self.give_back(owner, held - min(held, length))
+            held = min(held, length)
+            yield body
+        finally:
+            self.give_back(owner, held)
+
+    async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
+        """How many are held, once there is room: what is small needs none. Raises TooManyRequests."""
+        # A quarter at most, because no owner could ever hold more than half of it all.
         num_bytes = min(num_bytes, self._total // 4) if num_bytes > SMALL else 0
         try:
-            async with asyncio.timeout(self._wait_seconds):
+            async with asyncio.timeout(seconds):
                 while not self._try_take(owner, num_bytes):
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
             self.take(owner, num_bytes)
-        try:
-            yield
-        finally:
-            self.give_back(owner, num_bytes)
-
-    @asynccontextmanager
-    async def body(self, request: Request, owner: str) -> AsyncIterator[bytes]:
-        """All of a request's body; it counts as the owner's until the block ends. Raises TooManyRequests."""
-        # Not `Request.body`, which keeps it for as long as the request is there.
-        chunks, length, stream = list[bytes](), 0, request.stream()
-        async for chunk in stream:
-            chunks.append(chunk)
-            length += len(chunk)
-            if length > SMALL:
-                break
-        else:
-            yield b"".join(chunks)
-            return
-        # One of no known length may be as long as any.
-        async with self.room(owner, int(request.headers.get("content-length", self._total))):
-            chunks += [chunk async for chunk in stream]
-            yield b"".join(chunks)
+        return num_bytes

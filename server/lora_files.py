@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from server import lora_header
-from server.errors import Unusable
+from server.errors import InternalError, Unusable
 
 #: Of the names, types and shapes at a file's beginning. Real LoRAs for FLUX.1 have some hundred KiB.
 MAX_HEADER_BYTES = 8 * 2**20
@@ -16,7 +16,10 @@ _LENGTH = struct.Struct("<Q")
 
 
 def check(path: Path) -> None:
-    """Look at the header alone, so that a hostile file costs little. Waits for a process. Raises Unusable."""
+    """Check a LoRA file by its header, in another process, and wait for it.
+
+    Raises Unusable, with the reason, and InternalError where the process cannot be run.
+    """
     _check_length(path)
     # -I: nothing from the environment or the folder that the server was started in.
     command = [sys.executable, "-I", lora_header.__file__, str(path)]
@@ -24,8 +27,9 @@ def check(path: Path) -> None:
         done = subprocess.run(  # noqa: S603  a program of our own, and the path of a file of our own
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        raise _bad("its header cannot be read") from None
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        # The machine's fault, not the file's.
+        raise InternalError("The header of a LoRA file could not be looked at; try again") from error
     if done.stdout:
         raise _bad(done.stdout.decode("utf-8", "replace"))
 

@@ -24,9 +24,9 @@ _OLD = f"""
 """  # noqa: S608  our own words
 #: All of an owner's that takes room, as the table `kept` counts it.
 _KEPT = """
-    SELECT name, request_id, owner, max(size, 4096) AS size, created_at FROM files
+    SELECT name, request_id, max(size, 4096) AS size, created_at FROM files WHERE owner = ?1
     UNION ALL
-    SELECT NULL, request_id, owner, row_size, finished_at FROM jobs WHERE row_size > 0
+    SELECT NULL, request_id, num_bytes, finished_at FROM row_sizes WHERE owner = ?1
 """
 
 
@@ -83,7 +83,7 @@ class Retention:
         doomed: list[str] = []
         uploads: list[str] = []
         rows = self._database.read(
-            f"SELECT * FROM ({_KEPT}) AS results WHERE owner = ? AND {_TOLD} ORDER BY created_at, request_id",  # noqa: S608
+            f"SELECT * FROM ({_KEPT}) AS results WHERE {_TOLD} ORDER BY created_at, request_id",  # noqa: S608
             owner,
         )
         for row in rows:

@@ -26,7 +26,7 @@ _CLAIM = """
 
 _END = """
     UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
-        output_size = :output_size, row_size = :row_size,
+        output_size = :output_size,
         input = CASE WHEN :is_cancelled THEN '{}' ELSE input END,
         inputs = CASE WHEN :is_cancelled THEN '{}' ELSE inputs END,
         error = :error, error_type = :error_type, inference_time = :inference_time,
@@ -127,7 +127,6 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         "acceleration": outcome.acceleration,
         "billable_units": outcome.billable_units,
         "logs": logs,
-        "row_size": _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size),
         "is_cancelled": is_cancelled,
         "request_id": job.request_id,
         "state": job.state,
@@ -135,6 +134,8 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
     }
     if connection.execute(_END, values).rowcount != 1:
         raise _lost(job)
+    row_bytes = _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size)
+    connection.execute("INSERT INTO row_sizes VALUES (?, ?, ?, ?)", (job.request_id, job.owner, row_bytes, now))
     for file in outcome.files:
         list_file(connection, file, job.request_id, now)
     if outcome.status == 200:

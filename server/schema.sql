@@ -31,8 +31,6 @@ CREATE TABLE jobs (
     output          TEXT,
     -- Bytes of an answer that holds its pictures itself; 0 for those that only name them.
     output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
-    -- Bytes that this row counts as once it is finished.
-    row_size        INTEGER NOT NULL DEFAULT 0 CHECK (row_size >= 0),
     error           TEXT,
     error_type      TEXT,
     inference_time  REAL,
@@ -85,6 +83,17 @@ CREATE INDEX files_uploaded ON files (owner, size) WHERE request_id IS NULL;
 CREATE INDEX files_age ON files (created_at);
 CREATE INDEX files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
 
+-- Bytes that each finished row counts as. In a table of their own: a job's row may hold pictures, and is long to read.
+CREATE TABLE row_sizes (
+    request_id  TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,
+    owner       TEXT NOT NULL,
+    num_bytes   INTEGER NOT NULL CHECK (num_bytes > 0),
+    finished_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX row_sizes_of ON row_sizes (owner, finished_at);
+CREATE INDEX files_of ON files (owner, created_at);
+
 -- What each owner keeps here: finished rows and files, and the uploads among the files. A file counts as a block at
 -- least.
 CREATE TABLE kept (
@@ -112,13 +121,13 @@ CREATE TRIGGER files_gone AFTER DELETE ON files BEGIN
     DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
 END;
 
-CREATE TRIGGER jobs_kept AFTER UPDATE OF row_size ON jobs BEGIN
-    INSERT INTO kept VALUES (NEW.owner, NEW.row_size - OLD.row_size, 0, 0)
+CREATE TRIGGER rows_kept AFTER INSERT ON row_sizes BEGIN
+    INSERT INTO kept VALUES (NEW.owner, NEW.num_bytes, 0, 0)
     ON CONFLICT DO UPDATE SET num_bytes = num_bytes + excluded.num_bytes;
 END;
 
-CREATE TRIGGER jobs_gone AFTER DELETE ON jobs BEGIN
-    UPDATE kept SET num_bytes = num_bytes - OLD.row_size WHERE owner = OLD.owner;
+CREATE TRIGGER rows_gone AFTER DELETE ON row_sizes BEGIN
+    UPDATE kept SET num_bytes = num_bytes - OLD.num_bytes WHERE owner = OLD.owner;
     DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
 END;
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +31,8 @@ _BACKLOG = 2048
 _LAST_WORDS = 5
 #: Files beside the connections and what they are sent: the database, weights, receivers of webhooks.
 _OTHER_FILES = 512
+#: For all that has no threads of its own; asyncio's own number is six on two cores.
+_OTHER_THREADS = 32
 
 
 class _Listener(uvicorn.Server):
@@ -63,6 +66,8 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     room = room_for(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     listeners = _listeners(app, settings, room)
     stopping = asyncio.Event()
+    # Names are looked up there, eight at a time for one key, and some servers of names never answer.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
     hurry_handshakes(asyncio.get_running_loop())
     _hear_signals(stopping)
     door = await _door(settings, sockets, min(MAX_TUNNELS, room))

@@ -1,4 +1,4 @@
-"""So many of something, shared between owners."""
+"""Bounds a resource, such as memory or connections, and divides it between owners."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class Shares:
 
     @property
     def free(self) -> int:
-        """What nobody holds."""
+        """How much of it no owner holds."""
         return self._total - self._held.total()
 
     def take(self, owner: str, number: int = 1) -> None:

@@ -1,5 +1,6 @@
 """WebSockets whose messages count: uvicorn gathers each whole, so many large ones that never end would fill memory."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -16,13 +17,17 @@ _TRY_AGAIN_LATER, _POLICY = 1013, 1008
 class CountedWebSocket(WebSocketsSansIOProtocol):
     """uvicorn's own. What has come of a message counts as its owner's; there is no owner until the app says so.
 
-    uvicorn's pings see to it that a message comes in time: a client can answer none in the middle of a frame.
+    A message must come in time: uvicorn's pings see to each frame, in the middle of which a client can answer none, and
+    between two frames of one message `gap_seconds` may pass.
     """
+
+    gap_seconds = 19.5
 
     _owner = ""
     _in_flight: InFlight | None = None
     #: Bytes since the last whole message, and how many of them are held.
     _num_bytes = _num_held = 0
+    _gap: asyncio.TimerHandle | None = None
 
     def handle_connect(self, event: Any) -> None:
         """As uvicorn's, and with the extension in the scope."""
@@ -48,19 +53,34 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
                 return
             self._num_held = wanted
 
+    def handle_events(self) -> None:
+        """After these, the next frame of a message that is not whole is waited for."""
+        num_frames = len(self.frames)
+        super().handle_events()
+        if self.frames and len(self.frames) != num_frames:
+            self._forget_gap()
+            self._gap = self.loop.call_later(self.gap_seconds, self._refuse, _POLICY, "the message did not go on")
+
     def send_receive_event_to_app(self) -> None:
         """The message is whole; from here on the app counts it."""
         super().send_receive_event_to_app()
+        self._forget_gap()
         self._num_bytes = 0
         self._give_back()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is held any more."""
         super().connection_lost(exc)
+        self._forget_gap()
         self._give_back()
 
     def _belongs_to(self, owner: str, in_flight: InFlight) -> None:
         self._owner, self._in_flight = owner, in_flight
+
+    def _forget_gap(self) -> None:
+        if self._gap is not None:
+            self._gap.cancel()
+            self._gap = None
 
     def _give_back(self) -> None:
         if self._in_flight is not None and self._num_held:

@@ -1,5 +1,6 @@
 """The parts of uploads under way: how many, and how large, counted as they come."""
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,10 @@ from server.jobs import Lifecycle
 
 #: A part that was on its way when a crash came.
 _HALF = re.compile(r"[0-9a-f]{16}\.part")
+
+
+#: What file systems say that have no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,22 @@ def sizes_in(folder: Path) -> dict[int, int]:
 def join(parts: Sequence[Path], whole: Path) -> int:
     """Make one file of these, on the disk for good; returns its size. The parts stay. Raises OSError."""
     if len(parts) == 1:
-        # As most files come: nothing is copied.
-        os.link(parts[0], whole)
+        # As most files come: nothing is copied, where the file system has links.
+        try:
+            os.link(parts[0], whole)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _copy(parts, whole)
     else:
-        with whole.open("wb") as file:
-            for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, file, 2**20)
+        _copy(parts, whole)
     with whole.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
+
+
+def _copy(parts: Sequence[Path], whole: Path) -> None:
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file, 2**20)

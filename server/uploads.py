@@ -58,7 +58,7 @@ class Uploads:
         #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
         self._in_flight: Counter[str] = Counter()
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self.turns = Turns("uploads", 4, 2)
+        self.turns = Turns("uploads", 8, 2)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
         remove_strays(folder, _OURS, {row["upload_id"] for row in rows})
@@ -67,9 +67,6 @@ class Uploads:
 
     def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
         """Expect a file; its name in the store is known from now on. Raises QueueFull, TooManyRequests and DiskFull."""
-        if self._under_way.num_uploads[owner] >= MAX_UNDER_WAY:
-            raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
-        self._check_number(owner)
         upload = Upload(
             upload_id=secrets.token_hex(16),
             name=new_name(_ending(file_name, content_type)),
@@ -79,18 +76,19 @@ class Uploads:
             lifecycle=lifecycle,
             created_at=self._clock(),
         )
-        folder = self._parts(upload)
-        try:
-            folder.mkdir(mode=0o700)
-        except OSError as error:
-            raise disk_error(error) from error
-        try:
-            self._insert(upload)
-        except BaseException:
-            folder.rmdir()
-            raise
         with self._lock:
+            if self._under_way.num_uploads[owner] >= MAX_UNDER_WAY:
+                raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
+            self._check_number(owner)
             self._under_way.begin(upload)
+        try:
+            self._parts(upload).mkdir(mode=0o700)
+            self._insert(upload)
+        except BaseException as error:
+            self._end(upload.upload_id)
+            if isinstance(error, OSError):
+                raise disk_error(error) from error
+            raise
         return upload
 
     def find(self, upload_id: str) -> Upload:
@@ -101,7 +99,10 @@ class Uploads:
         return upload
 
     async def receive(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
-        """Write one part as it comes; returns its ETag. Raises BodyTooLarge, naming the limit, and DiskFull."""
+        """Write one part as it comes; returns its ETag.
+
+        Raises BodyTooLarge and TooManyRequests, naming the limit, BadRequest, NotFound where it is over, and DiskFull.
+        """
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
         room = await self.turns.run(upload.owner, self._room, upload, part_number)
@@ -136,7 +137,7 @@ class Uploads:
     def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Join the parts, in order whatever order they are listed in, into a file that is served from now on.
 
-        Raises BadRequest when a listed part was not sent, and DiskFull.
+        Raises BadRequest when a listed part was not sent, NotFound where it is over, and DiskFull.
         """
         folder = self._parts(upload)
         sent = self._under_way.parts(upload.upload_id)
@@ -153,7 +154,7 @@ class Uploads:
             raise disk_error(error) from error
         finally:
             whole.unlink(missing_ok=True)
-        self._end(upload.upload_id)
+        shutil.rmtree(folder, ignore_errors=True)
         return file
 
     def forget(self, upload: Upload) -> None:
@@ -198,11 +199,14 @@ class Uploads:
             upload.lifecycle.is_private,
             None if lifetime is None else now + lifetime,
         )
-        with self._database.transaction() as connection:
-            if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
-                raise NotFound("There is no such upload, or it is over")
-            self._files.adopt(whole, upload.name)
-            list_file(connection, file, None, now)
+        # Together, so that nobody counts its bytes twice.
+        with self._lock:
+            with self._database.transaction() as connection:
+                if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
+                    raise NotFound("There is no such upload, or it is over")
+                self._files.adopt(whole, upload.name)
+                list_file(connection, file, None, now)
+            self._under_way.end(upload.upload_id)
         return file
 
     def _room(self, upload: Upload, part_number: int) -> int:
@@ -230,7 +234,8 @@ class Uploads:
         shutil.rmtree(self._folder / upload_id, ignore_errors=True)
 
     def _check_number(self, owner: str) -> None:
-        if self._kept(owner)[0] + self._under_way.num_parts[owner] >= MAX_FILES:
+        under_way = self._under_way.num_uploads[owner] + self._under_way.num_parts[owner]
+        if self._kept(owner)[0] + under_way >= MAX_FILES:
             words = (
                 f"This key has {MAX_FILES} files and parts of files uploaded, the most; it can once some have expired"
             )

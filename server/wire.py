@@ -16,6 +16,8 @@ STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 20
 
 
 _CHUNK = 2**16
+#: Lines of a body that are counted to say where its JSON breaks.
+_MAX_LINES = 10_000
 
 
 class JSON(Response):
@@ -146,7 +148,11 @@ def _offset(message: str, body: bytes) -> int:
         line, column = int(words[words.index("line") + 1]), int(words[words.index("column") + 1])
     except (ValueError, IndexError):
         return 0
-    return sum(len(text) + 1 for text in body.split(b"\n")[: line - 1]) + max(0, column - 1)
+    start = 0
+    # Line by line only as far as a person would look: a body may be nothing but line feeds.
+    for _ in range(min(line - 1, _MAX_LINES)):
+        start = body.find(b"\n", start) + 1
+    return start + max(0, column - 1)
 
 
 def _short(value: object) -> object:

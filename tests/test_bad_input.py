@@ -133,7 +133,8 @@ def test_not_json(client: httpx.Client, body: bytes) -> None:
 @pytest.mark.parametrize("value", [f"[{{}}{',{}' * 100_000}]", f"[1{',1' * 100_000}]"])
 def test_more_values_than_anybody_needs(client: httpx.Client, path: str, value: str) -> None:
     response = client.post(path, content=f'{{"prompt": "x", "ignored": {value}}}')
-    assert response.status_code == (400 if path.startswith("/v1") else 422)
+    # What is sent for a token is small, or nothing of it is read.
+    assert response.status_code == {"/tokens": 413, "/v1/images/generations": 400}.get(path, 422)
     assert "Body should have at most 100000 values" in response.text
 
 

@@ -81,10 +81,10 @@ class _Listener(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def listening(protocol: type[TimedProtocol]) -> Iterator[int]:
+def listening(protocol: type[TimedProtocol], **more: Any) -> Iterator[int]:
     """A port where this protocol is spoken."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1}
+        options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1, **more}
         listener = _Listener(uvicorn.Config(app, http=protocol, **options))
         thread = threading.Thread(target=lambda: asyncio.run(listener.serve([bound])))
         thread.start()

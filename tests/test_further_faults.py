@@ -161,7 +161,6 @@ DAMAGE = {
     "endpoint": "'test/gone'",
     "base_url": "''",
     "webhook_url": "'ht!tp://[nonsense'",
-    "row_size": "-1",
     "output_size": "-1",
 }
 ANSWERS = {"output": "'nonsense'", "output that is a list": "'[]'", "output cut short": f"'{{{'x' * 20_000}'"}
@@ -195,7 +194,7 @@ def damaged(folder: Path) -> dict[tuple[str, str], str]:
 def test_damaged_rows_harm_nobody_else(tmp_path: Path) -> None:
     """The start succeeds; each ends with an error of its own or as it would have, and all can be read."""
     ids = damaged(tmp_path)
-    fine = {"whole", "logs", "logs that are no list", "base_url", "webhook_url", "row_size", "output_size"}
+    fine = {"whole", "logs", "logs that are no list", "base_url", "webhook_url", "output_size"}
     with started(tmp_path, outbound_allow="127.0.0.0/8") as (server, client):
         for (state, what), request_id in ids.items():
             path = f"/queue/{'test/gone' if what == 'endpoint' else 'test/null'}/requests/{request_id}"

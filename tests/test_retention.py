@@ -133,7 +133,7 @@ def test_a_cancelled_request_loses_its_prompt_at_once(parts: Parts) -> None:
     parts.queue.cancel(running)
     parts.queue.give_back(running)
     assert parts.rows("SELECT DISTINCT input, inputs FROM jobs") == [("{}", "{}")]
-    assert parts.rows("SELECT max(row_size) < 5000 FROM jobs") == [(1,)]
+    assert parts.rows("SELECT max(num_bytes) < 5000 FROM row_sizes") == [(1,)]
 
 
 def test_whoever_keeps_most_makes_room(parts: Parts) -> None:
@@ -190,7 +190,7 @@ def counted(parts: Parts) -> list[tuple[Any, ...]]:
     return parts.rows(
         "SELECT owner, sum(size), sum(is_upload), sum(size * is_upload) FROM ("
         " SELECT owner, max(size, 4096) AS size, request_id IS NULL AS is_upload FROM files"
-        " UNION ALL SELECT owner, row_size, 0 FROM jobs"
+        " UNION ALL SELECT owner, num_bytes, 0 FROM row_sizes"
         ") GROUP BY owner ORDER BY owner"
     )
 

@@ -506,13 +506,14 @@ def test_empty_files_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_empty_parts_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
+    """Beside the uploads that they belong to."""
+    monkeypatch.setattr(uploads_module, "MAX_FILES", 5)
     uploads = uploads_of(parts, max_bytes_per_owner=100_000)
     upload, other = begun(uploads), begun(uploads)
     for number in (1, 2):
         send(uploads, upload, number)
     send(uploads, other, 1)
-    with pytest.raises(TooManyRequests, match="3 files and parts"):
+    with pytest.raises(TooManyRequests, match="5 files and parts"):
         send(uploads, other, 2)
     # One that is here may come again, and an upload that is over leaves room.
     send(uploads, upload, 2, b"more")

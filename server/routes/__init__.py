@@ -1,10 +1,11 @@
 """The routes, one file a noun; what they need of the server is in `Parts`."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pydantic_core import from_json
 from starlette.requests import HTTPConnection, Request
 
 from models.base import Loading, Model
@@ -137,22 +138,40 @@ async def submission_in(
     return await intake.read(request, body, model, owner, mode=mode, content_type=content_type, **shared)
 
 
-async def read_within(parts: Parts, owner: str, num_bytes: int, read: Callable[[], Awaitable[JSON]]) -> JSON:
+async def read_within(
+    parts: Parts, owner: str, num_bytes: int, read: Callable[[], JSON], *, is_patient: bool = False
+) -> JSON:
     """An answer that is read once there is room for it, and counts as its owner's until it is sent.
 
-    A client that reads nothing fills no memory, however often it asks. Raises TooManyRequests.
+    A client that reads nothing fills no memory, however often it asks. `read` is called in a thread. Raises
+    TooManyRequests where there is no room, unless `is_patient`.
     """
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(parts.in_flight.room(owner, num_bytes))
-        response = await read()
+        await stack.enter_async_context(parts.in_flight.room(owner, num_bytes, is_patient=is_patient))
+        response = await parts.turns.run(owner, read)
         response.room = stack.pop_all()
         return response
 
 
-async def result_of(parts: Parts, job: Job, shown: Callable[[Outcome], JSON]) -> JSON:
-    """How a completed job ended. Raises TooManyRequests, and NotFound when it was forgotten meanwhile."""
+async def result_of(parts: Parts, job: Job, shown: Callable[[Outcome], JSON], *, is_patient: bool = False) -> JSON:
+    """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
 
-    async def read() -> JSON:
-        return shown(await parts.turns.run(job.owner, parts.queue.result, job))
+    def read() -> JSON:
+        return shown(parts.queue.result(job))
 
-    return await read_within(parts, job.owner, job.output_size, read)
+    return await read_within(parts, job.owner, job.output_size, read, is_patient=is_patient)
+
+
+@asynccontextmanager
+async def output_of(parts: Parts, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
+    """How a completed job ended, and its answer as an object; both count as its owner's while the block lasts.
+
+    Waits until there is room. Raises NotFound when it was forgotten meanwhile.
+    """
+
+    def read() -> tuple[Outcome, Any]:
+        outcome = parts.queue.result(job)
+        return outcome, from_json(outcome.body)
+
+    async with parts.in_flight.room(job.owner, job.output_size, is_patient=True):
+        yield await parts.turns.run(job.owner, read)

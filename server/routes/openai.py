@@ -15,7 +15,7 @@ from server import bodies
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, Outcome, State, Submission
-from server.routes import Parts, owner_of, parts_of, result_of, submission_in
+from server.routes import Parts, output_of, owner_of, parts_of, result_of, submission_in
 from server.routes.run import bound_to_client, ended
 from server.wire import JSON
 
@@ -90,7 +90,7 @@ async def generations(request: Request) -> Response:
             events = _events(parts, job, asked.partial_images or 0)
             return _identified(EventStream(events, within=bound_to_client(parts, job)), job)
         await ended(request, parts, job)
-        return _identified(await result_of(parts, job, _answer), job)
+        return _identified(await result_of(parts, job, _answer, is_patient=True), job)
     except ServerError as error:
         return problem(error)
 
@@ -99,10 +99,16 @@ async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
     """What is asked for, in OpenAI's words and in ours."""
     owner = owner_of(request)
     async with parts_of(request).in_flight.body(request, owner) as body:
-        asked = bodies.read(ImagesRequest, body)
+        asked, fields = await parts_of(request).turns.run(owner, _translated, body)
         served = _model_for(request, asked.model or DEFAULT_MODEL)
-        mode, fields = Mode.STREAM if asked.stream else Mode.RUN, to_json(asked.fields)
+        mode = Mode.STREAM if asked.stream else Mode.RUN
         return asked, await submission_in(request, fields, served, owner, mode, content_type="")
+
+
+def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
+    """A body in OpenAI's words, and in the model's. Raises InvalidInput."""
+    asked = bodies.read(ImagesRequest, body)
+    return asked, to_json(asked.fields)
 
 
 def problem(error: ServerError) -> Response:
@@ -188,14 +194,14 @@ async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Map
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    outcome = await parts.turns.run(job.owner, parts.queue.result, job)
-    if outcome.status != 200:
-        yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
-        raise StreamFailed
-    for image in from_json(outcome.body)["images"]:
-        kind = image["content_type"].removeprefix("image/")
-        size = f"{image['width']}x{image['height']}"
-        yield _event("completed", _base64(image["url"]), kind, size=size, usage=_NO_USAGE)
+    async with output_of(parts, job) as (outcome, output):
+        if outcome.status != 200:
+            yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
+            raise StreamFailed
+        for image in output["images"]:
+            kind = image["content_type"].removeprefix("image/")
+            size = f"{image['width']}x{image['height']}"
+            yield _event("completed", _base64(image["url"]), kind, size=size, usage=_NO_USAGE)
 
 
 def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from server import bodies, catalog, wire
 from server.address import PLATFORM
 from server.errors import InvalidInput
 from server.history import Wanted
+from server.in_flight import SMALL
 from server.routes import model_for, owner_of, parts_of, read_within
 from server.usage import UsageFilter, Used
 from server.wire import JSON
@@ -119,7 +120,7 @@ async def pricing(request: Request) -> Response:
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
     """What so many calls or units would cost: nothing."""
-    async with parts_of(request).in_flight.body(request, owner_of(request)) as body:
+    async with parts_of(request).in_flight.body(request, owner_of(request), SMALL) as body:
         planned = bodies.read(Estimate, body)
     for name in planned.endpoints:
         model_for(request, name)
@@ -171,8 +172,8 @@ async def by_endpoint(request: Request) -> Response:
     )
     parts = parts_of(request)
 
-    async def read() -> JSON:
-        return JSON(await parts.turns.run(owner, parts.history, wanted))
+    def read() -> JSON:
+        return JSON(parts.history(wanted))
 
     try:
         return await read_within(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgpack
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from models.base import Model
 from models.schema import ImageInput
@@ -20,7 +20,7 @@ from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests
 from server.inputs import MAX_INPUT_BYTES, as_json
 from server.jobs import Job, Lifecycle, Mode, State, Submission
 from server.lifecycle import number
-from server.routes import Parts, owner_by_token
+from server.routes import Parts, output_of, owner_by_token
 from server.routes.run import bound_to_client
 from server.shares import Shares
 from server.sockets import count
@@ -208,10 +208,11 @@ class _Session:
         if job.error is not None or job.state != State.COMPLETED:
             await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
-        outcome = await self._parts.turns.run(self._owner, self._parts.queue.result, job)
-        await self._socket.send_bytes(msgpack.packb(from_json(outcome.body)))
-        timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
-        await self._socket.send_text(to_json(timing).decode())
+        async with output_of(self._parts, job) as (_, output):
+            await self._socket.send_bytes(await self._parts.turns.run(self._owner, msgpack.packb, output))
+            # It waits until the client has read most of that.
+            timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
+            await self._socket.send_text(to_json(timing).decode())
 
     def _fields(self, frame: _Frame) -> ImageInput:
         return intake.validate(self._model, frame.as_json(), "", self._parts.inputs.limits)

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic_core import from_json
 
 from server import wire
 from server.errors import InternalError
 from server.events import EventStream, StreamFailed, heard
 from server.jobs import Job, Mode, State
-from server.routes import Parts, model_for, owner_by_token, owner_of, parts_of, result_of, submission_of
+from server.routes import Parts, model_for, output_of, owner_by_token, owner_of, parts_of, result_of, submission_of
 
 router = APIRouter(tags=["run"])
 
@@ -34,7 +33,8 @@ async def run(request: Request, endpoint: str) -> Response:
     job = await _accepted(request, parts, endpoint, Mode.RUN)
     try:
         await ended(request, parts, job)
-        response: Response = await result_of(parts, job, wire.result)
+        # It is made: it is not refused any more.
+        response: Response = await result_of(parts, job, wire.result, is_patient=True)
     except InternalError as error:
         response = wire.error(error)
     response.headers["x-fal-request-id"] = job.request_id
@@ -75,7 +75,7 @@ def bound_to_client(parts: Parts, job: Job) -> Iterator[None]:
         # When the server stops, the next start ends it: by then the database may be closed here.
         if job.state != State.COMPLETED and not parts.notifier.is_closing:
             # Not awaited: this may run while the connection's own task is being cancelled.
-            asyncio.get_running_loop().run_in_executor(None, parts.queue.cancel, job)
+            parts.turns.begin(job.owner, parts.queue.cancel, job)
 
 
 async def _disconnected(request: Request) -> None:
@@ -100,7 +100,7 @@ async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | No
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    outcome = await parts.turns.run(job.owner, parts.queue.result, job)
-    yield from_json(outcome.body)
+    async with output_of(parts, job) as (outcome, output):
+        yield output
     if outcome.status != 200:
         raise StreamFailed

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server import bodies
 from server.errors import BadRequest
+from server.in_flight import SMALL
 from server.lifecycle import lifecycle
 from server.routes import owner_of, parts_of
 from server.under_way import Upload
@@ -18,6 +19,8 @@ router = APIRouter(tags=["storage"])
 #: What a token that uploads is good for, and how long, in seconds.
 UPLOADS = "uploads"
 TOKEN_SECONDS = 3600
+#: Bytes of the list of an upload's parts, each with its ETag.
+MAX_LIST = 2 * 2**20
 
 
 class Announcement(BaseModel):
@@ -56,7 +59,7 @@ async def token(request: Request) -> Response:
 async def initiate(request: Request) -> Response:
     """Say where to PUT a file, and where it will be."""
     owner = owner_of(request)
-    async with parts_of(request).in_flight.body(request, owner) as body:
+    async with parts_of(request).in_flight.body(request, owner, SMALL) as body:
         announced = bodies.read(Announcement, body or b"{}")
     upload = await _begin(request, owner, announced)
     base = request.state.base_url
@@ -90,8 +93,9 @@ async def complete(request: Request, upload_id: str) -> Response:
     """Join the parts."""
     uploads = parts_of(request).uploads
     upload = uploads.find(upload_id)
-    async with parts_of(request).in_flight.body(request, upload.owner) as body:
-        listed = [part.part_number for part in bodies.read(Completion, body or b"{}").parts]
+    async with parts_of(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
+        completion = await uploads.turns.run(upload.owner, bodies.read, Completion, body or b"{}")
+    listed = [part.part_number for part in completion.parts]
     file = await uploads.finish(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
     return JSON({"access_url": url, "file_url": url})

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from server import bodies
+from server.in_flight import SMALL
 from server.routes import owner_of, parts_of
 from server.wire import JSON
 
@@ -24,7 +25,7 @@ class TokenRequest(BaseModel):
 async def issue(request: Request) -> Response:
     """A token as a bare JSON string, the one form that all SDKs read."""
     owner = owner_of(request)
-    async with parts_of(request).in_flight.body(request, owner) as body:
+    async with parts_of(request).in_flight.body(request, owner, SMALL) as body:
         wanted = bodies.read(TokenRequest, body)
     scope = " ".join(wanted.allowed_apps)
     return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
