@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,19 +76,28 @@ class Guard:
         except (ValueError, httpx.InvalidURL) as error:
             raise ForbiddenURL(f"not a URL: {error}") from None
 
-    async def download(self, url: str, to: Path, max_bytes: int, seconds: float, etag: str = "") -> str | None:
+    async def download(
+        self,
+        url: str,
+        to: Path,
+        max_bytes: int,
+        seconds: float,
+        etag: str = "",
+        accepts: Callable[[bytes], None] = lambda start: None,
+    ) -> str | None:
         """GET into a file; gives its ETag, or "" for none or a long one.
 
         None, and no file, when it is the one of this `etag` still.
 
-        Each redirect is judged anew; `seconds` are for all of it.
+        Each redirect is judged anew; `seconds` are for all of it. `accepts` is shown the file's start, and raises
+        Unusable where the rest need not come.
 
         Raises ForbiddenURL for addresses that may not be reached, and Unusable.
         """
         try:
             async with asyncio.timeout(seconds):
                 for _ in range(MAX_REDIRECTS + 1):
-                    response = await self._get(url, to, max_bytes, etag)
+                    response = await self._get(url, to, max_bytes, etag, accepts)
                     if not response.has_redirect_location:
                         return None if response.status_code == 304 else _etag(response)
                     url = str(response.url.join(response.headers["location"]))
@@ -104,7 +113,9 @@ class Guard:
             raise Unusable("file_download_error", words) from None
         raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
-    async def _get(self, url: str, to: Path, max_bytes: int, etag: str) -> httpx.Response:
+    async def _get(
+        self, url: str, to: Path, max_bytes: int, etag: str, accepts: Callable[[bytes], None]
+    ) -> httpx.Response:
         """One request, whose body is in the file if it has the one that is wanted."""
         self.check(url)
         # Not compressed, so that what is counted is what is kept.
@@ -125,6 +136,8 @@ class Guard:
             size = 0
             with to.open("wb") as file:
                 async for chunk in response.aiter_raw(_CHUNK):
+                    if size == 0:
+                        accepts(chunk)
                     size += len(chunk)
                     if size > max_bytes:
                         raise too_large

@@ -53,6 +53,8 @@ class Kind:
     max_bytes: int
     max_seconds: float
     keep: Callable[[Path, Path, Limits], str]
+    #: What is asked of the first bytes, before the others come.
+    accepts: Callable[[bytes], None] = lambda start: None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Inputs:
         self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {
             "picture": Kind(MAX_PICTURE_BYTES, 60.0, _keep_picture),
-            "lora": Kind(max_lora_bytes, 300.0, _keep_lora),
+            "lora": Kind(max_lora_bytes, 300.0, _keep_lora, lora_files.check_start),
         }
         self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
@@ -156,7 +158,7 @@ class Inputs:
                 known = self._known.get((kind_name, address))
                 is_here = known is not None and await self._turns.run(owner, self.brought.touch, known.name)
                 etag = known.etag if known and is_here else ""
-                found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag)
+                found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag, kind.accepts)
             except ForbiddenURL as error:
                 raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None
         if found is None and known:

@@ -34,15 +34,20 @@ def check(path: Path) -> None:
         raise _bad(done.stdout.decode("utf-8", "replace"))
 
 
+def check_start(start: bytes) -> None:
+    """Check a file by its first bytes, before the rest has come. Raises Unusable for a header that is too long."""
+    if len(start) >= _LENGTH.size and _LENGTH.unpack_from(start)[0] > MAX_HEADER_BYTES:
+        raise _bad(f"its header is larger than {MAX_HEADER_BYTES // 2**20} MiB, or it is not a safetensors file")
+
+
 def _check_length(path: Path) -> None:
     """The first eight bytes say how long the header is."""
     with path.open("rb") as file:
         first = file.read(_LENGTH.size)
+    check_start(first)
     length = _LENGTH.unpack(first)[0] if len(first) == _LENGTH.size else 0
     if length == 0 or length > path.stat().st_size - _LENGTH.size:
         raise _bad("it is not a safetensors file: its header is not as long as it says")
-    if length > MAX_HEADER_BYTES:
-        raise _bad(f"its header is larger than {MAX_HEADER_BYTES // 2**20} MiB")
 
 
 def _bad(reason: str) -> Unusable:

@@ -234,6 +234,9 @@ def test_a_hundred_switches(tiny: Path) -> None:
     engines = Engines(models, placements, 1, lambda endpoint, loading: None)
     engines.setup()
     used: list[int] = []
+    # What was there before is looked through no more: in a long run of tests that is a second each time.
+    gc.collect()
+    gc.freeze()
     for turn in range(100):
         endpoint = (DEV, KREA)[turn % 2]
         engine = engines.at_hand(endpoint) or engines.load(endpoint, ())
@@ -242,6 +245,7 @@ def test_a_hundred_switches(tiny: Path) -> None:
         del engine
         gc.collect()
         used.append(psutil.Process().memory_info().rss)
+    gc.unfreeze()
     # By its type alone: asking some of PyTorch's old modules for their class warns.
     tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     assert not [each.shape for each in tensors if each.numel() > 500_000]

@@ -179,6 +179,9 @@ def test_frames_that_stop_keep_out_their_own_key_alone(running: Server) -> None:
         assert closed.value.rcvd.code == 1013
         with session(running, **BOB) as other:
             assert painted(other, more="x" * 900_000)["prompt"] == "x"
+        # Without a goodbye, for which each side would wait.
+        for each in sockets[:2]:
+            each.socket.shutdown(socket.SHUT_RDWR)
     with session(running, **ALICE) as again:
         assert painted(again, more="x" * 900_000)["prompt"] == "x"
         assert painted(again, **SMALL_REQUEST)["prompt"] == "x"

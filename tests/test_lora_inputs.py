@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,22 @@ def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "b").write_bytes(HOSTILE["whole numbers"][0])
     with pytest.raises(Unusable, match="of type I64"):
         lora_files.check(tmp_path / "b")
+
+
+def test_a_header_that_is_too_long_ends_the_download(user: httpx.Client, httpserver: HTTPServer) -> None:
+    """The rest of it never comes, and nobody waits for it."""
+    over = threading.Event()
+
+    def endless() -> Iterator[bytes]:
+        yield struct.pack("<Q", 9 * 2**20).ljust(2**19, b" ")
+        over.wait(60)
+        yield b""
+
+    httpserver.expect_request("/endless").respond_with_handler(lambda request: Response(endless()))
+    try:
+        assert "larger than 8 MiB" in refused(user, httpserver.url_for("/endless"))["msg"]
+    finally:
+        over.set()
 
 
 def test_one_that_changed_comes_again(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
