@@ -102,10 +102,16 @@ def test_many_idle_event_streams_keep_out_their_own_key_alone(tmp_path: Path, ga
         assert is_served(server, BOB)
         assert seen == {200: 200, 429: number - 200}
         stack.close()
+        # The old ones end one after the other; as many are held again, or the test's time runs out.
         with ExitStack() as again:
-            while status_of(again.enter_context(asked(server, f"{path}/stream"))) == 429:
-                again.close()
-            assert [status_of(again.enter_context(asked(server, f"{path}/stream"))) for _ in range(199)] == [200] * 199
+            num_held = 0
+            while num_held < 200:
+                connection = asked(server, f"{path}/stream")
+                if status_of(connection) == 200:
+                    again.enter_context(connection)
+                    num_held += 1
+                else:
+                    connection.close()
         gate.open()
 
 
