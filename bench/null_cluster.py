@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from models.base import About, Loading
 from server import desk
-from server.files import new_name
-from server.jobs import Job, Outcome, StoredFile
+from server.files import StoredFile, new_name
+from server.jobs import Job, Outcome
 
 
 class NullLink:

@@ -10,7 +10,9 @@ from PIL.Image import Image
 
 from models.base import Model
 from server import pictures
-from server.jobs import Job, Outcome, Store, StoredFile
+from server.files import StoredFile
+from server.interfaces import Store
+from server.jobs import Job, Outcome
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from models.base import DeviceLost, Engine, Model
-from server import wire
 from server.engines import Engines
 from server.errors import ClientCancelled, NotFound
-from server.jobs import Job, Outcome, Priority, Source
+from server.interfaces import Source
+from server.jobs import Job, Outcome, Priority
 from server.running import Running, failure
 from server.settings import Settings
 
@@ -58,7 +58,7 @@ class Claims:
         """
         for each in [each for each in self._waiting if each[0].is_cancelled]:
             self._waiting.remove(each)
-            yield each[0], wire.outcome_of(ClientCancelled())
+            yield each[0], Outcome.from_error(ClientCancelled())
         busy = set(in_use)
         while self._waiting:
             job, _ = self._waiting[0]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from models.base import About, Loading
-from server.files import new_name
-from server.jobs import Job, Lifecycle, Outcome, StoredFile
+from server.files import Lifecycle, StoredFile, new_name
+from server.jobs import Job, Outcome
 from server.metrics import Metrics
 
 #: Seconds that a process which is about to end waits for its last words to be heard.

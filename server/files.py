@@ -10,11 +10,11 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
 
 from server.database import Database
 from server.errors import DiskFails, DiskFull
-from server.jobs import Lifecycle, StoredFile
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,27 @@ _BLOCK = 4096
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 #: Also of one that is being written.
 _OURS = re.compile(rf"{_NAME.pattern}(\.part)?")
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """How long a file is kept, in seconds (None: as long as the operator keeps results), and who may read it."""
+
+    lifetime: float | None = None
+    is_private: bool = False
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in the store: its name is 128 random bits and an ending. `file_name` is what its owner called it."""
+
+    name: str
+    owner: str
+    size: int
+    content_type: str
+    file_name: str | None = None
+    is_private: bool = False
+    expires_at: float | None = None
 
 
 def disk_error(error: OSError) -> DiskFull:

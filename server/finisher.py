@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable
 
 from models.base import DeviceLost, Engine
-from server import wire
 from server.answers import Answers
 from server.errors import ClientCancelled, DiskFull
-from server.jobs import Job, Outcome, Source
+from server.interfaces import Source
+from server.jobs import Job, Outcome
 from server.metrics import Metrics
 from server.notifier import Notifier
 from server.running import Running, failure
@@ -107,7 +107,7 @@ class Finisher:
             with self._watchdog.over([running.job]):
                 while not running.is_developed:
                     if running.job.is_cancelled:
-                        return wire.outcome_of(ClientCancelled())
+                        return Outcome.from_error(ClientCancelled())
                     running.develop()
             outcome = self._answers.outcome(running.job, running.model, running.request, running.painted)
             self._metrics.painted(running.job.endpoint, len(running.painted.pictures), sum(running.painted.flags))

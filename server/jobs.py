@@ -1,9 +1,14 @@
 """A job: one request, from its acceptance to its result."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Self
+
+from pydantic_core import to_json
+
+from server.errors import ServerError
+from server.files import Lifecycle, StoredFile
 
 
 class State(StrEnum):
@@ -28,14 +33,6 @@ class Priority(StrEnum):
 
     NORMAL = "normal"
     LOW = "low"
-
-
-@dataclass(frozen=True)
-class Lifecycle:
-    """How long a file is kept, in seconds (None: as long as the operator keeps results), and who may read it."""
-
-    lifetime: float | None = None
-    is_private: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,54 +118,17 @@ class Outcome:
     error_type: str | None = None
     inference_time: float | None = None
     acceleration: str | None = None
-    files: tuple["StoredFile", ...] = ()
+    files: tuple[StoredFile, ...] = ()
     #: Megapixels, each picture's rounded up: what fal counts for this model.
     billable_units: int = 0
 
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file in the store: its name is 128 random bits and an ending. `file_name` is what its owner called it."""
-
-    name: str
-    owner: str
-    size: int
-    content_type: str
-    file_name: str | None = None
-    is_private: bool = False
-    expires_at: float | None = None
+    @classmethod
+    def from_error(cls, error: ServerError) -> Self:
+        """How a job ends that fails with this error."""
+        return cls(error.status, to_json(error.body).decode(), str(error), error.error_type)
 
 
-class Source(Protocol):
-    """Where a worker has its jobs from and leaves what becomes of them: the queue, or a stand-in on another machine."""
-
-    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """The next job and its input; None when none waits. Without `takes_low`, only of normal priority.
-
-        `slots` is how many requests of one priority run at a time: owners get equal shares of them.
-        """
-
-    def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """One more step is done; its preview, if there is one, is the job's."""
-
-    def log(self, job: Job, message: str, level: str = "INFO") -> None:
-        """Add one line to the job's log."""
-
-    def finish(self, job: Job, outcome: Outcome) -> bool:
-        """End a running job; False when nobody will see the outcome. Raises DiskFull."""
-
-    def strike(self, jobs: Sequence[Job]) -> None:
-        """Remember that the process has to end while it works at these jobs."""
-
-    def give_back(self, job: Job) -> None:
-        """Put a running job back in its old place, because this process will not finish it."""
-
-
-class Store(Protocol):
-    """Where a worker leaves pictures: the file store, or a stand-in on another machine."""
-
-    def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> "StoredFile":
-        """Keep bytes for good. Raises DiskFull."""
-
-    def remove(self, names: list[str]) -> None:
-        """Give up files that nobody will see."""
+def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
+    """One log entry with every field that some SDK insists on."""
+    labels = {"level": level, "source": "USER"}
+    return {"message": message, "timestamp": timestamp, "level": level, "source": "USER", "labels": labels}

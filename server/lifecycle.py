@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.errors import BadRequest
-from server.jobs import Lifecycle
+from server.files import Lifecycle
 
 #: Python's client sends both, JavaScript's one or the other; the preference is the newer name.
 _NAMES = ("x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")

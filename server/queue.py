@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from server import journal, rows, verdicts, wire
+from server import jobs, journal, rows, verdicts
 from server.database import Database
 from server.errors import (
     ClientCancelled,
@@ -89,7 +89,7 @@ class Queue:
         with self._lock:
             state = job.state
             if state == State.IN_QUEUE:
-                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
+                self._end(job, Outcome.from_error(verdicts.cancellation(job)), is_cancelled=True)
             elif state == State.IN_PROGRESS and not job.is_cancelled:
                 with self._database.transaction() as connection:
                     rows.mark_cancelled(connection, job)
@@ -161,14 +161,14 @@ class Queue:
     def log(self, job: Job, message: str, level: str = "INFO") -> None:
         """Add one line to the job's log."""
         timestamp = datetime.fromtimestamp(self._clock(), UTC).isoformat()
-        job.logs.append(wire.log_line(message, level, timestamp))
+        job.logs.append(jobs.log_line(message, level, timestamp))
         self._notifier.ring(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
         """End a running job; False when it was cancelled meanwhile and ends so instead."""
         with self._lock:
             if job.is_cancelled:
-                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
+                self._end(job, Outcome.from_error(verdicts.cancellation(job)), is_cancelled=True)
                 return False
             self._end(job, outcome)
             return True
@@ -188,7 +188,7 @@ class Queue:
         """
         with self._lock:
             if job.is_cancelled:
-                self._end(job, wire.outcome_of(verdicts.cancellation(job)), is_cancelled=True)
+                self._end(job, Outcome.from_error(verdicts.cancellation(job)), is_cancelled=True)
                 return
             with self._database.transaction() as connection:
                 rows.give_back(connection, job)
@@ -228,9 +228,9 @@ class Queue:
                 self._live[job.request_id] = job
                 self._needs.add(job)
                 if job.mode != Mode.QUEUE:
-                    self._end(job, wire.outcome_of(ClientDisconnected()))
+                    self._end(job, Outcome.from_error(ClientDisconnected()))
                 elif job.is_cancelled:
-                    self._end(job, wire.outcome_of(ClientCancelled()), is_cancelled=True)
+                    self._end(job, Outcome.from_error(ClientCancelled()), is_cancelled=True)
                 elif job.state == State.IN_PROGRESS or job.strikes >= verdicts.MAX_STRIKES or job.is_damaged:
                     self.lose(job)
                 else:
@@ -247,7 +247,7 @@ class Queue:
                 "SELECT request_id FROM jobs WHERE state = 'IN_QUEUE' AND start_deadline <= ?", self._clock()
             )
             for (request_id,) in late:
-                self._end(self._live[request_id], wire.outcome_of(StartTimeout()))
+                self._end(self._live[request_id], Outcome.from_error(StartTimeout()))
         return len(late)
 
     def forget(self, request_ids: list[str]) -> None:
@@ -265,7 +265,7 @@ class Queue:
             while job := self._order.first(priority, busy, slots):
                 if job.start_deadline is None or job.start_deadline > self._clock():
                     return job
-                self._end(job, wire.outcome_of(StartTimeout()))
+                self._end(job, Outcome.from_error(StartTimeout()))
         return None
 
     def _strike(self, jobs: Sequence[Job]) -> None:

@@ -9,8 +9,8 @@ from pydantic_core import from_json
 
 from models.base import Loading
 from server import desk
-from server.files import is_name
-from server.jobs import Job, Outcome, StoredFile
+from server.files import StoredFile, is_name
+from server.jobs import Job, Outcome
 
 #: Characters of an answer: SQLite holds a thousand million bytes.
 MAX_BODY = 2**28

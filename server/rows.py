@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from server import wire
 from server.errors import InternalError, InvalidInput
-from server.files import list_file
-from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, Submission
+from server.files import Lifecycle, list_file
+from server.jobs import Job, Mode, Outcome, Priority, State, Submission
 
 #: Answers up to this size, in bytes, hold no picture.
 SMALL_OUTPUT = 16_384
@@ -221,7 +220,7 @@ def job_of(row: sqlite3.Row) -> Job:
 def outcome_of(row: sqlite3.Row) -> Outcome:
     """How the job in a whole row ended; its files are listed elsewhere."""
     if not _is_answer(row["output"]):
-        return wire.outcome_of(InternalError("The answer of this request is damaged: its row cannot be read."))
+        return Outcome.from_error(InternalError("The answer of this request is damaged: its row cannot be read."))
     return Outcome(
         row["status"],
         row["output"],

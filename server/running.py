@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.base import CannotPaint, DoesNotFit, Engine, Model, Painting
-from server import wire
 from server.answers import Painted
 from server.errors import InternalError, InvalidInput, ServerError
 from server.jobs import Job, Outcome
@@ -67,12 +66,12 @@ class Running:
 def failure(error: Exception, job: Job) -> Outcome:
     """What the client is told of an error; the operator's log has the rest."""
     if isinstance(error, ServerError):
-        return wire.outcome_of(error)
+        return Outcome.from_error(error)
     if isinstance(error, DoesNotFit):
         entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
-        return wire.outcome_of(InvalidInput([entry]))
+        return Outcome.from_error(InvalidInput([entry]))
     if isinstance(error, CannotPaint):
         log.warning("failed: %s", error, extra={"request_id": job.request_id})
-        return wire.outcome_of(InternalError(str(error)))
+        return Outcome.from_error(InternalError(str(error)))
     log.error("failed", exc_info=error, extra={"request_id": job.request_id})
-    return wire.outcome_of(InternalError())
+    return Outcome.from_error(InternalError())

@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.files import room_of
-from server.jobs import Lifecycle
+from server.files import Lifecycle, room_of
 
 #: A part that was on its way when a crash came.
 _HALF = re.compile(r"[0-9a-f]{16}\.part")

@@ -15,8 +15,7 @@ from pathlib import Path, PurePath
 
 from server.database import Database
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull, TooManyRequests
-from server.files import Files, disk_error, list_file, new_name, remove_strays
-from server.jobs import Lifecycle, StoredFile
+from server.files import Files, Lifecycle, StoredFile, disk_error, list_file, new_name, remove_strays
 from server.turns import Turns
 from server.under_way import UnderWay, Upload, join, sizes_in
 

@@ -1,6 +1,5 @@
 """What becomes of a job whose process is gone before it was done."""
 
-from server import wire
 from server.errors import ClientCancelled, ClientDisconnected, InternalError, ServerError
 from server.jobs import Job, Mode, Outcome
 
@@ -14,13 +13,13 @@ def after_loss(job: Job) -> Outcome | None:
     """How it ends, because it was tried too often or cannot be read; None when it may be tried again."""
     if job.is_damaged:
         words = "The row of this request is damaged, so that the files which it brought along cannot be found."
-        return wire.outcome_of(InternalError(words))
+        return Outcome.from_error(InternalError(words))
     if job.strikes >= MAX_STRIKES:
-        return wire.outcome_of(
+        return Outcome.from_error(
             InternalError(f"The server had to end {job.strikes} times while it worked at this request.")
         )
     if job.attempt >= MAX_ATTEMPTS:
-        return wire.outcome_of(InternalError(f"Gave up after {job.attempt} attempts."))
+        return Outcome.from_error(InternalError(f"Gave up after {job.attempt} attempts."))
     return None
 
 

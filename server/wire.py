@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from pydantic_core import ErrorDetails, to_json
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,8 +16,6 @@ STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 20
 
 
 _CHUNK = 2**16
-#: Lines of a body that are counted to say where its JSON breaks.
-_MAX_LINES = 10_000
 
 
 class JSON(Response):
@@ -90,12 +88,6 @@ def status(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> di
     return body
 
 
-def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
-    """One log entry with every field that some SDK insists on."""
-    labels = {"level": level, "source": "USER"}
-    return {"message": message, "timestamp": timestamp, "level": level, "source": "USER", "labels": labels}
-
-
 def progress(job: Job) -> dict[str, Any]:
     """One event of /stream before the output."""
     body: dict[str, Any] = {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
@@ -119,43 +111,3 @@ def error(problem: ServerError) -> Response:
     if problem.error_type:
         headers["x-fal-error-type"] = problem.error_type
     return JSON(problem.body, problem.status, headers)
-
-
-def outcome_of(problem: ServerError) -> Outcome:
-    """A job that ended with this error."""
-    return Outcome(problem.status, to_json(problem.body).decode(), str(problem), problem.error_type)
-
-
-def detail(errors: Sequence[ErrorDetails], body: bytes) -> list[dict[str, Any]]:
-    """pydantic's errors as fal lists them: `loc` below "body", and no `url`."""
-    return [_entry(entry, body) for entry in errors]
-
-
-def _entry(entry: ErrorDetails, body: bytes) -> dict[str, Any]:
-    loc: list[str | int] = ["body", *entry["loc"]]
-    if entry["type"] == "json_invalid":
-        return {"type": "json_invalid", "loc": ["body", _offset(entry["msg"], body)], "msg": entry["msg"], "input": {}}
-    shown: dict[str, Any] = {"type": entry["type"], "loc": loc, "msg": entry["msg"], "input": _short(entry["input"])}
-    if "ctx" in entry:
-        shown["ctx"] = {name: value for name, value in entry["ctx"].items() if name != "error"}
-    return shown
-
-
-def _offset(message: str, body: bytes) -> int:
-    """Where JSON broke, in bytes, from pydantic's "... at line L column C"."""
-    words = message.split()
-    try:
-        line, column = int(words[words.index("line") + 1]), int(words[words.index("column") + 1])
-    except (ValueError, IndexError):
-        return 0
-    start = 0
-    # Line by line only as far as a person would look: a body may be nothing but line feeds.
-    for _ in range(min(line - 1, _MAX_LINES)):
-        start = body.find(b"\n", start) + 1
-    return start + max(0, column - 1)
-
-
-def _short(value: object) -> object:
-    """What the client sent, unless it is too long to be sent back."""
-    text = value if isinstance(value, str) else repr(value)
-    return value if len(text) <= 1000 else f"{text[:1000]}…"

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from models.base import DeviceLost, Loading, Model, Placement
-from server import wire
 from server.answers import Answers
 from server.black_box import BlackBox
 from server.claims import Claims
@@ -21,7 +20,8 @@ from server.errors import ClientCancelled, DiskFull
 from server.fairness import Ledger
 from server.finisher import LAST_MOMENT, Finisher
 from server.gpu import Gpu
-from server.jobs import Job, Mode, Outcome, Source, Store
+from server.interfaces import Source, Store
+from server.jobs import Job, Mode, Outcome
 from server.metrics import Metrics
 from server.notifier import WORKER, Notifier
 from server.running import Running, failure
@@ -133,7 +133,7 @@ class Worker:
     def _advance(self, running: Running) -> Running | Outcome | None:
         """What is next for this one; its end, when that is known or left to the finisher."""
         if running.job.is_cancelled:
-            return wire.outcome_of(ClientCancelled())
+            return Outcome.from_error(ClientCancelled())
         if not running.is_stepped:
             beside = self._beside(running)
             with self._held_against([running.job, *(other.job for other in beside)]):

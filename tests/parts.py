@@ -14,9 +14,9 @@ from models.schema import Limits
 from server.brought import INPUTS, Brought, size_of
 from server.database import Database
 from server.fetch import Guard
-from server.files import Files
+from server.files import Files, StoredFile
 from server.inputs import Inputs
-from server.jobs import Job, Outcome, State, StoredFile, Submission
+from server.jobs import Job, Outcome, State, Submission
 from server.needs import Needs
 from server.notifier import Notifier
 from server.queue import Queue

@@ -13,7 +13,8 @@ from server import cluster as cluster_module
 from server import desk, seat
 from server.cluster import Cluster
 from server.errors import DiskFull
-from server.jobs import Job, Outcome, Priority, State, StoredFile
+from server.files import StoredFile
+from server.jobs import Job, Outcome, Priority, State
 from server.metrics import Metrics
 from server.ray_runner import FleetLost, Lost
 from server.settings import Settings

@@ -16,7 +16,8 @@ from pytest_httpserver import HTTPServer
 from server import control_socket
 from server.auth import Scope, add
 from server.control import Control
-from server.jobs import Job, Lifecycle
+from server.files import Lifecycle
+from server.jobs import Job
 from tests.parts import Parts, finished, opened, submission
 from tests.parts import painted as outcome
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving

@@ -13,8 +13,9 @@ from PIL.Image import Image
 from models.base import CannotPaint, DeviceLost
 from server.answers import Answers
 from server.errors import DiskFull
+from server.files import StoredFile
 from server.finisher import Finisher
-from server.jobs import Job, Mode, Outcome, State, StoredFile
+from server.jobs import Job, Mode, Outcome, State
 from server.watchdog import Watchdog
 from server.worker import Worker
 from tests.null_model import NullModel, SharingEngine

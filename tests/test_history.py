@@ -13,7 +13,7 @@ import pytest
 from server import history
 from server.errors import InternalError
 from server.history import Wanted
-from server.wire import outcome_of
+from server.jobs import Outcome
 from tests.parts import Clock, Parts, claimed, finished, opened, submission
 from tests.parts import painted as well
 from tests.serving import TEST_MODELS, serving
@@ -68,7 +68,7 @@ def test_only_what_is_wanted(parts: Parts) -> None:
     well_done = finished(parts).request_id
     parts.clock.now += 10
     failed = claimed(parts, endpoint="test/raises")
-    parts.queue.finish(failed, outcome_of(InternalError("It broke.")))
+    parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
     parts.clock.now += 10
     cancelled = parts.queue.submit(submission())
     parts.queue.cancel(cancelled)

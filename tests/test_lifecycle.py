@@ -7,7 +7,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from server.errors import BadRequest
-from server.jobs import Lifecycle
+from server.files import Lifecycle
 from server.lifecycle import lifecycle
 
 NAMES = ["X-Fal-Object-Lifecycle-Preference", "X-Fal-Object-Lifecycle", "x-fal-object-lifecycle"]

@@ -10,7 +10,8 @@ import pytest
 from models.base import Loading
 from server import desk, reports
 from server.cluster import Cluster
-from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State, StoredFile
+from server.files import Lifecycle, StoredFile
+from server.jobs import Job, Mode, Outcome, Priority, State
 from server.ray_runner import Lost
 from tests.parts import Parts, finished, submission
 from tests.test_cluster_head import Fleet, Link, ended, fleet, start, submit, until

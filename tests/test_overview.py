@@ -8,7 +8,7 @@ import pytest
 
 from server import overview
 from server.errors import InternalError
-from server.wire import outcome_of
+from server.jobs import Outcome
 from tests.parts import Clock, Parts, claimed, opened
 from tests.parts import painted as well
 from tests.serving import TEST_MODELS, serving
@@ -26,7 +26,7 @@ def test_the_last_hour(parts: Parts) -> None:
         parts.clock.now += 90
         parts.queue.finish(job, well())
     failed = claimed(parts, endpoint="test/raises")
-    parts.queue.finish(failed, outcome_of(InternalError("It broke.")))
+    parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
     parts.clock.now += 60
     seen = overview.read(parts.database, parts.clock.now)
     assert len(seen["minutes"]) == overview.MINUTES

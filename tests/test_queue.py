@@ -12,7 +12,8 @@ import pytest
 
 from server.database import Database, FolderInUse
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
-from server.jobs import Job, Lifecycle, Mode, Priority, State, StoredFile
+from server.files import Lifecycle, StoredFile
+from server.jobs import Job, Mode, Priority, State
 from server.retention import Retention
 from server.verdicts import MAX_ATTEMPTS, MAX_STRIKES
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission

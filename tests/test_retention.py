@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.files import list_file
-from server.jobs import Job, Lifecycle, State, StoredFile
+from server.files import Lifecycle, StoredFile, list_file
+from server.jobs import Job, State
 from server.retention import GRACE_SECONDS, Retention
 from tests.parts import Parts, claimed, finished, submission
 

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from server import uploads as uploads_module
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, TooManyRequests
-from server.jobs import Lifecycle, StoredFile
+from server.files import Lifecycle, StoredFile
 from server.under_way import Upload
 from server.uploads import LIFETIME, MAX_PARTS, Uploads
 from tests.parts import Parts, opened

@@ -13,11 +13,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from server import wire
 from server.control import Control
 from server.errors import StartTimeout
 from server.fetch import Guard
-from server.jobs import Job, State
+from server.jobs import Job, Outcome, State
 from server.notifier import WEBHOOKS
 from server.signing import Signer
 from server.webhooks import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
@@ -83,7 +82,7 @@ def test_a_result_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServe
 
 def test_an_error_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServer) -> None:
     job = claimed(parts, webhook_url=hook(httpserver))
-    parts.queue.finish(job, wire.outcome_of(StartTimeout()))
+    parts.queue.finish(job, Outcome.from_error(StartTimeout()))
     turn(parts)
     (request,) = received(httpserver)
     assert json.loads(request.data) == {

@@ -16,7 +16,8 @@ from PIL.Image import Image
 
 from models.base import NO_INPUTS, CannotPaint, Engine, Placement
 from server.errors import DiskFull
-from server.jobs import Job, Lifecycle, Mode, Outcome, Priority, State
+from server.files import Lifecycle
+from server.jobs import Job, Mode, Outcome, Priority, State
 from server.notifier import WORKER
 from server.settings import Settings
 from server.worker import Worker

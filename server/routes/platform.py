@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from models.base import Model
 from models.schema import MAX_PROMPT_LENGTH
-from server import bodies, catalog, wire
+from server import bodies, catalog
 from server.address import PLATFORM
 from server.errors import InvalidInput
 from server.history import Wanted
@@ -238,7 +238,7 @@ def _read(request: Request, kind: type[Q]) -> Q:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        entries = wire.detail(error.errors(include_url=False), b"")
+        entries = bodies.detail(error.errors(include_url=False), b"")
         raise InvalidInput([{**entry, "loc": ["query", *entry["loc"][1:]]} for entry in entries]) from None
 
 

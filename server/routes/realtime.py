@@ -17,8 +17,9 @@ from models.base import Model
 from models.schema import ImageInput
 from server import intake
 from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
+from server.files import Lifecycle
 from server.inputs import MAX_INPUT_BYTES, as_json
-from server.jobs import Job, Lifecycle, Mode, State, Submission
+from server.jobs import Job, Mode, State, Submission
 from server.lifecycle import number
 from server.routes import Parts, output_of, owner_by_token
 from server.routes.run import bound_to_client
