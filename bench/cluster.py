@@ -23,14 +23,14 @@ import psutil
 
 from bench.client import Client, load, request
 from bench.null_cluster import NullFleet
-from server.cluster import Cluster
-from server.database import Database
-from server.files import Files
-from server.jobs import State, Submission
+from server.cluster.head import Cluster
 from server.metrics import Metrics
-from server.notifier import Notifier
-from server.queue import Queue
+from server.queue.jobs import State, Submission
+from server.queue.notifier import Notifier
+from server.queue.queue import Queue
 from server.settings import Settings
+from server.storage.database import Database
+from server.storage.file_store import Files
 from tests.ray_nodes import MODELS, nodes, runners, serving_on
 from tests.serving import ROOT, Server, completed, gated, serving
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import Figures, again, load, request
-from server import wire
-from server.database import Database
-from server.jobs import Job, Submission
-from server.notifier import Notifier
-from server.queue import Queue
+from server.api import responses
+from server.queue.jobs import Job, Submission
+from server.queue.notifier import Notifier
+from server.queue.queue import Queue
+from server.storage.database import Database
 from tests.serving import TEST_MODELS, serving
 
 BODY = json.dumps({"prompt": "a red apple", "image_size": "square", "num_inference_steps": 1}).encode()
@@ -100,7 +100,7 @@ def _queue_cost() -> None:
 
 
 def _status(queue: Queue, job: Job) -> dict[str, Any]:
-    return wire.status(job, queue.position(job), None)
+    return responses.status(job, queue.position(job), None)
 
 
 def _median(act: Callable[[], object], times: int) -> float:

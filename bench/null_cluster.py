@@ -6,9 +6,9 @@ import queue
 from collections.abc import Iterator
 
 from models.base import About, Loading
-from server import desk
-from server.files import StoredFile, new_name
-from server.jobs import Job, Outcome
+from server.cluster import messages
+from server.queue.jobs import Job, Outcome
+from server.storage.file_store import StoredFile, new_name
 
 
 class NullLink:
@@ -20,16 +20,16 @@ class NullLink:
     def __init__(self) -> None:
         self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
-    def reports(self) -> Iterator[desk.Report]:
+    def reports(self) -> Iterator[messages.Report]:
         """Ready, then one end after the other."""
-        yield desk.State(Loading(), True, {"null": About()})
+        yield messages.State(Loading(), True, {"null": About()})
         while job := self._taken.get():
             for step in range(1, 29):
-                yield desk.Progress(job.request_id, step, 28, None)
+                yield messages.Progress(job.request_id, step, 28, None)
             name = new_name("jpg")
             file = StoredFile(name, job.owner, len(self.content), "image/jpeg")
             body = json.dumps({"images": [{"url": f"{job.base_url}/files/{name}"}], "seed": 1})
-            yield desk.Ended(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
+            yield messages.Ended(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
 
     def take(self, job: Job, text: str) -> None:
         """It ends at once."""

@@ -23,7 +23,7 @@ import torch
 import uvicorn
 
 from server.app import create_app
-from server.serving import _bound
+from server.net.listeners import bind_socket
 from server.settings import Settings
 from tests.serving import completed
 
@@ -33,7 +33,7 @@ PROMPT = "a red apple on a blue table"
 @contextmanager
 def _served(folder: Path) -> Iterator[tuple[str, Any]]:
     """A server on a thread of this process: its URL, and its worker, whose turns this thread takes itself."""
-    bound = _bound("127.0.0.1", 0)
+    bound = bind_socket("127.0.0.1", 0)
     settings = Settings(data_dir=folder, port=bound.getsockname()[1], tls_port=0)
     app = create_app(settings)
     worker = app.state.worker

@@ -14,51 +14,55 @@ from starlette.middleware.cors import CORSMiddleware
 from models import discover, weights
 from models.base import Model
 from models.schema import Limits
-from server import admission, auth, gauges, history, http_errors, openapi, overview, usage
-from server.address import Address
-from server.admission import Admission
-from server.auth import Keys, Scope
-from server.black_box import BlackBox
-from server.brought import INPUTS, Brought, size_of
-from server.cluster import Cluster
-from server.control import Control
-from server.counted import Counted, Routed
-from server.database import Damaged, Database
-from server.engines import placements
-from server.errors import DiskFull
-from server.fetch import Guard
-from server.files import Files
-from server.in_flight import InFlight
-from server.inputs import Inputs
-from server.metrics import Metrics
-from server.needs import Needs
-from server.notifier import WEBHOOKS, Notifier
-from server.queue import Queue
-from server.quota import Quota
-from server.ray_runner import Fleet
-from server.retention import Retention
-from server.routes import (
-    TOO_MANY_OPEN,
-    Parts,
-    catalog,
+from server import auth
+from server.api import openapi
+from server.api.dependencies import TOO_MANY_OPEN, Parts
+from server.api.middleware.body_limit import BodyLimitMiddleware
+from server.api.middleware.errors import ErrorMiddleware, add_exception_handlers
+from server.api.middleware.host_check import LOOPBACK_ORIGIN, HostCheckMiddleware, allowed_origins
+from server.api.middleware.metrics import MetricsMiddleware
+from server.api.middleware.request_id import RequestIdMiddleware
+from server.api.middleware.rewrite import RewriteMiddleware
+from server.api.rate_limit import Quota
+from server.api.routes import (
+    endpoint_docs,
     files,
+    monitoring,
     openai,
-    operations,
     platform,
     playground,
     queue,
     realtime,
     run,
-    storage,
     tokens,
+    uploads,
 )
+from server.auth import Keys, Scope
+from server.cluster.head import Cluster
+from server.cluster.ray_backend import Fleet
+from server.errors import DiskFull
+from server.executor import Turns
+from server.inputs.cache import INPUTS, Brought, size_of
+from server.inputs.resolver import Inputs
+from server.metrics import Metrics, collect_gauges, collect_gpu_gauges
+from server.net.bytes_in_flight import InFlight
+from server.net.fair_share import Shares
+from server.net.outbound import Guard
+from server.queue import history, usage
+from server.queue.notifier import Notifier
+from server.queue.pending_storage import Needs
+from server.queue.queue import Queue
+from server.queue.retention import Retention
 from server.settings import Settings
-from server.shares import Shares
-from server.signing import Signer
-from server.turns import Turns
-from server.uploads import Uploads
-from server.webhooks import Webhooks
-from server.worker import Worker
+from server.status import load_overview
+from server.storage.database import Damaged, Database
+from server.storage.file_store import Files
+from server.storage.uploads import Uploads
+from server.webhooks.delivery import Webhooks
+from server.webhooks.signing import Signer
+from server.worker.crash_recorder import BlackBox
+from server.worker.engine_pool import placements
+from server.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
     parts, worker = _join(settings, models, absent, places, database, black_box)
     app = FastAPI(
         title="flux-server",
-        version=operations.VERSION,
+        version=monitoring.VERSION,
         description="fal's API for FLUX.1 [dev] on your own machine.",
         lifespan=partial(_lifespan, settings=settings, database=database),
         redirect_slashes=False,
@@ -93,16 +97,26 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.parts, app.state.worker, app.state.black_box = parts, worker, black_box
-    app.state.control = _control(settings, parts, database)
+    app.state.database = database
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
-    for nouns in (queue, catalog, storage, tokens, files, operations, playground, platform, openai, realtime, run):
+    for nouns in (
+        queue,
+        endpoint_docs,
+        uploads,
+        tokens,
+        files,
+        monitoring,
+        playground,
+        platform,
+        openai,
+        realtime,
+        run,
+    ):
         app.include_router(nouns.router)
     app.mount("/static", playground.files)
     app.mount("/docs", playground.swagger)
-    http_errors.answer(app)
-    app.add_middleware(Routed)
-    _add_doors(app, settings, parts.keys)
-    app.add_middleware(Counted, metrics=parts.metrics)
+    add_exception_handlers(app)
+    _add_middleware(app, settings, parts)
     return app
 
 
@@ -127,8 +141,8 @@ def _join(
         placed, paths = placements(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
     database.on_damage = worker.fail
-    seen = partial(gauges.read, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
-    metrics.watch(seen, partial(gauges.by_gpu, worker.gpus))
+    seen = partial(collect_gauges, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
+    metrics.watch(seen, partial(collect_gpu_gauges, worker.gpus))
     parts = Parts(
         models=models,
         absent=absent,
@@ -145,7 +159,7 @@ def _join(
         metrics=metrics,
         history=partial(history.read, database),
         usage=partial(usage.read, database),
-        overview=partial(overview.read, database),
+        overview=partial(load_overview, database),
         readiness=lambda: (worker.is_ready, worker.loading),
         gpus=worker.gpus,
     )
@@ -190,21 +204,13 @@ def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: 
     )
 
 
-def _control(settings: Settings, parts: Parts, database: Database) -> Control:
-    def learn() -> None:
-        parts.keys.learn(auth.stored(database, with_first=_uses_first_key(settings)))
-
-    ring = partial(parts.notifier.ring, WEBHOOKS)
-    return Control(database, settings.data_dir, on_keys=learn, on_webhooks=ring, is_open=lambda: parts.keys.is_open)
-
-
 def _inputs(settings: Settings, needs: Needs, guard: Guard, store: Files, limits: Limits) -> Inputs:
     return Inputs(
         Brought(settings.data_dir / INPUTS, needs.names, int(settings.loras_gb * 1e9)),
         guard,
         store,
         limits,
-        needs=needs,
+        pending_bytes=needs.num_bytes,
         max_lora_bytes=settings.max_lora_mib * 2**20,
         max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
     )
@@ -216,29 +222,30 @@ def _needs(model: Model) -> str:
 
 def _keys(settings: Settings, database: Database) -> Keys:
     """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
-    if _uses_first_key(settings) and not auth.stored(database):
+    if settings.has_automatic_key and not auth.stored(database):
         key = auth.add(database, "", Scope.OPERATOR)
         print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
-    known = auth.stored(database, with_first=_uses_first_key(settings))
+    known = auth.stored(database, with_first=settings.has_automatic_key)
     return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
 
 
-def _uses_first_key(settings: Settings) -> bool:
-    return settings.is_for_others and not (settings.keys or settings.operator_keys)
-
-
-def _add_doors(app: FastAPI, settings: Settings, keys: Keys) -> None:
-    # The last one added is the outermost: admission, then CORS, then the address.
-    app.add_middleware(Address, settings=settings)
+def _add_middleware(app: FastAPI, settings: Settings, parts: Parts) -> None:
+    """From the innermost, which is added first, to the outermost."""
+    is_open = parts.keys.is_open
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_mib * 2**20)
+    app.add_middleware(RewriteMiddleware, settings=settings)
+    app.add_middleware(ErrorMiddleware)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=admission.allowed_origins(settings) if keys.is_open else ["*"],
-        allow_origin_regex=admission.LOOPBACK_ORIGIN if keys.is_open else None,
+        allow_origins=allowed_origins(settings) if is_open else ["*"],
+        allow_origin_regex=LOOPBACK_ORIGIN if is_open else None,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=_EXPOSED,
     )
-    app.add_middleware(Admission, settings=settings, is_open=keys.is_open)
+    app.add_middleware(HostCheckMiddleware, settings=settings, is_open=is_open)
+    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(MetricsMiddleware, metrics=parts.metrics)
 
 
 @asynccontextmanager

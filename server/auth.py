@@ -11,8 +11,8 @@ from typing import Any
 
 import jwt
 
-from server.database import Database
 from server.errors import Forbidden, Unauthorized
+from server.storage.database import Database
 
 #: The owner of everything when there is no key.
 EVERYBODY = "everybody"

@@ -228,3 +228,8 @@ class InternalError(RequestError):
 
 #: Headers that are replayed with a stored error, by its type.
 HEADERS_BY_TYPE = {StartTimeout.type: StartTimeout.headers}
+
+
+def not_offered(url: str) -> NotFound:
+    """The error for a request that fal may answer, and that must not reach fal."""
+    return NotFound(f"{url} is not offered by this server")

@@ -220,6 +220,11 @@ class Settings(BaseModel):
         return bool(self.trusted_proxies) or not self.is_loopback
 
     @property
+    def has_automatic_key(self) -> bool:
+        """Whether the server makes a key of its own at the first start, because others can reach it and none is set."""
+        return self.is_for_others and not (self.keys or self.operator_keys)
+
+    @property
     def is_loopback(self) -> bool:
         """Whether it listens for this machine alone."""
         if self.host == "localhost":

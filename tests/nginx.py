@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from server import tls
+from server.net import tls
 from tests.serving import ROOT, Server, free_port
 
 SAMPLE = ROOT / "docs" / "nginx.conf"

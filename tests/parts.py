@@ -11,15 +11,15 @@ from typing import Any
 
 from models.flux_dev import FluxDevInput
 from models.schema import Limits
-from server.brought import INPUTS, Brought, size_of
-from server.database import Database
-from server.fetch import Guard
-from server.files import Files, StoredFile
-from server.inputs import Inputs
-from server.jobs import Job, Outcome, State, Submission
-from server.needs import Needs
-from server.notifier import Notifier
-from server.queue import Queue
+from server.inputs.cache import INPUTS, Brought, size_of
+from server.inputs.resolver import Inputs
+from server.net.outbound import Guard
+from server.queue.jobs import Job, Outcome, State, Submission
+from server.queue.notifier import Notifier
+from server.queue.pending_storage import Needs
+from server.queue.queue import Queue
+from server.storage.database import Database
+from server.storage.file_store import Files, StoredFile
 
 #: More pages than any test writes: SQLite's own limit.
 _NO_LIMIT = 1_073_741_823
@@ -81,7 +81,7 @@ def opened(
         )
         files = Files(folder / "files", database, clock)
         brought = Brought(folder / INPUTS, needs.names, 10**10, clock)
-        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits(), needs=needs)
+        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

@@ -91,7 +91,7 @@ class Server:
 
     def ready(self) -> "Server":
         """Wait until it can paint."""
-        self.wait_for(r"ready \[server\.worker\]|\"message\": \"ready\"")
+        self.wait_for(r"ready \[server\.worker\.worker\]|\"message\": \"ready\"")
         return self
 
     def kill(self) -> None:

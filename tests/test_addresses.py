@@ -10,7 +10,7 @@ import pytest
 from pydantic_core import from_json
 from starlette.responses import PlainTextResponse
 
-from server.admission import Admission
+from server.api.middleware.host_check import HostCheckMiddleware
 from server.settings import Settings
 from tests.serving import TEST_MODELS, Gate, Server, in_progress, serving
 
@@ -249,7 +249,7 @@ def test_public_url_stands_for_fals_names(proxied_client: httpx.Client) -> None:
 def test_public_url_is_a_name_of_this_server() -> None:
     """Also where no key is asked for, and only that one."""
     settings = Settings(data_dir=Path(), public_url="https://flux.example.com/fal")
-    admission = Admission(PlainTextResponse("in"), settings, is_open=True)
+    admission = HostCheckMiddleware(PlainTextResponse("in"), settings, is_open=True)
 
     async def status(name: str) -> int:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(admission)) as visitor:

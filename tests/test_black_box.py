@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from server import rows
 from server.app import create_app
-from server.black_box import BlackBox
 from server.errors import DiskFull
+from server.queue import job_table
 from server.settings import Settings
+from server.worker.crash_recorder import BlackBox
 from tests.faults.points import AT_START
 from tests.parts import claimed, opened
 from tests.serving import ROOT, completed, serving
@@ -92,7 +92,7 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
     suspected(tmp_path)
     left = BlackBox(tmp_path).read()
     app = create_app(Settings.read({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
-    monkeypatch.setattr(rows, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
+    monkeypatch.setattr(job_table, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
 
     async def start() -> None:
         async with app.router.lifespan_context(app):
@@ -116,7 +116,7 @@ def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
 def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name: str) -> None:
     """As docs/operations.md says."""
     code = (
-        "import pathlib, signal, sys; from server.black_box import BlackBox;"
+        "import pathlib, signal, sys; from server.worker.crash_recorder import BlackBox;"
         "BlackBox(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)

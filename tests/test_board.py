@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from server import board
-from server.board import Board, Traits
-from server.jobs import Job, Mode, Priority, State
+from server.cluster import router
+from server.cluster.router import Board, Traits
+from server.queue.jobs import Job, Mode, Priority, State
 
 
 @dataclass(eq=False)
@@ -123,8 +123,8 @@ def test_who_is_gone_is_not_chosen(three: tuple[Board[Place], list[Place]]) -> N
 def test_no_more_is_remembered_than_is_worth_it(
     three: tuple[Board[Place], list[Place]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "HINTS", 2)
-    monkeypatch.setattr(board, "KNOWN", 2)
+    monkeypatch.setattr(router, "HINTS", 2)
+    monkeypatch.setattr(router, "KNOWN", 2)
     made, (first, second, _) = three
     for name in ("a", "b", "c"):
         assert made.choose(job(name), of("square", name)) is first

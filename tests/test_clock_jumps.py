@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pytest_httpserver import HTTPServer
 
-from server.jobs import State
-from server.retention import Retention
-from server.webhooks import Webhooks
-from server.worker import Worker
+from server.queue.jobs import State
+from server.queue.retention import Retention
+from server.webhooks.delivery import Webhooks
+from server.worker.worker import Worker
 from tests.parts import Clock, Parts, opened, submission
 from tests.rounds import rounds
 from tests.test_webhooks import delivered, webhooks

@@ -44,7 +44,11 @@ def test_each_gpu_paints_and_is_shown(three: Any, tmp_path: Path) -> None:
         assert all(f'flux_server_gpu_ready{{gpu="{number}",node=' in metrics for number in range(3))
         assert 'flux_server_pictures_total{endpoint="test/slow"} 12.0' in metrics
         # Each got its share: they were all free.
-        assert {int(line.split("gpu=")[1]) for line in server.lines if "ready [server.worker]" in line} == {0, 1, 2}
+        assert {int(line.split("gpu=")[1]) for line in server.lines if "ready [server.worker.worker]" in line} == {
+            0,
+            1,
+            2,
+        }
         assert server.stop() == 0
     assert not runners()
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from models.base import About, Loading
-from server import cluster as cluster_module
-from server import desk, seat
-from server.cluster import Cluster
+from server.cluster import gpu_slot, messages
+from server.cluster import head as cluster_module
+from server.cluster.head import Cluster
+from server.cluster.ray_backend import FleetLost, Lost
 from server.errors import DiskFull
-from server.files import StoredFile
-from server.jobs import Job, Outcome, Priority, State
 from server.metrics import Metrics
-from server.ray_runner import FleetLost, Lost
+from server.queue.jobs import Job, Outcome, Priority, State
 from server.settings import Settings
+from server.storage.file_store import StoredFile
 from tests.parts import Parts, submission
 
 TEXT = '{"prompt": "x"}'
@@ -36,13 +36,13 @@ class Link:
         self.may_take = threading.Event()
         self.may_take.set()
 
-    def reports(self) -> Iterator[desk.Report]:
+    def reports(self) -> Iterator[messages.Report]:
         while True:
             report = self.said.get()
             if isinstance(report, Exception):
                 raise report
             yield report
-            if isinstance(report, desk.Over):
+            if isinstance(report, messages.Over):
                 return
 
     def take(self, job: Job, text: str) -> None:
@@ -62,7 +62,7 @@ class Link:
         self.orders.put(("hear", ""))
 
     def stop(self) -> None:
-        self.said.put(desk.Over())
+        self.said.put(messages.Over())
 
     def kill(self) -> None:
         self.said.put(Lost("killed"))
@@ -71,7 +71,7 @@ class Link:
         return self.suspects
 
     def ready(self) -> "Link":
-        self.said.put(desk.State(Loading(), True, {"demo": About("a GPU")}))
+        self.said.put(messages.State(Loading(), True, {"demo": About("a GPU")}))
         return self
 
     def taken(self) -> str:
@@ -110,7 +110,7 @@ class Fleet:
 
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    monkeypatch.setattr(seat, "PAUSES", (0.0,))
+    monkeypatch.setattr(gpu_slot, "PAUSES", (0.0,))
     monkeypatch.setattr(cluster_module, "LOOK_EVERY", 0.01)
     return Fleet()
 
@@ -143,10 +143,10 @@ def submit(parts: Parts, **changes: Any) -> Job:
     return parts.queue.submit(submission(input=TEXT, **changes))
 
 
-def ended(job: Job, content: bytes = b"picture") -> desk.Ended:
+def ended(job: Job, content: bytes = b"picture") -> messages.Ended:
     name = "0" * 31 + f"{job.sequence % 10}.jpg"
     file = StoredFile(name, job.owner, len(content), "image/jpeg")
-    return desk.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
+    return messages.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
 
 
 def test_what_a_runner_painted_is_on_the_disk_of_the_head(
@@ -156,8 +156,8 @@ def test_what_a_runner_painted_is_on_the_disk_of_the_head(
     job = submit(parts)
     link = fleet.next()
     assert link.taken() == job.request_id
-    link.said.put(desk.Progress(job.request_id, 1, 2, "data:preview"))
-    link.said.put(desk.Line(job.request_id, "hello", "INFO"))
+    link.said.put(messages.Progress(job.request_id, 1, 2, "data:preview"))
+    link.said.put(messages.Line(job.request_id, "hello", "INFO"))
     until(lambda: [line["message"] for line in job.logs] == ["step 1/2", "hello"])
     assert job.preview == "data:preview"
     (gpu,) = cluster.gpus()
@@ -194,7 +194,7 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: 
         assert {link.taken(), link.taken()} == {deadly.request_id, other.request_id}
         if number == 0:
             # The watchdog's way: told before the process ends.
-            link.said.put(desk.Struck([deadly.request_id]))
+            link.said.put(messages.Struck([deadly.request_id]))
             assert link.orders.get(timeout=20) == ("hear", "")
         else:
             link.suspects = [deadly.request_id]
@@ -229,7 +229,7 @@ def test_cancels_and_wishes_for_previews_reach_the_runner(
     link = fleet.next()
     link.taken()
     job.wants_previews = True
-    link.said.put(desk.Progress(job.request_id, 1, 2, None))
+    link.said.put(messages.Progress(job.request_id, 1, 2, None))
     assert link.orders.get(timeout=20) == ("preview", job.request_id)
     parts.queue.cancel(job)
     assert link.orders.get(timeout=20) == ("cancel", job.request_id)
@@ -349,7 +349,7 @@ def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Call
 def test_a_runner_that_cannot_load_is_tried_again(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
     cluster = start()
     for _ in range(3):
-        fleet.made.get(timeout=20).said.put(desk.Over("these weights cannot be read"))
+        fleet.made.get(timeout=20).said.put(messages.Over("these weights cannot be read"))
     fleet.next()
     until(lambda: cluster.is_ready)
     assert cluster.gpus()[0].num_restarts == 3
@@ -379,7 +379,7 @@ def test_what_cannot_be_handed_over_is_tried_elsewhere(
     job = submit(parts)
     if is_refused_there:
         assert first.taken() == job.request_id
-        first.said.put(desk.Refused(job.request_id))
+        first.said.put(messages.Refused(job.request_id))
     assert fleet.next().taken() == job.request_id
     assert (job.attempt, job.strikes) == (2, 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.cluster import JOBS_A_GPU
+from server.cluster.head import JOBS_A_GPU
 from tests.parts import opened
 from tests.ray_nodes import (
     SLOW,

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from server.__main__ import cli
+from server.cli.main import cli
 from server.settings import PREFIX, Settings
 from tests.serving import ROOT, Server
 

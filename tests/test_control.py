@@ -13,11 +13,11 @@ import msgpack
 import pytest
 from pytest_httpserver import HTTPServer
 
-from server import control_socket
 from server.auth import Scope, add
-from server.control import Control
-from server.files import Lifecycle
-from server.jobs import Job
+from server.cli import control_socket
+from server.cli.control import Control
+from server.queue.jobs import Job
+from server.storage.file_store import Lifecycle
 from tests.parts import Parts, finished, opened, submission
 from tests.parts import painted as outcome
 from tests.serving import ROOT, TEST_MODELS, completed, free_port, serving

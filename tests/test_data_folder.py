@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.brought import GRACE_SECONDS
+from server.inputs.cache import GRACE_SECONDS
 from tests.parts import opened
 from tests.serving import TEST_MODELS, serving
 from tests.test_control import flux_server

@@ -16,9 +16,9 @@ import uvicorn
 import uvloop
 from websockets.sync.client import connect
 
-from server import tls
-from server.deadlines import TimedProtocol, hurry_handshakes, timed
-from server.serving import room_for
+from server.net import tls
+from server.net.listeners import raise_open_file_limit
+from server.net.timeouts import TimedProtocol, hurry_handshakes, timed
 from tests.serving import TEST_MODELS, serving
 from tests.slow_clients import few_files
 
@@ -360,11 +360,11 @@ def test_fewer_files_than_connections(monkeypatch: pytest.MonkeyPatch, caplog: p
     given = list[Any]()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
-    assert room_for(4096, 2) == 128
+    assert raise_open_file_limit(4096, 2) == 128
     assert given == [(1024, 1024)]
     assert "a port holds 128 connections" in caplog.text
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
-    assert room_for(4096, 2) == 4096
+    assert raise_open_file_limit(4096, 2) == 4096
     assert given[1:] == [(16_896, resource.RLIM_INFINITY)]
 
 

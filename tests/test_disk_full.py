@@ -26,7 +26,10 @@ PAGE = 4096
 #: Its picture takes five pages of the disk, and in an answer more.
 LARGE: dict[str, Any] = {"image_size": {"width": 1024, "height": 1024}, "num_inference_steps": 1}
 PICTURE = encoded(noise(256, 256))
-FINISHER, WEBHOOK = "trying again every second [server.finisher]", "a webhook's attempt could not be recorded"
+FINISHER, WEBHOOK = (
+    "trying again every second [server.worker.postprocessor]",
+    "a webhook's attempt could not be recorded",
+)
 
 
 @dataclass

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from models import cpu
-from server import doctor
-from server.doctor import Finding
+from server.cli import doctor
+from server.cli.doctor import Finding
 from server.settings import Settings
 
 HUB_ID = "black-forest-labs/FLUX.1-dev"

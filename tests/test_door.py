@@ -18,9 +18,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from server import connect, tls
-from server.connect import ConnectDoor
-from server.fal_hosts import CERTIFICATE_NAMES, Role, role_of
+from server.net import connect_proxy, tls
+from server.net.connect_proxy import ConnectDoor
+from server.net.fal_hosts import CERTIFICATE_NAMES, Role, role_of
 from server.settings import BadSettings, Settings
 from tests.door import VERSIONS, finished, folder_of, reached, said, watched
 from tests.serving import ROOT, TEST_MODELS, Server, free_port, serving, with_door
@@ -282,7 +282,7 @@ def assert_still_open(door: Server) -> None:
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "_HEAD_TIMEOUT", 0.05)
+    monkeypatch.setattr(connect_proxy, "_HEAD_TIMEOUT", 0.05)
 
     async def knock() -> bytes:
         port = free_port()

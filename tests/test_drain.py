@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.jobs import State
+from server.queue.jobs import State
 from tests.parts import opened
 from tests.rounds import rounds
 from tests.serving import ROOT, TEST_MODELS, Gate, Server, completed, free_port, in_progress, serving

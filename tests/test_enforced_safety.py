@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from server.watchdog import STUCK
+from server.worker.watchdog import STUCK
 from tests.serving import TEST_MODELS, Gate, Server, completed, serving
 from tests.test_kill import client_of, rows, submit
 from tests.test_realtime import heard

@@ -17,8 +17,8 @@ from models.engine import FluxEngine
 from models.flux_dev import FluxDevInput
 from models.random_weights import build
 from models.weights import DEMO
-from server.engines import PAUSE_SECONDS, Engines
-from server.jobs import State
+from server.queue.jobs import State
+from server.worker.engine_pool import PAUSE_SECONDS, Engines
 from tests.null_model import NullEngine, NullModel
 from tests.parts import Clock, Parts
 from tests.test_worker import answer, submitted, worked_off

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from server.events import EventStream
+from server.api.sse import EventStream
 
 
 def streamed(heard: list[str], leaves: bool) -> list[Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from models.base import NO_INPUTS
-from server.fairness import AGEING
-from server.jobs import Job, Priority, State
-from server.worker import Worker
+from server.queue.jobs import Job, Priority, State
+from server.worker.scheduler import AGEING
+from server.worker.worker import Worker
 from tests.null_model import NullModel, NullPainting, SharingEngine
 from tests.parts import Parts
 from tests.test_worker import answer, ready, submitted, worked_off

@@ -9,7 +9,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server.errors import Unusable
-from server.fetch import MAX_ETAG, ForbiddenURL, Guard
+from server.net.outbound import MAX_ETAG, ForbiddenURL, Guard
 from tests.test_webhook_receivers import endless, receiving
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import DiskFull
-from server.files import Lifecycle, StoredFile
+from server.storage.file_store import Lifecycle, StoredFile
 from tests.parts import Parts, finished, opened
 
 NAME = "0123456789abcdef0123456789abcdef"

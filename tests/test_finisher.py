@@ -11,13 +11,13 @@ import pytest
 from PIL.Image import Image
 
 from models.base import CannotPaint, DeviceLost
-from server.answers import Answers
 from server.errors import DiskFull
-from server.files import StoredFile
-from server.finisher import Finisher
-from server.jobs import Job, Mode, Outcome, State
-from server.watchdog import Watchdog
-from server.worker import Worker
+from server.queue.jobs import Job, Mode, Outcome, State
+from server.storage.file_store import StoredFile
+from server.worker.postprocessor import Finisher
+from server.worker.results import Answers
+from server.worker.watchdog import Watchdog
+from server.worker.worker import Worker
 from tests.null_model import NullModel, SharingEngine
 from tests.parts import Parts, claimed, full_disk, opened, painted, submission
 from tests.test_worker import LONG, answer, ready, stopped, submitted, told, wait_until, worked_off, worker_of

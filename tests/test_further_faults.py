@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from server.auth import EVERYBODY
-from server.control_socket import _ask_server
+from server.cli.control_socket import _ask_server
 from tests.faults.points import IN_BACKUP, IN_UPLOAD
 from tests.parts import Parts, opened, submission
 from tests.serving import ROOT, TEST_MODELS, Server, completed, serving

@@ -17,9 +17,9 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server.auth import Keys, pepper
-from server.control import Control
-from server.notifier import WEBHOOKS
-from server.webhooks import PER_RECEIVER, Webhooks
+from server.cli.control import Control
+from server.queue.notifier import WEBHOOKS
+from server.webhooks.delivery import PER_RECEIVER, Webhooks
 from tests.hostile_pictures import encoded, noise
 from tests.parts import Parts, finished, opened
 from tests.serving import ROOT, TEST_MODELS, Gate, Server, completed, serving
@@ -149,12 +149,12 @@ def test_a_storm_of_webhooks_that_are_sent_again_holds_up_no_other_key(
     tmp_path: Path, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two thousand to a receiver that hangs: the next one of another key comes at once, and reads stay few."""
-    monkeypatch.setattr("server.webhooks.TIMEOUT", 0.2)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.2)
     url, seen = hook(httpserver), list[int]()
     with silent_receivers(1) as (silent,), opened(tmp_path, max_length=3000) as parts:
         storm = cancelled(parts, "alice", *(f"{silent}/{number}" for number in range(2000)))
         parts.rows("UPDATE deliveries SET attempt = 11, due_at = NULL, error = 'answered 500'")
-        monkeypatch.setattr("server.control.time.time", parts.clock)
+        monkeypatch.setattr("server.cli.control.time.time", parts.clock)
         for request_id in storm:
             Control(parts.database, parts.folder).redeliver(request_id)
         reads = counted(parts, monkeypatch)
@@ -201,11 +201,11 @@ def test_the_webhooks_go_on_after_an_error_of_the_database(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it was: otherwise nothing would be delivered until the next start."""
-    monkeypatch.setattr("server.webhooks._LONGEST_REST", 0.01)
+    monkeypatch.setattr("server.webhooks.delivery._LONGEST_REST", 0.01)
     url = hook(httpserver)
     cancelled(parts, "alice", url)
     failed = list[str]()
-    monkeypatch.setattr("server.webhooks.log.exception", failed.append)
+    monkeypatch.setattr("server.webhooks.delivery.log.exception", failed.append)
     parts.rows("ALTER TABLE deliveries RENAME TO away")
 
     async def deliver(hooks: Webhooks) -> None:

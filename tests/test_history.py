@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server import history
 from server.errors import InternalError
-from server.history import Wanted
-from server.jobs import Outcome
+from server.queue import history
+from server.queue.history import Wanted
+from server.queue.jobs import Outcome
 from tests.parts import Clock, Parts, claimed, finished, opened, submission
 from tests.parts import painted as well
 from tests.serving import TEST_MODELS, serving

@@ -14,62 +14,73 @@ from tests.serving import ROOT
 
 #: From the door to the ground: a module imports from its own layer and from those below.
 LAYERS = (
-    {"server.__main__"},
-    {"server.commands"},
-    {"server.serving", "server.logs", "server.clients", "server.doctor", "server.bench"},
+    {"server.cli.main"},
+    {"server.cli.admin"},
+    {"server.cli.serve", "server.logs", "server.cli.client_env", "server.cli.doctor", "server.cli.bench"},
     {"server.app"},
-    {"server.control_socket"},
-    {"server.control"},
+    {"server.cli.control_socket"},
+    {"server.cli.control"},
     {"server.gauges", "server.counted", "server.overview"},
-    {"server.routes", "server.cluster", "server.webhooks", "server.retention"},
-    {"server.seat", "server.board"},
-    {"server.ray_runner"},
-    {"server.runner"},
-    {"server.worker", "server.webhooks", "server.retention"},
-    {"server.fairness", "server.finisher", "server.claims", "server.reports"},
-    {"server.desk"},
-    {"server.engines", "server.running"},
+    {"server.api.dependencies", "server.cluster.head", "server.webhooks.delivery", "server.queue.retention"},
+    {"server.cluster.gpu_slot", "server.cluster.router"},
+    {"server.cluster.ray_backend"},
+    {"server.cluster.runner"},
+    {"server.worker.worker", "server.webhooks.delivery", "server.queue.retention"},
+    {
+        "server.worker.scheduler",
+        "server.worker.postprocessor",
+        "server.worker.pending_jobs",
+        "server.cluster.message_checks",
+    },
+    {"server.cluster.runner_queue"},
+    {"server.worker.engine_pool", "server.worker.running_job"},
     {
         "server.admission",
-        "server.deadlines",
-        "server.connect",
-        "server.bodies",
-        "server.intake",
-        "server.answers",
-        "server.openapi",
-        "server.catalog",
+        "server.net.timeouts",
+        "server.net.connect_proxy",
+        "server.api.validation",
+        "server.api.submissions",
+        "server.worker.results",
+        "server.api.openapi",
+        "server.api.fal_openapi",
         "server.http_errors",
     },
-    {"server.uploads", "server.inputs"},
-    {"server.hub_files", "server.brought", "server.under_way", "server.sockets"},
-    {"server.queue", "server.fetch", "server.auth", "server.tls", "server.signing"},
-    {"server.rows", "server.journal", "server.order", "server.needs", "server.in_flight"},
-    {"server.files"},
+    {"server.storage.uploads", "server.inputs.resolver"},
+    {"server.inputs.hub", "server.inputs.cache", "server.storage.multipart", "server.net.websocket"},
+    {"server.queue.queue", "server.net.outbound", "server.auth", "server.net.tls", "server.webhooks.signing"},
+    {
+        "server.queue.job_table",
+        "server.queue.request_log",
+        "server.queue.waiting_index",
+        "server.queue.pending_storage",
+        "server.net.bytes_in_flight",
+    },
+    {"server.storage.file_store"},
     {
         "server.address",
-        "server.database",
-        "server.events",
-        "server.history",
-        "server.usage",
-        "server.lifecycle",
-        "server.quota",
-        "server.watchdog",
-        "server.black_box",
-        "server.verdicts",
+        "server.storage.database",
+        "server.api.sse",
+        "server.queue.history",
+        "server.queue.usage",
+        "server.api.headers",
+        "server.api.rate_limit",
+        "server.worker.watchdog",
+        "server.worker.crash_recorder",
+        "server.queue.retry",
     },
-    {"server.pictures", "server.lora_files"},
-    {"server.picture_parts", "server.lora_header"},
-    {"server.metrics", "server.fal_hosts"},
+    {"server.pictures", "server.inputs.loras"},
+    {"server.picture_parts", "server.inputs.lora_header"},
+    {"server.metrics", "server.net.fal_hosts"},
     {
-        "server.notifier",
-        "server.jobs",
-        "server.wire",
+        "server.queue.notifier",
+        "server.queue.jobs",
+        "server.api.responses",
         "server.settings",
-        "server.shares",
-        "server.turns",
+        "server.net.fair_share",
+        "server.executor",
         "server.errors",
         "server.gpu",
-        "server.quiet",
+        "server.library_env",
     },
     {"models"},
     {"models.*"},
@@ -163,21 +174,23 @@ def test_models_know_no_server(module: str) -> None:
 
 
 def test_routes_and_worker_meet_in_the_queue() -> None:
-    assert not {module for module in imported(MODULES["server.worker"]) if module.startswith("server.routes")}
-    nouns = [module for module in MODULES if module.startswith("server.routes.")]
+    assert not {
+        module for module in imported(MODULES["server.worker.worker"]) if module.startswith("server.api.dependencies")
+    }
+    nouns = [module for module in MODULES if module.startswith("server.api.dependencies.")]
     assert nouns
-    assert not [module for module in nouns if "server.worker" in imported(MODULES[module])]
+    assert not [module for module in nouns if "server.worker.worker" in imported(MODULES[module])]
 
 
 def test_only_app_and_doctor_look_for_models() -> None:
     assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {
         "server.app",
-        "server.doctor",
-        "server.runner",
+        "server.cli.doctor",
+        "server.cluster.runner",
     }
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.serving", "server.__main__", "models.flux_dev"])
+@pytest.mark.parametrize("module", ["server.app", "server.cli.serve", "server.cli.main", "models.flux_dev"])
 def test_importing_brings_in_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

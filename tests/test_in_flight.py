@@ -19,10 +19,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import connect
 
-from server.deadlines import timed
 from server.errors import TooManyRequests
-from server.in_flight import SMALL, InFlight
-from server.sockets import CountedWebSocket
+from server.net.bytes_in_flight import SMALL, InFlight
+from server.net.timeouts import timed
+from server.net.websocket import CountedWebSocket
 from tests.hostile_pictures import encoded, noise
 from tests.serving import TEST_MODELS, Server, completed, serving
 from tests.test_deadlines import listening

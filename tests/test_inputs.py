@@ -18,9 +18,9 @@ from werkzeug import Request, Response
 
 from models.flux_lora_image_to_image import FluxLoraImageToImageInput
 from models.schema import Limits
-from server import pictures
 from server.errors import Unusable
-from server.inputs import as_json
+from server.inputs import images
+from server.inputs.resolver import as_json
 from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
 from tests.parts import Clock, Parts, opened, submission
 from tests.serving import Gate, Server, completed, free_port, in_progress, serving
@@ -215,7 +215,7 @@ def mutate(number: int, folder: Path) -> None:
     path.write_bytes(content)
     limits = Limits()
     try:
-        found = pictures.read(path, limits)
+        found = images.read(path, limits)
     except Unusable:
         return
     assert found.mode == "RGB"

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
+from server.api.headers import lifecycle
 from server.errors import BadRequest
-from server.files import Lifecycle
-from server.lifecycle import lifecycle
+from server.storage.file_store import Lifecycle
 
 NAMES = ["X-Fal-Object-Lifecycle-Preference", "X-Fal-Object-Lifecycle", "x-fal-object-lifecycle"]
 #: What fal's SDKs make of the words "immediate", "1h", "1d", "7d", "30d" and "1y".

@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.rate_limit import Quota
 from server.errors import TooManyRequests
-from server.jobs import Job, Mode, Priority, State
-from server.order import Order
-from server.quota import Quota
+from server.queue.jobs import Job, Mode, Priority, State
+from server.queue.waiting_index import Order
 from tests.parts import Parts, claimed, opened, painted, submission
 from tests.serving import TEST_MODELS, Gate, completed, in_progress, serving
 

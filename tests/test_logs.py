@@ -36,7 +36,7 @@ def test_each_request_is_one_line_of_json(tmp_path: Path) -> None:
         server.stop()
         server._reader.join()
         said = events(server.lines)
-    lines = [event for event in said if event["logger"] == "server.journal"]
+    lines = [event for event in said if event["logger"] == "server.queue.request_log"]
     assert len(lines) == 3
     told = {str(event["request_id"]): event for event in lines}
     raised = [event for event in said if "exception" in event]
@@ -103,7 +103,7 @@ import logging, pathlib
 from models.base import Loading
 from server import logs
 logs.set_up("info", "text")
-log = logging.getLogger("server.worker")
+log = logging.getLogger("server.worker.worker")
 for loading in (Loading("text_encoder", 0, 4_000_000_000), Loading("transformer", 1_000_000_000, 4_000_000_000)):
     log.info("words for a file", extra={{"loading": loading}})
 with pathlib.Path({str(gate.path)!r}).open("rb", buffering=0) as gate:
@@ -126,7 +126,7 @@ import logging
 from models.base import Loading
 from server import logs
 logs.set_up("info", "text")
-logging.getLogger("server.worker").info("half of it is here", extra={"loading": Loading("vae", 1, 2)})
+logging.getLogger("server.worker.worker").info("half of it is here", extra={"loading": Loading("vae", 1, 2)})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[info\] half of it is here \[server\.worker\]\n", done.stderr)

@@ -17,8 +17,8 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
-from server import lora_files, lora_header
 from server.errors import Unusable
+from server.inputs import lora_header, loras
 from tests.parts import Clock, opened, submission
 from tests.serving import Server, serving
 from tests.test_fetch import FORBIDDEN
@@ -119,10 +119,10 @@ def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(lora_header, "problem", fail)
     (tmp_path / "a").write_bytes(GOOD)
-    lora_files.check(tmp_path / "a")
+    loras.check(tmp_path / "a")
     (tmp_path / "b").write_bytes(HOSTILE["whole numbers"][0])
     with pytest.raises(Unusable, match="of type I64"):
-        lora_files.check(tmp_path / "b")
+        loras.check(tmp_path / "b")
 
 
 def test_a_header_that_is_too_long_ends_the_download(user: httpx.Client, httpserver: HTTPServer) -> None:

@@ -15,8 +15,8 @@ from models.base import CannotPaint, DoesNotFit
 from models.engine import FluxEngine
 from models.flux_lora import FluxLoraInput
 from models.loras import Loras
-from server.jobs import Job
-from server.running import failure
+from server.queue.jobs import Job
+from server.worker.running_job import failure
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 

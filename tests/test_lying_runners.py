@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from models.base import Loading
-from server import desk, reports
-from server.cluster import Cluster
-from server.files import Lifecycle, StoredFile
-from server.jobs import Job, Mode, Outcome, Priority, State
-from server.ray_runner import Lost
+from server.cluster import message_checks, messages
+from server.cluster.head import Cluster
+from server.cluster.ray_backend import Lost
+from server.queue.jobs import Job, Mode, Outcome, Priority, State
+from server.storage.file_store import Lifecycle, StoredFile
 from tests.parts import Parts, finished, submission
 from tests.test_cluster_head import Fleet, Link, ended, fleet, start, submit, until
 
@@ -22,17 +22,17 @@ Start = Callable[..., Cluster]
 NAME = "a" * 32 + ".jpg"
 
 
-def with_file(job: Job, content: bytes = b"mine", **changes: Any) -> desk.Ended:
+def with_file(job: Job, content: bytes = b"mine", **changes: Any) -> messages.Ended:
     """An outcome with one file, changed."""
     file = dataclasses.replace(StoredFile(NAME, job.owner, len(content), "image/jpeg"), **changes)
-    return desk.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {file.name: content})
+    return messages.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {file.name: content})
 
 
-def with_outcome(job: Job, **changes: Any) -> desk.Ended:
-    return desk.Ended(job.request_id, dataclasses.replace(Outcome(200, "{}"), **changes), {})
+def with_outcome(job: Job, **changes: Any) -> messages.Ended:
+    return messages.Ended(job.request_id, dataclasses.replace(Outcome(200, "{}"), **changes), {})
 
 
-LIES: dict[str, Callable[[Job], desk.Report]] = {
+LIES: dict[str, Callable[[Job], messages.Report]] = {
     "a name that leads elsewhere": lambda job: with_file(job, name="../../stolen.jpg"),
     "a name with a slash": lambda job: with_file(job, name=f"x/{NAME}"),
     "no name": lambda job: with_file(job, name=""),
@@ -56,17 +56,17 @@ LIES: dict[str, Callable[[Job], desk.Report]] = {
     "units without end": lambda job: with_outcome(job, billable_units=10**30),
     "a time that is none": lambda job: with_outcome(job, inference_time=float("nan")),
     "an error that is none": lambda job: with_outcome(job, status=500, error=b"x"),
-    "no outcome": lambda job: desk.Ended(job.request_id, None, {}),  # type: ignore[arg-type]
-    "too long a line": lambda job: desk.Line(job.request_id, "x" * 3_000_000, "INFO"),
-    "too large a preview": lambda job: desk.Progress(job.request_id, 1, 2, "x" * 10_000_000),
-    "a step too many": lambda job: desk.Progress(job.request_id, 3, 2, None),
-    "steps without end": lambda job: desk.Progress(job.request_id, 1, 10**9, None),
-    "a request that is none": lambda job: desk.Returned([]),  # type: ignore[arg-type]
-    "strikes against nothing": lambda job: desk.Struck([[]]),  # type: ignore[list-item]
-    "a state that is none": lambda job: desk.State(None, True, {}),  # type: ignore[arg-type]
-    "a step that is none": lambda job: desk.Stepped((64, 64), "none", float("nan")),
-    "fewer pictures than none": lambda job: desk.Painted("test/null", -1, 0),
-    "a log that is none": lambda job: desk.Logged("x"),  # type: ignore[arg-type]
+    "no outcome": lambda job: messages.Ended(job.request_id, None, {}),  # type: ignore[arg-type]
+    "too long a line": lambda job: messages.Line(job.request_id, "x" * 3_000_000, "INFO"),
+    "too large a preview": lambda job: messages.Progress(job.request_id, 1, 2, "x" * 10_000_000),
+    "a step too many": lambda job: messages.Progress(job.request_id, 3, 2, None),
+    "steps without end": lambda job: messages.Progress(job.request_id, 1, 10**9, None),
+    "a request that is none": lambda job: messages.Returned([]),  # type: ignore[arg-type]
+    "strikes against nothing": lambda job: messages.Struck([[]]),  # type: ignore[list-item]
+    "a state that is none": lambda job: messages.State(None, True, {}),  # type: ignore[arg-type]
+    "a step that is none": lambda job: messages.Stepped((64, 64), "none", float("nan")),
+    "fewer pictures than none": lambda job: messages.Painted("test/null", -1, 0),
+    "a log that is none": lambda job: messages.Logged("x"),  # type: ignore[arg-type]
 }
 
 
@@ -77,9 +77,9 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     start: Start,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    lie: Callable[[Job], desk.Report],
+    lie: Callable[[Job], messages.Report],
 ) -> None:
-    monkeypatch.setattr(reports, "MAX_BODY", 50_000)
+    monkeypatch.setattr(message_checks, "MAX_BODY", 50_000)
     cluster = start()
     job = submit(parts)
     liar = fleet.next()
@@ -137,12 +137,12 @@ def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fl
     liar = links[mine.request_id]
     for name in (other.request_id, waiting.request_id, "never"):
         for report in (
-            desk.Progress(name, 1, 2, "data:image/jpeg;base64,eA=="),
-            desk.Line(name, "lies", "INFO"),
-            desk.Ended(name, Outcome(500, '{"detail": "lies"}', "lies"), {}),
-            desk.Returned(name),
-            desk.Refused(name),
-            desk.Struck([name]),
+            messages.Progress(name, 1, 2, "data:image/jpeg;base64,eA=="),
+            messages.Line(name, "lies", "INFO"),
+            messages.Ended(name, Outcome(500, '{"detail": "lies"}', "lies"), {}),
+            messages.Returned(name),
+            messages.Refused(name),
+            messages.Struck([name]),
         ):
             liar.said.put(report)
     # Twice: the second time it is over.
@@ -164,13 +164,13 @@ def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fl
 def test_the_log_of_a_request_has_an_end(
     parts: Parts, fleet: Fleet, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "MAX_LINES", 100)
+    monkeypatch.setattr(message_checks, "MAX_LINES", 100)
     start()
     job = submit(parts)
     liar = fleet.next()
     liar.taken()
     for _ in range(101):
-        liar.said.put(desk.Line(job.request_id, "again", "INFO"))
+        liar.said.put(messages.Line(job.request_id, "again", "INFO"))
     assert fleet.next().taken() == job.request_id
 
 
@@ -178,11 +178,11 @@ def test_what_a_runner_logs_is_cut_short(
     parts: Parts, fleet: Fleet, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     start()
-    long = logging.LogRecord("server.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
+    long = logging.LogRecord("server.worker.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
     link = fleet.next()
-    link.said.put(desk.Logged(long))
+    link.said.put(messages.Logged(long))
     until(lambda: any(message.startswith("xxx") for message in caplog.messages))
-    assert max(map(len, caplog.messages)) == reports.MAX_LINE
+    assert max(map(len, caplog.messages)) == message_checks.MAX_LINE
     assert fleet.made.empty()
 
 
@@ -190,13 +190,13 @@ def test_what_an_honest_runner_reports_is_believed() -> None:
     job = Job(1, "one", "test/null", "me", Mode.QUEUE, Priority.NORMAL, "http://here", State.IN_PROGRESS)
     for report in (
         ended(job),
-        desk.Progress(job.request_id, 2, 2, None),
-        desk.State(Loading(), True, {}),
-        desk.Stepped((512, 512), "none", 0.0),
-        desk.Painted("test/null", 4, 1),
-        desk.Over("the GPU is lost"),
+        messages.Progress(job.request_id, 2, 2, None),
+        messages.State(Loading(), True, {}),
+        messages.Stepped((512, 512), "none", 0.0),
+        messages.Painted("test/null", 4, 1),
+        messages.Over("the GPU is lost"),
     ):
-        reports.checked(report, {job.request_id: job})
+        message_checks.checked(report, {job.request_id: job})
 
 
 def test_an_input_that_cannot_be_read_holds_up_no_other(parts: Parts, fleet: Fleet, start: Start) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from models import hub, weights
 from models.base import Loading, Placement
 from models.weights import DEMO
-from server.__main__ import cli
+from server.cli.main import cli
 from tests.serving import serving
 from tests.test_trust import add
 

@@ -8,9 +8,9 @@ from pydantic_core import to_json
 
 from models.flux_dev import FluxDevInput
 from server.errors import QueueFull
-from server.jobs import Job
-from server.needs import Needs
-from server.queue import Queue
+from server.queue.jobs import Job
+from server.queue.pending_storage import Needs
+from server.queue.queue import Queue
 from tests.parts import Parts, opened, painted, submission
 
 SIZES = {"a.png": 1000, "b.png": 50}

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from server.notifier import QUEUE, WEBHOOKS, Notifier
+from server.queue.notifier import QUEUE, WEBHOOKS, Notifier
 
 
 def attached() -> Notifier:

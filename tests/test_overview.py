@@ -6,9 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server import overview
 from server.errors import InternalError
-from server.jobs import Outcome
+from server.queue.jobs import Outcome
+from server.status import MINUTES, load_overview
 from tests.parts import Clock, Parts, claimed, opened
 from tests.parts import painted as well
 from tests.serving import TEST_MODELS, serving
@@ -28,15 +28,15 @@ def test_the_last_hour(parts: Parts) -> None:
     failed = claimed(parts, endpoint="test/raises")
     parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
     parts.clock.now += 60
-    seen = overview.read(parts.database, parts.clock.now)
-    assert len(seen["minutes"]) == overview.MINUTES
+    seen = load_overview(parts.database, parts.clock.now)
+    assert len(seen["minutes"]) == MINUTES
     # The first ended 240 seconds ago, then one 150, and two 60 seconds ago.
     assert [minute["ended"] for minute in seen["minutes"][-4:]] == [1, 1, 0, 2]
     assert [sum(minute[name] for minute in seen["minutes"]) for name in ("ended", "completed")] == [4, 3]
     assert seen["endpoints"] == [{"endpoint": "test/null", "completed": 3, "wait": 0.0, "inference": 1.5}]
     assert [(each["request_id"], each["error"]) for each in seen["failures"]] == [(failed.request_id, "It broke.")]
     parts.clock.now += 3600
-    later = overview.read(parts.database, parts.clock.now)
+    later = load_overview(parts.database, parts.clock.now)
     assert not any(minute["ended"] for minute in later["minutes"])
     assert later["endpoints"] == []
     assert later["usage"] == [{"owner": "me", "requests": 3, "billable_units": 0}]

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 
 from models.schema import MAX_PROMPT_LENGTH, OutputFormat
-from server.pictures import CONTENT_TYPES, DIGITAL_SOURCE_TYPE, ENDINGS, MARK, black, encode
+from server.worker.image_encoder import CONTENT_TYPES, DIGITAL_SOURCE_TYPE, ENDINGS, MARK, black, encode
 
 IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 FORMATS: list[OutputFormat] = ["jpeg", "png"]

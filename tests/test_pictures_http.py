@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from models.schema import PRESETS
 from models.weights import dtype_for, type_name
-from server.pictures import DIGITAL_SOURCE_TYPE
+from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
 from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving
 
 FLUX = "/fal-ai/flux/dev"

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from server.database import Database, FolderInUse
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
-from server.files import Lifecycle, StoredFile
-from server.jobs import Job, Mode, Priority, State
-from server.retention import Retention
-from server.verdicts import MAX_ATTEMPTS, MAX_STRIKES
+from server.queue.jobs import Job, Mode, Priority, State
+from server.queue.retention import Retention
+from server.queue.retry import MAX_ATTEMPTS, MAX_STRIKES
+from server.storage.database import Database
+from server.storage.file_store import Lifecycle, StoredFile
+from server.storage.migrations import FolderInUse
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
 
 #: A prompt that needs pages of its own in the database.
@@ -473,7 +474,7 @@ def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_job_that_left_the_memory_is_read_from_its_row(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.queue.RECENT", 1)
+    monkeypatch.setattr("server.queue.queue.RECENT", 1)
     job = claimed(parts)
     parts.queue.progress(job, 1, 1)
     parts.queue.finish(job, painted())
@@ -555,7 +556,7 @@ def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
         raise DiskFull
 
     with monkeypatch.context() as patched:
-        patched.setattr("server.rows.mark_fetched", find_no_room)
+        patched.setattr("server.queue.job_table.mark_fetched", find_no_room)
         assert parts.queue.result(job).body == '{"seed":7}'
     assert "the disk is full" in caplog.text
     assert parts.rows("SELECT fetched_at FROM jobs") == [(None,)]

@@ -20,9 +20,9 @@ from hypothesis.stateful import (
 )
 
 from server.errors import TooManyRequests
-from server.jobs import Mode, Priority, State
-from server.retention import Retention
-from server.verdicts import MAX_ATTEMPTS, MAX_STRIKES
+from server.queue.jobs import Mode, Priority, State
+from server.queue.retention import Retention
+from server.queue.retry import MAX_ATTEMPTS, MAX_STRIKES
 from tests.parts import Clock, Parts, opened, painted, submission
 
 MAX_AGE = 7 * 86_400.0

@@ -55,7 +55,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch
         in_progress(client, running["status_url"])
         seal.touch()
         gate.open()
-        server.wait_for(r"cannot be written to.* trying again every second \[server.finisher\]")
+        server.wait_for(r"cannot be written to.* trying again every second \[server.worker.postprocessor\]")
         for path in ("/queue/test/sealed", "/test/sealed", "/test/sealed/stream", "/storage/upload/initiate"):
             refused = client.post(path, json=body)
             assert (refused.status_code, refused.json()["detail"]) == (507, READ_ONLY)

@@ -13,8 +13,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from server.inputs import MAX_INPUT_BYTES, MAX_PICTURE_BYTES
-from server.jobs import Mode
+from server.inputs.resolver import MAX_INPUT_BYTES, MAX_PICTURE_BYTES
+from server.queue.jobs import Mode
 from tests.node import Client, clients
 from tests.parts import opened, submission
 from tests.serving import TEST_MODELS, Server, serving

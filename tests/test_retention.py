@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from server.files import Lifecycle, StoredFile, list_file
-from server.jobs import Job, State
-from server.retention import GRACE_SECONDS, Retention
+from server.queue.jobs import Job, State
+from server.queue.retention import GRACE_SECONDS, Retention
+from server.storage.file_store import Lifecycle, StoredFile, list_file
 from tests.parts import Parts, claimed, finished, submission
 
 DAY = 86_400.0

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.fal_hosts import DOMAINS
+from server.net.fal_hosts import DOMAINS
 from tests.door import reached, watched
 from tests.node import JS
 from tests.serving import ROOT, TEST_MODELS, Server, free_port, with_door
@@ -150,7 +150,7 @@ def test_the_preload_knows_every_domain(node: None, door: Server) -> None:
 
 def test_node_options_are_kept(node: None, door: Server) -> None:
     done = ran(door, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"])
-    assert said(done)[-1].endswith('preload.cjs"')
+    assert said(done)[-1].endswith('node_preload.cjs"')
     done = ran(door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE)
     assert said(done) == ["painter", ""]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from server import desk, runner
-from server.jobs import Job, Mode, Priority, State
-from server.runner import Runner
+from server.cluster import messages, runner
+from server.cluster.runner import Runner
+from server.queue.jobs import Job, Mode, Priority, State
 from server.settings import Settings
 from tests.serving import MODELS, Gate
 
@@ -57,15 +57,15 @@ def first(reports: Iterator[Any], kind: type[Any]) -> Any:
 
 def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iterator[Any]]) -> None:
     made, reports = working
-    assert next(report for report in reports if isinstance(report, desk.State) and report.is_ready).engines
+    assert next(report for report in reports if isinstance(report, messages.State) and report.is_ready).engines
     made.take(job(), TEXT % "x", {})
     seen = []
-    while not isinstance(report := next(reports), desk.Ended):
+    while not isinstance(report := next(reports), messages.Ended):
         seen.append(report)
-    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, desk.Progress)]
+    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, messages.Progress)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert sum(isinstance(each, desk.Stepped) for each in seen) == 4
-    assert [each for each in seen if isinstance(each, desk.Painted)] == [desk.Painted("test/null", 2, 0)]
+    assert sum(isinstance(each, messages.Stepped) for each in seen) == 4
+    assert [each for each in seen if isinstance(each, messages.Painted)] == [messages.Painted("test/null", 2, 0)]
     assert report.outcome.status == 200
     assert [file.name for file in report.outcome.files] == list(report.contents)
     colours = [Image.open(io.BytesIO(content)).getpixel((0, 0)) for content in report.contents.values()]
@@ -76,10 +76,10 @@ def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterat
     made, reports = working
     made.take(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, desk.Progress).step == 1
+    assert first(reports, messages.Progress).step == 1
     made.cancel("one")
     gate.let(1)
-    ended = first(reports, desk.Ended)
+    ended = first(reports, messages.Ended)
     assert (ended.outcome.error_type, ended.contents) == ("client_cancelled", {})
 
 
@@ -87,11 +87,11 @@ def test_previews_come_when_somebody_wants_them(working: tuple[Runner, Iterator[
     made, reports = working
     made.take(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, desk.Progress).preview is None
+    assert first(reports, messages.Progress).preview is None
     made.preview("one")
     gate.open()
-    assert any(report.preview for report in iter(lambda: first(reports, desk.Progress), None) if report.step > 1)
-    assert first(reports, desk.Ended)
+    assert any(report.preview for report in iter(lambda: first(reports, messages.Progress), None) if report.step > 1)
+    assert first(reports, messages.Ended)
 
 
 def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None:
@@ -104,7 +104,7 @@ def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None
     name = made._brought.keep(aside, ".png")
     made._brought.path(name).unlink()
     made.take(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
-    (picture,) = first(reports, desk.Ended).contents.values()
+    (picture,) = first(reports, messages.Ended).contents.values()
     red, green, blue = Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
     assert blue > 200 > 20 > max(red, green)
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_taken_in_is_refused(
     monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
     assert made.lacks(["a.png"]) == ["a.png"]
     made.take(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
-    assert first(reports, desk.Refused) == desk.Refused("one")
+    assert first(reports, messages.Refused) == messages.Refused("one")
 
 
 def test_what_runs_is_given_back_when_the_grace_is_over(
@@ -126,11 +126,11 @@ def test_what_runs_is_given_back_when_the_grace_is_over(
     object.__setattr__(made._worker._settings, "shutdown_grace", 0)
     made.take(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, desk.Progress).step == 1
+    assert first(reports, messages.Progress).step == 1
     stopping = threading.Thread(target=made.stop)
     stopping.start()
     gate.let(1)
-    assert first(reports, desk.Returned) == desk.Returned("one")
+    assert first(reports, messages.Returned) == messages.Returned("one")
     stopping.join()
 
 
@@ -141,9 +141,9 @@ def test_a_lost_device_is_heard_of_before_the_process_ends(
     present = tmp_path / "present"
     present.touch()
     made.take(job("test/lost"), TEXT % present, {})
-    assert first(reports, desk.Struck) == desk.Struck(["one"])
+    assert first(reports, messages.Struck) == messages.Struck(["one"])
     made.hear()
-    over = first(reports, desk.Over)
+    over = first(reports, messages.Over)
     assert over.failure == "an illegal memory access was encountered"
 
 

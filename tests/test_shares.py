@@ -8,7 +8,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from server.errors import TooManyRequests
-from server.shares import Shares
+from server.net.fair_share import Shares
 from tests.serving import TEST_MODELS, Gate, serving
 from tests.test_realtime import heard, session
 

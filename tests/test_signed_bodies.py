@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic_core import to_json
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from server.signing import Signer
+from server.webhooks.signing import Signer
 from tests.parts import opened
 from tests.test_webhook_signatures import SECRET, Received, is_fals, is_v1a
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from server.deadlines import timed
+from server.net.timeouts import timed
 from tests.serving import TEST_MODELS, serving
 from tests.slow_clients import IN_HEADER, SlowClients, few_files, in_body
 from tests.test_deadlines import QUICK, answered, listening

@@ -14,9 +14,9 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from pydantic_core import from_json
 
-from server import wire
-from server.jobs import Mode
-from server.worker import PREVIEWS
+from server.api import responses
+from server.queue.jobs import Mode
+from server.worker.worker import PREVIEWS
 from tests.null_model import NullEngine, NullModel, SharingEngine
 from tests.parts import Parts
 from tests.serving import TEST_MODELS, Gate, Server, completed, serving, statuses
@@ -159,9 +159,9 @@ def test_the_newest_takes_the_place_of_the_one_before(parts: Parts) -> None:
     seen = []
     for _ in range(7):
         worker.turn()
-        seen.append(wire.progress(job)["preview"])
+        seen.append(responses.progress(job)["preview"])
     assert len(set(seen)) == 7
-    assert wire.progress(job) == {"type": "progress", "step": 7, "num_inference_steps": 8, "preview": seen[-1]}
+    assert responses.progress(job) == {"type": "progress", "step": 7, "num_inference_steps": 8, "preview": seen[-1]}
 
 
 @pytest.mark.parametrize("prompt", ["dark", "broken"])
@@ -170,7 +170,7 @@ def test_without_a_preview_the_picture_is_none_the_worse(parts: Parts, prompt: s
     job = submitted(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
     other = submitted(parts, mode=Mode.STREAM, num_inference_steps=4)
     worker.turn()
-    assert wire.progress(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
+    assert responses.progress(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
     worked_off(worker)
     assert [answer(parts, each)[0].status for each in (job, other)] == [200, 200]
 
@@ -181,4 +181,4 @@ def test_a_restart_begins_without_a_preview(parts: Parts) -> None:
     worker.turn()
     assert job.preview
     parts.queue.give_back(job)
-    assert wire.progress(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}
+    assert responses.progress(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}

@@ -11,7 +11,7 @@ import certifi
 import pytest
 from cryptography import x509
 
-from server import tls
+from server.net import tls
 
 
 def handshake(files: tls.TLS, name: str, trusted: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from models import hub, safety, trust, weights
 from models.base import CannotPaint, Placement
 from models.weights import DEMO
-from server import doctor
+from server.cli import doctor
 from server.settings import Settings
 from tests.network_programs import cached
 from tests.serving import ROOT

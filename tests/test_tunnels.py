@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from server.connect import MAX_TUNNELS, ConnectDoor
+from server.net.connect_proxy import MAX_TUNNELS, ConnectDoor
 from tests.serving import TEST_MODELS, free_port, with_door
 from tests.test_door import ENDS, entered, everything
 

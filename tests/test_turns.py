@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from server.turns import Turns
+from server.executor import Turns
 
 
 def test_one_owner_leaves_threads_to_the_others() -> None:

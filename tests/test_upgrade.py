@@ -16,7 +16,8 @@ import pytest
 from pydantic_core import from_json, to_json
 from pytest_httpserver import HTTPServer
 
-from server.database import _STEPS, FILE, SCHEMA, VERSION
+from server.storage.database import FILE
+from server.storage.migrations import _STEPS, SCHEMA, VERSION
 from tests.hostile_pictures import encoded, noise
 from tests.parts import opened
 from tests.serving import TEST_MODELS, Server, completed, serving

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from starlette.requests import ClientDisconnect
 
-from server import uploads as uploads_module
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, TooManyRequests
-from server.files import Lifecycle, StoredFile
-from server.under_way import Upload
-from server.uploads import LIFETIME, MAX_PARTS, Uploads
+from server.storage import uploads as uploads_module
+from server.storage.file_store import Lifecycle, StoredFile
+from server.storage.multipart import Upload
+from server.storage.uploads import LIFETIME, MAX_PARTS, Uploads
 from tests.parts import Parts, opened
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from server.auth import EVERYBODY
 from server.errors import DiskFull
-from server.jobs import Job
-from server.watchdog import STUCK, Watchdog
+from server.queue.jobs import Job
+from server.worker.watchdog import STUCK, Watchdog
 from tests.null_model import NullModel, SharingEngine
 from tests.parts import Clock, Parts, claimed, opened, submission
 from tests.serving import TEST_MODELS, Gate, Server, completed, serving
@@ -155,7 +155,7 @@ def test_the_process_ends_also_when_the_strike_cannot_be_written(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     ends: list[tuple[float, list[Job]]] = []
-    monkeypatch.setattr("server.worker.end_process", lambda deadline, jobs: ends.append((deadline, list(jobs))))
+    monkeypatch.setattr("server.worker.worker.end_process", lambda deadline, jobs: ends.append((deadline, list(jobs))))
     worker, job = worker_of(parts, step_deadline=7), claimed(parts)
     if is_full:
         monkeypatch.setattr(parts.queue, "strike", lambda jobs: (_ for _ in ()).throw(DiskFull()))

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from httpcore._backends.anyio import AnyIOStream
 
-from server import tls
-from server.webhooks import DELAYS
+from server.net import tls
+from server.webhooks.delivery import DELAYS
 from tests.parts import Parts, finished, opened
 from tests.test_webhooks import delivery, turn
 
@@ -173,7 +173,7 @@ def is_told(parts: Parts, url: str, *, is_success: bool) -> None:
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
 def test_a_bad_receiver(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.webhooks.TIMEOUT", PATIENCE)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", PATIENCE)
     behave, is_success = BEHAVIOURS[name]
     with receiving(behave) as url:
         is_told(parts, url, is_success=is_success)
@@ -187,7 +187,7 @@ def test_there_are_as_many_as_were_asked_for() -> None:
 @pytest.mark.parametrize("name", BEHAVIOURS)
 def test_a_bad_receiver_again_and_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All eleven attempts, each exactly when it is due, or eleven requests that are told of once."""
-    monkeypatch.setattr("server.webhooks.TIMEOUT", PATIENCE)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", PATIENCE)
     behave, is_success = BEHAVIOURS[name]
     attempts = 1 + len(DELAYS)
     with receiving(behave, times=attempts) as url:

@@ -21,10 +21,10 @@ from pytest_httpserver import HTTPServer
 from standardwebhooks import Webhook, WebhookVerificationError
 from werkzeug import Request, Response
 
-from server.database import Database
-from server.fetch import Guard
-from server.signing import OVERLAP, ROTATE_AFTER, Signer
-from server.webhooks import DELAYS, Webhooks
+from server.net.outbound import Guard
+from server.storage.database import Database
+from server.webhooks.delivery import DELAYS, Webhooks
+from server.webhooks.signing import OVERLAP, ROTATE_AFTER, Signer
 from tests.node import JS
 from tests.parts import Clock, Parts, finished, opened
 from tests.serving import TEST_MODELS, Server, serving
@@ -286,7 +286,7 @@ def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         job = finished(parts, webhook_url=f"http://127.0.0.1:{port}/hook")
-        with caplog.at_level(logging.WARNING, logger="server.webhooks"):
+        with caplog.at_level(logging.WARNING, logger="server.webhooks.delivery"):
             for delay in DELAYS[:5]:
                 deliver(parts, signer)
                 parts.clock.now += delay
@@ -294,7 +294,7 @@ def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
         receiver = Receiver(httpserver)
         deliver(parts, signer)
     assert delivery(parts) == (6, None, 1)
-    records = [record for record in caplog.records if record.name == "server.webhooks"]
+    records = [record for record in caplog.records if record.name == "server.webhooks.delivery"]
     assert {vars(record)["request_id"] for record in records} == {job.request_id}
     lines = [record.getMessage() for record in records]
     assert [line.partition(": ")[0] for line in lines] == [f"webhook, attempt {number}" for number in range(1, 6)]

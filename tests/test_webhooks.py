@@ -13,13 +13,13 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from server.control import Control
+from server.cli.control import Control
 from server.errors import StartTimeout
-from server.fetch import Guard
-from server.jobs import Job, Outcome, State
-from server.notifier import WEBHOOKS
-from server.signing import Signer
-from server.webhooks import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
+from server.net.outbound import Guard
+from server.queue.jobs import Job, Outcome, State
+from server.queue.notifier import WEBHOOKS
+from server.webhooks.delivery import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
+from server.webhooks.signing import Signer
 from tests.parts import Clock, Parts, claimed, finished, opened, painted, submission
 
 LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
@@ -244,7 +244,7 @@ def test_an_answer_that_is_none_is_tried_again(parts: Parts, answer: bytes | Non
 
 
 def test_a_receiver_that_never_answers_is_tried_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.webhooks.TIMEOUT", 0.05)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         finished(parts, webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/hook")
         turn(parts)
@@ -315,7 +315,7 @@ def test_a_receiver_that_never_answers_holds_up_nobody_else(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither other receivers of the same owner nor other owners, though all of its webhooks were due before."""
-    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: str) -> None:
         cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
@@ -336,7 +336,7 @@ def test_many_receivers_of_one_owner_hold_up_no_other_owner(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has half of what the others leave: there is some for the next, also when several of them are bad."""
-    monkeypatch.setattr("server.webhooks.TIMEOUT", 600.0)
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: list[str]) -> None:
         hooks, under_way = webhooks(parts), 0
@@ -368,7 +368,7 @@ def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, m
             raise asyncio.CancelledError
 
     monkeypatch.setattr(Webhooks, "turn", turn)
-    monkeypatch.setattr("server.webhooks.asyncio.sleep", rest)
+    monkeypatch.setattr("server.webhooks.delivery.asyncio.sleep", rest)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(webhooks(parts, monotonic=monotonic).run())
     assert rests == [1.0, 5.0]

@@ -16,11 +16,11 @@ from PIL.Image import Image
 
 from models.base import NO_INPUTS, CannotPaint, Engine, Placement
 from server.errors import DiskFull
-from server.files import Lifecycle
-from server.jobs import Job, Mode, Outcome, Priority, State
-from server.notifier import WORKER
+from server.queue.jobs import Job, Mode, Outcome, Priority, State
+from server.queue.notifier import WORKER
 from server.settings import Settings
-from server.worker import Worker
+from server.storage.file_store import Lifecycle
+from server.worker.worker import Worker
 from tests.null_model import GateEngine, NullEngine, NullModel, NullPainting, RaisesEngine, UnsafeEngine
 from tests.parts import Clock, Parts, full_disk, opened, reached, submission
 from tests.serving import Gate, completed, serving

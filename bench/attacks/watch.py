@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from server.database import FILE, FOLDERS
+from server.storage.database import FILE, FOLDERS
 
 #: How often memory and folder are looked at, in seconds.
 EVERY = 0.1

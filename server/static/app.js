@@ -1,10 +1,10 @@
 // The page: choose an endpoint, fill its form, run, watch, keep.
 
 import * as api from "./api.js";
-import * as code from "./code.js";
+import * as code from "./code_samples.js";
 import * as form from "./form.js";
-import { askForKey, withKey } from "./key.js";
-import * as kept from "./kept.js";
+import { askForKey, withKey } from "./api_key.js";
+import * as kept from "./recent_runs.js";
 import { Run } from "./run.js";
 
 const at = (id) => document.getElementById(id);

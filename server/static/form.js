@@ -1,7 +1,7 @@
 // A form made from an endpoint's own schema: each property becomes one field, in the schema's order.
 
 import { here, upload } from "./api.js";
-import { withKey } from "./key.js";
+import { withKey } from "./api_key.js";
 
 // What most people change; the rest is folded away.
 const FIRST = ["prompt", "image_url", "loras", "image_size", "strength", "num_images", "seed"];

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { element } from "./form.js";
-import { withKey } from "./key.js";
+import { withKey } from "./api_key.js";
 
 const at = (id) => document.getElementById(id);
 const EVERY = 5000;

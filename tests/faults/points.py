@@ -30,45 +30,45 @@ def _after(module: str, name: str, number: int = 1, *, is_acknowledged: bool = T
 
 
 POINTS = {
-    "before the row is written": _before("server.rows", "insert", is_acknowledged=False),
-    "before the row is committed": _after("server.rows", "insert", is_acknowledged=False),
-    "before the submit is answered": _after("server.queue", "Queue.submit", is_acknowledged=False),
-    "before the claim": _before("server.rows", "claim"),
-    "before the claim is committed": _after("server.rows", "claim"),
-    "after the claim": _after("server.queue", "Queue.claim"),
+    "before the row is written": _before("server.queue.job_table", "insert", is_acknowledged=False),
+    "before the row is committed": _after("server.queue.job_table", "insert", is_acknowledged=False),
+    "before the submit is answered": _after("server.queue.queue", "Queue.submit", is_acknowledged=False),
+    "before the claim": _before("server.queue.job_table", "claim"),
+    "before the claim is committed": _after("server.queue.job_table", "claim"),
+    "after the claim": _after("server.queue.queue", "Queue.claim"),
     "before the first step": _before("tests.null_model", "NullEngine.advance"),
     "between steps": _after("tests.null_model", "NullEngine.advance", 3),
     "before the picture is decoded": _before("tests.null_model", "NullEngine.decode"),
     "after the picture was judged": _after("tests.null_model", "NullEngine.is_unsafe"),
-    "before the file is written": _before("server.files", "Files.save"),
-    "before the file has its name": _before("server.files", "Files.adopt"),
-    "after the first of two files": _after("server.files", "Files.save", 1),
-    "before the end is written": _before("server.rows", "end"),
-    "before the end is committed": _after("server.rows", "end"),
-    "after the end": _after("server.queue", "Queue.finish"),
-    "before the webhook is sent": _before("server.webhooks", "Webhooks._send"),
-    "before the webhook's end is written": _before("server.webhooks", "Webhooks._record"),
+    "before the file is written": _before("server.storage.file_store", "Files.save"),
+    "before the file has its name": _before("server.storage.file_store", "Files.adopt"),
+    "after the first of two files": _after("server.storage.file_store", "Files.save", 1),
+    "before the end is written": _before("server.queue.job_table", "end"),
+    "before the end is committed": _after("server.queue.job_table", "end"),
+    "after the end": _after("server.queue.queue", "Queue.finish"),
+    "before the webhook is sent": _before("server.webhooks.delivery", "Webhooks._send"),
+    "before the webhook's end is written": _before("server.webhooks.delivery", "Webhooks._record"),
 }
 #: In the life of a server, after one that died of a fault of its own.
 AT_START = {
-    "before the strike is committed": _after("server.rows", "strike"),
-    "after the strike": _before("server.queue", "Queue.recover"),
+    "before the strike is committed": _after("server.queue.job_table", "strike"),
+    "after the strike": _before("server.queue.queue", "Queue.recover"),
 }
 #: In the life of an upload in parts, once they are sent.
 IN_UPLOAD = {
-    "before a part is kept": _before("server.uploads", "Uploads._take", 2, is_acknowledged=False),
-    "after a part is kept": _after("server.uploads", "Uploads._take", 2, is_acknowledged=False),
-    "before the parts are joined": _before("server.uploads", "join", is_acknowledged=False),
-    "after the parts are joined": _after("server.uploads", "join", is_acknowledged=False),
-    "before the upload is listed": _before("server.uploads", "list_file", is_acknowledged=False),
-    "before that is committed": _after("server.uploads", "list_file", is_acknowledged=False),
-    "before the parts are removed": _before("server.uploads", "Uploads._end", is_acknowledged=False),
+    "before a part is kept": _before("server.storage.uploads", "Uploads._take", 2, is_acknowledged=False),
+    "after a part is kept": _after("server.storage.uploads", "Uploads._take", 2, is_acknowledged=False),
+    "before the parts are joined": _before("server.storage.uploads", "join", is_acknowledged=False),
+    "after the parts are joined": _after("server.storage.uploads", "join", is_acknowledged=False),
+    "before the upload is listed": _before("server.storage.uploads", "list_file", is_acknowledged=False),
+    "before that is committed": _after("server.storage.uploads", "list_file", is_acknowledged=False),
+    "before the parts are removed": _before("server.storage.uploads", "Uploads._end", is_acknowledged=False),
 }
 #: While the folder is backed up.
 IN_BACKUP = {
-    "before the database is copied": _before("server.database", "Database.copy"),
-    "after the database is copied": _after("server.database", "Database.copy"),
-    "before the certificates are copied": _before("server.control", "Control._copy", 4),
+    "before the database is copied": _before("server.storage.database", "Database.copy"),
+    "after the database is copied": _after("server.storage.database", "Database.copy"),
+    "before the certificates are copied": _before("server.cli.control", "Control._copy", 4),
 }
 
 

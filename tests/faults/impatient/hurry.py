@@ -1,6 +1,6 @@
 """test/hurry: its server waits for no more than a second for a client that does not read."""
 
-from server.deadlines import TimedProtocol
+from server.net.timeouts import TimedProtocol
 from tests.null_model import GateEngine, NullModel
 
 TimedProtocol.answer_seconds = 1.0

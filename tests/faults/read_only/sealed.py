@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.database import Database
+from server.storage.database import Database
 from tests.null_model import GateEngine, NullModel
 
 SEAL = Path(os.environ["SEAL"])

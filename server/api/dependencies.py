@@ -1,0 +1,176 @@
+"""The routes, one file a noun; what they need of the server is in `Parts`."""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic_core import from_json
+from starlette.requests import HTTPConnection, Request
+
+from models.base import Loading, Model
+from server.api import submissions
+from server.api.rate_limit import Quota
+from server.api.responses import JSON
+from server.auth import Keys
+from server.errors import NotFound, not_offered
+from server.executor import Turns
+from server.inputs.resolver import Inputs
+from server.metrics import Metrics
+from server.net.bytes_in_flight import InFlight
+from server.net.fair_share import Shares
+from server.net.outbound import Guard
+from server.queue.history import Wanted
+from server.queue.jobs import Job, Mode, Outcome, Submission
+from server.queue.notifier import Notifier
+from server.queue.queue import Queue
+from server.queue.retention import Retention
+from server.queue.usage import UsageFilter, Used
+from server.status import GpuStatus
+from server.storage.file_store import Files
+from server.storage.uploads import Uploads
+from server.webhooks.signing import Signer
+
+TOO_MANY_OPEN = (
+    "This key has as many answers open as it may, half of --max-connections, or less beside others; end some first"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one server, joined in `app.py`."""
+
+    models: Mapping[str, Model]
+    #: Endpoints that could be served and are not, and the weights that they need.
+    absent: Mapping[str, str]
+    keys: Keys
+    guard: Guard
+    inputs: Inputs
+    in_flight: InFlight
+    #: Answers that wait or go on for as long as a request does.
+    open_answers: Shares
+    #: For what waits for the database.
+    turns: Turns
+    quota: Quota
+    queue: Queue
+    files: Files
+    uploads: Uploads
+    retention: Retention
+    signer: Signer
+    notifier: Notifier
+    metrics: Metrics
+    #: What a key has asked for; waits for the disk.
+    history: Callable[[Wanted], Mapping[str, Any]]
+    #: What a key has used; waits for the disk.
+    usage: Callable[[UsageFilter], Sequence[Used]]
+    #: What the operator sees at a glance; waits for the disk.
+    overview: Callable[[], Mapping[str, Any]]
+    #: Whether the models can paint, and how far loading has come.
+    readiness: Callable[[], tuple[bool, Loading]]
+    #: What there is to tell of each GPU, and of the engines in its memory.
+    gpus: Callable[[], Sequence[GpuStatus]]
+
+
+def parts_of(request: Request) -> Parts:
+    """The parts of the server that this request came to."""
+    return cast(Parts, request.app.state.parts)
+
+
+def owner_of(request: Request, scope: str | None = None) -> str:
+    """Who is calling, by key, or by a token of this scope. Raises Unauthorized."""
+    return parts_of(request).keys.owner(request.headers.get("authorization"), scope)
+
+
+def owner_by_token(connection: HTTPConnection, endpoint: str) -> str:
+    """Who is calling an endpoint that browsers call, by `?fal_jwt_token=` or as everywhere. Raises Unauthorized."""
+    keys = cast(Parts, connection.app.state.parts).keys
+    token = connection.query_params.get("fal_jwt_token")
+    if token:
+        return keys.owner_of_token(token, alias(endpoint))
+    return keys.owner(connection.headers.get("authorization"), alias(endpoint))
+
+
+def alias(endpoint: str) -> str:
+    """What a token names an endpoint by: "flux" for fal-ai/flux/dev."""
+    return endpoint.split("/")[1]
+
+
+def model_for(request: Request, endpoint: str) -> Model:
+    """The model served under this id. Raises NotFound in fal's words."""
+    models = parts_of(request).models
+    if endpoint in models:
+        return models[endpoint]
+    if endpoint in parts_of(request).absent:
+        raise NotFound(f"{endpoint} is not served here: it needs {parts_of(request).absent[endpoint]}")
+    if request.state.fal_url and endpoint.startswith("platform/"):
+        raise not_offered(request.state.fal_url)
+    if endpoint.startswith("v1/"):
+        raise NotFound(f"Path /{endpoint} not found")
+    app = next((known for known in models if endpoint.startswith(f"{known}/")), None)
+    if app is not None:
+        raise NotFound(f"Path {endpoint.removeprefix(app)} not found")
+    offered = ", ".join(sorted(models))
+    raise NotFound(f"Application {endpoint!r} not found: it is not offered by this server, which has {offered}")
+
+
+def owned(job: Job | None, owner: str, app: str) -> Job:
+    """The job, if it is this caller's and of this app (two-segment or full id). Raises NotFound."""
+    if job is None or job.owner != owner:
+        raise NotFound
+    if app != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
+        raise NotFound
+    return job
+
+
+async def submission_of(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
+    """What a request asks for. Raises as `submissions.read` does."""
+    async with parts_of(request).in_flight.body(request, owner) as body:
+        return await submission_in(request, body, model, owner, mode)
+
+
+async def submission_in(
+    request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
+) -> Submission:
+    """The same for a body that is here already. Raises as `submissions.read` does."""
+    parts = parts_of(request)
+    shared: dict[str, Any] = {"inputs": parts.inputs, "quota": parts.quota, "turns": parts.turns}
+    return await submissions.read(request, body, model, owner, mode=mode, content_type=content_type, **shared)
+
+
+async def read_within(
+    parts: Parts, owner: str, num_bytes: int, read: Callable[[], JSON], *, is_patient: bool = False
+) -> JSON:
+    """An answer that is read once there is room for it, and counts as its owner's until it is sent.
+
+    A client that reads nothing fills no memory, however often it asks. `read` is called in a thread. Raises
+    TooManyRequests where there is no room, unless `is_patient`.
+    """
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(parts.in_flight.room(owner, num_bytes, is_patient=is_patient))
+        response = await parts.turns.run(owner, read)
+        response.room = stack.pop_all()
+        return response
+
+
+async def result_of(parts: Parts, job: Job, shown: Callable[[Outcome], JSON], *, is_patient: bool = False) -> JSON:
+    """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
+
+    def read() -> JSON:
+        return shown(parts.queue.result(job))
+
+    return await read_within(parts, job.owner, job.output_size, read, is_patient=is_patient)
+
+
+@asynccontextmanager
+async def output_of(parts: Parts, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
+    """How a completed job ended, and its answer as an object; both count as its owner's while the block lasts.
+
+    Waits until there is room. Raises NotFound when it was forgotten meanwhile.
+    """
+
+    def read() -> tuple[Outcome, Any]:
+        outcome = parts.queue.result(job)
+        return outcome, from_json(outcome.body)
+
+    async with parts.in_flight.room(job.owner, job.output_size, is_patient=True):
+        yield await parts.turns.run(job.owner, read)

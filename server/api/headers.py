@@ -1,0 +1,124 @@
+"""fal's headers and query parameters of a request, parsed."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from server.errors import BadRequest, InvalidInput
+from server.net.outbound import ForbiddenURL, Guard
+from server.queue.jobs import Priority
+from server.storage.file_store import Lifecycle
+
+#: fal's smallest start deadline, in seconds.
+MIN_START_TIMEOUT = 0.1
+MAX_IDEMPOTENCY_KEY = 255
+MAX_RUNNER_HINT = 255
+MAX_WEBHOOK_URL = 2048
+#: Python's client sends both, JavaScript's one or the other; the preference is the newer name.
+_NAMES = ("x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
+#: What fal's access lists call a file that strangers may not read.
+_PRIVATE = ("forbid", "hide")
+
+
+def priority(headers: Mapping[str, str]) -> Priority:
+    """X-Fal-Queue-Priority. As at fal, unknown values are ignored, and the header can only lower."""
+    is_low = headers.get("x-fal-queue-priority", "").strip().lower() == Priority.LOW
+    return Priority.LOW if is_low else Priority.NORMAL
+
+
+def start_deadline(headers: Mapping[str, str]) -> float | None:
+    """When the request must have started, in seconds since 1970; the newer header's name wins. Raises BadRequest."""
+    text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
+    if text is None:
+        return None
+    seconds = number(text, "X-Fal-Request-Timeout")
+    if seconds <= MIN_START_TIMEOUT:
+        raise BadRequest(f"X-Fal-Request-Timeout should be greater than {MIN_START_TIMEOUT} seconds")
+    return time.time() + seconds
+
+
+def webhook_url(parameters: Mapping[str, str], guard: Guard) -> str | None:
+    """The query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
+    url = parameters.get("fal_webhook")
+    if not url:
+        return None
+    if len(url) > MAX_WEBHOOK_URL:
+        message, loc = f"URL should have at most {MAX_WEBHOOK_URL} characters", ["query", "fal_webhook"]
+        raise InvalidInput([{"type": "url_too_long", "loc": loc, "msg": message, "input": url[:1000]}])
+    try:
+        guard.check(url)
+    except ForbiddenURL as error:
+        entry = {"type": "value_error", "loc": ["query", "fal_webhook"], "msg": str(error), "input": url[:1000]}
+        raise InvalidInput([entry]) from None
+    return url
+
+
+def idempotency_key(headers: Mapping[str, str]) -> str | None:
+    """Idempotency-Key. Raises BadRequest for one that is empty or too long."""
+    key = headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY:
+        raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters")
+    return key
+
+
+def runner_hint(headers: Mapping[str, str]) -> str | None:
+    """X-Fal-Runner-Hint. Raises BadRequest for one that is too long."""
+    hint = headers.get("x-fal-runner-hint")
+    if hint is not None and len(hint) > MAX_RUNNER_HINT:
+        raise BadRequest(f"X-Fal-Runner-Hint should have at most {MAX_RUNNER_HINT} characters")
+    return hint
+
+
+def max_queue_length(parameters: Mapping[str, str]) -> int | None:
+    """The query parameter `fal_max_queue_length`. Raises BadRequest for less than 1."""
+    text = parameters.get("fal_max_queue_length")
+    if text is None:
+        return None
+    length = number(text, "fal_max_queue_length")
+    if length < 1:
+        raise BadRequest("fal_max_queue_length should be at least 1")
+    return int(length)
+
+
+def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
+    """X-Fal-Object-Lifecycle: how long files are kept and who may read them. Raises BadRequest."""
+    text = next((headers[name] for name in _NAMES if headers.get(name)), None)
+    if text is None:
+        return Lifecycle()
+    try:
+        preference = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("X-Fal-Object-Lifecycle-Preference is not JSON") from None
+    if not isinstance(preference, dict):
+        preference = {"expiration_duration_seconds": preference}
+    return Lifecycle(_seconds(preference.get("expiration_duration_seconds")), _is_private(preference))
+
+
+def _seconds(given: object) -> float | None:
+    if given is None:
+        return None
+    # Zero stands for no expiry, as fal's own client says.
+    return number(given, "X-Fal-Object-Lifecycle-Preference's expiration_duration_seconds") or None
+
+
+def _is_private(preference: dict[str, Any]) -> bool:
+    listed = preference.get("initial_acl")
+    if listed is None:
+        return False
+    default = listed.get("default") if isinstance(listed, dict) else listed
+    if default not in (*_PRIVATE, "allow", None):
+        raise BadRequest("initial_acl's default should be allow, hide or forbid")
+    return default in _PRIVATE
+
+
+def number(given: object, name: str) -> float:
+    """A number of 0 or more in a header or parameter. Raises BadRequest, naming it."""
+    try:
+        value = float(str(given))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise BadRequest(f"{name} should be a positive number, not {str(given)[:50]!r}")
+    return value

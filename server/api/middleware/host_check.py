@@ -1,0 +1,95 @@
+"""Refuses requests that must not be read at all: malformed headers, foreign hosts, and pages of foreign origins."""
+
+import ipaddress
+import re
+from collections import Counter
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api import responses
+from server.errors import BadRequest, Forbidden, Misdirected, NotFound, ServerError
+from server.net.fal_hosts import is_fal
+from server.settings import Settings
+
+#: What decides who may come in. Of two of a kind, one part of the server would read the first and another the last; the
+#: parser itself refuses a second Content-Length.
+_ONCE = (b"host", b"origin", b"authorization")
+#: The longest Host that is accepted, in characters: it becomes part of the URLs in responses, which are kept.
+MAX_HOST = 255
+HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"
+
+
+class HostCheckMiddleware:
+    """Refuses foreign hosts and pages when there is no key.
+
+    Without keys, a foreign web page or a rebound DNS name could otherwise use the GPU or read the history.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, is_open: bool) -> None:
+        self.app = app
+        self._settings = settings
+        self._is_open = is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        if scope["type"] in ("http", "websocket"):
+            try:
+                self._check(scope)
+            except ServerError as error:
+                await responses.error(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers, numbers = dict(scope["headers"]), Counter(name for name, _ in scope["headers"])
+        for name in _ONCE:
+            if numbers[name] > 1:
+                raise BadRequest(f"The {name.decode().title()} header came {numbers[name]} times; send it once")
+        host = headers.get(b"host", b"").decode("latin-1")
+        if len(host) > MAX_HOST:
+            raise BadRequest(f"The Host header has {len(host)} characters; it should have at most {MAX_HOST}")
+        if not HOST.fullmatch(host):
+            raise BadRequest("The Host header is missing or malformed")
+        # Routes are found by regular expressions, whose end is also before a line feed.
+        if _CONTROL.search(scope["path"]):
+            raise NotFound(f"Path {scope['path']!r} not found: it has a control character")
+        if not self._is_open:
+            return
+        if not self._is_allowed_host(hostname_of(host)):
+            raise Misdirected(f"{host} is not a name of this server; --public-url can make it one")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        # A picture may be shown by any page that was told its name.
+        shows = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")
+        if origin and not shows and not self._is_allowed_origin(origin):
+            raise Forbidden(f"Web pages of {origin} may not use this server; --cors-origin can permit it")
+
+    def _is_allowed_host(self, hostname: str) -> bool:
+        if is_fal(hostname) or hostname == "localhost" or hostname.endswith(".localhost"):
+            return True
+        if self._settings.public_url and hostname == urlsplit(self._settings.public_url).hostname:
+            return True
+        try:
+            return ipaddress.ip_address(hostname).is_loopback
+        except ValueError:
+            return False
+
+    def _is_allowed_origin(self, origin: str) -> bool:
+        return bool(re.fullmatch(LOOPBACK_ORIGIN, origin, re.IGNORECASE)) or origin in allowed_origins(self._settings)
+
+
+def allowed_origins(settings: Settings) -> tuple[str, ...]:
+    """Web origins that may call, beside loopback, when there is no key: scheme and host, never a path."""
+    if not settings.public_url:
+        return settings.cors_origin
+    parts = urlsplit(settings.public_url)
+    return (*settings.cors_origin, f"{parts.scheme}://{parts.netloc}")
+
+
+def hostname_of(host: str) -> str:
+    """The name in a Host header, without the port, in small letters."""
+    if host.startswith("["):
+        return host[1 : host.index("]")].lower()
+    return host.partition(":")[0].lower()

@@ -1,0 +1,32 @@
+"""Gives every response a request id, and puts the id into every log line written meanwhile."""
+
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+
+HEADER = "x-fal-request-id"
+
+
+class RequestIdMiddleware:
+    """Adds the header that @fal-ai/client reads `requestId` from, unless the response has one: a job's own id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and add the header when the response begins."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        request_id = str(uuid.uuid4())
+
+        async def sender(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.get("headers", [])
+                if not any(name.lower() == HEADER.encode() for name, _ in headers):
+                    message = {**message, "headers": [*headers, (HEADER.encode(), request_id.encode())]}
+            await send(message)
+
+        with bound_contextvars(request_id=request_id):
+            await self.app(scope, receive, sender)

@@ -1,0 +1,83 @@
+"""The OpenAPI document: FastAPI's own, with every model's paths and its Input and Output."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from models.base import Model
+from server.api.fal_openapi import QUEUE_STATUS
+
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def document(app: FastAPI, models: Mapping[str, Model]) -> dict[str, Any]:
+    """OpenAPI 3.1 for the whole server."""
+    found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    inputs = [(model.Input, "validation") for model in models.values()]
+    outputs = [(model.Output, "serialization") for model in models.values()]
+    _, definitions = models_json_schema([*inputs, *outputs], ref_template=_REFERENCE)  # type: ignore[list-item]
+    components = found.setdefault("components", {})
+    components.setdefault("schemas", {}).update(definitions["$defs"], **_QUEUE_SCHEMAS)
+    components["securitySchemes"] = {
+        "apiKeyAuth": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "Key YOUR_KEY"}
+    }
+    found["security"] = [{"apiKeyAuth": []}, {}]
+    own = {path: operations for model in models.values() for path, operations in _paths(model).items()}
+    found["paths"] = {**own, **found["paths"]}
+    return found
+
+
+def _paths(model: Model) -> dict[str, Any]:
+    output = {"$ref": _REFERENCE.format(model=model.Output.__name__)}
+    queued = {"$ref": _REFERENCE.format(model="QueueStatus")}
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        f"/{model.endpoint}": {"post": _operation(model, "run", "Paint and wait for the output", _json(output))},
+        f"/{model.endpoint}/stream": {"post": _operation(model, "stream", "Paint, with progress as events", events)},
+        f"/queue/{model.endpoint}": {"post": _operation(model, "submit", "Put a request in the queue", _json(queued))},
+    }
+
+
+def _operation(model: Model, name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    given = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
+    problem = {"$ref": _REFERENCE.format(model="Problem")}
+    codes = ("401", "404", "413", "422", "429", "500", "507")
+    return {
+        "tags": [model.endpoint],
+        "operationId": f"{name}_{model.endpoint.replace('/', '_').replace('-', '_')}",
+        "summary": summary,
+        "requestBody": {"required": True, "content": _json(given)},
+        "responses": {
+            "200": {"description": "Done", "content": content},
+            **{code: {"description": "Refused", "content": _json(problem)} for code in codes},
+        },
+    }
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+_QUEUE_SCHEMAS: dict[str, Any] = {
+    "QueueStatus": {
+        **QUEUE_STATUS,
+        "properties": {
+            **QUEUE_STATUS["properties"],
+            # fal's document says object, and its answers have a list.
+            "logs": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+            "error": {"type": "string"},
+            "error_type": {"type": "string"},
+        },
+    },
+    "Problem": {
+        "type": "object",
+        "required": ["detail"],
+        "properties": {
+            "detail": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+            "error_type": {"type": "string"},
+        },
+    },
+}

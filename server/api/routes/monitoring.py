@@ -1,0 +1,54 @@
+"""What an operator asks: is it alive, can it paint."""
+
+import asyncio
+from dataclasses import asdict
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.dependencies import parts_of
+from server.api.responses import JSON
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["operations"])
+VERSION = version("flux-server")
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Alive; says nothing of the model."""
+    return JSON({"status": "alive", "version": VERSION})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """200 when the model can paint, 503 before and while it stops; requests are accepted all the same and wait."""
+    if parts_of(request).notifier.is_stopping:
+        return JSON({"status": "stopping", "version": VERSION}, 503)
+    is_ready, loading = parts_of(request).readiness()
+    if is_ready:
+        return JSON({"status": "ready", "version": VERSION})
+    return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
+
+
+@router.get("/status.json")
+async def status(request: Request) -> Response:
+    """The last hour, what failed, and who used what; the operator's alone where there are keys."""
+    parts = parts_of(request)
+    parts.keys.operator(request.headers.get("authorization"))
+    is_ready, loading = parts.readiness()
+    seen = await asyncio.to_thread(parts.overview)
+    gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
+    progress = None if is_ready else asdict(loading)
+    # A driver that hangs must not hang the others.
+    gpus = [asdict(gpu) for gpu in await asyncio.to_thread(parts.gpus)]
+    about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
+    return JSON({**about, "now": gauges, "gpus": gpus, "steps": parts.metrics.steps(), **seen})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """What Prometheus reads; the operator's alone where there are keys."""
+    parts = parts_of(request)
+    parts.keys.operator(request.headers.get("authorization"))
+    return Response(await asyncio.to_thread(parts.metrics.text), media_type=CONTENT_TYPE)

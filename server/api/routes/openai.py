@@ -1,0 +1,215 @@
+"""OpenAI's images API in front of the same queue: /v1/images/generations and /v1/models."""
+
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json, to_json
+
+from models.base import Model
+from models.schema import PRESETS
+from server.api import validation
+from server.api.dependencies import Parts, output_of, owner_of, parts_of, result_of, submission_in
+from server.api.responses import JSON
+from server.api.sse import EventStream, StreamFailed, heard
+from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
+from server.queue.jobs import Job, Mode, Outcome, State, Submission
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+DEFAULT_MODEL = "fal-ai/flux/dev"
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+#: What OpenAI calls fal's fields, so that an error names the field that was sent.
+_THEIR_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
+
+
+#: Tokens are what OpenAI bills; its package wants them counted.
+_NO_USAGE = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
+
+
+class ImagesRequest(BaseModel):
+    """OpenAI's own fields; every other one goes to the model, such as seed or num_inference_steps."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str
+    model: str | None = Field(None, max_length=255)
+    n: int | None = Field(None, ge=1)
+    size: str | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
+    user: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The same request in the model's own words. Raises InvalidInput for a size that is none."""
+        own = {"prompt": self.prompt, "num_images": self.n, "image_size": _size(self.size)}
+        # Streams carry their pictures, as OpenAI's do.
+        own["sync_mode"] = bool(self.stream) or self.response_format == "b64_json"
+        return {**(self.model_extra or {}), **{name: value for name, value in own.items() if value is not None}}
+
+
+@router.get("/models")
+async def models(request: Request) -> Response:
+    """The endpoints that are served."""
+    try:
+        owner_of(request)
+        return JSON({"object": "list", "data": [_model(endpoint) for endpoint in parts_of(request).models]})
+    except ServerError as error:
+        return problem(error)
+
+
+@router.get("/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """One endpoint."""
+    try:
+        owner_of(request)
+        return JSON(_model(_model_for(request, name).endpoint))
+    except ServerError as error:
+        return problem(error)
+
+
+@router.post("/images/generations")
+async def generations(request: Request) -> Response:
+    """Paint and wait for the pictures; with `stream`, partial pictures come first."""
+    parts = parts_of(request)
+    try:
+        asked, submission = await _asked(request)
+        job = await parts.turns.run(submission.owner, parts.queue.submit, submission)
+        if asked.stream:
+            events = _events(parts, job, asked.partial_images or 0)
+            return _identified(EventStream(events, within=cancel_on_disconnect(parts, job)), job)
+        await wait_for_outcome(request, parts, job)
+        return _identified(await result_of(parts, job, _answer, is_patient=True), job)
+    except ServerError as error:
+        return problem(error)
+
+
+async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
+    """What is asked for, in OpenAI's words and in ours."""
+    owner = owner_of(request)
+    async with parts_of(request).in_flight.body(request, owner) as body:
+        asked, fields = await parts_of(request).turns.run(owner, _translated, body)
+        served = _model_for(request, asked.model or DEFAULT_MODEL)
+        mode = Mode.STREAM if asked.stream else Mode.RUN
+        return asked, await submission_in(request, fields, served, owner, mode, content_type="")
+
+
+def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
+    """A body in OpenAI's words, and in the model's. Raises InvalidInput."""
+    asked = validation.read(ImagesRequest, body)
+    return asked, to_json(asked.fields)
+
+
+def problem(error: ServerError) -> Response:
+    """An error in OpenAI's shape."""
+    return JSON(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
+
+
+def _problem(error: ServerError) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    found: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
+    if isinstance(error, InvalidInput):
+        return {"error": {**found, **_first(error.detail)}}
+    if isinstance(error, Unauthorized):
+        found["code"] = "invalid_api_key"
+    if isinstance(error, NotFound):
+        found |= {"code": "model_not_found", "param": "model"}
+    return {"error": found}
+
+
+def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several wrong fields, the first: OpenAI's shape has room for one."""
+    entry = detail[0]
+    names = [str(part) for part in entry["loc"] if part != "body"]
+    names = [_THEIR_NAMES.get(name, name) for name in names[:1]] + names[1:]
+    param = ".".join(names) or None
+    return {"message": f"{param}: {entry['msg']}" if param else entry["msg"], "param": param, "code": entry["type"]}
+
+
+def _size(size: str | None) -> str | dict[str, int] | None:
+    """`auto` is the model's own; `1024x768`; or one of fal's presets."""
+    if size is None or size == "auto":
+        return None
+    matched = _SIZE.fullmatch(size)
+    if not matched and size not in PRESETS:
+        words = f"Input should be auto, WIDTHxHEIGHT such as 1024x768, or one of {', '.join(PRESETS)}"
+        raise InvalidInput([{"type": "value_error", "loc": ["body", "size"], "msg": words, "input": size[:100]}])
+    return {"width": int(matched[1]), "height": int(matched[2])} if matched else size
+
+
+def _model_for(request: Request, name: str) -> Model:
+    served = parts_of(request).models
+    if name not in served:
+        raise NotFound(f"The model {name!r} does not exist; there are {', '.join(sorted(served))}")
+    return served[name]
+
+
+def _model(endpoint: str) -> dict[str, Any]:
+    return {"id": endpoint, "object": "model", "created": 0, "owned_by": endpoint.split("/")[0]}
+
+
+def _answer(outcome: Outcome) -> JSON:
+    output = from_json(outcome.body)
+    if outcome.status != 200:
+        kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
+        message = outcome.error or "Internal Server Error"
+        return JSON(
+            {"error": {"message": message, "type": kind, "param": None, "code": outcome.error_type}}, outcome.status
+        )
+    return JSON({"created": int(time.time()), "data": [_datum(image["url"]) for image in output["images"]]})
+
+
+def _datum(url: str) -> dict[str, str]:
+    """A picture by its address, or in itself: never both, and never null."""
+    return {"b64_json": _base64(url)} if url.startswith("data:") else {"url": url}
+
+
+def _base64(data_uri: str) -> str:
+    return data_uri.partition(",")[2]
+
+
+async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
+    """So many partial pictures, evenly spread over the steps, then each picture."""
+    num_sent, shown = 0, None
+    with parts.notifier.listen(job.request_id) as bell:
+        while job.state != State.COMPLETED:
+            bell.clear()
+            preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps
+            if num_sent < num_partial and preview is not None and preview is not shown and is_due:
+                yield _event("partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
+                num_sent, shown = num_sent + 1, preview
+            if parts.notifier.is_closing:
+                yield {"type": "error", **_problem(InternalError("The server is stopping."))}
+                raise StreamFailed
+            if not await heard(bell):
+                yield None
+    async with output_of(parts, job) as (outcome, output):
+        if outcome.status != 200:
+            yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
+            raise StreamFailed
+        for image in output["images"]:
+            kind = image["content_type"].removeprefix("image/")
+            size = f"{image['width']}x{image['height']}"
+            yield _event("completed", _base64(image["url"]), kind, size=size, usage=_NO_USAGE)
+
+
+def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str, Any]:
+    """One of OpenAI's events; a field that says nothing here has the word that OpenAI has for it."""
+    said = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
+    return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **said}
+
+
+def _identified(response: Response, job: Job) -> Response:
+    response.headers["x-fal-request-id"] = job.request_id
+    return response

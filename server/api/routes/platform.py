@@ -1,0 +1,252 @@
+"""fal's platform API, as api.fal.ai has it: models, prices, usage, and what a key has asked for.
+
+Under the Host api.fal.ai, and through the proxies, /v1/... is brought to /platform/v1/..., because OpenAI's /v1/models
+is at the same path under every other name.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from models.base import Model
+from models.schema import MAX_PROMPT_LENGTH
+from server.api import fal_openapi, validation
+from server.api.dependencies import model_for, owner_of, parts_of, read_within
+from server.api.middleware.rewrite import PLATFORM
+from server.api.responses import JSON
+from server.errors import InvalidInput
+from server.net.bytes_in_flight import SMALL
+from server.queue.history import Wanted
+from server.queue.usage import UsageFilter, Used
+
+router = APIRouter(tags=["platform"])
+
+#: Without a start, fal looks so far back; further for one request.
+LATELY, FOR_ONE = timedelta(days=1), timedelta(days=90)
+#: What is counted. Nothing is charged for it.
+UNIT, CURRENCY = "megapixels", "USD"
+_MODELS = f"{PLATFORM}/v1/models"
+#: What a request takes in a list with payloads: its prompt stands in its input and in its output.
+_ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
+#: When these endpoints became what they are: at the start of the server.
+_SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+Q = TypeVar("Q", bound=BaseModel)
+
+
+def _separated(value: object) -> object:
+    return [part for each in value for part in str(each).split(",") if part] if isinstance(value, list) else value
+
+
+Endpoints = Annotated[list[str], BeforeValidator(_separated)]
+
+
+class RequestsQuery(BaseModel):
+    """fal's parameters; without an endpoint_id, which fal insists on, all of them are meant."""
+
+    endpoint_id: Endpoints = Field([], max_length=50)
+    limit: int = Field(50, ge=1, le=100)
+    cursor: str | None = None
+    start: datetime | None = None
+    end: datetime | None = None
+    status: Literal["success", "error", "user_error"] | None = None
+    request_id: str | None = None
+    expand: Annotated[list[Literal["payloads"]], BeforeValidator(_separated)] = []
+    sort_by: Literal["ended_at"] = "ended_at"
+
+
+class ModelsQuery(BaseModel):
+    """fal's parameters of its model search. A cursor is the number of the first model of the page."""
+
+    endpoint_id: Endpoints = Field([], max_length=50)
+    q: str = ""
+    category: str | None = None
+    status: Literal["active", "deprecated"] | None = None
+    expand: Annotated[list[Literal["openapi-3.0", "enterprise_status"]], BeforeValidator(_separated)] = []
+    limit: int = Field(50, ge=1, le=100)
+    cursor: int = Field(0, ge=0)
+
+
+class PricingQuery(BaseModel):
+    """fal's parameters."""
+
+    endpoint_id: Endpoints = Field(min_length=1, max_length=50)
+
+
+class UsageQuery(BaseModel):
+    """fal's parameters; usage is counted by day, in UTC."""
+
+    endpoint_id: Endpoints = Field([], max_length=50)
+    start: datetime | None = None
+    end: datetime | None = None
+    timeframe: Literal["day"] = "day"
+    timezone: Literal["UTC"] = "UTC"
+    bound_to_timeframe: bool = True
+    expand: Annotated[list[Literal["time_series", "summary", "auth_method"]], BeforeValidator(_separated)] = []
+
+
+class Estimate(BaseModel):
+    """What is planned: calls, or units, of each endpoint."""
+
+    estimate_type: Literal["historical_api_price", "unit_price"]
+    endpoints: dict[str, dict[str, float]] = Field(min_length=1, max_length=50)
+
+
+@router.get(_MODELS)
+async def models(request: Request) -> Response:
+    """The endpoints that are served: all, those that a search finds, or those that are named."""
+    owner_of(request)
+    query = _read(request, ModelsQuery)
+    known = parts_of(request).models
+    chosen = [model_for(request, name) for name in query.endpoint_id] or [known[name] for name in sorted(known)]
+    fit = [model for model in chosen if _fits(model, query)]
+    page, rest = fit[query.cursor : query.cursor + query.limit], fit[query.cursor + query.limit :]
+    items = [_model(model, request.state.base_url, has_openapi="openapi-3.0" in query.expand) for model in page]
+    return JSON({"models": items, **_paging(str(query.cursor + query.limit) if rest else None)})
+
+
+@router.get(f"{_MODELS}/pricing")
+async def pricing(request: Request) -> Response:
+    """What a unit costs: nothing."""
+    owner_of(request)
+    names = [model_for(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
+    prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
+    return JSON({"prices": prices, **_paging()})
+
+
+@router.post(f"{_MODELS}/pricing/estimate")
+async def estimate(request: Request) -> Response:
+    """What so many calls or units would cost: nothing."""
+    async with parts_of(request).in_flight.body(request, owner_of(request), SMALL) as body:
+        planned = validation.read(Estimate, body)
+    for name in planned.endpoints:
+        model_for(request, name)
+    return JSON({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
+
+
+@router.get(f"{_MODELS}/usage")
+async def usage(request: Request) -> Response:
+    """What this key has used, by day and endpoint, in megapixels; `expand=summary` adds it up."""
+    owner = owner_of(request)
+    query = _read(request, UsageQuery)
+    end = query.end or datetime.now(UTC)
+    start = query.start or end - LATELY
+    wanted = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
+    found = await parts_of(request).turns.run(owner, parts_of(request).usage, wanted)
+    answer: dict[str, Any] = _paging()
+    if "time_series" in query.expand or "summary" not in query.expand:
+        answer["time_series"] = _time_series(found)
+    if "summary" in query.expand:
+        names = sorted({used.endpoint for used in found})
+        answer["summary"] = [_line(name, [used for used in found if used.endpoint == name]) for name in names]
+    return JSON(answer)
+
+
+@router.get(f"{PLATFORM}/v1/workflows")
+async def workflows(request: Request) -> Response:
+    """Saved workflows, of which this server keeps none."""
+    owner_of(request)
+    return JSON({"workflows": [], **_paging()})
+
+
+@router.get(f"{_MODELS}/requests/by-endpoint")
+@router.get("/v1/models/requests/by-endpoint", include_in_schema=False)
+async def by_endpoint(request: Request) -> Response:
+    """This key's finished requests, the newest first, a page at a time; `expand=payloads` adds input and output."""
+    owner = owner_of(request)
+    query = _read(request, RequestsQuery)
+    start = query.start or datetime.now(UTC) - (FOR_ONE if query.request_id else LATELY)
+    wanted = Wanted(
+        owner=owner,
+        limit=query.limit,
+        endpoints=query.endpoint_id,
+        ended_from=_seconds(start),
+        ended_before=_seconds(query.end) if query.end else None,
+        status=query.status,
+        request_id=query.request_id,
+        cursor=query.cursor,
+        has_payloads="payloads" in query.expand,
+    )
+    parts = parts_of(request)
+
+    def read() -> JSON:
+        return JSON(parts.history(wanted))
+
+    try:
+        return await read_within(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)
+    except ValueError as error:
+        entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
+        raise InvalidInput([entry]) from None
+
+
+def _fits(model: Model, query: ModelsQuery) -> bool:
+    text = f"{model.endpoint} {fal_openapi.summary(model)}".lower()
+    return (
+        all(word in text for word in query.q.lower().split())
+        and query.category in (None, fal_openapi.category(model))
+        and query.status != "deprecated"
+    )
+
+
+def _model(model: Model, base_url: str, *, has_openapi: bool) -> dict[str, Any]:
+    metadata = {
+        "display_name": model.endpoint.partition("/")[2],
+        "category": fal_openapi.category(model),
+        "description": fal_openapi.summary(model),
+        "status": "active",
+        "tags": [],
+        "updated_at": _SINCE,
+        "date": _SINCE,
+        "is_favorited": False,
+        "thumbnail_url": "",
+        "model_url": f"{base_url}/{model.endpoint}",
+        "highlighted": False,
+        "pinned": False,
+    }
+    document = {"openapi": fal_openapi.queue_openapi(model, base_url)} if has_openapi else {}
+    return {"endpoint_id": model.endpoint, "metadata": metadata, **document}
+
+
+def _time_series(found: Sequence[Used]) -> list[dict[str, Any]]:
+    return [
+        {
+            "bucket": f"{day.isoformat()}T00:00:00+00:00",
+            "results": [_line(used.endpoint, [used]) for used in found if used.day == day],
+        }
+        for day in sorted({used.day for used in found})
+    ]
+
+
+def _line(endpoint: str, found: Iterable[Used]) -> dict[str, Any]:
+    quantity = sum(used.billable_units for used in found)
+    about = {"endpoint_id": endpoint, "unit": UNIT, "quantity": quantity, "unit_price": 0.0}
+    return {**about, "cost": 0.0, "currency": CURRENCY, "auth_method": "key"}
+
+
+def _paging(next_cursor: str | None = None) -> dict[str, Any]:
+    return {"next_cursor": next_cursor, "has_more": next_cursor is not None}
+
+
+def _read(request: Request, kind: type[Q]) -> Q:
+    """Raises InvalidInput, in fal's shape."""
+    given: dict[str, Any] = dict(request.query_params)
+    # Said once or several times.
+    given |= {name: request.query_params.getlist(name) for name in ("endpoint_id", "expand") if name in given}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        entries = validation.detail(error.errors(include_url=False), b"")
+        raise InvalidInput([{**entry, "loc": ["query", *entry["loc"][1:]]} for entry in entries]) from None
+
+
+def _seconds(time: datetime) -> float:
+    """Since 1970."""
+    return _utc(time).timestamp()
+
+
+def _utc(time: datetime) -> datetime:
+    """A time without a zone is in UTC."""
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)

@@ -1,0 +1,128 @@
+"""The queue: submit, status, status stream, result, cancel."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.api import responses
+from server.api.dependencies import Parts, model_for, owned, owner_of, parts_of, result_of, submission_of
+from server.api.responses import JSON
+from server.api.sse import EventStream, heard
+from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInProgress
+from server.queue.jobs import Job, Mode, State
+from server.queue.notifier import QUEUE
+
+router = APIRouter(prefix="/queue", tags=["queue"])
+
+
+@router.get("/{app:path}/requests/{request_id}/status")
+async def status(request: Request, app: str, request_id: str) -> Response:
+    """Where a request stands; 202 until it is done."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    logs = job.logs if _wants(request, "logs") else None
+    return _identified(JSON(_status(parts, job, logs), responses.STATUS_CODES[job.state]), job)
+
+
+@router.get("/{app:path}/requests/{request_id}/status/stream")
+async def status_stream(request: Request, app: str, request_id: str) -> Response:
+    """The same as events, with the new log lines only, until the request is done; with `previews=1`, small ones too."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    job.wants_previews |= _wants(request, "previews")
+    changes = _changes(parts, job, _wants(request, "logs"))
+    return _identified(EventStream(changes, within=parts.open_answers.held(job.owner)), job)
+
+
+@router.get("/{app:path}/requests/{request_id}")
+@router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
+async def result(request: Request, app: str, request_id: str) -> Response:
+    """The model's own answer, or the error it ended with; 400 while it is in progress."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    if job.state != State.COMPLETED:
+        raise StillInProgress
+    return _identified(await result_of(parts, job, responses.result), job)
+
+
+@router.delete("/{app:path}/requests/{request_id}")
+async def delete(request: Request, app: str, request_id: str) -> Response:
+    """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
+    parts = parts_of(request)
+    job = await _job(request, parts, app, request_id)
+    await parts.turns.run(job.owner, parts.retention.delete, job)
+    return _identified(Response(status_code=204), job)
+
+
+@router.put("/{app:path}/requests/{request_id}/cancel")
+async def cancel(request: Request, app: str, request_id: str) -> Response:
+    """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
+    parts = parts_of(request)
+    try:
+        job = await _job(request, parts, app, request_id)
+    except NotFound as error:
+        return JSON({"status": "NOT_FOUND", **error.body}, 404)
+    state = await parts.turns.run(job.owner, parts.queue.cancel, job)
+    return _identified(_CANCELLED[state](), job)
+
+
+@router.post("/{endpoint:path}", include_in_schema=False)
+async def submit(request: Request, endpoint: str) -> Response:
+    """Put a request in the queue; once this is answered it is on the disk."""
+    if "/requests/" in endpoint:
+        raise MethodNotAllowed
+    parts = parts_of(request)
+    owner = owner_of(request)
+    model = model_for(request, endpoint)
+    submission = await submission_of(request, model, owner, Mode.QUEUE)
+    job = await parts.turns.run(owner, parts.queue.submit, submission)
+    return _identified(JSON(responses.submitted(job, parts.queue.position(job))), job)
+
+
+_CANCELLED = {
+    State.IN_QUEUE: lambda: JSON({"status": "OK"}),
+    State.IN_PROGRESS: lambda: JSON({"status": "CANCELLATION_REQUESTED"}, 202),
+    State.COMPLETED: lambda: JSON({"status": "ALREADY_COMPLETED", **AlreadyCompleted().body}, 400),
+}
+
+
+async def _job(request: Request, parts: Parts, app: str, request_id: str) -> Job:
+    """This caller's job, from memory if it can be; from its row otherwise."""
+    owner = owner_of(request)
+    job = parts.queue.find(request_id) or await parts.turns.run(owner, parts.queue.load, request_id)
+    return owned(job, owner, app)
+
+
+async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
+    told: dict[str, Any] = {}
+    sent, shown = 0, None
+    with parts.notifier.listen(job.request_id, QUEUE) as bell:
+        while True:
+            bell.clear()
+            logs = job.logs[sent:]
+            body = _status(parts, job, logs if wants_logs else None)
+            preview = job.preview if job.wants_previews and job.preview is not shown else None
+            # A stream that the server closes ends with an event, as any other.
+            if body != told or preview or parts.notifier.is_closing:
+                sent += len(logs)
+                told = _status(parts, job, [] if wants_logs else None)
+                shown = job.preview
+                yield {**body, "preview": preview} if preview else body
+            if body["status"] == State.COMPLETED or parts.notifier.is_closing:
+                return
+            if not await heard(bell):
+                yield None
+
+
+def _status(parts: Parts, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return responses.status(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
+
+
+def _wants(request: Request, what: str) -> bool:
+    return request.query_params.get(what, "").lower() in ("1", "true")
+
+
+def _identified(response: Response, job: Job) -> Response:
+    response.headers["x-fal-request-id"] = job.request_id
+    return response

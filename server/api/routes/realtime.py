@@ -1,0 +1,265 @@
+"""Realtime: inputs and outputs as msgpack over one WebSocket, fal's control messages as JSON text."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgpack
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic_core import to_json
+
+from models.base import Model
+from models.schema import ImageInput
+from server.api import submissions
+from server.api.dependencies import Parts, output_of, owner_by_token
+from server.api.headers import number
+from server.api.wait import cancel_on_disconnect
+from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
+from server.inputs.resolver import MAX_INPUT_BYTES, as_json
+from server.net.fair_share import Shares
+from server.net.websocket import count
+from server.queue.jobs import Job, Mode, State, Submission
+from server.storage.file_store import Lifecycle
+
+log = logging.getLogger(__name__)
+router = APIRouter()
+
+#: How many inputs may wait when the client names no number, and the most it may name: fal's own bound.
+MAX_BUFFERING = 60
+#: Seconds without an input after which the session ends, as fal's do.
+IDLE_SECONDS = 600.0
+_UNAUTHORIZED, _IDLE = 1008, 1000
+#: What is larger is read in a thread.
+_LARGE = 2**16
+#: How many lists and maps a msgpack frame may hold, and how many things each of them: a byte would become 70 otherwise.
+_MAX_PARTS = 1024
+
+
+@router.websocket("/{endpoint:path}/realtime")
+async def realtime(socket: WebSocket, endpoint: str) -> None:
+    """One session: each input is painted in turn; of those that wait, the oldest give way.
+
+    It ends with the first input after its key was revoked.
+    """
+    parts = cast(Parts, socket.app.state.parts)
+    if endpoint not in parts.models:
+        await socket.close(1008, "There is no such endpoint")
+        return
+    await socket.accept()
+    try:
+        owner = owner_by_token(socket, endpoint)
+        count(socket.scope, owner, parts.in_flight)
+        session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
+    except Unauthorized:
+        await _turn_away(socket)
+    except BadRequest as error:
+        await _complain(socket, "BAD_REQUEST", str(error))
+        await socket.close(1008)
+    else:
+        await _served(socket, session, parts.open_answers, owner)
+
+
+async def _served(socket: WebSocket, session: "_Session", open_answers: Shares, owner: str) -> None:
+    try:
+        with open_answers.held(owner):
+            await session.serve()
+    except TooManyRequests as error:
+        await _complain(socket, "UNAVAILABLE", str(error))
+        await socket.close(1013)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What was sent, as it was sent: it is read when its turn comes, and many that wait never have one."""
+
+    content: bytes
+    is_text: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content)
+
+    def as_json(self) -> bytes:
+        """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
+        if self.is_text:
+            return self.content
+        parts = itertools.count()
+
+        def kept(part: Any) -> Any:
+            if next(parts) >= _MAX_PARTS:
+                raise ValueError("too many lists and maps")
+            return part
+
+        limits = {"max_array_len": _MAX_PARTS, "max_map_len": _MAX_PARTS}
+        try:
+            fields = msgpack.unpackb(self.content, object_hook=kept, list_hook=kept, **limits)
+            return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
+        except (ValueError, msgpack.UnpackException, RecursionError):
+            return b"not msgpack"
+
+
+class _Session:
+    """What is read goes into a short buffer; what is painted comes out of it."""
+
+    def __init__(self, socket: WebSocket, parts: Parts, model: Model, owner: str, max_buffering: int) -> None:
+        self._socket = socket
+        self._parts = parts
+        self._model = model
+        self._owner = owner
+        self._inputs: deque[_Frame] = deque()
+        self._max_buffering = max_buffering
+        self._arrived = asyncio.Event()
+        self._is_painting = False
+
+    async def serve(self) -> None:
+        painting = asyncio.create_task(self._paint())
+        try:
+            await self._read()
+        except (WebSocketDisconnect, RuntimeError):
+            # RuntimeError is Starlette's word for a client that left while it was being answered.
+            return
+        finally:
+            painting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await painting
+            while self._inputs:
+                self._drop_oldest()
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_SECONDS):
+                    message = await self._socket.receive()
+            except TimeoutError:
+                if self._is_painting:
+                    continue
+                await _complain(self._socket, "TIMEOUT", "no inputs, reconnect when needed!")
+                await self._socket.close(_IDLE)
+                return
+            if message["type"] == "websocket.disconnect":
+                return
+            if not self._parts.keys.knows(self._owner):
+                await _turn_away(self._socket)
+                return
+            try:
+                self._wait(_frame(message))
+            except TooManyRequests as error:
+                await _complain(self._socket, "UNAVAILABLE", str(error))
+
+    def _wait(self, frame: _Frame) -> None:
+        """The newest waits in any case; of the others, those that are no larger with it than one may be.
+
+        Raises TooManyRequests where its key has too much on its way.
+        """
+        while self._inputs and (
+            len(self._inputs) == self._max_buffering
+            or sum(each.size for each in self._inputs) + frame.size > MAX_INPUT_BYTES
+        ):
+            self._drop_oldest()
+        self._parts.in_flight.take(self._owner, frame.size)
+        self._inputs.append(frame)
+        self._arrived.set()
+
+    def _drop_oldest(self) -> None:
+        self._parts.in_flight.give_back(self._owner, self._inputs.popleft().size)
+
+    async def _paint(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._inputs:
+                self._is_painting = True
+                frame = self._inputs.popleft()
+                try:
+                    await self._try_answer(frame)
+                finally:
+                    self._parts.in_flight.give_back(self._owner, frame.size)
+                self._is_painting = False
+
+    async def _try_answer(self, frame: _Frame) -> None:
+        try:
+            await self._answer(frame)
+        except InvalidInput as error:
+            await _complain(self._socket, "INVALID_INPUT", str(error))
+        except ServerError as error:
+            await _complain(self._socket, "UNAVAILABLE", str(error))
+        except (WebSocketDisconnect, RuntimeError):
+            # The client left while it was being answered; `_read` hears of that too.
+            return
+        except Exception:
+            log.exception("a realtime request failed")
+            await _complain(self._socket, "INTERNAL_ERROR", "Internal Server Error")
+
+    async def _answer(self, frame: _Frame) -> None:
+        is_large = len(frame.content) > _LARGE
+        fields = await self._parts.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
+        self._parts.quota.take(self._owner)
+        inputs = await self._parts.inputs.bring(fields, self._owner)
+        job = await self._submit(as_json(fields, inputs), inputs)
+        with cancel_on_disconnect(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:
+            while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
+                bell.clear()
+                await bell.wait()
+        if job.error is not None or job.state != State.COMPLETED:
+            await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
+            return
+        async with output_of(self._parts, job) as (_, output):
+            await self._socket.send_bytes(await self._parts.turns.run(self._owner, msgpack.packb, output))
+            # It waits until the client has read most of that.
+            timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
+            await self._socket.send_text(to_json(timing).decode())
+
+    def _fields(self, frame: _Frame) -> ImageInput:
+        return submissions.validate(self._model, frame.as_json(), "", self._parts.inputs.limits)
+
+    async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
+        """Submit; a client that leaves while the row is being written is not painted for either."""
+        queue, turns = self._parts.queue, self._parts.turns
+        submitting = asyncio.ensure_future(turns.run(self._owner, queue.submit, self._submission(text, inputs)))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(queue.cancel, await submitting)
+            raise
+
+    def _submission(self, text: str, inputs: Mapping[str, str]) -> Submission:
+        return Submission(
+            endpoint=self._model.endpoint,
+            owner=self._owner,
+            input=text,
+            inputs=inputs,
+            base_url=self._socket.state.base_url,
+            mode=Mode.REALTIME,
+            lifecycle=Lifecycle(),
+        )
+
+
+def _max_buffering(parameters: Mapping[str, str]) -> int:
+    text = parameters.get("max_buffering")
+    if text is None:
+        return MAX_BUFFERING
+    count = number(text, "max_buffering")
+    if not 1 <= count <= MAX_BUFFERING:
+        raise BadRequest(f"max_buffering should be from 1 to {MAX_BUFFERING}")
+    return int(count)
+
+
+def _frame(message: Mapping[str, Any]) -> _Frame:
+    text = message.get("text")
+    return _Frame(message["bytes"], is_text=False) if text is None else _Frame(text.encode(), is_text=True)
+
+
+async def _turn_away(socket: WebSocket) -> None:
+    # The words @fal-ai/client drops its token for.
+    await socket.send_json({"status": "error", "error": "Unauthorized"})
+    await socket.close(_UNAUTHORIZED)
+
+
+async def _complain(socket: WebSocket, code: str, reason: str) -> None:
+    await socket.send_text(to_json({"type": "x-fal-error", "error": code, "reason": reason}).decode())

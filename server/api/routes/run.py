@@ -1,0 +1,81 @@
+"""Run: one request, answered when it is done; stream: the same with its progress."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.api import responses
+from server.api.dependencies import (
+    Parts,
+    model_for,
+    output_of,
+    owner_by_token,
+    owner_of,
+    parts_of,
+    result_of,
+    submission_of,
+)
+from server.api.sse import EventStream, StreamFailed, heard
+from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.errors import InternalError
+from server.queue.jobs import Job, Mode, State
+
+router = APIRouter(tags=["run"])
+
+
+@router.post("/{endpoint:path}/stream", include_in_schema=False)
+async def stream(request: Request, endpoint: str) -> Response:
+    """Progress as events, then the output as the last one."""
+    parts = parts_of(request)
+    job = await _accepted(request, parts, endpoint, Mode.STREAM)
+    response = EventStream(_progress(parts, job), within=cancel_on_disconnect(parts, job))
+    response.headers["x-fal-request-id"] = job.request_id
+    return response
+
+
+@router.post("/{endpoint:path}", include_in_schema=False)
+async def run(request: Request, endpoint: str) -> Response:
+    """Wait for the output. The work stops when the client leaves."""
+    parts = parts_of(request)
+    job = await _accepted(request, parts, endpoint, Mode.RUN)
+    try:
+        await wait_for_outcome(request, parts, job)
+        # It is made: it is not refused any more.
+        response: Response = await result_of(parts, job, responses.result, is_patient=True)
+    except InternalError as error:
+        response = responses.error(error)
+    response.headers["x-fal-request-id"] = job.request_id
+    return response
+
+
+async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
+    # Browsers stream with a token. Without key or token nobody is told which endpoints there are.
+    takes_token = mode == Mode.STREAM and endpoint in parts.models
+    owner = owner_by_token(request, endpoint) if takes_token else owner_of(request)
+    model = model_for(request, endpoint)
+    submission = await submission_of(request, model, owner, mode)
+    return await parts.turns.run(owner, parts.queue.submit, submission)
+
+
+async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
+    told, shown = 0, None
+    with parts.notifier.listen(job.request_id) as bell:
+        while job.state != State.COMPLETED:
+            bell.clear()
+            if job.step != told:
+                told, event = job.step, responses.progress(job)
+                # A preview that was sent is not sent again; one that nobody had time for was replaced by a newer one.
+                if "preview" in event and event["preview"] is shown:
+                    del event["preview"]
+                shown = event.get("preview", shown)
+                yield event
+            if parts.notifier.is_closing:
+                yield InternalError("The server is stopping.").body
+                raise StreamFailed
+            if not await heard(bell):
+                yield None
+    async with output_of(parts, job) as (outcome, output):
+        yield output
+    if outcome.status != 200:
+        raise StreamFailed

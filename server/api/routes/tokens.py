@@ -1,0 +1,38 @@
+"""What proves who is who: short-lived tokens for browsers, and the public keys that webhooks are signed with."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from server.api import validation
+from server.api.dependencies import owner_of, parts_of
+from server.api.responses import JSON
+from server.net.bytes_in_flight import SMALL
+
+router = APIRouter(tags=["tokens"])
+
+
+class TokenRequest(BaseModel):
+    """fal's SDKs name apps by their alias alone: "flux" for fal-ai/flux/dev."""
+
+    allowed_apps: list[Annotated[str, Field(max_length=255)]] = Field(min_length=1, max_length=100)
+    token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token ends.")
+
+
+@router.post("/tokens")
+async def issue(request: Request) -> Response:
+    """A token as a bare JSON string, the one form that all SDKs read."""
+    owner = owner_of(request)
+    async with parts_of(request).in_flight.body(request, owner, SMALL) as body:
+        wanted = validation.read(TokenRequest, body)
+    scope = " ".join(wanted.allowed_apps)
+    return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
+
+
+@router.get("/.well-known/jwks.json")
+async def jwks(request: Request) -> Response:
+    """The public keys of webhook signatures; to be kept for a day at most."""
+    keys = await asyncio.to_thread(parts_of(request).signer.jwks)
+    return JSON(keys, headers={"cache-control": "public, max-age=86400"})

@@ -1,0 +1,92 @@
+"""What a client sends, turned into a submission: the body's fields, and fal's headers and parameters."""
+
+import hashlib
+import secrets
+
+from starlette.requests import Request
+
+from models.base import Model
+from models.schema import ImageInput, Limits
+from server.api import validation
+from server.api.headers import (
+    idempotency_key,
+    lifecycle,
+    max_queue_length,
+    priority,
+    runner_hint,
+    start_deadline,
+    webhook_url,
+)
+from server.api.rate_limit import Quota
+from server.errors import InvalidInput
+from server.executor import Turns
+from server.inputs.resolver import Inputs, as_json
+from server.net.bytes_in_flight import SMALL
+from server.queue.jobs import Mode, Submission
+
+#: curl's -d says the second, some clients say nothing; the body is JSON all the same.
+_JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
+
+
+async def read(
+    request: Request,
+    body: bytes,
+    model: Model,
+    owner: str,
+    *,
+    mode: Mode,
+    inputs: Inputs,
+    quota: Quota,
+    turns: Turns,
+    content_type: str | None = None,
+) -> Submission:
+    """The submission in this request and its body, and what it names by address.
+
+    `content_type` is the body's where that is not the request's own. Raises InvalidInput and BadRequest, naming the
+    field and the limit, TooManyRequests, and DiskFull.
+    """
+    content_type = request.headers.get("content-type", "") if content_type is None else content_type
+    given = (model, body, content_type, inputs.limits)
+    # What is large takes long to read, and others are served meanwhile.
+    fields, body_hash = await turns.run(owner, _read, *given) if len(body) > SMALL else _read(*given)
+    # What was refused costs nothing; what brings files does, so this comes first.
+    quota.take(owner)
+    brought = await inputs.bring(fields, owner)
+    is_queued = mode == Mode.QUEUE
+    return Submission(
+        endpoint=model.endpoint,
+        owner=owner,
+        input=as_json(fields, brought),
+        inputs=brought,
+        base_url=request.state.base_url,
+        mode=mode,
+        priority=priority(request.headers),
+        start_deadline=start_deadline(request.headers),
+        webhook_url=webhook_url(request.query_params, inputs.guard) if is_queued else None,
+        idempotency_key=idempotency_key(request.headers) if is_queued else None,
+        body_hash=body_hash,
+        is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
+        lifecycle=lifecycle(request.headers),
+        max_queue_length=max_queue_length(request.query_params),
+        runner_hint=runner_hint(request.headers),
+    )
+
+
+def _read(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
+    """The fields, and what stands for the body."""
+    return validate(model, body, content_type, limits), hashlib.sha256(body).hexdigest()
+
+
+def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:
+    """The fields, with the seed fixed, so that a retry paints the same picture. Raises InvalidInput."""
+    if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
+        message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
+        raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
+    fields = validation.read(model.Input, body, {"limits": limits})
+    # Below 2**32, because a larger number may be mangled on its way through JavaScript.
+    seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
+    return fields.model_copy(update={"seed": seed})
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower().endswith("+json")

@@ -1,0 +1,80 @@
+"""What the operator does beside serving: keys, webhooks, a backup; in the running server, or without one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server import auth
+from server.auth import Scope
+from server.storage import backup
+from server.storage.database import Database
+from server.webhooks import delivery
+
+
+def _nothing() -> None:
+    """Nobody has to be told."""
+
+
+class Control:
+    """Acts on one data folder. Every act takes and gives plain values, waits for the disk, and raises ValueError."""
+
+    def __init__(
+        self,
+        database: Database,
+        data_dir: Path,
+        *,
+        on_keys: Callable[[], None] = _nothing,
+        on_webhooks: Callable[[], None] = _nothing,
+        is_open: Callable[[], bool] | None = None,
+    ) -> None:
+        """`on_keys` and `on_webhooks` are called after a change of those; `is_open` tells of the running server."""
+        self._database = database
+        self._data_dir = data_dir
+        self._on_keys = on_keys
+        self._on_webhooks = on_webhooks
+        self._is_open = is_open
+        self.acts: dict[str, Callable[..., Any]] = {
+            "add_key": self.add_key,
+            "list_keys": self.list_keys,
+            "is_open": self.is_open,
+            "revoke_key": self.revoke_key,
+            "list_webhooks": self.list_webhooks,
+            "redeliver": self.redeliver,
+            "back_up": self.back_up,
+        }
+
+    def add_key(self, name: str, scope: str) -> str:
+        """A new key, which nobody can read again."""
+        if not name or len(name) > 100 or not name.isprintable():
+            raise ValueError("A key's name should have 1 to 100 letters")
+        if scope not in set(Scope):
+            raise ValueError(f"A key's scope should be one of {', '.join(Scope)}")
+        key = auth.add(self._database, name, Scope(scope))
+        self._on_keys()
+        return key
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """Name, scope, time of making and owner of each."""
+        return auth.listed(self._database)
+
+    def is_open(self) -> bool:
+        """Whether no key is asked for: by the running server, or by one on loopback without keys in its settings."""
+        return self._is_open() if self._is_open else not auth.stored(self._database, with_first=False)
+
+    def revoke_key(self, name: str) -> None:
+        """From now on the key is a wrong one; its requests and pictures stay."""
+        auth.revoke(self._database, name)
+        self._on_keys()
+
+    def list_webhooks(self, *, with_delivered: bool = False, limit: int = 100) -> list[dict[str, Any]]:
+        """Those that wait to be sent or were given up, the newest first; `with_delivered` the others too."""
+        return delivery.list_deliveries(self._database, with_delivered=with_delivered, limit=limit)
+
+    def redeliver(self, request_id: str) -> None:
+        """Send a webhook again, now, with all its retries: also one that was delivered or given up."""
+        delivery.redeliver(self._database, request_id)
+        self._on_webhooks()
+
+    def back_up(self, folder: str) -> int:
+        """Copy the data directory into a new one while the server goes on; returns its bytes."""
+        return backup.back_up(self._database, self._data_dir, Path(folder))

@@ -1,0 +1,214 @@
+"""What this machine can run, and why not: looked at before anything is loaded."""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from models import cpu, discover, hub, memory, trust, weights
+from models.work import FLUX_DEV
+from server.settings import Settings
+from server.storage import database
+
+#: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
+_FLUX_DEV_SIZES = {
+    "transformer": 23_802_816_640,
+    "text_encoder_2": 9_524_621_312,
+    "text_encoder": 246_120_960,
+    "vae": 167_642_022,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    is_well: bool
+    words: str
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Every finding, from the ground up."""
+    yield _python()
+    yield _ports(settings)
+    yield _disk(settings)
+    found = yield from _device(settings)
+    if found is None:
+        return
+    try:
+        places = weights.assign(settings.weights, discover(settings.models_dir))
+    except (ValueError, OSError) as error:
+        yield Finding("weights", False, str(error))
+        return
+    served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
+    for where, endpoints in served.items():
+        try:
+            yield from _weights(where, endpoints, settings, *found)
+        except OSError as error:
+            yield Finding(_name(where), False, str(error))
+    yield _checker(settings, list(served))
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), version)
+
+
+def _ports(settings: Settings) -> Finding:
+    wanted = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
+    taken = [str(port) for host, port in wanted if port and not _is_free(host, port)]
+    words = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
+    return Finding("ports", not taken, words)
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.data_dir
+    # Not its own method, which raises where it may not look.
+    while not os.path.exists(folder):  # noqa: PTH110
+        folder = folder.parent
+    if problem := _unusable(folder):
+        return Finding("disk", False, problem)
+    free = shutil.disk_usage(folder).free
+    needed = settings.retention_gb * 1e9
+    words = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
+    return Finding("disk", free > needed, words)
+
+
+def _unusable(folder: Path) -> str:
+    """Why the data folder, or the one it would be made in, is none to the server; empty when it can be."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"{folder} cannot be read and written"
+    try:
+        database.check(folder)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | None]:
+    """The device's finding; its name and free bytes are the generator's return value, None if it cannot be used."""
+    import torch
+
+    try:
+        device = weights.device_for(settings.device)
+    except OSError as error:
+        yield Finding("device", False, str(error))
+        return None
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        yield Finding(
+            "device", True, f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, PyTorch {torch.__version__}"
+        )
+        return device, int(free)
+    free = psutil.virtual_memory().available
+    what = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
+    yield Finding("device", True, f"{what}, PyTorch {torch.__version__}")
+    return device, int(free)
+
+
+def _weights(
+    where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
+) -> Iterator[Finding]:
+    """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
+    name = _name(where)
+    folder = where if isinstance(where, Path) else hub.locate(where)
+    if folder is None:
+        yield Finding(name, False, f"not here yet; `flux-server pull {where}` brings it")
+        sizes = _FLUX_DEV_SIZES
+    else:
+        trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
+        if redux := weights.installed(where, weights.REDUX):
+            trust.check(redux)
+        sizes = weights.sizes_on_disk(where, folder)
+        size = sum(sizes.values()) / 1e9
+        yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
+    try:
+        dtype = weights.dtype_for(settings.dtype, device, sum(sizes.values()))
+        if device == "cpu":
+            yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
+    except OSError as error:
+        yield Finding(f"{name} type", False, str(error))
+        return
+    sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
+    yield _memory(name, sizes, settings.memory, device, free)
+
+
+def _name(where: str | Path) -> str:
+    return "demo" if where == weights.DEMO else str(where)
+
+
+def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
+    """What a CPU computes in, and for full-size weights what that takes."""
+    from models.device import Device
+    from models.engine import FULL_SIZE
+
+    words = weights.type_name(dtype)
+    if transformer_size < 2 * FULL_SIZE:
+        return words
+    if folder is None:
+        return f"{words}; {Device('cpu').step_words(FLUX_DEV, dtype)}; use a GPU"
+    with trust.explained(folder / "transformer"):
+        own = hub.read(folder / "transformer" / "config.json")
+        return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
+
+
+def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
+    """Which plan is taken, and what each one needs."""
+    # By itself a CPU takes no other.
+    plans = memory.PLANS[:1] if (device, name) == ("cpu", "auto") else memory.PLANS
+    needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in plans)
+    try:
+        chosen = memory.choose(name, sizes, free, device=device)
+    except OSError as error:
+        return Finding(f"{where} memory", False, f"{error} ({needs})")
+    figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
+    if chosen.needs(sizes) <= free:
+        return Finding(f"{where} memory", True, f"{chosen.name}, {chosen.words}; {figures}")
+    fits_none = all(plan.needs(sizes) > free for plan in plans)
+    return Finding(
+        f"{where} memory", False, f"{'nothing fits' if fits_none else f'{chosen.name} does not fit'}: {figures}"
+    )
+
+
+def _checker(settings: Settings, places: list[str | Path]) -> Finding:
+    try:
+        return _found_checker(settings.safety_checker, places)
+    except OSError as error:
+        return Finding("safety checker", False, str(error))
+
+
+def _found_checker(name: str, places: list[str | Path]) -> Finding:
+    """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
+    folders = [place if isinstance(place, Path) else hub.locate(place) for place in places]
+    own = [folder / "safety_checker" for folder in folders if folder is not None]
+    if own and len(own) == len(folders) and all(folder.is_dir() for folder in own):
+        found, words = own, "comes with the weights"
+    elif configured := Path(name) if Path(name).is_dir() else hub.locate(name):
+        found, words = [configured], f"{name} is here"
+    else:
+        return Finding("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
+    for folder in found:
+        trust.check(folder)
+        if hub.missing(folder):
+            return Finding("safety checker", False, f"{folder} lacks its configuration or its safetensors")
+    return Finding("safety checker", True, words)

@@ -1,0 +1,139 @@
+"""The server process: its start, its signals, its graceful shutdown."""
+
+import asyncio
+import logging
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI
+
+from server import auth
+from server.app import create_app
+from server.cli import control_socket
+from server.cli.control import Control
+from server.inputs.resolver import MAX_INPUT_BYTES
+from server.net import tls
+from server.net.connect_proxy import MAX_TUNNELS, ConnectDoor
+from server.net.listeners import bind_socket, build_listeners, raise_open_file_limit
+from server.net.timeouts import hurry_handshakes
+from server.queue.notifier import WEBHOOKS, WORKER
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: For all that has no threads of its own; asyncio's own number is six on two cores.
+_OTHER_THREADS = 32
+
+
+def serve_until_stopped(settings: Settings) -> BaseException | None:
+    """Serve until SIGINT, SIGTERM or the end of the terminal; returns why the worker failed, if it did.
+
+    Raises OSError when a port is taken, ValueError and RuntimeError for what create_app refuses.
+    """
+    sockets = [bind_socket(settings.host, settings.port)]
+    if settings.tls_port:
+        sockets.append(bind_socket(settings.host, settings.tls_port))
+    # A port of 0 is known only now, and URLs in answers name it.
+    settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
+    loop_factory = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_serve(settings, sockets))
+
+
+async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
+    app = create_app(settings)
+    parts, worker = app.state.parts, app.state.worker
+    # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
+    room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
+    ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
+    certificate = _certificate(settings)
+    listeners = build_listeners(app, max_connections=room, ws_max_size=ws_max_size, certificate=certificate)
+    stopping = asyncio.Event()
+    # Names are looked up there, eight at a time for one key, and some servers of names never answer.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
+    hurry_handshakes(asyncio.get_running_loop())
+    _hear_signals(stopping)
+    door = await _door(settings, sockets, min(MAX_TUNNELS, room))
+    async with app.router.lifespan_context(app), control_socket.listening(_control(app, settings), settings.data_dir):
+        # Once more, because Ray has put handlers of its own in their place.
+        _hear_signals(stopping)
+        with parts.notifier.listen(WORKER) as worker_ended:
+            # It may have failed before anybody listened.
+            if worker.failure:
+                worker_ended.set()
+            served = [
+                asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
+            ]
+            _announce(settings, sockets, is_open=parts.keys.is_open)
+            waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
+            await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        parts.notifier.is_stopping = True
+        log.info("stopping")
+        # The worker first, while clients still listen: what it finishes within the grace reaches them.
+        await asyncio.to_thread(worker.stop)
+        parts.notifier.close()
+        for listener in listeners:
+            listener.should_exit = True
+        await asyncio.gather(*served, return_exceptions=True)
+        # After the answers, some of which go through it.
+        if door:
+            await door.close()
+    failure: BaseException | None = worker.failure
+    return failure
+
+
+def _control(app: FastAPI, settings: Settings) -> Control:
+    """The operator's commands, on the parts of the running server."""
+    parts, database = app.state.parts, app.state.database
+
+    def reload_keys() -> None:
+        parts.keys.learn(auth.stored(database, with_first=settings.has_automatic_key))
+
+    return Control(
+        database,
+        settings.data_dir,
+        on_keys=reload_keys,
+        on_webhooks=partial(parts.notifier.ring, WEBHOOKS),
+        is_open=lambda: parts.keys.is_open,
+    )
+
+
+def _certificate(settings: Settings) -> tls.TLS | None:
+    """The files of the certificate, made where there are none; None where no port asks for them."""
+    if not settings.tls_port:
+        return None
+    return tls.ensure(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
+
+
+def _hear_signals(stopping: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup the server is to outlive its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, stopping.set)
+
+
+async def _door(settings: Settings, sockets: list[socket.socket], max_tunnels: int) -> ConnectDoor | None:
+    """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
+    if not settings.proxy_port:
+        return None
+    port, tls_port = (bound.getsockname()[1] for bound in sockets)
+    others = settings.proxy_others
+    door = ConnectDoor(settings.own_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
+    await door.open("127.0.0.1", settings.proxy_port)
+    return door
+
+
+def _announce(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [f"http://{host}:{settings.port}"]
+    if settings.tls_port:
+        lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
+    keys = "No key is asked for" if is_open else "Clients must send a key"
+    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; `flux-server env` says how to get here", flush=True)

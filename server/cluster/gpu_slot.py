@@ -1,0 +1,287 @@
+"""One GPU's place in the cluster: one runner after the other, and the jobs that the present one has."""
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from models.base import About, Loading
+from server.cluster import message_checks, messages
+from server.cluster.ray_backend import Link, Lost
+from server.errors import DiskFull
+from server.metrics import Metrics
+from server.queue.jobs import Job, Priority
+from server.queue.queue import Queue
+from server.status import GpuStatus
+from server.storage.file_store import Files
+from server.worker.running_job import failure
+
+log = logging.getLogger(__name__)
+
+#: Seconds before the next try, after so many runners in a row that never painted.
+PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+#: What requests bring along is in memory for one of them at a time, whatever seats they go to.
+_READING = threading.Lock()
+
+
+class Seat:
+    """`on_change` is called from its thread when there may be room, and when a runner comes or goes."""
+
+    def __init__(
+        self,
+        number: int,
+        link: Callable[[], Link],
+        queue: Queue,
+        files: Files,
+        metrics: Metrics,
+        on_change: Callable[["Seat"], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.number = number
+        self._make_link = link
+        self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
+        self._on_failure = on_failure
+        #: What the present runner has, by request id.
+        self.jobs: dict[str, Job] = {}
+        self._shown: set[str] = set()
+        self.loading, self.is_ready, self.is_closing = Loading(), False, False
+        self._engines: Mapping[str, About] = {}
+        self._link: Link | None = None
+        self._num_lost, self._failure = 0, ""
+        #: Runners so far.
+        self.life = 0
+        self.idle_since = time.monotonic()
+        # Over the jobs and the link, so that no job is given to a runner that is being given up.
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"seat-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Ask for a GPU, and paint on it."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the GPU go, at once where it has nothing to do; after its jobs otherwise."""
+        self.is_closing = True
+        self._is_over.set()
+        self._on_change(self)
+        with self._lock:
+            link = self._link
+        if link and self.is_ready:
+            link.stop()
+        elif link:
+            link.kill()
+
+    def join(self, until: float) -> None:
+        """Wait for that, until this moment of the monotonic clock at the latest."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+
+    def kill(self) -> None:
+        """Wait no more: what is left goes back to the queue."""
+        with self._lock:
+            link = self._link
+        if link:
+            link.kill()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its GPU was let go."""
+        return not self._thread.is_alive()
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it has one: its runner loads there, or paints."""
+        link = self._link
+        return bool(link and link.node)
+
+    # -- what it is given
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes jobs."""
+        return self.is_ready and not self.is_closing
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many jobs it has, and how many of them are of low priority."""
+        jobs = list(self.jobs.values())
+        return len(jobs), sum(job.priority == Priority.LOW for job in jobs)
+
+    def give(self, job: Job, text: str) -> None:
+        """One more job. It is lost with the runner, if that is what happens."""
+        with self._lock:
+            link = self._link
+            if link:
+                self.jobs[job.request_id] = job
+        if link is None:
+            self._retry(lambda: self._queue.give_back(job))
+        elif job.inputs:
+            # It may be a gigabyte, and others wait for other GPUs.
+            threading.Thread(target=self._hand_over, args=(link, job, text), daemon=True).start()
+        else:
+            self._hand_over(link, job, text)
+
+    def _hand_over(self, link: Link, job: Job, text: str) -> None:
+        try:
+            with _READING if job.inputs else contextlib.nullcontext():
+                link.take(job, text)
+        except Lost as error:
+            # With all that it has, which goes elsewhere; this one would only fail here again.
+            log.error("GPU %d: a request could not be handed over: %s", self.number, error)
+            link.kill()
+        except Exception as error:
+            # Unless it went back to the queue meanwhile, with the runner.
+            if self._link is link:
+                outcome = failure(error, job)
+                self._retry(lambda: self._queue.finish(job, outcome))
+                self._forget(job)
+        # Since it was claimed, when nobody could be told yet.
+        if job.is_cancelled:
+            link.cancel(job.request_id)
+
+    def cancel(self, job: Job) -> None:
+        """One of its jobs is to end; returns when the runner knows, or is gone."""
+        with self._lock:
+            link = self._link
+        if link:
+            link.cancel(job.request_id)
+
+    def gpu(self) -> GpuStatus:
+        """What an operator is told of it."""
+        link = self._link
+        node = link.node if link else ""
+        state = "loading" if node else "waiting"
+        if self.is_ready:
+            state = "leaving" if self.is_closing else "ready"
+        return GpuStatus(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines, self._failure)
+
+    # -- its thread
+
+    def _run(self) -> None:
+        num_failed = 0
+        while not self._is_over.wait(PAUSES[min(num_failed, len(PAUSES) - 1)]):
+            num_failed += 1
+            try:
+                num_failed = 0 if self._live() else num_failed
+            except Exception as error:
+                # Of the head itself, such as its database: only a new process puts everything back.
+                self._on_failure(error)
+                return
+
+    def _live(self) -> bool:
+        """One runner, from its start to its end; whether it could paint."""
+        link = self._make_link()
+        with self._lock:
+            self._link = link
+            self.life += 1
+        if self.is_closing:
+            link.kill()
+        was_ready = False
+        try:
+            for report in link.reports():
+                self._hear(link, report)
+                was_ready = was_ready or self.is_ready
+        except (Lost, message_checks.Implausible) as error:
+            if not self._is_over.is_set():
+                self._num_lost, self._failure = self._num_lost + 1, str(error)
+                log.warning("GPU %d: its runner is gone: %s", self.number, error)
+        finally:
+            with self._lock:
+                self._link, self.is_ready = None, False
+            link.kill()
+            self._lose(link)
+            self._engines = {}
+            self._on_change(self)
+        return was_ready
+
+    def _lose(self, link: Link) -> None:
+        """What the runner had goes elsewhere, or ends because this was too often."""
+        if self.jobs and not self._is_over.is_set() and (struck := link.struck()):
+            jobs = [job for job in self.jobs.values() if job.request_id in struck]
+            log.error(
+                "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(struck)
+            )
+            self._queue.strike(jobs)
+        for job in sorted(self.jobs.values(), key=lambda job: job.rank):
+            self._retry(lambda job=job: self._queue.lose(job))  # type: ignore[misc]
+            self._forget(job)
+
+    def _hear(self, link: Link, report: messages.Report) -> None:
+        job = message_checks.checked(report, self.jobs)
+        match report:
+            case messages.Progress() if job:
+                job.preview = report.preview or job.preview
+                self._queue.progress(job, report.step, report.num_steps)
+                if job.wants_previews and job.request_id not in self._shown:
+                    self._shown.add(job.request_id)
+                    link.preview(job.request_id)
+            case messages.Line() if job:
+                self._queue.log(job, report.message, report.level)
+            case messages.Ended() if job:
+                self._retry(lambda: self._finish(job, report))
+                self._forget(job)
+            case messages.Returned() if job:
+                self._retry(lambda: self._queue.give_back(job))
+                self._forget(job)
+            case messages.Refused() if job:
+                raise Lost("it could not take in what came along with a request")
+            case messages.Struck():
+                self._queue.strike([self.jobs[name] for name in report.request_ids if name in self.jobs])
+                link.hear()
+            case messages.Stepped():
+                self._metrics.stepped(report.size, report.acceleration, report.seconds)
+            case messages.Painted():
+                self._metrics.painted(report.endpoint, report.num_pictures, report.num_flagged)
+            case _:
+                self._hear_state(report)
+
+    def _hear_state(self, report: messages.Report) -> None:
+        match report:
+            case messages.State():
+                self.loading, self._engines = report.loading, report.engines
+                if report.is_ready and not self.is_ready:
+                    self.is_ready, self.idle_since, self._failure = True, time.monotonic(), ""
+                    self._on_change(self)
+            case messages.Logged():
+                report.record.gpu, report.record.msg = self.number, report.record.msg[: message_checks.MAX_LINE]
+                logger = logging.getLogger(report.record.name)
+                # Its own level holds here too.
+                if logger.isEnabledFor(report.record.levelno):
+                    logger.handle(report.record)
+            case messages.Over() if report.failure is not None:
+                raise Lost(report.failure)
+
+    def _finish(self, job: Job, ended: messages.Ended) -> None:
+        """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.
+
+        Raises Implausible for a file that is there already: it is somebody else's.
+        """
+        if any(self._files.lists(each.name) for each in ended.outcome.files):
+            raise message_checks.Implausible("it reported a file that is there already")
+        try:
+            files = tuple(
+                self._files.put(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
+            )
+            outcome = dataclasses.replace(ended.outcome, files=files)
+        except OSError as error:
+            files, outcome = (), failure(error, job)
+        if not self._queue.finish(job, outcome):
+            self._files.remove([file.name for file in files])
+
+    def _forget(self, job: Job) -> None:
+        self.jobs.pop(job.request_id, None)
+        self._shown.discard(job.request_id)
+        self.idle_since = time.monotonic()
+        self._on_change(self)
+
+    def _retry(self, act: Callable[[], object]) -> None:
+        """Until the disk has room for it."""
+        while True:
+            try:
+                act()
+                return
+            except DiskFull as error:
+                log.error("%s; nothing is lost, trying again every second", error)
+                time.sleep(1)

@@ -1,0 +1,128 @@
+"""What a runner reports, looked over before the head acts on it: a faulty runner must harm no request but its own."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from logging import LogRecord
+
+from pydantic_core import from_json
+
+from models.base import Loading
+from server.cluster import messages
+from server.queue.jobs import Job, Outcome
+from server.storage.file_store import StoredFile, is_name
+
+#: Characters of an answer: SQLite holds a thousand million bytes.
+MAX_BODY = 2**28
+#: Characters of a preview, as a data URI.
+MAX_PREVIEW = 2**23
+#: Characters of a line for a log, and lines of a request's log.
+MAX_LINE, MAX_LINES = 2**16, 10_000
+#: Characters of a word, such as a level or a tier.
+_MAX_WORD = 255
+#: What SQLite holds as an integer.
+_MAX_UNITS = 2**63 - 1
+_CONTENT_TYPES = ("image/jpeg", "image/png")
+#: Statuses a request can end with.
+_OK, _ERRORS = 200, range(400, 600)
+
+
+class Implausible(Exception):
+    """A report that no runner in order makes; says what is wrong with it."""
+
+
+def checked(report: messages.Report, jobs: Mapping[str, Job]) -> Job | None:
+    """The job that a report is about, if the runner has it. Raises Implausible."""
+    request_id = getattr(report, "request_id", "")
+    _demand(isinstance(request_id, str), "a request id that is no text")
+    job = jobs.get(request_id)
+    match report:
+        case messages.Progress() if job:
+            _check_progress(report, job)
+        case messages.Line() if job:
+            _check_line(report, job)
+        case messages.Ended() if job:
+            _check_outcome(report.outcome)
+            _check_files(report, job)
+        case messages.Struck():
+            _demand(all(isinstance(name, str) for name in report.request_ids), "a strike against no request")
+        case messages.State():
+            _demand(isinstance(report.loading, Loading) and isinstance(report.engines, Mapping), "a state that is none")
+        case messages.Stepped():
+            _demand(_is_text(report.acceleration, _MAX_WORD) and _is_time(report.seconds), "a step that is none")
+        case messages.Painted():
+            numbers = (report.num_pictures, report.num_flagged)
+            _demand(all(_is_count(number, _MAX_WORD) for number in numbers), "a number of pictures that is none")
+        case messages.Logged():
+            record = report.record
+            is_line = isinstance(record, LogRecord) and isinstance(record.msg, str) and not record.args
+            _demand(is_line, "a line for the log that is none")
+        case messages.Over():
+            _demand(report.failure is None or _is_text(report.failure, MAX_LINE), "an end that makes no sense")
+    return job
+
+
+def _check_progress(report: messages.Progress, job: Job) -> None:
+    are_counts = _is_count(report.num_steps, MAX_LINES) and _is_count(report.step, report.num_steps)
+    _demand(are_counts, "a step that is none")
+    _demand(report.preview is None or _is_text(report.preview, MAX_PREVIEW), "a preview that is too large")
+    _demand(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
+
+
+def _check_line(report: messages.Line, job: Job) -> None:
+    are_texts = _is_text(report.message, MAX_LINE) and _is_text(report.level, _MAX_WORD)
+    _demand(are_texts, "a line for the log of a request that is none, or is too long")
+    _demand(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
+
+
+def _check_outcome(outcome: Outcome) -> None:
+    _demand(isinstance(outcome, Outcome), "an outcome that is none")
+    _demand(_is_count(outcome.status, _ERRORS[-1]), "a status that is none")
+    _demand(outcome.status == _OK or outcome.status in _ERRORS, f"a status of {outcome.status}")
+    _demand(_is_text(outcome.body, MAX_BODY), f"an answer that is no text, or has more than {MAX_BODY} characters")
+    _demand(_is_object(outcome.body), "an answer that is not JSON")
+    words = (outcome.error, outcome.error_type, outcome.acceleration)
+    _demand(all(word is None or _is_text(word, MAX_LINE) for word in words), "an error that is no text")
+    _demand(outcome.inference_time is None or _is_time(outcome.inference_time), "a time that is none")
+    _demand(_is_count(outcome.billable_units, _MAX_UNITS), "billable units that are none")
+
+
+def _check_files(report: messages.Ended, job: Job) -> None:
+    files = report.outcome.files
+    for file in files:
+        _demand(isinstance(file, StoredFile) and isinstance(file.name, str) and is_name(file.name), "a file's bad name")
+        content = report.contents.get(file.name)
+        _demand(isinstance(content, bytes), "a file without its content")
+        _demand(file.size == len(content or b""), "a file of another size")
+        _demand(file.owner == job.owner and file.is_private == job.lifecycle.is_private, "a file of somebody else's")
+        _demand(file.content_type in _CONTENT_TYPES and file.file_name is None, "a file that is no picture")
+    _demand(len({file.name for file in files}) == len(files), "two files of one name")
+
+
+def _demand(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise Implausible(f"it reported {otherwise}")
+
+
+def _is_text(value: object, max_length: int) -> bool:
+    if not isinstance(value, str) or len(value) > max_length:
+        return False
+    # The database takes no other.
+    with contextlib.suppress(UnicodeEncodeError):
+        return bool(value.encode()) or not value
+    return False
+
+
+def _is_count(value: object, highest: int) -> bool:
+    return isinstance(value, int) and 0 <= value <= highest
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(from_json(text), dict)
+    except ValueError:
+        return False

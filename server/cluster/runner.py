@@ -1,0 +1,190 @@
+"""One GPU away from the head: the same worker as in the server's own process, with a desk in the place of its queue."""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from models import discover, weights
+from server.cluster.messages import Logged, Over, Refused, Report, State
+from server.cluster.runner_queue import Desk, ReportedMetrics
+from server.inputs.cache import Brought
+from server.library_env import keep_quiet, spin_less
+from server.queue.jobs import Job
+from server.queue.notifier import Notifier
+from server.settings import Settings
+from server.worker.crash_recorder import BlackBox
+from server.worker.engine_pool import placements
+from server.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the worker: while it loads, and when it paints.
+LOOKS = (0.1, 2.0)
+#: Seconds that the folder of a runner that died stays, so that the head can read its black box.
+KEPT = 60.0
+
+
+def node_folder() -> Path:
+    """What a node keeps from one runner to the next: what was compiled, and a folder for each that lives."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "flux-server"
+
+
+class Runner:
+    """Made, called and ended by the head. Knows nothing of Ray, so that it can be tried without."""
+
+    def __init__(self, settings: Settings) -> None:
+        keep_quiet()
+        spin_less()
+        # One thread, says Ray to those that ask for no CPU; the worker in a server's own process takes what there is.
+        os.environ.pop("OMP_NUM_THREADS", None)
+        self._folder = _new_folder(node_folder() / "runners")
+        settings = settings.model_copy(update={"data_dir": node_folder()})
+        self._desk, self._bell = Desk(), _Bell(self._fail)
+        kept = int(settings.loras_gb * 1e9)
+        self._brought = Brought(self._folder / "inputs", lambda: self._desk.names, kept)
+        known = discover(settings.models_dir)
+        places = weights.assign(settings.weights, known)
+        self._black_box = BlackBox(self._folder)
+        self._worker = Worker(
+            settings,
+            {endpoint: known[endpoint] for endpoint in places},
+            placements(settings, places),
+            self._desk,
+            self._desk,
+            self._brought.path,
+            self._bell,
+            ReportedMetrics(self._desk),
+            self._black_box,
+        )
+        self._is_stopping = threading.Event()
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[_Handler(self._desk)], force=True)
+
+    def about(self) -> Mapping[str, Any]:
+        """Its process, and the folder with its black box."""
+        return {"pid": os.getpid(), "folder": str(self._folder)}
+
+    def work(self) -> Iterator[Sequence[Report]]:
+        """Load, then paint what is put in; yields what there is to report until it is over."""
+        self._black_box.open()
+        self._worker.start()
+        threading.Thread(target=self._look, name="look", daemon=True).start()
+        is_over = False
+        while not is_over:
+            reports = self._desk.reports()
+            yield reports
+            is_over = any(isinstance(report, Over) for report in reports)
+
+    def take(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
+        """One more job, and where to get the files that came along with it."""
+        try:
+            for name, source in contents.items():
+                aside = self._brought.aside()
+                aside.write_bytes(self.fetch(source))
+                self._brought.keep(aside, Path(name).suffix)
+        except Exception:
+            log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
+            self._desk.tell(Refused(job.request_id))
+            return
+        self._desk.put(job, text)
+        self._bell.work.set()
+
+    def lacks(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of these files are not here; the others stay for a while."""
+        return [name for name in names if not self._brought.touch(name)]
+
+    def fetch(self, source: Any) -> bytes:
+        """What is in a file that a job brought along; `source` is what the head gave for it."""
+        return bytes(source)
+
+    def cancel(self, request_id: str) -> None:
+        """A job is to end before its next step."""
+        if job := self._desk.find(request_id):
+            job.is_cancelled = True
+            self._bell.work.set()
+
+    def preview(self, request_id: str) -> None:
+        """Somebody wants to see a job's previews."""
+        if job := self._desk.find(request_id):
+            job.wants_previews = True
+
+    def hear(self) -> None:
+        """What was to be remembered before the process ends, is."""
+        self._desk.hear()
+
+    def stop(self) -> None:
+        """Finish what runs within the grace, give the rest back."""
+        self._is_stopping.set()
+        self._worker.stop()
+        self._desk.tell(Over())
+
+    def _look(self) -> None:
+        """Tell how it is, for as long as it is."""
+        last: State | None = None
+        swept_at = time.monotonic()
+        while not self._is_stopping.wait(LOOKS[self._worker.is_ready]):
+            state = State(self._worker.loading, self._worker.is_ready, self._worker.gpus()[0].engines)
+            if state != last:
+                self._desk.tell(state)
+                last = state
+            if time.monotonic() > swept_at + KEPT:
+                self._brought.sweep()
+                swept_at = time.monotonic()
+
+    def _fail(self) -> None:
+        failure = self._worker.failure
+        self._desk.tell(Over(str(failure) or repr(failure)))
+
+
+class _Bell(Notifier):
+    """Rung by the worker for one thing only: that it ended by itself."""
+
+    def __init__(self, on_failure: Any) -> None:
+        super().__init__()
+        self._on_failure = on_failure
+
+    def ring(self, *topics: str) -> None:
+        """Somebody has to know."""
+        self._on_failure()
+
+
+class _Handler(logging.handlers.QueueHandler):
+    """What is logged here is said by the head."""
+
+    def __init__(self, desk: Desk) -> None:
+        # No queue: records go to the desk.
+        super().__init__(None)  # type: ignore[arg-type]
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._desk = desk
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Ready to be sent: without what was put into it on the way here, which the head would show."""
+        for name in ("message", "_ray_timestamp_ns"):
+            record.__dict__.pop(name, None)
+        self._desk.tell(Logged(record))
+
+
+def _new_folder(runners: Path) -> Path:
+    """A folder for this process; those of runners that died a while ago are deleted."""
+    runners.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Of this machine alone: homes may be shared.
+    here = f"{socket.gethostname()}-"
+    for folder in runners.glob(f"{here}*"):
+        with contextlib.suppress(OSError, ValueError):
+            is_old = folder.stat().st_mtime < time.time() - KEPT
+            if is_old and not psutil.pid_exists(int(folder.name.removeprefix(here))):
+                shutil.rmtree(folder, ignore_errors=True)
+    mine = runners / f"{here}{os.getpid()}"
+    shutil.rmtree(mine, ignore_errors=True)
+    mine.mkdir(mode=0o700)
+    return mine

@@ -1,0 +1,1 @@
+"""Files that requests refer to. All are untrusted."""

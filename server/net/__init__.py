@@ -1,0 +1,1 @@
+"""Sockets: listeners, time limits, TLS, the CONNECT proxy, outbound requests."""

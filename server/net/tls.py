@@ -1,0 +1,194 @@
+"""A local certificate authority and the server's certificate: Python's fal-client speaks HTTPS only."""
+
+import datetime
+import ipaddress
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import certifi
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from server.net.fal_hosts import CERTIFICATE_NAMES
+
+#: Names a client may call us by: ours, and fal's for those who bring fal's names here. A wildcard below
+#: localhost is refused by OpenSSL and Node, so each of its names is listed.
+NAMES = (
+    "localhost",
+    "queue.localhost",
+    "rest.localhost",
+    "ws.localhost",
+    *CERTIFICATE_NAMES,
+)
+ADDRESSES = ("127.0.0.1", "::1")
+_AUTHORITY_DAYS = 3650
+_CERTIFICATE_DAYS = 397
+_RENEW_DAYS = 30
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class TLS:
+    """The files. `bundle` is the authority beside the world's, for SSL_CERT_FILE, which replaces the usual list."""
+
+    authority: Path
+    bundle: Path
+    certificate: Path
+    key: Path
+
+
+def paths(data_dir: Path) -> TLS:
+    """Where the files are, made or not."""
+    folder = data_dir / "tls"
+    return TLS(folder / "ca.pem", folder / "bundle.pem", folder / "cert.pem", folder / "key.pem")
+
+
+def ensure(data_dir: Path, *hosts: str) -> TLS:
+    """Make the authority at the first start, and the certificate then and before it runs out or names change.
+
+    `hosts` are names and addresses it is to bear beside the usual ones.
+    """
+    files = paths(data_dir)
+    folder = files.authority.parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    authority_key = folder / "ca.key"
+    if not (authority_key.exists() and files.authority.exists()):
+        _make_authority(files.authority, authority_key)
+        files.certificate.unlink(missing_ok=True)
+    issuer, issuer_key = _read(files.authority, x509.load_pem_x509_certificate), _read(authority_key, _load_key)
+    _write(files.bundle, b"\n".join(path.read_bytes() for path in (*_usual_authorities(), files.authority)), 0o644)
+    names = _alternative_names(hosts)
+    if not (files.certificate.exists() and files.key.exists() and _is_current(files, names)):
+        _make_certificate(files, issuer, issuer_key, names)
+    return files
+
+
+def _usual_authorities() -> Sequence[Path]:
+    """The world's, and this machine's own: a company's authority is often only there."""
+    here = ssl.get_default_verify_paths().cafile
+    return [Path(certifi.where()), *([Path(here)] if here else [])]
+
+
+def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    names, addresses = list(NAMES), [ipaddress.ip_address(address) for address in ADDRESSES]
+    for host in filter(None, hosts):
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            names.append(host)
+        else:
+            # "Any address" is where a server listens, not where it is found.
+            addresses += [] if address.is_unspecified else [address]
+    shown = [*map(x509.DNSName, dict.fromkeys(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
+    return x509.SubjectAlternativeName(shown)
+
+
+def _read(path: Path, load: Callable[[bytes], Loaded]) -> Loaded:
+    try:
+        return load(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} cannot be read; delete it and a new one is made") from None
+
+
+def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(content, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def _is_current(files: TLS, names: x509.SubjectAlternativeName) -> bool:
+    certificate = _read(files.certificate, x509.load_pem_x509_certificate)
+    # For what comes of it: whoever serves with it would not say which file it is.
+    _read(files.key, _load_key)
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and found == names
+
+
+def _make_authority(path: Path, key_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name("flux-server local authority")
+    certificate = (
+        _builder(name, name, key.public_key(), _AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(is_authority=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    _write(key_path, _pem(key), 0o600)
+    _write(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _make_certificate(
+    files: TLS, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey, names: x509.SubjectAlternativeName
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = (
+        _builder(_name("flux-server"), issuer.subject, key.public_key(), _CERTIFICATE_DAYS)
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(is_authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    _write(files.key, _pem(key), 0o600)
+    _write(files.certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        # A clock that is a little behind still accepts it.
+        .not_valid_before(_now() - datetime.timedelta(hours=1))
+        .not_valid_after(_now() + datetime.timedelta(days=days))
+    )
+
+
+def _usage(*, is_authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_authority,
+        crl_sign=is_authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Private from the first byte, and whole or not at all."""
+    aside = path.with_suffix(".part")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    aside.rename(path)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

@@ -1,0 +1,252 @@
+"""The rows of jobs: how they are written and read. Each change of state is one guarded UPDATE."""
+
+import json
+import sqlite3
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic_core import from_json
+
+from server.errors import InternalError, InvalidInput
+from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
+from server.storage.file_store import Lifecycle, list_file
+
+#: Answers up to this size, in bytes, hold no picture.
+SMALL_OUTPUT = 16_384
+#: Bytes of a row beside its texts, indexes and all.
+_ROW_BYTES = 1024
+
+_CLAIM = """
+    UPDATE jobs SET state = 'IN_PROGRESS', attempt = attempt + 1, started_at = :now
+    WHERE sequence = :sequence AND state = 'IN_QUEUE'
+    RETURNING attempt, input, submitted_at
+"""
+
+_END = """
+    UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
+        output_size = :output_size,
+        input = CASE WHEN :is_cancelled THEN '{}' ELSE input END,
+        inputs = CASE WHEN :is_cancelled THEN '{}' ELSE inputs END,
+        error = :error, error_type = :error_type, inference_time = :inference_time,
+        acceleration = :acceleration, billable_units = :billable_units, logs = :logs, is_cancelled = :is_cancelled
+    WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
+"""
+
+_DUE = """
+    INSERT INTO deliveries (request_id, url, due_at)
+    SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL
+"""
+
+_USED = """
+    INSERT INTO usage VALUES (?, ?, ?, 1, ?) ON CONFLICT DO UPDATE
+    SET requests = requests + 1, billable_units = billable_units + excluded.billable_units
+"""
+
+
+def insert(connection: sqlite3.Connection, submission: Submission, now: float) -> Job:
+    """A new job, IN_QUEUE."""
+    request_id = str(uuid.uuid4())
+    values = {
+        "request_id": request_id,
+        "endpoint": submission.endpoint,
+        "owner": submission.owner,
+        "mode": submission.mode,
+        "priority": submission.priority,
+        "input": submission.input,
+        "inputs": json.dumps(dict(submission.inputs)),
+        "base_url": submission.base_url,
+        "webhook_url": submission.webhook_url,
+        "idempotency_key": submission.idempotency_key,
+        "body_hash": submission.body_hash,
+        "start_deadline": submission.start_deadline,
+        "is_kept": submission.is_kept,
+        "file_lifetime": submission.lifecycle.lifetime,
+        "is_private": submission.lifecycle.is_private,
+        "state": State.IN_QUEUE,
+        "submitted_at": now,
+    }
+    names = ", ".join(values)
+    marks = ", ".join(f":{name}" for name in values)
+    cursor = connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)  # noqa: S608  our own names
+    return Job(
+        sequence=cursor.lastrowid or 0,
+        request_id=request_id,
+        endpoint=submission.endpoint,
+        owner=submission.owner,
+        mode=submission.mode,
+        priority=submission.priority,
+        base_url=submission.base_url,
+        state=State.IN_QUEUE,
+        start_deadline=submission.start_deadline,
+        is_kept=submission.is_kept,
+        lifecycle=submission.lifecycle,
+        inputs=submission.inputs,
+        input_size=len(submission.input.encode()),
+        runner_hint=submission.runner_hint,
+    )
+
+
+def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
+    """The row that the submission's Idempotency-Key stands for already. Raises InvalidInput if its body was another."""
+    if submission.idempotency_key is None:
+        return None
+    found: sqlite3.Row | None = connection.execute(
+        "SELECT * FROM jobs WHERE owner = ? AND endpoint = ? AND idempotency_key = ?",
+        (submission.owner, submission.endpoint, submission.idempotency_key),
+    ).fetchone()
+    if found and found["body_hash"] != submission.body_hash:
+        message = "Idempotency-Key was used before with another body"
+        raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
+    return found
+
+
+def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
+    """The job becomes IN_PROGRESS: its attempt, input and submitted_at. Raises RuntimeError when it does not wait."""
+    row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "sequence": job.sequence}).fetchone()
+    if row is None:
+        raise RuntimeError(f"{job.request_id} does not wait")
+    return row
+
+
+def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
+    """The job becomes COMPLETED, with its answer, its files and its webhook's due row. Cancelled, it loses its input.
+
+    Raises RuntimeError when the row is not in the state and attempt of `job`: somebody else's claim.
+    """
+    logs, num_bytes = json.dumps(job.logs), len(outcome.body.encode())
+    values = {
+        "now": now,
+        "status": outcome.status,
+        "output": outcome.body,
+        "output_size": num_bytes if num_bytes > SMALL_OUTPUT else 0,
+        "error": outcome.error,
+        "error_type": outcome.error_type,
+        "inference_time": outcome.inference_time,
+        "acceleration": outcome.acceleration,
+        "billable_units": outcome.billable_units,
+        "logs": logs,
+        "is_cancelled": is_cancelled,
+        "request_id": job.request_id,
+        "state": job.state,
+        "attempt": job.attempt,
+    }
+    if connection.execute(_END, values).rowcount != 1:
+        raise _lost(job)
+    row_bytes = _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size)
+    connection.execute("INSERT INTO row_sizes VALUES (?, ?, ?, ?)", (job.request_id, job.owner, row_bytes, now))
+    for file in outcome.files:
+        list_file(connection, file, job.request_id, now)
+    if outcome.status == 200:
+        day = datetime.fromtimestamp(now, UTC).date().isoformat()
+        connection.execute(_USED, (job.owner, day, job.endpoint, outcome.billable_units))
+    connection.execute(_DUE, (now, job.request_id))
+
+
+def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
+    """Remember that a running job is to end, also over a restart."""
+    _guarded(
+        connection,
+        "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
+    )
+
+
+def strike(connection: sqlite3.Connection, job: Job) -> None:
+    """Remember that the process had to end while it worked at this job."""
+    _guarded(
+        connection,
+        "UPDATE jobs SET strikes = strikes + 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
+    )
+
+
+def give_back(connection: sqlite3.Connection, job: Job) -> None:
+    """A running job becomes IN_QUEUE again; its sequence, and so its place, stays."""
+    _guarded(
+        connection,
+        "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
+        job,
+    )
+
+
+def _guarded(connection: sqlite3.Connection, sql: str, job: Job) -> None:
+    if connection.execute(sql, (job.request_id, job.attempt)).rowcount != 1:
+        raise _lost(job)
+
+
+def _lost(job: Job) -> RuntimeError:
+    return RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
+
+
+def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
+    """Remember when the result was first read."""
+    connection.execute(
+        "UPDATE jobs SET fetched_at = ? WHERE request_id = ? AND state = 'COMPLETED' AND fetched_at IS NULL",
+        (now, job.request_id),
+    )
+
+
+def job_of(row: sqlite3.Row) -> Job:
+    """The image of a whole row; of a damaged one what can be read of it."""
+    logs, names = _parsed(row["logs"] or "[]"), _names_in(row["inputs"])
+    return Job(
+        sequence=row["sequence"],
+        request_id=row["request_id"],
+        endpoint=row["endpoint"],
+        owner=row["owner"],
+        mode=Mode(row["mode"]),
+        priority=Priority(row["priority"]),
+        base_url=row["base_url"],
+        state=State(row["state"]),
+        attempt=row["attempt"],
+        strikes=row["strikes"],
+        start_deadline=row["start_deadline"],
+        is_cancelled=bool(row["is_cancelled"]),
+        is_kept=bool(row["is_kept"]),
+        lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
+        inputs=names or {},
+        input_size=len(row["input"].encode()),
+        output_size=row["output_size"],
+        is_damaged=names is None,
+        error=row["error"],
+        error_type=row["error_type"],
+        inference_time=row["inference_time"],
+        acceleration=row["acceleration"],
+        logs=logs if isinstance(logs, list) else [],
+    )
+
+
+def outcome_of(row: sqlite3.Row) -> Outcome:
+    """How the job in a whole row ended; its files are listed elsewhere."""
+    if not _is_answer(row["output"]):
+        return Outcome.from_error(InternalError("The answer of this request is damaged: its row cannot be read."))
+    return Outcome(
+        row["status"],
+        row["output"],
+        row["error"],
+        row["error_type"],
+        row["inference_time"],
+        billable_units=row["billable_units"],
+    )
+
+
+def _is_answer(text: str) -> bool:
+    # Of one that holds pictures no more than its ends is looked at: to read all of it takes long.
+    if len(text) > SMALL_OUTPUT:
+        return text.startswith("{") and text.endswith("}")
+    return isinstance(_parsed(text), dict)
+
+
+def _names_in(text: str) -> dict[str, str] | None:
+    found = _parsed(text)
+    is_whole = isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
+    return found if is_whole else None
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says; None for what is none."""
+    try:
+        return from_json(text)
+    except ValueError:
+        return None

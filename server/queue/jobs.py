@@ -1,0 +1,134 @@
+"""A job: one request, from its acceptance to its result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic_core import to_json
+
+from server.errors import ServerError
+from server.storage.file_store import DEFAULT_LIFECYCLE, Lifecycle, StoredFile
+
+
+class State(StrEnum):
+    """fal's three statuses; COMPLETED stands for success, failure and cancellation alike."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+
+
+class Mode(StrEnum):
+    """How the request came: only queue jobs outlive their client's connection."""
+
+    QUEUE = "queue"
+    RUN = "run"
+    STREAM = "stream"
+    REALTIME = "realtime"
+
+
+class Priority(StrEnum):
+    """fal's X-Fal-Queue-Priority."""
+
+    NORMAL = "normal"
+    LOW = "low"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a client asks for, validated."""
+
+    endpoint: str
+    owner: str
+    input: str
+    base_url: str
+    mode: Mode = Mode.QUEUE
+    priority: Priority = Priority.NORMAL
+    start_deadline: float | None = None
+    webhook_url: str | None = None
+    idempotency_key: str | None = None
+    body_hash: str = ""
+    #: Files that the input names by address: the field's place, and the name in the folder of inputs.
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    is_kept: bool = True
+    lifecycle: Lifecycle = DEFAULT_LIFECYCLE
+    max_queue_length: int | None = None
+    runner_hint: str | None = None
+
+
+#: More than there will ever be requests.
+BEHIND_ALL = 1 << 62
+
+
+@dataclass(slots=True)
+class Job:
+    """The in-memory image of a row. It changes only after the same change was committed.
+
+    Logs, progress and the newest preview live here alone until the job is finished.
+    """
+
+    sequence: int
+    request_id: str
+    endpoint: str
+    owner: str
+    mode: Mode
+    priority: Priority
+    base_url: str
+    state: State
+    attempt: int = 0
+    strikes: int = 0
+    start_deadline: float | None = None
+    is_cancelled: bool = False
+    is_kept: bool = True
+    lifecycle: Lifecycle = DEFAULT_LIFECYCLE
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    #: Bytes of its input's text.
+    input_size: int = 0
+    #: Bytes of its answer, once it is completed; 0 for a small one, perhaps.
+    output_size: int = 0
+    #: Whether its row does not say any more which files the input names by address.
+    is_damaged: bool = False
+    error: str | None = None
+    error_type: str | None = None
+    inference_time: float | None = None
+    acceleration: str | None = None
+    step: int = 0
+    num_steps: int = 0
+    #: What the picture looks like so far, as a data URI; for those that stream, and those whose status asks for it.
+    preview: str | None = None
+    wants_previews: bool = False
+    #: fal's X-Fal-Runner-Hint: requests with the same one like the same GPU. Not kept over a restart.
+    runner_hint: str | None = None
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """Its place in the queue: normal priority first, then in order of arrival. One number, quick to compare."""
+        return self.sequence + BEHIND_ALL if self.priority == Priority.LOW else self.sequence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the answer's status and body, and the files that belong to it."""
+
+    status: int
+    body: str
+    error: str | None = None
+    error_type: str | None = None
+    inference_time: float | None = None
+    acceleration: str | None = None
+    files: tuple[StoredFile, ...] = ()
+    #: Megapixels, each picture's rounded up: what fal counts for this model.
+    billable_units: int = 0
+
+    @classmethod
+    def from_error(cls, error: ServerError) -> Self:
+        """How a job ends that fails with this error."""
+        return cls(error.status, to_json(error.body).decode(), str(error), error.error_type)
+
+
+def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
+    """One log entry with every field that some SDK insists on."""
+    labels = {"level": level, "source": "USER"}
+    return {"message": message, "timestamp": timestamp, "level": level, "source": "USER", "labels": labels}

@@ -1,0 +1,125 @@
+"""Forget in time: results and pictures go by age, by their own expiry, and by how much disk they take."""
+
+import math
+import time
+from collections.abc import Callable, Collection
+
+from server.errors import StillInProgress
+from server.queue.jobs import Job, State
+from server.queue.queue import Queue
+from server.storage.database import Database
+from server.storage.file_store import Files
+
+#: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
+GRACE_SECONDS = 600.0
+_BATCH = 500
+#: Those whose webhook is due still are kept: what it tells must be there to be read, and a clock that is set right may
+#: make them old at once.
+_TOLD = """NOT EXISTS (
+    SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
+)"""
+_OLD = f"""
+    SELECT request_id FROM jobs AS results
+    WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_TOLD}
+"""  # noqa: S608  our own words
+#: All of an owner's that takes room, as the table `kept` counts it.
+_KEPT = """
+    SELECT name, request_id, max(size, 4096) AS size, created_at FROM files WHERE owner = ?1
+    UNION ALL
+    SELECT NULL, request_id, num_bytes, finished_at FROM row_sizes WHERE owner = ?1
+"""
+
+
+class Retention:
+    """Deletes rows first, files after, so that a row never lists a file that is gone."""
+
+    def __init__(
+        self,
+        database: Database,
+        queue: Queue,
+        files: Files,
+        *,
+        max_age: float,
+        max_bytes: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._files = files
+        self._max_age = max_age
+        self._max_bytes = max_bytes
+        self._clock = clock
+
+    def sweep(self) -> int:
+        """One pass; returns how many jobs were forgotten."""
+        now = self._clock()
+        self._expire_files(now)
+        old = self._database.read(
+            "SELECT name FROM files WHERE request_id IS NULL AND created_at <= ?", now - self._max_age
+        )
+        self._delete_uploads([row["name"] for row in old])
+        rows = self._database.read(_OLD, now - GRACE_SECONDS, now - self._max_age)
+        return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
+
+    def delete(self, job: Job) -> None:
+        """Forget one finished job and its pictures now. Raises StillInProgress."""
+        if job.state != State.COMPLETED:
+            raise StillInProgress("Request is still in progress; cancel it first")
+        self._delete([job.request_id])
+
+    def _expire_files(self, now: float) -> None:
+        with self._database.transaction() as connection:
+            rows = connection.execute("DELETE FROM files WHERE expires_at <= ? RETURNING name", (now,)).fetchall()
+        self._files.remove([row["name"] for row in rows])
+
+    def _fit_budget(self) -> int:
+        """Whoever keeps more than an equal share makes room, until all fits; what one leaves goes to the others."""
+        kept = {row["owner"]: row["num_bytes"] for row in self._database.read("SELECT owner, num_bytes FROM kept")}
+        share = _share(kept.values(), self._max_bytes)
+        return sum(self._shrink(owner, size - share) for owner, size in kept.items() if size > share)
+
+    def _shrink(self, owner: str, excess: float) -> int:
+        """An owner's oldest results and uploads go, or only those are left whose webhook is due."""
+        doomed: list[str] = []
+        uploads: list[str] = []
+        rows = self._database.read(
+            f"SELECT * FROM ({_KEPT}) AS results WHERE {_TOLD} ORDER BY created_at, request_id",  # noqa: S608
+            owner,
+        )
+        for row in rows:
+            if excess <= 0 and row["request_id"] not in doomed[-1:]:
+                break
+            excess -= row["size"]
+            if row["request_id"] is None:
+                uploads.append(row["name"])
+            elif row["request_id"] not in doomed[-1:]:
+                doomed.append(row["request_id"])
+        self._delete_uploads(uploads)
+        return self._delete(doomed)
+
+    def _delete_uploads(self, names: list[str]) -> None:
+        with self._database.transaction() as connection:
+            connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
+        self._files.remove(names)
+
+    def _delete(self, request_ids: list[str]) -> int:
+        names: list[str] = []
+        for start in range(0, len(request_ids), _BATCH):
+            batch = request_ids[start : start + _BATCH]
+            with self._database.transaction() as connection:
+                for request_id in batch:
+                    rows = connection.execute("SELECT name FROM files WHERE request_id = ?", (request_id,)).fetchall()
+                    names += [row["name"] for row in rows]
+                connection.executemany("DELETE FROM jobs WHERE request_id = ?", [(name,) for name in batch])
+            self._queue.forget(batch)
+        self._files.remove(names)
+        return len(request_ids)
+
+
+def _share(sizes: Collection[float], room: float) -> float:
+    """The most that each may keep so that all of them fit: what is below it may stay as it is."""
+    for num_left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        if size * num_left > room:
+            return room / num_left
+        room -= size
+    return math.inf

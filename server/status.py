@@ -1,0 +1,94 @@
+"""What /status shows: the GPUs, the last hour, what failed, and what each key used."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from models.base import About
+from server.storage.database import Database
+
+MINUTES = 60
+USAGE_DAYS = 30
+_FAILURES = 20
+_MINUTES = """
+    SELECT CAST((finished_at - ?1) / 60 AS INTEGER) AS minute,
+        count(*) AS ended, sum(status = 200) AS completed, sum(billable_units) AS billable_units,
+        sum((status = 200) * coalesce(iif(json_valid(input), json_extract(input, '$.num_images'), 1), 1))
+            AS pictures,
+        avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
+    FROM jobs WHERE state = 'COMPLETED' AND finished_at > ?1 GROUP BY minute
+"""
+_ENDPOINTS = """
+    SELECT endpoint, count(*) AS completed, avg(started_at - submitted_at) AS wait, avg(inference_time) AS inference
+    FROM jobs WHERE state = 'COMPLETED' AND status = 200 AND finished_at > ? GROUP BY endpoint ORDER BY endpoint
+"""
+_LAST_FAILURES = """
+    SELECT request_id, endpoint, finished_at, error, error_type FROM jobs
+    WHERE status >= 500 ORDER BY finished_at DESC LIMIT ?
+"""
+_USAGE = """
+    SELECT substr(owner, 1, 9) AS owner, sum(requests) AS requests, sum(billable_units) AS billable_units FROM usage
+    WHERE day >= ? GROUP BY owner ORDER BY billable_units DESC
+"""
+
+#: A minute in which nothing ended.
+_NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "pictures": 0, "wait": None, "inference": None}
+
+
+@dataclass(frozen=True)
+class GpuStatus:
+    """One worker and the device it paints on.
+
+    Attributes:
+        name: its number.
+        state: "waiting" for a GPU to be free in the cluster, "loading", "ready" or "leaving".
+        node: the machine's address; empty for the server's own process.
+        num_running: requests that it has.
+        num_restarts: how often it was started again because it was lost.
+        engines: what there is to tell of its engines, by their weights.
+        failure: why the last runner there ended, until the next one is ready.
+    """
+
+    name: str
+    state: str
+    node: str = ""
+    num_running: int = 0
+    num_restarts: int = 0
+    engines: Mapping[str, About] = field(default_factory=dict)
+    failure: str = ""
+
+
+def load_overview(database: Database, now: float | None = None) -> dict[str, Any]:
+    """As plain values; waits for the disk. Owners are told by the beginning of what stands for their key."""
+    now = time.time() if now is None else now
+    return {
+        "minutes": _minutes(database, now),
+        "endpoints": _endpoints(database, now),
+        "failures": _failures(database),
+        "usage": _usage(database, now),
+    }
+
+
+def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
+    """What ended in each of the last minutes, the oldest first; mean seconds that it waited and was painted."""
+    rows = database.read(_MINUTES, now - 60 * MINUTES)
+    found = {row["minute"]: {name: row[name] for name in _NOTHING} for row in rows}
+    return [found.get(minute, _NOTHING) for minute in range(MINUTES)]
+
+
+def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
+    """How long requests of the last hour waited and took, on average, in seconds."""
+    return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
+
+
+def _failures(database: Database) -> list[dict[str, Any]]:
+    """The last ones that were the server's fault, the newest first."""
+    return [dict(row) for row in database.read(_LAST_FAILURES, _FAILURES)]
+
+
+def _usage(database: Database, now: float) -> list[dict[str, Any]]:
+    """Requests and billable units of the last days, by key."""
+    first = datetime.fromtimestamp(now, UTC).date() - timedelta(days=USAGE_DAYS - 1)
+    return [dict(row) for row in database.read(_USAGE, first.isoformat())]

@@ -1,0 +1,139 @@
+"""The parts of uploads under way: how many, and how large, counted as they come."""
+
+import errno
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.storage.file_store import Lifecycle, room_of
+
+#: A part that was on its way when a crash came.
+_HALF = re.compile(r"[0-9a-f]{16}\.part")
+
+
+#: What file systems say that have no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that its owner is about to send."""
+
+    upload_id: str
+    name: str
+    owner: str
+    content_type: str
+    file_name: str
+    lifecycle: Lifecycle
+    #: Seconds since 1970.
+    created_at: float
+
+
+@dataclass
+class _Parts:
+    upload: Upload
+    sizes: dict[int, int] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+class UnderWay:
+    """Kept in memory, so that a part costs the same however many came before it. One thread at a time changes it."""
+
+    def __init__(self) -> None:
+        self._uploads: dict[str, _Parts] = {}
+        #: By owner.
+        self.num_uploads, self.num_parts, self.num_bytes = Counter[str](), Counter[str](), Counter[str]()
+
+    def begin(self, upload: Upload, sizes: Mapping[int, int] | None = None) -> None:
+        """An upload, and the sizes of the parts that are here already."""
+        self._uploads[upload.upload_id] = _Parts(upload)
+        self.num_uploads[upload.owner] += 1
+        for number, size in (sizes or {}).items():
+            self.put(upload.upload_id, number, size)
+
+    def find(self, upload_id: str) -> Upload | None:
+        """One that is not over."""
+        found = self._uploads.get(upload_id)
+        return found.upload if found else None
+
+    def put(self, upload_id: str, number: int, size: int) -> None:
+        """A part, in place of the one of the same number."""
+        parts = self._uploads[upload_id]
+        self._take_out(parts, number)
+        parts.sizes[number] = size
+        parts.num_bytes += size
+        self.num_parts[parts.upload.owner] += 1
+        self.num_bytes[parts.upload.owner] += room_of(size)
+
+    def end(self, upload_id: str) -> None:
+        """One that is over; without effect on those that are already."""
+        parts = self._uploads.pop(upload_id, None)
+        if parts is None:
+            return
+        for number in list(parts.sizes):
+            self._take_out(parts, number)
+        self.num_uploads[parts.upload.owner] -= 1
+
+    def parts(self, upload_id: str) -> list[int]:
+        """The numbers of the parts that are here, in order."""
+        return sorted(self._uploads[upload_id].sizes) if upload_id in self._uploads else []
+
+    def size(self, upload_id: str, number: int | None = None) -> int:
+        """Bytes of a part, or of the whole upload; 0 for what is not here."""
+        parts = self._uploads.get(upload_id)
+        if parts is None:
+            return 0
+        return parts.num_bytes if number is None else parts.sizes.get(number, 0)
+
+    def has(self, upload_id: str, number: int) -> bool:
+        """Whether this part is here."""
+        return upload_id in self._uploads and number in self._uploads[upload_id].sizes
+
+    def _take_out(self, parts: _Parts, number: int) -> None:
+        size = parts.sizes.pop(number, None)
+        if size is not None:
+            parts.num_bytes -= size
+            self.num_parts[parts.upload.owner] -= 1
+            self.num_bytes[parts.upload.owner] -= room_of(size)
+
+
+def sizes_in(folder: Path) -> dict[int, int]:
+    """The parts in an upload's folder, by their numbers, and their bytes. At the start: deletes halves of parts."""
+    sizes: dict[int, int] = {}
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):
+                if entry.name.isdecimal():
+                    sizes[int(entry.name)] = entry.stat().st_size
+                elif _HALF.fullmatch(entry.name):
+                    Path(entry).unlink()
+    return sizes
+
+
+def join(parts: Sequence[Path], whole: Path) -> int:
+    """Make one file of these, on the disk for good; returns its size. The parts stay. Raises OSError."""
+    if len(parts) == 1:
+        # As most files come: nothing is copied, where the file system has links.
+        try:
+            os.link(parts[0], whole)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _copy(parts, whole)
+    else:
+        _copy(parts, whole)
+    with whole.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _copy(parts: Sequence[Path], whole: Path) -> None:
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file, 2**20)

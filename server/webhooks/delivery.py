@@ -1,0 +1,224 @@
+"""Tell the client's URL that its request is done: due rows, retries, signatures."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import httpx
+from pydantic_core import from_json, to_json
+
+from server.metrics import Metrics
+from server.net.outbound import ForbiddenURL, Guard
+from server.queue.notifier import WEBHOOKS, Notifier
+from server.storage.database import Damaged, Database
+from server.webhooks.signing import Signer
+
+log = logging.getLogger(__name__)
+
+#: Seconds a receiver has to answer.
+TIMEOUT = 15.0
+#: Seconds to wait before each of the ten retries: within two hours, as fal does.
+DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
+#: How many deliveries are under way at once. Of them an owner has no more than are free: half of what the others leave.
+CONCURRENCY = 64
+#: How many of an owner's go to one receiver.
+PER_RECEIVER = 8
+_LONGEST_WAIT = 60.0
+_LONGEST_REST = 5.0
+#: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
+#: are set back by a little all the time.
+_FARTHEST = DELAYS[-1] + 60.0
+#: A receiver is an owner's: who makes one hang holds up nobody else's webhooks to it.
+_DUE = """
+    WITH passed AS (SELECT value FROM json_each(?)),
+    due AS (
+        SELECT request_id, url, deliveries.attempt, due_at, owner,
+            substr(replace(url, '?', '/'), instr(url, '//') + 2) || '/' AS place
+        FROM deliveries JOIN jobs USING (request_id) WHERE due_at > ? AND due_at <= ?
+    )
+    SELECT request_id, url, attempt, owner, owner || ' ' || substr(place, 1, instr(place, '/') - 1) AS receiver
+    FROM due WHERE request_id NOT IN passed AND owner NOT IN passed AND receiver NOT IN passed
+    ORDER BY due_at LIMIT ?
+"""
+
+
+class _Slot(NamedTuple):
+    """One delivery under way."""
+
+    task: asyncio.Task[None]
+    owner: str
+    receiver: str
+
+
+_LIST = """
+    SELECT deliveries.request_id, url, deliveries.attempt, due_at, delivered_at, deliveries.error
+    FROM deliveries JOIN jobs USING (request_id) WHERE delivered_at IS NULL OR ?
+    ORDER BY finished_at DESC LIMIT ?
+"""
+
+
+class Webhooks:
+    """Delivers from rows, so that what is due survives a restart. At least once; 2xx alone is success."""
+
+    def __init__(
+        self,
+        database: Database,
+        notifier: Notifier,
+        guard: Guard,
+        signer: Signer,
+        clock: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self._database = database
+        self._signer = signer
+        self._notifier = notifier
+        self._guard = guard
+        self._clock = clock
+        self._monotonic = monotonic
+        self._under_way: dict[str, _Slot] = {}
+        #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
+        self._put_off: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Deliver what falls due, until cancelled."""
+        with self._notifier.listen(WEBHOOKS) as bell:
+            while True:
+                bell.clear()
+                began = self._monotonic()
+                wait = await self._try_turn()
+                # Those that wait behind a bad receiver are read through each time, and others need the database too.
+                await asyncio.sleep(min(_LONGEST_REST, 4 * (self._monotonic() - began)))
+                # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await bell.wait()
+
+    async def _try_turn(self) -> float:
+        try:
+            return await self.turn()
+        except Damaged:
+            # The server ends, and says why.
+            return _LONGEST_WAIT
+        except Exception:
+            log.exception("the webhooks could not be looked after; trying again")
+            return _LONGEST_REST
+
+    async def turn(self) -> float:
+        """Begin the deliveries that are due; returns the seconds until the next."""
+        now, moment = self._clock(), self._monotonic()
+        self._put_off = {request_id: until for request_id, until in self._put_off.items() if until > moment}
+        await self._begin(-math.inf, now)
+        await self._begin(now + _FARTHEST, math.inf)
+        return await asyncio.to_thread(self._wait, now)
+
+    async def _begin(self, after: float, until: float) -> None:
+        """Those that fell due in this time, as far as there is room for them."""
+        while len(self._under_way) < CONCURRENCY:
+            passed = json.dumps([*self._under_way, *self._put_off, *self._full()])
+            rows = await asyncio.to_thread(self._database.read, _DUE, passed, after, until, CONCURRENCY)
+            for row in rows:
+                if self._full().isdisjoint((row["owner"], row["receiver"])):
+                    task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
+                    self._under_way[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
+            # The first of them had room, so that each round begins one at least.
+            if len(rows) < CONCURRENCY:
+                break
+
+    def _full(self) -> set[str]:
+        """The owners and the receivers for which no further delivery may begin."""
+        owners = Counter(slot.owner for slot in self._under_way.values())
+        receivers = Counter(slot.receiver for slot in self._under_way.values())
+        free = CONCURRENCY - len(self._under_way)
+        return {name for name, number in owners.items() if number >= free} | {
+            name for name, number in receivers.items() if number >= PER_RECEIVER
+        }
+
+    def _wait(self, now: float) -> float:
+        """Seconds until the next falls due."""
+        ((due_at,),) = self._database.read("SELECT min(due_at) FROM deliveries WHERE due_at > ?", now)
+        return _LONGEST_WAIT if due_at is None else min(_LONGEST_WAIT, float(due_at) - now)
+
+    async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
+        try:
+            error = await self._send(request_id, url)
+            await asyncio.to_thread(self._record, request_id, attempt, error)
+            self._put_off.pop(request_id, None)
+        except Exception:
+            # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
+            self._put_off[request_id] = self._monotonic() + _LONGEST_WAIT
+            log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
+        finally:
+            del self._under_way[request_id]
+        self._notifier.ring(WEBHOOKS)
+
+    async def _send(self, request_id: str, url: str) -> str | None:
+        """One attempt; None on success, else what went wrong."""
+        owner, payload = await asyncio.to_thread(self._payload, request_id)
+        body = to_json(payload)
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "flux-server",
+            **await asyncio.to_thread(self._signer.headers, request_id, owner, body),
+        }
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                status = await self._guard.post(url, body, headers, TIMEOUT)
+        except TimeoutError:
+            return f"no answer within {TIMEOUT:.0f} s"
+        except (ForbiddenURL, httpx.HTTPError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None if 200 <= status < 300 else f"answered {status}"
+
+    def _payload(self, request_id: str) -> tuple[str, dict[str, Any]]:
+        (row,) = self._database.read("SELECT owner, status, output FROM jobs WHERE request_id = ?", request_id)
+        body: dict[str, Any] = {"request_id": request_id, "gateway_request_id": request_id}
+        if row["status"] == 200:
+            body["status"] = "OK"
+        else:
+            body |= {"status": "ERROR", "error": f"Invalid status code: {row['status']}"}
+        try:
+            body["payload"] = from_json(row["output"])
+        except ValueError:
+            # As fal tells of a payload that it cannot send.
+            body |= {"payload": None, "payload_error": "The answer of this request is damaged: its row cannot be read."}
+        return row["owner"], body
+
+    def _record(self, request_id: str, before: int, error: str | None) -> None:
+        now, attempt = self._clock(), before + 1
+        is_over = error is None or attempt > len(DELAYS)
+        due_at = None if is_over else now + DELAYS[before]
+        with self._database.transaction() as connection:
+            # What the operator sends again meanwhile begins at its first attempt anew, and stays due.
+            connection.execute(
+                "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ?"
+                " WHERE request_id = ? AND attempt = ?",
+                (attempt, due_at, now if error is None else None, error, request_id, before),
+            )
+        self._metrics.webhooks.labels("failed" if error else "delivered").inc()
+        if error is not None:
+            log.warning("webhook, attempt %d: %s", attempt, error, extra={"request_id": request_id})
+
+
+def list_deliveries(database: Database, *, with_delivered: bool, limit: int) -> list[dict[str, Any]]:
+    """Webhooks that wait to be sent or were given up, the newest first; `with_delivered` the others too."""
+    return [dict(row) for row in database.read(_LIST, with_delivered, limit)]
+
+
+def redeliver(database: Database, request_id: str) -> None:
+    """Make a webhook due now, with all its retries, also one that was delivered or given up. Raises ValueError."""
+    with database.transaction() as connection:
+        changed = connection.execute(
+            "UPDATE deliveries SET attempt = 0, due_at = ?, delivered_at = NULL, error = NULL WHERE request_id = ?",
+            (time.time(), request_id),
+        ).rowcount
+    if not changed:
+        raise ValueError(f"There is no webhook of request {request_id}")

@@ -1,0 +1,1 @@
+"""One GPU: the execution loop."""

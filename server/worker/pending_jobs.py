@@ -1,0 +1,101 @@
+"""Jobs that are claimed and not begun: each waits until its weights are in memory."""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from models.base import DeviceLost, Engine, Model
+from server.errors import ClientCancelled, NotFound
+from server.queue.jobs import Job, Outcome, Priority
+from server.settings import Settings
+from server.worker.engine_pool import Engines
+from server.worker.interfaces import Source
+from server.worker.running_job import Running, failure
+
+
+class Claims:
+    """They begin in the order of their claims, so that who waits for other weights has its turn too."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        queue: Source,
+        engines: Engines,
+        input_path: Callable[[str], Path],
+    ) -> None:
+        """`input_path` says where a file lies that a request brought along."""
+        self._settings = settings
+        self._models = models
+        self._queue = queue
+        self._engines = engines
+        self._input_path = input_path
+        self._waiting: deque[tuple[Job, str]] = deque()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that wait."""
+        return [job for job, _ in self._waiting]
+
+    def claim(self, running: Sequence[Running], num_ending: int) -> None:
+        """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
+        while True:
+            jobs = [*(each.job for each in running), *self.jobs]
+            num_low = sum(job.priority == Priority.LOW for job in jobs)
+            num_all = len(jobs) + num_ending
+            if num_all - num_low >= self._settings.max_running:
+                return
+            limit = self._settings.max_running
+            claimed = self._queue.claim(takes_low=num_all < limit, slots=limit)
+            if claimed is None:
+                return
+            self._waiting.append(claimed)
+
+    def begun(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, Running | Outcome]]:
+        """Those that can be painted from now on, and those that cannot be painted at all. Raises DeviceLost.
+
+        Weights are loaded here. While only engines `in_use` could make room for them, everybody waits.
+        """
+        for each in [each for each in self._waiting if each[0].is_cancelled]:
+            self._waiting.remove(each)
+            yield each[0], Outcome.from_error(ClientCancelled())
+        busy = set(in_use)
+        while self._waiting:
+            job, _ = self._waiting[0]
+            try:
+                engine, is_new = self._engine_for(job, busy)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                self._waiting.popleft()
+                yield job, failure(error, job)
+                continue
+            if engine is None:
+                return
+            # All who waited for these weights: each switch is worth as much as it can be.
+            alike = [each for each in self._waiting if self._engines.at_hand(each[0].endpoint) is engine]
+            busy.add(engine)
+            for claimed in alike if is_new else alike[:1]:
+                self._waiting.remove(claimed)
+                yield claimed[0], self._start(*claimed, engine)
+
+    def _engine_for(self, job: Job, in_use: Collection[Engine]) -> tuple[Engine | None, bool]:
+        """The engine for a job, and whether it was loaded for it; none while others that run are in its way."""
+        if job.endpoint not in self._engines:
+            raise NotFound(f"{job.endpoint} is not served here any more")
+        if engine := self._engines.at_hand(job.endpoint):
+            return engine, False
+        return self._engines.load(job.endpoint, in_use), True
+
+    def _start(self, job: Job, text: str, engine: Engine) -> Running | Outcome:
+        try:
+            model = self._models[job.endpoint]
+            # No limits: what was accepted stays accepted, whatever the settings are by now.
+            request = model.Input.model_validate_json(text)
+            inputs = {place: self._input_path(name) for place, name in job.inputs.items()}
+            must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
+            return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return failure(error, job)

@@ -1,0 +1,77 @@
+"""A claimed job and its painting, from the first step to the picture that was judged."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.base import CannotPaint, DoesNotFit, Engine, Model, Painting
+from server.errors import InternalError, InvalidInput, ServerError
+from server.queue.jobs import Job, Outcome
+from server.worker.results import Painted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Running:
+    """One job at work. `must_check` says that its pictures go to the safety checker."""
+
+    job: Job
+    model: Model
+    engine: Engine
+    request: Any
+    painting: Painting
+    must_check: bool
+    #: Spent on its steps and its decoding, in seconds.
+    seconds: float = 0.0
+    #: What the worker had done in all when this one was claimed.
+    claimed_at: int = 0
+    flags: Sequence[bool] | None = None
+
+    @property
+    def is_stepped(self) -> bool:
+        """Whether every step was taken."""
+        return self.painting.step >= self.painting.num_steps
+
+    @property
+    def is_developed(self) -> bool:
+        """Whether its pictures are decoded and judged."""
+        return self.flags is not None
+
+    def develop(self) -> None:
+        """Decode the next picture; after the last one, judge them all. Raises CannotPaint."""
+        begun = time.perf_counter()
+        if not self.painting.is_done:
+            self.engine.decode(self.painting)
+        self.seconds += time.perf_counter() - begun
+        if self.painting.is_done:
+            self.flags = self._judged() if self.must_check else [False] * len(self.painting.pictures)
+
+    def _judged(self) -> Sequence[bool]:
+        flags = [bool(flag) for flag in self.engine.is_unsafe(self.painting.pictures)]
+        if len(flags) != len(self.painting.pictures):
+            raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
+        return flags
+
+    @property
+    def painted(self) -> Painted:
+        """What it came to, once developed."""
+        assert self.flags is not None
+        painting = self.painting
+        return Painted(painting.pictures, self.flags, self.seconds, painting.acceleration, painting.dtype)
+
+
+def failure(error: Exception, job: Job) -> Outcome:
+    """What the client is told of an error; the operator's log has the rest."""
+    if isinstance(error, ServerError):
+        return Outcome.from_error(error)
+    if isinstance(error, DoesNotFit):
+        entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
+        return Outcome.from_error(InvalidInput([entry]))
+    if isinstance(error, CannotPaint):
+        log.warning("failed: %s", error, extra={"request_id": job.request_id})
+        return Outcome.from_error(InternalError(str(error)))
+    log.error("failed", exc_info=error, extra={"request_id": job.request_id})
+    return Outcome.from_error(InternalError())

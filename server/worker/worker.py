@@ -1,0 +1,271 @@
+"""Claim, then advance one painting by one step at a time: one thread that owns the models."""
+
+import base64
+import io
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.base import DeviceLost, Loading, Model, Placement
+from server.errors import ClientCancelled, DiskFull
+from server.metrics import Metrics
+from server.queue.jobs import Job, Mode, Outcome
+from server.queue.notifier import WORKER, Notifier
+from server.settings import Settings
+from server.status import GpuStatus
+from server.storage.database import Damaged
+from server.worker.crash_recorder import BlackBox
+from server.worker.engine_pool import Engines
+from server.worker.interfaces import Source, Store
+from server.worker.pending_jobs import Claims
+from server.worker.postprocessor import LAST_MOMENT, Finisher
+from server.worker.results import Answers
+from server.worker.running_job import Running, failure
+from server.worker.scheduler import Ledger
+from server.worker.watchdog import Watchdog, end_process
+
+log = logging.getLogger(__name__)
+
+#: How many previews a picture's client gets at most.
+PREVIEWS = 10
+#: Seconds beyond the grace until a stop goes on without the worker: the finisher's, and some to give back what is left.
+_END = LAST_MOMENT + 0.5
+
+
+class Worker:
+    """Paints what the queue holds. `turn` does one piece of work, so tests need no thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        placements: Mapping[str, Placement],
+        queue: Source,
+        files: Store,
+        input_path: Callable[[str], Path],
+        notifier: Notifier,
+        metrics: Metrics | None = None,
+        black_box: BlackBox | None = None,
+    ) -> None:
+        """`input_path` says where a file lies that a request brought along."""
+        self._metrics = metrics or Metrics()
+        self._settings = settings
+        self._queue = queue
+        self._notifier = notifier
+        self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work.set)
+        self._claims = Claims(settings, models, queue, self._engines, input_path)
+        self._running: list[Running] = []
+        self._ledger = Ledger()
+        self._watchdog = Watchdog(settings.step_deadline, self._end_late, note=black_box.note if black_box else None)
+        answers = Answers(files, embeds_parameters=settings.embed_parameters)
+        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
+        self._stop_at: float | None = None
+        self.is_ready = False
+        self.loading = Loading()
+        #: Why the thread ended, if it ended by itself.
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load the models, then to paint."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Claim nothing more; finish what runs within the grace, give the rest back; then return."""
+        was_ready, self.is_ready = self.is_ready, False
+        self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
+        self._notifier.work.set()
+        # Loading cannot be interrupted and has nothing to lose; nor has a step that does not end: the next start gives
+        # its job back.
+        if was_ready:
+            self._thread.join(self._settings.shutdown_grace + _END)
+
+    def setup(self) -> None:
+        """Load what there is room for. Raises what the first bad one raises."""
+        self._engines.setup()
+        self.is_ready = True
+
+    def gpus(self) -> Sequence[GpuStatus]:
+        """What an operator is told of the one GPU that this worker has; called from any thread."""
+        num_running = len(self._running) + len(self._claims.jobs) + len(self._finisher)
+        return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.about())]
+
+    def turn(self) -> bool:
+        """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""
+        has_painted = self.paint()
+        return self._finisher.turn() or has_painted
+
+    def paint(self) -> bool:
+        """Claim what there is room for, then take one step of one painting; False when there was nothing to do."""
+        self._begin()
+        if not self._running:
+            return False
+        running = self._ledger.in_turn(self._running)[0]
+        try:
+            end = self._advance(running)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            end = failure(error, running.job)
+        if end is not None:
+            self._running.remove(running)
+            self._finisher.add(running.job, end)
+        return True
+
+    # -- painting
+
+    def _begin(self) -> None:
+        """Claim what there is room for, and begin what can be begun."""
+        if self._stop_at is None:
+            self._claims.claim(self._running, len(self._finisher))
+        in_use = {running.engine for running in self._running} | self._finisher.engines
+        for job, begun in self._claims.begun(in_use):
+            if isinstance(begun, Running):
+                self._ledger.admit(begun, self._running)
+                self._running.append(begun)
+            else:
+                self._finisher.add(job, begun)
+
+    def _advance(self, running: Running) -> Running | Outcome | None:
+        """What is next for this one; its end, when that is known or left to the finisher."""
+        if running.job.is_cancelled:
+            return Outcome.from_error(ClientCancelled())
+        if not running.is_stepped:
+            beside = self._beside(running)
+            with self._held_against([running.job, *(other.job for other in beside)]):
+                self._step(running, beside)
+        elif not running.engine.decodes_beside:
+            with self._held_against([running.job]):
+                running.develop()
+        is_left = running.is_stepped and running.engine.decodes_beside
+        return running if running.is_developed or is_left else None
+
+    def _beside(self, running: Running) -> list[Running]:
+        """Who may share its forward. Those with a strike go alone, so that only who is at fault gets another."""
+        return [
+            other
+            for other in self._ledger.in_turn(self._running)
+            if other is not running and other.engine is running.engine
+            if not (other.is_stepped or other.job.is_cancelled) and other.job.priority == running.job.priority
+            if not (other.job.strikes or running.job.strikes)
+        ]
+
+    @contextmanager
+    def _held_against(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """A block that does not end, or that loses the device, is a strike against these."""
+        try:
+            with self._watchdog.over(jobs):
+                yield
+        except DeviceLost:
+            self._queue.strike(jobs)
+            raise
+
+    def _step(self, running: Running, beside: Sequence[Running]) -> None:
+        """One step, of this one and of those that share its forward."""
+        before = {id(member.painting): member.painting.work for member in (running, *beside)}
+        begun = time.perf_counter()
+        advanced = running.engine.advance(running.painting, [other.painting for other in beside])
+        taken = time.perf_counter() - begun
+        self._metrics.stepped(running.painting.size, running.painting.acceleration, taken)
+        stepped = {id(painting) for painting in advanced}
+        for member in (running, *beside):
+            if id(member.painting) in stepped:
+                member.seconds += taken
+                self._ledger.charge(member, member.painting.work - before[id(member.painting)])
+                self._tell(member)
+
+    def _tell(self, running: Running) -> None:
+        """Progress for who listens; with a preview now and then for those that stream."""
+        job, painting = running.job, running.painting
+        every = math.ceil(painting.num_steps / PREVIEWS)
+        is_wanted = job.mode == Mode.STREAM or job.wants_previews
+        # The checker sees pictures, not previews: where it is enforced, none leaves.
+        is_allowed = not self._settings.enforce_safety_checker
+        if is_wanted and is_allowed and painting.step % every == 0 and not running.is_stepped:
+            job.preview = _preview(running)
+        self._queue.progress(job, painting.step, painting.num_steps)
+
+    # -- the threads
+
+    def _run(self) -> None:
+        try:
+            self.setup()
+            log.info("ready")
+            self._finisher.start()
+            self._watchdog.start()
+            self._engines.start_warming_up()
+            while self._is_wanted():
+                if not self._try_paint():
+                    self._notifier.work.wait(self._grace_left())
+                # Before the next look at anything: what rings after it is heard by the next wait.
+                self._notifier.work.clear()
+            for job in (*(running.job for running in self._running), *self._claims.jobs):
+                self._queue.give_back(job)
+            self._finisher.stop(self._stop_at or time.monotonic())
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            self._watchdog.stop()
+
+    def _try_paint(self) -> bool:
+        try:
+            return self.paint()
+        except DiskFull as error:
+            log.error("%s; nothing is lost, trying again every second", error)
+            self._notifier.work.wait(1)
+            return True
+
+    def _is_wanted(self) -> bool:
+        if self._stop_at is None or self.failure is not None:
+            return self.failure is None
+        return bool(self._running or self._finisher) and time.monotonic() < self._stop_at
+
+    def _grace_left(self) -> float | None:
+        """Seconds; None while nobody has asked to stop."""
+        return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
+
+    def _report(self, endpoint: str, loading: Loading) -> None:
+        """Tell the log, /health/ready, and those who wait for it."""
+        self.loading = loading
+        unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
+        done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
+        words = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
+        log.info("%s: %s", endpoint, words, extra={"loading": loading})
+        for job in self._claims.jobs:
+            self._queue.log(job, f"{endpoint}: {words}")
+
+    def fail(self, error: BaseException) -> None:
+        """The server cannot go on, for this reason. Called from any thread, and the first reason counts."""
+        if self.failure is not None:
+            return
+        # What an operator can mend is said in a line; for the rest the trace is wanted.
+        log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | Damaged) else error)
+        self.failure = error
+        self._notifier.work.set()
+        self._notifier.ring(WORKER)
+
+    def _end_late(self, jobs: Sequence[Job]) -> None:
+        try:
+            self._queue.strike(jobs)
+        finally:
+            # Also when the disk is full.
+            end_process(self._settings.step_deadline, jobs)
+
+
+def _preview(running: Running) -> str | None:
+    """A small JPEG as a data URI; without one the picture itself is none the worse."""
+    try:
+        picture = running.engine.preview(running.painting)
+    except Exception:
+        about = {"request_id": running.job.request_id}
+        log.exception("there is no preview of step %d", running.painting.step, extra=about)
+        return None
+    if picture is None:
+        return None
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
