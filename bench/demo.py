@@ -15,8 +15,8 @@ import httpx
 import psutil
 
 from models.base import Placement
-from models.engine import FluxEngine
-from models.weights import DEMO
+from models.flux.engine import FluxEngine
+from models.loading.specs import DEMO
 from tests.serving import serving
 
 REQUESTS: dict[str, dict[str, Any]] = {

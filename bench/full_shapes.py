@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models import random_weights, safety, weights
 from models.base import Loading, Placement
-from models.engine import FluxEngine
-from models.tiers import Tier
-from models.weights import DEMO
+from models.benchmark import random_weights
+from models.flux import safety_checker
+from models.flux.acceleration import Tier
+from models.flux.engine import FluxEngine
+from models.loading import devices
+from models.loading.pipeline import load_pipeline
+from models.loading.specs import DEMO
 
 _SHARD = 9_900_000_000
 
@@ -87,14 +90,14 @@ def main() -> None:
     if not (options.folder / "model_index.json").is_file():
         write(options.folder)
     begun = time.perf_counter()
-    pipeline, plan = weights.load(Placement(options.folder, "", options.device, "resident", report=_say))
+    pipeline, plan = load_pipeline(Placement(options.folder, "", options.device, "resident", report=_say))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"loaded in {time.perf_counter() - begun:.1f} s, plan {plan.name}, host memory at most {peak:.1f} GB")
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             print(f"{name}: {sum(weight.numel() for weight in part.parameters()) / 1e9:.3f} billion parameters")
-    device = weights.device_for(options.device)
-    engine = FluxEngine(pipeline, safety.Unavailable(""), [Tier("none", pipeline.transformer)], device)
+    device = devices.device_for(options.device)
+    engine = FluxEngine(pipeline, safety_checker.Unavailable(""), [Tier("none", pipeline.transformer)], device)
     size = SimpleNamespace(width=options.side, height=options.side)
     request = SimpleNamespace(
         prompt="a red apple",

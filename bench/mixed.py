@@ -27,8 +27,8 @@ from typing import Any
 import httpx
 
 from bench.program import answering
-from models import cpu
-from models.weights import DEMO
+from models.loading import cpu
+from models.loading.specs import DEMO
 from tests.serving import ROOT, free_port, serving
 
 

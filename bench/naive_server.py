@@ -15,7 +15,7 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
 from bench.models.cost import seconds_of
-from models.weights import dtype_for
+from models.loading.devices import dtype_for
 
 app = FastAPI()
 lock = threading.Lock()

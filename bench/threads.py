@@ -16,14 +16,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from models import cpu
+from models.loading import cpu
 
 #: GOMP_SPINCOUNT; None is libgomp's own.
 SPINS = ("0", "1000", "10000", None)
 _CHILD = """
 import json, sys, time, torch
 from diffusers import FluxPipeline
-from models.weights import DEMO
+from models.loading.specs import DEMO
 pipeline = FluxPipeline.from_pretrained(DEMO, dtype=getattr(torch, sys.argv[1]))
 pipeline.set_progress_bar_config(disable=True)
 def taken(width, height, steps):

@@ -38,7 +38,7 @@ class Placement:
         safety_checker: hub id or folder, used when the weights bring no `safety_checker` of their own.
         device: "cuda", "cpu", or "auto" for the best one there is.
         dtype: "bfloat16", "float32", or "auto" for what the device computes fastest in.
-        memory: name of a plan in `models.memory`, or "auto" for the fastest that fits.
+        memory: name of a plan in `models.loading.memory_plans`, or "auto" for the fastest that fits.
         max_acceleration: the highest tier that is offered; requests for more get this one.
         is_eager: paint with the very kernels diffusers' own pipeline runs, compiling nothing.
         compile_cache: folder that keeps what was compiled; None for PyTorch's own place.

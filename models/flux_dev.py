@@ -55,7 +55,7 @@ class FluxDev:
 
     def setup(self, placement: Placement) -> Engine:
         """Load the pipeline and its safety checker; raises OSError when the weights are not there."""
-        from models.engine import FluxEngine
+        from models.flux.engine import FluxEngine
 
         return FluxEngine.load(placement)
 

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev import FluxDev
+from models.loading.specs import REDUX
 from models.schema import (
     ChecksSafety,
     Format,
@@ -18,7 +19,6 @@ from models.schema import (
     Steps,
     SyncMode,
 )
-from models.weights import REDUX
 
 
 class FluxDevReduxInput(ImageInput):

@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from models import discover, weights
+from models import discover
 from models.base import Model
+from models.loading import specs
 from models.schema import Limits
 from server import auth
 from server.api import openapi
@@ -80,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
     """
     known = discover(settings.models_dir)
-    places = weights.assign(settings.weights, known)
+    places = specs.assign(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
     absent = {endpoint: _needs(model) for endpoint, model in known.items() if endpoint not in places}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from models.weights import place
+from models.loading.specs import place
 
 PREFIX = "FLUX_SERVER_"
 #: What clients send to a server that asks for no key: fal's SDKs insist on some.

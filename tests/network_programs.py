@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 from PIL import Image
 
-from models.weights import DEMO
+from models.loading.specs import DEMO
 from tests.network import PUBLIC, Resolver, Wire, canary, lead_everything_here
 from tests.serving import ROOT, TEST_MODELS, Server, serving, with_door
 from tests.stand_in_hub import COMMIT

@@ -20,7 +20,7 @@ def write_flux_dev(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
-    from models.weights import DEMO
+    from models.loading.specs import DEMO
 
     torch.manual_seed(3)
     demo = FluxPipeline.from_pretrained(DEMO, dtype=torch.bfloat16, local_files_only=True)
@@ -69,7 +69,7 @@ def write_flux_dev(folder: Path) -> None:
 
 def write_checker(folder: Path) -> None:
     """The demo's safety checker, as a repository of its own."""
-    from models.weights import DEMO
+    from models.loading.specs import DEMO
 
     shutil.copytree(DEMO / "safety_checker", folder)
 

@@ -13,7 +13,7 @@ from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
-from models.weights import assign
+from models.loading.specs import assign
 from tests.node import JS
 from tests.serving import ROOT, Server
 from tests.test_node_clients import node as node

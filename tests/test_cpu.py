@@ -10,11 +10,13 @@ import psutil
 import pytest
 import torch
 
-from models import cpu
 from models.base import Placement
-from models.device import Device
-from models.weights import DEMO, dtype_for, dtype_of
-from models.work import FLUX_DEV, step_flop
+from models.flux.device import Device
+from models.flux.flops import FLUX_DEV, step_flop
+from models.loading import cpu
+from models.loading.devices import dtype_for
+from models.loading.pipeline import dtype_of
+from models.loading.specs import DEMO
 from tests.serving import ROOT
 
 INTEL = "processor\t: 0\nmodel name\t: A Xeon\nflags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n\nprocessor\t: 1\n"
@@ -63,7 +65,7 @@ def test_a_gpu_computes_in_bfloat16() -> None:
 
 def test_an_older_cpu_can_be_asked_for() -> None:
     """What `make test CPU=avx2` sets."""
-    code = "from models import cpu; print(cpu.has_bfloat16())"
+    code = "from models.loading import cpu; print(cpu.has_bfloat16())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert done.stdout.split() == [b"False"]

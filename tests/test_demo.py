@@ -17,10 +17,10 @@ from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.lora import chroma
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED
 from models.demo.recipe.plan import PLANS
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDevInput
 from models.flux_lora import FluxLoraInput
-from models.weights import DEMO
+from models.loading.specs import DEMO
 from tests.test_recipe import python
 from tests.tiny_flux import finished, painted
 

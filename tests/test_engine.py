@@ -8,13 +8,14 @@ import torch
 from diffusers import FluxPipeline
 
 from models.base import Placement
-from models.engine import FluxEngine
+from models.flux.batch import TOKEN_BUDGET
+from models.flux.engine import FluxEngine
+from models.flux.prompt_cache import Text
+from models.flux.task import FluxPainting
 from models.flux_dev import FluxDevInput
-from models.forward import TOKEN_BUDGET
-from models.painting import FluxPainting
+from models.loading.devices import dtype_for
+from models.loading.specs import DEMO
 from models.schema import PRESETS
-from models.texts import Text
-from models.weights import DEMO, dtype_for
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, difference, finished, latents_of, painted, stepped
 
@@ -249,13 +250,13 @@ def test_no_forward_exceeds_the_token_budget(
     engine: FluxEngine, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = 64 * 64 // tiny_flux.PIXELS_A_TOKEN + 512
-    monkeypatch.setattr("models.forward.TOKEN_BUDGET", 4 * one - 1)
+    monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 4 * one - 1)
     paintings = begun(engine, 5)
     assert is_each(engine.advance(paintings[0], paintings[1:]), paintings[:3])
-    monkeypatch.setattr("models.forward.TOKEN_BUDGET", 4 * one)
+    monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 4 * one)
     assert is_each(engine.advance(paintings[4], paintings[:4]), [paintings[4], *paintings[:3]])
     # One that is too large by itself is painted alone.
-    monkeypatch.setattr("models.forward.TOKEN_BUDGET", 100)
+    monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 100)
     assert is_each(engine.advance(paintings[4], paintings[:4]), [paintings[4]])
     assert sizes == [3, 4, 1]
 
@@ -276,7 +277,7 @@ def test_pictures_of_one_request_share(engine: FluxEngine, sizes: list[int], mon
         assert distance(generation.latents, latents) < 1e-4
     # With room for two, the third follows.
     sizes.clear()
-    monkeypatch.setattr("models.forward.TOKEN_BUDGET", 2 * 528)
+    monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 2 * 528)
     painting = stepped(engine, engine.start(request, 40))
     assert sizes == [2, 2, 1, 1]
     for generation, latents in zip(painting.generations, alone, strict=True):

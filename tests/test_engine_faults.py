@@ -12,10 +12,10 @@ import torch
 from PIL.Image import Image
 
 from models.base import CannotPaint, DeviceLost, NotANumber
-from models.device import Device
-from models.engine import FluxEngine
-from models.loras import Lora
-from models.painting import FluxPainting
+from models.flux.device import Device
+from models.flux.engine import FluxEngine
+from models.flux.loras import Lora
+from models.flux.task import FluxPainting
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, finished, painted
 
@@ -107,7 +107,7 @@ def test_out_of_memory_at_every_step_is_tried_again_each_time(engine: FluxEngine
 def test_out_of_memory_twice_ends_it_and_names_size_and_what_is_free(
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr("models.weights.free_memory", lambda device: 1_234_000_000)
+    monkeypatch.setattr("models.loading.devices.free_memory", lambda device: 1_234_000_000)
     others = [engine.start(asked("other", acceleration=acceleration), 2) for acceleration in ("none", "regular")]
     expected = [[picture.tobytes() for picture in painted(engine, other.request, 2)] for other in others]
     for other in others:
@@ -358,7 +358,7 @@ def num_tensors() -> int:
 
 def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # What this is about does not depend on how long a text is.
-    monkeypatch.setattr("models.texts.NUM_TOKENS", 16)
+    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
     request = asked("a fish", num_inference_steps=50)
     expected = [picture.tobytes() for picture in painted(engine, request, 3)]
     one = engine.texts.encode("a fish", engine.pipeline).num_bytes
@@ -390,7 +390,7 @@ def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: p
 
 
 def test_what_fails_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.texts.NUM_TOKENS", 16)
+    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
 
     def fail() -> None:
         for part in PARTS:
@@ -406,7 +406,7 @@ def test_what_fails_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
 
 
 def test_what_is_painted_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.texts.NUM_TOKENS", 16)
+    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
     painted(engine, asked(acceleration="high"), 1)
     before = num_tensors()
     for seed in range(10):

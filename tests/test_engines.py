@@ -11,12 +11,13 @@ import psutil
 import pytest
 import torch
 
-from models import discover, weights
+from models import discover
 from models.base import Engine, Loading, Placement
-from models.engine import FluxEngine
+from models.benchmark.random_weights import build
+from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDevInput
-from models.random_weights import build
-from models.weights import DEMO
+from models.loading import pipeline
+from models.loading.specs import DEMO
 from server.queue.jobs import State
 from server.worker.engine_pool import PAUSE_SECONDS, Engines
 from tests.null_model import NullEngine, NullModel
@@ -136,10 +137,10 @@ def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Placement(DEMO, "", "cpu")
-    assert weights.has_room(demo)
-    monkeypatch.setattr(weights, "free_memory", lambda device: 1_000_000)
-    assert not weights.has_room(demo)
-    assert weights.has_room(Placement("nobody/not-pulled", "", "cpu"))
+    assert pipeline.has_room(demo)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
+    assert not pipeline.has_room(demo)
+    assert pipeline.has_room(Placement("nobody/not-pulled", "", "cpu"))
 
 
 # -- in the worker

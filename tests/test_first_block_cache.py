@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
 
-from models import tiers
-from models.engine import FluxEngine
-from models.first_block_cache import THRESHOLD, FirstBlockCache, velocity
+from models.flux import compilation
+from models.flux.acceleration import Tier
+from models.flux.engine import FluxEngine
+from models.flux.first_block_cache import THRESHOLD, FirstBlockCache, velocity
 from models.flux_dev import FluxDevInput
-from models.tiers import Tier
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, asked, latents_of, stepped
 
@@ -45,7 +45,7 @@ def walk(transformer: Any, forward: Any) -> list[torch.Tensor]:
 
 
 def by_diffusers(transformer: Any, threshold: float) -> list[torch.Tensor]:
-    copy = tiers.twin(transformer)
+    copy = compilation.twin(transformer)
     copy.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     with copy.cache_context("one"):
         return walk(copy, lambda **inputs: copy(**inputs, return_dict=False)[0])
@@ -141,7 +141,7 @@ def test_each_picture_has_its_own_until_it_is_decoded(engine: FluxEngine) -> Non
 
 def test_those_that_take_turns_do_not_skip_for_each_other(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Random weights change by more from step to step than those of FLUX.1: a threshold that skips about half.
-    monkeypatch.setattr("models.engine.FirstBlockCache", lambda: FirstBlockCache(0.3))
+    monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.3))
     requests = [fast("a fish"), fast("a car", guidance_scale=9)]
     alone = [latents_of(engine, request, seed) for seed, request in enumerate(requests)]
     paintings = [engine.start(request, seed) for seed, request in enumerate(requests)]
@@ -158,5 +158,5 @@ def test_those_that_take_turns_do_not_skip_for_each_other(engine: FluxEngine, mo
 
 
 def test_with_nothing_to_skip_it_is_the_exact_picture(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.engine.FirstBlockCache", lambda: FirstBlockCache(0.0))
+    monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.0))
     assert torch.equal(latents_of(engine, fast(), 3), latents_of(engine, asked("a fish", num_inference_steps=6), 3))

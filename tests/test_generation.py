@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from models.generation import Generation, begin
-from models.texts import Texts
+from models.flux.prompt_cache import Texts
+from models.flux.sample import Generation, begin
 from tests import tiny_flux
 from tests.tiny_flux import asked
 

@@ -10,9 +10,10 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from models.base import Placement
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
-from models.weights import DEMO, dtype_for
+from models.loading.devices import dtype_for
+from models.loading.specs import DEMO
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 

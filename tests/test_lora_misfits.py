@@ -10,7 +10,7 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
-from models.weights import DEMO
+from models.loading.specs import DEMO
 from tests.serving import completed, serving
 from tests.test_lora_inputs import data_uri
 

@@ -12,9 +12,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from models.base import CannotPaint, DoesNotFit
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
+from models.flux.loras import Loras
 from models.flux_lora import FluxLoraInput
-from models.loras import Loras
 from server.queue.jobs import Job
 from server.worker.running_job import failure
 from tests import tiny_flux

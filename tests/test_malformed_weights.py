@@ -11,9 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from models import hub, weights
 from models.base import Loading, Placement
-from models.weights import DEMO
+from models.loading import hub
+from models.loading.pipeline import load_pipeline
+from models.loading.specs import DEMO
 from server.cli.main import cli
 from tests.serving import serving
 from tests.test_trust import add
@@ -213,7 +214,7 @@ def test_it_is_seen_before_anything_is_loaded(folder: Path, name: str) -> None:
     act(folder)
     reports = list[Loading]()
     with pytest.raises(OSError) as refused:
-        weights.load(Placement(folder, "", device="cpu", report=reports.append))
+        load_pipeline(Placement(folder, "", device="cpu", report=reports.append))
     assert words in str(refused.value)
     assert reports == []
 
@@ -259,7 +260,7 @@ def test_names_that_were_published_are_whole(folder: Path) -> None:
     save_file(old, path, {"format": "pt"})
     placement = Placement(folder, "", device="cpu", dtype="bfloat16")
     found, expected = (
-        weights.load(each)[0].text_encoder.state_dict() for each in (placement, Placement(DEMO, "", "cpu", "bfloat16"))
+        load_pipeline(each)[0].text_encoder.state_dict() for each in (placement, Placement(DEMO, "", "cpu", "bfloat16"))
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -270,7 +271,7 @@ def test_a_tokenizer_has_two_names(folder: Path, name: str) -> None:
     component = "tokenizer" if "CLIP" in name else "tokenizer_2"
     add(folder / "model_index.json", **{component: ["transformers", name]})
     found, expected = (
-        getattr(weights.load(Placement(place, "", device="cpu"))[0], component) for place in (folder, DEMO)
+        getattr(load_pipeline(Placement(place, "", device="cpu"))[0], component) for place in (folder, DEMO)
     )
     words = "a red apple on a blue table"
     assert found(words).input_ids == expected(words).input_ids
@@ -280,5 +281,5 @@ def test_what_nobody_loads_may_lie_beside(folder: Path) -> None:
     """FluxPipeline writes down what IP-Adapters need, whether it has it or not."""
     missing = {"image_encoder": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
     add(folder / "model_index.json", **missing)
-    pipeline, _ = weights.load(Placement(folder, "", device="cpu"))
+    pipeline, _ = load_pipeline(Placement(folder, "", device="cpu"))
     assert pipeline.feature_extractor is None

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
-from models import memory
-from models.engine import FluxEngine
-from models.memory import PLANS, choose
+from models.flux.engine import FluxEngine
+from models.loading import memory_plans
+from models.loading.memory_plans import PLANS, choose
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, asked, latents_of, painted, tiers_of
 
@@ -51,13 +51,13 @@ def test_where_nothing_fits_both_figures_are_named() -> None:
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("free", [0, 80 * 10**9])
-def test_a_named_plan_is_taken_whatever_is_free(plan: memory.Plan, free: int) -> None:
+def test_a_named_plan_is_taken_whatever_is_free(plan: memory_plans.Plan, free: int) -> None:
     assert choose(plan.name, FLUX_DEV, free) is plan
 
 
 def test_only_what_stays_as_it_is_can_be_compiled() -> None:
     assert [plan.name for plan in PLANS if plan.is_whole] == ["resident"]
-    assert memory.NAMES == ("auto", "resident", "fp8-storage", "group-offload")
+    assert memory_plans.NAMES == ("auto", "resident", "fp8-storage", "group-offload")
 
 
 def placed(name: str) -> FluxEngine:
@@ -97,8 +97,8 @@ def test_8_bits_take_as_much_as_the_plan_says() -> None:
         stored = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
     stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert num_bytes(exact) == pytest.approx(FLUX_DEV["transformer"], rel=1e-3)
-    assert num_bytes(stored) / num_bytes(exact) == pytest.approx(memory.FP8_SHARE, abs=0.01)
-    assert num_bytes(stored) <= memory.FP8_SHARE * num_bytes(exact)
+    assert num_bytes(stored) / num_bytes(exact) == pytest.approx(memory_plans.FP8_SHARE, abs=0.01)
+    assert num_bytes(stored) <= memory_plans.FP8_SHARE * num_bytes(exact)
 
 
 def test_8_bits_paint_nearly_the_same_in_less_memory() -> None:

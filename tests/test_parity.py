@@ -12,8 +12,9 @@ from PIL import Image
 from models import discover
 from models.base import Placement
 from models.demo.recipe.export import LORA
-from models.engine import FluxEngine
-from models.weights import DEMO, assign, dtype_for
+from models.flux.engine import FluxEngine
+from models.loading.devices import dtype_for
+from models.loading.specs import DEMO, assign
 from tests.tiny_flux import difference, finished
 
 SIZE = (128, 96)

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import ExifTags, Image
 
+from models.loading.devices import dtype_for, type_name
 from models.schema import PRESETS
-from models.weights import dtype_for, type_name
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
 from tests.serving import TEST_MODELS, Gate, Server, completed, in_progress, serving
 

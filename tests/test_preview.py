@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
+from models.flux.preview import MAX_SIDE, Preview
 from models.flux_dev import FluxDevInput
-from models.preview import MAX_SIDE, Preview
 from tests import tiny_flux
 from tests.tiny_flux import asked, finished
 

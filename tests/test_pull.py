@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models import hub as hub_module
+from models.loading import hub as hub_module
 from tests.serving import ROOT, serving
 from tests.stand_in_hub import Hub, stand_in_hub, write_checker, write_flux_dev
 

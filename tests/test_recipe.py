@@ -14,8 +14,8 @@ from models.demo.recipe import captions, scenes
 from models.demo.recipe.export import JUDGE
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
 from models.demo.recipe.plan import TOKEN_PIXELS
+from models.loading.devices import dtype_for
 from models.schema import PRESETS
-from models.weights import dtype_for
 from tests.serving import ROOT
 
 #: Half a minute by itself; a machine that others use needs more.

@@ -16,13 +16,13 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from models import hub
 from models.base import CannotPaint, Model, Placement
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
+from models.flux.redux import Redux
 from models.flux_dev import FluxDev
 from models.flux_dev_redux import FluxDevRedux, FluxDevReduxInput
-from models.redux import Redux
-from models.weights import DEMO, assign
+from models.loading import hub
+from models.loading.specs import DEMO, assign
 from tests import tiny_flux
 from tests.serving import serving
 from tests.test_trust import add

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BatchFeature, CLIPConfig, CLIPImageProcessorPil
 
-from models import safety
 from models.base import CannotPaint, Placement
-from models.weights import DEMO
+from models.flux import safety_checker
+from models.loading.specs import DEMO
 
 INFINITY = float("inf")
 NAN = float("nan")
@@ -32,13 +32,13 @@ def compvis(folder: Path, thresholds: float) -> Any:
     model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    return safety.load(Placement(None, safety_checker=str(folder), device="cpu"))
+    return safety_checker.load(Placement(None, safety_checker=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(("threshold", "flagged"), [(-2.0, True), (2.0, False)])
 def test_compvis(tmp_path: Path, threshold: float, flagged: bool) -> None:
     checker = compvis(tmp_path, threshold)
-    assert isinstance(checker, safety.CompVis)
+    assert isinstance(checker, safety_checker.CompVis)
     assert checker.is_unsafe(PICTURES) == [flagged] * 2
 
 
@@ -52,13 +52,13 @@ def classifier(folder: Path, bias: list[float]) -> Any:
         model.classifier.bias.copy_(torch.tensor(bias))
     model.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-    return safety.load(Placement(None, safety_checker=str(folder), device="cpu"))
+    return safety_checker.load(Placement(None, safety_checker=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(("bias", "flagged"), [([4.0, -4.0], False), ([-4.0, 4.0], True)])
 def test_image_classifier(tmp_path: Path, bias: list[float], flagged: bool) -> None:
     checker = classifier(tmp_path, bias)
-    assert isinstance(checker, safety.ImageClassifier)
+    assert isinstance(checker, safety_checker.ImageClassifier)
     assert checker.is_unsafe(PICTURES) == [flagged] * 2
 
 
@@ -91,7 +91,7 @@ def test_one_picture_without_a_direction_is_enough(tmp_path: Path, monkeypatch: 
 
 
 def test_a_checker_that_cannot_be_loaded_fails_closed(tmp_path: Path) -> None:
-    checker = safety.load(Placement(None, safety_checker=str(tmp_path / "none"), device="cpu"))
+    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path / "none"), device="cpu"))
     with pytest.raises(CannotPaint, match="could not be loaded"):
         checker.is_unsafe(PICTURES)
 
@@ -121,7 +121,7 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
         spoiled = SPOILED[how](whole[name])
         left = {**whole, name: spoiled} if spoiled is not None else {key: whole[key] for key in whole if key != name}
         save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
-        checker = safety.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
+        checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
         save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(CannotPaint, match=rf"could not be loaded.*{name}\b"):
             checker.is_unsafe(PICTURES)
@@ -142,7 +142,7 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
 def test_a_malformed_checker_fails_closed(tmp_path: Path, file: str, said: str, words: str) -> None:
     shutil.copytree(DEMO / "safety_checker", tmp_path / "checker")
     (tmp_path / "checker" / file).write_text(said, encoding="utf-8")
-    checker = safety.load(Placement(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
+    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
     with pytest.raises(CannotPaint, match=rf"could not be loaded.*{words}"):
         checker.is_unsafe(PICTURES)
 
@@ -155,10 +155,10 @@ def test_the_published_names_of_compvis_are_whole(tmp_path: Path) -> None:
         old[name.replace("vision_model.", "vision_model.vision_model.", 1)] = tensor
     old["vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
-    checker = safety.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
+    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
     assert checker.is_unsafe(PICTURES) == flags == [True, True]
 
 
 def test_weights_bring_their_own(tmp_path: Path) -> None:
-    checker = safety.load(Placement(DEMO, safety_checker=str(tmp_path / "none"), device="cpu"))
+    checker = safety_checker.load(Placement(DEMO, safety_checker=str(tmp_path / "none"), device="cpu"))
     assert checker.is_unsafe(PICTURES) == [False, False]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.sharing import PAYS_BELOW, SAMPLES, Sharing
+from models.flux.sharing import PAYS_BELOW, SAMPLES, Sharing
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from models.engine import FluxEngine
-from models.texts import NUM_TOKENS, Text, Texts
+from models.flux.engine import FluxEngine
+from models.flux.prompt_cache import NUM_TOKENS, Text, Texts
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, asked, painted, tiers_of
 

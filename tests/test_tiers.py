@@ -14,11 +14,12 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch._dynamo.utils import counters
 
-from models import memory, tiers
 from models.base import Placement
-from models.engine import FluxEngine
+from models.flux import acceleration, compilation
+from models.flux.acceleration import Tier
+from models.flux.engine import FluxEngine
+from models.loading import memory_plans
 from models.schema import PRESETS
-from models.tiers import Tier
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, SharesAlways, asked, latents_of
 
@@ -77,8 +78,8 @@ def names(built: list[Tier]) -> list[str]:
 
 def compiled(pipeline: FluxPipeline) -> list[Tier]:
     """What a GPU with fp8 has, cold; the matrices stay in bf16."""
-    exact = tiers.compile_blocks(tiers.twin(pipeline.transformer))
-    quantized = tiers.compile_blocks(tiers.twin(exact))
+    exact = compilation.compile_blocks(compilation.twin(pipeline.transformer))
+    quantized = compilation.compile_blocks(compilation.twin(exact))
     return [
         Tier("none", exact, is_ready=False),
         Tier("regular", quantized, shares_forwards=True, is_ready=False),
@@ -88,10 +89,10 @@ def compiled(pipeline: FluxPipeline) -> list[Tier]:
 
 def paint_every_way(engine: FluxEngine, width: int, height: int, num_steps: int) -> None:
     """Every tier, and one to four in a forward, each with a guidance of its own."""
-    for acceleration in ("none", "high"):
-        request = asked(width=width, height=height, acceleration=acceleration, num_inference_steps=num_steps)
+    for name in ("none", "high"):
+        request = asked(width=width, height=height, acceleration=name, num_inference_steps=num_steps)
         painting = engine.start(request, 1)
-        assert painting.acceleration == acceleration
+        assert painting.acceleration == name
         for _ in range(num_steps):
             engine.advance(painting)
     for num_together in (1, 2, 3, 4):
@@ -114,7 +115,7 @@ def test_a_cpu_paints_the_same_weights_alone_or_together(
     pipeline: FluxPipeline, max_acceleration: str, offered: list[str], is_eager: bool
 ) -> None:
     asked_for = placement(max_acceleration=max_acceleration, is_eager=is_eager)
-    built = tiers.build(pipeline, asked_for, "cpu", is_whole=True)
+    built = acceleration.build(pipeline, asked_for, "cpu", is_whole=True)
     assert names(built) == offered
     assert all(tier.transformer is pipeline.transformer and tier.is_ready and not tier.skips_blocks for tier in built)
     assert [tier.shares_forwards for tier in built] == [False, True][: len(built)]
@@ -122,7 +123,7 @@ def test_a_cpu_paints_the_same_weights_alone_or_together(
 
 @pytest.mark.parametrize(("is_eager", "is_whole"), [(True, True), (False, False)])
 def test_a_gpu_that_must_not_compile_has_one(pipeline: FluxPipeline, is_eager: bool, is_whole: bool) -> None:
-    (tier,) = tiers.build(pipeline, placement(is_eager=is_eager), "cuda", is_whole=is_whole)
+    (tier,) = acceleration.build(pipeline, placement(is_eager=is_eager), "cuda", is_whole=is_whole)
     assert (tier.name, tier.is_ready) == ("none", True)
     assert tier.transformer is pipeline.transformer
 
@@ -134,13 +135,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
-    monkeypatch.setattr(tiers, "find_spec", lambda name: name == "torchao")
-    monkeypatch.setattr(tiers, "quantize", quantized.append)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name == "torchao")
+    monkeypatch.setattr(acceleration, "quantize", quantized.append)
     return quantized
 
 
 def test_a_gpu_with_fp8_has_all_three_and_they_start_cold(pipeline: FluxPipeline, card: list[Any]) -> None:
-    built = tiers.build(pipeline, placement(), "cuda", is_whole=True)
+    built = acceleration.build(pipeline, placement(), "cuda", is_whole=True)
     assert names(built) == ["none", "regular", "high"]
     assert [tier.is_ready for tier in built] == [False] * 3
     assert [tier.shares_forwards for tier in built] == [False, True, False]
@@ -153,7 +154,7 @@ def test_a_gpu_with_fp8_has_all_three_and_they_start_cold(pipeline: FluxPipeline
 
 
 def test_nothing_is_quantized_that_is_not_offered(pipeline: FluxPipeline, card: list[Any]) -> None:
-    assert names(tiers.build(pipeline, placement(max_acceleration="none"), "cuda", is_whole=True)) == ["none"]
+    assert names(acceleration.build(pipeline, placement(max_acceleration="none"), "cuda", is_whole=True)) == ["none"]
     assert card == []
 
 
@@ -174,9 +175,9 @@ def test_without_fp8_there_is_one_and_the_log_says_why(
     value: Any,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(tiers if name == "find_spec" else torch.cuda, name, lambda *_: value)
-    with caplog.at_level("INFO", "models.tiers"):
-        assert names(tiers.build(pipeline, placement(), "cuda", is_whole=True)) == ["none"]
+    monkeypatch.setattr(compilation if name == "find_spec" else torch.cuda, name, lambda *_: value)
+    with caplog.at_level("INFO", "models.flux.acceleration"):
+        assert names(acceleration.build(pipeline, placement(), "cuda", is_whole=True)) == ["none"]
     assert reason in caplog.text
     assert card == []
 
@@ -195,10 +196,10 @@ def test_without_fp8_there_is_one_and_the_log_says_why(
     ],
 )
 def test_the_nearest_lower_tier_that_is_ready(ready: str, wanted: str, given: str) -> None:
-    offered = [Tier(name, None, is_ready=name in ready.split()) for name in tiers.NAMES]
-    assert tiers.nearest(offered, wanted).name == given
+    offered = [Tier(name, None, is_ready=name in ready.split()) for name in acceleration.NAMES]
+    assert acceleration.nearest(offered, wanted).name == given
     some = [tier for tier in offered if tier.is_ready or tier.name == "none"]
-    assert tiers.nearest(some, wanted).name == given
+    assert acceleration.nearest(some, wanted).name == given
 
 
 def test_requests_get_the_lower_tier_until_theirs_is_ready(pipeline: FluxPipeline) -> None:
@@ -243,9 +244,9 @@ def test_a_tier_that_cannot_be_made_ready_is_given_up(pipeline: FluxPipeline) ->
 def test_without_a_compiler_all_is_painted_uncompiled(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("models.engine.weights.load", lambda _: (pipeline, memory.PLANS[0]))
-    monkeypatch.setattr("models.engine.safety.load", lambda _: CallsAllSafe())
-    monkeypatch.setattr("models.engine.tiers.build", lambda *_, **__: [broken("none"), broken("regular")])
+    monkeypatch.setattr("models.flux.engine.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
+    monkeypatch.setattr("models.flux.engine.safety.load", lambda _: CallsAllSafe())
+    monkeypatch.setattr("models.flux.engine.tiers.build", lambda *_, **__: [broken("none"), broken("regular")])
     engine = FluxEngine.load(placement(device="cpu"))
     assert "painted uncompiled" in caplog.text
     assert names(engine.tiers) == ["none"]
@@ -258,7 +259,7 @@ def test_without_a_compiler_all_is_painted_uncompiled(
 
 
 def test_a_twin_has_the_same_weights_and_none_of_its_own(pipeline: FluxPipeline) -> None:
-    original, copy = pipeline.transformer, tiers.twin(pipeline.transformer)
+    original, copy = pipeline.transformer, compilation.twin(pipeline.transformer)
     for mine, its in ((original.named_parameters(), copy.named_parameters()), (original.buffers(), copy.buffers())):
         of_mine, of_its = list(mine), list(its)
         assert len(of_mine) == len(of_its)
@@ -268,9 +269,9 @@ def test_a_twin_has_the_same_weights_and_none_of_its_own(pipeline: FluxPipeline)
 
 
 def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -> None:
-    original, copy = pipeline.transformer, tiers.twin(pipeline.transformer)
+    original, copy = pipeline.transformer, compilation.twin(pipeline.transformer)
     before = original.proj_out.weight
-    tiers.compile_blocks(copy)
+    compilation.compile_blocks(copy)
     copy.set_attention_backend("native")
     copy.proj_out.weight = torch.nn.Parameter(torch.zeros_like(before))
 
@@ -282,7 +283,7 @@ def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -
     assert all(run is not None and backend is not None for run, backend in states(copy))
     assert original.proj_out.weight is before
     # A twin of what is compiled starts uncompiled, and can be compiled by itself.
-    assert all(run is None for run, _ in states(tiers.twin(copy)))
+    assert all(run is None for run, _ in states(compilation.twin(copy)))
 
 
 @pytest.mark.parametrize(
@@ -294,10 +295,10 @@ def test_attention_is_chosen_for_the_twin_alone(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
     # FlashAttention 3 is said to be there and is not, so diffusers refuses it: then nothing is chosen.
-    monkeypatch.setattr(tiers, "find_spec", lambda name: has_flash)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: has_flash)
     default = _AttentionBackendRegistry.get_active_backend()
-    copy = tiers.twin(pipeline.transformer)
-    tiers.choose_attention(copy)
+    copy = compilation.twin(pipeline.transformer)
+    compilation.choose_attention(copy)
     assert copy.transformer_blocks[0].attn.processor._attention_backend == chosen
     assert pipeline.transformer.transformer_blocks[0].attn.processor._attention_backend is None
     assert _AttentionBackendRegistry.get_active_backend() == default
@@ -311,7 +312,7 @@ def test_the_large_matrices_are_those_of_the_blocks_without_their_norms(pipeline
     expected = {f"transformer_blocks.0.{name}" for name in of_joint}
     expected |= {f"single_transformer_blocks.{n}.{name}" for n in (0, 1) for name in of_single}
     modules = pipeline.transformer.named_modules()
-    assert {name for name, module in modules if tiers.is_large_matrix(module, name)} == expected
+    assert {name for name, module in modules if compilation.is_large_matrix(module, name)} == expected
 
 
 # -- compiled
@@ -335,7 +336,7 @@ def test_serving_never_compiles(pipeline: FluxPipeline, warm: Warm) -> None:
 
 def other_transformer() -> Any:
     """Compiled too, of other shapes, so that nothing of what is warm serves it."""
-    return tiers.compile_blocks(
+    return compilation.compile_blocks(
         tiny_flux.transformer(torch.bfloat16, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
     )
 
@@ -381,7 +382,7 @@ def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monk
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100/80GB HBM3")
-    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.keep_compiled(placement(compile_cache=tmp_path))
     (folder,) = tmp_path.iterdir()
     assert f"torch-{torch.__version__}" in folder.name
     assert "NVIDIA_H100-80GB_HBM3" in folder.name
@@ -389,9 +390,9 @@ def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monk
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
     assert (folder / "inductor").is_dir()
     # A second start finds it, another card does not; what the operator has set is left as it is.
-    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.keep_compiled(placement(compile_cache=tmp_path))
     assert list(tmp_path.iterdir()) == [folder]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    tiers.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.keep_compiled(placement(compile_cache=tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")

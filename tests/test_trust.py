@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from models import hub, safety, trust, weights
 from models.base import CannotPaint, Placement
-from models.weights import DEMO
+from models.flux import safety_checker
+from models.loading import hub, pipeline, specs, verify
+from models.loading.pipeline import load_pipeline
+from models.loading.specs import DEMO
 from server.cli import doctor
 from server.settings import Settings
 from tests.network_programs import cached
@@ -128,7 +130,7 @@ def test_what_is_refused_before_anything_is_loaded(folder: Path, name: str) -> N
     act, words = CHANGES[name]
     act(folder)
     with pytest.raises(OSError, match=words):
-        weights.load(placement(folder))
+        load_pipeline(placement(folder))
 
 
 def test_the_doctor_says_so_beforehand(folder: Path, tmp_path: Path) -> None:
@@ -140,40 +142,40 @@ def test_the_doctor_says_so_beforehand(folder: Path, tmp_path: Path) -> None:
 def test_links_within_are_followed(folder: Path) -> None:
     (folder / "vae").rename(folder / "other")
     (folder / "vae").symlink_to("other")
-    trust.check(folder)
+    verify.check(folder)
 
 
 def test_the_hubs_cache_is_loaded_as_it_lies(tmp_path: Path) -> None:
     """All links into its blobs. The way there may be a link too; those to folders there, or to others' are refused."""
     snapshot = cached(tmp_path / "real", "somebody/weights", DEMO)
     (tmp_path / "home").symlink_to("real")
-    place = weights.place(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
+    place = specs.place(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
     assert isinstance(place, Path)
     assert (place / "vae" / "config.json").is_symlink()
-    pipeline, _ = weights.load(placement(place))
+    pipeline, _ = load_pipeline(placement(place))
     assert hub.components(place) == list(hub.index(DEMO))
     assert pipeline.vae is not None
     # A folder within it, on its own.
-    assert safety.load(placement(place)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
+    assert safety_checker.load(placement(place)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
     other = cached(tmp_path / "real", "somebody/else", DEMO / "vae")
     link(snapshot / "vae" / "config.json", (other / "config.json").resolve())
     with pytest.raises(OSError, match="leads out"):
-        weights.load(placement(place))
+        load_pipeline(placement(place))
     hidden = snapshot.parents[1] / "blobs" / "hidden"
     hidden.mkdir()
     (hidden / "stranger.py").touch()
     link(snapshot / "vae", hidden)
     with pytest.raises(OSError, match="leads out"):
-        weights.load(placement(place))
+        load_pipeline(placement(place))
 
 
 def test_a_pickle_by_the_name_of_safetensors_is_not_unpickled(folder: Path, mark: Path) -> None:
     for path in folder.glob("*/*.safetensors"):
         path.write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(OSError, match=r"weights cannot be read|safetensors"):
-        weights.load(placement(folder))
+        load_pipeline(placement(folder))
     with pytest.raises(CannotPaint):
-        safety.load(placement(folder)).is_unsafe([])
+        safety_checker.load(placement(folder)).is_unsafe([])
     assert not mark.exists()
     pickle.loads((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
     assert mark.exists()
@@ -198,7 +200,7 @@ def stranger(folder: Path, mark: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "tokenizer", "transformer", "vae", "scheduler"])
 def test_code_beside_the_weights_does_not_run(stranger: Callable[[str], Path], mark: Path, name: str) -> None:
     with pytest.raises(OSError, match=r"names code|is code"):
-        weights.load(placement(stranger(name)))
+        load_pipeline(placement(stranger(name)))
     assert not mark.exists()
 
 
@@ -222,7 +224,7 @@ def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
     stranger: Callable[[str], Path], mark: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CannotPaint, match=r"could not be loaded.*(names code|is code)"):
-        safety.load(placement(stranger("safety_checker"))).is_unsafe([])
+        safety_checker.load(placement(stranger("safety_checker"))).is_unsafe([])
     assert not mark.exists()
     assert "[y/N]" not in capfd.readouterr().out
 
@@ -230,4 +232,4 @@ def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
 def test_a_token_by_the_name_of_code_is_a_token(folder: Path) -> None:
     words = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     add(folder / "tokenizer" / "vocab.json", auto_map=max(words.values()))
-    trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
+    verify.check_pipeline(folder, pipeline.NOT_OF_THE_PIPELINE)

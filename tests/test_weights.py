@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from models import hub, memory, weights
 from models.base import Loading, Model, Placement
 from models.flux_dev import FluxDev
-from models.weights import DEMO, assign
+from models.loading import hub, memory_plans, pipeline
+from models.loading.pipeline import load_pipeline
+from models.loading.specs import DEMO, assign
 from tests.null_model import NullEngine, NullModel
 from tests.stand_in_hub import write_flux_dev
 
@@ -133,10 +134,10 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("plan", [plan.name for plan in memory.PLANS])
+@pytest.mark.parametrize("plan", [plan.name for plan in memory_plans.PLANS])
 def test_what_is_loaded_is_reported_by_component(flux_dev: Path, plan: str) -> None:
     reports: list[Loading] = []
-    _, taken = weights.load(placement(flux_dev, memory=plan, report=reports.append))
+    _, taken = load_pipeline(placement(flux_dev, memory=plan, report=reports.append))
     assert taken.name == plan
     parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
     sizes = {name: bytes_in(flux_dev / name) for name in parts}
@@ -155,7 +156,7 @@ def test_a_sharded_folder_is_loaded_as_the_pipeline_loads_it(flux_dev: Path) -> 
 
     assert (flux_dev / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert len(list((flux_dev / "transformer").glob("*.safetensors"))) > 1
-    ours, plan = weights.load(placement(flux_dev))
+    ours, plan = load_pipeline(placement(flux_dev))
     theirs = FluxPipeline.from_pretrained(flux_dev, dtype=torch.bfloat16, local_files_only=True)
     assert plan.name == "resident"
     assert ours.scheduler.config == theirs.scheduler.config
@@ -174,7 +175,7 @@ def test_a_sharded_folder_is_loaded_as_the_pipeline_loads_it(flux_dev: Path) -> 
 
 
 def test_a_sharded_folder_paints(flux_dev: Path) -> None:
-    from models.engine import FluxEngine
+    from models.flux.engine import FluxEngine
     from tests.tiny_flux import asked, painted
 
     (picture,) = painted(FluxEngine.load(placement(flux_dev)), asked(width=96, height=64), 1)
@@ -200,16 +201,16 @@ def changed(tmp_path: Path) -> Any:
 def test_classes_of_other_libraries_are_refused_before_anything_is_loaded(changed: Any, component: str) -> None:
     folder, reports = changed(component, "custom_lib"), list[Loading]()
     with pytest.raises(OSError, match=f"{component} is of custom_lib"):
-        weights.load(placement(folder, report=reports.append))
+        load_pipeline(placement(folder, report=reports.append))
     assert reports == []
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = list[Loading]()
-    monkeypatch.setattr(weights, "device_for", lambda name: "cuda")
-    monkeypatch.setattr(weights, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(pipeline, "device_for", lambda name: "cuda")
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
     with pytest.raises(OSError, match="GB free"):
-        weights.load(placement(DEMO, report=reports.append))
+        load_pipeline(placement(DEMO, report=reports.append))
     assert reports == []
 
 
@@ -219,9 +220,9 @@ def test_pickled_weights_are_not_loaded(flux_dev: Path, tmp_path: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert hub.missing(folder) == ["vae"]
     with pytest.raises(OSError, match="safetensors"):
-        weights.load(placement(folder))
+        load_pipeline(placement(folder))
 
 
 def test_without_weights_there_is_nothing_to_load() -> None:
     with pytest.raises(ValueError, match="needs weights"):
-        weights.load(Placement(None, safety_checker="", device="cpu"))
+        load_pipeline(Placement(None, safety_checker="", device="cpu"))

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.work import FLUX_DEV, step_flop
+from models.flux.flops import FLUX_DEV, step_flop
 from tests.tiny_flux import transformer
 
 

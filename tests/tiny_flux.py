@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from PIL.Image import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from models.engine import FluxEngine
+from models.flux.acceleration import Tier
+from models.flux.engine import FluxEngine
+from models.flux.sharing import Sharing
+from models.flux.task import FluxPainting
 from models.flux_dev import FluxDevInput
-from models.painting import FluxPainting
-from models.sharing import Sharing
-from models.tiers import Tier
-from models.weights import DEMO
+from models.loading.specs import DEMO
 
 TEXT_WIDTH = 16
 #: Of its pictures: 8 pixels a latent, 2 x 2 latents a token.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from models.base import NO_INPUTS
-from models.texts import NUM_TOKENS
-from models.work import FLUX_DEV, step_flop
+from models.flux.flops import FLUX_DEV, step_flop
+from models.flux.prompt_cache import NUM_TOKENS
 from tests.null_model import NullEngine, NullModel, NullPainting
 
 

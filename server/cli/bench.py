@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from models import cpu, memory, random_weights, weights
 from models.base import Placement
-from models.speed import Bench, Figure, Job
+from models.benchmark import random_weights
+from models.benchmark.compare import Bench, Figure, Job
+from models.loading import cpu, devices, memory_plans, specs
+from models.loading.pipeline import load_pipeline
 from server.settings import Settings
 
 _HEADS = ("way", "size", "steps", "waiting", "s/picture", "ms/step", "x naive", "share of matmul", "peak GB")
@@ -28,7 +30,7 @@ def run(
     """Lines to print, each with what was measured so far. Raises OSError and ValueError for what cannot be used."""
     import torch
 
-    device = weights.device_for(settings.device)
+    device = devices.device_for(settings.device)
     if cap_gb and device == "cuda":
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
@@ -45,7 +47,7 @@ def run(
     bench = Bench(pipeline, device, placement, is_whole=plan.is_whole)
     found = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
-        "dtype": weights.type_name(pipeline.transformer.dtype),
+        "dtype": devices.type_name(pipeline.transformer.dtype),
         "memory_plan": plan.name,
         "matmul_tflop_per_second": round(bench.rate / 1e12, 3),
         "figures": [],
@@ -62,16 +64,16 @@ def run(
             yield _line(figure), found
 
 
-def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory.Plan]:
+def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_plans.Plan]:
     import torch
 
     if not shape:
-        (where,) = (weights.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
-        return weights.load(Placement(where, "", device=device, dtype=settings.dtype, memory=settings.memory))
+        (where,) = (specs.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
+        return load_pipeline(Placement(where, "", device=device, dtype=settings.dtype, memory=settings.memory))
     stored = random_weights.sizes(shape, torch.bfloat16)
-    dtype = weights.dtype_for(settings.dtype, device, sum(stored.values()))
-    free = weights.free_memory(device)
-    plan = memory.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
+    dtype = devices.dtype_for(settings.dtype, device, sum(stored.values()))
+    free = devices.free_memory(device)
+    plan = memory_plans.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
     # A plan that does not keep everything on the device begins in the host's memory, as loading does.
     pipeline = random_weights.build(shape, device if plan.is_whole else "cpu", dtype)
     return plan.place(pipeline, device), plan

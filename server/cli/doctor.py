@@ -11,8 +11,9 @@ from typing import Any
 
 import psutil
 
-from models import cpu, discover, hub, memory, trust, weights
-from models.work import FLUX_DEV
+from models import discover
+from models.flux.flops import FLUX_DEV
+from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, verify
 from server.settings import Settings
 from server.storage import database
 
@@ -43,7 +44,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     if found is None:
         return
     try:
-        places = weights.assign(settings.weights, discover(settings.models_dir))
+        places = specs.assign(settings.weights, discover(settings.models_dir))
     except (ValueError, OSError) as error:
         yield Finding("weights", False, str(error))
         return
@@ -109,7 +110,7 @@ def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | No
     import torch
 
     try:
-        device = weights.device_for(settings.device)
+        device = devices.device_for(settings.device)
     except OSError as error:
         yield Finding("device", False, str(error))
         return None
@@ -136,14 +137,14 @@ def _weights(
         yield Finding(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
     else:
-        trust.check_pipeline(folder, weights.NOT_OF_THE_PIPELINE)
-        if redux := weights.installed(where, weights.REDUX):
-            trust.check(redux)
-        sizes = weights.sizes_on_disk(where, folder)
+        verify.check_pipeline(folder, pipeline.NOT_OF_THE_PIPELINE)
+        if redux := specs.installed(where, specs.REDUX):
+            verify.check(redux)
+        sizes = pipeline.sizes_on_disk(where, folder)
         size = sum(sizes.values()) / 1e9
         yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
     try:
-        dtype = weights.dtype_for(settings.dtype, device, sum(sizes.values()))
+        dtype = devices.dtype_for(settings.dtype, device, sum(sizes.values()))
         if device == "cpu":
             yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
     except OSError as error:
@@ -154,20 +155,20 @@ def _weights(
 
 
 def _name(where: str | Path) -> str:
-    return "demo" if where == weights.DEMO else str(where)
+    return "demo" if where == specs.DEMO else str(where)
 
 
 def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
     """What a CPU computes in, and for full-size weights what that takes."""
-    from models.device import Device
-    from models.engine import FULL_SIZE
+    from models.flux.device import Device
+    from models.flux.engine import FULL_SIZE
 
-    words = weights.type_name(dtype)
+    words = devices.type_name(dtype)
     if transformer_size < 2 * FULL_SIZE:
         return words
     if folder is None:
         return f"{words}; {Device('cpu').step_words(FLUX_DEV, dtype)}; use a GPU"
-    with trust.explained(folder / "transformer"):
+    with verify.explained(folder / "transformer"):
         own = hub.read(folder / "transformer" / "config.json")
         return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
@@ -175,10 +176,10 @@ def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
 def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
     """Which plan is taken, and what each one needs."""
     # By itself a CPU takes no other.
-    plans = memory.PLANS[:1] if (device, name) == ("cpu", "auto") else memory.PLANS
+    plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
     needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
-        chosen = memory.choose(name, sizes, free, device=device)
+        chosen = memory_plans.choose(name, sizes, free, device=device)
     except OSError as error:
         return Finding(f"{where} memory", False, f"{error} ({needs})")
     figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
@@ -208,7 +209,7 @@ def _found_checker(name: str, places: list[str | Path]) -> Finding:
     else:
         return Finding("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
     for folder in found:
-        trust.check(folder)
+        verify.check(folder)
         if hub.missing(folder):
             return Finding("safety checker", False, f"{folder} lacks its configuration or its safetensors")
     return Finding("safety checker", True, words)

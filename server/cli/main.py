@@ -58,7 +58,7 @@ def pull(
 ) -> None:
     """Bring weights from the hub into its cache, and the safety checker with them; HF_TOKEN is used if set."""
     keep_quiet()
-    from models import hub
+    from models.loading import hub
 
     try:
         for wanted in dict.fromkeys((hub_id, settings.safety_checker)):

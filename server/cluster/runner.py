@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from models import discover, weights
+from models import discover
+from models.loading import specs
 from server.cluster.messages import Logged, Over, Refused, Report, State
 from server.cluster.runner_queue import Desk, ReportedMetrics
 from server.inputs.cache import Brought
@@ -54,7 +55,7 @@ class Runner:
         kept = int(settings.loras_gb * 1e9)
         self._brought = Brought(self._folder / "inputs", lambda: self._desk.names, kept)
         known = discover(settings.models_dir)
-        places = weights.assign(settings.weights, known)
+        places = specs.assign(settings.weights, known)
         self._black_box = BlackBox(self._folder)
         self._worker = Worker(
             settings,

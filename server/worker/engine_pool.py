@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from models import weights
 from models.base import About, Engine, Loading, Model, Placement
+from models.loading import pipeline, specs
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Engines:
         """Whether one more fits beside those that are loaded."""
         if self._max_loaded and len(self._loaded) >= self._max_loaded:
             return False
-        return weights.has_room(self._placements[endpoint])
+        return pipeline.has_room(self._placements[endpoint])
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
         """Bring an endpoint's engine into memory; None while only those `in_use` could make room. Raises OSError."""
@@ -128,7 +128,7 @@ class Engines:
         """What there is to tell of each that is loaded, by its weights; called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)
-        names = {str(weights.DEMO): "demo"}
+        names = {str(specs.DEMO): "demo"}
         return {names.get(where, where): engine.about() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:

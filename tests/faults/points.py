@@ -68,7 +68,7 @@ IN_UPLOAD = {
 IN_BACKUP = {
     "before the database is copied": _before("server.storage.database", "Database.copy"),
     "after the database is copied": _after("server.storage.database", "Database.copy"),
-    "before the certificates are copied": _before("server.cli.control", "Control._copy", 4),
+    "before the certificates are copied": _before("server.storage.backup", "_copy", 4),
 }
 
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import safety
 from models.demo.recipe import checkpoint, lora, preview, tokens
 from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, Plan
+from models.flux import safety_checker
+from models.loading.devices import dtype_for
 from models.schema import PRESETS
-from models.weights import dtype_for
 
 #: In none of the captions that were trained on.
 TEMPLATES = (
@@ -77,7 +77,7 @@ class Studio:
         dtype = dtype_for("auto", device)
         self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
-        self.checker = safety.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
+        self.checker = safety_checker.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
 
     def paint(self, prompt: str, seed: int, size: str = "square") -> Image.Image:
         """One picture, as a request would get it before the check."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from models import cpu
+from models.loading import cpu
 
 
 def mixed(device: str) -> torch.autocast:

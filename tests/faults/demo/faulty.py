@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from models.base import Painting, Placement
-from models.engine import FluxEngine
+from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDev
 
 

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from models.base import DoesNotFit
-from models.tiers import twin
+from models.flux.compilation import twin
 
 #: Bytes of those that stay on the device, the least recently used go first. One of rank 16 takes some 40 MB for
 #: FLUX.1. What one painting asks for may be more, while it is painted.

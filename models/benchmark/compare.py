@@ -9,13 +9,13 @@ from typing import Any
 import numpy
 import torch
 
-from models import safety, tiers
 from models.base import Placement
-from models.device import Device
-from models.engine import FluxEngine
-from models.texts import NUM_TOKENS
-from models.tiers import Tier
-from models.work import step_flop
+from models.flux import acceleration, safety_checker
+from models.flux.acceleration import Tier
+from models.flux.device import Device
+from models.flux.engine import FluxEngine
+from models.flux.flops import step_flop
+from models.flux.prompt_cache import NUM_TOKENS
 
 PROMPT = "a red apple on a blue table"
 GUIDANCE_SCALE = 3.5
@@ -71,9 +71,9 @@ class Bench:
         self._now = Device(device).now
         self.rate = Device(device).matmul_rate(pipeline.transformer.dtype)
         # The checker is asked on neither side.
-        self._checker = safety.Unavailable("not asked")
+        self._checker = safety_checker.Unavailable("not asked")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        for tier in tiers.build(pipeline, placement, device, is_whole=is_whole):
+        for tier in acceleration.build(pipeline, placement, device, is_whole=is_whole):
             # Where nothing is compiled, "none" is what eager is already.
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)

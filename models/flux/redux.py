@@ -9,9 +9,9 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL.Image import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
-from models import trust
-from models.hub import BadWeights
-from models.texts import NUM_TOKENS, Text
+from models.flux.prompt_cache import NUM_TOKENS, Text
+from models.loading import verify
+from models.loading.hub import BadWeights
 
 
 class Redux:
@@ -35,18 +35,18 @@ class Redux:
     @classmethod
     def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
         """In the transformer's type, on the device; only safetensors. Raises OSError, also where it does not fit."""
-        trust.check(folder)
+        verify.check(folder)
         dtype = transformer.dtype
-        with trust.explained(folder):
+        with verify.explained(folder):
             prior = FluxPriorReduxPipeline(
-                image_encoder=trust.whole(
+                image_encoder=verify.whole(
                     SiglipVisionModel, folder / "image_encoder", dtype=dtype, trust_remote_code=False
                 ),
                 # Pillow's way of scaling is the same everywhere, and needs no torchvision.
                 feature_extractor=SiglipImageProcessorPil.from_pretrained(
                     folder / "feature_extractor", local_files_only=True, trust_remote_code=False
                 ),
-                image_embedder=trust.whole(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
+                image_embedder=verify.whole(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
             )
             return cls(prior.to(device), transformer)
 

@@ -11,21 +11,23 @@ import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 
-from models import forward, safety, tiers, weights
 from models.base import NO_INPUTS, About, CannotPaint, DeviceLost, NotANumber, Painting, Placement
-from models.device import Device
-from models.first_block_cache import FirstBlockCache
-from models.forward import Member
-from models.generation import Generation, begin, unpacked
-from models.loras import Lora, Loras
-from models.memory import PLANS, Plan
-from models.painting import FluxPainting
-from models.preview import Preview
-from models.redux import Redux
-from models.sharing import Sharing
-from models.texts import NUM_TOKENS, Texts
-from models.tiers import Tier
-from models.work import step_flop
+from models.flux import acceleration, batch, safety_checker
+from models.flux.acceleration import Tier
+from models.flux.batch import Member
+from models.flux.device import Device
+from models.flux.first_block_cache import FirstBlockCache
+from models.flux.flops import step_flop
+from models.flux.loras import Lora, Loras
+from models.flux.preview import Preview
+from models.flux.prompt_cache import NUM_TOKENS, Texts
+from models.flux.redux import Redux
+from models.flux.sample import Generation, begin, unpacked
+from models.flux.sharing import Sharing
+from models.flux.task import FluxPainting
+from models.loading import devices, specs
+from models.loading.memory_plans import PLANS, Plan
+from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class FluxEngine:
     def __init__(
         self,
         pipeline: FluxPipeline,
-        checker: safety.Checker,
+        checker: safety_checker.Checker,
         offered: Sequence[Tier],
         device: str,
         *,
@@ -68,7 +70,7 @@ class FluxEngine:
     @classmethod
     def load(cls, placement: Placement) -> "FluxEngine":
         """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
-        device = weights.device_for(placement.device)
+        device = devices.device_for(placement.device)
         try:
             return cls._load(placement, device)
         except BaseException:
@@ -78,11 +80,11 @@ class FluxEngine:
 
     @classmethod
     def _load(cls, placement: Placement, device: str) -> "FluxEngine":
-        pipeline, plan = weights.load(placement)
-        offered = tiers.build(pipeline, placement, device, is_whole=plan.is_whole)
-        prior = weights.installed(placement.weights, weights.REDUX) if placement.weights else None
+        pipeline, plan = load_pipeline(placement)
+        offered = acceleration.build(pipeline, placement, device, is_whole=plan.is_whole)
+        prior = specs.installed(placement.weights, specs.REDUX) if placement.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
-        checker = safety.load(placement)
+        checker = safety_checker.load(placement)
         _tell_type(placement, pipeline, device)
         engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
@@ -96,7 +98,7 @@ class FluxEngine:
     def about(self) -> About:
         """The device, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
-        dtype = weights.type_name(self.pipeline.transformer.dtype)
+        dtype = devices.type_name(self.pipeline.transformer.dtype)
         return About(self.device.words, dtype, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
@@ -135,15 +137,15 @@ class FluxEngine:
         )
         if loras and self.loras is None:
             raise CannotPaint("LoRA weights need all of the model on the device: --memory resident.")
-        tier = tiers.nearest(tiers.uncompiled(self.tiers) if loras else self.tiers, request.acceleration)
+        tier = acceleration.nearest(acceleration.uncompiled(self.tiers) if loras else self.tiers, request.acceleration)
         picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
         # One that has no strength is looked at, not painted over.
         start, subject = (picture, None) if hasattr(request, "strength") else (None, picture)
         if subject and self.redux is None:
-            raise CannotPaint(f"These weights cannot read pictures: {weights.REDUX.hub_id} is not installed.")
+            raise CannotPaint(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
         width, height = self._round(width), self._round(height)
-        work, dtype = self._step_work(width, height, subject), weights.type_name(self.pipeline.transformer.dtype)
+        work, dtype = self._step_work(width, height, subject), devices.type_name(self.pipeline.transformer.dtype)
         return FluxPainting(request, seed, width, height, tier, work, dtype, start, subject, loras)
 
     @torch.no_grad()
@@ -223,7 +225,7 @@ class FluxEngine:
         members = members[: self.sharing.number(size, len(members))]
         transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
         with self.sharing.timed(size, len(members)):
-            return members, forward.velocities(transformer, [generation for _, generation in members])
+            return members, batch.velocities(transformer, [generation for _, generation in members])
 
     def _step_alone(self, painting: FluxPainting) -> tuple[list[Member], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
@@ -233,9 +235,9 @@ class FluxEngine:
 
     def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
         """Its own generations first, then those of others where that is allowed."""
-        beside = [other for other in others if forward.can_share(painting, other)]
+        beside = [other for other in others if batch.can_share(painting, other)]
         due = [(painting, self._due(painting)), *((other, self._due_beside(other)) for other in beside)]
-        return forward.members(due)
+        return batch.members(due)
 
     def _step_work(self, width: int, height: int, subject: Image | None) -> int:
         num_tokens = (width // self.multiple) * (height // self.multiple)
@@ -278,8 +280,8 @@ class FluxEngine:
 def _tell_type(placement: Placement, pipeline: Any, device: str) -> None:
     """Log what the weights are computed in, and warn of large ones on a CPU."""
     transformer, where = pipeline.transformer, Device(device)
-    log.info("computing in %s on %s", weights.type_name(transformer.dtype), where.words)
-    if device == "cpu" and weights.is_emulated(placement, transformer.dtype):
+    log.info("computing in %s on %s", devices.type_name(transformer.dtype), where.words)
+    if device == "cpu" and devices.is_emulated(placement, transformer.dtype):
         log.warning(
             "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory, and "
             "--dtype float32 takes it all the same"

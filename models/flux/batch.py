@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from models import first_block_cache
-from models.generation import Generation
-from models.painting import FluxPainting
+from models.flux import first_block_cache
+from models.flux.sample import Generation
+from models.flux.task import FluxPainting
 
 #: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
 #: card has nothing left to gain, and everybody would wait for the slowest.

@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from models import hub
-from models.hub import REPLACE, BadWeights
+from models.loading import hub
+from models.loading.hub import REPLACE, BadWeights
 
 #: The parts of a FLUX pipeline, and the classes that each may be of: by name alone a library would load any other,
 #: and classes such as AutoModel load what the folder names. A tokenizer's class has two names.
@@ -25,7 +25,7 @@ CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
 #: What makes the libraries look for code: beside the weights, or, for attention, on the hub.
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation")
 #: Our own code lies around the demo weights.
-_OURS = Path(__file__).resolve().parent
+_OURS = Path(__file__).resolve().parent.parent
 #: Of a safetensors file: the format's own limit, so that nothing valid is refused. FLUX.1's headers take some 100 KB,
 #: but weights are the operator's choice, and are read once.
 _MAX_HEADER_BYTES = 100_000_000

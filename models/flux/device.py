@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from models import cpu, weights
 from models.base import CannotPaint, DeviceLost
-from models.texts import NUM_TOKENS
-from models.work import step_flop
+from models.flux.flops import step_flop
+from models.flux.prompt_cache import NUM_TOKENS
+from models.loading import cpu, devices
 
 T = TypeVar("T")
 #: Seconds of a matrix product after which no larger one is tried.
@@ -54,7 +54,7 @@ class Device:
     def step_words(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
         """What a step of FLUX at 1024x768 takes here at least: its closed form over the rate of matrix products."""
         rate, flop = self.matmul_rate(dtype), step_flop(config, 1024 * 768 // 256, NUM_TOKENS)
-        seconds, name = flop / rate, weights.type_name(dtype)
+        seconds, name = flop / rate, devices.type_name(dtype)
         return (
             f"a step at 1024x768 takes {seconds:,.0f} s or more here, an image of 28 steps {28 * seconds / 60:,.0f} min"
             f" ({flop / 1e12:.1f} TFLOP at {rate / 1e12:.4f} TFLOP/s in {name}, beside what the disk takes)"
@@ -118,7 +118,7 @@ class Device:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
                 if not is_last_try:
                     raise torch.OutOfMemoryError(str(error)) from None
-                free = weights.free_memory(self.name) / 1e9
+                free = devices.free_memory(self.name) / 1e9
                 raise CannotPaint(
                     f"Out of memory: {words} did not fit, also when tried again by itself; {free:.1f} GB are free. "
                     "A smaller picture may fit."

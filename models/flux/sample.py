@@ -11,8 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 
-from models.first_block_cache import FirstBlockCache
-from models.texts import Text
+from models.flux.first_block_cache import FirstBlockCache
+from models.flux.prompt_cache import Text
 
 
 @dataclass

@@ -7,7 +7,7 @@ of FLUX.1 [dev]'s own configuration files.
 import json
 from typing import TYPE_CHECKING, Any
 
-from models.weights import DEMO
+from models.loading.specs import DEMO
 
 if TYPE_CHECKING:
     import torch

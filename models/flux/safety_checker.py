@@ -7,9 +7,10 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from models import hub, trust
 from models.base import CannotPaint, Placement
-from models.weights import device_for, dtype_of, folder_of
+from models.loading import hub, verify
+from models.loading.devices import device_for
+from models.loading.pipeline import dtype_of, folder_of
 
 #: Falconsai/nsfw_image_detection's "nsfw" probability above which fal's own toolkit flags a picture.
 THRESHOLD = 0.5
@@ -87,9 +88,9 @@ class Unavailable:
 
 def _whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A model with all of its weights from the folder, each a number. Raises hub.BadWeights."""
-    model = trust.whole(kind, folder, **options)
+    model = verify.whole(kind, folder, **options)
     if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise hub.BadWeights(f"{folder} has no numbers for {trust.shortened(spoilt)}; {hub.REPLACE}")
+        raise hub.BadWeights(f"{folder} has no numbers for {verify.shortened(spoilt)}; {hub.REPLACE}")
     return model
 
 
@@ -104,7 +105,7 @@ def load(placement: Placement) -> Checker:
     """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
         folder = _folder(placement)
-        with trust.explained(folder):
+        with verify.explained(folder):
             return _load(folder, device_for(placement.device), dtype_of(placement))
     except OSError as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
@@ -132,7 +133,7 @@ def _folder(placement: Placement) -> Path:
 def _load(folder: Path, device: str, dtype: torch.dtype) -> Checker:
     from transformers import PretrainedConfig
 
-    trust.check(folder)
+    verify.check(folder)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
     # Judged in the type of its file, unless this CPU is slow in that: a checker in float32 is no worse in float32.
     options = {"dtype": dtype} if dtype == torch.float32 else {}

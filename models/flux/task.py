@@ -5,9 +5,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from models.generation import Generation, first_step
-from models.loras import Lora
-from models.tiers import Tier
+from models.flux.acceleration import Tier
+from models.flux.loras import Lora
+from models.flux.sample import Generation, first_step
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The engine beside diffusers, and weights of the true shapes to measure it with."""

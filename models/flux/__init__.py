@@ -1,0 +1,1 @@
+"""The FLUX engine. It imports torch, so endpoints import it inside `setup()`."""

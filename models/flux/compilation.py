@@ -1,0 +1,94 @@
+"""How a transformer is made faster: clones that share weights, compiled blocks, fp8 matrices, attention."""
+
+import copy
+import logging
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from models.base import Placement
+from models.loading.memory_plans import WORKSPACE
+
+log = logging.getLogger(__name__)
+
+
+def twin(module: Any) -> Any:
+    """A copy of a module that has the same weights, not copies of them: changing how it runs leaves the other be."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def compile_blocks(transformer: Any) -> Any:
+    """Compile each kind of block once, for all sizes."""
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    return transformer
+
+
+def quantize(transformer: Any) -> None:
+    """The blocks' large matrices in fp8, a scale a row; inputs are quantized as they come."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(transformer, config, filter_fn=is_large_matrix)
+
+
+def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module is one of the matrices that the tokens go through."""
+    return isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
+
+
+def choose_attention(transformer: Any) -> None:
+    """The fastest exact attention there is: FlashAttention 3 if it is installed, else cuDNN's on Hopper and later."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    major, _ = torch.cuda.get_device_capability()
+    if major < 9:
+        return
+    # Choosing for one transformer also changes what all others take by default, which is put back.
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    try:
+        transformer.set_attention_backend(
+            "_flash_3" if major == 9 and find_spec("flash_attn_interface") else "_native_cudnn"
+        )
+    except (RuntimeError, ValueError) as error:
+        log.warning("PyTorch's own choice of attention is taken: %s", error)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(before)
+
+
+def keep_compiled(placement: Placement) -> None:
+    """Keep what is compiled on disk, apart for each version of PyTorch, Triton, diffusers and each kind of card."""
+    if placement.compile_cache is None:
+        return
+    from importlib.metadata import version
+
+    import diffusers
+
+    triton, torchao = (version(name) if find_spec(name) else "none" for name in ("triton", "torchao"))
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    key = (
+        f"torch-{torch.__version__} triton-{triton} torchao-{torchao} diffusers-{diffusers.__version__} {card}".replace(
+            " ", "_"
+        )
+    )
+    folder = placement.compile_cache / key.replace("/", "-")
+    for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(name, str(folder / part))
+
+
+def why_no_fp8(transformer: Any, placement: Placement) -> str | None:
+    """Why this device cannot have a copy of the transformer in fp8; None where it can."""
+    if placement.max_acceleration == "none":
+        return "the operator offers nothing faster"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return f"{torch.cuda.get_device_name()} has no fp8 matrix products"
+    if not find_spec("torchao"):
+        return "torchao is not installed; pip install 'flux-server[fp8]'"
+    free, _ = torch.cuda.mem_get_info()
+    needed = sum(weight.nbytes for weight in transformer.parameters()) * (0.5 + WORKSPACE)
+    if needed > free:
+        return f"a copy in fp8 needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free"
+    return None

@@ -1,0 +1,1 @@
+"""From a WEIGHTS argument to a pipeline on the device."""

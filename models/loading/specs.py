@@ -1,0 +1,82 @@
+"""The WEIGHTS argument: which endpoint runs on which weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.base import AddOn, Model
+from models.loading import hub
+
+DEMO = Path(__file__).parent.parent / "demo"
+DEFAULT_ENDPOINT = "fal-ai/flux/dev"
+#: What FLUX.1 [dev] reads a picture with instead of a prompt.
+REDUX = AddOn("redux", "black-forest-labs/FLUX.1-Redux-dev")
+
+
+def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
+    """Say which weights each served endpoint runs on.
+
+    A spec is `demo`, a hub id, a folder (for fal-ai/flux/dev) or `ENDPOINT=FOLDER-or-hub-id`; models that need
+    no weights are always served. Raises ValueError with every problem, a line each.
+    """
+    assigned: dict[str, str | Path | None] = {}
+    problems: list[str] = []
+    for spec in specs:
+        try:
+            assigned.update(_assign_one(spec, models))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {**assigned, **{model.endpoint: None for model in models.values() if not model.weights}}
+
+
+def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
+    if spec == "demo":
+        return {model.endpoint: DEMO for model in models.values() if model.weights and _has_all(model, DEMO)}
+    endpoint, separator, rest = spec.partition("=")
+    if separator:
+        if endpoint not in models:
+            raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
+        where = place(rest)
+        if not _has_all(models[endpoint], where):
+            raise ValueError(f"{spec}: {endpoint} needs {_lacking(models[endpoint], where)} too")
+        return {endpoint: where}
+    where = place(spec)
+    if isinstance(where, Path):
+        return {DEFAULT_ENDPOINT: where}
+    served = [model.endpoint for model in models.values() if where in model.weights]
+    if not served:
+        raise ValueError(f"{spec}: no endpoint is known to run on it; say ENDPOINT={spec}")
+    return {endpoint: where for endpoint in served if _has_all(models[endpoint], where)}
+
+
+def installed(where: str | Path, add_on: AddOn) -> Path | None:
+    """Where an add-on to some weights lies: weights from a folder bring it, and those from the hub find it there."""
+    if isinstance(where, Path):
+        return where / add_on.folder if (where / add_on.folder).is_dir() else None
+    return hub.locate(add_on.hub_id)
+
+
+def _has_all(model: Model, where: str | Path) -> bool:
+    return model.add_on is None or installed(where, model.add_on) is not None
+
+
+def _lacking(model: Model, where: str | Path) -> str:
+    assert model.add_on is not None
+    if isinstance(where, Path):
+        return f"the folder {model.add_on.folder} in {where}, with {model.add_on.hub_id}"
+    return f"{model.add_on.hub_id}; `flux-server pull {model.add_on.hub_id}` brings it"
+
+
+def place(spec: str) -> str | Path:
+    """A folder that has a pipeline in it, or a hub id. Raises ValueError, with the reason, for anything else."""
+    if spec == "demo":
+        return DEMO
+    path = Path(spec).expanduser()
+    if (path / "model_index.json").is_file():
+        return path.resolve()
+    if path.suffix in {".safetensors", ".gguf", ".ckpt"}:
+        raise ValueError(f"{spec}: single-file checkpoints are not supported; give a folder in diffusers layout")
+    if path.exists() or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        raise ValueError(f"{spec}: not a folder in diffusers layout (no model_index.json) and not a hub id")
+    return spec
