@@ -54,7 +54,7 @@ def test_one_key_has_no_more_running_than_its_share(parts: Parts) -> None:
     assert parts.queue.claim() is None
     assert parts.queue.finish(mine[0], painted())
     assert owners_claimed(parts) == ["me"]
-    parts.queue.give_back(mine[1])
+    parts.queue.release(mine[1])
     assert [claim[0] for claim in iter(parts.queue.claim, None) if claim] == [mine[1]]
 
 
@@ -67,7 +67,7 @@ def test_the_counts_survive_every_way_to_end(parts: Parts) -> None:
         parts.queue.cancel(running)
         parts.queue.finish(running, painted())
         given = claimed(parts, owner="me")
-        parts.queue.give_back(given)
+        parts.queue.release(given)
         parts.queue.cancel(given)
     for _ in range(2):
         submitted(parts, "me")

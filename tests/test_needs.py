@@ -49,7 +49,7 @@ def test_it_counts_until_the_request_is_done(parts: Parts) -> None:
         found = queue.claim()
         assert found
         assert needs.num_bytes("me") == 1002
-        queue.give_back(found[0])
+        queue.release(found[0])
     found = queue.claim()
     assert found
     queue.finish(found[0], painted())

@@ -139,7 +139,7 @@ def test_positions_move_up(parts: Parts) -> None:
 def test_give_back_returns_a_job_to_its_old_place(parts: Parts) -> None:
     job = claimed(parts)
     later = parts.queue.submit(submission())
-    parts.queue.give_back(job)
+    parts.queue.release(job)
     assert (job.state, parts.queue.position(job), parts.queue.position(later)) == (State.IN_QUEUE, 0, 1)
     assert parts.queue.claim()
     assert job.attempt == 2
@@ -148,7 +148,7 @@ def test_give_back_returns_a_job_to_its_old_place(parts: Parts) -> None:
 def test_give_back_of_a_cancelled_job_ends_it(parts: Parts) -> None:
     job = claimed(parts)
     parts.queue.cancel(job)
-    parts.queue.give_back(job)
+    parts.queue.release(job)
     assert ended(parts, job) == (499, "client_cancelled")
 
 
@@ -392,7 +392,7 @@ def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
 
 def test_a_strike_counts_only_while_a_job_is_worked_at(parts: Parts) -> None:
     done, waiting = finished(parts), claimed(parts)
-    parts.queue.give_back(waiting)
+    parts.queue.release(waiting)
     parts.queue.strike([done, waiting])
     assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
@@ -413,7 +413,7 @@ def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) 
         for _ in range(MAX_STRIKES):
             parts.queue.strike([job])
         if not is_running:
-            parts.queue.give_back(job)
+            parts.queue.release(job)
         other = claimed(parts) if is_running else parts.queue.submit(submission())
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1

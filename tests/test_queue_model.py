@@ -202,7 +202,7 @@ class QueueBesideModel(RuleBasedStateMachine):
             self.parts.queue.lose(job)
             self.is_lost(name)
         else:
-            self.parts.queue.give_back(job)
+            self.parts.queue.release(job)
             self.goes_back(name)
 
     # -- what time does

@@ -131,7 +131,7 @@ def test_a_cancelled_request_loses_its_prompt_at_once(parts: Parts) -> None:
     parts.queue.cancel(waiting)
     running = claimed(parts, fields={"prompt": "x" * 20_000})
     parts.queue.cancel(running)
-    parts.queue.give_back(running)
+    parts.queue.release(running)
     assert parts.rows("SELECT DISTINCT input, inputs FROM jobs") == [("{}", "{}")]
     assert parts.rows("SELECT max(num_bytes) < 5000 FROM row_sizes") == [(1,)]
 

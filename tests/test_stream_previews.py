@@ -180,5 +180,5 @@ def test_a_restart_begins_without_a_preview(parts: Parts) -> None:
     job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
     worker.turn()
     assert job.preview
-    parts.queue.give_back(job)
+    parts.queue.release(job)
     assert responses.progress(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}

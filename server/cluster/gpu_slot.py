@@ -116,7 +116,7 @@ class Seat:
             if link:
                 self.jobs[job.request_id] = job
         if link is None:
-            self._retry(lambda: self._queue.give_back(job))
+            self._retry(lambda: self._queue.release(job))
         elif job.inputs:
             # It may be a gigabyte, and others wait for other GPUs.
             threading.Thread(target=self._hand_over, args=(link, job, text), daemon=True).start()
@@ -223,7 +223,7 @@ class Seat:
                 self._retry(lambda: self._finish(job, report))
                 self._forget(job)
             case messages.Returned() if job:
-                self._retry(lambda: self._queue.give_back(job))
+                self._retry(lambda: self._queue.release(job))
                 self._forget(job)
             case messages.Refused() if job:
                 raise Lost("it could not take in what came along with a request")

@@ -181,7 +181,7 @@ class Queue:
             # What the process ends for is worse, and must not be hidden by this.
             log.error("the disk is full: it is not remembered what the process worked at")
 
-    def give_back(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """Put a running job back in its old place, because this process will not finish it.
 
         One that was cancelled ends instead.
@@ -205,7 +205,7 @@ class Queue:
             if outcome and not job.is_cancelled:
                 self._end(job, outcome)
             else:
-                self.give_back(job)
+                self.release(job)
         self._notifier.work.set()
 
     # -- what time does
