@@ -17,7 +17,7 @@ from models.loading import specs
 from models.schema import Limits
 from server import auth
 from server.api import openapi
-from server.api.dependencies import TOO_MANY_OPEN, Parts
+from server.api.dependencies import TOO_MANY_OPEN, Services
 from server.api.middleware.body_limit import BodyLimitMiddleware
 from server.api.middleware.errors import ErrorMiddleware, add_exception_handlers
 from server.api.middleware.host_check import LOOPBACK_ORIGIN, HostCheckMiddleware, allowed_origins
@@ -38,17 +38,17 @@ from server.api.routes import (
     tokens,
     uploads,
 )
-from server.auth import Keys, Scope
+from server.auth import Keys, KeyScope
 from server.cluster.head import Cluster
 from server.cluster.ray_backend import Fleet
 from server.errors import DiskFull
-from server.executor import Turns
+from server.executor import FairExecutor
 from server.inputs.cache import INPUTS, Brought, size_of
 from server.inputs.resolver import Inputs
 from server.metrics import Metrics, collect_gauges, collect_gpu_gauges
-from server.net.bytes_in_flight import InFlight
-from server.net.fair_share import Shares
-from server.net.outbound import Guard
+from server.net.bytes_in_flight import BytesInFlight
+from server.net.fair_share import FairShare
+from server.net.outbound import OutboundClient
 from server.queue import history, usage
 from server.queue.notifier import Notifier
 from server.queue.pending_storage import Needs
@@ -84,9 +84,9 @@ def create_app(settings: Settings) -> FastAPI:
     places = specs.assign(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
-    absent = {endpoint: _needs(model) for endpoint, model in known.items() if endpoint not in places}
+    absent = {endpoint: _required_weights(model) for endpoint, model in known.items() if endpoint not in places}
     black_box = BlackBox(settings.data_dir)
-    parts, worker = _join(settings, models, absent, places, database, black_box)
+    parts, worker = _build_services(settings, models, absent, places, database, black_box)
     app = FastAPI(
         title="flux-server",
         version=monitoring.VERSION,
@@ -121,18 +121,21 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _join(
+def _build_services(
     settings: Settings,
     models: dict[str, Model],
     absent: Mapping[str, str],
     places: Mapping[str, str | Path | None],
     database: Database,
     black_box: BlackBox,
-) -> tuple[Parts, Worker | Cluster]:
+) -> tuple[Services, Worker | Cluster]:
     notifier, metrics = Notifier(), Metrics()
     needs, store = Needs(partial(size_of, settings.data_dir / INPUTS)), Files(settings.data_dir / "files", database)
     jobs = _queue(settings, database, notifier, metrics, needs)
-    guard, limits = Guard(settings.outbound_allow), Limits(max_side=settings.max_side, max_pixels=settings.max_pixels)
+    guard, limits = (
+        OutboundClient(settings.outbound_allow),
+        Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
+    )
     inputs = _inputs(settings, needs, guard, store, limits)
     worker: Worker | Cluster
     if settings.ray:
@@ -143,10 +146,10 @@ def _join(
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
     database.on_damage = worker.fail
     seen = partial(collect_gauges, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
-    metrics.watch(seen, partial(collect_gpu_gauges, worker.gpus))
-    parts = Parts(
+    metrics.add_gauges(seen, partial(collect_gpu_gauges, worker.gpus))
+    parts = Services(
         models=models,
-        absent=absent,
+        unavailable_endpoints=absent,
         keys=_keys(settings, database),
         guard=guard,
         inputs=inputs,
@@ -171,10 +174,10 @@ def _shared(settings: Settings) -> dict[str, Any]:
     """What is shared between keys."""
     return {
         "quota": Quota(settings.rate_per_key),
-        "in_flight": InFlight(4 * settings.max_body_mib * 2**20),
+        "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
         # Who is refused must not keep the connection either, or nobody else could open one.
-        "open_answers": Shares(settings.max_connections, TOO_MANY_OPEN, closes=True),
-        "turns": Turns("requests", 8, 2),
+        "open_answers": FairShare(settings.max_connections, TOO_MANY_OPEN, closes=True),
+        "turns": FairExecutor("requests", 8, 2),
     }
 
 
@@ -205,7 +208,7 @@ def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: 
     )
 
 
-def _inputs(settings: Settings, needs: Needs, guard: Guard, store: Files, limits: Limits) -> Inputs:
+def _inputs(settings: Settings, needs: Needs, guard: OutboundClient, store: Files, limits: Limits) -> Inputs:
     return Inputs(
         Brought(settings.data_dir / INPUTS, needs.names, int(settings.loras_gb * 1e9)),
         guard,
@@ -217,22 +220,22 @@ def _inputs(settings: Settings, needs: Needs, guard: Guard, store: Files, limits
     )
 
 
-def _needs(model: Model) -> str:
+def _required_weights(model: Model) -> str:
     return " or ".join(model.weights) + (f" with {model.add_on.hub_id}" if model.add_on else "")
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
     """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
-    if settings.has_automatic_key and not auth.stored(database):
-        key = auth.add(database, "", Scope.OPERATOR)
+    if settings.has_automatic_key and not auth.load_key_scopes(database):
+        key = auth.add_key(database, "", KeyScope.OPERATOR)
         print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
-    known = auth.stored(database, with_first=settings.has_automatic_key)
+    known = auth.load_key_scopes(database, with_first=settings.has_automatic_key)
     return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, parts: Parts) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, parts: Services) -> None:
     """From the innermost, which is added first, to the outermost."""
-    is_open = parts.keys.is_open
+    is_open = parts.keys.allows_anonymous
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_mib * 2**20)
     app.add_middleware(RewriteMiddleware, settings=settings)
     app.add_middleware(ErrorMiddleware)
@@ -251,20 +254,20 @@ def _add_middleware(app: FastAPI, settings: Settings, parts: Parts) -> None:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
-    parts: Parts = app.state.parts
+    parts: Services = app.state.parts
     worker: Worker | Cluster = app.state.worker
     parts.notifier.attach(asyncio.get_running_loop())
-    _after_crash(app.state.black_box, parts.queue)
+    _record_crash(app.state.black_box, parts.queue)
     parts.queue.recover()
     parts.files.remove_strays()
     parts.signer.rotate()
     worker.start()
     tasks = [
         asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer, metrics=parts.metrics).run()),
-        asyncio.create_task(_every(EXPIRE_EVERY, parts.queue.expire)),
-        asyncio.create_task(_every(SWEEP_EVERY, parts.retention.sweep)),
-        asyncio.create_task(_every(SWEEP_EVERY, parts.uploads.sweep)),
-        asyncio.create_task(_every(SWEEP_EVERY, parts.inputs.sweep)),
+        asyncio.create_task(_run_periodically(EXPIRE_EVERY, parts.queue.expire)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.retention.sweep)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.uploads.sweep)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.inputs.sweep)),
     ]
     try:
         yield
@@ -276,7 +279,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         database.close()
 
 
-def _after_crash(black_box: BlackBox, jobs: Queue) -> None:
+def _record_crash(black_box: BlackBox, jobs: Queue) -> None:
     """Blame what the last process worked at, if it died of a fault of its own; from now on this one's is recorded."""
     trace, request_ids = black_box.read()
     if trace:
@@ -287,10 +290,10 @@ def _after_crash(black_box: BlackBox, jobs: Queue) -> None:
     black_box.open()
 
 
-async def _every(seconds: float, act: Callable[[], object]) -> None:
+async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
     while True:
         try:
-            await asyncio.to_thread(act)
+            await asyncio.to_thread(func)
         except Damaged:
             # The server ends, and says why.
             return
@@ -298,5 +301,5 @@ async def _every(seconds: float, act: Callable[[], object]) -> None:
             log.error("%s; trying again", error)
             await asyncio.sleep(DISK_PAUSE)
         except Exception:
-            log.exception("%s failed; trying again", act)
+            log.exception("%s failed; trying again", func)
         await asyncio.sleep(seconds)

@@ -15,11 +15,11 @@ from server.errors import Forbidden, Unauthorized
 from server.storage.database import Database
 
 #: The owner of everything when there is no key.
-EVERYBODY = "everybody"
+ANONYMOUS = "everybody"
 _ALGORITHM = "HS256"
 
 
-class Scope(StrEnum):
+class KeyScope(StrEnum):
     """What a key is good for: requests, or the operator's view and other keys beside them."""
 
     CLIENT = "client"
@@ -27,8 +27,8 @@ class Scope(StrEnum):
 
 
 #: The scope of each key that this server made, by the key's hash.
-Stored = Mapping[str, Scope]
-_NONE: Stored = MappingProxyType({})
+KeyScopes = Mapping[str, KeyScope]
+_NONE: KeyScopes = MappingProxyType({})
 
 
 class Keys:
@@ -40,26 +40,26 @@ class Keys:
     def __init__(
         self,
         keys: tuple[str, ...],
-        stored: Stored = _NONE,
+        stored: KeyScopes = _NONE,
         pepper: bytes = b"",
         operators: tuple[str, ...] = (),
     ) -> None:
         self._pepper = pepper
-        self._given = {_hash(key, pepper): Scope.CLIENT for key in keys}
-        self._given |= {_hash(key, pepper): Scope.OPERATOR for key in operators}
+        self._given = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
+        self._given |= {_hash(key, pepper): KeyScope.OPERATOR for key in operators}
         self._scopes = {**self._given, **stored}
         self._secret = secrets.token_bytes(32)
         #: Whether no key is asked for. Decided at the start, so that revoking the last key opens nothing.
-        self.is_open = not self._scopes
+        self.allows_anonymous = not self._scopes
 
-    def learn(self, stored: Stored) -> None:
+    def reload(self, stored: KeyScopes) -> None:
         """The keys that this server made are these from now on."""
         self._scopes = {**self._given, **stored}
 
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
         """Who this is, from "Key ..." or "Bearer ..."; a token is good where its scope is. Raises Unauthorized."""
-        if self.is_open:
-            return EVERYBODY
+        if self.allows_anonymous:
+            return ANONYMOUS
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() not in ("key", "bearer"):
             raise Unauthorized
@@ -72,14 +72,14 @@ class Keys:
             raise Unauthorized
         return self.owner_of_token(key.strip(), scope)
 
-    def operator(self, authorization: str | None) -> None:
+    def require_operator(self, authorization: str | None) -> None:
         """Let the operator pass. Raises Unauthorized, and Forbidden for a key that is a client's alone."""
         owner = self.owner(authorization)
-        operators = [known[:32] for known, scope in self._scopes.items() if scope == Scope.OPERATOR]
+        operators = [known[:32] for known, scope in self._scopes.items() if scope == KeyScope.OPERATOR]
         # Where nobody was made the operator, the only key of the settings is. Keys made here were given a scope, and
         # one of a client must not become the operator's because that was revoked.
         lone = [known[:32] for known in self._given] if len(self._given) == 1 else []
-        if not self.is_open and owner not in (operators or lone):
+        if not self.allows_anonymous and owner not in (operators or lone):
             raise Forbidden(
                 "This key is a client's; --operator-keys, or `keys add --scope operator`, make those that may see this"
             )
@@ -89,23 +89,23 @@ class Keys:
         claims = {"sub": owner, "scope": scope, "exp": int(time.time() + seconds)}
         return jwt.encode(claims, self._secret, _ALGORITHM)
 
-    def knows(self, owner: str) -> bool:
+    def is_active(self, owner: str) -> bool:
         """Whether this owner's key is good still: what came in by one that was revoked goes no further."""
-        return self.is_open or any(known[:32] == owner for known in self._scopes)
+        return self.allows_anonymous or any(known[:32] == owner for known in self._scopes)
 
     def owner_of_token(self, token: str, scope: str) -> str:
         """Who the token was issued to.
 
         Raises Unauthorized for another scope, a late token, a forged one, or one whose key was revoked.
         """
-        if self.is_open:
-            return EVERYBODY
+        if self.allows_anonymous:
+            return ANONYMOUS
         try:
             claims = jwt.decode(token, self._secret, [_ALGORITHM], options={"require": ["exp", "sub", "scope"]})
         except jwt.InvalidTokenError:
             raise Unauthorized from None
         owner = str(claims["sub"])
-        if scope not in claims["scope"].split(" ") or not self.knows(owner):
+        if scope not in claims["scope"].split(" ") or not self.is_active(owner):
             raise Unauthorized
         return owner
 
@@ -118,13 +118,13 @@ def pepper(database: Database) -> bytes:
     return bytes(value)
 
 
-def stored(database: Database, *, with_first: bool = True) -> dict[str, Scope]:
+def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str, KeyScope]:
     """The keys made by this server; `with_first` also the one it made by itself at its first start."""
     rows = database.read("SELECT hash, scope FROM keys WHERE name <> '' OR ?", with_first)
-    return {row["hash"]: Scope(row["scope"]) for row in rows}
+    return {row["hash"]: KeyScope(row["scope"]) for row in rows}
 
 
-def add(database: Database, name: str, scope: Scope) -> str:
+def add_key(database: Database, name: str, scope: KeyScope) -> str:
     """Make a key, keep its hash, and return it: the only time it can be seen. The first one has no name.
 
     Raises ValueError when the name is taken.
@@ -141,13 +141,13 @@ def add(database: Database, name: str, scope: Scope) -> str:
     return key
 
 
-def listed(database: Database) -> list[dict[str, Any]]:
+def list_keys(database: Database) -> list[dict[str, Any]]:
     """Name, scope, time of making, and the owner as logs and the operator's view tell it; never the key."""
     rows = database.read("SELECT name, scope, created_at, substr(owner, 1, 9) AS owner FROM keys ORDER BY created_at")
     return [dict(row) for row in rows]
 
 
-def revoke(database: Database, name: str) -> None:
+def revoke_key(database: Database, name: str) -> None:
     """Forget a key by its name or the beginning of its owner. Raises ValueError when none or several fit."""
     with database.transaction() as connection:
         found = connection.execute(

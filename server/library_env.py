@@ -3,7 +3,7 @@
 import os
 
 
-def keep_quiet() -> None:
+def disable_telemetry_and_warnings() -> None:
     """None reports anything to anybody, or warns of what nobody here can change."""
     os.environ.update(
         HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_TELEMETRY="1", RAY_USAGE_STATS_ENABLED="0"
@@ -12,7 +12,7 @@ def keep_quiet() -> None:
     os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 
 
-def spin_less() -> None:
+def limit_openmp_spinning() -> None:
     """Let OpenMP's threads sleep while they wait for each other.
 
     They spin first, long by default: beside one busy core of two, a picture then takes more than three times as long.

@@ -37,20 +37,20 @@ class Metrics:
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that reached their end.", "endpoint", "outcome")
         self.retried = self._counter("requests_retried", "Requests begun another time.", "endpoint")
-        self.pictures = self._counter("pictures", "Pictures painted.", "endpoint")
+        self.images = self._counter("pictures", "Pictures painted.", "endpoint")
         self.flagged = self._counter("pictures_flagged", "Pictures that were not shown.", "endpoint")
         self.webhooks = self._counter("webhook_attempts", "Webhooks sent, every attempt.", "outcome")
         self.wait = self._histogram("queue_wait_seconds", "From submit to the first start.", _WAITS, "endpoint")
         self.step = self._histogram("step_seconds", "One forward, alone or shared.", _STEPS, "size", "acceleration")
 
-    def stepped(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
+    def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
         """One forward. Sizes of clients' own making count as one, or they could fill the memory."""
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
 
-    def painted(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
+    def count_images(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
         """The pictures of one request, and how many of them are not shown."""
-        self.pictures.labels(endpoint).inc(num_pictures)
+        self.images.labels(endpoint).inc(num_pictures)
         self.flagged.labels(endpoint).inc(num_flagged)
 
     def steps(self) -> list[dict[str, Any]]:
@@ -65,19 +65,19 @@ class Metrics:
             for (size, tier), seen in found.items()
         ]
 
-    def begun(self, endpoint: str, attempt: int, waited: float) -> None:
+    def observe_start(self, endpoint: str, attempt: int, waited: float) -> None:
         """A request was claimed, `waited` seconds after its submit."""
         if attempt > 1:
             self.retried.labels(endpoint).inc()
         else:
             self.wait.labels(endpoint).observe(max(0.0, waited))
 
-    def end(self, endpoint: str, status: int, *, is_cancelled: bool) -> None:
+    def count_end(self, endpoint: str, status: int, *, is_cancelled: bool) -> None:
         """A request reached its end."""
         outcome = "cancelled" if is_cancelled else "completed" if status == 200 else "failed"
         self.ended.labels(endpoint, outcome).inc()
 
-    def watch(
+    def add_gauges(
         self, gauges: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
     ) -> None:
         """Ask for these each time the metrics are read: what they mean, and their values now, in all and by GPU."""

@@ -18,7 +18,7 @@ OPEN_KEY = "local"
 _SECRETS = ("keys", "webhook_secret")
 
 
-class BadSettings(Exception):
+class SettingsError(Exception):
     """One or more settings are wrong; the message lists them all, a line each."""
 
 
@@ -26,7 +26,7 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
+CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 def _default_data_dir(environment: Mapping[str, str]) -> Path:
@@ -40,7 +40,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: Words = Field(
+    weights: CommaSeparated = Field(
         ("demo",), description="What to serve: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -51,15 +51,17 @@ class Settings(BaseModel):
     )
     proxy_others: bool = Field(False, description="Let the CONNECT door connect to hosts that are not fal's.")
     data_dir: Path = Field(description="Folder of the queue, the pictures and the certificates.")
-    keys: Words = Field((), description="API keys clients must send, separated by commas; FAL_KEY counts as one.")
-    operator_keys: Words = Field(
+    keys: CommaSeparated = Field(
+        (), description="API keys clients must send, separated by commas; FAL_KEY counts as one."
+    )
+    operator_keys: CommaSeparated = Field(
         (), description="API keys that may see /status and /metrics too; the only one of --keys may anyway."
     )
     public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
-    trusted_proxies: Words = Field(
+    trusted_proxies: CommaSeparated = Field(
         (), description="Addresses whose X-Forwarded-* headers are believed; with any, a key is asked for."
     )
-    cors_origin: Words = Field((), description="Web origins allowed beside loopback when there is no key.")
+    cors_origin: CommaSeparated = Field((), description="Web origins allowed beside loopback when there is no key.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to paint: auto, cuda or cpu.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
@@ -121,7 +123,7 @@ class Settings(BaseModel):
         gt=0,
         description="How much disk results and files may take, in GB; who keeps most makes room, oldest first.",
     )
-    outbound_allow: Words = Field(
+    outbound_allow: CommaSeparated = Field(
         (), description="Own hosts and networks that webhooks and downloads may reach, such as 10.0.0.0/8 or hooks.lan."
     )
     webhook_secret: str = Field("", description="Standard Webhooks' shared secret, whsec_..., if any.")
@@ -215,14 +217,14 @@ class Settings(BaseModel):
         return url.rstrip("/")
 
     @property
-    def is_for_others(self) -> bool:
+    def is_reachable_remotely(self) -> bool:
         """Whether others than this machine's programs can reach the server, by the network or through a proxy."""
         return bool(self.trusted_proxies) or not self.is_loopback
 
     @property
     def has_automatic_key(self) -> bool:
         """Whether the server makes a key of its own at the first start, because others can reach it and none is set."""
-        return self.is_for_others and not (self.keys or self.operator_keys)
+        return self.is_reachable_remotely and not (self.keys or self.operator_keys)
 
     @property
     def is_loopback(self) -> bool:
@@ -235,14 +237,14 @@ class Settings(BaseModel):
             return False
 
     @property
-    def own_address(self) -> str:
+    def local_address(self) -> str:
         """Where this machine itself finds the server."""
         if self.host in ("0.0.0.0", "localhost"):  # noqa: S104  compared, not bound
             return "127.0.0.1"
         return "::1" if self.host == "::" else self.host
 
     @classmethod
-    def read(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
+    def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
         """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
         # An empty variable stands for none, as in .env files.
@@ -258,7 +260,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise BadSettings("\n".join(_problem(entry) for entry in error.errors())) from None
+            raise SettingsError("\n".join(_problem(entry) for entry in error.errors())) from None
 
 
 def _words(value: object) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Nginx:
         return f"https://localhost:{self.port}"
 
 
-def _changed(text: str, server: Server, nginx: Nginx, files: tls.TLS, name: str) -> str:
+def _changed(text: str, server: Server, nginx: Nginx, files: tls.CertificateFiles, name: str) -> str:
     """The sample with another name, other ports, and a certificate of this machine; each of these is in it."""
     host = f"{name}:{nginx.port}"
     changes = {
@@ -84,7 +84,7 @@ def proxied(folder: Path, server: Server, name: str = "localhost") -> Iterator[N
     if not found:
         pytest.skip("there is no nginx")
     folder.mkdir()
-    files = tls.ensure(folder, "localhost", name)
+    files = tls.ensure_certificate(folder, "localhost", name)
     nginx = Nginx(free_port(), free_port(), files.authority, folder / "error.log")
     text = _changed(SAMPLE.read_text(encoding="utf-8"), server, nginx, files, name)
     (folder / "flux-server.conf").write_text(text, encoding="utf-8")

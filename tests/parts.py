@@ -13,7 +13,7 @@ from models.flux_dev import FluxDevInput
 from models.schema import Limits
 from server.inputs.cache import INPUTS, Brought, size_of
 from server.inputs.resolver import Inputs
-from server.net.outbound import Guard
+from server.net.outbound import OutboundClient
 from server.queue.jobs import Job, Outcome, State, Submission
 from server.queue.notifier import Notifier
 from server.queue.pending_storage import Needs
@@ -81,7 +81,7 @@ def opened(
         )
         files = Files(folder / "files", database, clock)
         brought = Brought(folder / INPUTS, needs.names, 10**10, clock)
-        inputs = Inputs(brought, Guard(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
+        inputs = Inputs(brought, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

@@ -9,7 +9,7 @@ from typing import Any
 import jwt
 import pytest
 
-from server.auth import EVERYBODY, Keys, Scope, add, listed, pepper, revoke, stored
+from server.auth import ANONYMOUS, Keys, KeyScope, add_key, list_keys, pepper, revoke_key, load_key_scopes
 from server.errors import Forbidden, Unauthorized
 from tests.parts import Parts, opened
 
@@ -19,14 +19,14 @@ KEY = "id:secret"
 @pytest.mark.parametrize("authorization", [None, "", "Key anything", "Basic eDp5", "nonsense"])
 def test_without_a_key_everybody_is_one_owner(authorization: str | None) -> None:
     keys = Keys(())
-    assert keys.is_open
-    assert keys.owner(authorization) == EVERYBODY
+    assert keys.allows_anonymous
+    assert keys.owner(authorization) == ANONYMOUS
 
 
 @pytest.mark.parametrize("authorization", [f"Key {KEY}", f"key {KEY}", f"KEY {KEY}", f"Bearer {KEY}", f"Key  {KEY} "])
 def test_the_right_key_is_known_in_every_spelling(authorization: str) -> None:
     keys = Keys((KEY,))
-    assert not keys.is_open
+    assert not keys.allows_anonymous
     assert keys.owner(authorization) == keys.owner(f"Key {KEY}")
 
 
@@ -64,8 +64,8 @@ def test_an_owner_does_not_tell_the_key() -> None:
 
 
 def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
-    key = add(parts.database, "", Scope.OPERATOR)
-    assert Keys((), stored(parts.database), pepper(parts.database)).owner(f"Key {key}")
+    key = add_key(parts.database, "", KeyScope.OPERATOR)
+    assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
     everything = b"".join(path.read_bytes() for path in parts.folder.glob("queue.sqlite3*"))
     assert key.encode() not in everything
     assert key.partition(":")[2].encode() not in everything
@@ -73,68 +73,74 @@ def test_a_generated_key_is_kept_as_its_hash_alone(parts: Parts) -> None:
 
 def test_a_generated_key_is_known_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
-        key = add(parts.database, "", Scope.OPERATOR)
-        owner = Keys((), stored(parts.database), pepper(parts.database)).owner(f"Key {key}")
+        key = add_key(parts.database, "", KeyScope.OPERATOR)
+        owner = Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
     with opened(tmp_path) as parts:
-        assert Keys((), stored(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
+        assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
 
 
 def test_generated_keys_differ_and_have_two_parts_as_fals_do(parts: Parts) -> None:
-    first, second = add(parts.database, "", Scope.OPERATOR), add(parts.database, "", Scope.OPERATOR)
+    first, second = add_key(parts.database, "", KeyScope.OPERATOR), add_key(parts.database, "", KeyScope.OPERATOR)
     assert first != second
     assert len(first.split(":")) == 2
 
 
 def test_given_and_generated_keys_are_both_known(parts: Parts) -> None:
-    key = add(parts.database, "", Scope.OPERATOR)
-    keys = Keys((KEY,), stored(parts.database), pepper(parts.database))
+    key = add_key(parts.database, "", KeyScope.OPERATOR)
+    keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
 
 
 def test_named_keys_are_listed_and_revoked(parts: Parts) -> None:
-    keys = {name: add(parts.database, name, scope) for name, scope in (("shop", Scope.CLIENT), ("me", Scope.OPERATOR))}
-    known = Keys((), stored(parts.database), pepper(parts.database))
+    keys = {
+        name: add_key(parts.database, name, scope)
+        for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
+    }
+    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
     owner = known.owner(f"Key {keys['shop']}")
-    assert {each["name"]: each["scope"] for each in listed(parts.database)} == {"shop": "client", "me": "operator"}
-    assert listed(parts.database)[0]["owner"] == owner[:9]
-    assert keys["shop"] not in str(listed(parts.database))
-    known.operator(f"Key {keys['me']}")
+    assert {each["name"]: each["scope"] for each in list_keys(parts.database)} == {"shop": "client", "me": "operator"}
+    assert list_keys(parts.database)[0]["owner"] == owner[:9]
+    assert keys["shop"] not in str(list_keys(parts.database))
+    known.require_operator(f"Key {keys['me']}")
     with pytest.raises(Forbidden):
-        known.operator(f"Key {keys['shop']}")
-    revoke(parts.database, "shop")
-    known.learn(stored(parts.database))
+        known.require_operator(f"Key {keys['shop']}")
+    revoke_key(parts.database, "shop")
+    known.reload(load_key_scopes(parts.database))
     with pytest.raises(Unauthorized):
         known.owner(f"Key {keys['shop']}")
     assert known.owner(f"Key {keys['me']}")
 
 
 def test_a_client_does_not_become_the_operator_when_that_is_revoked(parts: Parts) -> None:
-    keys = {name: add(parts.database, name, scope) for name, scope in (("shop", Scope.CLIENT), ("me", Scope.OPERATOR))}
-    known = Keys((), stored(parts.database), pepper(parts.database))
-    revoke(parts.database, "me")
-    known.learn(stored(parts.database))
+    keys = {
+        name: add_key(parts.database, name, scope)
+        for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
+    }
+    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
+    revoke_key(parts.database, "me")
+    known.reload(load_key_scopes(parts.database))
     with pytest.raises(Forbidden):
-        known.operator(f"Key {keys['shop']}")
+        known.require_operator(f"Key {keys['shop']}")
 
 
 def test_revoking_the_last_key_opens_nothing(parts: Parts) -> None:
-    add(parts.database, "only", Scope.CLIENT)
-    known = Keys((), stored(parts.database), pepper(parts.database))
-    revoke(parts.database, listed(parts.database)[0]["owner"])
-    known.learn(stored(parts.database))
-    assert not known.is_open
+    add_key(parts.database, "only", KeyScope.CLIENT)
+    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
+    revoke_key(parts.database, list_keys(parts.database)[0]["owner"])
+    known.reload(load_key_scopes(parts.database))
+    assert not known.allows_anonymous
     with pytest.raises(Unauthorized):
         known.owner(None)
 
 
 def test_names_stand_for_one_key(parts: Parts) -> None:
-    add(parts.database, "shop", Scope.CLIENT)
+    add_key(parts.database, "shop", KeyScope.CLIENT)
     with pytest.raises(ValueError, match="named shop already"):
-        add(parts.database, "shop", Scope.CLIENT)
+        add_key(parts.database, "shop", KeyScope.CLIENT)
     for name in ("", "nobody", "0", "%"):
         with pytest.raises(ValueError, match="There is no key"):
-            revoke(parts.database, name)
-    assert len(listed(parts.database)) == 1
+            revoke_key(parts.database, name)
+    assert len(list_keys(parts.database)) == 1
 
 
 # -- tokens
@@ -189,15 +195,15 @@ def test_a_token_ends() -> None:
 
 
 def test_a_token_dies_with_its_key(parts: Parts) -> None:
-    key = add(parts.database, "shop", Scope.CLIENT)
-    keys = Keys((KEY,), stored(parts.database), pepper(parts.database))
+    key = add_key(parts.database, "shop", KeyScope.CLIENT)
+    keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
     owner = keys.owner(f"Key {key}")
     token, other = keys.issue(owner, "flux", 60), issued(keys)[0]
     assert keys.owner_of_token(token, "flux") == owner
-    revoke(parts.database, "shop")
-    keys.learn(stored(parts.database))
+    revoke_key(parts.database, "shop")
+    keys.reload(load_key_scopes(parts.database))
     assert is_refused(keys, token)
-    assert not keys.knows(owner)
+    assert not keys.is_active(owner)
     assert keys.owner_of_token(other, "flux") == keys.owner(f"Key {KEY}")
 
 
@@ -240,6 +246,6 @@ def test_a_token_does_not_tell_the_key() -> None:
 @pytest.mark.parametrize("token", ["", "nonsense", "a.b.c"])
 def test_without_a_key_every_token_is_everybodys(token: str) -> None:
     keys = Keys(())
-    assert keys.owner_of_token(token, "flux") == keys.owner(f"Bearer {token}", "flux") == EVERYBODY
-    assert keys.owner_of_token(keys.issue(EVERYBODY, "flux", 60), "uploads") == EVERYBODY
-    assert keys.knows(EVERYBODY)
+    assert keys.owner_of_token(token, "flux") == keys.owner(f"Bearer {token}", "flux") == ANONYMOUS
+    assert keys.owner_of_token(keys.issue(ANONYMOUS, "flux", 60), "uploads") == ANONYMOUS
+    assert keys.is_active(ANONYMOUS)

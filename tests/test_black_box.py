@@ -91,7 +91,7 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
     """It ends, as it does wherever something cannot be written; the next one finds all that it needs."""
     suspected(tmp_path)
     left = BlackBox(tmp_path).read()
-    app = create_app(Settings.read({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
+    app = create_app(Settings.load({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
     monkeypatch.setattr(job_table, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
 
     async def start() -> None:

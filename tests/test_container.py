@@ -191,7 +191,7 @@ def test_it_is_built_here_and_nobody_elses_is_pulled(name: str) -> None:
 @pytest.mark.parametrize("name", SERVICES)
 def test_the_server_takes_its_environment(name: str) -> None:
     it = service(name, FAL_KEY="alice:secret")
-    settings = Settings.read(it["environment"])
+    settings = Settings.load(it["environment"])
     assert settings.keys == ("alice:secret",)
     assert settings.data_dir == Path("/data")
     # The variables of compose alone are none of the server's, which would refuse to start.
@@ -235,7 +235,7 @@ def test_flux_has_a_gpu_and_the_demo_none() -> None:
 def test_the_cluster_is_a_head_without_a_gpu_and_two_workers_with_one_each() -> None:
     head, *workers = (service(name, RAY_AUTH_TOKEN="secret", FAL_KEY="alice:secret") for name in CLUSTER)
     assert "deploy" not in head
-    settings = Settings.read(head["environment"], {"ray": "auto"})
+    settings = Settings.load(head["environment"], {"ray": "auto"})
     assert settings.keys == ("alice:secret",)
     assert head["command"][0].endswith('flux-server serve "$FLUX_MODEL" --ray auto')
     assert head["ports"] == service("flux")["ports"]
@@ -260,7 +260,7 @@ def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
     (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
     environment = {each["name"]: each["value"] for each in head["env"]}
-    settings = Settings.read(environment, {"ray": "auto"})
+    settings = Settings.load(environment, {"ray": "auto"})
     (workers,) = spec["workerGroupSpecs"]
     assert (workers["minReplicas"], workers["maxReplicas"]) == (settings.min_gpus, settings.max_gpus)
     (worker,) = workers["template"]["spec"]["containers"]

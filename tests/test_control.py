@@ -13,7 +13,7 @@ import msgpack
 import pytest
 from pytest_httpserver import HTTPServer
 
-from server.auth import Scope, add
+from server.auth import KeyScope, add_key
 from server.cli import control_socket
 from server.cli.control import Control
 from server.queue.jobs import Job
@@ -139,7 +139,7 @@ def test_the_first_and_the_last_key_are_told_of(tmp_path: Path) -> None:
 def test_the_servers_own_key_counts_for_none_on_loopback(tmp_path: Path) -> None:
     """It was made behind a proxy, and a server without one does not ask for it."""
     with opened(tmp_path) as parts:
-        add(parts.database, "", Scope.OPERATOR)
+        add_key(parts.database, "", KeyScope.OPERATOR)
     assert "(the first)" in said(tmp_path, "keys", "list")
     assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
     assert flux_server(tmp_path, "keys", "add", "later").stderr == ""

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 
 from server.net import tls
 from server.net.listeners import raise_open_file_limit
-from server.net.timeouts import TimedProtocol, hurry_handshakes, timed
+from server.net.timeouts import TimeoutProtocol, limit_tls_handshake, with_limits
 from tests.serving import TEST_MODELS, serving
 from tests.slow_clients import few_files
 
@@ -81,7 +81,7 @@ class _Listener(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def listening(protocol: type[TimedProtocol], **more: Any) -> Iterator[int]:
+def listening(protocol: type[TimeoutProtocol], **more: Any) -> Iterator[int]:
     """A port where this protocol is spoken."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1, **more}
@@ -132,7 +132,7 @@ POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n"
     ids=["silent", "half a line", "half a header", "no body", "half a body", "half a second request"],
 )
 def test_whoever_stops_in_the_middle_is_cut_off(said: bytes) -> None:
-    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(said)
         assert is_cut_off(connection)
 
@@ -140,7 +140,7 @@ def test_whoever_stops_in_the_middle_is_cut_off(said: bytes) -> None:
 @pytest.mark.parametrize("first", [b"", POST], ids=["header", "body"])
 def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
     """However often one comes."""
-    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(first)
         connection.settimeout(0.02)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
@@ -153,7 +153,7 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
 
 def test_what_came_fast_earns_no_long_silence() -> None:
     """By the average alone it had a minute left."""
-    protocol = timed(body_seconds=3600.0, gap_seconds=0.3)
+    protocol = with_limits(body_seconds=3600.0, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(POST + b"x" * 999_999)
         assert is_cut_off(connection)
@@ -161,13 +161,13 @@ def test_what_came_fast_earns_no_long_silence() -> None:
 
 def test_a_silence_of_the_servers_own_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not read, until it is told to by another request."""
-    protocol = timed(body_seconds=0.3, gap_seconds=0.3)
+    protocol = with_limits(body_seconds=0.3, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         looks = threading.Semaphore(0)
-        late = protocol._late
+        late = protocol._on_timeout
 
-        def looked(self: TimedProtocol) -> None:
+        def looked(self: TimeoutProtocol) -> None:
             late(self)
             looks.release()
 
@@ -202,7 +202,7 @@ GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
 )
 def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
     """However much time there would be; neither is what comes in its form after a body, or within one."""
-    patient = timed(header_seconds=3600.0, body_seconds=3600.0)
+    patient = with_limits(header_seconds=3600.0, body_seconds=3600.0)
     with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(start)
@@ -213,7 +213,7 @@ def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
 
 def test_a_body_in_the_smallest_chunks_is_well() -> None:
     """Six times as much is said about it as there is of it; with trailers that are short, too."""
-    with listening(TimedProtocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(TimeoutProtocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(60)
         connection.sendall(CHUNKED + b"1\r\na\r\n" * 199_999 + b"0\r\nX-A: b\r\n\r\n")
         said = b""
@@ -223,7 +223,7 @@ def test_a_body_in_the_smallest_chunks_is_well() -> None:
 
 
 def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
-    with listening(TimedProtocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
+    with listening(TimeoutProtocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
         for _ in range(2):
             headers = {"x-long": "a" * 40_000}
             answer = client.post(f"http://127.0.0.1:{port}/", content=b"x" * 5_000_000, headers=headers)
@@ -231,7 +231,7 @@ def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
 
 
 def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
-    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
         # Nothing is read until the server has given up: its end shows as a reset, or an end before all has come.
         peer_left = threading.Event()
@@ -251,7 +251,7 @@ def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
 
 def test_a_body_may_be_slow_if_it_is_steady() -> None:
     """Ten times as long as the limit for one that stands still, at twice the rate that is asked for."""
-    protocol = timed(header_seconds=5.0, body_seconds=0.2, body_rate=50_000)
+    protocol = with_limits(header_seconds=5.0, body_seconds=0.2, body_rate=50_000)
     with listening(protocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
         wait = threading.Event()
 
@@ -278,7 +278,7 @@ def stays_open(connection: socket.socket) -> None:
 
 def test_whoever_thinks_between_requests_is_not_hurried() -> None:
     """Only the usual keep-alive ends an idle connection; a request of its own has all of its time."""
-    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         for _ in range(2):
             assert answered(connection)
             stays_open(connection)
@@ -286,7 +286,7 @@ def test_whoever_thinks_between_requests_is_not_hurried() -> None:
 
 
 def test_a_stream_may_be_quiet_for_long() -> None:
-    with listening(timed(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+    with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(b"POST /quiet HTTP/1.1\r\nHost: here\r\nContent-Length: 1\r\n\r\nx")
         said = b""
@@ -301,7 +301,7 @@ def test_a_stream_may_be_quiet_for_long() -> None:
 
 def test_a_web_socket_may_be_quiet_for_long() -> None:
     with (
-        listening(timed(**QUICK)) as port,
+        listening(with_limits(**QUICK)) as port,
         connect(f"ws://127.0.0.1:{port}/", proxy=None, open_timeout=60) as connection,
     ):
         with pytest.raises(TimeoutError):
@@ -313,13 +313,13 @@ def test_a_web_socket_may_be_quiet_for_long() -> None:
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_a_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> None:
     """And a port without TLS, which knows none, is opened as before."""
-    files = tls.ensure(tmp_path, "127.0.0.1", "")
+    files = tls.ensure_certificate(tmp_path, "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
 
     async def wait() -> bytes:
         loop = asyncio.get_running_loop()
-        hurry_handshakes(loop, 0.3)
+        limit_tls_handshake(loop, 0.3)
         plain = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
         server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=context)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -334,7 +334,7 @@ def test_a_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> N
 
 
 def test_one_connection_too_many() -> None:
-    with listening(timed(max_connections=2)) as port:
+    with listening(with_limits(max_connections=2)) as port:
         address = ("127.0.0.1", port)
         with socket.create_connection(address) as first, socket.create_connection(address) as second:
             assert answered(first) and answered(second)

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from server.net import connect_proxy, tls
-from server.net.connect_proxy import ConnectDoor
+from server.net.connect_proxy import ConnectProxy
 from server.net.fal_hosts import CERTIFICATE_NAMES, Role, role_of
-from server.settings import BadSettings, Settings
+from server.settings import SettingsError, Settings
 from tests.door import VERSIONS, finished, folder_of, reached, said, watched
 from tests.serving import ROOT, TEST_MODELS, Server, free_port, serving, with_door
 from tests.test_python_client import exports, picture
@@ -286,7 +286,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
     async def knock() -> bytes:
         port = free_port()
-        door = ConnectDoor("127.0.0.1", 1, 2, lets_others_through=False)
+        door = ConnectProxy("127.0.0.1", 1, 2, lets_others_through=False)
         await door.open("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"CONNECT fal.run:443 HTTP/1.1\r\n")
@@ -317,7 +317,7 @@ def test_a_stop_ends_open_tunnels(tmp_path: Path) -> None:
 @contextmanager
 def other_host(folder: Path) -> Iterator[tuple[int, ssl.SSLContext]]:
     """A TLS server that is not fal's: says hello to one client; its port, and what trusts it."""
-    files = tls.ensure(folder, "127.0.0.1")
+    files = tls.ensure_certificate(folder, "127.0.0.1")
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.load_cert_chain(files.certificate, files.key)
 
@@ -358,8 +358,8 @@ def test_others_that_cannot_be_reached(generous: Server, target: str) -> None:
 
 def test_a_door_without_tls_is_a_bad_setting(tmp_path: Path) -> None:
     given = {"FLUX_SERVER_PROXY_PORT": "8888", "FLUX_SERVER_TLS_PORT": "0"}
-    with pytest.raises(BadSettings, match="--proxy-port needs --tls-port"):
-        Settings.read(given)
+    with pytest.raises(SettingsError, match="--proxy-port needs --tls-port"):
+        Settings.load(given)
     command = [sys.executable, "-m", "server", "serve", "--proxy-port", "8888", "--tls-port", "0"]
     done = subprocess.run([*command, "--data-dir", str(tmp_path)], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")

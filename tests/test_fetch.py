@@ -9,13 +9,13 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from server.errors import Unusable
-from server.net.outbound import MAX_ETAG, ForbiddenURL, Guard
+from server.net.outbound import MAX_ETAG, ForbiddenURL, OutboundClient
 from tests.test_webhook_receivers import endless, receiving
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
-def post(guard: Guard, url: str, content: bytes = b"{}") -> int:
+def post(guard: OutboundClient, url: str, content: bytes = b"{}") -> int:
     """The status of one POST."""
     return asyncio.run(guard.post(url, content, {"content-type": "application/json"}, 30))
 
@@ -102,27 +102,27 @@ FORBIDDEN = [*NONSENSE, *INNER]
 @pytest.mark.parametrize("url", INNER)
 def test_what_can_be_judged_at_once_is_refused_at_once_and_says_what_can_permit_it(url: str) -> None:
     with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
-        Guard().check(url)
+        OutboundClient().check(url)
 
 
 @pytest.mark.parametrize("url", NONSENSE)
 def test_what_nothing_can_permit_is_refused_without_naming_the_setting(url: str) -> None:
     for allow in ((), ("0.0.0.0/0", "::/0", "example.com", "a..b", "127.1", "2130706433")):
         with pytest.raises(ForbiddenURL) as refused:
-            Guard(allow).check(url)
+            OutboundClient(allow).check(url)
         assert "--outbound-allow" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
 def test_what_is_refused_at_once_is_not_posted_to_either(url: str) -> None:
     with pytest.raises(ForbiddenURL):
-        post(Guard(), url)
+        post(OutboundClient(), url)
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
 def test_a_refusal_is_a_line_not_a_page(url: str) -> None:
     with pytest.raises(ForbiddenURL) as refused:
-        Guard().check(url)
+        OutboundClient().check(url)
     assert len(str(refused.value)) < 500
 
 
@@ -141,8 +141,8 @@ ALLOWED = [
 
 @pytest.mark.parametrize("url", ALLOWED)
 def test_the_public_web_is_allowed(url: str) -> None:
-    Guard().check(url)
-    Guard(("10.0.0.0/8", "hooks.lan")).check(url)
+    OutboundClient().check(url)
+    OutboundClient(("10.0.0.0/8", "hooks.lan")).check(url)
 
 
 def names_of_loopback(port: int) -> list[str]:
@@ -154,15 +154,15 @@ def test_a_name_of_this_machine_is_refused_when_it_is_connected_to(httpserver: H
     httpserver.expect_request("/").respond_with_data("in")
     for url in names_of_loopback(httpserver.port):
         with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
-            post(Guard(), url)
+            post(OutboundClient(), url)
         with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
-            asyncio.run(Guard().download(url, tmp_path / "file", 1000, 30))
+            asyncio.run(OutboundClient().download(url, tmp_path / "file", 1000, 30))
     assert httpserver.log == []
 
 
 def test_an_allowed_network_is_reached_by_address_and_by_name(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/", method="POST", data=b"{}").respond_with_data("in", status=201)
-    guard = Guard(LOOPBACK)
+    guard = OutboundClient(LOOPBACK)
     for url in (f"http://127.0.0.1:{httpserver.port}/", f"http://localhost:{httpserver.port}/"):
         guard.check(url)
         assert post(guard, url) == 201
@@ -170,7 +170,7 @@ def test_an_allowed_network_is_reached_by_address_and_by_name(httpserver: HTTPSe
 
 def test_an_allowed_host_is_reached_by_that_name_alone(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/").respond_with_data("in")
-    guard = Guard(("LOCALHOST",))
+    guard = OutboundClient(("LOCALHOST",))
     assert post(guard, f"http://localhost:{httpserver.port}/") == 200
     assert post(guard, f"http://LocalHost:{httpserver.port}/") == 200
     with pytest.raises(ForbiddenURL):
@@ -195,7 +195,7 @@ def test_an_allowed_host_is_reached_by_that_name_alone(httpserver: HTTPServer) -
     ],
 )
 def test_the_setting_opens_what_it_names_and_nothing_else(allow: str, url: str, is_allowed: bool) -> None:
-    guard = Guard((allow,))
+    guard = OutboundClient((allow,))
     if is_allowed:
         return guard.check(url)
     with pytest.raises(ForbiddenURL):
@@ -208,7 +208,7 @@ def test_a_long_etag_is_not_given(httpserver: HTTPServer, tmp_path: Path, length
     """It would be remembered for each of thousands of addresses."""
     etag = f'"{"x" * (length - 2)}"'
     httpserver.expect_request("/").respond_with_data("in", headers={"etag": etag})
-    given = asyncio.run(Guard(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
+    given = asyncio.run(OutboundClient(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
     assert given == (etag if is_kept else "")
     assert (tmp_path / "file").read_text() == "in"
 
@@ -216,14 +216,14 @@ def test_a_long_etag_is_not_given(httpserver: HTTPServer, tmp_path: Path, length
 def test_a_redirect_is_not_followed(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/").respond_with_data(status=307, headers={"location": "/elsewhere"})
     httpserver.expect_request("/elsewhere").respond_with_data("in")
-    assert post(Guard(LOOPBACK), httpserver.url_for("/")) == 307
+    assert post(OutboundClient(LOOPBACK), httpserver.url_for("/")) == 307
     assert [request.path for request, _ in httpserver.log] == ["/"]
 
 
 def test_a_proxy_of_the_environment_is_not_used(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9999")
     httpserver.expect_request("/").respond_with_data("in")
-    assert post(Guard(LOOPBACK), httpserver.url_for("/")) == 200
+    assert post(OutboundClient(LOOPBACK), httpserver.url_for("/")) == 200
 
 
 def test_the_public_authorities_are_not_read_anew_for_each_request(
@@ -231,7 +231,7 @@ def test_the_public_authorities_are_not_read_anew_for_each_request(
 ) -> None:
     """That takes 15 ms, in which the server does nothing else."""
     httpserver.expect_request("/").respond_with_data("in")
-    guard = Guard(LOOPBACK)
+    guard = OutboundClient(LOOPBACK)
     monkeypatch.setattr("ssl.create_default_context", None)
     assert [post(guard, httpserver.url_for("/")) for _ in range(2)] == [200, 200]
 
@@ -240,11 +240,11 @@ def test_interim_answers_without_end_end_a_download(tmp_path: Path) -> None:
     """As much as the file may be large twice over, not as much as comes in a minute."""
     told = pytest.raises(Unusable, match="the answer is longer than 67536 bytes")
     with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, told:
-        asyncio.run(Guard(LOOPBACK).download(url, tmp_path / "file", 1000, 30))
+        asyncio.run(OutboundClient(LOOPBACK).download(url, tmp_path / "file", 1000, 30))
 
 
 def test_no_answer_is_an_http_error_not_a_refusal() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(httpx.HTTPError):
-            post(Guard(LOOPBACK), f"http://127.0.0.1:{taken.getsockname()[1]}/")
+            post(OutboundClient(LOOPBACK), f"http://127.0.0.1:{taken.getsockname()[1]}/")

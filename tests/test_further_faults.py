@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.auth import EVERYBODY
-from server.cli.control_socket import _ask_server
+from server.auth import ANONYMOUS
+from server.cli.control_socket import _call_server
 from tests.faults.points import IN_BACKUP, IN_UPLOAD
 from tests.parts import Parts, opened, submission
 from tests.serving import ROOT, TEST_MODELS, Server, completed, serving
@@ -134,9 +134,9 @@ def test_a_full_disk_in_the_middle_of_an_upload_and_of_a_backup(tmp_path: Path) 
             assert client.get(file).content == WHOLE
             disk.fill(room=300_000)
             with pytest.raises(ValueError, match="No space left on device"):
-                _ask_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
+                _call_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
             disk.free()
-            _ask_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
+            _call_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
             assert server.stop() == 0
         assert sorted(path.name for path in disk.seen.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):
@@ -178,7 +178,7 @@ def damaged(folder: Path) -> dict[tuple[str, str], str]:
         for state in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED"):
             for what in ("whole", *DAMAGE, *(ANSWERS if state == "COMPLETED" else ())):
                 url = "http://127.0.0.1:9/" if what in ("whole", "webhook_url") else None
-                given = submission(owner=EVERYBODY, webhook_url=url)
+                given = submission(owner=ANONYMOUS, webhook_url=url)
                 ids[state, what] = request_id = parts.queue.submit(given).request_id
                 if state != "IN_QUEUE":
                     parts.rows(RUNNING, now, request_id)

@@ -20,8 +20,8 @@ from websockets.frames import Frame, Opcode
 from websockets.sync.client import connect
 
 from server.errors import TooManyRequests
-from server.net.bytes_in_flight import SMALL, InFlight
-from server.net.timeouts import timed
+from server.net.bytes_in_flight import SMALL, BytesInFlight
+from server.net.timeouts import with_limits
 from server.net.websocket import CountedWebSocket
 from tests.hostile_pictures import encoded, noise
 from tests.serving import TEST_MODELS, Server, completed, serving
@@ -46,7 +46,7 @@ def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
 
 @in_a_loop
 async def test_who_finds_no_room_waits_for_it() -> None:
-    in_flight = InFlight(ALL, wait_seconds=60)
+    in_flight = BytesInFlight(ALL, wait_seconds=60)
     async with AsyncExitStack() as first:
         for _ in range(2):
             await first.enter_async_context(in_flight.room("me", HALF // 2))
@@ -59,7 +59,7 @@ async def test_who_finds_no_room_waits_for_it() -> None:
 
 @in_a_loop
 async def test_who_waits_too_long_is_turned_away() -> None:
-    in_flight = InFlight(ALL, wait_seconds=0.01)
+    in_flight = BytesInFlight(ALL, wait_seconds=0.01)
     async with in_flight.room("me", HALF // 2), in_flight.room("me", HALF // 2):
         with pytest.raises(TooManyRequests):
             await held_once(in_flight, "me", ONE)
@@ -69,14 +69,14 @@ async def test_who_waits_too_long_is_turned_away() -> None:
 
 @in_a_loop
 async def test_what_is_larger_than_all_passes_still() -> None:
-    in_flight = InFlight(ALL, wait_seconds=0.01)
+    in_flight = BytesInFlight(ALL, wait_seconds=0.01)
     async with in_flight.room("me", 10 * ALL):
         assert in_flight.free == ALL - ALL // 4
 
 
 @in_a_loop
 async def test_whoever_gives_up_waiting_takes_nothing() -> None:
-    in_flight = InFlight(ALL, wait_seconds=60)
+    in_flight = BytesInFlight(ALL, wait_seconds=60)
     async with in_flight.room("me", HALF // 2), in_flight.room("me", HALF // 2):
         waiting = asyncio.create_task(held_once(in_flight, "me", ONE))
         await asyncio.sleep(0)
@@ -86,7 +86,7 @@ async def test_whoever_gives_up_waiting_takes_nothing() -> None:
     assert in_flight.free == ALL
 
 
-async def held_once(in_flight: InFlight, owner: str, num_bytes: int) -> None:
+async def held_once(in_flight: BytesInFlight, owner: str, num_bytes: int) -> None:
     async with in_flight.room(owner, num_bytes):
         return
 
@@ -143,7 +143,7 @@ def test_a_message_in_frames_that_do_not_go_on_is_cut_off(monkeypatch: pytest.Mo
     """However often pings are answered in between."""
     monkeypatch.setattr(CountedWebSocket, "gap_seconds", 0.3)
     first = Frame(Opcode.BINARY, bytes(1000), fin=False).serialize(mask=True)
-    with listening(timed(), ws=CountedWebSocket) as port, connect(f"ws://127.0.0.1:{port}", proxy=None) as sent:
+    with listening(with_limits(), ws=CountedWebSocket) as port, connect(f"ws://127.0.0.1:{port}", proxy=None) as sent:
         sent.socket.sendall(first)
         with pytest.raises(ConnectionClosed) as closed:
             sent.recv(timeout=60)
@@ -153,7 +153,7 @@ def test_a_message_in_frames_that_do_not_go_on_is_cut_off(monkeypatch: pytest.Mo
 
 @in_a_loop
 async def test_a_body_of_no_known_length_counts_as_it_is_once_it_is_here() -> None:
-    in_flight, size = InFlight(ALL), 3 * SMALL
+    in_flight, size = BytesInFlight(ALL), 3 * SMALL
 
     async def receive() -> Message:
         return {"type": "http.request", "body": b"x" * size, "more_body": False}

@@ -91,7 +91,7 @@ def test_http(counting: httpx.Client) -> None:
 def test_made_up_sizes_count_as_one() -> None:
     metrics = Metrics()
     for width in range(64, 2048, 32):
-        metrics.stepped((width, 64), "none", 0.1)
+        metrics.observe_step((width, 64), "none", 0.1)
     assert metrics.text().count(b"flux_server_step_seconds_count{") == 1
 
 

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from server.settings import BadSettings, Settings
+from server.settings import SettingsError, Settings
 
 
 def problems(environment: dict[str, str], options: dict[str, Any] | None = None) -> list[str]:
     """What is said of these, a line each."""
-    with pytest.raises(BadSettings) as refused:
-        Settings.read(environment, options)
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(environment, options)
     return str(refused.value).splitlines()
 
 
 def test_nothing_given_is_the_demo_for_this_machine_alone() -> None:
-    settings = Settings.read({})
+    settings = Settings.load({})
     assert (settings.weights, settings.host, settings.port, settings.tls_port) == (("demo",), "127.0.0.1", 8000, 8443)
     assert settings.is_loopback
     assert settings.keys == ()
@@ -24,12 +24,12 @@ def test_nothing_given_is_the_demo_for_this_machine_alone() -> None:
 
 def test_options_beat_the_environment() -> None:
     environment = {"FLUX_SERVER_PORT": "1", "FLUX_SERVER_HOST": "0.0.0.0"}
-    settings = Settings.read(environment, {"port": "2", "host": None})
+    settings = Settings.load(environment, {"port": "2", "host": None})
     assert (settings.port, settings.host) == (2, "0.0.0.0")
 
 
 def test_what_is_not_ours_is_left_alone() -> None:
-    assert Settings.read({"PATH": "/bin", "SERVER_PORT": "9", "flux_server_port": "9"}) == Settings.read({})
+    assert Settings.load({"PATH": "/bin", "SERVER_PORT": "9", "flux_server_port": "9"}) == Settings.load({})
 
 
 def test_every_problem_is_listed_at_once() -> None:
@@ -84,12 +84,12 @@ def test_a_bad_value_stops_the_start(name: str, value: str) -> None:
 
 
 def test_an_empty_variable_stands_for_none() -> None:
-    settings = Settings.read({"FLUX_SERVER_PORT": "", "FLUX_SERVER_WEIGHTS": "", "FAL_KEY": ""})
+    settings = Settings.load({"FLUX_SERVER_PORT": "", "FLUX_SERVER_WEIGHTS": "", "FAL_KEY": ""})
     assert (settings.port, settings.weights, settings.keys) == (8000, ("demo",), ())
 
 
 def test_the_key_that_env_gives_to_clients_of_an_open_server_asks_for_none() -> None:
-    assert Settings.read({"FAL_KEY": "local"}).keys == ()
+    assert Settings.load({"FAL_KEY": "local"}).keys == ()
 
 
 @pytest.mark.parametrize(
@@ -138,25 +138,25 @@ def test_numbers_of_gpus_that_say_nothing(given: dict[str, str], words: str) -> 
 def test_the_door_needs_tls() -> None:
     (line,) = problems({"FLUX_SERVER_PROXY_PORT": "8888", "FLUX_SERVER_TLS_PORT": "0"})
     assert "--proxy-port needs --tls-port" in line
-    assert Settings.read({"FLUX_SERVER_PROXY_PORT": "8888"}).proxy_port == 8888
+    assert Settings.load({"FLUX_SERVER_PROXY_PORT": "8888"}).proxy_port == 8888
 
 
 def test_lists_are_separated_by_commas() -> None:
-    settings = Settings.read({"FLUX_SERVER_KEYS": " a , b,", "FLUX_SERVER_OUTBOUND_ALLOW": "10.0.0.0/8,hooks.lan"})
+    settings = Settings.load({"FLUX_SERVER_KEYS": " a , b,", "FLUX_SERVER_OUTBOUND_ALLOW": "10.0.0.0/8,hooks.lan"})
     assert settings.keys == ("a", "b")
     assert settings.outbound_allow == ("10.0.0.0/8", "hooks.lan")
 
 
 @pytest.mark.parametrize("word", ["1", "true", "True", "yes", "on"])
 def test_yes_has_many_words(word: str) -> None:
-    assert Settings.read({"FLUX_SERVER_ENFORCE_SAFETY_CHECKER": word}).enforce_safety_checker
+    assert Settings.load({"FLUX_SERVER_ENFORCE_SAFETY_CHECKER": word}).enforce_safety_checker
 
 
 def test_fal_key_is_one_of_the_keys() -> None:
-    assert Settings.read({"FAL_KEY": "a:b"}).keys == ("a:b",)
-    assert Settings.read({"FAL_KEY": "a:b", "FLUX_SERVER_KEYS": "c"}).keys == ("c", "a:b")
-    assert Settings.read({"FAL_KEY": "a:b"}, {"keys": "d"}).keys == ("d", "a:b")
-    assert Settings.read({"FAL_KEY": ""}).keys == ()
+    assert Settings.load({"FAL_KEY": "a:b"}).keys == ("a:b",)
+    assert Settings.load({"FAL_KEY": "a:b", "FLUX_SERVER_KEYS": "c"}).keys == ("c", "a:b")
+    assert Settings.load({"FAL_KEY": "a:b"}, {"keys": "d"}).keys == ("d", "a:b")
+    assert Settings.load({"FAL_KEY": ""}).keys == ()
 
 
 def test_a_key_is_never_repeated_in_a_problem() -> None:
@@ -178,28 +178,28 @@ def test_a_key_is_never_repeated_in_a_problem() -> None:
     ],
 )
 def test_loopback_is_this_machine_alone(host: str, is_loopback: bool) -> None:
-    assert Settings.read({"FLUX_SERVER_HOST": host}).is_loopback is is_loopback
+    assert Settings.load({"FLUX_SERVER_HOST": host}).is_loopback is is_loopback
 
 
 def test_others_come_by_the_network_or_through_a_proxy() -> None:
-    assert not Settings.read({}).is_for_others
-    assert Settings.read({"FLUX_SERVER_HOST": "0.0.0.0"}).is_for_others
-    assert Settings.read({"FLUX_SERVER_TRUSTED_PROXIES": "127.0.0.1"}).is_for_others
+    assert not Settings.load({}).is_reachable_remotely
+    assert Settings.load({"FLUX_SERVER_HOST": "0.0.0.0"}).is_reachable_remotely
+    assert Settings.load({"FLUX_SERVER_TRUSTED_PROXIES": "127.0.0.1"}).is_reachable_remotely
 
 
 def test_a_public_url_has_no_slash_at_its_end() -> None:
-    settings = Settings.read({"FLUX_SERVER_PUBLIC_URL": "https://fal.example/base/"})
+    settings = Settings.load({"FLUX_SERVER_PUBLIC_URL": "https://fal.example/base/"})
     assert settings.public_url == "https://fal.example/base"
 
 
 def test_the_data_folder_follows_the_environment_that_was_read(tmp_path: Path) -> None:
-    assert Settings.read({"XDG_DATA_HOME": str(tmp_path)}).data_dir == tmp_path / "flux-server"
-    assert Settings.read({"FLUX_SERVER_DATA_DIR": str(tmp_path)}).data_dir == tmp_path
-    assert Settings.read({}).data_dir == Path.home() / ".local" / "share" / "flux-server"
+    assert Settings.load({"XDG_DATA_HOME": str(tmp_path)}).data_dir == tmp_path / "flux-server"
+    assert Settings.load({"FLUX_SERVER_DATA_DIR": str(tmp_path)}).data_dir == tmp_path
+    assert Settings.load({}).data_dir == Path.home() / ".local" / "share" / "flux-server"
     with pytest.raises(ValueError, match="data_dir"):
         Settings()  # type: ignore[call-arg]
 
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Settings.read({}).port = 1  # type: ignore[misc]
+        Settings.load({}).port = 1  # type: ignore[misc]

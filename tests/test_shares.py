@@ -8,28 +8,28 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from server.errors import TooManyRequests
-from server.net.fair_share import Shares
+from server.net.fair_share import FairShare
 from tests.serving import TEST_MODELS, Gate, serving
 from tests.test_realtime import heard, session
 
 
 def test_an_owner_alone_may_hold_half() -> None:
-    shares = Shares(80, "too many")
-    shares.take("me", 40)
+    shares = FairShare(80, "too many")
+    shares.acquire("me", 40)
     with pytest.raises(TooManyRequests, match="too many"):
-        shares.take("me")
-    shares.give_back("me", 40)
+        shares.acquire("me")
+    shares.release("me", 40)
     assert shares.free == 80
-    shares.take("me", 40)
+    shares.acquire("me", 40)
 
 
 def test_there_is_room_for_the_next_owner_whatever_the_others_hold() -> None:
-    shares, share = Shares(80, "too many"), 80
+    shares, share = FairShare(80, "too many"), 80
     for owner in ("a", "b", "c", "d"):
         share //= 2
-        shares.take(owner, share)
+        shares.acquire(owner, share)
         with pytest.raises(TooManyRequests):
-            shares.take(owner)
+            shares.acquire(owner)
     assert shares.free == share
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from server.net.timeouts import timed
+from server.net.timeouts import with_limits
 from tests.serving import TEST_MODELS, serving
 from tests.slow_clients import IN_HEADER, SlowClients, few_files, in_body
 from tests.test_deadlines import QUICK, answered, listening
@@ -27,7 +27,7 @@ GRACE = 1.0
 
 def test_fifty_at_once() -> None:
     """Ten of each kind; meanwhile one that is not slow is served."""
-    with listening(timed(**QUICK)) as port, SlowClients(port, {**IN_HEADER, **in_body("/large")}, 10) as slow:
+    with listening(with_limits(**QUICK)) as port, SlowClients(port, {**IN_HEADER, **in_body("/large")}, 10) as slow:
         with socket.create_connection(("127.0.0.1", port)) as other:
             assert answered(other)
             slow.watch(0.02, 60)

@@ -14,7 +14,7 @@ from cryptography import x509
 from server.net import tls
 
 
-def handshake(files: tls.TLS, name: str, trusted: Path) -> None:
+def handshake(files: tls.CertificateFiles, name: str, trusted: Path) -> None:
     """One TLS connection to a real listener under this name. Raises ssl.SSLCertVerificationError."""
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.load_cert_chain(files.certificate, files.key)
@@ -51,44 +51,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(folder: Path) -> tls.TLS:
-    return tls.ensure(folder, "127.0.0.1")
+def files(folder: Path) -> tls.CertificateFiles:
+    return tls.ensure_certificate(folder, "127.0.0.1")
 
 
 @pytest.mark.parametrize("name", [*tls.NAMES, *tls.ADDRESSES])
-def test_a_client_that_trusts_the_authority_gets_in_under_every_name(files: tls.TLS, name: str) -> None:
+def test_a_client_that_trusts_the_authority_gets_in_under_every_name(files: tls.CertificateFiles, name: str) -> None:
     handshake(files, name, files.authority)
 
 
 @pytest.mark.parametrize("name", ["localhost", "queue.localhost", "127.0.0.1", "queue.fal.run"])
-def test_the_bundle_is_as_good_as_the_authority(files: tls.TLS, name: str) -> None:
+def test_the_bundle_is_as_good_as_the_authority(files: tls.CertificateFiles, name: str) -> None:
     handshake(files, name, files.bundle)
 
 
-def test_the_bundle_holds_the_worlds_authorities_too(files: tls.TLS) -> None:
+def test_the_bundle_holds_the_worlds_authorities_too(files: tls.CertificateFiles) -> None:
     assert Path(certifi.where()).read_bytes() in files.bundle.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["example.com", "evil.localhost", "127.0.0.2", "notfal.ai", "a.b.c.fal.ai"])
-def test_no_other_name_is_vouched_for(files: tls.TLS, name: str) -> None:
+def test_no_other_name_is_vouched_for(files: tls.CertificateFiles, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"mismatch|not valid for"):
         handshake(files, name, files.authority)
 
 
-def test_a_client_that_does_not_know_the_authority_is_not_let_in(files: tls.TLS) -> None:
+def test_a_client_that_does_not_know_the_authority_is_not_let_in(files: tls.CertificateFiles) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(files, "localhost", Path(certifi.where()))
 
 
 def test_all_is_made_once_and_stays(tmp_path: Path) -> None:
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     assert contents(tmp_path) == before
     assert set(before) == {"ca.pem", "ca.key", "bundle.pem", "cert.pem", "key.pem"}
 
 
-def test_keys_are_private(folder: Path, files: tls.TLS) -> None:
+def test_keys_are_private(folder: Path, files: tls.CertificateFiles) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in (folder / "tls").iterdir()}
     assert {name: modes[name] for name in ("ca.key", "key.pem")} == {"ca.key": 0o600, "key.pem": 0o600}
     assert (folder / "tls").stat().st_mode & 0o777 == 0o700
@@ -96,9 +96,9 @@ def test_keys_are_private(folder: Path, files: tls.TLS) -> None:
 
 @pytest.mark.parametrize("host", ["192.168.7.7", "gpu.lan", "2001:db8::7"])
 def test_another_host_gets_a_new_certificate_of_the_same_authority(tmp_path: Path, host: str) -> None:
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
-    files = tls.ensure(tmp_path, host)
+    files = tls.ensure_certificate(tmp_path, host)
     after = contents(tmp_path)
     assert {name for name in before if before[name] != after[name]} == {"cert.pem", "key.pem"}
     handshake(files, host, files.authority)
@@ -107,27 +107,27 @@ def test_another_host_gets_a_new_certificate_of_the_same_authority(tmp_path: Pat
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost"])
 def test_a_host_that_stands_for_many_adds_no_name(tmp_path: Path, host: str) -> None:
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
-    tls.ensure(tmp_path, host)
+    tls.ensure_certificate(tmp_path, host)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("lost", ["cert.pem", "key.pem", "bundle.pem"])
 def test_what_was_lost_is_made_again(tmp_path: Path, lost: str) -> None:
-    files = tls.ensure(tmp_path, "127.0.0.1")
+    files = tls.ensure_certificate(tmp_path, "127.0.0.1")
     authority = files.authority.read_bytes()
     (tmp_path / "tls" / lost).unlink()
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     assert files.authority.read_bytes() == authority
     handshake(files, "localhost", files.bundle)
 
 
 @pytest.mark.parametrize("lost", ["ca.pem", "ca.key"])
 def test_a_new_authority_signs_a_new_certificate(tmp_path: Path, lost: str) -> None:
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     (tmp_path / "tls" / lost).unlink()
-    files = tls.ensure(tmp_path, "127.0.0.1")
+    files = tls.ensure_certificate(tmp_path, "127.0.0.1")
     handshake(files, "localhost", files.authority)
 
 
@@ -135,11 +135,11 @@ def test_a_new_authority_signs_a_new_certificate(tmp_path: Path, lost: str) -> N
 def test_the_certificate_is_renewed_before_it_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, is_renewed: bool
 ) -> None:
-    files = tls.ensure(tmp_path, "127.0.0.1")
+    files = tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
     monkeypatch.setattr(tls, "_now", lambda: later)
-    tls.ensure(tmp_path, "127.0.0.1")
+    tls.ensure_certificate(tmp_path, "127.0.0.1")
     after = contents(tmp_path)
     assert (before["cert.pem"] != after["cert.pem"]) is is_renewed
     assert before["ca.pem"] == after["ca.pem"]
@@ -147,7 +147,7 @@ def test_the_certificate_is_renewed_before_it_runs_out(
     assert certificate.not_valid_after_utc > later + datetime.timedelta(days=29)
 
 
-def test_no_certificate_lives_longer_than_browsers_allow(files: tls.TLS) -> None:
+def test_no_certificate_lives_longer_than_browsers_allow(files: tls.CertificateFiles) -> None:
     certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     assert life <= datetime.timedelta(days=398)
@@ -157,9 +157,9 @@ def test_no_certificate_lives_longer_than_browsers_allow(files: tls.TLS) -> None
 @pytest.mark.parametrize("content", [b"garbage", b""])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / "tls" / name
-    tls.ensure(tmp_path)
+    tls.ensure_certificate(tmp_path)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path} cannot be read; delete it and a new one is made"):
-        tls.ensure(tmp_path)
+        tls.ensure_certificate(tmp_path)
     path.unlink()
-    handshake(tls.ensure(tmp_path), "localhost", tmp_path / "tls" / "ca.pem")
+    handshake(tls.ensure_certificate(tmp_path), "localhost", tmp_path / "tls" / "ca.pem")

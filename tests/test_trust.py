@@ -136,7 +136,7 @@ def test_what_is_refused_before_anything_is_loaded(folder: Path, name: str) -> N
 def test_the_doctor_says_so_beforehand(folder: Path, tmp_path: Path) -> None:
     link(folder / "vae" / "config.json", Path("/etc/hostname"))
     settings = Settings(data_dir=tmp_path / "data", weights=(str(folder),), device="cpu")
-    assert any("leads out" in finding.words for finding in doctor.examine(settings) if not finding.is_well)
+    assert any("leads out" in finding.message for finding in doctor.run_checks(settings) if not finding.ok)
 
 
 def test_links_within_are_followed(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from server.net.connect_proxy import MAX_TUNNELS, ConnectDoor
+from server.net.connect_proxy import MAX_TUNNELS, ConnectProxy
 from tests.serving import TEST_MODELS, free_port, with_door
 from tests.test_door import ENDS, entered, everything
 
@@ -24,7 +24,7 @@ FLOOD = bytes(20_000_000)
 CHUNKED = b"POST http://fal.run/ HTTP/1.1\r\nhost: fal.run\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n"
 
 
-class Brief(ConnectDoor):
+class Brief(ConnectProxy):
     """One whose patience is short."""
 
     idle_seconds = 0.3
@@ -39,7 +39,7 @@ class Hoarder(Brief):
         super()._enter(reader, writer)
 
 
-class Steady(ConnectDoor):
+class Steady(ConnectProxy):
     """One whose patience is a little longer than a busy machine makes a client wait."""
 
     idle_seconds = 2.0
@@ -81,7 +81,7 @@ async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 @asynccontextmanager
-async def door_to(serve: Serve, kind: type[ConnectDoor] = ConnectDoor, limit: int = 10) -> AsyncIterator[int]:
+async def door_to(serve: Serve, kind: type[ConnectProxy] = ConnectProxy, limit: int = 10) -> AsyncIterator[int]:
     """The port of a door that leads fal's names to this server.
 
     A failure that nobody hears of fails the test, and so does a connection to the server that is left.

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from server.executor import Turns
+from server.executor import FairExecutor
 
 
 def test_one_owner_leaves_threads_to_the_others() -> None:
     async def run() -> None:
-        turns, gate, begun = Turns("test", 4, 2), threading.Event(), list[str]()
+        turns, gate, begun = FairExecutor("test", 4, 2), threading.Event(), list[str]()
 
         def work(name: str) -> None:
             begun.append(name)
@@ -28,7 +28,7 @@ def test_one_owner_leaves_threads_to_the_others() -> None:
 
 def test_who_leaves_gives_its_thread_back_only_when_that_is_done() -> None:
     async def run() -> None:
-        turns, gate = Turns("test", 4, 1), threading.Event()
+        turns, gate = FairExecutor("test", 4, 1), threading.Event()
         first = asyncio.ensure_future(turns.run("me", gate.wait, 60))
         await asyncio.sleep(0)
         first.cancel()
@@ -45,7 +45,7 @@ def test_who_leaves_gives_its_thread_back_only_when_that_is_done() -> None:
 
 def test_who_gives_up_waiting_keeps_nobody_out() -> None:
     async def run() -> None:
-        turns, gate = Turns("test", 4, 1), threading.Event()
+        turns, gate = FairExecutor("test", 4, 1), threading.Event()
         first = asyncio.ensure_future(turns.run("me", gate.wait, 60))
         second = asyncio.ensure_future(turns.run("me", lambda: "done"))
         await asyncio.sleep(0)
@@ -59,7 +59,7 @@ def test_who_gives_up_waiting_keeps_nobody_out() -> None:
 
 def test_errors_are_raised_and_the_next_has_its_turn() -> None:
     async def run() -> None:
-        turns = Turns("test", 1, 1)
+        turns = FairExecutor("test", 1, 1)
         with pytest.raises(ZeroDivisionError):
             await turns.run("me", lambda: 1 // 0)
         assert await turns.run("me", lambda: "done") == "done"

@@ -252,7 +252,7 @@ def test_little_of_an_endless_reply_is_read(parts: Parts, name: str, monkeypatch
 
 
 def test_a_certificate_that_nobody_signed(parts: Parts, tmp_path: Path) -> None:
-    files = tls.ensure(tmp_path / "stranger", "127.0.0.1", "")
+    files = tls.ensure_certificate(tmp_path / "stranger", "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
     with receiving(says(OK + b"Content-Length: 0\r\n\r\n"), context) as url:

@@ -21,7 +21,7 @@ from pytest_httpserver import HTTPServer
 from standardwebhooks import Webhook, WebhookVerificationError
 from werkzeug import Request, Response
 
-from server.net.outbound import Guard
+from server.net.outbound import OutboundClient
 from server.storage.database import Database
 from server.webhooks.delivery import DELAYS, Webhooks
 from server.webhooks.signing import OVERLAP, ROTATE_AFTER, Signer
@@ -266,7 +266,7 @@ def deliver(parts: Parts, signer: Signer) -> None:
     """One turn of a server that has just started, and the end of all that it began."""
 
     async def turn() -> None:
-        hooks = Webhooks(parts.database, parts.notifier, Guard(("127.0.0.0/8",)), signer, parts.clock)
+        hooks = Webhooks(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
         await hooks.turn()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 

@@ -15,17 +15,19 @@ from werkzeug import Request, Response
 
 from server.cli.control import Control
 from server.errors import StartTimeout
-from server.net.outbound import Guard
+from server.net.outbound import OutboundClient
 from server.queue.jobs import Job, Outcome, State
 from server.queue.notifier import WEBHOOKS
 from server.webhooks.delivery import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
 from server.webhooks.signing import Signer
 from tests.parts import Clock, Parts, claimed, finished, opened, painted, submission
 
-LOOPBACK = Guard(("127.0.0.0/8", "::1/128"))
+LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
 
 
-def webhooks(parts: Parts, guard: Guard = LOOPBACK, monotonic: Callable[[], float] = time.monotonic) -> Webhooks:
+def webhooks(
+    parts: Parts, guard: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
+) -> Webhooks:
     """What delivers; a second one is what a restart makes."""
     signer = Signer(parts.database, clock=parts.clock)
     signer.rotate()
@@ -40,7 +42,7 @@ async def delivered(hooks: Webhooks) -> float:
     return seconds
 
 
-def turn(parts: Parts, guard: Guard = LOOPBACK) -> float:
+def turn(parts: Parts, guard: OutboundClient = LOOPBACK) -> float:
     """The same, of a server that has just started."""
     return asyncio.run(delivered(webhooks(parts, guard)))
 
@@ -200,7 +202,7 @@ def test_what_is_due_survives_a_restart(tmp_path: Path, httpserver: HTTPServer) 
 
 def test_a_forbidden_receiver_gets_nothing(parts: Parts, httpserver: HTTPServer) -> None:
     finished(parts, webhook_url=f"http://localhost:{httpserver.port}/hook")
-    turn(parts, Guard())
+    turn(parts, OutboundClient())
     assert received(httpserver) == []
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])

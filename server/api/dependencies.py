@@ -14,12 +14,12 @@ from server.api.rate_limit import Quota
 from server.api.responses import JSON
 from server.auth import Keys
 from server.errors import NotFound, not_offered
-from server.executor import Turns
+from server.executor import FairExecutor
 from server.inputs.resolver import Inputs
 from server.metrics import Metrics
-from server.net.bytes_in_flight import InFlight
-from server.net.fair_share import Shares
-from server.net.outbound import Guard
+from server.net.bytes_in_flight import BytesInFlight
+from server.net.fair_share import FairShare
+from server.net.outbound import OutboundClient
 from server.queue.history import Wanted
 from server.queue.jobs import Job, Mode, Outcome, Submission
 from server.queue.notifier import Notifier
@@ -37,20 +37,20 @@ TOO_MANY_OPEN = (
 
 
 @dataclass(frozen=True)
-class Parts:
+class Services:
     """The parts of one server, joined in `app.py`."""
 
     models: Mapping[str, Model]
     #: Endpoints that could be served and are not, and the weights that they need.
-    absent: Mapping[str, str]
+    unavailable_endpoints: Mapping[str, str]
     keys: Keys
-    guard: Guard
+    guard: OutboundClient
     inputs: Inputs
-    in_flight: InFlight
+    in_flight: BytesInFlight
     #: Answers that wait or go on for as long as a request does.
-    open_answers: Shares
+    open_answers: FairShare
     #: For what waits for the database.
-    turns: Turns
+    turns: FairExecutor
     quota: Quota
     queue: Queue
     files: Files
@@ -71,37 +71,39 @@ class Parts:
     gpus: Callable[[], Sequence[GpuStatus]]
 
 
-def parts_of(request: Request) -> Parts:
+def get_services(request: Request) -> Services:
     """The parts of the server that this request came to."""
-    return cast(Parts, request.app.state.parts)
+    return cast(Services, request.app.state.parts)
 
 
-def owner_of(request: Request, scope: str | None = None) -> str:
+def authenticate(request: Request, scope: str | None = None) -> str:
     """Who is calling, by key, or by a token of this scope. Raises Unauthorized."""
-    return parts_of(request).keys.owner(request.headers.get("authorization"), scope)
+    return get_services(request).keys.owner(request.headers.get("authorization"), scope)
 
 
-def owner_by_token(connection: HTTPConnection, endpoint: str) -> str:
+def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
     """Who is calling an endpoint that browsers call, by `?fal_jwt_token=` or as everywhere. Raises Unauthorized."""
-    keys = cast(Parts, connection.app.state.parts).keys
+    keys = cast(Services, connection.app.state.parts).keys
     token = connection.query_params.get("fal_jwt_token")
     if token:
-        return keys.owner_of_token(token, alias(endpoint))
-    return keys.owner(connection.headers.get("authorization"), alias(endpoint))
+        return keys.owner_of_token(token, app_alias(endpoint))
+    return keys.owner(connection.headers.get("authorization"), app_alias(endpoint))
 
 
-def alias(endpoint: str) -> str:
+def app_alias(endpoint: str) -> str:
     """What a token names an endpoint by: "flux" for fal-ai/flux/dev."""
     return endpoint.split("/")[1]
 
 
-def model_for(request: Request, endpoint: str) -> Model:
+def get_model(request: Request, endpoint: str) -> Model:
     """The model served under this id. Raises NotFound in fal's words."""
-    models = parts_of(request).models
+    models = get_services(request).models
     if endpoint in models:
         return models[endpoint]
-    if endpoint in parts_of(request).absent:
-        raise NotFound(f"{endpoint} is not served here: it needs {parts_of(request).absent[endpoint]}")
+    if endpoint in get_services(request).unavailable_endpoints:
+        raise NotFound(
+            f"{endpoint} is not served here: it needs {get_services(request).unavailable_endpoints[endpoint]}"
+        )
     if request.state.fal_url and endpoint.startswith("platform/"):
         raise not_offered(request.state.fal_url)
     if endpoint.startswith("v1/"):
@@ -113,7 +115,7 @@ def model_for(request: Request, endpoint: str) -> Model:
     raise NotFound(f"Application {endpoint!r} not found: it is not offered by this server, which has {offered}")
 
 
-def owned(job: Job | None, owner: str, app: str) -> Job:
+def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
     """The job, if it is this caller's and of this app (two-segment or full id). Raises NotFound."""
     if job is None or job.owner != owner:
         raise NotFound
@@ -122,23 +124,23 @@ def owned(job: Job | None, owner: str, app: str) -> Job:
     return job
 
 
-async def submission_of(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
+async def parse_request(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
     """What a request asks for. Raises as `submissions.read` does."""
-    async with parts_of(request).in_flight.body(request, owner) as body:
-        return await submission_in(request, body, model, owner, mode)
+    async with get_services(request).in_flight.body(request, owner) as body:
+        return await parse_request_body(request, body, model, owner, mode)
 
 
-async def submission_in(
+async def parse_request_body(
     request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
     """The same for a body that is here already. Raises as `submissions.read` does."""
-    parts = parts_of(request)
+    parts = get_services(request)
     shared: dict[str, Any] = {"inputs": parts.inputs, "quota": parts.quota, "turns": parts.turns}
     return await submissions.read(request, body, model, owner, mode=mode, content_type=content_type, **shared)
 
 
-async def read_within(
-    parts: Parts, owner: str, num_bytes: int, read: Callable[[], JSON], *, is_patient: bool = False
+async def read_when_room(
+    parts: Services, owner: str, num_bytes: int, read: Callable[[], JSON], *, is_patient: bool = False
 ) -> JSON:
     """An answer that is read once there is room for it, and counts as its owner's until it is sent.
 
@@ -152,17 +154,19 @@ async def read_within(
         return response
 
 
-async def result_of(parts: Parts, job: Job, shown: Callable[[Outcome], JSON], *, is_patient: bool = False) -> JSON:
+async def result_response_of(
+    parts: Services, job: Job, shown: Callable[[Outcome], JSON], *, is_patient: bool = False
+) -> JSON:
     """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
 
     def read() -> JSON:
         return shown(parts.queue.result(job))
 
-    return await read_within(parts, job.owner, job.output_size, read, is_patient=is_patient)
+    return await read_when_room(parts, job.owner, job.output_size, read, is_patient=is_patient)
 
 
 @asynccontextmanager
-async def output_of(parts: Parts, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
+async def open_output(parts: Services, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
     """How a completed job ended, and its answer as an object; both count as its owner's while the block lasts.
 
     Waits until there is room. Raises NotFound when it was forgotten meanwhile.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.errors import BadRequest, InvalidInput
-from server.net.outbound import ForbiddenURL, Guard
+from server.net.outbound import ForbiddenURL, OutboundClient
 from server.queue.jobs import Priority
 from server.storage.file_store import Lifecycle
 
@@ -39,7 +39,7 @@ def start_deadline(headers: Mapping[str, str]) -> float | None:
     return time.time() + seconds
 
 
-def webhook_url(parameters: Mapping[str, str], guard: Guard) -> str | None:
+def webhook_url(parameters: Mapping[str, str], guard: OutboundClient) -> str | None:
     """The query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
     url = parameters.get("fal_webhook")
     if not url:

@@ -19,7 +19,7 @@ from server.api.headers import (
 )
 from server.api.rate_limit import Quota
 from server.errors import InvalidInput
-from server.executor import Turns
+from server.executor import FairExecutor
 from server.inputs.resolver import Inputs, as_json
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
@@ -37,7 +37,7 @@ async def read(
     mode: Mode,
     inputs: Inputs,
     quota: Quota,
-    turns: Turns,
+    turns: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
     """The submission in this request and its body, and what it names by address.

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 from fastapi import Request
 
-from server.api.dependencies import Parts
+from server.api.dependencies import Services
 from server.errors import InternalError
 from server.queue.jobs import Job, State
 
 
-async def wait_for_outcome(request: Request, parts: Parts, job: Job) -> None:
+async def wait_for_outcome(request: Request, parts: Services, job: Job) -> None:
     """Wait for the end of the job; it ends with its client. Raises InternalError when the server stops first."""
     with cancel_on_disconnect(parts, job), parts.notifier.listen(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
@@ -27,7 +27,7 @@ async def wait_for_outcome(request: Request, parts: Parts, job: Job) -> None:
 
 
 @contextmanager
-def cancel_on_disconnect(parts: Parts, job: Job) -> Iterator[None]:
+def cancel_on_disconnect(parts: Services, job: Job) -> Iterator[None]:
     """Whatever ends the connection ends the job: nothing is painted for nobody. Raises TooManyRequests."""
     try:
         with parts.open_answers.held(job.owner):
@@ -36,7 +36,7 @@ def cancel_on_disconnect(parts: Parts, job: Job) -> Iterator[None]:
         # When the server stops, the next start ends it: by then the database may be closed here.
         if job.state != State.COMPLETED and not parts.notifier.is_closing:
             # Not awaited: this may run while the connection's own task is being cancelled.
-            parts.turns.begin(job.owner, parts.queue.cancel, job)
+            parts.turns.submit(job.owner, parts.queue.cancel, job)
 
 
 async def _disconnected(request: Request) -> None:

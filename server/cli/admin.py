@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from server.errors import DiskFull
-from server.settings import BadSettings, Settings
+from server.settings import SettingsError, Settings
 
 FAILED = 1
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
@@ -27,7 +27,7 @@ def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
     from server.storage.database import Damaged
 
     try:
-        return control_socket.ask(_folder(data_dir), act, **arguments)
+        return control_socket.call(_folder(data_dir), act, **arguments)
     except (ValueError, OSError, DiskFull, Damaged) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
@@ -35,8 +35,8 @@ def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
 
 def _folder(data_dir: str | None) -> Path:
     try:
-        return Settings.read(os.environ, {"data_dir": data_dir}).data_dir
-    except BadSettings as error:
+        return Settings.load(os.environ, {"data_dir": data_dir}).data_dir
+    except SettingsError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
 from server.net.fal_hosts import DOMAINS
-from server.net.tls import TLS
+from server.net.tls import CertificateFiles
 from server.settings import OPEN_KEY, Settings
 
 PRELOAD = Path(__file__).with_name("node_preload.cjs")
@@ -45,7 +45,7 @@ _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn
 _OTHERS = "programs in other languages that it starts"
 
 
-def directions(settings: Settings, files: TLS, *, lacks_key: bool = False) -> str:
+def shell_exports(settings: Settings, files: CertificateFiles, *, lacks_key: bool = False) -> str:
     """Shell exports, and comments for what is not a variable: `eval "$(flux-server env)"` works.
 
     With `lacks_key` the server wants a key, and none is known here.
@@ -72,7 +72,7 @@ def directions(settings: Settings, files: TLS, *, lacks_key: bool = False) -> st
     )
 
 
-def variables(settings: Settings, files: TLS) -> dict[str, str]:
+def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
     """The environment that brings Python's clients here; empty when there is no TLS port."""
     if not settings.tls_port:
         return {}
@@ -88,7 +88,7 @@ def variables(settings: Settings, files: TLS) -> dict[str, str]:
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 
 
-def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> dict[str, str]:
+def environment(settings: Settings, files: CertificateFiles, outside: Mapping[str, str]) -> dict[str, str]:
     """`outside` with everything that brings a Python or Node program's fal calls here."""
     # Quoted for Node, which knows double quotes alone.
     preload = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
@@ -105,35 +105,35 @@ def environment(settings: Settings, files: TLS, outside: Mapping[str, str]) -> d
         "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
         "NODE_EXTRA_CA_CERTS": str(files.bundle),
         "NODE_OPTIONS": options,
-        "FLUX_RUN_TARGET": ",".join((settings.own_address, str(settings.port), str(settings.tls_port), *DOMAINS)),
+        "FLUX_RUN_TARGET": ",".join((settings.local_address, str(settings.port), str(settings.tls_port), *DOMAINS)),
     }
 
 
-class CannotBring(Exception):
+class UnsupportedProgram(Exception):
     """A program's calls cannot be brought here, so it must not run: they would go to the real cloud."""
 
 
-def check(settings: Settings, files: TLS, command: Sequence[str]) -> None:
+def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
     """Raises CannotBring where calls of this command would go to the real cloud."""
     if not settings.tls_port:
-        raise CannotBring("run needs --tls-port: without it the program's calls would go to the real cloud")
+        raise UnsupportedProgram("run needs --tls-port: without it the program's calls would go to the real cloud")
     if not settings.proxy_port and not _is_node(command):
-        raise CannotBring(
+        raise UnsupportedProgram(
             "run needs --proxy-port for all programs but Node's, as the server does: "
             "without it their calls would go to the real cloud"
         )
     if not files.bundle.exists():
-        raise CannotBring(
+        raise UnsupportedProgram(
             f"there is no certificate in {files.bundle.parent}; start the server once with this --data-dir"
         )
 
 
-def run(settings: Settings, files: TLS, command: Sequence[str]) -> None:
+def run(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
     """Become the command, with its fal calls brought here. Raises OSError when there is no such command."""
     os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  what was asked for
 
 
-def what_run_leaves_out(command: Sequence[str]) -> str:
+def run_limitations(command: Sequence[str]) -> str:
     """What to tell of before the command runs."""
     if _is_node(command):
         return f"not led here: {_OTHERS}."
@@ -154,4 +154,4 @@ def _host(settings: Settings) -> str:
 def _key(settings: Settings) -> str:
     if settings.keys:
         return settings.keys[0]
-    return "the-key-shown-at-the-first-start" if settings.is_for_others else OPEN_KEY
+    return "the-key-shown-at-the-first-start" if settings.is_reachable_remotely else OPEN_KEY

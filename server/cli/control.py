@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from server import auth
-from server.auth import Scope
+from server.auth import KeyScope
 from server.storage import backup
 from server.storage.database import Database
 from server.webhooks import delivery
@@ -33,7 +33,7 @@ class Control:
         self._on_keys = on_keys
         self._on_webhooks = on_webhooks
         self._is_open = is_open
-        self.acts: dict[str, Callable[..., Any]] = {
+        self.commands: dict[str, Callable[..., Any]] = {
             "add_key": self.add_key,
             "list_keys": self.list_keys,
             "is_open": self.is_open,
@@ -47,23 +47,23 @@ class Control:
         """A new key, which nobody can read again."""
         if not name or len(name) > 100 or not name.isprintable():
             raise ValueError("A key's name should have 1 to 100 letters")
-        if scope not in set(Scope):
-            raise ValueError(f"A key's scope should be one of {', '.join(Scope)}")
-        key = auth.add(self._database, name, Scope(scope))
+        if scope not in set(KeyScope):
+            raise ValueError(f"A key's scope should be one of {', '.join(KeyScope)}")
+        key = auth.add_key(self._database, name, KeyScope(scope))
         self._on_keys()
         return key
 
     def list_keys(self) -> list[dict[str, Any]]:
         """Name, scope, time of making and owner of each."""
-        return auth.listed(self._database)
+        return auth.list_keys(self._database)
 
     def is_open(self) -> bool:
         """Whether no key is asked for: by the running server, or by one on loopback without keys in its settings."""
-        return self._is_open() if self._is_open else not auth.stored(self._database, with_first=False)
+        return self._is_open() if self._is_open else not auth.load_key_scopes(self._database, with_first=False)
 
     def revoke_key(self, name: str) -> None:
         """From now on the key is a wrong one; its requests and pictures stay."""
-        auth.revoke(self._database, name)
+        auth.revoke_key(self._database, name)
         self._on_keys()
 
     def list_webhooks(self, *, with_delivered: bool = False, limit: int = 100) -> list[dict[str, Any]]:

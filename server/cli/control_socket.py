@@ -25,7 +25,7 @@ _TIMEOUT = 3600.0
 
 
 @asynccontextmanager
-async def listening(control: Control, data_dir: Path) -> AsyncIterator[None]:
+async def serve_control_socket(control: Control, data_dir: Path) -> AsyncIterator[None]:
     """Answer while the block lasts: a line of JSON for a line of JSON."""
     path = data_dir / NAME
     # Left behind by a kill; the folder is this process's own.
@@ -38,7 +38,7 @@ async def listening(control: Control, data_dir: Path) -> AsyncIterator[None]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             asked = json.loads(await reader.readline())
-            writer.write(json.dumps(await asyncio.to_thread(_act, control, asked)).encode() + b"\n")
+            writer.write(json.dumps(await asyncio.to_thread(_run_command, control, asked)).encode() + b"\n")
             await writer.drain()
         except (ValueError, ConnectionError):
             log.warning("the control socket was sent what it does not understand")
@@ -53,9 +53,9 @@ async def listening(control: Control, data_dir: Path) -> AsyncIterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _act(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
+def _run_command(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"result": control.acts[asked["act"]](**asked["arguments"])}
+        return {"result": control.commands[asked["act"]](**asked["arguments"])}
     except (ValueError, DiskFull) as error:
         return {"error": str(error)}
     except Exception:
@@ -63,7 +63,7 @@ def _act(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
         return {"error": "The server could not do it; its log says why"}
 
 
-def ask(data_dir: Path, act: str, **arguments: Any) -> Any:
+def call(data_dir: Path, act: str, **arguments: Any) -> Any:
     """Have something done by the running server, or here where there is none. Raises ValueError, and OSError.
 
     Only a key may be the first thing in a new data folder.
@@ -73,23 +73,23 @@ def ask(data_dir: Path, act: str, **arguments: Any) -> Any:
     try:
         database = Database(data_dir)
     except FolderInUse:
-        return _ask_server(data_dir, act, arguments)
+        return _call_server(data_dir, act, arguments)
     try:
-        return Control(database, data_dir).acts[act](**arguments)
+        return Control(database, data_dir).commands[act](**arguments)
     finally:
         database.close()
 
 
-def wants_key(data_dir: Path) -> bool:
+def requires_key(data_dir: Path) -> bool:
     """Whether the server of this folder asks for a key: the running one, or the next. Does not take the folder."""
     with suppress(OSError, ValueError):
-        return not _ask_server(data_dir, "is_open", {})
+        return not _call_server(data_dir, "is_open", {})
     with suppress(sqlite3.Error):
         return bool(peek(data_dir, "SELECT 1 FROM keys WHERE name <> ''"))
     return False
 
 
-def _ask_server(data_dir: Path, act: str, arguments: dict[str, Any]) -> Any:
+def _call_server(data_dir: Path, act: str, arguments: dict[str, Any]) -> Any:
     with socket.socket(socket.AF_UNIX) as connection, _reachable(data_dir) as address:
         connection.settimeout(_TIMEOUT)
         try:

@@ -27,15 +27,15 @@ _FLUX_DEV_SIZES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at."""
 
-    what: str
-    is_well: bool
-    words: str
+    name: str
+    ok: bool
+    message: str
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def run_checks(settings: Settings) -> Iterator[Check]:
     """Every finding, from the ground up."""
     yield _python()
     yield _ports(settings)
@@ -46,27 +46,27 @@ def examine(settings: Settings) -> Iterator[Finding]:
     try:
         places = specs.assign(settings.weights, discover(settings.models_dir))
     except (ValueError, OSError) as error:
-        yield Finding("weights", False, str(error))
+        yield Check("weights", False, str(error))
         return
     served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
     for where, endpoints in served.items():
         try:
             yield from _weights(where, endpoints, settings, *found)
         except OSError as error:
-            yield Finding(_name(where), False, str(error))
+            yield Check(_name(where), False, str(error))
     yield _checker(settings, list(served))
 
 
-def _python() -> Finding:
+def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), version)
+    return Check("Python", sys.version_info >= (3, 11), version)
 
 
-def _ports(settings: Settings) -> Finding:
+def _ports(settings: Settings) -> Check:
     wanted = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
     taken = [str(port) for host, port in wanted if port and not _is_free(host, port)]
     words = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
-    return Finding("ports", not taken, words)
+    return Check("ports", not taken, words)
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -79,17 +79,17 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _disk(settings: Settings) -> Finding:
+def _disk(settings: Settings) -> Check:
     folder = settings.data_dir
     # Not its own method, which raises where it may not look.
     while not os.path.exists(folder):  # noqa: PTH110
         folder = folder.parent
     if problem := _unusable(folder):
-        return Finding("disk", False, problem)
+        return Check("disk", False, problem)
     free = shutil.disk_usage(folder).free
     needed = settings.retention_gb * 1e9
     words = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
-    return Finding("disk", free > needed, words)
+    return Check("disk", free > needed, words)
 
 
 def _unusable(folder: Path) -> str:
@@ -105,36 +105,36 @@ def _unusable(folder: Path) -> str:
     return ""
 
 
-def _device(settings: Settings) -> Generator[Finding, None, tuple[str, int] | None]:
+def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None]:
     """The device's finding; its name and free bytes are the generator's return value, None if it cannot be used."""
     import torch
 
     try:
         device = devices.device_for(settings.device)
     except OSError as error:
-        yield Finding("device", False, str(error))
+        yield Check("device", False, str(error))
         return None
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        yield Finding(
+        yield Check(
             "device", True, f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, PyTorch {torch.__version__}"
         )
         return device, int(free)
     free = psutil.virtual_memory().available
     what = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
-    yield Finding("device", True, f"{what}, PyTorch {torch.__version__}")
+    yield Check("device", True, f"{what}, PyTorch {torch.__version__}")
     return device, int(free)
 
 
 def _weights(
     where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
-) -> Iterator[Finding]:
+) -> Iterator[Check]:
     """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
     name = _name(where)
     folder = where if isinstance(where, Path) else hub.locate(where)
     if folder is None:
-        yield Finding(name, False, f"not here yet; `flux-server pull {where}` brings it")
+        yield Check(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
     else:
         verify.check_pipeline(folder, pipeline.NOT_OF_THE_PIPELINE)
@@ -142,13 +142,13 @@ def _weights(
             verify.check(redux)
         sizes = pipeline.sizes_on_disk(where, folder)
         size = sum(sizes.values()) / 1e9
-        yield Finding(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
+        yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
     try:
         dtype = devices.dtype_for(settings.dtype, device, sum(sizes.values()))
         if device == "cpu":
-            yield Finding(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
+            yield Check(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
     except OSError as error:
-        yield Finding(f"{name} type", False, str(error))
+        yield Check(f"{name} type", False, str(error))
         return
     sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
     yield _memory(name, sizes, settings.memory, device, free)
@@ -173,7 +173,7 @@ def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
         return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
 
-def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Finding:
+def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Check:
     """Which plan is taken, and what each one needs."""
     # By itself a CPU takes no other.
     plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
@@ -181,24 +181,24 @@ def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: 
     try:
         chosen = memory_plans.choose(name, sizes, free, device=device)
     except OSError as error:
-        return Finding(f"{where} memory", False, f"{error} ({needs})")
+        return Check(f"{where} memory", False, f"{error} ({needs})")
     figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
     if chosen.needs(sizes) <= free:
-        return Finding(f"{where} memory", True, f"{chosen.name}, {chosen.words}; {figures}")
+        return Check(f"{where} memory", True, f"{chosen.name}, {chosen.words}; {figures}")
     fits_none = all(plan.needs(sizes) > free for plan in plans)
-    return Finding(
+    return Check(
         f"{where} memory", False, f"{'nothing fits' if fits_none else f'{chosen.name} does not fit'}: {figures}"
     )
 
 
-def _checker(settings: Settings, places: list[str | Path]) -> Finding:
+def _checker(settings: Settings, places: list[str | Path]) -> Check:
     try:
         return _found_checker(settings.safety_checker, places)
     except OSError as error:
-        return Finding("safety checker", False, str(error))
+        return Check("safety checker", False, str(error))
 
 
-def _found_checker(name: str, places: list[str | Path]) -> Finding:
+def _found_checker(name: str, places: list[str | Path]) -> Check:
     """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
     folders = [place if isinstance(place, Path) else hub.locate(place) for place in places]
     own = [folder / "safety_checker" for folder in folders if folder is not None]
@@ -207,9 +207,9 @@ def _found_checker(name: str, places: list[str | Path]) -> Finding:
     elif configured := Path(name) if Path(name).is_dir() else hub.locate(name):
         found, words = [configured], f"{name} is here"
     else:
-        return Finding("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
+        return Check("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
     for folder in found:
         verify.check(folder)
         if hub.missing(folder):
-            return Finding("safety checker", False, f"{folder} lacks its configuration or its safetensors")
-    return Finding("safety checker", True, words)
+            return Check("safety checker", False, f"{folder} lacks its configuration or its safetensors")
+    return Check("safety checker", True, words)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from server.cli import admin
-from server.cli.options import takes_settings
+from server.cli.options import with_settings_options
 from server.errors import DiskFull
-from server.library_env import keep_quiet, spin_less
+from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.net import tls
 from server.settings import Settings
 
@@ -31,11 +31,11 @@ NOT_FOUND = 127
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
-    keep_quiet()
-    spin_less()
+    disable_telemetry_and_warnings()
+    limit_openmp_spinning()
     # Late: `env` and `--help` need none of it.
     from server import logs
     from server.cli.serve import serve_until_stopped
@@ -52,12 +52,12 @@ def serve(settings: Settings) -> None:
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def pull(
     settings: Settings, hub_id: Annotated[str, typer.Argument(help="Such as black-forest-labs/FLUX.1-dev.")]
 ) -> None:
     """Bring weights from the hub into its cache, and the safety checker with them; HF_TOKEN is used if set."""
-    keep_quiet()
+    disable_telemetry_and_warnings()
     from models.loading import hub
 
     try:
@@ -73,21 +73,21 @@ def pull(
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def doctor(settings: Settings) -> None:
     """Say what this machine can run, and why not."""
-    keep_quiet()
-    from server.cli.doctor import examine
+    disable_telemetry_and_warnings()
+    from server.cli.doctor import run_checks
 
-    findings = list(examine(settings))
+    findings = list(run_checks(settings))
     for finding in findings:
-        typer.echo(f"{'✓' if finding.is_well else '✗'} {finding.what}: {finding.words}")
-    if not all(finding.is_well for finding in findings):
+        typer.echo(f"{'✓' if finding.ok else '✗'} {finding.name}: {finding.message}")
+    if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def bench(
     settings: Settings,
     random_weights: Annotated[
@@ -101,8 +101,8 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure the engine's tiers beside diffusers' own pipeline, on this machine."""
-    keep_quiet()
-    spin_less()
+    disable_telemetry_and_warnings()
+    limit_openmp_spinning()
     from server.cli import bench as measuring
 
     try:
@@ -142,18 +142,18 @@ cli.command("backup")(admin.back_up)
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def env(settings: Settings) -> None:
     """Print what points each SDK at this server."""
     from server.cli import control_socket
-    from server.cli.client_env import directions
+    from server.cli.client_env import shell_exports
 
-    lacks_key = not settings.keys and control_socket.wants_key(settings.data_dir)
-    typer.echo(directions(settings, tls.paths(settings.data_dir), lacks_key=lacks_key))
+    lacks_key = not settings.keys and control_socket.requires_key(settings.data_dir)
+    typer.echo(shell_exports(settings, tls.certificate_files(settings.data_dir), lacks_key=lacks_key))
 
 
 @cli.command()
-@takes_settings
+@with_settings_options
 def run(
     settings: Settings, command: Annotated[list[str], typer.Argument(help="The program and its arguments.")]
 ) -> None:
@@ -161,10 +161,10 @@ def run(
     from server.cli import client_env
 
     try:
-        client_env.check(settings, tls.paths(settings.data_dir), command)
-        typer.echo(f"flux-server: {client_env.what_run_leaves_out(command)}", err=True)
-        client_env.run(settings, tls.paths(settings.data_dir), command)
-    except client_env.CannotBring as error:
+        client_env.check(settings, tls.certificate_files(settings.data_dir), command)
+        typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
+        client_env.run(settings, tls.certificate_files(settings.data_dir), command)
+    except client_env.UnsupportedProgram as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
     except OSError as error:

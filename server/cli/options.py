@@ -7,30 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
-from server.settings import PREFIX, BadSettings, Settings
+from server.settings import PREFIX, SettingsError, Settings
 
 #: The exit code for bad settings.
 BAD_SETTINGS = 2
 
 
-def takes_settings(act: Callable[..., None]) -> Callable[..., None]:
+def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each setting, and WEIGHTS as its arguments unless it has some of its own."""
-    own = [parameter for name, parameter in inspect.signature(act).parameters.items() if name != "settings"]
+    own = [parameter for name, parameter in inspect.signature(func).parameters.items() if name != "settings"]
 
     def wrapped(**given: Any) -> None:
         arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
         given["weights"] = tuple(given.get("weights") or ()) or None
         try:
-            settings = Settings.read(os.environ, given)
-        except BadSettings as error:
+            settings = Settings.load(os.environ, given)
+        except SettingsError as error:
             typer.echo(f"The settings are wrong:\n{error}", err=True)
             raise typer.Exit(BAD_SETTINGS) from None
-        act(settings, **arguments)
+        func(settings, **arguments)
 
     # What a command asks for without a default is its argument; WEIGHTS stay away from it.
     has_arguments = any(parameter.default is inspect.Parameter.empty for parameter in own)
     settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not has_arguments]
-    wrapped.__name__, wrapped.__doc__ = act.__name__, act.__doc__
+    wrapped.__name__, wrapped.__doc__ = func.__name__, func.__doc__
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     wrapped.__signature__ = inspect.Signature([*settings, *keyword])  # type: ignore[attr-defined]
     return wrapped

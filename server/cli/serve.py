@@ -17,9 +17,9 @@ from server.cli import control_socket
 from server.cli.control import Control
 from server.inputs.resolver import MAX_INPUT_BYTES
 from server.net import tls
-from server.net.connect_proxy import MAX_TUNNELS, ConnectDoor
+from server.net.connect_proxy import MAX_TUNNELS, ConnectProxy
 from server.net.listeners import bind_socket, build_listeners, raise_open_file_limit
-from server.net.timeouts import hurry_handshakes
+from server.net.timeouts import limit_tls_handshake
 from server.queue.notifier import WEBHOOKS, WORKER
 from server.settings import Settings
 
@@ -55,12 +55,15 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     stopping = asyncio.Event()
     # Names are looked up there, eight at a time for one key, and some servers of names never answer.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
-    hurry_handshakes(asyncio.get_running_loop())
-    _hear_signals(stopping)
-    door = await _door(settings, sockets, min(MAX_TUNNELS, room))
-    async with app.router.lifespan_context(app), control_socket.listening(_control(app, settings), settings.data_dir):
+    limit_tls_handshake(asyncio.get_running_loop())
+    _install_signal_handlers(stopping)
+    door = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
+    async with (
+        app.router.lifespan_context(app),
+        control_socket.serve_control_socket(_control(app, settings), settings.data_dir),
+    ):
         # Once more, because Ray has put handlers of its own in their place.
-        _hear_signals(stopping)
+        _install_signal_handlers(stopping)
         with parts.notifier.listen(WORKER) as worker_ended:
             # It may have failed before anybody listened.
             if worker.failure:
@@ -68,7 +71,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
-            _announce(settings, sockets, is_open=parts.keys.is_open)
+            _print_banner(settings, sockets, is_open=parts.keys.is_open)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
             await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
@@ -93,7 +96,7 @@ def _control(app: FastAPI, settings: Settings) -> Control:
     parts, database = app.state.parts, app.state.database
 
     def reload_keys() -> None:
-        parts.keys.learn(auth.stored(database, with_first=settings.has_automatic_key))
+        parts.keys.learn(auth.load_key_scopes(database, with_first=settings.has_automatic_key))
 
     return Control(
         database,
@@ -104,14 +107,14 @@ def _control(app: FastAPI, settings: Settings) -> Control:
     )
 
 
-def _certificate(settings: Settings) -> tls.TLS | None:
+def _certificate(settings: Settings) -> tls.CertificateFiles | None:
     """The files of the certificate, made where there are none; None where no port asks for them."""
     if not settings.tls_port:
         return None
-    return tls.ensure(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
+    return tls.ensure_certificate(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
 
 
-def _hear_signals(stopping: asyncio.Event) -> None:
+def _install_signal_handlers(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Under nohup the server is to outlive its terminal.
@@ -119,18 +122,20 @@ def _hear_signals(stopping: asyncio.Event) -> None:
             loop.add_signal_handler(number, stopping.set)
 
 
-async def _door(settings: Settings, sockets: list[socket.socket], max_tunnels: int) -> ConnectDoor | None:
+async def _open_connect_proxy(
+    settings: Settings, sockets: list[socket.socket], max_tunnels: int
+) -> ConnectProxy | None:
     """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
     if not settings.proxy_port:
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)
     others = settings.proxy_others
-    door = ConnectDoor(settings.own_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
+    door = ConnectProxy(settings.local_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
     await door.open("127.0.0.1", settings.proxy_port)
     return door
 
 
-def _announce(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:
+def _print_banner(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [f"http://{host}:{settings.port}"]
     if settings.tls_port:

@@ -231,9 +231,9 @@ class Seat:
                 self._queue.strike([self.jobs[name] for name in report.request_ids if name in self.jobs])
                 link.hear()
             case messages.Stepped():
-                self._metrics.stepped(report.size, report.acceleration, report.seconds)
+                self._metrics.observe_step(report.size, report.acceleration, report.seconds)
             case messages.Painted():
-                self._metrics.painted(report.endpoint, report.num_pictures, report.num_flagged)
+                self._metrics.count_images(report.endpoint, report.num_pictures, report.num_flagged)
             case _:
                 self._hear_state(report)
 

@@ -19,7 +19,7 @@ from models.loading import specs
 from server.cluster.messages import Logged, Over, Refused, Report, State
 from server.cluster.runner_queue import Desk, ReportedMetrics
 from server.inputs.cache import Brought
-from server.library_env import keep_quiet, spin_less
+from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.queue.jobs import Job
 from server.queue.notifier import Notifier
 from server.settings import Settings
@@ -45,8 +45,8 @@ class Runner:
     """Made, called and ended by the head. Knows nothing of Ray, so that it can be tried without."""
 
     def __init__(self, settings: Settings) -> None:
-        keep_quiet()
-        spin_less()
+        disable_telemetry_and_warnings()
+        limit_openmp_spinning()
         # One thread, says Ray to those that ask for no CPU; the worker in a server's own process takes what there is.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._folder = _new_folder(node_folder() / "runners")

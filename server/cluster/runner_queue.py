@@ -110,10 +110,10 @@ class ReportedMetrics(Metrics):
         super().__init__()
         self._desk = desk
 
-    def stepped(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
+    def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
         """One forward."""
         self._desk.tell(Stepped(size, acceleration, seconds))
 
-    def painted(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
+    def count_images(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
         """The pictures of one request."""
         self._desk.tell(Painted(endpoint, num_pictures, num_flagged))

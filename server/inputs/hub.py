@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from server.errors import Unusable
-from server.net.outbound import Guard
+from server.net.outbound import OutboundClient
 
 _ID = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}")
 MAX_ANSWER_BYTES = 4 * 2**20
@@ -25,7 +25,7 @@ class _Repository(BaseModel):
     siblings: list[_Sibling]
 
 
-async def address_of(address: str, guard: Guard, aside: Path) -> str:
+async def address_of(address: str, guard: OutboundClient, aside: Path) -> str:
     """An address as it is; for `owner/name` that of its weights, of which there must be one file.
 
     The answer of the hub is written to `aside`. Raises Unusable, and ForbiddenURL.

@@ -17,10 +17,10 @@ from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, remotes
 from server.errors import InvalidInput, QueueFull, Unusable
-from server.executor import Turns
+from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, Brought
-from server.net.outbound import ForbiddenURL, Guard
+from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import FULL, Files, disk_error
 
 MAX_PICTURE_BYTES = 25 * 2**20
@@ -70,7 +70,7 @@ class Inputs:
     def __init__(
         self,
         brought: Brought,
-        guard: Guard,
+        guard: OutboundClient,
         files: Files,
         limits: Limits,
         *,
@@ -93,7 +93,7 @@ class Inputs:
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self._turns = Turns("inputs", 4, 1)
+        self._turns = FairExecutor("inputs", 4, 1)
 
     async def bring(self, request: ImageInput, owner: str) -> dict[str, str]:
         """Everything that the request names by address: the field's place, and the file's name.

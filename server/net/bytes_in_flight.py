@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from starlette.requests import Request
 
 from server.errors import BodyTooLarge
-from server.net.fair_share import Shares
+from server.net.fair_share import FairShare
 
 #: What is smaller is not counted: as much lies in the buffers of any connection.
 SMALL = 65_536
@@ -15,7 +15,7 @@ SMALL = 65_536
 WAIT_SECONDS = 5.0
 
 
-class InFlight(Shares):
+class BytesInFlight(FairShare):
     """Bytes of bodies and answers, divided between owners. For the event loop's thread alone."""
 
     def __init__(self, max_bytes: int, wait_seconds: float = WAIT_SECONDS) -> None:
@@ -27,9 +27,9 @@ class InFlight(Shares):
         self._wait_seconds = wait_seconds
         self._freed = asyncio.Event()
 
-    def give_back(self, owner: str, number: int = 1) -> None:
+    def release(self, owner: str, number: int = 1) -> None:
         """Hold so many no more, and let those know who wait for room."""
-        super().give_back(owner, number)
+        super().release(owner, number)
         self._freed.set()
 
     @asynccontextmanager
@@ -42,7 +42,7 @@ class InFlight(Shares):
         try:
             yield
         finally:
-            self.give_back(owner, held)
+            self.release(owner, held)
 
     @asynccontextmanager
     async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
@@ -65,11 +65,11 @@ class InFlight(Shares):
             body = b"".join(chunks)
             chunks.clear()
             # What was expected and did not come is free again.
-            self.give_back(owner, held - min(held, length))
+            self.release(owner, held - min(held, length))
             held = min(held, length)
             yield body
         finally:
-            self.give_back(owner, held)
+            self.release(owner, held)
 
     async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
         """How many are held, once there is room: what is small needs none. Raises TooManyRequests."""
@@ -77,9 +77,9 @@ class InFlight(Shares):
         num_bytes = min(num_bytes, self._total // 4) if num_bytes > SMALL else 0
         try:
             async with asyncio.timeout(seconds):
-                while not self._try_take(owner, num_bytes):
+                while not self._try_acquire(owner, num_bytes):
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
-            self.take(owner, num_bytes)
+            self.acquire(owner, num_bytes)
         return num_bytes

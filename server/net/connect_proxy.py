@@ -37,10 +37,10 @@ _LENGTH = re.compile(rb"(?im)^content-length:\s*(\d{1,18})\s*\r$")
 _UPGRADE = re.compile(rb"(?im)^upgrade:")
 _CHUNKED = re.compile(rb"(?im)^transfer-encoding:")
 
-_Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class ConnectDoor:
+class ConnectProxy:
     """Leads fal's hosts to our ports; anything else is refused unless let through."""
 
     #: Seconds after which a tunnel is closed over which nothing comes, from either side; also one whose client waits
@@ -110,7 +110,7 @@ class ConnectDoor:
         finally:
             there[1].transport.abort()
 
-    async def _tunnel(self, here: _Ends, there: _Ends, target: "_Target") -> None:
+    async def _tunnel(self, here: _Stream, there: _Stream, target: "_Target") -> None:
         """Carry bytes both ways until both sides have said all; of a whole request no more than it is long.
 
         Raises TimeoutError when nothing came for too long.
@@ -125,8 +125,8 @@ class ConnectDoor:
 
             try:
                 async with asyncio.TaskGroup() as ways:
-                    sending = ways.create_task(_carry(here[0], there[1], heard, target.length))
-                    answering = ways.create_task(_carry(there[0], here[1], heard))
+                    sending = ways.create_task(_pipe(here[0], there[1], heard, target.length))
+                    answering = ways.create_task(_pipe(there[0], here[1], heard))
                     if target.request:
                         # What follows a whole request and its answer is the next one, and may be for another host.
                         await answering
@@ -141,7 +141,7 @@ class ConnectDoor:
             async with asyncio.timeout(self.idle_seconds):
                 await writer.wait_closed()
 
-    async def _connect(self, target: "_Target") -> _Ends:
+    async def _connect(self, target: "_Target") -> _Stream:
         host, port = target.host, target.port
         if is_fal(host):
             is_plain = port == _PLAIN_PORT or bool(target.request)
@@ -237,7 +237,7 @@ def _said(line: str, reason: str = "") -> bytes:
     return f"HTTP/1.1 {line}\r\n{length}\r\n".encode() + body
 
 
-async def _carry(
+async def _pipe(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Callable[[], None], length: int | None = None
 ) -> None:
     """All that is said, or so many bytes of it; `heard` is called for each piece. Raises OSError when it breaks off."""

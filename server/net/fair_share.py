@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from server.errors import TooManyRequests
 
 
-class Shares:
+class FairShare:
     """An owner may hold as much as is left for the others then: half of it all alone, and less beside others.
 
     For the event loop's thread alone.
@@ -23,12 +23,12 @@ class Shares:
         """How much of it no owner holds."""
         return self._total - self._held.total()
 
-    def take(self, owner: str, number: int = 1) -> None:
+    def acquire(self, owner: str, number: int = 1) -> None:
         """Hold so many more. Raises TooManyRequests."""
-        if not self._try_take(owner, number):
+        if not self._try_acquire(owner, number):
             raise TooManyRequests(self._refusal, closes=self._closes)
 
-    def give_back(self, owner: str, number: int = 1) -> None:
+    def release(self, owner: str, number: int = 1) -> None:
         """Hold so many no more."""
         self._held[owner] -= number
         if not self._held[owner]:
@@ -37,13 +37,13 @@ class Shares:
     @contextmanager
     def held(self, owner: str) -> Iterator[None]:
         """One more while the block lasts. Raises TooManyRequests."""
-        self.take(owner)
+        self.acquire(owner)
         try:
             yield
         finally:
-            self.give_back(owner)
+            self.release(owner)
 
-    def _try_take(self, owner: str, number: int) -> bool:
+    def _try_acquire(self, owner: str, number: int) -> bool:
         if number and self._held[owner] + number > self.free - number:
             return False
         self._held[owner] += number

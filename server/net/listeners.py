@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from server.net.timeouts import timed
-from server.net.tls import TLS
+from server.net.timeouts import with_limits
+from server.net.tls import CertificateFiles
 from server.net.websocket import CountedWebSocket
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ def raise_open_file_limit(max_connections: int, ports: int) -> int:
     return room
 
 
-def build_listeners(app: ASGIApp, *, max_connections: int, ws_max_size: int, certificate: TLS | None) -> list[Listener]:
+def build_listeners(
+    app: ASGIApp, *, max_connections: int, ws_max_size: int, certificate: CertificateFiles | None
+) -> list[Listener]:
     """A listener for plain HTTP, and one for TLS where there is a certificate.
 
     Args:
@@ -64,7 +66,7 @@ def build_listeners(app: ASGIApp, *, max_connections: int, ws_max_size: int, cer
     options: dict[str, Any] = {
         "lifespan": "off",
         "access_log": False,
-        "http": timed(max_connections=max_connections),
+        "http": with_limits(max_connections=max_connections),
         "ws": CountedWebSocket,
         "ws_max_size": ws_max_size,
         # A message that is small on the wire could be large in memory.

@@ -45,11 +45,11 @@ class ForbiddenURL(Exception):
     """The URL points somewhere a request must not reach."""
 
 
-class Guard:
+class OutboundClient:
     """Public addresses, and those the operator allows; each name is resolved once and that address connected to."""
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
-        networks, self._hosts = _sorted_out(allow)
+        networks, self._hosts = _parse_allowlist(allow)
         self._policy = Policy(denied_networks=_ADDRESSES, allowed_networks=networks, allowed_ports=PORTS)
         self._open_policy = Policy(allowed_networks=_EVERYWHERE, allowed_ports=PORTS)
         # Once: reading the public authorities takes 15 ms, in which nobody else is served.
@@ -68,7 +68,10 @@ class Guard:
         Raises ForbiddenURL, or httpx.HTTPError when there was no answer.
         """
         try:
-            client, bounded = self._client(url, seconds, socket_options=[_SMALL_BUFFER]), _bounded(MAX_ANSWER_BYTES)
+            client, bounded = (
+                self._client(url, seconds, socket_options=[_SMALL_BUFFER]),
+                _limit_response_bytes(MAX_ANSWER_BYTES),
+            )
             async with client, client.stream("POST", url, content=content, headers=headers, extensions=bounded) as sent:
                 return sent.status_code
         except SSRFGuardError as error:
@@ -109,7 +112,7 @@ class Guard:
             raise ForbiddenURL(f"not a URL: {error}") from None
         except httpx.HTTPError as error:
             host = urlsplit(url).hostname
-            words = f"The download from {host} failed: {type(error).__name__} {_brief(error)}".strip()
+            words = f"The download from {host} failed: {type(error).__name__} {_short_message(error)}".strip()
             raise Unusable("file_download_error", words) from None
         raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
@@ -123,7 +126,7 @@ class Guard:
         headers |= {"if-none-match": etag} if etag else {}
         client = self._client(url, _QUIET_SECONDS)
         # Twice, because it may come in chunks, with a little beside each.
-        bounded = _bounded(2 * max_bytes + MAX_ANSWER_BYTES)
+        bounded = _limit_response_bytes(2 * max_bytes + MAX_ANSWER_BYTES)
         async with client, client.stream("GET", url, headers=headers, extensions=bounded) as response:
             if response.has_redirect_location or (etag and response.status_code == 304):
                 return response
@@ -153,8 +156,8 @@ class Guard:
         try:
             self._open_policy.check_url(url)
         except (SSRFGuardError, ValueError):
-            return ForbiddenURL(_brief(error))
-        return ForbiddenURL(f"{_brief(error)}; the setting --outbound-allow can permit it")
+            return ForbiddenURL(_short_message(error))
+        return ForbiddenURL(f"{_short_message(error)}; the setting --outbound-allow can permit it")
 
     def _policy_for(self, url: str) -> Policy:
         try:
@@ -169,7 +172,7 @@ def _etag(response: httpx.Response) -> str:
     return etag if len(etag) <= MAX_ETAG else ""
 
 
-def _bounded(max_bytes: int) -> dict[str, Any]:
+def _limit_response_bytes(max_bytes: int) -> dict[str, Any]:
     """Extensions of a request after which no more than this is read for it: interim answers never end otherwise."""
     left = max_bytes
 
@@ -192,12 +195,12 @@ def _bounded(max_bytes: int) -> dict[str, Any]:
     return {"trace": bound}
 
 
-def _brief(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
     """Its words without the list of all ports that are allowed."""
     return str(error).partition(" (")[0] if "allowed_ports" in str(error) else str(error)
 
 
-def _sorted_out(allow: Sequence[str]) -> tuple[tuple[_Network, ...], frozenset[str]]:
+def _parse_allowlist(allow: Sequence[str]) -> tuple[tuple[_Network, ...], frozenset[str]]:
     networks: list[_Network] = []
     hosts: set[str] = set()
     for entry in allow:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
-class TimedProtocol(HttpToolsProtocol):
+class TimeoutProtocol(HttpToolsProtocol):
     """uvicorn's own, with an end to its patience, in seconds.
 
     Whoever takes longer is cut off without an answer: some clients repeat at once what is answered with 408. A body
@@ -42,13 +42,13 @@ class TimedProtocol(HttpToolsProtocol):
         self._beside_body = 0
         if len(self.connections) > self.max_connections:
             log.warning("more than %d connections are open; another one is refused", self.max_connections)
-            self._cut_off()
+            self._reset()
         else:
-            self._expect(self.header_seconds)
+            self._arm_timer(self.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody is waited for any more."""
-        self._forget()
+        self._cancel_timer()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -57,21 +57,21 @@ class TimedProtocol(HttpToolsProtocol):
         self._beside_body += len(data)
         super().data_received(data)
         if self._beside_body > self.header_bytes:
-            self._cut_off()
+            self._reset()
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
         self._beside_body, self._begun = 0, 0.0
         if self._timer is None:
-            self._expect(self.header_seconds)
+            self._arm_timer(self.header_seconds)
 
     def on_headers_complete(self) -> None:
         """From here on the body is waited for."""
         super().on_headers_complete()
         self._begun = self._heard = self.loop.time()
         self._received = 0
-        self._expect(min(self.body_seconds, self.gap_seconds))
+        self._arm_timer(min(self.body_seconds, self.gap_seconds))
 
     def on_body(self, body: bytes) -> None:
         """A part of it, be it one byte: however small the chunks are, a whole body passes."""
@@ -82,19 +82,19 @@ class TimedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of it is here."""
-        self._forget()
+        self._cancel_timer()
         super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
         """Another protocol's matter."""
-        self._forget()
+        self._cancel_timer()
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
         """The client does not read what it asked for."""
         super().pause_writing()
         if self._answer_timer is None:
-            self._answer_timer = self.loop.call_later(self.answer_seconds, self._cut_off)
+            self._answer_timer = self.loop.call_later(self.answer_seconds, self._reset)
 
     def resume_writing(self) -> None:
         """It does again."""
@@ -103,19 +103,19 @@ class TimedProtocol(HttpToolsProtocol):
             self._answer_timer = None
         super().resume_writing()
 
-    def _expect(self, seconds: float) -> None:
-        self._forget()
-        self._timer = self.loop.call_later(seconds, self._late)
+    def _arm_timer(self, seconds: float) -> None:
+        self._cancel_timer()
+        self._timer = self.loop.call_later(seconds, self._on_timeout)
 
-    def _forget(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _late(self) -> None:
+    def _on_timeout(self) -> None:
         self._timer = None
         if not self._begun:
-            self._cut_off()
+            self._reset()
             return
         now = self.loop.time()
         if self.flow.read_paused:
@@ -124,22 +124,22 @@ class TimedProtocol(HttpToolsProtocol):
         average = self._begun + self.body_seconds + self._received / self.body_rate
         left = min(average, self._heard + self.gap_seconds) - now
         if left > 0:
-            self._expect(left)
+            self._arm_timer(left)
         else:
-            self._cut_off()
+            self._reset()
 
-    def _cut_off(self) -> None:
+    def _reset(self) -> None:
         # With a reset, or the system would keep what was not read, and wait for it to be.
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.transport.abort()
 
 
-def timed(**limits: Any) -> type[TimedProtocol]:
+def with_limits(**limits: Any) -> type[TimeoutProtocol]:
     """The protocol with other limits."""
-    return type("TimedProtocol", (TimedProtocol,), limits)
+    return type("TimedProtocol", (TimeoutProtocol,), limits)
 
 
-def hurry_handshakes(loop: asyncio.AbstractEventLoop, seconds: float = TimedProtocol.header_seconds) -> None:
+def limit_tls_handshake(loop: asyncio.AbstractEventLoop, seconds: float = TimeoutProtocol.header_seconds) -> None:
     """Bound those of TLS, which come before any protocol: uvicorn cannot say it, and the loop itself waits a minute."""
     create_server = loop.create_server
 

@@ -35,7 +35,7 @@ Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
-class TLS:
+class CertificateFiles:
     """The files. `bundle` is the authority beside the world's, for SSL_CERT_FILE, which replaces the usual list."""
 
     authority: Path
@@ -44,18 +44,18 @@ class TLS:
     key: Path
 
 
-def paths(data_dir: Path) -> TLS:
+def certificate_files(data_dir: Path) -> CertificateFiles:
     """Where the files are, made or not."""
     folder = data_dir / "tls"
-    return TLS(folder / "ca.pem", folder / "bundle.pem", folder / "cert.pem", folder / "key.pem")
+    return CertificateFiles(folder / "ca.pem", folder / "bundle.pem", folder / "cert.pem", folder / "key.pem")
 
 
-def ensure(data_dir: Path, *hosts: str) -> TLS:
+def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
     """Make the authority at the first start, and the certificate then and before it runs out or names change.
 
     `hosts` are names and addresses it is to bear beside the usual ones.
     """
-    files = paths(data_dir)
+    files = certificate_files(data_dir)
     folder = files.authority.parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority_key = folder / "ca.key"
@@ -103,7 +103,7 @@ def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _is_current(files: TLS, names: x509.SubjectAlternativeName) -> bool:
+def _is_current(files: CertificateFiles, names: x509.SubjectAlternativeName) -> bool:
     certificate = _read(files.certificate, x509.load_pem_x509_certificate)
     # For what comes of it: whoever serves with it would not say which file it is.
     _read(files.key, _load_key)
@@ -126,7 +126,10 @@ def _make_authority(path: Path, key_path: Path) -> None:
 
 
 def _make_certificate(
-    files: TLS, issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey, names: x509.SubjectAlternativeName
+    files: CertificateFiles,
+    issuer: x509.Certificate,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    names: x509.SubjectAlternativeName,
 ) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (

@@ -7,7 +7,7 @@ from typing import Any, cast
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from server.errors import TooManyRequests
-from server.net.bytes_in_flight import SMALL, InFlight
+from server.net.bytes_in_flight import SMALL, BytesInFlight
 
 #: Where the app finds what to say whose messages these are.
 EXTENSION = "flux_server.counted"
@@ -24,7 +24,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
     gap_seconds = 19.5
 
     _owner = ""
-    _in_flight: InFlight | None = None
+    _in_flight: BytesInFlight | None = None
     #: Bytes since the last whole message, and how many of them are held.
     _num_bytes = _num_held = 0
     _gap: asyncio.TimerHandle | None = None
@@ -34,7 +34,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if hasattr(self, "scope"):
             extensions = cast(dict[str, Any], self.scope["extensions"])
-            extensions[EXTENSION] = self._belongs_to
+            extensions[EXTENSION] = self._set_owner
 
     def data_received(self, data: bytes) -> None:
         """A part of a message, or several."""
@@ -43,13 +43,13 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
         wanted = self._num_bytes if self._num_bytes > SMALL else 0
         if self._in_flight is None:
             if wanted:
-                self._refuse(_POLICY, "")
+                self._close_with(_POLICY, "")
             return
         if wanted > self._num_held:
             try:
-                self._in_flight.take(self._owner, wanted - self._num_held)
+                self._in_flight.acquire(self._owner, wanted - self._num_held)
             except TooManyRequests:
-                self._refuse(_TRY_AGAIN_LATER, "too much of this key is on its way; try again later")
+                self._close_with(_TRY_AGAIN_LATER, "too much of this key is on its way; try again later")
                 return
             self._num_held = wanted
 
@@ -58,43 +58,43 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
         num_frames = len(self.frames)
         super().handle_events()
         if self.frames and len(self.frames) != num_frames:
-            self._forget_gap()
-            self._gap = self.loop.call_later(self.gap_seconds, self._refuse, _POLICY, "the message did not go on")
+            self._cancel_gap_timer()
+            self._gap = self.loop.call_later(self.gap_seconds, self._close_with, _POLICY, "the message did not go on")
 
     def send_receive_event_to_app(self) -> None:
         """The message is whole; from here on the app counts it."""
         super().send_receive_event_to_app()
-        self._forget_gap()
+        self._cancel_gap_timer()
         self._num_bytes = 0
-        self._give_back()
+        self._release()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is held any more."""
         super().connection_lost(exc)
-        self._forget_gap()
-        self._give_back()
+        self._cancel_gap_timer()
+        self._release()
 
-    def _belongs_to(self, owner: str, in_flight: InFlight) -> None:
+    def _set_owner(self, owner: str, in_flight: BytesInFlight) -> None:
         self._owner, self._in_flight = owner, in_flight
 
-    def _forget_gap(self) -> None:
+    def _cancel_gap_timer(self) -> None:
         if self._gap is not None:
             self._gap.cancel()
             self._gap = None
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         if self._in_flight is not None and self._num_held:
-            self._in_flight.give_back(self._owner, self._num_held)
+            self._in_flight.release(self._owner, self._num_held)
             self._num_held = 0
 
-    def _refuse(self, code: int, reason: str) -> None:
+    def _close_with(self, code: int, reason: str) -> None:
         if not self.close_sent:
             self.conn.fail(code, reason)
             self.handle_parser_exception()
 
 
-def count(scope: Mapping[str, Any], owner: str, in_flight: InFlight) -> None:
+def count_messages(scope: Mapping[str, Any], owner: str, in_flight: BytesInFlight) -> None:
     """From now on this connection's messages count as this owner's."""
-    belongs_to: Callable[[str, InFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
+    belongs_to: Callable[[str, BytesInFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
     if belongs_to:
         belongs_to(owner, in_flight)

@@ -149,7 +149,7 @@ class Queue:
                 row = job_table.claim(connection, job, self._clock())
             job.attempt, job.state = row["attempt"], State.IN_PROGRESS
             self._order.run(job)
-        self._metrics.begun(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
+        self._metrics.observe_start(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
         self._notifier.ring(job.request_id, QUEUE)
         return job, row["input"]
 
@@ -295,6 +295,6 @@ class Queue:
             self._recent.popitem(last=False)
         if self._live.pop(job.request_id, None):
             self._needs.drop(job)
-        self._metrics.end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
+        self._metrics.count_end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
         request_log.ended(job, outcome, is_cancelled=is_cancelled)
         self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path, PurePath
 
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull, TooManyRequests
-from server.executor import Turns
+from server.executor import FairExecutor
 from server.storage.database import Database
 from server.storage.file_store import Files, Lifecycle, StoredFile, disk_error, list_file, new_name, remove_strays
 from server.storage.multipart import UnderWay, Upload, join, sizes_in
@@ -57,7 +57,7 @@ class Uploads:
         #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
         self._in_flight: Counter[str] = Counter()
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self.turns = Turns("uploads", 8, 2)
+        self.turns = FairExecutor("uploads", 8, 2)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
         remove_strays(folder, _OURS, {row["upload_id"] for row in rows})

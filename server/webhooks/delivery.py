@@ -14,7 +14,7 @@ import httpx
 from pydantic_core import from_json, to_json
 
 from server.metrics import Metrics
-from server.net.outbound import ForbiddenURL, Guard
+from server.net.outbound import ForbiddenURL, OutboundClient
 from server.queue.notifier import WEBHOOKS, Notifier
 from server.storage.database import Damaged, Database
 from server.webhooks.signing import Signer
@@ -70,7 +70,7 @@ class Webhooks:
         self,
         database: Database,
         notifier: Notifier,
-        guard: Guard,
+        guard: OutboundClient,
         signer: Signer,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,

@@ -110,7 +110,7 @@ class Finisher:
                         return Outcome.from_error(ClientCancelled())
                     running.develop()
             outcome = self._answers.outcome(running.job, running.model, running.request, running.painted)
-            self._metrics.painted(running.job.endpoint, len(running.painted.pictures), sum(running.painted.flags))
+            self._metrics.count_images(running.job.endpoint, len(running.painted.pictures), sum(running.painted.flags))
             return outcome
         except DiskFull:
             raise

@@ -170,7 +170,7 @@ class Worker:
         begun = time.perf_counter()
         advanced = running.engine.advance(running.painting, [other.painting for other in beside])
         taken = time.perf_counter() - begun
-        self._metrics.stepped(running.painting.size, running.painting.acceleration, taken)
+        self._metrics.observe_step(running.painting.size, running.painting.acceleration, taken)
         stepped = {id(painting) for painting in advanced}
         for member in (running, *beside):
             if id(member.painting) in stepped:

@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api import responses
-from server.api.dependencies import owner_of, parts_of
+from server.api.dependencies import authenticate, get_services
 from server.errors import NotFound, Unauthorized, UnsatisfiableRange
 
 router = APIRouter(prefix="/files", tags=["files"])
@@ -42,7 +42,7 @@ _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 @router.get("/{name}", response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
     """One picture or upload; understands Range. A private one needs its owner's key."""
-    files = parts_of(request).files
+    files = get_services(request).files
     found = await asyncio.to_thread(files.find, name)
     if found is None or (found.is_private and not _is_owner(request, found.owner)):
         raise NotFound("File not found")
@@ -69,6 +69,6 @@ async def file(request: Request, name: str) -> FileResponse:
 
 def _is_owner(request: Request, owner: str) -> bool:
     try:
-        return owner_of(request) == owner
+        return authenticate(request) == owner
     except Unauthorized:
         return False

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import parts_of
+from server.api.dependencies import get_services
 from server.api.responses import JSON
 from server.metrics import CONTENT_TYPE
 
@@ -23,9 +23,9 @@ async def health() -> Response:
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 when the model can paint, 503 before and while it stops; requests are accepted all the same and wait."""
-    if parts_of(request).notifier.is_stopping:
+    if get_services(request).notifier.is_stopping:
         return JSON({"status": "stopping", "version": VERSION}, 503)
-    is_ready, loading = parts_of(request).readiness()
+    is_ready, loading = get_services(request).readiness()
     if is_ready:
         return JSON({"status": "ready", "version": VERSION})
     return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
@@ -34,8 +34,8 @@ async def ready(request: Request) -> Response:
 @router.get("/status.json")
 async def status(request: Request) -> Response:
     """The last hour, what failed, and who used what; the operator's alone where there are keys."""
-    parts = parts_of(request)
-    parts.keys.operator(request.headers.get("authorization"))
+    parts = get_services(request)
+    parts.keys.require_operator(request.headers.get("authorization"))
     is_ready, loading = parts.readiness()
     seen = await asyncio.to_thread(parts.overview)
     gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
@@ -49,6 +49,6 @@ async def status(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """What Prometheus reads; the operator's alone where there are keys."""
-    parts = parts_of(request)
-    parts.keys.operator(request.headers.get("authorization"))
+    parts = get_services(request)
+    parts.keys.require_operator(request.headers.get("authorization"))
     return Response(await asyncio.to_thread(parts.metrics.text), media_type=CONTENT_TYPE)

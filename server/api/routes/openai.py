@@ -12,7 +12,14 @@ from pydantic_core import from_json, to_json
 from models.base import Model
 from models.schema import PRESETS
 from server.api import validation
-from server.api.dependencies import Parts, output_of, owner_of, parts_of, result_of, submission_in
+from server.api.dependencies import (
+    Services,
+    open_output,
+    authenticate,
+    get_services,
+    result_response_of,
+    parse_request_body,
+)
 from server.api.responses import JSON
 from server.api.sse import EventStream, StreamFailed, heard
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
@@ -63,8 +70,8 @@ class ImagesRequest(BaseModel):
 async def models(request: Request) -> Response:
     """The endpoints that are served."""
     try:
-        owner_of(request)
-        return JSON({"object": "list", "data": [_model(endpoint) for endpoint in parts_of(request).models]})
+        authenticate(request)
+        return JSON({"object": "list", "data": [_model(endpoint) for endpoint in get_services(request).models]})
     except ServerError as error:
         return problem(error)
 
@@ -73,7 +80,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """One endpoint."""
     try:
-        owner_of(request)
+        authenticate(request)
         return JSON(_model(_model_for(request, name).endpoint))
     except ServerError as error:
         return problem(error)
@@ -82,7 +89,7 @@ async def model(request: Request, name: str) -> Response:
 @router.post("/images/generations")
 async def generations(request: Request) -> Response:
     """Paint and wait for the pictures; with `stream`, partial pictures come first."""
-    parts = parts_of(request)
+    parts = get_services(request)
     try:
         asked, submission = await _asked(request)
         job = await parts.turns.run(submission.owner, parts.queue.submit, submission)
@@ -90,19 +97,19 @@ async def generations(request: Request) -> Response:
             events = _events(parts, job, asked.partial_images or 0)
             return _identified(EventStream(events, within=cancel_on_disconnect(parts, job)), job)
         await wait_for_outcome(request, parts, job)
-        return _identified(await result_of(parts, job, _answer, is_patient=True), job)
+        return _identified(await result_response_of(parts, job, _answer, is_patient=True), job)
     except ServerError as error:
         return problem(error)
 
 
 async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
     """What is asked for, in OpenAI's words and in ours."""
-    owner = owner_of(request)
-    async with parts_of(request).in_flight.body(request, owner) as body:
-        asked, fields = await parts_of(request).turns.run(owner, _translated, body)
+    owner = authenticate(request)
+    async with get_services(request).in_flight.body(request, owner) as body:
+        asked, fields = await get_services(request).turns.run(owner, _translated, body)
         served = _model_for(request, asked.model or DEFAULT_MODEL)
         mode = Mode.STREAM if asked.stream else Mode.RUN
-        return asked, await submission_in(request, fields, served, owner, mode, content_type="")
+        return asked, await parse_request_body(request, fields, served, owner, mode, content_type="")
 
 
 def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
@@ -149,7 +156,7 @@ def _size(size: str | None) -> str | dict[str, int] | None:
 
 
 def _model_for(request: Request, name: str) -> Model:
-    served = parts_of(request).models
+    served = get_services(request).models
     if name not in served:
         raise NotFound(f"The model {name!r} does not exist; there are {', '.join(sorted(served))}")
     return served[name]
@@ -179,7 +186,7 @@ def _base64(data_uri: str) -> str:
     return data_uri.partition(",")[2]
 
 
-async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
+async def _events(parts: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
     """So many partial pictures, evenly spread over the steps, then each picture."""
     num_sent, shown = 0, None
     with parts.notifier.listen(job.request_id) as bell:
@@ -194,7 +201,7 @@ async def _events(parts: Parts, job: Job, num_partial: int) -> AsyncIterator[Map
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    async with output_of(parts, job) as (outcome, output):
+    async with open_output(parts, job) as (outcome, output):
         if outcome.status != 200:
             yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
             raise StreamFailed

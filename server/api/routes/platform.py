@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from models.base import Model
 from models.schema import MAX_PROMPT_LENGTH
 from server.api import fal_openapi, validation
-from server.api.dependencies import model_for, owner_of, parts_of, read_within
+from server.api.dependencies import get_model, authenticate, get_services, read_when_room
 from server.api.middleware.rewrite import PLATFORM
 from server.api.responses import JSON
 from server.errors import InvalidInput
@@ -98,10 +98,10 @@ class Estimate(BaseModel):
 @router.get(_MODELS)
 async def models(request: Request) -> Response:
     """The endpoints that are served: all, those that a search finds, or those that are named."""
-    owner_of(request)
+    authenticate(request)
     query = _read(request, ModelsQuery)
-    known = parts_of(request).models
-    chosen = [model_for(request, name) for name in query.endpoint_id] or [known[name] for name in sorted(known)]
+    known = get_services(request).models
+    chosen = [get_model(request, name) for name in query.endpoint_id] or [known[name] for name in sorted(known)]
     fit = [model for model in chosen if _fits(model, query)]
     page, rest = fit[query.cursor : query.cursor + query.limit], fit[query.cursor + query.limit :]
     items = [_model(model, request.state.base_url, has_openapi="openapi-3.0" in query.expand) for model in page]
@@ -111,8 +111,8 @@ async def models(request: Request) -> Response:
 @router.get(f"{_MODELS}/pricing")
 async def pricing(request: Request) -> Response:
     """What a unit costs: nothing."""
-    owner_of(request)
-    names = [model_for(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
+    authenticate(request)
+    names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
     prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
     return JSON({"prices": prices, **_paging()})
 
@@ -120,22 +120,22 @@ async def pricing(request: Request) -> Response:
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
     """What so many calls or units would cost: nothing."""
-    async with parts_of(request).in_flight.body(request, owner_of(request), SMALL) as body:
+    async with get_services(request).in_flight.body(request, authenticate(request), SMALL) as body:
         planned = validation.read(Estimate, body)
     for name in planned.endpoints:
-        model_for(request, name)
+        get_model(request, name)
     return JSON({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
 
 
 @router.get(f"{_MODELS}/usage")
 async def usage(request: Request) -> Response:
     """What this key has used, by day and endpoint, in megapixels; `expand=summary` adds it up."""
-    owner = owner_of(request)
+    owner = authenticate(request)
     query = _read(request, UsageQuery)
     end = query.end or datetime.now(UTC)
     start = query.start or end - LATELY
     wanted = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
-    found = await parts_of(request).turns.run(owner, parts_of(request).usage, wanted)
+    found = await get_services(request).turns.run(owner, get_services(request).usage, wanted)
     answer: dict[str, Any] = _paging()
     if "time_series" in query.expand or "summary" not in query.expand:
         answer["time_series"] = _time_series(found)
@@ -148,7 +148,7 @@ async def usage(request: Request) -> Response:
 @router.get(f"{PLATFORM}/v1/workflows")
 async def workflows(request: Request) -> Response:
     """Saved workflows, of which this server keeps none."""
-    owner_of(request)
+    authenticate(request)
     return JSON({"workflows": [], **_paging()})
 
 
@@ -156,7 +156,7 @@ async def workflows(request: Request) -> Response:
 @router.get("/v1/models/requests/by-endpoint", include_in_schema=False)
 async def by_endpoint(request: Request) -> Response:
     """This key's finished requests, the newest first, a page at a time; `expand=payloads` adds input and output."""
-    owner = owner_of(request)
+    owner = authenticate(request)
     query = _read(request, RequestsQuery)
     start = query.start or datetime.now(UTC) - (FOR_ONE if query.request_id else LATELY)
     wanted = Wanted(
@@ -170,13 +170,13 @@ async def by_endpoint(request: Request) -> Response:
         cursor=query.cursor,
         has_payloads="payloads" in query.expand,
     )
-    parts = parts_of(request)
+    parts = get_services(request)
 
     def read() -> JSON:
         return JSON(parts.history(wanted))
 
     try:
-        return await read_within(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)
+        return await read_when_room(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api.dependencies import parts_of
+from server.api.dependencies import get_services
 from server.api.responses import JSON
 
 router = APIRouter(include_in_schema=False)
@@ -60,7 +60,7 @@ async def docs() -> Response:
 @router.get("/playground.json")
 async def about(request: Request) -> Response:
     """What the page needs to know of this server; no secret, as llms.txt is none."""
-    parts = parts_of(request)
+    parts = get_services(request)
     return JSON(
         {
             "endpoints": list(parts.models),
@@ -69,6 +69,6 @@ async def about(request: Request) -> Response:
                 for endpoint, model in parts.models.items()
                 if {"image_url", "strength"} <= model.Input.model_fields.keys()
             ],
-            "needs_key": not parts.keys.is_open,
+            "needs_key": not parts.keys.allows_anonymous,
         }
     )

@@ -6,7 +6,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api import responses
-from server.api.dependencies import Parts, model_for, owned, owner_of, parts_of, result_of, submission_of
+from server.api.dependencies import (
+    Services,
+    get_model,
+    require_owned_job,
+    authenticate,
+    get_services,
+    result_response_of,
+    parse_request,
+)
 from server.api.responses import JSON
 from server.api.sse import EventStream, heard
 from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInProgress
@@ -19,7 +27,7 @@ router = APIRouter(prefix="/queue", tags=["queue"])
 @router.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str) -> Response:
     """Where a request stands; 202 until it is done."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
     return _identified(JSON(_status(parts, job, logs), responses.STATUS_CODES[job.state]), job)
@@ -28,7 +36,7 @@ async def status(request: Request, app: str, request_id: str) -> Response:
 @router.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str) -> Response:
     """The same as events, with the new log lines only, until the request is done; with `previews=1`, small ones too."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     job.wants_previews |= _wants(request, "previews")
     changes = _changes(parts, job, _wants(request, "logs"))
@@ -39,17 +47,17 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
 @router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
 async def result(request: Request, app: str, request_id: str) -> Response:
     """The model's own answer, or the error it ended with; 400 while it is in progress."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _identified(await result_of(parts, job, responses.result), job)
+    return _identified(await result_response_of(parts, job, responses.result), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")
 async def delete(request: Request, app: str, request_id: str) -> Response:
     """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     await parts.turns.run(job.owner, parts.retention.delete, job)
     return _identified(Response(status_code=204), job)
@@ -58,7 +66,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
     """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
-    parts = parts_of(request)
+    parts = get_services(request)
     try:
         job = await _job(request, parts, app, request_id)
     except NotFound as error:
@@ -72,10 +80,10 @@ async def submit(request: Request, endpoint: str) -> Response:
     """Put a request in the queue; once this is answered it is on the disk."""
     if "/requests/" in endpoint:
         raise MethodNotAllowed
-    parts = parts_of(request)
-    owner = owner_of(request)
-    model = model_for(request, endpoint)
-    submission = await submission_of(request, model, owner, Mode.QUEUE)
+    parts = get_services(request)
+    owner = authenticate(request)
+    model = get_model(request, endpoint)
+    submission = await parse_request(request, model, owner, Mode.QUEUE)
     job = await parts.turns.run(owner, parts.queue.submit, submission)
     return _identified(JSON(responses.submitted(job, parts.queue.position(job))), job)
 
@@ -87,14 +95,14 @@ _CANCELLED = {
 }
 
 
-async def _job(request: Request, parts: Parts, app: str, request_id: str) -> Job:
+async def _job(request: Request, parts: Services, app: str, request_id: str) -> Job:
     """This caller's job, from memory if it can be; from its row otherwise."""
-    owner = owner_of(request)
+    owner = authenticate(request)
     job = parts.queue.find(request_id) or await parts.turns.run(owner, parts.queue.load, request_id)
-    return owned(job, owner, app)
+    return require_owned_job(job, owner, app)
 
 
-async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
+async def _changes(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
     told: dict[str, Any] = {}
     sent, shown = 0, None
     with parts.notifier.listen(job.request_id, QUEUE) as bell:
@@ -115,7 +123,7 @@ async def _changes(parts: Parts, job: Job, wants_logs: bool) -> AsyncIterator[di
                 yield None
 
 
-def _status(parts: Parts, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
+def _status(parts: Services, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
     return responses.status(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
 
 

@@ -16,13 +16,13 @@ from pydantic_core import to_json
 from models.base import Model
 from models.schema import ImageInput
 from server.api import submissions
-from server.api.dependencies import Parts, output_of, owner_by_token
+from server.api.dependencies import Services, open_output, authenticate_with_token
 from server.api.headers import number
 from server.api.wait import cancel_on_disconnect
 from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
 from server.inputs.resolver import MAX_INPUT_BYTES, as_json
-from server.net.fair_share import Shares
-from server.net.websocket import count
+from server.net.fair_share import FairShare
+from server.net.websocket import count_messages
 from server.queue.jobs import Job, Mode, State, Submission
 from server.storage.file_store import Lifecycle
 
@@ -46,14 +46,14 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
 
     It ends with the first input after its key was revoked.
     """
-    parts = cast(Parts, socket.app.state.parts)
+    parts = cast(Services, socket.app.state.parts)
     if endpoint not in parts.models:
         await socket.close(1008, "There is no such endpoint")
         return
     await socket.accept()
     try:
-        owner = owner_by_token(socket, endpoint)
-        count(socket.scope, owner, parts.in_flight)
+        owner = authenticate_with_token(socket, endpoint)
+        count_messages(socket.scope, owner, parts.in_flight)
         session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
         await _turn_away(socket)
@@ -64,7 +64,7 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         await _served(socket, session, parts.open_answers, owner)
 
 
-async def _served(socket: WebSocket, session: "_Session", open_answers: Shares, owner: str) -> None:
+async def _served(socket: WebSocket, session: "_Session", open_answers: FairShare, owner: str) -> None:
     try:
         with open_answers.held(owner):
             await session.serve()
@@ -107,7 +107,7 @@ class _Frame:
 class _Session:
     """What is read goes into a short buffer; what is painted comes out of it."""
 
-    def __init__(self, socket: WebSocket, parts: Parts, model: Model, owner: str, max_buffering: int) -> None:
+    def __init__(self, socket: WebSocket, parts: Services, model: Model, owner: str, max_buffering: int) -> None:
         self._socket = socket
         self._parts = parts
         self._model = model
@@ -144,7 +144,7 @@ class _Session:
                 return
             if message["type"] == "websocket.disconnect":
                 return
-            if not self._parts.keys.knows(self._owner):
+            if not self._parts.keys.is_active(self._owner):
                 await _turn_away(self._socket)
                 return
             try:
@@ -162,12 +162,12 @@ class _Session:
             or sum(each.size for each in self._inputs) + frame.size > MAX_INPUT_BYTES
         ):
             self._drop_oldest()
-        self._parts.in_flight.take(self._owner, frame.size)
+        self._parts.in_flight.acquire(self._owner, frame.size)
         self._inputs.append(frame)
         self._arrived.set()
 
     def _drop_oldest(self) -> None:
-        self._parts.in_flight.give_back(self._owner, self._inputs.popleft().size)
+        self._parts.in_flight.release(self._owner, self._inputs.popleft().size)
 
     async def _paint(self) -> None:
         while True:
@@ -179,7 +179,7 @@ class _Session:
                 try:
                     await self._try_answer(frame)
                 finally:
-                    self._parts.in_flight.give_back(self._owner, frame.size)
+                    self._parts.in_flight.release(self._owner, frame.size)
                 self._is_painting = False
 
     async def _try_answer(self, frame: _Frame) -> None:
@@ -209,7 +209,7 @@ class _Session:
         if job.error is not None or job.state != State.COMPLETED:
             await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
-        async with output_of(self._parts, job) as (_, output):
+        async with open_output(self._parts, job) as (_, output):
             await self._socket.send_bytes(await self._parts.turns.run(self._owner, msgpack.packb, output))
             # It waits until the client has read most of that.
             timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}

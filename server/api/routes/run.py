@@ -7,14 +7,14 @@ from fastapi import APIRouter, Request, Response
 
 from server.api import responses
 from server.api.dependencies import (
-    Parts,
-    model_for,
-    output_of,
-    owner_by_token,
-    owner_of,
-    parts_of,
-    result_of,
-    submission_of,
+    Services,
+    get_model,
+    open_output,
+    authenticate_with_token,
+    authenticate,
+    get_services,
+    result_response_of,
+    parse_request,
 )
 from server.api.sse import EventStream, StreamFailed, heard
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
@@ -27,7 +27,7 @@ router = APIRouter(tags=["run"])
 @router.post("/{endpoint:path}/stream", include_in_schema=False)
 async def stream(request: Request, endpoint: str) -> Response:
     """Progress as events, then the output as the last one."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _accepted(request, parts, endpoint, Mode.STREAM)
     response = EventStream(_progress(parts, job), within=cancel_on_disconnect(parts, job))
     response.headers["x-fal-request-id"] = job.request_id
@@ -37,28 +37,28 @@ async def stream(request: Request, endpoint: str) -> Response:
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output. The work stops when the client leaves."""
-    parts = parts_of(request)
+    parts = get_services(request)
     job = await _accepted(request, parts, endpoint, Mode.RUN)
     try:
         await wait_for_outcome(request, parts, job)
         # It is made: it is not refused any more.
-        response: Response = await result_of(parts, job, responses.result, is_patient=True)
+        response: Response = await result_response_of(parts, job, responses.result, is_patient=True)
     except InternalError as error:
         response = responses.error(error)
     response.headers["x-fal-request-id"] = job.request_id
     return response
 
 
-async def _accepted(request: Request, parts: Parts, endpoint: str, mode: Mode) -> Job:
+async def _accepted(request: Request, parts: Services, endpoint: str, mode: Mode) -> Job:
     # Browsers stream with a token. Without key or token nobody is told which endpoints there are.
     takes_token = mode == Mode.STREAM and endpoint in parts.models
-    owner = owner_by_token(request, endpoint) if takes_token else owner_of(request)
-    model = model_for(request, endpoint)
-    submission = await submission_of(request, model, owner, mode)
+    owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)
+    model = get_model(request, endpoint)
+    submission = await parse_request(request, model, owner, mode)
     return await parts.turns.run(owner, parts.queue.submit, submission)
 
 
-async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | None]:
+async def _progress(parts: Services, job: Job) -> AsyncIterator[dict[str, Any] | None]:
     told, shown = 0, None
     with parts.notifier.listen(job.request_id) as bell:
         while job.state != State.COMPLETED:
@@ -75,7 +75,7 @@ async def _progress(parts: Parts, job: Job) -> AsyncIterator[dict[str, Any] | No
                 raise StreamFailed
             if not await heard(bell):
                 yield None
-    async with output_of(parts, job) as (outcome, output):
+    async with open_output(parts, job) as (outcome, output):
         yield output
     if outcome.status != 200:
         raise StreamFailed

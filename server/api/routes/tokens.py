@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from server.api import validation
-from server.api.dependencies import owner_of, parts_of
+from server.api.dependencies import authenticate, get_services
 from server.api.responses import JSON
 from server.net.bytes_in_flight import SMALL
 
@@ -24,15 +24,15 @@ class TokenRequest(BaseModel):
 @router.post("/tokens")
 async def issue(request: Request) -> Response:
     """A token as a bare JSON string, the one form that all SDKs read."""
-    owner = owner_of(request)
-    async with parts_of(request).in_flight.body(request, owner, SMALL) as body:
+    owner = authenticate(request)
+    async with get_services(request).in_flight.body(request, owner, SMALL) as body:
         wanted = validation.read(TokenRequest, body)
     scope = " ".join(wanted.allowed_apps)
-    return JSON(parts_of(request).keys.issue(owner, scope, wanted.token_expiration))
+    return JSON(get_services(request).keys.issue(owner, scope, wanted.token_expiration))
 
 
 @router.get("/.well-known/jwks.json")
 async def jwks(request: Request) -> Response:
     """The public keys of webhook signatures; to be kept for a day at most."""
-    keys = await asyncio.to_thread(parts_of(request).signer.jwks)
+    keys = await asyncio.to_thread(get_services(request).signer.jwks)
     return JSON(keys, headers={"cache-control": "public, max-age=86400"})

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api import validation
-from server.api.dependencies import owner_of, parts_of
+from server.api.dependencies import authenticate, get_services
 from server.api.headers import lifecycle
 from server.api.responses import JSON
 from server.errors import BadRequest
@@ -48,7 +48,7 @@ class Completion(BaseModel):
 async def token(request: Request) -> Response:
     """A token for uploads, as fal-client asks for one before it sends a file."""
     expires_at = datetime.now(UTC) + timedelta(seconds=TOKEN_SECONDS)
-    issued = parts_of(request).keys.issue(owner_of(request), UPLOADS, TOKEN_SECONDS)
+    issued = get_services(request).keys.issue(authenticate(request), UPLOADS, TOKEN_SECONDS)
     # Python before 3.11 reads no "Z", so the offset is written out.
     stamp = expires_at.isoformat(timespec="seconds")
     return JSON({"token": issued, "token_type": "Bearer", "base_url": request.state.base_url, "expires_at": stamp})
@@ -58,8 +58,8 @@ async def token(request: Request) -> Response:
 @router.post("/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
     """Say where to PUT a file, and where it will be."""
-    owner = owner_of(request)
-    async with parts_of(request).in_flight.body(request, owner, SMALL) as body:
+    owner = authenticate(request)
+    async with get_services(request).in_flight.body(request, owner, SMALL) as body:
         announced = validation.read(Announcement, body or b"{}")
     upload = await _begin(request, owner, announced)
     base = request.state.base_url
@@ -70,7 +70,7 @@ async def initiate(request: Request) -> Response:
 @router.put("/storage/upload/{upload_id}")
 async def put(request: Request, upload_id: str) -> Response:
     """The whole file at once; the address is the secret, so no key is asked for."""
-    uploads = parts_of(request).uploads
+    uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.receive(upload, 1, request.stream())
     await uploads.finish(upload)
@@ -81,7 +81,7 @@ async def put(request: Request, upload_id: str) -> Response:
 @router.put("/files/{name}/multipart/{upload_id}/{part_number}")
 async def put_part(request: Request, upload_id: str, part_number: int) -> Response:
     """One part: its ETag in the header, where Python looks, and in the body, where JavaScript does."""
-    uploads = parts_of(request).uploads
+    uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.receive(upload, part_number, request.stream())
     return JSON({"partNumber": part_number, "etag": etag}, headers={"etag": etag})
@@ -91,9 +91,9 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
 @router.post("/files/{name}/multipart/{upload_id}/complete")
 async def complete(request: Request, upload_id: str) -> Response:
     """Join the parts."""
-    uploads = parts_of(request).uploads
+    uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
-    async with parts_of(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
+    async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
         completion = await uploads.turns.run(upload.owner, validation.read, Completion, body or b"{}")
     listed = [part.part_number for part in completion.parts]
     file = await uploads.finish(upload, listed)
@@ -106,8 +106,8 @@ async def upload_at_once(request: Request) -> Response:
     """The file in one request, as fal-client sends small ones."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
-    uploads = parts_of(request).uploads
-    upload = await _begin(request, owner_of(request, UPLOADS), _announced(request))
+    uploads = get_services(request).uploads
+    upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
     try:
         await uploads.receive(upload, 1, request.stream())
         file = await uploads.finish(upload)
@@ -121,7 +121,7 @@ async def upload_at_once(request: Request) -> Response:
 @router.post("/files/upload/multipart")
 async def begin_multipart(request: Request) -> Response:
     """Expect a file in parts, as fal-client sends large ones."""
-    upload = await _begin(request, owner_of(request, UPLOADS), _announced(request))
+    upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
     url = f"{request.state.base_url}/files/{upload.name}"
     return JSON({"access_url": url, "uploadId": upload.upload_id})
 
@@ -133,8 +133,8 @@ def _announced(request: Request) -> Announcement:
 
 
 async def _begin(request: Request, owner: str, announced: Announcement) -> Upload:
-    parts_of(request).quota.take(owner, "uploads")
-    uploads = parts_of(request).uploads
+    get_services(request).quota.take(owner, "uploads")
+    uploads = get_services(request).uploads
     return await uploads.turns.run(
         owner,
         uploads.begin,
