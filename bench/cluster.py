@@ -30,7 +30,7 @@ from server.queue.notifier import Notifier
 from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import Database
-from server.storage.file_store import Files
+from server.storage.file_store import FileStore
 from tests.ray_nodes import MODELS, nodes, runners, serving_on
 from tests.serving import ROOT, Server, completed, gated, serving
 
@@ -168,7 +168,7 @@ def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
         settings = Settings(data_dir=folder, ray="none", gpus=gpus, max_running=1, max_queue_length=1_000_000)
         database, notifier = Database(folder), Notifier()
         line = Queue(database, notifier, 1_000_000)
-        files = Files(folder / "files", database)
+        files = FileStore(folder / "files", database)
         before = psutil.Process().memory_info().rss
         submitted = [line.submit(Submission("test/null", "me", text, "http://here")) for _ in range(jobs)]
         cluster: Any = Cluster(settings, line, files, NullFleet(), notifier, Metrics())  # type: ignore[arg-type]

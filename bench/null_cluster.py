@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from models.base import About, Loading
 from server.cluster import messages
 from server.queue.jobs import Job, Outcome
-from server.storage.file_store import StoredFile, new_name
+from server.storage.file_store import StoredFile, generate_file_name
 
 
 class NullLink:
@@ -26,7 +26,7 @@ class NullLink:
         while job := self._taken.get():
             for step in range(1, 29):
                 yield messages.Progress(job.request_id, step, 28, None)
-            name = new_name("jpg")
+            name = generate_file_name("jpg")
             file = StoredFile(name, job.owner, len(self.content), "image/jpeg")
             body = json.dumps({"images": [{"url": f"{job.base_url}/files/{name}"}], "seed": 1})
             yield messages.Ended(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})

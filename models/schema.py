@@ -114,22 +114,22 @@ class _PresetSchema:
 
 
 @dataclass(frozen=True)
-class Remote:
+class InputURL:
     """Marks a field that holds an address: what lies there, "picture" or "lora", is brought before the request runs."""
 
     kind: Literal["picture", "lora"]
 
 
-def remotes(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
+def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
     """Where the addresses are in a request, of what kind, and what they are."""
     for name, field in type(request).model_fields.items():
         value = getattr(request, name)
         for marker in field.metadata:
-            if isinstance(marker, Remote) and value is not None:
+            if isinstance(marker, InputURL) and value is not None:
                 yield (*loc, name), marker.kind, value
         for place, inner in enumerate(value) if isinstance(value, list | tuple) else ():
             if isinstance(inner, BaseModel):
-                yield from remotes(inner, (*loc, name, place))
+                yield from input_urls(inner, (*loc, name, place))
 
 
 Size = Annotated[ImageSize, BeforeValidator(_from_preset), PlainSerializer(_to_preset), _PresetSchema()]
@@ -144,7 +144,7 @@ Prompt = Annotated[
 ]
 ImageURL = Annotated[
     str,
-    Remote("picture"),
+    InputURL("picture"),
     Field(
         description="The URL of the image to generate an image from: http, https or a data URI.",
         examples=[EXAMPLE_PICTURE],
@@ -192,7 +192,7 @@ class LoraWeight(BaseModel):
 
     path: Annotated[
         str,
-        Remote("lora"),
+        InputURL("lora"),
         Field(
             min_length=1,
             description="URL of the weights as safetensors, or a hub id such as owner/name.",

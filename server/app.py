@@ -43,24 +43,24 @@ from server.cluster.head import Cluster
 from server.cluster.ray_backend import Fleet
 from server.errors import DiskFull
 from server.executor import FairExecutor
-from server.inputs.cache import INPUTS, Brought, size_of
-from server.inputs.resolver import Inputs
+from server.inputs.cache import INPUTS, InputCache, size_of
+from server.inputs.resolver import InputResolver
 from server.metrics import Metrics, collect_gauges, collect_gpu_gauges
 from server.net.bytes_in_flight import BytesInFlight
 from server.net.fair_share import FairShare
 from server.net.outbound import OutboundClient
 from server.queue import history, usage
 from server.queue.notifier import Notifier
-from server.queue.pending_storage import Needs
+from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
 from server.queue.retention import Retention
 from server.settings import Settings
 from server.status import load_overview
-from server.storage.database import Damaged, Database
-from server.storage.file_store import Files
+from server.storage.database import CorruptDatabase, Database
+from server.storage.file_store import FileStore
 from server.storage.uploads import Uploads
-from server.webhooks.delivery import Webhooks
-from server.webhooks.signing import Signer
+from server.webhooks.delivery import WebhookSender
+from server.webhooks.signing import WebhookSigner
 from server.worker.crash_recorder import BlackBox
 from server.worker.engine_pool import placements
 from server.worker.worker import Worker
@@ -130,7 +130,10 @@ def _build_services(
     black_box: BlackBox,
 ) -> tuple[Services, Worker | Cluster]:
     notifier, metrics = Notifier(), Metrics()
-    needs, store = Needs(partial(size_of, settings.data_dir / INPUTS)), Files(settings.data_dir / "files", database)
+    needs, store = (
+        PendingStorage(partial(size_of, settings.data_dir / INPUTS)),
+        FileStore(settings.data_dir / "files", database),
+    )
     jobs = _queue(settings, database, notifier, metrics, needs)
     guard, limits = (
         OutboundClient(settings.outbound_allow),
@@ -144,7 +147,7 @@ def _build_services(
     else:
         placed, paths = placements(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
-    database.on_damage = worker.fail
+    database.on_corruption = worker.fail
     seen = partial(collect_gauges, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
     metrics.add_gauges(seen, partial(collect_gpu_gauges, worker.gpus))
     parts = Services(
@@ -158,11 +161,11 @@ def _build_services(
         files=store,
         uploads=_uploads(settings, database, store),
         retention=_retention(settings, database, jobs, store),
-        signer=Signer(database, settings.webhook_secret),
+        signer=WebhookSigner(database, settings.webhook_secret),
         notifier=notifier,
         metrics=metrics,
-        history=partial(history.read, database),
-        usage=partial(usage.read, database),
+        history=partial(history.query_history, database),
+        usage=partial(usage.query_usage, database),
         overview=partial(load_overview, database),
         readiness=lambda: (worker.is_ready, worker.loading),
         gpus=worker.gpus,
@@ -181,12 +184,12 @@ def _shared(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _retention(settings: Settings, database: Database, jobs: Queue, store: Files) -> Retention:
+def _retention(settings: Settings, database: Database, jobs: Queue, store: FileStore) -> Retention:
     max_age, max_bytes = settings.retention_days * 86_400, settings.retention_gb * 1e9
     return Retention(database, jobs, store, max_age=max_age, max_bytes=max_bytes)
 
 
-def _uploads(settings: Settings, database: Database, store: Files) -> Uploads:
+def _uploads(settings: Settings, database: Database, store: FileStore) -> Uploads:
     return Uploads(
         settings.data_dir / "uploads",
         database,
@@ -196,7 +199,9 @@ def _uploads(settings: Settings, database: Database, store: Files) -> Uploads:
     )
 
 
-def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: Metrics, needs: Needs) -> Queue:
+def _queue(
+    settings: Settings, database: Database, notifier: Notifier, metrics: Metrics, needs: PendingStorage
+) -> Queue:
     return Queue(
         database,
         notifier,
@@ -204,13 +209,15 @@ def _queue(settings: Settings, database: Database, notifier: Notifier, metrics: 
         metrics=metrics,
         max_length_per_owner=settings.max_queue_length_per_key,
         max_running_per_owner=settings.max_running_per_key,
-        needs=needs,
+        pending_storage=needs,
     )
 
 
-def _inputs(settings: Settings, needs: Needs, guard: OutboundClient, store: Files, limits: Limits) -> Inputs:
-    return Inputs(
-        Brought(settings.data_dir / INPUTS, needs.names, int(settings.loras_gb * 1e9)),
+def _inputs(
+    settings: Settings, needs: PendingStorage, guard: OutboundClient, store: FileStore, limits: Limits
+) -> InputResolver:
+    return InputResolver(
+        InputCache(settings.data_dir / INPUTS, needs.file_names, int(settings.loras_gb * 1e9)),
         guard,
         store,
         limits,
@@ -256,15 +263,17 @@ def _add_middleware(app: FastAPI, settings: Settings, parts: Services) -> None:
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
     parts: Services = app.state.parts
     worker: Worker | Cluster = app.state.worker
-    parts.notifier.attach(asyncio.get_running_loop())
+    parts.notifier.bind_loop(asyncio.get_running_loop())
     _record_crash(app.state.black_box, parts.queue)
     parts.queue.recover()
-    parts.files.remove_strays()
+    parts.files.delete_orphans()
     parts.signer.rotate()
     worker.start()
     tasks = [
-        asyncio.create_task(Webhooks(database, parts.notifier, parts.guard, parts.signer, metrics=parts.metrics).run()),
-        asyncio.create_task(_run_periodically(EXPIRE_EVERY, parts.queue.expire)),
+        asyncio.create_task(
+            WebhookSender(database, parts.notifier, parts.guard, parts.signer, metrics=parts.metrics).run()
+        ),
+        asyncio.create_task(_run_periodically(EXPIRE_EVERY, parts.queue.fail_expired)),
         asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.retention.sweep)),
         asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.uploads.sweep)),
         asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.inputs.sweep)),
@@ -285,7 +294,7 @@ def _record_crash(black_box: BlackBox, jobs: Queue) -> None:
     if trace:
         at = ", ".join(request_ids) or "no request"
         log.error("the last process died of a fault of its own while it worked at %s:\n%s", at, trace)
-        jobs.blame(request_ids)
+        jobs.record_crash_at_startup(request_ids)
     # Only now, because what was recorded is gone then; a kill in between is one strike too many, and not one too few.
     black_box.open()
 
@@ -294,7 +303,7 @@ async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
     while True:
         try:
             await asyncio.to_thread(func)
-        except Damaged:
+        except CorruptDatabase:
             # The server ends, and says why.
             return
         except DiskFull as error:

@@ -11,15 +11,15 @@ from typing import Any
 
 from models.flux_dev import FluxDevInput
 from models.schema import Limits
-from server.inputs.cache import INPUTS, Brought, size_of
-from server.inputs.resolver import Inputs
+from server.inputs.cache import INPUTS, InputCache, size_of
+from server.inputs.resolver import InputResolver
 from server.net.outbound import OutboundClient
 from server.queue.jobs import Job, Outcome, State, Submission
 from server.queue.notifier import Notifier
-from server.queue.pending_storage import Needs
+from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
 from server.storage.database import Database
-from server.storage.file_store import Files, StoredFile
+from server.storage.file_store import FileStore, StoredFile
 
 #: More pages than any test writes: SQLite's own limit.
 _NO_LIMIT = 1_073_741_823
@@ -44,8 +44,8 @@ class Parts:
     notifier: Notifier
     clock: Clock
     queue: Queue
-    files: Files
-    inputs: Inputs
+    files: FileStore
+    inputs: InputResolver
 
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         """What the database says."""
@@ -69,19 +69,21 @@ def opened(
     clock = clock or Clock()
     database, notifier = Database(folder), Notifier()
     try:
-        needs = Needs(partial(size_of, folder / INPUTS))
+        needs = PendingStorage(partial(size_of, folder / INPUTS))
         queue = Queue(
             database,
             notifier,
             max_length,
             clock,
-            needs=needs,
+            pending_storage=needs,
             max_length_per_owner=max_length_per_owner,
             max_running_per_owner=max_running_per_owner,
         )
-        files = Files(folder / "files", database, clock)
-        brought = Brought(folder / INPUTS, needs.names, 10**10, clock)
-        inputs = Inputs(brought, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
+        files = FileStore(folder / "files", database, clock)
+        brought = InputCache(folder / INPUTS, needs.file_names, 10**10, clock)
+        inputs = InputResolver(
+            brought, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes
+        )
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()
@@ -126,8 +128,8 @@ def finished(parts: Parts, *files: StoredFile, **changes: Any) -> Job:
 
 async def reached(parts: Parts, job: Job, state: State) -> None:
     """Wait until a job that others work at is in this state."""
-    parts.notifier.attach(asyncio.get_running_loop())
-    with parts.notifier.listen(job.request_id) as bell:
+    parts.notifier.bind_loop(asyncio.get_running_loop())
+    with parts.notifier.subscribe(job.request_id) as bell:
         while job.state != state:
             bell.clear()
             # Read again: it may have rung between the look and the clearing.

@@ -11,7 +11,7 @@ from pytest_httpserver import HTTPServer
 
 from server.queue.jobs import State
 from server.queue.retention import Retention
-from server.webhooks.delivery import Webhooks
+from server.webhooks.delivery import WebhookSender
 from server.worker.worker import Worker
 from tests.parts import Clock, Parts, opened, submission
 from tests.rounds import rounds
@@ -45,9 +45,9 @@ class Life:
         self.stack.close()
         self.parts: Parts = self.stack.enter_context(opened(self.folder, clock=self.clock))
         self.parts.queue.recover()
-        self.parts.files.remove_strays()
+        self.parts.files.delete_orphans()
         self.worker: Worker = ready(self.parts)
-        self.hooks: Webhooks = webhooks(self.parts)
+        self.hooks: WebhookSender = webhooks(self.parts)
         self.retention = Retention(
             self.parts.database, self.parts.queue, self.parts.files, max_age=MAX_AGE, max_bytes=1e9, clock=self.clock
         )
@@ -81,7 +81,7 @@ class Life:
 
     def expire(self) -> None:
         late = self.late_ones()
-        assert self.parts.queue.expire() == len(late)
+        assert self.parts.queue.fail_expired() == len(late)
         self.late |= late
 
     def sweep(self) -> None:

@@ -46,7 +46,7 @@ class Link:
                 return
 
     def take(self, job: Job, text: str) -> None:
-        if job.inputs:
+        if job.input_files:
             self.may_take.wait(60)
         if self.cannot_take:
             raise self.cannot_take
@@ -181,7 +181,7 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable
     first.said.put(ended(job, b"old"))
     second.said.put(ended(job, b"new"))
     until(lambda: job.state == State.COMPLETED)
-    assert (job.attempt, job.strikes, cluster.gpus()[0].num_restarts) == (2, 0, 1)
+    assert (job.attempt, job.crash_count, cluster.gpus()[0].num_restarts) == (2, 0, 1)
     (name,) = parts.on_disk()
     assert (parts.folder / "files" / name).read_bytes() == b"new"
 
@@ -205,7 +205,7 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: 
         State.COMPLETED,
         "The server had to end 3 times while it worked at this request.",
     )
-    assert other.strikes == 0
+    assert other.crash_count == 0
 
 
 def test_ten_attempts_end_a_job_that_is_nobodys_fault(
@@ -247,7 +247,7 @@ def test_a_full_disk_keeps_what_was_painted(
     link = fleet.next()
     link.taken()
     tried = threading.Event()
-    put = parts.files.put
+    put = parts.files.write
 
     def full(*args: Any) -> StoredFile:
         if not tried.is_set():
@@ -381,7 +381,7 @@ def test_what_cannot_be_handed_over_is_tried_elsewhere(
         assert first.taken() == job.request_id
         first.said.put(messages.Refused(job.request_id))
     assert fleet.next().taken() == job.request_id
-    assert (job.attempt, job.strikes) == (2, 0)
+    assert (job.attempt, job.crash_count) == (2, 0)
 
 
 def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:

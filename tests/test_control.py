@@ -269,7 +269,7 @@ def test_a_backup_into_what_it_copies_is_refused(parts: Parts, name: str) -> Non
 
 def test_a_backup_that_fails_leaves_nothing_behind(parts: Parts, tmp_path: Path) -> None:
     for _ in range(3):
-        parts.files.save(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
+        parts.files.create(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
     # For one that is found there must be no doubt that it is whole.
     with files_of_at_most(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
         Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
@@ -287,7 +287,7 @@ def test_a_backup_is_whole(parts: Parts, tmp_path: Path) -> None:
     with opened(tmp_path / "copy") as copy:
         assert copy.rows("PRAGMA integrity_check") == [("ok",)]
         assert copy.queue.recover() == 1
-        found = copy.queue.load(job.request_id)
+        found = copy.queue.get(job.request_id)
         assert found
         assert copy.queue.result(found).body == outcome().body
 
@@ -306,7 +306,7 @@ def test_a_backup_has_what_waiting_requests_brought(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there_before: bool
 ) -> None:
     """However long the rest of it takes: here it comes just before the database is copied, and goes right after."""
-    copy = parts.database.copy
+    copy = parts.database.backup_to
 
     def copied(*given: Any, **named: Any) -> None:
         job = waiting or accepted(parts)

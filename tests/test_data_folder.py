@@ -45,7 +45,7 @@ def test_a_new_disk_in_the_place_of_a_folder_is_no_stranger(tmp_path: Path) -> N
     (tmp_path / "files" / "lost+found").mkdir(parents=True)
     (tmp_path / "uploads").mkdir()
     with opened(tmp_path) as parts:
-        assert parts.files.remove_strays() == 0
+        assert parts.files.delete_orphans() == 0
     assert (tmp_path / "files" / "lost+found").is_dir()
 
 
@@ -73,7 +73,7 @@ def test_only_what_the_server_could_have_made_is_removed(tmp_path: Path, caplog:
         (tmp_path / "inputs" / f"{HEX}.ready").write_text("half of one")
     with opened(tmp_path) as parts:
         uploads_of(parts)
-        assert parts.files.remove_strays() == 2
+        assert parts.files.delete_orphans() == 2
         parts.inputs.brought._clock = lambda: 4e9 + GRACE_SECONDS
         assert parts.inputs.sweep() == 2
     assert {path for folder in folders for path in folder.rglob("*")} == kept

@@ -14,12 +14,12 @@ NAME = "0123456789abcdef0123456789abcdef"
 
 def saved(parts: Parts, content: bytes = b"picture", ending: str = "png") -> StoredFile:
     """A file on the disk that nothing lists yet."""
-    return parts.files.save(content, ending, f"image/{ending}", "me", Lifecycle())
+    return parts.files.create(content, ending, f"image/{ending}", "me", Lifecycle())
 
 
 def listed(parts: Parts, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
     """A file that its job lists."""
-    file = parts.files.save(b"picture", "png", "image/png", "me", Lifecycle(lifetime, is_private))
+    file = parts.files.create(b"picture", "png", "image/png", "me", Lifecycle(lifetime, is_private))
     finished(parts, file)
     return file
 
@@ -65,7 +65,7 @@ def test_a_file_expires(parts: Parts) -> None:
 
 def test_removing_what_is_gone_already_is_no_error(parts: Parts) -> None:
     file = listed(parts)
-    parts.files.remove([file.name, file.name, f"{NAME}.png"])
+    parts.files.delete([file.name, file.name, f"{NAME}.png"])
     assert parts.on_disk() == []
 
 
@@ -111,9 +111,9 @@ def test_strays_are_removed_and_listed_files_kept(tmp_path: Path) -> None:
         saved(parts, b"its row never came")
         (tmp_path / "files" / f"{NAME}.png.part").write_bytes(b"half")
     with opened(tmp_path) as parts:
-        assert parts.files.remove_strays() == 2
+        assert parts.files.delete_orphans() == 2
         assert parts.on_disk() == [kept.name]
-        assert parts.files.remove_strays() == 0
+        assert parts.files.delete_orphans() == 0
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_behind(parts: Parts) -> None:

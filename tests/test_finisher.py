@@ -131,7 +131,7 @@ def test_an_engine_that_does_not_decode_beside_is_left_to_one_thread(parts: Part
 
 @pytest.mark.parametrize("decodes_beside", [True, False])
 def test_files_are_made_and_written_beside(parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_beside: bool) -> None:
-    engine, save = WatchedEngine(decodes_beside=decodes_beside), parts.files.save
+    engine, save = WatchedEngine(decodes_beside=decodes_beside), parts.files.create
 
     def watched(*given: Any) -> StoredFile:
         engine.note("write")
@@ -250,7 +250,7 @@ def test_a_cancelled_one_in_line_is_not_decoded(parts: Parts, engine: WatchedEng
 def test_painting_goes_on_while_a_picture_waits_for_room(
     parts: Parts, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, jobs, is_full = parts.files.save, list[Job](), threading.Event()
+    save, jobs, is_full = parts.files.create, list[Job](), threading.Event()
 
     def save_when_others_are_stepped(*given: Any) -> StoredFile:
         engine.note("write")
@@ -333,7 +333,7 @@ class WorstMoment(threading.Event):
 
 def test_the_worker_hears_a_stop_at_the_worst_moment(parts: Parts) -> None:
     worker = worker_of(parts, shutdown_grace=3600)
-    parts.notifier.work = bell = WorstMoment(worker.stop)
+    parts.notifier.work_available = bell = WorstMoment(worker.stop)
     job = submitted(parts)
     worker.start()
     bell.stopper_ended()
@@ -371,7 +371,7 @@ def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngi
 def test_a_stop_without_grace_lets_a_picture_be_written(
     parts: Parts, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, is_writing, may_write = parts.files.save, threading.Event(), threading.Event()
+    save, is_writing, may_write = parts.files.create, threading.Event(), threading.Event()
 
     def save_when_let(*given: Any) -> StoredFile:
         is_writing.set()
@@ -416,7 +416,7 @@ def test_jobs_end_in_the_order_in_which_they_come(parts: Parts) -> None:
 
 def test_room_for_another_wakes_the_worker(parts: Parts) -> None:
     finisher, job = finisher_of(parts), claimed(parts)
-    parts.notifier.work.clear()
+    parts.notifier.work_available.clear()
     finisher.add(job, painted())
     finisher.turn()
-    assert parts.notifier.work.is_set()
+    assert parts.notifier.work_available.is_set()

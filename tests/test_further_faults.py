@@ -88,7 +88,7 @@ def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path, monkeypatch: pytest.M
     with opened(data) as parts:
         in_order(parts)
         assert list((data / "uploads").iterdir()) == []
-        assert uploads_of(parts)._under_way.num_parts.total() == 0
+        assert uploads_of(parts)._pending.num_parts.total() == 0
 
 
 @pytest.mark.parametrize("name", some(IN_BACKUP, "after the database is copied"))

@@ -19,7 +19,7 @@ from pytest_httpserver import HTTPServer
 from server.auth import Keys, pepper
 from server.cli.control import Control
 from server.queue.notifier import WEBHOOKS
-from server.webhooks.delivery import PER_RECEIVER, Webhooks
+from server.webhooks.delivery import PER_RECEIVER, WebhookSender
 from tests.hostile_pictures import encoded, noise
 from tests.parts import Parts, finished, opened
 from tests.serving import ROOT, TEST_MODELS, Gate, Server, completed, serving
@@ -162,16 +162,16 @@ def test_a_storm_of_webhooks_that_are_sent_again_holds_up_no_other_key(
         def attempts() -> int:
             return int(parts.rows("SELECT sum(attempt) FROM deliveries WHERE url <> ?", url)[0][0])
 
-        async def deliver(hooks: Webhooks) -> None:
-            parts.notifier.attach(asyncio.get_running_loop())
-            with parts.notifier.listen(WEBHOOKS) as bell:
+        async def deliver(hooks: WebhookSender) -> None:
+            parts.notifier.bind_loop(asyncio.get_running_loop())
+            with parts.notifier.subscribe(WEBHOOKS) as bell:
                 running = asyncio.create_task(hooks.run())
                 for goal in (0, 5 * PER_RECEIVER):
                     while attempts() < goal:
                         await rung(bell, hooks, seen)
                     parts.clock.now += 1
                     (other,), before = cancelled(parts, "bob", url), attempts()
-                    parts.notifier.ring(WEBHOOKS)
+                    parts.notifier.notify(WEBHOOKS)
                     while not parts.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0 AND request_id = ?", other):
                         await rung(bell, hooks, seen)
                     assert attempts() - before <= 2 * PER_RECEIVER
@@ -208,7 +208,7 @@ def test_the_webhooks_go_on_after_an_error_of_the_database(
     monkeypatch.setattr("server.webhooks.delivery.log.exception", failed.append)
     parts.rows("ALTER TABLE deliveries RENAME TO away")
 
-    async def deliver(hooks: Webhooks) -> None:
+    async def deliver(hooks: WebhookSender) -> None:
         running = asyncio.create_task(hooks.run())
         while len(failed) < 2:
             assert not running.done()
@@ -222,9 +222,9 @@ def test_the_webhooks_go_on_after_an_error_of_the_database(
     asyncio.run(deliver(webhooks(parts)))
 
 
-async def rung(bell: asyncio.Event, hooks: Webhooks, seen: list[int]) -> None:
+async def rung(bell: asyncio.Event, hooks: WebhookSender, seen: list[int]) -> None:
     """Wait until something was delivered, or was not."""
-    seen.append(len(hooks._under_way))
+    seen.append(len(hooks._in_flight))
     bell.clear()
     async with asyncio.timeout(20):
         await bell.wait()

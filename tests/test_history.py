@@ -12,7 +12,7 @@ import pytest
 
 from server.errors import InternalError
 from server.queue import history
-from server.queue.history import Wanted
+from server.queue.history import HistoryQuery
 from server.queue.jobs import Outcome
 from tests.parts import Clock, Parts, claimed, finished, opened, submission
 from tests.parts import painted as well
@@ -36,7 +36,7 @@ def pages(parts: Parts, **wanted: Any) -> list[list[str]]:
     """All of them, by following the cursors."""
     found, cursor = [], None
     while True:
-        page = history.read(parts.database, Wanted(owner="me", cursor=cursor, **wanted))
+        page = history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor, **wanted))
         found.append(ids(page))
         cursor = page["next_cursor"]
         assert page["has_more"] == (cursor is not None)
@@ -57,9 +57,9 @@ def test_the_newest_first_page_by_page(parts: Parts) -> None:
 
 def test_what_ends_while_somebody_pages_moves_nothing(parts: Parts) -> None:
     first, second = finished(parts).request_id, finished(parts).request_id
-    page = history.read(parts.database, Wanted(owner="me", limit=1))
+    page = history.query_history(parts.database, HistoryQuery(owner="me", limit=1))
     finished(parts)
-    after = history.read(parts.database, Wanted(owner="me", limit=1, cursor=page["next_cursor"]))
+    after = history.query_history(parts.database, HistoryQuery(owner="me", limit=1, cursor=page["next_cursor"]))
     assert (ids(page), ids(after)) == ([second], [first])
 
 
@@ -89,9 +89,9 @@ def test_an_item(parts: Parts) -> None:
     job = claimed(parts, fields={"prompt": "a cat"})
     parts.clock.now += 2.5
     parts.queue.finish(job, well('{"seed":7}'))
-    (item,) = history.read(parts.database, Wanted(owner="me"))["items"]
+    (item,) = history.query_history(parts.database, HistoryQuery(owner="me"))["items"]
     assert "json_input" not in item
-    (item,) = history.read(parts.database, Wanted(owner="me", has_payloads=True))["items"]
+    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     assert item["json_input"]["prompt"] == "a cat"
     assert item["json_input"]["seed"] == 7
     assert item["json_output"] == {"seed": 7}
@@ -103,7 +103,7 @@ def test_an_item(parts: Parts) -> None:
 def test_an_answer_with_pictures_in_it_is_left_out(parts: Parts) -> None:
     job = claimed(parts)
     parts.queue.finish(job, well('{"images":["' + "x" * 100_000 + '"]}'))
-    (item,) = history.read(parts.database, Wanted(owner="me", has_payloads=True))["items"]
+    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     assert item["json_output"] is None
 
 
@@ -115,7 +115,7 @@ def test_what_came_in_the_request_itself_is_not_named(parts: Parts, given: str) 
     held = {"image_url": "f.png", "loras.0.path": "f.png"}
     job = claimed(parts, input=text, inputs=held)
     parts.queue.finish(job, well('{"images":[]}'))
-    (item,) = history.read(parts.database, Wanted(owner="me", has_payloads=True))["items"]
+    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     kept = {} if given.startswith("data:") else {"image_url": given}
     lora = {"scale": 1} if given.startswith("data:") else {"path": given, "scale": 1}
     assert item["json_input"] == {"prompt": "x", **kept, "loras": [lora]}
@@ -124,14 +124,14 @@ def test_what_came_in_the_request_itself_is_not_named(parts: Parts, given: str) 
 @pytest.mark.parametrize("cursor", ["x", "Mg==", "%", "é" * 8, "A" * 9_999])
 def test_a_cursor_that_is_none(parts: Parts, cursor: str) -> None:
     with pytest.raises(ValueError, match="next_cursor"):
-        history.read(parts.database, Wanted(owner="me", cursor=cursor))
+        history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor))
 
 
 def test_the_index_is_used(parts: Parts) -> None:
     """However many keys there are, a page is found without looking at all rows, and without sorting."""
     statements: list[str] = []
     parts.database._connection.set_trace_callback(statements.append)
-    history.read(parts.database, Wanted(owner="me", has_payloads=True))
+    history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))
     parts.database._connection.set_trace_callback(None)
     (plan,) = [row["detail"] for row in parts.database.read(f"EXPLAIN QUERY PLAN {statements[-1]}")]
     assert plan == "SEARCH jobs USING INDEX jobs_owner (owner=? AND finished_at>?)"

@@ -20,7 +20,7 @@ from models.flux_lora_image_to_image import FluxLoraImageToImageInput
 from models.schema import Limits
 from server.errors import Unusable
 from server.inputs import images
-from server.inputs.resolver import as_json
+from server.inputs.resolver import dump_input
 from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
 from tests.parts import Clock, Parts, opened, submission
 from tests.serving import Gate, Server, completed, free_port, in_progress, serving
@@ -215,7 +215,7 @@ def mutate(number: int, folder: Path) -> None:
     path.write_bytes(content)
     limits = Limits()
     try:
-        found = images.read(path, limits)
+        found = images.decode_image(path, limits)
     except Unusable:
         return
     assert found.mode == "RGB"
@@ -330,10 +330,10 @@ def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> No
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
         brought = parts.inputs.brought
-        with brought.held() as hold:
-            ready = brought.aside()
+        with brought.pin() as hold:
+            ready = brought.temp_path()
             ready.write_bytes(b"1")
-            name = brought.keep(ready, ".png")
+            name = brought.add(ready, ".png")
             hold(name)
             clock.now = brought.path(name).stat().st_mtime + 3600
             assert brought.sweep() == 0
@@ -353,7 +353,7 @@ def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> N
             seen.append(True)
             return set()
 
-        brought._needed = needed
+        brought._in_use = needed
         iterdir = Path.iterdir
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "iterdir", lambda folder: [*iterdir(folder), folder / f"{'b' * 16}.part"])
@@ -384,10 +384,10 @@ def test_a_data_uri_is_not_kept_beside_its_file() -> None:
     fields = {"prompt": "x", "image_url": url, "loras": [{"path": "owner/name"}, {"path": small, "scale": 0.5}]}
     request = FluxLoraImageToImageInput.model_validate(fields)
     brought = {"image_url": "a.png", "loras.0.path": "b.safetensors", "loras.1.path": "c.safetensors"}
-    kept = json.loads(as_json(request, brought))
+    kept = json.loads(dump_input(request, brought))
     assert kept["image_url"] == "a.png"
     assert kept["loras"] == [{"path": "owner/name", "scale": 1}, {"path": "c.safetensors", "scale": 0.5}]
-    again = FluxLoraImageToImageInput.model_validate_json(as_json(request, brought))
+    again = FluxLoraImageToImageInput.model_validate_json(dump_input(request, brought))
     assert again.model_dump(exclude={"image_url", "loras"}) == request.model_dump(exclude={"image_url", "loras"})
 
 

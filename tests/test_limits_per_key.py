@@ -10,7 +10,7 @@ import pytest
 from server.api.rate_limit import Quota
 from server.errors import TooManyRequests
 from server.queue.jobs import Job, Mode, Priority, State
-from server.queue.waiting_index import Order
+from server.queue.waiting_index import WaitingIndex
 from tests.parts import Parts, claimed, opened, painted, submission
 from tests.serving import TEST_MODELS, Gate, completed, in_progress, serving
 
@@ -86,12 +86,12 @@ def test_the_counts_are_those_of_the_rows_after_a_start(tmp_path: Path) -> None:
 
 
 def test_who_is_not_counted_is_not_remembered() -> None:
-    order = Order()
+    order = WaitingIndex()
     for number in range(100):
         job = _job(number)
-        order.wait(job)
-        order.run(job)
-        order.rest(job)
+        order.add_waiting(job)
+        order.start(job)
+        order.finish(job)
     assert not any((*order._waiting.values(), *order._running.values(), order._jobs, len(order)))
 
 

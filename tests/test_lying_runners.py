@@ -87,7 +87,7 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     liar.said.put(lie(job))
     honest = fleet.next()
     assert honest.taken() == job.request_id
-    assert (job.attempt, job.strikes, job.logs) == (2, 0, [])
+    assert (job.attempt, job.crash_count, job.logs) == (2, 0, [])
     honest.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert (cluster.failure, cluster.gpus()[0].num_restarts) == (None, 1)
@@ -98,7 +98,7 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
 
 def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: Fleet, start: Start) -> None:
     """Also where the request was cancelled, whose files are deleted."""
-    theirs = parts.files.save(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
+    theirs = parts.files.create(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
     first = finished(parts, theirs)
     cluster = start()
     for is_cancelled in (False, True):
@@ -152,7 +152,7 @@ def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fl
     until(lambda: waiting.state == State.IN_PROGRESS)
     liar.said.put(with_outcome(waiting))
     until(lambda: waiting.state == State.COMPLETED)
-    assert (other.state, other.attempt, other.strikes, other.logs, other.preview) == ("IN_PROGRESS", 1, 0, [], None)
+    assert (other.state, other.attempt, other.crash_count, other.logs, other.preview) == ("IN_PROGRESS", 1, 0, [], None)
     links[other.request_id].said.put(with_outcome(other))
     until(lambda: other.state == State.COMPLETED)
     assert parts.rows("SELECT status, error, attempt FROM jobs") == [(200, None, 1)] * 3

@@ -9,17 +9,17 @@ from pydantic_core import to_json
 from models.flux_dev import FluxDevInput
 from server.errors import QueueFull
 from server.queue.jobs import Job
-from server.queue.pending_storage import Needs
+from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
 from tests.parts import Parts, opened, painted, submission
 
 SIZES = {"a.png": 1000, "b.png": 50}
 
 
-def with_needs(parts: Parts) -> tuple[Queue, Needs]:
+def with_needs(parts: Parts) -> tuple[Queue, PendingStorage]:
     """A queue beside the parts' own, whose files have these sizes."""
-    needs = Needs(SIZES.__getitem__)
-    return Queue(parts.database, parts.notifier, clock=parts.clock, needs=needs), needs
+    needs = PendingStorage(SIZES.__getitem__)
+    return Queue(parts.database, parts.notifier, clock=parts.clock, pending_storage=needs), needs
 
 
 def submitted(queue: Queue, owner: str, *names: str) -> Job:
@@ -36,10 +36,10 @@ def test_a_file_counts_once_for_each_owner(parts: Parts) -> None:
     assert needs.num_bytes("you", {"a.png", "b.png"}) == 1052
     queue.cancel(first)
     assert needs.num_bytes("me") == 1002
-    assert needs.names() == {"a.png"}
+    assert needs.file_names() == {"a.png"}
     for job in (second, other):
         queue.cancel(job)
-    assert (needs.num_bytes("me"), needs.num_bytes("you"), needs.names()) == (0, 0, set())
+    assert (needs.num_bytes("me"), needs.num_bytes("you"), needs.file_names()) == (0, 0, set())
 
 
 def test_it_counts_until_the_request_is_done(parts: Parts) -> None:
@@ -65,7 +65,7 @@ def test_a_start_counts_what_is_there(parts: Parts) -> None:
 
 async def bring(parts: Parts, owner: str) -> None:
     """What a request of this owner's meets that names nothing."""
-    await parts.inputs.bring(FluxDevInput(prompt="x", seed=7), owner)
+    await parts.inputs.resolve(FluxDevInput(prompt="x", seed=7), owner)
 
 
 def test_texts_alone_use_up_the_room_of_their_owner(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from server.queue.notifier import QUEUE, WEBHOOKS, Notifier
 def attached() -> Notifier:
     """A notifier of the loop that runs."""
     notifier = Notifier()
-    notifier.attach(asyncio.get_running_loop())
+    notifier.bind_loop(asyncio.get_running_loop())
     return notifier
 
 
 def test_a_bell_is_heard_from_another_thread() -> None:
     async def listen() -> None:
         notifier = attached()
-        with notifier.listen("job") as bell:
-            thread = threading.Thread(target=notifier.ring, args=("job",))
+        with notifier.subscribe("job") as bell:
+            thread = threading.Thread(target=notifier.notify, args=("job",))
             thread.start()
             await bell.wait()
             thread.join()
@@ -29,11 +29,11 @@ def test_everybody_who_listens_hears_it_and_nobody_else() -> None:
     async def listen() -> list[bool]:
         notifier = attached()
         with (
-            notifier.listen("job") as first,
-            notifier.listen("job", QUEUE) as second,
-            notifier.listen("other") as third,
+            notifier.subscribe("job") as first,
+            notifier.subscribe("job", QUEUE) as second,
+            notifier.subscribe("other") as third,
         ):
-            notifier.ring("job")
+            notifier.notify("job")
             await first.wait()
             return [bell.is_set() for bell in (first, second, third)]
 
@@ -43,8 +43,8 @@ def test_everybody_who_listens_hears_it_and_nobody_else() -> None:
 def test_one_ring_may_name_several_topics() -> None:
     async def listen() -> None:
         notifier = attached()
-        with notifier.listen(WEBHOOKS) as webhooks, notifier.listen(QUEUE) as queue:
-            notifier.ring("job", QUEUE, WEBHOOKS)
+        with notifier.subscribe(WEBHOOKS) as webhooks, notifier.subscribe(QUEUE) as queue:
+            notifier.notify("job", QUEUE, WEBHOOKS)
             await asyncio.gather(webhooks.wait(), queue.wait())
 
     asyncio.run(listen())
@@ -53,10 +53,10 @@ def test_one_ring_may_name_several_topics() -> None:
 def test_a_bell_that_is_cleared_rings_again() -> None:
     async def listen() -> None:
         notifier = attached()
-        with notifier.listen("job") as bell:
+        with notifier.subscribe("job") as bell:
             for _ in range(3):
                 bell.clear()
-                notifier.ring("job")
+                notifier.notify("job")
                 await bell.wait()
 
     asyncio.run(listen())
@@ -65,10 +65,10 @@ def test_a_bell_that_is_cleared_rings_again() -> None:
 def test_who_left_hears_nothing_and_takes_nobody_along() -> None:
     async def listen() -> list[bool]:
         notifier = attached()
-        with notifier.listen("job") as stays:
-            with notifier.listen("job") as left:
+        with notifier.subscribe("job") as stays:
+            with notifier.subscribe("job") as left:
                 pass
-            notifier.ring("job")
+            notifier.notify("job")
             await stays.wait()
             return [stays.is_set(), left.is_set()]
 
@@ -79,7 +79,7 @@ def test_nothing_is_kept_of_who_left() -> None:
     async def listen() -> Notifier:
         notifier = attached()
         for number in range(10):
-            with notifier.listen(str(number)):
+            with notifier.subscribe(str(number)):
                 pass
         return notifier
 
@@ -87,24 +87,24 @@ def test_nothing_is_kept_of_who_left() -> None:
 
 
 def test_a_ring_that_nobody_hears_is_no_error() -> None:
-    Notifier().ring("job")
+    Notifier().notify("job")
 
     async def listen() -> Notifier:
         notifier = attached()
-        notifier.ring("job")
+        notifier.notify("job")
         return notifier
 
-    asyncio.run(listen()).ring("job")
+    asyncio.run(listen()).notify("job")
 
 
 def test_closing_wakes_everybody_and_the_worker() -> None:
     async def close() -> Notifier:
         notifier = attached()
-        with notifier.listen("job") as first, notifier.listen(QUEUE) as second:
+        with notifier.subscribe("job") as first, notifier.subscribe(QUEUE) as second:
             notifier.close()
             await asyncio.gather(first.wait(), second.wait())
         return notifier
 
     notifier = asyncio.run(close())
     assert notifier.is_closing
-    assert notifier.work.is_set()
+    assert notifier.work_available.is_set()

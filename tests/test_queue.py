@@ -13,10 +13,10 @@ import pytest
 from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
 from server.queue.jobs import Job, Mode, Priority, State
 from server.queue.retention import Retention
-from server.queue.retry import MAX_ATTEMPTS, MAX_STRIKES
+from server.queue.retry import MAX_ATTEMPTS, MAX_CRASHES
 from server.storage.database import Database
 from server.storage.file_store import Lifecycle, StoredFile
-from server.storage.migrations import FolderInUse
+from server.storage.migrations import DataDirInUse
 from tests.parts import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
 
 #: A prompt that needs pages of its own in the database.
@@ -48,7 +48,7 @@ def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:
     job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
     rows = parts.rows("SELECT request_id, state, attempt, owner, webhook_url, submitted_at FROM jobs")
     assert rows == [(job.request_id, "IN_QUEUE", 0, "me", "https://example.com/hook", parts.clock.now)]
-    assert parts.queue.find(job.request_id) is job
+    assert parts.queue.get_cached(job.request_id) is job
     assert parts.queue.length == 1
 
 
@@ -110,10 +110,10 @@ def test_each_job_is_claimed_by_one_thread_only(parts: Parts) -> None:
 
 def test_the_worker_is_woken_by_submit_and_cancel(parts: Parts) -> None:
     job = parts.queue.submit(submission())
-    assert parts.notifier.work.is_set()
-    parts.notifier.work.clear()
+    assert parts.notifier.work_available.is_set()
+    parts.notifier.work_available.clear()
     parts.queue.cancel(job)
-    assert parts.notifier.work.is_set()
+    assert parts.notifier.work_available.is_set()
 
 
 # -- order
@@ -154,11 +154,11 @@ def test_give_back_of_a_cancelled_job_ends_it(parts: Parts) -> None:
 
 def test_without_low_only_normal_is_claimed(parts: Parts) -> None:
     low = parts.queue.submit(submission(priority=Priority.LOW))
-    assert parts.queue.claim(takes_low=False) is None
+    assert parts.queue.claim(include_low_priority=False) is None
     normal = parts.queue.submit(submission())
-    found = parts.queue.claim(takes_low=False)
+    found = parts.queue.claim(include_low_priority=False)
     assert found and found[0] is normal
-    assert parts.queue.claim(takes_low=False) is None
+    assert parts.queue.claim(include_low_priority=False) is None
     assert (low.state, low.attempt, parts.queue.position(low)) == (State.IN_QUEUE, 0, 0)
     found = parts.queue.claim()
     assert found and found[0] is low
@@ -168,7 +168,7 @@ def test_without_low_a_late_one_of_normal_does_not_let_low_in(parts: Parts) -> N
     parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     low = parts.queue.submit(submission(priority=Priority.LOW))
     parts.clock.now += 5
-    assert parts.queue.claim(takes_low=False) is None
+    assert parts.queue.claim(include_low_priority=False) is None
     assert low.state == State.IN_QUEUE
 
 
@@ -235,9 +235,9 @@ def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Parts) -> None:
     late = parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     patient = parts.queue.submit(submission(start_deadline=parts.clock.now + 6))
     parts.clock.now += 4.9
-    assert parts.queue.expire() == 0
+    assert parts.queue.fail_expired() == 0
     parts.clock.now += 0.1
-    assert parts.queue.expire() == 1
+    assert parts.queue.fail_expired() == 1
     assert ended(parts, late) == (504, "request_timeout")
     assert (patient.state, parts.queue.position(patient)) == (State.IN_QUEUE, 0)
 
@@ -253,7 +253,7 @@ def test_a_job_past_its_deadline_is_not_claimed(parts: Parts) -> None:
 def test_a_job_that_started_in_time_may_take_as_long_as_it_needs(parts: Parts) -> None:
     job = claimed(parts, start_deadline=parts.clock.now + 5)
     parts.clock.now += 3600
-    assert parts.queue.expire() == 0
+    assert parts.queue.fail_expired() == 0
     assert parts.queue.finish(job, painted())
 
 
@@ -325,7 +325,7 @@ def test_recover_gives_running_jobs_their_old_place_and_keeps_the_attempt(tmp_pa
         running, waiting = claimed(parts), parts.queue.submit(submission())
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 2
-        again, still = (parts.queue.find(job.request_id) for job in (running, waiting))
+        again, still = (parts.queue.get_cached(job.request_id) for job in (running, waiting))
         assert again and still
         assert (again.state, again.attempt, parts.queue.position(again)) == (State.IN_QUEUE, 1, 0)
         assert (still.state, still.attempt, parts.queue.position(still)) == (State.IN_QUEUE, 0, 1)
@@ -335,7 +335,7 @@ def test_recover_gives_running_jobs_their_old_place_and_keeps_the_attempt(tmp_pa
 
 def test_recover_wakes_the_worker(parts: Parts) -> None:
     parts.queue.recover()
-    assert parts.notifier.work.is_set()
+    assert parts.notifier.work_available.is_set()
 
 
 def test_recover_ends_what_was_cancelled(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
             assert found and found[0].attempt == attempt
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
-        job = parts.queue.load(request_id)
+        job = parts.queue.get(request_id)
         assert job and ended(parts, job) == (500, "internal_error")
         assert "10 attempts" in parts.queue.result(job).body
 
@@ -381,19 +381,19 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
 def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job, other = claimed(parts), claimed(parts)
-        parts.queue.strike([job])
-        parts.queue.strike([job, other])
+        parts.queue.record_crash([job])
+        parts.queue.record_crash([job, other])
         assert parts.rows("SELECT strikes, state FROM jobs") == [(2, "IN_PROGRESS"), (1, "IN_PROGRESS")]
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 2
         again = parts.queue.claim()
-        assert again and (again[0].request_id, again[0].strikes) == (job.request_id, 2)
+        assert again and (again[0].request_id, again[0].crash_count) == (job.request_id, 2)
 
 
 def test_a_strike_counts_only_while_a_job_is_worked_at(parts: Parts) -> None:
     done, waiting = finished(parts), claimed(parts)
     parts.queue.release(waiting)
-    parts.queue.strike([done, waiting])
+    parts.queue.record_crash([done, waiting])
     assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
@@ -402,7 +402,7 @@ def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
     with parts.database.transaction() as connection:
         connection.execute("UPDATE jobs SET attempt = 2 WHERE request_id = ?", (job.request_id,))
     with pytest.raises(RuntimeError):
-        parts.queue.strike([other, job])
+        parts.queue.record_crash([other, job])
     assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
@@ -410,8 +410,8 @@ def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
 def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts, webhook_url="https://example.com/hook")
-        for _ in range(MAX_STRIKES):
-            parts.queue.strike([job])
+        for _ in range(MAX_CRASHES):
+            parts.queue.record_crash([job])
         if not is_running:
             parts.queue.release(job)
         other = claimed(parts) if is_running else parts.queue.submit(submission())
@@ -427,8 +427,8 @@ def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) 
 def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
-        for _ in range(MAX_STRIKES - 1):
-            parts.queue.strike([job])
+        for _ in range(MAX_CRASHES - 1):
+            parts.queue.record_crash([job])
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1
 
@@ -436,8 +436,8 @@ def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
 def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
-        for _ in range(MAX_STRIKES):
-            parts.queue.strike([job])
+        for _ in range(MAX_CRASHES):
+            parts.queue.record_crash([job])
         parts.queue.cancel(job)
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
@@ -466,7 +466,7 @@ def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
         request_id = parts.queue.submit(submission(**asked)).request_id
     with opened(tmp_path) as parts:
         parts.queue.recover()
-        job = parts.queue.find(request_id)
+        job = parts.queue.get_cached(request_id)
         assert job and {name: getattr(job, name) for name in asked} == asked
 
 
@@ -479,8 +479,8 @@ def test_a_job_that_left_the_memory_is_read_from_its_row(parts: Parts, monkeypat
     parts.queue.progress(job, 1, 1)
     parts.queue.finish(job, painted())
     finished(parts)
-    assert parts.queue.find(job.request_id) is None
-    loaded = parts.queue.load(job.request_id)
+    assert parts.queue.get_cached(job.request_id) is None
+    loaded = parts.queue.get(job.request_id)
     assert loaded and (loaded.state, loaded.inference_time, loaded.acceleration) == (State.COMPLETED, 1.5, "none")
     assert [line["message"] for line in loaded.logs] == ["step 1/1"]
     assert parts.queue.cancel(loaded) == State.COMPLETED
@@ -488,7 +488,7 @@ def test_a_job_that_left_the_memory_is_read_from_its_row(parts: Parts, monkeypat
 
 
 def test_an_unknown_id_is_none(parts: Parts) -> None:
-    assert parts.queue.load("00000000-0000-0000-0000-000000000000") is None
+    assert parts.queue.get("00000000-0000-0000-0000-000000000000") is None
 
 
 def test_the_first_fetch_is_remembered_where_nothing_is_to_be_kept(parts: Parts) -> None:
@@ -521,7 +521,7 @@ def test_positions_are_answered_while_a_commit_waits_for_the_disk(parts: Parts) 
     writer = threading.Thread(target=write_slowly)
     writer.start()
     assert writer_is_in.wait(60)
-    assert (parts.queue.find(job.request_id), parts.queue.position(job), parts.queue.length) == (job, 0, 1)
+    assert (parts.queue.get_cached(job.request_id), parts.queue.position(job), parts.queue.length) == (job, 0, 1)
     writer_may_go.set()
     writer.join()
 
@@ -588,7 +588,7 @@ def test_every_commit_is_synced(parts: Parts) -> None:
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(FolderInUse, match=f"another server is using {tmp_path}.*--data-dir"):
+    with opened(tmp_path), pytest.raises(DataDirInUse, match=f"another server is using {tmp_path}.*--data-dir"):
         Database(tmp_path)
     with opened(tmp_path) as parts:
         assert parts.queue.length == 0
@@ -597,7 +597,7 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
 def test_a_folder_written_by_a_newer_server_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         parts.rows("PRAGMA user_version = 99")
-    with pytest.raises(FolderInUse, match="newer"):
+    with pytest.raises(DataDirInUse, match="newer"):
         Database(tmp_path)
 
 

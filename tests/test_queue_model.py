@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from server.errors import TooManyRequests
 from server.queue.jobs import Mode, Priority, State
 from server.queue.retention import Retention
-from server.queue.retry import MAX_ATTEMPTS, MAX_STRIKES
+from server.queue.retry import MAX_ATTEMPTS, MAX_CRASHES
 from tests.parts import Clock, Parts, opened, painted, submission
 
 MAX_AGE = 7 * 86_400.0
@@ -108,7 +108,7 @@ class QueueBesideModel(RuleBasedStateMachine):
     def is_lost(self, name: str) -> None:
         """With whoever worked at it."""
         entry = self.entries[name]
-        if not entry.is_cancelled and (entry.strikes >= MAX_STRIKES or entry.attempt >= MAX_ATTEMPTS):
+        if not entry.is_cancelled and (entry.strikes >= MAX_CRASHES or entry.attempt >= MAX_ATTEMPTS):
             self.ends(name, 500)
         else:
             self.goes_back(name)
@@ -140,7 +140,7 @@ class QueueBesideModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(self.entries, key=lambda each: self.entries[each].rank)))
-        entry, job = self.entries[name], self.parts.queue.load(name)
+        entry, job = self.entries[name], self.parts.queue.get(name)
         assert job
         assert self.parts.queue.cancel(job) == entry.state
         if entry.state == State.IN_QUEUE:
@@ -153,7 +153,7 @@ class QueueBesideModel(RuleBasedStateMachine):
     @precondition(lambda self: self.of(State.IN_QUEUE))
     @rule(takes_low=st.booleans(), slots=st.integers(1, 8))
     def claim(self, takes_low: bool, slots: int) -> None:
-        claimed = self.parts.queue.claim(takes_low=takes_low, slots=slots)
+        claimed = self.parts.queue.claim(include_low_priority=takes_low, slots=slots)
         for is_low in (False, True) if takes_low else (False,):
             while name := self.next(is_low, slots):
                 entry = self.entries[name]
@@ -188,18 +188,18 @@ class QueueBesideModel(RuleBasedStateMachine):
     @rule(data=st.data(), act=st.sampled_from(["progress", "finish", "give back", "strike", "lose"]))
     def work(self, data: Any, act: str) -> None:
         name = self.chosen(data, State.IN_PROGRESS)
-        entry, job = self.entries[name], self.parts.queue.find(name)
+        entry, job = self.entries[name], self.parts.queue.get_cached(name)
         assert job
         if act == "progress":
             self.parts.queue.progress(job, 1, 2)
         elif act == "strike":
-            self.parts.queue.strike([job])
+            self.parts.queue.record_crash([job])
             entry.strikes += 1
         elif act == "finish":
             assert self.parts.queue.finish(job, painted()) == (not entry.is_cancelled)
             self.ends(name, 499 if entry.is_cancelled else 200)
         elif act == "lose":
-            self.parts.queue.lose(job)
+            self.parts.queue.requeue_or_fail(job)
             self.is_lost(name)
         else:
             self.parts.queue.release(job)
@@ -220,7 +220,7 @@ class QueueBesideModel(RuleBasedStateMachine):
             for name in self.of(State.IN_QUEUE)
             if (deadline := self.entries[name].deadline) is not None and deadline <= self.clock.now
         ]
-        assert self.parts.queue.expire() == len(late)
+        assert self.parts.queue.fail_expired() == len(late)
         for name in late:
             self.ends(name, 504)
 
@@ -243,7 +243,7 @@ class QueueBesideModel(RuleBasedStateMachine):
                 continue
             if entry.mode != Mode.QUEUE:
                 self.ends(name, 499)
-            elif entry.state == State.IN_PROGRESS or entry.strikes >= MAX_STRIKES:
+            elif entry.state == State.IN_PROGRESS or entry.strikes >= MAX_CRASHES:
                 self.is_lost(name)
         assert self.parts.queue.recover() == len(self.of(State.IN_QUEUE))
 
@@ -258,10 +258,10 @@ class QueueBesideModel(RuleBasedStateMachine):
         assert set(rows) == expected
         assert self.parts.queue.length == len(self.of(State.IN_QUEUE))
         for place, name in enumerate(self.of(State.IN_QUEUE)):
-            job = self.parts.queue.find(name)
+            job = self.parts.queue.get_cached(name)
             assert job and self.parts.queue.position(job) == place
         for name, entry in self.entries.items():
-            job = self.parts.queue.load(name)
+            job = self.parts.queue.get(name)
             assert job and (job.state, job.attempt) == (entry.state, entry.attempt)
 
 

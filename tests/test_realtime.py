@@ -13,7 +13,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from server.inputs.resolver import MAX_INPUT_BYTES, MAX_PICTURE_BYTES
+from server.inputs.resolver import MAX_INPUT_BYTES, MAX_IMAGE_BYTES
 from server.queue.jobs import Mode
 from tests.node import Client, clients
 from tests.parts import opened, submission
@@ -216,7 +216,7 @@ def test_nothing_is_spoken_compressed(server: Server) -> None:
 
 def test_the_largest_picture_fits_into_a_frame(server: Server) -> None:
     """Of zeros, so that it is told of as a picture that cannot be read."""
-    uri = "data:image/png;base64," + "A" * (MAX_PICTURE_BYTES // 3 * 4)
+    uri = "data:image/png;base64," + "A" * (MAX_IMAGE_BYTES // 3 * 4)
     with session(server, "test/copy") as socket:
         socket.send(msgpack.packb({**SMALL, "image_url": uri}))
         words = heard(socket)

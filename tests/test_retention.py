@@ -6,7 +6,7 @@ import pytest
 
 from server.queue.jobs import Job, State
 from server.queue.retention import GRACE_SECONDS, Retention
-from server.storage.file_store import Lifecycle, StoredFile, list_file
+from server.storage.file_store import Lifecycle, StoredFile, insert_file_row
 from tests.parts import Parts, claimed, finished, submission
 
 DAY = 86_400.0
@@ -20,7 +20,7 @@ def retention(parts: Parts, max_age: float = 7 * DAY, max_bytes: float = 1e9) ->
 def with_picture(parts: Parts, size: int = 100, lifetime: float | None = None, **changes: Any) -> Job:
     """A finished job with one picture of this many bytes."""
     owner = changes.get("owner", "me")
-    return finished(parts, parts.files.save(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime)), **changes)
+    return finished(parts, parts.files.create(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime)), **changes)
 
 
 def known(parts: Parts) -> list[str]:
@@ -38,7 +38,7 @@ def test_results_and_pictures_go_by_age(parts: Parts) -> None:
     assert retention(parts).sweep() == 1
     assert known(parts) == [young.request_id]
     assert len(parts.on_disk()) == 1
-    assert parts.queue.load(old.request_id) is None
+    assert parts.queue.get(old.request_id) is None
 
 
 def test_a_result_whose_webhook_is_due_is_kept_until_it_was_told(parts: Parts) -> None:
@@ -48,7 +48,7 @@ def test_a_result_whose_webhook_is_due_is_kept_until_it_was_told(parts: Parts) -
     assert retention(parts).sweep() == 0
     told(parts)
     assert retention(parts).sweep() == 1
-    assert parts.queue.load(job.request_id) is None
+    assert parts.queue.get(job.request_id) is None
 
 
 def test_what_is_not_to_be_kept_stays_too_until_its_webhook_was_told(parts: Parts) -> None:
@@ -66,7 +66,7 @@ def test_the_budget_takes_younger_ones_before_those_whose_webhook_is_due(parts: 
     young, file = with_picture(parts), uploaded(parts)
     assert retention(parts, max_bytes=0).sweep() == 1
     assert known(parts) == [job.request_id]
-    assert (parts.queue.load(young.request_id), parts.files.find(file.name)) == (None, None)
+    assert (parts.queue.get(young.request_id), parts.files.find(file.name)) == (None, None)
     assert len(left(parts)) == 1
     told(parts)
     assert retention(parts, max_bytes=0).sweep() == 1
@@ -152,7 +152,7 @@ def test_uploads_of_one_make_nobody_elses_go(parts: Parts) -> None:
     lone = with_picture(parts, size=100_000, owner="alice")
     files = [uploaded(parts, owner="bob", size=100_000) for _ in range(10)]
     retention(parts, max_bytes=500_000).sweep()
-    assert parts.queue.load(lone.request_id) is not None
+    assert parts.queue.get(lone.request_id) is not None
     assert sum(parts.files.find(file.name) is not None for file in files) == 3
 
 
@@ -218,7 +218,7 @@ def test_memory_forgets_with_the_rows(parts: Parts) -> None:
     job = with_picture(parts)
     parts.clock.now += 7 * DAY
     retention(parts).sweep()
-    assert parts.queue.find(job.request_id) is None
+    assert parts.queue.get_cached(job.request_id) is None
 
 
 @pytest.mark.parametrize("count", [1, 501])
@@ -235,9 +235,9 @@ def test_many_are_forgotten_at_once(parts: Parts, count: int) -> None:
 
 def uploaded(parts: Parts, size: int = 100, lifetime: float | None = None, owner: str = "me") -> StoredFile:
     """A file that belongs to no job."""
-    file = parts.files.save(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime))
+    file = parts.files.create(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime))
     with parts.database.transaction() as connection:
-        list_file(connection, file, None, parts.clock.now)
+        insert_file_row(connection, file, None, parts.clock.now)
     return file
 
 
@@ -297,7 +297,7 @@ def test_a_young_upload_outlives_old_results(parts: Parts) -> None:
 
 
 def test_a_job_goes_with_all_its_pictures_among_uploads_of_the_same_moment(parts: Parts) -> None:
-    files = [parts.files.save(b"x" * 10_000, "png", "image/png", "me", Lifecycle()) for _ in range(3)]
+    files = [parts.files.create(b"x" * 10_000, "png", "image/png", "me", Lifecycle()) for _ in range(3)]
     uploaded(parts, size=10_000)
     finished(parts, *files)
     later = uploaded(parts, size=10_000)

@@ -99,9 +99,9 @@ def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None
     content = io.BytesIO()
     Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
     text = '{"prompt": "x", "seed": 7, "num_inference_steps": 10, "image_url": "x", "image_size": "square"}'
-    aside = made._brought.aside()
+    aside = made._brought.temp_path()
     aside.write_bytes(content.getvalue())
-    name = made._brought.keep(aside, ".png")
+    name = made._brought.add(aside, ".png")
     made._brought.path(name).unlink()
     made.take(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
     (picture,) = first(reports, messages.Ended).contents.values()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic_core import to_json
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from server.webhooks.signing import Signer
+from server.webhooks.signing import WebhookSigner
 from tests.parts import opened
 from tests.test_webhook_signatures import SECRET, Received, is_fals, is_v1a
 
@@ -53,13 +53,13 @@ def verdicts(received: Received, jwks: dict[str, Any]) -> set[bool]:
 
 
 @pytest.fixture
-def signer(tmp_path: Path) -> Iterator[Signer]:
+def signer(tmp_path: Path) -> Iterator[WebhookSigner]:
     """With the clock of the receivers, who refuse what is old."""
     with opened(tmp_path) as parts:
-        yield Signer(parts.database, SECRET, time.time)
+        yield WebhookSigner(parts.database, SECRET, time.time)
 
 
-def hold(signer: Signer, max_examples: int) -> None:
+def hold(signer: WebhookSigner, max_examples: int) -> None:
     """So many bodies are signed, each is believed as it is, and with one byte changed by nobody."""
     jwks, seen = signer.jwks(), list[int]()
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -81,17 +81,17 @@ def hold(signer: Signer, max_examples: int) -> None:
     assert max(seen) > 10_000
 
 
-def test_every_body(signer: Signer) -> None:
+def test_every_body(signer: WebhookSigner) -> None:
     hold(signer, 200)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_very_many_bodies(signer: Signer) -> None:
+def test_very_many_bodies(signer: WebhookSigner) -> None:
     hold(signer, 10_000)
 
 
-def test_every_byte_counts(signer: Signer) -> None:
+def test_every_byte_counts(signer: WebhookSigner) -> None:
     """Of a body, and of the id, the owner and the time beside it."""
     request_id, body = str(uuid.uuid4()), '{"prompt":"Grüße, 世界 🌍"}'.encode()
     received, jwks = Received(signer.headers(request_id, "me", body), body), signer.jwks()

@@ -38,7 +38,7 @@ def uploads(parts: Parts) -> Uploads:
 
 def begun(uploads: Uploads, owner: str = "me", lifecycle: Lifecycle | None = None) -> Upload:
     """A text that is about to come."""
-    return uploads.begin(owner, "text/plain", "a.txt", lifecycle or Lifecycle())
+    return uploads.create(owner, "text/plain", "a.txt", lifecycle or Lifecycle())
 
 
 async def _chunks(*chunks: bytes) -> AsyncIterator[bytes]:
@@ -48,7 +48,7 @@ async def _chunks(*chunks: bytes) -> AsyncIterator[bytes]:
 
 def send(uploads: Uploads, upload: Upload, part_number: int, *chunks: bytes) -> str:
     """One part; returns its ETag."""
-    return asyncio.run(uploads.receive(upload, part_number, _chunks(*chunks)))
+    return asyncio.run(uploads.write_part(upload, part_number, _chunks(*chunks)))
 
 
 def content(parts: Parts, file: StoredFile) -> bytes:
@@ -66,7 +66,7 @@ def under_way(parts: Parts) -> list[str]:
 
 
 def test_a_file_is_listed_with_what_was_said_of_it(parts: Parts, uploads: Uploads) -> None:
-    upload = uploads.begin("alice", "text/plain; charset=utf-8", "Tagebuch März.txt", Lifecycle(60.0, True))
+    upload = uploads.create("alice", "text/plain; charset=utf-8", "Tagebuch März.txt", Lifecycle(60.0, True))
     parts.clock.now += 5
     send(uploads, upload, 1, b"hel", b"", b"lo")
     file = uploads.complete(upload)
@@ -172,7 +172,7 @@ def test_a_client_that_leaves_takes_its_half_part_along(parts: Parts, uploads: U
 
     upload = begun(uploads)
     with pytest.raises(ClientDisconnect):
-        asyncio.run(uploads.receive(upload, 1, half()))
+        asyncio.run(uploads.write_part(upload, 1, half()))
     assert under_way(parts) == [upload.upload_id]
     send(uploads, upload, 1, b"whole")
     assert content(parts, uploads.complete(upload)) == b"whole"
@@ -223,7 +223,7 @@ def test_parts_that_come_at_the_same_time_count_together(parts: Parts, uploads: 
             await everyone_is_in.wait()
             yield b"x" * 400
 
-        tasks = (uploads.receive(upload, number, part()) for number in range(1, 5))
+        tasks = (uploads.write_part(upload, number, part()) for number in range(1, 5))
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     refused = [answer for answer in asyncio.run(together()) if not isinstance(answer, str)]
@@ -320,11 +320,11 @@ def test_a_finished_file_is_not_swept(parts: Parts, uploads: Uploads) -> None:
 def test_a_restart_keeps_an_upload_under_way(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         uploads = uploads_of(parts)
-        upload = uploads.begin("alice", "image/png", "a.png", Lifecycle(60.0, True))
+        upload = uploads.create("alice", "image/png", "a.png", Lifecycle(60.0, True))
         send(uploads, upload, 2, b"b")
     with opened(tmp_path) as parts:
         uploads = uploads_of(parts)
-        assert parts.files.remove_strays() == 0
+        assert parts.files.delete_orphans() == 0
         again = uploads.find(upload.upload_id)
         assert again == upload
         send(uploads, again, 1, b"a")
@@ -339,7 +339,7 @@ def test_a_restart_keeps_a_finished_file(tmp_path: Path) -> None:
         send(uploads, upload, 1, b"hello")
         file = uploads.complete(upload)
     with opened(tmp_path) as parts:
-        assert parts.files.remove_strays() == 0
+        assert parts.files.delete_orphans() == 0
         assert content(parts, file) == b"hello"
 
 
@@ -386,7 +386,7 @@ NAMES = [
 def test_the_stored_name_is_ours_with_an_ending_of_theirs(
     parts: Parts, uploads: Uploads, file_name: str, content_type: str, ending: str
 ) -> None:
-    upload = uploads.begin("me", content_type, file_name, Lifecycle())
+    upload = uploads.create("me", content_type, file_name, Lifecycle())
     assert upload.name.partition(".")[2] == ending
     send(uploads, upload, 1, b"x")
     assert content(parts, uploads.complete(upload)) == b"x"
@@ -406,7 +406,7 @@ CLEANED = [
 
 @pytest.mark.parametrize(("file_name", "cleaned"), CLEANED)
 def test_a_file_name_cannot_break_a_header(uploads: Uploads, file_name: str, cleaned: str) -> None:
-    assert uploads.begin("me", "text/plain", file_name, Lifecycle()).file_name == cleaned
+    assert uploads.create("me", "text/plain", file_name, Lifecycle()).file_name == cleaned
 
 
 @pytest.mark.parametrize(
@@ -420,12 +420,12 @@ def test_a_file_name_cannot_break_a_header(uploads: Uploads, file_name: str, cle
     ],
 )
 def test_a_content_type_cannot_break_a_header(uploads: Uploads, content_type: str, cleaned: str) -> None:
-    assert uploads.begin("me", content_type, "a", Lifecycle()).content_type == cleaned
+    assert uploads.create("me", content_type, "a", Lifecycle()).content_type == cleaned
 
 
 @pytest.mark.parametrize("content_type", ["image/пнг", "text/plain; name=файл", "🍎"])
 def test_a_content_type_that_no_header_can_carry_is_bytes(uploads: Uploads, content_type: str) -> None:
-    assert uploads.begin("me", content_type, "a", Lifecycle()).content_type == "application/octet-stream"
+    assert uploads.create("me", content_type, "a", Lifecycle()).content_type == "application/octet-stream"
 
 
 # -- the disk
@@ -517,7 +517,7 @@ def test_empty_parts_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
         send(uploads, other, 2)
     # One that is here may come again, and an upload that is over leaves room.
     send(uploads, upload, 2, b"more")
-    uploads.forget(upload)
+    uploads.abort(upload)
     send(uploads, other, 2)
 
 

@@ -138,9 +138,9 @@ def test_who_has_a_strike_goes_alone(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         for _ in range(3):
             claimed(parts, fields={"num_inference_steps": 1})
-        struck = parts.queue.find(parts.rows(IDS)[1][0])
+        struck = parts.queue.get_cached(parts.rows(IDS)[1][0])
         assert struck
-        parts.queue.strike([struck])
+        parts.queue.record_crash([struck])
     with opened(tmp_path) as parts:
         parts.queue.recover()
         worker = ready(parts, NullModel("test/null", lambda: engine))

@@ -23,8 +23,8 @@ from werkzeug import Request, Response
 
 from server.net.outbound import OutboundClient
 from server.storage.database import Database
-from server.webhooks.delivery import DELAYS, Webhooks
-from server.webhooks.signing import OVERLAP, ROTATE_AFTER, Signer
+from server.webhooks.delivery import DELAYS, WebhookSender
+from server.webhooks.signing import OVERLAP, ROTATE_AFTER, WebhookSigner
 from tests.node import JS
 from tests.parts import Clock, Parts, finished, opened
 from tests.serving import TEST_MODELS, Server, serving
@@ -179,18 +179,18 @@ def test_the_published_keys(signing: Server) -> None:
 
 
 def test_without_a_secret_there_is_no_v1(parts: Parts) -> None:
-    signatures = Signer(parts.database, clock=parts.clock).headers("id", "me", b"{}")["webhook-signature"]
+    signatures = WebhookSigner(parts.database, clock=parts.clock).headers("id", "me", b"{}")["webhook-signature"]
     assert [signature.split(",")[0] for signature in signatures.split(" ")] == ["v1a"]
 
 
-def signed(signer: Signer) -> Received:
+def signed(signer: WebhookSigner) -> Received:
     """What a receiver would get now."""
     return Received(signer.headers("id", "me", b'{"seed":7}'), b'{"seed":7}')
 
 
 @pytest.fixture
-def signer(parts: Parts) -> Signer:
-    return Signer(parts.database, SECRET, parts.clock)
+def signer(parts: Parts) -> WebhookSigner:
+    return WebhookSigner(parts.database, SECRET, parts.clock)
 
 
 def holds(received: Received, jwks: dict[str, Any]) -> bool:
@@ -199,7 +199,9 @@ def holds(received: Received, jwks: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("step", [HOUR, 7 * HOUR, 23 * HOUR, DAY])
-def test_receivers_that_keep_the_keys_for_a_day_never_miss_one(parts: Parts, signer: Signer, step: float) -> None:
+def test_receivers_that_keep_the_keys_for_a_day_never_miss_one(
+    parts: Parts, signer: WebhookSigner, step: float
+) -> None:
     jwks, fetched_at, start = signer.jwks(), parts.clock.now, parts.clock.now
     seen = {key["kid"] for key in jwks["keys"]}
     while parts.clock.now < start + 2 * ROTATE_AFTER + 3 * OVERLAP:
@@ -211,7 +213,7 @@ def test_receivers_that_keep_the_keys_for_a_day_never_miss_one(parts: Parts, sig
     assert len(seen) == 3
 
 
-def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Parts, signer: Signer) -> None:
+def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Parts, signer: WebhookSigner) -> None:
     first = signer.jwks()
     parts.clock.now += ROTATE_AFTER
     both = signer.jwks()
@@ -231,7 +233,7 @@ def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Part
     assert signer.jwks() == new
 
 
-def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts: Parts, signer: Signer) -> None:
+def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts: Parts, signer: WebhookSigner) -> None:
     for _ in range(2):
         found = by_node(signed(signer), jwks=signer.jwks(), now=parts.clock.now)
         assert found == {"fal": True, "v1": True, "v1a": True}
@@ -240,7 +242,7 @@ def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts:
         parts.clock.now += OVERLAP
 
 
-def test_a_server_that_slept_for_long_is_still_understood(parts: Parts, signer: Signer) -> None:
+def test_a_server_that_slept_for_long_is_still_understood(parts: Parts, signer: WebhookSigner) -> None:
     jwks = signer.jwks()
     parts.clock.now += 5 * ROTATE_AFTER
     assert holds(signed(signer), jwks)
@@ -250,24 +252,24 @@ def test_a_server_that_slept_for_long_is_still_understood(parts: Parts, signer: 
 def test_keys_outlive_the_server(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
-        first = Signer(parts.database, clock=clock).jwks()
+        first = WebhookSigner(parts.database, clock=clock).jwks()
     with opened(tmp_path, clock=clock) as parts:
-        assert Signer(parts.database, clock=clock).jwks() == first
+        assert WebhookSigner(parts.database, clock=clock).jwks() == first
 
 
-def test_two_servers_have_keys_of_their_own(parts: Parts, signer: Signer, tmp_path: Path) -> None:
+def test_two_servers_have_keys_of_their_own(parts: Parts, signer: WebhookSigner, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Database(tmp_path / "other")
-    assert not holds(signed(Signer(other, clock=parts.clock)), signer.jwks())
+    assert not holds(signed(WebhookSigner(other, clock=parts.clock)), signer.jwks())
     other.close()
 
 
-def deliver(parts: Parts, signer: Signer) -> None:
+def deliver(parts: Parts, signer: WebhookSigner) -> None:
     """One turn of a server that has just started, and the end of all that it began."""
 
     async def turn() -> None:
-        hooks = Webhooks(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
-        await hooks.turn()
+        hooks = WebhookSender(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
+        await hooks.send_due()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
     asyncio.run(turn())
@@ -280,7 +282,7 @@ def delivery(parts: Parts) -> Any:
 
 
 def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
-    parts: Parts, signer: Signer, caplog: pytest.LogCaptureFixture
+    parts: Parts, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -305,7 +307,7 @@ def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
     assert received.headers["webhook-timestamp"] == str(int(parts.clock.now))
 
 
-def test_each_try_is_signed_anew(parts: Parts, signer: Signer, httpserver: HTTPServer) -> None:
+def test_each_try_is_signed_anew(parts: Parts, signer: WebhookSigner, httpserver: HTTPServer) -> None:
     httpserver.expect_oneshot_request("/hook").respond_with_data(status=503)
     httpserver.expect_request("/hook").respond_with_data()
     finished(parts, webhook_url=httpserver.url_for("/hook"))

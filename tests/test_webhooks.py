@@ -18,8 +18,8 @@ from server.errors import StartTimeout
 from server.net.outbound import OutboundClient
 from server.queue.jobs import Job, Outcome, State
 from server.queue.notifier import WEBHOOKS
-from server.webhooks.delivery import CONCURRENCY, DELAYS, PER_RECEIVER, Webhooks
-from server.webhooks.signing import Signer
+from server.webhooks.delivery import CONCURRENCY, DELAYS, PER_RECEIVER, WebhookSender
+from server.webhooks.signing import WebhookSigner
 from tests.parts import Clock, Parts, claimed, finished, opened, painted, submission
 
 LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
@@ -27,16 +27,16 @@ LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
 
 def webhooks(
     parts: Parts, guard: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
-) -> Webhooks:
+) -> WebhookSender:
     """What delivers; a second one is what a restart makes."""
-    signer = Signer(parts.database, clock=parts.clock)
+    signer = WebhookSigner(parts.database, clock=parts.clock)
     signer.rotate()
-    return Webhooks(parts.database, parts.notifier, guard, signer, parts.clock, monotonic=monotonic)
+    return WebhookSender(parts.database, parts.notifier, guard, signer, parts.clock, monotonic=monotonic)
 
 
-async def delivered(hooks: Webhooks) -> float:
+async def delivered(hooks: WebhookSender) -> float:
     """One turn, and the end of all it began; returns the seconds to wait that it said."""
-    seconds = await hooks.turn()
+    seconds = await hooks.send_due()
     begun = asyncio.all_tasks() - {asyncio.current_task()}
     await asyncio.gather(*begun)
     return seconds
@@ -284,13 +284,13 @@ def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
     return {job.request_id for job in jobs}
 
 
-async def told(parts: Parts, hooks: Webhooks, hoped_for: set[str]) -> None:
+async def told(parts: Parts, hooks: WebhookSender, hoped_for: set[str]) -> None:
     """Turns until these were delivered, while others are under way."""
-    parts.notifier.attach(asyncio.get_running_loop())
-    with parts.notifier.listen(WEBHOOKS) as bell:
+    parts.notifier.bind_loop(asyncio.get_running_loop())
+    with parts.notifier.subscribe(WEBHOOKS) as bell:
         while True:
             bell.clear()
-            await hooks.turn()
+            await hooks.send_due()
             done = parts.rows("SELECT request_id FROM deliveries WHERE delivered_at IS NOT NULL")
             if hoped_for <= {name for (name,) in done}:
                 return
@@ -298,9 +298,9 @@ async def told(parts: Parts, hooks: Webhooks, hoped_for: set[str]) -> None:
                 await bell.wait()
 
 
-async def begun(hooks: Webhooks) -> int:
+async def begun(hooks: WebhookSender) -> int:
     """How many deliveries are under way after a turn."""
-    await hooks.turn()
+    await hooks.send_due()
     # Connecting makes tasks of its own.
     return sum("_deliver" in str(task.get_coro()) for task in asyncio.all_tasks())
 
@@ -360,7 +360,7 @@ def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, m
     monotonic = Clock()
     rests: list[float] = []
 
-    async def turn(_: Webhooks) -> float:
+    async def turn(_: WebhookSender) -> float:
         monotonic.now += (0.25, 60.0)[len(rests)]
         return 0.0
 
@@ -369,7 +369,7 @@ def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, m
         if len(rests) == 2:
             raise asyncio.CancelledError
 
-    monkeypatch.setattr(Webhooks, "turn", turn)
+    monkeypatch.setattr(WebhookSender, "turn", turn)
     monkeypatch.setattr("server.webhooks.delivery.asyncio.sleep", rest)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(webhooks(parts, monotonic=monotonic).run())
@@ -388,8 +388,8 @@ def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) 
 
     async def deliver() -> None:
         hooks = webhooks(parts)
-        await hooks.turn()
-        await hooks.turn()
+        await hooks.send_due()
+        await hooks.send_due()
         may_answer.set()
         await delivered(hooks)
 
@@ -485,9 +485,9 @@ def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, ht
     job = claimed(parts, webhook_url=hook(httpserver))
 
     async def deliver() -> None:
-        parts.notifier.attach(asyncio.get_running_loop())
+        parts.notifier.bind_loop(asyncio.get_running_loop())
         running = asyncio.create_task(webhooks(parts).run())
-        with parts.notifier.listen("webhooks") as bell:
+        with parts.notifier.subscribe("webhooks") as bell:
             await asyncio.to_thread(parts.queue.finish, job, painted())
             while delivery(parts)[2] is None:
                 await bell.wait()
@@ -511,4 +511,4 @@ def forget(parts: Parts, job: Job) -> None:
     """As retention does."""
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs WHERE request_id = ?", (job.request_id,))
-    parts.queue.forget([job.request_id])
+    parts.queue.evict([job.request_id])

@@ -75,8 +75,8 @@ def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
     """Wait for what the worker's threads do to a job, or for their end."""
 
     async def heard() -> None:
-        parts.notifier.attach(asyncio.get_running_loop())
-        with parts.notifier.listen(job.request_id, WORKER) as bell:
+        parts.notifier.bind_loop(asyncio.get_running_loop())
+        with parts.notifier.subscribe(job.request_id, WORKER) as bell:
             while not is_reached():
                 bell.clear()
                 # Read again: it may have rung between the look and the clearing.
@@ -233,7 +233,7 @@ def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monke
     worker = ready(parts)
     job = submitted(parts, num_inference_steps=1)
     worker.turn()
-    save = parts.files.save
+    save = parts.files.create
     monkeypatch.setattr(parts.files, "save", lambda *_: (_ for _ in ()).throw(DiskFull()))
     with pytest.raises(DiskFull):
         worker.turn()
@@ -467,7 +467,7 @@ def test_the_thread_paints_until_it_is_stopped(parts: Parts) -> None:
 
 def stopped(parts: Parts, worker: Worker, once_it_knows: Callable[[], None]) -> None:
     """Stop a worker on its threads, and let go what it is at as soon as it knows."""
-    ring = parts.notifier.work.set
+    ring = parts.notifier.work_available.set
     stopper = threading.Thread(target=worker.stop, daemon=True)
 
     def ring_and_let_go() -> None:
@@ -475,7 +475,7 @@ def stopped(parts: Parts, worker: Worker, once_it_knows: Callable[[], None]) -> 
         if threading.current_thread() is stopper:
             once_it_knows()
 
-    parts.notifier.work.set = ring_and_let_go  # type: ignore[method-assign]
+    parts.notifier.work_available.set = ring_and_let_go  # type: ignore[method-assign]
     stopper.start()
     stopper.join(60)
     assert not stopper.is_alive()
@@ -527,8 +527,8 @@ def test_weights_that_do_not_load_end_the_worker_and_ring(parts: Parts) -> None:
     worker = worker_of(parts, Broken("test/null", NullEngine))
 
     async def ended() -> None:
-        parts.notifier.attach(asyncio.get_running_loop())
-        with parts.notifier.listen(WORKER) as bell:
+        parts.notifier.bind_loop(asyncio.get_running_loop())
+        with parts.notifier.subscribe(WORKER) as bell:
             worker.start()
             await bell.wait()
 

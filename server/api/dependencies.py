@@ -15,21 +15,21 @@ from server.api.responses import JSON
 from server.auth import Keys
 from server.errors import NotFound, not_offered
 from server.executor import FairExecutor
-from server.inputs.resolver import Inputs
+from server.inputs.resolver import InputResolver
 from server.metrics import Metrics
 from server.net.bytes_in_flight import BytesInFlight
 from server.net.fair_share import FairShare
 from server.net.outbound import OutboundClient
-from server.queue.history import Wanted
+from server.queue.history import HistoryQuery
 from server.queue.jobs import Job, Mode, Outcome, Submission
 from server.queue.notifier import Notifier
 from server.queue.queue import Queue
 from server.queue.retention import Retention
-from server.queue.usage import UsageFilter, Used
+from server.queue.usage import UsageFilter, UsageRow
 from server.status import GpuStatus
-from server.storage.file_store import Files
+from server.storage.file_store import FileStore
 from server.storage.uploads import Uploads
-from server.webhooks.signing import Signer
+from server.webhooks.signing import WebhookSigner
 
 TOO_MANY_OPEN = (
     "This key has as many answers open as it may, half of --max-connections, or less beside others; end some first"
@@ -45,7 +45,7 @@ class Services:
     unavailable_endpoints: Mapping[str, str]
     keys: Keys
     guard: OutboundClient
-    inputs: Inputs
+    inputs: InputResolver
     in_flight: BytesInFlight
     #: Answers that wait or go on for as long as a request does.
     open_answers: FairShare
@@ -53,16 +53,16 @@ class Services:
     turns: FairExecutor
     quota: Quota
     queue: Queue
-    files: Files
+    files: FileStore
     uploads: Uploads
     retention: Retention
-    signer: Signer
+    signer: WebhookSigner
     notifier: Notifier
     metrics: Metrics
     #: What a key has asked for; waits for the disk.
-    history: Callable[[Wanted], Mapping[str, Any]]
+    history: Callable[[HistoryQuery], Mapping[str, Any]]
     #: What a key has used; waits for the disk.
-    usage: Callable[[UsageFilter], Sequence[Used]]
+    usage: Callable[[UsageFilter], Sequence[UsageRow]]
     #: What the operator sees at a glance; waits for the disk.
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.

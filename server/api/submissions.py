@@ -20,7 +20,7 @@ from server.api.headers import (
 from server.api.rate_limit import Quota
 from server.errors import InvalidInput
 from server.executor import FairExecutor
-from server.inputs.resolver import Inputs, as_json
+from server.inputs.resolver import InputResolver, dump_input
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
@@ -35,7 +35,7 @@ async def read(
     owner: str,
     *,
     mode: Mode,
-    inputs: Inputs,
+    inputs: InputResolver,
     quota: Quota,
     turns: FairExecutor,
     content_type: str | None = None,
@@ -51,13 +51,13 @@ async def read(
     fields, body_hash = await turns.run(owner, _read, *given) if len(body) > SMALL else _read(*given)
     # What was refused costs nothing; what brings files does, so this comes first.
     quota.take(owner)
-    brought = await inputs.bring(fields, owner)
+    brought = await inputs.resolve(fields, owner)
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
-        input=as_json(fields, brought),
-        inputs=brought,
+        input=dump_input(fields, brought),
+        input_files=brought,
         base_url=request.state.base_url,
         mode=mode,
         priority=priority(request.headers),
@@ -65,7 +65,7 @@ async def read(
         webhook_url=webhook_url(request.query_params, inputs.guard) if is_queued else None,
         idempotency_key=idempotency_key(request.headers) if is_queued else None,
         body_hash=body_hash,
-        is_kept=request.headers.get("x-fal-store-io", "").strip() != "0",
+        store_io=request.headers.get("x-fal-store-io", "").strip() != "0",
         lifecycle=lifecycle(request.headers),
         max_queue_length=max_queue_length(request.query_params),
         runner_hint=runner_hint(request.headers),

@@ -13,7 +13,7 @@ from server.queue.jobs import Job, State
 
 async def wait_for_outcome(request: Request, parts: Services, job: Job) -> None:
     """Wait for the end of the job; it ends with its client. Raises InternalError when the server stops first."""
-    with cancel_on_disconnect(parts, job), parts.notifier.listen(job.request_id) as bell:
+    with cancel_on_disconnect(parts, job), parts.notifier.subscribe(job.request_id) as bell:
         gone = asyncio.create_task(_disconnected(request))
         gone.add_done_callback(lambda _: bell.set())
         try:

@@ -24,11 +24,11 @@ DataDir = Annotated[
 
 def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
     from server.cli import control_socket
-    from server.storage.database import Damaged
+    from server.storage.database import CorruptDatabase
 
     try:
         return control_socket.call(_folder(data_dir), act, **arguments)
-    except (ValueError, OSError, DiskFull, Damaged) as error:
+    except (ValueError, OSError, DiskFull, CorruptDatabase) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from server.cli.control import Control
 from server.errors import DiskFull
-from server.storage.database import FILE, Database, peek
-from server.storage.migrations import FolderInUse
+from server.storage.database import FILE, Database, read_only_query
+from server.storage.migrations import DataDirInUse
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def call(data_dir: Path, act: str, **arguments: Any) -> Any:
         raise OSError(f"there is no data folder of a server at {data_dir}; --data-dir names another")
     try:
         database = Database(data_dir)
-    except FolderInUse:
+    except DataDirInUse:
         return _call_server(data_dir, act, arguments)
     try:
         return Control(database, data_dir).commands[act](**arguments)
@@ -85,7 +85,7 @@ def requires_key(data_dir: Path) -> bool:
     with suppress(OSError, ValueError):
         return not _call_server(data_dir, "is_open", {})
     with suppress(sqlite3.Error):
-        return bool(peek(data_dir, "SELECT 1 FROM keys WHERE name <> ''"))
+        return bool(read_only_query(data_dir, "SELECT 1 FROM keys WHERE name <> ''"))
     return False
 
 

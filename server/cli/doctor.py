@@ -99,7 +99,7 @@ def _unusable(folder: Path) -> str:
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return f"{folder} cannot be read and written"
     try:
-        database.check(folder)
+        database.check_data_dir(folder)
     except OSError as error:
         return str(error)
     return ""

@@ -15,7 +15,7 @@ from server.metrics import Metrics
 from server.queue.jobs import Job, Priority
 from server.queue.queue import Queue
 from server.status import GpuStatus
-from server.storage.file_store import Files
+from server.storage.file_store import FileStore
 from server.worker.running_job import failure
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Seat:
         number: int,
         link: Callable[[], Link],
         queue: Queue,
-        files: Files,
+        files: FileStore,
         metrics: Metrics,
         on_change: Callable[["Seat"], None],
         on_failure: Callable[[BaseException], None],
@@ -117,7 +117,7 @@ class Seat:
                 self.jobs[job.request_id] = job
         if link is None:
             self._retry(lambda: self._queue.release(job))
-        elif job.inputs:
+        elif job.input_files:
             # It may be a gigabyte, and others wait for other GPUs.
             threading.Thread(target=self._hand_over, args=(link, job, text), daemon=True).start()
         else:
@@ -125,7 +125,7 @@ class Seat:
 
     def _hand_over(self, link: Link, job: Job, text: str) -> None:
         try:
-            with _READING if job.inputs else contextlib.nullcontext():
+            with _READING if job.input_files else contextlib.nullcontext():
                 link.take(job, text)
         except Lost as error:
             # With all that it has, which goes elsewhere; this one would only fail here again.
@@ -203,9 +203,9 @@ class Seat:
             log.error(
                 "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(struck)
             )
-            self._queue.strike(jobs)
+            self._queue.record_crash(jobs)
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
-            self._retry(lambda job=job: self._queue.lose(job))  # type: ignore[misc]
+            self._retry(lambda job=job: self._queue.requeue_or_fail(job))  # type: ignore[misc]
             self._forget(job)
 
     def _hear(self, link: Link, report: messages.Report) -> None:
@@ -228,7 +228,7 @@ class Seat:
             case messages.Refused() if job:
                 raise Lost("it could not take in what came along with a request")
             case messages.Struck():
-                self._queue.strike([self.jobs[name] for name in report.request_ids if name in self.jobs])
+                self._queue.record_crash([self.jobs[name] for name in report.request_ids if name in self.jobs])
                 link.hear()
             case messages.Stepped():
                 self._metrics.observe_step(report.size, report.acceleration, report.seconds)
@@ -258,17 +258,17 @@ class Seat:
 
         Raises Implausible for a file that is there already: it is somebody else's.
         """
-        if any(self._files.lists(each.name) for each in ended.outcome.files):
+        if any(self._files.is_listed(each.name) for each in ended.outcome.files):
             raise message_checks.Implausible("it reported a file that is there already")
         try:
             files = tuple(
-                self._files.put(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
+                self._files.write(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
             )
             outcome = dataclasses.replace(ended.outcome, files=files)
         except OSError as error:
             files, outcome = (), failure(error, job)
         if not self._queue.finish(job, outcome):
-            self._files.remove([file.name for file in files])
+            self._files.delete([file.name for file in files])
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.request_id, None)

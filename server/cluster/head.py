@@ -18,8 +18,8 @@ from server.queue.notifier import WORKER, Notifier
 from server.queue.queue import Queue
 from server.settings import Settings
 from server.status import GpuStatus
-from server.storage.database import Damaged
-from server.storage.file_store import Files
+from server.storage.database import CorruptDatabase
+from server.storage.file_store import FileStore
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Cluster:
     """What a worker is to one GPU: claims jobs, and gives each to the seat that serves it best."""
 
     def __init__(
-        self, settings: Settings, queue: Queue, files: Files, fleet: Fleet, notifier: Notifier, metrics: Metrics
+        self, settings: Settings, queue: Queue, files: FileStore, fleet: Fleet, notifier: Notifier, metrics: Metrics
     ) -> None:
         self._settings, self._queue, self._files = settings, queue, files
         self._notifier, self._metrics = notifier, metrics
@@ -83,7 +83,7 @@ class Cluster:
             return
         self._is_stopping = True
         until = time.monotonic() + self._settings.shutdown_grace + 5
-        self._notifier.work.set()
+        self._notifier.work_available.set()
         self._thread.join(10)
         for act in (Seat.close, lambda seat: seat.join(until), Seat.kill, lambda seat: seat.join(until + 5)):
             for seat in self._seats:
@@ -109,8 +109,8 @@ class Cluster:
                 return
             except Exception:
                 log.exception("the cluster could not be looked after; trying again")
-            self._notifier.work.wait(LOOK_EVERY)
-            self._notifier.work.clear()
+            self._notifier.work_available.wait(LOOK_EVERY)
+            self._notifier.work_available.clear()
 
     def _hand_out(self) -> bool:
         """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
@@ -120,7 +120,7 @@ class Cluster:
                 self._board.update(seat)
         if not self._board.has_room:
             return False
-        claimed = self._queue.claim(takes_low=self._board.takes_low, slots=self._board.num_slots)
+        claimed = self._queue.claim(include_low_priority=self._board.takes_low, slots=self._board.num_slots)
         if claimed is None:
             return False
         job, text = claimed
@@ -132,16 +132,16 @@ class Cluster:
     def _tell(self, seat: Seat) -> None:
         """A seat's runner or jobs changed; called from the seat's thread."""
         self._changed.append(seat)
-        self._notifier.work.set()
+        self._notifier.work_available.set()
 
     def fail(self, error: BaseException) -> None:
         """The head cannot go on: another process starts with what is in the queue. Called from any thread."""
         if self.failure is not None:
             return
-        is_told = isinstance(error, FleetLost | Damaged)
+        is_told = isinstance(error, FleetLost | CorruptDatabase)
         log.error("the cluster is given up: %s", error, exc_info=None if is_told else error)
         self.failure = error
-        self._notifier.ring(WORKER)
+        self._notifier.notify(WORKER)
 
     # -- how many GPUs
 

@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from models.base import Loading
 from server.cluster import messages
 from server.queue.jobs import Job, Outcome
-from server.storage.file_store import StoredFile, is_name
+from server.storage.file_store import StoredFile, is_file_name
 
 #: Characters of an answer: SQLite holds a thousand million bytes.
 MAX_BODY = 2**28
@@ -90,7 +90,9 @@ def _check_outcome(outcome: Outcome) -> None:
 def _check_files(report: messages.Ended, job: Job) -> None:
     files = report.outcome.files
     for file in files:
-        _demand(isinstance(file, StoredFile) and isinstance(file.name, str) and is_name(file.name), "a file's bad name")
+        _demand(
+            isinstance(file, StoredFile) and isinstance(file.name, str) and is_file_name(file.name), "a file's bad name"
+        )
         content = report.contents.get(file.name)
         _demand(isinstance(content, bytes), "a file without its content")
         _demand(file.size == len(content or b""), "a file of another size")

@@ -83,7 +83,7 @@ class Link:
 
     def take(self, job: Job, text: str) -> None:
         """Give it a job, with those of its files that are not there yet. Raises Lost, and OSError for a file."""
-        names = sorted(set(job.inputs.values()))
+        names = sorted(set(job.input_files.values()))
         try:
             lacking = self._ray.get(self._order("lacks")(names), timeout=HEARD_WITHIN) if names else []
             contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in lacking}

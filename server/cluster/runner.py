@@ -18,7 +18,7 @@ from models import discover
 from models.loading import specs
 from server.cluster.messages import Logged, Over, Refused, Report, State
 from server.cluster.runner_queue import Desk, ReportedMetrics
-from server.inputs.cache import Brought
+from server.inputs.cache import InputCache
 from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.queue.jobs import Job
 from server.queue.notifier import Notifier
@@ -53,7 +53,7 @@ class Runner:
         settings = settings.model_copy(update={"data_dir": node_folder()})
         self._desk, self._bell = Desk(), _Bell(self._fail)
         kept = int(settings.loras_gb * 1e9)
-        self._brought = Brought(self._folder / "inputs", lambda: self._desk.names, kept)
+        self._brought = InputCache(self._folder / "inputs", lambda: self._desk.names, kept)
         known = discover(settings.models_dir)
         places = specs.assign(settings.weights, known)
         self._black_box = BlackBox(self._folder)
@@ -90,15 +90,15 @@ class Runner:
         """One more job, and where to get the files that came along with it."""
         try:
             for name, source in contents.items():
-                aside = self._brought.aside()
+                aside = self._brought.temp_path()
                 aside.write_bytes(self.fetch(source))
-                self._brought.keep(aside, Path(name).suffix)
+                self._brought.add(aside, Path(name).suffix)
         except Exception:
             log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
             self._desk.tell(Refused(job.request_id))
             return
         self._desk.put(job, text)
-        self._bell.work.set()
+        self._bell.work_available.set()
 
     def lacks(self, names: Sequence[str]) -> Sequence[str]:
         """Which of these files are not here; the others stay for a while."""
@@ -112,7 +112,7 @@ class Runner:
         """A job is to end before its next step."""
         if job := self._desk.find(request_id):
             job.is_cancelled = True
-            self._bell.work.set()
+            self._bell.work_available.set()
 
     def preview(self, request_id: str) -> None:
         """Somebody wants to see a job's previews."""

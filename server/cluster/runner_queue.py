@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 from server.cluster.messages import Ended, Line, Painted, Progress, Report, Returned, Stepped, Struck
 from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
-from server.storage.file_store import Lifecycle, StoredFile, new_name
+from server.storage.file_store import Lifecycle, StoredFile, generate_file_name
 
 #: Seconds that a process which is about to end waits for its last words to be heard.
 LAST_WORDS = 5.0
@@ -55,7 +55,7 @@ class Desk:
     @property
     def names(self) -> set[str]:
         """The files that came along with the jobs that are here."""
-        return {name for job in list(self._held.values()) for name in job.inputs.values()}
+        return {name for job in list(self._held.values()) for name in job.input_files.values()}
 
     # -- what the worker does: `Source`
 
@@ -93,7 +93,7 @@ class Desk:
 
     def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Keep bytes until their job ends; when they expire is the head's to say, by its clock."""
-        name = new_name(ending)
+        name = generate_file_name(ending)
         self._contents[name] = content
         return StoredFile(name, owner, len(content), content_type, is_private=lifecycle.is_private)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.storage.file_store import is_ours
+from server.storage.file_store import is_server_file
 
 #: What was used so shortly ago is left alone: its request is being accepted.
 GRACE_SECONDS = 600.0
@@ -19,10 +19,10 @@ LORA = ".safetensors"
 #: The folder of what was brought, in the data folder.
 INPUTS = "inputs"
 #: What was brought, and what is on its way.
-_OURS = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
+_SERVER_FILE = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
 
 
-class Brought:
+class InputCache:
     """A folder. Its files appear whole or not at all, and the same content is kept once."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Brought:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
-        self._needed = needed
+        self._in_use = needed
         self.max_kept_bytes = max_kept_bytes
         self._clock = clock
         #: Names that requests on their way have brought already.
@@ -46,11 +46,11 @@ class Brought:
         """Where a file lies."""
         return self._folder / name
 
-    def aside(self) -> Path:
+    def temp_path(self) -> Path:
         """Where something may be written that is not ready yet."""
         return self._folder / f"{secrets.token_hex(8)}.part"
 
-    def keep(self, ready: Path, ending: str) -> str:
+    def add(self, ready: Path, ending: str) -> str:
         """Put a file into the place that its own bytes name, for good; returns the name."""
         with ready.open("rb") as file:
             name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{ending}"
@@ -76,7 +76,7 @@ class Brought:
             return True
 
     @contextmanager
-    def held(self) -> Iterator[Callable[[str], None]]:
+    def pin(self) -> Iterator[Callable[[str], None]]:
         """For a request on its way: what it names stays, however long the rest of it takes."""
         names: list[str] = []
 
@@ -99,8 +99,8 @@ class Brought:
 
         Returns how many.
         """
-        needed = self._needed()
-        found = (path for path in self._folder.iterdir() if is_ours(path, _OURS))
+        needed = self._in_use()
+        found = (path for path in self._folder.iterdir() if is_server_file(path, _SERVER_FILE))
         idle = sorted((path for path in found if path.name not in needed), key=_used_at)
         excess = sum(self._size(path.name) for path in self._folder.glob(f"*{LORA}")) - self.max_kept_bytes
         num_deleted = 0

@@ -25,7 +25,7 @@ class _Repository(BaseModel):
     siblings: list[_Sibling]
 
 
-async def address_of(address: str, guard: OutboundClient, aside: Path) -> str:
+async def resolve_hub_id(address: str, guard: OutboundClient, aside: Path) -> str:
     """An address as it is; for `owner/name` that of its weights, of which there must be one file.
 
     The answer of the hub is written to `aside`. Raises Unusable, and ForbiddenURL.

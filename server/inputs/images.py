@@ -34,7 +34,7 @@ _START_OF_SCAN = b"\xff\xda"
 _ALONE = (0x01, *range(0xD0, 0xDA))
 
 
-def read(path: Path, limits: Limits) -> Image:
+def decode_image(path: Path, limits: Limits) -> Image:
     """A client's picture as RGB: the right way up, its first frame, scaled down to the limits. Raises Unusable."""
     content = path.read_bytes()
     _check_parts(content)
@@ -42,7 +42,7 @@ def read(path: Path, limits: Limits) -> Image:
         with PIL.Image.open(io.BytesIO(content), formats=SOURCE_FORMATS) as source:
             # What the header says, before anything is unpacked: a few hundred kilobytes can hold gigabytes.
             if source.width * source.height > MAX_SOURCE_PIXELS:
-                raise _too_many_pixels(source.width, source.height)
+                raise _too_many_pixels_error(source.width, source.height)
             source.load()
             picture = _rgb(_upright(source))
     except Unusable:
@@ -52,7 +52,7 @@ def read(path: Path, limits: Limits) -> Image:
         words = f"The file is not a picture in one of the formats {', '.join(formats)}"
         raise Unusable("unsupported_image_format", words, supported_formats=formats) from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise _too_many_pixels() from None
+        raise _too_many_pixels_error() from None
     except Exception as error:
         raise Unusable("image_load_error", f"The picture cannot be read: {error}") from None
     fitting = min(
@@ -73,7 +73,7 @@ def read(path: Path, limits: Limits) -> Image:
     return picture if fitting == 1 else picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
-def _too_many_pixels(*size: int) -> Unusable:
+def _too_many_pixels_error(*size: int) -> Unusable:
     shown = f"; it has {size[0]}x{size[1]}" if size else ""
     return Unusable(
         "image_too_large",

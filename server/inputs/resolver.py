@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 
 from pydantic_core import to_json
 
-from models.schema import ImageInput, Limits, remotes
+from models.schema import ImageInput, Limits, input_urls
 from server.errors import InvalidInput, QueueFull, Unusable
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
-from server.inputs.cache import LORA, Brought
+from server.inputs.cache import LORA, InputCache
 from server.net.outbound import ForbiddenURL, OutboundClient
-from server.storage.file_store import FULL, Files, disk_error
+from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
-MAX_PICTURE_BYTES = 25 * 2**20
+MAX_IMAGE_BYTES = 25 * 2**20
 #: What an input needs that brings the largest picture as a data URI; the rest of it is small.
-MAX_INPUT_BYTES = MAX_PICTURE_BYTES * 4 // 3 + 2**20
+MAX_INPUT_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
 #: How many are on their way at a time, and how many of them one owner's.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many addresses are remembered with the ETags of what came from them.
@@ -43,7 +43,7 @@ Loc = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Kind:
+class InputType:
     """What is brought: how large at most, how long it may take, and what becomes of it.
 
     `keep` checks the first file, and puts what is kept of it into the place of the second; it returns its ending.
@@ -51,27 +51,27 @@ class Kind:
 
     max_bytes: int
     max_seconds: float
-    keep: Callable[[Path, Path, Limits], str]
+    store: Callable[[Path, Path, Limits], str]
     #: What is asked of the first bytes, before the others come.
     accepts: Callable[[bytes], None] = lambda start: None
 
 
 @dataclass(frozen=True)
-class _Known:
+class _CachedDownload:
     """What came from an address, and the ETag that it had."""
 
     etag: str
     name: str
 
 
-class Inputs:
+class InputResolver:
     """Pictures, as RGB within the limits, and LoRA weights. A retry finds the very bytes that were accepted."""
 
     def __init__(
         self,
-        brought: Brought,
-        guard: OutboundClient,
-        files: Files,
+        cache: InputCache,
+        outbound: OutboundClient,
+        files: FileStore,
         limits: Limits,
         *,
         pending_bytes: Callable[[str, Collection[str]], int],
@@ -79,23 +79,23 @@ class Inputs:
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
         """`pending_bytes` says what the waiting requests of an owner need on the disk, these files included."""
-        self.brought = brought
-        self.guard = guard
+        self.brought = cache
+        self.guard = outbound
         self._files = files
         self._pending_bytes = pending_bytes
         self.limits = limits
         self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {
-            "picture": Kind(MAX_PICTURE_BYTES, 60.0, _keep_picture),
-            "lora": Kind(max_lora_bytes, 300.0, _keep_lora, loras.check_start),
+            "picture": InputType(MAX_IMAGE_BYTES, 60.0, _store_image),
+            "lora": InputType(max_lora_bytes, 300.0, _store_lora, loras.check_start),
         }
-        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self._turns = FairExecutor("inputs", 4, 1)
+        self._executor = FairExecutor("inputs", 4, 1)
 
-    async def bring(self, request: ImageInput, owner: str) -> dict[str, str]:
+    async def resolve(self, request: ImageInput, owner: str) -> dict[str, str]:
         """Everything that the request names by address: the field's place, and the file's name.
 
         Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
@@ -103,17 +103,17 @@ class Inputs:
         # What a request names twice comes once.
         found: dict[tuple[str, str], str] = {}
         brought: dict[str, str] = {}
-        with self.brought.held() as hold:
-            for loc, kind, address in remotes(request):
+        with self.brought.pin() as hold:
+            for loc, kind, address in input_urls(request):
                 if (kind, address) not in found:
-                    found[kind, address] = await self._brought(address, owner, kind, loc)
+                    found[kind, address] = await self._resolve_one(address, owner, kind, loc)
                     hold(found[kind, address])
                 brought[".".join(map(str, loc))] = found[kind, address]
         if self._pending_bytes(owner, set(found.values())) > self._max_bytes_per_owner:
             raise QueueFull("The waiting requests of this key bring too much along (--max-uploads-gb); try again later")
         return brought
 
-    async def _brought(self, address: str, owner: str, kind: str, loc: Loc) -> str:
+    async def _resolve_one(self, address: str, owner: str, kind: str, loc: Loc) -> str:
         """One of them, its errors in fal's words."""
         try:
             return await self._bring(address, owner, kind)
@@ -121,7 +121,7 @@ class Inputs:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
         except OSError as error:
-            if error.errno in (*FULL, errno.EROFS):
+            if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
                 raise disk_error(error) from error
             raise
 
@@ -130,42 +130,42 @@ class Inputs:
         return self.brought.sweep()
 
     async def _bring(self, address: str, owner: str, kind_name: str) -> str:
-        kind, aside = self._kinds[kind_name], self.brought.aside()
+        kind, aside = self._kinds[kind_name], self.brought.temp_path()
         try:
             is_data = address[:5].lower() == "data:"
             if not is_data and len(address) > MAX_ADDRESS:
                 raise Unusable("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
             if is_data:
-                await self._turns.run(owner, _decode, address, aside, kind)
+                await self._executor.run(owner, _decode, address, aside, kind)
             elif own := _own_name(address):
-                await self._turns.run(owner, self._link, own, owner, aside)
+                await self._executor.run(owner, self._link, own, owner, aside)
             else:
-                return await self._downloaded(address, owner, aside, kind_name)
-            return await self._turns.run(owner, self._keep, aside, kind)
+                return await self._download(address, owner, aside, kind_name)
+            return await self._executor.run(owner, self._keep, aside, kind)
         finally:
             aside.unlink(missing_ok=True)
 
-    async def _downloaded(self, address: str, owner: str, aside: Path, kind_name: str) -> str:
+    async def _download(self, address: str, owner: str, aside: Path, kind_name: str) -> str:
         """From another server; what is here already and has not changed there does not come again."""
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:
                 if kind_name == "lora":
-                    address = await hub.address_of(address, self.guard, aside)
+                    address = await hub.resolve_hub_id(address, self.guard, aside)
                 if not _SCHEME.match(address[:100]):
                     raise Unusable("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
-                is_here = known is not None and await self._turns.run(owner, self.brought.touch, known.name)
+                is_here = known is not None and await self._executor.run(owner, self.brought.touch, known.name)
                 etag = known.etag if known and is_here else ""
                 found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag, kind.accepts)
             except ForbiddenURL as error:
                 raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None
         if found is None and known:
             return known.name
-        name = await self._turns.run(owner, self._keep, aside, kind)
+        name = await self._executor.run(owner, self._keep, aside, kind)
         if found and len(address) <= MAX_KNOWN_ADDRESS:
-            self._known[kind_name, address] = _Known(found, name)
+            self._known[kind_name, address] = _CachedDownload(found, name)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
         return name
@@ -180,36 +180,36 @@ class Inputs:
         except FileNotFoundError:
             raise Unusable("file_download_error", "There is no such file on this server") from None
 
-    def _keep(self, aside: Path, kind: Kind) -> str:
+    def _keep(self, aside: Path, kind: InputType) -> str:
         """Check a file, and put what is kept of it into the place that its own bytes name."""
         if aside.stat().st_size > kind.max_bytes:
             raise _too_large(kind)
         ready = aside.with_suffix(".ready")
         try:
-            return self.brought.keep(ready, kind.keep(aside, ready, self.limits))
+            return self.brought.add(ready, kind.store(aside, ready, self.limits))
         finally:
             ready.unlink(missing_ok=True)
 
 
-def as_json(request: ImageInput, brought: Mapping[str, str]) -> str:
+def dump_input(request: ImageInput, input_files: Mapping[str, str]) -> str:
     """The request as it is kept: the name of its file takes the place of a data URI, which may be large."""
     told = request.model_dump(mode="json")
-    for loc, _, address in remotes(request):
+    for loc, _, address in input_urls(request):
         if address[:5].lower() == "data:":
             holder: Any = told
             for step in loc[:-1]:
                 holder = holder[step]
-            holder[loc[-1]] = brought[".".join(map(str, loc))]
+            holder[loc[-1]] = input_files[".".join(map(str, loc))]
     return str(to_json(told), "utf-8")
 
 
-def _keep_picture(aside: Path, ready: Path, limits: Limits) -> str:
+def _store_image(aside: Path, ready: Path, limits: Limits) -> str:
     """What the engine gets is written anew, as PNG."""
-    images.read(aside, limits).save(ready, "PNG", compress_level=1)
+    images.decode_image(aside, limits).save(ready, "PNG", compress_level=1)
     return ".png"
 
 
-def _keep_lora(aside: Path, ready: Path, limits: Limits) -> str:
+def _store_lora(aside: Path, ready: Path, limits: Limits) -> str:
     loras.check(aside)
     aside.rename(ready)
     return LORA
@@ -234,12 +234,12 @@ def _what_is_accepted(kind: str) -> str:
     )
 
 
-def _too_large(kind: Kind) -> Unusable:
+def _too_large(kind: InputType) -> Unusable:
     words = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
     return Unusable("file_too_large", words, max_size=kind.max_bytes)
 
 
-def _decode(address: str, aside: Path, kind: Kind) -> None:
+def _decode(address: str, aside: Path, kind: InputType) -> None:
     """Write the bytes of a data URI."""
     matched = _DATA.match(address)
     if not matched:

@@ -22,7 +22,7 @@ _CURSOR = struct.Struct(">dq")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class HistoryQuery:
     """One page. Times are seconds since 1970; `ended_before` is left out of it. `cursor` is the page before's."""
 
     owner: str
@@ -33,17 +33,17 @@ class Wanted:
     status: str | None = None
     request_id: str | None = None
     cursor: str | None = None
-    has_payloads: bool = False
+    include_payloads: bool = False
 
 
-def read(database: Database, wanted: Wanted) -> dict[str, Any]:
+def query_history(database: Database, wanted: HistoryQuery) -> dict[str, Any]:
     """Items, and the next page's cursor; waits for the disk. Raises ValueError for a cursor that is none.
 
     What came with X-Fal-Store-IO: 0 is not listed, and an answer that holds its pictures itself is left out.
     """
     conditions, values = _conditions(wanted)
     columns = "sequence, request_id, endpoint, submitted_at, started_at, finished_at, status, inference_time"
-    if wanted.has_payloads:
+    if wanted.include_payloads:
         columns += ", input, inputs, CASE WHEN output_size = 0 THEN output END AS output"
     rows = database.read(
         f"SELECT {columns} FROM jobs WHERE {' AND '.join(conditions)}"  # noqa: S608  our own words
@@ -54,13 +54,13 @@ def read(database: Database, wanted: Wanted) -> dict[str, Any]:
     page, has_more = rows[: wanted.limit], len(rows) > wanted.limit
     last = _CURSOR.pack(page[-1]["finished_at"], page[-1]["sequence"]) if has_more else b""
     return {
-        "items": [_item(row, has_payloads=wanted.has_payloads) for row in page],
+        "items": [_item(row, has_payloads=wanted.include_payloads) for row in page],
         "next_cursor": base64.urlsafe_b64encode(last).decode() or None,
         "has_more": has_more,
     }
 
 
-def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
+def _conditions(wanted: HistoryQuery) -> tuple[list[str], list[Any]]:
     conditions = ["owner = ?", "state = 'COMPLETED'", "is_kept = 1", "finished_at >= ?"]
     values: list[Any] = [wanted.owner, wanted.ended_from]
     if wanted.ended_before is not None:
@@ -99,7 +99,7 @@ def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
         "duration": round(row["finished_at"] - row["submitted_at"], 3),
     }
     if has_payloads:
-        item["json_input"] = _without_held(_parsed(row["input"]), _parsed(row["inputs"]))
+        item["json_input"] = _strip_inline_inputs(_parsed(row["input"]), _parsed(row["inputs"]))
         item["json_output"] = _parsed(row["output"]) if row["output"] else None
     return item
 
@@ -112,7 +112,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _without_held(given: Any, held: Any) -> Any:
+def _strip_inline_inputs(given: Any, held: Any) -> Any:
     """The input without what came in the request itself: it is not kept, and stands there by a name of our own."""
     if not (isinstance(given, dict) and isinstance(held, dict)):
         return given

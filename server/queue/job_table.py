@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from server.errors import InternalError, InvalidInput
 from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
-from server.storage.file_store import Lifecycle, list_file
+from server.storage.file_store import Lifecycle, insert_file_row
 
 #: Answers up to this size, in bytes, hold no picture.
 SMALL_OUTPUT = 16_384
@@ -33,7 +33,7 @@ _END = """
     WHERE request_id = :request_id AND state = :state AND state <> 'COMPLETED' AND attempt = :attempt
 """
 
-_DUE = """
+_INSERT_DELIVERY = """
     INSERT INTO deliveries (request_id, url, due_at)
     SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL
 """
@@ -54,13 +54,13 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         "mode": submission.mode,
         "priority": submission.priority,
         "input": submission.input,
-        "inputs": json.dumps(dict(submission.inputs)),
+        "inputs": json.dumps(dict(submission.input_files)),
         "base_url": submission.base_url,
         "webhook_url": submission.webhook_url,
         "idempotency_key": submission.idempotency_key,
         "body_hash": submission.body_hash,
         "start_deadline": submission.start_deadline,
-        "is_kept": submission.is_kept,
+        "is_kept": submission.store_io,
         "file_lifetime": submission.lifecycle.lifetime,
         "is_private": submission.lifecycle.is_private,
         "state": State.IN_QUEUE,
@@ -79,15 +79,15 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
         base_url=submission.base_url,
         state=State.IN_QUEUE,
         start_deadline=submission.start_deadline,
-        is_kept=submission.is_kept,
+        store_io=submission.store_io,
         lifecycle=submission.lifecycle,
-        inputs=submission.inputs,
+        input_files=submission.input_files,
         input_size=len(submission.input.encode()),
         runner_hint=submission.runner_hint,
     )
 
 
-def find_same(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
+def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
     """The row that the submission's Idempotency-Key stands for already. Raises InvalidInput if its body was another."""
     if submission.idempotency_key is None:
         return None
@@ -109,7 +109,7 @@ def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
     return row
 
 
-def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
+def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
     """The job becomes COMPLETED, with its answer, its files and its webhook's due row. Cancelled, it loses its input.
 
     Raises RuntimeError when the row is not in the state and attempt of `job`: somebody else's claim.
@@ -132,15 +132,15 @@ def end(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, 
         "attempt": job.attempt,
     }
     if connection.execute(_END, values).rowcount != 1:
-        raise _lost(job)
+        raise _row_is_gone(job)
     row_bytes = _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size)
     connection.execute("INSERT INTO row_sizes VALUES (?, ?, ?, ?)", (job.request_id, job.owner, row_bytes, now))
     for file in outcome.files:
-        list_file(connection, file, job.request_id, now)
+        insert_file_row(connection, file, job.request_id, now)
     if outcome.status == 200:
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         connection.execute(_USED, (job.owner, day, job.endpoint, outcome.billable_units))
-    connection.execute(_DUE, (now, job.request_id))
+    connection.execute(_INSERT_DELIVERY, (now, job.request_id))
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
@@ -152,7 +152,7 @@ def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
     )
 
 
-def strike(connection: sqlite3.Connection, job: Job) -> None:
+def count_crash(connection: sqlite3.Connection, job: Job) -> None:
     """Remember that the process had to end while it worked at this job."""
     _guarded(
         connection,
@@ -161,7 +161,7 @@ def strike(connection: sqlite3.Connection, job: Job) -> None:
     )
 
 
-def give_back(connection: sqlite3.Connection, job: Job) -> None:
+def release(connection: sqlite3.Connection, job: Job) -> None:
     """A running job becomes IN_QUEUE again; its sequence, and so its place, stays."""
     _guarded(
         connection,
@@ -172,10 +172,10 @@ def give_back(connection: sqlite3.Connection, job: Job) -> None:
 
 def _guarded(connection: sqlite3.Connection, sql: str, job: Job) -> None:
     if connection.execute(sql, (job.request_id, job.attempt)).rowcount != 1:
-        raise _lost(job)
+        raise _row_is_gone(job)
 
 
-def _lost(job: Job) -> RuntimeError:
+def _row_is_gone(job: Job) -> RuntimeError:
     return RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
 
 
@@ -187,7 +187,7 @@ def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
     )
 
 
-def job_of(row: sqlite3.Row) -> Job:
+def job_from_row(row: sqlite3.Row) -> Job:
     """The image of a whole row; of a damaged one what can be read of it."""
     logs, names = _parsed(row["logs"] or "[]"), _names_in(row["inputs"])
     return Job(
@@ -200,12 +200,12 @@ def job_of(row: sqlite3.Row) -> Job:
         base_url=row["base_url"],
         state=State(row["state"]),
         attempt=row["attempt"],
-        strikes=row["strikes"],
+        crash_count=row["strikes"],
         start_deadline=row["start_deadline"],
         is_cancelled=bool(row["is_cancelled"]),
-        is_kept=bool(row["is_kept"]),
+        store_io=bool(row["is_kept"]),
         lifecycle=Lifecycle(row["file_lifetime"], bool(row["is_private"])),
-        inputs=names or {},
+        input_files=names or {},
         input_size=len(row["input"].encode()),
         output_size=row["output_size"],
         is_damaged=names is None,
@@ -217,7 +217,7 @@ def job_of(row: sqlite3.Row) -> Job:
     )
 
 
-def outcome_of(row: sqlite3.Row) -> Outcome:
+def outcome_from_row(row: sqlite3.Row) -> Outcome:
     """How the job in a whole row ended; its files are listed elsewhere."""
     if not _is_answer(row["output"]):
         return Outcome.from_error(InternalError("The answer of this request is damaged: its row cannot be read."))

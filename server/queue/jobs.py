@@ -50,15 +50,15 @@ class Submission:
     idempotency_key: str | None = None
     body_hash: str = ""
     #: Files that the input names by address: the field's place, and the name in the folder of inputs.
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    is_kept: bool = True
+    input_files: Mapping[str, str] = field(default_factory=dict)
+    store_io: bool = True
     lifecycle: Lifecycle = DEFAULT_LIFECYCLE
     max_queue_length: int | None = None
     runner_hint: str | None = None
 
 
 #: More than there will ever be requests.
-BEHIND_ALL = 1 << 62
+LOW_PRIORITY_OFFSET = 1 << 62
 
 
 @dataclass(slots=True)
@@ -77,12 +77,12 @@ class Job:
     base_url: str
     state: State
     attempt: int = 0
-    strikes: int = 0
+    crash_count: int = 0
     start_deadline: float | None = None
     is_cancelled: bool = False
-    is_kept: bool = True
+    store_io: bool = True
     lifecycle: Lifecycle = DEFAULT_LIFECYCLE
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    input_files: Mapping[str, str] = field(default_factory=dict)
     #: Bytes of its input's text.
     input_size: int = 0
     #: Bytes of its answer, once it is completed; 0 for a small one, perhaps.
@@ -105,7 +105,7 @@ class Job:
     @property
     def rank(self) -> int:
         """Its place in the queue: normal priority first, then in order of arrival. One number, quick to compare."""
-        return self.sequence + BEHIND_ALL if self.priority == Priority.LOW else self.sequence
+        return self.sequence + LOW_PRIORITY_OFFSET if self.priority == Priority.LOW else self.sequence
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from server.queue.jobs import Job
 
 
-class Needs:
+class PendingStorage:
     """Kept as requests come and go, so that a look costs the same however many there are.
 
     One thread at a time changes it; any may look.
@@ -23,16 +23,16 @@ class Needs:
     def add(self, job: Job) -> None:
         """A request that is not done."""
         self._num_bytes[job.owner] += job.input_size
-        for name in job.inputs.values():
+        for name in job.input_files.values():
             if not self._names[job.owner][name]:
                 self._sizes.setdefault(name, self._size_of(name))
                 self._num_bytes[job.owner] += self._sizes[name]
             self._names[job.owner][name] += 1
 
-    def drop(self, job: Job) -> None:
+    def remove(self, job: Job) -> None:
         """One that was added, and is done."""
         self._num_bytes[job.owner] -= job.input_size
-        for name in job.inputs.values():
+        for name in job.input_files.values():
             self._names[job.owner][name] -= 1
             if not self._names[job.owner][name]:
                 del self._names[job.owner][name]
@@ -40,7 +40,7 @@ class Needs:
                 if not any(name in names for names in self._names.values()):
                     del self._sizes[name]
 
-    def names(self) -> set[str]:
+    def file_names(self) -> set[str]:
         """The files that anybody needs."""
         return {name for names in list(self._names.values()) for name in list(names)}
 

@@ -20,8 +20,8 @@ from server.metrics import Metrics
 from server.queue import job_table, jobs, request_log, retry
 from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.queue.notifier import QUEUE, WEBHOOKS, Notifier
-from server.queue.pending_storage import Needs
-from server.queue.waiting_index import Order
+from server.queue.pending_storage import PendingStorage
+from server.queue.waiting_index import WaitingIndex
 from server.storage.database import Database
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Queue:
         *,
         max_length_per_owner: int = 0,
         max_running_per_owner: int = 0,
-        needs: Needs | None = None,
+        pending_storage: PendingStorage | None = None,
     ) -> None:
         """Limits of 0 are none. `needs` is told of each request until it is done."""
         self._database = database
@@ -59,8 +59,8 @@ class Queue:
         self._lock = threading.RLock()
         #: Told of a running job that is cancelled; returns when whoever works at it knows, wherever that is.
         self.on_cancel: Callable[[Job], None] = lambda job: None
-        self._order = Order()
-        self._needs = needs or Needs(lambda name: 0)
+        self._waiting = WaitingIndex()
+        self._pending_storage = pending_storage or PendingStorage(lambda name: 0)
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
 
@@ -70,18 +70,18 @@ class Queue:
         """Accept a request: when this returns, it survives the server. Raises QueueFull, DiskFull, InvalidInput."""
         with self._lock:
             with self._database.transaction() as connection:
-                if row := job_table.find_same(connection, submission):
-                    return self.find(row["request_id"]) or job_table.job_of(row)
-                if len(self._order) >= min(self._max_length, submission.max_queue_length or self._max_length):
+                if row := job_table.find_by_idempotency_key(connection, submission):
+                    return self.get_cached(row["request_id"]) or job_table.job_from_row(row)
+                if len(self._waiting) >= min(self._max_length, submission.max_queue_length or self._max_length):
                     raise QueueFull
-                if 0 < self._max_length_per_owner <= self._order.waiting(submission.owner):
+                if 0 < self._max_length_per_owner <= self._waiting.num_waiting(submission.owner):
                     raise TooManyRequests(f"{self._max_length_per_owner} requests of this key wait, the most that may")
                 job = job_table.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
-            self._needs.add(job)
-            self._order.wait(job)
+            self._pending_storage.add(job)
+            self._waiting.add_waiting(job)
         self._metrics.submitted.labels(job.endpoint).inc()
-        self._notifier.work.set()
+        self._notifier.work_available.set()
         return job
 
     def cancel(self, job: Job) -> State:
@@ -89,26 +89,26 @@ class Queue:
         with self._lock:
             state = job.state
             if state == State.IN_QUEUE:
-                self._end(job, Outcome.from_error(retry.cancellation(job)), is_cancelled=True)
+                self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
             elif state == State.IN_PROGRESS and not job.is_cancelled:
                 with self._database.transaction() as connection:
                     job_table.mark_cancelled(connection, job)
                 job.is_cancelled = True
         if job.state == State.IN_PROGRESS:
             self.on_cancel(job)
-        self._notifier.work.set()
+        self._notifier.work_available.set()
         return state
 
-    def find(self, request_id: str) -> Job | None:
+    def get_cached(self, request_id: str) -> Job | None:
         """A live or recent job from memory, without touching the disk."""
         return self._live.get(request_id) or self._recent.get(request_id)
 
-    def load(self, request_id: str) -> Job | None:
+    def get(self, request_id: str) -> Job | None:
         """Any job, from its row when memory has it no more."""
-        if job := self.find(request_id):
+        if job := self.get_cached(request_id):
             return job
         found = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
-        return job_table.job_of(found[0]) if found else None
+        return job_table.job_from_row(found[0]) if found else None
 
     def result(self, job: Job) -> Outcome:
         """How a completed job ended. Raises NotFound when it was forgotten meanwhile.
@@ -119,38 +119,38 @@ class Queue:
         if not found:
             raise NotFound
         row = found[0]
-        if not job.is_kept and row["fetched_at"] is None:
+        if not job.store_io and row["fetched_at"] is None:
             try:
                 with self._database.transaction() as connection:
                     job_table.mark_fetched(connection, job, self._clock())
             except DiskFull:
                 # The answer is there and needs no room; the next fetch is remembered instead.
                 log.warning("the disk is full: a fetch is not remembered", extra={"request_id": job.request_id})
-        return job_table.outcome_of(row)
+        return job_table.outcome_from_row(row)
 
     def position(self, job: Job) -> int:
         """How many requests are ahead of it."""
-        return self._order.position(job)
+        return self._waiting.position(job)
 
     @property
     def length(self) -> int:
         """How many requests wait."""
-        return len(self._order)
+        return len(self._waiting)
 
     # -- what the worker does
 
-    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
+    def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
         """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits. See `Source`."""
         with self._lock:
-            job = self._first(takes_low=takes_low, slots=slots)
+            job = self._next_job(include_low_priority=include_low_priority, slots=slots)
             if job is None:
                 return None
             with self._database.transaction() as connection:
                 row = job_table.claim(connection, job, self._clock())
             job.attempt, job.state = row["attempt"], State.IN_PROGRESS
-            self._order.run(job)
+            self._waiting.start(job)
         self._metrics.observe_start(job.endpoint, job.attempt, self._clock() - row["submitted_at"])
-        self._notifier.ring(job.request_id, QUEUE)
+        self._notifier.notify(job.request_id, QUEUE)
         return job, row["input"]
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
@@ -162,21 +162,21 @@ class Queue:
         """Add one line to the job's log."""
         timestamp = datetime.fromtimestamp(self._clock(), UTC).isoformat()
         job.logs.append(jobs.log_line(message, level, timestamp))
-        self._notifier.ring(job.request_id)
+        self._notifier.notify(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
         """End a running job; False when it was cancelled meanwhile and ends so instead."""
         with self._lock:
             if job.is_cancelled:
-                self._end(job, Outcome.from_error(retry.cancellation(job)), is_cancelled=True)
+                self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
                 return False
-            self._end(job, outcome)
+            self._complete(job, outcome)
             return True
 
-    def strike(self, jobs: Sequence[Job]) -> None:
+    def record_crash(self, jobs: Sequence[Job]) -> None:
         """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
         try:
-            self._strike(jobs)
+            self._count_crash(jobs)
         except DiskFull:
             # What the process ends for is worse, and must not be hidden by this.
             log.error("the disk is full: it is not remembered what the process worked at")
@@ -188,34 +188,34 @@ class Queue:
         """
         with self._lock:
             if job.is_cancelled:
-                self._end(job, Outcome.from_error(retry.cancellation(job)), is_cancelled=True)
+                self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
                 return
             with self._database.transaction() as connection:
-                job_table.give_back(connection, job)
+                job_table.release(connection, job)
             job.step, job.num_steps, job.preview, job.logs = 0, 0, None, []
             job.state = State.IN_QUEUE
-            self._order.rest(job)
-            self._order.wait(job)
-        self._notifier.ring(job.request_id, QUEUE)
+            self._waiting.finish(job)
+            self._waiting.add_waiting(job)
+        self._notifier.notify(job.request_id, QUEUE)
 
-    def lose(self, job: Job) -> None:
+    def requeue_or_fail(self, job: Job) -> None:
         """The process that worked at a job is gone: it goes back to its old place, or ends if that was too often."""
         with self._lock:
-            outcome = retry.after_loss(job)
+            outcome = retry.outcome_after_loss(job)
             if outcome and not job.is_cancelled:
-                self._end(job, outcome)
+                self._complete(job, outcome)
             else:
                 self.release(job)
-        self._notifier.work.set()
+        self._notifier.work_available.set()
 
     # -- what time does
 
-    def blame(self, request_ids: Sequence[str]) -> None:
+    def record_crash_at_startup(self, request_ids: Sequence[str]) -> None:
         """At the start, before `recover`: a strike each, because the last process died of a fault of its own with them.
 
         Raises DiskFull: the next start can tell it still.
         """
-        self._strike([job for request_id in request_ids if (job := self.load(request_id))])
+        self._count_crash([job for request_id in request_ids if (job := self.get(request_id))])
 
     def recover(self) -> int:
         """At the start: jobs that were running go back to their old place. Returns how many wait.
@@ -224,33 +224,33 @@ class Queue:
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
-                job = job_table.job_of(row)
+                job = job_table.job_from_row(row)
                 self._live[job.request_id] = job
-                self._needs.add(job)
+                self._pending_storage.add(job)
                 if job.mode != Mode.QUEUE:
-                    self._end(job, Outcome.from_error(ClientDisconnected()))
+                    self._complete(job, Outcome.from_error(ClientDisconnected()))
                 elif job.is_cancelled:
-                    self._end(job, Outcome.from_error(ClientCancelled()), is_cancelled=True)
-                elif job.state == State.IN_PROGRESS or job.strikes >= retry.MAX_STRIKES or job.is_damaged:
-                    self.lose(job)
+                    self._complete(job, Outcome.from_error(ClientCancelled()), is_cancelled=True)
+                elif job.state == State.IN_PROGRESS or job.crash_count >= retry.MAX_CRASHES or job.is_damaged:
+                    self.requeue_or_fail(job)
                 else:
-                    self._order.wait(job)
-        self._notifier.work.set()
+                    self._waiting.add_waiting(job)
+        self._notifier.work_available.set()
         if self.length:
             log.info("%d requests wait", self.length)
         return self.length
 
-    def expire(self) -> int:
+    def fail_expired(self) -> int:
         """End the jobs whose start deadline has passed while they waited; returns how many."""
         with self._lock:
             late = self._database.read(
                 "SELECT request_id FROM jobs WHERE state = 'IN_QUEUE' AND start_deadline <= ?", self._clock()
             )
             for (request_id,) in late:
-                self._end(self._live[request_id], Outcome.from_error(StartTimeout()))
+                self._complete(self._live[request_id], Outcome.from_error(StartTimeout()))
         return len(late)
 
-    def forget(self, request_ids: list[str]) -> None:
+    def evict(self, request_ids: list[str]) -> None:
         """Drop finished jobs from memory, after their rows were deleted."""
         with self._lock:
             for request_id in request_ids:
@@ -258,33 +258,33 @@ class Queue:
 
     # -- inside
 
-    def _first(self, *, takes_low: bool, slots: int) -> Job | None:
+    def _next_job(self, *, include_low_priority: bool, slots: int) -> Job | None:
         """Who is claimed next; those whose start deadline has passed end here."""
-        busy = self._order.at_limit(self._max_running_per_owner)
-        for priority in (Priority.NORMAL, Priority.LOW) if takes_low else (Priority.NORMAL,):
-            while job := self._order.first(priority, busy, slots):
+        busy = self._waiting.owners_at_limit(self._max_running_per_owner)
+        for priority in (Priority.NORMAL, Priority.LOW) if include_low_priority else (Priority.NORMAL,):
+            while job := self._waiting.first(priority, busy, slots):
                 if job.start_deadline is None or job.start_deadline > self._clock():
                     return job
-                self._end(job, Outcome.from_error(StartTimeout()))
+                self._complete(job, Outcome.from_error(StartTimeout()))
         return None
 
-    def _strike(self, jobs: Sequence[Job]) -> None:
+    def _count_crash(self, jobs: Sequence[Job]) -> None:
         with self._lock:
             struck = [job for job in jobs if job.state == State.IN_PROGRESS]
             with self._database.transaction() as connection:
                 for job in struck:
-                    job_table.strike(connection, job)
+                    job_table.count_crash(connection, job)
             for job in struck:
-                job.strikes += 1
+                job.crash_count += 1
 
-    def _end(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
+    def _complete(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
         """The row first, in one transaction; then the image; then the bell."""
         with self._database.transaction() as connection:
-            job_table.end(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
+            job_table.complete(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:
-            self._order.leave(job)
+            self._waiting.remove_waiting(job)
         else:
-            self._order.rest(job)
+            self._waiting.finish(job)
         job.is_cancelled, job.output_size = is_cancelled, len(outcome.body)
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
@@ -294,7 +294,7 @@ class Queue:
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)
         if self._live.pop(job.request_id, None):
-            self._needs.drop(job)
+            self._pending_storage.remove(job)
         self._metrics.count_end(job.endpoint, outcome.status, is_cancelled=is_cancelled)
-        request_log.ended(job, outcome, is_cancelled=is_cancelled)
-        self._notifier.ring(job.request_id, QUEUE, WEBHOOKS)
+        request_log.log_finished(job, outcome, is_cancelled=is_cancelled)
+        self._notifier.notify(job.request_id, QUEUE, WEBHOOKS)

@@ -7,7 +7,7 @@ from server.queue.jobs import Job, Outcome
 log = logging.getLogger(__name__)
 
 
-def ended(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
+def log_finished(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
     """Tell how it ended; the owner by the beginning of what stands for its key."""
     how = "cancelled" if is_cancelled else "completed" if outcome.status == 200 else f"failed, {outcome.error}"
     seconds = f" in {outcome.inference_time:.2f} s" if outcome.inference_time else ""

@@ -8,22 +8,22 @@ from server.errors import StillInProgress
 from server.queue.jobs import Job, State
 from server.queue.queue import Queue
 from server.storage.database import Database
-from server.storage.file_store import Files
+from server.storage.file_store import FileStore
 
 #: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
 GRACE_SECONDS = 600.0
 _BATCH = 500
 #: Those whose webhook is due still are kept: what it tells must be there to be read, and a clock that is set right may
 #: make them old at once.
-_TOLD = """NOT EXISTS (
+_WEBHOOK_DONE = """NOT EXISTS (
     SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
 )"""
-_OLD = f"""
+_EXPIRED = f"""
     SELECT request_id FROM jobs AS results
-    WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_TOLD}
+    WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_WEBHOOK_DONE}
 """  # noqa: S608  our own words
 #: All of an owner's that takes room, as the table `kept` counts it.
-_KEPT = """
+_STORED_BYTES = """
     SELECT name, request_id, max(size, 4096) AS size, created_at FROM files WHERE owner = ?1
     UNION ALL
     SELECT NULL, request_id, num_bytes, finished_at FROM row_sizes WHERE owner = ?1
@@ -37,7 +37,7 @@ class Retention:
         self,
         database: Database,
         queue: Queue,
-        files: Files,
+        files: FileStore,
         *,
         max_age: float,
         max_bytes: float,
@@ -58,7 +58,7 @@ class Retention:
             "SELECT name FROM files WHERE request_id IS NULL AND created_at <= ?", now - self._max_age
         )
         self._delete_uploads([row["name"] for row in old])
-        rows = self._database.read(_OLD, now - GRACE_SECONDS, now - self._max_age)
+        rows = self._database.read(_EXPIRED, now - GRACE_SECONDS, now - self._max_age)
         return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
 
     def delete(self, job: Job) -> None:
@@ -70,7 +70,7 @@ class Retention:
     def _expire_files(self, now: float) -> None:
         with self._database.transaction() as connection:
             rows = connection.execute("DELETE FROM files WHERE expires_at <= ? RETURNING name", (now,)).fetchall()
-        self._files.remove([row["name"] for row in rows])
+        self._files.delete([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
         """Whoever keeps more than an equal share makes room, until all fits; what one leaves goes to the others."""
@@ -83,7 +83,7 @@ class Retention:
         doomed: list[str] = []
         uploads: list[str] = []
         rows = self._database.read(
-            f"SELECT * FROM ({_KEPT}) AS results WHERE {_TOLD} ORDER BY created_at, request_id",  # noqa: S608
+            f"SELECT * FROM ({_STORED_BYTES}) AS results WHERE {_WEBHOOK_DONE} ORDER BY created_at, request_id",  # noqa: S608
             owner,
         )
         for row in rows:
@@ -100,7 +100,7 @@ class Retention:
     def _delete_uploads(self, names: list[str]) -> None:
         with self._database.transaction() as connection:
             connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
-        self._files.remove(names)
+        self._files.delete(names)
 
     def _delete(self, request_ids: list[str]) -> int:
         names: list[str] = []
@@ -111,8 +111,8 @@ class Retention:
                     rows = connection.execute("SELECT name FROM files WHERE request_id = ?", (request_id,)).fetchall()
                     names += [row["name"] for row in rows]
                 connection.executemany("DELETE FROM jobs WHERE request_id = ?", [(name,) for name in batch])
-            self._queue.forget(batch)
-        self._files.remove(names)
+            self._queue.evict(batch)
+        self._files.delete(names)
         return len(request_ids)
 
 

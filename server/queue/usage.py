@@ -18,7 +18,7 @@ class UsageFilter:
 
 
 @dataclass(frozen=True)
-class Used:
+class UsageRow:
     """One endpoint on one day: finished requests, and megapixels, each image's rounded up."""
 
     day: date
@@ -27,7 +27,7 @@ class Used:
     billable_units: int
 
 
-def read(database: Database, wanted: UsageFilter) -> list[Used]:
+def query_usage(database: Database, wanted: UsageFilter) -> list[UsageRow]:
     """The oldest first; waits for the disk."""
     rows = database.read(
         "SELECT day, endpoint, requests, billable_units FROM usage WHERE owner = ? AND day BETWEEN ? AND ?"
@@ -36,5 +36,5 @@ def read(database: Database, wanted: UsageFilter) -> list[Used]:
         wanted.first.isoformat(),
         wanted.last.isoformat(),
     )
-    found = [Used(date.fromisoformat(row["day"]), *tuple(row)[1:]) for row in rows]
+    found = [UsageRow(date.fromisoformat(row["day"]), *tuple(row)[1:]) for row in rows]
     return [used for used in found if not wanted.endpoints or used.endpoint in wanted.endpoints]

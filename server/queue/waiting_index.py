@@ -9,7 +9,7 @@ from sortedcontainers import SortedList
 from server.queue.jobs import Job, Priority
 
 
-class Order:
+class WaitingIndex:
     """Held for moments only, so the event loop can ask for positions while a commit waits for the disk."""
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Order:
         """How many wait."""
         return len(self._ranks)
 
-    def wait(self, job: Job) -> None:
+    def add_waiting(self, job: Job) -> None:
         """It takes its place."""
         with self._lock:
             self._ranks.add(job.rank)
             self._jobs[job.rank] = job
             self._waiting[job.priority].setdefault(job.owner, SortedList()).add(job.rank)
 
-    def leave(self, job: Job) -> None:
+    def remove_waiting(self, job: Job) -> None:
         """It waits no more."""
         with self._lock:
             if self._jobs.pop(job.rank, None) is None:
@@ -42,13 +42,13 @@ class Order:
             if not own:
                 del self._waiting[job.priority][job.owner]
 
-    def run(self, job: Job) -> None:
+    def start(self, job: Job) -> None:
         """It waits no more and runs."""
-        self.leave(job)
+        self.remove_waiting(job)
         with self._lock:
             self._running[job.priority][job.owner] += 1
 
-    def rest(self, job: Job) -> None:
+    def finish(self, job: Job) -> None:
         """It runs no more."""
         with self._lock:
             running = self._running[job.priority]
@@ -61,12 +61,12 @@ class Order:
         with self._lock:
             return self._ranks.bisect_left(job.rank)
 
-    def waiting(self, owner: str) -> int:
+    def num_waiting(self, owner: str) -> int:
         """How many requests of this owner wait."""
         with self._lock:
             return sum(len(owners.get(owner, ())) for owners in self._waiting.values())
 
-    def at_limit(self, limit: int) -> set[str]:
+    def owners_at_limit(self, limit: int) -> set[str]:
         """The owners of whom so many run, or more; 0 is no limit."""
         with self._lock:
             running: Counter[str] = sum(self._running.values(), Counter())

@@ -29,7 +29,7 @@ def back_up(database: Database, data_dir: Path, target: Path) -> int:
         aside.mkdir(parents=True, mode=0o700)
         try:
             _copy(data_dir, "inputs", aside)
-            database.copy(aside, together_with=partial(_copy, data_dir, "inputs", aside))
+            database.backup_to(aside, extra_copy=partial(_copy, data_dir, "inputs", aside))
             for name in _FOLDERS:
                 _copy(data_dir, name, aside)
             aside.rename(target)

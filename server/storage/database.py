@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from server.errors import DiskFails, DiskFull
-from server.storage.migrations import FolderInUse, migrate
+from server.storage.migrations import DataDirInUse, migrate
 
 FILE = "queue.sqlite3"
 #: What its rows list lies here, beside it. A start removes what no row lists.
@@ -23,15 +23,15 @@ _FAILING = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOP
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
-class Damaged(RuntimeError):
+class CorruptDatabase(RuntimeError):
     """The file cannot be read."""
 
 
-class Replaced(Damaged):
+class ReplacedDatabase(CorruptDatabase):
     """Another program put another file in its place, or wrote to it."""
 
 
-class _Place:
+class _FileIdentity:
     """Which file it is, and how large between two uses of it, so that a change that is not the server's is noticed.
 
     It is not opened for that: SQLite would lose its locks. Its time may change without it.
@@ -41,9 +41,9 @@ class _Place:
         self._file, self._log = file, file.with_name(f"{FILE}-wal")
         self.is_lost = False
         self._is, self._log_is = _identity(file), _identity(self._log)
-        self.learn()
+        self.remember_size()
 
-    def learn(self) -> None:
+    def remember_size(self) -> None:
         """It should have this size the next time."""
         with suppress(FileNotFoundError):
             self._size = self._file.stat().st_size
@@ -56,7 +56,7 @@ class _Place:
             self._log.rename(f"{self._log}.replaced")
         self.is_lost = True
         what = f"{self._file} was replaced or written to by another program while the server ran"
-        raise Replaced(f"{what}; stop the server before you restore it from a backup")
+        raise ReplacedDatabase(f"{what}; stop the server before you restore it from a backup")
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
@@ -69,7 +69,7 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _in_our_words(file: Path) -> Iterator[None]:
+def _translate_errors(file: Path) -> Iterator[None]:
     """Raises DiskFull and Damaged where SQLite says so in its own words."""
     try:
         yield
@@ -81,11 +81,11 @@ def _in_our_words(file: Path) -> Iterator[None]:
         if code & 0xFF in _FAILING:
             raise DiskFails(f"{DiskFails.message}: {error}") from error
         if code & 0xFF in _DAMAGED:
-            raise Damaged(f"{file} is not a database of this server; restore it from a backup") from error
+            raise CorruptDatabase(f"{file} is not a database of this server; restore it from a backup") from error
         raise
 
 
-def check(folder: Path) -> None:
+def check_data_dir(folder: Path) -> None:
     """Leave a folder alone where files are and no database tells of them: all would be strays. Raises OSError."""
     if (folder / FILE).is_file() and (folder / FILE).stat().st_size:
         return
@@ -96,7 +96,7 @@ def check(folder: Path) -> None:
             raise OSError(f"{what}: it is not a data folder of this server, or its database is missing")
 
 
-def peek(folder: Path, sql: str) -> list[sqlite3.Row]:
+def read_only_query(folder: Path, sql: str) -> list[sqlite3.Row]:
     """Rows of one query, read beside whoever has the folder. Raises sqlite3.Error, also where there is no database."""
     file = (folder / FILE).absolute()
     # Without a log nobody has it open, and SQLite would make one, which might then be another user's.
@@ -117,7 +117,7 @@ class Database:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
-        check(folder)
+        check_data_dir(folder)
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
         (folder / FILE).touch(mode=0o600)
@@ -129,22 +129,22 @@ class Database:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock_file.close()
-            raise FolderInUse(f"another server is using {folder}; give this one its own --data-dir") from None
+            raise DataDirInUse(f"another server is using {folder}; give this one its own --data-dir") from None
         self._file = folder / FILE
         self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         # A text that is none, in a damaged row, must not keep all others from being read.
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
-        self._place: _Place | None = None
+        self._place: _FileIdentity | None = None
         #: Told when the file turns out to be damaged: whoever has it open cannot go on.
-        self.on_damage: Callable[[Damaged], None] = lambda error: None
+        self.on_corruption: Callable[[CorruptDatabase], None] = lambda error: None
         try:
-            with _in_our_words(self._file):
+            with _translate_errors(self._file):
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
                     self._connection.execute(f"PRAGMA {pragma}")
                 migrate(self._connection)
-            self._place = _Place(self._file)
+            self._place = _FileIdentity(self._file)
         except BaseException:
             self.close()
             raise
@@ -155,14 +155,14 @@ class Database:
         place = self._place
         assert place
         try:
-            with self._lock, _in_our_words(self._file):
+            with self._lock, _translate_errors(self._file):
                 place.check()
                 try:
                     yield
                 finally:
-                    place.learn()
-        except Damaged as error:
-            self.on_damage(error)
+                    place.remember_size()
+        except CorruptDatabase as error:
+            self.on_corruption(error)
             raise
 
     @contextmanager
@@ -183,15 +183,15 @@ class Database:
         with self._held():
             return self._connection.execute(sql, parameters).fetchall()
 
-    def copy(self, folder: Path, together_with: Callable[[], None]) -> None:
+    def backup_to(self, directory: Path, extra_copy: Callable[[], None]) -> None:
         """Write all of it, as it is now, into a new file in this folder, and do this, while nothing can change.
 
         Raises DiskFull.
         """
         with self._held():
-            self._connection.execute("VACUUM INTO ?", (str(folder / FILE),))
-            together_with()
-        (folder / FILE).chmod(0o600)
+            self._connection.execute("VACUUM INTO ?", (str(directory / FILE),))
+            extra_copy()
+        (directory / FILE).chmod(0o600)
 
     def close(self) -> None:
         """Close the file and let others have the folder."""

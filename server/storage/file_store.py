@@ -19,12 +19,12 @@ from server.storage.database import Database
 log = logging.getLogger(__name__)
 
 #: What the system says when there is no more room.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Bytes that a file takes at least, however small it is: a block, and its row.
 _BLOCK = 4096
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 #: Also of one that is being written.
-_OURS = re.compile(rf"{_NAME.pattern}(\.part)?")
+_SERVER_FILE = re.compile(rf"{_NAME.pattern}(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,25 @@ class StoredFile:
 
 def disk_error(error: OSError) -> DiskFull:
     """What a client is told of an error of the system's."""
-    return DiskFull() if error.errno in FULL else DiskFails(f"{DiskFails.message}: {error.strerror}")
+    return DiskFull() if error.errno in DISK_FULL_ERRNOS else DiskFails(f"{DiskFails.message}: {error.strerror}")
 
 
-def room_of(size: int) -> int:
+def counted_size(size: int) -> int:
     """Bytes that a file of this size counts as. The database's triggers count so too."""
     return max(size, _BLOCK)
 
 
-def is_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether a file of the store can have this name."""
     return bool(_NAME.fullmatch(name))
 
 
-def new_name(ending: str) -> str:
+def generate_file_name(extension: str) -> str:
     """A name of 128 random bits: who has it was told it."""
-    return f"{secrets.token_hex(16)}.{ending}"
+    return f"{secrets.token_hex(16)}.{extension}"
 
 
-def list_file(connection: sqlite3.Connection, file: StoredFile, request_id: str | None, now: float) -> None:
+def insert_file_row(connection: sqlite3.Connection, file: StoredFile, request_id: str | None, now: float) -> None:
     """Write a file's row, in the caller's transaction."""
     connection.execute(
         "INSERT INTO files (name, request_id, owner, size, content_type, file_name, is_private, created_at, expires_at)"
@@ -91,14 +91,14 @@ def list_file(connection: sqlite3.Connection, file: StoredFile, request_id: str 
     )
 
 
-def is_ours(path: Path, names: re.Pattern[str]) -> bool:
+def is_server_file(path: Path, names: re.Pattern[str]) -> bool:
     """Whether this server can have made it, under one of these names; a folder's ends with a slash."""
     return bool(names.fullmatch(f"{path.name}/" if path.is_dir() else path.name)) and not path.is_symlink()
 
 
-def remove_strays(folder: Path, names: re.Pattern[str], listed: Container[str]) -> int:
+def delete_orphans(folder: Path, names: re.Pattern[str], listed: Container[str]) -> int:
     """Delete what is ours and no row lists: a crash came between it and its row. At the start only."""
-    strays = [path for path in folder.iterdir() if path.name not in listed and is_ours(path, names)]
+    strays = [path for path in folder.iterdir() if path.name not in listed and is_server_file(path, names)]
     for path in strays:
         if path.is_dir():
             shutil.rmtree(path)
@@ -109,7 +109,7 @@ def remove_strays(folder: Path, names: re.Pattern[str], listed: Container[str]) 
     return len(strays)
 
 
-class Files:
+class FileStore:
     """Files in one folder, each listed in the database; what is not listed is not served."""
 
     def __init__(self, folder: Path, database: Database, clock: Callable[[], float] = time.time) -> None:
@@ -118,12 +118,14 @@ class Files:
         self._clock = clock
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
+    def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Put bytes on the disk for good; the caller lists the file when the job is finished. Raises DiskFull."""
-        file = StoredFile(new_name(ending), owner, len(content), content_type, is_private=lifecycle.is_private)
-        return self.put(file, content, lifecycle)
+        file = StoredFile(
+            generate_file_name(extension), owner, len(content), content_type, is_private=lifecycle.is_private
+        )
+        return self.write(file, content, lifecycle)
 
-    def put(self, file: StoredFile, content: bytes, lifecycle: Lifecycle) -> StoredFile:
+    def write(self, file: StoredFile, content: bytes, lifecycle: Lifecycle) -> StoredFile:
         """As `save`, under the name that the file has; when it expires is counted from now. Raises DiskFull."""
         aside = self._folder / f"{file.name}.part"
         try:
@@ -131,16 +133,16 @@ class Files:
                 opened.write(content)
                 opened.flush()
                 os.fsync(opened.fileno())
-            self.adopt(aside, file.name)
+            self.move_in(aside, file.name)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            if error.errno in (*FULL, errno.EROFS):
+            if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
                 raise disk_error(error) from error
             raise
         expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
         return dataclasses.replace(file, expires_at=expires_at)
 
-    def adopt(self, path: Path, name: str) -> None:
+    def move_in(self, path: Path, name: str) -> None:
         """Move a file that is on the disk already into the store, for good."""
         path.rename(self._folder / name)
         descriptor = os.open(self._folder, os.O_RDONLY)
@@ -160,7 +162,7 @@ class Files:
             return None
         return StoredFile(**{**dict(rows[0]), "is_private": bool(rows[0]["is_private"])})
 
-    def lists(self, name: str) -> bool:
+    def is_listed(self, name: str) -> bool:
         """Whether a row lists a file of this name, be it expired."""
         return bool(self._database.read("SELECT 1 FROM files WHERE name = ?", name))
 
@@ -168,12 +170,12 @@ class Files:
         """Where it lies."""
         return self._folder / file.name
 
-    def remove(self, names: list[str]) -> None:
+    def delete(self, names: list[str]) -> None:
         """Delete from the disk; the caller has deleted the rows."""
         for name in names:
             (self._folder / name).unlink(missing_ok=True)
 
-    def remove_strays(self) -> int:
+    def delete_orphans(self) -> int:
         """Of this store; returns how many."""
         listed = {row["name"] for row in self._database.read("SELECT name FROM files")}
-        return remove_strays(self._folder, _OURS, listed)
+        return delete_orphans(self._folder, _SERVER_FILE, listed)

@@ -84,7 +84,7 @@ _STEPS = {
 }
 
 
-class FolderInUse(RuntimeError):
+class DataDirInUse(RuntimeError):
     """The data directory belongs to another server: one that runs, or a newer one."""
 
 
@@ -92,7 +92,7 @@ def migrate(connection: sqlite3.Connection) -> None:
     """Create the schema, or bring an older one to this version, each step in a transaction. Raises FolderInUse."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
-        raise FolderInUse(f"the data folder was written by a newer flux-server (schema {version})")
+        raise DataDirInUse(f"the data folder was written by a newer flux-server (schema {version})")
     if version == 0:
         connection.executescript(f"BEGIN IMMEDIATE;\n{SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;")
         return

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.storage.file_store import Lifecycle, room_of
+from server.storage.file_store import Lifecycle, counted_size
 
 #: A part that was on its way when a crash came.
 _HALF = re.compile(r"[0-9a-f]{16}\.part")
@@ -41,7 +41,7 @@ class _Parts:
     num_bytes: int = 0
 
 
-class UnderWay:
+class PendingUploads:
     """Kept in memory, so that a part costs the same however many came before it. One thread at a time changes it."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class UnderWay:
         parts.sizes[number] = size
         parts.num_bytes += size
         self.num_parts[parts.upload.owner] += 1
-        self.num_bytes[parts.upload.owner] += room_of(size)
+        self.num_bytes[parts.upload.owner] += counted_size(size)
 
     def end(self, upload_id: str) -> None:
         """One that is over; without effect on those that are already."""
@@ -99,7 +99,7 @@ class UnderWay:
         if size is not None:
             parts.num_bytes -= size
             self.num_parts[parts.upload.owner] -= 1
-            self.num_bytes[parts.upload.owner] -= room_of(size)
+            self.num_bytes[parts.upload.owner] -= counted_size(size)
 
 
 def sizes_in(folder: Path) -> dict[int, int]:

@@ -16,18 +16,26 @@ from pathlib import Path, PurePath
 from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFull, TooManyRequests
 from server.executor import FairExecutor
 from server.storage.database import Database
-from server.storage.file_store import Files, Lifecycle, StoredFile, disk_error, list_file, new_name, remove_strays
-from server.storage.multipart import UnderWay, Upload, join, sizes_in
+from server.storage.file_store import (
+    FileStore,
+    Lifecycle,
+    StoredFile,
+    disk_error,
+    insert_file_row,
+    generate_file_name,
+    delete_orphans,
+)
+from server.storage.multipart import PendingUploads, Upload, join, sizes_in
 
 #: How long an upload may take from its first word to its last, in seconds.
 LIFETIME = 86_400.0
 #: Amazon's bound on parts, which fal's clients keep to.
 MAX_PARTS = 10_000
 #: How many uploads one owner may have begun and not finished.
-MAX_UNDER_WAY = 1_000
+MAX_PENDING_UPLOADS = 1_000
 #: How many files one owner may have uploaded, and parts of files under way.
 MAX_FILES = 20_000
-_ENDING = re.compile(r"[a-z0-9]{1,8}")
+_EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 #: The folder of an upload's parts, and what they are joined in.
 _OURS = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
@@ -39,7 +47,7 @@ class Uploads:
         self,
         folder: Path,
         database: Database,
-        files: Files,
+        files: FileStore,
         *,
         max_bytes: int,
         max_bytes_per_owner: int,
@@ -51,7 +59,7 @@ class Uploads:
         self._max_bytes = max_bytes
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
-        self._under_way = UnderWay()
+        self._pending = PendingUploads()
         # Over every change of it, and the change on the disk that belongs to it.
         self._lock = threading.Lock()
         #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
@@ -60,15 +68,15 @@ class Uploads:
         self.turns = FairExecutor("uploads", 8, 2)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
-        remove_strays(folder, _OURS, {row["upload_id"] for row in rows})
+        delete_orphans(folder, _OURS, {row["upload_id"] for row in rows})
         for row in rows:
-            self._under_way.begin(_upload(row), sizes_in(folder / row["upload_id"]))
+            self._pending.begin(_upload(row), sizes_in(folder / row["upload_id"]))
 
-    def begin(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
+    def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
         """Expect a file; its name in the store is known from now on. Raises QueueFull, TooManyRequests and DiskFull."""
         upload = Upload(
             upload_id=secrets.token_hex(16),
-            name=new_name(_ending(file_name, content_type)),
+            name=generate_file_name(_extension(file_name, content_type)),
             owner=owner,
             content_type=_type(content_type),
             file_name=_clean(file_name)[:255] or "file",
@@ -76,10 +84,10 @@ class Uploads:
             created_at=self._clock(),
         )
         with self._lock:
-            if self._under_way.num_uploads[owner] >= MAX_UNDER_WAY:
-                raise QueueFull(f"{MAX_UNDER_WAY} uploads are under way already; finish some first")
+            if self._pending.num_uploads[owner] >= MAX_PENDING_UPLOADS:
+                raise QueueFull(f"{MAX_PENDING_UPLOADS} uploads are under way already; finish some first")
             self._check_number(owner)
-            self._under_way.begin(upload)
+            self._pending.begin(upload)
         try:
             self._parts(upload).mkdir(mode=0o700)
             self._insert(upload)
@@ -92,12 +100,12 @@ class Uploads:
 
     def find(self, upload_id: str) -> Upload:
         """An upload under way. Raises NotFound."""
-        upload = self._under_way.find(upload_id)
+        upload = self._pending.find(upload_id)
         if upload is None or upload.created_at <= self._clock() - LIFETIME:
             raise NotFound("There is no such upload, or it is over")
         return upload
 
-    async def receive(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
+    async def write_part(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
         """Write one part as it comes; returns its ETag.
 
         Raises BodyTooLarge and TooManyRequests, naming the limit, BadRequest, NotFound where it is over, and DiskFull.
@@ -129,7 +137,7 @@ class Uploads:
             aside.unlink(missing_ok=True)
         return f'"{digest.hexdigest()}"'
 
-    async def finish(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
+    async def complete_single(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """As `complete`, off the event loop."""
         return await self.turns.run(upload.owner, self.complete, upload, part_numbers)
 
@@ -139,7 +147,7 @@ class Uploads:
         Raises BadRequest when a listed part was not sent, NotFound where it is over, and DiskFull.
         """
         folder = self._parts(upload)
-        sent = self._under_way.parts(upload.upload_id)
+        sent = self._pending.parts(upload.upload_id)
         wanted = sorted(set(part_numbers)) if part_numbers else sent
         if missing := sorted(set(wanted) - set(sent)):
             raise BadRequest(f"Part {missing[0]} was not sent")
@@ -156,7 +164,7 @@ class Uploads:
         shutil.rmtree(folder, ignore_errors=True)
         return file
 
-    def forget(self, upload: Upload) -> None:
+    def abort(self, upload: Upload) -> None:
         """Give up one that nobody can finish. On a full disk that is left to the sweep."""
         with contextlib.suppress(DiskFull), self._database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
@@ -203,37 +211,37 @@ class Uploads:
             with self._database.transaction() as connection:
                 if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
                     raise NotFound("There is no such upload, or it is over")
-                self._files.adopt(whole, upload.name)
-                list_file(connection, file, None, now)
-            self._under_way.end(upload.upload_id)
+                self._files.move_in(whole, upload.name)
+                insert_file_row(connection, file, None, now)
+            self._pending.end(upload.upload_id)
         return file
 
     def _room(self, upload: Upload, part_number: int) -> int:
         """How many bytes this part may have. Raises TooManyRequests."""
-        if not self._under_way.has(upload.upload_id, part_number):
+        if not self._pending.has(upload.upload_id, part_number):
             self._check_number(upload.owner)
-        known = self._under_way.size(upload.upload_id, part_number)
-        of_this = self._max_bytes - self._under_way.size(upload.upload_id)
-        of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._under_way.num_bytes[upload.owner]
+        known = self._pending.size(upload.upload_id, part_number)
+        of_this = self._max_bytes - self._pending.size(upload.upload_id)
+        of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._pending.num_bytes[upload.owner]
         return min(of_this, of_owner) + known
 
     def _take(self, upload: Upload, part_number: int, aside: Path, size: int) -> None:
         """Keep a part; parts that came at the same time are weighed one after the other. Raises FileNotFoundError."""
         with self._lock:
-            if self._under_way.find(upload.upload_id) is None:
+            if self._pending.find(upload.upload_id) is None:
                 raise FileNotFoundError
             if size > self._room(upload, part_number):
                 raise BodyTooLarge(self._limit_words())
             aside.rename(self._parts(upload) / str(part_number))
-            self._under_way.put(upload.upload_id, part_number, size)
+            self._pending.put(upload.upload_id, part_number, size)
 
     def _end(self, upload_id: str) -> None:
         with self._lock:
-            self._under_way.end(upload_id)
+            self._pending.end(upload_id)
         shutil.rmtree(self._folder / upload_id, ignore_errors=True)
 
     def _check_number(self, owner: str) -> None:
-        under_way = self._under_way.num_uploads[owner] + self._under_way.num_parts[owner]
+        under_way = self._pending.num_uploads[owner] + self._pending.num_parts[owner]
         if self._kept(owner)[0] + under_way >= MAX_FILES:
             words = (
                 f"This key has {MAX_FILES} files and parts of files uploaded, the most; it can once some have expired"
@@ -262,10 +270,10 @@ def _upload(row: sqlite3.Row) -> Upload:
     )
 
 
-def _ending(file_name: str, content_type: str) -> str:
+def _extension(file_name: str, content_type: str) -> str:
     named = PurePath(file_name).suffix.lower().removeprefix(".")
     guessed = (mimetypes.guess_extension(content_type.partition(";")[0].strip()) or ".bin").removeprefix(".")
-    return next((ending for ending in (named, guessed) if _ENDING.fullmatch(ending)), "bin")
+    return next((ending for ending in (named, guessed) if _EXTENSION.fullmatch(ending)), "bin")
 
 
 def _clean(text: str) -> str:

@@ -16,8 +16,8 @@ from pydantic_core import from_json, to_json
 from server.metrics import Metrics
 from server.net.outbound import ForbiddenURL, OutboundClient
 from server.queue.notifier import WEBHOOKS, Notifier
-from server.storage.database import Damaged, Database
-from server.webhooks.signing import Signer
+from server.storage.database import CorruptDatabase, Database
+from server.webhooks.signing import WebhookSigner
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ CONCURRENCY = 64
 #: How many of an owner's go to one receiver.
 PER_RECEIVER = 8
 _LONGEST_WAIT = 60.0
-_LONGEST_REST = 5.0
+_MAX_PAUSE = 5.0
 #: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
 #: are set back by a little all the time.
 _FARTHEST = DELAYS[-1] + 60.0
 #: A receiver is an owner's: who makes one hang holds up nobody else's webhooks to it.
-_DUE = """
+_SELECT_DUE = """
     WITH passed AS (SELECT value FROM json_each(?)),
     due AS (
         SELECT request_id, url, deliveries.attempt, due_at, owner,
@@ -63,7 +63,7 @@ _LIST = """
 """
 
 
-class Webhooks:
+class WebhookSender:
     """Delivers from rows, so that what is due survives a restart. At least once; 2xx alone is success."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Webhooks:
         database: Database,
         notifier: Notifier,
         guard: OutboundClient,
-        signer: Signer,
+        signer: WebhookSigner,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
         *,
@@ -81,63 +81,63 @@ class Webhooks:
         self._database = database
         self._signer = signer
         self._notifier = notifier
-        self._guard = guard
+        self._outbound = guard
         self._clock = clock
         self._monotonic = monotonic
-        self._under_way: dict[str, _Slot] = {}
+        self._in_flight: dict[str, _Slot] = {}
         #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
-        self._put_off: dict[str, float] = {}
+        self._backoff_until: dict[str, float] = {}
 
     async def run(self) -> None:
         """Deliver what falls due, until cancelled."""
-        with self._notifier.listen(WEBHOOKS) as bell:
+        with self._notifier.subscribe(WEBHOOKS) as bell:
             while True:
                 bell.clear()
                 began = self._monotonic()
-                wait = await self._try_turn()
+                wait = await self._try_send_due()
                 # Those that wait behind a bad receiver are read through each time, and others need the database too.
-                await asyncio.sleep(min(_LONGEST_REST, 4 * (self._monotonic() - began)))
+                await asyncio.sleep(min(_MAX_PAUSE, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await bell.wait()
 
-    async def _try_turn(self) -> float:
+    async def _try_send_due(self) -> float:
         try:
-            return await self.turn()
-        except Damaged:
+            return await self.send_due()
+        except CorruptDatabase:
             # The server ends, and says why.
             return _LONGEST_WAIT
         except Exception:
             log.exception("the webhooks could not be looked after; trying again")
-            return _LONGEST_REST
+            return _MAX_PAUSE
 
-    async def turn(self) -> float:
+    async def send_due(self) -> float:
         """Begin the deliveries that are due; returns the seconds until the next."""
         now, moment = self._clock(), self._monotonic()
-        self._put_off = {request_id: until for request_id, until in self._put_off.items() if until > moment}
+        self._backoff_until = {request_id: until for request_id, until in self._backoff_until.items() if until > moment}
         await self._begin(-math.inf, now)
         await self._begin(now + _FARTHEST, math.inf)
         return await asyncio.to_thread(self._wait, now)
 
     async def _begin(self, after: float, until: float) -> None:
         """Those that fell due in this time, as far as there is room for them."""
-        while len(self._under_way) < CONCURRENCY:
-            passed = json.dumps([*self._under_way, *self._put_off, *self._full()])
-            rows = await asyncio.to_thread(self._database.read, _DUE, passed, after, until, CONCURRENCY)
+        while len(self._in_flight) < CONCURRENCY:
+            passed = json.dumps([*self._in_flight, *self._backoff_until, *self._saturated()])
+            rows = await asyncio.to_thread(self._database.read, _SELECT_DUE, passed, after, until, CONCURRENCY)
             for row in rows:
-                if self._full().isdisjoint((row["owner"], row["receiver"])):
+                if self._saturated().isdisjoint((row["owner"], row["receiver"])):
                     task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
-                    self._under_way[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
+                    self._in_flight[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
             # The first of them had room, so that each round begins one at least.
             if len(rows) < CONCURRENCY:
                 break
 
-    def _full(self) -> set[str]:
+    def _saturated(self) -> set[str]:
         """The owners and the receivers for which no further delivery may begin."""
-        owners = Counter(slot.owner for slot in self._under_way.values())
-        receivers = Counter(slot.receiver for slot in self._under_way.values())
-        free = CONCURRENCY - len(self._under_way)
+        owners = Counter(slot.owner for slot in self._in_flight.values())
+        receivers = Counter(slot.receiver for slot in self._in_flight.values())
+        free = CONCURRENCY - len(self._in_flight)
         return {name for name, number in owners.items() if number >= free} | {
             name for name, number in receivers.items() if number >= PER_RECEIVER
         }
@@ -151,14 +151,14 @@ class Webhooks:
         try:
             error = await self._send(request_id, url)
             await asyncio.to_thread(self._record, request_id, attempt, error)
-            self._put_off.pop(request_id, None)
+            self._backoff_until.pop(request_id, None)
         except Exception:
             # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
-            self._put_off[request_id] = self._monotonic() + _LONGEST_WAIT
+            self._backoff_until[request_id] = self._monotonic() + _LONGEST_WAIT
             log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
-            del self._under_way[request_id]
-        self._notifier.ring(WEBHOOKS)
+            del self._in_flight[request_id]
+        self._notifier.notify(WEBHOOKS)
 
     async def _send(self, request_id: str, url: str) -> str | None:
         """One attempt; None on success, else what went wrong."""
@@ -171,7 +171,7 @@ class Webhooks:
         }
         try:
             async with asyncio.timeout(TIMEOUT):
-                status = await self._guard.post(url, body, headers, TIMEOUT)
+                status = await self._outbound.post(url, body, headers, TIMEOUT)
         except TimeoutError:
             return f"no answer within {TIMEOUT:.0f} s"
         except (ForbiddenURL, httpx.HTTPError, OSError) as error:

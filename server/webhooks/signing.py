@@ -20,7 +20,7 @@ ROTATE_AFTER = 90 * 86_400.0
 OVERLAP = 2 * 86_400.0
 
 
-class Signer:
+class WebhookSigner:
     """Signs with the newest key that every receiver can know; publishes all that may still be needed."""
 
     def __init__(self, database: Database, secret: str = "", clock: Callable[[], float] = time.time) -> None:

@@ -7,10 +7,10 @@ from server.queue.jobs import Job, Outcome
 from server.storage.file_store import Lifecycle, StoredFile
 
 
-class Source(Protocol):
+class JobSource(Protocol):
     """Where a worker has its jobs from and leaves what becomes of them: the queue, or a stand-in on another machine."""
 
-    def claim(self, *, takes_low: bool = True, slots: int = 1) -> tuple[Job, str] | None:
+    def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
         """The next job and its input; None when none waits. Without `takes_low`, only of normal priority.
 
         `slots` is how many requests of one priority run at a time: owners get equal shares of them.
@@ -25,18 +25,18 @@ class Source(Protocol):
     def finish(self, job: Job, outcome: Outcome) -> bool:
         """End a running job; False when nobody will see the outcome. Raises DiskFull."""
 
-    def strike(self, jobs: Sequence[Job]) -> None:
+    def record_crash(self, jobs: Sequence[Job]) -> None:
         """Remember that the process has to end while it works at these jobs."""
 
-    def give_back(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """Put a running job back in its old place, because this process will not finish it."""
 
 
-class Store(Protocol):
+class FileSink(Protocol):
     """Where a worker leaves pictures: the file store, or a stand-in on another machine."""
 
-    def save(self, content: bytes, ending: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
+    def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Keep bytes for good. Raises DiskFull."""
 
-    def remove(self, names: list[str]) -> None:
+    def delete(self, names: list[str]) -> None:
         """Give up files that nobody will see."""

@@ -9,7 +9,7 @@ from server.errors import ClientCancelled, NotFound
 from server.queue.jobs import Job, Outcome, Priority
 from server.settings import Settings
 from server.worker.engine_pool import Engines
-from server.worker.interfaces import Source
+from server.worker.interfaces import JobSource
 from server.worker.running_job import Running, failure
 
 
@@ -20,7 +20,7 @@ class Claims:
         self,
         settings: Settings,
         models: Mapping[str, Model],
-        queue: Source,
+        queue: JobSource,
         engines: Engines,
         input_path: Callable[[str], Path],
     ) -> None:
@@ -46,7 +46,7 @@ class Claims:
             if num_all - num_low >= self._settings.max_running:
                 return
             limit = self._settings.max_running
-            claimed = self._queue.claim(takes_low=num_all < limit, slots=limit)
+            claimed = self._queue.claim(include_low_priority=num_all < limit, slots=limit)
             if claimed is None:
                 return
             self._waiting.append(claimed)
@@ -92,7 +92,7 @@ class Claims:
             model = self._models[job.endpoint]
             # No limits: what was accepted stays accepted, whatever the settings are by now.
             request = model.Input.model_validate_json(text)
-            inputs = {place: self._input_path(name) for place, name in job.inputs.items()}
+            inputs = {place: self._input_path(name) for place, name in job.input_files.items()}
             must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
             return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
         except DeviceLost:

@@ -11,7 +11,7 @@ from server.errors import ClientCancelled, DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
 from server.queue.notifier import Notifier
-from server.worker.interfaces import Source
+from server.worker.interfaces import JobSource
 from server.worker.results import Answers
 from server.worker.running_job import Running, failure
 from server.worker.watchdog import Watchdog
@@ -28,7 +28,7 @@ class Finisher:
 
     def __init__(
         self,
-        queue: Source,
+        queue: JobSource,
         answers: Answers,
         notifier: Notifier,
         watchdog: Watchdog,
@@ -74,7 +74,7 @@ class Finisher:
             self._thread.join(max(0.0, stop_at - time.monotonic()) + LAST_MOMENT)
         # What is at hand still is left to the next start.
         while self._line:
-            self._queue.give_back(self._line.popleft()[0])
+            self._queue.release(self._line.popleft()[0])
 
     def turn(self) -> bool:
         """End one job; False when none waits. Raises DiskFull, and goes on with the same job the next time."""
@@ -98,7 +98,7 @@ class Finisher:
         if not is_shown:
             self._answers.discard(end.files)
         # There is room for another.
-        self._notifier.work.set()
+        self._notifier.work_available.set()
         return True
 
     def _outcome(self, running: Running) -> Outcome:
@@ -115,7 +115,7 @@ class Finisher:
         except DiskFull:
             raise
         except DeviceLost:
-            self._queue.strike([running.job])
+            self._queue.record_crash([running.job])
             raise
         except Exception as error:
             return failure(error, running.job)

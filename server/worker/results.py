@@ -12,7 +12,7 @@ from models.base import Model
 from server.queue.jobs import Job, Outcome
 from server.storage.file_store import StoredFile
 from server.worker import image_encoder
-from server.worker.interfaces import Store
+from server.worker.interfaces import FileSink
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Painted:
 class Answers:
     """Makes the outcome of a job whose pictures are painted and checked."""
 
-    def __init__(self, files: Store, *, embeds_parameters: bool) -> None:
+    def __init__(self, files: FileSink, *, embeds_parameters: bool) -> None:
         self._files = files
         self._embeds_parameters = embeds_parameters
 
@@ -54,7 +54,7 @@ class Answers:
 
     def discard(self, files: Sequence[StoredFile]) -> None:
         """Delete the files of an outcome that nobody will see."""
-        self._files.remove([file.name for file in files])
+        self._files.delete([file.name for file in files])
 
     def _image(
         self, job: Job, model: Model, request: Any, painted: Painted, index: int, files: list[StoredFile]
@@ -69,7 +69,7 @@ class Answers:
             url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
         else:
             ending = image_encoder.ENDINGS[request.output_format]
-            files.append(self._files.save(content, ending, content_type, job.owner, job.lifecycle))
+            files.append(self._files.create(content, ending, content_type, job.owner, job.lifecycle))
             url = f"{job.base_url}/files/{files[-1].name}"
         return {"url": url, "width": picture.width, "height": picture.height, "content_type": content_type}
 

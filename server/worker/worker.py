@@ -17,10 +17,10 @@ from server.queue.jobs import Job, Mode, Outcome
 from server.queue.notifier import WORKER, Notifier
 from server.settings import Settings
 from server.status import GpuStatus
-from server.storage.database import Damaged
+from server.storage.database import CorruptDatabase
 from server.worker.crash_recorder import BlackBox
 from server.worker.engine_pool import Engines
-from server.worker.interfaces import Source, Store
+from server.worker.interfaces import JobSource, FileSink
 from server.worker.pending_jobs import Claims
 from server.worker.postprocessor import LAST_MOMENT, Finisher
 from server.worker.results import Answers
@@ -44,8 +44,8 @@ class Worker:
         settings: Settings,
         models: Mapping[str, Model],
         placements: Mapping[str, Placement],
-        queue: Source,
-        files: Store,
+        queue: JobSource,
+        files: FileSink,
         input_path: Callable[[str], Path],
         notifier: Notifier,
         metrics: Metrics | None = None,
@@ -56,7 +56,7 @@ class Worker:
         self._settings = settings
         self._queue = queue
         self._notifier = notifier
-        self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work.set)
+        self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work_available.set)
         self._claims = Claims(settings, models, queue, self._engines, input_path)
         self._running: list[Running] = []
         self._ledger = Ledger()
@@ -78,7 +78,7 @@ class Worker:
         """Claim nothing more; finish what runs within the grace, give the rest back; then return."""
         was_ready, self.is_ready = self.is_ready, False
         self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
-        self._notifier.work.set()
+        self._notifier.work_available.set()
         # Loading cannot be interrupted and has nothing to lose; nor has a step that does not end: the next start gives
         # its job back.
         if was_ready:
@@ -151,7 +151,7 @@ class Worker:
             for other in self._ledger.in_turn(self._running)
             if other is not running and other.engine is running.engine
             if not (other.is_stepped or other.job.is_cancelled) and other.job.priority == running.job.priority
-            if not (other.job.strikes or running.job.strikes)
+            if not (other.job.crash_count or running.job.crash_count)
         ]
 
     @contextmanager
@@ -161,7 +161,7 @@ class Worker:
             with self._watchdog.over(jobs):
                 yield
         except DeviceLost:
-            self._queue.strike(jobs)
+            self._queue.record_crash(jobs)
             raise
 
     def _step(self, running: Running, beside: Sequence[Running]) -> None:
@@ -200,11 +200,11 @@ class Worker:
             self._engines.start_warming_up()
             while self._is_wanted():
                 if not self._try_paint():
-                    self._notifier.work.wait(self._grace_left())
+                    self._notifier.work_available.wait(self._grace_left())
                 # Before the next look at anything: what rings after it is heard by the next wait.
-                self._notifier.work.clear()
+                self._notifier.work_available.clear()
             for job in (*(running.job for running in self._running), *self._claims.jobs):
-                self._queue.give_back(job)
+                self._queue.release(job)
             self._finisher.stop(self._stop_at or time.monotonic())
         except BaseException as error:
             self.fail(error)
@@ -216,7 +216,7 @@ class Worker:
             return self.paint()
         except DiskFull as error:
             log.error("%s; nothing is lost, trying again every second", error)
-            self._notifier.work.wait(1)
+            self._notifier.work_available.wait(1)
             return True
 
     def _is_wanted(self) -> bool:
@@ -243,14 +243,16 @@ class Worker:
         if self.failure is not None:
             return
         # What an operator can mend is said in a line; for the rest the trace is wanted.
-        log.error("the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | Damaged) else error)
+        log.error(
+            "the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | CorruptDatabase) else error
+        )
         self.failure = error
-        self._notifier.work.set()
-        self._notifier.ring(WORKER)
+        self._notifier.work_available.set()
+        self._notifier.notify(WORKER)
 
     def _end_late(self, jobs: Sequence[Job]) -> None:
         try:
-            self._queue.strike(jobs)
+            self._queue.record_crash(jobs)
         finally:
             # Also when the disk is full.
             end_process(self._settings.step_deadline, jobs)

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import responses
 from server.api.sse import StreamFailed
 from server.errors import InternalError, MethodNotAllowed, NotFound, ServerError, not_offered
-from server.storage.database import Damaged
+from server.storage.database import CorruptDatabase
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def add_exception_handlers(app: FastAPI) -> None:
     """Answer what routes raise in fal's shape."""
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Damaged, _damaged)
+    app.add_exception_handler(CorruptDatabase, _damaged)
 
 
 async def _server_error(request: Request, error: Exception) -> Response:

@@ -189,7 +189,7 @@ def _base64(data_uri: str) -> str:
 async def _events(parts: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
     """So many partial pictures, evenly spread over the steps, then each picture."""
     num_sent, shown = 0, None
-    with parts.notifier.listen(job.request_id) as bell:
+    with parts.notifier.subscribe(job.request_id) as bell:
         while job.state != State.COMPLETED:
             bell.clear()
             preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps

@@ -19,8 +19,8 @@ from server.api.middleware.rewrite import PLATFORM
 from server.api.responses import JSON
 from server.errors import InvalidInput
 from server.net.bytes_in_flight import SMALL
-from server.queue.history import Wanted
-from server.queue.usage import UsageFilter, Used
+from server.queue.history import HistoryQuery
+from server.queue.usage import UsageFilter, UsageRow
 
 router = APIRouter(tags=["platform"])
 
@@ -159,7 +159,7 @@ async def by_endpoint(request: Request) -> Response:
     owner = authenticate(request)
     query = _read(request, RequestsQuery)
     start = query.start or datetime.now(UTC) - (FOR_ONE if query.request_id else LATELY)
-    wanted = Wanted(
+    wanted = HistoryQuery(
         owner=owner,
         limit=query.limit,
         endpoints=query.endpoint_id,
@@ -168,7 +168,7 @@ async def by_endpoint(request: Request) -> Response:
         status=query.status,
         request_id=query.request_id,
         cursor=query.cursor,
-        has_payloads="payloads" in query.expand,
+        include_payloads="payloads" in query.expand,
     )
     parts = get_services(request)
 
@@ -176,7 +176,7 @@ async def by_endpoint(request: Request) -> Response:
         return JSON(parts.history(wanted))
 
     try:
-        return await read_when_room(parts, owner, query.limit * _ITEM_BYTES if wanted.has_payloads else 0, read)
+        return await read_when_room(parts, owner, query.limit * _ITEM_BYTES if wanted.include_payloads else 0, read)
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None
@@ -210,7 +210,7 @@ def _model(model: Model, base_url: str, *, has_openapi: bool) -> dict[str, Any]:
     return {"endpoint_id": model.endpoint, "metadata": metadata, **document}
 
 
-def _time_series(found: Sequence[Used]) -> list[dict[str, Any]]:
+def _time_series(found: Sequence[UsageRow]) -> list[dict[str, Any]]:
     return [
         {
             "bucket": f"{day.isoformat()}T00:00:00+00:00",
@@ -220,7 +220,7 @@ def _time_series(found: Sequence[Used]) -> list[dict[str, Any]]:
     ]
 
 
-def _line(endpoint: str, found: Iterable[Used]) -> dict[str, Any]:
+def _line(endpoint: str, found: Iterable[UsageRow]) -> dict[str, Any]:
     quantity = sum(used.billable_units for used in found)
     about = {"endpoint_id": endpoint, "unit": UNIT, "quantity": quantity, "unit_price": 0.0}
     return {**about, "cost": 0.0, "currency": CURRENCY, "auth_method": "key"}

@@ -98,14 +98,14 @@ _CANCELLED = {
 async def _job(request: Request, parts: Services, app: str, request_id: str) -> Job:
     """This caller's job, from memory if it can be; from its row otherwise."""
     owner = authenticate(request)
-    job = parts.queue.find(request_id) or await parts.turns.run(owner, parts.queue.load, request_id)
+    job = parts.queue.get_cached(request_id) or await parts.turns.run(owner, parts.queue.get, request_id)
     return require_owned_job(job, owner, app)
 
 
 async def _changes(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
     told: dict[str, Any] = {}
     sent, shown = 0, None
-    with parts.notifier.listen(job.request_id, QUEUE) as bell:
+    with parts.notifier.subscribe(job.request_id, QUEUE) as bell:
         while True:
             bell.clear()
             logs = job.logs[sent:]

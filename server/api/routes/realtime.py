@@ -20,7 +20,7 @@ from server.api.dependencies import Services, open_output, authenticate_with_tok
 from server.api.headers import number
 from server.api.wait import cancel_on_disconnect
 from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
-from server.inputs.resolver import MAX_INPUT_BYTES, as_json
+from server.inputs.resolver import MAX_INPUT_BYTES, dump_input
 from server.net.fair_share import FairShare
 from server.net.websocket import count_messages
 from server.queue.jobs import Job, Mode, State, Submission
@@ -200,9 +200,9 @@ class _Session:
         is_large = len(frame.content) > _LARGE
         fields = await self._parts.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
         self._parts.quota.take(self._owner)
-        inputs = await self._parts.inputs.bring(fields, self._owner)
-        job = await self._submit(as_json(fields, inputs), inputs)
-        with cancel_on_disconnect(self._parts, job), self._parts.notifier.listen(job.request_id) as bell:
+        inputs = await self._parts.inputs.resolve(fields, self._owner)
+        job = await self._submit(dump_input(fields, inputs), inputs)
+        with cancel_on_disconnect(self._parts, job), self._parts.notifier.subscribe(job.request_id) as bell:
             while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
                 bell.clear()
                 await bell.wait()
@@ -233,7 +233,7 @@ class _Session:
             endpoint=self._model.endpoint,
             owner=self._owner,
             input=text,
-            inputs=inputs,
+            input_files=inputs,
             base_url=self._socket.state.base_url,
             mode=Mode.REALTIME,
             lifecycle=Lifecycle(),

@@ -60,7 +60,7 @@ async def _accepted(request: Request, parts: Services, endpoint: str, mode: Mode
 
 async def _progress(parts: Services, job: Job) -> AsyncIterator[dict[str, Any] | None]:
     told, shown = 0, None
-    with parts.notifier.listen(job.request_id) as bell:
+    with parts.notifier.subscribe(job.request_id) as bell:
         while job.state != State.COMPLETED:
             bell.clear()
             if job.step != told:

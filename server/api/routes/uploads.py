@@ -72,8 +72,8 @@ async def put(request: Request, upload_id: str) -> Response:
     """The whole file at once; the address is the secret, so no key is asked for."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
-    etag = await uploads.receive(upload, 1, request.stream())
-    await uploads.finish(upload)
+    etag = await uploads.write_part(upload, 1, request.stream())
+    await uploads.complete_single(upload)
     return JSON({}, headers={"etag": etag})
 
 
@@ -83,7 +83,7 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
     """One part: its ETag in the header, where Python looks, and in the body, where JavaScript does."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
-    etag = await uploads.receive(upload, part_number, request.stream())
+    etag = await uploads.write_part(upload, part_number, request.stream())
     return JSON({"partNumber": part_number, "etag": etag}, headers={"etag": etag})
 
 
@@ -96,7 +96,7 @@ async def complete(request: Request, upload_id: str) -> Response:
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
         completion = await uploads.turns.run(upload.owner, validation.read, Completion, body or b"{}")
     listed = [part.part_number for part in completion.parts]
-    file = await uploads.finish(upload, listed)
+    file = await uploads.complete_single(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
     return JSON({"access_url": url, "file_url": url})
 
@@ -109,11 +109,11 @@ async def upload_at_once(request: Request) -> Response:
     uploads = get_services(request).uploads
     upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
     try:
-        await uploads.receive(upload, 1, request.stream())
-        file = await uploads.finish(upload)
+        await uploads.write_part(upload, 1, request.stream())
+        file = await uploads.complete_single(upload)
     except BaseException:
         # Nobody was told of it, so nobody can go on with it. Not awaited: the client may be gone.
-        asyncio.get_running_loop().run_in_executor(None, uploads.forget, upload)
+        asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
         raise
     return JSON({"access_url": f"{request.state.base_url}/files/{file.name}"})
 
@@ -137,7 +137,7 @@ async def _begin(request: Request, owner: str, announced: Announcement) -> Uploa
     uploads = get_services(request).uploads
     return await uploads.turns.run(
         owner,
-        uploads.begin,
+        uploads.create,
         owner,
         announced.content_type,
         announced.file_name,
