@@ -23,7 +23,7 @@ import psutil
 
 from bench.client import Client, load, request
 from bench.null_cluster import NullFleet
-from server.cluster.head import Cluster
+from server.cluster.head import ClusterHead
 from server.metrics import Metrics
 from server.queue.jobs import State, Submission
 from server.queue.notifier import Notifier
@@ -171,7 +171,7 @@ def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
         files = FileStore(folder / "files", database)
         before = psutil.Process().memory_info().rss
         submitted = [line.submit(Submission("test/null", "me", text, "http://here")) for _ in range(jobs)]
-        cluster: Any = Cluster(settings, line, files, NullFleet(), notifier, Metrics())  # type: ignore[arg-type]
+        cluster: Any = ClusterHead(settings, line, files, NullFleet(), notifier, Metrics())  # type: ignore[arg-type]
         begun = time.perf_counter()
         cluster.start()
         while any(job.state != State.COMPLETED for job in submitted[-gpus:]) or line.length:

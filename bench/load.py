@@ -100,7 +100,7 @@ def _queue_cost() -> None:
 
 
 def _status(queue: Queue, job: Job) -> dict[str, Any]:
-    return responses.status(job, queue.position(job), None)
+    return responses.status_body(job, queue.position(job), None)
 
 
 def _median(act: Callable[[], object], times: int) -> float:

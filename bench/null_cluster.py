@@ -20,16 +20,16 @@ class NullLink:
     def __init__(self) -> None:
         self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
-    def reports(self) -> Iterator[messages.Report]:
+    def reports(self) -> Iterator[messages.Message]:
         """Ready, then one end after the other."""
-        yield messages.State(Loading(), True, {"null": About()})
+        yield messages.RunnerState(Loading(), True, {"null": About()})
         while job := self._taken.get():
             for step in range(1, 29):
-                yield messages.Progress(job.request_id, step, 28, None)
+                yield messages.JobProgress(job.request_id, step, 28, None)
             name = generate_file_name("jpg")
             file = StoredFile(name, job.owner, len(self.content), "image/jpeg")
             body = json.dumps({"images": [{"url": f"{job.base_url}/files/{name}"}], "seed": 1})
-            yield messages.Ended(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
+            yield messages.JobFinished(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
 
     def take(self, job: Job, text: str) -> None:
         """It ends at once."""

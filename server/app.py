@@ -24,7 +24,7 @@ from server.api.middleware.host_check import LOOPBACK_ORIGIN, HostCheckMiddlewar
 from server.api.middleware.metrics import MetricsMiddleware
 from server.api.middleware.request_id import RequestIdMiddleware
 from server.api.middleware.rewrite import RewriteMiddleware
-from server.api.rate_limit import Quota
+from server.api.rate_limit import RateLimiter
 from server.api.routes import (
     endpoint_docs,
     files,
@@ -39,8 +39,8 @@ from server.api.routes import (
     uploads,
 )
 from server.auth import Keys, KeyScope
-from server.cluster.head import Cluster
-from server.cluster.ray_backend import Fleet
+from server.cluster.head import ClusterHead
+from server.cluster.ray_backend import RayCluster
 from server.errors import DiskFull
 from server.executor import FairExecutor
 from server.inputs.cache import INPUTS, InputCache, size_of
@@ -61,8 +61,8 @@ from server.storage.file_store import FileStore
 from server.storage.uploads import Uploads
 from server.webhooks.delivery import WebhookSender
 from server.webhooks.signing import WebhookSigner
-from server.worker.crash_recorder import BlackBox
-from server.worker.engine_pool import placements
+from server.worker.crash_recorder import CrashRecorder
+from server.worker.engine_pool import engine_configs
 from server.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
     absent = {endpoint: _required_weights(model) for endpoint, model in known.items() if endpoint not in places}
-    black_box = BlackBox(settings.data_dir)
+    black_box = CrashRecorder(settings.data_dir)
     parts, worker = _build_services(settings, models, absent, places, database, black_box)
     app = FastAPI(
         title="flux-server",
@@ -127,8 +127,8 @@ def _build_services(
     absent: Mapping[str, str],
     places: Mapping[str, str | Path | None],
     database: Database,
-    black_box: BlackBox,
-) -> tuple[Services, Worker | Cluster]:
+    black_box: CrashRecorder,
+) -> tuple[Services, Worker | ClusterHead]:
     notifier, metrics = Notifier(), Metrics()
     needs, store = (
         PendingStorage(partial(size_of, settings.data_dir / INPUTS)),
@@ -140,12 +140,12 @@ def _build_services(
         Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
     )
     inputs = _inputs(settings, needs, guard, store, limits)
-    worker: Worker | Cluster
+    worker: Worker | ClusterHead
     if settings.ray:
-        worker = Cluster(settings, jobs, store, Fleet(settings, inputs.brought.path), notifier, metrics)
+        worker = ClusterHead(settings, jobs, store, RayCluster(settings, inputs.brought.path), notifier, metrics)
         jobs.on_cancel = worker.cancel
     else:
-        placed, paths = placements(settings, places), inputs.brought.path
+        placed, paths = engine_configs(settings, places), inputs.brought.path
         worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
     database.on_corruption = worker.fail
     seen = partial(collect_gauges, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
@@ -176,7 +176,7 @@ def _build_services(
 def _shared(settings: Settings) -> dict[str, Any]:
     """What is shared between keys."""
     return {
-        "quota": Quota(settings.rate_per_key),
+        "quota": RateLimiter(settings.rate_per_key),
         "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
         # Who is refused must not keep the connection either, or nobody else could open one.
         "open_answers": FairShare(settings.max_connections, TOO_MANY_OPEN, closes=True),
@@ -262,7 +262,7 @@ def _add_middleware(app: FastAPI, settings: Settings, parts: Services) -> None:
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
     parts: Services = app.state.parts
-    worker: Worker | Cluster = app.state.worker
+    worker: Worker | ClusterHead = app.state.worker
     parts.notifier.bind_loop(asyncio.get_running_loop())
     _record_crash(app.state.black_box, parts.queue)
     parts.queue.recover()
@@ -288,7 +288,7 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         database.close()
 
 
-def _record_crash(black_box: BlackBox, jobs: Queue) -> None:
+def _record_crash(black_box: CrashRecorder, jobs: Queue) -> None:
     """Blame what the last process worked at, if it died of a fault of its own; from now on this one's is recorded."""
     trace, request_ids = black_box.read()
     if trace:

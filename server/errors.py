@@ -47,7 +47,7 @@ class ServerError(Exception):
         return {"detail": str(self), "message": str(self)}
 
 
-class Unusable(Exception):
+class InvalidInputFile(Exception):
     """What an address in a request stands for; whoever knows the field makes an InvalidInput of it.
 
     `type` and `ctx` are in the words of fal's documented errors.
@@ -132,7 +132,7 @@ class UnsatisfiableRange(ServerError):
     message = "The file has no such range"
 
 
-class Misdirected(ServerError):
+class MisdirectedRequest(ServerError):
     """The Host header names somebody else: refused, because of DNS rebinding."""
 
     status = 421

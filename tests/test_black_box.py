@@ -17,7 +17,7 @@ from server.app import create_app
 from server.errors import DiskFull
 from server.queue import job_table
 from server.settings import Settings
-from server.worker.crash_recorder import BlackBox
+from server.worker.crash_recorder import CrashRecorder
 from tests.faults.points import AT_START
 from tests.parts import claimed, opened
 from tests.serving import ROOT, completed, serving
@@ -90,7 +90,7 @@ def test_a_start_that_is_killed_forgets_no_strike(tmp_path: Path, monkeypatch: p
 def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends, as it does wherever something cannot be written; the next one finds all that it needs."""
     suspected(tmp_path)
-    left = BlackBox(tmp_path).read()
+    left = CrashRecorder(tmp_path).read()
     app = create_app(Settings.load({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
     monkeypatch.setattr(job_table, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
 
@@ -103,7 +103,7 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
             asyncio.run(start())
     finally:
         app.state.parts.queue._database.close()
-    assert BlackBox(tmp_path).read() == left
+    assert CrashRecorder(tmp_path).read() == left
 
 
 def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name:
     assert done.returncode == -signal.Signals[name]
     faults = re.search(r"A process that dies by (.*) leaves a trace", (ROOT / "docs" / "operations.md").read_text())
     assert faults
-    assert bool(BlackBox(tmp_path).read()[0]) == (name in faults[1])
+    assert bool(CrashRecorder(tmp_path).read()[0]) == (name in faults[1])
 
 
 def test_a_box_of_a_process_that_ended_well_says_nothing(tmp_path: Path) -> None:
-    assert BlackBox(tmp_path).read() == ("", [])
+    assert CrashRecorder(tmp_path).read() == ("", [])
     with serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server:
         assert server.ready().stop() == 0
-    assert BlackBox(tmp_path).read() == ("", [])
+    assert CrashRecorder(tmp_path).read() == ("", [])
 
 
 def test_a_thread_that_is_at_no_job_is_nobodys_fault(tmp_path: Path) -> None:
@@ -138,18 +138,18 @@ def test_a_thread_that_is_at_no_job_is_nobodys_fault(tmp_path: Path) -> None:
     trace = tmp_path / "crash.txt"
     for thread, suspects in (("00007f5f4b4666c0", ["one"]), ("00007f0000000000", [])):
         trace.write_text(f"Fatal Python error: Aborted\n\nCurrent thread 0x{thread} (most recent call first):\n")
-        assert BlackBox(tmp_path).read()[1] == suspects
+        assert CrashRecorder(tmp_path).read()[1] == suspects
     trace.write_text("Fatal Python error: Segmentation fault\n\n<no Python frame>\n")
-    assert BlackBox(tmp_path).read()[1] == ["one", "two"]
+    assert CrashRecorder(tmp_path).read()[1] == ["one", "two"]
     trace.write_text("")
-    assert BlackBox(tmp_path).read() == ("", [])
+    assert CrashRecorder(tmp_path).read() == ("", [])
 
 
 def test_a_full_disk_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    box = BlackBox(tmp_path)
+    box = CrashRecorder(tmp_path)
     box.open()
     try:
         monkeypatch.setattr("os.pwrite", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        box.note({1: []})
+        box.set_running({1: []})
     finally:
         box.close()

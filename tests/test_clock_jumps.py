@@ -65,7 +65,7 @@ class Life:
         """Some turns; who is late when its turn to be claimed comes ends then."""
         late = self.late_ones()
         for _ in range(self.rng.randint(1, 4)):
-            self.worker.turn()
+            self.worker.run_once()
         self.late |= late - self.late_ones()
 
     def late_ones(self) -> set[str]:

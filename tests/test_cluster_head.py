@@ -11,8 +11,8 @@ import pytest
 from models.base import About, Loading
 from server.cluster import gpu_slot, messages
 from server.cluster import head as cluster_module
-from server.cluster.head import Cluster
-from server.cluster.ray_backend import FleetLost, Lost
+from server.cluster.head import ClusterHead
+from server.cluster.ray_backend import RayLost, RunnerLost
 from server.errors import DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome, Priority, State
@@ -36,13 +36,13 @@ class Link:
         self.may_take = threading.Event()
         self.may_take.set()
 
-    def reports(self) -> Iterator[messages.Report]:
+    def reports(self) -> Iterator[messages.Message]:
         while True:
             report = self.said.get()
             if isinstance(report, Exception):
                 raise report
             yield report
-            if isinstance(report, messages.Over):
+            if isinstance(report, messages.RunnerStopped):
                 return
 
     def take(self, job: Job, text: str) -> None:
@@ -62,16 +62,16 @@ class Link:
         self.orders.put(("hear", ""))
 
     def stop(self) -> None:
-        self.said.put(messages.Over())
+        self.said.put(messages.RunnerStopped())
 
     def kill(self) -> None:
-        self.said.put(Lost("killed"))
+        self.said.put(RunnerLost("killed"))
 
     def struck(self) -> list[str]:
         return self.suspects
 
     def ready(self) -> "Link":
-        self.said.put(messages.State(Loading(), True, {"demo": About("a GPU")}))
+        self.said.put(messages.RunnerState(Loading(), True, {"demo": About("a GPU")}))
         return self
 
     def taken(self) -> str:
@@ -99,7 +99,7 @@ class Fleet:
     def num_gpus(self) -> int:
         self.num_looks += 1
         if not self.number:
-            raise FleetLost("it has died")
+            raise RayLost("it has died")
         return self.number
 
     def close(self) -> None: ...
@@ -116,13 +116,13 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
 
 
 @pytest.fixture
-def start(parts: Parts, fleet: Fleet, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def start(parts: Parts, fleet: Fleet, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
     """Start a cluster with these settings; it ends with the test."""
-    started: list[Cluster] = []
+    started: list[ClusterHead] = []
 
-    def begin(**settings: Any) -> Cluster:
+    def begin(**settings: Any) -> ClusterHead:
         chosen = Settings(data_dir=tmp_path, ray="nowhere", **{"max_running": 1, "shutdown_grace": 0, **settings})
-        made = Cluster(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
+        made = ClusterHead(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
         parts.queue.on_cancel = made.cancel
         started.append(made)
         made.start()
@@ -143,21 +143,21 @@ def submit(parts: Parts, **changes: Any) -> Job:
     return parts.queue.submit(submission(input=TEXT, **changes))
 
 
-def ended(job: Job, content: bytes = b"picture") -> messages.Ended:
+def ended(job: Job, content: bytes = b"picture") -> messages.JobFinished:
     name = "0" * 31 + f"{job.sequence % 10}.jpg"
     file = StoredFile(name, job.owner, len(content), "image/jpeg")
-    return messages.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
+    return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
 
 
 def test_what_a_runner_painted_is_on_the_disk_of_the_head(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     job = submit(parts)
     link = fleet.next()
     assert link.taken() == job.request_id
-    link.said.put(messages.Progress(job.request_id, 1, 2, "data:preview"))
-    link.said.put(messages.Line(job.request_id, "hello", "INFO"))
+    link.said.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
+    link.said.put(messages.JobLog(job.request_id, "hello", "INFO"))
     until(lambda: [line["message"] for line in job.logs] == ["step 1/2", "hello"])
     assert job.preview == "data:preview"
     (gpu,) = cluster.gpus()
@@ -169,12 +169,12 @@ def test_what_a_runner_painted_is_on_the_disk_of_the_head(
     assert parts.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 
-def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     job = submit(parts)
     first = fleet.next()
     first.taken()
-    first.said.put(Lost("its node is gone"))
+    first.said.put(RunnerLost("its node is gone"))
     second = fleet.next()
     assert second.taken() == job.request_id
     # Too late, and of nobody any more.
@@ -186,7 +186,7 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable
     assert (parts.folder / "files" / name).read_bytes() == b"new"
 
 
-def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
     start(max_running=2)
     deadly, other = submit(parts), submit(parts)
     for number in range(3):
@@ -194,11 +194,11 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: 
         assert {link.taken(), link.taken()} == {deadly.request_id, other.request_id}
         if number == 0:
             # The watchdog's way: told before the process ends.
-            link.said.put(messages.Struck([deadly.request_id]))
+            link.said.put(messages.CrashReported([deadly.request_id]))
             assert link.orders.get(timeout=20) == ("hear", "")
         else:
             link.suspects = [deadly.request_id]
-        link.said.put(Lost("a fault of its own"))
+        link.said.put(RunnerLost("a fault of its own"))
     link = fleet.next()
     assert link.taken() == other.request_id
     assert (deadly.state, deadly.error) == (
@@ -209,27 +209,27 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: 
 
 
 def test_ten_attempts_end_a_job_that_is_nobodys_fault(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
     for _ in range(10):
         link = fleet.next()
         link.taken()
-        link.said.put(Lost("killed"))
+        link.said.put(RunnerLost("killed"))
     until(lambda: job.state == State.COMPLETED)
     assert job.error == "Gave up after 10 attempts."
 
 
 def test_cancels_and_wishes_for_previews_reach_the_runner(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
     link = fleet.next()
     link.taken()
     job.wants_previews = True
-    link.said.put(messages.Progress(job.request_id, 1, 2, None))
+    link.said.put(messages.JobProgress(job.request_id, 1, 2, None))
     assert link.orders.get(timeout=20) == ("preview", job.request_id)
     parts.queue.cancel(job)
     assert link.orders.get(timeout=20) == ("cancel", job.request_id)
@@ -240,7 +240,7 @@ def test_cancels_and_wishes_for_previews_reach_the_runner(
 
 
 def test_a_full_disk_keeps_what_was_painted(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
     job = submit(parts)
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_what_was_painted(
     assert len(parts.on_disk()) == 1
 
 
-def test_a_stop_gives_back_what_runs(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_a_stop_gives_back_what_runs(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     running, waiting = submit(parts), submit(parts)
     fleet.next().taken()
@@ -273,7 +273,7 @@ def test_a_stop_gives_back_what_runs(parts: Parts, fleet: Fleet, start: Callable
 
 
 def test_low_priority_waits_for_a_gpu_without_keeping_normal_out(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     low = [submit(parts, priority=Priority.LOW) for _ in range(2)]
@@ -285,12 +285,12 @@ def test_low_priority_waits_for_a_gpu_without_keeping_normal_out(
 
 
 def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
     assert (cluster.gpus(), cluster.is_ready) == ([], False)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.JOBS_A_GPU + 1))}
+    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     links = [fleet.next(), fleet.next()]
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready", "ready"])
     while any(job.state != State.COMPLETED for job in jobs.values()):
@@ -302,11 +302,11 @@ def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
 
 
 def test_an_idle_gpu_goes_while_a_later_one_paints_on(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.JOBS_A_GPU + 1))}
+    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
     painting = first.taken()
     second = fleet.next()
@@ -323,10 +323,10 @@ def test_an_idle_gpu_goes_while_a_later_one_paints_on(
 
 @pytest.mark.parametrize(("node", "left"), [("there", ["ready", "loading"]), ("", ["ready"])])
 def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_loads(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], node: str, left: list[str]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], node: str, left: list[str]
 ) -> None:
     cluster = start(max_gpus=2, min_gpus=0)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.JOBS_A_GPU + 1))}
+    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
     painting = first.taken()
     fleet.made.get(timeout=20).node = node
@@ -337,7 +337,7 @@ def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_lo
     until(lambda: [gpu.state for gpu in cluster.gpus()] == left)
 
 
-def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     fleet.next()
     fleet.number = 3
@@ -346,16 +346,20 @@ def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Call
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready"] * 3)
 
 
-def test_a_runner_that_cannot_load_is_tried_again(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_a_runner_that_cannot_load_is_tried_again(
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     for _ in range(3):
-        fleet.made.get(timeout=20).said.put(messages.Over("these weights cannot be read"))
+        fleet.made.get(timeout=20).said.put(messages.RunnerStopped("these weights cannot be read"))
     fleet.next()
     until(lambda: cluster.is_ready)
     assert cluster.gpus()[0].num_restarts == 3
 
 
-def test_a_head_without_ray_ends_and_keeps_its_queue(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_a_head_without_ray_ends_and_keeps_its_queue(
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     submit(parts)
     fleet.next().taken()
@@ -368,23 +372,23 @@ def test_a_head_without_ray_ends_and_keeps_its_queue(parts: Parts, fleet: Fleet,
 
 @pytest.mark.parametrize("is_refused_there", [False, True])
 def test_what_cannot_be_handed_over_is_tried_elsewhere(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], is_refused_there: bool
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], is_refused_there: bool
 ) -> None:
     fleet.number = 2
     cluster = start()
     first = fleet.made.get(timeout=20)
-    first.cannot_take = None if is_refused_there else Lost("the object store is full")
+    first.cannot_take = None if is_refused_there else RunnerLost("the object store is full")
     first.ready()
     until(lambda: cluster.is_ready)
     job = submit(parts)
     if is_refused_there:
         assert first.taken() == job.request_id
-        first.said.put(messages.Refused(job.request_id))
+        first.said.put(messages.JobRejected(job.request_id))
     assert fleet.next().taken() == job.request_id
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
-def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., Cluster]) -> None:
+def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     link = fleet.next()
     link.cannot_take = FileNotFoundError("gone")
@@ -394,7 +398,7 @@ def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start:
 
 
 def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster]
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
 ) -> None:
     fleet.number = 2
     cluster = start()
@@ -414,7 +418,7 @@ def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
 
 
 def test_a_head_that_cannot_write_its_rows_ends(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
@@ -427,7 +431,7 @@ def test_a_head_that_cannot_write_its_rows_ends(
 
 
 def test_a_picture_that_cannot_be_written_fails_alone(
-    parts: Parts, fleet: Fleet, start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.cluster.head import JOBS_A_GPU
+from server.cluster.head import MAX_JOBS_PER_GPU
 from tests.parts import opened
 from tests.ray_nodes import (
     SLOW,
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 GATE = "/queue/test/gate"
 #: Enough requests for three GPUs.
-CROWD = 2 * JOBS_A_GPU + 1
+CROWD = 2 * MAX_JOBS_PER_GPU + 1
 #: Of each request.
 STEPS = 10
 
@@ -132,7 +132,7 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(
     tmp_path: Path, gate: Gate, is_second: bool
 ) -> None:
     settings = {"max_gpus": "5", "min_gpus": "0", "max_running": "1"}
-    number = 5 * JOBS_A_GPU
+    number = 5 * MAX_JOBS_PER_GPU
     with (
         autoscaled(tmp_path / "autoscaling.json", 3, is_second=is_second) as cluster,
         serving_on(cluster, tmp_path / "data", **settings) as server,

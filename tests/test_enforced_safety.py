@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from server.worker.watchdog import STUCK
+from server.worker.watchdog import EXIT_STUCK
 from tests.serving import TEST_MODELS, Gate, Server, completed, serving
 from tests.test_kill import client_of, rows, submit
 from tests.test_realtime import heard
@@ -184,7 +184,7 @@ def test_nor_does_a_check_that_does_not_end(tmp_path: Path, gate: Gate, decodes_
     with serving(data_dir, "test/slow-check=demo", step_deadline="1", **settings) as first, client_of(first) as client:
         path = submit(client, request, "test/slow-check")
         events = all_events(client, path)
-        assert exit_code(first) == STUCK
+        assert exit_code(first) == EXIT_STUCK
         assert "in is_unsafe" in first.output
     assert '"IN_PROGRESS"' in events
     assert not any(word in events for word in ("COMPLETED", "preview", "images"))

@@ -19,7 +19,7 @@ from models.flux_dev import FluxDevInput
 from models.loading import pipeline
 from models.loading.specs import DEMO
 from server.queue.jobs import State
-from server.worker.engine_pool import PAUSE_SECONDS, Engines
+from server.worker.engine_pool import PAUSE_SECONDS, EnginePool
 from tests.null_model import NullEngine, NullModel
 from tests.parts import Clock, Parts
 from tests.test_worker import answer, submitted, worked_off
@@ -48,17 +48,17 @@ class Shelf:
 
         return make
 
-    def engines(self, max_loaded: int = 0) -> Engines:
+    def engines(self, max_loaded: int = 0) -> EnginePool:
         placements = {endpoint: Placement(None, "") for endpoint in self.models}
-        return Engines(self.models, placements, max_loaded, lambda endpoint, loading: None)
+        return EnginePool(self.models, placements, max_loaded, lambda endpoint, loading: None)
 
 
 def test_endpoints_on_the_same_weights_share_an_engine() -> None:
     models = discover()
     placements = {endpoint: Placement(DEMO, "", "cpu") for endpoint in models}
-    engines = Engines(models, placements, 0, lambda endpoint, loading: None)
+    engines = EnginePool(models, placements, 0, lambda endpoint, loading: None)
     engines.setup()
-    assert len({id(engines.at_hand(endpoint)) for endpoint in models}) == 1
+    assert len({id(engines.get_loaded(endpoint)) for endpoint in models}) == 1
 
 
 def test_as_many_are_loaded_as_there_is_room_for() -> None:
@@ -66,7 +66,7 @@ def test_as_many_are_loaded_as_there_is_room_for() -> None:
     engines = shelf.engines(max_loaded=2)
     engines.setup()
     assert shelf.happened == ["+ a/a", "+ a/b"]
-    assert engines.at_hand("a/c") is None
+    assert engines.get_loaded("a/c") is None
     assert "a/c" in engines
     assert "a/d" not in engines
 
@@ -75,8 +75,8 @@ def test_the_least_recently_used_makes_room() -> None:
     shelf = Shelf("a/a", "a/b", "a/c")
     engines = shelf.engines(max_loaded=2)
     engines.setup()
-    engines.at_hand("a/a")
-    assert engines.load("a/c", ()) is engines.at_hand("a/c")
+    engines.get_loaded("a/a")
+    assert engines.load("a/c", ()) is engines.get_loaded("a/c")
     assert shelf.happened[2:] == ["- a/b", "+ a/c"]
 
 
@@ -84,7 +84,7 @@ def test_what_is_in_use_stays() -> None:
     shelf = Shelf("a/a", "a/b", "a/c")
     engines = shelf.engines(max_loaded=2)
     engines.setup()
-    first, second = engines.at_hand("a/a"), engines.at_hand("a/b")
+    first, second = engines.get_loaded("a/a"), engines.get_loaded("a/b")
     assert first and second
     assert engines.load("a/c", {first, second}) is None
     assert engines.load("a/c", {first}) is not None
@@ -103,7 +103,7 @@ def test_what_is_being_warmed_up_is_not_let_go() -> None:
 
     models = {"a/a": NullModel("a/a", Slow), "a/b": NullModel("a/b", NullEngine)}
     placements = {endpoint: Placement(None, "") for endpoint in models}
-    engines = Engines(models, placements, 1, lambda endpoint, loading: None, idle.set)
+    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, idle.set)
     engines.setup()
     engines.start_warming_up()
     assert begun.wait(60)
@@ -124,7 +124,7 @@ def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None
 
     models = {"a/a": NullModel("a/a", NullEngine), "a/b": Broken("a/b", NullEngine)}
     placements = {endpoint: Placement(None, "") for endpoint in models}
-    engines = Engines(models, placements, 1, lambda endpoint, loading: None, clock=clock)
+    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, clock=clock)
     engines.setup()
     for tried in (1, 1, 2):
         with pytest.raises(OSError, match="a shard is missing"):
@@ -132,7 +132,7 @@ def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None
         assert len(happened) == tried
         if tried == 1:
             clock.now += PAUSE_SECONDS * 0.6
-            assert engines.at_hand("a/a") or engines.load("a/a", ())
+            assert engines.get_loaded("a/a") or engines.load("a/a", ())
 
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_hundred_switches(tiny: Path) -> None:
     placements = {DEV: Placement(DEMO, "", "cpu"), KREA: Placement(tiny, "", "cpu")}
     request = asked("a fish", 64, 64)
     expected = {name: _painted(FluxEngine.load(place), request) for name, place in placements.items()}
-    engines = Engines(models, placements, 1, lambda endpoint, loading: None)
+    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None)
     engines.setup()
     used: list[int] = []
     # What was there before is looked through no more: in a long run of tests that is a second each time.
@@ -240,7 +240,7 @@ def test_a_hundred_switches(tiny: Path) -> None:
     gc.freeze()
     for turn in range(100):
         endpoint = (DEV, KREA)[turn % 2]
-        engine = engines.at_hand(endpoint) or engines.load(endpoint, ())
+        engine = engines.get_loaded(endpoint) or engines.load(endpoint, ())
         assert isinstance(engine, FluxEngine)
         assert difference(_painted(engine, request), expected[endpoint]) == 0
         del engine

@@ -33,7 +33,7 @@ def streamed(heard: list[str], leaves: bool) -> list[Any]:
             await asyncio.sleep(0)
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(EventStream(objects(), within=bound())(scope, receive, send))
+    asyncio.run(EventStream(objects(), context=bound())(scope, receive, send))
     return sent
 
 

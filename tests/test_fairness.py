@@ -55,7 +55,7 @@ class AloneEngine(CostlyEngine):
 def until(worker: Worker, is_reached: Callable[[], bool]) -> None:
     """Take turns until something is so."""
     while not is_reached():
-        assert worker.turn(), "there is nothing left to do"
+        assert worker.run_once(), "there is nothing left to do"
 
 
 def many(parts: Parts, number: int, **fields: Any) -> list[Job]:
@@ -74,7 +74,7 @@ def steps(*jobs: Job) -> int:
 def ends(parts: Parts, worker: Worker, *jobs: Job) -> list[int]:
     """The place in which each of these ends, once everybody has."""
     order: list[Job] = []
-    while worker.turn():
+    while worker.run_once():
         order.extend(job for job in jobs if job.state == State.COMPLETED and job not in order)
     return [order.index(job) for job in jobs]
 
@@ -155,7 +155,7 @@ def test_a_key_with_long_requests_gets_its_half(parts: Parts) -> None:
     while long.state != State.COMPLETED:
         while parts.queue.length < 4:
             short.append(submitted(parts, owner="bob", num_inference_steps=5))
-        assert worker.turn()
+        assert worker.run_once()
     # bob goes first by at most alice's request, and is never ahead by more.
     assert steps(*short) <= 50 + 5
 
@@ -250,7 +250,7 @@ def test_short_ones_without_end_do_not_starve_a_long_one(parts: Parts, max_runni
     while long.state != State.COMPLETED:
         while parts.queue.length < max_running if every == 0 else len(short) * every < turns:
             short.append(submitted(parts, num_inference_steps=4))
-        assert worker.turn()
+        assert worker.run_once()
         turns += 1
     # Overtaken only by those that were claimed before AGEING times the difference was done, whatever the load.
     assert steps(*short) <= AGEING * (12 - 4) + (max_running - 1) * 4
@@ -264,7 +264,7 @@ def test_short_ones_without_end_do_not_starve_a_long_one(parts: Parts, max_runni
 def test_low_priority_waits_until_nothing_else_can_be_stepped(parts: Parts) -> None:
     worker = ready(parts)
     low = submitted(parts, num_inference_steps=5, priority=Priority.LOW)
-    worker.turn()
+    worker.run_once()
     normal = many(parts, 2, num_inference_steps=20)
     until(worker, lambda: {job.state for job in normal} == {State.COMPLETED})
     assert (low.state, low.step) == (State.IN_PROGRESS, 1)
@@ -275,10 +275,10 @@ def test_low_priority_waits_until_nothing_else_can_be_stepped(parts: Parts) -> N
 def test_low_priority_takes_no_room_from_normal(parts: Parts) -> None:
     worker = ready(parts, max_running=2)
     low = [submitted(parts, priority=Priority.LOW) for _ in range(3)]
-    worker.turn()
+    worker.run_once()
     assert [job.state for job in low] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
     normal = many(parts, 3, num_inference_steps=3)
-    worker.turn()
+    worker.run_once()
     assert [job.state for job in normal] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
     until(worker, lambda: {job.state for job in normal} == {State.COMPLETED})
     assert (steps(*low), low[2].state) == (1, State.IN_QUEUE)
@@ -301,7 +301,7 @@ def test_low_priority_that_waits_lends_no_key_an_advantage(parts: Parts) -> None
 def test_low_priority_is_not_taken_along(parts: Parts) -> None:
     worker = ready(parts, NullModel("test/null", CostlyEngine))
     normal, low = submitted(parts), submitted(parts, priority=Priority.LOW)
-    worker.turn()
+    worker.run_once()
     assert (normal.step, low.state, low.step) == (1, State.IN_PROGRESS, 0)
 
 
@@ -332,8 +332,8 @@ def test_a_picture_is_decoded_before_anybody_is_stepped(parts: Parts) -> None:
     painted = submitted(parts, num_inference_steps=1, num_images=2)
     until(worker, lambda: painted.step == 2)
     waiting = submitted(parts, owner="you")
-    worker.turn()
-    worker.turn()
+    worker.run_once()
+    worker.run_once()
     assert (painted.state, waiting.step) == (State.COMPLETED, 0)
 
 
@@ -353,7 +353,7 @@ def test_the_cancelled_is_ended_before_anything_is_painted(parts: Parts) -> None
     painted, stepped = submitted(parts, num_inference_steps=1), submitted(parts)
     until(worker, lambda: painted.step == 1)
     parts.queue.cancel(cancelled)
-    worker.turn()
+    worker.run_once()
     assert (cancelled.state, painted.state, stepped.step) == (State.COMPLETED, State.IN_PROGRESS, 0)
     assert answer(parts, cancelled)[0].error_type == "client_cancelled"
 
@@ -382,7 +382,7 @@ def test_all_work_is_counted_and_every_request_ends(parts: Parts, number: int, k
     while len(jobs) < 20:
         jobs.extend(submitted(parts, **anything(chance)) for _ in range(chance.choice([0, 1, 4])))
         for _ in range(chance.choice([1, 5, 20])):
-            worker.turn()
+            worker.run_once()
             running = [job for job in jobs if job.state == State.IN_PROGRESS]
             normal = [job for job in running if job.priority == Priority.NORMAL]
             assert len(normal) <= max_running and len(running) <= 2 * max_running
@@ -393,12 +393,12 @@ def test_all_work_is_counted_and_every_request_ends(parts: Parts, number: int, k
     assert {job.request_id: answer(parts, job)[0].status for job in jobs} == {
         job.request_id: 499 if job in cancelled else 200 for job in jobs
     }
-    assert worker._ledger.total == sum(painting.work for painting in engine.begun) > 0
+    assert worker._scheduler.total == sum(painting.work for painting in engine.begun) > 0
 
 
 def test_engines_are_not_mixed(parts: Parts) -> None:
     one, two = CostlyEngine(), CostlyEngine()
     worker = ready(parts, NullModel("test/null", lambda: one), NullModel("test/gate", lambda: two))
     jobs = [submitted(parts, endpoint) for endpoint in ("test/null", "test/gate")]
-    worker.turn()
+    worker.run_once()
     assert steps(*jobs) == 1

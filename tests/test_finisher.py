@@ -14,8 +14,8 @@ from models.base import CannotPaint, DeviceLost
 from server.errors import DiskFull
 from server.queue.jobs import Job, Mode, Outcome, State
 from server.storage.file_store import StoredFile
-from server.worker.postprocessor import Finisher
-from server.worker.results import Answers
+from server.worker.postprocessor import Postprocessor
+from server.worker.results import ResultBuilder
 from server.worker.watchdog import Watchdog
 from server.worker.worker import Worker
 from tests.null_model import NullModel, SharingEngine
@@ -113,7 +113,7 @@ def test_others_are_stepped_while_a_picture_is_decoded(parts: Parts, engine: Wat
         held = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         # It takes room, so that no more are claimed than may run.
-        assert len(worker._finisher) == 1
+        assert len(worker._postprocessor) == 1
         other = submitted(parts, num_inference_steps=5)
         wait_until(parts, other, lambda: other.step == 5)
         assert (held.state, other.state) == (State.IN_PROGRESS, State.IN_PROGRESS)
@@ -162,7 +162,7 @@ def test_one_that_shared_the_last_forward_is_decoded_beside_too(parts: Parts, en
 def test_one_that_shared_the_last_forward_can_be_cancelled(parts: Parts, engine: WatchedEngine) -> None:
     worker = ready(parts, WatchedModel(engine))
     first, second = (submitted(parts, prompt="shared", num_inference_steps=1) for _ in range(2))
-    worker.turn()
+    worker.run_once()
     assert (first.state, second.state, second.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
     parts.queue.cancel(second)
     worked_off(worker)
@@ -192,9 +192,9 @@ def test_a_device_that_is_lost_beside_ends_the_worker(parts: Parts, engine: Watc
 def test_a_device_that_is_lost_on_the_workers_thread_is_a_strike_too(parts: Parts) -> None:
     worker = ready(parts, WatchedModel(WatchedEngine(decodes_beside=False)))
     submitted(parts, prompt="lost", num_inference_steps=1)
-    worker.turn()
+    worker.run_once()
     with pytest.raises(DeviceLost):
-        worker.turn()
+        worker.run_once()
     assert parts.rows("SELECT strikes, state FROM jobs") == [(1, "IN_PROGRESS")]
 
 
@@ -274,11 +274,11 @@ def test_painting_goes_on_while_a_picture_waits_for_room(
 def test_an_outcome_that_waits_for_room_is_not_made_again(parts: Parts, engine: WatchedEngine) -> None:
     worker = ready(parts, WatchedModel(engine))
     job = submitted(parts, **LONG)
-    worker.turn()
+    worker.run_once()
     with full_disk(parts):
         for _ in range(3):
             with pytest.raises(DiskFull):
-                worker.turn()
+                worker.run_once()
         made = parts.on_disk()
     worked_off(worker)
     assert (answer(parts, job)[0].status, parts.on_disk()) == (200, made)
@@ -342,7 +342,7 @@ def test_the_worker_hears_a_stop_at_the_worst_moment(parts: Parts) -> None:
 
 def test_the_finisher_hears_a_stop_at_the_worst_moment(parts: Parts) -> None:
     finisher = finisher_of(parts)
-    finisher._bell = bell = WorstMoment(lambda: finisher.stop(time.monotonic() + 3600))
+    finisher._wake = bell = WorstMoment(lambda: finisher.stop(time.monotonic() + 3600))
     # Woken by one that another turn has ended already.
     bell.set()
     finisher.start()
@@ -386,10 +386,10 @@ def test_a_stop_without_grace_lets_a_picture_be_written(
         assert answer(parts, job)[0].status == 200
 
 
-def finisher_of(parts: Parts) -> Finisher:
+def finisher_of(parts: Parts) -> Postprocessor:
     """One whose thread was not started."""
-    answers = Answers(parts.files, embeds_parameters=True)
-    return Finisher(parts.queue, answers, parts.notifier, Watchdog(600, print), print)
+    answers = ResultBuilder(parts.files, embeds_parameters=True)
+    return Postprocessor(parts.queue, answers, parts.notifier, Watchdog(600, print), print)
 
 
 def test_what_is_in_line_goes_back_to_the_queue(parts: Parts) -> None:
@@ -408,15 +408,15 @@ def test_jobs_end_in_the_order_in_which_they_come(parts: Parts) -> None:
     for job in reversed(jobs):
         finisher.add(job, Outcome(200, "{}"))
     assert len(finisher) == 3
-    assert finisher.turn()
+    assert finisher.run_once()
     assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_PROGRESS, State.COMPLETED]
-    assert finisher.turn() and finisher.turn()
-    assert (finisher.turn(), len(finisher)) == (False, 0)
+    assert finisher.run_once() and finisher.run_once()
+    assert (finisher.run_once(), len(finisher)) == (False, 0)
 
 
 def test_room_for_another_wakes_the_worker(parts: Parts) -> None:
     finisher, job = finisher_of(parts), claimed(parts)
     parts.notifier.work_available.clear()
     finisher.add(job, painted())
-    finisher.turn()
+    finisher.run_once()
     assert parts.notifier.work_available.is_set()

@@ -18,7 +18,7 @@ from werkzeug import Request, Response
 
 from models.flux_lora_image_to_image import FluxLoraImageToImageInput
 from models.schema import Limits
-from server.errors import Unusable
+from server.errors import InvalidInputFile
 from server.inputs import images
 from server.inputs.resolver import dump_input
 from tests.hostile_pictures import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
@@ -216,7 +216,7 @@ def mutate(number: int, folder: Path) -> None:
     limits = Limits()
     try:
         found = images.decode_image(path, limits)
-    except Unusable:
+    except InvalidInputFile:
         return
     assert found.mode == "RGB"
     assert limits.min_side <= min(found.size) <= max(found.size) <= limits.max_side

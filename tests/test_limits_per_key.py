@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.rate_limit import Quota
+from server.api.rate_limit import RateLimiter
 from server.errors import TooManyRequests
 from server.queue.jobs import Job, Mode, Priority, State
 from server.queue.waiting_index import WaitingIndex
@@ -100,18 +100,18 @@ def _job(number: int) -> Job:
 
 
 def test_a_rate_is_each_keys_own() -> None:
-    quota = Quota("2/hour")
-    quota.take("me")
-    quota.take("me")
-    quota.take("you")
+    quota = RateLimiter("2/hour")
+    quota.acquire("me")
+    quota.acquire("me")
+    quota.acquire("you")
     with pytest.raises(TooManyRequests, match="2 per 1 hour") as refused:
-        quota.take("me")
+        quota.acquire("me")
     assert 3500 < int(refused.value.headers["retry-after"]) <= 3600
 
 
 def test_no_rate_is_no_limit() -> None:
     for _ in range(1000):
-        Quota("").take("me")
+        RateLimiter("").acquire("me")
 
 
 DOORS = [

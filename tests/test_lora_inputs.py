@@ -17,7 +17,7 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
-from server.errors import Unusable
+from server.errors import InvalidInputFile
 from server.inputs import lora_header, loras
 from tests.parts import Clock, opened, submission
 from tests.serving import Server, serving
@@ -121,7 +121,7 @@ def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "a").write_bytes(GOOD)
     loras.check(tmp_path / "a")
     (tmp_path / "b").write_bytes(HOSTILE["whole numbers"][0])
-    with pytest.raises(Unusable, match="of type I64"):
+    with pytest.raises(InvalidInputFile, match="of type I64"):
         loras.check(tmp_path / "b")
 
 

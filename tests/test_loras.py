@@ -16,7 +16,7 @@ from models.flux.engine import FluxEngine
 from models.flux.loras import Loras
 from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
-from server.worker.running_job import failure
+from server.worker.running_job import outcome_from_exception
 from tests import tiny_flux
 from tests.tiny_flux import difference, finished
 
@@ -280,7 +280,7 @@ def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path])
 def test_the_client_is_told_which_one_and_why() -> None:
     """As a field that is wrong, which is its own fault, not as a failure of the server."""
     error = DoesNotFit(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
-    outcome = failure(error, cast(Job, None))
+    outcome = outcome_from_exception(error, cast(Job, None))
     assert outcome.status == 422
     (entry,) = json.loads(outcome.body)["detail"]
     assert (entry["loc"], entry["msg"]) == (["body", "loras", 1, "path"], str(error))

@@ -9,8 +9,8 @@ import pytest
 
 from models.base import Loading
 from server.cluster import message_checks, messages
-from server.cluster.head import Cluster
-from server.cluster.ray_backend import Lost
+from server.cluster.head import ClusterHead
+from server.cluster.ray_backend import RunnerLost
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.storage.file_store import Lifecycle, StoredFile
 from tests.parts import Parts, finished, submission
@@ -18,21 +18,21 @@ from tests.test_cluster_head import Fleet, Link, ended, fleet, start, submit, un
 
 __all__ = ["fleet", "start"]
 
-Start = Callable[..., Cluster]
+Start = Callable[..., ClusterHead]
 NAME = "a" * 32 + ".jpg"
 
 
-def with_file(job: Job, content: bytes = b"mine", **changes: Any) -> messages.Ended:
+def with_file(job: Job, content: bytes = b"mine", **changes: Any) -> messages.JobFinished:
     """An outcome with one file, changed."""
     file = dataclasses.replace(StoredFile(NAME, job.owner, len(content), "image/jpeg"), **changes)
-    return messages.Ended(job.request_id, Outcome(200, "{}", files=(file,)), {file.name: content})
+    return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {file.name: content})
 
 
-def with_outcome(job: Job, **changes: Any) -> messages.Ended:
-    return messages.Ended(job.request_id, dataclasses.replace(Outcome(200, "{}"), **changes), {})
+def with_outcome(job: Job, **changes: Any) -> messages.JobFinished:
+    return messages.JobFinished(job.request_id, dataclasses.replace(Outcome(200, "{}"), **changes), {})
 
 
-LIES: dict[str, Callable[[Job], messages.Report]] = {
+LIES: dict[str, Callable[[Job], messages.Message]] = {
     "a name that leads elsewhere": lambda job: with_file(job, name="../../stolen.jpg"),
     "a name with a slash": lambda job: with_file(job, name=f"x/{NAME}"),
     "no name": lambda job: with_file(job, name=""),
@@ -56,17 +56,17 @@ LIES: dict[str, Callable[[Job], messages.Report]] = {
     "units without end": lambda job: with_outcome(job, billable_units=10**30),
     "a time that is none": lambda job: with_outcome(job, inference_time=float("nan")),
     "an error that is none": lambda job: with_outcome(job, status=500, error=b"x"),
-    "no outcome": lambda job: messages.Ended(job.request_id, None, {}),  # type: ignore[arg-type]
-    "too long a line": lambda job: messages.Line(job.request_id, "x" * 3_000_000, "INFO"),
-    "too large a preview": lambda job: messages.Progress(job.request_id, 1, 2, "x" * 10_000_000),
-    "a step too many": lambda job: messages.Progress(job.request_id, 3, 2, None),
-    "steps without end": lambda job: messages.Progress(job.request_id, 1, 10**9, None),
-    "a request that is none": lambda job: messages.Returned([]),  # type: ignore[arg-type]
-    "strikes against nothing": lambda job: messages.Struck([[]]),  # type: ignore[list-item]
-    "a state that is none": lambda job: messages.State(None, True, {}),  # type: ignore[arg-type]
-    "a step that is none": lambda job: messages.Stepped((64, 64), "none", float("nan")),
-    "fewer pictures than none": lambda job: messages.Painted("test/null", -1, 0),
-    "a log that is none": lambda job: messages.Logged("x"),  # type: ignore[arg-type]
+    "no outcome": lambda job: messages.JobFinished(job.request_id, None, {}),  # type: ignore[arg-type]
+    "too long a line": lambda job: messages.JobLog(job.request_id, "x" * 3_000_000, "INFO"),
+    "too large a preview": lambda job: messages.JobProgress(job.request_id, 1, 2, "x" * 10_000_000),
+    "a step too many": lambda job: messages.JobProgress(job.request_id, 3, 2, None),
+    "steps without end": lambda job: messages.JobProgress(job.request_id, 1, 10**9, None),
+    "a request that is none": lambda job: messages.JobReleased([]),  # type: ignore[arg-type]
+    "strikes against nothing": lambda job: messages.CrashReported([[]]),  # type: ignore[list-item]
+    "a state that is none": lambda job: messages.RunnerState(None, True, {}),  # type: ignore[arg-type]
+    "a step that is none": lambda job: messages.StepMeasured((64, 64), "none", float("nan")),
+    "fewer pictures than none": lambda job: messages.ImagesGenerated("test/null", -1, 0),
+    "a log that is none": lambda job: messages.LogRecord("x"),  # type: ignore[arg-type]
 }
 
 
@@ -77,7 +77,7 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     start: Start,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    lie: Callable[[Job], messages.Report],
+    lie: Callable[[Job], messages.Message],
 ) -> None:
     monkeypatch.setattr(message_checks, "MAX_BODY", 50_000)
     cluster = start()
@@ -113,14 +113,14 @@ def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: Fleet, start: S
             assert honest.taken() == job.request_id
             honest.said.put(with_outcome(job))
             until(lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
-            honest.said.put(Lost("enough"))
+            honest.said.put(RunnerLost("enough"))
     until(lambda: job.state == State.COMPLETED)
     assert parts.files.path(theirs).read_bytes() == b"theirs"
     assert parts.rows("SELECT name, request_id FROM files") == [(theirs.name, first.request_id)]
     assert cluster.failure is None
 
 
-def two_at_work(parts: Parts, fleet: Fleet, start: Start) -> tuple[Cluster, dict[str, Link], list[Job]]:
+def two_at_work(parts: Parts, fleet: Fleet, start: Start) -> tuple[ClusterHead, dict[str, Link], list[Job]]:
     """Two runners with a request each."""
     fleet.number = 2
     cluster = start()
@@ -137,12 +137,12 @@ def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fl
     liar = links[mine.request_id]
     for name in (other.request_id, waiting.request_id, "never"):
         for report in (
-            messages.Progress(name, 1, 2, "data:image/jpeg;base64,eA=="),
-            messages.Line(name, "lies", "INFO"),
-            messages.Ended(name, Outcome(500, '{"detail": "lies"}', "lies"), {}),
-            messages.Returned(name),
-            messages.Refused(name),
-            messages.Struck([name]),
+            messages.JobProgress(name, 1, 2, "data:image/jpeg;base64,eA=="),
+            messages.JobLog(name, "lies", "INFO"),
+            messages.JobFinished(name, Outcome(500, '{"detail": "lies"}', "lies"), {}),
+            messages.JobReleased(name),
+            messages.JobRejected(name),
+            messages.CrashReported([name]),
         ):
             liar.said.put(report)
     # Twice: the second time it is over.
@@ -170,7 +170,7 @@ def test_the_log_of_a_request_has_an_end(
     liar = fleet.next()
     liar.taken()
     for _ in range(101):
-        liar.said.put(messages.Line(job.request_id, "again", "INFO"))
+        liar.said.put(messages.JobLog(job.request_id, "again", "INFO"))
     assert fleet.next().taken() == job.request_id
 
 
@@ -180,7 +180,7 @@ def test_what_a_runner_logs_is_cut_short(
     start()
     long = logging.LogRecord("server.worker.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
     link = fleet.next()
-    link.said.put(messages.Logged(long))
+    link.said.put(messages.LogRecord(long))
     until(lambda: any(message.startswith("xxx") for message in caplog.messages))
     assert max(map(len, caplog.messages)) == message_checks.MAX_LINE
     assert fleet.made.empty()
@@ -190,13 +190,13 @@ def test_what_an_honest_runner_reports_is_believed() -> None:
     job = Job(1, "one", "test/null", "me", Mode.QUEUE, Priority.NORMAL, "http://here", State.IN_PROGRESS)
     for report in (
         ended(job),
-        messages.Progress(job.request_id, 2, 2, None),
-        messages.State(Loading(), True, {}),
-        messages.Stepped((512, 512), "none", 0.0),
-        messages.Painted("test/null", 4, 1),
-        messages.Over("the GPU is lost"),
+        messages.JobProgress(job.request_id, 2, 2, None),
+        messages.RunnerState(Loading(), True, {}),
+        messages.StepMeasured((512, 512), "none", 0.0),
+        messages.ImagesGenerated("test/null", 4, 1),
+        messages.RunnerStopped("the GPU is lost"),
     ):
-        message_checks.checked(report, {job.request_id: job})
+        message_checks.check(report, {job.request_id: job})
 
 
 def test_an_input_that_cannot_be_read_holds_up_no_other(parts: Parts, fleet: Fleet, start: Start) -> None:

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 
 from models.schema import MAX_PROMPT_LENGTH, OutputFormat
-from server.worker.image_encoder import CONTENT_TYPES, DIGITAL_SOURCE_TYPE, ENDINGS, MARK, black, encode
+from server.worker.image_encoder import CONTENT_TYPES, DIGITAL_SOURCE_TYPE, EXTENSIONS, MARK, black, encode
 
 IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 FORMATS: list[OutputFormat] = ["jpeg", "png"]
@@ -48,7 +48,7 @@ def parameters_in(content: bytes) -> dict[str, Any]:
 
 
 def test_every_format_has_a_content_type_and_an_ending() -> None:
-    assert set(CONTENT_TYPES) == set(ENDINGS) == set(get_args(OutputFormat)) == set(FORMATS)
+    assert set(CONTENT_TYPES) == set(EXTENSIONS) == set(get_args(OutputFormat)) == set(FORMATS)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

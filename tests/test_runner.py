@@ -47,7 +47,7 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[R
         # To its end, so that everything is closed.
         list(reports)
         made._worker._thread.join()
-        made._black_box.close()
+        made._crash_recorder.close()
         root.handlers[:], root.level = handlers, level
 
 
@@ -57,15 +57,17 @@ def first(reports: Iterator[Any], kind: type[Any]) -> Any:
 
 def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iterator[Any]]) -> None:
     made, reports = working
-    assert next(report for report in reports if isinstance(report, messages.State) and report.is_ready).engines
-    made.take(job(), TEXT % "x", {})
+    assert next(report for report in reports if isinstance(report, messages.RunnerState) and report.is_ready).engines
+    made.take_job(job(), TEXT % "x", {})
     seen = []
-    while not isinstance(report := next(reports), messages.Ended):
+    while not isinstance(report := next(reports), messages.JobFinished):
         seen.append(report)
-    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, messages.Progress)]
+    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, messages.JobProgress)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert sum(isinstance(each, messages.Stepped) for each in seen) == 4
-    assert [each for each in seen if isinstance(each, messages.Painted)] == [messages.Painted("test/null", 2, 0)]
+    assert sum(isinstance(each, messages.StepMeasured) for each in seen) == 4
+    assert [each for each in seen if isinstance(each, messages.ImagesGenerated)] == [
+        messages.ImagesGenerated("test/null", 2, 0)
+    ]
     assert report.outcome.status == 200
     assert [file.name for file in report.outcome.files] == list(report.contents)
     colours = [Image.open(io.BytesIO(content)).getpixel((0, 0)) for content in report.contents.values()]
@@ -74,24 +76,24 @@ def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iter
 
 def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
     made, reports = working
-    made.take(job("test/gate"), TEXT % gate.path, {})
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, messages.Progress).step == 1
+    assert first(reports, messages.JobProgress).step == 1
     made.cancel("one")
     gate.let(1)
-    ended = first(reports, messages.Ended)
+    ended = first(reports, messages.JobFinished)
     assert (ended.outcome.error_type, ended.contents) == ("client_cancelled", {})
 
 
 def test_previews_come_when_somebody_wants_them(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
     made, reports = working
-    made.take(job("test/gate"), TEXT % gate.path, {})
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, messages.Progress).preview is None
+    assert first(reports, messages.JobProgress).preview is None
     made.preview("one")
     gate.open()
-    assert any(report.preview for report in iter(lambda: first(reports, messages.Progress), None) if report.step > 1)
-    assert first(reports, messages.Ended)
+    assert any(report.preview for report in iter(lambda: first(reports, messages.JobProgress), None) if report.step > 1)
+    assert first(reports, messages.JobFinished)
 
 
 def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None:
@@ -99,12 +101,12 @@ def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None
     content = io.BytesIO()
     Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
     text = '{"prompt": "x", "seed": 7, "num_inference_steps": 10, "image_url": "x", "image_size": "square"}'
-    aside = made._brought.temp_path()
+    aside = made._inputs.temp_path()
     aside.write_bytes(content.getvalue())
-    name = made._brought.add(aside, ".png")
-    made._brought.path(name).unlink()
-    made.take(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
-    (picture,) = first(reports, messages.Ended).contents.values()
+    name = made._inputs.add(aside, ".png")
+    made._inputs.path(name).unlink()
+    made.take_job(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
+    (picture,) = first(reports, messages.JobFinished).contents.values()
     red, green, blue = Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
     assert blue > 200 > 20 > max(red, green)
 
@@ -114,9 +116,9 @@ def test_what_cannot_be_taken_in_is_refused(
 ) -> None:
     made, reports = working
     monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
-    assert made.lacks(["a.png"]) == ["a.png"]
-    made.take(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
-    assert first(reports, messages.Refused) == messages.Refused("one")
+    assert made.missing_inputs(["a.png"]) == ["a.png"]
+    made.take_job(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
+    assert first(reports, messages.JobRejected) == messages.JobRejected("one")
 
 
 def test_what_runs_is_given_back_when_the_grace_is_over(
@@ -124,13 +126,13 @@ def test_what_runs_is_given_back_when_the_grace_is_over(
 ) -> None:
     made, reports = working
     object.__setattr__(made._worker._settings, "shutdown_grace", 0)
-    made.take(job("test/gate"), TEXT % gate.path, {})
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
-    assert first(reports, messages.Progress).step == 1
+    assert first(reports, messages.JobProgress).step == 1
     stopping = threading.Thread(target=made.stop)
     stopping.start()
     gate.let(1)
-    assert first(reports, messages.Returned) == messages.Returned("one")
+    assert first(reports, messages.JobReleased) == messages.JobReleased("one")
     stopping.join()
 
 
@@ -140,10 +142,10 @@ def test_a_lost_device_is_heard_of_before_the_process_ends(
     made, reports = working
     present = tmp_path / "present"
     present.touch()
-    made.take(job("test/lost"), TEXT % present, {})
-    assert first(reports, messages.Struck) == messages.Struck(["one"])
-    made.hear()
-    over = first(reports, messages.Over)
+    made.take_job(job("test/lost"), TEXT % present, {})
+    assert first(reports, messages.CrashReported) == messages.CrashReported(["one"])
+    made.ack_crash()
+    over = first(reports, messages.RunnerStopped)
     assert over.failure == "an illegal memory access was encountered"
 
 

@@ -145,7 +145,7 @@ def test_one_that_shared_the_forward_is_shown_too(parts: Parts) -> None:
     engine = PreviewedEngine()
     worker = ready(parts, NullModel("test/null", lambda: engine))
     jobs = [submitted(parts, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
-    worker.turn()
+    worker.run_once()
     assert [job.step for job in jobs] == [1, 1]
     assert [job.preview is None for job in jobs] == [True, False]
 
@@ -158,10 +158,15 @@ def test_the_newest_takes_the_place_of_the_one_before(parts: Parts) -> None:
     job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
     seen = []
     for _ in range(7):
-        worker.turn()
-        seen.append(responses.progress(job)["preview"])
+        worker.run_once()
+        seen.append(responses.progress_event(job)["preview"])
     assert len(set(seen)) == 7
-    assert responses.progress(job) == {"type": "progress", "step": 7, "num_inference_steps": 8, "preview": seen[-1]}
+    assert responses.progress_event(job) == {
+        "type": "progress",
+        "step": 7,
+        "num_inference_steps": 8,
+        "preview": seen[-1],
+    }
 
 
 @pytest.mark.parametrize("prompt", ["dark", "broken"])
@@ -169,8 +174,8 @@ def test_without_a_preview_the_picture_is_none_the_worse(parts: Parts, prompt: s
     worker = ready(parts, NullModel("test/null", PreviewedEngine))
     job = submitted(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
     other = submitted(parts, mode=Mode.STREAM, num_inference_steps=4)
-    worker.turn()
-    assert responses.progress(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
+    worker.run_once()
+    assert responses.progress_event(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
     worked_off(worker)
     assert [answer(parts, each)[0].status for each in (job, other)] == [200, 200]
 
@@ -178,7 +183,7 @@ def test_without_a_preview_the_picture_is_none_the_worse(parts: Parts, prompt: s
 def test_a_restart_begins_without_a_preview(parts: Parts) -> None:
     worker = ready(parts, NullModel("test/null", NullEngine))
     job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
-    worker.turn()
+    worker.run_once()
     assert job.preview
     parts.queue.release(job)
-    assert responses.progress(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}
+    assert responses.progress_event(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}

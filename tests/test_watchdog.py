@@ -10,7 +10,7 @@ import pytest
 from server.auth import ANONYMOUS
 from server.errors import DiskFull
 from server.queue.jobs import Job
-from server.worker.watchdog import STUCK, Watchdog
+from server.worker.watchdog import EXIT_STUCK, Watchdog
 from tests.null_model import NullModel, SharingEngine
 from tests.parts import Clock, Parts, claimed, opened, submission
 from tests.serving import TEST_MODELS, Gate, Server, completed, serving
@@ -44,18 +44,18 @@ def dog(late: list[list[Job]], clock: Clock) -> Watchdog:
 
 def test_nothing_is_late_while_nobody_works(dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
     clock.now += 1000
-    dog.look()
+    dog.check()
     assert late == []
 
 
 def test_a_step_is_late_past_the_deadline(parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
     job = claimed(parts)
-    with dog.over([job]):
+    with dog.watch([job]):
         clock.now += 10
-        dog.look()
+        dog.check()
         assert late == []
         clock.now += 0.1
-        dog.look()
+        dog.check()
     assert late == [[job]]
 
 
@@ -64,19 +64,19 @@ def test_the_next_step_has_a_deadline_of_its_own(
 ) -> None:
     job = claimed(parts)
     for _ in range(5):
-        with dog.over([job]):
+        with dog.watch([job]):
             clock.now += 9
-            dog.look()
+            dog.check()
     clock.now += 100
-    dog.look()
+    dog.check()
     assert late == []
 
 
 def test_an_error_ends_the_watch_too(parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
-    with pytest.raises(OSError), dog.over([claimed(parts)]):
+    with pytest.raises(OSError), dog.watch([claimed(parts)]):
         raise OSError
     clock.now += 100
-    dog.look()
+    dog.check()
     assert late == []
 
 
@@ -85,7 +85,7 @@ def test_only_the_late_thread_is_told_of(parts: Parts, dog: Watchdog, clock: Clo
     is_begun, may_end = threading.Event(), threading.Event()
 
     def work_slowly() -> None:
-        with dog.over([slow]):
+        with dog.watch([slow]):
             is_begun.set()
             may_end.wait(60)
 
@@ -93,12 +93,12 @@ def test_only_the_late_thread_is_told_of(parts: Parts, dog: Watchdog, clock: Clo
     thread.start()
     assert is_begun.wait(60)
     clock.now += 9
-    with dog.over([quick]):
+    with dog.watch([quick]):
         clock.now += 2
-        dog.look()
+        dog.check()
     may_end.set()
     thread.join()
-    dog.look()
+    dog.check()
     assert late == [[slow]]
 
 
@@ -106,16 +106,16 @@ def test_within_another_the_outer_goes_on_afterwards(
     parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
     outer, inner = claimed(parts), claimed(parts)
-    with dog.over([outer]):
+    with dog.watch([outer]):
         clock.now += 9
-        with dog.over([inner]):
+        with dog.watch([inner]):
             clock.now += 2
-            dog.look()
+            dog.check()
         assert late == []
-        dog.look()
+        dog.check()
     assert late == [[outer]]
     clock.now += 100
-    dog.look()
+    dog.check()
     assert late == [[outer]]
 
 
@@ -144,7 +144,7 @@ def test_who_has_a_strike_goes_alone(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         parts.queue.recover()
         worker = ready(parts, NullModel("test/null", lambda: engine))
-        while worker.turn():
+        while worker.run_once():
             continue
         assert parts.rows("SELECT status, strikes FROM jobs ORDER BY sequence") == [(200, 0), (200, 1), (200, 0)]
     assert engine.together == [2, 1]
@@ -160,9 +160,9 @@ def test_the_process_ends_also_when_the_strike_cannot_be_written(
     if is_full:
         monkeypatch.setattr(parts.queue, "strike", lambda jobs: (_ for _ in ()).throw(DiskFull()))
         with pytest.raises(DiskFull):
-            worker._end_late([job])
+            worker._on_step_timeout([job])
     else:
-        worker._end_late([job])
+        worker._on_step_timeout([job])
     assert ends == [(7, [job])]
     assert parts.rows("SELECT strikes FROM jobs") == [(0 if is_full else 1,)]
 
@@ -182,7 +182,7 @@ def test_a_step_that_does_not_end_ends_the_process_and_the_next_one_paints(tmp_p
     request = {"prompt": str(gate.path), "num_inference_steps": 3}
     with serving(data_dir, TEST_MODELS, step_deadline="1") as first, client_of(first) as client:
         path = submit(client, request, "test/gate")
-        assert exit_code(first) == STUCK == 3
+        assert exit_code(first) == EXIT_STUCK == 3
         request_id = path.split("/")[-2]
         assert f"a step of {request_id} took longer than --step-deadline (1 s)" in first.output
         # And where it hangs.
@@ -205,7 +205,7 @@ def test_after_three_strikes_a_job_ends_and_others_go_on(tmp_path: Path, gate: G
         paths = [f"/queue/test/gate/requests/{name}" for (name,) in parts.rows(IDS)]
     for _ in range(3):
         with serving(data_dir, TEST_MODELS, step_deadline="1") as server:
-            assert exit_code(server) == STUCK
+            assert exit_code(server) == EXIT_STUCK
     with serving(data_dir, TEST_MODELS, step_deadline="1") as server, client_of(server) as client:
         errors = [completed(client, f"{path}/status").get("error") for path in paths]
         assert errors == ["The server had to end 3 times while it worked at this request.", None, None]

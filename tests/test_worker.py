@@ -67,7 +67,7 @@ def submitted(
 
 def worked_off(worker: Worker) -> None:
     """Take turns until nothing is left to do."""
-    while worker.turn():
+    while worker.run_once():
         continue
 
 
@@ -116,20 +116,20 @@ def _content(parts: Parts, url: str) -> bytes:
 
 
 def test_a_turn_without_work_says_so(parts: Parts) -> None:
-    assert not ready(parts).turn()
+    assert not ready(parts).run_once()
 
 
 def test_a_job_is_painted_step_by_step(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts)
-    assert worker.turn()
+    assert worker.run_once()
     assert (job.state, job.attempt, job.step, job.num_steps) == (State.IN_PROGRESS, 1, 1, 2)
-    assert worker.turn()
+    assert worker.run_once()
     assert (job.state, job.step, parts.on_disk()) == (State.IN_PROGRESS, 2, [])
     # Decoded in a turn of its own, so that others may be stepped beside.
-    assert worker.turn()
+    assert worker.run_once()
     assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
     assert [line["message"] for line in job.logs] == ["step 1/2", "step 2/2"]
-    assert not worker.turn()
+    assert not worker.run_once()
 
 
 def test_the_answer_is_the_models_output(parts: Parts) -> None:
@@ -219,11 +219,11 @@ def test_turns_go_to_whom_least_remains(parts: Parts) -> None:
     worker = ready(parts)
     first = submitted(parts, num_inference_steps=5)
     for _ in range(2):
-        worker.turn()
+        worker.run_once()
     second = submitted(parts, num_inference_steps=2)
     steps = []
     for _ in range(6):
-        worker.turn()
+        worker.run_once()
         steps.append((first.step, second.step))
     # The fourth turn decodes.
     assert steps == [(2, 1), (2, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
@@ -232,31 +232,31 @@ def test_turns_go_to_whom_least_remains(parts: Parts) -> None:
 def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = ready(parts)
     job = submitted(parts, num_inference_steps=1)
-    worker.turn()
+    worker.run_once()
     save = parts.files.create
     monkeypatch.setattr(parts.files, "save", lambda *_: (_ for _ in ()).throw(DiskFull()))
     with pytest.raises(DiskFull):
-        worker.turn()
+        worker.run_once()
     assert job.state == State.IN_PROGRESS
     monkeypatch.setattr(parts.files, "save", save)
-    worker.turn()
+    worker.run_once()
     assert (job.state, job.error) == (State.COMPLETED, None)
 
 
 def test_normal_priority_goes_before_low(parts: Parts) -> None:
     worker = ready(parts)
     low = parts.queue.submit(submission(fields=SMALL, priority=Priority.LOW))
-    worker.turn()
+    worker.run_once()
     normal = submitted(parts)
     for _ in range(3):
-        worker.turn()
+        worker.run_once()
     assert (normal.state, low.state, low.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
 
 
 def test_no_more_run_than_the_setting_says(parts: Parts) -> None:
     worker = ready(parts, max_running=2)
     jobs = [submitted(parts) for _ in range(3)]
-    worker.turn()
+    worker.run_once()
     assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
     worked_off(worker)
     assert {job.state for job in jobs} == {State.COMPLETED}
@@ -267,10 +267,10 @@ def test_no_more_run_than_the_setting_says(parts: Parts) -> None:
 
 def test_cancel_takes_effect_before_the_next_step(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, num_inference_steps=5)
-    worker.turn()
-    worker.turn()
+    worker.run_once()
+    worker.run_once()
     parts.queue.cancel(job)
-    worker.turn()
+    worker.run_once()
     assert (job.state, job.step) == (State.COMPLETED, 2)
     outcome, body = answer(parts, job)
     assert (outcome.status, body["error_type"]) == (499, "client_cancelled")
@@ -279,15 +279,15 @@ def test_cancel_takes_effect_before_the_next_step(parts: Parts) -> None:
 def test_the_cancelled_goes_before_all_others(parts: Parts) -> None:
     worker, other = ready(parts), submitted(parts)
     job = submitted(parts)
-    worker.turn()
+    worker.run_once()
     parts.queue.cancel(job)
-    worker.turn()
+    worker.run_once()
     assert (job.state, other.step) == (State.COMPLETED, 1)
 
 
 def test_a_run_whose_client_left_ends_as_disconnected(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, mode=Mode.RUN)
-    worker.turn()
+    worker.run_once()
     parts.queue.cancel(job)
     worked_off(worker)
     assert (answer(parts, job)[0].error_type, parts.on_disk()) == ("client_disconnected", [])
@@ -336,7 +336,7 @@ def test_an_endpoint_that_is_gone_is_not_found(parts: Parts) -> None:
 def test_an_endpoint_that_is_gone_after_a_restart_is_not_found(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         worker, job = ready(parts), submitted(parts, "test/raises")
-        worker.turn()
+        worker.run_once()
     with opened(tmp_path) as parts:
         parts.queue.recover()
         worked_off(ready(parts, NullModel("test/null", NullEngine)))
@@ -407,12 +407,12 @@ def test_the_operator_can_enforce_the_checker(parts: Parts, is_enforced: bool, f
 
 def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
-    worker.turn()
-    worker.turn()
+    worker.run_once()
+    worker.run_once()
     with full_disk(parts):
         for _ in range(2):
             with pytest.raises(DiskFull):
-                worker.turn()
+                worker.run_once()
         assert (job.state, len(parts.on_disk())) == (State.IN_PROGRESS, 1)
     worked_off(worker)
     assert answer(parts, job)[0].status == 200
@@ -421,10 +421,10 @@ def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
 
 def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
-    worker.turn()
-    worker.turn()
+    worker.run_once()
+    worker.run_once()
     with full_disk(parts), pytest.raises(DiskFull):
-        worker.turn()
+        worker.run_once()
     parts.queue.cancel(job)
     worked_off(worker)
     assert (answer(parts, job)[0].status, parts.on_disk()) == (499, [])
@@ -437,7 +437,7 @@ def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
 
     worker, job = ready(parts, NullModel("test/null", Wordy)), submitted(parts)
     with full_disk(parts), pytest.raises(DiskFull):
-        worker.turn()
+        worker.run_once()
     worked_off(worker)
     assert (job.state, job.error_type) == (State.COMPLETED, "internal_error")
 

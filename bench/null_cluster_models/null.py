@@ -4,6 +4,6 @@ import server.app
 from bench.null_cluster import NullFleet
 from tests.null_model import NullEngine, NullModel
 
-server.app.Fleet = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
+server.app.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
 
 MODEL = NullModel("test/null", NullEngine)

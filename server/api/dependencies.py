@@ -10,8 +10,8 @@ from starlette.requests import HTTPConnection, Request
 
 from models.base import Loading, Model
 from server.api import submissions
-from server.api.rate_limit import Quota
-from server.api.responses import JSON
+from server.api.rate_limit import RateLimiter
+from server.api.responses import FalJSONResponse
 from server.auth import Keys
 from server.errors import NotFound, not_offered
 from server.executor import FairExecutor
@@ -51,7 +51,7 @@ class Services:
     open_answers: FairShare
     #: For what waits for the database.
     turns: FairExecutor
-    quota: Quota
+    quota: RateLimiter
     queue: Queue
     files: FileStore
     uploads: Uploads
@@ -136,12 +136,14 @@ async def parse_request_body(
     """The same for a body that is here already. Raises as `submissions.read` does."""
     parts = get_services(request)
     shared: dict[str, Any] = {"inputs": parts.inputs, "quota": parts.quota, "turns": parts.turns}
-    return await submissions.read(request, body, model, owner, mode=mode, content_type=content_type, **shared)
+    return await submissions.parse_submission(
+        request, body, model, owner, mode=mode, content_type=content_type, **shared
+    )
 
 
 async def read_when_room(
-    parts: Services, owner: str, num_bytes: int, read: Callable[[], JSON], *, is_patient: bool = False
-) -> JSON:
+    parts: Services, owner: str, num_bytes: int, read: Callable[[], FalJSONResponse], *, is_patient: bool = False
+) -> FalJSONResponse:
     """An answer that is read once there is room for it, and counts as its owner's until it is sent.
 
     A client that reads nothing fills no memory, however often it asks. `read` is called in a thread. Raises
@@ -155,11 +157,11 @@ async def read_when_room(
 
 
 async def result_response_of(
-    parts: Services, job: Job, shown: Callable[[Outcome], JSON], *, is_patient: bool = False
-) -> JSON:
+    parts: Services, job: Job, shown: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
+) -> FalJSONResponse:
     """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
 
-    def read() -> JSON:
+    def read() -> FalJSONResponse:
         return shown(parts.queue.result(job))
 
     return await read_when_room(parts, job.owner, job.output_size, read, is_patient=is_patient)

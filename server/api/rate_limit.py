@@ -10,7 +10,7 @@ from limits.strategies import MovingWindowRateLimiter
 from server.errors import TooManyRequests
 
 
-class Quota:
+class RateLimiter:
     """Counted in this process's memory, so that it begins anew with it. Every door counts."""
 
     def __init__(self, rate: str) -> None:
@@ -18,7 +18,7 @@ class Quota:
         self._item: RateLimitItem | None = parse(rate) if rate else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    def take(self, owner: str, what: str = "requests") -> None:
+    def acquire(self, owner: str, what: str = "requests") -> None:
         """Count one of these. Raises TooManyRequests, which says when the next one is welcome."""
         if self._item is None or self._limiter.hit(self._item, what, owner):
             return

@@ -18,7 +18,7 @@ STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 20
 _CHUNK = 2**16
 
 
-class JSON(Response):
+class FalJSONResponse(Response):
     """JSON with the application/json type that the JavaScript SDKs decide by; NaN is sent as null."""
 
     media_type = "application/json"
@@ -53,7 +53,7 @@ def urls(job: Job) -> dict[str, str]:
     return {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
 
 
-def submitted(job: Job, position: int) -> dict[str, Any]:
+def submit_body(job: Job, position: int) -> dict[str, Any]:
     """The reply to a submit: the union of what all SDKs read."""
     return {
         "status": State.IN_QUEUE,
@@ -65,7 +65,7 @@ def submitted(job: Job, position: int) -> dict[str, Any]:
     }
 
 
-def status(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
     """A status object. `logs` is None unless they were asked for; then a list, even when empty."""
     body: dict[str, Any] = {
         "status": job.state,
@@ -88,13 +88,13 @@ def status(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> di
     return body
 
 
-def progress(job: Job) -> dict[str, Any]:
+def progress_event(job: Job) -> dict[str, Any]:
     """One event of /stream before the output."""
     body: dict[str, Any] = {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
     return body if job.preview is None else {**body, "preview": job.preview}
 
 
-def result(outcome: Outcome) -> JSON:
+def result_response(outcome: Outcome) -> FalJSONResponse:
     """The model's own answer, status and headers included."""
     headers = dict(HEADERS_BY_TYPE.get(outcome.error_type or "", {}))
     if outcome.error_type:
@@ -102,12 +102,12 @@ def result(outcome: Outcome) -> JSON:
     if outcome.status >= 500:
         headers["x-fal-retryable"] = "true"
     headers.setdefault("x-fal-billable-units", str(outcome.billable_units))
-    return JSON(outcome.body.encode(), outcome.status, headers)
+    return FalJSONResponse(outcome.body.encode(), outcome.status, headers)
 
 
-def error(problem: ServerError) -> Response:
+def error_response(problem: ServerError) -> Response:
     """An error in fal's shape."""
     headers = dict(problem.headers)
     if problem.error_type:
         headers["x-fal-error-type"] = problem.error_type
-    return JSON(problem.body, problem.status, headers)
+    return FalJSONResponse(problem.body, problem.status, headers)

@@ -14,7 +14,7 @@ HEARTBEAT = 15.0
 _PART = 2**16
 
 
-class StreamFailed(Exception):
+class AbortStream(Exception):
     """Cut the connection after the last event: 200 was said already, so only this tells a client of failure."""
 
 
@@ -28,11 +28,11 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, objects: AsyncIterator[Mapping[str, Any] | None], within: AbstractContextManager[None] | None = None
+        self, objects: AsyncIterator[Mapping[str, Any] | None], context: AbstractContextManager[None] | None = None
     ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(_encoded(objects), headers=headers)
-        self._within = within or nullcontext()
+        self._within = context or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream inside the given context, which ends also when the client leaves before the first event."""
@@ -40,7 +40,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def heard(bell: asyncio.Event) -> bool:
+async def wait_or_heartbeat(bell: asyncio.Event) -> bool:
     """Wait for the bell; False when it is time for a heartbeat first."""
     try:
         async with asyncio.timeout(HEARTBEAT):

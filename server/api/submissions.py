@@ -17,7 +17,7 @@ from server.api.headers import (
     start_deadline,
     webhook_url,
 )
-from server.api.rate_limit import Quota
+from server.api.rate_limit import RateLimiter
 from server.errors import InvalidInput
 from server.executor import FairExecutor
 from server.inputs.resolver import InputResolver, dump_input
@@ -28,7 +28,7 @@ from server.queue.jobs import Mode, Submission
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
-async def read(
+async def parse_submission(
     request: Request,
     body: bytes,
     model: Model,
@@ -36,7 +36,7 @@ async def read(
     *,
     mode: Mode,
     inputs: InputResolver,
-    quota: Quota,
+    quota: RateLimiter,
     turns: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
@@ -48,9 +48,9 @@ async def read(
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
     given = (model, body, content_type, inputs.limits)
     # What is large takes long to read, and others are served meanwhile.
-    fields, body_hash = await turns.run(owner, _read, *given) if len(body) > SMALL else _read(*given)
+    fields, body_hash = await turns.run(owner, _parse, *given) if len(body) > SMALL else _parse(*given)
     # What was refused costs nothing; what brings files does, so this comes first.
-    quota.take(owner)
+    quota.acquire(owner)
     brought = await inputs.resolve(fields, owner)
     is_queued = mode == Mode.QUEUE
     return Submission(
@@ -72,7 +72,7 @@ async def read(
     )
 
 
-def _read(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
+def _parse(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
     """The fields, and what stands for the body."""
     return validate(model, body, content_type, limits), hashlib.sha256(body).hexdigest()
 
@@ -82,7 +82,7 @@ def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> Im
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
-    fields = validation.read(model.Input, body, {"limits": limits})
+    fields = validation.parse_body(model.Input, body, {"limits": limits})
     # Below 2**32, because a larger number may be mangled on its way through JavaScript.
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
     return fields.model_copy(update={"seed": seed})

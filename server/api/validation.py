@@ -18,26 +18,26 @@ _PART = 2**20
 _MAX_LINES = 10_000
 
 
-def read(kind: type[Body], body: bytes, context: Mapping[str, Any] | None = None) -> Body:
+def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None = None) -> Body:
     """Raises InvalidInput, with every field that is wrong."""
     # There are no more values than these; what makes honest bodies long, base64, has none of them.
-    if _num_marks(body) > MAX_VALUES:
+    if _count_values(body) > MAX_VALUES:
         message = f"Body should have at most {MAX_VALUES} values"
         raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
     try:
         # Some tools write a byte order mark, which JSON does not have.
         return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8), context=dict(context or {}))
     except ValidationError as error:
-        raise InvalidInput(detail(error.errors(include_url=False), body)) from None
+        raise InvalidInput(validation_detail(error.errors(include_url=False), body)) from None
 
 
-def _num_marks(body: bytes) -> int:
+def _count_values(body: bytes) -> int:
     """Counted part by part, so that in a thread it holds nobody up."""
     starts = range(0, len(body), _PART)
     return sum(body.count(mark, start, start + _PART) for mark in (b"{", b"[", b",") for start in starts)
 
 
-def detail(errors: Sequence[ErrorDetails], body: bytes) -> list[dict[str, Any]]:
+def validation_detail(errors: Sequence[ErrorDetails], body: bytes) -> list[dict[str, Any]]:
     """pydantic's errors as fal lists them: `loc` below "body", and no `url`."""
     return [_entry(entry, body) for entry in errors]
 
@@ -46,7 +46,7 @@ def _entry(entry: ErrorDetails, body: bytes) -> dict[str, Any]:
     loc: list[str | int] = ["body", *entry["loc"]]
     if entry["type"] == "json_invalid":
         return {"type": "json_invalid", "loc": ["body", _offset(entry["msg"], body)], "msg": entry["msg"], "input": {}}
-    shown: dict[str, Any] = {"type": entry["type"], "loc": loc, "msg": entry["msg"], "input": _short(entry["input"])}
+    shown: dict[str, Any] = {"type": entry["type"], "loc": loc, "msg": entry["msg"], "input": _truncate(entry["input"])}
     if "ctx" in entry:
         shown["ctx"] = {name: value for name, value in entry["ctx"].items() if name != "error"}
     return shown
@@ -66,7 +66,7 @@ def _offset(message: str, body: bytes) -> int:
     return start + max(0, column - 1)
 
 
-def _short(value: object) -> object:
+def _truncate(value: object) -> object:
     """What the client sent, unless it is too long to be sent back."""
     text = value if isinstance(value, str) else repr(value)
     return value if len(text) <= 1000 else f"{text[:1000]}…"

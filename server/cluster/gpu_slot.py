@@ -9,53 +9,53 @@ from collections.abc import Callable, Mapping
 
 from models.base import About, Loading
 from server.cluster import message_checks, messages
-from server.cluster.ray_backend import Link, Lost
+from server.cluster.ray_backend import RunnerHandle, RunnerLost
 from server.errors import DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Priority
 from server.queue.queue import Queue
 from server.status import GpuStatus
 from server.storage.file_store import FileStore
-from server.worker.running_job import failure
+from server.worker.running_job import outcome_from_exception
 
 log = logging.getLogger(__name__)
 
 #: Seconds before the next try, after so many runners in a row that never painted.
-PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+RESTART_BACKOFF = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 #: What requests bring along is in memory for one of them at a time, whatever seats they go to.
-_READING = threading.Lock()
+_INPUT_TRANSFER_LOCK = threading.Lock()
 
 
-class Seat:
+class GpuSlot:
     """`on_change` is called from its thread when there may be room, and when a runner comes or goes."""
 
     def __init__(
         self,
         number: int,
-        link: Callable[[], Link],
+        start_runner: Callable[[], RunnerHandle],
         queue: Queue,
         files: FileStore,
         metrics: Metrics,
-        on_change: Callable[["Seat"], None],
+        on_change: Callable[["GpuSlot"], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self.number = number
-        self._make_link = link
+        self._start_runner = start_runner
         self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
         self._on_failure = on_failure
         #: What the present runner has, by request id.
         self.jobs: dict[str, Job] = {}
-        self._shown: set[str] = set()
+        self._with_previews: set[str] = set()
         self.loading, self.is_ready, self.is_closing = Loading(), False, False
         self._engines: Mapping[str, About] = {}
-        self._link: Link | None = None
+        self._runner: RunnerHandle | None = None
         self._num_lost, self._failure = 0, ""
         #: Runners so far.
-        self.life = 0
+        self.incarnation = 0
         self.idle_since = time.monotonic()
         # Over the jobs and the link, so that no job is given to a runner that is being given up.
         self._lock = threading.Lock()
-        self._is_over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"seat-{number}", daemon=True)
 
     def start(self) -> None:
@@ -65,10 +65,10 @@ class Seat:
     def close(self) -> None:
         """Let the GPU go, at once where it has nothing to do; after its jobs otherwise."""
         self.is_closing = True
-        self._is_over.set()
+        self._stopped.set()
         self._on_change(self)
         with self._lock:
-            link = self._link
+            link = self._runner
         if link and self.is_ready:
             link.stop()
         elif link:
@@ -81,25 +81,25 @@ class Seat:
     def kill(self) -> None:
         """Wait no more: what is left goes back to the queue."""
         with self._lock:
-            link = self._link
+            link = self._runner
         if link:
             link.kill()
 
     @property
-    def is_over(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether its GPU was let go."""
         return not self._thread.is_alive()
 
     @property
     def has_gpu(self) -> bool:
         """Whether it has one: its runner loads there, or paints."""
-        link = self._link
+        link = self._runner
         return bool(link and link.node)
 
     # -- what it is given
 
     @property
-    def is_open(self) -> bool:
+    def accepts_jobs(self) -> bool:
         """Whether it takes jobs."""
         return self.is_ready and not self.is_closing
 
@@ -109,34 +109,34 @@ class Seat:
         jobs = list(self.jobs.values())
         return len(jobs), sum(job.priority == Priority.LOW for job in jobs)
 
-    def give(self, job: Job, text: str) -> None:
+    def assign(self, job: Job, text: str) -> None:
         """One more job. It is lost with the runner, if that is what happens."""
         with self._lock:
-            link = self._link
+            link = self._runner
             if link:
                 self.jobs[job.request_id] = job
         if link is None:
             self._retry(lambda: self._queue.release(job))
         elif job.input_files:
             # It may be a gigabyte, and others wait for other GPUs.
-            threading.Thread(target=self._hand_over, args=(link, job, text), daemon=True).start()
+            threading.Thread(target=self._send, args=(link, job, text), daemon=True).start()
         else:
-            self._hand_over(link, job, text)
+            self._send(link, job, text)
 
-    def _hand_over(self, link: Link, job: Job, text: str) -> None:
+    def _send(self, link: RunnerHandle, job: Job, text: str) -> None:
         try:
-            with _READING if job.input_files else contextlib.nullcontext():
-                link.take(job, text)
-        except Lost as error:
+            with _INPUT_TRANSFER_LOCK if job.input_files else contextlib.nullcontext():
+                link.send_job(job, text)
+        except RunnerLost as error:
             # With all that it has, which goes elsewhere; this one would only fail here again.
             log.error("GPU %d: a request could not be handed over: %s", self.number, error)
             link.kill()
         except Exception as error:
             # Unless it went back to the queue meanwhile, with the runner.
-            if self._link is link:
-                outcome = failure(error, job)
+            if self._runner is link:
+                outcome = outcome_from_exception(error, job)
                 self._retry(lambda: self._queue.finish(job, outcome))
-                self._forget(job)
+                self._remove(job)
         # Since it was claimed, when nobody could be told yet.
         if job.is_cancelled:
             link.cancel(job.request_id)
@@ -144,13 +144,13 @@ class Seat:
     def cancel(self, job: Job) -> None:
         """One of its jobs is to end; returns when the runner knows, or is gone."""
         with self._lock:
-            link = self._link
+            link = self._runner
         if link:
             link.cancel(job.request_id)
 
     def gpu(self) -> GpuStatus:
         """What an operator is told of it."""
-        link = self._link
+        link = self._runner
         node = link.node if link else ""
         state = "loading" if node else "waiting"
         if self.is_ready:
@@ -161,44 +161,44 @@ class Seat:
 
     def _run(self) -> None:
         num_failed = 0
-        while not self._is_over.wait(PAUSES[min(num_failed, len(PAUSES) - 1)]):
+        while not self._stopped.wait(RESTART_BACKOFF[min(num_failed, len(RESTART_BACKOFF) - 1)]):
             num_failed += 1
             try:
-                num_failed = 0 if self._live() else num_failed
+                num_failed = 0 if self._run_runner() else num_failed
             except Exception as error:
                 # Of the head itself, such as its database: only a new process puts everything back.
                 self._on_failure(error)
                 return
 
-    def _live(self) -> bool:
+    def _run_runner(self) -> bool:
         """One runner, from its start to its end; whether it could paint."""
-        link = self._make_link()
+        link = self._start_runner()
         with self._lock:
-            self._link = link
-            self.life += 1
+            self._runner = link
+            self.incarnation += 1
         if self.is_closing:
             link.kill()
         was_ready = False
         try:
-            for report in link.reports():
-                self._hear(link, report)
+            for report in link.messages():
+                self._handle(link, report)
                 was_ready = was_ready or self.is_ready
-        except (Lost, message_checks.Implausible) as error:
-            if not self._is_over.is_set():
+        except (RunnerLost, message_checks.ImplausibleMessage) as error:
+            if not self._stopped.is_set():
                 self._num_lost, self._failure = self._num_lost + 1, str(error)
                 log.warning("GPU %d: its runner is gone: %s", self.number, error)
         finally:
             with self._lock:
-                self._link, self.is_ready = None, False
+                self._runner, self.is_ready = None, False
             link.kill()
-            self._lose(link)
+            self._requeue_all(link)
             self._engines = {}
             self._on_change(self)
         return was_ready
 
-    def _lose(self, link: Link) -> None:
+    def _requeue_all(self, link: RunnerHandle) -> None:
         """What the runner had goes elsewhere, or ends because this was too often."""
-        if self.jobs and not self._is_over.is_set() and (struck := link.struck()):
+        if self.jobs and not self._stopped.is_set() and (struck := link.crashed_jobs()):
             jobs = [job for job in self.jobs.values() if job.request_id in struck]
             log.error(
                 "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(struck)
@@ -206,73 +206,73 @@ class Seat:
             self._queue.record_crash(jobs)
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
             self._retry(lambda job=job: self._queue.requeue_or_fail(job))  # type: ignore[misc]
-            self._forget(job)
+            self._remove(job)
 
-    def _hear(self, link: Link, report: messages.Report) -> None:
-        job = message_checks.checked(report, self.jobs)
+    def _handle(self, link: RunnerHandle, report: messages.Message) -> None:
+        job = message_checks.check(report, self.jobs)
         match report:
-            case messages.Progress() if job:
+            case messages.JobProgress() if job:
                 job.preview = report.preview or job.preview
                 self._queue.progress(job, report.step, report.num_steps)
-                if job.wants_previews and job.request_id not in self._shown:
-                    self._shown.add(job.request_id)
+                if job.wants_previews and job.request_id not in self._with_previews:
+                    self._with_previews.add(job.request_id)
                     link.preview(job.request_id)
-            case messages.Line() if job:
+            case messages.JobLog() if job:
                 self._queue.log(job, report.message, report.level)
-            case messages.Ended() if job:
+            case messages.JobFinished() if job:
                 self._retry(lambda: self._finish(job, report))
-                self._forget(job)
-            case messages.Returned() if job:
+                self._remove(job)
+            case messages.JobReleased() if job:
                 self._retry(lambda: self._queue.release(job))
-                self._forget(job)
-            case messages.Refused() if job:
-                raise Lost("it could not take in what came along with a request")
-            case messages.Struck():
+                self._remove(job)
+            case messages.JobRejected() if job:
+                raise RunnerLost("it could not take in what came along with a request")
+            case messages.CrashReported():
                 self._queue.record_crash([self.jobs[name] for name in report.request_ids if name in self.jobs])
-                link.hear()
-            case messages.Stepped():
+                link.ack_crash()
+            case messages.StepMeasured():
                 self._metrics.observe_step(report.size, report.acceleration, report.seconds)
-            case messages.Painted():
-                self._metrics.count_images(report.endpoint, report.num_pictures, report.num_flagged)
+            case messages.ImagesGenerated():
+                self._metrics.count_images(report.endpoint, report.num_images, report.num_flagged)
             case _:
-                self._hear_state(report)
+                self._handle_state(report)
 
-    def _hear_state(self, report: messages.Report) -> None:
+    def _handle_state(self, report: messages.Message) -> None:
         match report:
-            case messages.State():
+            case messages.RunnerState():
                 self.loading, self._engines = report.loading, report.engines
                 if report.is_ready and not self.is_ready:
                     self.is_ready, self.idle_since, self._failure = True, time.monotonic(), ""
                     self._on_change(self)
-            case messages.Logged():
+            case messages.LogRecord():
                 report.record.gpu, report.record.msg = self.number, report.record.msg[: message_checks.MAX_LINE]
                 logger = logging.getLogger(report.record.name)
                 # Its own level holds here too.
                 if logger.isEnabledFor(report.record.levelno):
                     logger.handle(report.record)
-            case messages.Over() if report.failure is not None:
-                raise Lost(report.failure)
+            case messages.RunnerStopped() if report.failure is not None:
+                raise RunnerLost(report.failure)
 
-    def _finish(self, job: Job, ended: messages.Ended) -> None:
+    def _finish(self, job: Job, ended: messages.JobFinished) -> None:
         """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.
 
         Raises Implausible for a file that is there already: it is somebody else's.
         """
         if any(self._files.is_listed(each.name) for each in ended.outcome.files):
-            raise message_checks.Implausible("it reported a file that is there already")
+            raise message_checks.ImplausibleMessage("it reported a file that is there already")
         try:
             files = tuple(
                 self._files.write(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
             )
             outcome = dataclasses.replace(ended.outcome, files=files)
         except OSError as error:
-            files, outcome = (), failure(error, job)
+            files, outcome = (), outcome_from_exception(error, job)
         if not self._queue.finish(job, outcome):
             self._files.delete([file.name for file in files])
 
-    def _forget(self, job: Job) -> None:
+    def _remove(self, job: Job) -> None:
         self.jobs.pop(job.request_id, None)
-        self._shown.discard(job.request_id)
+        self._with_previews.discard(job.request_id)
         self.idle_since = time.monotonic()
         self._on_change(self)
 

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from models.base import Loading
-from server.cluster.gpu_slot import Seat
-from server.cluster.ray_backend import Fleet, FleetLost
-from server.cluster.router import Board, Traits
+from server.cluster.gpu_slot import GpuSlot
+from server.cluster.ray_backend import RayCluster, RayLost
+from server.cluster.router import Router, CacheAffinity
 from server.errors import DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job
@@ -24,29 +24,35 @@ from server.storage.file_store import FileStore
 log = logging.getLogger(__name__)
 
 #: What one GPU is given at a time, at most, so that one that joins finds work; with --max-gpus, what one is asked for.
-JOBS_A_GPU = 4
+MAX_JOBS_PER_GPU = 4
 #: A GPU that has nothing to do is let go after so many seconds with more of them than are wanted.
 IDLE_SECONDS = 60.0
 #: Seconds between two looks at how many GPUs there should be.
-LOOK_EVERY = 1.0
+POLL_INTERVAL = 1.0
 
 
-class Cluster:
+class ClusterHead:
     """What a worker is to one GPU: claims jobs, and gives each to the seat that serves it best."""
 
     def __init__(
-        self, settings: Settings, queue: Queue, files: FileStore, fleet: Fleet, notifier: Notifier, metrics: Metrics
+        self,
+        settings: Settings,
+        queue: Queue,
+        files: FileStore,
+        fleet: RayCluster,
+        notifier: Notifier,
+        metrics: Metrics,
     ) -> None:
         self._settings, self._queue, self._files = settings, queue, files
         self._notifier, self._metrics = notifier, metrics
-        self._fleet = fleet
-        self._seats: list[Seat] = []
-        self._num_seats = 0
+        self._ray = fleet
+        self._slots: list[GpuSlot] = []
+        self._num_slots = 0
         #: When there were last no more of them than are wanted.
         self._all_wanted_at = -math.inf
-        self._board = Board[Seat](min(settings.max_running, JOBS_A_GPU))
+        self._router = Router[GpuSlot](min(settings.max_running, MAX_JOBS_PER_GPU))
         #: Seats whose runner or jobs changed, until the board knows.
-        self._changed: deque[Seat] = deque()
+        self._changed: deque[GpuSlot] = deque()
         self._is_stopping = False
         #: Why it ended by itself, if it did.
         self.failure: BaseException | None = None
@@ -55,26 +61,26 @@ class Cluster:
     @property
     def is_ready(self) -> bool:
         """Whether one GPU can paint, at least."""
-        return not self._is_stopping and any(seat.is_ready for seat in list(self._seats))
+        return not self._is_stopping and any(seat.is_ready for seat in list(self._slots))
 
     @property
     def loading(self) -> Loading:
         """How far the one is that has come furthest."""
-        all_of_them = [seat.loading for seat in list(self._seats)]
+        all_of_them = [seat.loading for seat in list(self._slots)]
         return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=Loading())
 
     def gpus(self) -> Sequence[GpuStatus]:
         """What an operator is told of each."""
-        return [seat.gpu() for seat in list(self._seats)]
+        return [seat.gpu() for seat in list(self._slots)]
 
     def cancel(self, job: Job) -> None:
         """A job is to end before its next step; returns when its runner knows, or is gone."""
-        for seat in [seat for seat in list(self._seats) if job.request_id in seat.jobs]:
+        for seat in [seat for seat in list(self._slots) if job.request_id in seat.jobs]:
             seat.cancel(job)
 
     def start(self) -> None:
         """Ask for GPUs. Raises RuntimeError where there is nobody to ask."""
-        self._fleet.connect()
+        self._ray.connect()
         self._thread.start()
 
     def stop(self) -> None:
@@ -85,10 +91,10 @@ class Cluster:
         until = time.monotonic() + self._settings.shutdown_grace + 5
         self._notifier.work_available.set()
         self._thread.join(10)
-        for act in (Seat.close, lambda seat: seat.join(until), Seat.kill, lambda seat: seat.join(until + 5)):
-            for seat in self._seats:
+        for act in (GpuSlot.close, lambda seat: seat.join(until), GpuSlot.kill, lambda seat: seat.join(until + 5)):
+            for seat in self._slots:
                 act(seat)
-        self._fleet.close()
+        self._ray.close()
 
     # -- its thread
 
@@ -97,39 +103,41 @@ class Cluster:
         while not self._is_stopping and self.failure is None:
             now = time.monotonic()
             try:
-                if now >= looked_at + LOOK_EVERY:
+                if now >= looked_at + POLL_INTERVAL:
                     looked_at = now
                     self._scale()
-                while self._hand_out():
+                while self._dispatch():
                     continue
             except DiskFull as error:
                 log.error("%s; nothing is lost, trying again every second", error)
-            except FleetLost as error:
+            except RayLost as error:
                 self.fail(error)
                 return
             except Exception:
                 log.exception("the cluster could not be looked after; trying again")
-            self._notifier.work_available.wait(LOOK_EVERY)
+            self._notifier.work_available.wait(POLL_INTERVAL)
             self._notifier.work_available.clear()
 
-    def _hand_out(self) -> bool:
+    def _dispatch(self) -> bool:
         """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
         while self._changed:
             seat = self._changed.popleft()
-            if not seat.is_over:
-                self._board.update(seat)
-        if not self._board.has_room:
+            if not seat.is_stopped:
+                self._router.update(seat)
+        if not self._router.has_room:
             return False
-        claimed = self._queue.claim(include_low_priority=self._board.takes_low, slots=self._board.num_slots)
+        claimed = self._queue.claim(
+            include_low_priority=self._router.accepts_low_priority, slots=self._router.num_slots
+        )
         if claimed is None:
             return False
         job, text = claimed
-        seat = self._board.choose(job, Traits.of(text))
-        seat.give(job, text)
-        self._board.update(seat)
+        seat = self._router.route(job, CacheAffinity.of(text))
+        seat.assign(job, text)
+        self._router.update(seat)
         return True
 
-    def _tell(self, seat: Seat) -> None:
+    def _on_slot_changed(self, seat: GpuSlot) -> None:
         """A seat's runner or jobs changed; called from the seat's thread."""
         self._changed.append(seat)
         self._notifier.work_available.set()
@@ -138,7 +146,7 @@ class Cluster:
         """The head cannot go on: another process starts with what is in the queue. Called from any thread."""
         if self.failure is not None:
             return
-        is_told = isinstance(error, FleetLost | CorruptDatabase)
+        is_told = isinstance(error, RayLost | CorruptDatabase)
         log.error("the cluster is given up: %s", error, exc_info=None if is_told else error)
         self.failure = error
         self._notifier.notify(WORKER)
@@ -147,27 +155,33 @@ class Cluster:
 
     def _scale(self) -> None:
         """Ask for GPUs that are wanted, and let those go that are not: the last ones first."""
-        for seat in [seat for seat in self._seats if seat.is_over]:
-            self._seats.remove(seat)
-            self._board.remove(seat)
-        staying = [seat for seat in self._seats if not seat.is_closing]
+        for seat in [seat for seat in self._slots if seat.is_stopped]:
+            self._slots.remove(seat)
+            self._router.remove(seat)
+        staying = [seat for seat in self._slots if not seat.is_closing]
         wanted = self._num_wanted()
         for _ in range(wanted - len(staying)):
-            seat = Seat(
-                self._num_seats, self._fleet.link, self._queue, self._files, self._metrics, self._tell, self.fail
+            seat = GpuSlot(
+                self._num_slots,
+                self._ray.start_runner,
+                self._queue,
+                self._files,
+                self._metrics,
+                self._on_slot_changed,
+                self.fail,
             )
-            self._num_seats += 1
-            self._seats.append(seat)
+            self._num_slots += 1
+            self._slots.append(seat)
             seat.start()
         if len(staying) <= wanted:
             self._all_wanted_at = time.monotonic()
         # Those first that have no GPU yet, then those that came last; one that has work never.
-        spare = sorted(filter(self._is_spare, staying), key=lambda seat: (seat.has_gpu, seat.is_ready, -seat.number))
+        spare = sorted(filter(self._is_idle, staying), key=lambda seat: (seat.has_gpu, seat.is_ready, -seat.number))
         for seat in spare[: max(0, len(staying) - wanted)]:
             log.info("GPU %d is let go", seat.number)
             seat.close()
 
-    def _is_spare(self, seat: Seat) -> bool:
+    def _is_idle(self, seat: GpuSlot) -> bool:
         """Whether it may be let go where there are too many. One that loads is kept as long as one that idles.
 
         Otherwise a queue that is now a little shorter, now a little longer would never see its weights loaded.
@@ -176,11 +190,11 @@ class Cluster:
         return not seat.jobs and (is_long or not seat.has_gpu)
 
     def _num_wanted(self) -> int:
-        settings, num_gpus = self._settings, self._fleet.num_gpus()
+        settings, num_gpus = self._settings, self._ray.num_gpus()
         if settings.gpus:
             return settings.gpus
         if not settings.max_gpus:
             # As many as there are, and at least one is asked for: nodes may come later.
             return max(1, settings.min_gpus, num_gpus)
-        num_jobs = self._queue.length + sum(len(seat.jobs) for seat in self._seats)
-        return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / JOBS_A_GPU)))
+        num_jobs = self._queue.length + sum(len(seat.jobs) for seat in self._slots)
+        return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / MAX_JOBS_PER_GPU)))

@@ -27,83 +27,85 @@ _CONTENT_TYPES = ("image/jpeg", "image/png")
 _OK, _ERRORS = 200, range(400, 600)
 
 
-class Implausible(Exception):
+class ImplausibleMessage(Exception):
     """A report that no runner in order makes; says what is wrong with it."""
 
 
-def checked(report: messages.Report, jobs: Mapping[str, Job]) -> Job | None:
+def check(report: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
     """The job that a report is about, if the runner has it. Raises Implausible."""
     request_id = getattr(report, "request_id", "")
-    _demand(isinstance(request_id, str), "a request id that is no text")
+    _require(isinstance(request_id, str), "a request id that is no text")
     job = jobs.get(request_id)
     match report:
-        case messages.Progress() if job:
+        case messages.JobProgress() if job:
             _check_progress(report, job)
-        case messages.Line() if job:
+        case messages.JobLog() if job:
             _check_line(report, job)
-        case messages.Ended() if job:
+        case messages.JobFinished() if job:
             _check_outcome(report.outcome)
             _check_files(report, job)
-        case messages.Struck():
-            _demand(all(isinstance(name, str) for name in report.request_ids), "a strike against no request")
-        case messages.State():
-            _demand(isinstance(report.loading, Loading) and isinstance(report.engines, Mapping), "a state that is none")
-        case messages.Stepped():
-            _demand(_is_text(report.acceleration, _MAX_WORD) and _is_time(report.seconds), "a step that is none")
-        case messages.Painted():
-            numbers = (report.num_pictures, report.num_flagged)
-            _demand(all(_is_count(number, _MAX_WORD) for number in numbers), "a number of pictures that is none")
-        case messages.Logged():
+        case messages.CrashReported():
+            _require(all(isinstance(name, str) for name in report.request_ids), "a strike against no request")
+        case messages.RunnerState():
+            _require(
+                isinstance(report.loading, Loading) and isinstance(report.engines, Mapping), "a state that is none"
+            )
+        case messages.StepMeasured():
+            _require(_is_text(report.acceleration, _MAX_WORD) and _is_time(report.seconds), "a step that is none")
+        case messages.ImagesGenerated():
+            numbers = (report.num_images, report.num_flagged)
+            _require(all(_is_count(number, _MAX_WORD) for number in numbers), "a number of pictures that is none")
+        case messages.LogRecord():
             record = report.record
             is_line = isinstance(record, LogRecord) and isinstance(record.msg, str) and not record.args
-            _demand(is_line, "a line for the log that is none")
-        case messages.Over():
-            _demand(report.failure is None or _is_text(report.failure, MAX_LINE), "an end that makes no sense")
+            _require(is_line, "a line for the log that is none")
+        case messages.RunnerStopped():
+            _require(report.failure is None or _is_text(report.failure, MAX_LINE), "an end that makes no sense")
     return job
 
 
-def _check_progress(report: messages.Progress, job: Job) -> None:
+def _check_progress(report: messages.JobProgress, job: Job) -> None:
     are_counts = _is_count(report.num_steps, MAX_LINES) and _is_count(report.step, report.num_steps)
-    _demand(are_counts, "a step that is none")
-    _demand(report.preview is None or _is_text(report.preview, MAX_PREVIEW), "a preview that is too large")
-    _demand(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
+    _require(are_counts, "a step that is none")
+    _require(report.preview is None or _is_text(report.preview, MAX_PREVIEW), "a preview that is too large")
+    _require(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
 
 
-def _check_line(report: messages.Line, job: Job) -> None:
+def _check_line(report: messages.JobLog, job: Job) -> None:
     are_texts = _is_text(report.message, MAX_LINE) and _is_text(report.level, _MAX_WORD)
-    _demand(are_texts, "a line for the log of a request that is none, or is too long")
-    _demand(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
+    _require(are_texts, "a line for the log of a request that is none, or is too long")
+    _require(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
 
 
 def _check_outcome(outcome: Outcome) -> None:
-    _demand(isinstance(outcome, Outcome), "an outcome that is none")
-    _demand(_is_count(outcome.status, _ERRORS[-1]), "a status that is none")
-    _demand(outcome.status == _OK or outcome.status in _ERRORS, f"a status of {outcome.status}")
-    _demand(_is_text(outcome.body, MAX_BODY), f"an answer that is no text, or has more than {MAX_BODY} characters")
-    _demand(_is_object(outcome.body), "an answer that is not JSON")
+    _require(isinstance(outcome, Outcome), "an outcome that is none")
+    _require(_is_count(outcome.status, _ERRORS[-1]), "a status that is none")
+    _require(outcome.status == _OK or outcome.status in _ERRORS, f"a status of {outcome.status}")
+    _require(_is_text(outcome.body, MAX_BODY), f"an answer that is no text, or has more than {MAX_BODY} characters")
+    _require(_is_object(outcome.body), "an answer that is not JSON")
     words = (outcome.error, outcome.error_type, outcome.acceleration)
-    _demand(all(word is None or _is_text(word, MAX_LINE) for word in words), "an error that is no text")
-    _demand(outcome.inference_time is None or _is_time(outcome.inference_time), "a time that is none")
-    _demand(_is_count(outcome.billable_units, _MAX_UNITS), "billable units that are none")
+    _require(all(word is None or _is_text(word, MAX_LINE) for word in words), "an error that is no text")
+    _require(outcome.inference_time is None or _is_time(outcome.inference_time), "a time that is none")
+    _require(_is_count(outcome.billable_units, _MAX_UNITS), "billable units that are none")
 
 
-def _check_files(report: messages.Ended, job: Job) -> None:
+def _check_files(report: messages.JobFinished, job: Job) -> None:
     files = report.outcome.files
     for file in files:
-        _demand(
+        _require(
             isinstance(file, StoredFile) and isinstance(file.name, str) and is_file_name(file.name), "a file's bad name"
         )
         content = report.contents.get(file.name)
-        _demand(isinstance(content, bytes), "a file without its content")
-        _demand(file.size == len(content or b""), "a file of another size")
-        _demand(file.owner == job.owner and file.is_private == job.lifecycle.is_private, "a file of somebody else's")
-        _demand(file.content_type in _CONTENT_TYPES and file.file_name is None, "a file that is no picture")
-    _demand(len({file.name for file in files}) == len(files), "two files of one name")
+        _require(isinstance(content, bytes), "a file without its content")
+        _require(file.size == len(content or b""), "a file of another size")
+        _require(file.owner == job.owner and file.is_private == job.lifecycle.is_private, "a file of somebody else's")
+        _require(file.content_type in _CONTENT_TYPES and file.file_name is None, "a file that is no picture")
+    _require(len({file.name for file in files}) == len(files), "two files of one name")
 
 
-def _demand(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise Implausible(f"it reported {otherwise}")
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ImplausibleMessage(f"it reported {problem}")
 
 
 def _is_text(value: object, max_length: int) -> bool:

@@ -9,7 +9,7 @@ from server.queue.jobs import Outcome
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """A step was done."""
 
     request_id: str
@@ -19,7 +19,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Line:
+class JobLog:
     """A line for a job's log."""
 
     request_id: str
@@ -28,7 +28,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobFinished:
     """A job's outcome, and what is in its files, by their names."""
 
     request_id: str
@@ -37,28 +37,28 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Returned:
+class JobReleased:
     """A job that this process will not finish."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
-class Refused:
+class JobRejected:
     """A job that could not be taken in, with what came along with it."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
-class Struck:
+class CrashReported:
     """The process has to end while it works at these."""
 
     request_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepMeasured:
     """A forward, alone or shared."""
 
     size: tuple[int, int]
@@ -67,16 +67,16 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Painted:
+class ImagesGenerated:
     """The pictures of one request, and how many of them are not shown."""
 
     endpoint: str
-    num_pictures: int
+    num_images: int
     num_flagged: int
 
 
 @dataclass(frozen=True)
-class State:
+class RunnerState:
     """How far loading is, whether it can paint, and its engines by their weights."""
 
     loading: Loading
@@ -85,17 +85,29 @@ class State:
 
 
 @dataclass(frozen=True)
-class Logged:
+class LogRecord:
     """A line for the log of the head."""
 
     record: logging.LogRecord
 
 
 @dataclass(frozen=True)
-class Over:
+class RunnerStopped:
     """The last report, and why it came to that if nobody asked for it."""
 
     failure: str | None = None
 
 
-Report = Progress | Line | Ended | Returned | Refused | Struck | Stepped | Painted | State | Logged | Over
+Message = (
+    JobProgress
+    | JobLog
+    | JobFinished
+    | JobReleased
+    | JobRejected
+    | CrashReported
+    | StepMeasured
+    | ImagesGenerated
+    | RunnerState
+    | LogRecord
+    | RunnerStopped
+)

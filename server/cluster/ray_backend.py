@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.cluster.messages import Report
+from server.cluster.messages import Message
 from server.cluster.runner import Runner
 from server.queue.jobs import Job
 from server.settings import Settings
@@ -17,20 +17,20 @@ from server.worker import crash_recorder
 log = logging.getLogger(__name__)
 
 #: Seconds that the node of a dead runner has to tell how it died; a dead node tells nothing.
-TELL_WITHIN = 3.0
+CRASH_REPORT_TIMEOUT = 3.0
 #: Seconds that a cancel may take to reach a runner before its client is answered all the same.
-HEARD_WITHIN = 2.0
+CANCEL_TIMEOUT = 2.0
 #: What the head calls beside the one call that lasts.
-_ORDERS = "orders"
+_CONTROL = "orders"
 #: By itself, because it lasts as long as the grace, and cancels must come through meanwhile.
-_END = "end"
+_STOP = "end"
 
 
-class Lost(Exception):
+class RunnerLost(Exception):
     """A runner is gone, with its process or its node; or its GPU is."""
 
 
-class FleetLost(Exception):
+class RayLost(Exception):
     """This process has no Ray any more: only a new process can have one."""
 
 
@@ -54,7 +54,7 @@ class RayRunner(Runner):
         return bytes(ray.get(source))
 
 
-class Link:
+class RunnerHandle:
     """One runner, as the head sees it. Made at once, though Ray may look for a GPU for a while."""
 
     def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
@@ -62,76 +62,76 @@ class Link:
 
         self._ray, self._input_path = ray, input_path
         self.node, self._about = "", dict[str, Any]()
-        made = ray.remote(num_gpus=1, num_cpus=0, max_restarts=0, concurrency_groups={_ORDERS: 1, _END: 1})(RayRunner)
+        made = ray.remote(num_gpus=1, num_cpus=0, max_restarts=0, concurrency_groups={_CONTROL: 1, _STOP: 1})(RayRunner)
         # Nobody's secrets travel: a runner asks no client for a key and signs nothing.
         public = settings.model_copy(update={"keys": (), "operator_keys": (), "webhook_secret": ""})
         self._actor = made.remote(public)
 
-    def reports(self) -> Iterator[Report]:
+    def messages(self) -> Iterator[Message]:
         """What the runner reports until it is over. Raises Lost."""
         errors = self._ray.exceptions
         try:
-            self._about = self._ray.get(self._order("about")())
+            self._about = self._ray.get(self._control("about")())
             self.node = self._about["node"]
             for batch in self._actor.work.options(num_returns="streaming").remote():
                 yield from self._ray.get(batch)
         except errors.RayTaskError as error:
-            raise Lost(str(error.cause)) from error
+            raise RunnerLost(str(error.cause)) from error
         except (errors.RayError, ValueError) as error:
             lines = str(error).strip().splitlines()
-            raise Lost(" ... ".join(dict.fromkeys((lines[0], lines[-1])))) from None
+            raise RunnerLost(" ... ".join(dict.fromkeys((lines[0], lines[-1])))) from None
 
-    def take(self, job: Job, text: str) -> None:
+    def send_job(self, job: Job, text: str) -> None:
         """Give it a job, with those of its files that are not there yet. Raises Lost, and OSError for a file."""
         names = sorted(set(job.input_files.values()))
         try:
-            lacking = self._ray.get(self._order("lacks")(names), timeout=HEARD_WITHIN) if names else []
+            lacking = self._ray.get(self._control("lacks")(names), timeout=CANCEL_TIMEOUT) if names else []
             contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in lacking}
-            self._order("take")(job, text, contents)
+            self._control("take")(job, text, contents)
         except self._ray.exceptions.RayError as error:
-            raise Lost(str(error)) from None
+            raise RunnerLost(str(error)) from None
 
     def cancel(self, request_id: str) -> None:
         """A job is to end before its next step; returns when the runner knows, or cannot know."""
         with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.get(self._order("cancel")(request_id), timeout=HEARD_WITHIN)
+            self._ray.get(self._control("cancel")(request_id), timeout=CANCEL_TIMEOUT)
 
     def preview(self, request_id: str) -> None:
         """Somebody wants to see a job's previews."""
-        self._order("preview")(request_id)
+        self._control("preview")(request_id)
 
-    def hear(self) -> None:
+    def ack_crash(self) -> None:
         """What was to be remembered before the process ends, is."""
-        self._order("hear")()
+        self._control("hear")()
 
     def stop(self) -> None:
         """Finish what runs within the grace, give the rest back."""
-        self._actor.stop.options(concurrency_group=_END).remote()
+        self._actor.stop.options(concurrency_group=_STOP).remote()
 
     def kill(self) -> None:
         """End it now, wherever it is, or stop looking for a GPU for it."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(self._actor)
 
-    def struck(self) -> list[str]:
+    def crashed_jobs(self) -> list[str]:
         """The requests a dead runner worked at, if it died of a fault of its own; its node says so."""
         if not self._about:
             return []
         nearby = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self._about["node_id"], soft=False)
-        task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=nearby)(crash_recorder.read)
+        task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=nearby)(crash_recorder.load_crash)
         try:
-            trace, request_ids = self._ray.get(task.remote(self._about["folder"]), timeout=TELL_WITHIN)
+            trace, request_ids = self._ray.get(task.remote(self._about["folder"]), timeout=CRASH_REPORT_TIMEOUT)
         except self._ray.exceptions.RayError:
             return []
         if trace:
             log.error("the trace of the runner that died:\n%s", trace)
         return list(request_ids)
 
-    def _order(self, name: str) -> Callable[..., Any]:
-        return partial(getattr(self._actor, name).options(concurrency_group=_ORDERS).remote)
+    def _control(self, name: str) -> Callable[..., Any]:
+        return partial(getattr(self._actor, name).options(concurrency_group=_CONTROL).remote)
 
 
-class Fleet:
+class RayCluster:
     """The GPUs that Ray has to give: of this machine ("local"), or of the cluster at an address.
 
     "auto" is the cluster that this machine is a node of.
@@ -167,15 +167,15 @@ class Fleet:
             "Ray is at %s, with %d GPUs; those that are taken are waited for", context.gcs_address, self.num_gpus()
         )
 
-    def link(self) -> Link:
+    def start_runner(self) -> RunnerHandle:
         """A runner on the next GPU that is free."""
-        return Link(self._settings, self._input_path)
+        return RunnerHandle(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
         """How many there are in all, busy ones too. Raises FleetLost when this process's own node is gone."""
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         if self._ray.get_runtime_context().get_node_id() not in nodes:
-            raise FleetLost("Ray has died on this machine")
+            raise RayLost("Ray has died on this machine")
         return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 
     def close(self) -> None:

@@ -16,23 +16,23 @@ import psutil
 
 from models import discover
 from models.loading import specs
-from server.cluster.messages import Logged, Over, Refused, Report, State
-from server.cluster.runner_queue import Desk, ReportedMetrics
+from server.cluster.messages import LogRecord, RunnerStopped, JobRejected, Message, RunnerState
+from server.cluster.runner_queue import RunnerQueue, RunnerMetrics
 from server.inputs.cache import InputCache
 from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.queue.jobs import Job
 from server.queue.notifier import Notifier
 from server.settings import Settings
-from server.worker.crash_recorder import BlackBox
-from server.worker.engine_pool import placements
+from server.worker.crash_recorder import CrashRecorder
+from server.worker.engine_pool import engine_configs
 from server.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the worker: while it loads, and when it paints.
-LOOKS = (0.1, 2.0)
+STATE_INTERVALS = (0.1, 2.0)
 #: Seconds that the folder of a runner that died stays, so that the head can read its black box.
-KEPT = 60.0
+KEEP_SECONDS = 60.0
 
 
 def node_folder() -> Path:
@@ -51,58 +51,58 @@ class Runner:
         os.environ.pop("OMP_NUM_THREADS", None)
         self._folder = _new_folder(node_folder() / "runners")
         settings = settings.model_copy(update={"data_dir": node_folder()})
-        self._desk, self._bell = Desk(), _Bell(self._fail)
+        self._queue, self._notifier = RunnerQueue(), _FailureNotifier(self._fail)
         kept = int(settings.loras_gb * 1e9)
-        self._brought = InputCache(self._folder / "inputs", lambda: self._desk.names, kept)
+        self._inputs = InputCache(self._folder / "inputs", lambda: self._queue.input_names, kept)
         known = discover(settings.models_dir)
         places = specs.assign(settings.weights, known)
-        self._black_box = BlackBox(self._folder)
+        self._crash_recorder = CrashRecorder(self._folder)
         self._worker = Worker(
             settings,
             {endpoint: known[endpoint] for endpoint in places},
-            placements(settings, places),
-            self._desk,
-            self._desk,
-            self._brought.path,
-            self._bell,
-            ReportedMetrics(self._desk),
-            self._black_box,
+            engine_configs(settings, places),
+            self._queue,
+            self._queue,
+            self._inputs.path,
+            self._notifier,
+            RunnerMetrics(self._queue),
+            self._crash_recorder,
         )
         self._is_stopping = threading.Event()
-        logging.basicConfig(level=settings.log_level.upper(), handlers=[_Handler(self._desk)], force=True)
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[_Handler(self._queue)], force=True)
 
     def about(self) -> Mapping[str, Any]:
         """Its process, and the folder with its black box."""
         return {"pid": os.getpid(), "folder": str(self._folder)}
 
-    def work(self) -> Iterator[Sequence[Report]]:
+    def work(self) -> Iterator[Sequence[Message]]:
         """Load, then paint what is put in; yields what there is to report until it is over."""
-        self._black_box.open()
+        self._crash_recorder.open()
         self._worker.start()
-        threading.Thread(target=self._look, name="look", daemon=True).start()
+        threading.Thread(target=self._report_state, name="look", daemon=True).start()
         is_over = False
         while not is_over:
-            reports = self._desk.reports()
+            reports = self._queue.messages()
             yield reports
-            is_over = any(isinstance(report, Over) for report in reports)
+            is_over = any(isinstance(report, RunnerStopped) for report in reports)
 
-    def take(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
+    def take_job(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
         """One more job, and where to get the files that came along with it."""
         try:
             for name, source in contents.items():
-                aside = self._brought.temp_path()
+                aside = self._inputs.temp_path()
                 aside.write_bytes(self.fetch(source))
-                self._brought.add(aside, Path(name).suffix)
+                self._inputs.add(aside, Path(name).suffix)
         except Exception:
             log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
-            self._desk.tell(Refused(job.request_id))
+            self._queue.send(JobRejected(job.request_id))
             return
-        self._desk.put(job, text)
-        self._bell.work_available.set()
+        self._queue.enqueue(job, text)
+        self._notifier.work_available.set()
 
-    def lacks(self, names: Sequence[str]) -> Sequence[str]:
+    def missing_inputs(self, names: Sequence[str]) -> Sequence[str]:
         """Which of these files are not here; the others stay for a while."""
-        return [name for name in names if not self._brought.touch(name)]
+        return [name for name in names if not self._inputs.touch(name)]
 
     def fetch(self, source: Any) -> bytes:
         """What is in a file that a job brought along; `source` is what the head gave for it."""
@@ -110,51 +110,51 @@ class Runner:
 
     def cancel(self, request_id: str) -> None:
         """A job is to end before its next step."""
-        if job := self._desk.find(request_id):
+        if job := self._queue.find(request_id):
             job.is_cancelled = True
-            self._bell.work_available.set()
+            self._notifier.work_available.set()
 
     def preview(self, request_id: str) -> None:
         """Somebody wants to see a job's previews."""
-        if job := self._desk.find(request_id):
+        if job := self._queue.find(request_id):
             job.wants_previews = True
 
-    def hear(self) -> None:
+    def ack_crash(self) -> None:
         """What was to be remembered before the process ends, is."""
-        self._desk.hear()
+        self._queue.ack_crash()
 
     def stop(self) -> None:
         """Finish what runs within the grace, give the rest back."""
         self._is_stopping.set()
         self._worker.stop()
-        self._desk.tell(Over())
+        self._queue.send(RunnerStopped())
 
-    def _look(self) -> None:
+    def _report_state(self) -> None:
         """Tell how it is, for as long as it is."""
-        last: State | None = None
+        last: RunnerState | None = None
         swept_at = time.monotonic()
-        while not self._is_stopping.wait(LOOKS[self._worker.is_ready]):
-            state = State(self._worker.loading, self._worker.is_ready, self._worker.gpus()[0].engines)
+        while not self._is_stopping.wait(STATE_INTERVALS[self._worker.is_ready]):
+            state = RunnerState(self._worker.loading, self._worker.is_ready, self._worker.gpus()[0].engines)
             if state != last:
-                self._desk.tell(state)
+                self._queue.send(state)
                 last = state
-            if time.monotonic() > swept_at + KEPT:
-                self._brought.sweep()
+            if time.monotonic() > swept_at + KEEP_SECONDS:
+                self._inputs.sweep()
                 swept_at = time.monotonic()
 
     def _fail(self) -> None:
         failure = self._worker.failure
-        self._desk.tell(Over(str(failure) or repr(failure)))
+        self._queue.send(RunnerStopped(str(failure) or repr(failure)))
 
 
-class _Bell(Notifier):
+class _FailureNotifier(Notifier):
     """Rung by the worker for one thing only: that it ended by itself."""
 
     def __init__(self, on_failure: Any) -> None:
         super().__init__()
         self._on_failure = on_failure
 
-    def ring(self, *topics: str) -> None:
+    def notify(self, *topics: str) -> None:
         """Somebody has to know."""
         self._on_failure()
 
@@ -162,17 +162,17 @@ class _Bell(Notifier):
 class _Handler(logging.handlers.QueueHandler):
     """What is logged here is said by the head."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: RunnerQueue) -> None:
         # No queue: records go to the desk.
         super().__init__(None)  # type: ignore[arg-type]
         self.setFormatter(logging.Formatter("%(message)s"))
-        self._desk = desk
+        self._queue = desk
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Ready to be sent: without what was put into it on the way here, which the head would show."""
         for name in ("message", "_ray_timestamp_ns"):
             record.__dict__.pop(name, None)
-        self._desk.tell(Logged(record))
+        self._queue.send(LogRecord(record))
 
 
 def _new_folder(runners: Path) -> Path:
@@ -182,7 +182,7 @@ def _new_folder(runners: Path) -> Path:
     here = f"{socket.gethostname()}-"
     for folder in runners.glob(f"{here}*"):
         with contextlib.suppress(OSError, ValueError):
-            is_old = folder.stat().st_mtime < time.time() - KEPT
+            is_old = folder.stat().st_mtime < time.time() - KEEP_SECONDS
             if is_old and not psutil.pid_exists(int(folder.name.removeprefix(here))):
                 shutil.rmtree(folder, ignore_errors=True)
     mine = runners / f"{here}{os.getpid()}"

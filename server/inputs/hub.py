@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from server.errors import Unusable
+from server.errors import InvalidInputFile
 from server.net.outbound import OutboundClient
 
 _ID = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}")
@@ -38,9 +38,9 @@ async def resolve_hub_id(address: str, guard: OutboundClient, aside: Path) -> st
     try:
         said = _Repository.model_validate_json(await asyncio.to_thread(aside.read_bytes))
     except ValidationError:
-        raise Unusable("file_download_error", f"The hub says nothing of {address} that can be read") from None
+        raise InvalidInputFile("file_download_error", f"The hub says nothing of {address} that can be read") from None
     names = [each.rfilename for each in said.siblings if each.rfilename.endswith(".safetensors")]
     if len(names) != 1:
         found = f"has {len(names)} safetensors files" if names else "has no safetensors file"
-        raise Unusable("file_download_error", f"{address} {found}; give the URL of the one that is meant")
+        raise InvalidInputFile("file_download_error", f"{address} {found}; give the URL of the one that is meant")
     return f"{constants.ENDPOINT}/{address}/resolve/{said.sha}/{names[0]}"

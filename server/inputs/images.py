@@ -17,7 +17,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from models.schema import Limits
-from server.errors import Unusable
+from server.errors import InvalidInputFile
 
 #: What is read of a picture that a client sends.
 SOURCE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -45,16 +45,16 @@ def decode_image(path: Path, limits: Limits) -> Image:
                 raise _too_many_pixels_error(source.width, source.height)
             source.load()
             picture = _rgb(_upright(source))
-    except Unusable:
+    except InvalidInputFile:
         raise
     except PIL.UnidentifiedImageError:
         formats = [name.lower() for name in SOURCE_FORMATS]
         words = f"The file is not a picture in one of the formats {', '.join(formats)}"
-        raise Unusable("unsupported_image_format", words, supported_formats=formats) from None
+        raise InvalidInputFile("unsupported_image_format", words, supported_formats=formats) from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _too_many_pixels_error() from None
     except Exception as error:
-        raise Unusable("image_load_error", f"The picture cannot be read: {error}") from None
+        raise InvalidInputFile("image_load_error", f"The picture cannot be read: {error}") from None
     fitting = min(
         1.0,
         limits.max_side / max(picture.size),
@@ -63,7 +63,7 @@ def decode_image(path: Path, limits: Limits) -> Image:
     # A hair more, because 2215 * (2048 / 2215) is less than 2048 in floating point.
     width, height = (int(side * fitting + 1e-6) for side in picture.size)
     if min(width, height) < limits.min_side:
-        raise Unusable(
+        raise InvalidInputFile(
             "image_too_small",
             f"The picture should be {limits.min_side} pixels wide and high at least"
             f", once it is at most {limits.max_side} pixels on its longer side",
@@ -73,9 +73,9 @@ def decode_image(path: Path, limits: Limits) -> Image:
     return picture if fitting == 1 else picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
-def _too_many_pixels_error(*size: int) -> Unusable:
+def _too_many_pixels_error(*size: int) -> InvalidInputFile:
     shown = f"; it has {size[0]}x{size[1]}" if size else ""
-    return Unusable(
+    return InvalidInputFile(
         "image_too_large",
         f"The picture should have at most {MAX_SOURCE_PIXELS // 1_000_000} megapixels{shown}",
         max_width=4000,
@@ -106,11 +106,11 @@ def _check_parts(content: bytes) -> None:
     elif content.startswith(_JPEG):
         # In compressed data 0xFF is always followed by 0, so this is a marker, or in a thumbnail.
         if content.count(_START_OF_SCAN) > MAX_SCANS:
-            raise Unusable("image_load_error", f"The picture has more than {MAX_SCANS} scans")
+            raise InvalidInputFile("image_load_error", f"The picture has more than {MAX_SCANS} scans")
         parts = _segments(content)
     for number, _ in enumerate(parts):
         if number == MAX_PARTS:
-            raise Unusable("image_load_error", f"The picture's file has more than {MAX_PARTS} parts")
+            raise InvalidInputFile("image_load_error", f"The picture's file has more than {MAX_PARTS} parts")
 
 
 def _chunks(content: bytes) -> Iterator[int]:

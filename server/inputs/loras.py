@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.errors import InternalError, Unusable
+from server.errors import InternalError, InvalidInputFile
 from server.inputs import lora_header
 
 #: Of the names, types and shapes at a file's beginning. Real LoRAs for FLUX.1 have some hundred KiB.
@@ -50,5 +50,5 @@ def _check_length(path: Path) -> None:
         raise _bad("it is not a safetensors file: its header is not as long as it says")
 
 
-def _bad(reason: str) -> Unusable:
-    return Unusable("value_error", f"The LoRA cannot be used: {reason}")
+def _bad(reason: str) -> InvalidInputFile:
+    return InvalidInputFile("value_error", f"The LoRA cannot be used: {reason}")

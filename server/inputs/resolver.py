@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, input_urls
-from server.errors import InvalidInput, QueueFull, Unusable
+from server.errors import InvalidInput, QueueFull, InvalidInputFile
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
@@ -117,7 +117,7 @@ class InputResolver:
         """One of them, its errors in fal's words."""
         try:
             return await self._bring(address, owner, kind)
-        except Unusable as error:
+        except InvalidInputFile as error:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
         except OSError as error:
@@ -134,7 +134,7 @@ class InputResolver:
         try:
             is_data = address[:5].lower() == "data:"
             if not is_data and len(address) > MAX_ADDRESS:
-                raise Unusable("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
+                raise InvalidInputFile("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
             if is_data:
                 await self._executor.run(owner, _decode, address, aside, kind)
             elif own := _own_name(address):
@@ -153,14 +153,14 @@ class InputResolver:
                 if kind_name == "lora":
                     address = await hub.resolve_hub_id(address, self.guard, aside)
                 if not _SCHEME.match(address[:100]):
-                    raise Unusable("file_download_error", _what_is_accepted(kind_name))
+                    raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
                 is_here = known is not None and await self._executor.run(owner, self.brought.touch, known.name)
                 etag = known.etag if known and is_here else ""
                 found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag, kind.accepts)
             except ForbiddenURL as error:
-                raise Unusable("file_download_error", f"The file could not be downloaded: {error}") from None
+                raise InvalidInputFile("file_download_error", f"The file could not be downloaded: {error}") from None
         if found is None and known:
             return known.name
         name = await self._executor.run(owner, self._keep, aside, kind)
@@ -178,7 +178,7 @@ class InputResolver:
                 raise FileNotFoundError
             os.link(self._files.path(found), to)
         except FileNotFoundError:
-            raise Unusable("file_download_error", "There is no such file on this server") from None
+            raise InvalidInputFile("file_download_error", "There is no such file on this server") from None
 
     def _keep(self, aside: Path, kind: InputType) -> str:
         """Check a file, and put what is kept of it into the place that its own bytes name."""
@@ -234,25 +234,25 @@ def _what_is_accepted(kind: str) -> str:
     )
 
 
-def _too_large(kind: InputType) -> Unusable:
+def _too_large(kind: InputType) -> InvalidInputFile:
     words = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
-    return Unusable("file_too_large", words, max_size=kind.max_bytes)
+    return InvalidInputFile("file_too_large", words, max_size=kind.max_bytes)
 
 
 def _decode(address: str, aside: Path, kind: InputType) -> None:
     """Write the bytes of a data URI."""
     matched = _DATA.match(address)
     if not matched:
-        raise Unusable("file_download_error", "A data URI should be data:TYPE;base64,...")
+        raise InvalidInputFile("file_download_error", "A data URI should be data:TYPE;base64,...")
     if (len(address) - matched.end()) * 3 // 4 > kind.max_bytes:
         raise _too_large(kind)
     starts = range(matched.end(), len(address), _PART)
     if 0 <= address.find("=", matched.end()) < len(address) - 2:
-        raise Unusable("file_download_error", "The data URI is not base64: something follows its end")
+        raise InvalidInputFile("file_download_error", "The data URI is not base64: something follows its end")
     try:
         # Part by part: decoding holds Python's lock.
         with aside.open("wb") as file:
             for start in starts:
                 file.write(base64.b64decode(address[start : start + _PART], validate=True))
     except ValueError as error:
-        raise Unusable("file_download_error", f"The data URI is not base64: {error}") from None
+        raise InvalidInputFile("file_download_error", f"The data URI is not base64: {error}") from None

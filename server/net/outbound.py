@@ -13,7 +13,7 @@ import httpx
 from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
 from ssrfguard.httpx import AsyncClient
 
-from server.errors import Unusable
+from server.errors import InvalidInputFile
 
 #: The ports a web server is found on; the low ones belong to mail, shells and the like.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
@@ -105,7 +105,9 @@ class OutboundClient:
                         return None if response.status_code == 304 else _etag(response)
                     url = str(response.url.join(response.headers["location"]))
         except TimeoutError:
-            raise Unusable("file_download_error", f"The download took longer than {seconds:.0f} seconds") from None
+            raise InvalidInputFile(
+                "file_download_error", f"The download took longer than {seconds:.0f} seconds"
+            ) from None
         except SSRFGuardError as error:
             raise self._refusal(url, error) from None
         except (ValueError, httpx.InvalidURL) as error:
@@ -113,8 +115,8 @@ class OutboundClient:
         except httpx.HTTPError as error:
             host = urlsplit(url).hostname
             words = f"The download from {host} failed: {type(error).__name__} {_short_message(error)}".strip()
-            raise Unusable("file_download_error", words) from None
-        raise Unusable("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
+            raise InvalidInputFile("file_download_error", words) from None
+        raise InvalidInputFile("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
     async def _get(
         self, url: str, to: Path, max_bytes: int, etag: str, accepts: Callable[[bytes], None]
@@ -131,8 +133,10 @@ class OutboundClient:
             if response.has_redirect_location or (etag and response.status_code == 304):
                 return response
             if response.status_code != 200:
-                raise Unusable("file_download_error", f"The download was answered {response.status_code}")
-            too_large = Unusable("file_too_large", f"The file is larger than {max_bytes} bytes", max_size=max_bytes)
+                raise InvalidInputFile("file_download_error", f"The download was answered {response.status_code}")
+            too_large = InvalidInputFile(
+                "file_too_large", f"The file is larger than {max_bytes} bytes", max_size=max_bytes
+            )
             length = response.headers.get("content-length", "")
             if length.isdecimal() and int(length) > max_bytes:
                 raise too_large

@@ -72,14 +72,14 @@ class WaitingIndex:
             running: Counter[str] = sum(self._running.values(), Counter())
             return {owner for owner, number in running.items() if 0 < limit <= number}
 
-    def first(self, priority: Priority, busy: Collection[str], slots: int) -> Job | None:
+    def first(self, priority: Priority, excluded_owners: Collection[str], slots: int) -> Job | None:
         """The next of this priority, in the queue's order, with one exception; None when none waits.
 
         An owner who has a full share of the slots is passed over while one without waits: else whoever has a
         hundred requests in the queue would hold up everybody's first. Owners who are `busy` are always passed over.
         """
         with self._lock:
-            waiting = {owner: own[0] for owner, own in self._waiting[priority].items() if owner not in busy}
+            waiting = {owner: own[0] for owner, own in self._waiting[priority].items() if owner not in excluded_owners}
             running = self._running[priority]
             share = slots / (len(waiting.keys() | running.keys()) or 1)
             behind = [rank for owner, rank in waiting.items() if running[owner] < share]

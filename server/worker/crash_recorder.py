@@ -11,7 +11,7 @@ from pathlib import Path
 from server.queue.jobs import Job
 
 
-class BlackBox:
+class CrashRecorder:
     """Two files: who works at which jobs, kept up to date, and the trace that Python leaves when a signal ends it.
 
     SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL leave one; SIGKILL and SIGTERM, which come from outside, do not.
@@ -32,7 +32,7 @@ class BlackBox:
         os.close(self._descriptor)
         self._file.close()
 
-    def note(self, working: Mapping[int, Sequence[Job]]) -> None:
+    def set_running(self, working: Mapping[int, Sequence[Job]]) -> None:
         """Remember which thread is at which jobs. Not synced: what a process wrote outlives it, if not the machine."""
         names = {f"{thread:x}": [job.request_id for job in jobs] for thread, jobs in working.items()}
         # One line; what is left of a longer one before it comes after its end. On a full disk it is not worth a job.
@@ -52,6 +52,6 @@ class BlackBox:
         return trace, [request_id for ids in working.values() for request_id in ids] if trace else []
 
 
-def read(folder: str) -> tuple[str, list[str]]:
+def load_crash(folder: str) -> tuple[str, list[str]]:
     """What the black box in this folder holds; by itself, so that it is quickly called elsewhere."""
-    return BlackBox(Path(folder)).read()
+    return CrashRecorder(Path(folder)).read()

@@ -20,7 +20,7 @@ Key = tuple[str, str]
 PAUSE_SECONDS = 120.0
 
 
-def placements(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
+def engine_configs(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
     """What each endpoint is set up with, by the weights it was given."""
     return {
         endpoint: Placement(
@@ -37,7 +37,7 @@ def placements(settings: Settings, places: Mapping[str, str | Path | None]) -> d
     }
 
 
-class Engines:
+class EnginePool:
     """Endpoints of one family on the same weights share an engine. One thread loads and lets go."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Engines:
     ) -> None:
         """`on_idle` is called from another thread when an engine that was in the way no longer is."""
         self._models = models
-        self._placements = placements
+        self._configs = placements
         self._max_loaded = max_loaded
         self._report = report
         #: From the least to the most recently used.
@@ -69,15 +69,15 @@ class Engines:
 
     def __contains__(self, endpoint: str) -> bool:
         """Whether it is served, loaded or not."""
-        return endpoint in self._placements
+        return endpoint in self._configs
 
     def setup(self) -> None:
         """Load as many as there is room for, one at least. Raises what the first bad one raises."""
-        for endpoint in self._placements:
-            if self.at_hand(endpoint) is None and (not self._loaded or self.has_room(endpoint)):
+        for endpoint in self._configs:
+            if self.get_loaded(endpoint) is None and (not self._loaded or self.has_room(endpoint)):
                 self._load(endpoint)
 
-    def at_hand(self, endpoint: str) -> Engine | None:
+    def get_loaded(self, endpoint: str) -> Engine | None:
         """The engine of an endpoint, if it is served and in memory; that counts as use."""
         if endpoint not in self:
             return None
@@ -90,11 +90,11 @@ class Engines:
         """Whether one more fits beside those that are loaded."""
         if self._max_loaded and len(self._loaded) >= self._max_loaded:
             return False
-        return pipeline.has_room(self._placements[endpoint])
+        return pipeline.has_room(self._configs[endpoint])
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
         """Bring an endpoint's engine into memory; None while only those `in_use` could make room. Raises OSError."""
-        self._raise_again(self._key(endpoint))
+        self._raise_recent_failure(self._key(endpoint))
         while self._loaded and not self.has_room(endpoint):
             with self._lock:
                 idle = [key for key, engine in self._loaded.items() if engine not in in_use and key != self._warming]
@@ -105,13 +105,13 @@ class Engines:
             engine.close()
         return self._load(endpoint)
 
-    def _raise_again(self, key: Key) -> None:
+    def _raise_recent_failure(self, key: Key) -> None:
         failed_at, error = self._failures.get(key, (-PAUSE_SECONDS, None))
         if error and self._clock() < failed_at + PAUSE_SECONDS:
             raise error.with_traceback(None)
 
     def _load(self, endpoint: str) -> Engine:
-        placement = self._placements[endpoint]
+        placement = self._configs[endpoint]
         told = dataclasses.replace(placement, report=lambda loading: self._report(endpoint, loading))
         try:
             engine = self._models[endpoint].setup(told)
@@ -160,6 +160,6 @@ class Engines:
             self._on_idle()
 
     def _key(self, endpoint: str) -> Key:
-        placement = self._placements[endpoint]
+        placement = self._configs[endpoint]
         # Without weights there is nothing to share.
         return (self._models[endpoint].family, str(placement.weights)) if placement.weights else ("", endpoint)

@@ -12,7 +12,7 @@ from PIL.Image import Image, new
 from models.schema import OutputFormat
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"jpeg": "image/jpeg", "png": "image/png"}
-ENDINGS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
+EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 
 MARK = "AI generated"
 #: IPTC's word for media made by a trained algorithm (cv.iptc.org/newscodes/digitalsourcetype).

@@ -8,12 +8,12 @@ from models.base import DeviceLost, Engine, Model
 from server.errors import ClientCancelled, NotFound
 from server.queue.jobs import Job, Outcome, Priority
 from server.settings import Settings
-from server.worker.engine_pool import Engines
+from server.worker.engine_pool import EnginePool
 from server.worker.interfaces import JobSource
-from server.worker.running_job import Running, failure
+from server.worker.running_job import RunningJob, outcome_from_exception
 
 
-class Claims:
+class PendingJobs:
     """They begin in the order of their claims, so that who waits for other weights has its turn too."""
 
     def __init__(
@@ -21,7 +21,7 @@ class Claims:
         settings: Settings,
         models: Mapping[str, Model],
         queue: JobSource,
-        engines: Engines,
+        engines: EnginePool,
         input_path: Callable[[str], Path],
     ) -> None:
         """`input_path` says where a file lies that a request brought along."""
@@ -29,7 +29,7 @@ class Claims:
         self._models = models
         self._queue = queue
         self._engines = engines
-        self._input_path = input_path
+        self._resolve_input = input_path
         self._waiting: deque[tuple[Job, str]] = deque()
 
     @property
@@ -37,7 +37,7 @@ class Claims:
         """Those that wait."""
         return [job for job, _ in self._waiting]
 
-    def claim(self, running: Sequence[Running], num_ending: int) -> None:
+    def claim(self, running: Sequence[RunningJob], num_ending: int) -> None:
         """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
         while True:
             jobs = [*(each.job for each in running), *self.jobs]
@@ -51,7 +51,7 @@ class Claims:
                 return
             self._waiting.append(claimed)
 
-    def begun(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, Running | Outcome]]:
+    def start_ready(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, RunningJob | Outcome]]:
         """Those that can be painted from now on, and those that cannot be painted at all. Raises DeviceLost.
 
         Weights are loaded here. While only engines `in_use` could make room for them, everybody waits.
@@ -68,12 +68,12 @@ class Claims:
                 raise
             except Exception as error:
                 self._waiting.popleft()
-                yield job, failure(error, job)
+                yield job, outcome_from_exception(error, job)
                 continue
             if engine is None:
                 return
             # All who waited for these weights: each switch is worth as much as it can be.
-            alike = [each for each in self._waiting if self._engines.at_hand(each[0].endpoint) is engine]
+            alike = [each for each in self._waiting if self._engines.get_loaded(each[0].endpoint) is engine]
             busy.add(engine)
             for claimed in alike if is_new else alike[:1]:
                 self._waiting.remove(claimed)
@@ -83,19 +83,19 @@ class Claims:
         """The engine for a job, and whether it was loaded for it; none while others that run are in its way."""
         if job.endpoint not in self._engines:
             raise NotFound(f"{job.endpoint} is not served here any more")
-        if engine := self._engines.at_hand(job.endpoint):
+        if engine := self._engines.get_loaded(job.endpoint):
             return engine, False
         return self._engines.load(job.endpoint, in_use), True
 
-    def _start(self, job: Job, text: str, engine: Engine) -> Running | Outcome:
+    def _start(self, job: Job, text: str, engine: Engine) -> RunningJob | Outcome:
         try:
             model = self._models[job.endpoint]
             # No limits: what was accepted stays accepted, whatever the settings are by now.
             request = model.Input.model_validate_json(text)
-            inputs = {place: self._input_path(name) for place, name in job.input_files.items()}
+            inputs = {place: self._resolve_input(name) for place, name in job.input_files.items()}
             must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
-            return Running(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
+            return RunningJob(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
         except DeviceLost:
             raise
         except Exception as error:
-            return failure(error, job)
+            return outcome_from_exception(error, job)

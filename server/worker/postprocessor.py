@@ -12,24 +12,24 @@ from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
 from server.queue.notifier import Notifier
 from server.worker.interfaces import JobSource
-from server.worker.results import Answers
-from server.worker.running_job import Running, failure
+from server.worker.results import ResultBuilder
+from server.worker.running_job import RunningJob, outcome_from_exception
 from server.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
 #: Seconds beyond the grace: enough to encode and write a picture, so that only its decoding is given up.
-LAST_MOMENT = 1.0
+SHUTDOWN_MARGIN = 1.0
 
 
-class Finisher:
+class Postprocessor:
     """Ends jobs in the order in which they come, beside the worker's steps."""
 
     def __init__(
         self,
         queue: JobSource,
-        answers: Answers,
+        answers: ResultBuilder,
         notifier: Notifier,
         watchdog: Watchdog,
         on_failure: Callable[[BaseException], None],
@@ -37,30 +37,30 @@ class Finisher:
     ) -> None:
         self._metrics = metrics or Metrics()
         self._queue = queue
-        self._answers = answers
+        self._results = answers
         self._notifier = notifier
         self._watchdog = watchdog
         self._on_failure = on_failure
-        self._line: deque[tuple[Job, Running | Outcome]] = deque()
-        self._at_hand: Running | Outcome | None = None
-        self._bell = threading.Event()
+        self._pending: deque[tuple[Job, RunningJob | Outcome]] = deque()
+        self._current: RunningJob | Outcome | None = None
+        self._wake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
 
     def __len__(self) -> int:
         """How many jobs wait for their end."""
-        return len(self._line) + (self._at_hand is not None)
+        return len(self._pending) + (self._current is not None)
 
     @property
     def engines(self) -> set[Engine]:
         """Those that still have something to decode or to judge here."""
-        ends = [self._at_hand, *(end for _, end in tuple(self._line))]
-        return {end.engine for end in ends if isinstance(end, Running)}
+        ends = [self._current, *(end for _, end in tuple(self._pending))]
+        return {end.engine for end in ends if isinstance(end, RunningJob)}
 
-    def add(self, job: Job, end: Running | Outcome) -> None:
+    def add(self, job: Job, end: RunningJob | Outcome) -> None:
         """A job that is painted, or one whose outcome is known."""
-        self._line.append((job, end))
-        self._bell.set()
+        self._pending.append((job, end))
+        self._wake.set()
 
     def start(self) -> None:
         """Work on a thread of its own."""
@@ -69,48 +69,48 @@ class Finisher:
     def stop(self, stop_at: float) -> None:
         """Return when the job at hand has ended, or soon after `stop_at`; the rest goes back to the queue."""
         self._is_stopping = True
-        self._bell.set()
+        self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(max(0.0, stop_at - time.monotonic()) + LAST_MOMENT)
+            self._thread.join(max(0.0, stop_at - time.monotonic()) + SHUTDOWN_MARGIN)
         # What is at hand still is left to the next start.
-        while self._line:
-            self._queue.release(self._line.popleft()[0])
+        while self._pending:
+            self._queue.release(self._pending.popleft()[0])
 
-    def turn(self) -> bool:
+    def run_once(self) -> bool:
         """End one job; False when none waits. Raises DiskFull, and goes on with the same job the next time."""
         try:
-            job, end = self._line[0]
+            job, end = self._pending[0]
         except IndexError:
             return False
         # In this order, so that its engine is never seen as idle.
-        self._at_hand = end
-        self._line.popleft()
+        self._current = end
+        self._pending.popleft()
         try:
-            if isinstance(end, Running):
+            if isinstance(end, RunningJob):
                 end = self._outcome(end)
             is_shown = self._queue.finish(job, end)
         except DiskFull:
             # With its outcome, if it has one: it is not made again.
-            self._line.appendleft((job, end))
+            self._pending.appendleft((job, end))
             raise
         finally:
-            self._at_hand = None
+            self._current = None
         if not is_shown:
-            self._answers.discard(end.files)
+            self._results.discard(end.files)
         # There is room for another.
         self._notifier.work_available.set()
         return True
 
-    def _outcome(self, running: Running) -> Outcome:
+    def _outcome(self, running: RunningJob) -> Outcome:
         """Decoded and judged if that was left to this thread, then encoded and written."""
         try:
-            with self._watchdog.over([running.job]):
-                while not running.is_developed:
+            with self._watchdog.watch([running.job]):
+                while not running.is_decoded:
                     if running.job.is_cancelled:
                         return Outcome.from_error(ClientCancelled())
-                    running.develop()
-            outcome = self._answers.outcome(running.job, running.model, running.request, running.painted)
-            self._metrics.count_images(running.job.endpoint, len(running.painted.pictures), sum(running.painted.flags))
+                    running.decode_next()
+            outcome = self._results.outcome(running.job, running.model, running.request, running.result)
+            self._metrics.count_images(running.job.endpoint, len(running.result.images), sum(running.result.flags))
             return outcome
         except DiskFull:
             raise
@@ -118,22 +118,22 @@ class Finisher:
             self._queue.record_crash([running.job])
             raise
         except Exception as error:
-            return failure(error, running.job)
+            return outcome_from_exception(error, running.job)
 
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                if not self._try_turn():
-                    self._bell.wait()
+                if not self._try_run_once():
+                    self._wake.wait()
                 # Before the next look at anything: what rings after it is heard by the next wait.
-                self._bell.clear()
+                self._wake.clear()
         except BaseException as error:
             self._on_failure(error)
 
-    def _try_turn(self) -> bool:
+    def _try_run_once(self) -> bool:
         try:
-            return self.turn()
+            return self.run_once()
         except DiskFull as error:
             log.error("%s; nothing is lost, trying again every second", error)
-            self._bell.wait(1)
+            self._wake.wait(1)
             return True

@@ -16,28 +16,28 @@ from server.worker.interfaces import FileSink
 
 
 @dataclass(frozen=True)
-class Painted:
+class GeneratedImages:
     """What a finished painting comes to; `flags` says of each picture whether it must not be shown."""
 
-    pictures: Sequence[Image]
+    images: Sequence[Image]
     flags: Sequence[bool]
     seconds: float
     acceleration: str
     dtype: str
 
 
-class Answers:
+class ResultBuilder:
     """Makes the outcome of a job whose pictures are painted and checked."""
 
     def __init__(self, files: FileSink, *, embeds_parameters: bool) -> None:
         self._files = files
         self._embeds_parameters = embeds_parameters
 
-    def outcome(self, job: Job, model: Model, request: Any, painted: Painted) -> Outcome:
+    def outcome(self, job: Job, model: Model, request: Any, painted: GeneratedImages) -> Outcome:
         """The answer, with its files on the disk. Raises DiskFull, leaving no file behind."""
         files: list[StoredFile] = []
         try:
-            images = [self._image(job, model, request, painted, index, files) for index in range(len(painted.pictures))]
+            images = [self._image(job, model, request, painted, index, files) for index in range(len(painted.images))]
             seconds = round(painted.seconds, 4)
             answer = model.answer(request, images, painted.flags, {"inference": seconds})
             return Outcome(
@@ -46,7 +46,7 @@ class Answers:
                 inference_time=seconds,
                 acceleration=painted.acceleration,
                 files=tuple(files),
-                billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in painted.pictures),
+                billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in painted.images),
             )
         except BaseException:
             self.discard(files)
@@ -57,9 +57,9 @@ class Answers:
         self._files.delete([file.name for file in files])
 
     def _image(
-        self, job: Job, model: Model, request: Any, painted: Painted, index: int, files: list[StoredFile]
+        self, job: Job, model: Model, request: Any, painted: GeneratedImages, index: int, files: list[StoredFile]
     ) -> dict[str, Any]:
-        picture = painted.pictures[index]
+        picture = painted.images[index]
         if painted.flags[index]:
             picture = image_encoder.black(picture)
         content_type = image_encoder.CONTENT_TYPES[request.output_format]
@@ -68,14 +68,14 @@ class Answers:
         if request.sync_mode:
             url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
         else:
-            ending = image_encoder.ENDINGS[request.output_format]
+            ending = image_encoder.EXTENSIONS[request.output_format]
             files.append(self._files.create(content, ending, content_type, job.owner, job.lifecycle))
             url = f"{job.base_url}/files/{files[-1].name}"
         return {"url": url, "width": picture.width, "height": picture.height, "content_type": content_type}
 
-    def _parameters(self, model: Model, request: Any, painted: Painted, index: int) -> Mapping[str, Any]:
+    def _parameters(self, model: Model, request: Any, painted: GeneratedImages, index: int) -> Mapping[str, Any]:
         """Only what the bytes depend on: no time, no request id, no host."""
-        picture = painted.pictures[index]
+        picture = painted.images[index]
         return {
             **model.parameters(request, request.seed + index),
             "width": picture.width,

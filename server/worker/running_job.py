@@ -9,21 +9,21 @@ from typing import Any
 from models.base import CannotPaint, DoesNotFit, Engine, Model, Painting
 from server.errors import InternalError, InvalidInput, ServerError
 from server.queue.jobs import Job, Outcome
-from server.worker.results import Painted
+from server.worker.results import GeneratedImages
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Running:
+class RunningJob:
     """One job at work. `must_check` says that its pictures go to the safety checker."""
 
     job: Job
     model: Model
     engine: Engine
     request: Any
-    painting: Painting
-    must_check: bool
+    task: Painting
+    needs_safety_check: bool
     #: Spent on its steps and its decoding, in seconds.
     seconds: float = 0.0
     #: What the worker had done in all when this one was claimed.
@@ -31,39 +31,39 @@ class Running:
     flags: Sequence[bool] | None = None
 
     @property
-    def is_stepped(self) -> bool:
+    def steps_done(self) -> bool:
         """Whether every step was taken."""
-        return self.painting.step >= self.painting.num_steps
+        return self.task.step >= self.task.num_steps
 
     @property
-    def is_developed(self) -> bool:
+    def is_decoded(self) -> bool:
         """Whether its pictures are decoded and judged."""
         return self.flags is not None
 
-    def develop(self) -> None:
+    def decode_next(self) -> None:
         """Decode the next picture; after the last one, judge them all. Raises CannotPaint."""
         begun = time.perf_counter()
-        if not self.painting.is_done:
-            self.engine.decode(self.painting)
+        if not self.task.is_done:
+            self.engine.decode(self.task)
         self.seconds += time.perf_counter() - begun
-        if self.painting.is_done:
-            self.flags = self._judged() if self.must_check else [False] * len(self.painting.pictures)
+        if self.task.is_done:
+            self.flags = self._judged() if self.needs_safety_check else [False] * len(self.task.pictures)
 
     def _judged(self) -> Sequence[bool]:
-        flags = [bool(flag) for flag in self.engine.is_unsafe(self.painting.pictures)]
-        if len(flags) != len(self.painting.pictures):
+        flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.pictures)]
+        if len(flags) != len(self.task.pictures):
             raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
         return flags
 
     @property
-    def painted(self) -> Painted:
+    def result(self) -> GeneratedImages:
         """What it came to, once developed."""
         assert self.flags is not None
-        painting = self.painting
-        return Painted(painting.pictures, self.flags, self.seconds, painting.acceleration, painting.dtype)
+        painting = self.task
+        return GeneratedImages(painting.pictures, self.flags, self.seconds, painting.acceleration, painting.dtype)
 
 
-def failure(error: Exception, job: Job) -> Outcome:
+def outcome_from_exception(error: Exception, job: Job) -> Outcome:
     """What the client is told of an error; the operator's log has the rest."""
     if isinstance(error, ServerError):
         return Outcome.from_error(error)

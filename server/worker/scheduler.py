@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from server.queue.jobs import Priority
-from server.worker.running_job import Running
+from server.worker.running_job import RunningJob
 
 #: A request that waits is counted as shorter by one part in so many of the work done since it was claimed.
 AGEING = 20
 
 
-class Ledger:
+class FairScheduler:
     """Counts the work done for each key, in floating point operations.
 
     Within a key, the request with the least remaining work goes first: equal requests end one after the other, and a
@@ -25,7 +25,7 @@ class Ledger:
         self._done: dict[Priority, dict[str, int]] = {priority: {} for priority in Priority}
         self.total = 0
 
-    def admit(self, running: Running, others: Sequence[Running]) -> None:
+    def add(self, running: RunningJob, others: Sequence[RunningJob]) -> None:
         """A request begins. Its key gets no credit for the time in which it asked for nothing."""
         running.claimed_at = self.total
         # Each priority for itself: what normal ones are given, low ones were never to have.
@@ -37,35 +37,35 @@ class Ledger:
         kept.setdefault(running.job.owner, least or 0)
         self._done[priority] = kept
 
-    def charge(self, running: Running, work: int) -> None:
+    def charge(self, running: RunningJob, work: int) -> None:
         """So much was done for it."""
         self._done[running.job.priority][running.job.owner] += work
         self.total += work
 
-    def in_turn(self, running: Sequence[Running]) -> list[Running]:
+    def in_turn(self, running: Sequence[RunningJob]) -> list[RunningJob]:
         """All of them, in the order of their turns: the cancelled, then normal priority before low.
 
         Of one priority: those whose pictures wait to be decoded, then by score, then by what remains.
         """
-        firsts: dict[tuple[Priority, str], Running] = {}
-        for each in filter(lambda each: not each.is_stepped, running):
+        firsts: dict[tuple[Priority, str], RunningJob] = {}
+        for each in filter(lambda each: not each.steps_done, running):
             key = (each.job.priority, each.job.owner)
             firsts[key] = min(firsts.get(key, each), each, key=self._aged)
 
-        def turn(each: Running) -> tuple[int, ...]:
-            job, is_waiting = each.job, not each.is_stepped
+        def turn(each: RunningJob) -> tuple[int, ...]:
+            job, is_waiting = each.job, not each.steps_done
             group = (not job.is_cancelled, job.priority == Priority.LOW, is_waiting)
             if not is_waiting:
                 return (*group, job.sequence)
             first = firsts[job.priority, job.owner]
-            remaining = first.painting.remaining_work
+            remaining = first.task.remaining_work
             score = self._done[job.priority][job.owner] + remaining
             # Of equal scores the one that has begun: turn by turn, both would end late.
             return (*group, score, remaining, first.job.sequence, *self._aged(each))
 
         return sorted(running, key=turn)
 
-    def _aged(self, running: Running) -> tuple[int, int]:
+    def _aged(self, running: RunningJob) -> tuple[int, int]:
         """The order within a key."""
         age = (self.total - running.claimed_at) // AGEING
-        return running.painting.remaining_work - age, running.job.sequence
+        return running.task.remaining_work - age, running.job.sequence

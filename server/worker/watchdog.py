@@ -13,7 +13,7 @@ from server.queue.jobs import Job
 log = logging.getLogger(__name__)
 
 #: The process's exit code then, which a supervisor answers by starting it again.
-STUCK = 3
+EXIT_STUCK = 3
 
 
 class Watchdog:
@@ -25,13 +25,13 @@ class Watchdog:
     def __init__(
         self,
         deadline: float,
-        on_late: Callable[[Sequence[Job]], None],
+        on_timeout: Callable[[Sequence[Job]], None],
         clock: Callable[[], float] = time.monotonic,
-        note: Callable[[Mapping[int, Sequence[Job]]], None] | None = None,
+        on_change: Callable[[Mapping[int, Sequence[Job]]], None] | None = None,
     ) -> None:
         self._deadline = deadline
-        self._on_late = on_late
-        self._note = note
+        self._on_timeout = on_timeout
+        self._on_change = on_change
         self._clock = clock
         self._watched: dict[int, tuple[float, Sequence[Job]]] = {}
         # Over a change and the note of it, so that the newest note is the last one.
@@ -48,7 +48,7 @@ class Watchdog:
         self._is_stopped.set()
 
     @contextmanager
-    def over(self, jobs: Sequence[Job]) -> Iterator[None]:
+    def watch(self, jobs: Sequence[Job]) -> Iterator[None]:
         """While the block lasts, this thread works at these jobs."""
         me = threading.get_ident()
         around = self._watched.get(me)
@@ -58,12 +58,12 @@ class Watchdog:
         finally:
             self._put(me, around)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Tell of a thread that is late."""
         now = self._clock()
         for begun, jobs in list(self._watched.values()):
             if now - begun > self._deadline:
-                self._on_late(jobs)
+                self._on_timeout(jobs)
 
     def _put(self, thread: int, what: tuple[float, Sequence[Job]] | None) -> None:
         with self._lock:
@@ -71,18 +71,18 @@ class Watchdog:
                 del self._watched[thread]
             else:
                 self._watched[thread] = what
-            if self._note:
-                self._note({thread: jobs for thread, (_, jobs) in self._watched.items()})
+            if self._on_change:
+                self._on_change({thread: jobs for thread, (_, jobs) in self._watched.items()})
 
     def _run(self) -> None:
         while not self._is_stopped.wait(1):
-            self.look()
+            self.check()
 
 
-def end_process(deadline: float, jobs: Sequence[Job]) -> None:
+def abort_process(deadline: float, jobs: Sequence[Job]) -> None:
     """Say what hangs, and exit at once: nothing here can stop a thread inside a driver."""
     names = ", ".join(job.request_id for job in jobs)
     log.critical("a step of %s took longer than --step-deadline (%g s); the process ends", names, deadline)
     faulthandler.dump_traceback()
     logging.shutdown()
-    os._exit(STUCK)
+    os._exit(EXIT_STUCK)

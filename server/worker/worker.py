@@ -18,22 +18,22 @@ from server.queue.notifier import WORKER, Notifier
 from server.settings import Settings
 from server.status import GpuStatus
 from server.storage.database import CorruptDatabase
-from server.worker.crash_recorder import BlackBox
-from server.worker.engine_pool import Engines
+from server.worker.crash_recorder import CrashRecorder
+from server.worker.engine_pool import EnginePool
 from server.worker.interfaces import JobSource, FileSink
-from server.worker.pending_jobs import Claims
-from server.worker.postprocessor import LAST_MOMENT, Finisher
-from server.worker.results import Answers
-from server.worker.running_job import Running, failure
-from server.worker.scheduler import Ledger
-from server.worker.watchdog import Watchdog, end_process
+from server.worker.pending_jobs import PendingJobs
+from server.worker.postprocessor import SHUTDOWN_MARGIN, Postprocessor
+from server.worker.results import ResultBuilder
+from server.worker.running_job import RunningJob, outcome_from_exception
+from server.worker.scheduler import FairScheduler
+from server.worker.watchdog import Watchdog, abort_process
 
 log = logging.getLogger(__name__)
 
 #: How many previews a picture's client gets at most.
 PREVIEWS = 10
 #: Seconds beyond the grace until a stop goes on without the worker: the finisher's, and some to give back what is left.
-_END = LAST_MOMENT + 0.5
+_END = SHUTDOWN_MARGIN + 0.5
 
 
 class Worker:
@@ -49,20 +49,24 @@ class Worker:
         input_path: Callable[[str], Path],
         notifier: Notifier,
         metrics: Metrics | None = None,
-        black_box: BlackBox | None = None,
+        black_box: CrashRecorder | None = None,
     ) -> None:
         """`input_path` says where a file lies that a request brought along."""
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
         self._notifier = notifier
-        self._engines = Engines(models, placements, settings.max_loaded, self._report, notifier.work_available.set)
-        self._claims = Claims(settings, models, queue, self._engines, input_path)
-        self._running: list[Running] = []
-        self._ledger = Ledger()
-        self._watchdog = Watchdog(settings.step_deadline, self._end_late, note=black_box.note if black_box else None)
-        answers = Answers(files, embeds_parameters=settings.embed_parameters)
-        self._finisher = Finisher(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
+        self._engines = EnginePool(
+            models, placements, settings.max_loaded, self._report_loading, notifier.work_available.set
+        )
+        self._pending = PendingJobs(settings, models, queue, self._engines, input_path)
+        self._running: list[RunningJob] = []
+        self._scheduler = FairScheduler()
+        self._watchdog = Watchdog(
+            settings.step_deadline, self._on_step_timeout, on_change=black_box.set_running if black_box else None
+        )
+        answers = ResultBuilder(files, embeds_parameters=settings.embed_parameters)
+        self._postprocessor = Postprocessor(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = Loading()
@@ -91,101 +95,101 @@ class Worker:
 
     def gpus(self) -> Sequence[GpuStatus]:
         """What an operator is told of the one GPU that this worker has; called from any thread."""
-        num_running = len(self._running) + len(self._claims.jobs) + len(self._finisher)
+        num_running = len(self._running) + len(self._pending.jobs) + len(self._postprocessor)
         return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.about())]
 
-    def turn(self) -> bool:
+    def run_once(self) -> bool:
         """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""
-        has_painted = self.paint()
-        return self._finisher.turn() or has_painted
+        has_painted = self.step_once()
+        return self._postprocessor.run_once() or has_painted
 
-    def paint(self) -> bool:
+    def step_once(self) -> bool:
         """Claim what there is room for, then take one step of one painting; False when there was nothing to do."""
-        self._begin()
+        self._start_jobs()
         if not self._running:
             return False
-        running = self._ledger.in_turn(self._running)[0]
+        running = self._scheduler.in_turn(self._running)[0]
         try:
             end = self._advance(running)
         except DeviceLost:
             raise
         except Exception as error:
-            end = failure(error, running.job)
+            end = outcome_from_exception(error, running.job)
         if end is not None:
             self._running.remove(running)
-            self._finisher.add(running.job, end)
+            self._postprocessor.add(running.job, end)
         return True
 
     # -- painting
 
-    def _begin(self) -> None:
+    def _start_jobs(self) -> None:
         """Claim what there is room for, and begin what can be begun."""
         if self._stop_at is None:
-            self._claims.claim(self._running, len(self._finisher))
-        in_use = {running.engine for running in self._running} | self._finisher.engines
-        for job, begun in self._claims.begun(in_use):
-            if isinstance(begun, Running):
-                self._ledger.admit(begun, self._running)
+            self._pending.claim(self._running, len(self._postprocessor))
+        in_use = {running.engine for running in self._running} | self._postprocessor.engines
+        for job, begun in self._pending.start_ready(in_use):
+            if isinstance(begun, RunningJob):
+                self._scheduler.add(begun, self._running)
                 self._running.append(begun)
             else:
-                self._finisher.add(job, begun)
+                self._postprocessor.add(job, begun)
 
-    def _advance(self, running: Running) -> Running | Outcome | None:
+    def _advance(self, running: RunningJob) -> RunningJob | Outcome | None:
         """What is next for this one; its end, when that is known or left to the finisher."""
         if running.job.is_cancelled:
             return Outcome.from_error(ClientCancelled())
-        if not running.is_stepped:
-            beside = self._beside(running)
-            with self._held_against([running.job, *(other.job for other in beside)]):
+        if not running.steps_done:
+            beside = self._batch_candidates(running)
+            with self._watched([running.job, *(other.job for other in beside)]):
                 self._step(running, beside)
         elif not running.engine.decodes_beside:
-            with self._held_against([running.job]):
-                running.develop()
-        is_left = running.is_stepped and running.engine.decodes_beside
-        return running if running.is_developed or is_left else None
+            with self._watched([running.job]):
+                running.decode_next()
+        is_left = running.steps_done and running.engine.decodes_beside
+        return running if running.is_decoded or is_left else None
 
-    def _beside(self, running: Running) -> list[Running]:
+    def _batch_candidates(self, running: RunningJob) -> list[RunningJob]:
         """Who may share its forward. Those with a strike go alone, so that only who is at fault gets another."""
         return [
             other
-            for other in self._ledger.in_turn(self._running)
+            for other in self._scheduler.in_turn(self._running)
             if other is not running and other.engine is running.engine
-            if not (other.is_stepped or other.job.is_cancelled) and other.job.priority == running.job.priority
+            if not (other.steps_done or other.job.is_cancelled) and other.job.priority == running.job.priority
             if not (other.job.crash_count or running.job.crash_count)
         ]
 
     @contextmanager
-    def _held_against(self, jobs: Sequence[Job]) -> Iterator[None]:
+    def _watched(self, jobs: Sequence[Job]) -> Iterator[None]:
         """A block that does not end, or that loses the device, is a strike against these."""
         try:
-            with self._watchdog.over(jobs):
+            with self._watchdog.watch(jobs):
                 yield
         except DeviceLost:
             self._queue.record_crash(jobs)
             raise
 
-    def _step(self, running: Running, beside: Sequence[Running]) -> None:
+    def _step(self, running: RunningJob, beside: Sequence[RunningJob]) -> None:
         """One step, of this one and of those that share its forward."""
-        before = {id(member.painting): member.painting.work for member in (running, *beside)}
+        before = {id(member.task): member.task.work for member in (running, *beside)}
         begun = time.perf_counter()
-        advanced = running.engine.advance(running.painting, [other.painting for other in beside])
+        advanced = running.engine.advance(running.task, [other.task for other in beside])
         taken = time.perf_counter() - begun
-        self._metrics.observe_step(running.painting.size, running.painting.acceleration, taken)
+        self._metrics.observe_step(running.task.size, running.task.acceleration, taken)
         stepped = {id(painting) for painting in advanced}
         for member in (running, *beside):
-            if id(member.painting) in stepped:
+            if id(member.task) in stepped:
                 member.seconds += taken
-                self._ledger.charge(member, member.painting.work - before[id(member.painting)])
-                self._tell(member)
+                self._scheduler.charge(member, member.task.work - before[id(member.task)])
+                self._report_progress(member)
 
-    def _tell(self, running: Running) -> None:
+    def _report_progress(self, running: RunningJob) -> None:
         """Progress for who listens; with a preview now and then for those that stream."""
-        job, painting = running.job, running.painting
+        job, painting = running.job, running.task
         every = math.ceil(painting.num_steps / PREVIEWS)
         is_wanted = job.mode == Mode.STREAM or job.wants_previews
         # The checker sees pictures, not previews: where it is enforced, none leaves.
         is_allowed = not self._settings.enforce_safety_checker
-        if is_wanted and is_allowed and painting.step % every == 0 and not running.is_stepped:
+        if is_wanted and is_allowed and painting.step % every == 0 and not running.steps_done:
             job.preview = _preview(running)
         self._queue.progress(job, painting.step, painting.num_steps)
 
@@ -195,25 +199,25 @@ class Worker:
         try:
             self.setup()
             log.info("ready")
-            self._finisher.start()
+            self._postprocessor.start()
             self._watchdog.start()
             self._engines.start_warming_up()
             while self._is_wanted():
-                if not self._try_paint():
+                if not self._try_step():
                     self._notifier.work_available.wait(self._grace_left())
                 # Before the next look at anything: what rings after it is heard by the next wait.
                 self._notifier.work_available.clear()
-            for job in (*(running.job for running in self._running), *self._claims.jobs):
+            for job in (*(running.job for running in self._running), *self._pending.jobs):
                 self._queue.release(job)
-            self._finisher.stop(self._stop_at or time.monotonic())
+            self._postprocessor.stop(self._stop_at or time.monotonic())
         except BaseException as error:
             self.fail(error)
         finally:
             self._watchdog.stop()
 
-    def _try_paint(self) -> bool:
+    def _try_step(self) -> bool:
         try:
-            return self.paint()
+            return self.step_once()
         except DiskFull as error:
             log.error("%s; nothing is lost, trying again every second", error)
             self._notifier.work_available.wait(1)
@@ -222,20 +226,20 @@ class Worker:
     def _is_wanted(self) -> bool:
         if self._stop_at is None or self.failure is not None:
             return self.failure is None
-        return bool(self._running or self._finisher) and time.monotonic() < self._stop_at
+        return bool(self._running or self._postprocessor) and time.monotonic() < self._stop_at
 
     def _grace_left(self) -> float | None:
         """Seconds; None while nobody has asked to stop."""
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
 
-    def _report(self, endpoint: str, loading: Loading) -> None:
+    def _report_loading(self, endpoint: str, loading: Loading) -> None:
         """Tell the log, /health/ready, and those who wait for it."""
         self.loading = loading
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
         done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
         words = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
         log.info("%s: %s", endpoint, words, extra={"loading": loading})
-        for job in self._claims.jobs:
+        for job in self._pending.jobs:
             self._queue.log(job, f"{endpoint}: {words}")
 
     def fail(self, error: BaseException) -> None:
@@ -250,21 +254,21 @@ class Worker:
         self._notifier.work_available.set()
         self._notifier.notify(WORKER)
 
-    def _end_late(self, jobs: Sequence[Job]) -> None:
+    def _on_step_timeout(self, jobs: Sequence[Job]) -> None:
         try:
             self._queue.record_crash(jobs)
         finally:
             # Also when the disk is full.
-            end_process(self._settings.step_deadline, jobs)
+            abort_process(self._settings.step_deadline, jobs)
 
 
-def _preview(running: Running) -> str | None:
+def _preview(running: RunningJob) -> str | None:
     """A small JPEG as a data URI; without one the picture itself is none the worse."""
     try:
-        picture = running.engine.preview(running.painting)
+        picture = running.engine.preview(running.task)
     except Exception:
         about = {"request_id": running.job.request_id}
-        log.exception("there is no preview of step %d", running.painting.step, extra=about)
+        log.exception("there is no preview of step %d", running.task.step, extra=about)
         return None
     if picture is None:
         return None

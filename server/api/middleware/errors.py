@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import responses
-from server.api.sse import StreamFailed
+from server.api.sse import AbortStream
 from server.errors import InternalError, MethodNotAllowed, NotFound, ServerError, not_offered
 from server.storage.database import CorruptDatabase
 
@@ -36,18 +36,18 @@ class ErrorMiddleware:
         try:
             await self.app(scope, receive, sender)
         except ServerError as error:
-            await responses.error(error)(scope, receive, send)
+            await responses.error_response(error)(scope, receive, send)
         except ClientDisconnect:
             # The client left in the middle of its body, so no one is there to answer.
             return
-        except StreamFailed:
+        except AbortStream:
             # The response stays without its end, which every client takes for the error that it is.
             return
         except Exception:
             log.exception("%s %s failed", scope.get("method"), scope["path"])
             if has_started:
                 raise
-            await responses.error(InternalError())(scope, receive, send)
+            await responses.error_response(InternalError())(scope, receive, send)
 
 
 def add_exception_handlers(app: FastAPI) -> None:
@@ -59,12 +59,12 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 async def _server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
-    return responses.error(error)
+    return responses.error_response(error)
 
 
 async def _damaged(request: Request, error: Exception) -> Response:
     """Why is in the log, once; the server ends."""
-    return responses.error(InternalError())
+    return responses.error_response(InternalError())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -75,9 +75,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     is_known = "/requests/" in path or _endpoint(path) in request.app.state.parts.models
     if error.status_code == 404 or (error.status_code == 405 and not is_known):
         url = request.state.fal_url
-        return responses.error(not_offered(url) if url else NotFound(f"Path {path} not found"))
+        return responses.error_response(not_offered(url) if url else NotFound(f"Path {path} not found"))
     response = (
-        responses.error(MethodNotAllowed()) if error.status_code == 405 else responses.JSON({"detail": error.detail})
+        responses.error_response(MethodNotAllowed())
+        if error.status_code == 405
+        else responses.FalJSONResponse({"detail": error.detail})
     )
     response.status_code = error.status_code
     response.headers.update(error.headers or {})

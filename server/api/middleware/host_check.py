@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api import responses
-from server.errors import BadRequest, Forbidden, Misdirected, NotFound, ServerError
+from server.errors import BadRequest, Forbidden, MisdirectedRequest, NotFound, ServerError
 from server.net.fal_hosts import is_fal
 from server.settings import Settings
 
@@ -39,7 +39,7 @@ class HostCheckMiddleware:
             try:
                 self._check(scope)
             except ServerError as error:
-                await responses.error(error)(scope, receive, send)
+                await responses.error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -59,7 +59,7 @@ class HostCheckMiddleware:
         if not self._is_open:
             return
         if not self._is_allowed_host(hostname_of(host)):
-            raise Misdirected(f"{host} is not a name of this server; --public-url can make it one")
+            raise MisdirectedRequest(f"{host} is not a name of this server; --public-url can make it one")
         origin = headers.get(b"origin", b"").decode("latin-1")
         # A picture may be shown by any page that was told its name.
         shows = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")

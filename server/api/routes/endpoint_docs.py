@@ -6,7 +6,7 @@ from fastapi.responses import PlainTextResponse
 from server.api import fal_openapi
 from server.api.dependencies import get_model
 from server.api.llms_txt import render_llms_txt
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 
 router = APIRouter(tags=["catalog"])
 
@@ -14,7 +14,7 @@ router = APIRouter(tags=["catalog"])
 @router.get("/api/openapi/queue/openapi.json")
 async def queue_openapi(request: Request, endpoint_id: str = "") -> Response:
     """The OpenAPI document of one endpoint's queue."""
-    return JSON(fal_openapi.queue_openapi(get_model(request, endpoint_id), request.state.base_url))
+    return FalJSONResponse(fal_openapi.queue_openapi(get_model(request, endpoint_id), request.state.base_url))
 
 
 @router.get("/models/{endpoint:path}/llms.txt")

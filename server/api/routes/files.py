@@ -29,7 +29,7 @@ class _File(FileResponse):
 
         await super().__call__(scope, receive, sender)
         if refusal is not None:
-            response = responses.error(UnsatisfiableRange())
+            response = responses.error_response(UnsatisfiableRange())
             response.raw_headers += [header for header in refusal if header[0] == b"content-range"]
             await response(scope, receive, send)
 

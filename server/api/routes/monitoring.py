@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request, Response
 
 from server.api.dependencies import get_services
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])
@@ -17,18 +17,18 @@ VERSION = version("flux-server")
 @router.get("/health")
 async def health() -> Response:
     """Alive; says nothing of the model."""
-    return JSON({"status": "alive", "version": VERSION})
+    return FalJSONResponse({"status": "alive", "version": VERSION})
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 when the model can paint, 503 before and while it stops; requests are accepted all the same and wait."""
     if get_services(request).notifier.is_stopping:
-        return JSON({"status": "stopping", "version": VERSION}, 503)
+        return FalJSONResponse({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = get_services(request).readiness()
     if is_ready:
-        return JSON({"status": "ready", "version": VERSION})
-    return JSON({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
+        return FalJSONResponse({"status": "ready", "version": VERSION})
+    return FalJSONResponse({"status": "loading", "version": VERSION, **asdict(loading)}, 503)
 
 
 @router.get("/status.json")
@@ -43,7 +43,7 @@ async def status(request: Request) -> Response:
     # A driver that hangs must not hang the others.
     gpus = [asdict(gpu) for gpu in await asyncio.to_thread(parts.gpus)]
     about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
-    return JSON({**about, "now": gauges, "gpus": gpus, "steps": parts.metrics.steps(), **seen})
+    return FalJSONResponse({**about, "now": gauges, "gpus": gpus, "steps": parts.metrics.steps(), **seen})
 
 
 @router.get("/metrics")

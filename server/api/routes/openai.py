@@ -20,8 +20,8 @@ from server.api.dependencies import (
     result_response_of,
     parse_request_body,
 )
-from server.api.responses import JSON
-from server.api.sse import EventStream, StreamFailed, heard
+from server.api.responses import FalJSONResponse
+from server.api.sse import EventStream, AbortStream, wait_or_heartbeat
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.queue.jobs import Job, Mode, Outcome, State, Submission
@@ -71,7 +71,9 @@ async def models(request: Request) -> Response:
     """The endpoints that are served."""
     try:
         authenticate(request)
-        return JSON({"object": "list", "data": [_model(endpoint) for endpoint in get_services(request).models]})
+        return FalJSONResponse(
+            {"object": "list", "data": [_model(endpoint) for endpoint in get_services(request).models]}
+        )
     except ServerError as error:
         return problem(error)
 
@@ -81,7 +83,7 @@ async def model(request: Request, name: str) -> Response:
     """One endpoint."""
     try:
         authenticate(request)
-        return JSON(_model(_model_for(request, name).endpoint))
+        return FalJSONResponse(_model(_model_for(request, name).endpoint))
     except ServerError as error:
         return problem(error)
 
@@ -95,9 +97,9 @@ async def generations(request: Request) -> Response:
         job = await parts.turns.run(submission.owner, parts.queue.submit, submission)
         if asked.stream:
             events = _events(parts, job, asked.partial_images or 0)
-            return _identified(EventStream(events, within=cancel_on_disconnect(parts, job)), job)
+            return _with_request_id(EventStream(events, context=cancel_on_disconnect(parts, job)), job)
         await wait_for_outcome(request, parts, job)
-        return _identified(await result_response_of(parts, job, _answer, is_patient=True), job)
+        return _with_request_id(await result_response_of(parts, job, _answer, is_patient=True), job)
     except ServerError as error:
         return problem(error)
 
@@ -114,13 +116,13 @@ async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
 
 def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
     """A body in OpenAI's words, and in the model's. Raises InvalidInput."""
-    asked = validation.read(ImagesRequest, body)
+    asked = validation.parse_body(ImagesRequest, body)
     return asked, to_json(asked.fields)
 
 
 def problem(error: ServerError) -> Response:
     """An error in OpenAI's shape."""
-    return JSON(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
+    return FalJSONResponse(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
 
 
 def _problem(error: ServerError) -> dict[str, Any]:
@@ -166,15 +168,15 @@ def _model(endpoint: str) -> dict[str, Any]:
     return {"id": endpoint, "object": "model", "created": 0, "owned_by": endpoint.split("/")[0]}
 
 
-def _answer(outcome: Outcome) -> JSON:
+def _answer(outcome: Outcome) -> FalJSONResponse:
     output = from_json(outcome.body)
     if outcome.status != 200:
         kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
         message = outcome.error or "Internal Server Error"
-        return JSON(
+        return FalJSONResponse(
             {"error": {"message": message, "type": kind, "param": None, "code": outcome.error_type}}, outcome.status
         )
-    return JSON({"created": int(time.time()), "data": [_datum(image["url"]) for image in output["images"]]})
+    return FalJSONResponse({"created": int(time.time()), "data": [_datum(image["url"]) for image in output["images"]]})
 
 
 def _datum(url: str) -> dict[str, str]:
@@ -198,13 +200,13 @@ async def _events(parts: Services, job: Job, num_partial: int) -> AsyncIterator[
                 num_sent, shown = num_sent + 1, preview
             if parts.notifier.is_closing:
                 yield {"type": "error", **_problem(InternalError("The server is stopping."))}
-                raise StreamFailed
-            if not await heard(bell):
+                raise AbortStream
+            if not await wait_or_heartbeat(bell):
                 yield None
     async with open_output(parts, job) as (outcome, output):
         if outcome.status != 200:
             yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
-            raise StreamFailed
+            raise AbortStream
         for image in output["images"]:
             kind = image["content_type"].removeprefix("image/")
             size = f"{image['width']}x{image['height']}"
@@ -217,6 +219,6 @@ def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str
     return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **said}
 
 
-def _identified(response: Response, job: Job) -> Response:
+def _with_request_id(response: Response, job: Job) -> Response:
     response.headers["x-fal-request-id"] = job.request_id
     return response

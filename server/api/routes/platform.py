@@ -16,7 +16,7 @@ from models.schema import MAX_PROMPT_LENGTH
 from server.api import fal_openapi, validation
 from server.api.dependencies import get_model, authenticate, get_services, read_when_room
 from server.api.middleware.rewrite import PLATFORM
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 from server.errors import InvalidInput
 from server.net.bytes_in_flight import SMALL
 from server.queue.history import HistoryQuery
@@ -105,7 +105,7 @@ async def models(request: Request) -> Response:
     fit = [model for model in chosen if _fits(model, query)]
     page, rest = fit[query.cursor : query.cursor + query.limit], fit[query.cursor + query.limit :]
     items = [_model(model, request.state.base_url, has_openapi="openapi-3.0" in query.expand) for model in page]
-    return JSON({"models": items, **_paging(str(query.cursor + query.limit) if rest else None)})
+    return FalJSONResponse({"models": items, **_paging(str(query.cursor + query.limit) if rest else None)})
 
 
 @router.get(f"{_MODELS}/pricing")
@@ -114,17 +114,17 @@ async def pricing(request: Request) -> Response:
     authenticate(request)
     names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
     prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
-    return JSON({"prices": prices, **_paging()})
+    return FalJSONResponse({"prices": prices, **_paging()})
 
 
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
     """What so many calls or units would cost: nothing."""
     async with get_services(request).in_flight.body(request, authenticate(request), SMALL) as body:
-        planned = validation.read(Estimate, body)
+        planned = validation.parse_body(Estimate, body)
     for name in planned.endpoints:
         get_model(request, name)
-    return JSON({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
+    return FalJSONResponse({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
 
 
 @router.get(f"{_MODELS}/usage")
@@ -142,14 +142,14 @@ async def usage(request: Request) -> Response:
     if "summary" in query.expand:
         names = sorted({used.endpoint for used in found})
         answer["summary"] = [_line(name, [used for used in found if used.endpoint == name]) for name in names]
-    return JSON(answer)
+    return FalJSONResponse(answer)
 
 
 @router.get(f"{PLATFORM}/v1/workflows")
 async def workflows(request: Request) -> Response:
     """Saved workflows, of which this server keeps none."""
     authenticate(request)
-    return JSON({"workflows": [], **_paging()})
+    return FalJSONResponse({"workflows": [], **_paging()})
 
 
 @router.get(f"{_MODELS}/requests/by-endpoint")
@@ -172,8 +172,8 @@ async def by_endpoint(request: Request) -> Response:
     )
     parts = get_services(request)
 
-    def read() -> JSON:
-        return JSON(parts.history(wanted))
+    def read() -> FalJSONResponse:
+        return FalJSONResponse(parts.history(wanted))
 
     try:
         return await read_when_room(parts, owner, query.limit * _ITEM_BYTES if wanted.include_payloads else 0, read)
@@ -238,7 +238,7 @@ def _read(request: Request, kind: type[Q]) -> Q:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        entries = validation.detail(error.errors(include_url=False), b"")
+        entries = validation.validation_detail(error.errors(include_url=False), b"")
         raise InvalidInput([{**entry, "loc": ["query", *entry["loc"][1:]]} for entry in entries]) from None
 
 

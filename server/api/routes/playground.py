@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from server.api.dependencies import get_services
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 
 router = APIRouter(include_in_schema=False)
 STATIC = Path(__file__).parents[2] / "static"
@@ -58,10 +58,10 @@ async def docs() -> Response:
 
 
 @router.get("/playground.json")
-async def about(request: Request) -> Response:
+async def playground_config(request: Request) -> Response:
     """What the page needs to know of this server; no secret, as llms.txt is none."""
     parts = get_services(request)
-    return JSON(
+    return FalJSONResponse(
         {
             "endpoints": list(parts.models),
             "paint_over": [

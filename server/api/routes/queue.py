@@ -15,8 +15,8 @@ from server.api.dependencies import (
     result_response_of,
     parse_request,
 )
-from server.api.responses import JSON
-from server.api.sse import EventStream, heard
+from server.api.responses import FalJSONResponse
+from server.api.sse import EventStream, wait_or_heartbeat
 from server.errors import AlreadyCompleted, MethodNotAllowed, NotFound, StillInProgress
 from server.queue.jobs import Job, Mode, State
 from server.queue.notifier import QUEUE
@@ -30,7 +30,7 @@ async def status(request: Request, app: str, request_id: str) -> Response:
     parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
-    return _identified(JSON(_status(parts, job, logs), responses.STATUS_CODES[job.state]), job)
+    return _with_request_id(FalJSONResponse(_status(parts, job, logs), responses.STATUS_CODES[job.state]), job)
 
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
@@ -39,8 +39,8 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
     parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     job.wants_previews |= _wants(request, "previews")
-    changes = _changes(parts, job, _wants(request, "logs"))
-    return _identified(EventStream(changes, within=parts.open_answers.held(job.owner)), job)
+    changes = _status_events(parts, job, _wants(request, "logs"))
+    return _with_request_id(EventStream(changes, context=parts.open_answers.held(job.owner)), job)
 
 
 @router.get("/{app:path}/requests/{request_id}")
@@ -51,7 +51,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     job = await _job(request, parts, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _identified(await result_response_of(parts, job, responses.result), job)
+    return _with_request_id(await result_response_of(parts, job, responses.result_response), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")
@@ -60,7 +60,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
     parts = get_services(request)
     job = await _job(request, parts, app, request_id)
     await parts.turns.run(job.owner, parts.retention.delete, job)
-    return _identified(Response(status_code=204), job)
+    return _with_request_id(Response(status_code=204), job)
 
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
@@ -70,9 +70,9 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
     try:
         job = await _job(request, parts, app, request_id)
     except NotFound as error:
-        return JSON({"status": "NOT_FOUND", **error.body}, 404)
+        return FalJSONResponse({"status": "NOT_FOUND", **error.body}, 404)
     state = await parts.turns.run(job.owner, parts.queue.cancel, job)
-    return _identified(_CANCELLED[state](), job)
+    return _with_request_id(_CANCELLED[state](), job)
 
 
 @router.post("/{endpoint:path}", include_in_schema=False)
@@ -85,13 +85,13 @@ async def submit(request: Request, endpoint: str) -> Response:
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, Mode.QUEUE)
     job = await parts.turns.run(owner, parts.queue.submit, submission)
-    return _identified(JSON(responses.submitted(job, parts.queue.position(job))), job)
+    return _with_request_id(FalJSONResponse(responses.submit_body(job, parts.queue.position(job))), job)
 
 
 _CANCELLED = {
-    State.IN_QUEUE: lambda: JSON({"status": "OK"}),
-    State.IN_PROGRESS: lambda: JSON({"status": "CANCELLATION_REQUESTED"}, 202),
-    State.COMPLETED: lambda: JSON({"status": "ALREADY_COMPLETED", **AlreadyCompleted().body}, 400),
+    State.IN_QUEUE: lambda: FalJSONResponse({"status": "OK"}),
+    State.IN_PROGRESS: lambda: FalJSONResponse({"status": "CANCELLATION_REQUESTED"}, 202),
+    State.COMPLETED: lambda: FalJSONResponse({"status": "ALREADY_COMPLETED", **AlreadyCompleted().body}, 400),
 }
 
 
@@ -102,7 +102,7 @@ async def _job(request: Request, parts: Services, app: str, request_id: str) -> 
     return require_owned_job(job, owner, app)
 
 
-async def _changes(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
+async def _status_events(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
     told: dict[str, Any] = {}
     sent, shown = 0, None
     with parts.notifier.subscribe(job.request_id, QUEUE) as bell:
@@ -119,18 +119,18 @@ async def _changes(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator
                 yield {**body, "preview": preview} if preview else body
             if body["status"] == State.COMPLETED or parts.notifier.is_closing:
                 return
-            if not await heard(bell):
+            if not await wait_or_heartbeat(bell):
                 yield None
 
 
 def _status(parts: Services, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
-    return responses.status(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
+    return responses.status_body(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
 
 
 def _wants(request: Request, what: str) -> bool:
     return request.query_params.get(what, "").lower() in ("1", "true")
 
 
-def _identified(response: Response, job: Job) -> Response:
+def _with_request_id(response: Response, job: Job) -> Response:
     response.headers["x-fal-request-id"] = job.request_id
     return response

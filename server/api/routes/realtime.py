@@ -56,9 +56,9 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         count_messages(socket.scope, owner, parts.in_flight)
         session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
-        await _turn_away(socket)
+        await _reject(socket)
     except BadRequest as error:
-        await _complain(socket, "BAD_REQUEST", str(error))
+        await _send_error(socket, "BAD_REQUEST", str(error))
         await socket.close(1008)
     else:
         await _served(socket, session, parts.open_answers, owner)
@@ -69,7 +69,7 @@ async def _served(socket: WebSocket, session: "_Session", open_answers: FairShar
         with open_answers.held(owner):
             await session.serve()
     except TooManyRequests as error:
-        await _complain(socket, "UNAVAILABLE", str(error))
+        await _send_error(socket, "UNAVAILABLE", str(error))
         await socket.close(1013)
 
 
@@ -85,7 +85,7 @@ class _Frame:
         """Bytes."""
         return len(self.content)
 
-    def as_json(self) -> bytes:
+    def to_json(self) -> bytes:
         """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
         if self.is_text:
             return self.content
@@ -115,10 +115,10 @@ class _Session:
         self._inputs: deque[_Frame] = deque()
         self._max_buffering = max_buffering
         self._arrived = asyncio.Event()
-        self._is_painting = False
+        self._is_running = False
 
     async def serve(self) -> None:
-        painting = asyncio.create_task(self._paint())
+        painting = asyncio.create_task(self._generate())
         try:
             await self._read()
         except (WebSocketDisconnect, RuntimeError):
@@ -137,20 +137,20 @@ class _Session:
                 async with asyncio.timeout(IDLE_SECONDS):
                     message = await self._socket.receive()
             except TimeoutError:
-                if self._is_painting:
+                if self._is_running:
                     continue
-                await _complain(self._socket, "TIMEOUT", "no inputs, reconnect when needed!")
+                await _send_error(self._socket, "TIMEOUT", "no inputs, reconnect when needed!")
                 await self._socket.close(_IDLE)
                 return
             if message["type"] == "websocket.disconnect":
                 return
             if not self._parts.keys.is_active(self._owner):
-                await _turn_away(self._socket)
+                await _reject(self._socket)
                 return
             try:
                 self._wait(_frame(message))
             except TooManyRequests as error:
-                await _complain(self._socket, "UNAVAILABLE", str(error))
+                await _send_error(self._socket, "UNAVAILABLE", str(error))
 
     def _wait(self, frame: _Frame) -> None:
         """The newest waits in any case; of the others, those that are no larger with it than one may be.
@@ -169,37 +169,37 @@ class _Session:
     def _drop_oldest(self) -> None:
         self._parts.in_flight.release(self._owner, self._inputs.popleft().size)
 
-    async def _paint(self) -> None:
+    async def _generate(self) -> None:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
             while self._inputs:
-                self._is_painting = True
+                self._is_running = True
                 frame = self._inputs.popleft()
                 try:
                     await self._try_answer(frame)
                 finally:
                     self._parts.in_flight.release(self._owner, frame.size)
-                self._is_painting = False
+                self._is_running = False
 
     async def _try_answer(self, frame: _Frame) -> None:
         try:
             await self._answer(frame)
         except InvalidInput as error:
-            await _complain(self._socket, "INVALID_INPUT", str(error))
+            await _send_error(self._socket, "INVALID_INPUT", str(error))
         except ServerError as error:
-            await _complain(self._socket, "UNAVAILABLE", str(error))
+            await _send_error(self._socket, "UNAVAILABLE", str(error))
         except (WebSocketDisconnect, RuntimeError):
             # The client left while it was being answered; `_read` hears of that too.
             return
         except Exception:
             log.exception("a realtime request failed")
-            await _complain(self._socket, "INTERNAL_ERROR", "Internal Server Error")
+            await _send_error(self._socket, "INTERNAL_ERROR", "Internal Server Error")
 
     async def _answer(self, frame: _Frame) -> None:
         is_large = len(frame.content) > _LARGE
         fields = await self._parts.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
-        self._parts.quota.take(self._owner)
+        self._parts.quota.acquire(self._owner)
         inputs = await self._parts.inputs.resolve(fields, self._owner)
         job = await self._submit(dump_input(fields, inputs), inputs)
         with cancel_on_disconnect(self._parts, job), self._parts.notifier.subscribe(job.request_id) as bell:
@@ -207,7 +207,7 @@ class _Session:
                 bell.clear()
                 await bell.wait()
         if job.error is not None or job.state != State.COMPLETED:
-            await _complain(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
+            await _send_error(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
         async with open_output(self._parts, job) as (_, output):
             await self._socket.send_bytes(await self._parts.turns.run(self._owner, msgpack.packb, output))
@@ -216,7 +216,7 @@ class _Session:
             await self._socket.send_text(to_json(timing).decode())
 
     def _fields(self, frame: _Frame) -> ImageInput:
-        return submissions.validate(self._model, frame.as_json(), "", self._parts.inputs.limits)
+        return submissions.validate(self._model, frame.to_json(), "", self._parts.inputs.limits)
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
@@ -255,11 +255,11 @@ def _frame(message: Mapping[str, Any]) -> _Frame:
     return _Frame(message["bytes"], is_text=False) if text is None else _Frame(text.encode(), is_text=True)
 
 
-async def _turn_away(socket: WebSocket) -> None:
+async def _reject(socket: WebSocket) -> None:
     # The words @fal-ai/client drops its token for.
     await socket.send_json({"status": "error", "error": "Unauthorized"})
     await socket.close(_UNAUTHORIZED)
 
 
-async def _complain(socket: WebSocket, code: str, reason: str) -> None:
+async def _send_error(socket: WebSocket, code: str, reason: str) -> None:
     await socket.send_text(to_json({"type": "x-fal-error", "error": code, "reason": reason}).decode())

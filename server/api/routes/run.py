@@ -16,7 +16,7 @@ from server.api.dependencies import (
     result_response_of,
     parse_request,
 )
-from server.api.sse import EventStream, StreamFailed, heard
+from server.api.sse import EventStream, AbortStream, wait_or_heartbeat
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import InternalError
 from server.queue.jobs import Job, Mode, State
@@ -29,7 +29,7 @@ async def stream(request: Request, endpoint: str) -> Response:
     """Progress as events, then the output as the last one."""
     parts = get_services(request)
     job = await _accepted(request, parts, endpoint, Mode.STREAM)
-    response = EventStream(_progress(parts, job), within=cancel_on_disconnect(parts, job))
+    response = EventStream(_progress(parts, job), context=cancel_on_disconnect(parts, job))
     response.headers["x-fal-request-id"] = job.request_id
     return response
 
@@ -42,9 +42,9 @@ async def run(request: Request, endpoint: str) -> Response:
     try:
         await wait_for_outcome(request, parts, job)
         # It is made: it is not refused any more.
-        response: Response = await result_response_of(parts, job, responses.result, is_patient=True)
+        response: Response = await result_response_of(parts, job, responses.result_response, is_patient=True)
     except InternalError as error:
-        response = responses.error(error)
+        response = responses.error_response(error)
     response.headers["x-fal-request-id"] = job.request_id
     return response
 
@@ -64,7 +64,7 @@ async def _progress(parts: Services, job: Job) -> AsyncIterator[dict[str, Any] |
         while job.state != State.COMPLETED:
             bell.clear()
             if job.step != told:
-                told, event = job.step, responses.progress(job)
+                told, event = job.step, responses.progress_event(job)
                 # A preview that was sent is not sent again; one that nobody had time for was replaced by a newer one.
                 if "preview" in event and event["preview"] is shown:
                     del event["preview"]
@@ -72,10 +72,10 @@ async def _progress(parts: Services, job: Job) -> AsyncIterator[dict[str, Any] |
                 yield event
             if parts.notifier.is_closing:
                 yield InternalError("The server is stopping.").body
-                raise StreamFailed
-            if not await heard(bell):
+                raise AbortStream
+            if not await wait_or_heartbeat(bell):
                 yield None
     async with open_output(parts, job) as (outcome, output):
         yield output
     if outcome.status != 200:
-        raise StreamFailed
+        raise AbortStream

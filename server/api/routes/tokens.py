@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from server.api import validation
 from server.api.dependencies import authenticate, get_services
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 from server.net.bytes_in_flight import SMALL
 
 router = APIRouter(tags=["tokens"])
@@ -26,13 +26,13 @@ async def issue(request: Request) -> Response:
     """A token as a bare JSON string, the one form that all SDKs read."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
-        wanted = validation.read(TokenRequest, body)
+        wanted = validation.parse_body(TokenRequest, body)
     scope = " ".join(wanted.allowed_apps)
-    return JSON(get_services(request).keys.issue(owner, scope, wanted.token_expiration))
+    return FalJSONResponse(get_services(request).keys.issue(owner, scope, wanted.token_expiration))
 
 
 @router.get("/.well-known/jwks.json")
 async def jwks(request: Request) -> Response:
     """The public keys of webhook signatures; to be kept for a day at most."""
     keys = await asyncio.to_thread(get_services(request).signer.jwks)
-    return JSON(keys, headers={"cache-control": "public, max-age=86400"})
+    return FalJSONResponse(keys, headers={"cache-control": "public, max-age=86400"})

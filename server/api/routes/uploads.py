@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.api import validation
 from server.api.dependencies import authenticate, get_services
 from server.api.headers import lifecycle
-from server.api.responses import JSON
+from server.api.responses import FalJSONResponse
 from server.errors import BadRequest
 from server.net.bytes_in_flight import SMALL
 from server.storage.multipart import Upload
@@ -23,14 +23,14 @@ TOKEN_SECONDS = 3600
 MAX_LIST = 2 * 2**20
 
 
-class Announcement(BaseModel):
+class UploadRequest(BaseModel):
     """What a client says of a file before it sends it."""
 
     content_type: str = Field("application/octet-stream", max_length=255)
     file_name: str = Field("file", max_length=1024)
 
 
-class Part(BaseModel):
+class UploadedPart(BaseModel):
     """One part that a client says it sent."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -38,10 +38,10 @@ class Part(BaseModel):
     part_number: int = Field(alias="partNumber", ge=1)
 
 
-class Completion(BaseModel):
+class CompleteUpload(BaseModel):
     """The parts that make up the file, in any order; none listed stands for all that were sent."""
 
-    parts: list[Part] = []
+    parts: list[UploadedPart] = []
 
 
 @router.post("/storage/auth/token")
@@ -51,7 +51,9 @@ async def token(request: Request) -> Response:
     issued = get_services(request).keys.issue(authenticate(request), UPLOADS, TOKEN_SECONDS)
     # Python before 3.11 reads no "Z", so the offset is written out.
     stamp = expires_at.isoformat(timespec="seconds")
-    return JSON({"token": issued, "token_type": "Bearer", "base_url": request.state.base_url, "expires_at": stamp})
+    return FalJSONResponse(
+        {"token": issued, "token_type": "Bearer", "base_url": request.state.base_url, "expires_at": stamp}
+    )
 
 
 @router.post("/storage/upload/initiate")
@@ -60,11 +62,11 @@ async def initiate(request: Request) -> Response:
     """Say where to PUT a file, and where it will be."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
-        announced = validation.read(Announcement, body or b"{}")
+        announced = validation.parse_body(UploadRequest, body or b"{}")
     upload = await _begin(request, owner, announced)
     base = request.state.base_url
     upload_url = f"{base}/storage/upload/{upload.upload_id}"
-    return JSON({"upload_url": upload_url, "file_url": f"{base}/files/{upload.name}"})
+    return FalJSONResponse({"upload_url": upload_url, "file_url": f"{base}/files/{upload.name}"})
 
 
 @router.put("/storage/upload/{upload_id}")
@@ -74,7 +76,7 @@ async def put(request: Request, upload_id: str) -> Response:
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, 1, request.stream())
     await uploads.complete_single(upload)
-    return JSON({}, headers={"etag": etag})
+    return FalJSONResponse({}, headers={"etag": etag})
 
 
 @router.put("/storage/upload/{upload_id}/{part_number}")
@@ -84,7 +86,7 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, part_number, request.stream())
-    return JSON({"partNumber": part_number, "etag": etag}, headers={"etag": etag})
+    return FalJSONResponse({"partNumber": part_number, "etag": etag}, headers={"etag": etag})
 
 
 @router.post("/storage/upload/{upload_id}/complete")
@@ -94,11 +96,11 @@ async def complete(request: Request, upload_id: str) -> Response:
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
-        completion = await uploads.turns.run(upload.owner, validation.read, Completion, body or b"{}")
+        completion = await uploads.turns.run(upload.owner, validation.parse_body, CompleteUpload, body or b"{}")
     listed = [part.part_number for part in completion.parts]
     file = await uploads.complete_single(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
-    return JSON({"access_url": url, "file_url": url})
+    return FalJSONResponse({"access_url": url, "file_url": url})
 
 
 @router.post("/files/upload")
@@ -115,7 +117,7 @@ async def upload_at_once(request: Request) -> Response:
         # Nobody was told of it, so nobody can go on with it. Not awaited: the client may be gone.
         asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
         raise
-    return JSON({"access_url": f"{request.state.base_url}/files/{file.name}"})
+    return FalJSONResponse({"access_url": f"{request.state.base_url}/files/{file.name}"})
 
 
 @router.post("/files/upload/multipart")
@@ -123,17 +125,17 @@ async def begin_multipart(request: Request) -> Response:
     """Expect a file in parts, as fal-client sends large ones."""
     upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
     url = f"{request.state.base_url}/files/{upload.name}"
-    return JSON({"access_url": url, "uploadId": upload.upload_id})
+    return FalJSONResponse({"access_url": url, "uploadId": upload.upload_id})
 
 
-def _announced(request: Request) -> Announcement:
+def _announced(request: Request) -> UploadRequest:
     content_type = request.headers.get("content-type") or "application/octet-stream"
     file_name = request.headers.get("x-fal-file-name") or "file"
-    return Announcement(content_type=content_type[:255], file_name=file_name[:1024])
+    return UploadRequest(content_type=content_type[:255], file_name=file_name[:1024])
 
 
-async def _begin(request: Request, owner: str, announced: Announcement) -> Upload:
-    get_services(request).quota.take(owner, "uploads")
+async def _begin(request: Request, owner: str, announced: UploadRequest) -> Upload:
+    get_services(request).quota.acquire(owner, "uploads")
     uploads = get_services(request).uploads
     return await uploads.turns.run(
         owner,
