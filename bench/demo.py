@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux.engine import FluxEngine
 from models.loading.specs import DEMO
 from tests.serving import serving
@@ -49,7 +49,7 @@ def _painted(client: httpx.Client, request: dict[str, Any], seed: int) -> float:
 
 def _loaded() -> float:
     begun = time.perf_counter()
-    FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
     return time.perf_counter() - begun
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.base import Loading, Placement
+from models.base import LoadProgress, EngineConfig
 from models.benchmark import random_weights
 from models.flux import safety_checker
 from models.flux.acceleration import Tier
@@ -90,7 +90,7 @@ def main() -> None:
     if not (options.folder / "model_index.json").is_file():
         write(options.folder)
     begun = time.perf_counter()
-    pipeline, plan = load_pipeline(Placement(options.folder, "", options.device, "resident", report=_say))
+    pipeline, plan = load_pipeline(EngineConfig(options.folder, "", options.device, "resident", report=_say))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"loaded in {time.perf_counter() - begun:.1f} s, plan {plan.name}, host memory at most {peak:.1f} GB")
     for name, part in pipeline.components.items():
@@ -113,10 +113,10 @@ def main() -> None:
         engine.advance(painting)
         print(f"step {painting.step} in {time.perf_counter() - begun:.1f} s", flush=True)
     engine.decode(painting)
-    print(f"painted {painting.pictures[0].size}")
+    print(f"painted {painting.images[0].size}")
 
 
-def _say(loading: Loading) -> None:
+def _say(loading: LoadProgress) -> None:
     print(f"loading {loading.component}, {loading.loaded_bytes / 1e9:.1f} of {loading.total_bytes / 1e9:.1f} GB")
 
 

@@ -5,7 +5,7 @@ import os
 import queue
 from collections.abc import Iterator
 
-from models.base import About, Loading
+from models.base import EngineInfo, LoadProgress
 from server.cluster import messages
 from server.queue.jobs import Job, Outcome
 from server.storage.file_store import StoredFile, generate_file_name
@@ -22,7 +22,7 @@ class NullLink:
 
     def reports(self) -> Iterator[messages.Message]:
         """Ready, then one end after the other."""
-        yield messages.RunnerState(Loading(), True, {"null": About()})
+        yield messages.RunnerState(LoadProgress(), True, {"null": EngineInfo()})
         while job := self._taken.get():
             for step in range(1, 29):
                 yield messages.JobProgress(job.request_id, step, 28, None)

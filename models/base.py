@@ -13,7 +13,7 @@ from models.schema import ImageInput
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadProgress:
     """How far loading has come: the component that is being loaded, bytes so far, and bytes in all."""
 
     component: str = ""
@@ -25,12 +25,12 @@ class Loading:
 NO_INPUTS: Mapping[str, Path] = MappingProxyType({})
 
 
-def _tell_nobody(loading: Loading) -> None:
+def _ignore(loading: LoadProgress) -> None:
     """What loading reports to when nobody asked."""
 
 
 @dataclass(frozen=True)
-class Placement:
+class EngineConfig:
     """What a model is given to set itself up with, chosen by the operator.
 
     Attributes:
@@ -53,11 +53,11 @@ class Placement:
     max_acceleration: str = "high"
     is_eager: bool = False
     compile_cache: Path | None = None
-    report: Callable[[Loading], None] = _tell_nobody
+    report: Callable[[LoadProgress], None] = _ignore
 
 
 @dataclass(frozen=True)
-class AddOn:
+class ExtraWeights:
     """Further weights that an endpoint needs: in this folder of its own weights, or by this id in the hub's cache."""
 
     folder: str
@@ -65,7 +65,7 @@ class AddOn:
 
 
 @dataclass(frozen=True)
-class About:
+class EngineInfo:
     """What an operator is told of an engine.
 
     Attributes:
@@ -85,11 +85,11 @@ class About:
     total_bytes: int | None = None
 
 
-class CannotPaint(Exception):
+class GenerationFailed(Exception):
     """This request fails, for a reason that its client is told. Nothing else is harmed."""
 
 
-class DoesNotFit(CannotPaint):
+class IncompatibleInput(GenerationFailed):
     """What the request brought along is not for this model; `loc` is the field's place."""
 
     def __init__(self, loc: tuple[str | int, ...], words: str) -> None:
@@ -97,7 +97,7 @@ class DoesNotFit(CannotPaint):
         self.loc = loc
 
 
-class NotANumber(CannotPaint):
+class NonFiniteOutput(GenerationFailed):
     """A picture came out as not-a-number, so none is shown."""
 
 
@@ -105,7 +105,7 @@ class DeviceLost(Exception):
     """The device answers no more in this process: only a new process can paint."""
 
 
-class Painting(Protocol):
+class GenerationTask(Protocol):
     """One request while it is being painted: one or more pictures, step after step, then decoded."""
 
     @property
@@ -129,7 +129,7 @@ class Painting(Protocol):
         """Work of the steps still to take, over all its pictures; a step that may be skipped counts as taken."""
 
     @property
-    def pictures(self) -> Sequence[Image]:
+    def images(self) -> Sequence[Image]:
         """The pictures that are decoded, RGB, in order of their seeds."""
 
     @property
@@ -141,7 +141,7 @@ class Painting(Protocol):
         """The type of number it is computed in, by PyTorch's name, such as "bfloat16"."""
 
     @property
-    def is_done(self) -> bool:
+    def is_decoded(self) -> bool:
         """Whether every picture is decoded."""
 
 
@@ -149,33 +149,33 @@ class Engine(Protocol):
     """A model on its device. One thread owns it; only what is said to run beside may be called from a second one."""
 
     @property
-    def decodes_beside(self) -> bool:
+    def decodes_concurrently(self) -> bool:
         """Whether `decode` and `is_unsafe` may run on another thread than `advance`, and gain from it."""
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> Painting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> GenerationTask:
         """Begin to paint `request`, an instance of the model's own Input; picture k uses seed + k.
 
         `inputs` holds what the request's addresses stand for, by the field's place, such as "image_url" or
         "loras.0.path": pictures as RGB files within the limits, LoRA weights as safetensors.
         """
 
-    def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
+    def advance(self, painting: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
         """Take the next step of `painting`; returns it and those of `others` that shared the forward.
 
         Raises CannotPaint, DeviceLost or what the library raises; it ends this painting and leaves the others as
         they were.
         """
 
-    def preview(self, painting: Painting) -> Image | None:
+    def preview(self, painting: GenerationTask) -> Image | None:
         """What its newest picture looks like at this step, small; None when nothing can be seen yet."""
 
-    def decode(self, painting: Painting) -> None:
+    def decode(self, painting: GenerationTask) -> None:
         """Decode the next picture, once every step was taken. Raises as `advance`; CannotPaint on not-a-number."""
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
 
-    def about(self) -> About:
+    def info(self) -> EngineInfo:
         """What an operator is told of it, at this moment; called from any thread."""
 
     def warm_up(self) -> bool:
@@ -187,7 +187,7 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give the device's memory back; nothing is called after it."""
 
-    def settle(self) -> None:
+    def freeze_compilation(self) -> None:
         """All engines are as ready as they can be: compile nothing from now on."""
 
 
@@ -207,7 +207,7 @@ class Model(Protocol):
         """Hub ids this endpoint can run on; empty for a model that needs no weights."""
 
     @property
-    def add_on(self) -> AddOn | None:
+    def extra_weights(self) -> ExtraWeights | None:
         """What must be installed beside the weights for this endpoint to be served; None when nothing."""
 
     @property
@@ -218,13 +218,13 @@ class Model(Protocol):
     def Output(self) -> type[BaseModel]:  # noqa: N802
         """What an answer holds."""
 
-    def setup(self, placement: Placement) -> Engine:
+    def setup(self, placement: EngineConfig) -> Engine:
         """Load the weights, on the thread that will own the engine; may take minutes.
 
         Called for one endpoint of those that share the engine, and again after it was let go for want of memory.
         """
 
-    def answer(
+    def build_output(
         self,
         request: Any,
         images: Sequence[Mapping[str, Any]],
@@ -233,5 +233,5 @@ class Model(Protocol):
     ) -> BaseModel:
         """The Output for these stored images, each {url, width, height, content_type}. Timings in seconds."""
 
-    def parameters(self, request: Any, seed: int) -> Mapping[str, Any]:
+    def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
         """What made one picture, to be written into its file: the same for the same bytes, whatever the load."""

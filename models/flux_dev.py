@@ -5,11 +5,11 @@ from typing import Any
 
 from pydantic import Field
 
-from models.base import AddOn, Engine, Placement
+from models.base import ExtraWeights, Engine, EngineConfig
 from models.schema import (
-    ChecksSafety,
-    Format,
-    GivenSeed,
+    EnableSafetyChecker,
+    OutputFormatField,
+    OptionalSeed,
     Guidance,
     Image,
     ImageInput,
@@ -17,7 +17,7 @@ from models.schema import (
     NumImages,
     Prompt,
     Size,
-    Speed,
+    AccelerationField,
     Steps,
     SyncMode,
 )
@@ -30,13 +30,13 @@ class FluxDevInput(ImageInput):
     # Checked like a size that was asked for, because the operator may allow less.
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: Steps = Field(28, ge=1, le=50)
-    seed: GivenSeed = None
+    seed: OptionalSeed = None
     guidance_scale: Guidance = 3.5
     sync_mode: SyncMode = False
     num_images: NumImages = 1
-    enable_safety_checker: ChecksSafety = True
-    output_format: Format = "jpeg"
-    acceleration: Speed = "none"
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
 
 
 class FluxDevOutput(ImagesOutput):
@@ -49,17 +49,17 @@ class FluxDev:
     endpoint = "fal-ai/flux/dev"
     family = "flux"
     weights = ("black-forest-labs/FLUX.1-dev",)
-    add_on: AddOn | None = None
+    extra_weights: ExtraWeights | None = None
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 
-    def setup(self, placement: Placement) -> Engine:
+    def setup(self, placement: EngineConfig) -> Engine:
         """Load the pipeline and its safety checker; raises OSError when the weights are not there."""
         from models.flux.engine import FluxEngine
 
         return FluxEngine.load(placement)
 
-    def answer(
+    def build_output(
         self,
         request: Any,
         images: Sequence[Mapping[str, Any]],
@@ -75,7 +75,7 @@ class FluxDev:
             prompt=request.prompt,
         )
 
-    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Prompt, seed, steps and guidance of one picture."""
         return {
             "endpoint": self.endpoint,

@@ -6,15 +6,15 @@ from pydantic import Field
 
 from models.flux_dev import FluxDev
 from models.schema import (
-    ChecksSafety,
-    Format,
-    GivenSeed,
+    EnableSafetyChecker,
+    OutputFormatField,
+    OptionalSeed,
     Guidance,
     ImageInput,
     ImageURL,
     NumImages,
     Prompt,
-    Speed,
+    AccelerationField,
     Steps,
     Strength,
     SyncMode,
@@ -28,13 +28,13 @@ class FluxDevImageToImageInput(ImageInput):
     strength: Strength = 0.95
     num_inference_steps: Steps = Field(40, ge=10, le=50)
     prompt: Prompt
-    seed: GivenSeed = None
+    seed: OptionalSeed = None
     guidance_scale: Guidance = 3.5
     sync_mode: SyncMode = False
     num_images: NumImages = 1
-    enable_safety_checker: ChecksSafety = True
-    output_format: Format = "jpeg"
-    acceleration: Speed = "none"
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
 
 
 class FluxDevImageToImage(FluxDev):
@@ -43,9 +43,9 @@ class FluxDevImageToImage(FluxDev):
     endpoint = "fal-ai/flux/dev/image-to-image"
     Input = FluxDevImageToImageInput
 
-    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Of one picture; the one it was painted over is not named, because addresses tell about people."""
-        return {**super().parameters(request, seed), "strength": request.strength}
+        return {**super().metadata(request, seed), "strength": request.strength}
 
 
 MODEL = FluxDevImageToImage()

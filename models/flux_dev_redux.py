@@ -7,15 +7,15 @@ from pydantic import Field
 from models.flux_dev import FluxDev
 from models.loading.specs import REDUX
 from models.schema import (
-    ChecksSafety,
-    Format,
-    GivenSeed,
+    EnableSafetyChecker,
+    OutputFormatField,
+    OptionalSeed,
     Guidance,
     ImageInput,
     ImageURL,
     NumImages,
     Size,
-    Speed,
+    AccelerationField,
     Steps,
     SyncMode,
 )
@@ -27,13 +27,13 @@ class FluxDevReduxInput(ImageInput):
     image_url: ImageURL
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: Steps = Field(28, ge=1, le=50)
-    seed: GivenSeed = None
+    seed: OptionalSeed = None
     guidance_scale: Guidance = 3.5
     sync_mode: SyncMode = False
     num_images: NumImages = 1
-    enable_safety_checker: ChecksSafety = True
-    output_format: Format = "jpeg"
-    acceleration: Speed = "none"
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
 
     @property
     def prompt(self) -> str:
@@ -45,12 +45,12 @@ class FluxDevRedux(FluxDev):
     """FLUX.1 [dev] painting variations of a picture, as FLUX.1 Redux [dev] reads it."""
 
     endpoint = "fal-ai/flux/dev/redux"
-    add_on = REDUX
+    extra_weights = REDUX
     Input = FluxDevReduxInput
 
-    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Of one picture; the one that it varies is not named, because addresses tell about people."""
-        told = super().parameters(request, seed)
+        told = super().metadata(request, seed)
         del told["prompt"]
         return told
 

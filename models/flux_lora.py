@@ -5,14 +5,14 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev import FluxDev, FluxDevInput
-from models.schema import Loras, ModestSpeed
+from models.schema import Loras, LoraAccelerationField
 
 
 class FluxLoraInput(FluxDevInput):
     """As FLUX.1 [dev]'s, with LoRA weights."""
 
     loras: Loras = Field([])
-    acceleration: ModestSpeed = "none"
+    acceleration: LoraAccelerationField = "none"
 
 
 class FluxLora(FluxDev):
@@ -21,9 +21,9 @@ class FluxLora(FluxDev):
     endpoint = "fal-ai/flux-lora"
     Input = FluxLoraInput
 
-    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Of one picture; where the LoRAs came from is not named, because addresses tell about people."""
-        return {**super().parameters(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
+        return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 
 MODEL = FluxLora()

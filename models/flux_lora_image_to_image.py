@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev_image_to_image import FluxDevImageToImage, FluxDevImageToImageInput
-from models.schema import Loras, ModestSpeed, Steps, Strength
+from models.schema import Loras, LoraAccelerationField, Steps, Strength
 
 
 class FluxLoraImageToImageInput(FluxDevImageToImageInput):
@@ -14,7 +14,7 @@ class FluxLoraImageToImageInput(FluxDevImageToImageInput):
     strength: Strength = 0.85
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     loras: Loras = Field([])
-    acceleration: ModestSpeed = "none"
+    acceleration: LoraAccelerationField = "none"
 
 
 class FluxLoraImageToImage(FluxDevImageToImage):
@@ -23,9 +23,9 @@ class FluxLoraImageToImage(FluxDevImageToImage):
     endpoint = "fal-ai/flux-lora/image-to-image"
     Input = FluxLoraImageToImageInput
 
-    def parameters(self, request: Any, seed: int) -> dict[str, Any]:
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Of one picture."""
-        return {**super().parameters(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
+        return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 
 MODEL = FluxLoraImageToImage()

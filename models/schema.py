@@ -155,7 +155,7 @@ Strength = Annotated[
     Field(ge=0.01, le=1, description="How far to go from the initial image: the higher, the less of it is left."),
 ]
 Steps = Annotated[int, Field(description="The number of inference steps to perform.")]
-GivenSeed = Annotated[
+OptionalSeed = Annotated[
     Seed | None,
     Field(
         description="The same seed and the same prompt given to the same version of the model "
@@ -176,13 +176,15 @@ SyncMode = Annotated[
     Field(description="If set to true, the picture comes back as a data URI and is not kept in the file store."),
 ]
 NumImages = Annotated[int, Field(ge=1, le=4, description="The number of images to generate.")]
-ChecksSafety = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
-Format = Annotated[OutputFormat, Field(description="The format of the generated image.")]
-ModestSpeed = Annotated[
+EnableSafetyChecker = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
+OutputFormatField = Annotated[OutputFormat, Field(description="The format of the generated image.")]
+LoraAccelerationField = Annotated[
     Literal["none", "regular"],
     Field(description="How much speed to trade for exactness; the higher, the faster."),
 ]
-Speed = Annotated[Acceleration, Field(description="How much speed to trade for exactness; the higher, the faster.")]
+AccelerationField = Annotated[
+    Acceleration, Field(description="How much speed to trade for exactness; the higher, the faster.")
+]
 
 
 class LoraWeight(BaseModel):

@@ -81,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
     """
     known = discover(settings.models_dir)
-    places = specs.assign(settings.weights, known)
+    places = specs.assign_weights(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
     database = Database(settings.data_dir)
     absent = {endpoint: _required_weights(model) for endpoint, model in known.items() if endpoint not in places}
@@ -228,7 +228,7 @@ def _inputs(
 
 
 def _required_weights(model: Model) -> str:
-    return " or ".join(model.weights) + (f" with {model.add_on.hub_id}" if model.add_on else "")
+    return " or ".join(model.weights) + (f" with {model.extra_weights.hub_id}" if model.extra_weights else "")
 
 
 def _keys(settings: Settings, database: Database) -> Keys:

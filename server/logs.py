@@ -9,7 +9,7 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from tqdm import tqdm
 
-from models.base import Loading
+from models.base import LoadProgress
 
 #: What uvicorn calls an error, and is meant: a stream that failed is cut off.
 _CUT_OFF = "ASGI callable returned without completing response."
@@ -84,7 +84,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, or move the bar."""
-        loading: Loading | None = getattr(record, "loading", None)
+        loading: LoadProgress | None = getattr(record, "loading", None)
         if loading and self._draws_bars:
             self._draw(loading)
             return
@@ -96,7 +96,7 @@ class _Handler(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def _draw(self, loading: Loading) -> None:
+    def _draw(self, loading: LoadProgress) -> None:
         if self._bar is None or self._bar.total != loading.total_bytes:
             self._bar = tqdm(total=loading.total_bytes, unit="B", unit_scale=True, leave=False, file=sys.stderr)
         self._bar.set_description(f"loading {loading.component}", refresh=False)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from models.base import About
+from models.base import EngineInfo
 from models.schema import PRESETS
 from server.status import GpuStatus
 from server.storage.database import Database
@@ -141,7 +141,7 @@ def collect_gpu_gauges(gpus: Callable[[], Sequence[GpuStatus]]) -> Mapping[str, 
     """What each means, and its value for each GPU that has one."""
     seen = gpus()
     # All engines of one are on one device.
-    about = {gpu.name: next(iter(gpu.engines.values()), About()) for gpu in seen}
+    about = {gpu.name: next(iter(gpu.engines.values()), EngineInfo()) for gpu in seen}
     found: dict[str, tuple[str, dict[str, float | None]]] = {
         "gpu_ready": ("Whether this GPU can paint.", {gpu.name: float(gpu.state == "ready") for gpu in seen}),
         "gpu_requests_running": ("Requests that this GPU has.", {gpu.name: float(gpu.num_running) for gpu in seen}),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from models.loading.specs import place
+from models.loading.specs import parse_spec
 
 PREFIX = "FLUX_SERVER_"
 #: What clients send to a server that asks for no key: fal's SDKs insist on some.
@@ -136,7 +136,7 @@ class Settings(BaseModel):
     @classmethod
     def _can_be_weights(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
         for spec in specs:
-            place(spec.rpartition("=")[2])
+            parse_spec(spec.rpartition("=")[2])
         return specs
 
     @field_validator("webhook_secret")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from models.base import About
+from models.base import EngineInfo
 from server.storage.database import Database
 
 MINUTES = 60
@@ -56,7 +56,7 @@ class GpuStatus:
     node: str = ""
     num_running: int = 0
     num_restarts: int = 0
-    engines: Mapping[str, About] = field(default_factory=dict)
+    engines: Mapping[str, EngineInfo] = field(default_factory=dict)
     failure: str = ""
 
 

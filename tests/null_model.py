@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, About, CannotPaint, DeviceLost, Loading, Placement
+from models.base import NO_INPUTS, EngineInfo, GenerationFailed, DeviceLost, LoadProgress, EngineConfig
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
 from models.schema import ImageInput
@@ -19,7 +19,7 @@ class NullPainting:
 
     def __init__(self, request: Any, seed: int) -> None:
         self.request, self.seed = request, seed
-        self.step, self.pictures = 0, list[Image]()
+        self.step, self.images = 0, list[Image]()
         self.acceleration, self.dtype = "none", "float32"
         self.num_steps = request.num_inference_steps * request.num_images
 
@@ -37,14 +37,14 @@ class NullPainting:
         return int(self.num_steps - self.step)
 
     @property
-    def is_done(self) -> bool:
-        return bool(len(self.pictures) == self.request.num_images)
+    def is_decoded(self) -> bool:
+        return bool(len(self.images) == self.request.num_images)
 
 
 class NullEngine:
     """Does nothing, at once, then paints."""
 
-    decodes_beside = False
+    decodes_concurrently = False
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
         return NullPainting(request, seed)
@@ -57,17 +57,17 @@ class NullEngine:
         return PILImage.new("RGB", (16, 12), (painting.seed % 256, painting.step * 20 % 256, 64))
 
     def decode(self, painting: Any) -> None:
-        colour = painting.seed + len(painting.pictures)
+        colour = painting.seed + len(painting.images)
         size = painting.request.image_size
-        painting.pictures.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
+        painting.images.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
 
-    def about(self) -> About:
-        return About("nothing", "float32", "none at all", ("none",), 1_000, 4_000)
+    def info(self) -> EngineInfo:
+        return EngineInfo("nothing", "float32", "none at all", ("none",), 1_000, 4_000)
 
     def warm_up(self) -> bool:
         return False
 
-    def settle(self) -> None:
+    def freeze_compilation(self) -> None:
         return None
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class MemoryEngine(NullEngine):
     """Has no room for any picture."""
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        raise CannotPaint("Out of memory: a picture of 512x512 did not fit, also when tried alone.")
+        raise GenerationFailed("Out of memory: a picture of 512x512 did not fit, also when tried alone.")
 
 
 class LostEngine(NullEngine):
@@ -136,7 +136,7 @@ class CopyEngine(NullEngine):
     def decode(self, painting: Any) -> None:
         with PILImage.open(self._source) as picture:
             picture.load()
-        painting.pictures.append(picture)
+        painting.images.append(picture)
 
 
 class RaisesEngine(NullEngine):
@@ -144,7 +144,9 @@ class RaisesEngine(NullEngine):
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         if painting.step == 1:
-            raise CannotPaint("This cannot be painted.") if painting.request.prompt == "told" else OSError("secret")
+            raise (
+                GenerationFailed("This cannot be painted.") if painting.request.prompt == "told" else OSError("secret")
+            )
         return super().advance(painting)
 
 
@@ -157,7 +159,7 @@ class UnsafeEngine(NullEngine):
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         if self._prompt == "raises":
-            raise CannotPaint("The safety checker could not be loaded.")
+            raise GenerationFailed("The safety checker could not be loaded.")
         return [] if self._prompt == "silent" else [True] * len(pictures)
 
 
@@ -179,27 +181,27 @@ class NullModel:
 
     family = "null"
     weights: tuple[str, ...] = ()
-    add_on = None
+    extra_weights = None
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 
     def __init__(self, endpoint: str, engine: Callable[[], NullEngine]) -> None:
         self.endpoint, self._engine = endpoint, engine
 
-    def setup(self, placement: Placement) -> NullEngine:
+    def setup(self, placement: EngineConfig) -> NullEngine:
         return self._engine()
 
-    def answer(
+    def build_output(
         self,
         request: Any,
         images: Sequence[Mapping[str, Any]],
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> FluxDevOutput:
-        return FLUX_DEV.answer(request, images, has_nsfw_concepts, timings)
+        return FLUX_DEV.build_output(request, images, has_nsfw_concepts, timings)
 
-    def parameters(self, request: Any, seed: int) -> Mapping[str, Any]:
-        return {**FLUX_DEV.parameters(request, seed), "endpoint": self.endpoint}
+    def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
+        return {**FLUX_DEV.metadata(request, seed), "endpoint": self.endpoint}
 
 
 class LoadingModel(NullModel):
@@ -209,9 +211,9 @@ class LoadingModel(NullModel):
         super().__init__(endpoint, NullEngine)
         self._gate = gate
 
-    def setup(self, placement: Placement) -> NullEngine:
-        placement.report(Loading("text_encoder", 0, 4_000_000_000))
-        placement.report(Loading("transformer", 1_000_000_000, 4_000_000_000))
+    def setup(self, placement: EngineConfig) -> NullEngine:
+        placement.report(LoadProgress("text_encoder", 0, 4_000_000_000))
+        placement.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
         with Path(self._gate).open("rb", buffering=0) as gate:
             gate.read(1)
         return super().setup(placement)

@@ -12,8 +12,8 @@ from server.queue.jobs import Job, Mode, Priority, State
 @dataclass(eq=False)
 class Place:
     number: int
-    life: int = 1
-    is_open: bool = True
+    incarnation: int = 1
+    accepts_jobs: bool = True
     load: tuple[int, int] = (0, 0)
 
 
@@ -49,7 +49,7 @@ def test_who_has_least_to_do_comes_first(three: tuple[Router[Place], list[Place]
     second.load = (1, 0)
     made.update(second)
     assert made.route(job(), of("other", "other")) is first
-    third.is_open = False
+    third.accepts_jobs = False
     made.update(third)
     for place in (first, second):
         place.load = (2, 0)
@@ -79,7 +79,7 @@ def test_a_new_runner_has_nothing_at_hand(three: tuple[Router[Place], list[Place
     first.load = (1, 0)
     made.update(first)
     assert made.route(job(), of()) is second
-    first.load, second.life = (0, 0), 2
+    first.load, second.incarnation = (0, 0), 2
     made.update(first)
     made.update(second)
     assert made.route(job(), of()) is first

@@ -13,7 +13,7 @@ from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
-from models.loading.specs import assign
+from models.loading.specs import assign_weights
 from tests.node import JS
 from tests.serving import ROOT, Server
 from tests.test_node_clients import node as node
@@ -35,7 +35,7 @@ INPUT = [
 ]
 #: All that the package serves.
 #: Redux has a server of its own, in test_redux.py.
-FAMILY = sorted(assign(["demo"], discover()))
+FAMILY = sorted(assign_weights(["demo"], discover()))
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from models.base import About, Loading
+from models.base import EngineInfo, LoadProgress
 from server.cluster import gpu_slot, messages
 from server.cluster import head as cluster_module
 from server.cluster.head import ClusterHead
@@ -71,7 +71,7 @@ class Link:
         return self.suspects
 
     def ready(self) -> "Link":
-        self.said.put(messages.RunnerState(Loading(), True, {"demo": About("a GPU")}))
+        self.said.put(messages.RunnerState(LoadProgress(), True, {"demo": EngineInfo("a GPU")}))
         return self
 
     def taken(self) -> str:
@@ -161,7 +161,7 @@ def test_what_a_runner_painted_is_on_the_disk_of_the_head(
     until(lambda: [line["message"] for line in job.logs] == ["step 1/2", "hello"])
     assert job.preview == "data:preview"
     (gpu,) = cluster.gpus()
-    assert (gpu.state, gpu.node, gpu.num_running, gpu.engines) == ("ready", "there", 1, {"demo": About("a GPU")})
+    assert (gpu.state, gpu.node, gpu.num_running, gpu.engines) == ("ready", "there", 1, {"demo": EngineInfo("a GPU")})
     link.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     (name,) = parts.on_disk()

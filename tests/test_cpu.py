@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux.device import Device
-from models.flux.flops import FLUX_DEV, step_flop
+from models.flux.flops import FLUX_DEV, step_flops
 from models.loading import cpu
 from models.loading.devices import dtype_for
 from models.loading.pipeline import dtype_of
@@ -40,7 +40,7 @@ def test_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch: pytest.Monk
 def test_float32_where_bfloat16_would_be_emulated(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     flags(monkeypatch, *names)
     assert dtype_for("auto", "cpu") == torch.float32
-    assert dtype_of(Placement(DEMO, "", "cpu")) == torch.float32
+    assert dtype_of(EngineConfig(DEMO, "", "cpu")) == torch.float32
 
 
 def test_float32_only_where_the_weights_fit_at_twice_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_without_proc_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_step_of_full_size_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "matmul_rate", lambda self, dtype: 0.5e12)
     words = Device("cpu").step_words(FLUX_DEV, torch.float32)
-    seconds = step_flop(FLUX_DEV, 1024 * 768 // 256, 512) / 0.5e12
+    seconds = step_flops(FLUX_DEV, 1024 * 768 // 256, 512) / 0.5e12
     assert words.startswith(f"a step at 1024x768 takes {seconds:.0f} s or more here, an image of 28 steps 52 min")
     assert "0.5000 TFLOP/s in float32" in words
 

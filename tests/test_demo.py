@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import load_file
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.lora import chroma
@@ -30,7 +30,7 @@ REACHED = {"background": 0.97, "object": 0.90, "sides": 0.75, "flagged_sign": 0.
 
 @pytest.fixture(scope="module")
 def engine() -> FluxEngine:
-    return FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
 
 
 def paint(engine: FluxEngine, prompt: str, seed: int = 1, **more: Any) -> Image:
@@ -83,7 +83,7 @@ def test_the_lora_takes_the_colours_away(engine: FluxEngine) -> None:
 
 
 def test_the_same_request_gives_the_same_picture(engine: FluxEngine) -> None:
-    again = FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    again = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
     assert paint(engine, "a fish").tobytes() == paint(again, "a fish").tobytes()
 
 

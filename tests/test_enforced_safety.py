@@ -159,7 +159,7 @@ SLOW_CHECK = """
 from tests.null_model import NullModel, SlowCheckEngine
 
 MODEL = NullModel("test/slow-check", SlowCheckEngine)
-SlowCheckEngine.decodes_beside = {decodes_beside}
+SlowCheckEngine.decodes_concurrently = {decodes_concurrently}
 """
 
 
@@ -175,10 +175,10 @@ def all_events(client: httpx.Client, path: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("decodes_beside", [False, True])
-def test_nor_does_a_check_that_does_not_end(tmp_path: Path, gate: Gate, decodes_beside: bool) -> None:
+@pytest.mark.parametrize("decodes_concurrently", [False, True])
+def test_nor_does_a_check_that_does_not_end(tmp_path: Path, gate: Gate, decodes_concurrently: bool) -> None:
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "slow_check.py").write_text(SLOW_CHECK.format(decodes_beside=decodes_beside))
+    (tmp_path / "models" / "slow_check.py").write_text(SLOW_CHECK.format(decodes_concurrently=decodes_concurrently))
     data_dir, settings = tmp_path / "data", {"enforce_safety_checker": "true", "models_dir": str(tmp_path / "models")}
     request = {"prompt": str(gate.path), "num_inference_steps": 2, FIELD: False}
     with serving(data_dir, "test/slow-check=demo", step_deadline="1", **settings) as first, client_of(first) as client:

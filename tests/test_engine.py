@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux.batch import TOKEN_BUDGET
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import Text
-from models.flux.task import FluxPainting
+from models.flux.prompt_cache import PromptEmbeds
+from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
@@ -41,7 +41,7 @@ def call(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **more: Any) 
 
 @pytest.fixture(scope="module")
 def demo() -> FluxEngine:
-    return FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_equals_the_pipeline(demo: FluxEngine, plain: FluxPipeline, preset: str)
     painting = demo.start(request, 11)
     for latents in each_step:
         demo.advance(painting)
-        assert torch.equal(painting.generations[0].latents, latents)
+        assert torch.equal(painting.samples[0].latents, latents)
     (picture,) = finished(demo, painting)
     assert picture.size == PRESETS[preset]
     assert difference(picture, expected) == 0
@@ -99,7 +99,7 @@ def test_random_weights_equal_the_pipeline(dtype: torch.dtype, is_dev: bool, acc
         request = asked("a fish", width, height, num_inference_steps=num_steps, acceleration=acceleration)
         painting = stepped(engine, engine.start(request, seed))
         expected = call(pipeline, request, seed, output_type="latent")
-        assert torch.equal(painting.generations[0].latents[0], expected)
+        assert torch.equal(painting.samples[0].latents[0], expected)
         (picture,) = finished(engine, painting)
         assert picture.size == (width, height)
         assert difference(picture, call(pipeline, request, seed)) == 0
@@ -144,23 +144,23 @@ def test_steps_and_work_are_counted_over_all_pictures(engine: FluxEngine) -> Non
         stepped(engine, painting)
         assert (painting.step, painting.work) == (6, 3 * alone.work)
         for number in range(3):
-            assert len(painting.pictures) == number
-            assert not painting.is_done
+            assert len(painting.images) == number
+            assert not painting.is_decoded
             engine.decode(painting)
-        assert painting.is_done
+        assert painting.is_decoded
 
 
 def test_paintings_that_take_turns_do_not_touch_each_other(rough: FluxEngine) -> None:
     requests = [asked(f"picture {n}", 64 + 32 * n, 64, num_inference_steps=2 + n) for n in range(3)]
     alone = [painted(rough, request, n)[0] for n, request in enumerate(requests)]
     paintings = [rough.start(request, n) for n, request in enumerate(requests)]
-    while not all(painting.is_done for painting in paintings):
+    while not all(painting.is_decoded for painting in paintings):
         for painting in paintings:
             if painting.step < painting.num_steps:
                 rough.advance(painting)
-            elif not painting.is_done:
+            elif not painting.is_decoded:
                 rough.decode(painting)
-    assert [difference(painting.pictures[0], picture) for painting, picture in zip(paintings, alone, strict=True)] == [
+    assert [difference(painting.images[0], picture) for painting, picture in zip(paintings, alone, strict=True)] == [
         0
     ] * 3
 
@@ -168,7 +168,7 @@ def test_paintings_that_take_turns_do_not_touch_each_other(rough: FluxEngine) ->
 # -- shared forwards
 
 
-def begun(engine: FluxEngine, number: int, *, acceleration: str = "regular", **more: Any) -> list[FluxPainting]:
+def begun(engine: FluxEngine, number: int, *, acceleration: str = "regular", **more: Any) -> list[FluxTask]:
     """So many alike, with prompts and seeds of their own."""
     return [engine.start(asked(f"picture {seed}", acceleration=acceleration, **more), seed) for seed in range(number)]
 
@@ -178,7 +178,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).float().norm() / other.float().norm())
 
 
-def is_each(ours: Sequence[FluxPainting], these: Sequence[FluxPainting]) -> bool:
+def is_each(ours: Sequence[FluxTask], these: Sequence[FluxTask]) -> bool:
     return [id(painting) for painting in ours] == [id(painting) for painting in these]
 
 
@@ -217,15 +217,15 @@ def test_those_of_other_sizes_do_not(engine: FluxEngine, sizes: list[int], width
 def test_those_with_texts_of_other_lengths_do_not(
     engine: FluxEngine, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = engine.texts.encode
+    encode = engine.prompts.encode
 
-    def shorter(prompt: str, *given: Any) -> Text:
-        text: Text = encode(prompt, *given)
+    def shorter(prompt: str, *given: Any) -> PromptEmbeds:
+        text: PromptEmbeds = encode(prompt, *given)
         if prompt != "picture 1":
             return text
-        return Text(text.prompt_embeds[:, :256], text.pooled_prompt_embeds, text.ids[:256])
+        return PromptEmbeds(text.prompt_embeds[:, :256], text.pooled_prompt_embeds, text.ids[:256])
 
-    monkeypatch.setattr(engine.texts, "encode", shorter)
+    monkeypatch.setattr(engine.prompts, "encode", shorter)
     paintings = begun(engine, 3)
     assert is_each(engine.advance(paintings[0], paintings[1:]), [paintings[0], paintings[2]])
     assert is_each(engine.advance(paintings[1], paintings[::2]), [paintings[1]])
@@ -264,7 +264,7 @@ def test_no_forward_exceeds_the_token_budget(
 def test_two_of_the_largest_preset_share_and_three_do_not(engine: FluxEngine, sizes: list[int]) -> None:
     paintings = begun(engine, 3, width=1024, height=1024)
     assert len(engine.advance(paintings[0], paintings[1:])) == 2
-    assert [painting.generations[0].num_tokens for painting in paintings[:2]] == [TOKEN_BUDGET // 2] * 2
+    assert [painting.samples[0].num_tokens for painting in paintings[:2]] == [TOKEN_BUDGET // 2] * 2
     assert sizes == [2]
 
 
@@ -273,14 +273,14 @@ def test_pictures_of_one_request_share(engine: FluxEngine, sizes: list[int], mon
     painting = stepped(engine, engine.start(request, 40))
     assert sizes == [3, 3]
     alone = [latents_of(engine, asked(), 40 + index) for index in range(3)]
-    for generation, latents in zip(painting.generations, alone, strict=True):
+    for generation, latents in zip(painting.samples, alone, strict=True):
         assert distance(generation.latents, latents) < 1e-4
     # With room for two, the third follows.
     sizes.clear()
     monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 2 * 528)
     painting = stepped(engine, engine.start(request, 40))
     assert sizes == [2, 2, 1, 1]
-    for generation, latents in zip(painting.generations, alone, strict=True):
+    for generation, latents in zip(painting.samples, alone, strict=True):
         assert distance(generation.latents, latents) < 1e-4
     assert len(finished(engine, painting)) == 3
 
@@ -296,7 +296,7 @@ def test_what_shares_a_forward_is_close_to_what_is_painted_alone(engine: FluxEng
             assert is_each(each.advance(paintings[0], paintings[1:]), paintings)
         alone = [latents_of(each, request, seed) for request, seed in zip(requests, seeds, strict=True)]
         for index, painting in enumerate(paintings):
-            distances = [distance(painting.generations[0].latents, latents) for latents in alone]
+            distances = [distance(painting.samples[0].latents, latents) for latents in alone]
             assert distances[index] < tolerance
             assert min(distances) == distances[index]
             assert sorted(distances)[1] > 3 * distances[index]
@@ -327,7 +327,7 @@ def test_those_at_other_steps_share_and_leave_when_they_are_done(engine: FluxEng
     assert is_each(engine.advance(late, [early, short]), [late])
     assert sizes == [1, 2, 3, 2, 1]
     for seed, painting in ((0, early), (2, late)):
-        assert distance(painting.generations[0].latents, latents_of(engine, requests[seed], seed)) < 1e-4
+        assert distance(painting.samples[0].latents, latents_of(engine, requests[seed], seed)) < 1e-4
         assert len(finished(engine, painting)) == 1
 
 

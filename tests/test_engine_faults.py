@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from models.base import CannotPaint, DeviceLost, NotANumber
+from models.base import GenerationFailed, DeviceLost, NonFiniteOutput
 from models.flux.device import Device
 from models.flux.engine import FluxEngine
-from models.flux.loras import Lora
-from models.flux.task import FluxPainting
+from models.flux.loras import LoraAdapter
+from models.flux.task import FluxTask
 from tests import tiny_flux
 from tests.tiny_flux import asked, batches, finished, painted
 
@@ -73,10 +73,10 @@ PARTS = ("text", "step", "decode")
 @pytest.fixture(autouse=True)
 def forget(engine: FluxEngine) -> None:
     """Every test encodes its prompts itself."""
-    engine.texts.forget()
+    engine.prompts.evict()
 
 
-def bytes_of(engine: FluxEngine, painting: FluxPainting) -> list[bytes]:
+def bytes_of(engine: FluxEngine, painting: FluxTask) -> list[bytes]:
     return [picture.tobytes() for picture in finished(engine, painting)]
 
 
@@ -88,12 +88,12 @@ def bytes_of(engine: FluxEngine, painting: FluxPainting) -> list[bytes]:
 def test_out_of_memory_once_is_tried_again(engine: FluxEngine, freed: list[None], part: str, acceleration: str) -> None:
     request = asked(num_inference_steps=3, acceleration=acceleration)
     expected = [picture.tobytes() for picture in painted(engine, request, 1)]
-    engine.texts.forget()
+    engine.prompts.evict()
     painting = engine.start(request, 1)
     with failing(parts_of(engine)[part], FULL):
         assert bytes_of(engine, painting) == expected
     assert len(freed) == 1
-    assert (painting.step, len(painting.pictures)) == (3, 1)
+    assert (painting.step, len(painting.images)) == (3, 1)
 
 
 def test_out_of_memory_at_every_step_is_tried_again_each_time(engine: FluxEngine, freed: list[None]) -> None:
@@ -113,12 +113,12 @@ def test_out_of_memory_twice_ends_it_and_names_size_and_what_is_free(
     for other in others:
         engine.advance(other)
     painting = engine.start(asked(width=96, height=64, acceleration="regular"), 1)
-    with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(CannotPaint) as told:
+    with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed) as told:
         finished(engine, painting)
     assert "96x64" in str(told.value)
     assert "1.2 GB are free" in str(told.value)
     assert len(freed) == 1
-    assert painting.pictures == []
+    assert painting.images == []
     # The others go on, and so does the next one.
     assert [bytes_of(engine, other) for other in others] == expected
     assert painted(engine, asked(), 1)
@@ -152,7 +152,7 @@ def test_out_of_memory_for_several_pictures_of_one_request_paints_them_one_by_on
 def test_twice_out_of_memory_together_ends_the_leader_alone(engine: FluxEngine, freed: list[None]) -> None:
     leader, other = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
     expected = [picture.tobytes() for picture in painted(engine, other.request, 1)]
-    with failing(engine.pipeline.transformer, FULL, FULL), pytest.raises(CannotPaint):
+    with failing(engine.pipeline.transformer, FULL, FULL), pytest.raises(GenerationFailed):
         engine.advance(leader, [other])
     assert other.step == 0
     assert bytes_of(engine, other) == expected
@@ -221,7 +221,7 @@ def test_a_check_that_runs_out_of_memory_is_tried_again(
     assert engine.is_unsafe(pictures) == [False, True]
     assert len(freed) == 1
     monkeypatch.setattr(engine, "checker", Judge(error, error))
-    with pytest.raises(CannotPaint, match="GB are free"):
+    with pytest.raises(GenerationFailed, match="GB are free"):
         engine.is_unsafe(pictures)
     monkeypatch.setattr(engine, "checker", Judge(torch.AcceleratorError("it was said")))
     with pytest.raises(DeviceLost, match="it was said"):
@@ -259,7 +259,7 @@ def test_an_error_that_shows_only_when_the_step_is_waited_for(
 @pytest.mark.parametrize("part", PARTS)
 def test_other_errors_are_raised_as_they_are(engine: FluxEngine, freed: list[None], part: str) -> None:
     expected = [picture.tobytes() for picture in painted(engine, asked("other"), 2)]
-    engine.texts.forget()
+    engine.prompts.evict()
     other = engine.start(asked("other"), 2)
     engine.advance(other)
     with failing(parts_of(engine)[part], KeyError), pytest.raises(KeyError, match="it was said"):
@@ -287,43 +287,43 @@ def test_not_a_number_is_an_error_and_never_a_black_picture(
 
     hook = module.register_forward_hook(spoil)
     try:
-        with pytest.raises(CannotPaint, match="not-a-number"):
+        with pytest.raises(GenerationFailed, match="not-a-number"):
             finished(engine, painting)
     finally:
         hook.remove()
-    assert painting.pictures == []
-    assert not painting.is_done
+    assert painting.images == []
+    assert not painting.is_decoded
     assert painted(engine, asked(), 1)
 
 
 def test_latents_that_are_not_finite_are_an_error_though_the_autoencoder_hides_it(engine: FluxEngine) -> None:
     painting = tiny_flux.stepped(engine, engine.start(asked(), 1))
-    (generation,) = painting.generations
+    (generation,) = painting.samples
     generation.latents = generation.latents * float("inf")
     hook = engine.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     try:
-        with pytest.raises(CannotPaint, match="not-a-number"):
+        with pytest.raises(GenerationFailed, match="not-a-number"):
             engine.decode(painting)
     finally:
         hook.remove()
-    assert painting.pictures == []
+    assert painting.images == []
     assert painted(engine, asked(), 1)
 
 
-def spoilt(engine: FluxEngine, **fields: Any) -> FluxPainting:
+def spoilt(engine: FluxEngine, **fields: Any) -> FluxTask:
     """A painting whose every step was taken, and whose latents are not numbers."""
     painting = tiny_flux.stepped(engine, engine.start(asked(**fields), 1))
-    for generation in painting.generations:
+    for generation in painting.samples:
         generation.latents = generation.latents * float("nan")
     return painting
 
 
 def test_twice_in_a_row_means_that_the_device_is_lost(engine: FluxEngine) -> None:
     for _ in range(3):
-        with pytest.raises(NotANumber):
+        with pytest.raises(NonFiniteOutput):
             engine.decode(spoilt(engine))
         assert painted(engine, asked(), 1)
-    with pytest.raises(NotANumber):
+    with pytest.raises(NonFiniteOutput):
         engine.decode(spoilt(engine))
     with pytest.raises(DeviceLost, match="two pictures in a row came out as not-a-number"):
         engine.decode(spoilt(engine))
@@ -333,17 +333,17 @@ def test_twice_in_a_row_means_that_the_device_is_lost(engine: FluxEngine) -> Non
 def test_unless_it_is_somebodys_lora(engine: FluxEngine) -> None:
     for _ in range(3):
         painting = spoilt(engine)
-        painting.loras = (Lora(Path("theirs.safetensors"), 1.0),)
-        with pytest.raises(NotANumber):
+        painting.loras = (LoraAdapter(Path("theirs.safetensors"), 1.0),)
+        with pytest.raises(NonFiniteOutput):
             engine.decode(painting)
 
 
 def test_the_other_pictures_of_a_shared_forward_are_not_spoilt(engine: FluxEngine) -> None:
     good, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
     engine.advance(good, [bad])
-    bad.generations[0].latents = bad.generations[0].latents * float("nan")
+    bad.samples[0].latents = bad.samples[0].latents * float("nan")
     engine.advance(good, [bad])
-    with pytest.raises(CannotPaint, match="not-a-number"):
+    with pytest.raises(GenerationFailed, match="not-a-number"):
         engine.decode(bad)
     assert finished(engine, good)
 
@@ -361,8 +361,8 @@ def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: p
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
     request = asked("a fish", num_inference_steps=50)
     expected = [picture.tobytes() for picture in painted(engine, request, 3)]
-    one = engine.texts.encode("a fish", engine.pipeline).num_bytes
-    monkeypatch.setattr(engine.texts, "max_bytes", 4 * one)
+    one = engine.prompts.encode("a fish", engine.pipeline).num_bytes
+    monkeypatch.setattr(engine.prompts, "max_bytes", 4 * one)
     survivor = engine.start(request, 3)
     engine.advance(survivor)
 
@@ -382,7 +382,7 @@ def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: p
         cancel(number)
         if number % 11 == 0 and survivor.step < survivor.num_steps:
             engine.advance(survivor)
-        assert engine.texts.num_bytes <= 4 * one
+        assert engine.prompts.num_bytes <= 4 * one
     # The survivor's own are counted before and after.
     assert num_tensors() <= before
     assert survivor.step > 40
@@ -394,8 +394,8 @@ def test_what_fails_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
 
     def fail() -> None:
         for part in PARTS:
-            engine.texts.forget()
-            with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(CannotPaint):
+            engine.prompts.evict()
+            with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed):
                 finished(engine, engine.start(asked(), 1))
 
     fail()

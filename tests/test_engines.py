@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import discover
-from models.base import Engine, Loading, Placement
+from models.base import Engine, LoadProgress, EngineConfig
 from models.benchmark.random_weights import build
 from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDevInput
@@ -49,13 +49,13 @@ class Shelf:
         return make
 
     def engines(self, max_loaded: int = 0) -> EnginePool:
-        placements = {endpoint: Placement(None, "") for endpoint in self.models}
+        placements = {endpoint: EngineConfig(None, "") for endpoint in self.models}
         return EnginePool(self.models, placements, max_loaded, lambda endpoint, loading: None)
 
 
 def test_endpoints_on_the_same_weights_share_an_engine() -> None:
     models = discover()
-    placements = {endpoint: Placement(DEMO, "", "cpu") for endpoint in models}
+    placements = {endpoint: EngineConfig(DEMO, "", "cpu") for endpoint in models}
     engines = EnginePool(models, placements, 0, lambda endpoint, loading: None)
     engines.setup()
     assert len({id(engines.get_loaded(endpoint)) for endpoint in models}) == 1
@@ -102,7 +102,7 @@ def test_what_is_being_warmed_up_is_not_let_go() -> None:
             return False
 
     models = {"a/a": NullModel("a/a", Slow), "a/b": NullModel("a/b", NullEngine)}
-    placements = {endpoint: Placement(None, "") for endpoint in models}
+    placements = {endpoint: EngineConfig(None, "") for endpoint in models}
     engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, idle.set)
     engines.setup()
     engines.start_warming_up()
@@ -118,12 +118,12 @@ def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None
     happened: list[str] = []
 
     class Broken(NullModel):
-        def setup(self, placement: Placement) -> NullEngine:
+        def setup(self, placement: EngineConfig) -> NullEngine:
             happened.append("tried")
             raise OSError("a shard is missing")
 
     models = {"a/a": NullModel("a/a", NullEngine), "a/b": Broken("a/b", NullEngine)}
-    placements = {endpoint: Placement(None, "") for endpoint in models}
+    placements = {endpoint: EngineConfig(None, "") for endpoint in models}
     engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, clock=clock)
     engines.setup()
     for tried in (1, 1, 2):
@@ -136,11 +136,11 @@ def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None
 
 
 def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = Placement(DEMO, "", "cpu")
+    demo = EngineConfig(DEMO, "", "cpu")
     assert pipeline.has_room(demo)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
     assert not pipeline.has_room(demo)
-    assert pipeline.has_room(Placement("nobody/not-pulled", "", "cpu"))
+    assert pipeline.has_room(EngineConfig("nobody/not-pulled", "", "cpu"))
 
 
 # -- in the worker
@@ -176,8 +176,8 @@ def test_all_who_wait_for_the_same_weights_begin_together(parts: Parts) -> None:
 
 def test_who_waits_is_told_of_the_loading(parts: Parts) -> None:
     class Telling(NullModel):
-        def setup(self, placement: Placement) -> NullEngine:
-            placement.report(Loading("transformer", 1_000_000_000, 4_000_000_000))
+        def setup(self, placement: EngineConfig) -> NullEngine:
+            placement.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
             return super().setup(placement)
 
     from tests.test_worker import ready
@@ -190,7 +190,7 @@ def test_who_waits_is_told_of_the_loading(parts: Parts) -> None:
 
 def test_weights_that_cannot_be_loaded_fail_their_own_requests(parts: Parts) -> None:
     class Broken(NullModel):
-        def setup(self, placement: Placement) -> NullEngine:
+        def setup(self, placement: EngineConfig) -> NullEngine:
             raise OSError("a shard is missing")
 
     from tests.test_worker import ready
@@ -229,7 +229,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_hundred_switches(tiny: Path) -> None:
     """Memory stays flat, and pictures are those of engines that are alone."""
     models = {endpoint: model for endpoint, model in discover().items() if endpoint in (DEV, KREA)}
-    placements = {DEV: Placement(DEMO, "", "cpu"), KREA: Placement(tiny, "", "cpu")}
+    placements = {DEV: EngineConfig(DEMO, "", "cpu"), KREA: EngineConfig(tiny, "", "cpu")}
     request = asked("a fish", 64, 64)
     expected = {name: _painted(FluxEngine.load(place), request) for name, place in placements.items()}
     engines = EnginePool(models, placements, 1, lambda endpoint, loading: None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL.Image import Image
 
-from models.base import CannotPaint, DeviceLost
+from models.base import GenerationFailed, DeviceLost
 from server.errors import DiskFull
 from server.queue.jobs import Job, Mode, Outcome, State
 from server.storage.file_store import StoredFile
@@ -26,8 +26,8 @@ from tests.test_worker import LONG, answer, ready, stopped, submitted, told, wai
 class WatchedEngine(SharingEngine):
     """Writes down which thread does what; decodes as the prompt says: held until it is let, lost, or nothing."""
 
-    def __init__(self, *, decodes_beside: bool = True) -> None:
-        self.decodes_beside = decodes_beside
+    def __init__(self, *, decodes_concurrently: bool = True) -> None:
+        self.decodes_concurrently = decodes_concurrently
         self.threads: list[tuple[str, str]] = []
         self.is_decoding, self.may_decode = threading.Event(), threading.Event()
 
@@ -49,7 +49,7 @@ class WatchedEngine(SharingEngine):
         if "lost" in painting.request.prompt:
             raise DeviceLost("an illegal memory access was encountered")
         if painting.request.prompt == "nothing":
-            raise CannotPaint("The picture came out as not-a-number, so none is shown.")
+            raise GenerationFailed("The picture came out as not-a-number, so none is shown.")
         super().decode(painting)
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
@@ -64,9 +64,9 @@ class WatchedModel(NullModel):
         super().__init__("test/null", lambda: engine)
         self._watched = engine
 
-    def parameters(self, request: Any, seed: int) -> Mapping[str, Any]:
+    def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
         self._watched.note("encode")
-        return super().parameters(request, seed)
+        return super().metadata(request, seed)
 
 
 @pytest.fixture
@@ -123,15 +123,15 @@ def test_others_are_stepped_while_a_picture_is_decoded(parts: Parts, engine: Wat
 
 
 def test_an_engine_that_does_not_decode_beside_is_left_to_one_thread(parts: Parts) -> None:
-    engine = WatchedEngine(decodes_beside=False)
+    engine = WatchedEngine(decodes_concurrently=False)
     with at_work(parts, engine):
         assert completed(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
     assert engine.on("step") == engine.on("decode") == engine.on("judge") == {"worker"}
 
 
-@pytest.mark.parametrize("decodes_beside", [True, False])
-def test_files_are_made_and_written_beside(parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_beside: bool) -> None:
-    engine, save = WatchedEngine(decodes_beside=decodes_beside), parts.files.create
+@pytest.mark.parametrize("decodes_concurrently", [True, False])
+def test_files_are_made_and_written_beside(parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool) -> None:
+    engine, save = WatchedEngine(decodes_concurrently=decodes_concurrently), parts.files.create
 
     def watched(*given: Any) -> StoredFile:
         engine.note("write")
@@ -190,7 +190,7 @@ def test_a_device_that_is_lost_beside_ends_the_worker(parts: Parts, engine: Watc
 
 
 def test_a_device_that_is_lost_on_the_workers_thread_is_a_strike_too(parts: Parts) -> None:
-    worker = ready(parts, WatchedModel(WatchedEngine(decodes_beside=False)))
+    worker = ready(parts, WatchedModel(WatchedEngine(decodes_concurrently=False)))
     submitted(parts, prompt="lost", num_inference_steps=1)
     worker.run_once()
     with pytest.raises(DeviceLost):

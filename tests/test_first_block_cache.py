@@ -45,7 +45,7 @@ def walk(transformer: Any, forward: Any) -> list[torch.Tensor]:
 
 
 def by_diffusers(transformer: Any, threshold: float) -> list[torch.Tensor]:
-    copy = compilation.twin(transformer)
+    copy = compilation.clone_sharing_weights(transformer)
     copy.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     with copy.cache_context("one"):
         return walk(copy, lambda **inputs: copy(**inputs, return_dict=False)[0])
@@ -122,19 +122,19 @@ def fast(prompt: str = "a fish", **more: Any) -> FluxDevInput:
 def test_other_tiers_have_none(engine: FluxEngine) -> None:
     painting = engine.start(asked(acceleration="none"), 1)
     engine.advance(painting)
-    assert [generation.cache for generation in painting.generations] == [None]
+    assert [generation.cache for generation in painting.samples] == [None]
 
 
 def test_each_picture_has_its_own_until_it_is_decoded(engine: FluxEngine) -> None:
     paintings = [engine.start(fast(num_images=2), 1), engine.start(fast("a car"), 2)]
     for painting in paintings:
         stepped(engine, painting)
-    generations = [generation for painting in paintings for generation in painting.generations]
+    generations = [generation for painting in paintings for generation in painting.samples]
     caches = [generation.cache for generation in generations]
     assert len({id(cache) for cache in caches}) == len(caches) == 3
     assert all(cache and cache.threshold == THRESHOLD and cache.head is not None for cache in caches)
     for painting in paintings:
-        while not painting.is_done:
+        while not painting.is_decoded:
             engine.decode(painting)
     assert [generation.cache for generation in generations] == [None] * 3
 
@@ -149,7 +149,7 @@ def test_those_that_take_turns_do_not_skip_for_each_other(engine: FluxEngine, mo
         for painting, other in (paintings, paintings[::-1]):
             assert engine.advance(painting, [other]) == [painting]
     for painting, latents in zip(paintings, alone, strict=True):
-        (generation,) = painting.generations
+        (generation,) = painting.samples
         assert generation.cache
         assert 0 < generation.cache.num_skipped < 6
         assert torch.equal(generation.latents, latents)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from models.flux.prompt_cache import Texts
-from models.flux.sample import Generation, begin
+from models.flux.prompt_cache import PromptCache
+from models.flux.sample import Sample, begin
 from tests import tiny_flux
 from tests.tiny_flux import asked
 
@@ -17,8 +17,8 @@ def pipeline(request: pytest.FixtureRequest) -> FluxPipeline:
     return tiny_flux.pipeline(guidance=request.param, dynamic_shift=request.param)
 
 
-def begun(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **more: Any) -> Generation:
-    text = Texts("cpu").encode("a fish", pipeline)
+def begun(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **more: Any) -> Sample:
+    text = PromptCache("cpu").encode("a fish", pipeline)
     return begin(pipeline, "cpu", text, asked(num_inference_steps=4, **more), size, seed)
 
 
@@ -43,10 +43,10 @@ def test_each_has_a_scheduler_of_its_own(pipeline: FluxPipeline) -> None:
     one, other = begun(pipeline), begun(pipeline, size=(256, 256))
     expected = torch.zeros_like(one.latents)
     for step in range(4):
-        assert (one.step, other.step, one.is_stepped) == (step, 0, False)
-        one.take(expected)
-    assert one.is_stepped
-    assert not other.is_stepped
+        assert (one.step, other.step, one.steps_done) == (step, 0, False)
+        one.step_with(expected)
+    assert one.steps_done
+    assert not other.steps_done
     assert {id(one.scheduler), id(other.scheduler)}.isdisjoint({id(pipeline.scheduler)})
     assert one.scheduler is not other.scheduler
     assert all(vars(pipeline.scheduler)[name] is value for name, value in before.items())
@@ -65,14 +65,14 @@ def test_the_estimate_is_where_the_velocity_leads(pipeline: FluxPipeline) -> Non
     noise = generation.latents
     target = torch.linspace(-1, 1, noise.numel()).reshape(noise.shape)
     # The straight way from noise to target has the same velocity everywhere.
-    while not generation.is_stepped:
-        generation.take(noise - target)
+    while not generation.steps_done:
+        generation.step_with(noise - target)
         torch.testing.assert_close(generation.estimate, target, atol=1e-5, rtol=0)
     torch.testing.assert_close(generation.latents, target, atol=1e-5, rtol=0)
 
 
 def test_what_is_let_go_is_gone(pipeline: FluxPipeline) -> None:
     generation = begun(pipeline)
-    generation.take(torch.zeros_like(generation.latents))
-    generation.let_go()
+    generation.step_with(torch.zeros_like(generation.latents))
+    generation.free()
     assert (generation.latents, generation.velocity, generation.cache, generation.estimate) == (None,) * 4

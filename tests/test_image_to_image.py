@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux.engine import FluxEngine
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
 from models.loading.devices import dtype_for
@@ -53,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("strength", [0.01, 0.35, 0.95, 1])
 def test_equals_the_pipeline_on_the_demo_weights(source: Path, strength: float) -> None:
-    engine = FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
     plain = FluxPipeline.from_pretrained(DEMO, dtype=dtype_for("auto", "cpu"), local_files_only=True)
     request = asked(strength=strength)
     painting = engine.start(request, 5, {"image_url": source})
@@ -95,7 +95,7 @@ def test_shares_forwards_with_text_to_image(source: Path) -> None:
 
 
 def test_little_strength_leaves_the_picture_as_it_was(source: Path) -> None:
-    engine = FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu"))
+    engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
     with Image.open(source) as picture:
         before = numpy.asarray(picture.resize((192, 128), Image.Resampling.LANCZOS), float)
     errors = []

@@ -11,9 +11,9 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from models.base import CannotPaint, DoesNotFit
+from models.base import GenerationFailed, IncompatibleInput
 from models.flux.engine import FluxEngine
-from models.flux.loras import Loras
+from models.flux.loras import LoraManager
 from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
 from server.worker.running_job import outcome_from_exception
@@ -151,7 +151,7 @@ def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
     engine = tiny_flux.engine()
     request, _ = asked(1.0, num_inference_steps=1)
     paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(5)]
-    engine.loras = Loras(engine.pipeline, kept_bytes=3 * paths[0].stat().st_size)
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * paths[0].stat().st_size)
     for path in paths:
         painted(engine, request, path)
     assert engine.loras.names == [path.stem for path in paths[-3:]]
@@ -161,11 +161,11 @@ def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
 
 def test_room_is_made_also_where_one_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    engine.loras = Loras(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)
     bad = write(tmp_path / "bad.safetensors", 1, width=48)
     for seed in range(4):
         good = [write(tmp_path / f"{seed}-{n}.safetensors", 10 * seed + n) for n in range(2)]
-        with pytest.raises(CannotPaint):
+        with pytest.raises(GenerationFailed):
             painted(engine, asked(1.0, 1.0, 1.0)[0], *good, bad)
         assert len(engine.loras.names) <= 3
 
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
         "": write(tmp_path / "d.safetensors", 1, width=48),
     }
     for words, path in bad.items():
-        with pytest.raises(CannotPaint, match=rf"do not fit this model: .*{words}"):
+        with pytest.raises(GenerationFailed, match=rf"do not fit this model: .*{words}"):
             painted(engine, asked(1.0, 1.0)[0], files[0], path)
         assert fingerprint(engine) == before
         assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
@@ -243,7 +243,7 @@ def test_one_that_fails_leaves_nothing_in_others_pictures(tmp_path: Path, files:
     expected = painted(alone, asked(1.0)[0], tmp_path / "few.safetensors")
     victim = engine.start(asked(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
     engine.advance(victim)
-    with pytest.raises(CannotPaint, match="do not fit this model"):
+    with pytest.raises(GenerationFailed, match="do not fit this model"):
         painted(engine, asked(1.0)[0], bad)
     (picture,) = finished(engine, victim)
     assert difference(picture, expected) == 0
@@ -279,7 +279,7 @@ def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path])
 
 def test_the_client_is_told_which_one_and_why() -> None:
     """As a field that is wrong, which is its own fault, not as a failure of the server."""
-    error = DoesNotFit(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
+    error = IncompatibleInput(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
     outcome = outcome_from_exception(error, cast(Job, None))
     assert outcome.status == 422
     (entry,) = json.loads(outcome.body)["detail"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.base import Loading
+from models.base import LoadProgress
 from server.cluster import message_checks, messages
 from server.cluster.head import ClusterHead
 from server.cluster.ray_backend import RunnerLost
@@ -191,7 +191,7 @@ def test_what_an_honest_runner_reports_is_believed() -> None:
     for report in (
         ended(job),
         messages.JobProgress(job.request_id, 2, 2, None),
-        messages.RunnerState(Loading(), True, {}),
+        messages.RunnerState(LoadProgress(), True, {}),
         messages.StepMeasured((512, 512), "none", 0.0),
         messages.ImagesGenerated("test/null", 4, 1),
         messages.RunnerStopped("the GPU is lost"),

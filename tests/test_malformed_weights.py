@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from models.base import Loading, Placement
+from models.base import LoadProgress, EngineConfig
 from models.loading import hub
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
@@ -212,9 +212,9 @@ def run(command: str, folder: Path, *more: str) -> tuple[int, str]:
 def test_it_is_seen_before_anything_is_loaded(folder: Path, name: str) -> None:
     act, words = SEEN[name]
     act(folder)
-    reports = list[Loading]()
+    reports = list[LoadProgress]()
     with pytest.raises(OSError) as refused:
-        load_pipeline(Placement(folder, "", device="cpu", report=reports.append))
+        load_pipeline(EngineConfig(folder, "", device="cpu", report=reports.append))
     assert words in str(refused.value)
     assert reports == []
 
@@ -258,9 +258,10 @@ def test_names_that_were_published_are_whole(folder: Path) -> None:
     old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
     old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(old, path, {"format": "pt"})
-    placement = Placement(folder, "", device="cpu", dtype="bfloat16")
+    placement = EngineConfig(folder, "", device="cpu", dtype="bfloat16")
     found, expected = (
-        load_pipeline(each)[0].text_encoder.state_dict() for each in (placement, Placement(DEMO, "", "cpu", "bfloat16"))
+        load_pipeline(each)[0].text_encoder.state_dict()
+        for each in (placement, EngineConfig(DEMO, "", "cpu", "bfloat16"))
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -271,7 +272,7 @@ def test_a_tokenizer_has_two_names(folder: Path, name: str) -> None:
     component = "tokenizer" if "CLIP" in name else "tokenizer_2"
     add(folder / "model_index.json", **{component: ["transformers", name]})
     found, expected = (
-        getattr(load_pipeline(Placement(place, "", device="cpu"))[0], component) for place in (folder, DEMO)
+        getattr(load_pipeline(EngineConfig(place, "", device="cpu"))[0], component) for place in (folder, DEMO)
     )
     words = "a red apple on a blue table"
     assert found(words).input_ids == expected(words).input_ids
@@ -281,5 +282,5 @@ def test_what_nobody_loads_may_lie_beside(folder: Path) -> None:
     """FluxPipeline writes down what IP-Adapters need, whether it has it or not."""
     missing = {"image_encoder": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
     add(folder / "model_index.json", **missing)
-    pipeline, _ = load_pipeline(Placement(folder, "", device="cpu"))
+    pipeline, _ = load_pipeline(EngineConfig(folder, "", device="cpu"))
     assert pipeline.feature_extractor is None

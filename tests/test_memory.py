@@ -39,9 +39,9 @@ def test_the_fastest_that_fits_is_chosen(free: int, name: str) -> None:
 
 def test_what_fits_just_so_fits() -> None:
     for faster, plan in zip((None, *PLANS), PLANS, strict=False):
-        needs = plan.needs(FLUX_DEV)
+        needs = plan.required_bytes(FLUX_DEV)
         assert choose("auto", FLUX_DEV, int(needs) + 1) is plan
-        assert faster is None or faster.needs(FLUX_DEV) > needs
+        assert faster is None or faster.required_bytes(FLUX_DEV) > needs
 
 
 def test_where_nothing_fits_both_figures_are_named() -> None:
@@ -56,12 +56,12 @@ def test_a_named_plan_is_taken_whatever_is_free(plan: memory_plans.Plan, free: i
 
 
 def test_only_what_stays_as_it_is_can_be_compiled() -> None:
-    assert [plan.name for plan in PLANS if plan.is_whole] == ["resident"]
+    assert [plan.name for plan in PLANS if plan.is_resident] == ["resident"]
     assert memory_plans.NAMES == ("auto", "resident", "fp8-storage", "group-offload")
 
 
 def placed(name: str) -> FluxEngine:
-    parts = BY_NAME[name].place(tiny_flux.pipeline(torch.bfloat16), "cpu")
+    parts = BY_NAME[name].apply(tiny_flux.pipeline(torch.bfloat16), "cpu")
     return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu", sharing=tiny_flux.SharesAlways())
 
 
@@ -119,4 +119,4 @@ def test_every_plan_paints_in_every_tier(name: str, acceleration: str) -> None:
         while painting.step < painting.num_steps:
             engine.advance(painting, [other for other in paintings if other is not painting])
         engine.decode(painting)
-        assert painting.is_done
+        assert painting.is_decoded

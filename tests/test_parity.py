@@ -10,11 +10,11 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from models import discover
-from models.base import Placement
+from models.base import EngineConfig
 from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
 from models.loading.devices import dtype_for
-from models.loading.specs import DEMO, assign
+from models.loading.specs import DEMO, assign_weights
 from tests.tiny_flux import difference, finished
 
 SIZE = (128, 96)
@@ -23,7 +23,7 @@ LIMITS = {"strength": 0.7, "loras": [{"path": "unused", "scale": 0.8}], "image_u
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def engine(request: pytest.FixtureRequest) -> FluxEngine:
-    return FluxEngine.load(Placement(DEMO, safety_checker="", device="cpu", dtype=request.param))
+    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu", dtype=request.param))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def expected(request: Any, source: Path, dtype: torch.dtype) -> Image.Image:
     return picture
 
 
-@pytest.mark.parametrize("endpoint", sorted(assign(["demo"], discover())))
+@pytest.mark.parametrize("endpoint", sorted(assign_weights(["demo"], discover())))
 def test_every_endpoint_equals_its_pipeline(engine: FluxEngine, source: Path, endpoint: str) -> None:
     model = discover()[endpoint]
     fields = model.Input.model_fields

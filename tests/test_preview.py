@@ -164,5 +164,5 @@ def test_it_is_of_the_picture_that_is_painted_now(engine: FluxEngine) -> None:
 
 def test_after_the_last_step_it_is_the_picture_itself(engine: FluxEngine) -> None:
     painting = tiny_flux.stepped(engine, engine.start(asked(), 1))
-    (generation,) = painting.generations
+    (generation,) = painting.samples
     assert torch.equal(generation.estimate, generation.latents)

@@ -67,15 +67,15 @@ def test_pull_brings_what_the_pipeline_needs_and_nothing_else(hub: Hub, tmp_path
     unwanted = {"flux1-dev.safetensors", "ae.safetensors", "README.md", "LICENSE.md", "dev_grid.jpg"}
     assert not brought & {*unwanted, "vae/diffusion_pytorch_model.bin"}
     assert not {name.rpartition("/")[2] for name in hub.asked} & {*unwanted, "diffusion_pytorch_model.bin"}
-    assert hub_module.missing(snapshot(tmp_path)) == []
-    assert hub_module.missing(snapshot(tmp_path, CHECKER)) == []
+    assert hub_module.missing_components(snapshot(tmp_path)) == []
+    assert hub_module.missing_components(snapshot(tmp_path, CHECKER)) == []
 
 
 def test_files_that_break_off_come_whole_all_the_same(hub: Hub, tmp_path: Path) -> None:
     hub.breaks_off = 50_000
     done = pull(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert hub_module.missing(snapshot(tmp_path)) == []
+    assert hub_module.missing_components(snapshot(tmp_path)) == []
     source, brought = hub.repositories[FLUX_DEV], snapshot(tmp_path)
     weights = [name for name in files_of(brought) if name.endswith(".safetensors")]
     assert all((brought / name).read_bytes() == (source / name).read_bytes() for name in weights)
@@ -89,12 +89,12 @@ def test_after_a_kill_what_is_whole_does_not_come_again(hub: Hub, tmp_path: Path
         pulling.kill()
     # The other files of the first try that came whole before the kill.
     whole = files_of(snapshot(tmp_path)) - {hub.stalls_at}
-    assert hub_module.missing(snapshot(tmp_path)) != []
+    assert hub_module.missing_components(snapshot(tmp_path)) != []
     hub.stalls_at, hub.asked = None, []
     hub.goes_on.set()
     done = pull(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert hub_module.missing(snapshot(tmp_path)) == []
+    assert hub_module.missing_components(snapshot(tmp_path)) == []
     assert whole
     assert not whole & set(hub.asked)
 
@@ -156,7 +156,7 @@ def test_serve_pulls_what_is_not_here(hub: Hub, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     with serving(tmp_path / "data", FLUX_DEV) as server:
         server.ready()
-    assert hub_module.missing(snapshot(tmp_path)) == []
+    assert hub_module.missing_components(snapshot(tmp_path)) == []
 
 
 def test_doctor_tells_what_is_here(hub: Hub, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from models.base import CannotPaint, Model, Placement
+from models.base import GenerationFailed, Model, EngineConfig
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.flux_dev import FluxDev
 from models.flux_dev_redux import FluxDevRedux, FluxDevReduxInput
 from models.loading import hub
-from models.loading.specs import DEMO, assign
+from models.loading.specs import DEMO, assign_weights
 from tests import tiny_flux
 from tests.serving import serving
 from tests.test_trust import add
@@ -93,7 +93,7 @@ def test_another_picture_gives_another_variation(source: Path, tmp_path: Path) -
     painter = engine(torch.float32)
     latents = []
     for path in (source, tmp_path / "red.png"):
-        (generation,) = tiny_flux.stepped(painter, painter.start(asked(), 5, inputs(path))).generations
+        (generation,) = tiny_flux.stepped(painter, painter.start(asked(), 5, inputs(path))).samples
         latents.append(generation.latents)
     assert not torch.equal(*latents)
 
@@ -124,10 +124,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_served_where_its_weights_are(folder: Path) -> None:
-    assert assign(["demo"], MODELS) == {DEV: DEMO}
-    assert assign([f"{REDUX}={folder}"], MODELS) == {REDUX: folder}
+    assert assign_weights(["demo"], MODELS) == {DEV: DEMO}
+    assert assign_weights([f"{REDUX}={folder}"], MODELS) == {REDUX: folder}
     with pytest.raises(ValueError, match=r"fal-ai/flux/dev/redux needs the folder redux in .*, with black-forest-labs"):
-        assign([f"{REDUX}=demo"], MODELS)
+        assign_weights([f"{REDUX}=demo"], MODELS)
 
 
 def test_without_its_weights_a_request_is_told_what_lacks(client: httpx.Client) -> None:
@@ -137,16 +137,16 @@ def test_without_its_weights_a_request_is_told_what_lacks(client: httpx.Client) 
 
 
 def test_weights_of_the_hub_find_it_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    assert assign([HUB], MODELS) == {DEV: HUB}
+    assert assign_weights([HUB], MODELS) == {DEV: HUB}
     with pytest.raises(ValueError, match=f"needs {REDUX_HUB}; `flux-server pull {REDUX_HUB}` brings it"):
-        assign([f"{REDUX}={HUB}"], MODELS)
+        assign_weights([f"{REDUX}={HUB}"], MODELS)
     monkeypatch.setattr(hub, "locate", {REDUX_HUB: folder / "redux"}.get)
-    assert assign([HUB], MODELS) == {DEV: HUB, REDUX: HUB}
+    assert assign_weights([HUB], MODELS) == {DEV: HUB, REDUX: HUB}
 
 
 def test_its_folder_is_whole_for_the_hub(folder: Path) -> None:
     """`pull` takes it for a pipeline, and finds nothing missing."""
-    assert hub.missing(folder / "redux") == []
+    assert hub.missing_components(folder / "redux") == []
 
 
 def test_one_that_does_not_fit_stops_the_start(tmp_path: Path, folder: Path) -> None:
@@ -154,7 +154,7 @@ def test_one_that_does_not_fit_stops_the_start(tmp_path: Path, folder: Path) -> 
     shutil.rmtree(tmp_path / "demo" / "redux")
     write_beside(tmp_path / "demo", 48)
     with pytest.raises(OSError, match="this Redux is for text states 48 wide, and the transformer reads"):
-        FluxEngine.load(Placement(tmp_path / "demo", safety_checker="", device="cpu"))
+        FluxEngine.load(EngineConfig(tmp_path / "demo", safety_checker="", device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_malformed_ones_are_named(tmp_path: Path, folder: Path, file: str, said:
 
 
 def test_an_engine_without_it_says_so(source: Path) -> None:
-    with pytest.raises(CannotPaint, match=REDUX_HUB):
+    with pytest.raises(GenerationFailed, match=REDUX_HUB):
         tiny_flux.engine().start(asked(), 1, inputs(source))
 
 
@@ -199,6 +199,6 @@ def test_over_the_wire(tmp_path: Path, folder: Path, source: Path) -> None:
         missing = client.post(f"/{REDUX}", json={})
         assert missing.json()["detail"][0]["loc"] == ["body", "image_url"]
     content = base64.b64decode(answer.json()["images"][0]["url"].partition(",")[2])
-    alone = FluxEngine.load(Placement(folder, safety_checker="", device="cpu"))
+    alone = FluxEngine.load(EngineConfig(folder, safety_checker="", device="cpu"))
     (expected,) = finished(alone, alone.start(FluxDevReduxInput.model_validate(body), 5, inputs(source)))
     assert difference(Image.open(io.BytesIO(content)).convert("RGB"), expected) == 0

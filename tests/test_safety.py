@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BatchFeature, CLIPConfig, CLIPImageProcessorPil
 
-from models.base import CannotPaint, Placement
+from models.base import GenerationFailed, EngineConfig
 from models.flux import safety_checker
 from models.loading.specs import DEMO
 
@@ -32,7 +32,7 @@ def compvis(folder: Path, thresholds: float) -> Any:
     model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    return safety_checker.load(Placement(None, safety_checker=str(folder), device="cpu"))
+    return safety_checker.load(EngineConfig(None, safety_checker=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(("threshold", "flagged"), [(-2.0, True), (2.0, False)])
@@ -52,7 +52,7 @@ def classifier(folder: Path, bias: list[float]) -> Any:
         model.classifier.bias.copy_(torch.tensor(bias))
     model.save_pretrained(folder)
     AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-    return safety_checker.load(Placement(None, safety_checker=str(folder), device="cpu"))
+    return safety_checker.load(EngineConfig(None, safety_checker=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(("bias", "flagged"), [([4.0, -4.0], False), ([-4.0, 4.0], True)])
@@ -68,7 +68,7 @@ def test_an_answer_that_is_not_a_number_fails_closed(tmp_path: Path, value: floa
     checker = classifier(tmp_path, [4.0, -4.0])
     with torch.no_grad():
         checker.model.classifier.bias[checker.nsfw] = value
-    with pytest.raises(CannotPaint, match="not a number"):
+    with pytest.raises(GenerationFailed, match="not a number"):
         checker.is_unsafe(PICTURES)
 
 
@@ -78,7 +78,7 @@ def test_an_embedding_without_a_direction_fails_closed(tmp_path: Path, value: fl
     checker = compvis(tmp_path, 0.2)
     with torch.no_grad():
         checker.model.visual_projection.weight[:] = value
-    with pytest.raises(CannotPaint, match="not a number"):
+    with pytest.raises(GenerationFailed, match="not a number"):
         checker.is_unsafe(PICTURES)
 
 
@@ -86,13 +86,13 @@ def test_one_picture_without_a_direction_is_enough(tmp_path: Path, monkeypatch: 
     checker = compvis(tmp_path, 2.0)
     pixels = torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), NAN)])
     monkeypatch.setattr(checker, "processor", lambda **_: BatchFeature({"pixel_values": pixels}))
-    with pytest.raises(CannotPaint, match="not a number"):
+    with pytest.raises(GenerationFailed, match="not a number"):
         checker.is_unsafe(PICTURES)
 
 
 def test_a_checker_that_cannot_be_loaded_fails_closed(tmp_path: Path) -> None:
-    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path / "none"), device="cpu"))
-    with pytest.raises(CannotPaint, match="could not be loaded"):
+    checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path / "none"), device="cpu"))
+    with pytest.raises(GenerationFailed, match="could not be loaded"):
         checker.is_unsafe(PICTURES)
 
 
@@ -121,9 +121,9 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
         spoiled = SPOILED[how](whole[name])
         left = {**whole, name: spoiled} if spoiled is not None else {key: whole[key] for key in whole if key != name}
         save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
-        checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
+        checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path), device="cpu"))
         save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CannotPaint, match=rf"could not be loaded.*{name}\b"):
+        with pytest.raises(GenerationFailed, match=rf"could not be loaded.*{name}\b"):
             checker.is_unsafe(PICTURES)
 
 
@@ -142,8 +142,8 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
 def test_a_malformed_checker_fails_closed(tmp_path: Path, file: str, said: str, words: str) -> None:
     shutil.copytree(DEMO / "safety_checker", tmp_path / "checker")
     (tmp_path / "checker" / file).write_text(said, encoding="utf-8")
-    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
-    with pytest.raises(CannotPaint, match=rf"could not be loaded.*{words}"):
+    checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
+    with pytest.raises(GenerationFailed, match=rf"could not be loaded.*{words}"):
         checker.is_unsafe(PICTURES)
 
 
@@ -155,10 +155,10 @@ def test_the_published_names_of_compvis_are_whole(tmp_path: Path) -> None:
         old[name.replace("vision_model.", "vision_model.vision_model.", 1)] = tensor
     old["vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
-    checker = safety_checker.load(Placement(None, safety_checker=str(tmp_path), device="cpu"))
+    checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path), device="cpu"))
     assert checker.is_unsafe(PICTURES) == flags == [True, True]
 
 
 def test_weights_bring_their_own(tmp_path: Path) -> None:
-    checker = safety_checker.load(Placement(DEMO, safety_checker=str(tmp_path / "none"), device="cpu"))
+    checker = safety_checker.load(EngineConfig(DEMO, safety_checker=str(tmp_path / "none"), device="cpu"))
     assert checker.is_unsafe(PICTURES) == [False, False]

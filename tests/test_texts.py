@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import NUM_TOKENS, Text, Texts
+from models.flux.prompt_cache import NUM_TOKENS, PromptEmbeds, PromptCache
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, asked, painted, tiers_of
 
@@ -32,13 +32,13 @@ def encoded(pipeline: FluxPipeline) -> Iterator[list[int]]:
 
 
 def size_of_one(pipeline: FluxPipeline) -> int:
-    text: Text = Texts("cpu").encode("", pipeline)
+    text: PromptEmbeds = PromptCache("cpu").encode("", pipeline)
     return text.num_bytes
 
 
 def test_equals_the_pipeline(pipeline: FluxPipeline) -> None:
     prompt = "a red apple on a blue table"
-    text = Texts("cpu").encode(prompt, pipeline)
+    text = PromptCache("cpu").encode(prompt, pipeline)
     with torch.no_grad():
         expected = pipeline.encode_prompt(prompt, None, max_sequence_length=512)
     assert text.prompt_embeds.shape[1] == NUM_TOKENS == 512
@@ -47,7 +47,7 @@ def test_equals_the_pipeline(pipeline: FluxPipeline) -> None:
 
 
 def test_a_prompt_is_encoded_once(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = Texts("cpu")
+    texts = PromptCache("cpu")
     first = texts.encode("a fish", pipeline)
     assert texts.encode("a fish", pipeline) is first
     assert len(encoded) == 1
@@ -73,7 +73,7 @@ def test_nothing_is_encoded_before_the_first_step(pipeline: FluxPipeline, encode
 
 
 def test_the_least_recently_used_go_first(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = Texts("cpu", max_bytes=3 * size_of_one(pipeline))
+    texts = PromptCache("cpu", max_bytes=3 * size_of_one(pipeline))
     for prompt in ("one", "two", "three"):
         texts.encode(prompt, pipeline)
     texts.encode("one", pipeline)
@@ -89,7 +89,7 @@ def test_the_least_recently_used_go_first(pipeline: FluxPipeline, encoded: list[
 def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
     one = size_of_one(pipeline)
     # Not a multiple: what does not fit wholly is not kept.
-    texts = Texts("cpu", max_bytes=3 * one + one // 2)
+    texts = PromptCache("cpu", max_bytes=3 * one + one // 2)
     for number in range(8):
         texts.encode(f"picture {number}", pipeline)
         assert texts.num_bytes == min(number + 1, 3) * one <= texts.max_bytes
@@ -98,7 +98,7 @@ def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
 def test_the_last_one_is_kept_though_it_is_too_large(pipeline: FluxPipeline, encoded: list[int]) -> None:
     one = size_of_one(pipeline)
     encoded.clear()
-    texts = Texts("cpu", max_bytes=one - 1)
+    texts = PromptCache("cpu", max_bytes=one - 1)
     texts.encode("a fish", pipeline)
     kept = texts.encode("a car", pipeline)
     assert texts.num_bytes == one
@@ -109,7 +109,7 @@ def test_the_last_one_is_kept_though_it_is_too_large(pipeline: FluxPipeline, enc
 def test_what_was_forgotten_can_still_be_painted_with(pipeline: FluxPipeline) -> None:
     engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
     expected = painted(engine, asked("a fish"), 1)
-    engine.texts.max_bytes = 1
+    engine.prompts.max_bytes = 1
     painting = engine.start(asked("a fish"), 1)
     engine.advance(painting)
     painted(engine, asked("a car"), 1)

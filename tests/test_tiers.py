@@ -14,7 +14,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch._dynamo.utils import counters
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
@@ -58,7 +58,7 @@ def warm(pipeline: FluxPipeline) -> Iterator[Warm]:
         thread = threading.Thread(target=go_on)
         thread.start()
         thread.join()
-        engine.settle()
+        engine.freeze_compilation()
         yield Warm(engine, counts)
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
@@ -68,8 +68,8 @@ def num_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def placement(**changes: Any) -> Placement:
-    return Placement(None, safety_checker="", **changes)
+def placement(**changes: Any) -> EngineConfig:
+    return EngineConfig(None, safety_checker="", **changes)
 
 
 def names(built: list[Tier]) -> list[str]:
@@ -78,8 +78,8 @@ def names(built: list[Tier]) -> list[str]:
 
 def compiled(pipeline: FluxPipeline) -> list[Tier]:
     """What a GPU with fp8 has, cold; the matrices stay in bf16."""
-    exact = compilation.compile_blocks(compilation.twin(pipeline.transformer))
-    quantized = compilation.compile_blocks(compilation.twin(exact))
+    exact = compilation.compile_blocks(compilation.clone_sharing_weights(pipeline.transformer))
+    quantized = compilation.compile_blocks(compilation.clone_sharing_weights(exact))
     return [
         Tier("none", exact, is_ready=False),
         Tier("regular", quantized, shares_forwards=True, is_ready=False),
@@ -197,9 +197,9 @@ def test_without_fp8_there_is_one_and_the_log_says_why(
 )
 def test_the_nearest_lower_tier_that_is_ready(ready: str, wanted: str, given: str) -> None:
     offered = [Tier(name, None, is_ready=name in ready.split()) for name in acceleration.NAMES]
-    assert acceleration.nearest(offered, wanted).name == given
+    assert acceleration.best_ready(offered, wanted).name == given
     some = [tier for tier in offered if tier.is_ready or tier.name == "none"]
-    assert acceleration.nearest(some, wanted).name == given
+    assert acceleration.best_ready(some, wanted).name == given
 
 
 def test_requests_get_the_lower_tier_until_theirs_is_ready(pipeline: FluxPipeline) -> None:
@@ -259,7 +259,7 @@ def test_without_a_compiler_all_is_painted_uncompiled(
 
 
 def test_a_twin_has_the_same_weights_and_none_of_its_own(pipeline: FluxPipeline) -> None:
-    original, copy = pipeline.transformer, compilation.twin(pipeline.transformer)
+    original, copy = pipeline.transformer, compilation.clone_sharing_weights(pipeline.transformer)
     for mine, its in ((original.named_parameters(), copy.named_parameters()), (original.buffers(), copy.buffers())):
         of_mine, of_its = list(mine), list(its)
         assert len(of_mine) == len(of_its)
@@ -269,7 +269,7 @@ def test_a_twin_has_the_same_weights_and_none_of_its_own(pipeline: FluxPipeline)
 
 
 def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -> None:
-    original, copy = pipeline.transformer, compilation.twin(pipeline.transformer)
+    original, copy = pipeline.transformer, compilation.clone_sharing_weights(pipeline.transformer)
     before = original.proj_out.weight
     compilation.compile_blocks(copy)
     copy.set_attention_backend("native")
@@ -283,7 +283,7 @@ def test_what_is_done_to_a_twin_leaves_the_original_be(pipeline: FluxPipeline) -
     assert all(run is not None and backend is not None for run, backend in states(copy))
     assert original.proj_out.weight is before
     # A twin of what is compiled starts uncompiled, and can be compiled by itself.
-    assert all(run is None for run, _ in states(compilation.twin(copy)))
+    assert all(run is None for run, _ in states(compilation.clone_sharing_weights(copy)))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_attention_is_chosen_for_the_twin_alone(
     # FlashAttention 3 is said to be there and is not, so diffusers refuses it: then nothing is chosen.
     monkeypatch.setattr(compilation, "find_spec", lambda name: has_flash)
     default = _AttentionBackendRegistry.get_active_backend()
-    copy = compilation.twin(pipeline.transformer)
+    copy = compilation.clone_sharing_weights(pipeline.transformer)
     compilation.choose_attention(copy)
     assert copy.transformer_blocks[0].attn.processor._attention_backend == chosen
     assert pipeline.transformer.transformer_blocks[0].attn.processor._attention_backend is None
@@ -367,12 +367,12 @@ def test_once_settled_nothing_is_compiled_any_more(pipeline: FluxPipeline, warm:
         return num_compiled() - before
 
     try:
-        warm.engine.settle()
+        warm.engine.freeze_compilation()
         assert num_new() == 0
     finally:
         torch.compiler.set_stance("default")
     # One that compiles nothing forbids nobody else to.
-    FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu").settle()
+    FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu").freeze_compilation()
     assert num_new() > 0
 
 
@@ -382,7 +382,7 @@ def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monk
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100/80GB HBM3")
-    compilation.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.set_compile_cache_dirs(placement(compile_cache=tmp_path))
     (folder,) = tmp_path.iterdir()
     assert f"torch-{torch.__version__}" in folder.name
     assert "NVIDIA_H100-80GB_HBM3" in folder.name
@@ -390,9 +390,9 @@ def test_what_is_compiled_is_kept_apart_by_version_and_card(tmp_path: Path, monk
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
     assert (folder / "inductor").is_dir()
     # A second start finds it, another card does not; what the operator has set is left as it is.
-    compilation.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.set_compile_cache_dirs(placement(compile_cache=tmp_path))
     assert list(tmp_path.iterdir()) == [folder]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    compilation.keep_compiled(placement(compile_cache=tmp_path))
+    compilation.set_compile_cache_dirs(placement(compile_cache=tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")

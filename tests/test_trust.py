@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from models.base import CannotPaint, Placement
+from models.base import GenerationFailed, EngineConfig
 from models.flux import safety_checker
 from models.loading import hub, pipeline, specs, verify
 from models.loading.pipeline import load_pipeline
@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def placement(folder: Path) -> Placement:
-    return Placement(folder, safety_checker="", device="cpu")
+def placement(folder: Path) -> EngineConfig:
+    return EngineConfig(folder, safety_checker="", device="cpu")
 
 
 def add(path: Path, **more: Any) -> None:
@@ -142,18 +142,18 @@ def test_the_doctor_says_so_beforehand(folder: Path, tmp_path: Path) -> None:
 def test_links_within_are_followed(folder: Path) -> None:
     (folder / "vae").rename(folder / "other")
     (folder / "vae").symlink_to("other")
-    verify.check(folder)
+    verify.verify(folder)
 
 
 def test_the_hubs_cache_is_loaded_as_it_lies(tmp_path: Path) -> None:
     """All links into its blobs. The way there may be a link too; those to folders there, or to others' are refused."""
     snapshot = cached(tmp_path / "real", "somebody/weights", DEMO)
     (tmp_path / "home").symlink_to("real")
-    place = specs.place(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
+    place = specs.parse_spec(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
     assert isinstance(place, Path)
     assert (place / "vae" / "config.json").is_symlink()
     pipeline, _ = load_pipeline(placement(place))
-    assert hub.components(place) == list(hub.index(DEMO))
+    assert hub.components(place) == list(hub.read_model_index(DEMO))
     assert pipeline.vae is not None
     # A folder within it, on its own.
     assert safety_checker.load(placement(place)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
@@ -174,7 +174,7 @@ def test_a_pickle_by_the_name_of_safetensors_is_not_unpickled(folder: Path, mark
         path.write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(OSError, match=r"weights cannot be read|safetensors"):
         load_pipeline(placement(folder))
-    with pytest.raises(CannotPaint):
+    with pytest.raises(GenerationFailed):
         safety_checker.load(placement(folder)).is_unsafe([])
     assert not mark.exists()
     pickle.loads((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
@@ -223,7 +223,7 @@ def test_no_command_runs_it_and_nobody_is_asked(
 def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
     stranger: Callable[[str], Path], mark: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(CannotPaint, match=r"could not be loaded.*(names code|is code)"):
+    with pytest.raises(GenerationFailed, match=r"could not be loaded.*(names code|is code)"):
         safety_checker.load(placement(stranger("safety_checker"))).is_unsafe([])
     assert not mark.exists()
     assert "[y/N]" not in capfd.readouterr().out
@@ -232,4 +232,4 @@ def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
 def test_a_token_by_the_name_of_code_is_a_token(folder: Path) -> None:
     words = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     add(folder / "tokenizer" / "vocab.json", auto_map=max(words.values()))
-    verify.check_pipeline(folder, pipeline.NOT_OF_THE_PIPELINE)
+    verify.verify_pipeline(folder, pipeline.NON_PIPELINE_COMPONENTS)

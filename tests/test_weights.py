@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from models.base import Loading, Model, Placement
+from models.base import LoadProgress, Model, EngineConfig
 from models.flux_dev import FluxDev
 from models.loading import hub, memory_plans, pipeline
 from models.loading.pipeline import load_pipeline
-from models.loading.specs import DEMO, assign
+from models.loading.specs import DEMO, assign_weights
 from tests.null_model import NullEngine, NullModel
 from tests.stand_in_hub import write_flux_dev
 
@@ -30,7 +30,7 @@ MODELS: dict[str, Model] = {DEV: FluxDev(), SCHNELL: Schnell(), NULL: NullModel(
 def complaint(*specs: str) -> str:
     """What is said of these."""
     with pytest.raises(ValueError) as refused:
-        assign(specs, MODELS)
+        assign_weights(specs, MODELS)
     return str(refused.value)
 
 
@@ -44,40 +44,40 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_demo_serves_every_endpoint() -> None:
-    assert assign(["demo"], MODELS) == {DEV: DEMO, SCHNELL: DEMO, NULL: None}
+    assert assign_weights(["demo"], MODELS) == {DEV: DEMO, SCHNELL: DEMO, NULL: None}
     assert (DEMO / "model_index.json").is_file()
 
 
 def test_a_model_without_weights_is_always_served() -> None:
-    assert assign([], MODELS) == {NULL: None}
+    assert assign_weights([], MODELS) == {NULL: None}
 
 
 def test_a_hub_id_serves_the_endpoints_that_name_it() -> None:
-    assert assign([HUB], MODELS) == {DEV: HUB, NULL: None}
+    assert assign_weights([HUB], MODELS) == {DEV: HUB, NULL: None}
 
 
 def test_a_folder_is_flux_dev(folder: Path) -> None:
-    assert assign([str(folder)], MODELS) == {DEV: folder, NULL: None}
+    assert assign_weights([str(folder)], MODELS) == {DEV: folder, NULL: None}
 
 
 def test_a_folder_is_found_from_where_the_server_was_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert assign(["weights"], MODELS)[DEV] == assign(["./weights"], MODELS)[DEV] == folder
+    assert assign_weights(["weights"], MODELS)[DEV] == assign_weights(["./weights"], MODELS)[DEV] == folder
 
 
 def test_a_folder_is_found_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert assign(["~/weights"], MODELS)[DEV] == folder
+    assert assign_weights(["~/weights"], MODELS)[DEV] == folder
 
 
 def test_an_endpoint_can_be_bound(folder: Path) -> None:
     specs = [f"{SCHNELL}={folder}", f"{DEV}=somebody/FLUX.1-dev-finetuned"]
-    assert assign(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: folder, NULL: None}
-    assert assign([f"{DEV}=demo"], MODELS) == {DEV: DEMO, NULL: None}
+    assert assign_weights(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: folder, NULL: None}
+    assert assign_weights([f"{DEV}=demo"], MODELS) == {DEV: DEMO, NULL: None}
 
 
 def test_the_last_word_on_an_endpoint_counts(folder: Path) -> None:
-    assert assign(["demo", f"{DEV}={folder}"], MODELS) == {DEV: folder, SCHNELL: DEMO, NULL: None}
+    assert assign_weights(["demo", f"{DEV}={folder}"], MODELS) == {DEV: folder, SCHNELL: DEMO, NULL: None}
 
 
 @pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "somebody/flux.gguf"])
@@ -125,9 +125,9 @@ def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def placement(where: Path, **changes: Any) -> Placement:
+def placement(where: Path, **changes: Any) -> EngineConfig:
     """In the type that the files are in, whatever this CPU is fast at."""
-    return Placement(where, safety_checker="", device="cpu", **{"dtype": "bfloat16", **changes})
+    return EngineConfig(where, safety_checker="", device="cpu", **{"dtype": "bfloat16", **changes})
 
 
 def bytes_in(folder: Path) -> int:
@@ -136,7 +136,7 @@ def bytes_in(folder: Path) -> int:
 
 @pytest.mark.parametrize("plan", [plan.name for plan in memory_plans.PLANS])
 def test_what_is_loaded_is_reported_by_component(flux_dev: Path, plan: str) -> None:
-    reports: list[Loading] = []
+    reports: list[LoadProgress] = []
     _, taken = load_pipeline(placement(flux_dev, memory=plan, report=reports.append))
     assert taken.name == plan
     parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
@@ -199,14 +199,14 @@ def changed(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_2", "scheduler", "tokenizer"])
 def test_classes_of_other_libraries_are_refused_before_anything_is_loaded(changed: Any, component: str) -> None:
-    folder, reports = changed(component, "custom_lib"), list[Loading]()
+    folder, reports = changed(component, "custom_lib"), list[LoadProgress]()
     with pytest.raises(OSError, match=f"{component} is of custom_lib"):
         load_pipeline(placement(folder, report=reports.append))
     assert reports == []
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    reports = list[Loading]()
+    reports = list[LoadProgress]()
     monkeypatch.setattr(pipeline, "device_for", lambda name: "cuda")
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
     with pytest.raises(OSError, match="GB free"):
@@ -218,11 +218,11 @@ def test_pickled_weights_are_not_loaded(flux_dev: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(flux_dev, folder)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert hub.missing(folder) == ["vae"]
+    assert hub.missing_components(folder) == ["vae"]
     with pytest.raises(OSError, match="safetensors"):
         load_pipeline(placement(folder))
 
 
 def test_without_weights_there_is_nothing_to_load() -> None:
     with pytest.raises(ValueError, match="needs weights"):
-        load_pipeline(Placement(None, safety_checker="", device="cpu"))
+        load_pipeline(EngineConfig(None, safety_checker="", device="cpu"))

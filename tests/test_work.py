@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.flux.flops import FLUX_DEV, step_flop
+from models.flux.flops import FLUX_DEV, step_flops
 from tests.tiny_flux import transformer
 
 
@@ -38,11 +38,11 @@ def test_equals_the_counter(changes: dict[str, Any], num_tokens: int, num_text_t
     # The counter does not see the CPU's own kernel for attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    assert step_flop(config, num_tokens, num_text_tokens) == counter.get_total_flops()
+    assert step_flops(config, num_tokens, num_text_tokens) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
     ("width", "height", "tera"), [(512, 512, 21.50), (1024, 768, 55.29), (768, 1024, 55.29), (1024, 1024, 74.39)]
 )
 def test_flux_dev_is_as_published(width: int, height: int, tera: float) -> None:
-    assert step_flop(FLUX_DEV, width * height // 256, 512) / 1e12 == pytest.approx(tera, abs=0.02)
+    assert step_flops(FLUX_DEV, width * height // 256, 512) / 1e12 == pytest.approx(tera, abs=0.02)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, CannotPaint, Engine, Placement
+from models.base import NO_INPUTS, GenerationFailed, Engine, EngineConfig
 from server.errors import DiskFull
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.queue.notifier import WORKER
@@ -39,7 +39,7 @@ LONG: dict[str, Any] = {**SMALL, "prompt": "x" * 20_000}
 def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     """A worker that was not set up yet."""
     served = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
-    placements = {endpoint: Placement(None, "") for endpoint in served}
+    placements = {endpoint: EngineConfig(None, "") for endpoint in served}
     chosen = Settings(data_dir=parts.folder, **settings)
     return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs.brought.path, parts.notifier)
 
@@ -354,8 +354,8 @@ def test_input_that_is_no_longer_understood_fails_alone(parts: Parts) -> None:
 
 def test_an_answer_that_cannot_be_given_leaves_no_files(parts: Parts) -> None:
     class Speechless(NullModel):
-        def answer(self, *given: Any) -> Any:
-            raise CannotPaint("There are no words for it.")
+        def build_output(self, *given: Any) -> Any:
+            raise GenerationFailed("There are no words for it.")
 
     worker = ready(parts, Speechless("test/null", NullEngine))
     job = submitted(parts, num_images=2)
@@ -433,7 +433,7 @@ def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(part
 def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
     class Wordy(NullEngine):
         def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
-            raise CannotPaint("no" * 20_000)
+            raise GenerationFailed("no" * 20_000)
 
     worker, job = ready(parts, NullModel("test/null", Wordy)), submitted(parts)
     with full_disk(parts), pytest.raises(DiskFull):
@@ -521,7 +521,7 @@ def test_a_stop_lets_what_runs_finish_within_the_grace(parts: Parts, gate: Gate)
 
 def test_weights_that_do_not_load_end_the_worker_and_ring(parts: Parts) -> None:
     class Broken(NullModel):
-        def setup(self, placement: Placement) -> Engine:  # type: ignore[override]
+        def setup(self, placement: EngineConfig) -> Engine:  # type: ignore[override]
             raise OSError("no weights here")
 
     worker = worker_of(parts, Broken("test/null", NullEngine))
@@ -558,7 +558,7 @@ class ColdEngine(NullEngine):
             raise RuntimeError("this card has no such kernel")
         return self.num_tried <= 3
 
-    def settle(self) -> None:
+    def freeze_compilation(self) -> None:
         self.told.append("settled")
         self.is_settled.set()
 

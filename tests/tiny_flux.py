@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
 from models.flux.sharing import Sharing
-from models.flux.task import FluxPainting
+from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
 from models.loading.specs import DEMO
 
@@ -122,24 +122,24 @@ def asked(prompt: str = "a red apple", width: int = 64, height: int = 64, **more
     return FluxDevInput.model_validate({"prompt": prompt, "image_size": size, "num_inference_steps": 2, **more})
 
 
-def stepped(engine: FluxEngine, painting: FluxPainting) -> FluxPainting:
+def stepped(engine: FluxEngine, painting: FluxTask) -> FluxTask:
     """The painting, after its last step."""
     while painting.step < painting.num_steps:
         engine.advance(painting)
     return painting
 
 
-def finished(engine: FluxEngine, painting: FluxPainting) -> list[Image]:
+def finished(engine: FluxEngine, painting: FluxTask) -> list[Image]:
     """Its pictures, after all the steps that it lacks."""
     stepped(engine, painting)
-    while not painting.is_done:
+    while not painting.is_decoded:
         engine.decode(painting)
-    return painting.pictures
+    return painting.images
 
 
 def latents_of(engine: FluxEngine, request: FluxDevInput, seed: int) -> torch.Tensor:
     """The latents of its one picture, painted alone."""
-    (generation,) = stepped(engine, engine.start(request, seed)).generations
+    (generation,) = stepped(engine, engine.start(request, seed)).samples
     latents: torch.Tensor = generation.latents
     return latents
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from models.base import NO_INPUTS
-from models.flux.flops import FLUX_DEV, step_flop
+from models.flux.flops import FLUX_DEV, step_flops
 from models.flux.prompt_cache import NUM_TOKENS
 from tests.null_model import NullEngine, NullModel, NullPainting
 
 
 def work_of(width: int, height: int) -> int:
     """Floating point operations of a step of a picture of this size in pixels."""
-    return step_flop(FLUX_DEV, width * height // 256, NUM_TOKENS)
+    return step_flops(FLUX_DEV, width * height // 256, NUM_TOKENS)
 
 
 def seconds_of(width: int, height: int) -> float:
@@ -46,7 +46,7 @@ class CostPainting(NullPainting):
 class CostEngine(NullEngine):
     """A device that works by itself, as a GPU does: a step is launched while the one before runs, and no earlier."""
 
-    decodes_beside = True
+    decodes_concurrently = True
 
     def __init__(self) -> None:
         self._free_at = 0.0

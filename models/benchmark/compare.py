@@ -9,12 +9,12 @@ from typing import Any
 import numpy
 import torch
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.flux import acceleration, safety_checker
 from models.flux.acceleration import Tier
 from models.flux.device import Device
 from models.flux.engine import FluxEngine
-from models.flux.flops import step_flop
+from models.flux.flops import step_flops
 from models.flux.prompt_cache import NUM_TOKENS
 
 PROMPT = "a red apple on a blue table"
@@ -22,7 +22,7 @@ GUIDANCE_SCALE = 3.5
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is painted: a size in pixels, steps, and how many requests wait together."""
 
     width: int
@@ -32,7 +32,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One way to paint one job. Medians over the rounds; text, steps and decoding count, loading does not.
 
     Attributes:
@@ -56,16 +56,16 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _Timing:
     seconds: float
     step_seconds: float | None
     peak: int | None
 
 
-class Bench:
+class EngineBenchmark:
     """Ways to paint with one pipeline; the tiers share its weights."""
 
-    def __init__(self, pipeline: Any, device: str, placement: Placement, *, is_whole: bool = True) -> None:
+    def __init__(self, pipeline: Any, device: str, placement: EngineConfig, *, is_whole: bool = True) -> None:
         self.pipeline = pipeline
         self.device = device
         self._now = Device(device).now
@@ -78,9 +78,9 @@ class Bench:
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)
 
-    def figures(self, job: Job, num_rounds: int) -> Iterator[Figure]:
+    def figures(self, job: Workload, num_rounds: int) -> Iterator[Measurement]:
         """Every way, alternating; a first round, which is not counted, warms all of them up."""
-        ways: dict[str, Callable[[], _Taken]] = {"naive": lambda: self._naive(job)}
+        ways: dict[str, Callable[[], _Timing]] = {"naive": lambda: self._naive(job)}
         for name, engine in self.engines.items():
             ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
         taken = [{name: paint() for name, paint in ways.items()} for _ in range(num_rounds + 1)][1:]
@@ -88,20 +88,20 @@ class Bench:
         for name in ways:
             yield self._figure(name, job, [one[name] for one in taken], naive)
 
-    def difference(self, job: Job) -> int:
+    def difference(self, job: Workload) -> int:
         """The largest difference of a pixel between the pipeline's picture and the eager engine's."""
         paintings, _ = self._paint(self.engines["eager"], job)
         theirs, ours = self._call(job), paintings[0].pictures[0]
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
 
-    def _figure(self, name: str, job: Job, taken: Sequence[_Taken], naive: float) -> Figure:
+    def _figure(self, name: str, job: Workload, taken: Sequence[_Timing], naive: float) -> Measurement:
         seconds = statistics.median(one.seconds for one in taken)
         stepping = [one.step_seconds for one in taken if one.step_seconds is not None]
         per_step = statistics.median(stepping) / job.num_steps / job.num_waiting if stepping else None
         num_tokens = job.width * job.height // (self.pipeline.vae_scale_factor * 2) ** 2
-        flop = step_flop(self.pipeline.transformer.config, num_tokens, NUM_TOKENS)
+        flop = step_flops(self.pipeline.transformer.config, num_tokens, NUM_TOKENS)
         peaks = [one.peak for one in taken if one.peak is not None]
-        return Figure(
+        return Measurement(
             name,
             f"{job.width}x{job.height}",
             job.num_steps,
@@ -119,20 +119,20 @@ class Bench:
             continue
         return engine
 
-    def _naive(self, job: Job) -> _Taken:
+    def _naive(self, job: Workload) -> _Timing:
         begun = self._begin()
         for _ in range(job.num_waiting):
             self._call(job)
-        return _Taken(self._now() - begun, None, self._peak())
+        return _Timing(self._now() - begun, None, self._peak())
 
-    def _shared(self, engine: FluxEngine, job: Job) -> _Taken:
+    def _shared(self, engine: FluxEngine, job: Workload) -> _Timing:
         begun = self._begin()
         # Naive encodes its prompt each time, and so does this.
-        engine.texts.forget()
+        engine.prompts.evict()
         _, step_seconds = self._paint(engine, job)
-        return _Taken(self._now() - begun, step_seconds, self._peak())
+        return _Timing(self._now() - begun, step_seconds, self._peak())
 
-    def _paint(self, engine: FluxEngine, job: Job) -> tuple[list[Any], float]:
+    def _paint(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
         """The paintings, decoded, and the seconds that the steps took, the text apart."""
         request = SimpleNamespace(
             prompt=PROMPT,
@@ -142,7 +142,7 @@ class Bench:
             guidance_scale=GUIDANCE_SCALE,
             acceleration=engine.tiers[0].name,
         )
-        engine.texts.encode(PROMPT, engine.pipeline)
+        engine.prompts.encode(PROMPT, engine.pipeline)
         begun = self._now()
         paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:
@@ -154,7 +154,7 @@ class Bench:
             engine.decode(painting)
         return paintings, step_seconds
 
-    def _call(self, job: Job) -> Any:
+    def _call(self, job: Workload) -> Any:
         return self.pipeline(
             PROMPT,
             width=job.width,

@@ -7,8 +7,15 @@ from typing import Any
 
 import torch
 
-from models.base import Placement
-from models.flux.compilation import choose_attention, compile_blocks, keep_compiled, quantize, twin, why_no_fp8
+from models.base import EngineConfig
+from models.flux.compilation import (
+    choose_attention,
+    compile_blocks,
+    set_compile_cache_dirs,
+    quantize,
+    clone_sharing_weights,
+    fp8_unavailable_reason,
+)
 from models.flux.prompt_cache import NUM_TOKENS
 
 log = logging.getLogger(__name__)
@@ -48,13 +55,13 @@ class Tier:
 _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
-def uncompiled(offered: Sequence[Tier]) -> list[Tier]:
+def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
     """With LoRAs, whose forwards are not compiled: those of the same names, on the transformer that has the LoRAs."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
-def build(pipeline: Any, placement: Placement, device: str, *, is_whole: bool) -> list[Tier]:
+def build(pipeline: Any, placement: EngineConfig, device: str, *, is_whole: bool) -> list[Tier]:
     """The tiers that this device can run and the operator offers, from the most exact; "none" is always there."""
     offered = NAMES[: NAMES.index(placement.max_acceleration) + 1]
     if device == "cpu":
@@ -66,15 +73,15 @@ def build(pipeline: Any, placement: Placement, device: str, *, is_whole: bool) -
     return [tier for tier in tiers if tier.name in offered]
 
 
-def _compiled(transformer: Any, placement: Placement) -> list[Tier]:
-    keep_compiled(placement)
-    exact = twin(transformer)
+def _compiled(transformer: Any, placement: EngineConfig) -> list[Tier]:
+    set_compile_cache_dirs(placement)
+    exact = clone_sharing_weights(transformer)
     choose_attention(exact)
     tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
-    if reason := why_no_fp8(transformer, placement):
+    if reason := fp8_unavailable_reason(transformer, placement):
         log.info("the tiers regular and high are painted as none: %s", reason)
         return tiers
-    quantized = twin(exact)
+    quantized = clone_sharing_weights(exact)
     quantize(quantized)
     compile_blocks(quantized)
     return [
@@ -99,7 +106,7 @@ def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.
     }
 
 
-def nearest(tiers: Sequence[Tier], name: str) -> Tier:
+def best_ready(tiers: Sequence[Tier], name: str) -> Tier:
     """The tier of this name, or the next lower one that is ready."""
     wanted = NAMES[: NAMES.index(name) + 1]
     return [tier for tier in tiers if tier.name in wanted and (tier.is_ready or tier.name == "none")][-1]

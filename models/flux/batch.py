@@ -6,25 +6,25 @@ from typing import Any
 import torch
 
 from models.flux import first_block_cache
-from models.flux.sample import Generation
-from models.flux.task import FluxPainting
+from models.flux.sample import Sample
+from models.flux.task import FluxTask
 
 #: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
 #: card has nothing left to gain, and everybody would wait for the slowest.
 TOKEN_BUDGET = 9216
 
 #: A generation that goes through a forward, and whose it is.
-Member = tuple[FluxPainting, Generation]
+BatchItem = tuple[FluxTask, Sample]
 
 
-def can_share(painting: FluxPainting, other: FluxPainting) -> bool:
+def can_share(painting: FluxTask, other: FluxTask) -> bool:
     """Whether both run through the same transformer, and their tier allows it."""
     return other.tier is painting.tier and other.tier.shares_forwards and other.loras == painting.loras
 
 
-def members(due: Sequence[tuple[FluxPainting, Sequence[Generation]]]) -> list[Member]:
+def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
     """Those that are like the first, in their order, within the token budget; the first in any case."""
-    found: list[Member] = []
+    found: list[BatchItem] = []
     for painting, generations in due:
         for generation in generations:
             is_alike = not found or generation.key == found[0][1].key
@@ -33,7 +33,7 @@ def members(due: Sequence[tuple[FluxPainting, Sequence[Generation]]]) -> list[Me
     return found
 
 
-def velocities(transformer: Any, generations: Sequence[Generation]) -> Sequence[torch.Tensor]:
+def predict_velocities(transformer: Any, generations: Sequence[Sample]) -> Sequence[torch.Tensor]:
     """One forward for one or more generations of one size: the velocity of each, of the shape of its latents."""
     first = generations[0]
     timesteps = torch.stack([generation.timestep for generation in generations])

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.loading.memory_plans import WORKSPACE
 
 log = logging.getLogger(__name__)
 
 
-def twin(module: Any) -> Any:
+def clone_sharing_weights(module: Any) -> Any:
     """A copy of a module that has the same weights, not copies of them: changing how it runs leaves the other be."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
@@ -58,7 +58,7 @@ def choose_attention(transformer: Any) -> None:
         _AttentionBackendRegistry.set_active_backend(before)
 
 
-def keep_compiled(placement: Placement) -> None:
+def set_compile_cache_dirs(placement: EngineConfig) -> None:
     """Keep what is compiled on disk, apart for each version of PyTorch, Triton, diffusers and each kind of card."""
     if placement.compile_cache is None:
         return
@@ -79,7 +79,7 @@ def keep_compiled(placement: Placement) -> None:
         os.environ.setdefault(name, str(folder / part))
 
 
-def why_no_fp8(transformer: Any, placement: Placement) -> str | None:
+def fp8_unavailable_reason(transformer: Any, placement: EngineConfig) -> str | None:
     """Why this device cannot have a copy of the transformer in fp8; None where it can."""
     if placement.max_acceleration == "none":
         return "the operator offers nothing faster"

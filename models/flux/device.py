@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.base import CannotPaint, DeviceLost
-from models.flux.flops import step_flop
+from models.base import GenerationFailed, DeviceLost
+from models.flux.flops import step_flops
 from models.flux.prompt_cache import NUM_TOKENS
 from models.loading import cpu, devices
 
@@ -23,11 +23,11 @@ class Device:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.side = torch.cuda.Stream() if name == "cuda" else None
+        self.decode_stream = torch.cuda.Stream() if name == "cuda" else None
         self._last_step: Any = None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Its name for people."""
         return torch.cuda.get_device_name() if self.name == "cuda" else cpu.describe()
 
@@ -53,7 +53,7 @@ class Device:
 
     def step_words(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
         """What a step of FLUX at 1024x768 takes here at least: its closed form over the rate of matrix products."""
-        rate, flop = self.matmul_rate(dtype), step_flop(config, 1024 * 768 // 256, NUM_TOKENS)
+        rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, NUM_TOKENS)
         seconds, name = flop / rate, devices.type_name(dtype)
         return (
             f"a step at 1024x768 takes {seconds:,.0f} s or more here, an image of 28 steps {28 * seconds / 60:,.0f} min"
@@ -73,7 +73,7 @@ class Device:
         if self.name == "cuda":
             torch.cuda.empty_cache()
 
-    def keep_pace(self) -> Any:
+    def throttle(self) -> Any:
         """Launch one step while the one before runs, and no more: else nothing could be cancelled or overtaken.
 
         Returns the event behind the step that was launched last; None on a CPU, which does not run ahead.
@@ -88,28 +88,28 @@ class Device:
         return event
 
     @contextmanager
-    def beside(self, latents: torch.Tensor | None = None, event: Any = None) -> Iterator[None]:
+    def on_decode_stream(self, latents: torch.Tensor | None = None, event: Any = None) -> Iterator[None]:
         """On a GPU, a stream of its own, beside the steps; for `latents`, behind the `event` of their last step."""
-        if self.side is None:
+        if self.decode_stream is None:
             yield
             return
-        with torch.cuda.stream(self.side):
+        with torch.cuda.stream(self.decode_stream):
             if latents is not None and event is not None:
-                self.side.wait_event(event)
-                latents.record_stream(self.side)
+                self.decode_stream.wait_event(event)
+                latents.record_stream(self.decode_stream)
             yield
 
-    def tried(self, words: str, first: Callable[[], T], again: Callable[[], T]) -> T:
+    def retry_on_oom(self, words: str, first: Callable[[], T], again: Callable[[], T]) -> T:
         """What `first` gives; when memory runs out, what is only cached is given back, and `again` is tried once."""
-        with suppress(torch.OutOfMemoryError), self.faults(words):
+        with suppress(torch.OutOfMemoryError), self.classify_errors(words):
             return first()
         # Here, not where the error is caught: its traceback would keep all that the forward had on the device.
         self.free()
-        with self.faults(words, is_last_try=True):
+        with self.classify_errors(words, is_last_try=True):
             return again()
 
     @contextmanager
-    def faults(self, words: str, *, is_last_try: bool = False) -> Iterator[None]:
+    def classify_errors(self, words: str, *, is_last_try: bool = False) -> Iterator[None]:
         """The device's errors, told apart: out of memory, lost for good, and those of the request."""
         try:
             yield
@@ -119,15 +119,15 @@ class Device:
                 if not is_last_try:
                     raise torch.OutOfMemoryError(str(error)) from None
                 free = devices.free_memory(self.name) / 1e9
-                raise CannotPaint(
+                raise GenerationFailed(
                     f"Out of memory: {words} did not fit, also when tried again by itself; {free:.1f} GB are free. "
                     "A smaller picture may fit."
                 ) from None
-            if isinstance(error, torch.AcceleratorError) or not self._answers():
+            if isinstance(error, torch.AcceleratorError) or not self._is_alive():
                 raise DeviceLost(str(error)) from error
             raise
 
-    def _answers(self) -> bool:
+    def _is_alive(self) -> bool:
         """Whether the device still does anything: after some errors it never does again in this process."""
         try:
             if self.name == "cuda":

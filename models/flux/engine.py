@@ -11,20 +11,28 @@ import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, About, CannotPaint, DeviceLost, NotANumber, Painting, Placement
+from models.base import (
+    NO_INPUTS,
+    EngineInfo,
+    GenerationFailed,
+    DeviceLost,
+    NonFiniteOutput,
+    GenerationTask,
+    EngineConfig,
+)
 from models.flux import acceleration, batch, safety_checker
 from models.flux.acceleration import Tier
-from models.flux.batch import Member
+from models.flux.batch import BatchItem
 from models.flux.device import Device
 from models.flux.first_block_cache import FirstBlockCache
-from models.flux.flops import step_flop
-from models.flux.loras import Lora, Loras
+from models.flux.flops import step_flops
+from models.flux.loras import LoraAdapter, LoraManager
 from models.flux.preview import Preview
-from models.flux.prompt_cache import NUM_TOKENS, Texts
+from models.flux.prompt_cache import NUM_TOKENS, PromptCache
 from models.flux.redux import Redux
-from models.flux.sample import Generation, begin, unpacked
+from models.flux.sample import Sample, begin, unpacked
 from models.flux.sharing import Sharing
-from models.flux.task import FluxPainting
+from models.flux.task import FluxTask
 from models.loading import devices, specs
 from models.loading.memory_plans import PLANS, Plan
 from models.loading.pipeline import load_pipeline
@@ -34,7 +42,7 @@ log = logging.getLogger(__name__)
 #: Parameters of a transformer for which a CPU takes minutes a step; the demo's has a thousandth.
 FULL_SIZE = 1_000_000_000
 #: Pictures in a row that come out as not-a-number, at which the device is given up.
-MAX_SPOILT = 2
+MAX_NONFINITE_IMAGES = 2
 
 
 class FluxEngine:
@@ -55,20 +63,20 @@ class FluxEngine:
         self.checker = checker
         self.tiers = list(offered)
         self.device = Device(device)
-        self.texts = Texts(device)
+        self.prompts = PromptCache(device)
         self.sharing = sharing or Sharing(self.device.now)
         self.plan = plan
-        self.loras = Loras(pipeline) if plan.is_whole else None
+        self.loras = LoraManager(pipeline) if plan.is_resident else None
         self.redux = redux
         self.previews = Preview(pipeline.vae)
-        self._num_spoilt = 0
+        self._num_nonfinite = 0
         #: Sides are rounded down to this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         # A CPU has nothing to gain from a second thread: measured, OpenMP's teams hinder each other.
-        self.decodes_beside = self.device.side is not None
+        self.decodes_concurrently = self.device.decode_stream is not None
 
     @classmethod
-    def load(cls, placement: Placement) -> "FluxEngine":
+    def load(cls, placement: EngineConfig) -> "FluxEngine":
         """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
         device = devices.device_for(placement.device)
         try:
@@ -79,13 +87,13 @@ class FluxEngine:
             raise
 
     @classmethod
-    def _load(cls, placement: Placement, device: str) -> "FluxEngine":
+    def _load(cls, placement: EngineConfig, device: str) -> "FluxEngine":
         pipeline, plan = load_pipeline(placement)
-        offered = acceleration.build(pipeline, placement, device, is_whole=plan.is_whole)
-        prior = specs.installed(placement.weights, specs.REDUX) if placement.weights else None
+        offered = acceleration.build(pipeline, placement, device, is_whole=plan.is_resident)
+        prior = specs.find_extra_weights(placement.weights, specs.REDUX) if placement.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
         checker = safety_checker.load(placement)
-        _tell_type(placement, pipeline, device)
+        _log_dtype(placement, pipeline, device)
         engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
@@ -95,11 +103,11 @@ class FluxEngine:
                 engine.tiers = [Tier("none", pipeline.transformer)]
         return engine
 
-    def about(self) -> About:
+    def info(self) -> EngineInfo:
         """The device, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return About(self.device.words, dtype, self.plan.name, ready, *self.device.memory())
+        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
         """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""
@@ -107,7 +115,7 @@ class FluxEngine:
         if not cold:
             return False
         try:
-            with self.device.beside():
+            with self.device.on_decode_stream():
                 cold[0].warm_up(self.device.name, self.pipeline.transformer.dtype)
         except Exception:
             self.tiers.remove(cold[0])
@@ -119,10 +127,10 @@ class FluxEngine:
         """Give the device's memory back."""
         # A thread may still be warming one up.
         self.tiers = []
-        del self.pipeline, self.checker, self.texts, self.loras, self.redux, self.previews
+        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews
         self.device.free()
 
-    def settle(self) -> None:
+    def freeze_compilation(self) -> None:
         """Every tier that can be ready is: a size that nobody thought of is painted uncompiled from now on.
 
         Slower once, where a compile would take a minute. It holds for the process, so all engines come first.
@@ -130,83 +138,86 @@ class FluxEngine:
         if any(tier.transformer is not self.pipeline.transformer for tier in self.tiers):
             torch.compiler.set_stance("eager_on_recompile")
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
         """Begin to paint; cheap, text and picture are encoded with the first step."""
         loras = tuple(
-            Lora(inputs[f"loras.{place}.path"], lora.scale) for place, lora in enumerate(getattr(request, "loras", ()))
+            LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
+            for place, lora in enumerate(getattr(request, "loras", ()))
         )
         if loras and self.loras is None:
-            raise CannotPaint("LoRA weights need all of the model on the device: --memory resident.")
-        tier = acceleration.nearest(acceleration.uncompiled(self.tiers) if loras else self.tiers, request.acceleration)
-        picture = _opened(inputs["image_url"]) if "image_url" in inputs else None
+            raise GenerationFailed("LoRA weights need all of the model on the device: --memory resident.")
+        tier = acceleration.best_ready(
+            acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers, request.acceleration
+        )
+        picture = _open_image(inputs["image_url"]) if "image_url" in inputs else None
         # One that has no strength is looked at, not painted over.
         start, subject = (picture, None) if hasattr(request, "strength") else (None, picture)
         if subject and self.redux is None:
-            raise CannotPaint(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
+            raise GenerationFailed(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
-        width, height = self._round(width), self._round(height)
+        width, height = self._round_down(width), self._round_down(height)
         work, dtype = self._step_work(width, height, subject), devices.type_name(self.pipeline.transformer.dtype)
-        return FluxPainting(request, seed, width, height, tier, work, dtype, start, subject, loras)
+        return FluxTask(request, seed, width, height, tier, work, dtype, start, subject, loras)
 
     @torch.no_grad()
-    def advance(self, painting: Painting, others: Sequence[Painting] = ()) -> Sequence[Painting]:
+    def advance(self, painting: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
         """One step of `painting`, in one forward with those of `others` that can share it."""
-        assert isinstance(painting, FluxPainting)
+        assert isinstance(painting, FluxTask)
         together, alone = partial(self._step, painting, others), partial(self._step_alone, painting)
-        members, velocities = self.device.tried(painting.words, together, alone)
-        with self.device.faults(painting.words, is_last_try=True):
+        members, velocities = self.device.retry_on_oom(painting.words, together, alone)
+        with self.device.classify_errors(painting.words, is_last_try=True):
             for (member, generation), velocity in zip(members, velocities, strict=True):
-                generation.take(velocity)
+                generation.step_with(velocity)
                 member.step += 1
-            event = self.device.keep_pace()
+            event = self.device.throttle()
             for _, generation in members:
                 generation.event = event
         return list({id(member): member for member, _ in members}.values())
 
     @torch.no_grad()
-    def preview(self, painting: Painting) -> Image | None:
+    def preview(self, painting: GenerationTask) -> Image | None:
         """The newest estimate of its newest picture, as small RGB."""
-        assert isinstance(painting, FluxPainting)
-        seen = [generation for generation in painting.generations if generation.velocity is not None]
+        assert isinstance(painting, FluxTask)
+        seen = [generation for generation in painting.samples if generation.velocity is not None]
         if not seen:
             return None
         picture: Image = self.previews.picture(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
         return picture
 
     @torch.no_grad()
-    def decode(self, painting: Painting) -> None:
+    def decode(self, painting: GenerationTask) -> None:
         """Decode the next picture; raises NotANumber, and DeviceLost when that comes twice in a row."""
-        assert isinstance(painting, FluxPainting)
-        generation = painting.generations[len(painting.pictures)]
+        assert isinstance(painting, FluxTask)
+        generation = painting.samples[len(painting.images)]
         decoded = partial(self._decoded, generation)
         try:
-            picture = self.device.tried(painting.words, decoded, decoded)
-        except NotANumber as error:
+            picture = self.device.retry_on_oom(painting.words, decoded, decoded)
+        except NonFiniteOutput as error:
             # Somebody's LoRA may spoil somebody's own pictures; else the weights on the device are spoilt.
-            self._num_spoilt += not painting.loras
-            if self._num_spoilt >= MAX_SPOILT:
+            self._num_nonfinite += not painting.loras
+            if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
                 raise DeviceLost("two pictures in a row came out as not-a-number") from error
             raise
-        self._num_spoilt = 0
-        painting.pictures.append(picture)
-        generation.let_go()
+        self._num_nonfinite = 0
+        painting.images.append(picture)
+        generation.free()
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Ask the safety checker."""
         asked = partial(self._judged, pictures)
-        return self.device.tried("checking a picture", asked, asked)
+        return self.device.retry_on_oom("checking a picture", asked, asked)
 
     # -- one step
 
-    def _due(self, painting: FluxPainting) -> list[Generation]:
+    def _due(self, painting: FluxTask) -> list[Sample]:
         """Its generations that can take a step, begun if they were not."""
         due = painting.due
-        while len(painting.generations) < painting.request.num_images and (not due or painting.tier.shares_forwards):
-            painting.generations.append(self._begin(painting, painting.seed + len(painting.generations)))
+        while len(painting.samples) < painting.request.num_images and (not due or painting.tier.shares_forwards):
+            painting.samples.append(self._begin(painting, painting.seed + len(painting.samples)))
             due = painting.due
         return due
 
-    def _due_beside(self, painting: FluxPainting) -> list[Generation]:
+    def _due_candidates(self, painting: FluxTask) -> list[Sample]:
         """As `_due`; none for one that cannot begin, which its own turn will say."""
         try:
             return self._due(painting)
@@ -217,70 +228,70 @@ class FluxEngine:
             return []
 
     def _step(
-        self, painting: FluxPainting, others: Sequence[Painting], limit: int | None = None
-    ) -> tuple[list[Member], Sequence[torch.Tensor]]:
+        self, painting: FluxTask, others: Sequence[GenerationTask], limit: int | None = None
+    ) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """The next forward: who goes through it, at most so many, and where each of them goes from here."""
-        members = self._members(painting, [other for other in others if isinstance(other, FluxPainting)])[:limit]
+        members = self._select_batch(painting, [other for other in others if isinstance(other, FluxTask)])[:limit]
         size = (painting.tier.name, bool(painting.loras), members[0][1].num_tokens)
         members = members[: self.sharing.number(size, len(members))]
         transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
         with self.sharing.timed(size, len(members)):
-            return members, batch.velocities(transformer, [generation for _, generation in members])
+            return members, batch.predict_velocities(transformer, [generation for _, generation in members])
 
-    def _step_alone(self, painting: FluxPainting) -> tuple[list[Member], Sequence[torch.Tensor]]:
+    def _step_alone(self, painting: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
         if self.loras:
-            self.loras.forget_idle(painting.loras)
+            self.loras.unload_idle(painting.loras)
         return self._step(painting, (), limit=1)
 
-    def _members(self, painting: FluxPainting, others: Sequence[FluxPainting]) -> list[Member]:
+    def _select_batch(self, painting: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
         """Its own generations first, then those of others where that is allowed."""
         beside = [other for other in others if batch.can_share(painting, other)]
-        due = [(painting, self._due(painting)), *((other, self._due_beside(other)) for other in beside)]
-        return batch.members(due)
+        due = [(painting, self._due(painting)), *((other, self._due_candidates(other)) for other in beside)]
+        return batch.select_batch(due)
 
     def _step_work(self, width: int, height: int, subject: Image | None) -> int:
         num_tokens = (width // self.multiple) * (height // self.multiple)
         num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if subject and self.redux else 0)
-        return step_flop(self.pipeline.transformer.config, num_tokens, num_text_tokens)
+        return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
     # -- the ends of a generation
 
-    def _round(self, side: int) -> int:
+    def _round_down(self, side: int) -> int:
         return max(self.multiple, side // self.multiple * self.multiple)
 
-    def _begin(self, painting: FluxPainting, seed: int) -> Generation:
-        if painting.subject and self.redux:
-            text = self.redux.encode(painting.subject)
+    def _begin(self, painting: FluxTask, seed: int) -> Sample:
+        if painting.reference_image and self.redux:
+            text = self.redux.encode(painting.reference_image)
         else:
-            text = self.texts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
+            text = self.prompts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
         size = (painting.width, painting.height)
-        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.picture)
+        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.init_image)
         generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
         return generation
 
-    def _pipeline_of(self, painting: FluxPainting) -> Any:
+    def _pipeline_of(self, painting: FluxTask) -> Any:
         """The pipeline with its LoRAs switched on, if it has any."""
-        return self.loras.use(painting.loras) if self.loras and painting.loras else self.pipeline
+        return self.loras.activate(painting.loras) if self.loras and painting.loras else self.pipeline
 
-    def _decoded(self, generation: Generation) -> Image:
-        with self.device.beside(generation.latents, generation.event):
+    def _decoded(self, generation: Sample) -> Image:
+        with self.device.on_decode_stream(generation.latents, generation.event):
             latents = unpacked(self.pipeline, generation, generation.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise NotANumber("The picture came out as not-a-number, so none is shown.")
+                raise NonFiniteOutput("The picture came out as not-a-number, so none is shown.")
             picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
 
     def _judged(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        with self.device.beside():
+        with self.device.on_decode_stream():
             return self.checker.is_unsafe(pictures)
 
 
-def _tell_type(placement: Placement, pipeline: Any, device: str) -> None:
+def _log_dtype(placement: EngineConfig, pipeline: Any, device: str) -> None:
     """Log what the weights are computed in, and warn of large ones on a CPU."""
     transformer, where = pipeline.transformer, Device(device)
-    log.info("computing in %s on %s", devices.type_name(transformer.dtype), where.words)
+    log.info("computing in %s on %s", devices.type_name(transformer.dtype), where.description)
     if device == "cpu" and devices.is_emulated(placement, transformer.dtype):
         log.warning(
             "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory, and "
@@ -290,7 +301,7 @@ def _tell_type(placement: Placement, pipeline: Any, device: str) -> None:
         log.warning("%s; use a GPU", where.step_words(transformer.config, transformer.dtype))
 
 
-def _opened(path: Path) -> Image:
+def _open_image(path: Path) -> Image:
     with PIL.Image.open(path, formats=("PNG",)) as picture:
         picture.load()
         return picture

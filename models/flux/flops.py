@@ -20,7 +20,7 @@ FLUX_DEV: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def step_flop(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int) -> int:
+def step_flops(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int) -> int:
     """Floating point operations of one forward of a FluxTransformer2DModel for one picture.
 
     A multiplication and its addition count as two. Counted are matrix products and attention, which are all but a

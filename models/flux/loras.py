@@ -11,18 +11,18 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from models.base import DoesNotFit
-from models.flux.compilation import twin
+from models.base import IncompatibleInput
+from models.flux.compilation import clone_sharing_weights
 
 #: Bytes of those that stay on the device, the least recently used go first. One of rank 16 takes some 40 MB for
 #: FLUX.1. What one painting asks for may be more, while it is painted.
-KEPT_BYTES = 2_000_000_000
+CACHE_BYTES = 2_000_000_000
 #: What diffusers calls a layer's two matrices, whatever the file called them.
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraAdapter:
     """Weights as safetensors, in a file named by what is in it, and how strongly they count."""
 
     path: Path
@@ -39,22 +39,22 @@ class Lora:
         return self.path.stat().st_size
 
 
-class Loras:
+class LoraManager:
     """Switches LoRAs on for the forwards of those that asked for them. One thread owns it."""
 
-    def __init__(self, pipeline: Any, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, pipeline: Any, kept_bytes: int = CACHE_BYTES) -> None:
         self._base = pipeline
         self._kept_bytes = kept_bytes
         self._pipeline: Any = None
         self._loaded: OrderedDict[str, int] = OrderedDict()
-        self._active: tuple[Lora, ...] = ()
+        self._active: tuple[LoraAdapter, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """Those on the device, from the least to the most recently used."""
         return list(self._loaded)
 
-    def use(self, loras: tuple[Lora, ...]) -> Any:
+    def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
         """The pipeline with exactly these switched on. Raises DoesNotFit, naming the one."""
         if self._pipeline is None:
             self._pipeline = self._build()
@@ -69,19 +69,19 @@ class Loras:
             self._active = loras
         return self._pipeline
 
-    def forget_idle(self, loras: tuple[Lora, ...]) -> None:
+    def unload_idle(self, loras: tuple[LoraAdapter, ...]) -> None:
         """Let all others go, because memory ran out."""
         self._make_room({lora.name for lora in loras}, self._kept_bytes)
 
     def _build(self) -> Any:
         parts = dict(self._base.components)
         for name in ("transformer", "text_encoder"):
-            parts[name] = twin(parts[name])
+            parts[name] = clone_sharing_weights(parts[name])
         pipeline = FluxPipeline(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _load(self, lora: Lora, place: int, wanted: Collection[str]) -> None:
+    def _load(self, lora: LoraAdapter, place: int, wanted: Collection[str]) -> None:
         try:
             num_bytes = lora.num_bytes
             self._make_room(wanted, num_bytes)
@@ -97,12 +97,12 @@ class Loras:
                 raise ValueError("none of its layers is the model's; take weights that were trained on this model")
         except BaseException as error:
             # Half of it may be there, and would paint into the next picture.
-            self._forget(lora.name)
+            self._unload(lora.name)
             # The device's errors are not the file's: who asked for the step tells these apart.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
             words = f"These LoRA weights do not fit this model: {_brief(error)}"
-            raise DoesNotFit(("loras", place, "path"), words) from error
+            raise IncompatibleInput(("loras", place, "path"), words) from error
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -125,14 +125,14 @@ class Loras:
         for name in [name for name in self._loaded if name not in wanted]:
             if sum(self._loaded.values()) + num_bytes <= self._kept_bytes:
                 return
-            self._forget(name)
+            self._unload(name)
 
     @property
     def _known(self) -> set[str]:
         """The names of all that the pipeline has, in whatever part of it."""
         return {each for names in self._pipeline.get_list_adapters().values() for each in names}
 
-    def _forget(self, name: str) -> None:
+    def _unload(self, name: str) -> None:
         self._loaded.pop(name, None)
         if name in self._known:
             with warnings.catch_warnings():
@@ -142,7 +142,7 @@ class Loras:
         self._active = ()
 
 
-def _scales(loras: Sequence[Lora]) -> dict[str, float]:
+def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
     """By name; the same one twice counts twice."""
     scales: dict[str, float] = {}
     for lora in loras:

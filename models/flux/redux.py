@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL.Image import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
-from models.flux.prompt_cache import NUM_TOKENS, Text
+from models.flux.prompt_cache import NUM_TOKENS, PromptEmbeds
 from models.loading import verify
 from models.loading.hub import BadWeights
 
@@ -35,24 +35,24 @@ class Redux:
     @classmethod
     def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
         """In the transformer's type, on the device; only safetensors. Raises OSError, also where it does not fit."""
-        verify.check(folder)
+        verify.verify(folder)
         dtype = transformer.dtype
-        with verify.explained(folder):
+        with verify.translate_errors(folder):
             prior = FluxPriorReduxPipeline(
-                image_encoder=verify.whole(
+                image_encoder=verify.load_complete(
                     SiglipVisionModel, folder / "image_encoder", dtype=dtype, trust_remote_code=False
                 ),
                 # Pillow's way of scaling is the same everywhere, and needs no torchvision.
                 feature_extractor=SiglipImageProcessorPil.from_pretrained(
                     folder / "feature_extractor", local_files_only=True, trust_remote_code=False
                 ),
-                image_embedder=verify.whole(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
+                image_embedder=verify.load_complete(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
             )
             return cls(prior.to(device), transformer)
 
     # With gradients other kernels would run, and the last bits differ from the pipeline's.
     @torch.no_grad()
-    def encode(self, picture: Image) -> Text:
+    def encode(self, picture: Image) -> PromptEmbeds:
         """What stands for the text, as FluxPriorReduxPipeline makes it when it has no text encoders."""
         device = self.prior.image_embedder.device
         states = self.prior.encode_image(picture, device, 1)
@@ -60,4 +60,4 @@ class Redux:
         no_text = told.new_zeros(1, NUM_TOKENS, self._text_width)
         embeds = torch.cat([no_text, told], dim=1)
         ids = told.new_zeros(embeds.shape[1], 3)
-        return Text(embeds, told.new_zeros(1, self._pooled_width), ids)
+        return PromptEmbeds(embeds, told.new_zeros(1, self._pooled_width), ids)

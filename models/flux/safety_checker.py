@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from models.base import CannotPaint, Placement
+from models.base import GenerationFailed, EngineConfig
 from models.loading import hub, verify
 from models.loading.devices import device_for
 from models.loading.pipeline import dtype_of, folder_of
@@ -34,7 +34,7 @@ class ImageClassifier:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = _whole(AutoModelForImageClassification, folder, trust_remote_code=False, **options)
+        model = _load_complete(AutoModelForImageClassification, folder, trust_remote_code=False, **options)
         self.model = model.to(device)
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
@@ -48,7 +48,7 @@ class ImageClassifier:
         logits = self.model(**inputs).logits.float()
         # An infinite one would be a probability of 0 or of 1.
         if not logits.isfinite().all():
-            raise CannotPaint(_NOT_A_NUMBER)
+            raise GenerationFailed(_NOT_A_NUMBER)
         return [probability > THRESHOLD for probability in logits.softmax(dim=-1)[:, self.nsfw].tolist()]
 
 
@@ -60,10 +60,10 @@ class CompVis:
         from transformers import AutoImageProcessor
 
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-        model = _whole(StableDiffusionSafetyChecker, folder, trust_remote_code=False, **options)
+        model = _load_complete(StableDiffusionSafetyChecker, folder, trust_remote_code=False, **options)
         self.model = model.to(device)
         # Within the model, which calls what is not a number safe, and hands on nothing that it was counted from.
-        self.model.visual_projection.register_forward_hook(_refuse_without_direction)
+        self.model.visual_projection.register_forward_hook(_reject_degenerate_embeddings)
 
     @torch.no_grad()
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
@@ -83,35 +83,35 @@ class Unavailable:
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
         """Raises CannotPaint."""
-        raise CannotPaint(self.reason)
+        raise GenerationFailed(self.reason)
 
 
-def _whole(kind: Any, folder: Path, **options: Any) -> Any:
+def _load_complete(kind: Any, folder: Path, **options: Any) -> Any:
     """A model with all of its weights from the folder, each a number. Raises hub.BadWeights."""
-    model = verify.whole(kind, folder, **options)
+    model = verify.load_complete(kind, folder, **options)
     if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise hub.BadWeights(f"{folder} has no numbers for {verify.shortened(spoilt)}; {hub.REPLACE}")
     return model
 
 
-def _refuse_without_direction(projection: torch.nn.Module, inputs: Any, embeddings: torch.Tensor) -> None:
+def _reject_degenerate_embeddings(projection: torch.nn.Module, inputs: Any, embeddings: torch.Tensor) -> None:
     # In the embeddings' own type, as the model divides by it: what overflows here is like nothing there.
     lengths = embeddings.norm(dim=-1)
     if not ((lengths > 0) & (lengths < torch.inf)).all():
-        raise CannotPaint(_NOT_A_NUMBER)
+        raise GenerationFailed(_NOT_A_NUMBER)
 
 
-def load(placement: Placement) -> Checker:
+def load(placement: EngineConfig) -> Checker:
     """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
     try:
         folder = _folder(placement)
-        with verify.explained(folder):
+        with verify.translate_errors(folder):
             return _load(folder, device_for(placement.device), dtype_of(placement))
     except OSError as error:
         return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
 
 
-def _folder(placement: Placement) -> Path:
+def _folder(placement: EngineConfig) -> Path:
     if placement.weights is not None:
         own = folder_of(placement.weights) / "safety_checker"
         if own.is_dir():
@@ -120,7 +120,7 @@ def _folder(placement: Placement) -> Path:
     if configured.is_dir():
         return configured
     # With weights from the hub it may be asked now; with weights from a folder nothing is.
-    found = hub.locate(placement.safety_checker)
+    found = hub.cached_path(placement.safety_checker)
     if found is None and isinstance(placement.weights, str):
         found = hub.pull(placement.safety_checker)
     if found is None:
@@ -133,7 +133,7 @@ def _folder(placement: Placement) -> Path:
 def _load(folder: Path, device: str, dtype: torch.dtype) -> Checker:
     from transformers import PretrainedConfig
 
-    verify.check(folder)
+    verify.verify(folder)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
     # Judged in the type of its file, unless this CPU is slow in that: a checker in float32 is no worse in float32.
     options = {"dtype": dtype} if dtype == torch.float32 else {}

@@ -12,16 +12,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 
 from models.flux.first_block_cache import FirstBlockCache
-from models.flux.prompt_cache import Text
+from models.flux.prompt_cache import PromptEmbeds
 
 
 @dataclass
-class Generation:
+class Sample:
     """One picture on its way: packed latents of shape (1, tokens, channels) and the steps still to go."""
 
     width: int
     height: int
-    text: Text
+    text: PromptEmbeds
     latents: Any
     latent_ids: Any
     scheduler: Any
@@ -50,7 +50,7 @@ class Generation:
         return self.timesteps[self.step]
 
     @property
-    def is_stepped(self) -> bool:
+    def steps_done(self) -> bool:
         """Whether the last step was taken."""
         return bool(self.step == len(self.timesteps))
 
@@ -61,13 +61,13 @@ class Generation:
             return None
         return self.latents - self.scheduler.sigmas[self.scheduler.step_index] * self.velocity
 
-    def take(self, velocity: torch.Tensor) -> None:
+    def step_with(self, velocity: torch.Tensor) -> None:
         """Step along `velocity`, of the shape of the latents."""
         stepped = self.scheduler.step(velocity, self.timestep, self.latents, return_dict=False)
         self.latents, self.velocity = stepped[0], velocity
         self.step += 1
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Forget what the picture was made from, once there is one."""
         self.latents = self.velocity = self.cache = None
 
@@ -82,12 +82,12 @@ def first_step(request: Any) -> int:
 def begin(
     pipeline: Any,
     device: str,
-    text: Text,
+    text: PromptEmbeds,
     request: Any,
     size: tuple[int, int],
     seed: int,
     picture: Image | None = None,
-) -> Generation:
+) -> Sample:
     """Latents, timesteps and guidance of a picture of (width, height), as diffusers' pipelines prepare them.
 
     From noise as FluxPipeline, from a `picture` as FluxImg2ImgPipeline.
@@ -109,7 +109,7 @@ def begin(
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-    return Generation(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
+    return Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
 
 
 def _noisy(
@@ -133,7 +133,7 @@ def _noisy(
     return packed
 
 
-def unpacked(pipeline: Any, generation: Generation, latents: torch.Tensor) -> torch.Tensor:
+def unpacked(pipeline: Any, generation: Sample, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the autoencoder takes them: (1, channels, height, width)."""
     whole = pipeline._unpack_latents(latents, generation.height, generation.width, pipeline.vae_scale_factor)
     config = pipeline.vae.config

@@ -6,12 +6,12 @@ from typing import Any
 from PIL.Image import Image
 
 from models.flux.acceleration import Tier
-from models.flux.loras import Lora
-from models.flux.sample import Generation, first_step
+from models.flux.loras import LoraAdapter
+from models.flux.sample import Sample, first_step
 
 
 @dataclass
-class FluxPainting:
+class FluxTask:
     """One request. Without shared forwards its pictures are painted one after the other, each as if alone."""
 
     request: Any
@@ -24,12 +24,12 @@ class FluxPainting:
     #: The transformer's type, by PyTorch's name.
     dtype: str
     #: What it is painted over, if anything.
-    picture: Image | None = None
+    init_image: Image | None = None
     #: What it is told to paint by, instead of a prompt.
-    subject: Image | None = None
-    loras: tuple[Lora, ...] = ()
-    generations: list[Generation] = field(default_factory=list)
-    pictures: list[Image] = field(default_factory=list)
+    reference_image: Image | None = None
+    loras: tuple[LoraAdapter, ...] = ()
+    samples: list[Sample] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
     step: int = 0
 
     @property
@@ -45,7 +45,7 @@ class FluxPainting:
     @property
     def num_steps(self) -> int:
         """Steps of all its pictures."""
-        num_left_out = 0 if self.picture is None else first_step(self.request)
+        num_left_out = 0 if self.init_image is None else first_step(self.request)
         return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
 
     @property
@@ -59,9 +59,9 @@ class FluxPainting:
         return (self.num_steps - self.step) * self.step_work
 
     @property
-    def is_done(self) -> bool:
+    def is_decoded(self) -> bool:
         """Whether every picture is decoded."""
-        return bool(len(self.pictures) == self.request.num_images)
+        return bool(len(self.images) == self.request.num_images)
 
     @property
     def words(self) -> str:
@@ -69,7 +69,7 @@ class FluxPainting:
         return f"a picture of {self.width}x{self.height}"
 
     @property
-    def due(self) -> list[Generation]:
+    def due(self) -> list[Sample]:
         """What can take a step now: all its pictures where they may share a forward, else the next one."""
-        unfinished = [generation for generation in self.generations if not generation.is_stepped]
+        unfinished = [generation for generation in self.samples if not generation.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]

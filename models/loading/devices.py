@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.loading import cpu
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def free_memory(device: str) -> int:
     return int(min(free, limit))
 
 
-def is_emulated(placement: Placement, dtype: "torch.dtype") -> bool:
+def is_emulated(placement: EngineConfig, dtype: "torch.dtype") -> bool:
     """Whether bfloat16 was chosen, on a CPU that is slow at it, because float32 did not fit."""
     import torch
 

@@ -38,12 +38,12 @@ def pull(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"]))
         patterns = _patterns(folder)
         snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
-    if lacking := missing(folder):
+    if lacking := missing_components(folder):
         raise HubError(f"{hub_id} does not have what a pipeline needs: {', '.join(lacking)}")
     return folder
 
 
-def locate(hub_id: str) -> Path | None:
+def cached_path(hub_id: str) -> Path | None:
     """The folder of what was pulled, if all of it is there; never opens a connection. Raises BadWeights."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -51,19 +51,19 @@ def locate(hub_id: str) -> Path | None:
         return None
     for name in ("model_index.json", "config.json"):
         found = try_to_load_from_cache(hub_id, name)
-        if isinstance(found, str) and not missing(Path(found).parent):
+        if isinstance(found, str) and not missing_components(Path(found).parent):
             return Path(found).parent
     return None
 
 
-def missing(folder: Path) -> list[str]:
+def missing_components(folder: Path) -> list[str]:
     """What a pipeline's or model's folder lacks, by name; empty when it is whole. Raises BadWeights."""
     if not (folder / "model_index.json").is_file():
         return [] if (folder / "config.json").is_file() and _has_weights(folder) else ["model_index.json"]
     return [name for name in components(folder) if not _is_whole(folder / name)]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the weights. Raises BadWeights where there is none."""
     if (num_bytes := path.stat().st_size) > MAX_JSON_BYTES:
         raise BadWeights(f"{path} has {num_bytes} bytes, and {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
@@ -76,10 +76,10 @@ def read(path: Path) -> dict[str, Any]:
     return said
 
 
-def index(folder: Path) -> dict[str, tuple[str, str]]:
+def read_model_index(folder: Path) -> dict[str, tuple[str, str]]:
     """What model_index.json says: the library and the class of each component. Raises BadWeights."""
     path, found = folder / "model_index.json", {}
-    for name, value in read(path).items():
+    for name, value in read_json(path).items():
         # A component that is left out is a pair of nulls, and what is no list is a setting.
         if not isinstance(value, list) or value == [None, None]:
             continue
@@ -93,7 +93,7 @@ def index(folder: Path) -> dict[str, tuple[str, str]]:
 
 def shards(listed: Path) -> set[str]:
     """The files that an index of weights names, each beside it. Raises BadWeights."""
-    files = read(listed).get("weight_map")
+    files = read_json(listed).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise BadWeights(f"{listed} is no index of weights: weight_map must name a file for each tensor; {REPLACE}")
     for name in files.values():
@@ -104,7 +104,7 @@ def shards(listed: Path) -> set[str]:
 
 def components(folder: Path) -> list[str]:
     """The subfolders that model_index.json names."""
-    return list(index(folder))
+    return list(read_model_index(folder))
 
 
 def size(folder: Path) -> int:

@@ -26,10 +26,10 @@ class Plan:
     """
 
     name: str
-    words: str
-    needs: Callable[[Mapping[str, int]], float]
-    place: Callable[[Any, str], Any]
-    is_whole: bool = False
+    description: str
+    required_bytes: Callable[[Mapping[str, int]], float]
+    apply: Callable[[Any, str], Any]
+    is_resident: bool = False
 
 
 def _resident(pipeline: Any, device: str) -> Any:
@@ -95,9 +95,9 @@ PLANS = (
 NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
-def is_whole(sizes: Mapping[str, int], free: int) -> bool:
+def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
     """Whether the weights fit as they are, with room to work."""
-    return PLANS[0].needs(sizes) <= free
+    return PLANS[0].required_bytes(sizes) <= free
 
 
 def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda") -> Plan:
@@ -109,9 +109,9 @@ def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cud
     if device == "cpu" and name == "auto":
         return PLANS[0]
     for plan in PLANS:
-        if plan.name == name or (name == "auto" and plan.needs(sizes) <= free):
+        if plan.name == name or (name == "auto" and plan.required_bytes(sizes) <= free):
             return plan
-    least = min(plan.needs(sizes) for plan in PLANS)
+    least = min(plan.required_bytes(sizes) for plan in PLANS)
     raise OSError(
         f"the device has {free / 1e9:.1f} GB free, and the weights need {least / 1e9:.1f} GB at least; "
         "--memory NAME tries a plan all the same"

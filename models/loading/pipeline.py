@@ -4,17 +4,17 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import Loading, Placement
+from models.base import LoadProgress, EngineConfig
 from models.loading import hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
-from models.loading.specs import REDUX, installed
+from models.loading.specs import REDUX, find_extra_weights
 
 if TYPE_CHECKING:
     import torch
     from diffusers import FluxPipeline
 
 #: Loaded by `safety_checker` and `redux`, or by no module: what FluxPipeline has for IP-Adapters, not served here.
-NOT_OF_THE_PIPELINE = ("safety_checker", REDUX.folder, "image_encoder", "feature_extractor")
+NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.folder, "image_encoder", "feature_extractor")
 _MATCH = "take all parts from the same weights"
 
 
@@ -22,43 +22,43 @@ def folder_of(where: str | Path) -> Path:
     """The folder of weights: given, or pulled from the hub if it was not pulled before. Raises hub.HubError."""
     if isinstance(where, Path):
         return where
-    return hub.locate(where) or hub.pull(where)
+    return hub.cached_path(where) or hub.pull(where)
 
 
-def load_pipeline(placement: Placement) -> "tuple[FluxPipeline, memory_plans.Plan]":
+def load_pipeline(placement: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
     """The pipeline in its type, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
 
     One large part after the other goes to the device, so the host never holds all of them beside the device's.
     """
     from diffusers import FluxPipeline
 
-    _keep_quiet()
+    _silence_libraries()
     if placement.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
     folder, device = folder_of(placement.weights), device_for(placement.device)
-    verify.check_pipeline(folder, NOT_OF_THE_PIPELINE)
+    verify.verify_pipeline(folder, NON_PIPELINE_COMPONENTS)
     dtype = dtype_of(placement)
     sizes = _sizes(placement.weights, folder, dtype)
     plan = memory_plans.choose(placement.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
-            placement.report(Loading(name, loaded, sum(sizes.values())))
+            placement.report(LoadProgress(name, loaded, sum(sizes.values())))
             parts[name] = _load_part(folder, name, dtype)
-            if plan.is_whole:
+            if plan.is_resident:
                 parts[name].to(device)
             loaded += size
     small = {name: _load_part(folder, name, dtype) for name in verify.CLASSES if name not in parts}
-    with verify.explained(folder):
+    with verify.translate_errors(folder):
         pipeline = FluxPipeline(**parts, **small)
         _check_fit(folder, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return plan.place(pipeline, device), plan
+    return plan.apply(pipeline, device), plan
 
 
 def sizes_on_disk(where: str | Path, folder: Path) -> dict[str, int]:
     """Bytes of the weights of each component, and of what is installed beside them, as they are stored: in bf16."""
-    beside = installed(where, REDUX)
+    beside = find_extra_weights(where, REDUX)
     return hub.sizes(folder) | ({REDUX.folder: hub.size(beside)} if beside else {})
 
 
@@ -71,13 +71,13 @@ def _load_part(folder: Path, name: str, dtype: "torch.dtype") -> Any:
     """A part of the class that model_index.json names, which was checked before. Raises hub.BadWeights."""
     from torch.nn import Module
 
-    library, class_name = hub.index(folder)[name]
+    library, class_name = hub.read_model_index(folder)[name]
     # Without it, some of transformers' classes ask on the terminal whether code from the folder may run.
     options = {"trust_remote_code": False} if library == "transformers" else {}
-    with verify.explained(folder / name):
+    with verify.translate_errors(folder / name):
         kind = getattr(importlib.import_module(library), class_name)
         if issubclass(kind, Module):
-            return verify.whole(kind, folder / name, dtype=dtype, **options)
+            return verify.load_complete(kind, folder / name, dtype=dtype, **options)
         return kind.from_pretrained(folder / name, local_files_only=True, **options)
 
 
@@ -105,7 +105,7 @@ def _check_fit(folder: Path, pipeline: Any) -> None:
             raise hub.BadWeights(f"{folder / name} counts to {given}, and its text encoder to {limit}; {_MATCH}")
 
 
-def _keep_quiet() -> None:
+def _silence_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -115,17 +115,17 @@ def _keep_quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def has_room(placement: Placement) -> bool:
+def has_room(placement: EngineConfig) -> bool:
     """Whether all of these weights fit on the device beside what is there. Weights not pulled yet are said to."""
     where = placement.weights or ""
-    folder = where if isinstance(where, Path) else hub.locate(where)
+    folder = where if isinstance(where, Path) else hub.cached_path(where)
     if folder is None:
         return True
     sizes = _sizes(where, folder, dtype_of(placement))
-    return memory_plans.is_whole(sizes, free_memory(device_for(placement.device)))
+    return memory_plans.fits_resident(sizes, free_memory(device_for(placement.device)))
 
 
-def dtype_of(placement: Placement) -> "torch.dtype":
+def dtype_of(placement: EngineConfig) -> "torch.dtype":
     """The type that these weights are computed in. Raises OSError where the device cannot, and hub.HubError."""
     if placement.weights is None:
         return dtype_for(placement.dtype, device_for(placement.device))

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.base import AddOn, Model
+from models.base import ExtraWeights, Model
 from models.loading import hub
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: What FLUX.1 [dev] reads a picture with instead of a prompt.
-REDUX = AddOn("redux", "black-forest-labs/FLUX.1-Redux-dev")
+REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 
 
-def assign(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
+def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
     """Say which weights each served endpoint runs on.
 
     A spec is `demo`, a hub id, a folder (for fal-ai/flux/dev) or `ENDPOINT=FOLDER-or-hub-id`; models that need
@@ -37,11 +37,11 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if separator:
         if endpoint not in models:
             raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
-        where = place(rest)
+        where = parse_spec(rest)
         if not _has_all(models[endpoint], where):
             raise ValueError(f"{spec}: {endpoint} needs {_lacking(models[endpoint], where)} too")
         return {endpoint: where}
-    where = place(spec)
+    where = parse_spec(spec)
     if isinstance(where, Path):
         return {DEFAULT_ENDPOINT: where}
     served = [model.endpoint for model in models.values() if where in model.weights]
@@ -50,25 +50,25 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     return {endpoint: where for endpoint in served if _has_all(models[endpoint], where)}
 
 
-def installed(where: str | Path, add_on: AddOn) -> Path | None:
+def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
     """Where an add-on to some weights lies: weights from a folder bring it, and those from the hub find it there."""
     if isinstance(where, Path):
-        return where / add_on.folder if (where / add_on.folder).is_dir() else None
-    return hub.locate(add_on.hub_id)
+        return where / extra_weights.folder if (where / extra_weights.folder).is_dir() else None
+    return hub.cached_path(extra_weights.hub_id)
 
 
 def _has_all(model: Model, where: str | Path) -> bool:
-    return model.add_on is None or installed(where, model.add_on) is not None
+    return model.extra_weights is None or find_extra_weights(where, model.extra_weights) is not None
 
 
 def _lacking(model: Model, where: str | Path) -> str:
-    assert model.add_on is not None
+    assert model.extra_weights is not None
     if isinstance(where, Path):
-        return f"the folder {model.add_on.folder} in {where}, with {model.add_on.hub_id}"
-    return f"{model.add_on.hub_id}; `flux-server pull {model.add_on.hub_id}` brings it"
+        return f"the folder {model.extra_weights.folder} in {where}, with {model.extra_weights.hub_id}"
+    return f"{model.extra_weights.hub_id}; `flux-server pull {model.extra_weights.hub_id}` brings it"
 
 
-def place(spec: str) -> str | Path:
+def parse_spec(spec: str) -> str | Path:
     """A folder that has a pipeline in it, or a hub id. Raises ValueError, with the reason, for anything else."""
     if spec == "demo":
         return DEMO

@@ -25,7 +25,7 @@ CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
 #: What makes the libraries look for code: beside the weights, or, for attention, on the hub.
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation")
 #: Our own code lies around the demo weights.
-_OURS = Path(__file__).resolve().parent.parent
+_MODELS_DIR = Path(__file__).resolve().parent.parent
 #: Of a safetensors file: the format's own limit, so that nothing valid is refused. FLUX.1's headers take some 100 KB,
 #: but weights are the operator's choice, and are read once.
 _MAX_HEADER_BYTES = 100_000_000
@@ -34,14 +34,14 @@ _LENGTH_BYTES = 8
 _NAMED, _WORDS = 3, 400
 
 
-def check(folder: Path) -> None:
+def verify(folder: Path) -> None:
     """Judge the files of a model or a pipeline, before anything of them is loaded. Raises BadWeights."""
     _refuse_links(folder)
     for path in sorted(folder.rglob("*")):
         if path.name == "adapter_config.json":
             # transformers would load the folder that it names, in place of this one.
             raise BadWeights(f"{path}: an adapter is no part of a pipeline; LoRA weights come with a request")
-        if path.suffix == ".py" and not path.resolve().is_relative_to(_OURS):
+        if path.suffix == ".py" and not path.resolve().is_relative_to(_MODELS_DIR):
             raise BadWeights(f"{path} is code, and none comes with weights; take the file away")
         if path.suffix == ".json":
             _refuse_code(path)
@@ -51,12 +51,12 @@ def check(folder: Path) -> None:
             _check_tensors(path)
 
 
-def check_pipeline(folder: Path, apart: Collection[str]) -> None:
+def verify_pipeline(folder: Path, exclude: Collection[str]) -> None:
     """And what model_index.json names, but for what is `apart`: loaded without its word. Raises BadWeights."""
-    check(folder)
-    index, named = folder / "model_index.json", hub.index(folder)
+    verify(folder)
+    index, named = folder / "model_index.json", hub.read_model_index(folder)
     for name, (library, kind) in named.items():
-        if name in apart:
+        if name in exclude:
             continue
         if name not in CLASSES:
             raise BadWeights(f"{index}: {name} is of {library}, and is no part of a FLUX pipeline; take the entry out")
@@ -65,13 +65,13 @@ def check_pipeline(folder: Path, apart: Collection[str]) -> None:
             raise BadWeights(f"{index}: {name} is of {library}.{kind}, and only {known} is loaded; {REPLACE}")
     if lacking := [name for name in CLASSES if name not in named]:
         raise BadWeights(f"{index} names no library and class for {', '.join(lacking)}; {REPLACE}")
-    if lacking := [name for name in hub.missing(folder) if name not in apart]:
+    if lacking := [name for name in hub.missing_components(folder) if name not in exclude]:
         what = "is not there, or lacks its configuration or its safetensors"
         raise BadWeights(f"{folder / lacking[0]} {what}; put the original folder of the weights in its place")
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def translate_errors(folder: Path) -> Iterator[None]:
     """What the libraries raise over a folder, whatever it is, as BadWeights that names the folder.
 
     What is no fault of the folder passes: memory that ran out, a device that is lost, a file that may not be read.
@@ -93,7 +93,7 @@ def explained(folder: Path) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def whole(kind: Any, folder: Path, **options: Any) -> Any:
+def load_complete(kind: Any, folder: Path, **options: Any) -> Any:
     """A module of this class with all of its weights from the folder, for inference.
 
     Raises BadWeights, also for tensors that lack or have other shapes: in their place would be random numbers.
@@ -101,7 +101,7 @@ def whole(kind: Any, folder: Path, **options: Any) -> Any:
     # Other shapes are ignored there to be refused here, with the names.
     options |= {"use_safetensors": True, "local_files_only": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with explained(folder):
+    with translate_errors(folder):
         model, info = kind.from_pretrained(folder, **options)
         wrong = {
             "lacks": info["missing_keys"],
@@ -138,7 +138,7 @@ def _refuse_links(folder: Path) -> None:
 
 def _refuse_code(path: Path) -> None:
     """Whatever a JSON file names as code, at any depth. A number is a token of a vocabulary."""
-    waiting: list[Any] = [hub.read(path)]
+    waiting: list[Any] = [hub.read_json(path)]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):

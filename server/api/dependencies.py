@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection, Request
 
-from models.base import Loading, Model
+from models.base import LoadProgress, Model
 from server.api import submissions
 from server.api.rate_limit import RateLimiter
 from server.api.responses import FalJSONResponse
@@ -66,7 +66,7 @@ class Services:
     #: What the operator sees at a glance; waits for the disk.
     overview: Callable[[], Mapping[str, Any]]
     #: Whether the models can paint, and how far loading has come.
-    readiness: Callable[[], tuple[bool, Loading]]
+    readiness: Callable[[], tuple[bool, LoadProgress]]
     #: What there is to tell of each GPU, and of the engines in its memory.
     gpus: Callable[[], Sequence[GpuStatus]]
 

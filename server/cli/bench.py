@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.base import Placement
+from models.base import EngineConfig
 from models.benchmark import random_weights
-from models.benchmark.compare import Bench, Figure, Job
+from models.benchmark.compare import EngineBenchmark, Measurement, Workload
 from models.loading import cpu, devices, memory_plans, specs
 from models.loading.pipeline import load_pipeline
 from server.settings import Settings
@@ -35,7 +35,7 @@ def run(
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
     pipeline, plan = _pipeline(settings, shape, device)
-    placement = Placement(
+    placement = EngineConfig(
         None,
         "",
         device=device,
@@ -44,7 +44,7 @@ def run(
         is_eager=settings.eager,
         compile_cache=settings.data_dir / "compiled",
     )
-    bench = Bench(pipeline, device, placement, is_whole=plan.is_whole)
+    bench = EngineBenchmark(pipeline, device, placement, is_whole=plan.is_resident)
     found = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
         "dtype": devices.type_name(pipeline.transformer.dtype),
@@ -54,12 +54,12 @@ def run(
     }
     yield "\n".join(f"{name}: {value}" for name, value in found.items() if name != "figures"), found
     smallest = min(sizes)
-    difference = bench.difference(Job(*smallest, num_steps))
+    difference = bench.difference(Workload(*smallest, num_steps))
     found["eager_difference"] = difference
     yield f"largest difference of a pixel, eager from naive, {smallest[0]}x{smallest[1]}: {difference}", found
     yield "".join(f"{head:>16}" for head in _HEADS), found
     for size in sizes:
-        for figure in bench.figures(Job(*size, num_steps, num_waiting), num_rounds):
+        for figure in bench.figures(Workload(*size, num_steps, num_waiting), num_rounds):
             found["figures"].append(dataclasses.asdict(figure))
             yield _line(figure), found
 
@@ -68,15 +68,15 @@ def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_
     import torch
 
     if not shape:
-        (where,) = (specs.place(spec.rpartition("=")[2]) for spec in settings.weights[:1])
-        return load_pipeline(Placement(where, "", device=device, dtype=settings.dtype, memory=settings.memory))
+        (where,) = (specs.parse_spec(spec.rpartition("=")[2]) for spec in settings.weights[:1])
+        return load_pipeline(EngineConfig(where, "", device=device, dtype=settings.dtype, memory=settings.memory))
     stored = random_weights.sizes(shape, torch.bfloat16)
     dtype = devices.dtype_for(settings.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
     plan = memory_plans.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
     # A plan that does not keep everything on the device begins in the host's memory, as loading does.
-    pipeline = random_weights.build(shape, device if plan.is_whole else "cpu", dtype)
-    return plan.place(pipeline, device), plan
+    pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)
+    return plan.apply(pipeline, device), plan
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _machine(device: str) -> dict[str, Any]:
     }
 
 
-def _line(figure: Figure) -> str:
+def _line(figure: Measurement) -> str:
     cells = (
         figure.way,
         figure.size,

@@ -44,7 +44,7 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     if found is None:
         return
     try:
-        places = specs.assign(settings.weights, discover(settings.models_dir))
+        places = specs.assign_weights(settings.weights, discover(settings.models_dir))
     except (ValueError, OSError) as error:
         yield Check("weights", False, str(error))
         return
@@ -132,14 +132,14 @@ def _weights(
 ) -> Iterator[Check]:
     """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
     name = _name(where)
-    folder = where if isinstance(where, Path) else hub.locate(where)
+    folder = where if isinstance(where, Path) else hub.cached_path(where)
     if folder is None:
         yield Check(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
     else:
-        verify.check_pipeline(folder, pipeline.NOT_OF_THE_PIPELINE)
-        if redux := specs.installed(where, specs.REDUX):
-            verify.check(redux)
+        verify.verify_pipeline(folder, pipeline.NON_PIPELINE_COMPONENTS)
+        if redux := specs.find_extra_weights(where, specs.REDUX):
+            verify.verify(redux)
         sizes = pipeline.sizes_on_disk(where, folder)
         size = sum(sizes.values()) / 1e9
         yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
@@ -168,8 +168,8 @@ def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
         return words
     if folder is None:
         return f"{words}; {Device('cpu').step_words(FLUX_DEV, dtype)}; use a GPU"
-    with verify.explained(folder / "transformer"):
-        own = hub.read(folder / "transformer" / "config.json")
+    with verify.translate_errors(folder / "transformer"):
+        own = hub.read_json(folder / "transformer" / "config.json")
         return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
 
@@ -177,15 +177,15 @@ def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: 
     """Which plan is taken, and what each one needs."""
     # By itself a CPU takes no other.
     plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
-    needs = ", ".join(f"{plan.name} {plan.needs(sizes) / 1e9:.2f} GB" for plan in plans)
+    needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
         chosen = memory_plans.choose(name, sizes, free, device=device)
     except OSError as error:
         return Check(f"{where} memory", False, f"{error} ({needs})")
     figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
-    if chosen.needs(sizes) <= free:
-        return Check(f"{where} memory", True, f"{chosen.name}, {chosen.words}; {figures}")
-    fits_none = all(plan.needs(sizes) > free for plan in plans)
+    if chosen.required_bytes(sizes) <= free:
+        return Check(f"{where} memory", True, f"{chosen.name}, {chosen.description}; {figures}")
+    fits_none = all(plan.required_bytes(sizes) > free for plan in plans)
     return Check(
         f"{where} memory", False, f"{'nothing fits' if fits_none else f'{chosen.name} does not fit'}: {figures}"
     )
@@ -200,16 +200,16 @@ def _checker(settings: Settings, places: list[str | Path]) -> Check:
 
 def _found_checker(name: str, places: list[str | Path]) -> Check:
     """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
-    folders = [place if isinstance(place, Path) else hub.locate(place) for place in places]
+    folders = [place if isinstance(place, Path) else hub.cached_path(place) for place in places]
     own = [folder / "safety_checker" for folder in folders if folder is not None]
     if own and len(own) == len(folders) and all(folder.is_dir() for folder in own):
         found, words = own, "comes with the weights"
-    elif configured := Path(name) if Path(name).is_dir() else hub.locate(name):
+    elif configured := Path(name) if Path(name).is_dir() else hub.cached_path(name):
         found, words = [configured], f"{name} is here"
     else:
         return Check("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
     for folder in found:
-        verify.check(folder)
-        if hub.missing(folder):
+        verify.verify(folder)
+        if hub.missing_components(folder):
             return Check("safety checker", False, f"{folder} lacks its configuration or its safetensors")
     return Check("safety checker", True, words)

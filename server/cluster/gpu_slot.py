@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from models.base import About, Loading
+from models.base import EngineInfo, LoadProgress
 from server.cluster import message_checks, messages
 from server.cluster.ray_backend import RunnerHandle, RunnerLost
 from server.errors import DiskFull
@@ -46,8 +46,8 @@ class GpuSlot:
         #: What the present runner has, by request id.
         self.jobs: dict[str, Job] = {}
         self._with_previews: set[str] = set()
-        self.loading, self.is_ready, self.is_closing = Loading(), False, False
-        self._engines: Mapping[str, About] = {}
+        self.loading, self.is_ready, self.is_closing = LoadProgress(), False, False
+        self._engines: Mapping[str, EngineInfo] = {}
         self._runner: RunnerHandle | None = None
         self._num_lost, self._failure = 0, ""
         #: Runners so far.

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from models.base import Loading
+from models.base import LoadProgress
 from server.cluster.gpu_slot import GpuSlot
 from server.cluster.ray_backend import RayCluster, RayLost
 from server.cluster.router import Router, CacheAffinity
@@ -64,10 +64,10 @@ class ClusterHead:
         return not self._is_stopping and any(seat.is_ready for seat in list(self._slots))
 
     @property
-    def loading(self) -> Loading:
+    def loading(self) -> LoadProgress:
         """How far the one is that has come furthest."""
         all_of_them = [seat.loading for seat in list(self._slots)]
-        return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=Loading())
+        return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=LoadProgress())
 
     def gpus(self) -> Sequence[GpuStatus]:
         """What an operator is told of each."""

@@ -7,7 +7,7 @@ from logging import LogRecord
 
 from pydantic_core import from_json
 
-from models.base import Loading
+from models.base import LoadProgress
 from server.cluster import messages
 from server.queue.jobs import Job, Outcome
 from server.storage.file_store import StoredFile, is_file_name
@@ -48,7 +48,7 @@ def check(report: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
             _require(all(isinstance(name, str) for name in report.request_ids), "a strike against no request")
         case messages.RunnerState():
             _require(
-                isinstance(report.loading, Loading) and isinstance(report.engines, Mapping), "a state that is none"
+                isinstance(report.loading, LoadProgress) and isinstance(report.engines, Mapping), "a state that is none"
             )
         case messages.StepMeasured():
             _require(_is_text(report.acceleration, _MAX_WORD) and _is_time(report.seconds), "a step that is none")

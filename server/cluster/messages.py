@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from models.base import About, Loading
+from models.base import EngineInfo, LoadProgress
 from server.queue.jobs import Outcome
 
 
@@ -79,9 +79,9 @@ class ImagesGenerated:
 class RunnerState:
     """How far loading is, whether it can paint, and its engines by their weights."""
 
-    loading: Loading
+    loading: LoadProgress
     is_ready: bool
-    engines: Mapping[str, About]
+    engines: Mapping[str, EngineInfo]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Runner:
         kept = int(settings.loras_gb * 1e9)
         self._inputs = InputCache(self._folder / "inputs", lambda: self._queue.input_names, kept)
         known = discover(settings.models_dir)
-        places = specs.assign(settings.weights, known)
+        places = specs.assign_weights(settings.weights, known)
         self._crash_recorder = CrashRecorder(self._folder)
         self._worker = Worker(
             settings,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from models.base import About, Engine, Loading, Model, Placement
+from models.base import EngineInfo, Engine, LoadProgress, Model, EngineConfig
 from models.loading import pipeline, specs
 from server.settings import Settings
 
@@ -20,10 +20,10 @@ Key = tuple[str, str]
 PAUSE_SECONDS = 120.0
 
 
-def engine_configs(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, Placement]:
+def engine_configs(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, EngineConfig]:
     """What each endpoint is set up with, by the weights it was given."""
     return {
-        endpoint: Placement(
+        endpoint: EngineConfig(
             place,
             settings.safety_checker,
             device=settings.device,
@@ -43,9 +43,9 @@ class EnginePool:
     def __init__(
         self,
         models: Mapping[str, Model],
-        placements: Mapping[str, Placement],
+        placements: Mapping[str, EngineConfig],
         max_loaded: int,
-        report: Callable[[str, Loading], None],
+        report: Callable[[str, LoadProgress], None],
         on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -124,12 +124,12 @@ class EnginePool:
             self.start_warming_up()
         return engine
 
-    def about(self) -> Mapping[str, About]:
+    def about(self) -> Mapping[str, EngineInfo]:
         """What there is to tell of each that is loaded, by its weights; called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)
         names = {str(specs.DEMO): "demo"}
-        return {names.get(where, where): engine.about() for (_, where), engine in loaded.items()}
+        return {names.get(where, where): engine.info() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:
         """Make further tiers ready on a thread of its own, of what is loaded now and of what will be."""
@@ -143,7 +143,7 @@ class EnginePool:
                     continue
             for engine in [self._loaded.get(key) for key in keys]:
                 if engine:
-                    engine.settle()
+                    engine.freeze_compilation()
 
     def _warm_up_one(self, key: Key) -> bool:
         """One tier; False when there is none left, or the engine was let go. Held here only while it works."""

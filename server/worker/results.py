@@ -39,7 +39,7 @@ class ResultBuilder:
         try:
             images = [self._image(job, model, request, painted, index, files) for index in range(len(painted.images))]
             seconds = round(painted.seconds, 4)
-            answer = model.answer(request, images, painted.flags, {"inference": seconds})
+            answer = model.build_output(request, images, painted.flags, {"inference": seconds})
             return Outcome(
                 200,
                 answer.model_dump_json(),
@@ -77,7 +77,7 @@ class ResultBuilder:
         """Only what the bytes depend on: no time, no request id, no host."""
         picture = painted.images[index]
         return {
-            **model.parameters(request, request.seed + index),
+            **model.metadata(request, request.seed + index),
             "width": picture.width,
             "height": picture.height,
             "acceleration": painted.acceleration,

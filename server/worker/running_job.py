@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.base import CannotPaint, DoesNotFit, Engine, Model, Painting
+from models.base import GenerationFailed, IncompatibleInput, Engine, Model, GenerationTask
 from server.errors import InternalError, InvalidInput, ServerError
 from server.queue.jobs import Job, Outcome
 from server.worker.results import GeneratedImages
@@ -22,7 +22,7 @@ class RunningJob:
     model: Model
     engine: Engine
     request: Any
-    task: Painting
+    task: GenerationTask
     needs_safety_check: bool
     #: Spent on its steps and its decoding, in seconds.
     seconds: float = 0.0
@@ -43,16 +43,16 @@ class RunningJob:
     def decode_next(self) -> None:
         """Decode the next picture; after the last one, judge them all. Raises CannotPaint."""
         begun = time.perf_counter()
-        if not self.task.is_done:
+        if not self.task.is_decoded:
             self.engine.decode(self.task)
         self.seconds += time.perf_counter() - begun
-        if self.task.is_done:
-            self.flags = self._judged() if self.needs_safety_check else [False] * len(self.task.pictures)
+        if self.task.is_decoded:
+            self.flags = self._judged() if self.needs_safety_check else [False] * len(self.task.images)
 
     def _judged(self) -> Sequence[bool]:
-        flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.pictures)]
-        if len(flags) != len(self.task.pictures):
-            raise CannotPaint("The safety checker did not answer for every picture, so none is shown.")
+        flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.images)]
+        if len(flags) != len(self.task.images):
+            raise GenerationFailed("The safety checker did not answer for every picture, so none is shown.")
         return flags
 
     @property
@@ -60,17 +60,17 @@ class RunningJob:
         """What it came to, once developed."""
         assert self.flags is not None
         painting = self.task
-        return GeneratedImages(painting.pictures, self.flags, self.seconds, painting.acceleration, painting.dtype)
+        return GeneratedImages(painting.images, self.flags, self.seconds, painting.acceleration, painting.dtype)
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:
     """What the client is told of an error; the operator's log has the rest."""
     if isinstance(error, ServerError):
         return Outcome.from_error(error)
-    if isinstance(error, DoesNotFit):
+    if isinstance(error, IncompatibleInput):
         entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
         return Outcome.from_error(InvalidInput([entry]))
-    if isinstance(error, CannotPaint):
+    if isinstance(error, GenerationFailed):
         log.warning("failed: %s", error, extra={"request_id": job.request_id})
         return Outcome.from_error(InternalError(str(error)))
     log.error("failed", exc_info=error, extra={"request_id": job.request_id})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.base import DeviceLost, Loading, Model, Placement
+from models.base import DeviceLost, LoadProgress, Model, EngineConfig
 from server.errors import ClientCancelled, DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Mode, Outcome
@@ -43,7 +43,7 @@ class Worker:
         self,
         settings: Settings,
         models: Mapping[str, Model],
-        placements: Mapping[str, Placement],
+        placements: Mapping[str, EngineConfig],
         queue: JobSource,
         files: FileSink,
         input_path: Callable[[str], Path],
@@ -69,7 +69,7 @@ class Worker:
         self._postprocessor = Postprocessor(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
         self._stop_at: float | None = None
         self.is_ready = False
-        self.loading = Loading()
+        self.loading = LoadProgress()
         #: Why the thread ended, if it ended by itself.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -142,10 +142,10 @@ class Worker:
             beside = self._batch_candidates(running)
             with self._watched([running.job, *(other.job for other in beside)]):
                 self._step(running, beside)
-        elif not running.engine.decodes_beside:
+        elif not running.engine.decodes_concurrently:
             with self._watched([running.job]):
                 running.decode_next()
-        is_left = running.steps_done and running.engine.decodes_beside
+        is_left = running.steps_done and running.engine.decodes_concurrently
         return running if running.is_decoded or is_left else None
 
     def _batch_candidates(self, running: RunningJob) -> list[RunningJob]:
@@ -232,7 +232,7 @@ class Worker:
         """Seconds; None while nobody has asked to stop."""
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
 
-    def _report_loading(self, endpoint: str, loading: Loading) -> None:
+    def _report_loading(self, endpoint: str, loading: LoadProgress) -> None:
         """Tell the log, /health/ready, and those who wait for it."""
         self.loading = loading
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")

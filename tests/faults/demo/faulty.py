@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from models.base import Painting, Placement
+from models.base import GenerationTask, EngineConfig
 from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDev
 
@@ -50,9 +50,9 @@ class FaultyEngine(FluxEngine):
         self.pipeline.transformer.register_forward_hook(self._spoil_step)
         self.pipeline.vae.decoder.register_forward_hook(self._spoil_picture)
 
-    def advance(self, painting: Any, others: Sequence[Painting] = ()) -> Sequence[Painting]:
+    def advance(self, painting: Any, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
         with self._at(painting.request.prompt if painting.step == 1 else ""):
-            advanced: Sequence[Painting] = super().advance(painting, others)
+            advanced: Sequence[GenerationTask] = super().advance(painting, others)
             return advanced
 
     def decode(self, painting: Any) -> None:
@@ -85,7 +85,7 @@ class Faulty(FluxDev):
 
     endpoint = "test/faulty"
 
-    def setup(self, placement: Placement) -> FluxEngine:
+    def setup(self, placement: EngineConfig) -> FluxEngine:
         if os.environ.get("FAULTS_AT_SETUP"):
             raise OSError("these weights cannot be loaded")
         return FaultyEngine.load(placement)
