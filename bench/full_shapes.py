@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.base import LoadProgress, EngineConfig
+from models.base import EngineConfig, LoadProgress
 from models.benchmark import random_weights
 from models.flux import safety_checker
 from models.flux.acceleration import Tier

@@ -12,13 +12,13 @@ from models.base import Model
 _HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
 
 
-def discover(folder: Path | None = None) -> dict[str, Model]:
+def discover(directory: Path | None = None) -> dict[str, Model]:
     """Every model by its endpoint, those of this package first, then those of `folder`.
 
     Raises ValueError when two modules claim one endpoint.
     """
     found: dict[str, Model] = {}
-    for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(folder, "flux_server_models")):
+    for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
         model: Model = module.MODEL
         if model.endpoint in found:
             raise ValueError(f"two modules serve {model.endpoint}; one is {module.__file__}")
@@ -26,8 +26,8 @@ def discover(folder: Path | None = None) -> dict[str, Model]:
     return found
 
 
-def _modules_in(folder: Path | None, package: str) -> Iterator[ModuleType]:
-    for path in sorted(folder.glob("*.py")) if folder else ():
+def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:
+    for path in sorted(directory.glob("*.py")) if directory else ():
         # Looked for in the text, because importing engine.py and the like would bring in torch.
         if _HAS_MODEL.search(path.read_text(encoding="utf-8")):
             yield _module(f"{package}.{path.stem}", path)

@@ -60,7 +60,7 @@ class EngineConfig:
 class ExtraWeights:
     """Further weights that an endpoint needs: in this folder of its own weights, or by this id in the hub's cache."""
 
-    folder: str
+    directory: str
     hub_id: str
 
 
@@ -159,20 +159,20 @@ class Engine(Protocol):
         "loras.0.path": pictures as RGB files within the limits, LoRA weights as safetensors.
         """
 
-    def advance(self, painting: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
+    def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
         """Take the next step of `painting`; returns it and those of `others` that shared the forward.
 
         Raises CannotPaint, DeviceLost or what the library raises; it ends this painting and leaves the others as
         they were.
         """
 
-    def preview(self, painting: GenerationTask) -> Image | None:
+    def preview(self, task: GenerationTask) -> Image | None:
         """What its newest picture looks like at this step, small; None when nothing can be seen yet."""
 
-    def decode(self, painting: GenerationTask) -> None:
+    def decode(self, task: GenerationTask) -> None:
         """Decode the next picture, once every step was taken. Raises as `advance`; CannotPaint on not-a-number."""
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
 
     def info(self) -> EngineInfo:

@@ -5,19 +5,19 @@ from typing import Any
 
 from pydantic import Field
 
-from models.base import ExtraWeights, Engine, EngineConfig
+from models.base import Engine, EngineConfig, ExtraWeights
 from models.schema import (
+    AccelerationField,
     EnableSafetyChecker,
-    OutputFormatField,
-    OptionalSeed,
     Guidance,
     Image,
     ImageInput,
     ImagesOutput,
     NumImages,
+    OptionalSeed,
+    OutputFormatField,
     Prompt,
     Size,
-    AccelerationField,
     Steps,
     SyncMode,
 )
@@ -53,11 +53,11 @@ class FluxDev:
     Input: type[ImageInput] = FluxDevInput
     Output = FluxDevOutput
 
-    def setup(self, placement: EngineConfig) -> Engine:
+    def setup(self, config: EngineConfig) -> Engine:
         """Load the pipeline and its safety checker; raises OSError when the weights are not there."""
         from models.flux.engine import FluxEngine
 
-        return FluxEngine.load(placement)
+        return FluxEngine.load(config)
 
     def build_output(
         self,

@@ -6,15 +6,15 @@ from pydantic import Field
 
 from models.flux_dev import FluxDev
 from models.schema import (
+    AccelerationField,
     EnableSafetyChecker,
-    OutputFormatField,
-    OptionalSeed,
     Guidance,
     ImageInput,
     ImageURL,
     NumImages,
+    OptionalSeed,
+    OutputFormatField,
     Prompt,
-    AccelerationField,
     Steps,
     Strength,
     SyncMode,

@@ -7,15 +7,15 @@ from pydantic import Field
 from models.flux_dev import FluxDev
 from models.loading.specs import REDUX
 from models.schema import (
+    AccelerationField,
     EnableSafetyChecker,
-    OutputFormatField,
-    OptionalSeed,
     Guidance,
     ImageInput,
     ImageURL,
     NumImages,
+    OptionalSeed,
+    OutputFormatField,
     Size,
-    AccelerationField,
     Steps,
     SyncMode,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev import FluxDev, FluxDevInput
-from models.schema import Loras, LoraAccelerationField
+from models.schema import LoraAccelerationField, Loras
 
 
 class FluxLoraInput(FluxDevInput):

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from models.flux_dev_image_to_image import FluxDevImageToImage, FluxDevImageToImageInput
-from models.schema import Loras, LoraAccelerationField, Steps, Strength
+from models.schema import LoraAccelerationField, Loras, Steps, Strength
 
 
 class FluxLoraImageToImageInput(FluxDevImageToImageInput):

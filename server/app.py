@@ -81,12 +81,14 @@ def create_app(settings: Settings) -> FastAPI:
     Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
     """
     known = discover(settings.models_dir)
-    places = specs.assign_weights(settings.weights, known)
-    models = {endpoint: model for endpoint, model in known.items() if endpoint in places}
+    weights_by_endpoint = specs.assign_weights(settings.weights, known)
+    models = {endpoint: model for endpoint, model in known.items() if endpoint in weights_by_endpoint}
     database = Database(settings.data_dir)
-    absent = {endpoint: _required_weights(model) for endpoint, model in known.items() if endpoint not in places}
-    black_box = CrashRecorder(settings.data_dir)
-    parts, worker = _build_services(settings, models, absent, places, database, black_box)
+    absent = {
+        endpoint: _required_weights(model) for endpoint, model in known.items() if endpoint not in weights_by_endpoint
+    }
+    crash_recorder = CrashRecorder(settings.data_dir)
+    services, worker = _build_services(settings, models, absent, weights_by_endpoint, database, crash_recorder)
     app = FastAPI(
         title="flux-server",
         version=monitoring.VERSION,
@@ -97,7 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts, app.state.worker, app.state.black_box = parts, worker, black_box
+    app.state.services, app.state.worker, app.state.crash_recorder = services, worker, crash_recorder
     app.state.database = database
     app.openapi = partial(openapi.document, app, models)  # type: ignore[method-assign]
     for nouns in (
@@ -117,7 +119,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static", playground.files)
     app.mount("/docs", playground.swagger)
     add_exception_handlers(app)
-    _add_middleware(app, settings, parts)
+    _add_middleware(app, settings, services)
     return app
 
 
@@ -125,9 +127,9 @@ def _build_services(
     settings: Settings,
     models: dict[str, Model],
     absent: Mapping[str, str],
-    places: Mapping[str, str | Path | None],
+    weights_by_endpoint: Mapping[str, str | Path | None],
     database: Database,
-    black_box: CrashRecorder,
+    crash_recorder: CrashRecorder,
 ) -> tuple[Services, Worker | ClusterHead]:
     notifier, metrics = Notifier(), Metrics()
     needs, store = (
@@ -135,26 +137,26 @@ def _build_services(
         FileStore(settings.data_dir / "files", database),
     )
     jobs = _queue(settings, database, notifier, metrics, needs)
-    guard, limits = (
+    outbound, limits = (
         OutboundClient(settings.outbound_allow),
         Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
     )
-    inputs = _inputs(settings, needs, guard, store, limits)
+    inputs = _inputs(settings, needs, outbound, store, limits)
     worker: Worker | ClusterHead
     if settings.ray:
-        worker = ClusterHead(settings, jobs, store, RayCluster(settings, inputs.brought.path), notifier, metrics)
+        worker = ClusterHead(settings, jobs, store, RayCluster(settings, inputs.cache.path), notifier, metrics)
         jobs.on_cancel = worker.cancel
     else:
-        placed, paths = engine_configs(settings, places), inputs.brought.path
-        worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, black_box)
+        placed, paths = engine_configs(settings, weights_by_endpoint), inputs.cache.path
+        worker = Worker(settings, models, placed, jobs, store, paths, notifier, metrics, crash_recorder)
     database.on_corruption = worker.fail
     seen = partial(collect_gauges, database, settings.data_dir, lambda: worker.is_ready, worker.gpus)
     metrics.add_gauges(seen, partial(collect_gpu_gauges, worker.gpus))
-    parts = Services(
+    services = Services(
         models=models,
         unavailable_endpoints=absent,
         keys=_keys(settings, database),
-        guard=guard,
+        outbound=outbound,
         inputs=inputs,
         **_shared(settings),
         queue=jobs,
@@ -170,7 +172,7 @@ def _build_services(
         readiness=lambda: (worker.is_ready, worker.loading),
         gpus=worker.gpus,
     )
-    return parts, worker
+    return services, worker
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
@@ -214,11 +216,11 @@ def _queue(
 
 
 def _inputs(
-    settings: Settings, needs: PendingStorage, guard: OutboundClient, store: FileStore, limits: Limits
+    settings: Settings, needs: PendingStorage, outbound: OutboundClient, store: FileStore, limits: Limits
 ) -> InputResolver:
     return InputResolver(
         InputCache(settings.data_dir / INPUTS, needs.file_names, int(settings.loras_gb * 1e9)),
-        guard,
+        outbound,
         store,
         limits,
         pending_bytes=needs.num_bytes,
@@ -240,9 +242,9 @@ def _keys(settings: Settings, database: Database) -> Keys:
     return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, parts: Services) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, services: Services) -> None:
     """From the innermost, which is added first, to the outermost."""
-    is_open = parts.keys.allows_anonymous
+    is_open = services.keys.allows_anonymous
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_mib * 2**20)
     app.add_middleware(RewriteMiddleware, settings=settings)
     app.add_middleware(ErrorMiddleware)
@@ -256,27 +258,29 @@ def _add_middleware(app: FastAPI, settings: Settings, parts: Services) -> None:
     )
     app.add_middleware(HostCheckMiddleware, settings=settings, is_open=is_open)
     app.add_middleware(RequestIdMiddleware)
-    app.add_middleware(MetricsMiddleware, metrics=parts.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=services.metrics)
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> AsyncIterator[None]:
-    parts: Services = app.state.parts
+    services: Services = app.state.services
     worker: Worker | ClusterHead = app.state.worker
-    parts.notifier.bind_loop(asyncio.get_running_loop())
-    _record_crash(app.state.black_box, parts.queue)
-    parts.queue.recover()
-    parts.files.delete_orphans()
-    parts.signer.rotate()
+    services.notifier.bind_loop(asyncio.get_running_loop())
+    _record_crash(app.state.crash_recorder, services.queue)
+    services.queue.recover()
+    services.files.delete_orphans()
+    services.signer.rotate()
     worker.start()
     tasks = [
         asyncio.create_task(
-            WebhookSender(database, parts.notifier, parts.guard, parts.signer, metrics=parts.metrics).run()
+            WebhookSender(
+                database, services.notifier, services.outbound, services.signer, metrics=services.metrics
+            ).run()
         ),
-        asyncio.create_task(_run_periodically(EXPIRE_EVERY, parts.queue.fail_expired)),
-        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.retention.sweep)),
-        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.uploads.sweep)),
-        asyncio.create_task(_run_periodically(SWEEP_EVERY, parts.inputs.sweep)),
+        asyncio.create_task(_run_periodically(EXPIRE_EVERY, services.queue.fail_expired)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, services.retention.sweep)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, services.uploads.sweep)),
+        asyncio.create_task(_run_periodically(SWEEP_EVERY, services.inputs.sweep)),
     ]
     try:
         yield
@@ -288,15 +292,15 @@ async def _lifespan(app: FastAPI, settings: Settings, database: Database) -> Asy
         database.close()
 
 
-def _record_crash(black_box: CrashRecorder, jobs: Queue) -> None:
+def _record_crash(crash_recorder: CrashRecorder, jobs: Queue) -> None:
     """Blame what the last process worked at, if it died of a fault of its own; from now on this one's is recorded."""
-    trace, request_ids = black_box.read()
+    trace, request_ids = crash_recorder.read()
     if trace:
         at = ", ".join(request_ids) or "no request"
         log.error("the last process died of a fault of its own while it worked at %s:\n%s", at, trace)
         jobs.record_crash_at_startup(request_ids)
     # Only now, because what was recorded is gone then; a kill in between is one strike too many, and not one too few.
-    black_box.open()
+    crash_recorder.open()
 
 
 async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:

@@ -48,9 +48,9 @@ class Metrics:
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
 
-    def count_images(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
+    def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:
         """The pictures of one request, and how many of them are not shown."""
-        self.images.labels(endpoint).inc(num_pictures)
+        self.images.labels(endpoint).inc(num_images)
         self.flagged.labels(endpoint).inc(num_flagged)
 
     def steps(self) -> list[dict[str, Any]]:
@@ -88,11 +88,11 @@ class Metrics:
         """All of them, in the form that Prometheus reads."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, words: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}{name}", words, labels, registry=self.registry)
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", description, labels, registry=self.registry)
 
-    def _histogram(self, name: str, words: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"{_PREFIX}{name}", words, labels, registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", description, labels, registry=self.registry, buckets=buckets)
 
 
 class _Gauges(Collector):
@@ -103,9 +103,12 @@ class _Gauges(Collector):
 
     def collect(self) -> list[Metric]:
         """The values of this moment."""
-        found = [GaugeMetricFamily(f"{_PREFIX}{name}", words, value) for name, (words, value) in self._read().items()]
-        for name, (words, values) in self._by_gpu().items():
-            family = GaugeMetricFamily(f"{_PREFIX}{name}", words, labels=("gpu", "node"))
+        found = [
+            GaugeMetricFamily(f"{_PREFIX}{name}", description, value)
+            for name, (description, value) in self._read().items()
+        ]
+        for name, (description, values) in self._by_gpu().items():
+            family = GaugeMetricFamily(f"{_PREFIX}{name}", description, labels=("gpu", "node"))
             for labels, value in values.items():
                 family.add_metric(labels, value)
             found.append(family)
@@ -154,6 +157,6 @@ def collect_gpu_gauges(gpus: Callable[[], Sequence[GpuStatus]]) -> Mapping[str, 
     }
     nodes = {gpu.name: gpu.node for gpu in seen}
     return {
-        name: (words, {(gpu, nodes[gpu]): float(value) for gpu, value in values.items() if value is not None})
-        for name, (words, values) in found.items()
+        name: (description, {(gpu, nodes[gpu]): float(value) for gpu, value in values.items() if value is not None})
+        for name, (description, values) in found.items()
     }

@@ -176,10 +176,10 @@ class Settings(BaseModel):
 
     @field_validator("models_dir")
     @classmethod
-    def _is_folder(cls, folder: Path | None) -> Path | None:
-        if folder is not None and not folder.is_dir():
+    def _is_folder(cls, directory: Path | None) -> Path | None:
+        if directory is not None and not directory.is_dir():
             raise ValueError("should be a folder")
-        return folder
+        return directory
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -264,8 +264,8 @@ class Settings(BaseModel):
 
 
 def _words(value: object) -> tuple[str, ...]:
-    words = _split(value)
-    return tuple(words) if isinstance(words, tuple | list) else ()
+    entries = _split(value)
+    return tuple(entries) if isinstance(entries, tuple | list) else ()
 
 
 def _problem(entry: Any) -> str:

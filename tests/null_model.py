@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, EngineInfo, GenerationFailed, DeviceLost, LoadProgress, EngineConfig
+from models.base import NO_INPUTS, DeviceLost, EngineConfig, EngineInfo, GenerationFailed, LoadProgress
 from models.flux_dev import MODEL as FLUX_DEV
 from models.flux_dev import FluxDevInput, FluxDevOutput
 from models.schema import ImageInput

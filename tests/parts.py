@@ -80,10 +80,8 @@ def opened(
             max_running_per_owner=max_running_per_owner,
         )
         files = FileStore(folder / "files", database, clock)
-        brought = InputCache(folder / INPUTS, needs.file_names, 10**10, clock)
-        inputs = InputResolver(
-            brought, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes
-        )
+        cache = InputCache(folder / INPUTS, needs.file_names, 10**10, clock)
+        inputs = InputResolver(cache, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
         yield Parts(folder, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()

@@ -9,7 +9,7 @@ from typing import Any
 import jwt
 import pytest
 
-from server.auth import ANONYMOUS, Keys, KeyScope, add_key, list_keys, pepper, revoke_key, load_key_scopes
+from server.auth import ANONYMOUS, Keys, KeyScope, add_key, list_keys, load_key_scopes, pepper, revoke_key
 from server.errors import Forbidden, Unauthorized
 from tests.parts import Parts, opened
 

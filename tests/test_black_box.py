@@ -102,7 +102,7 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
         with pytest.raises(DiskFull):
             asyncio.run(start())
     finally:
-        app.state.parts.queue._database.close()
+        app.state.services.queue._database.close()
     assert CrashRecorder(tmp_path).read() == left
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from server.cluster import router
-from server.cluster.router import Router, CacheAffinity
+from server.cluster.router import CacheAffinity, Router
 from server.queue.jobs import Job, Mode, Priority, State
 
 

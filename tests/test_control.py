@@ -321,7 +321,7 @@ def test_a_backup_has_what_waiting_requests_brought(
     assert list((parts.folder / "inputs").iterdir()) == []
     with opened(tmp_path / "copy") as restored:
         assert restored.queue.recover() == 1
-        assert restored.inputs.brought.path(BROUGHT).read_bytes() == b"1"
+        assert restored.inputs.cache.path(BROUGHT).read_bytes() == b"1"
 
 
 def test_a_backup_reads_what_was_brought_once(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

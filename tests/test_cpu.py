@@ -91,7 +91,7 @@ def test_without_proc_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_step_of_full_size_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "matmul_rate", lambda self, dtype: 0.5e12)
-    words = Device("cpu").step_words(FLUX_DEV, torch.float32)
+    words = Device("cpu").step_description(FLUX_DEV, torch.float32)
     seconds = step_flops(FLUX_DEV, 1024 * 768 // 256, 512) / 0.5e12
     assert words.startswith(f"a step at 1024x768 takes {seconds:.0f} s or more here, an image of 28 steps 52 min")
     assert "0.5000 TFLOP/s in float32" in words

@@ -74,7 +74,7 @@ def test_only_what_the_server_could_have_made_is_removed(tmp_path: Path, caplog:
     with opened(tmp_path) as parts:
         uploads_of(parts)
         assert parts.files.delete_orphans() == 2
-        parts.inputs.brought._clock = lambda: 4e9 + GRACE_SECONDS
+        parts.inputs.cache._clock = lambda: 4e9 + GRACE_SECONDS
         assert parts.inputs.sweep() == 2
     assert {path for folder in folders for path in folder.rglob("*")} == kept
     assert caplog.messages.count("removed 2 files that no row lists") == 2

@@ -21,7 +21,7 @@ from PIL import Image
 from server.net import connect_proxy, tls
 from server.net.connect_proxy import ConnectProxy
 from server.net.fal_hosts import CERTIFICATE_NAMES, Role, role_of
-from server.settings import SettingsError, Settings
+from server.settings import Settings, SettingsError
 from tests.door import VERSIONS, finished, folder_of, reached, said, watched
 from tests.serving import ROOT, TEST_MODELS, Server, free_port, serving, with_door
 from tests.test_python_client import exports, picture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from models.base import GenerationFailed, DeviceLost, NonFiniteOutput
+from models.base import DeviceLost, GenerationFailed, NonFiniteOutput
 from models.flux.device import Device
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraAdapter

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import discover
-from models.base import Engine, LoadProgress, EngineConfig
+from models.base import Engine, EngineConfig, LoadProgress
 from models.benchmark.random_weights import build
 from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDevInput

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL.Image import Image
 
-from models.base import GenerationFailed, DeviceLost
+from models.base import DeviceLost, GenerationFailed
 from server.errors import DiskFull
 from server.queue.jobs import Job, Mode, Outcome, State
 from server.storage.file_store import StoredFile
@@ -130,7 +130,9 @@ def test_an_engine_that_does_not_decode_beside_is_left_to_one_thread(parts: Part
 
 
 @pytest.mark.parametrize("decodes_concurrently", [True, False])
-def test_files_are_made_and_written_beside(parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool) -> None:
+def test_files_are_made_and_written_beside(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool
+) -> None:
     engine, save = WatchedEngine(decodes_concurrently=decodes_concurrently), parts.files.create
 
     def watched(*given: Any) -> StoredFile:

@@ -329,7 +329,7 @@ def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> No
     """However long that takes."""
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
-        brought = parts.inputs.brought
+        brought = parts.inputs.cache
         with brought.pin() as hold:
             ready = brought.temp_path()
             ready.write_bytes(b"1")
@@ -344,7 +344,7 @@ def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> No
 def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> None:
     clock = Clock(now=4_000_000_000.0)
     with opened(tmp_path, clock=clock) as parts:
-        brought = parts.inputs.brought
+        brought = parts.inputs.cache
         for name in (f"{'a' * 16}.part", STRAY):
             brought.path(name).write_bytes(b"1")
         seen = []

@@ -261,8 +261,8 @@ def test_they_stay_until_the_room_is_needed(tmp_path: Path) -> None:
             os.utime(folder / name, (clock.now + number, clock.now + number))
         parts.queue.submit(submission(inputs={"loras.0.path": names[0]}))
         clock.now += 10_000
-        parts.inputs.brought.max_kept_bytes = 4000
+        parts.inputs.cache.max_kept_bytes = 4000
         assert parts.inputs.sweep() == 0
-        parts.inputs.brought.max_kept_bytes = 2500
+        parts.inputs.cache.max_kept_bytes = 2500
         assert parts.inputs.sweep() == 2
         assert sorted(path.name for path in folder.iterdir()) == [names[0], names[3]]

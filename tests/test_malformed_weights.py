@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from models.base import LoadProgress, EngineConfig
+from models.base import EngineConfig, LoadProgress
 from models.loading import hub
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO

@@ -65,20 +65,20 @@ def test_colours_are_those_of_the_picture(num_channels: int, answers_with: str, 
     vae = Mixing(num_channels, answers_with, dtype)
     previews = Preview(vae)
     latents = Mixing(num_channels, "latents", dtype).encode(two_colours(512, 256).to(dtype)).latents
-    picture = previews.picture(latents)
+    picture = previews.image(latents)
     assert (picture.mode, picture.size) == ("RGB", (256, 128))
     for height in (4, 64, 124):
         assert is_about(picture, (32, height), RED)
         assert is_about(picture, (224, height), BLUE)
     # The autoencoder is asked once.
-    previews.picture(latents)
+    previews.image(latents)
     assert vae.num_encoded == 1
 
 
 def test_channels_that_say_nothing_do_no_harm() -> None:
     vae = Mixing(16, "latents", torch.float32)
     vae.mix[3:] = 0
-    picture = Preview(vae).picture(vae.encode(two_colours(64, 64)).latents)
+    picture = Preview(vae).image(vae.encode(two_colours(64, 64)).latents)
     assert is_about(picture, (32, 128), RED)
     assert is_about(picture, (224, 128), BLUE)
 
@@ -99,7 +99,7 @@ def test_channels_that_say_nothing_do_no_harm() -> None:
     ],
 )
 def test_the_longer_side_has_256_pixels_at_most(latents: tuple[int, int], size: tuple[int, int]) -> None:
-    picture = Preview(Mixing(4, "latents", torch.float32)).picture(torch.zeros(1, 4, *latents))
+    picture = Preview(Mixing(4, "latents", torch.float32)).image(torch.zeros(1, 4, *latents))
     assert max(picture.size) <= MAX_SIDE == 256
     assert picture.size == size
 

@@ -13,7 +13,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from server.inputs.resolver import MAX_INPUT_BYTES, MAX_IMAGE_BYTES
+from server.inputs.resolver import MAX_IMAGE_BYTES, MAX_INPUT_BYTES
 from server.queue.jobs import Mode
 from tests.node import Client, clients
 from tests.parts import opened, submission

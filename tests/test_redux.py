@@ -16,7 +16,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from models.base import GenerationFailed, Model, EngineConfig
+from models.base import EngineConfig, GenerationFailed, Model
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.flux_dev import FluxDev

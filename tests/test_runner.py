@@ -156,5 +156,5 @@ def test_folders_of_dead_runners_go_after_a_while(tmp_path: Path) -> None:
         folder.mkdir()
     for folder in (old, elsewhere):
         os.utime(folder, (0, 0))
-    mine = runner._new_folder(tmp_path)
+    mine = runner._new_directory(tmp_path)
     assert {*tmp_path.iterdir()} == {mine, young, elsewhere}

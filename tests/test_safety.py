@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BatchFeature, CLIPConfig, CLIPImageProcessorPil
 
-from models.base import GenerationFailed, EngineConfig
+from models.base import EngineConfig, GenerationFailed
 from models.flux import safety_checker
 from models.loading.specs import DEMO
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.settings import SettingsError, Settings
+from server.settings import Settings, SettingsError
 
 
 def problems(environment: dict[str, str], options: dict[str, Any] | None = None) -> list[str]:

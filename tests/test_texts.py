@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import NUM_TOKENS, PromptEmbeds, PromptCache
+from models.flux.prompt_cache import NUM_TOKENS, PromptCache, PromptEmbeds
 from tests import tiny_flux
 from tests.tiny_flux import CallsAllSafe, asked, painted, tiers_of
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from models.base import GenerationFailed, EngineConfig
+from models.base import EngineConfig, GenerationFailed
 from models.flux import safety_checker
 from models.loading import hub, pipeline, specs, verify
 from models.loading.pipeline import load_pipeline

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.base import LoadProgress, Model, EngineConfig
+from models.base import EngineConfig, LoadProgress, Model
 from models.flux_dev import FluxDev
 from models.loading import hub, memory_plans, pipeline
 from models.loading.pipeline import load_pipeline

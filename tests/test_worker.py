@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from models.base import NO_INPUTS, GenerationFailed, Engine, EngineConfig
+from models.base import NO_INPUTS, Engine, EngineConfig, GenerationFailed
 from server.errors import DiskFull
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.queue.notifier import WORKER
@@ -41,7 +41,7 @@ def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     served = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
     placements = {endpoint: EngineConfig(None, "") for endpoint in served}
     chosen = Settings(data_dir=parts.folder, **settings)
-    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs.brought.path, parts.notifier)
+    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs.cache.path, parts.notifier)
 
 
 def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:

@@ -65,7 +65,7 @@ class _Timing:
 class EngineBenchmark:
     """Ways to paint with one pipeline; the tiers share its weights."""
 
-    def __init__(self, pipeline: Any, device: str, placement: EngineConfig, *, is_whole: bool = True) -> None:
+    def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_whole: bool = True) -> None:
         self.pipeline = pipeline
         self.device = device
         self._now = Device(device).now
@@ -73,7 +73,7 @@ class EngineBenchmark:
         # The checker is asked on neither side.
         self._checker = safety_checker.Unavailable("not asked")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        for tier in acceleration.build(pipeline, placement, device, is_whole=is_whole):
+        for tier in acceleration.build(pipeline, config, device, is_whole=is_whole):
             # Where nothing is compiled, "none" is what eager is already.
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)
@@ -83,15 +83,15 @@ class EngineBenchmark:
         ways: dict[str, Callable[[], _Timing]] = {"naive": lambda: self._naive(job)}
         for name, engine in self.engines.items():
             ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
-        taken = [{name: paint() for name, paint in ways.items()} for _ in range(num_rounds + 1)][1:]
+        taken = [{name: generate() for name, generate in ways.items()} for _ in range(num_rounds + 1)][1:]
         naive = statistics.median(one["naive"].seconds for one in taken)
         for name in ways:
             yield self._figure(name, job, [one[name] for one in taken], naive)
 
     def difference(self, job: Workload) -> int:
         """The largest difference of a pixel between the pipeline's picture and the eager engine's."""
-        paintings, _ = self._paint(self.engines["eager"], job)
-        theirs, ours = self._call(job), paintings[0].pictures[0]
+        tasks, _ = self._generate(self.engines["eager"], job)
+        theirs, ours = self._call(job), tasks[0].images[0]
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
 
     def _figure(self, name: str, job: Workload, taken: Sequence[_Timing], naive: float) -> Measurement:
@@ -120,19 +120,19 @@ class EngineBenchmark:
         return engine
 
     def _naive(self, job: Workload) -> _Timing:
-        begun = self._begin()
+        started = self._begin()
         for _ in range(job.num_waiting):
             self._call(job)
-        return _Timing(self._now() - begun, None, self._peak())
+        return _Timing(self._now() - started, None, self._peak())
 
     def _shared(self, engine: FluxEngine, job: Workload) -> _Timing:
-        begun = self._begin()
+        started = self._begin()
         # Naive encodes its prompt each time, and so does this.
         engine.prompts.evict()
-        _, step_seconds = self._paint(engine, job)
-        return _Timing(self._now() - begun, step_seconds, self._peak())
+        _, step_seconds = self._generate(engine, job)
+        return _Timing(self._now() - started, step_seconds, self._peak())
 
-    def _paint(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
+    def _generate(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
         """The paintings, decoded, and the seconds that the steps took, the text apart."""
         request = SimpleNamespace(
             prompt=PROMPT,
@@ -143,16 +143,16 @@ class EngineBenchmark:
             acceleration=engine.tiers[0].name,
         )
         engine.prompts.encode(PROMPT, engine.pipeline)
-        begun = self._now()
-        paintings = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
-        while waiting := [painting for painting in paintings if painting.step < painting.num_steps]:
+        started = self._now()
+        tasks = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
+        while waiting := [task for task in tasks if task.step < task.num_steps]:
             # As the worker does: the one with the least remaining work leads.
-            leader = min(waiting, key=lambda painting: painting.remaining_work)
-            engine.advance(leader, [painting for painting in waiting if painting is not leader])
-        step_seconds = self._now() - begun
-        for painting in paintings:
-            engine.decode(painting)
-        return paintings, step_seconds
+            leader = min(waiting, key=lambda task: task.remaining_work)
+            engine.advance(leader, [task for task in waiting if task is not leader])
+        step_seconds = self._now() - started
+        for task in tasks:
+            engine.decode(task)
+        return tasks, step_seconds
 
     def _call(self, job: Workload) -> Any:
         return self.pipeline(

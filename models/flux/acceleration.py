@@ -10,11 +10,11 @@ import torch
 from models.base import EngineConfig
 from models.flux.compilation import (
     choose_attention,
-    compile_blocks,
-    set_compile_cache_dirs,
-    quantize,
     clone_sharing_weights,
+    compile_blocks,
     fp8_unavailable_reason,
+    quantize,
+    set_compile_cache_dirs,
 )
 from models.flux.prompt_cache import NUM_TOKENS
 
@@ -61,24 +61,24 @@ def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
-def build(pipeline: Any, placement: EngineConfig, device: str, *, is_whole: bool) -> list[Tier]:
+def build(pipeline: Any, config: EngineConfig, device: str, *, is_whole: bool) -> list[Tier]:
     """The tiers that this device can run and the operator offers, from the most exact; "none" is always there."""
-    offered = NAMES[: NAMES.index(placement.max_acceleration) + 1]
+    offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
-    elif placement.is_eager or not is_whole:
+    elif config.is_eager or not is_whole:
         tiers = [Tier("none", pipeline.transformer)]
     else:
-        tiers = _compiled(pipeline.transformer, placement)
+        tiers = _compiled(pipeline.transformer, config)
     return [tier for tier in tiers if tier.name in offered]
 
 
-def _compiled(transformer: Any, placement: EngineConfig) -> list[Tier]:
-    set_compile_cache_dirs(placement)
+def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
+    set_compile_cache_dirs(config)
     exact = clone_sharing_weights(transformer)
     choose_attention(exact)
     tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
-    if reason := fp8_unavailable_reason(transformer, placement):
+    if reason := fp8_unavailable_reason(transformer, config):
         log.info("the tiers regular and high are painted as none: %s", reason)
         return tiers
     quantized = clone_sharing_weights(exact)

@@ -17,19 +17,19 @@ TOKEN_BUDGET = 9216
 BatchItem = tuple[FluxTask, Sample]
 
 
-def can_share(painting: FluxTask, other: FluxTask) -> bool:
+def can_share(task: FluxTask, other: FluxTask) -> bool:
     """Whether both run through the same transformer, and their tier allows it."""
-    return other.tier is painting.tier and other.tier.shares_forwards and other.loras == painting.loras
+    return other.tier is task.tier and other.tier.shares_forwards and other.loras == task.loras
 
 
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
     """Those that are like the first, in their order, within the token budget; the first in any case."""
     found: list[BatchItem] = []
-    for painting, generations in due:
+    for task, generations in due:
         for generation in generations:
             is_alike = not found or generation.key == found[0][1].key
             if is_alike and (len(found) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
-                found.append((painting, generation))
+                found.append((task, generation))
     return found
 
 

@@ -58,9 +58,9 @@ def choose_attention(transformer: Any) -> None:
         _AttentionBackendRegistry.set_active_backend(before)
 
 
-def set_compile_cache_dirs(placement: EngineConfig) -> None:
+def set_compile_cache_dirs(config: EngineConfig) -> None:
     """Keep what is compiled on disk, apart for each version of PyTorch, Triton, diffusers and each kind of card."""
-    if placement.compile_cache is None:
+    if config.compile_cache is None:
         return
     from importlib.metadata import version
 
@@ -73,15 +73,15 @@ def set_compile_cache_dirs(placement: EngineConfig) -> None:
             " ", "_"
         )
     )
-    folder = placement.compile_cache / key.replace("/", "-")
+    directory = config.compile_cache / key.replace("/", "-")
     for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(name, str(folder / part))
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(name, str(directory / part))
 
 
-def fp8_unavailable_reason(transformer: Any, placement: EngineConfig) -> str | None:
+def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None:
     """Why this device cannot have a copy of the transformer in fp8; None where it can."""
-    if placement.max_acceleration == "none":
+    if config.max_acceleration == "none":
         return "the operator offers nothing faster"
     if torch.cuda.get_device_capability() < (8, 9):
         return f"{torch.cuda.get_device_name()} has no fp8 matrix products"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.base import GenerationFailed, DeviceLost
+from models.base import DeviceLost, GenerationFailed
 from models.flux.flops import step_flops
 from models.flux.prompt_cache import NUM_TOKENS
 from models.loading import cpu, devices
@@ -42,16 +42,16 @@ class Device:
         rate = 0.0
         for side in (8192,) * 12 if self.name == "cuda" else (256, 1024, *(2048,) * 6):
             one, other = (torch.randn(side, side, device=self.name, dtype=dtype) for _ in range(2))
-            begun = self.now()
+            started = self.now()
             one @ other
-            seconds = self.now() - begun
+            seconds = self.now() - started
             rate = max(rate, 2 * side**3 / seconds)
             # Where numbers of this type are emulated, the next size would take minutes.
             if self.name == "cpu" and seconds > _SLOW:
                 break
         return rate
 
-    def step_words(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
+    def step_description(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
         """What a step of FLUX at 1024x768 takes here at least: its closed form over the rate of matrix products."""
         rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, NUM_TOKENS)
         seconds, name = flop / rate, devices.type_name(dtype)
@@ -99,17 +99,17 @@ class Device:
                 latents.record_stream(self.decode_stream)
             yield
 
-    def retry_on_oom(self, words: str, first: Callable[[], T], again: Callable[[], T]) -> T:
+    def retry_on_oom(self, what: str, first: Callable[[], T], again: Callable[[], T]) -> T:
         """What `first` gives; when memory runs out, what is only cached is given back, and `again` is tried once."""
-        with suppress(torch.OutOfMemoryError), self.classify_errors(words):
+        with suppress(torch.OutOfMemoryError), self.classify_errors(what):
             return first()
         # Here, not where the error is caught: its traceback would keep all that the forward had on the device.
         self.free()
-        with self.classify_errors(words, is_last_try=True):
+        with self.classify_errors(what, is_last_try=True):
             return again()
 
     @contextmanager
-    def classify_errors(self, words: str, *, is_last_try: bool = False) -> Iterator[None]:
+    def classify_errors(self, what: str, *, is_last_try: bool = False) -> Iterator[None]:
         """The device's errors, told apart: out of memory, lost for good, and those of the request."""
         try:
             yield
@@ -120,7 +120,7 @@ class Device:
                     raise torch.OutOfMemoryError(str(error)) from None
                 free = devices.free_memory(self.name) / 1e9
                 raise GenerationFailed(
-                    f"Out of memory: {words} did not fit, also when tried again by itself; {free:.1f} GB are free. "
+                    f"Out of memory: {what} did not fit, also when tried again by itself; {free:.1f} GB are free. "
                     "A smaller picture may fit."
                 ) from None
             if isinstance(error, torch.AcceleratorError) or not self._is_alive():

@@ -13,12 +13,12 @@ from PIL.Image import Image
 
 from models.base import (
     NO_INPUTS,
+    DeviceLost,
+    EngineConfig,
     EngineInfo,
     GenerationFailed,
-    DeviceLost,
-    NonFiniteOutput,
     GenerationTask,
-    EngineConfig,
+    NonFiniteOutput,
 )
 from models.flux import acceleration, batch, safety_checker
 from models.flux.acceleration import Tier
@@ -76,24 +76,24 @@ class FluxEngine:
         self.decodes_concurrently = self.device.decode_stream is not None
 
     @classmethod
-    def load(cls, placement: EngineConfig) -> "FluxEngine":
+    def load(cls, config: EngineConfig) -> "FluxEngine":
         """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
-        device = devices.device_for(placement.device)
+        device = devices.device_for(config.device)
         try:
-            return cls._load(placement, device)
+            return cls._load(config, device)
         except BaseException:
             # What was loaded of it is only cached now, and others need the room.
             Device(device).free()
             raise
 
     @classmethod
-    def _load(cls, placement: EngineConfig, device: str) -> "FluxEngine":
-        pipeline, plan = load_pipeline(placement)
-        offered = acceleration.build(pipeline, placement, device, is_whole=plan.is_resident)
-        prior = specs.find_extra_weights(placement.weights, specs.REDUX) if placement.weights else None
+    def _load(cls, config: EngineConfig, device: str) -> "FluxEngine":
+        pipeline, plan = load_pipeline(config)
+        offered = acceleration.build(pipeline, config, device, is_whole=plan.is_resident)
+        prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
-        checker = safety_checker.load(placement)
-        _log_dtype(placement, pipeline, device)
+        checker = safety_checker.load(config)
+        _log_dtype(config, pipeline, device)
         engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
@@ -149,9 +149,9 @@ class FluxEngine:
         tier = acceleration.best_ready(
             acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers, request.acceleration
         )
-        picture = _open_image(inputs["image_url"]) if "image_url" in inputs else None
+        image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
         # One that has no strength is looked at, not painted over.
-        start, subject = (picture, None) if hasattr(request, "strength") else (None, picture)
+        start, subject = (image, None) if hasattr(request, "strength") else (None, image)
         if subject and self.redux is None:
             raise GenerationFailed(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
@@ -160,12 +160,12 @@ class FluxEngine:
         return FluxTask(request, seed, width, height, tier, work, dtype, start, subject, loras)
 
     @torch.no_grad()
-    def advance(self, painting: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
+    def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
         """One step of `painting`, in one forward with those of `others` that can share it."""
-        assert isinstance(painting, FluxTask)
-        together, alone = partial(self._step, painting, others), partial(self._step_alone, painting)
-        members, velocities = self.device.retry_on_oom(painting.words, together, alone)
-        with self.device.classify_errors(painting.words, is_last_try=True):
+        assert isinstance(task, FluxTask)
+        together, alone = partial(self._step, task, others), partial(self._step_alone, task)
+        members, velocities = self.device.retry_on_oom(task.description, together, alone)
+        with self.device.classify_errors(task.description, is_last_try=True):
             for (member, generation), velocity in zip(members, velocities, strict=True):
                 generation.step_with(velocity)
                 member.step += 1
@@ -175,52 +175,52 @@ class FluxEngine:
         return list({id(member): member for member, _ in members}.values())
 
     @torch.no_grad()
-    def preview(self, painting: GenerationTask) -> Image | None:
+    def preview(self, task: GenerationTask) -> Image | None:
         """The newest estimate of its newest picture, as small RGB."""
-        assert isinstance(painting, FluxTask)
-        seen = [generation for generation in painting.samples if generation.velocity is not None]
+        assert isinstance(task, FluxTask)
+        seen = [generation for generation in task.samples if generation.velocity is not None]
         if not seen:
             return None
-        picture: Image = self.previews.picture(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
-        return picture
+        image: Image = self.previews.image(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
+        return image
 
     @torch.no_grad()
-    def decode(self, painting: GenerationTask) -> None:
+    def decode(self, task: GenerationTask) -> None:
         """Decode the next picture; raises NotANumber, and DeviceLost when that comes twice in a row."""
-        assert isinstance(painting, FluxTask)
-        generation = painting.samples[len(painting.images)]
+        assert isinstance(task, FluxTask)
+        generation = task.samples[len(task.images)]
         decoded = partial(self._decoded, generation)
         try:
-            picture = self.device.retry_on_oom(painting.words, decoded, decoded)
+            image = self.device.retry_on_oom(task.description, decoded, decoded)
         except NonFiniteOutput as error:
             # Somebody's LoRA may spoil somebody's own pictures; else the weights on the device are spoilt.
-            self._num_nonfinite += not painting.loras
+            self._num_nonfinite += not task.loras
             if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
                 raise DeviceLost("two pictures in a row came out as not-a-number") from error
             raise
         self._num_nonfinite = 0
-        painting.images.append(picture)
+        task.images.append(image)
         generation.free()
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         """Ask the safety checker."""
-        asked = partial(self._judged, pictures)
+        asked = partial(self._judged, images)
         return self.device.retry_on_oom("checking a picture", asked, asked)
 
     # -- one step
 
-    def _due(self, painting: FluxTask) -> list[Sample]:
+    def _due(self, task: FluxTask) -> list[Sample]:
         """Its generations that can take a step, begun if they were not."""
-        due = painting.due
-        while len(painting.samples) < painting.request.num_images and (not due or painting.tier.shares_forwards):
-            painting.samples.append(self._begin(painting, painting.seed + len(painting.samples)))
-            due = painting.due
+        due = task.due
+        while len(task.samples) < task.request.num_images and (not due or task.tier.shares_forwards):
+            task.samples.append(self._begin(task, task.seed + len(task.samples)))
+            due = task.due
         return due
 
-    def _due_candidates(self, painting: FluxTask) -> list[Sample]:
+    def _due_candidates(self, task: FluxTask) -> list[Sample]:
         """As `_due`; none for one that cannot begin, which its own turn will say."""
         try:
-            return self._due(painting)
+            return self._due(task)
         except RuntimeError:
             # The device's, not the request's.
             raise
@@ -228,26 +228,26 @@ class FluxEngine:
             return []
 
     def _step(
-        self, painting: FluxTask, others: Sequence[GenerationTask], limit: int | None = None
+        self, task: FluxTask, others: Sequence[GenerationTask], limit: int | None = None
     ) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """The next forward: who goes through it, at most so many, and where each of them goes from here."""
-        members = self._select_batch(painting, [other for other in others if isinstance(other, FluxTask)])[:limit]
-        size = (painting.tier.name, bool(painting.loras), members[0][1].num_tokens)
+        members = self._select_batch(task, [other for other in others if isinstance(other, FluxTask)])[:limit]
+        size = (task.tier.name, bool(task.loras), members[0][1].num_tokens)
         members = members[: self.sharing.number(size, len(members))]
-        transformer = self._pipeline_of(painting).transformer if painting.loras else painting.tier.transformer
+        transformer = self._pipeline_of(task).transformer if task.loras else task.tier.transformer
         with self.sharing.timed(size, len(members)):
             return members, batch.predict_velocities(transformer, [generation for _, generation in members])
 
-    def _step_alone(self, painting: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
+    def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
         if self.loras:
-            self.loras.unload_idle(painting.loras)
-        return self._step(painting, (), limit=1)
+            self.loras.unload_idle(task.loras)
+        return self._step(task, (), limit=1)
 
-    def _select_batch(self, painting: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
+    def _select_batch(self, task: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
         """Its own generations first, then those of others where that is allowed."""
-        beside = [other for other in others if batch.can_share(painting, other)]
-        due = [(painting, self._due(painting)), *((other, self._due_candidates(other)) for other in beside)]
+        candidates = [other for other in others if batch.can_share(task, other)]
+        due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
 
     def _step_work(self, width: int, height: int, subject: Image | None) -> int:
@@ -260,19 +260,19 @@ class FluxEngine:
     def _round_down(self, side: int) -> int:
         return max(self.multiple, side // self.multiple * self.multiple)
 
-    def _begin(self, painting: FluxTask, seed: int) -> Sample:
-        if painting.reference_image and self.redux:
-            text = self.redux.encode(painting.reference_image)
+    def _begin(self, task: FluxTask, seed: int) -> Sample:
+        if task.reference_image and self.redux:
+            text = self.redux.encode(task.reference_image)
         else:
-            text = self.prompts.encode(painting.request.prompt, self._pipeline_of(painting), painting.loras)
-        size = (painting.width, painting.height)
-        generation = begin(self.pipeline, self.device.name, text, painting.request, size, seed, painting.init_image)
-        generation.cache = FirstBlockCache() if painting.tier.skips_blocks else None
+            text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
+        size = (task.width, task.height)
+        generation = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image)
+        generation.cache = FirstBlockCache() if task.tier.skips_blocks else None
         return generation
 
-    def _pipeline_of(self, painting: FluxTask) -> Any:
+    def _pipeline_of(self, task: FluxTask) -> Any:
         """The pipeline with its LoRAs switched on, if it has any."""
-        return self.loras.activate(painting.loras) if self.loras and painting.loras else self.pipeline
+        return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
 
     def _decoded(self, generation: Sample) -> Image:
         with self.device.on_decode_stream(generation.latents, generation.event):
@@ -280,12 +280,12 @@ class FluxEngine:
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
                 raise NonFiniteOutput("The picture came out as not-a-number, so none is shown.")
-            picture: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-        return picture
+            image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return image
 
-    def _judged(self, pictures: Sequence[Image]) -> Sequence[bool]:
+    def _judged(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():
-            return self.checker.is_unsafe(pictures)
+            return self.checker.is_unsafe(images)
 
 
 def _log_dtype(placement: EngineConfig, pipeline: Any, device: str) -> None:
@@ -298,10 +298,10 @@ def _log_dtype(placement: EngineConfig, pipeline: Any, device: str) -> None:
             "--dtype float32 takes it all the same"
         )
     if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
-        log.warning("%s; use a GPU", where.step_words(transformer.config, transformer.dtype))
+        log.warning("%s; use a GPU", where.step_description(transformer.config, transformer.dtype))
 
 
 def _open_image(path: Path) -> Image:
-    with PIL.Image.open(path, formats=("PNG",)) as picture:
-        picture.load()
-        return picture
+    with PIL.Image.open(path, formats=("PNG",)) as image:
+        image.load()
+        return image

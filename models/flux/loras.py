@@ -101,8 +101,8 @@ class LoraManager:
             # The device's errors are not the file's: who asked for the step tells these apart.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
-            words = f"These LoRA weights do not fit this model: {_brief(error)}"
-            raise IncompatibleInput(("loras", place, "path"), words) from error
+            message = f"These LoRA weights do not fit this model: {_brief(error)}"
+            raise IncompatibleInput(("loras", place, "path"), message) from error
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -118,7 +118,7 @@ class LoraManager:
                     f"{key} is not of a LoRA's matrices; changed base weights and biases are not supported"
                 )
         for name in {key.rpartition(".lora_")[0] for key in of_transformer}:
-            pair = [of_transformer.get(name + ending) for ending in _MATRICES]
+            pair = [of_transformer.get(name + extension) for extension in _MATRICES]
             _check_pair(self._pipeline.transformer, name.removeprefix("transformer."), *pair)
 
     def _make_room(self, wanted: Collection[str], num_bytes: int) -> None:

@@ -24,7 +24,7 @@ class Preview:
         self._map: torch.Tensor | None = None
 
     @torch.no_grad()
-    def picture(self, latents: torch.Tensor) -> Image:
+    def image(self, latents: torch.Tensor) -> Image:
         """A small picture of unpacked latents (1, channels, height, width), which the autoencoder would decode."""
         if self._map is None:
             self._map = self._fit()
@@ -35,8 +35,8 @@ class Preview:
         # A whole number of times larger, or as much smaller as it must be.
         scale = MAX_SIDE // max(small.size) or MAX_SIDE / max(small.size)
         width, height = (max(1, round(side * scale)) for side in small.size)
-        picture: Image = small.resize((width, height), PILImage.Resampling.BILINEAR)
-        return picture
+        image: Image = small.resize((width, height), PILImage.Resampling.BILINEAR)
+        return image
 
     def _fit(self) -> torch.Tensor:
         """The map, of shape (channels + 1, 3)."""

@@ -23,8 +23,8 @@ class Redux:
         self._pooled_width = transformer.config.pooled_projection_dim
         told = prior.image_embedder.config.txt_in_features
         if told != self._text_width:
-            words = f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}"
-            raise BadWeights(f"{words}; take the Redux weights that were made for it")
+            message = f"this Redux is for text states {told} wide, and the transformer reads {self._text_width}"
+            raise BadWeights(f"{message}; take the Redux weights that were made for it")
 
     @property
     def num_tokens(self) -> int:
@@ -33,29 +33,29 @@ class Redux:
         return int((config.image_size // config.patch_size) ** 2)
 
     @classmethod
-    def load(cls, folder: Path, transformer: Any, device: str) -> "Redux":
+    def load(cls, directory: Path, transformer: Any, device: str) -> "Redux":
         """In the transformer's type, on the device; only safetensors. Raises OSError, also where it does not fit."""
-        verify.verify(folder)
+        verify.verify(directory)
         dtype = transformer.dtype
-        with verify.translate_errors(folder):
+        with verify.translate_errors(directory):
             prior = FluxPriorReduxPipeline(
                 image_encoder=verify.load_complete(
-                    SiglipVisionModel, folder / "image_encoder", dtype=dtype, trust_remote_code=False
+                    SiglipVisionModel, directory / "image_encoder", dtype=dtype, trust_remote_code=False
                 ),
                 # Pillow's way of scaling is the same everywhere, and needs no torchvision.
                 feature_extractor=SiglipImageProcessorPil.from_pretrained(
-                    folder / "feature_extractor", local_files_only=True, trust_remote_code=False
+                    directory / "feature_extractor", local_files_only=True, trust_remote_code=False
                 ),
-                image_embedder=verify.load_complete(ReduxImageEncoder, folder / "image_embedder", dtype=dtype),
+                image_embedder=verify.load_complete(ReduxImageEncoder, directory / "image_embedder", dtype=dtype),
             )
             return cls(prior.to(device), transformer)
 
     # With gradients other kernels would run, and the last bits differ from the pipeline's.
     @torch.no_grad()
-    def encode(self, picture: Image) -> PromptEmbeds:
+    def encode(self, image: Image) -> PromptEmbeds:
         """What stands for the text, as FluxPriorReduxPipeline makes it when it has no text encoders."""
         device = self.prior.image_embedder.device
-        states = self.prior.encode_image(picture, device, 1)
+        states = self.prior.encode_image(image, device, 1)
         told = self.prior.image_embedder(states).image_embeds
         no_text = told.new_zeros(1, NUM_TOKENS, self._text_width)
         embeds = torch.cat([no_text, told], dim=1)

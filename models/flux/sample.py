@@ -86,7 +86,7 @@ def begin(
     request: Any,
     size: tuple[int, int],
     seed: int,
-    picture: Image | None = None,
+    image: Image | None = None,
 ) -> Sample:
     """Latents, timesteps and guidance of a picture of (width, height), as diffusers' pipelines prepare them.
 
@@ -99,10 +99,10 @@ def begin(
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
     start = None
-    if picture is not None:
+    if image is not None:
         timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))
-        start = _noisy(pipeline, scheduler, timesteps[:1], picture, size, text.prompt_embeds.dtype, device, generator)
+        start = _noisy(pipeline, scheduler, timesteps[:1], image, size, text.prompt_embeds.dtype, device, generator)
     latents, latent_ids = pipeline.prepare_latents(
         1, num_channels, height, width, text.prompt_embeds.dtype, device, generator, start
     )
@@ -116,7 +116,7 @@ def _noisy(
     pipeline: Any,
     scheduler: Any,
     timestep: torch.Tensor,
-    picture: Image,
+    image: Image,
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
@@ -124,7 +124,7 @@ def _noisy(
 ) -> torch.Tensor:
     """A picture's latents with as much noise as the timestep has, packed."""
     width, height = size
-    pixels = pipeline.image_processor.preprocess(picture, height=height, width=width).to(torch.float32)
+    pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
     encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
     config = pipeline.vae.config
     latents = (encoded - config.shift_factor) * config.scaling_factor

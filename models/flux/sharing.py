@@ -39,6 +39,6 @@ class Sharing:
         if samples is None or len(samples) >= SAMPLES:
             yield
             return
-        begun = self._clock()
+        started = self._clock()
         yield
-        samples.append(self._clock() - begun)
+        samples.append(self._clock() - started)

@@ -64,7 +64,7 @@ class FluxTask:
         return bool(len(self.images) == self.request.num_images)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What is painted, in an error."""
         return f"a picture of {self.width}x{self.height}"
 

@@ -35,11 +35,11 @@ def free_memory(device: str) -> int:
     return int(min(free, limit))
 
 
-def is_emulated(placement: EngineConfig, dtype: "torch.dtype") -> bool:
+def is_emulated(config: EngineConfig, dtype: "torch.dtype") -> bool:
     """Whether bfloat16 was chosen, on a CPU that is slow at it, because float32 did not fit."""
     import torch
 
-    return placement.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
+    return config.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
 
 
 def type_name(dtype: "torch.dtype") -> str:

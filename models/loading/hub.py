@@ -35,12 +35,12 @@ def pull(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(hub_id):
-        folder = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"]))
-        patterns = _patterns(folder)
+        directory = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"]))
+        patterns = _patterns(directory)
         snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
-    if lacking := missing_components(folder):
+    if lacking := missing_components(directory):
         raise HubError(f"{hub_id} does not have what a pipeline needs: {', '.join(lacking)}")
-    return folder
+    return directory
 
 
 def cached_path(hub_id: str) -> Path | None:
@@ -56,11 +56,11 @@ def cached_path(hub_id: str) -> Path | None:
     return None
 
 
-def missing_components(folder: Path) -> list[str]:
+def missing_components(directory: Path) -> list[str]:
     """What a pipeline's or model's folder lacks, by name; empty when it is whole. Raises BadWeights."""
-    if not (folder / "model_index.json").is_file():
-        return [] if (folder / "config.json").is_file() and _has_weights(folder) else ["model_index.json"]
-    return [name for name in components(folder) if not _is_whole(folder / name)]
+    if not (directory / "model_index.json").is_file():
+        return [] if (directory / "config.json").is_file() and _has_weights(directory) else ["model_index.json"]
+    return [name for name in components(directory) if not _is_whole(directory / name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return said
 
 
-def read_model_index(folder: Path) -> dict[str, tuple[str, str]]:
+def read_model_index(directory: Path) -> dict[str, tuple[str, str]]:
     """What model_index.json says: the library and the class of each component. Raises BadWeights."""
-    path, found = folder / "model_index.json", {}
+    path, found = directory / "model_index.json", {}
     for name, value in read_json(path).items():
         # A component that is left out is a pair of nulls, and what is no list is a setting.
         if not isinstance(value, list) or value == [None, None]:
@@ -102,26 +102,26 @@ def shards(listed: Path) -> set[str]:
     return set(files.values())
 
 
-def components(folder: Path) -> list[str]:
+def components(directory: Path) -> list[str]:
     """The subfolders that model_index.json names."""
-    return list(read_model_index(folder))
+    return list(read_model_index(directory))
 
 
-def size(folder: Path) -> int:
+def size(directory: Path) -> int:
     """Bytes of weights in it."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
 
 
-def sizes(folder: Path) -> dict[str, int]:
+def sizes(directory: Path) -> dict[str, int]:
     """Bytes of the weights of each component that has some."""
-    found = {name: size(folder / name) for name in components(folder)}
+    found = {name: size(directory / name) for name in components(directory)}
     return {name: num_bytes for name, num_bytes in found.items() if num_bytes}
 
 
-def _patterns(folder: Path) -> list[str]:
-    if not (folder / "model_index.json").is_file():
+def _patterns(directory: Path) -> list[str]:
+    if not (directory / "model_index.json").is_file():
         return list(_KINDS)
-    return ["model_index.json", *(f"{name}/{kind}" for name in components(folder) for kind in _KINDS)]
+    return ["model_index.json", *(f"{name}/{kind}" for name in components(directory) for kind in _KINDS)]
 
 
 def _is_whole(component: Path) -> bool:
@@ -134,10 +134,10 @@ def _is_whole(component: Path) -> bool:
     return any(component.glob("*.json"))
 
 
-def _has_weights(folder: Path) -> bool:
-    for listed in folder.glob("*.safetensors.index.json"):
-        return all((folder / shard).is_file() for shard in shards(listed))
-    return any(folder.glob("*.safetensors"))
+def _has_weights(directory: Path) -> bool:
+    for listed in directory.glob("*.safetensors.index.json"):
+        return all((directory / shard).is_file() for shard in shards(listed))
+    return any(directory.glob("*.safetensors"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import LoadProgress, EngineConfig
+from models.base import EngineConfig, LoadProgress
 from models.loading import hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
 from models.loading.specs import REDUX, find_extra_weights
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 #: Loaded by `safety_checker` and `redux`, or by no module: what FluxPipeline has for IP-Adapters, not served here.
-NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.folder, "image_encoder", "feature_extractor")
+NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "feature_extractor")
 _MATCH = "take all parts from the same weights"
 
 
@@ -25,7 +25,7 @@ def folder_of(where: str | Path) -> Path:
     return hub.cached_path(where) or hub.pull(where)
 
 
-def load_pipeline(placement: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
+def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
     """The pipeline in its type, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
 
     One large part after the other goes to the device, so the host never holds all of them beside the device's.
@@ -33,55 +33,55 @@ def load_pipeline(placement: EngineConfig) -> "tuple[FluxPipeline, memory_plans.
     from diffusers import FluxPipeline
 
     _silence_libraries()
-    if placement.weights is None:
+    if config.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
-    folder, device = folder_of(placement.weights), device_for(placement.device)
-    verify.verify_pipeline(folder, NON_PIPELINE_COMPONENTS)
-    dtype = dtype_of(placement)
-    sizes = _sizes(placement.weights, folder, dtype)
-    plan = memory_plans.choose(placement.memory, sizes, free_memory(device), device=device)
+    directory, device = folder_of(config.weights), device_for(config.device)
+    verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
+    dtype = dtype_of(config)
+    sizes = _sizes(config.weights, directory, dtype)
+    plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device)
     parts, loaded = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
-            placement.report(LoadProgress(name, loaded, sum(sizes.values())))
-            parts[name] = _load_part(folder, name, dtype)
+            config.report(LoadProgress(name, loaded, sum(sizes.values())))
+            parts[name] = _load_part(directory, name, dtype)
             if plan.is_resident:
                 parts[name].to(device)
             loaded += size
-    small = {name: _load_part(folder, name, dtype) for name in verify.CLASSES if name not in parts}
-    with verify.translate_errors(folder):
+    small = {name: _load_part(directory, name, dtype) for name in verify.CLASSES if name not in parts}
+    with verify.translate_errors(directory):
         pipeline = FluxPipeline(**parts, **small)
-        _check_fit(folder, pipeline)
+        _check_fit(directory, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return plan.apply(pipeline, device), plan
 
 
-def sizes_on_disk(where: str | Path, folder: Path) -> dict[str, int]:
+def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
     """Bytes of the weights of each component, and of what is installed beside them, as they are stored: in bf16."""
-    beside = find_extra_weights(where, REDUX)
-    return hub.sizes(folder) | ({REDUX.folder: hub.size(beside)} if beside else {})
+    redux = find_extra_weights(where, REDUX)
+    return hub.sizes(directory) | ({REDUX.directory: hub.size(redux)} if redux else {})
 
 
-def _sizes(where: str | Path, folder: Path, dtype: "torch.dtype") -> dict[str, int]:
+def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:
     """The same in memory, where float32 takes twice as much."""
-    return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, folder).items()}
+    return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, directory).items()}
 
 
-def _load_part(folder: Path, name: str, dtype: "torch.dtype") -> Any:
+def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
     """A part of the class that model_index.json names, which was checked before. Raises hub.BadWeights."""
     from torch.nn import Module
 
-    library, class_name = hub.read_model_index(folder)[name]
+    library, class_name = hub.read_model_index(directory)[name]
     # Without it, some of transformers' classes ask on the terminal whether code from the folder may run.
     options = {"trust_remote_code": False} if library == "transformers" else {}
-    with verify.translate_errors(folder / name):
+    with verify.translate_errors(directory / name):
         kind = getattr(importlib.import_module(library), class_name)
         if issubclass(kind, Module):
-            return verify.load_complete(kind, folder / name, dtype=dtype, **options)
-        return kind.from_pretrained(folder / name, local_files_only=True, **options)
+            return verify.load_complete(kind, directory / name, dtype=dtype, **options)
+        return kind.from_pretrained(directory / name, local_files_only=True, **options)
 
 
-def _check_fit(folder: Path, pipeline: Any) -> None:
+def _check_fit(directory: Path, pipeline: Any) -> None:
     """Parts that do not fit each other are whole, and every picture would fail. Raises hub.BadWeights."""
     clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
     flow, vae = pipeline.transformer.config, pipeline.vae.config
@@ -93,7 +93,9 @@ def _check_fit(folder: Path, pipeline: Any) -> None:
     }
     for name, (given, taken) in widths.items():
         if given != taken:
-            raise hub.BadWeights(f"{folder / name} gives {given} channels, and the transformer takes {taken}; {_MATCH}")
+            raise hub.BadWeights(
+                f"{directory / name} gives {given} channels, and the transformer takes {taken}; {_MATCH}"
+            )
     # On a GPU an index out of range is the end of the process.
     lengths = {
         "tokenizer": (max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
@@ -102,7 +104,7 @@ def _check_fit(folder: Path, pipeline: Any) -> None:
     }
     for name, (given, limit) in lengths.items():
         if given > limit:
-            raise hub.BadWeights(f"{folder / name} counts to {given}, and its text encoder to {limit}; {_MATCH}")
+            raise hub.BadWeights(f"{directory / name} counts to {given}, and its text encoder to {limit}; {_MATCH}")
 
 
 def _silence_libraries() -> None:
@@ -115,19 +117,19 @@ def _silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def has_room(placement: EngineConfig) -> bool:
+def has_room(config: EngineConfig) -> bool:
     """Whether all of these weights fit on the device beside what is there. Weights not pulled yet are said to."""
-    where = placement.weights or ""
-    folder = where if isinstance(where, Path) else hub.cached_path(where)
-    if folder is None:
+    where = config.weights or ""
+    directory = where if isinstance(where, Path) else hub.cached_path(where)
+    if directory is None:
         return True
-    sizes = _sizes(where, folder, dtype_of(placement))
-    return memory_plans.fits_resident(sizes, free_memory(device_for(placement.device)))
+    sizes = _sizes(where, directory, dtype_of(config))
+    return memory_plans.fits_resident(sizes, free_memory(device_for(config.device)))
 
 
-def dtype_of(placement: EngineConfig) -> "torch.dtype":
+def dtype_of(config: EngineConfig) -> "torch.dtype":
     """The type that these weights are computed in. Raises OSError where the device cannot, and hub.HubError."""
-    if placement.weights is None:
-        return dtype_for(placement.dtype, device_for(placement.device))
-    sizes = sizes_on_disk(placement.weights, folder_of(placement.weights))
-    return dtype_for(placement.dtype, device_for(placement.device), sum(sizes.values()))
+    if config.weights is None:
+        return dtype_for(config.dtype, device_for(config.device))
+    sizes = sizes_on_disk(config.weights, folder_of(config.weights))
+    return dtype_for(config.dtype, device_for(config.device), sum(sizes.values()))

@@ -53,7 +53,7 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
 def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
     """Where an add-on to some weights lies: weights from a folder bring it, and those from the hub find it there."""
     if isinstance(where, Path):
-        return where / extra_weights.folder if (where / extra_weights.folder).is_dir() else None
+        return where / extra_weights.directory if (where / extra_weights.directory).is_dir() else None
     return hub.cached_path(extra_weights.hub_id)
 
 
@@ -64,7 +64,7 @@ def _has_all(model: Model, where: str | Path) -> bool:
 def _lacking(model: Model, where: str | Path) -> str:
     assert model.extra_weights is not None
     if isinstance(where, Path):
-        return f"the folder {model.extra_weights.folder} in {where}, with {model.extra_weights.hub_id}"
+        return f"the folder {model.extra_weights.directory} in {where}, with {model.extra_weights.hub_id}"
     return f"{model.extra_weights.hub_id}; `flux-server pull {model.extra_weights.hub_id}` brings it"
 
 

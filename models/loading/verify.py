@@ -34,10 +34,10 @@ _LENGTH_BYTES = 8
 _NAMED, _WORDS = 3, 400
 
 
-def verify(folder: Path) -> None:
+def verify(directory: Path) -> None:
     """Judge the files of a model or a pipeline, before anything of them is loaded. Raises BadWeights."""
-    _refuse_links(folder)
-    for path in sorted(folder.rglob("*")):
+    _refuse_links(directory)
+    for path in sorted(directory.rglob("*")):
         if path.name == "adapter_config.json":
             # transformers would load the folder that it names, in place of this one.
             raise BadWeights(f"{path}: an adapter is no part of a pipeline; LoRA weights come with a request")
@@ -51,10 +51,10 @@ def verify(folder: Path) -> None:
             _check_tensors(path)
 
 
-def verify_pipeline(folder: Path, exclude: Collection[str]) -> None:
+def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
     """And what model_index.json names, but for what is `apart`: loaded without its word. Raises BadWeights."""
-    verify(folder)
-    index, named = folder / "model_index.json", hub.read_model_index(folder)
+    verify(directory)
+    index, named = directory / "model_index.json", hub.read_model_index(directory)
     for name, (library, kind) in named.items():
         if name in exclude:
             continue
@@ -65,13 +65,13 @@ def verify_pipeline(folder: Path, exclude: Collection[str]) -> None:
             raise BadWeights(f"{index}: {name} is of {library}.{kind}, and only {known} is loaded; {REPLACE}")
     if lacking := [name for name in CLASSES if name not in named]:
         raise BadWeights(f"{index} names no library and class for {', '.join(lacking)}; {REPLACE}")
-    if lacking := [name for name in hub.missing_components(folder) if name not in exclude]:
+    if lacking := [name for name in hub.missing_components(directory) if name not in exclude]:
         what = "is not there, or lacks its configuration or its safetensors"
-        raise BadWeights(f"{folder / lacking[0]} {what}; put the original folder of the weights in its place")
+        raise BadWeights(f"{directory / lacking[0]} {what}; put the original folder of the weights in its place")
 
 
 @contextmanager
-def translate_errors(folder: Path) -> Iterator[None]:
+def translate_errors(directory: Path) -> Iterator[None]:
     """What the libraries raise over a folder, whatever it is, as BadWeights that names the folder.
 
     What is no fault of the folder passes: memory that ran out, a device that is lost, a file that may not be read.
@@ -86,14 +86,14 @@ def translate_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        words = " ".join(str(error).split())[:_WORDS]
-        raise BadWeights(f"{folder} cannot be loaded: {type(error).__name__}: {words}; {REPLACE}") from error
+        message = " ".join(str(error).split())[:_WORDS]
+        raise BadWeights(f"{directory} cannot be loaded: {type(error).__name__}: {message}; {REPLACE}") from error
     finally:
         # diffusers changes it while it builds a model, and leaves it so when that fails.
         torch.set_default_dtype(before)
 
 
-def load_complete(kind: Any, folder: Path, **options: Any) -> Any:
+def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
     """A module of this class with all of its weights from the folder, for inference.
 
     Raises BadWeights, also for tensors that lack or have other shapes: in their place would be random numbers.
@@ -101,15 +101,15 @@ def load_complete(kind: Any, folder: Path, **options: Any) -> Any:
     # Other shapes are ignored there to be refused here, with the names.
     options |= {"use_safetensors": True, "local_files_only": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with translate_errors(folder):
-        model, info = kind.from_pretrained(folder, **options)
+    with translate_errors(directory):
+        model, info = kind.from_pretrained(directory, **options)
         wrong = {
             "lacks": info["missing_keys"],
             "has other shapes than its configuration for": [name for name, *_ in info["mismatched_keys"]],
         }
-        for words, names in wrong.items():
+        for message, names in wrong.items():
             if names:
-                raise BadWeights(f"{folder} {words} {shortened(names)}; {REPLACE}")
+                raise BadWeights(f"{directory} {message} {shortened(names)}; {REPLACE}")
         return model.eval()
 
 
@@ -118,14 +118,14 @@ def shortened(names: Collection[str]) -> str:
     return f"{len(names)} of the model's tensors: {', '.join(sorted(names)[:_NAMED])}"
 
 
-def _refuse_links(folder: Path) -> None:
+def _refuse_links(directory: Path) -> None:
     """Links lead into the folder itself, or, as the hub's own cache has it, to blobs beside the snapshots.
 
     A pipe, or another special file, would be waited for.
     """
-    here = folder.resolve()
+    here = directory.resolve()
     blobs = [place.parent / "blobs" for place in here.parents if place.name == "snapshots"]
-    for path in folder.rglob("*"):
+    for path in directory.rglob("*"):
         # Not its own method, which raises where links lead in a circle.
         target = Path(os.path.realpath(path))
         # A folder there would not be looked through.

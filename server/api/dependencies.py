@@ -44,14 +44,14 @@ class Services:
     #: Endpoints that could be served and are not, and the weights that they need.
     unavailable_endpoints: Mapping[str, str]
     keys: Keys
-    guard: OutboundClient
+    outbound: OutboundClient
     inputs: InputResolver
     in_flight: BytesInFlight
     #: Answers that wait or go on for as long as a request does.
     open_answers: FairShare
     #: For what waits for the database.
     turns: FairExecutor
-    quota: RateLimiter
+    rate_limiter: RateLimiter
     queue: Queue
     files: FileStore
     uploads: Uploads
@@ -73,7 +73,7 @@ class Services:
 
 def get_services(request: Request) -> Services:
     """The parts of the server that this request came to."""
-    return cast(Services, request.app.state.parts)
+    return cast(Services, request.app.state.services)
 
 
 def authenticate(request: Request, scope: str | None = None) -> str:
@@ -83,7 +83,7 @@ def authenticate(request: Request, scope: str | None = None) -> str:
 
 def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
     """Who is calling an endpoint that browsers call, by `?fal_jwt_token=` or as everywhere. Raises Unauthorized."""
-    keys = cast(Services, connection.app.state.parts).keys
+    keys = cast(Services, connection.app.state.services).keys
     token = connection.query_params.get("fal_jwt_token")
     if token:
         return keys.owner_of_token(token, app_alias(endpoint))
@@ -134,15 +134,15 @@ async def parse_request_body(
     request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
     """The same for a body that is here already. Raises as `submissions.read` does."""
-    parts = get_services(request)
-    shared: dict[str, Any] = {"inputs": parts.inputs, "quota": parts.quota, "turns": parts.turns}
+    services = get_services(request)
+    shared: dict[str, Any] = {"inputs": services.inputs, "quota": services.rate_limiter, "turns": services.turns}
     return await submissions.parse_submission(
         request, body, model, owner, mode=mode, content_type=content_type, **shared
     )
 
 
 async def read_when_room(
-    parts: Services, owner: str, num_bytes: int, read: Callable[[], FalJSONResponse], *, is_patient: bool = False
+    services: Services, owner: str, num_bytes: int, read: Callable[[], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
     """An answer that is read once there is room for it, and counts as its owner's until it is sent.
 
@@ -150,33 +150,33 @@ async def read_when_room(
     TooManyRequests where there is no room, unless `is_patient`.
     """
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(parts.in_flight.room(owner, num_bytes, is_patient=is_patient))
-        response = await parts.turns.run(owner, read)
+        await stack.enter_async_context(services.in_flight.room(owner, num_bytes, is_patient=is_patient))
+        response = await services.turns.run(owner, read)
         response.room = stack.pop_all()
         return response
 
 
 async def result_response_of(
-    parts: Services, job: Job, shown: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
+    services: Services, job: Job, shown: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
     """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
 
     def read() -> FalJSONResponse:
-        return shown(parts.queue.result(job))
+        return shown(services.queue.result(job))
 
-    return await read_when_room(parts, job.owner, job.output_size, read, is_patient=is_patient)
+    return await read_when_room(services, job.owner, job.output_size, read, is_patient=is_patient)
 
 
 @asynccontextmanager
-async def open_output(parts: Services, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
+async def open_output(services: Services, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
     """How a completed job ended, and its answer as an object; both count as its owner's while the block lasts.
 
     Waits until there is room. Raises NotFound when it was forgotten meanwhile.
     """
 
     def read() -> tuple[Outcome, Any]:
-        outcome = parts.queue.result(job)
+        outcome = services.queue.result(job)
         return outcome, from_json(outcome.body)
 
-    async with parts.in_flight.room(job.owner, job.output_size, is_patient=True):
-        yield await parts.turns.run(job.owner, read)
+    async with services.in_flight.room(job.owner, job.output_size, is_patient=True):
+        yield await services.turns.run(job.owner, read)

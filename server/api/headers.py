@@ -39,7 +39,7 @@ def start_deadline(headers: Mapping[str, str]) -> float | None:
     return time.time() + seconds
 
 
-def webhook_url(parameters: Mapping[str, str], guard: OutboundClient) -> str | None:
+def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str | None:
     """The query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
     url = parameters.get("fal_webhook")
     if not url:
@@ -48,7 +48,7 @@ def webhook_url(parameters: Mapping[str, str], guard: OutboundClient) -> str | N
         message, loc = f"URL should have at most {MAX_WEBHOOK_URL} characters", ["query", "fal_webhook"]
         raise InvalidInput([{"type": "url_too_long", "loc": loc, "msg": message, "input": url[:1000]}])
     try:
-        guard.check(url)
+        outbound.check(url)
     except ForbiddenURL as error:
         entry = {"type": "value_error", "loc": ["query", "fal_webhook"], "msg": str(error), "input": url[:1000]}
         raise InvalidInput([entry]) from None

@@ -23,5 +23,5 @@ class RateLimiter:
         if self._item is None or self._limiter.hit(self._item, what, owner):
             return
         wait = self._limiter.get_window_stats(self._item, what, owner).reset_time - time.time()
-        words = f"This key may send {self._item}: that many {what} (--rate-per-key)"
-        raise TooManyRequests(words, retry_after=max(1, math.ceil(wait)))
+        message = f"This key may send {self._item}: that many {what} (--rate-per-key)"
+        raise TooManyRequests(message, retry_after=max(1, math.ceil(wait)))

@@ -40,11 +40,11 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def wait_or_heartbeat(bell: asyncio.Event) -> bool:
+async def wait_or_heartbeat(event: asyncio.Event) -> bool:
     """Wait for the bell; False when it is time for a heartbeat first."""
     try:
         async with asyncio.timeout(HEARTBEAT):
-            await bell.wait()
+            await event.wait()
     except TimeoutError:
         return False
     return True

@@ -36,7 +36,7 @@ async def parse_submission(
     *,
     mode: Mode,
     inputs: InputResolver,
-    quota: RateLimiter,
+    rate_limiter: RateLimiter,
     turns: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
@@ -50,19 +50,19 @@ async def parse_submission(
     # What is large takes long to read, and others are served meanwhile.
     fields, body_hash = await turns.run(owner, _parse, *given) if len(body) > SMALL else _parse(*given)
     # What was refused costs nothing; what brings files does, so this comes first.
-    quota.acquire(owner)
-    brought = await inputs.resolve(fields, owner)
+    rate_limiter.acquire(owner)
+    input_files = await inputs.resolve(fields, owner)
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
-        input=dump_input(fields, brought),
-        input_files=brought,
+        input=dump_input(fields, input_files),
+        input_files=input_files,
         base_url=request.state.base_url,
         mode=mode,
         priority=priority(request.headers),
         start_deadline=start_deadline(request.headers),
-        webhook_url=webhook_url(request.query_params, inputs.guard) if is_queued else None,
+        webhook_url=webhook_url(request.query_params, inputs.outbound) if is_queued else None,
         idempotency_key=idempotency_key(request.headers) if is_queued else None,
         body_hash=body_hash,
         store_io=request.headers.get("x-fal-store-io", "").strip() != "0",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from server.errors import DiskFull
-from server.settings import SettingsError, Settings
+from server.settings import Settings, SettingsError
 
 FAILED = 1
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
@@ -77,8 +77,8 @@ def revoke_key(
     """Forget a key and its tokens, at once. What it asked for goes on."""
     _ask(data_dir, "revoke_key", name=name)
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
-        words = "No key with a name is left. On loopback, and without --keys, the server asks for none"
-        typer.echo(f"{words} from its next start.", err=True)
+        message = "No key with a name is left. On loopback, and without --keys, the server asks for none"
+        typer.echo(f"{message} from its next start.", err=True)
 
 
 @webhooks.command("list")

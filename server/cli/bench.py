@@ -35,7 +35,7 @@ def run(
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
     pipeline, plan = _pipeline(settings, shape, device)
-    placement = EngineConfig(
+    config = EngineConfig(
         None,
         "",
         device=device,
@@ -44,7 +44,7 @@ def run(
         is_eager=settings.eager,
         compile_cache=settings.data_dir / "compiled",
     )
-    bench = EngineBenchmark(pipeline, device, placement, is_whole=plan.is_resident)
+    bench = EngineBenchmark(pipeline, device, config, is_whole=plan.is_resident)
     found = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
         "dtype": devices.type_name(pipeline.transformer.dtype),

@@ -80,10 +80,10 @@ def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
     bundle = str(files.bundle)
     shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": bundle, "REQUESTS_CA_BUNDLE": bundle}
     if settings.proxy_port:
-        door = f"http://127.0.0.1:{settings.proxy_port}"
+        proxy = f"http://127.0.0.1:{settings.proxy_port}"
         own = (_host(settings), urlsplit(settings.public_url).hostname)
         direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, own))))
-        return {**shared, **dict.fromkeys(_PROXIES, door), "NO_PROXY": direct, "no_proxy": direct}
+        return {**shared, **dict.fromkeys(_PROXIES, proxy), "NO_PROXY": direct, "no_proxy": direct}
     host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 

@@ -114,8 +114,8 @@ def _reachable(data_dir: Path) -> Iterator[str]:
     if len(os.fsencode(path)) < 100:
         yield path
         return
-    folder = os.open(data_dir, os.O_RDONLY)
+    directory = os.open(data_dir, os.O_RDONLY)
     try:
-        yield f"/proc/self/fd/{folder}/{NAME}"
+        yield f"/proc/self/fd/{directory}/{NAME}"
     finally:
-        os.close(folder)
+        os.close(directory)

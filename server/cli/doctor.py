@@ -44,11 +44,15 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     if found is None:
         return
     try:
-        places = specs.assign_weights(settings.weights, discover(settings.models_dir))
+        weights_by_endpoint = specs.assign_weights(settings.weights, discover(settings.models_dir))
     except (ValueError, OSError) as error:
         yield Check("weights", False, str(error))
         return
-    served = {where: [name for name, its in places.items() if its == where] for where in places.values() if where}
+    served = {
+        where: [name for name, its in weights_by_endpoint.items() if its == where]
+        for where in weights_by_endpoint.values()
+        if where
+    }
     for where, endpoints in served.items():
         try:
             yield from _weights(where, endpoints, settings, *found)
@@ -65,8 +69,8 @@ def _python() -> Check:
 def _ports(settings: Settings) -> Check:
     wanted = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
     taken = [str(port) for host, port in wanted if port and not _is_free(host, port)]
-    words = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
-    return Check("ports", not taken, words)
+    message = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
+    return Check("ports", not taken, message)
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -80,26 +84,26 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _disk(settings: Settings) -> Check:
-    folder = settings.data_dir
+    directory = settings.data_dir
     # Not its own method, which raises where it may not look.
-    while not os.path.exists(folder):  # noqa: PTH110
-        folder = folder.parent
-    if problem := _unusable(folder):
+    while not os.path.exists(directory):  # noqa: PTH110
+        directory = directory.parent
+    if problem := _unusable(directory):
         return Check("disk", False, problem)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(directory).free
     needed = settings.retention_gb * 1e9
-    words = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
-    return Check("disk", free > needed, words)
+    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
+    return Check("disk", free > needed, message)
 
 
-def _unusable(folder: Path) -> str:
+def _unusable(directory: Path) -> str:
     """Why the data folder, or the one it would be made in, is none to the server; empty when it can be."""
-    if not folder.is_dir():
-        return f"{folder} is not a folder"
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        return f"{folder} cannot be read and written"
+    if not directory.is_dir():
+        return f"{directory} is not a folder"
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        return f"{directory} cannot be read and written"
     try:
-        database.check_data_dir(folder)
+        database.check_data_dir(directory)
     except OSError as error:
         return str(error)
     return ""
@@ -132,21 +136,21 @@ def _weights(
 ) -> Iterator[Check]:
     """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
     name = _name(where)
-    folder = where if isinstance(where, Path) else hub.cached_path(where)
-    if folder is None:
+    directory = where if isinstance(where, Path) else hub.cached_path(where)
+    if directory is None:
         yield Check(name, False, f"not here yet; `flux-server pull {where}` brings it")
         sizes = _FLUX_DEV_SIZES
     else:
-        verify.verify_pipeline(folder, pipeline.NON_PIPELINE_COMPONENTS)
+        verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)
         if redux := specs.find_extra_weights(where, specs.REDUX):
             verify.verify(redux)
-        sizes = pipeline.sizes_on_disk(where, folder)
+        sizes = pipeline.sizes_on_disk(where, directory)
         size = sum(sizes.values()) / 1e9
         yield Check(name, True, f"weights are here, {size:.2f} GB, for {', '.join(endpoints)}")
     try:
         dtype = devices.dtype_for(settings.dtype, device, sum(sizes.values()))
         if device == "cpu":
-            yield Check(f"{name} type", True, _type(sizes["transformer"], folder, dtype))
+            yield Check(f"{name} type", True, _type(sizes["transformer"], directory, dtype))
     except OSError as error:
         yield Check(f"{name} type", False, str(error))
         return
@@ -158,19 +162,19 @@ def _name(where: str | Path) -> str:
     return "demo" if where == specs.DEMO else str(where)
 
 
-def _type(transformer_size: int, folder: Path | None, dtype: Any) -> str:
+def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
     """What a CPU computes in, and for full-size weights what that takes."""
     from models.flux.device import Device
     from models.flux.engine import FULL_SIZE
 
-    words = devices.type_name(dtype)
+    message = devices.type_name(dtype)
     if transformer_size < 2 * FULL_SIZE:
-        return words
-    if folder is None:
-        return f"{words}; {Device('cpu').step_words(FLUX_DEV, dtype)}; use a GPU"
-    with verify.translate_errors(folder / "transformer"):
-        own = hub.read_json(folder / "transformer" / "config.json")
-        return f"{words}; {Device('cpu').step_words({**FLUX_DEV, **own}, dtype)}; use a GPU"
+        return message
+    if directory is None:
+        return f"{message}; {Device('cpu').step_description(FLUX_DEV, dtype)}; use a GPU"
+    with verify.translate_errors(directory / "transformer"):
+        own = hub.read_json(directory / "transformer" / "config.json")
+        return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **own}, dtype)}; use a GPU"
 
 
 def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Check:
@@ -191,25 +195,25 @@ def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: 
     )
 
 
-def _checker(settings: Settings, places: list[str | Path]) -> Check:
+def _checker(settings: Settings, weights_by_endpoint: list[str | Path]) -> Check:
     try:
-        return _found_checker(settings.safety_checker, places)
+        return _found_checker(settings.safety_checker, weights_by_endpoint)
     except OSError as error:
         return Check("safety checker", False, str(error))
 
 
-def _found_checker(name: str, places: list[str | Path]) -> Check:
+def _found_checker(name: str, weights_by_endpoint: list[str | Path]) -> Check:
     """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
-    folders = [place if isinstance(place, Path) else hub.cached_path(place) for place in places]
-    own = [folder / "safety_checker" for folder in folders if folder is not None]
-    if own and len(own) == len(folders) and all(folder.is_dir() for folder in own):
-        found, words = own, "comes with the weights"
+    directories = [place if isinstance(place, Path) else hub.cached_path(place) for place in weights_by_endpoint]
+    own = [directory / "safety_checker" for directory in directories if directory is not None]
+    if own and len(own) == len(directories) and all(directory.is_dir() for directory in own):
+        found, message = own, "comes with the weights"
     elif configured := Path(name) if Path(name).is_dir() else hub.cached_path(name):
-        found, words = [configured], f"{name} is here"
+        found, message = [configured], f"{name} is here"
     else:
         return Check("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
-    for folder in found:
-        verify.verify(folder)
-        if hub.missing_components(folder):
-            return Check("safety checker", False, f"{folder} lacks its configuration or its safetensors")
-    return Check("safety checker", True, words)
+    for directory in found:
+        verify.verify(directory)
+        if hub.missing_components(directory):
+            return Check("safety checker", False, f"{directory} lacks its configuration or its safetensors")
+    return Check("safety checker", True, message)

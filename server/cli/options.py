@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.settings import PREFIX, SettingsError, Settings
+from server.settings import PREFIX, Settings, SettingsError
 
 #: The exit code for bad settings.
 BAD_SETTINGS = 2

@@ -46,7 +46,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
-    parts, worker = app.state.parts, app.state.worker
+    services, worker = app.state.services, app.state.worker
     # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
@@ -57,53 +57,53 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
     limit_tls_handshake(asyncio.get_running_loop())
     _install_signal_handlers(stopping)
-    door = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
+    proxy = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
     async with (
         app.router.lifespan_context(app),
         control_socket.serve_control_socket(_control(app, settings), settings.data_dir),
     ):
         # Once more, because Ray has put handlers of its own in their place.
         _install_signal_handlers(stopping)
-        with parts.notifier.listen(WORKER) as worker_ended:
+        with services.notifier.listen(WORKER) as worker_ended:
             # It may have failed before anybody listened.
             if worker.failure:
                 worker_ended.set()
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
-            _print_banner(settings, sockets, is_open=parts.keys.is_open)
+            _print_banner(settings, sockets, is_open=services.keys.is_open)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
             await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
-        parts.notifier.is_stopping = True
+        services.notifier.is_stopping = True
         log.info("stopping")
         # The worker first, while clients still listen: what it finishes within the grace reaches them.
         await asyncio.to_thread(worker.stop)
-        parts.notifier.close()
+        services.notifier.close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.gather(*served, return_exceptions=True)
         # After the answers, some of which go through it.
-        if door:
-            await door.close()
+        if proxy:
+            await proxy.close()
     failure: BaseException | None = worker.failure
     return failure
 
 
 def _control(app: FastAPI, settings: Settings) -> Control:
     """The operator's commands, on the parts of the running server."""
-    parts, database = app.state.parts, app.state.database
+    services, database = app.state.services, app.state.database
 
     def reload_keys() -> None:
-        parts.keys.learn(auth.load_key_scopes(database, with_first=settings.has_automatic_key))
+        services.keys.learn(auth.load_key_scopes(database, with_first=settings.has_automatic_key))
 
     return Control(
         database,
         settings.data_dir,
         on_keys=reload_keys,
-        on_webhooks=partial(parts.notifier.ring, WEBHOOKS),
-        is_open=lambda: parts.keys.is_open,
+        on_webhooks=partial(services.notifier.ring, WEBHOOKS),
+        is_open=lambda: services.keys.is_open,
     )
 
 
@@ -130,9 +130,9 @@ async def _open_connect_proxy(
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)
     others = settings.proxy_others
-    door = ConnectProxy(settings.local_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
-    await door.open("127.0.0.1", settings.proxy_port)
-    return door
+    proxy = ConnectProxy(settings.local_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
+    await proxy.open("127.0.0.1", settings.proxy_port)
+    return proxy
 
 
 def _print_banner(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:

@@ -68,11 +68,11 @@ class GpuSlot:
         self._stopped.set()
         self._on_change(self)
         with self._lock:
-            link = self._runner
-        if link and self.is_ready:
-            link.stop()
-        elif link:
-            link.kill()
+            runner = self._runner
+        if runner and self.is_ready:
+            runner.stop()
+        elif runner:
+            runner.kill()
 
     def join(self, until: float) -> None:
         """Wait for that, until this moment of the monotonic clock at the latest."""
@@ -81,9 +81,9 @@ class GpuSlot:
     def kill(self) -> None:
         """Wait no more: what is left goes back to the queue."""
         with self._lock:
-            link = self._runner
-        if link:
-            link.kill()
+            runner = self._runner
+        if runner:
+            runner.kill()
 
     @property
     def is_stopped(self) -> bool:
@@ -93,8 +93,8 @@ class GpuSlot:
     @property
     def has_gpu(self) -> bool:
         """Whether it has one: its runner loads there, or paints."""
-        link = self._runner
-        return bool(link and link.node)
+        runner = self._runner
+        return bool(runner and runner.node)
 
     # -- what it is given
 
@@ -112,46 +112,46 @@ class GpuSlot:
     def assign(self, job: Job, text: str) -> None:
         """One more job. It is lost with the runner, if that is what happens."""
         with self._lock:
-            link = self._runner
-            if link:
+            runner = self._runner
+            if runner:
                 self.jobs[job.request_id] = job
-        if link is None:
+        if runner is None:
             self._retry(lambda: self._queue.release(job))
         elif job.input_files:
             # It may be a gigabyte, and others wait for other GPUs.
-            threading.Thread(target=self._send, args=(link, job, text), daemon=True).start()
+            threading.Thread(target=self._send, args=(runner, job, text), daemon=True).start()
         else:
-            self._send(link, job, text)
+            self._send(runner, job, text)
 
-    def _send(self, link: RunnerHandle, job: Job, text: str) -> None:
+    def _send(self, runner: RunnerHandle, job: Job, text: str) -> None:
         try:
             with _INPUT_TRANSFER_LOCK if job.input_files else contextlib.nullcontext():
-                link.send_job(job, text)
+                runner.send_job(job, text)
         except RunnerLost as error:
             # With all that it has, which goes elsewhere; this one would only fail here again.
             log.error("GPU %d: a request could not be handed over: %s", self.number, error)
-            link.kill()
+            runner.kill()
         except Exception as error:
             # Unless it went back to the queue meanwhile, with the runner.
-            if self._runner is link:
+            if self._runner is runner:
                 outcome = outcome_from_exception(error, job)
                 self._retry(lambda: self._queue.finish(job, outcome))
                 self._remove(job)
         # Since it was claimed, when nobody could be told yet.
         if job.is_cancelled:
-            link.cancel(job.request_id)
+            runner.cancel(job.request_id)
 
     def cancel(self, job: Job) -> None:
         """One of its jobs is to end; returns when the runner knows, or is gone."""
         with self._lock:
-            link = self._runner
-        if link:
-            link.cancel(job.request_id)
+            runner = self._runner
+        if runner:
+            runner.cancel(job.request_id)
 
     def gpu(self) -> GpuStatus:
         """What an operator is told of it."""
-        link = self._runner
-        node = link.node if link else ""
+        runner = self._runner
+        node = runner.node if runner else ""
         state = "loading" if node else "waiting"
         if self.is_ready:
             state = "leaving" if self.is_closing else "ready"
@@ -172,16 +172,16 @@ class GpuSlot:
 
     def _run_runner(self) -> bool:
         """One runner, from its start to its end; whether it could paint."""
-        link = self._start_runner()
+        runner = self._start_runner()
         with self._lock:
-            self._runner = link
+            self._runner = runner
             self.incarnation += 1
         if self.is_closing:
-            link.kill()
+            runner.kill()
         was_ready = False
         try:
-            for report in link.messages():
-                self._handle(link, report)
+            for message in runner.messages():
+                self._handle(runner, message)
                 was_ready = was_ready or self.is_ready
         except (RunnerLost, message_checks.ImplausibleMessage) as error:
             if not self._stopped.is_set():
@@ -190,37 +190,37 @@ class GpuSlot:
         finally:
             with self._lock:
                 self._runner, self.is_ready = None, False
-            link.kill()
-            self._requeue_all(link)
+            runner.kill()
+            self._requeue_all(runner)
             self._engines = {}
             self._on_change(self)
         return was_ready
 
-    def _requeue_all(self, link: RunnerHandle) -> None:
+    def _requeue_all(self, runner: RunnerHandle) -> None:
         """What the runner had goes elsewhere, or ends because this was too often."""
-        if self.jobs and not self._stopped.is_set() and (struck := link.crashed_jobs()):
-            jobs = [job for job in self.jobs.values() if job.request_id in struck]
+        if self.jobs and not self._stopped.is_set() and (crashed := runner.crashed_jobs()):
+            jobs = [job for job in self.jobs.values() if job.request_id in crashed]
             log.error(
-                "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(struck)
+                "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(crashed)
             )
             self._queue.record_crash(jobs)
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
             self._retry(lambda job=job: self._queue.requeue_or_fail(job))  # type: ignore[misc]
             self._remove(job)
 
-    def _handle(self, link: RunnerHandle, report: messages.Message) -> None:
-        job = message_checks.check(report, self.jobs)
-        match report:
+    def _handle(self, runner: RunnerHandle, message: messages.Message) -> None:
+        job = message_checks.check(message, self.jobs)
+        match message:
             case messages.JobProgress() if job:
-                job.preview = report.preview or job.preview
-                self._queue.progress(job, report.step, report.num_steps)
+                job.preview = message.preview or job.preview
+                self._queue.progress(job, message.step, message.num_steps)
                 if job.wants_previews and job.request_id not in self._with_previews:
                     self._with_previews.add(job.request_id)
-                    link.preview(job.request_id)
+                    runner.preview(job.request_id)
             case messages.JobLog() if job:
-                self._queue.log(job, report.message, report.level)
+                self._queue.log(job, message.message, message.level)
             case messages.JobFinished() if job:
-                self._retry(lambda: self._finish(job, report))
+                self._retry(lambda: self._finish(job, message))
                 self._remove(job)
             case messages.JobReleased() if job:
                 self._retry(lambda: self._queue.release(job))
@@ -228,30 +228,30 @@ class GpuSlot:
             case messages.JobRejected() if job:
                 raise RunnerLost("it could not take in what came along with a request")
             case messages.CrashReported():
-                self._queue.record_crash([self.jobs[name] for name in report.request_ids if name in self.jobs])
-                link.ack_crash()
+                self._queue.record_crash([self.jobs[name] for name in message.request_ids if name in self.jobs])
+                runner.ack_crash()
             case messages.StepMeasured():
-                self._metrics.observe_step(report.size, report.acceleration, report.seconds)
+                self._metrics.observe_step(message.size, message.acceleration, message.seconds)
             case messages.ImagesGenerated():
-                self._metrics.count_images(report.endpoint, report.num_images, report.num_flagged)
+                self._metrics.count_images(message.endpoint, message.num_images, message.num_flagged)
             case _:
-                self._handle_state(report)
+                self._handle_state(message)
 
-    def _handle_state(self, report: messages.Message) -> None:
-        match report:
+    def _handle_state(self, message: messages.Message) -> None:
+        match message:
             case messages.RunnerState():
-                self.loading, self._engines = report.loading, report.engines
-                if report.is_ready and not self.is_ready:
+                self.loading, self._engines = message.loading, message.engines
+                if message.is_ready and not self.is_ready:
                     self.is_ready, self.idle_since, self._failure = True, time.monotonic(), ""
                     self._on_change(self)
             case messages.LogRecord():
-                report.record.gpu, report.record.msg = self.number, report.record.msg[: message_checks.MAX_LINE]
-                logger = logging.getLogger(report.record.name)
+                message.record.gpu, message.record.msg = self.number, message.record.msg[: message_checks.MAX_LINE]
+                logger = logging.getLogger(message.record.name)
                 # Its own level holds here too.
-                if logger.isEnabledFor(report.record.levelno):
-                    logger.handle(report.record)
-            case messages.RunnerStopped() if report.failure is not None:
-                raise RunnerLost(report.failure)
+                if logger.isEnabledFor(message.record.levelno):
+                    logger.handle(message.record)
+            case messages.RunnerStopped() if message.failure is not None:
+                raise RunnerLost(message.failure)
 
     def _finish(self, job: Job, ended: messages.JobFinished) -> None:
         """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from models.base import LoadProgress
 from server.cluster.gpu_slot import GpuSlot
 from server.cluster.ray_backend import RayCluster, RayLost
-from server.cluster.router import Router, CacheAffinity
+from server.cluster.router import CacheAffinity, Router
 from server.errors import DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job
@@ -39,13 +39,13 @@ class ClusterHead:
         settings: Settings,
         queue: Queue,
         files: FileStore,
-        fleet: RayCluster,
+        ray_cluster: RayCluster,
         notifier: Notifier,
         metrics: Metrics,
     ) -> None:
         self._settings, self._queue, self._files = settings, queue, files
         self._notifier, self._metrics = notifier, metrics
-        self._ray = fleet
+        self._ray = ray_cluster
         self._slots: list[GpuSlot] = []
         self._num_slots = 0
         #: When there were last no more of them than are wanted.
@@ -61,22 +61,22 @@ class ClusterHead:
     @property
     def is_ready(self) -> bool:
         """Whether one GPU can paint, at least."""
-        return not self._is_stopping and any(seat.is_ready for seat in list(self._slots))
+        return not self._is_stopping and any(slot.is_ready for slot in list(self._slots))
 
     @property
     def loading(self) -> LoadProgress:
         """How far the one is that has come furthest."""
-        all_of_them = [seat.loading for seat in list(self._slots)]
+        all_of_them = [slot.loading for slot in list(self._slots)]
         return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=LoadProgress())
 
     def gpus(self) -> Sequence[GpuStatus]:
         """What an operator is told of each."""
-        return [seat.gpu() for seat in list(self._slots)]
+        return [slot.gpu() for slot in list(self._slots)]
 
     def cancel(self, job: Job) -> None:
         """A job is to end before its next step; returns when its runner knows, or is gone."""
-        for seat in [seat for seat in list(self._slots) if job.request_id in seat.jobs]:
-            seat.cancel(job)
+        for slot in [slot for slot in list(self._slots) if job.request_id in slot.jobs]:
+            slot.cancel(job)
 
     def start(self) -> None:
         """Ask for GPUs. Raises RuntimeError where there is nobody to ask."""
@@ -91,9 +91,9 @@ class ClusterHead:
         until = time.monotonic() + self._settings.shutdown_grace + 5
         self._notifier.work_available.set()
         self._thread.join(10)
-        for act in (GpuSlot.close, lambda seat: seat.join(until), GpuSlot.kill, lambda seat: seat.join(until + 5)):
-            for seat in self._slots:
-                act(seat)
+        for act in (GpuSlot.close, lambda slot: slot.join(until), GpuSlot.kill, lambda slot: slot.join(until + 5)):
+            for slot in self._slots:
+                act(slot)
         self._ray.close()
 
     # -- its thread
@@ -121,9 +121,9 @@ class ClusterHead:
     def _dispatch(self) -> bool:
         """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
         while self._changed:
-            seat = self._changed.popleft()
-            if not seat.is_stopped:
-                self._router.update(seat)
+            slot = self._changed.popleft()
+            if not slot.is_stopped:
+                self._router.update(slot)
         if not self._router.has_room:
             return False
         claimed = self._queue.claim(
@@ -132,14 +132,14 @@ class ClusterHead:
         if claimed is None:
             return False
         job, text = claimed
-        seat = self._router.route(job, CacheAffinity.of(text))
-        seat.assign(job, text)
-        self._router.update(seat)
+        slot = self._router.route(job, CacheAffinity.of(text))
+        slot.assign(job, text)
+        self._router.update(slot)
         return True
 
-    def _on_slot_changed(self, seat: GpuSlot) -> None:
+    def _on_slot_changed(self, slot: GpuSlot) -> None:
         """A seat's runner or jobs changed; called from the seat's thread."""
-        self._changed.append(seat)
+        self._changed.append(slot)
         self._notifier.work_available.set()
 
     def fail(self, error: BaseException) -> None:
@@ -155,13 +155,13 @@ class ClusterHead:
 
     def _scale(self) -> None:
         """Ask for GPUs that are wanted, and let those go that are not: the last ones first."""
-        for seat in [seat for seat in self._slots if seat.is_stopped]:
-            self._slots.remove(seat)
-            self._router.remove(seat)
-        staying = [seat for seat in self._slots if not seat.is_closing]
+        for slot in [slot for slot in self._slots if slot.is_stopped]:
+            self._slots.remove(slot)
+            self._router.remove(slot)
+        staying = [slot for slot in self._slots if not slot.is_closing]
         wanted = self._num_wanted()
         for _ in range(wanted - len(staying)):
-            seat = GpuSlot(
+            slot = GpuSlot(
                 self._num_slots,
                 self._ray.start_runner,
                 self._queue,
@@ -171,23 +171,23 @@ class ClusterHead:
                 self.fail,
             )
             self._num_slots += 1
-            self._slots.append(seat)
-            seat.start()
+            self._slots.append(slot)
+            slot.start()
         if len(staying) <= wanted:
             self._all_wanted_at = time.monotonic()
         # Those first that have no GPU yet, then those that came last; one that has work never.
-        spare = sorted(filter(self._is_idle, staying), key=lambda seat: (seat.has_gpu, seat.is_ready, -seat.number))
-        for seat in spare[: max(0, len(staying) - wanted)]:
-            log.info("GPU %d is let go", seat.number)
-            seat.close()
+        spare = sorted(filter(self._is_idle, staying), key=lambda slot: (slot.has_gpu, slot.is_ready, -slot.number))
+        for slot in spare[: max(0, len(staying) - wanted)]:
+            log.info("GPU %d is let go", slot.number)
+            slot.close()
 
-    def _is_idle(self, seat: GpuSlot) -> bool:
+    def _is_idle(self, slot: GpuSlot) -> bool:
         """Whether it may be let go where there are too many. One that loads is kept as long as one that idles.
 
         Otherwise a queue that is now a little shorter, now a little longer would never see its weights loaded.
         """
-        is_long = time.monotonic() > max(seat.idle_since, self._all_wanted_at) + IDLE_SECONDS
-        return not seat.jobs and (is_long or not seat.has_gpu)
+        is_long = time.monotonic() > max(slot.idle_since, self._all_wanted_at) + IDLE_SECONDS
+        return not slot.jobs and (is_long or not slot.has_gpu)
 
     def _num_wanted(self) -> int:
         settings, num_gpus = self._settings, self._ray.num_gpus()
@@ -196,5 +196,5 @@ class ClusterHead:
         if not settings.max_gpus:
             # As many as there are, and at least one is asked for: nodes may come later.
             return max(1, settings.min_gpus, num_gpus)
-        num_jobs = self._queue.length + sum(len(seat.jobs) for seat in self._slots)
+        num_jobs = self._queue.length + sum(len(slot.jobs) for slot in self._slots)
         return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / MAX_JOBS_PER_GPU)))

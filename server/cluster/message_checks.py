@@ -31,48 +31,49 @@ class ImplausibleMessage(Exception):
     """A report that no runner in order makes; says what is wrong with it."""
 
 
-def check(report: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
+def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
     """The job that a report is about, if the runner has it. Raises Implausible."""
-    request_id = getattr(report, "request_id", "")
+    request_id = getattr(message, "request_id", "")
     _require(isinstance(request_id, str), "a request id that is no text")
     job = jobs.get(request_id)
-    match report:
+    match message:
         case messages.JobProgress() if job:
-            _check_progress(report, job)
+            _check_progress(message, job)
         case messages.JobLog() if job:
-            _check_line(report, job)
+            _check_log(message, job)
         case messages.JobFinished() if job:
-            _check_outcome(report.outcome)
-            _check_files(report, job)
+            _check_outcome(message.outcome)
+            _check_files(message, job)
         case messages.CrashReported():
-            _require(all(isinstance(name, str) for name in report.request_ids), "a strike against no request")
+            _require(all(isinstance(name, str) for name in message.request_ids), "a strike against no request")
         case messages.RunnerState():
             _require(
-                isinstance(report.loading, LoadProgress) and isinstance(report.engines, Mapping), "a state that is none"
+                isinstance(message.loading, LoadProgress) and isinstance(message.engines, Mapping),
+                "a state that is none",
             )
         case messages.StepMeasured():
-            _require(_is_text(report.acceleration, _MAX_WORD) and _is_time(report.seconds), "a step that is none")
+            _require(_is_text(message.acceleration, _MAX_WORD) and _is_time(message.seconds), "a step that is none")
         case messages.ImagesGenerated():
-            numbers = (report.num_images, report.num_flagged)
+            numbers = (message.num_images, message.num_flagged)
             _require(all(_is_count(number, _MAX_WORD) for number in numbers), "a number of pictures that is none")
         case messages.LogRecord():
-            record = report.record
+            record = message.record
             is_line = isinstance(record, LogRecord) and isinstance(record.msg, str) and not record.args
             _require(is_line, "a line for the log that is none")
         case messages.RunnerStopped():
-            _require(report.failure is None or _is_text(report.failure, MAX_LINE), "an end that makes no sense")
+            _require(message.failure is None or _is_text(message.failure, MAX_LINE), "an end that makes no sense")
     return job
 
 
-def _check_progress(report: messages.JobProgress, job: Job) -> None:
-    are_counts = _is_count(report.num_steps, MAX_LINES) and _is_count(report.step, report.num_steps)
+def _check_progress(message: messages.JobProgress, job: Job) -> None:
+    are_counts = _is_count(message.num_steps, MAX_LINES) and _is_count(message.step, message.num_steps)
     _require(are_counts, "a step that is none")
-    _require(report.preview is None or _is_text(report.preview, MAX_PREVIEW), "a preview that is too large")
+    _require(message.preview is None or _is_text(message.preview, MAX_PREVIEW), "a preview that is too large")
     _require(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
 
 
-def _check_line(report: messages.JobLog, job: Job) -> None:
-    are_texts = _is_text(report.message, MAX_LINE) and _is_text(report.level, _MAX_WORD)
+def _check_log(message: messages.JobLog, job: Job) -> None:
+    are_texts = _is_text(message.message, MAX_LINE) and _is_text(message.level, _MAX_WORD)
     _require(are_texts, "a line for the log of a request that is none, or is too long")
     _require(len(job.logs) < MAX_LINES, f"more than {MAX_LINES} lines for the log of a request")
 
@@ -83,19 +84,19 @@ def _check_outcome(outcome: Outcome) -> None:
     _require(outcome.status == _OK or outcome.status in _ERRORS, f"a status of {outcome.status}")
     _require(_is_text(outcome.body, MAX_BODY), f"an answer that is no text, or has more than {MAX_BODY} characters")
     _require(_is_object(outcome.body), "an answer that is not JSON")
-    words = (outcome.error, outcome.error_type, outcome.acceleration)
-    _require(all(word is None or _is_text(word, MAX_LINE) for word in words), "an error that is no text")
+    texts = (outcome.error, outcome.error_type, outcome.acceleration)
+    _require(all(text is None or _is_text(text, MAX_LINE) for text in texts), "an error that is no text")
     _require(outcome.inference_time is None or _is_time(outcome.inference_time), "a time that is none")
     _require(_is_count(outcome.billable_units, _MAX_UNITS), "billable units that are none")
 
 
-def _check_files(report: messages.JobFinished, job: Job) -> None:
-    files = report.outcome.files
+def _check_files(message: messages.JobFinished, job: Job) -> None:
+    files = message.outcome.files
     for file in files:
         _require(
             isinstance(file, StoredFile) and isinstance(file.name, str) and is_file_name(file.name), "a file's bad name"
         )
-        content = report.contents.get(file.name)
+        content = message.contents.get(file.name)
         _require(isinstance(content, bytes), "a file without its content")
         _require(file.size == len(content or b""), "a file of another size")
         _require(file.owner == job.owner and file.is_private == job.lifecycle.is_private, "a file of somebody else's")

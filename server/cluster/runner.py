@@ -16,8 +16,8 @@ import psutil
 
 from models import discover
 from models.loading import specs
-from server.cluster.messages import LogRecord, RunnerStopped, JobRejected, Message, RunnerState
-from server.cluster.runner_queue import RunnerQueue, RunnerMetrics
+from server.cluster.messages import JobRejected, LogRecord, Message, RunnerState, RunnerStopped
+from server.cluster.runner_queue import RunnerMetrics, RunnerQueue
 from server.inputs.cache import InputCache
 from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.queue.jobs import Job
@@ -35,7 +35,7 @@ STATE_INTERVALS = (0.1, 2.0)
 KEEP_SECONDS = 60.0
 
 
-def node_folder() -> Path:
+def node_directory() -> Path:
     """What a node keeps from one runner to the next: what was compiled, and a folder for each that lives."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "flux-server"
@@ -49,18 +49,18 @@ class Runner:
         limit_openmp_spinning()
         # One thread, says Ray to those that ask for no CPU; the worker in a server's own process takes what there is.
         os.environ.pop("OMP_NUM_THREADS", None)
-        self._folder = _new_folder(node_folder() / "runners")
-        settings = settings.model_copy(update={"data_dir": node_folder()})
+        self._directory = _new_directory(node_directory() / "runners")
+        settings = settings.model_copy(update={"data_dir": node_directory()})
         self._queue, self._notifier = RunnerQueue(), _FailureNotifier(self._fail)
         kept = int(settings.loras_gb * 1e9)
-        self._inputs = InputCache(self._folder / "inputs", lambda: self._queue.input_names, kept)
+        self._inputs = InputCache(self._directory / "inputs", lambda: self._queue.input_names, kept)
         known = discover(settings.models_dir)
-        places = specs.assign_weights(settings.weights, known)
-        self._crash_recorder = CrashRecorder(self._folder)
+        weights_by_endpoint = specs.assign_weights(settings.weights, known)
+        self._crash_recorder = CrashRecorder(self._directory)
         self._worker = Worker(
             settings,
-            {endpoint: known[endpoint] for endpoint in places},
-            engine_configs(settings, places),
+            {endpoint: known[endpoint] for endpoint in weights_by_endpoint},
+            engine_configs(settings, weights_by_endpoint),
             self._queue,
             self._queue,
             self._inputs.path,
@@ -73,7 +73,7 @@ class Runner:
 
     def about(self) -> Mapping[str, Any]:
         """Its process, and the folder with its black box."""
-        return {"pid": os.getpid(), "folder": str(self._folder)}
+        return {"pid": os.getpid(), "folder": str(self._directory)}
 
     def work(self) -> Iterator[Sequence[Message]]:
         """Load, then paint what is put in; yields what there is to report until it is over."""
@@ -82,17 +82,17 @@ class Runner:
         threading.Thread(target=self._report_state, name="look", daemon=True).start()
         is_over = False
         while not is_over:
-            reports = self._queue.messages()
-            yield reports
-            is_over = any(isinstance(report, RunnerStopped) for report in reports)
+            messages = self._queue.messages()
+            yield messages
+            is_over = any(isinstance(message, RunnerStopped) for message in messages)
 
     def take_job(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
         """One more job, and where to get the files that came along with it."""
         try:
             for name, source in contents.items():
-                aside = self._inputs.temp_path()
-                aside.write_bytes(self.fetch(source))
-                self._inputs.add(aside, Path(name).suffix)
+                temp_path = self._inputs.temp_path()
+                temp_path.write_bytes(self.fetch(source))
+                self._inputs.add(temp_path, Path(name).suffix)
         except Exception:
             log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
             self._queue.send(JobRejected(job.request_id))
@@ -162,11 +162,11 @@ class _FailureNotifier(Notifier):
 class _Handler(logging.handlers.QueueHandler):
     """What is logged here is said by the head."""
 
-    def __init__(self, desk: RunnerQueue) -> None:
+    def __init__(self, queue: RunnerQueue) -> None:
         # No queue: records go to the desk.
         super().__init__(None)  # type: ignore[arg-type]
         self.setFormatter(logging.Formatter("%(message)s"))
-        self._queue = desk
+        self._queue = queue
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Ready to be sent: without what was put into it on the way here, which the head would show."""
@@ -175,16 +175,16 @@ class _Handler(logging.handlers.QueueHandler):
         self._queue.send(LogRecord(record))
 
 
-def _new_folder(runners: Path) -> Path:
+def _new_directory(runners: Path) -> Path:
     """A folder for this process; those of runners that died a while ago are deleted."""
     runners.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Of this machine alone: homes may be shared.
     here = f"{socket.gethostname()}-"
-    for folder in runners.glob(f"{here}*"):
+    for directory in runners.glob(f"{here}*"):
         with contextlib.suppress(OSError, ValueError):
-            is_old = folder.stat().st_mtime < time.time() - KEEP_SECONDS
-            if is_old and not psutil.pid_exists(int(folder.name.removeprefix(here))):
-                shutil.rmtree(folder, ignore_errors=True)
+            is_old = directory.stat().st_mtime < time.time() - KEEP_SECONDS
+            if is_old and not psutil.pid_exists(int(directory.name.removeprefix(here))):
+                shutil.rmtree(directory, ignore_errors=True)
     mine = runners / f"{here}{os.getpid()}"
     shutil.rmtree(mine, ignore_errors=True)
     mine.mkdir(mode=0o700)

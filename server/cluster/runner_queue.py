@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
 from server.cluster.messages import (
+    CrashReported,
+    ImagesGenerated,
     JobFinished,
     JobLog,
-    ImagesGenerated,
     JobProgress,
-    Message,
     JobReleased,
+    Message,
     StepMeasured,
-    CrashReported,
 )
 from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
@@ -57,9 +57,9 @@ class RunnerQueue:
         """The strike was remembered."""
         self._crash_acked.set()
 
-    def send(self, report: Message) -> None:
+    def send(self, message: Message) -> None:
         """Report this."""
-        self._messages.put(report)
+        self._messages.put(message)
 
     @property
     def input_names(self) -> set[str]:
@@ -115,14 +115,14 @@ class RunnerQueue:
 class RunnerMetrics(Metrics):
     """Tells the desk what the head's metrics count."""
 
-    def __init__(self, desk: RunnerQueue) -> None:
+    def __init__(self, queue: RunnerQueue) -> None:
         super().__init__()
-        self._queue = desk
+        self._queue = queue
 
     def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
         """One forward."""
         self._queue.send(StepMeasured(size, acceleration, seconds))
 
-    def count_images(self, endpoint: str, num_pictures: int, num_flagged: int) -> None:
+    def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:
         """The pictures of one request."""
-        self._queue.send(ImagesGenerated(endpoint, num_pictures, num_flagged))
+        self._queue.send(ImagesGenerated(endpoint, num_images, num_flagged))

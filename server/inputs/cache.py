@@ -27,12 +27,12 @@ class InputCache:
 
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         needed: Callable[[], set[str]],
         max_kept_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder = folder
+        self._directory = directory
         self._in_use = needed
         self.max_kept_bytes = max_kept_bytes
         self._clock = clock
@@ -40,26 +40,26 @@ class InputCache:
         self._held: Counter[str] = Counter()
         # Over a look at a file and what is done about it, so that what has just come is not swept away.
         self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, name: str) -> Path:
         """Where a file lies."""
-        return self._folder / name
+        return self._directory / name
 
     def temp_path(self) -> Path:
         """Where something may be written that is not ready yet."""
-        return self._folder / f"{secrets.token_hex(8)}.part"
+        return self._directory / f"{secrets.token_hex(8)}.part"
 
-    def add(self, ready: Path, ending: str) -> str:
+    def add(self, ready: Path, extension: str) -> str:
         """Put a file into the place that its own bytes name, for good; returns the name."""
         with ready.open("rb") as file:
-            name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{ending}"
+            name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{extension}"
             os.fsync(file.fileno())
         with self._lock:
             # An upload that is linked here may be old, and the sweep goes by that.
             os.utime(ready)
             ready.rename(self.path(name))
-        descriptor = os.open(self._folder, os.O_RDONLY)
+        descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -100,9 +100,9 @@ class InputCache:
         Returns how many.
         """
         needed = self._in_use()
-        found = (path for path in self._folder.iterdir() if is_server_file(path, _SERVER_FILE))
+        found = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
         idle = sorted((path for path in found if path.name not in needed), key=_used_at)
-        excess = sum(self._size(path.name) for path in self._folder.glob(f"*{LORA}")) - self.max_kept_bytes
+        excess = sum(self._size(path.name) for path in self._directory.glob(f"*{LORA}")) - self.max_kept_bytes
         num_deleted = 0
         for path in idle:
             if path.suffix == LORA and excess <= 0:
@@ -122,13 +122,13 @@ class InputCache:
             return True
 
     def _size(self, name: str) -> int:
-        return size_of(self._folder, name)
+        return size_of(self._directory, name)
 
 
-def size_of(folder: Path, name: str) -> int:
+def size_of(directory: Path, name: str) -> int:
     """Bytes of a file that was brought; 0 where there is none."""
     try:
-        return (folder / name).stat().st_size
+        return (directory / name).stat().st_size
     except FileNotFoundError:
         return 0
 

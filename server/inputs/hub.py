@@ -25,7 +25,7 @@ class _Repository(BaseModel):
     siblings: list[_Sibling]
 
 
-async def resolve_hub_id(address: str, guard: OutboundClient, aside: Path) -> str:
+async def resolve_hub_id(address: str, outbound: OutboundClient, temp_path: Path) -> str:
     """An address as it is; for `owner/name` that of its weights, of which there must be one file.
 
     The answer of the hub is written to `aside`. Raises Unusable, and ForbiddenURL.
@@ -34,9 +34,9 @@ async def resolve_hub_id(address: str, guard: OutboundClient, aside: Path) -> st
         return address
     from huggingface_hub import constants
 
-    await guard.download(f"{constants.ENDPOINT}/api/models/{address}", aside, MAX_ANSWER_BYTES, SECONDS)
+    await outbound.download(f"{constants.ENDPOINT}/api/models/{address}", temp_path, MAX_ANSWER_BYTES, SECONDS)
     try:
-        said = _Repository.model_validate_json(await asyncio.to_thread(aside.read_bytes))
+        said = _Repository.model_validate_json(await asyncio.to_thread(temp_path.read_bytes))
     except ValidationError:
         raise InvalidInputFile("file_download_error", f"The hub says nothing of {address} that can be read") from None
     names = [each.rfilename for each in said.siblings if each.rfilename.endswith(".safetensors")]

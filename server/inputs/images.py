@@ -44,24 +44,24 @@ def decode_image(path: Path, limits: Limits) -> Image:
             if source.width * source.height > MAX_SOURCE_PIXELS:
                 raise _too_many_pixels_error(source.width, source.height)
             source.load()
-            picture = _rgb(_upright(source))
+            image = _rgb(_upright(source))
     except InvalidInputFile:
         raise
     except PIL.UnidentifiedImageError:
         formats = [name.lower() for name in SOURCE_FORMATS]
-        words = f"The file is not a picture in one of the formats {', '.join(formats)}"
-        raise InvalidInputFile("unsupported_image_format", words, supported_formats=formats) from None
+        message = f"The file is not a picture in one of the formats {', '.join(formats)}"
+        raise InvalidInputFile("unsupported_image_format", message, supported_formats=formats) from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _too_many_pixels_error() from None
     except Exception as error:
         raise InvalidInputFile("image_load_error", f"The picture cannot be read: {error}") from None
     fitting = min(
         1.0,
-        limits.max_side / max(picture.size),
-        math.sqrt(limits.max_pixels / (picture.width * picture.height)),
+        limits.max_side / max(image.size),
+        math.sqrt(limits.max_pixels / (image.width * image.height)),
     )
     # A hair more, because 2215 * (2048 / 2215) is less than 2048 in floating point.
-    width, height = (int(side * fitting + 1e-6) for side in picture.size)
+    width, height = (int(side * fitting + 1e-6) for side in image.size)
     if min(width, height) < limits.min_side:
         raise InvalidInputFile(
             "image_too_small",
@@ -70,7 +70,7 @@ def decode_image(path: Path, limits: Limits) -> Image:
             min_width=limits.min_side,
             min_height=limits.min_side,
         )
-    return picture if fitting == 1 else picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return image if fitting == 1 else image.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def _too_many_pixels_error(*size: int) -> InvalidInputFile:
@@ -83,19 +83,19 @@ def _too_many_pixels_error(*size: int) -> InvalidInputFile:
     )
 
 
-def _upright(picture: Image) -> Image:
+def _upright(image: Image) -> Image:
     """As its metadata say, where they can be read: many programs write bad ones."""
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except Exception:
-        return picture
+        return image
 
 
-def _rgb(picture: Image) -> Image:
+def _rgb(image: Image) -> Image:
     """Eight bits a channel; Pillow itself would cut sixteen bits off instead of scaling them."""
-    if picture.mode.startswith("I"):
-        return PIL.Image.fromarray((numpy.asarray(picture).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
-    return picture.convert("RGB")
+    if image.mode.startswith("I"):
+        return PIL.Image.fromarray((numpy.asarray(image).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _check_parts(content: bytes) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, input_urls
-from server.errors import InvalidInput, QueueFull, InvalidInputFile
+from server.errors import InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
@@ -79,8 +79,8 @@ class InputResolver:
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
         """`pending_bytes` says what the waiting requests of an owner need on the disk, these files included."""
-        self.brought = cache
-        self.guard = outbound
+        self.cache = cache
+        self.outbound = outbound
         self._files = files
         self._pending_bytes = pending_bytes
         self.limits = limits
@@ -102,21 +102,21 @@ class InputResolver:
         """
         # What a request names twice comes once.
         found: dict[tuple[str, str], str] = {}
-        brought: dict[str, str] = {}
-        with self.brought.pin() as hold:
+        input_files: dict[str, str] = {}
+        with self.cache.pin() as hold:
             for loc, kind, address in input_urls(request):
                 if (kind, address) not in found:
                     found[kind, address] = await self._resolve_one(address, owner, kind, loc)
                     hold(found[kind, address])
-                brought[".".join(map(str, loc))] = found[kind, address]
+                input_files[".".join(map(str, loc))] = found[kind, address]
         if self._pending_bytes(owner, set(found.values())) > self._max_bytes_per_owner:
             raise QueueFull("The waiting requests of this key bring too much along (--max-uploads-gb); try again later")
-        return brought
+        return input_files
 
     async def _resolve_one(self, address: str, owner: str, kind: str, loc: Loc) -> str:
         """One of them, its errors in fal's words."""
         try:
-            return await self._bring(address, owner, kind)
+            return await self._resolve(address, owner, kind)
         except InvalidInputFile as error:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
@@ -127,43 +127,45 @@ class InputResolver:
 
     def sweep(self) -> int:
         """Delete what no request needs any more; returns how many."""
-        return self.brought.sweep()
+        return self.cache.sweep()
 
-    async def _bring(self, address: str, owner: str, kind_name: str) -> str:
-        kind, aside = self._kinds[kind_name], self.brought.temp_path()
+    async def _resolve(self, address: str, owner: str, kind_name: str) -> str:
+        kind, temp_path = self._kinds[kind_name], self.cache.temp_path()
         try:
             is_data = address[:5].lower() == "data:"
             if not is_data and len(address) > MAX_ADDRESS:
                 raise InvalidInputFile("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
             if is_data:
-                await self._executor.run(owner, _decode, address, aside, kind)
+                await self._executor.run(owner, _decode, address, temp_path, kind)
             elif own := _own_name(address):
-                await self._executor.run(owner, self._link, own, owner, aside)
+                await self._executor.run(owner, self._link, own, owner, temp_path)
             else:
-                return await self._download(address, owner, aside, kind_name)
-            return await self._executor.run(owner, self._keep, aside, kind)
+                return await self._download(address, owner, temp_path, kind_name)
+            return await self._executor.run(owner, self._keep, temp_path, kind)
         finally:
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
 
-    async def _download(self, address: str, owner: str, aside: Path, kind_name: str) -> str:
+    async def _download(self, address: str, owner: str, temp_path: Path, kind_name: str) -> str:
         """From another server; what is here already and has not changed there does not come again."""
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:
                 if kind_name == "lora":
-                    address = await hub.resolve_hub_id(address, self.guard, aside)
+                    address = await hub.resolve_hub_id(address, self.outbound, temp_path)
                 if not _SCHEME.match(address[:100]):
                     raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
                 # What came from it as a picture was not looked at as a LoRA.
                 known = self._known.get((kind_name, address))
-                is_here = known is not None and await self._executor.run(owner, self.brought.touch, known.name)
+                is_here = known is not None and await self._executor.run(owner, self.cache.touch, known.name)
                 etag = known.etag if known and is_here else ""
-                found = await self.guard.download(address, aside, kind.max_bytes, kind.max_seconds, etag, kind.accepts)
+                found = await self.outbound.download(
+                    address, temp_path, kind.max_bytes, kind.max_seconds, etag, kind.accepts
+                )
             except ForbiddenURL as error:
                 raise InvalidInputFile("file_download_error", f"The file could not be downloaded: {error}") from None
         if found is None and known:
             return known.name
-        name = await self._executor.run(owner, self._keep, aside, kind)
+        name = await self._executor.run(owner, self._keep, temp_path, kind)
         if found and len(address) <= MAX_KNOWN_ADDRESS:
             self._known[kind_name, address] = _CachedDownload(found, name)
             while len(self._known) > MAX_KNOWN:
@@ -180,13 +182,13 @@ class InputResolver:
         except FileNotFoundError:
             raise InvalidInputFile("file_download_error", "There is no such file on this server") from None
 
-    def _keep(self, aside: Path, kind: InputType) -> str:
+    def _keep(self, temp_path: Path, kind: InputType) -> str:
         """Check a file, and put what is kept of it into the place that its own bytes name."""
-        if aside.stat().st_size > kind.max_bytes:
+        if temp_path.stat().st_size > kind.max_bytes:
             raise _too_large(kind)
-        ready = aside.with_suffix(".ready")
+        ready = temp_path.with_suffix(".ready")
         try:
-            return self.brought.add(ready, kind.store(aside, ready, self.limits))
+            return self.cache.add(ready, kind.store(temp_path, ready, self.limits))
         finally:
             ready.unlink(missing_ok=True)
 
@@ -203,15 +205,15 @@ def dump_input(request: ImageInput, input_files: Mapping[str, str]) -> str:
     return str(to_json(told), "utf-8")
 
 
-def _store_image(aside: Path, ready: Path, limits: Limits) -> str:
+def _store_image(temp_path: Path, ready: Path, limits: Limits) -> str:
     """What the engine gets is written anew, as PNG."""
-    images.decode_image(aside, limits).save(ready, "PNG", compress_level=1)
+    images.decode_image(temp_path, limits).save(ready, "PNG", compress_level=1)
     return ".png"
 
 
-def _store_lora(aside: Path, ready: Path, limits: Limits) -> str:
-    loras.check(aside)
-    aside.rename(ready)
+def _store_lora(temp_path: Path, ready: Path, limits: Limits) -> str:
+    loras.check(temp_path)
+    temp_path.rename(ready)
     return LORA
 
 
@@ -235,11 +237,11 @@ def _what_is_accepted(kind: str) -> str:
 
 
 def _too_large(kind: InputType) -> InvalidInputFile:
-    words = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
-    return InvalidInputFile("file_too_large", words, max_size=kind.max_bytes)
+    message = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
+    return InvalidInputFile("file_too_large", message, max_size=kind.max_bytes)
 
 
-def _decode(address: str, aside: Path, kind: InputType) -> None:
+def _decode(address: str, temp_path: Path, kind: InputType) -> None:
     """Write the bytes of a data URI."""
     matched = _DATA.match(address)
     if not matched:
@@ -251,7 +253,7 @@ def _decode(address: str, aside: Path, kind: InputType) -> None:
         raise InvalidInputFile("file_download_error", "The data URI is not base64: something follows its end")
     try:
         # Part by part: decoding holds Python's lock.
-        with aside.open("wb") as file:
+        with temp_path.open("wb") as file:
             for start in starts:
                 file.write(base64.b64decode(address[start : start + _PART], validate=True))
     except ValueError as error:

@@ -73,10 +73,10 @@ class ConnectProxy:
     def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tunnels) >= self._max_tunnels:
             log.warning("%d tunnels are open in the CONNECT door; another one is refused", self._max_tunnels)
-            words = (
+            message = (
                 f"This proxy has {self._max_tunnels} tunnels open, which is its limit; close one, or try again later."
             )
-            writer.write(_said("503 Service Unavailable", words))
+            writer.write(_said("503 Service Unavailable", message))
             writer.close()
             return
         # A task of our own: asyncio's would print a traceback when the stop cancels it.
@@ -159,8 +159,8 @@ class ConnectProxy:
             async with asyncio.timeout(self.connect_seconds):
                 return await asyncio.open_connection(host, port)
         except TimeoutError:
-            words = f"{host}:{port} did not answer within {self.connect_seconds:.0f} seconds."
-            raise _Refused("504 Gateway Timeout", words) from None
+            message = f"{host}:{port} did not answer within {self.connect_seconds:.0f} seconds."
+            raise _Refused("504 Gateway Timeout", message) from None
         # ValueError: a name that no look-up takes.
         except (OSError, ValueError, OverflowError):
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
@@ -225,8 +225,8 @@ def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
 
 def _target(host: str, port: int, request: bytes = b"", length: int | None = None) -> _Target:
     if not 0 < len(host) <= _MAX_HOST or not 0 < port < 65536:
-        words = f"A proxy is told a host, of at most {_MAX_HOST} characters, and a port."
-        raise _Refused("400 Bad Request", words)
+        message = f"A proxy is told a host, of at most {_MAX_HOST} characters, and a port."
+        raise _Refused("400 Bad Request", message)
     return _Target(host.strip("[]").lower().rstrip("."), port, request, length)
 
 

@@ -114,8 +114,8 @@ class OutboundClient:
             raise ForbiddenURL(f"not a URL: {error}") from None
         except httpx.HTTPError as error:
             host = urlsplit(url).hostname
-            words = f"The download from {host} failed: {type(error).__name__} {_short_message(error)}".strip()
-            raise InvalidInputFile("file_download_error", words) from None
+            message = f"The download from {host} failed: {type(error).__name__} {_short_message(error)}".strip()
+            raise InvalidInputFile("file_download_error", message) from None
         raise InvalidInputFile("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
 
     async def _get(

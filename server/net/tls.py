@@ -46,8 +46,10 @@ class CertificateFiles:
 
 def certificate_files(data_dir: Path) -> CertificateFiles:
     """Where the files are, made or not."""
-    folder = data_dir / "tls"
-    return CertificateFiles(folder / "ca.pem", folder / "bundle.pem", folder / "cert.pem", folder / "key.pem")
+    directory = data_dir / "tls"
+    return CertificateFiles(
+        directory / "ca.pem", directory / "bundle.pem", directory / "cert.pem", directory / "key.pem"
+    )
 
 
 def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
@@ -56,9 +58,9 @@ def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
     `hosts` are names and addresses it is to bear beside the usual ones.
     """
     files = certificate_files(data_dir)
-    folder = files.authority.parent
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    authority_key = folder / "ca.key"
+    directory = files.authority.parent
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    authority_key = directory / "ca.key"
     if not (authority_key.exists() and files.authority.exists()):
         _make_authority(files.authority, authority_key)
         files.certificate.unlink(missing_ok=True)
@@ -186,11 +188,11 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Private from the first byte, and whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    temp_path = path.with_suffix(".part")
+    temp_path.unlink(missing_ok=True)
+    with os.fdopen(os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
-    aside.rename(path)
+    temp_path.rename(path)
 
 
 def _now() -> datetime.datetime:

@@ -42,18 +42,18 @@ class Notifier:
     @contextmanager
     def subscribe(self, *topics: str) -> Iterator[asyncio.Event]:
         """Hear these topics; on the event loop only. Clear the bell before reading the row."""
-        bell = asyncio.Event()
+        event = asyncio.Event()
         for topic in topics:
-            self._listeners.setdefault(topic, set()).add(bell)
+            self._listeners.setdefault(topic, set()).add(event)
         try:
-            yield bell
+            yield event
         finally:
             for topic in topics:
-                self._listeners[topic].discard(bell)
+                self._listeners[topic].discard(event)
                 if not self._listeners[topic]:
                     del self._listeners[topic]
 
     def _notify(self, topics: tuple[str, ...]) -> None:
         for topic in topics:
-            for bell in self._listeners.get(topic, ()):
-                bell.set()
+            for event in self._listeners.get(topic, ()):
+                event.set()

@@ -270,11 +270,11 @@ class Queue:
 
     def _count_crash(self, jobs: Sequence[Job]) -> None:
         with self._lock:
-            struck = [job for job in jobs if job.state == State.IN_PROGRESS]
+            crashed = [job for job in jobs if job.state == State.IN_PROGRESS]
             with self._database.transaction() as connection:
-                for job in struck:
+                for job in crashed:
                     job_table.count_crash(connection, job)
-            for job in struck:
+            for job in crashed:
                 job.crash_count += 1
 
     def _complete(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:

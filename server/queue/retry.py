@@ -12,8 +12,8 @@ MAX_CRASHES = 3
 def outcome_after_loss(job: Job) -> Outcome | None:
     """How it ends, because it was tried too often or cannot be read; None when it may be tried again."""
     if job.is_damaged:
-        words = "The row of this request is damaged, so that the files which it brought along cannot be found."
-        return Outcome.from_error(InternalError(words))
+        message = "The row of this request is damaged, so that the files which it brought along cannot be found."
+        return Outcome.from_error(InternalError(message))
     if job.crash_count >= MAX_CRASHES:
         return Outcome.from_error(
             InternalError(f"The server had to end {job.crash_count} times while it worked at this request.")

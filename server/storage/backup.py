@@ -23,21 +23,21 @@ def back_up(database: Database, data_dir: Path, target: Path) -> int:
     Raises ValueError, naming the target and why it cannot be written.
     """
     # Until it is whole it has another name.
-    aside = Path(f"{target}.part")
-    _check(data_dir, target, aside)
+    temp_path = Path(f"{target}.part")
+    _check(data_dir, target, temp_path)
     try:
-        aside.mkdir(parents=True, mode=0o700)
+        temp_path.mkdir(parents=True, mode=0o700)
         try:
-            _copy(data_dir, "inputs", aside)
-            database.backup_to(aside, extra_copy=partial(_copy, data_dir, "inputs", aside))
+            _copy(data_dir, "inputs", temp_path)
+            database.backup_to(temp_path, extra_copy=partial(_copy, data_dir, "inputs", temp_path))
             for name in _FOLDERS:
-                _copy(data_dir, name, aside)
-            aside.rename(target)
+                _copy(data_dir, name, temp_path)
+            temp_path.rename(target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp_path, ignore_errors=True)
     except DiskFull as error:
-        words = error.__cause__ if isinstance(error, DiskFails) else "No space left on device"
-        raise ValueError(f"{target}: {words}") from None
+        message = error.__cause__ if isinstance(error, DiskFails) else "No space left on device"
+        raise ValueError(f"{target}: {message}") from None
     except (OSError, sqlite3.Error) as error:
         raise ValueError(f"{target}: {_brief(error)}") from None
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -49,11 +49,11 @@ def _copy(data_dir: Path, name: str, target: Path) -> None:
         shutil.copytree(data_dir / name, target / name, copy_function=_copy_if_new, dirs_exist_ok=True)
 
 
-def _check(data_dir: Path, target: Path, aside: Path) -> None:
+def _check(data_dir: Path, target: Path, temp_path: Path) -> None:
     for name in {*_FOLDERS, *FOLDERS}:
         if target.resolve().is_relative_to((data_dir / name).resolve()):
             raise ValueError(f"{target} lies within what is backed up")
-    for path in (target, aside):
+    for path in (target, temp_path):
         if path.exists():
             raise ValueError(f"{path}: File exists")
 

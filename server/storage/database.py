@@ -85,20 +85,20 @@ def _translate_errors(file: Path) -> Iterator[None]:
         raise
 
 
-def check_data_dir(folder: Path) -> None:
+def check_data_dir(directory: Path) -> None:
     """Leave a folder alone where files are and no database tells of them: all would be strays. Raises OSError."""
-    if (folder / FILE).is_file() and (folder / FILE).stat().st_size:
+    if (directory / FILE).is_file() and (directory / FILE).stat().st_size:
         return
     for name in FOLDERS:
         # Of a file system of its own, which has this from the beginning.
-        if (folder / name).is_dir() and any(path.name != "lost+found" for path in (folder / name).iterdir()):
-            what = f"{folder} has {name}/ but no {FILE}"
+        if (directory / name).is_dir() and any(path.name != "lost+found" for path in (directory / name).iterdir()):
+            what = f"{directory} has {name}/ but no {FILE}"
             raise OSError(f"{what}: it is not a data folder of this server, or its database is missing")
 
 
-def read_only_query(folder: Path, sql: str) -> list[sqlite3.Row]:
+def read_only_query(directory: Path, sql: str) -> list[sqlite3.Row]:
     """Rows of one query, read beside whoever has the folder. Raises sqlite3.Error, also where there is no database."""
-    file = (folder / FILE).absolute()
+    file = (directory / FILE).absolute()
     # Without a log nobody has it open, and SQLite would make one, which might then be another user's.
     mode = "ro" if file.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
     with closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True)) as connection:
@@ -112,25 +112,25 @@ class Database:
     corrupt a WAL database before SQLite 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: Path) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise OSError(f"--data-dir {folder} cannot be made: {error.strerror}") from None
-        check_data_dir(folder)
+            raise OSError(f"--data-dir {directory} cannot be made: {error.strerror}") from None
+        check_data_dir(directory)
         # Prompts and keys are nobody else's business, also in a folder that was there before.
         # SQLite gives its other files the mode of this one.
-        (folder / FILE).touch(mode=0o600)
-        (folder / FILE).chmod(0o600)
+        (directory / FILE).touch(mode=0o600)
+        (directory / FILE).chmod(0o600)
         # Nobody else's to open either: who locks it keeps the server from starting.
-        self._lock_file = os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
+        self._lock_file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
         os.fchmod(self._lock_file.fileno(), 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock_file.close()
-            raise DataDirInUse(f"another server is using {folder}; give this one its own --data-dir") from None
-        self._file = folder / FILE
+            raise DataDirInUse(f"another server is using {directory}; give this one its own --data-dir") from None
+        self._file = directory / FILE
         self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         # A text that is none, in a damaged row, must not keep all others from being read.

@@ -96,9 +96,9 @@ def is_server_file(path: Path, names: re.Pattern[str]) -> bool:
     return bool(names.fullmatch(f"{path.name}/" if path.is_dir() else path.name)) and not path.is_symlink()
 
 
-def delete_orphans(folder: Path, names: re.Pattern[str], listed: Container[str]) -> int:
+def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[str]) -> int:
     """Delete what is ours and no row lists: a crash came between it and its row. At the start only."""
-    strays = [path for path in folder.iterdir() if path.name not in listed and is_server_file(path, names)]
+    strays = [path for path in directory.iterdir() if path.name not in listed and is_server_file(path, names)]
     for path in strays:
         if path.is_dir():
             shutil.rmtree(path)
@@ -112,11 +112,11 @@ def delete_orphans(folder: Path, names: re.Pattern[str], listed: Container[str])
 class FileStore:
     """Files in one folder, each listed in the database; what is not listed is not served."""
 
-    def __init__(self, folder: Path, database: Database, clock: Callable[[], float] = time.time) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._directory = directory
         self._database = database
         self._clock = clock
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Put bytes on the disk for good; the caller lists the file when the job is finished. Raises DiskFull."""
@@ -127,15 +127,15 @@ class FileStore:
 
     def write(self, file: StoredFile, content: bytes, lifecycle: Lifecycle) -> StoredFile:
         """As `save`, under the name that the file has; when it expires is counted from now. Raises DiskFull."""
-        aside = self._folder / f"{file.name}.part"
+        temp_path = self._directory / f"{file.name}.part"
         try:
-            with aside.open("wb") as opened:
+            with temp_path.open("wb") as opened:
                 opened.write(content)
                 opened.flush()
                 os.fsync(opened.fileno())
-            self.move_in(aside, file.name)
+            self.move_in(temp_path, file.name)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
             if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
                 raise disk_error(error) from error
             raise
@@ -144,8 +144,8 @@ class FileStore:
 
     def move_in(self, path: Path, name: str) -> None:
         """Move a file that is on the disk already into the store, for good."""
-        path.rename(self._folder / name)
-        descriptor = os.open(self._folder, os.O_RDONLY)
+        path.rename(self._directory / name)
+        descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -168,14 +168,14 @@ class FileStore:
 
     def path(self, file: StoredFile) -> Path:
         """Where it lies."""
-        return self._folder / file.name
+        return self._directory / file.name
 
     def delete(self, names: list[str]) -> None:
         """Delete from the disk; the caller has deleted the rows."""
         for name in names:
-            (self._folder / name).unlink(missing_ok=True)
+            (self._directory / name).unlink(missing_ok=True)
 
     def delete_orphans(self) -> int:
         """Of this store; returns how many."""
         listed = {row["name"] for row in self._database.read("SELECT name FROM files")}
-        return delete_orphans(self._folder, _SERVER_FILE, listed)
+        return delete_orphans(self._directory, _SERVER_FILE, listed)

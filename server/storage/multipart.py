@@ -102,11 +102,11 @@ class PendingUploads:
             self.num_bytes[parts.upload.owner] -= counted_size(size)
 
 
-def sizes_in(folder: Path) -> dict[int, int]:
+def sizes_in(directory: Path) -> dict[int, int]:
     """The parts in an upload's folder, by their numbers, and their bytes. At the start: deletes halves of parts."""
     sizes: dict[int, int] = {}
     with suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
+        for entry in os.scandir(directory):
             with suppress(FileNotFoundError):
                 if entry.name.isdecimal():
                     sizes[int(entry.name)] = entry.stat().st_size

@@ -20,10 +20,10 @@ from server.storage.file_store import (
     FileStore,
     Lifecycle,
     StoredFile,
-    disk_error,
-    insert_file_row,
-    generate_file_name,
     delete_orphans,
+    disk_error,
+    generate_file_name,
+    insert_file_row,
 )
 from server.storage.multipart import PendingUploads, Upload, join, sizes_in
 
@@ -45,7 +45,7 @@ class Uploads:
 
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         database: Database,
         files: FileStore,
         *,
@@ -53,7 +53,7 @@ class Uploads:
         max_bytes_per_owner: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder = folder
+        self._directory = directory
         self._database = database
         self._files = files
         self._max_bytes = max_bytes
@@ -66,11 +66,11 @@ class Uploads:
         self._in_flight: Counter[str] = Counter()
         # Threads of their own, so that large files keep nobody's submit waiting.
         self.turns = FairExecutor("uploads", 8, 2)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
-        delete_orphans(folder, _OURS, {row["upload_id"] for row in rows})
+        delete_orphans(directory, _OURS, {row["upload_id"] for row in rows})
         for row in rows:
-            self._pending.begin(_upload(row), sizes_in(folder / row["upload_id"]))
+            self._pending.begin(_upload(row), sizes_in(directory / row["upload_id"]))
 
     def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
         """Expect a file; its name in the store is known from now on. Raises QueueFull, TooManyRequests and DiskFull."""
@@ -113,10 +113,10 @@ class Uploads:
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
         room = await self.turns.run(upload.owner, self._room, upload, part_number)
-        aside = self._parts(upload) / f"{secrets.token_hex(8)}.part"
+        temp_path = self._parts(upload) / f"{secrets.token_hex(8)}.part"
         digest, size = hashlib.md5(usedforsecurity=False), 0
         try:
-            file = await self.turns.run(upload.owner, aside.open, "wb")
+            file = await self.turns.run(upload.owner, temp_path.open, "wb")
             try:
                 async for chunk in chunks:
                     size += len(chunk)
@@ -127,14 +127,14 @@ class Uploads:
                     await self.turns.run(upload.owner, file.write, chunk)
             finally:
                 await self.turns.run(upload.owner, file.close)
-            await self.turns.run(upload.owner, self._take, upload, part_number, aside, size)
+            await self.turns.run(upload.owner, self._take, upload, part_number, temp_path, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
             raise disk_error(error) from error
         finally:
             self._in_flight[upload.owner] -= size
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
         return f'"{digest.hexdigest()}"'
 
     async def complete_single(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
@@ -146,14 +146,14 @@ class Uploads:
 
         Raises BadRequest when a listed part was not sent, NotFound where it is over, and DiskFull.
         """
-        folder = self._parts(upload)
+        directory = self._parts(upload)
         sent = self._pending.parts(upload.upload_id)
         wanted = sorted(set(part_numbers)) if part_numbers else sent
         if missing := sorted(set(wanted) - set(sent)):
             raise BadRequest(f"Part {missing[0]} was not sent")
-        whole = self._folder / f"{secrets.token_hex(8)}.whole"
+        whole = self._directory / f"{secrets.token_hex(8)}.whole"
         try:
-            size = join([folder / str(number) for number in wanted], whole)
+            size = join([directory / str(number) for number in wanted], whole)
             file = self._listed(upload, whole, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
@@ -161,7 +161,7 @@ class Uploads:
             raise disk_error(error) from error
         finally:
             whole.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         return file
 
     def abort(self, upload: Upload) -> None:
@@ -225,28 +225,28 @@ class Uploads:
         of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._pending.num_bytes[upload.owner]
         return min(of_this, of_owner) + known
 
-    def _take(self, upload: Upload, part_number: int, aside: Path, size: int) -> None:
+    def _take(self, upload: Upload, part_number: int, temp_path: Path, size: int) -> None:
         """Keep a part; parts that came at the same time are weighed one after the other. Raises FileNotFoundError."""
         with self._lock:
             if self._pending.find(upload.upload_id) is None:
                 raise FileNotFoundError
             if size > self._room(upload, part_number):
                 raise BodyTooLarge(self._limit_words())
-            aside.rename(self._parts(upload) / str(part_number))
+            temp_path.rename(self._parts(upload) / str(part_number))
             self._pending.put(upload.upload_id, part_number, size)
 
     def _end(self, upload_id: str) -> None:
         with self._lock:
             self._pending.end(upload_id)
-        shutil.rmtree(self._folder / upload_id, ignore_errors=True)
+        shutil.rmtree(self._directory / upload_id, ignore_errors=True)
 
     def _check_number(self, owner: str) -> None:
         under_way = self._pending.num_uploads[owner] + self._pending.num_parts[owner]
         if self._kept(owner)[0] + under_way >= MAX_FILES:
-            words = (
+            message = (
                 f"This key has {MAX_FILES} files and parts of files uploaded, the most; it can once some have expired"
             )
-            raise TooManyRequests(words)
+            raise TooManyRequests(message)
 
     def _kept(self, owner: str) -> tuple[int, int]:
         """How many files of an owner's uploads there are, and their bytes."""
@@ -260,7 +260,7 @@ class Uploads:
         )
 
     def _parts(self, upload: Upload) -> Path:
-        return self._folder / upload.upload_id
+        return self._directory / upload.upload_id
 
 
 def _upload(row: sqlite3.Row) -> Upload:
@@ -273,7 +273,7 @@ def _upload(row: sqlite3.Row) -> Upload:
 def _extension(file_name: str, content_type: str) -> str:
     named = PurePath(file_name).suffix.lower().removeprefix(".")
     guessed = (mimetypes.guess_extension(content_type.partition(";")[0].strip()) or ".bin").removeprefix(".")
-    return next((ending for ending in (named, guessed) if _EXTENSION.fullmatch(ending)), "bin")
+    return next((extension for extension in (named, guessed) if _EXTENSION.fullmatch(extension)), "bin")
 
 
 def _clean(text: str) -> str:

@@ -70,7 +70,7 @@ class WebhookSender:
         self,
         database: Database,
         notifier: Notifier,
-        guard: OutboundClient,
+        outbound: OutboundClient,
         signer: WebhookSigner,
         clock: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
@@ -81,7 +81,7 @@ class WebhookSender:
         self._database = database
         self._signer = signer
         self._notifier = notifier
-        self._outbound = guard
+        self._outbound = outbound
         self._clock = clock
         self._monotonic = monotonic
         self._in_flight: dict[str, _Slot] = {}
@@ -90,9 +90,9 @@ class WebhookSender:
 
     async def run(self) -> None:
         """Deliver what falls due, until cancelled."""
-        with self._notifier.subscribe(WEBHOOKS) as bell:
+        with self._notifier.subscribe(WEBHOOKS) as event:
             while True:
-                bell.clear()
+                event.clear()
                 began = self._monotonic()
                 wait = await self._try_send_due()
                 # Those that wait behind a bad receiver are read through each time, and others need the database too.
@@ -100,7 +100,7 @@ class WebhookSender:
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        await bell.wait()
+                        await event.wait()
 
     async def _try_send_due(self) -> float:
         try:

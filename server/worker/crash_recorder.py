@@ -17,8 +17,8 @@ class CrashRecorder:
     SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL leave one; SIGKILL and SIGTERM, which come from outside, do not.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._at_work, self._trace = folder / "at_work.json", folder / "crash.txt"
+    def __init__(self, directory: Path) -> None:
+        self._at_work, self._trace = directory / "at_work.json", directory / "crash.txt"
 
     def open(self) -> None:
         """Record from now on; what was recorded before is gone."""
@@ -52,6 +52,6 @@ class CrashRecorder:
         return trace, [request_id for ids in working.values() for request_id in ids] if trace else []
 
 
-def load_crash(folder: str) -> tuple[str, list[str]]:
+def load_crash(directory: str) -> tuple[str, list[str]]:
     """What the black box in this folder holds; by itself, so that it is quickly called elsewhere."""
-    return CrashRecorder(Path(folder)).read()
+    return CrashRecorder(Path(directory)).read()

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from models.base import EngineInfo, Engine, LoadProgress, Model, EngineConfig
+from models.base import Engine, EngineConfig, EngineInfo, LoadProgress, Model
 from models.loading import pipeline, specs
 from server.settings import Settings
 
@@ -20,7 +20,7 @@ Key = tuple[str, str]
 PAUSE_SECONDS = 120.0
 
 
-def engine_configs(settings: Settings, places: Mapping[str, str | Path | None]) -> dict[str, EngineConfig]:
+def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | Path | None]) -> dict[str, EngineConfig]:
     """What each endpoint is set up with, by the weights it was given."""
     return {
         endpoint: EngineConfig(
@@ -33,7 +33,7 @@ def engine_configs(settings: Settings, places: Mapping[str, str | Path | None]) 
             is_eager=settings.eager,
             compile_cache=settings.data_dir / "compiled",
         )
-        for endpoint, place in places.items()
+        for endpoint, place in weights_by_endpoint.items()
     }
 
 
@@ -43,7 +43,7 @@ class EnginePool:
     def __init__(
         self,
         models: Mapping[str, Model],
-        placements: Mapping[str, EngineConfig],
+        configs: Mapping[str, EngineConfig],
         max_loaded: int,
         report: Callable[[str, LoadProgress], None],
         on_idle: Callable[[], None] = lambda: None,
@@ -51,7 +51,7 @@ class EnginePool:
     ) -> None:
         """`on_idle` is called from another thread when an engine that was in the way no longer is."""
         self._models = models
-        self._configs = placements
+        self._configs = configs
         self._max_loaded = max_loaded
         self._report = report
         #: From the least to the most recently used.
@@ -111,8 +111,8 @@ class EnginePool:
             raise error.with_traceback(None)
 
     def _load(self, endpoint: str) -> Engine:
-        placement = self._configs[endpoint]
-        told = dataclasses.replace(placement, report=lambda loading: self._report(endpoint, loading))
+        config = self._configs[endpoint]
+        told = dataclasses.replace(config, report=lambda loading: self._report(endpoint, loading))
         try:
             engine = self._models[endpoint].setup(told)
         except OSError as error:
@@ -160,6 +160,6 @@ class EnginePool:
             self._on_idle()
 
     def _key(self, endpoint: str) -> Key:
-        placement = self._configs[endpoint]
+        config = self._configs[endpoint]
         # Without weights there is nothing to share.
-        return (self._models[endpoint].family, str(placement.weights)) if placement.weights else ("", endpoint)
+        return (self._models[endpoint].family, str(config.weights)) if config.weights else ("", endpoint)

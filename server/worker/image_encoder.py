@@ -30,12 +30,12 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="w"?>"""
 
 
-def black(picture: Image) -> Image:
+def black(image: Image) -> Image:
     """What is shown instead of a flagged picture: the same size, all black."""
-    return new("RGB", picture.size)
+    return new("RGB", image.size)
 
 
-def encode(picture: Image, output_format: OutputFormat, parameters: Mapping[str, Any] | None) -> bytes:
+def encode(image: Image, output_format: OutputFormat, parameters: Mapping[str, Any] | None) -> bytes:
     """The picture as a file. The same picture and parameters give the same bytes.
 
     JPEG quality 95 and PNG level 1 are what fal's own toolkit uses.
@@ -44,9 +44,9 @@ def encode(picture: Image, output_format: OutputFormat, parameters: Mapping[str,
     shown = json.dumps(_shortened(parameters), ensure_ascii=False) if parameters else None
     buffer = io.BytesIO()
     if output_format == "png":
-        picture.save(buffer, "PNG", compress_level=1, pnginfo=_png_text(shown, xmp))
+        image.save(buffer, "PNG", compress_level=1, pnginfo=_png_text(shown, xmp))
     else:
-        picture.save(buffer, "JPEG", quality=95, exif=_exif(picture, shown), xmp=xmp)
+        image.save(buffer, "JPEG", quality=95, exif=_exif(image, shown), xmp=xmp)
     return buffer.getvalue()
 
 
@@ -60,8 +60,8 @@ def _png_text(shown: str | None, xmp: bytes) -> PngImagePlugin.PngInfo:
     return text
 
 
-def _exif(picture: Image, shown: str | None) -> bytes:
-    exif = picture.getexif()
+def _exif(image: Image, shown: str | None) -> bytes:
+    exif = image.getexif()
     exif[ExifTags.Base.ImageDescription] = MARK
     exif[ExifTags.Base.Software] = "flux-server"
     if shown:

@@ -33,20 +33,22 @@ class ResultBuilder:
         self._files = files
         self._embeds_parameters = embeds_parameters
 
-    def outcome(self, job: Job, model: Model, request: Any, painted: GeneratedImages) -> Outcome:
+    def outcome(self, job: Job, model: Model, request: Any, generated: GeneratedImages) -> Outcome:
         """The answer, with its files on the disk. Raises DiskFull, leaving no file behind."""
         files: list[StoredFile] = []
         try:
-            images = [self._image(job, model, request, painted, index, files) for index in range(len(painted.images))]
-            seconds = round(painted.seconds, 4)
-            answer = model.build_output(request, images, painted.flags, {"inference": seconds})
+            images = [
+                self._image(job, model, request, generated, index, files) for index in range(len(generated.images))
+            ]
+            seconds = round(generated.seconds, 4)
+            answer = model.build_output(request, images, generated.flags, {"inference": seconds})
             return Outcome(
                 200,
                 answer.model_dump_json(),
                 inference_time=seconds,
-                acceleration=painted.acceleration,
+                acceleration=generated.acceleration,
                 files=tuple(files),
-                billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in painted.images),
+                billable_units=sum(math.ceil(each.width * each.height / 1e6) for each in generated.images),
             )
         except BaseException:
             self.discard(files)
@@ -57,29 +59,29 @@ class ResultBuilder:
         self._files.delete([file.name for file in files])
 
     def _image(
-        self, job: Job, model: Model, request: Any, painted: GeneratedImages, index: int, files: list[StoredFile]
+        self, job: Job, model: Model, request: Any, generated: GeneratedImages, index: int, files: list[StoredFile]
     ) -> dict[str, Any]:
-        picture = painted.images[index]
-        if painted.flags[index]:
-            picture = image_encoder.black(picture)
+        image = generated.images[index]
+        if generated.flags[index]:
+            image = image_encoder.black(image)
         content_type = image_encoder.CONTENT_TYPES[request.output_format]
-        parameters = self._parameters(model, request, painted, index) if self._embeds_parameters else None
-        content = image_encoder.encode(picture, request.output_format, parameters)
+        parameters = self._parameters(model, request, generated, index) if self._embeds_parameters else None
+        content = image_encoder.encode(image, request.output_format, parameters)
         if request.sync_mode:
             url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
         else:
-            ending = image_encoder.EXTENSIONS[request.output_format]
-            files.append(self._files.create(content, ending, content_type, job.owner, job.lifecycle))
+            extension = image_encoder.EXTENSIONS[request.output_format]
+            files.append(self._files.create(content, extension, content_type, job.owner, job.lifecycle))
             url = f"{job.base_url}/files/{files[-1].name}"
-        return {"url": url, "width": picture.width, "height": picture.height, "content_type": content_type}
+        return {"url": url, "width": image.width, "height": image.height, "content_type": content_type}
 
-    def _parameters(self, model: Model, request: Any, painted: GeneratedImages, index: int) -> Mapping[str, Any]:
+    def _parameters(self, model: Model, request: Any, generated: GeneratedImages, index: int) -> Mapping[str, Any]:
         """Only what the bytes depend on: no time, no request id, no host."""
-        picture = painted.images[index]
+        image = generated.images[index]
         return {
             **model.metadata(request, request.seed + index),
-            "width": picture.width,
-            "height": picture.height,
-            "acceleration": painted.acceleration,
-            "dtype": painted.dtype,
+            "width": image.width,
+            "height": image.height,
+            "acceleration": generated.acceleration,
+            "dtype": generated.dtype,
         }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.base import GenerationFailed, IncompatibleInput, Engine, Model, GenerationTask
+from models.base import Engine, GenerationFailed, GenerationTask, IncompatibleInput, Model
 from server.errors import InternalError, InvalidInput, ServerError
 from server.queue.jobs import Job, Outcome
 from server.worker.results import GeneratedImages
@@ -42,10 +42,10 @@ class RunningJob:
 
     def decode_next(self) -> None:
         """Decode the next picture; after the last one, judge them all. Raises CannotPaint."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if not self.task.is_decoded:
             self.engine.decode(self.task)
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - started
         if self.task.is_decoded:
             self.flags = self._judged() if self.needs_safety_check else [False] * len(self.task.images)
 
@@ -59,8 +59,8 @@ class RunningJob:
     def result(self) -> GeneratedImages:
         """What it came to, once developed."""
         assert self.flags is not None
-        painting = self.task
-        return GeneratedImages(painting.images, self.flags, self.seconds, painting.acceleration, painting.dtype)
+        task = self.task
+        return GeneratedImages(task.images, self.flags, self.seconds, task.acceleration, task.dtype)
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:

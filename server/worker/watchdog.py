@@ -61,8 +61,8 @@ class Watchdog:
     def check(self) -> None:
         """Tell of a thread that is late."""
         now = self._clock()
-        for begun, jobs in list(self._watched.values()):
-            if now - begun > self._deadline:
+        for started, jobs in list(self._watched.values()):
+            if now - started > self._deadline:
                 self._on_timeout(jobs)
 
     def _put(self, thread: int, what: tuple[float, Sequence[Job]] | None) -> None:

@@ -1,4 +1,4 @@
-"""Claim, then advance one painting by one step at a time: one thread that owns the models."""
+"""Claim, then advance one task by one step at a time: one thread that owns the models."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.base import DeviceLost, LoadProgress, Model, EngineConfig
+from models.base import DeviceLost, EngineConfig, LoadProgress, Model
 from server.errors import ClientCancelled, DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Mode, Outcome
@@ -20,7 +20,7 @@ from server.status import GpuStatus
 from server.storage.database import CorruptDatabase
 from server.worker.crash_recorder import CrashRecorder
 from server.worker.engine_pool import EnginePool
-from server.worker.interfaces import JobSource, FileSink
+from server.worker.interfaces import FileSink, JobSource
 from server.worker.pending_jobs import PendingJobs
 from server.worker.postprocessor import SHUTDOWN_MARGIN, Postprocessor
 from server.worker.results import ResultBuilder
@@ -43,13 +43,13 @@ class Worker:
         self,
         settings: Settings,
         models: Mapping[str, Model],
-        placements: Mapping[str, EngineConfig],
+        configs: Mapping[str, EngineConfig],
         queue: JobSource,
         files: FileSink,
         input_path: Callable[[str], Path],
         notifier: Notifier,
         metrics: Metrics | None = None,
-        black_box: CrashRecorder | None = None,
+        crash_recorder: CrashRecorder | None = None,
     ) -> None:
         """`input_path` says where a file lies that a request brought along."""
         self._metrics = metrics or Metrics()
@@ -57,13 +57,15 @@ class Worker:
         self._queue = queue
         self._notifier = notifier
         self._engines = EnginePool(
-            models, placements, settings.max_loaded, self._report_loading, notifier.work_available.set
+            models, configs, settings.max_loaded, self._report_loading, notifier.work_available.set
         )
         self._pending = PendingJobs(settings, models, queue, self._engines, input_path)
         self._running: list[RunningJob] = []
         self._scheduler = FairScheduler()
         self._watchdog = Watchdog(
-            settings.step_deadline, self._on_step_timeout, on_change=black_box.set_running if black_box else None
+            settings.step_deadline,
+            self._on_step_timeout,
+            on_change=crash_recorder.set_running if crash_recorder else None,
         )
         answers = ResultBuilder(files, embeds_parameters=settings.embed_parameters)
         self._postprocessor = Postprocessor(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
@@ -100,11 +102,11 @@ class Worker:
 
     def run_once(self) -> bool:
         """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""
-        has_painted = self.step_once()
-        return self._postprocessor.run_once() or has_painted
+        has_stepped = self.step_once()
+        return self._postprocessor.run_once() or has_stepped
 
     def step_once(self) -> bool:
-        """Claim what there is room for, then take one step of one painting; False when there was nothing to do."""
+        """Claim what there is room for, then take one step of one task; False when there was nothing to do."""
         self._start_jobs()
         if not self._running:
             return False
@@ -120,28 +122,28 @@ class Worker:
             self._postprocessor.add(running.job, end)
         return True
 
-    # -- painting
+    # -- task
 
     def _start_jobs(self) -> None:
         """Claim what there is room for, and begin what can be begun."""
         if self._stop_at is None:
             self._pending.claim(self._running, len(self._postprocessor))
         in_use = {running.engine for running in self._running} | self._postprocessor.engines
-        for job, begun in self._pending.start_ready(in_use):
-            if isinstance(begun, RunningJob):
-                self._scheduler.add(begun, self._running)
-                self._running.append(begun)
+        for job, started in self._pending.start_ready(in_use):
+            if isinstance(started, RunningJob):
+                self._scheduler.add(started, self._running)
+                self._running.append(started)
             else:
-                self._postprocessor.add(job, begun)
+                self._postprocessor.add(job, started)
 
     def _advance(self, running: RunningJob) -> RunningJob | Outcome | None:
         """What is next for this one; its end, when that is known or left to the finisher."""
         if running.job.is_cancelled:
             return Outcome.from_error(ClientCancelled())
         if not running.steps_done:
-            beside = self._batch_candidates(running)
-            with self._watched([running.job, *(other.job for other in beside)]):
-                self._step(running, beside)
+            candidates = self._batch_candidates(running)
+            with self._watched([running.job, *(other.job for other in candidates)]):
+                self._step(running, candidates)
         elif not running.engine.decodes_concurrently:
             with self._watched([running.job]):
                 running.decode_next()
@@ -168,15 +170,15 @@ class Worker:
             self._queue.record_crash(jobs)
             raise
 
-    def _step(self, running: RunningJob, beside: Sequence[RunningJob]) -> None:
+    def _step(self, running: RunningJob, candidates: Sequence[RunningJob]) -> None:
         """One step, of this one and of those that share its forward."""
-        before = {id(member.task): member.task.work for member in (running, *beside)}
-        begun = time.perf_counter()
-        advanced = running.engine.advance(running.task, [other.task for other in beside])
-        taken = time.perf_counter() - begun
+        before = {id(member.task): member.task.work for member in (running, *candidates)}
+        started = time.perf_counter()
+        advanced = running.engine.advance(running.task, [other.task for other in candidates])
+        taken = time.perf_counter() - started
         self._metrics.observe_step(running.task.size, running.task.acceleration, taken)
-        stepped = {id(painting) for painting in advanced}
-        for member in (running, *beside):
+        stepped = {id(task) for task in advanced}
+        for member in (running, *candidates):
             if id(member.task) in stepped:
                 member.seconds += taken
                 self._scheduler.charge(member, member.task.work - before[id(member.task)])
@@ -184,14 +186,14 @@ class Worker:
 
     def _report_progress(self, running: RunningJob) -> None:
         """Progress for who listens; with a preview now and then for those that stream."""
-        job, painting = running.job, running.task
-        every = math.ceil(painting.num_steps / PREVIEWS)
+        job, task = running.job, running.task
+        every = math.ceil(task.num_steps / PREVIEWS)
         is_wanted = job.mode == Mode.STREAM or job.wants_previews
         # The checker sees pictures, not previews: where it is enforced, none leaves.
         is_allowed = not self._settings.enforce_safety_checker
-        if is_wanted and is_allowed and painting.step % every == 0 and not running.steps_done:
+        if is_wanted and is_allowed and task.step % every == 0 and not running.steps_done:
             job.preview = _preview(running)
-        self._queue.progress(job, painting.step, painting.num_steps)
+        self._queue.progress(job, task.step, task.num_steps)
 
     # -- the threads
 
@@ -237,10 +239,10 @@ class Worker:
         self.loading = loading
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
         done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
-        words = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
-        log.info("%s: %s", endpoint, words, extra={"loading": loading})
+        message = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
+        log.info("%s: %s", endpoint, message, extra={"loading": loading})
         for job in self._pending.jobs:
-            self._queue.log(job, f"{endpoint}: {words}")
+            self._queue.log(job, f"{endpoint}: {message}")
 
     def fail(self, error: BaseException) -> None:
         """The server cannot go on, for this reason. Called from any thread, and the first reason counts."""
@@ -265,13 +267,13 @@ class Worker:
 def _preview(running: RunningJob) -> str | None:
     """A small JPEG as a data URI; without one the picture itself is none the worse."""
     try:
-        picture = running.engine.preview(running.task)
+        image = running.engine.preview(running.task)
     except Exception:
         about = {"request_id": running.job.request_id}
         log.exception("there is no preview of step %d", running.task.step, extra=about)
         return None
-    if picture is None:
+    if image is None:
         return None
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=80)
+    image.save(content, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -72,7 +72,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     # The routes that take any endpoint make every unknown path look like a known one with the wrong verb.
-    is_known = "/requests/" in path or _endpoint(path) in request.app.state.parts.models
+    is_known = "/requests/" in path or _endpoint(path) in request.app.state.services.models
     if error.status_code == 404 or (error.status_code == 405 and not is_known):
         url = request.state.fal_url
         return responses.error_response(not_offered(url) if url else NotFound(f"Path {path} not found"))

@@ -34,21 +34,21 @@ async def ready(request: Request) -> Response:
 @router.get("/status.json")
 async def status(request: Request) -> Response:
     """The last hour, what failed, and who used what; the operator's alone where there are keys."""
-    parts = get_services(request)
-    parts.keys.require_operator(request.headers.get("authorization"))
-    is_ready, loading = parts.readiness()
-    seen = await asyncio.to_thread(parts.overview)
-    gauges = {name: value for name, (_, value) in (await asyncio.to_thread(parts.metrics.gauges)).items()}
+    services = get_services(request)
+    services.keys.require_operator(request.headers.get("authorization"))
+    is_ready, loading = services.readiness()
+    seen = await asyncio.to_thread(services.overview)
+    gauges = {name: value for name, (_, value) in (await asyncio.to_thread(services.metrics.gauges)).items()}
     progress = None if is_ready else asdict(loading)
     # A driver that hangs must not hang the others.
-    gpus = [asdict(gpu) for gpu in await asyncio.to_thread(parts.gpus)]
-    about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(parts.models)}
-    return FalJSONResponse({**about, "now": gauges, "gpus": gpus, "steps": parts.metrics.steps(), **seen})
+    gpus = [asdict(gpu) for gpu in await asyncio.to_thread(services.gpus)]
+    about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(services.models)}
+    return FalJSONResponse({**about, "now": gauges, "gpus": gpus, "steps": services.metrics.steps(), **seen})
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """What Prometheus reads; the operator's alone where there are keys."""
-    parts = get_services(request)
-    parts.keys.require_operator(request.headers.get("authorization"))
-    return Response(await asyncio.to_thread(parts.metrics.text), media_type=CONTENT_TYPE)
+    services = get_services(request)
+    services.keys.require_operator(request.headers.get("authorization"))
+    return Response(await asyncio.to_thread(services.metrics.text), media_type=CONTENT_TYPE)

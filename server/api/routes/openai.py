@@ -14,14 +14,14 @@ from models.schema import PRESETS
 from server.api import validation
 from server.api.dependencies import (
     Services,
-    open_output,
     authenticate,
     get_services,
-    result_response_of,
+    open_output,
     parse_request_body,
+    result_response_of,
 )
 from server.api.responses import FalJSONResponse
-from server.api.sse import EventStream, AbortStream, wait_or_heartbeat
+from server.api.sse import AbortStream, EventStream, wait_or_heartbeat
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
 from server.queue.jobs import Job, Mode, Outcome, State, Submission
@@ -91,15 +91,15 @@ async def model(request: Request, name: str) -> Response:
 @router.post("/images/generations")
 async def generations(request: Request) -> Response:
     """Paint and wait for the pictures; with `stream`, partial pictures come first."""
-    parts = get_services(request)
+    services = get_services(request)
     try:
         asked, submission = await _asked(request)
-        job = await parts.turns.run(submission.owner, parts.queue.submit, submission)
+        job = await services.turns.run(submission.owner, services.queue.submit, submission)
         if asked.stream:
-            events = _events(parts, job, asked.partial_images or 0)
-            return _with_request_id(EventStream(events, context=cancel_on_disconnect(parts, job)), job)
-        await wait_for_outcome(request, parts, job)
-        return _with_request_id(await result_response_of(parts, job, _answer, is_patient=True), job)
+            events = _events(services, job, asked.partial_images or 0)
+            return _with_request_id(EventStream(events, context=cancel_on_disconnect(services, job)), job)
+        await wait_for_outcome(request, services, job)
+        return _with_request_id(await result_response_of(services, job, _answer, is_patient=True), job)
     except ServerError as error:
         return problem(error)
 
@@ -152,8 +152,8 @@ def _size(size: str | None) -> str | dict[str, int] | None:
         return None
     matched = _SIZE.fullmatch(size)
     if not matched and size not in PRESETS:
-        words = f"Input should be auto, WIDTHxHEIGHT such as 1024x768, or one of {', '.join(PRESETS)}"
-        raise InvalidInput([{"type": "value_error", "loc": ["body", "size"], "msg": words, "input": size[:100]}])
+        message = f"Input should be auto, WIDTHxHEIGHT such as 1024x768, or one of {', '.join(PRESETS)}"
+        raise InvalidInput([{"type": "value_error", "loc": ["body", "size"], "msg": message, "input": size[:100]}])
     return {"width": int(matched[1]), "height": int(matched[2])} if matched else size
 
 
@@ -188,22 +188,22 @@ def _base64(data_uri: str) -> str:
     return data_uri.partition(",")[2]
 
 
-async def _events(parts: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
+async def _events(services: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
     """So many partial pictures, evenly spread over the steps, then each picture."""
     num_sent, shown = 0, None
-    with parts.notifier.subscribe(job.request_id) as bell:
+    with services.notifier.subscribe(job.request_id) as event:
         while job.state != State.COMPLETED:
-            bell.clear()
+            event.clear()
             preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps
             if num_sent < num_partial and preview is not None and preview is not shown and is_due:
                 yield _event("partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
                 num_sent, shown = num_sent + 1, preview
-            if parts.notifier.is_closing:
+            if services.notifier.is_closing:
                 yield {"type": "error", **_problem(InternalError("The server is stopping."))}
                 raise AbortStream
-            if not await wait_or_heartbeat(bell):
+            if not await wait_or_heartbeat(event):
                 yield None
-    async with open_output(parts, job) as (outcome, output):
+    async with open_output(services, job) as (outcome, output):
         if outcome.status != 200:
             yield {"type": "error", **from_json(bytes(_answer(outcome).body))}
             raise AbortStream

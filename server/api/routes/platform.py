@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from models.base import Model
 from models.schema import MAX_PROMPT_LENGTH
 from server.api import fal_openapi, validation
-from server.api.dependencies import get_model, authenticate, get_services, read_when_room
+from server.api.dependencies import authenticate, get_model, get_services, read_when_room
 from server.api.middleware.rewrite import PLATFORM
 from server.api.responses import FalJSONResponse
 from server.errors import InvalidInput
@@ -170,13 +170,13 @@ async def by_endpoint(request: Request) -> Response:
         cursor=query.cursor,
         include_payloads="payloads" in query.expand,
     )
-    parts = get_services(request)
+    services = get_services(request)
 
     def read() -> FalJSONResponse:
-        return FalJSONResponse(parts.history(wanted))
+        return FalJSONResponse(services.history(wanted))
 
     try:
-        return await read_when_room(parts, owner, query.limit * _ITEM_BYTES if wanted.include_payloads else 0, read)
+        return await read_when_room(services, owner, query.limit * _ITEM_BYTES if wanted.include_payloads else 0, read)
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None

@@ -60,15 +60,15 @@ async def docs() -> Response:
 @router.get("/playground.json")
 async def playground_config(request: Request) -> Response:
     """What the page needs to know of this server; no secret, as llms.txt is none."""
-    parts = get_services(request)
+    services = get_services(request)
     return FalJSONResponse(
         {
-            "endpoints": list(parts.models),
+            "endpoints": list(services.models),
             "paint_over": [
                 endpoint
-                for endpoint, model in parts.models.items()
+                for endpoint, model in services.models.items()
                 if {"image_url", "strength"} <= model.Input.model_fields.keys()
             ],
-            "needs_key": not parts.keys.allows_anonymous,
+            "needs_key": not services.keys.allows_anonymous,
         }
     )

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request, Response
 from server.api import responses
 from server.api.dependencies import (
     Services,
-    get_model,
-    require_owned_job,
     authenticate,
+    get_model,
     get_services,
-    result_response_of,
     parse_request,
+    require_owned_job,
+    result_response_of,
 )
 from server.api.responses import FalJSONResponse
 from server.api.sse import EventStream, wait_or_heartbeat
@@ -27,51 +27,51 @@ router = APIRouter(prefix="/queue", tags=["queue"])
 @router.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str) -> Response:
     """Where a request stands; 202 until it is done."""
-    parts = get_services(request)
-    job = await _job(request, parts, app, request_id)
+    services = get_services(request)
+    job = await _job(request, services, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
-    return _with_request_id(FalJSONResponse(_status(parts, job, logs), responses.STATUS_CODES[job.state]), job)
+    return _with_request_id(FalJSONResponse(_status(services, job, logs), responses.STATUS_CODES[job.state]), job)
 
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str) -> Response:
     """The same as events, with the new log lines only, until the request is done; with `previews=1`, small ones too."""
-    parts = get_services(request)
-    job = await _job(request, parts, app, request_id)
+    services = get_services(request)
+    job = await _job(request, services, app, request_id)
     job.wants_previews |= _wants(request, "previews")
-    changes = _status_events(parts, job, _wants(request, "logs"))
-    return _with_request_id(EventStream(changes, context=parts.open_answers.held(job.owner)), job)
+    changes = _status_events(services, job, _wants(request, "logs"))
+    return _with_request_id(EventStream(changes, context=services.open_answers.held(job.owner)), job)
 
 
 @router.get("/{app:path}/requests/{request_id}")
 @router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
 async def result(request: Request, app: str, request_id: str) -> Response:
     """The model's own answer, or the error it ended with; 400 while it is in progress."""
-    parts = get_services(request)
-    job = await _job(request, parts, app, request_id)
+    services = get_services(request)
+    job = await _job(request, services, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _with_request_id(await result_response_of(parts, job, responses.result_response), job)
+    return _with_request_id(await result_response_of(services, job, responses.result_response), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")
 async def delete(request: Request, app: str, request_id: str) -> Response:
     """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
-    parts = get_services(request)
-    job = await _job(request, parts, app, request_id)
-    await parts.turns.run(job.owner, parts.retention.delete, job)
+    services = get_services(request)
+    job = await _job(request, services, app, request_id)
+    await services.turns.run(job.owner, services.retention.delete, job)
     return _with_request_id(Response(status_code=204), job)
 
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
     """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
-    parts = get_services(request)
+    services = get_services(request)
     try:
-        job = await _job(request, parts, app, request_id)
+        job = await _job(request, services, app, request_id)
     except NotFound as error:
         return FalJSONResponse({"status": "NOT_FOUND", **error.body}, 404)
-    state = await parts.turns.run(job.owner, parts.queue.cancel, job)
+    state = await services.turns.run(job.owner, services.queue.cancel, job)
     return _with_request_id(_CANCELLED[state](), job)
 
 
@@ -80,12 +80,12 @@ async def submit(request: Request, endpoint: str) -> Response:
     """Put a request in the queue; once this is answered it is on the disk."""
     if "/requests/" in endpoint:
         raise MethodNotAllowed
-    parts = get_services(request)
+    services = get_services(request)
     owner = authenticate(request)
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, Mode.QUEUE)
-    job = await parts.turns.run(owner, parts.queue.submit, submission)
-    return _with_request_id(FalJSONResponse(responses.submit_body(job, parts.queue.position(job))), job)
+    job = await services.turns.run(owner, services.queue.submit, submission)
+    return _with_request_id(FalJSONResponse(responses.submit_body(job, services.queue.position(job))), job)
 
 
 _CANCELLED = {
@@ -95,36 +95,36 @@ _CANCELLED = {
 }
 
 
-async def _job(request: Request, parts: Services, app: str, request_id: str) -> Job:
+async def _job(request: Request, services: Services, app: str, request_id: str) -> Job:
     """This caller's job, from memory if it can be; from its row otherwise."""
     owner = authenticate(request)
-    job = parts.queue.get_cached(request_id) or await parts.turns.run(owner, parts.queue.get, request_id)
+    job = services.queue.get_cached(request_id) or await services.turns.run(owner, services.queue.get, request_id)
     return require_owned_job(job, owner, app)
 
 
-async def _status_events(parts: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
-    told: dict[str, Any] = {}
-    sent, shown = 0, None
-    with parts.notifier.subscribe(job.request_id, QUEUE) as bell:
+async def _status_events(services: Services, job: Job, wants_logs: bool) -> AsyncIterator[dict[str, Any] | None]:
+    last_sent: dict[str, Any] = {}
+    num_logs, last_preview = 0, None
+    with services.notifier.subscribe(job.request_id, QUEUE) as event:
         while True:
-            bell.clear()
-            logs = job.logs[sent:]
-            body = _status(parts, job, logs if wants_logs else None)
-            preview = job.preview if job.wants_previews and job.preview is not shown else None
+            event.clear()
+            logs = job.logs[num_logs:]
+            body = _status(services, job, logs if wants_logs else None)
+            preview = job.preview if job.wants_previews and job.preview is not last_preview else None
             # A stream that the server closes ends with an event, as any other.
-            if body != told or preview or parts.notifier.is_closing:
-                sent += len(logs)
-                told = _status(parts, job, [] if wants_logs else None)
-                shown = job.preview
+            if body != last_sent or preview or services.notifier.is_closing:
+                num_logs += len(logs)
+                last_sent = _status(services, job, [] if wants_logs else None)
+                last_preview = job.preview
                 yield {**body, "preview": preview} if preview else body
-            if body["status"] == State.COMPLETED or parts.notifier.is_closing:
+            if body["status"] == State.COMPLETED or services.notifier.is_closing:
                 return
-            if not await wait_or_heartbeat(bell):
+            if not await wait_or_heartbeat(event):
                 yield None
 
 
-def _status(parts: Services, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
-    return responses.status_body(job, parts.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
+def _status(services: Services, job: Job, logs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return responses.status_body(job, services.queue.position(job) if job.state == State.IN_QUEUE else 0, logs)
 
 
 def _wants(request: Request, what: str) -> bool:

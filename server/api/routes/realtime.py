@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from models.base import Model
 from models.schema import ImageInput
 from server.api import submissions
-from server.api.dependencies import Services, open_output, authenticate_with_token
+from server.api.dependencies import Services, authenticate_with_token, open_output
 from server.api.headers import number
 from server.api.wait import cancel_on_disconnect
 from server.errors import BadRequest, InvalidInput, ServerError, TooManyRequests, Unauthorized
@@ -46,22 +46,22 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
 
     It ends with the first input after its key was revoked.
     """
-    parts = cast(Services, socket.app.state.parts)
-    if endpoint not in parts.models:
+    services = cast(Services, socket.app.state.services)
+    if endpoint not in services.models:
         await socket.close(1008, "There is no such endpoint")
         return
     await socket.accept()
     try:
         owner = authenticate_with_token(socket, endpoint)
-        count_messages(socket.scope, owner, parts.in_flight)
-        session = _Session(socket, parts, parts.models[endpoint], owner, _max_buffering(socket.query_params))
+        count_messages(socket.scope, owner, services.in_flight)
+        session = _Session(socket, services, services.models[endpoint], owner, _max_buffering(socket.query_params))
     except Unauthorized:
         await _reject(socket)
     except BadRequest as error:
         await _send_error(socket, "BAD_REQUEST", str(error))
         await socket.close(1008)
     else:
-        await _served(socket, session, parts.open_answers, owner)
+        await _served(socket, session, services.open_answers, owner)
 
 
 async def _served(socket: WebSocket, session: "_Session", open_answers: FairShare, owner: str) -> None:
@@ -89,10 +89,10 @@ class _Frame:
         """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
         if self.is_text:
             return self.content
-        parts = itertools.count()
+        services = itertools.count()
 
         def kept(part: Any) -> Any:
-            if next(parts) >= _MAX_PARTS:
+            if next(services) >= _MAX_PARTS:
                 raise ValueError("too many lists and maps")
             return part
 
@@ -107,9 +107,9 @@ class _Frame:
 class _Session:
     """What is read goes into a short buffer; what is painted comes out of it."""
 
-    def __init__(self, socket: WebSocket, parts: Services, model: Model, owner: str, max_buffering: int) -> None:
+    def __init__(self, socket: WebSocket, services: Services, model: Model, owner: str, max_buffering: int) -> None:
         self._socket = socket
-        self._parts = parts
+        self._services = services
         self._model = model
         self._owner = owner
         self._inputs: deque[_Frame] = deque()
@@ -118,16 +118,16 @@ class _Session:
         self._is_running = False
 
     async def serve(self) -> None:
-        painting = asyncio.create_task(self._generate())
+        task = asyncio.create_task(self._generate())
         try:
             await self._read()
         except (WebSocketDisconnect, RuntimeError):
             # RuntimeError is Starlette's word for a client that left while it was being answered.
             return
         finally:
-            painting.cancel()
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await painting
+                await task
             while self._inputs:
                 self._drop_oldest()
 
@@ -144,7 +144,7 @@ class _Session:
                 return
             if message["type"] == "websocket.disconnect":
                 return
-            if not self._parts.keys.is_active(self._owner):
+            if not self._services.keys.is_active(self._owner):
                 await _reject(self._socket)
                 return
             try:
@@ -162,12 +162,12 @@ class _Session:
             or sum(each.size for each in self._inputs) + frame.size > MAX_INPUT_BYTES
         ):
             self._drop_oldest()
-        self._parts.in_flight.acquire(self._owner, frame.size)
+        self._services.in_flight.acquire(self._owner, frame.size)
         self._inputs.append(frame)
         self._arrived.set()
 
     def _drop_oldest(self) -> None:
-        self._parts.in_flight.release(self._owner, self._inputs.popleft().size)
+        self._services.in_flight.release(self._owner, self._inputs.popleft().size)
 
     async def _generate(self) -> None:
         while True:
@@ -179,7 +179,7 @@ class _Session:
                 try:
                     await self._try_answer(frame)
                 finally:
-                    self._parts.in_flight.release(self._owner, frame.size)
+                    self._services.in_flight.release(self._owner, frame.size)
                 self._is_running = False
 
     async def _try_answer(self, frame: _Frame) -> None:
@@ -198,29 +198,29 @@ class _Session:
 
     async def _answer(self, frame: _Frame) -> None:
         is_large = len(frame.content) > _LARGE
-        fields = await self._parts.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
-        self._parts.quota.acquire(self._owner)
-        inputs = await self._parts.inputs.resolve(fields, self._owner)
+        fields = await self._services.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
+        self._services.rate_limiter.acquire(self._owner)
+        inputs = await self._services.inputs.resolve(fields, self._owner)
         job = await self._submit(dump_input(fields, inputs), inputs)
-        with cancel_on_disconnect(self._parts, job), self._parts.notifier.subscribe(job.request_id) as bell:
-            while job.state != State.COMPLETED and not self._parts.notifier.is_closing:
-                bell.clear()
-                await bell.wait()
+        with cancel_on_disconnect(self._services, job), self._services.notifier.subscribe(job.request_id) as event:
+            while job.state != State.COMPLETED and not self._services.notifier.is_closing:
+                event.clear()
+                await event.wait()
         if job.error is not None or job.state != State.COMPLETED:
             await _send_error(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
-        async with open_output(self._parts, job) as (_, output):
-            await self._socket.send_bytes(await self._parts.turns.run(self._owner, msgpack.packb, output))
+        async with open_output(self._services, job) as (_, output):
+            await self._socket.send_bytes(await self._services.turns.run(self._owner, msgpack.packb, output))
             # It waits until the client has read most of that.
             timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
             await self._socket.send_text(to_json(timing).decode())
 
     def _fields(self, frame: _Frame) -> ImageInput:
-        return submissions.validate(self._model, frame.to_json(), "", self._parts.inputs.limits)
+        return submissions.validate(self._model, frame.to_json(), "", self._services.inputs.limits)
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
-        queue, turns = self._parts.queue, self._parts.turns
+        queue, turns = self._services.queue, self._services.turns
         submitting = asyncio.ensure_future(turns.run(self._owner, queue.submit, self._submission(text, inputs)))
         try:
             return await asyncio.shield(submitting)

@@ -135,7 +135,7 @@ def _announced(request: Request) -> UploadRequest:
 
 
 async def _begin(request: Request, owner: str, announced: UploadRequest) -> Upload:
-    get_services(request).quota.acquire(owner, "uploads")
+    get_services(request).rate_limiter.acquire(owner, "uploads")
     uploads = get_services(request).uploads
     return await uploads.turns.run(
         owner,

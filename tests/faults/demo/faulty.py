@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from models.base import GenerationTask, EngineConfig
+from models.base import EngineConfig, GenerationTask
 from models.flux.engine import FluxEngine
 from models.flux_dev import FluxDev
 
