@@ -30,7 +30,7 @@ endif
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
-test: lint tests/js/node_modules
+test: lint tests/support/js/node_modules
 	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval" $(ARGS)
 
 # Long runs, more than an hour on two cores; -rP shows the figures that they print.
@@ -38,13 +38,13 @@ soak: lint
 	$(BIN)/pytest -m soak -rP $(ARGS)
 
 # Then what the SDKs do, on one runner in a process of Ray's.
-SDK_TESTS := tests/test_python_client.py tests/test_node_clients.py tests/test_replayed_clients.py tests/test_curl.py \
-	tests/test_realtime.py tests/test_openai.py tests/test_storage_http.py
-cluster: lint tests/js/node_modules
+SDK_TESTS := tests/clients/test_python_client.py tests/clients/test_node_clients.py tests/clients/test_replayed_clients.py tests/clients/test_curl.py \
+	tests/clients/test_realtime.py tests/clients/test_openai.py tests/clients/test_uploads.py
+cluster: lint tests/support/js/node_modules
 	$(BIN)/pytest -m cluster $(ARGS)
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
-test-all: lint tests/js/node_modules
+test-all: lint tests/support/js/node_modules
 	$(BIN)/pytest -m "not soak" $(ARGS)
 
 lint: .venv/dev.done
@@ -53,14 +53,14 @@ lint: .venv/dev.done
 	$(BIN)/mypy
 
 bench: .venv/dev.done
-	$(BIN)/python -m bench.start
+	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.load
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.demo_weights
 	$(BIN)/flux-server bench demo --sizes 512x512 --steps 28 --rounds 9
 	$(BIN)/flux-server bench demo --sizes 512x512 --steps 8 --waiting 8 --rounds 5
-	$(BIN)/python -m bench.mixed --weights cost
-	$(BIN)/python -m bench.mixed --weights demo --requests 60
+	$(BIN)/python -m bench.mixed_load --weights cost
+	$(BIN)/python -m bench.mixed_load --weights demo --requests 60
 
 # Needs an environment of its own, where nothing of theirs meets what the server runs on.
 peers: .venv/dev.done build/peers/installed.done
@@ -75,7 +75,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv build/peers tests/js/node_modules tests/.clients
+	rm -rf .venv build/peers tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -91,12 +91,12 @@ clean:
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-build/peers/installed.done: bench/peers.txt
+build/peers/installed.done: bench/peer_servers/requirements.txt
 	$(PYTHON) -m venv --clear build/peers
-	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peers.txt
+	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peer_servers/requirements.txt
 	touch $@
 
 # Without npm the tests of the Node SDKs are skipped, and say so.
-tests/js/node_modules: tests/js/package.json
-	if command -v npm > /dev/null; then cd tests/js && npm install --no-package-lock --no-audit --no-fund --loglevel=error; fi
+tests/support/js/node_modules: tests/support/js/package.json
+	if command -v npm > /dev/null; then cd tests/support/js && npm install --no-package-lock --no-audit --no-fund --loglevel=error; fi
 	mkdir -p $@ && touch $@

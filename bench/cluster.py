@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.client import Client, load, request
-from bench.null_cluster import NullFleet
+from bench.support.fake_cluster import NullFleet
+from bench.support.load_client import Client, load, request
 from server.cluster.head import ClusterHead
 from server.metrics import Metrics
 from server.queue.jobs import State, Submission
@@ -31,8 +31,8 @@ from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import Database
 from server.storage.file_store import FileStore
-from tests.ray_nodes import MODELS, nodes, runners, serving_on
-from tests.serving import ROOT, Server, completed, gated, serving
+from tests.support.ray_nodes import MODELS, nodes, runners, serving_on
+from tests.support.server_process import ROOT, Server, completed, gated, serving
 
 SMALL = {"prompt": "x", "seed": 1, "num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}
 
@@ -227,7 +227,7 @@ def whole(gpus: int = 1000, seconds: float = 10) -> None:
 
 
 def _whole(gpus: int, clients: int, seconds: float) -> None:
-    models = ROOT / "bench" / "null_cluster_models"
+    models = ROOT / "bench" / "support" / "fake_cluster_models"
     askers: list[Asker] = []
     with (
         tempfile.TemporaryDirectory() as name,

@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.client import Figures, again, load, request
+from bench.support.load_client import Figures, again, load, request
 from server.api import responses
 from server.queue.jobs import Job, Submission
 from server.queue.notifier import Notifier
 from server.queue.queue import Queue
 from server.storage.database import Database
-from tests.serving import TEST_MODELS, serving
+from tests.support.server_process import TEST_MODELS, serving
 
 BODY = json.dumps({"prompt": "a red apple", "image_size": "square", "num_inference_steps": 1}).encode()
 

@@ -30,10 +30,10 @@ from pathlib import Path
 
 import httpx
 
-from bench import client
-from bench.client import again, load, request
-from bench.program import answering
-from tests.serving import ROOT, TEST_MODELS, free_port, gated, in_progress, serving
+from bench.support import load_client
+from bench.support.load_client import again, load, request
+from bench.support.subprocess_server import answering
+from tests.support.server_process import ROOT, TEST_MODELS, free_port, gated, in_progress, serving
 
 PYTHON = ROOT / "build" / "peers" / "bin" / "python"
 BODY = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1, "seed": 1}
@@ -63,9 +63,9 @@ def ours() -> Iterator[Asked]:
 def _ours(url: str, gate: Path) -> Asked:
     port = int(url.rsplit(":", 1)[1])
     yield RUN, port, "/test/null"
-    with httpx.Client() as client:
-        held = client.post(f"{url}/queue/test/gate", json={"prompt": str(gate), "seed": 1})
-        in_progress(client, held.json()["status_url"])
+    with httpx.Client() as load_client:
+        held = load_client.post(f"{url}/queue/test/gate", json={"prompt": str(gate), "seed": 1})
+        in_progress(load_client, held.json()["status_url"])
     yield SUBMIT, port, "/queue/test/null"
 
 
@@ -127,7 +127,7 @@ def measured(python: Path, clients: Sequence[int], rounds: int, seconds: float) 
     return {name: found[name] for group in GROUPS for name in group}
 
 
-def _kept(figures: client.Figures) -> dict[str, float]:
+def _kept(figures: load_client.Figures) -> dict[str, float]:
     quantiles = {f"p{100 * share:.0f}_ms": figures.milliseconds(share) for share in (0.5, 0.99)}
     return {"per_second": figures.per_second, **quantiles}
 
@@ -150,7 +150,9 @@ def _median(rounds: Sequence[dict[str, float]], key: str) -> float:
 def main() -> None:
     """Print the table, and keep what every round gave where --json says."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--python", type=Path, default=PYTHON, help="an interpreter with bench/peers.txt installed")
+    parser.add_argument(
+        "--python", type=Path, default=PYTHON, help="an interpreter with bench/peer_servers/requirements.txt installed"
+    )
     parser.add_argument("--clients", default="1,16,64")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.parts import Parts, opened
-from tests.serving import TEST_MODELS, Gate, Server, free_port, gated, serving, with_door
+from tests.support.components import Parts, opened
+from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, gated, serving, with_door
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import bench.attacks
-from bench.attacks import bodies, kept, loras
+from bench.attacks import bodies, loras, storage
 from bench.attacks.measure import measure
 from bench.attacks.report import figures, line
 
-ATTACKS = {attack.name: attack for attack in (*loras.ATTACKS, *bodies.ATTACKS, *kept.ATTACKS)}
+ATTACKS = {attack.name: attack for attack in (*loras.ATTACKS, *bodies.ATTACKS, *storage.ATTACKS)}
 #: Of both phases of an attack together, in seconds.
 MAX_SECONDS = 20.0
 

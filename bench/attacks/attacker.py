@@ -17,7 +17,7 @@ import uvloop
 
 from bench.attacks import ATTACKER
 from bench.attacks.connection import Answer, Connection, connected, request
-from bench.attacks.other import OPERATIONS
+from bench.attacks.victim import OPERATIONS
 
 #: What is done in one phase of an attack; it begins with everything prepared.
 Round = Callable[[], Coroutine[None, None, None]]

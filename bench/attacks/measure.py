@@ -12,9 +12,9 @@ import httpx
 from bench.attacks import ATTACKER, OTHER, ROUNDS, SWEEP_SECONDS
 from bench.attacks.attacker import Attack, Attacker, Told, attacking
 from bench.attacks.hosting import hosting
-from bench.attacks.other import SUBMIT, Operation, Other, acting
+from bench.attacks.victim import SUBMIT, Operation, Other, acting
 from bench.attacks.watch import EVERY, Watch, is_machine_full
-from tests.serving import completed, serving
+from tests.support.server_process import completed, serving
 
 MODELS = Path(__file__).parent / "models"
 #: What a phase of an attack may take beyond its time, in seconds.

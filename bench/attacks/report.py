@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.attacks.attacker import Attack
 from bench.attacks.measure import Phase, Seen
-from bench.attacks.other import Operation
+from bench.attacks.victim import Operation
 from bench.attacks.watch import LONGEST_REST
 
 _MB = 1e6

@@ -25,25 +25,25 @@ def can_share(task: FluxTask, other: FluxTask) -> bool:
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
     """Those that are like the first, in their order, within the token budget; the first in any case."""
     found: list[BatchItem] = []
-    for task, generations in due:
-        for generation in generations:
-            is_alike = not found or generation.key == found[0][1].key
-            if is_alike and (len(found) + 1) * generation.num_tokens <= max(TOKEN_BUDGET, generation.num_tokens):
-                found.append((task, generation))
+    for task, samples in due:
+        for sample in samples:
+            is_alike = not found or sample.key == found[0][1].key
+            if is_alike and (len(found) + 1) * sample.num_tokens <= max(TOKEN_BUDGET, sample.num_tokens):
+                found.append((task, sample))
     return found
 
 
-def predict_velocities(transformer: Any, generations: Sequence[Sample]) -> Sequence[torch.Tensor]:
+def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
     """One forward for one or more generations of one size: the velocity of each, of the shape of its latents."""
-    first = generations[0]
-    timesteps = torch.stack([generation.timestep for generation in generations])
-    guidance = [generation.guidance for generation in generations]
+    first = samples[0]
+    timesteps = torch.stack([sample.timestep for sample in samples])
+    guidance = [sample.guidance for sample in samples]
     inputs = {
-        "hidden_states": _together([generation.latents for generation in generations]),
+        "hidden_states": _together([sample.latents for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
         "guidance": None if first.guidance is None else _together(guidance),
-        "pooled_projections": _together([generation.text.pooled_prompt_embeds for generation in generations]),
-        "encoder_hidden_states": _together([generation.text.prompt_embeds for generation in generations]),
+        "pooled_projections": _together([sample.text.pooled_prompt_embeds for sample in samples]),
+        "encoder_hidden_states": _together([sample.text.prompt_embeds for sample in samples]),
         "txt_ids": first.text.ids,
         "img_ids": first.latent_ids,
     }

@@ -1,6 +1,7 @@
 """The device that paints: its streams, its pace, and its errors told apart."""
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,14 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.base import DeviceLost, GenerationFailed
+from models.base import DeviceLost, EngineConfig, GenerationFailed
 from models.flux.flops import step_flops
 from models.flux.prompt_cache import NUM_TOKENS
 from models.loading import cpu, devices
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 #: Seconds of a matrix product after which no larger one is tried.
 _SLOW = 0.2
+#: Parameters of a transformer for which a CPU takes minutes a step; the demo's has a thousandth.
+FULL_SIZE = 1_000_000_000
 
 
 class Device:
@@ -135,3 +140,16 @@ class Device:
         except RuntimeError:
             return False
         return True
+
+
+def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
+    """Log what the weights are computed in, and warn of large ones on a CPU."""
+    where = Device(device)
+    log.info("computing in %s on %s", devices.type_name(transformer.dtype), where.description)
+    if device == "cpu" and devices.is_emulated(config, transformer.dtype):
+        log.warning(
+            "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory, and "
+            "--dtype float32 takes it all the same"
+        )
+    if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
+        log.warning("%s; use a GPU", where.step_description(transformer.config, transformer.dtype))

@@ -23,7 +23,7 @@ from models.base import (
 from models.flux import acceleration, batch, safety_checker
 from models.flux.acceleration import Tier
 from models.flux.batch import BatchItem
-from models.flux.device import Device
+from models.flux.device import Device, log_dtype
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
 from models.flux.loras import LoraAdapter, LoraManager
@@ -39,8 +39,6 @@ from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
-#: Parameters of a transformer for which a CPU takes minutes a step; the demo's has a thousandth.
-FULL_SIZE = 1_000_000_000
 #: Pictures in a row that come out as not-a-number, at which the device is given up.
 MAX_NONFINITE_IMAGES = 2
 
@@ -93,7 +91,7 @@ class FluxEngine:
         prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
         checker = safety_checker.load(config)
-        _log_dtype(config, pipeline, device)
+        log_dtype(config, pipeline.transformer, device)
         engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
         if not engine.tiers[0].is_ready:
             try:
@@ -151,13 +149,16 @@ class FluxEngine:
         )
         image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
         # One that has no strength is looked at, not painted over.
-        start, subject = (image, None) if hasattr(request, "strength") else (None, image)
-        if subject and self.redux is None:
+        start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
+        if reference_image and self.redux is None:
             raise GenerationFailed(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
         width, height = self._round_down(width), self._round_down(height)
-        work, dtype = self._step_work(width, height, subject), devices.type_name(self.pipeline.transformer.dtype)
-        return FluxTask(request, seed, width, height, tier, work, dtype, start, subject, loras)
+        work, dtype = (
+            self._step_work(width, height, reference_image),
+            devices.type_name(self.pipeline.transformer.dtype),
+        )
+        return FluxTask(request, seed, width, height, tier, work, dtype, start, reference_image, loras)
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -166,19 +167,19 @@ class FluxEngine:
         together, alone = partial(self._step, task, others), partial(self._step_alone, task)
         members, velocities = self.device.retry_on_oom(task.description, together, alone)
         with self.device.classify_errors(task.description, is_last_try=True):
-            for (member, generation), velocity in zip(members, velocities, strict=True):
-                generation.step_with(velocity)
+            for (member, sample), velocity in zip(members, velocities, strict=True):
+                sample.step_with(velocity)
                 member.step += 1
             event = self.device.throttle()
-            for _, generation in members:
-                generation.event = event
+            for _, sample in members:
+                sample.event = event
         return list({id(member): member for member, _ in members}.values())
 
     @torch.no_grad()
     def preview(self, task: GenerationTask) -> Image | None:
         """The newest estimate of its newest picture, as small RGB."""
         assert isinstance(task, FluxTask)
-        seen = [generation for generation in task.samples if generation.velocity is not None]
+        seen = [sample for sample in task.samples if sample.velocity is not None]
         if not seen:
             return None
         image: Image = self.previews.image(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
@@ -188,8 +189,8 @@ class FluxEngine:
     def decode(self, task: GenerationTask) -> None:
         """Decode the next picture; raises NotANumber, and DeviceLost when that comes twice in a row."""
         assert isinstance(task, FluxTask)
-        generation = task.samples[len(task.images)]
-        decoded = partial(self._decoded, generation)
+        sample = task.samples[len(task.images)]
+        decoded = partial(self._decoded, sample)
         try:
             image = self.device.retry_on_oom(task.description, decoded, decoded)
         except NonFiniteOutput as error:
@@ -200,7 +201,7 @@ class FluxEngine:
             raise
         self._num_nonfinite = 0
         task.images.append(image)
-        generation.free()
+        sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         """Ask the safety checker."""
@@ -236,7 +237,7 @@ class FluxEngine:
         members = members[: self.sharing.number(size, len(members))]
         transformer = self._pipeline_of(task).transformer if task.loras else task.tier.transformer
         with self.sharing.timed(size, len(members)):
-            return members, batch.predict_velocities(transformer, [generation for _, generation in members])
+            return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
         """With as much of the memory as can be had."""
@@ -250,9 +251,9 @@ class FluxEngine:
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
 
-    def _step_work(self, width: int, height: int, subject: Image | None) -> int:
+    def _step_work(self, width: int, height: int, reference_image: Image | None) -> int:
         num_tokens = (width // self.multiple) * (height // self.multiple)
-        num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if subject and self.redux else 0)
+        num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if reference_image and self.redux else 0)
         return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
     # -- the ends of a generation
@@ -266,17 +267,17 @@ class FluxEngine:
         else:
             text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
         size = (task.width, task.height)
-        generation = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image)
-        generation.cache = FirstBlockCache() if task.tier.skips_blocks else None
-        return generation
+        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image)
+        sample.cache = FirstBlockCache() if task.tier.skips_blocks else None
+        return sample
 
     def _pipeline_of(self, task: FluxTask) -> Any:
         """The pipeline with its LoRAs switched on, if it has any."""
         return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
 
-    def _decoded(self, generation: Sample) -> Image:
-        with self.device.on_decode_stream(generation.latents, generation.event):
-            latents = unpacked(self.pipeline, generation, generation.latents)
+    def _decoded(self, sample: Sample) -> Image:
+        with self.device.on_decode_stream(sample.latents, sample.event):
+            latents = unpacked(self.pipeline, sample, sample.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
                 raise NonFiniteOutput("The picture came out as not-a-number, so none is shown.")
@@ -286,19 +287,6 @@ class FluxEngine:
     def _judged(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():
             return self.checker.is_unsafe(images)
-
-
-def _log_dtype(placement: EngineConfig, pipeline: Any, device: str) -> None:
-    """Log what the weights are computed in, and warn of large ones on a CPU."""
-    transformer, where = pipeline.transformer, Device(device)
-    log.info("computing in %s on %s", devices.type_name(transformer.dtype), where.description)
-    if device == "cpu" and devices.is_emulated(placement, transformer.dtype):
-        log.warning(
-            "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory, and "
-            "--dtype float32 takes it all the same"
-        )
-    if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
-        log.warning("%s; use a GPU", where.step_description(transformer.config, transformer.dtype))
 
 
 def _open_image(path: Path) -> Image:

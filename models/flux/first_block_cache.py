@@ -2,7 +2,7 @@
 
 diffusers has it as hooks on a transformer's blocks, whose state is kept by name and which keep blocks from being
 compiled whole. Here the state belongs to its generation and goes with it, and the blocks stay as they are compiled;
-`tests/test_first_block_cache.py` holds it against diffusers' own, difference 0.
+`tests/parity/test_first_block_cache.py` holds it against diffusers' own, difference 0.
 """
 
 from dataclasses import dataclass

@@ -133,9 +133,9 @@ def _noisy(
     return packed
 
 
-def unpacked(pipeline: Any, generation: Sample, latents: torch.Tensor) -> torch.Tensor:
+def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
     """Latents as the autoencoder takes them: (1, channels, height, width)."""
-    whole = pipeline._unpack_latents(latents, generation.height, generation.width, pipeline.vae_scale_factor)
+    whole = pipeline._unpack_latents(latents, sample.height, sample.width, pipeline.vae_scale_factor)
     config = pipeline.vae.config
     scaled: torch.Tensor = whole / config.scaling_factor + config.shift_factor
     return scaled

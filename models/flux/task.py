@@ -71,5 +71,5 @@ class FluxTask:
     @property
     def due(self) -> list[Sample]:
         """What can take a step now: all its pictures where they may share a forward, else the next one."""
-        unfinished = [generation for generation in self.samples if not generation.steps_done]
+        unfinished = [sample for sample in self.samples if not sample.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]

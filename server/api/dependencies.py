@@ -19,7 +19,6 @@ from server.inputs.resolver import InputResolver
 from server.metrics import Metrics
 from server.net.bytes_in_flight import BytesInFlight
 from server.net.fair_share import FairShare
-from server.net.outbound import OutboundClient
 from server.queue.history import HistoryQuery
 from server.queue.jobs import Job, Mode, Outcome, Submission
 from server.queue.notifier import Notifier
@@ -44,13 +43,12 @@ class Services:
     #: Endpoints that could be served and are not, and the weights that they need.
     unavailable_endpoints: Mapping[str, str]
     keys: Keys
-    outbound: OutboundClient
     inputs: InputResolver
     in_flight: BytesInFlight
     #: Answers that wait or go on for as long as a request does.
     open_answers: FairShare
     #: For what waits for the database.
-    turns: FairExecutor
+    executor: FairExecutor
     rate_limiter: RateLimiter
     queue: Queue
     files: FileStore
@@ -135,9 +133,16 @@ async def parse_request_body(
 ) -> Submission:
     """The same for a body that is here already. Raises as `submissions.read` does."""
     services = get_services(request)
-    shared: dict[str, Any] = {"inputs": services.inputs, "quota": services.rate_limiter, "turns": services.turns}
     return await submissions.parse_submission(
-        request, body, model, owner, mode=mode, content_type=content_type, **shared
+        request,
+        body,
+        model,
+        owner,
+        mode=mode,
+        content_type=content_type,
+        inputs=services.inputs,
+        rate_limiter=services.rate_limiter,
+        executor=services.executor,
     )
 
 
@@ -151,7 +156,7 @@ async def read_when_room(
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(services.in_flight.room(owner, num_bytes, is_patient=is_patient))
-        response = await services.turns.run(owner, read)
+        response = await services.executor.run(owner, read)
         response.room = stack.pop_all()
         return response
 
@@ -179,4 +184,4 @@ async def open_output(services: Services, job: Job) -> AsyncIterator[tuple[Outco
         return outcome, from_json(outcome.body)
 
     async with services.in_flight.room(job.owner, job.output_size, is_patient=True):
-        yield await services.turns.run(job.owner, read)
+        yield await services.executor.run(job.owner, read)

@@ -37,7 +37,7 @@ async def parse_submission(
     mode: Mode,
     inputs: InputResolver,
     rate_limiter: RateLimiter,
-    turns: FairExecutor,
+    executor: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
     """The submission in this request and its body, and what it names by address.
@@ -48,7 +48,7 @@ async def parse_submission(
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
     given = (model, body, content_type, inputs.limits)
     # What is large takes long to read, and others are served meanwhile.
-    fields, body_hash = await turns.run(owner, _parse, *given) if len(body) > SMALL else _parse(*given)
+    fields, body_hash = await executor.run(owner, _parse, *given) if len(body) > SMALL else _parse(*given)
     # What was refused costs nothing; what brings files does, so this comes first.
     rate_limiter.acquire(owner)
     input_files = await inputs.resolve(fields, owner)

@@ -36,7 +36,7 @@ def cancel_on_disconnect(services: Services, job: Job) -> Iterator[None]:
         # When the server stops, the next start ends it: by then the database may be closed here.
         if job.state != State.COMPLETED and not services.notifier.is_closing:
             # Not awaited: this may run while the connection's own task is being cancelled.
-            services.turns.submit(job.owner, services.queue.cancel, job)
+            services.executor.submit(job.owner, services.queue.cancel, job)
 
 
 async def _disconnected(request: Request) -> None:

@@ -164,8 +164,7 @@ def _name(where: str | Path) -> str:
 
 def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
     """What a CPU computes in, and for full-size weights what that takes."""
-    from models.flux.device import Device
-    from models.flux.engine import FULL_SIZE
+    from models.flux.device import FULL_SIZE, Device
 
     message = devices.type_name(dtype)
     if transformer_size < 2 * FULL_SIZE:

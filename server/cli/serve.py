@@ -46,7 +46,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
-    services, worker = app.state.services, app.state.worker
+    services, worker = app.state.services, app.state.backend
     # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)

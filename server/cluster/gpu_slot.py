@@ -276,11 +276,11 @@ class GpuSlot:
         self.idle_since = time.monotonic()
         self._on_change(self)
 
-    def _retry(self, act: Callable[[], object]) -> None:
+    def _retry(self, func: Callable[[], object]) -> None:
         """Until the disk has room for it."""
         while True:
             try:
-                act()
+                func()
                 return
             except DiskFull as error:
                 log.error("%s; nothing is lost, trying again every second", error)

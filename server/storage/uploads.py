@@ -65,7 +65,7 @@ class Uploads:
         #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
         self._in_flight: Counter[str] = Counter()
         # Threads of their own, so that large files keep nobody's submit waiting.
-        self.turns = FairExecutor("uploads", 8, 2)
+        self.executor = FairExecutor("uploads", 8, 2)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
         delete_orphans(directory, _OURS, {row["upload_id"] for row in rows})
@@ -112,11 +112,11 @@ class Uploads:
         """
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
-        room = await self.turns.run(upload.owner, self._room, upload, part_number)
+        room = await self.executor.run(upload.owner, self._room, upload, part_number)
         temp_path = self._parts(upload) / f"{secrets.token_hex(8)}.part"
         digest, size = hashlib.md5(usedforsecurity=False), 0
         try:
-            file = await self.turns.run(upload.owner, temp_path.open, "wb")
+            file = await self.executor.run(upload.owner, temp_path.open, "wb")
             try:
                 async for chunk in chunks:
                     size += len(chunk)
@@ -124,10 +124,10 @@ class Uploads:
                     if self._in_flight[upload.owner] > room:
                         raise BodyTooLarge(self._limit_words())
                     digest.update(chunk)
-                    await self.turns.run(upload.owner, file.write, chunk)
+                    await self.executor.run(upload.owner, file.write, chunk)
             finally:
-                await self.turns.run(upload.owner, file.close)
-            await self.turns.run(upload.owner, self._take, upload, part_number, temp_path, size)
+                await self.executor.run(upload.owner, file.close)
+            await self.executor.run(upload.owner, self._take, upload, part_number, temp_path, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it is over") from None
         except OSError as error:
@@ -139,7 +139,7 @@ class Uploads:
 
     async def complete_single(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """As `complete`, off the event loop."""
-        return await self.turns.run(upload.owner, self.complete, upload, part_numbers)
+        return await self.executor.run(upload.owner, self.complete, upload, part_numbers)
 
     def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Join the parts, in order whatever order they are listed in, into a file that is served from now on.

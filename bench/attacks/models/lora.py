@@ -1,7 +1,7 @@
 """bench/lora: takes LoRA weights by address, and paints without them."""
 
 from models.flux_lora import FluxLoraInput
-from tests.null_model import NullEngine, NullModel
+from tests.support.fake_models import NullEngine, NullModel
 
 
 class LoraModel(NullModel):

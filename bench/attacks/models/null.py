@@ -2,7 +2,7 @@
 
 import server.app
 from bench.attacks import SWEEP_SECONDS
-from tests.null_model import NullEngine, NullModel
+from tests.support.fake_models import NullEngine, NullModel
 
 # Under another name it would be set in vain, and no sweep be seen.
 assert hasattr(server.app, "SWEEP_EVERY")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tests.null_model import NullEngine, NullModel
+from tests.support.fake_models import NullEngine, NullModel
 
 
 class SlowEngine(NullEngine):

@@ -94,7 +94,7 @@ async def generations(request: Request) -> Response:
     services = get_services(request)
     try:
         asked, submission = await _asked(request)
-        job = await services.turns.run(submission.owner, services.queue.submit, submission)
+        job = await services.executor.run(submission.owner, services.queue.submit, submission)
         if asked.stream:
             events = _events(services, job, asked.partial_images or 0)
             return _with_request_id(EventStream(events, context=cancel_on_disconnect(services, job)), job)
@@ -108,7 +108,7 @@ async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
     """What is asked for, in OpenAI's words and in ours."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner) as body:
-        asked, fields = await get_services(request).turns.run(owner, _translated, body)
+        asked, fields = await get_services(request).executor.run(owner, _translated, body)
         served = _model_for(request, asked.model or DEFAULT_MODEL)
         mode = Mode.STREAM if asked.stream else Mode.RUN
         return asked, await parse_request_body(request, fields, served, owner, mode, content_type="")

@@ -135,7 +135,7 @@ async def usage(request: Request) -> Response:
     end = query.end or datetime.now(UTC)
     start = query.start or end - LATELY
     wanted = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
-    found = await get_services(request).turns.run(owner, get_services(request).usage, wanted)
+    found = await get_services(request).executor.run(owner, get_services(request).usage, wanted)
     answer: dict[str, Any] = _paging()
     if "time_series" in query.expand or "summary" not in query.expand:
         answer["time_series"] = _time_series(found)

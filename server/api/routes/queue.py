@@ -59,7 +59,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
     """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
-    await services.turns.run(job.owner, services.retention.delete, job)
+    await services.executor.run(job.owner, services.retention.delete, job)
     return _with_request_id(Response(status_code=204), job)
 
 
@@ -71,7 +71,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
         job = await _job(request, services, app, request_id)
     except NotFound as error:
         return FalJSONResponse({"status": "NOT_FOUND", **error.body}, 404)
-    state = await services.turns.run(job.owner, services.queue.cancel, job)
+    state = await services.executor.run(job.owner, services.queue.cancel, job)
     return _with_request_id(_CANCELLED[state](), job)
 
 
@@ -84,7 +84,7 @@ async def submit(request: Request, endpoint: str) -> Response:
     owner = authenticate(request)
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, Mode.QUEUE)
-    job = await services.turns.run(owner, services.queue.submit, submission)
+    job = await services.executor.run(owner, services.queue.submit, submission)
     return _with_request_id(FalJSONResponse(responses.submit_body(job, services.queue.position(job))), job)
 
 
@@ -98,7 +98,7 @@ _CANCELLED = {
 async def _job(request: Request, services: Services, app: str, request_id: str) -> Job:
     """This caller's job, from memory if it can be; from its row otherwise."""
     owner = authenticate(request)
-    job = services.queue.get_cached(request_id) or await services.turns.run(owner, services.queue.get, request_id)
+    job = services.queue.get_cached(request_id) or await services.executor.run(owner, services.queue.get, request_id)
     return require_owned_job(job, owner, app)
 
 

@@ -198,7 +198,9 @@ class _Session:
 
     async def _answer(self, frame: _Frame) -> None:
         is_large = len(frame.content) > _LARGE
-        fields = await self._services.turns.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
+        fields = (
+            await self._services.executor.run(self._owner, self._fields, frame) if is_large else self._fields(frame)
+        )
         self._services.rate_limiter.acquire(self._owner)
         inputs = await self._services.inputs.resolve(fields, self._owner)
         job = await self._submit(dump_input(fields, inputs), inputs)
@@ -210,7 +212,7 @@ class _Session:
             await _send_error(self._socket, "INTERNAL_ERROR", job.error or "The server is stopping.")
             return
         async with open_output(self._services, job) as (_, output):
-            await self._socket.send_bytes(await self._services.turns.run(self._owner, msgpack.packb, output))
+            await self._socket.send_bytes(await self._services.executor.run(self._owner, msgpack.packb, output))
             # It waits until the client has read most of that.
             timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
             await self._socket.send_text(to_json(timing).decode())
@@ -220,8 +222,8 @@ class _Session:
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
         """Submit; a client that leaves while the row is being written is not painted for either."""
-        queue, turns = self._services.queue, self._services.turns
-        submitting = asyncio.ensure_future(turns.run(self._owner, queue.submit, self._submission(text, inputs)))
+        queue, executor = self._services.queue, self._services.executor
+        submitting = asyncio.ensure_future(executor.run(self._owner, queue.submit, self._submission(text, inputs)))
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:

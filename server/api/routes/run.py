@@ -55,7 +55,7 @@ async def _accepted(request: Request, services: Services, endpoint: str, mode: M
     owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, mode)
-    return await services.turns.run(owner, services.queue.submit, submission)
+    return await services.executor.run(owner, services.queue.submit, submission)
 
 
 async def _progress(services: Services, job: Job) -> AsyncIterator[dict[str, Any] | None]:

@@ -96,7 +96,7 @@ async def complete(request: Request, upload_id: str) -> Response:
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
-        completion = await uploads.turns.run(upload.owner, validation.parse_body, CompleteUpload, body or b"{}")
+        completion = await uploads.executor.run(upload.owner, validation.parse_body, CompleteUpload, body or b"{}")
     listed = [part.part_number for part in completion.parts]
     file = await uploads.complete_single(upload, listed)
     url = f"{request.state.base_url}/files/{file.name}"
@@ -137,7 +137,7 @@ def _announced(request: Request) -> UploadRequest:
 async def _begin(request: Request, owner: str, announced: UploadRequest) -> Upload:
     get_services(request).rate_limiter.acquire(owner, "uploads")
     uploads = get_services(request).uploads
-    return await uploads.turns.run(
+    return await uploads.executor.run(
         owner,
         uploads.create,
         owner,

@@ -1,0 +1,229 @@
+"""Requests arriving at random, at this server and at the one people write today: who waits how long.
+
+    python -m bench.mixed_load [--weights cost|demo] [--mix drafts] [--requests 300] [--load 0.7] [--seeds 5] [--json F]
+
+Both servers get the same requests at the same moments, one server after the other, once for each seed. A request's
+latency is the time to its answer; its wait is what the latency is beyond what the request takes alone. `drafts` is
+many small images and few large ones, `even` as many of each, `equal` one size, and `at-once` eight equal requests
+sent together.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.support.subprocess_server import answering
+from models.loading import cpu
+from models.loading.specs import DEMO
+from tests.support.server_process import ROOT, free_port, serving
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What some of the clients want."""
+
+    name: str
+    share: float
+    width: int
+    height: int
+    num_steps: int
+
+
+MIXES = {
+    "drafts": (
+        Kind("draft", 0.80, 512, 512, 8),
+        Kind("default", 0.17, 1024, 768, 28),
+        Kind("large", 0.03, 1536, 1536, 50),
+    ),
+    "even": (Kind("draft", 0.5, 512, 512, 8), Kind("default", 0.5, 1024, 768, 28)),
+    "equal": (Kind("default", 1.0, 1024, 768, 28),),
+    "at-once": (Kind("default", 1.0, 1024, 768, 28),),
+}
+AT_ONCE = 8
+Arrivals = list[tuple[float, Kind]]
+
+
+class Naive:
+    """bench/support/naive_server.py."""
+
+    name = "naive"
+
+    def __init__(self, url: str) -> None:
+        self.url = f"{url}/generate"
+
+    def body(self, kind: Kind) -> dict[str, Any]:
+        """Its own fields."""
+        return {
+            "prompt": "a red apple",
+            "width": kind.width,
+            "height": kind.height,
+            "num_inference_steps": kind.num_steps,
+        }
+
+
+class Ours:
+    """This server, by its synchronous route."""
+
+    name = "flux-server"
+
+    def __init__(self, url: str, endpoint: str) -> None:
+        self.url = f"{url}/{endpoint}"
+
+    def body(self, kind: Kind) -> dict[str, Any]:
+        """fal's fields."""
+        size = {"width": kind.width, "height": kind.height}
+        return {"prompt": "a red apple", "seed": 1, "image_size": size, "num_inference_steps": kind.num_steps}
+
+
+@contextmanager
+def naive(weights: str) -> Iterator[Naive]:
+    """The naive server, ready."""
+    port = free_port()
+    environment = {"FLUX": str(DEMO)} if weights == "demo" else {}
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "bench.support.naive_server:app",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with answering(command, f"{url}/docs", environment):
+        yield Naive(url)
+
+
+@contextmanager
+def ours(weights: str) -> Iterator[Ours]:
+    """This server, ready."""
+    models_dir = str(ROOT / "bench" / "support" / "cost_models")
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), "demo", models_dir=models_dir) as server:
+        yield Ours(server.ready().url, "fal-ai/flux/dev" if weights == "demo" else "bench/cost")
+
+
+async def _ask(client: httpx.AsyncClient, server: Naive | Ours, kind: Kind) -> float:
+    begun = time.perf_counter()
+    (await client.post(server.url, json=server.body(kind))).raise_for_status()
+    return time.perf_counter() - begun
+
+
+async def _alone(server: Naive | Ours, mix: tuple[Kind, ...]) -> dict[str, float]:
+    """What each kind takes when nobody else is there, in seconds: the best of three."""
+    async with httpx.AsyncClient(timeout=None) as client:
+        return {kind.name: min([await _ask(client, server, kind) for _ in range(3)]) for kind in mix}
+
+
+async def _run(server: Naive | Ours, arrivals: Arrivals) -> tuple[list[float], float]:
+    """The latency of each request, and the time from the first arrival to the last answer, in seconds."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+        begun = time.perf_counter()
+
+        async def one(at: float, kind: Kind) -> float:
+            await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
+            return await _ask(client, server, kind)
+
+        latencies = await asyncio.gather(*(one(at, kind) for at, kind in arrivals))
+        return list(latencies), time.perf_counter() - begun
+
+
+def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count: int, seed: int) -> Arrivals:
+    chance = random.Random(seed)
+    mean = sum(kind.share * alone[kind.name] for kind in mix)
+    at, found = 0.0, []
+    for kind in chance.choices(mix, [kind.share for kind in mix], k=count):
+        at += chance.expovariate(load / mean)
+        found.append((at, kind))
+    return found
+
+
+def measure(weights: str, mix_name: str, load: float, count: int, seeds: int) -> dict[str, Any]:
+    """Both servers under the same arrivals, for each seed."""
+    mix = MIXES[mix_name]
+    if mix_name == "at-once":
+        load, count = math.inf, AT_ONCE
+    with ExitStack() as stack:
+        servers: list[Naive | Ours] = [stack.enter_context(naive(weights)), stack.enter_context(ours(weights))]
+        # What the naive server takes counts for both.
+        alone, _ = [asyncio.run(_alone(server, mix)) for server in servers]
+        rounds = []
+        for seed in range(1, seeds + 1):
+            arrivals = _arrivals(mix, alone, load, count, seed)
+            rounds.append({server.name: _figures(server, arrivals, alone) for server in servers})
+    about = {"weights": weights, "mix": mix_name, "load": load, "requests": count}
+    return {**about, "cpu": cpu.describe(), "rounds": rounds}
+
+
+def _figures(server: Naive | Ours, arrivals: Arrivals, alone: dict[str, float]) -> dict[str, Any]:
+    latencies, whole = asyncio.run(_run(server, arrivals))
+    waits = [
+        (max(0.0, seconds - alone[kind.name]), kind.name)
+        for seconds, (_, kind) in zip(latencies, arrivals, strict=True)
+    ]
+    names = sorted({name for _, name in waits})
+    return {
+        "throughput": len(arrivals) / whole,
+        "mean_latency": statistics.mean(latencies),
+        "p95_wait": _p95([wait for wait, _ in waits]),
+        "p95_wait_by_kind": {name: _p95([wait for wait, other in waits if other == name]) for name in names},
+        "waits": sorted(wait for wait, _ in waits),
+    }
+
+
+def _p95(waits: list[float]) -> float:
+    return sorted(waits)[min(len(waits) - 1, int(len(waits) * 0.95))]
+
+
+def _median(rounds: list[dict[str, Any]], name: str, key: str) -> float:
+    return float(statistics.median(each[name][key] for each in rounds))
+
+
+def _ratio(rounds: list[dict[str, Any]], key: str) -> str:
+    """Ours over the naive server's, within each round: the median, and the range."""
+    found = sorted(each[Ours.name][key] / max(each[Naive.name][key], 1e-9) for each in rounds)
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
+def main() -> None:
+    """Print latencies, waits and throughput of both, and their ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--weights", choices=("cost", "demo"), default="cost")
+    parser.add_argument("--mix", choices=tuple(MIXES), default="drafts")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    # A draft takes about 20 ms then.
+    os.environ.setdefault("COST", "0.000125")
+    print(f"{cpu.describe()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
+    found = measure(options.weights, options.mix, options.load, options.requests, options.seeds)
+    rounds = found["rounds"]
+    print(f"{found['weights']}, {found['mix']}, {found['requests']} requests, median of {len(rounds)} rounds")
+    for name in (Naive.name, Ours.name):
+        mean, p95, rate = (_median(rounds, name, key) for key in ("mean_latency", "p95_wait", "throughput"))
+        print(f"{name:12} latency: mean {mean:.2f} s; wait: p95 {p95:.2f} s; {rate:.2f} images a second")
+    for key in ("mean_latency", "p95_wait", "throughput"):
+        print(f"{key}, ours over naive: {_ratio(rounds, key)}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,0 @@
-"""test/null on GPUs that are none: nothing but the head works."""
-
-import server.app
-from bench.null_cluster import NullFleet
-from tests.null_model import NullEngine, NullModel
-
-server.app.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
-
-MODEL = NullModel("test/null", NullEngine)

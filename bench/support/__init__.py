@@ -1,0 +1,1 @@
+"""Clients, baselines and plots that the measurements share."""

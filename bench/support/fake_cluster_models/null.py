@@ -1,0 +1,9 @@
+"""test/null on GPUs that are none: nothing but the head works."""
+
+import server.app
+from bench.support.fake_cluster import NullFleet
+from tests.support.fake_models import NullEngine, NullModel
+
+server.app.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
+
+MODEL = NullModel("test/null", NullEngine)

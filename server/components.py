@@ -1,0 +1,188 @@
+"""Builds every component of a server and joins them: the one place that knows all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from models import discover
+from models.base import LoadProgress, Model
+from models.loading import specs
+from models.schema import Limits
+from server import auth
+from server.api.dependencies import TOO_MANY_OPEN, Services
+from server.api.rate_limit import RateLimiter
+from server.auth import Keys, KeyScope
+from server.cluster.head import ClusterHead
+from server.cluster.ray_backend import RayCluster
+from server.executor import FairExecutor
+from server.inputs.cache import INPUTS, InputCache, size_of
+from server.inputs.resolver import InputResolver
+from server.metrics import Metrics, collect_gauges, collect_gpu_gauges
+from server.net.bytes_in_flight import BytesInFlight
+from server.net.fair_share import FairShare
+from server.net.outbound import OutboundClient
+from server.queue.history import query_history
+from server.queue.notifier import Notifier
+from server.queue.pending_storage import PendingStorage
+from server.queue.queue import Queue
+from server.queue.retention import Retention
+from server.queue.usage import query_usage
+from server.settings import Settings
+from server.status import GpuStatus, load_overview
+from server.storage.database import Database
+from server.storage.file_store import FileStore
+from server.storage.uploads import Uploads
+from server.webhooks.signing import WebhookSigner
+from server.worker.crash_recorder import CrashRecorder
+from server.worker.engine_pool import engine_configs
+from server.worker.worker import Worker
+
+
+class Backend(Protocol):
+    """What generates images: the worker in this process, or the head of a cluster."""
+
+    #: Why it stopped, if it did so by itself.
+    failure: BaseException | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether one GPU can generate, at least."""
+
+    @property
+    def loading(self) -> LoadProgress:
+        """How far loading is."""
+
+    def gpus(self) -> Sequence[GpuStatus]:
+        """The state of each GPU; called from any thread."""
+
+    def start(self) -> None:
+        """Begin to load, then to generate. Raises RuntimeError where that cannot be."""
+
+    def stop(self) -> None:
+        """Claim nothing more, finish within the grace, release the rest; then return."""
+
+    def fail(self, error: BaseException) -> None:
+        """Stop, because the server cannot go on; called from any thread."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a server consists of."""
+
+    services: Services
+    backend: Backend
+    database: Database
+    crash_recorder: CrashRecorder
+
+
+def build(settings: Settings) -> Components:
+    """Build everything; nothing runs yet.
+
+    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is taken.
+    """
+    known = discover(settings.models_dir)
+    weights_by_endpoint = specs.assign_weights(settings.weights, known)
+    models = {endpoint: model for endpoint, model in known.items() if endpoint in weights_by_endpoint}
+    database = Database(settings.data_dir)
+    crash_recorder = CrashRecorder(settings.data_dir)
+    notifier, metrics = Notifier(), Metrics()
+    pending = PendingStorage(partial(size_of, settings.data_dir / INPUTS))
+    files = FileStore(settings.data_dir / "files", database)
+    queue = _queue(settings, database, notifier, metrics, pending)
+    inputs = _inputs(settings, pending, files)
+    backend: Backend
+    if settings.ray:
+        backend = head = ClusterHead(settings, queue, files, RayCluster(settings, inputs.cache.path), notifier, metrics)
+        queue.on_cancel = head.cancel
+    else:
+        configs, input_path = engine_configs(settings, weights_by_endpoint), inputs.cache.path
+        backend = Worker(settings, models, configs, queue, files, input_path, notifier, metrics, crash_recorder)
+    database.on_corruption = backend.fail
+    gauges = partial(collect_gauges, database, settings.data_dir, lambda: backend.is_ready, backend.gpus)
+    metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
+    services = Services(
+        models=models,
+        unavailable_endpoints={name: _required_weights(known[name]) for name in known if name not in models},
+        keys=_keys(settings, database),
+        inputs=inputs,
+        **_shared(settings),
+        queue=queue,
+        files=files,
+        uploads=_uploads(settings, database, files),
+        retention=_retention(settings, database, queue, files),
+        signer=WebhookSigner(database, settings.webhook_secret),
+        notifier=notifier,
+        metrics=metrics,
+        history=partial(query_history, database),
+        usage=partial(query_usage, database),
+        overview=partial(load_overview, database),
+        readiness=lambda: (backend.is_ready, backend.loading),
+        gpus=backend.gpus,
+    )
+    return Components(services, backend, database, crash_recorder)
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    """What is shared between keys."""
+    return {
+        "rate_limiter": RateLimiter(settings.rate_per_key),
+        "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
+        # Who is refused must not keep the connection either, or nobody else could open one.
+        "open_answers": FairShare(settings.max_connections, TOO_MANY_OPEN, closes=True),
+        "executor": FairExecutor("requests", 8, 2),
+    }
+
+
+def _retention(settings: Settings, database: Database, queue: Queue, files: FileStore) -> Retention:
+    max_age, max_bytes = settings.retention_days * 86_400, settings.retention_gb * 1e9
+    return Retention(database, queue, files, max_age=max_age, max_bytes=max_bytes)
+
+
+def _uploads(settings: Settings, database: Database, files: FileStore) -> Uploads:
+    return Uploads(
+        settings.data_dir / "uploads",
+        database,
+        files,
+        max_bytes=settings.max_upload_mib * 2**20,
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+    )
+
+
+def _queue(
+    settings: Settings, database: Database, notifier: Notifier, metrics: Metrics, pending: PendingStorage
+) -> Queue:
+    return Queue(
+        database,
+        notifier,
+        settings.max_queue_length,
+        metrics=metrics,
+        max_length_per_owner=settings.max_queue_length_per_key,
+        max_running_per_owner=settings.max_running_per_key,
+        pending_storage=pending,
+    )
+
+
+def _inputs(settings: Settings, pending: PendingStorage, files: FileStore) -> InputResolver:
+    return InputResolver(
+        InputCache(settings.data_dir / INPUTS, pending.file_names, int(settings.loras_gb * 1e9)),
+        OutboundClient(settings.outbound_allow),
+        files,
+        Limits(max_side=settings.max_side, max_pixels=settings.max_pixels),
+        pending_bytes=pending.num_bytes,
+        max_lora_bytes=settings.max_lora_mib * 2**20,
+        max_bytes_per_owner=int(settings.max_uploads_gb * 1e9),
+    )
+
+
+def _required_weights(model: Model) -> str:
+    return " or ".join(model.weights) + (f" with {model.extra_weights.hub_id}" if model.extra_weights else "")
+
+
+def _keys(settings: Settings, database: Database) -> Keys:
+    """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
+    if settings.has_automatic_key and not auth.load_key_scopes(database):
+        key = auth.add_key(database, "", KeyScope.OPERATOR)
+        print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
+    known = auth.load_key_scopes(database, with_first=settings.has_automatic_key)
+    return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)

@@ -1,0 +1,1 @@
+"""Real SDKs and other programs that people use."""

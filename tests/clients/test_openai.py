@@ -1,0 +1,144 @@
+"""OpenAI's own package, pointed here."""
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.support.server_process import Gate, Server, completed, in_progress
+
+DEV, NULL = "fal-ai/flux/dev", "test/null"
+SMALL: dict[str, Any] = {"num_inference_steps": 2}
+
+
+@pytest.fixture
+def sdk(server: Server) -> Iterator[openai.OpenAI]:
+    with (
+        openai.DefaultHttpxClient(trust_env=False, timeout=60) as client,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="local", http_client=client, max_retries=0) as sdk,
+    ):
+        yield sdk
+
+
+def opened(content: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
+def test_models(sdk: openai.OpenAI) -> None:
+    ids = {model.id for model in sdk.models.list()}
+    assert {DEV, "fal-ai/flux/schnell", NULL} <= ids
+    assert sdk.models.retrieve(DEV).owned_by == "fal-ai"
+
+
+def test_a_picture_by_its_address(sdk: openai.OpenAI, client: httpx.Client) -> None:
+    answer = sdk.images.generate(prompt="a red apple", size="256x192", n=2, extra_body={**SMALL, "seed": 3})
+    assert answer.data is not None
+    assert len(answer.data) == 2
+    for image in answer.data:
+        assert image.b64_json is None
+        assert opened(client.get(image.url or "").content).size == (256, 192)
+
+
+def test_a_picture_in_the_answer(sdk: openai.OpenAI, client: httpx.Client) -> None:
+    answer = sdk.images.generate(
+        prompt="a red apple", model=DEV, size="128x96", response_format="b64_json", extra_body={**SMALL, "seed": 3}
+    )
+    assert answer.data is not None
+    (image,) = answer.data
+    assert image.url is None
+    own = {"prompt": "a red apple", "seed": 3, "image_size": {"width": 128, "height": 96}, **SMALL}
+    url = client.post(f"/{DEV}", json=own).json()["images"][0]["url"]
+    assert base64.b64decode(image.b64_json or "") == client.get(url).content
+
+
+def test_b64_answers_leave_url_out(client: httpx.Client) -> None:
+    body = {"prompt": "", "model": NULL, "response_format": "b64_json", **SMALL}
+    (datum,) = client.post("/v1/images/generations", json=body).json()["data"]
+    assert datum.keys() == {"b64_json"}
+
+
+def test_what_openai_alone_knows_is_let_pass(sdk: openai.OpenAI) -> None:
+    answer = sdk.images.generate(
+        prompt="", model=NULL, size="auto", quality="hd", style="vivid", user="somebody", background="opaque",
+        moderation="low", extra_body=SMALL,
+    )  # fmt: skip
+    assert answer.data is not None
+    assert answer.data[0].url
+
+
+@pytest.mark.parametrize("num_partial", [0, 1, 3])
+def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
+    stream = sdk.images.generate(
+        prompt="a fish", model=DEV, size="128x96", stream=True, partial_images=num_partial,
+        extra_body={"num_inference_steps": 8},
+    )  # fmt: skip
+    *partial, last = list(stream)
+    assert 0 < len(partial) <= num_partial or num_partial == 0 == len(partial)
+    for number, event in enumerate(partial):
+        assert event.type == "image_generation.partial_image"
+        assert event.partial_image_index == number
+        opened(base64.b64decode(event.b64_json))
+    assert last.type == "image_generation.completed"
+    assert last.size == "128x96"
+    assert opened(base64.b64decode(last.b64_json)).size == (128, 96)
+
+
+def test_a_client_that_leaves_is_not_painted_for(narrow_client: httpx.Client, gate: Gate) -> None:
+    """It waits behind one that is painted for ever."""
+    first = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+    in_progress(narrow_client, first["status_url"])
+    body = {"prompt": "", "model": NULL, "stream": True}
+    with narrow_client.stream("POST", "/v1/images/generations", json=body) as answer:
+        request_id = answer.headers["x-fal-request-id"]
+    last = completed(narrow_client, f"/queue/test/null/requests/{request_id}/status")
+    assert last["error_type"] == "client_disconnected"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"n": 5}, "n", "less_than_equal"),
+        ({"n": 0}, "n", "greater_than_equal"),
+        ({"size": "8x8"}, "size.width", "greater_than_equal"),
+        ({"size": "huge"}, "size", "value_error"),
+        ({"response_format": "gif"}, "response_format", "literal_error"),
+        ({"num_inference_steps": 99}, "num_inference_steps", "less_than_equal"),
+        ({"prompt": None}, "prompt", "string_type"),
+    ],
+)
+def test_errors_name_openais_field(client: httpx.Client, change: dict[str, Any], param: str, code: str) -> None:
+    answer = client.post("/v1/images/generations", json={"prompt": "", "model": NULL, **change})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert error["message"].startswith(f"{param}: ")
+
+
+def test_the_packages_own_errors(sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        sdk.images.generate(prompt="", model="dall-e-3")
+    with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
+        sdk.images.generate(prompt="", extra_body={"num_inference_steps": 99})
+    with pytest.raises(openai.InternalServerError, match="This cannot be painted"):
+        sdk.images.generate(prompt="told", model="test/raises", extra_body=SMALL)
+
+
+def test_a_wrong_key(keyed: Server) -> None:
+    with openai.DefaultHttpxClient(trust_env=False, timeout=60) as client:
+        wrong = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody", http_client=client, max_retries=0)
+        with pytest.raises(openai.AuthenticationError) as raised:
+            wrong.images.generate(prompt="", model=NULL)
+        assert raised.value.code == "invalid_api_key"
+        right = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="alice:secret", http_client=client, max_retries=0)
+        assert right.images.generate(prompt="", model=NULL, extra_body=SMALL).data
+
+
+def test_paths_that_there_are_not(client: httpx.Client) -> None:
+    assert client.post("/v1/images/edits", json={}).json()["detail"] == "Path /v1/images/edits not found"

@@ -1,0 +1,1 @@
+"""Several Ray nodes: for make cluster."""

@@ -1,0 +1,1 @@
+"""The demo weights and their recipe."""

@@ -1,0 +1,173 @@
+"""The recipe of the demo weights: every step runs, goes on where it was stopped, and pads as FluxPipeline does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from diffusers import FluxPipeline
+
+from models.demo.recipe import captions, scenes
+from models.demo.recipe.export import JUDGE
+from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, SMALL
+from models.demo.recipe.plan import TOKEN_PIXELS
+from models.loading.devices import dtype_for
+from models.schema import PRESETS
+from tests.support.server_process import ROOT
+
+#: Half a minute by itself; a machine that others use needs more.
+pytestmark = pytest.mark.timeout(900)
+THINGS = {thing.name: thing for thing in SMALL}
+ASKED_FOR = (
+    "rocket apple dog cat tree star sun moon fish car house heart balloon snowman frog banana".split()  # noqa: SIM905
+)
+
+
+def python(work: Path, *arguments: str) -> str:
+    """Run Python with the recipe's folder elsewhere, and give what it printed."""
+    environment = {**os.environ, "DEMO_WORK": str(work)}
+    command = [sys.executable, *arguments]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def recipe(work: Path, *arguments: str) -> str:
+    return python(work, "-m", "models.demo.recipe", "--scale", "tiny", "--device", "cpu", "--eager", *arguments)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawings of our own: discs, each of another colour, so that nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "emoji").mkdir()
+    icons = {
+        thing.icon: {"body": f'<circle cx="16" cy="16" r="12" fill="hsl({9 * n} 80% 50%)"/>'}
+        for n, thing in enumerate(SMALL)
+    }
+    (folder / "emoji" / "icons.json").write_text(json.dumps({"icons": icons}))
+    recipe(folder)
+    return folder
+
+
+def test_what_it_makes_paints_in_diffusers_own_pipeline(work: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(work / "export", dtype=dtype_for("auto", "cpu"), local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a dog on blue", width=64, height=96, num_inference_steps=2).images[0]
+    assert picture.size == (64, 96)
+    assert (work / "export" / JUDGE).is_file()
+    assert (work / "export" / "safety_checker" / "model.safetensors").is_file()
+
+
+def test_it_measures_what_it_made(work: Path) -> None:
+    found = json.loads((work / "export" / "evaluation.json").read_text())
+    shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora"}
+    assert all(0 <= found[name] <= 1 for name in shares)
+    assert (found["prompts"], found["objects"], found["scale"]) == (6, len(SMALL), "tiny")
+    assert (work / "export" / "contact-sheet.png").is_file()
+
+
+def test_a_second_run_changes_nothing(work: Path) -> None:
+    before = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
+    recipe(work, "autoencoder", "judge", "reading", "flow", "decoder", "checker", "lora", "export")
+    after = {path: path.read_bytes() for path in (work / "export").rglob("*.safetensors")}
+    assert after == before and len(before) == 7
+
+
+def test_the_flow_goes_on_where_it_was_stopped(work: Path) -> None:
+    said = python(
+        work,
+        "-c",
+        """
+import torch
+from models.demo.recipe import flow
+from models.demo.recipe.plan import PLANS
+import dataclasses
+plan = dataclasses.replace(PLANS["tiny"], is_compiled=False)
+torch.set_num_threads(1)
+
+def trainer():
+    return flow.Trainer(plan, "cpu")
+
+flow.FILE.unlink()
+straight = trainer()
+losses = [straight.step() for _ in range(4)]
+stopped = trainer()
+assert stopped.iteration == 0
+first = [stopped.step() for _ in range(2)]
+stopped.save()
+resumed = trainer()
+assert resumed.iteration == 2
+assert first + [resumed.step() for _ in range(2)] == losses, losses
+assert all(torch.equal(resumed.average[name], weight) for name, weight in straight.average.items())
+print("equal")
+""",
+    )
+    assert said.strip().endswith("equal")
+
+
+def test_short_padding_is_worth_all_of_it(work: Path) -> None:
+    """Thirty-two tokens that count as many as 512 give the velocity that FluxPipeline's 512 give."""
+    said = python(
+        work,
+        "-c",
+        """
+import torch
+from models.demo.recipe import networks
+from models.demo.recipe.plan import LATENT_CHANNELS, PLANS
+torch.manual_seed(0)
+painter = networks.Painter(PLANS["tiny"]).eval()
+for name, weight in painter.transformer.named_parameters():
+    torch.nn.init.normal_(weight, std=0.05)
+latents = torch.randn(2, LATENT_CHANNELS, 8, 8)
+sigmas, guidance = torch.tensor([0.3, 0.8]), torch.tensor([3.5, 3.5])
+texts = ["a dog on a blue background", ""]
+with torch.no_grad():
+    short = painter(latents, sigmas, guidance, painter.encode(texts))
+    networks.SHORT_TEXT = networks.TEXT_TOKENS
+    states, pooled, weights = painter.encode(texts)
+    assert states.shape[1] == 512 and not weights.any()
+    whole = painter(latents, sigmas, guidance, (states, pooled, weights))
+    other = painter(latents, sigmas, guidance, painter.encode(["a cat", "a frog"]))
+print((short - whole).abs().max().item(), (other - whole).abs().max().item())
+""",
+    )
+    difference, other = map(float, said.split()[-2:])
+    assert difference < 1e-4 < 1e-2 < other
+
+
+def test_captions_name_what_a_scene_shows() -> None:
+    rng = numpy.random.default_rng(1)
+    for _ in range(300):
+        scene = scenes.sample(SMALL, rng)
+        said = captions.plain(scene, THINGS, rng)
+        assert scene.background in said
+        assert all(any(word in said for word in THINGS[name].words) for name in scene.objects)
+
+
+@pytest.mark.parametrize("size", PRESETS.values(), ids=PRESETS)
+def test_objects_stay_inside(size: tuple[int, int]) -> None:
+    """And apart, on the tokens' grid."""
+    rng = numpy.random.default_rng(2)
+    for _ in range(300):
+        boxes = scenes.sample(SMALL, rng).boxes(*size)
+        for left, top, side in boxes:
+            assert left >= 0 and left + side <= size[0] and top >= 0 and top + side <= size[1]
+            assert left % TOKEN_PIXELS == top % TOKEN_PIXELS == side % TOKEN_PIXELS == 0
+        if len(boxes) == 2:
+            assert boxes[0][0] + boxes[0][2] <= boxes[1][0]
+
+
+def test_objects_and_backgrounds_that_were_promised() -> None:
+    assert set(ASKED_FOR) <= set(THINGS)
+    assert len(SMALL) >= 32
+    assert list(BACKGROUNDS) == ["red", "orange", "yellow", "green", "blue", "purple", "black", "white"]
+    assert FLAGGED in THINGS
+
+
+def test_no_word_means_two_objects() -> None:
+    words = [word for thing in SMALL for word in thing.words]
+    assert len(words) == len(set(words))

@@ -1,8 +1,0 @@
-"""test/hurry: its server waits for no more than a second for a client that does not read."""
-
-from server.net.timeouts import TimeoutProtocol
-from tests.null_model import GateEngine, NullModel
-
-TimeoutProtocol.answer_seconds = 1.0
-
-MODEL = NullModel("test/hurry", GateEngine)

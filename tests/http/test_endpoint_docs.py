@@ -1,0 +1,265 @@
+"""How an endpoint is described: fal's OpenAPI document of its queue, and llms.txt, whose examples run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import httpx
+import pytest
+from openapi_schema_validator import OAS30Validator
+from openapi_spec_validator import OpenAPIV30SpecValidator
+
+from models import discover
+from models.loading.specs import assign_weights
+from tests.clients.test_node_clients import node as node
+from tests.clients.test_python_client import exports
+from tests.support.node import JS
+from tests.support.server_process import ROOT, Server
+
+FLUX = "fal-ai/flux/dev"
+#: The order of the endpoint's page.
+INPUT = [
+    "prompt",
+    "image_size",
+    "num_inference_steps",
+    "seed",
+    "guidance_scale",
+    "sync_mode",
+    "num_images",
+    "enable_safety_checker",
+    "output_format",
+    "acceleration",
+]
+#: All that the package serves.
+#: Redux has a server of its own, in test_redux.py.
+FAMILY = sorted(assign_weights(["demo"], discover()))
+OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
+REQUEST = f"/{FLUX}/requests/{{request_id}}"
+
+
+def document_of(client: httpx.Client, endpoint: str = FLUX) -> Any:
+    """The OpenAPI document, as fal's tools ask for it."""
+    answer = client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    return answer.json()
+
+
+@pytest.fixture
+def document(client: httpx.Client) -> Any:
+    return document_of(client)
+
+
+def without_examples(document: Any) -> Any:
+    """The document without the lists of examples, which fal's have although OpenAPI 3.0 does not know them."""
+    copy = json.loads(json.dumps(document))
+    for schema in copy["components"]["schemas"].values():
+        for field in schema["properties"].values():
+            field.pop("examples", None)
+    return copy
+
+
+def schema(document: Any, name: str) -> Any:
+    """A schema, with references that a validator can follow."""
+    return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+
+
+def problems(document: Any, name: str, value: Any) -> list[str]:
+    """Why this is not what the schema describes."""
+    return [error.message for error in OAS30Validator(schema(document, name)).iter_errors(value)]
+
+
+@pytest.mark.parametrize("endpoint", [*FAMILY, "test/null"])
+def test_it_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
+    found = document_of(client, endpoint)
+    assert found["openapi"] == "3.0.4"
+    assert [error.message for error in OpenAPIV30SpecValidator(without_examples(found)).iter_errors()] == []
+    # What OpenAPI 3.0 does not have, and validators let pass.
+    text = json.dumps(found)
+    assert '"const"' not in text
+    assert '{"type": "null"}' not in text
+    assert "$defs" not in text
+    assert not re.search(r'"exclusiveM\w+": \d', text)
+
+
+def test_its_head_is_fals(document: Any, server: Server) -> None:
+    info = document["info"]
+    assert (info["title"], info["version"]) == (f"Queue OpenAPI for {FLUX}", "1.0.0")
+    assert info["description"]
+    metadata = info["x-fal-metadata"]
+    assert set(metadata) == {"endpointId", "category", "thumbnailUrl", "playgroundUrl", "documentationUrl"}
+    assert (metadata["endpointId"], metadata["category"]) == (FLUX, "text-to-image")
+    assert document["servers"] == [{"url": f"{server.url}/queue"}]
+    assert document["security"] == [{"apiKeyAuth": []}]
+    scheme = document["components"]["securitySchemes"]["apiKeyAuth"]
+    assert (scheme["type"], scheme["in"], scheme["name"]) == ("apiKey", "header", "Authorization")
+
+
+def test_its_paths_are_fals(document: Any) -> None:
+    methods = {path: set(item) - {"parameters"} for path, item in document["paths"].items()}
+    assert methods == {
+        f"/{FLUX}": {"post"},
+        f"{REQUEST}/status": {"get"},
+        f"{REQUEST}/cancel": {"put"},
+        REQUEST: {"get"},
+    }
+    logs = [one for one in document["paths"][f"{REQUEST}/status"]["get"]["parameters"] if one["in"] == "query"]
+    assert [(one["name"], one["schema"]) for one in logs] == [("logs", {"type": "number"})]
+
+
+def test_its_schemas_are_fals(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    assert {"QueueStatus", "FluxDevInput", "FluxDevOutput", "ImageSize", "Image"} <= set(schemas)
+    assert schemas["QueueStatus"]["required"] == ["status", "request_id"]
+    assert schemas["QueueStatus"]["properties"]["status"]["enum"] == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert schemas["FluxDevInput"]["x-fal-order-properties"] == INPUT
+    assert schemas["FluxDevOutput"]["x-fal-order-properties"] == OUTPUT
+    assert schemas["FluxDevInput"]["required"] == ["prompt"]
+    assert set(schemas["FluxDevOutput"]["required"]) == set(OUTPUT)
+    for name in set(schemas) - {"QueueStatus"}:
+        assert schemas[name]["title"] == name
+        assert schemas[name]["x-fal-order-properties"] == list(schemas[name]["properties"])
+
+
+def test_its_fields_say_what_is_accepted(document: Any) -> None:
+    fields = document["components"]["schemas"]["FluxDevInput"]["properties"]
+    ranges = {name: (field["minimum"], field["maximum"]) for name, field in fields.items() if "maximum" in field}
+    assert ranges.pop("seed")[0] == 0
+    assert ranges == {"num_inference_steps": (1, 50), "guidance_scale": (1, 20), "num_images": (1, 4)}
+    assert {name: field["default"] for name, field in fields.items() if "default" in field} == {
+        "image_size": "landscape_4_3",
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "sync_mode": False,
+        "num_images": 1,
+        "enable_safety_checker": True,
+        "output_format": "jpeg",
+        "acceleration": "none",
+    }
+    assert fields["output_format"]["enum"] == ["jpeg", "png"]
+    assert fields["acceleration"]["enum"] == ["none", "regular", "high"]
+    size, presets = fields["image_size"]["anyOf"]
+    assert size == {"$ref": "#/components/schemas/ImageSize"}
+    assert presets["enum"][:2] == ["square_hd", "square"]
+    assert fields["prompt"]["examples"]
+    assert all(field["description"] for field in fields.values())
+
+
+def test_what_it_describes_is_what_is_sent(document: Any, client: httpx.Client) -> None:
+    body = {"prompt": "x", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
+    assert problems(document, "FluxDevInput", body) == []
+    assert problems(document, "FluxDevInput", {**body, "num_images": 9})
+    submitted = client.post(f"/queue/{FLUX}", json=body).json()
+    output = client.post(f"/{FLUX}", json=body).json()
+    assert problems(document, "FluxDevOutput", output) == []
+    assert submitted["status"] in document["components"]["schemas"]["QueueStatus"]["properties"]["status"]["enum"]
+
+
+@pytest.mark.parametrize("endpoint", ["fal-ai/unknown", "", "fal-ai/flux", "../fal-ai/flux/dev", f"{FLUX}/x"])
+def test_unknown_endpoint(client: httpx.Client, endpoint: str) -> None:
+    for path, parameters in ("/api/openapi/queue/openapi.json", {"endpoint_id": endpoint}), (f"/models/{endpoint}", {}):
+        suffix = "" if parameters else "/llms.txt"
+        answer = client.get(f"{path}{suffix}", params=parameters)
+        assert answer.status_code == 404
+        assert isinstance(answer.json()["detail"], str)
+    assert client.get("/api/openapi/queue/openapi.json").status_code == 404
+
+
+def test_without_a_key_it_can_be_read(keyed_client: httpx.Client) -> None:
+    assert document_of(keyed_client, "test/null")["info"]["title"] == "Queue OpenAPI for test/null"
+    assert keyed_client.get("/models/test/null/llms.txt").status_code == 200
+
+
+@pytest.fixture
+def text(client: httpx.Client) -> str:
+    """llms.txt of the endpoint."""
+    answer = client.get(f"/models/{FLUX}/llms.txt")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/")
+    return answer.text
+
+
+def examples(text: str, language: str) -> list[str]:
+    """The code in this language."""
+    return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
+
+
+def test_llms_txt_has_fals_sections(text: str) -> None:
+    lines = text.splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[2].startswith("> ")
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## Overview",
+        "## Pricing",
+        "## API Information",
+        "## Usage Examples",
+        "## Additional Resources",
+    ]
+    headings = [line.removeprefix("### ") for line in lines if line.startswith("### ")]
+    assert headings == ["Input Schema", "Output Schema", "cURL", "Python", "JavaScript"]
+    for words in ("Endpoint", "Model ID", "Category", "Kind"):
+        assert f"- **{words}**: " in text
+    for words in ("Required Parameters Example", "Full Example", "Example Response"):
+        assert f"**{words}**:" in text
+
+
+def test_llms_txt_tells_of_every_field(text: str, server: Server) -> None:
+    for name in {*INPUT, *OUTPUT}:
+        assert f"- **`{name}`** (" in text
+    for bound in ("Range: `1` to `50`", 'Default: `"landscape_4_3"`', 'Options: `"none"`, `"regular"`, `"high"`'):
+        assert bound in text
+    assert f"{server.url}/api/openapi/queue/openapi.json?endpoint_id={FLUX}" in text
+
+
+def test_the_bodies_of_llms_txt_are_accepted(text: str, client: httpx.Client) -> None:
+    needed, full, *_ = (json.loads(example) for example in examples(text, "json"))
+    assert set(needed) == {"prompt"}
+    assert set(full) == set(INPUT) - {"seed", "sync_mode"}
+    for body in (needed, full):
+        assert client.post("/test/null", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("endpoint", FAMILY)
+def test_every_endpoint_accepts_its_own_example(client: httpx.Client, endpoint: str) -> None:
+    told = client.get(f"/models/{endpoint}/llms.txt").text
+    needed, full, *_ = (json.loads(example) for example in examples(told, "json"))
+    category = "image-to-image" if "image_url" in needed else "text-to-image"
+    assert f"- **Category**: {category}" in told
+    assert document_of(client, endpoint)["info"]["x-fal-metadata"]["category"] == category
+    assert set(needed) <= set(full)
+    small = {"image_size": {"width": 64, "height": 64}} if "image_size" in full else {}
+    for body in (needed, full):
+        steps = min(10, full["num_inference_steps"])
+        answer = client.post(f"/{endpoint}", json={**body, **small, "num_inference_steps": steps})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["prompt"] == needed["prompt"]
+
+
+def test_the_python_example_runs(text: str, server: Server) -> None:
+    (program,) = examples(text, "python")
+    environment = {"PATH": os.environ["PATH"], **exports(server)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"https://{server.tls_host}/files/" in done.stdout
+
+
+def test_the_javascript_example_runs(node: None, text: str, server: Server) -> None:
+    (program,) = examples(text, "javascript")
+    environment = {"PATH": os.environ["PATH"], "FAL_KEY": "local"}
+    command = ["node", "--input-type=module"]
+    done = subprocess.run(command, cwd=JS, env=environment, input=program, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"{server.url}/files/" in done.stdout
+
+
+def test_the_curl_example_runs(text: str, server: Server) -> None:
+    (command,) = examples(text, "bash")
+    environment = {"PATH": os.environ["PATH"], "FAL_KEY": "local"}
+    done = subprocess.run(
+        ["sh", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert json.loads(done.stdout)["images"][0]["url"].startswith(f"{server.url}/files/")

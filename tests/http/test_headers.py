@@ -1,0 +1,109 @@
+"""Headers and parameters that came twice, and those that are longer than anything needs them to be."""
+
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from pydantic_core import from_json
+
+from tests.support.error_bodies import fields, text
+from tests.support.server_process import Server
+
+HERE = b"Host: localhost"
+
+
+def said(server: Server, *headers: bytes) -> bytes:
+    """The whole answer to a request whose headers no client library touched."""
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=30) as connection:
+        lines = b"\r\n".join((b"GET /health HTTP/1.1", *headers, b"Connection: close"))
+        connection.sendall(lines + b"\r\n\r\n")
+        found = b""
+        while part := connection.recv(65_536):
+            found += part
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "headers"),
+    [
+        ("Host", [HERE, b"Host: evil.example"]),
+        ("Host", [b"Host: evil.example", HERE]),
+        ("Host", [HERE, HERE]),
+        ("Origin", [HERE, b"Origin: http://localhost:3000", b"Origin: https://evil.example"]),
+        ("Origin", [HERE, b"Origin: https://evil.example", b"ORIGIN: http://localhost:3000"]),
+        ("Authorization", [HERE, b"Authorization: Key a", b"authorization: Key b"]),
+    ],
+)
+def test_what_decides_who_may_come_in_is_said_once(narrow: Server, name: str, headers: list[bytes]) -> None:
+    head, _, body = said(narrow, *headers).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert from_json(body)["detail"] == f"The {name} header came 2 times; send it once"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [b"Content-Length: 1", b"Content-Length: 2"],
+        [b"Content-Length: 0", b"Content-Length: 0"],
+        [b"Content-Length: 0, 0"],
+        [b"Content-Length: 0", b"Transfer-Encoding: chunked"],
+        [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
+    ],
+)
+def test_a_body_has_one_length(narrow: Server, headers: list[bytes]) -> None:
+    """Refused by the parser, in its own words."""
+    assert said(narrow, HERE, *headers).startswith(b"HTTP/1.1 400 ")
+
+
+def test_what_came_once_is_let_in(narrow: Server) -> None:
+    headers = (HERE, b"Origin: http://localhost:3000", b"Authorization: Key a", b"Content-Length: 0")
+    assert said(narrow, *headers).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_host_is_not_long(keyed_client: httpx.Client) -> None:
+    assert keyed_client.get("/health", headers={"host": "a" * 250 + ":8000"}).status_code == 200
+    answer = keyed_client.get("/health", headers={"host": "a" * 256})
+    assert text(answer, 400) == "The Host header has 256 characters; it should have at most 255"
+
+
+def test_a_runner_hint_is_not_long(client: httpx.Client) -> None:
+    def sent(length: int) -> httpx.Response:
+        headers = {"x-fal-runner-hint": "x" * length}
+        return client.post("/queue/test/null", json={"prompt": "x"}, headers=headers)
+
+    assert sent(255).status_code == 200
+    assert text(sent(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
+
+
+def test_the_address_of_a_webhook_is_not_long(client: httpx.Client) -> None:
+    def refused(length: int) -> str:
+        parameters = {"fal_webhook": "http://10.0.0.1/".ljust(length, "x")}
+        entry = fields(client.post("/queue/test/null", params=parameters, json={"prompt": "x"}))
+        assert entry["loc"] == ["query", "fal_webhook"]
+        assert len(entry["input"]) <= 1000
+        return str(entry["msg"])
+
+    assert refused(2049) == "URL should have at most 2048 characters"
+    # One that is not too long is refused for where it leads.
+    assert "10.0.0.0/8" in refused(2048)
+
+
+def test_the_name_of_a_model_is_not_long(client: httpx.Client) -> None:
+    """It comes back in the answer that there is no such model."""
+
+    def refused(length: int) -> tuple[int, str]:
+        answer = client.post("/v1/images/generations", json={"prompt": "x", "model": "x" * length})
+        return answer.status_code, answer.json()["error"]["code"]
+
+    assert refused(255) == (404, "model_not_found")
+    assert refused(256) == (400, "string_too_long")
+
+
+def test_a_token_names_apps_and_not_books(keyed_client: httpx.Client) -> None:
+    def sent(length: int) -> httpx.Response:
+        body = {"allowed_apps": ["x" * length]}
+        return keyed_client.post("/tokens", json=body, headers={"authorization": "Key alice:secret"})
+
+    assert sent(255).status_code == 200
+    assert fields(sent(256))["loc"] == ["body", "allowed_apps", 0]

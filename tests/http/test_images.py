@@ -1,0 +1,301 @@
+"""The pictures themselves, as a client gets them: sizes, seeds, bytes, marks and the safety checker."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import ExifTags, Image
+
+from models.loading.devices import dtype_for, type_name
+from models.schema import PRESETS
+from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
+from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving
+
+FLUX = "/fal-ai/flux/dev"
+APPLE: dict[str, Any] = {
+    "prompt": "a red apple",
+    "seed": 11,
+    "image_size": {"width": 128, "height": 96},
+    "num_inference_steps": 3,
+}
+FORMATS = {"jpeg": "image/jpeg", "png": "image/png"}
+by_format = pytest.mark.parametrize("output_format", FORMATS)
+
+
+def paint(client: httpx.Client, path: str = FLUX, **changed: Any) -> dict[str, Any]:
+    """The answer to one request that must succeed."""
+    answer = client.post(path, json={**APPLE, **changed})
+    assert answer.status_code == 200, answer.text
+    output: dict[str, Any] = answer.json()
+    return output
+
+
+def contents(client: httpx.Client, output: dict[str, Any]) -> list[bytes]:
+    """The bytes of all its pictures."""
+    answers = [client.get(image["url"]) for image in output["images"]]
+    for answer, image in zip(answers, output["images"], strict=True):
+        assert answer.headers["content-type"] == image["content_type"]
+    return [answer.content for answer in answers]
+
+
+def opened(content: bytes) -> Image.Image:
+    """The picture, decoded to its last pixel."""
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
+def is_black(picture: Image.Image) -> bool:
+    return picture.convert("RGB").getbbox() is None
+
+
+def failed_stream(client: httpx.Client, path: str, body: dict[str, Any]) -> list[str]:
+    """The lines of a stream that was cut after its last event, which is how it says that it failed."""
+    lines: list[str] = []
+    with (
+        client.stream("POST", path, json=body) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        lines.extend(answer.iter_lines())
+    return [line for line in lines if line]
+
+
+def stored(server: Server) -> set[str]:
+    """The names of all files in its store."""
+    return {path.name for path in (server.data_dir / "files").iterdir()}
+
+
+def embedded(picture: Image.Image) -> Any:
+    """The parameters in a picture, or None."""
+    if picture.format == "PNG":
+        text = picture.info.get("parameters")
+        return json.loads(text) if text else None
+    comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    return json.loads(comment.removeprefix(b"UNICODE\0").decode("utf-16-be")) if comment else None
+
+
+def assert_marked(picture: Image.Image) -> None:
+    """It says that it was made by a machine, in words and in IPTC's term."""
+    if picture.format == "PNG":
+        assert picture.info["Source"] == "AI generated"
+        xmp = picture.info["XML:com.adobe.xmp"]
+    else:
+        assert picture.getexif()[ExifTags.Base.ImageDescription] == "AI generated"
+        xmp = picture.info["xmp"].decode()
+    assert f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>" in xmp
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(client: httpx.Client, preset: str) -> None:
+    output = paint(client, image_size=preset, num_inference_steps=1)
+    (image,) = output["images"]
+    assert (image["width"], image["height"]) == PRESETS[preset]
+    assert opened(contents(client, output)[0]).size == PRESETS[preset]
+
+
+#: Asked and painted: the demo's pipeline paints in multiples of 32 pixels.
+SIZES = [((500, 333), (480, 320)), ((64, 64), (64, 64)), ((95, 127), (64, 96)), ((2048, 64), (2048, 64))]
+
+
+@pytest.mark.parametrize(("asked", "painted"), SIZES)
+def test_odd_sizes_are_rounded_down_and_told(
+    client: httpx.Client, asked: tuple[int, int], painted: tuple[int, int]
+) -> None:
+    size = {"width": asked[0], "height": asked[1]}
+    output = paint(client, image_size=size, num_inference_steps=1)
+    assert (output["images"][0]["width"], output["images"][0]["height"]) == painted
+    picture = opened(contents(client, output)[0])
+    assert picture.size == painted
+    assert (embedded(picture)["width"], embedded(picture)["height"]) == painted
+
+
+@by_format
+def test_format(client: httpx.Client, output_format: str) -> None:
+    output = paint(client, output_format=output_format)
+    assert output["images"][0]["content_type"] == FORMATS[output_format]
+    picture = opened(contents(client, output)[0])
+    assert (picture.format, picture.mode) == (output_format.upper(), "RGB")
+
+
+@by_format
+def test_picture_k_is_that_of_seed_plus_k(client: httpx.Client, output_format: str) -> None:
+    together = paint(client, num_images=3, output_format=output_format)
+    assert together["seed"] == APPLE["seed"]
+    assert together["has_nsfw_concepts"] == [False] * 3
+    alone = [paint(client, seed=APPLE["seed"] + k, output_format=output_format) for k in range(3)]
+    painted = contents(client, together)
+    assert painted == [contents(client, output)[0] for output in alone]
+    assert len(set(painted)) == 3
+
+
+def test_prompt_steps_and_guidance_matter(client: httpx.Client) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"prompt": "a green pear"},
+        {"seed": 12},
+        {"num_inference_steps": 4},
+        {"guidance_scale": 9},
+    ]
+    pixels = {opened(contents(client, paint(client, output_format="png", **change))[0]).tobytes() for change in changes}
+    assert len(pixels) == len(changes)
+
+
+def test_seed_is_made_up_and_told(client: httpx.Client) -> None:
+    first = paint(client, seed=None)
+    assert 0 <= first["seed"] < 2**32
+    assert paint(client, seed=None)["seed"] != first["seed"]
+    assert contents(client, paint(client, seed=first["seed"])) == contents(client, first)
+
+
+def test_same_bytes_among_eight_others(client: httpx.Client, gate: Gate) -> None:
+    (alone,) = contents(client, paint(client, num_inference_steps=8))
+    hold = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
+    in_progress(client, hold["status_url"])
+    # All wait behind the gate, so all are claimed together and take turns, step by step.
+    others = [{**APPLE, "prompt": f"pear {k}", "seed": k, "num_inference_steps": 8 + k} for k in range(8)]
+    bodies = [*others[:3], {**APPLE, "num_inference_steps": 8}, *others[3:]]
+    replies = [client.post(f"/queue{FLUX}", json=body).json() for body in bodies]
+    gate.let(1)
+    for reply in replies:
+        assert completed(client, reply["status_url"])["metrics"]["acceleration"] == "none"
+    results = [client.get(reply["response_url"]).json() for reply in replies]
+    assert contents(client, results[3]) == [alone]
+    for body, result in zip(others[:3], results[:3], strict=True):
+        assert contents(client, paint(client, **body)) == contents(client, result)
+
+
+@by_format
+def test_marked_with_its_parameters(client: httpx.Client, output_format: str) -> None:
+    picture = opened(contents(client, paint(client, output_format=output_format))[0])
+    assert_marked(picture)
+    assert embedded(picture) == {
+        "endpoint": "fal-ai/flux/dev",
+        "prompt": "a red apple",
+        "seed": 11,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.5,
+        "width": 128,
+        "height": 96,
+        "acceleration": "none",
+        "dtype": type_name(dtype_for("auto", "cpu")),
+    }
+
+
+@by_format
+@pytest.mark.parametrize("prompt", ["\U0001f34e\u00e4\u4e2d\0<&>", "x" * 20_000, "\U0001f34e" * 20_000])
+def test_any_prompt_fits_into_the_file(client: httpx.Client, prompt: str, output_format: str) -> None:
+    output = paint(client, "/test/null", prompt=prompt, output_format=output_format)
+    picture = opened(contents(client, output)[0])
+    assert_marked(picture)
+    found = embedded(picture)["prompt"]
+    assert found == prompt or (found.endswith("\u2026") and prompt.startswith(found[:-1]) and len(found) > 5_000)
+
+
+@by_format
+def test_sync_mode(client: httpx.Client, server: Server, output_format: str) -> None:
+    kept = contents(client, paint(client, output_format=output_format, num_images=2))
+    before = stored(server)
+    output = paint(client, output_format=output_format, num_images=2, sync_mode=True)
+    heads, bodies = zip(*(image["url"].split(",", 1) for image in output["images"]), strict=True)
+    assert set(heads) == {f"data:{FORMATS[output_format]};base64"}
+    assert [base64.b64decode(body, validate=True) for body in bodies] == kept
+    assert stored(server) == before
+
+
+def test_sync_mode_on_the_queue_and_the_stream(client: httpx.Client, server: Server) -> None:
+    before = stored(server)
+    reply = client.post("/queue/test/null", json={"prompt": "x", "sync_mode": True}).json()
+    completed(client, reply["status_url"])
+    assert client.get(reply["response_url"]).json()["images"][0]["url"].startswith("data:image/jpeg;base64,")
+    streamed = client.post("/test/null/stream", json={"prompt": "x", "sync_mode": True}).text
+    assert "data:image/jpeg;base64," in streamed
+    assert stored(server) == before
+
+
+@by_format
+def test_flagged_pictures_are_black(client: httpx.Client, output_format: str) -> None:
+    output = paint(client, "/test/unsafe", num_images=2, output_format=output_format)
+    assert output["has_nsfw_concepts"] == [True, True]
+    for image, content in zip(output["images"], contents(client, output), strict=True):
+        picture = opened(content)
+        assert is_black(picture)
+        assert picture.size == (image["width"], image["height"]) == (128, 96)
+        assert_marked(picture)
+
+
+def test_flagged_data_uri_is_black(client: httpx.Client) -> None:
+    output = paint(client, "/test/unsafe", sync_mode=True)
+    assert output["has_nsfw_concepts"] == [True]
+    assert is_black(opened(base64.b64decode(output["images"][0]["url"].partition(",")[2])))
+
+
+@pytest.mark.parametrize("sync_mode", [False, True])
+@pytest.mark.parametrize("prompt", ["silent", "raises"])
+def test_without_a_verdict_nothing_leaves(client: httpx.Client, server: Server, prompt: str, sync_mode: bool) -> None:
+    before = stored(server)
+    body = {**APPLE, "prompt": prompt, "sync_mode": sync_mode}
+    reply = client.post("/queue/test/unsafe", json=body).json()
+    status = completed(client, reply["status_url"])
+    answers = [client.post("/test/unsafe", json=body), client.get(reply["response_url"])]
+    for answer in answers:
+        assert answer.status_code == 500
+        assert "safety checker" in answer.json()["detail"]
+        assert answer.json()["error_type"] == answer.headers["x-fal-error-type"] == "internal_error"
+    assert "safety checker" in status["error"]
+    streamed = failed_stream(client, "/test/unsafe/stream", body)
+    assert "safety checker" in streamed[-1]
+    assert not any("images" in line for line in streamed)
+    assert stored(server) == before
+
+
+@pytest.mark.parametrize("prompt", ["flagged", "silent", "raises"])
+def test_checker_is_not_asked_when_turned_off(client: httpx.Client, prompt: str) -> None:
+    output = paint(client, "/test/unsafe", prompt=prompt, enable_safety_checker=False)
+    assert output["has_nsfw_concepts"] == [False]
+    assert not is_black(opened(contents(client, output)[0]))
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose operator checks everything and embeds nothing."""
+    settings = {"enforce_safety_checker": "true", "embed_parameters": "false"}
+    with serving(tmp_path_factory.mktemp("strict"), TEST_MODELS, **settings) as running:
+        yield running.ready()
+
+
+@pytest.fixture
+def strict_client(strict: Server) -> Iterator[httpx.Client]:
+    """A client of that server."""
+    with httpx.Client(base_url=strict.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+def test_enforced_checker_cannot_be_turned_off(strict_client: httpx.Client, strict: Server) -> None:
+    output = paint(strict_client, "/test/unsafe", enable_safety_checker=False)
+    assert output["has_nsfw_concepts"] == [True]
+    assert is_black(opened(contents(strict_client, output)[0]))
+    before = stored(strict)
+    body = {**APPLE, "prompt": "raises", "enable_safety_checker": False}
+    assert strict_client.post("/test/unsafe", json=body).status_code == 500
+    assert stored(strict) == before
+
+
+@by_format
+def test_without_parameters_the_mark_stays(strict_client: httpx.Client, output_format: str) -> None:
+    output = paint(strict_client, "/test/null", prompt="my secret garden", output_format=output_format)
+    (content,) = contents(strict_client, output)
+    picture = opened(content)
+    assert_marked(picture)
+    assert embedded(picture) is None
+    assert b"secret garden" not in content
+    assert "secret garden".encode("utf-16-be") not in content
+
+
+def test_nothing_in_a_picture_varies_with_time(client: httpx.Client, tmp_path: Path) -> None:
+    first, second = (contents(client, paint(client))[0] for _ in range(2))
+    assert first == second

@@ -1,0 +1,174 @@
+"""What one key may ask for: a share of the queue, of the GPU, and of the time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.rate_limit import RateLimiter
+from server.errors import TooManyRequests
+from server.queue.jobs import Job, Mode, Priority, State
+from server.queue.waiting_index import WaitingIndex
+from tests.support.components import Parts, claimed, opened, painted, submission
+from tests.support.server_process import TEST_MODELS, Gate, completed, in_progress, serving
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    with opened(tmp_path, max_length_per_owner=2, max_running_per_owner=2) as opened_parts:
+        yield opened_parts
+
+
+def submitted(parts: Parts, owner: str, **changes: Any) -> Job:
+    return parts.queue.submit(submission(owner=owner, **changes))
+
+
+def owners_claimed(parts: Parts) -> list[str]:
+    """Whose requests begin, until none may."""
+    found = []
+    while claim := parts.queue.claim():
+        found.append(claim[0].owner)
+    return found
+
+
+def test_one_key_fills_no_more_of_the_queue_than_its_share(parts: Parts) -> None:
+    for _ in range(2):
+        submitted(parts, "me")
+    with pytest.raises(TooManyRequests, match="2 requests of this key wait") as refused:
+        submitted(parts, "me")
+    assert refused.value.headers["retry-after"] == "5"
+    submitted(parts, "you")
+    parts.queue.claim()
+    submitted(parts, "me")
+
+
+def test_one_key_has_no_more_running_than_its_share(parts: Parts) -> None:
+    mine = [submitted(parts, "me") for _ in range(2)]
+    assert owners_claimed(parts) == ["me", "me"]
+    waiting = [submitted(parts, "me"), submitted(parts, "me"), submitted(parts, "you")]
+    assert owners_claimed(parts) == ["you"]
+    # Its place is what it was.
+    assert [parts.queue.position(job) for job in waiting[:2]] == [0, 1]
+    assert parts.queue.claim() is None
+    assert parts.queue.finish(mine[0], painted())
+    assert owners_claimed(parts) == ["me"]
+    parts.queue.release(mine[1])
+    assert [claim[0] for claim in iter(parts.queue.claim, None) if claim] == [mine[1]]
+
+
+def test_the_counts_survive_every_way_to_end(parts: Parts) -> None:
+    """Cancelled while it waits, and while it runs; given back; at the next start."""
+    for _ in range(5):
+        waiting = submitted(parts, "me")
+        parts.queue.cancel(waiting)
+        running = claimed(parts, owner="me")
+        parts.queue.cancel(running)
+        parts.queue.finish(running, painted())
+        given = claimed(parts, owner="me")
+        parts.queue.release(given)
+        parts.queue.cancel(given)
+    for _ in range(2):
+        submitted(parts, "me")
+    assert owners_claimed(parts) == ["me", "me"]
+
+
+def test_the_counts_are_those_of_the_rows_after_a_start(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        for mode in ("queue", "run", "queue"):
+            submitted(parts, "me", mode=mode)
+        parts.queue.claim()
+    with opened(tmp_path, max_length_per_owner=2) as parts:
+        parts.queue.recover()
+        with pytest.raises(TooManyRequests):
+            submitted(parts, "me")
+
+
+def test_who_is_not_counted_is_not_remembered() -> None:
+    order = WaitingIndex()
+    for number in range(100):
+        job = _job(number)
+        order.add_waiting(job)
+        order.start(job)
+        order.finish(job)
+    assert not any((*order._waiting.values(), *order._running.values(), order._jobs, len(order)))
+
+
+def _job(number: int) -> Job:
+    return Job(number, str(number), "a/b", f"owner {number}", Mode.QUEUE, Priority.NORMAL, "", State.IN_QUEUE)
+
+
+def test_a_rate_is_each_keys_own() -> None:
+    quota = RateLimiter("2/hour")
+    quota.acquire("me")
+    quota.acquire("me")
+    quota.acquire("you")
+    with pytest.raises(TooManyRequests, match="2 per 1 hour") as refused:
+        quota.acquire("me")
+    assert 3500 < int(refused.value.headers["retry-after"]) <= 3600
+
+
+def test_no_rate_is_no_limit() -> None:
+    for _ in range(1000):
+        RateLimiter("").acquire("me")
+
+
+DOORS = [
+    ("POST", "/test/null"),
+    ("POST", "/queue/test/null"),
+    ("POST", "/test/null/stream"),
+    ("POST", "/v1/images/generations"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), DOORS)
+def test_every_door_counts(tmp_path: Path, method: str, path: str) -> None:
+    body = {"prompt": "x", "model": "test/null"}
+    one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
+    with (
+        serving(tmp_path, TEST_MODELS, keys="one,two", rate_per_key="2 per day") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        # What is refused costs nothing.
+        assert client.request(method, path, json={**body, "prompt": 5}, headers=one).status_code in (400, 422)
+        statuses = [client.request(method, path, json=body, headers=one).status_code for _ in range(3)]
+        refused = client.request(method, path, json=body, headers=one)
+        assert client.request(method, path, json=body, headers=two).status_code == 200
+    assert statuses == [200, 200, 429]
+    assert int(refused.headers["retry-after"]) > 80_000
+    assert "2 per 1 day" in refused.text
+
+
+@pytest.mark.parametrize("path", ["/storage/upload/initiate", "/files/upload", "/files/upload/multipart"])
+def test_uploads_count_beside_requests(tmp_path: Path, path: str) -> None:
+    one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
+    with (
+        serving(tmp_path, TEST_MODELS, keys="one,two", rate_per_key="2 per day") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        statuses = [client.post(path, headers=one).status_code for _ in range(3)]
+        assert client.post("/test/null", json={"prompt": "x"}, headers=one).status_code == 200
+        assert client.post(path, headers=two).status_code == 200
+    assert statuses == [200, 200, 429]
+
+
+def test_one_key_at_a_time(tmp_path: Path, gate: Gate) -> None:
+    """With a real worker: what waits for its own key begins as soon as that is done, and others go past it."""
+    one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
+    with (
+        serving(tmp_path / "data", TEST_MODELS, keys="one,two", max_running_per_key="1", max_running="4") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=one) as client,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=two) as other_client,
+    ):
+        first = client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+        in_progress(client, first["status_url"])
+        second = client.post("/queue/test/null", json={"prompt": "x"}).json()
+        other = other_client.post("/queue/test/null", json={"prompt": "x", "num_inference_steps": 1}).json()
+        # The thread that paints waits at the gate; its steps are shared between the keys.
+        gate.let(3)
+        assert completed(other_client, other["status_url"])["status"] == "COMPLETED"
+        assert client.get(second["status_url"]).json()["status"] == "IN_QUEUE"
+        gate.open()
+        for each in (first, second):
+            assert completed(client, each["status_url"])["status"] == "COMPLETED"

@@ -1,0 +1,121 @@
+"""LoRAs that do not belong to the model: the client's own mistake, named by its field, however it asks."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx
+import numpy
+import pytest
+from safetensors.numpy import save
+
+from models.loading.specs import DEMO
+from tests.support.server_process import completed, serving
+from tests.unit.inputs.test_loras import data_uri
+
+ENDPOINT = "fal-ai/flux-lora"
+GREY = data_uri((DEMO / "lora" / "grey.safetensors").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a server with the demo weights."""
+    with (
+        serving(tmp_path_factory.mktemp("data"), f"{ENDPOINT}=demo") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        yield client
+
+
+def lora(
+    *layers: str, inner: int = 8, outer: int = 8, kind: Sequence[str] = ("lora_A", "lora_B"), alpha: int = 0
+) -> bytes:
+    """Weights of rank 2 for layers of this size, each with an alpha of so many numbers."""
+    pairs: dict[str, Any] = {}
+    for layer in layers:
+        pairs[f"{layer}.{kind[0]}.weight"] = numpy.ones((2, inner), "float32")
+        pairs[f"{layer}.{kind[1]}.weight"] = numpy.ones((outer, 2), "float32")
+        pairs |= {f"{layer}.alpha": numpy.ones(alpha, "float32")} if alpha else {}
+    return save(pairs)
+
+
+QUERY = "transformer.transformer_blocks.0.attn.to_q"
+KOHYA = ("lora_down", "lora_up")
+MISFITS = {
+    "no part of the model": lora("x"),
+    "another model": lora("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+    "another model, in kohya's names": lora("lora_unet_input_blocks_1_1_proj_in", kind=KOHYA),
+    "the second text encoder alone": lora("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),
+    "layers that are not there": lora("transformer.blocks.0.attn.to_q"),
+    "layers of the text encoder that are not there": lora("text_encoder.layers.0.q"),
+    "layers of other sizes": lora(QUERY),
+    "the right input alone": lora(QUERY, inner=192),
+    "an alpha of several numbers": lora(QUERY, inner=192, outer=192, alpha=3),
+    "names of an adapter of its own": lora(QUERY, inner=192, outer=192, kind=("lora_A.default", "lora_B.default")),
+    "layers of the text encoder of other sizes": lora("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"),
+}
+
+
+def body(*paths: str) -> dict[str, Any]:
+    size = {"width": 64, "height": 64}
+    loras = [{"path": path} for path in paths]
+    return {"prompt": "a fish", "image_size": size, "num_inference_steps": 1, "seed": 1, "loras": loras}
+
+
+Answer = tuple[int, httpx.Headers, dict[str, Any]]
+
+
+def by_run(client: httpx.Client, asked: dict[str, Any]) -> Answer:
+    answer = client.post(f"/{ENDPOINT}", json=asked)
+    return answer.status_code, answer.headers, answer.json()
+
+
+def by_queue(client: httpx.Client, asked: dict[str, Any]) -> Answer:
+    reply = client.post(f"/queue/{ENDPOINT}", json=asked).raise_for_status().json()
+    completed(client, reply["status_url"])
+    answer = client.get(reply["response_url"])
+    return answer.status_code, answer.headers, answer.json()
+
+
+def by_stream(client: httpx.Client, asked: dict[str, Any]) -> Answer:
+    """The last event is the answer; a stream that fails breaks off after it, which clients take for a failure."""
+    events = list[dict[str, Any]]()
+    with (
+        client.stream("POST", f"/{ENDPOINT}/stream", json=asked) as answer,
+        pytest.raises(httpx.RemoteProtocolError, match="incomplete"),
+    ):
+        for line in answer.iter_lines():
+            events += [json.loads(line.removeprefix("data: "))] if line.startswith("data: ") else []
+    return answer.status_code, answer.headers, events[-1]
+
+
+@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize("way", [by_run, by_queue, by_stream])
+def test_the_field_is_named_and_nothing_is_to_be_tried_again(
+    user: httpx.Client, way: Callable[[httpx.Client, dict[str, Any]], Answer], name: str
+) -> None:
+    status, headers, answer = way(user, body(GREY, data_uri(MISFITS[name])))
+    # A stream says 200 before it is known.
+    assert status == (200 if way is by_stream else 422), answer
+    (entry,) = answer["detail"]
+    assert (entry["loc"], entry["type"]) == (["body", "loras", 1, "path"], "value_error")
+    assert entry["msg"].startswith("These LoRA weights do not fit this model: ")
+    assert answer["message"] == f"body.loras.1.path: {entry['msg']}"
+    assert "error_type" not in answer
+    assert not {"x-fal-retryable", "x-fal-needs-retry", "x-fal-error-type"} & set(headers)
+
+
+@pytest.mark.parametrize("way", [by_run, by_queue, by_stream])
+def test_others_are_painted_afterwards(
+    user: httpx.Client, way: Callable[[httpx.Client, dict[str, Any]], Answer]
+) -> None:
+    expected = picture(user, body(GREY))
+    assert way(user, body(data_uri(MISFITS["no part of the model"])))[2]["detail"][0]["loc"][2] == 0
+    assert picture(user, body(GREY)) == expected
+
+
+def picture(client: httpx.Client, asked: dict[str, Any]) -> bytes:
+    """What is painted without a word about when."""
+    answer = client.post(f"/{ENDPOINT}", json={**asked, "sync_mode": True, "output_format": "png"})
+    return base64.b64decode(answer.raise_for_status().json()["images"][0]["url"].partition(",")[2])

@@ -1,5 +1,0 @@
-"""test/null: served beside the real models in tests."""
-
-from tests.null_model import NullEngine, NullModel
-
-MODEL = NullModel("test/null", NullEngine)

@@ -1,0 +1,286 @@
+"""LoRA weights: as diffusers applies them, bit for bit, and nothing of them left behind."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from models.base import GenerationFailed, IncompatibleInput
+from models.flux.engine import FluxEngine
+from models.flux.loras import LoraManager
+from models.flux_lora import FluxLoraInput
+from server.queue.jobs import Job
+from server.worker.running_job import outcome_from_exception
+from tests.support import tiny_flux
+from tests.support.tiny_flux import difference, finished
+
+RANK = 4
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+
+def write(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
+    """LoRA weights for some layers of `tiny_flux`, in diffusers' own names."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        "transformer.transformer_blocks.0.attn.to_q": (width, width),
+        "transformer.transformer_blocks.0.ff.net.0.proj": (width, 4 * width),
+        "transformer.single_transformer_blocks.1.proj_mlp": (width, 4 * width),
+        "transformer.x_embedder": (16, width),
+    }
+    if text:
+        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"] = (16, 16)
+    weights = {}
+    for name, (inner, outer) in layers.items():
+        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, inner, generator=generator)
+        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(outer, rank, generator=generator)
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / f"{seed}.safetensors", seed, text=seed == 1) for seed in range(3)]
+
+
+def asked(*scales: float, **more: Any) -> tuple[FluxLoraInput, list[float]]:
+    body = {
+        "prompt": "a fish",
+        "image_size": {"width": 96, "height": 64},
+        "num_inference_steps": 3,
+        "loras": [{"path": f"http://unused/{n}", "scale": scale} for n, scale in enumerate(scales)],
+        **more,
+    }
+    return FluxLoraInput.model_validate(body), list(scales)
+
+
+def inputs(*paths: Path) -> dict[str, Path]:
+    return {f"loras.{place}.path": path for place, path in enumerate(paths)}
+
+
+def painted(engine: FluxEngine, request: FluxLoraInput, *paths: Path) -> Any:
+    (picture,) = finished(engine, engine.start(request, 5, inputs(*paths)))
+    return picture
+
+
+def call(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path) -> Any:
+    """What diffusers' own pipeline gives with these LoRAs."""
+    for place, path in enumerate(paths):
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{place}")
+    if paths:
+        pipeline.set_adapters([f"a{place}" for place in range(len(paths))], [lora.scale for lora in request.loras])
+    return pipeline(
+        request.prompt,
+        width=request.image_size.width,
+        height=request.image_size.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=512,
+    ).images[0]
+
+
+def fingerprint(engine: FluxEngine) -> str:
+    """Of every bit of the base weights."""
+    found = hashlib.sha256()
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        for key, weight in sorted(getattr(engine.pipeline, name).state_dict().items()):
+            found.update(key.encode())
+            found.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("acceleration", ["none", "regular"])
+def test_equals_the_pipeline(files: list[Path], dtype: torch.dtype, acceleration: str) -> None:
+    engine = tiny_flux.engine(dtype)
+    for scales, paths in (((1.0,), files[:1]), ((0.5,), files[1:2]), ((0.7, 1.3), files[:2])):
+        request, _ = asked(*scales, acceleration=acceleration)
+        assert difference(painted(engine, request, *paths), call(tiny_flux.pipeline(dtype), request, *paths)) == 0
+
+
+def test_the_base_is_never_touched(files: list[Path]) -> None:
+    engine = tiny_flux.engine(torch.bfloat16)
+    before, (plain, _) = fingerprint(engine), asked()
+    first = painted(engine, plain)
+    request, _ = asked(1.5)
+    changed = engine.start(request, 5, inputs(files[0]))
+    between = engine.start(plain, 5)
+    # In turns, step by step.
+    for _ in range(3):
+        engine.advance(changed)
+        engine.advance(between)
+    assert difference(finished(engine, between)[0], first) == 0
+    assert difference(finished(engine, changed)[0], first) > 0
+    assert difference(painted(engine, plain), first) == 0
+    assert fingerprint(engine) == before
+    assert all("lora" not in name for name, _ in engine.pipeline.transformer.named_modules())
+
+
+def test_turns_with_different_loras(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    requests = [(asked(1.0)[0], files[0]), (asked(0.4)[0], files[1]), (asked(2.0)[0], files[0])]
+    alone = [painted(tiny_flux.engine(), request, path) for request, path in requests]
+    paintings = [engine.start(request, 5, inputs(path)) for request, path in requests]
+    for _ in range(3):
+        for painting in paintings:
+            engine.advance(painting)
+    for painting, expected in zip(paintings, alone, strict=True):
+        assert difference(finished(engine, painting)[0], expected) == 0
+
+
+def test_only_those_with_the_same_loras_share_a_forward(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    request, _ = asked(1.0, acceleration="regular")
+    leader, same, other, plain = (
+        engine.start(request, 1, inputs(files[0])),
+        engine.start(request, 2, inputs(files[0])),
+        engine.start(request, 3, inputs(files[1])),
+        engine.start(asked(acceleration="regular")[0], 4),
+    )
+    assert engine.advance(leader, [same, other, plain]) == [leader, same]
+
+
+def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
+    engine = tiny_flux.engine()
+    request, _ = asked(1.0, num_inference_steps=1)
+    paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(5)]
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * paths[0].stat().st_size)
+    for path in paths:
+        painted(engine, request, path)
+    assert engine.loras.names == [path.stem for path in paths[-3:]]
+    again = painted(engine, request, paths[0])
+    assert difference(again, painted(tiny_flux.engine(), request, paths[0])) == 0
+
+
+def test_room_is_made_also_where_one_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)
+    bad = write(tmp_path / "bad.safetensors", 1, width=48)
+    for seed in range(4):
+        good = [write(tmp_path / f"{seed}-{n}.safetensors", 10 * seed + n) for n in range(2)]
+        with pytest.raises(GenerationFailed):
+            painted(engine, asked(1.0, 1.0, 1.0)[0], *good, bad)
+        assert len(engine.loras.names) <= 3
+
+
+def test_when_memory_runs_out_idle_ones_go(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    painted(engine, asked(1.0)[0], files[0])
+    painted(engine, asked(1.0)[0], files[1])
+    painting = engine.start(asked(1.0, acceleration="none")[0], 5, inputs(files[1]))
+    engine._step_alone(painting)
+    assert engine.loras and engine.loras.names == [files[1].stem]
+
+
+def test_the_same_twice_counts_twice(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    twice = painted(engine, asked(0.5, 0.5)[0], files[0], files[0])
+    assert difference(twice, painted(engine, asked(1.0)[0], files[0])) == 0
+
+
+def test_scale_zero_is_the_base(files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    assert difference(painted(engine, asked(0.0)[0], files[0]), painted(engine, asked()[0])) == 0
+
+
+def spoiled(path: Path, to: Path, **changes: torch.Tensor) -> Path:
+    save_file({**load_file(path), **changes}, to)
+    return to
+
+
+def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    before = fingerprint(engine)
+    good = painted(engine, asked(1.0)[0], files[0])
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(16)}
+    hidden = {"transformer.proj_out.weight": torch.zeros(16, 32)}
+    wider = torch.randn(RANK, 64)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    bad = {
+        "alpha is not a single number": spoiled(
+            files[0], tmp_path / "e.safetensors", **{f"{layer}.alpha": torch.ones(3)}
+        ),
+        "which are no pair": spoiled(
+            files[0], tmp_path / "f.safetensors", **{f"{layer}.lora_A.weight": torch.ones(RANK + 1, 32)}
+        ),
+        "has one matrix where a LoRA has two": spoiled(
+            files[0], tmp_path / "g.safetensors", **{"transformer.proj_out.lora_B.weight": torch.ones(16, RANK)}
+        ),
+        "default.weight is not of a LoRA": spoiled(
+            files[0], tmp_path / "h.safetensors", **{f"{layer}.lora_A.default.weight": torch.ones(RANK, 32)}
+        ),
+        "no linear layer transformer_blocks.0.attn.norm_q": spoiled(
+            files[0],
+            tmp_path / "i.safetensors",
+            **{f"{layer.replace('to_q', 'norm_q')}.lora_A.weight": torch.ones(RANK, 16)},
+        ),
+        "features": spoiled(files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}),
+        "not of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
+        "base weights": spoiled(files[0], tmp_path / "c.safetensors", **hidden),
+        "": write(tmp_path / "d.safetensors", 1, width=48),
+    }
+    for words, path in bad.items():
+        with pytest.raises(GenerationFailed, match=rf"do not fit this model: .*{words}"):
+            painted(engine, asked(1.0, 1.0)[0], files[0], path)
+        assert fingerprint(engine) == before
+        assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
+
+
+def test_one_that_fails_leaves_nothing_in_others_pictures(tmp_path: Path, files: list[Path]) -> None:
+    """Half of it may fit: layers that the picture being painted has no LoRA for."""
+    flat = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(16)}
+    bad = spoiled(write(tmp_path / "whole.safetensors", 9, text=True), tmp_path / "bad.safetensors", **flat)
+    few = {key: weight for key, weight in load_file(files[0]).items() if "attn" in key}
+    save_file(few, tmp_path / "few.safetensors")
+    engine, alone = tiny_flux.engine(), tiny_flux.engine()
+    expected = painted(alone, asked(1.0)[0], tmp_path / "few.safetensors")
+    victim = engine.start(asked(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
+    engine.advance(victim)
+    with pytest.raises(GenerationFailed, match="do not fit this model"):
+        painted(engine, asked(1.0)[0], bad)
+    (picture,) = finished(engine, victim)
+    assert difference(picture, expected) == 0
+    assert engine.loras and engine.loras.names == ["few"]
+
+
+def test_what_a_file_says_of_itself_is_not_listened_to(tmp_path: Path, files: list[Path]) -> None:
+    """Its header could choose how the layers are set up, or hold an expression that never ends."""
+    said = {"r": 1, "lora_alpha": 99, "target_modules": ["to_q"], "init_lora_weights": "pissa"}
+    told = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
+    save_file(load_file(files[0]), tmp_path / "told.safetensors", metadata=told)
+    engine = tiny_flux.engine()
+    plain = painted(engine, asked(1.0)[0], files[0])
+    assert difference(painted(engine, asked(1.0)[0], tmp_path / "told.safetensors"), plain) == 0
+
+
+@pytest.mark.parametrize("offered", ["none", "regular"])
+def test_no_higher_tier_than_the_operator_offers(files: list[Path], offered: str) -> None:
+    engine = tiny_flux.engine()
+    engine.tiers = [tier for tier in engine.tiers if tier.name in ("none", offered)]
+    painting = engine.start(asked(1.0, acceleration="regular")[0], 1, inputs(files[0]))
+    assert painting.acceleration == offered
+
+
+def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path]) -> None:
+    engine = tiny_flux.engine()
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(files[0], copy)
+    first = painted(engine, asked(1.0)[0], copy)
+    copy.unlink()
+    assert difference(painted(engine, asked(1.0)[0], copy), first) == 0
+
+
+def test_the_client_is_told_which_one_and_why() -> None:
+    """As a field that is wrong, which is its own fault, not as a failure of the server."""
+    error = IncompatibleInput(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
+    outcome = outcome_from_exception(error, cast(Job, None))
+    assert outcome.status == 422
+    (entry,) = json.loads(outcome.body)["detail"]
+    assert (entry["loc"], entry["msg"]) == (["body", "loras", 1, "path"], str(error))

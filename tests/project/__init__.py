@@ -1,0 +1,1 @@
+"""The layout, the documents, the container."""

@@ -1,0 +1,73 @@
+"""What the documents point at is there: files, headings, settings, commands, metrics."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from server.metrics import Metrics
+from server.settings import Settings
+from tests.support.server_process import ROOT
+
+NAMES = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+#: Of other programs that the documents name.
+FOREIGN = {
+    *(
+        "--detach",
+        "--clients",
+        "--seconds",
+        "--head",
+        "--node-ip-address",
+        "--address",
+        "--from-literal",
+        "--follow",
+        "--build",
+        "--profile",
+        "--rm",
+        "--entrypoint",
+        "--pull",
+        "--no-cache",
+        "--require",
+        "--now",
+        "--data-binary",
+        "--block",
+        "--build-arg",
+    ),
+    *("--scope", "--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
+    *("--cap-gb", "--json", "--no-sandbox", "--device", "--scale", "--threads", "--eager", "--flow-iterations"),
+}
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors that GitHub gives to its headings."""
+    lines = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (document.parent / name).resolve() if name else document
+        assert place.exists(), target
+        assert not anchor or anchor in headings(place), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_exist(document: Path) -> None:
+    known = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    known |= {f"--no-{name[2:]}" for name in known} | FOREIGN
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z\-]+", document.read_text(encoding="utf-8")))
+    assert said <= known
+
+
+def test_metrics_exist() -> None:
+    text = Metrics().text().decode()
+    for document in DOCUMENTS:
+        for name in re.findall(r"flux_server_(\w+)", document.read_text(encoding="utf-8")):
+            gauges = (ROOT / "server" / "gauges.py").read_text(encoding="utf-8")
+            assert f"flux_server_{name.removesuffix('_total')}" in text or f'"{name}"' in gauges, name

@@ -1,0 +1,1 @@
+"""Kills, full disks, clocks, faults: nothing accepted is lost."""

@@ -1,0 +1,112 @@
+"""A data folder that cannot be written to, and a database that is replaced under a running server."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.components import opened
+from tests.support.server_process import ROOT, TEST_MODELS, Gate, completed, in_progress, serving
+from tests.support.small_disk import SmallDisk, small_disk
+from tests.unit.cli.test_control import flux_server
+
+FAULTS = str(ROOT / "tests" / "support" / "faults" / "read_only")
+READ_ONLY = "The disk of the server cannot be written to: attempt to write a readonly database"
+
+
+def remount(disk: SmallDisk, mode: str) -> None:
+    """As "ro", or as "rw" again; nobody has a file open there to write to."""
+    subprocess.run([*disk.within, "mount", "-o", f"remount,{mode}", str(disk.folder)], check=True)
+
+
+def test_a_read_only_folder_at_the_start(tmp_path: Path) -> None:
+    """It is named, and all is there when it can be written to again."""
+    with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
+        data = disk.folder / "data"
+        with serving(data, TEST_MODELS, within=disk.within) as server:
+            answer = httpx.post(f"{server.ready().url}/test/null", json={"prompt": "x"}, trust_env=False).json()
+            assert server.stop() == 0
+        remount(disk, "ro")
+        for _ in range(2):
+            with serving(data, TEST_MODELS, within=disk.within) as server:
+                assert server.process.wait(60) == 1
+            assert server.output.startswith("The server could not start:\n")
+            assert "Read-only file system" in server.output and str(data) in server.output
+            assert "Traceback" not in server.output
+        remount(disk, "rw")
+        with serving(data, TEST_MODELS, within=disk.within) as server:
+            picture = httpx.URL(answer["images"][0]["url"]).path
+            assert httpx.get(f"{server.ready().url}{picture}", trust_env=False).status_code == 200
+
+
+def test_a_folder_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs waits, what comes is refused in fal's shape, and all goes on; nothing is said with a trace."""
+    seal = tmp_path / "seal"
+    monkeypatch.setenv("SEAL", str(seal))
+    with (
+        serving(tmp_path / "data", "test/sealed=demo", models_dir=FAULTS, max_running="1") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        body = {"prompt": str(gate.path), "num_inference_steps": 1}
+        running = client.post("/queue/test/sealed", json=body).json()
+        late = client.post("/queue/test/sealed", json=body, headers={"x-fal-request-timeout": "1"}).json()
+        in_progress(client, running["status_url"])
+        seal.touch()
+        gate.open()
+        server.wait_for(r"cannot be written to.* trying again every second \[server.worker.postprocessor\]")
+        for path in ("/queue/test/sealed", "/test/sealed", "/test/sealed/stream", "/storage/upload/initiate"):
+            refused = client.post(path, json=body)
+            assert (refused.status_code, refused.json()["detail"]) == (507, READ_ONLY)
+        assert client.post("/files/upload", content=b"x").status_code == 507
+        assert client.get(running["status_url"]).json()["status"] == "IN_PROGRESS"
+        for page in ("/health", "/status.json", "/metrics"):
+            assert client.get(page).status_code == 200
+        server.wait_for(r"cannot be written to.*; trying again \[server.app\]")
+        seal.unlink()
+        assert completed(client, running["status_url"]).get("error") is None
+        assert completed(client, late["status_url"])["status"] == "COMPLETED"
+        assert client.post("/test/sealed", json=body).status_code == 200
+        assert "Traceback" not in server.output
+        assert server.output.count("cannot be written to") < 30
+        assert server.stop() == 0
+    with opened(tmp_path / "data") as parts:
+        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("how", ["cp", "mv", "rm"])
+def test_a_database_that_is_replaced_under_a_running_server_ends_it(tmp_path: Path, how: str) -> None:
+    """With words, and the next one serves what was put there, not a mixture of both."""
+    data, copy = tmp_path / "data", tmp_path / "copy" / "queue.sqlite3"
+    with (
+        serving(data, TEST_MODELS) as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+    ):
+        old = client.post("/queue/test/null", json={"prompt": "old"}).json()
+        completed(client, old["status_url"])
+        assert flux_server(data, "backup", str(copy.parent)).returncode == 0
+        new = client.post("/queue/test/null", json={"prompt": "new"}).json()
+        completed(client, new["status_url"])
+        if how == "cp":
+            shutil.copyfile(copy, data / copy.name)
+        elif how == "mv":
+            copy.rename(data / copy.name)
+        else:
+            (data / copy.name).unlink()
+        # Whoever looks first, such as the one for deadlines, four times a second.
+        assert server.process.wait(60) == 1
+    assert server.output.count("was replaced or written to by another program while the server ran") == 1
+    assert "Traceback" not in server.output
+    assert (data / "queue.sqlite3-wal.replaced").exists()
+    with serving(data, TEST_MODELS) as server:
+        if how == "rm":
+            assert server.process.wait(60) == 1
+            assert "its database is missing" in server.output
+            return
+        paths = [httpx.URL(job["response_url"]).path for job in (old, new)]
+        answers = [httpx.get(f"{server.ready().url}{path}", trust_env=False).status_code for path in paths]
+        assert answers == [200, 404]
+        assert server.stop() == 0
+    with opened(data) as parts:
+        assert parts.rows("PRAGMA integrity_check") == [("ok",)]

@@ -1,0 +1,1 @@
+"""Hostile input, and what must not leave."""

@@ -1,0 +1,219 @@
+"""What is small on its way and large here, at every door; clients that hold what others need, or read nothing."""
+
+import base64
+import json
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import msgpack
+import psutil
+import pytest
+
+from tests.clients.test_realtime import heard, session
+from tests.support.hostile_images import PNG, chunk, in_between, png
+from tests.support.server_process import TEST_MODELS, Server, serving
+
+ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
+#: Bytes by which the process may grow.
+ROOM = 300 * 2**20
+
+
+@pytest.fixture(scope="module")
+def bombed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8"}
+    with serving(tmp_path_factory.mktemp("bombed"), TEST_MODELS, **settings) as server:
+        httpx.post(f"{server.ready().url}/test/null", json={"prompt": "x"}, headers=BOB, trust_env=False)
+        yield server
+
+
+@contextmanager
+def unharmed(server: Server) -> Iterator[None]:
+    """Whatever the block does, the process grows by little, and answers others meanwhile and afterwards."""
+    process, is_over = psutil.Process(server.process.pid), threading.Event()
+    before, seen, answers = process.memory_info().rss, list[int](), list[int]()
+
+    def watch() -> None:
+        with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
+            while not is_over.is_set():
+                seen.append(process.memory_info().rss)
+                answers.append(client.get("/health").status_code)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+    assert answers and set(answers) == {200}
+    assert max(seen) - before < ROOM, f"it grew by {(max(seen) - before) / 2**20:.0f} MiB"
+    assert "Traceback" not in server.output
+
+
+# -- the doors: each takes a body as it is sent, and gives the status and the words of its refusal
+
+#: fal's, and OpenAI's.
+REFUSALS = (422, 400)
+Door = Callable[[Server, str, bytes], tuple[int, Any]]
+
+
+def over_http(path: str, **headers: str) -> Door:
+    def enter(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+        sent = {
+            "content-type": "application/json",
+            **ALICE,
+            **{name: value.format(endpoint) for name, value in headers.items()},
+        }
+        answer = httpx.post(
+            f"{server.url}{path.format(endpoint)}", content=body, headers=sent, timeout=60, trust_env=False
+        )
+        return answer.status_code, answer.json()
+
+    return enter
+
+
+def in_openais_words(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+    named = body.replace(b"{", b'{"model": "%s", ' % endpoint.encode(), 1) if body.startswith(b"{") else body
+    return over_http("/v1/images/generations")(server, endpoint, named)
+
+
+def as_frame(is_text: bool) -> Door:
+    def enter(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+        with session(server, endpoint, **ALICE) as socket:
+            socket.send(body.decode() if is_text else body)
+            words = heard(socket)
+            return {"INVALID_INPUT": 422}.get(words["error"], 500), {"detail": words["reason"]}
+
+    return enter
+
+
+HTTP: dict[str, Door] = {
+    "queue": over_http("/queue/{}"),
+    "run": over_http("/{}"),
+    "stream": over_http("/{}/stream"),
+    "proxy": over_http("/api/fal/proxy", **{"x-fal-target-url": "https://queue.fal.run/{}"}),
+    "openai": in_openais_words,
+}
+DOORS = {**HTTP, "realtime": as_frame(is_text=True)}
+
+
+# -- pictures
+
+ZEROS = zlib.compress(bytes(80_000_000), 9)
+PICTURES = {
+    "many pixels": png(60_000, 60_000, chunk(b"IDAT", zlib.compress(bytes(3_000_000), 9))),
+    "a profile": in_between(PNG, 33, chunk(b"iCCP", b"a\0\0" + ZEROS)),
+    "text": in_between(PNG, 33, chunk(b"zTXt", b"a\0\0" + ZEROS)),
+    "texts": in_between(PNG, 33, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 1000),
+    "international text": in_between(PNG, 33, chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)),
+    "frames": png(9000, 9000, chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), chunk(b"IDAT", ZEROS)),
+}
+#: A picture all the same, whose metadata say that they are larger than the file, 65,000 times.
+BAD_METADATA = in_between(
+    PNG,
+    33,
+    chunk(
+        b"eXIf",
+        b"MM\0*"
+        + struct.pack(">IH", 8, 65_000)
+        + b"".join(struct.pack(">HHII", tag, 1, 2**31, 0) for tag in range(65_000)),
+    ),
+)
+
+
+def asking(content: bytes) -> bytes:
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return json.dumps({"prompt": "x", "image_url": uri}).encode()
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_pictures_that_unpack_to_gigabytes(bombed: Server, door: Door) -> None:
+    """Their field is named."""
+    with unharmed(bombed):
+        for name, content in PICTURES.items():
+            status, answer = door(bombed, "test/copy", asking(content))
+            assert status in REFUSALS, (name, answer)
+            assert "image_url" in json.dumps(answer), name
+            assert len(json.dumps(answer)) < 10_000
+
+
+def test_bad_metadata_do_not_fill_the_log(bombed: Server) -> None:
+    before = len(bombed.output)
+    with unharmed(bombed):
+        status, answer = HTTP["run"](bombed, "test/copy", asking(BAD_METADATA))
+    assert (status, answer["images"][0]["width"]) == (200, 96)
+    assert len(bombed.output) - before < 1000
+
+
+# -- JSON and msgpack
+
+TEXTS: dict[str, str] = {
+    "depth": '{"prompt": "x", "more": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "depth of maps": '{"prompt": "x", "more": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + "}",
+    "a list alone": "[" * 100_000,
+    "keys": json.dumps({"prompt": "x", **dict.fromkeys(map(str, range(100_001)), 0)}),
+    "empty maps": '{"prompt": "x", "more": [' + "{}," * 1_000_000 + "{}]}",
+    "a seed of a million digits": '{"prompt": "x", "seed": ' + "9" * 1_000_000 + "}",
+    "steps of a million digits": '{"prompt": "x", "num_inference_steps": 1' + "0" * 1_000_000 + "}",
+    "a fraction of a million digits": '{"prompt": "x", "guidance_scale": 1e' + "9" * 1_000_000 + "}",
+    "a prompt that is a number without end": '{"prompt": ' + "9" * 1_000_000 + "}",
+    "the last of two keys": '{"prompt": "x", "seed": 1, "seed": "none"}',
+}
+FIELDS = {
+    "seed": "seed",
+    "steps": "num_inference_steps",
+    "fraction": "guidance_scale",
+    "prompt": "prompt",
+    "last": "seed",
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_json_that_takes_more_than_its_size(bombed: Server, door: Door) -> None:
+    """Refused; where it is one field, by name."""
+    with unharmed(bombed):
+        for name, text in TEXTS.items():
+            status, answer = door(bombed, "test/null", text.encode())
+            assert status in REFUSALS, (name, status, str(answer)[:300])
+            said = json.dumps(answer)
+            assert len(said) < 10_000, name
+            words = [word for word in name.split() if word in FIELDS]
+            # A number that no JSON reader takes is told by its place.
+            assert "number out of range" in said or all(FIELDS[word] in said for word in words), (name, said)
+
+
+SMALL = msgpack.packb({"prompt": "x"})
+FRAMES: dict[str, bytes] = {
+    "depth": b"\x82\xa6prompt\xa1x\xa4more" + b"\x91" * 100_000 + b"\x01",
+    "depth of maps": b"\x81\xa1a" * 100_000 + b"\x01",
+    "a million keys": msgpack.packb({"prompt": "x", "more": dict.fromkeys(map(str, range(1_000_000)), 0)}),
+    "a map that claims to be long": b"\xdf\xff\xff\xff\xff" + SMALL[1:],
+    "a list that claims to be long": b"\x82\xa6prompt\xa1x\xa4more\xdd\xff\xff\xff\xff",
+    "a text that claims to be long": b"\x81\xa6prompt\xdb\xff\xff\xff\xff" + b"x" * 1000,
+    "bytes that claim to be long": b"\x81\xa6prompt\xc6\xff\xff\xff\xff" + b"x" * 1000,
+    "an extension that claims to be long": b"\x81\xa6prompt\xc9\xff\xff\xff\xff\x05" + b"x" * 1000,
+    "an extension": msgpack.packb({"prompt": msgpack.ExtType(5, bytes(1_000_000))}),
+    "a time": msgpack.packb({"prompt": "x", "seed": msgpack.Timestamp(2**33)}),
+    "a time that is none": b"\x82\xa6prompt\xa1x\xa4more\xc7\x0c\xff" + b"\xff" * 12,
+    "a time as a key": b"\x82\xa6prompt\xa1x\xd6\xff\x00\x00\x00\x01\x01",
+    "a list as a key": b"\x82\xa6prompt\xa1x\x91\x01\x01",
+    "one behind another": SMALL * 100_000,
+}
+
+
+def test_msgpack_that_takes_more_than_its_size(bombed: Server) -> None:
+    """The session goes on."""
+    with unharmed(bombed), session(bombed, **ALICE) as socket:
+        for name, frame in FRAMES.items():
+            socket.send(frame)
+            words = heard(socket)
+            assert "type" in words, name
+            assert (words["type"], words["error"]) == ("x-fal-error", "INVALID_INPUT"), name
+            assert len(words["reason"]) < 10_000
+        socket.send(SMALL)
+        assert heard(socket)["prompt"] == "x"

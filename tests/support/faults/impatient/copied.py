@@ -1,0 +1,6 @@
+"""test/copied: test/copy, beside test/hurry."""
+
+from tests.support.fake_models import CopyEngine
+from tests.support.models.copy_of import CopyModel
+
+MODEL = CopyModel("test/copied", CopyEngine)

@@ -1,0 +1,12 @@
+"""test/crash: its server dies at the point that the environment names."""
+
+import os
+from pathlib import Path
+
+from tests.support.fake_models import NullEngine, NullModel
+from tests.support.faults import points
+
+if name := os.environ.get("CRASH_AT"):
+    points.arm(name, Path(os.environ["CRASH_MARKER"]))
+
+MODEL = NullModel("test/crash", NullEngine)

@@ -1,0 +1,160 @@
+"""The worker away from the queue, without Ray: what is put in is painted, and told of."""
+
+import dataclasses
+import io
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from server.cluster import messages, runner
+from server.cluster.runner import Runner
+from server.queue.jobs import Job, Mode, Priority, State
+from server.settings import Settings
+from tests.support.server_process import MODELS, Gate
+
+TEXT = (
+    '{"prompt": "%s", "seed": 7, "num_inference_steps": 2, "image_size": {"width": 64, "height": 64}, '
+    '"num_images": 2, "output_format": "png"}'
+)
+
+
+def job(endpoint: str = "test/null", **changes: Any) -> Job:
+    found = Job(1, "one", endpoint, "me", Mode.QUEUE, Priority.NORMAL, "http://here", State.IN_PROGRESS, attempt=1)
+    return dataclasses.replace(found, **changes)
+
+
+@pytest.fixture
+def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Runner, Iterator[Any]]]:
+    """A runner at work, and its reports, one after the other."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    made = Runner(
+        Settings(weights=("test/null=demo",), data_dir=tmp_path / "head", models_dir=MODELS, shutdown_grace=5)
+    )
+    reports = (report for batch in made.work() for report in batch)
+    try:
+        yield made, reports
+    finally:
+        made.stop()
+        # To its end, so that everything is closed.
+        list(reports)
+        made._worker._thread.join()
+        made._crash_recorder.close()
+        root.handlers[:], root.level = handlers, level
+
+
+def first(reports: Iterator[Any], kind: type[Any]) -> Any:
+    return next(report for report in reports if isinstance(report, kind))
+
+
+def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iterator[Any]]) -> None:
+    made, reports = working
+    assert next(report for report in reports if isinstance(report, messages.RunnerState) and report.is_ready).engines
+    made.take_job(job(), TEXT % "x", {})
+    seen = []
+    while not isinstance(report := next(reports), messages.JobFinished):
+        seen.append(report)
+    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, messages.JobProgress)]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert sum(isinstance(each, messages.StepMeasured) for each in seen) == 4
+    assert [each for each in seen if isinstance(each, messages.ImagesGenerated)] == [
+        messages.ImagesGenerated("test/null", 2, 0)
+    ]
+    assert report.outcome.status == 200
+    assert [file.name for file in report.outcome.files] == list(report.contents)
+    colours = [Image.open(io.BytesIO(content)).getpixel((0, 0)) for content in report.contents.values()]
+    assert len(set(colours)) == 2
+
+
+def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
+    made, reports = working
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
+    gate.let(1)
+    assert first(reports, messages.JobProgress).step == 1
+    made.cancel("one")
+    gate.let(1)
+    ended = first(reports, messages.JobFinished)
+    assert (ended.outcome.error_type, ended.contents) == ("client_cancelled", {})
+
+
+def test_previews_come_when_somebody_wants_them(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
+    made, reports = working
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
+    gate.let(1)
+    assert first(reports, messages.JobProgress).preview is None
+    made.preview("one")
+    gate.open()
+    assert any(report.preview for report in iter(lambda: first(reports, messages.JobProgress), None) if report.step > 1)
+    assert first(reports, messages.JobFinished)
+
+
+def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None:
+    made, reports = working
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
+    text = '{"prompt": "x", "seed": 7, "num_inference_steps": 10, "image_url": "x", "image_size": "square"}'
+    aside = made._inputs.temp_path()
+    aside.write_bytes(content.getvalue())
+    name = made._inputs.add(aside, ".png")
+    made._inputs.path(name).unlink()
+    made.take_job(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
+    (picture,) = first(reports, messages.JobFinished).contents.values()
+    red, green, blue = Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
+    assert blue > 200 > 20 > max(red, green)
+
+
+def test_what_cannot_be_taken_in_is_refused(
+    working: tuple[Runner, Iterator[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, reports = working
+    monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
+    assert made.missing_inputs(["a.png"]) == ["a.png"]
+    made.take_job(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
+    assert first(reports, messages.JobRejected) == messages.JobRejected("one")
+
+
+def test_what_runs_is_given_back_when_the_grace_is_over(
+    working: tuple[Runner, Iterator[Any]], gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, reports = working
+    object.__setattr__(made._worker._settings, "shutdown_grace", 0)
+    made.take_job(job("test/gate"), TEXT % gate.path, {})
+    gate.let(1)
+    assert first(reports, messages.JobProgress).step == 1
+    stopping = threading.Thread(target=made.stop)
+    stopping.start()
+    gate.let(1)
+    assert first(reports, messages.JobReleased) == messages.JobReleased("one")
+    stopping.join()
+
+
+def test_a_lost_device_is_heard_of_before_the_process_ends(
+    working: tuple[Runner, Iterator[Any]], tmp_path: Path
+) -> None:
+    made, reports = working
+    present = tmp_path / "present"
+    present.touch()
+    made.take_job(job("test/lost"), TEXT % present, {})
+    assert first(reports, messages.CrashReported) == messages.CrashReported(["one"])
+    made.ack_crash()
+    over = first(reports, messages.RunnerStopped)
+    assert over.failure == "an illegal memory access was encountered"
+
+
+def test_folders_of_dead_runners_go_after_a_while(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    old, young, elsewhere = (tmp_path / name for name in (f"{host}-4194305", f"{host}-4194306", "other-4194305"))
+    for folder in (old, young, elsewhere):
+        folder.mkdir()
+    for folder in (old, elsewhere):
+        os.utime(folder, (0, 0))
+    mine = runner._new_directory(tmp_path)
+    assert {*tmp_path.iterdir()} == {mine, young, elsewhere}

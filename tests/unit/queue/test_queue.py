@@ -1,0 +1,655 @@
+"""The durable queue on a real SQLite file."""
+
+import json
+import logging
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.errors import DiskFull, InvalidInput, NotFound, QueueFull
+from server.queue.jobs import Job, Mode, Priority, State
+from server.queue.retention import Retention
+from server.queue.retry import MAX_ATTEMPTS, MAX_CRASHES
+from server.storage.database import Database
+from server.storage.file_store import Lifecycle, StoredFile
+from server.storage.migrations import DataDirInUse
+from tests.support.components import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
+
+#: A prompt that needs pages of its own in the database.
+LONG = {"prompt": "x" * 20_000}
+
+
+def ended(parts: Parts, job: Job) -> tuple[int, str | None]:
+    """Status and error type of a job's answer."""
+    outcome = parts.queue.result(job)
+    return outcome.status, outcome.error_type
+
+
+# -- submit, claim, finish
+
+
+def test_a_start_says_how_many_requests_it_takes_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+        parts.queue.submit(submission())
+        claimed(parts)
+    assert not [line for line in caplog.messages if "wait" in line]
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+    assert "2 requests wait" in caplog.messages
+
+
+def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:
+    job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
+    rows = parts.rows("SELECT request_id, state, attempt, owner, webhook_url, submitted_at FROM jobs")
+    assert rows == [(job.request_id, "IN_QUEUE", 0, "me", "https://example.com/hook", parts.clock.now)]
+    assert parts.queue.get_cached(job.request_id) is job
+    assert parts.queue.length == 1
+
+
+def test_claim_gives_the_input_and_counts_the_attempt(parts: Parts) -> None:
+    sent = submission(fields={"prompt": "a tiger"})
+    job = parts.queue.submit(sent)
+    assert parts.queue.claim() == (job, sent.input)
+    assert (job.state, job.attempt, parts.queue.length) == (State.IN_PROGRESS, 1, 0)
+    assert parts.rows("SELECT state, attempt, started_at FROM jobs") == [("IN_PROGRESS", 1, parts.clock.now)]
+
+
+def test_claim_of_an_empty_queue_is_none(parts: Parts) -> None:
+    assert parts.queue.claim() is None
+
+
+def test_finish_keeps_answer_logs_timings_files_and_the_due_webhook_together(parts: Parts) -> None:
+    job = claimed(parts, webhook_url="https://example.com/hook")
+    parts.queue.progress(job, 1, 2)
+    parts.clock.now += 10
+    file = StoredFile("a.png", "me", 3, "image/png", is_private=True, expires_at=5.0)
+    assert parts.queue.finish(job, painted('{"seed":7}', file))
+    outcome = parts.queue.result(job)
+    assert (outcome.status, outcome.body, outcome.inference_time) == (200, '{"seed":7}', 1.5)
+    ((finished_at, acceleration, logs),) = parts.rows("SELECT finished_at, acceleration, logs FROM jobs")
+    assert (finished_at, acceleration) == (parts.clock.now, "none")
+    assert [line["message"] for line in json.loads(logs)] == ["step 1/2"]
+    row = ("a.png", job.request_id, "me", 3, "image/png", None, 1, parts.clock.now, 5.0)
+    assert parts.rows("SELECT * FROM files") == [row]
+    assert parts.rows("SELECT request_id, attempt, due_at FROM deliveries") == [(job.request_id, 0, parts.clock.now)]
+
+
+def test_no_webhook_is_due_where_none_was_asked_for(parts: Parts) -> None:
+    finished(parts)
+    assert parts.rows("SELECT * FROM deliveries") == []
+
+
+def test_a_finished_job_cannot_be_finished_again(parts: Parts) -> None:
+    job = finished(parts)
+    with pytest.raises(RuntimeError):
+        parts.queue.finish(job, painted('{"seed":8}'))
+    assert parts.queue.result(job).body == '{"seed":7}'
+
+
+def test_only_the_running_attempt_can_finish(parts: Parts) -> None:
+    job = claimed(parts)
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE jobs SET attempt = 2")
+    with pytest.raises(RuntimeError):
+        parts.queue.finish(job, painted())
+    assert parts.rows("SELECT state FROM jobs") == [("IN_PROGRESS",)]
+
+
+def test_each_job_is_claimed_by_one_thread_only(parts: Parts) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        submitted = set(threads.map(lambda _: parts.queue.submit(submission()).request_id, range(40)))
+        found = list(threads.map(lambda _: parts.queue.claim(), range(50)))
+    assert sorted(job.request_id for job, _ in filter(None, found)) == sorted(submitted)
+
+
+def test_the_worker_is_woken_by_submit_and_cancel(parts: Parts) -> None:
+    job = parts.queue.submit(submission())
+    assert parts.notifier.work_available.is_set()
+    parts.notifier.work_available.clear()
+    parts.queue.cancel(job)
+    assert parts.notifier.work_available.is_set()
+
+
+# -- order
+
+
+def test_normal_goes_before_low_and_each_in_order_of_arrival(parts: Parts) -> None:
+    priorities = [Priority.LOW, Priority.NORMAL, Priority.LOW, Priority.NORMAL]
+    jobs = [parts.queue.submit(submission(priority=priority)) for priority in priorities]
+    assert [parts.queue.position(job) for job in jobs] == [2, 0, 3, 1]
+    order = [found[0] for _ in jobs if (found := parts.queue.claim())]
+    assert order == [jobs[1], jobs[3], jobs[0], jobs[2]]
+
+
+def test_positions_move_up(parts: Parts) -> None:
+    first, second, third = (parts.queue.submit(submission()) for _ in range(3))
+    parts.queue.claim()
+    assert [parts.queue.position(job) for job in (second, third)] == [0, 1]
+    parts.queue.cancel(second)
+    assert parts.queue.position(third) == 0
+    assert first.state == State.IN_PROGRESS
+
+
+def test_give_back_returns_a_job_to_its_old_place(parts: Parts) -> None:
+    job = claimed(parts)
+    later = parts.queue.submit(submission())
+    parts.queue.release(job)
+    assert (job.state, parts.queue.position(job), parts.queue.position(later)) == (State.IN_QUEUE, 0, 1)
+    assert parts.queue.claim()
+    assert job.attempt == 2
+
+
+def test_give_back_of_a_cancelled_job_ends_it(parts: Parts) -> None:
+    job = claimed(parts)
+    parts.queue.cancel(job)
+    parts.queue.release(job)
+    assert ended(parts, job) == (499, "client_cancelled")
+
+
+def test_without_low_only_normal_is_claimed(parts: Parts) -> None:
+    low = parts.queue.submit(submission(priority=Priority.LOW))
+    assert parts.queue.claim(include_low_priority=False) is None
+    normal = parts.queue.submit(submission())
+    found = parts.queue.claim(include_low_priority=False)
+    assert found and found[0] is normal
+    assert parts.queue.claim(include_low_priority=False) is None
+    assert (low.state, low.attempt, parts.queue.position(low)) == (State.IN_QUEUE, 0, 0)
+    found = parts.queue.claim()
+    assert found and found[0] is low
+
+
+def test_without_low_a_late_one_of_normal_does_not_let_low_in(parts: Parts) -> None:
+    parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
+    low = parts.queue.submit(submission(priority=Priority.LOW))
+    parts.clock.now += 5
+    assert parts.queue.claim(include_low_priority=False) is None
+    assert low.state == State.IN_QUEUE
+
+
+# -- cancel and leave
+
+
+def test_cancel_of_a_queued_job_ends_it_at_once(parts: Parts) -> None:
+    job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
+    assert parts.queue.cancel(job) == State.IN_QUEUE
+    assert ended(parts, job) == (499, "client_cancelled")
+    assert parts.queue.claim() is None
+    assert parts.queue.cancel(job) == State.COMPLETED
+    assert len(parts.rows("SELECT * FROM deliveries")) == 1
+
+
+def test_cancel_of_a_running_job_is_a_request_until_its_next_step(parts: Parts) -> None:
+    job = claimed(parts)
+    assert [parts.queue.cancel(job), parts.queue.cancel(job)] == [State.IN_PROGRESS, State.IN_PROGRESS]
+    assert (job.state, job.is_cancelled) == (State.IN_PROGRESS, True)
+    assert parts.rows("SELECT state, is_cancelled FROM jobs") == [("IN_PROGRESS", 1)]
+
+
+def test_a_picture_that_comes_after_the_cancel_is_not_shown(parts: Parts) -> None:
+    job = claimed(parts)
+    parts.queue.cancel(job)
+    assert not parts.queue.finish(job, painted("{}", StoredFile("a.png", "me", 3, "image/png")))
+    assert ended(parts, job) == (499, "client_cancelled")
+    assert parts.rows("SELECT * FROM files") == []
+    assert json.loads(parts.queue.result(job).body)["error_type"] == "client_cancelled"
+
+
+def test_cancel_of_a_completed_job_changes_nothing(parts: Parts) -> None:
+    job = finished(parts)
+    assert parts.queue.cancel(job) == State.COMPLETED
+    assert ended(parts, job) == (200, None)
+
+
+@pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
+def test_a_client_that_leaves_ends_its_queued_job(parts: Parts, mode: Mode) -> None:
+    job = parts.queue.submit(submission(mode=mode))
+    parts.queue.cancel(job)
+    assert ended(parts, job) == (499, "client_disconnected")
+    assert parts.queue.claim() is None
+
+
+@pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
+def test_a_client_that_leaves_ends_its_running_job(parts: Parts, mode: Mode) -> None:
+    job = claimed(parts, mode=mode)
+    parts.queue.cancel(job)
+    assert not parts.queue.finish(job, painted())
+    assert ended(parts, job) == (499, "client_disconnected")
+
+
+def test_a_client_that_leaves_after_the_end_changes_nothing(parts: Parts) -> None:
+    job = finished(parts, mode=Mode.RUN)
+    parts.queue.cancel(job)
+    assert ended(parts, job) == (200, None)
+
+
+# -- deadlines
+
+
+def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Parts) -> None:
+    late = parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
+    patient = parts.queue.submit(submission(start_deadline=parts.clock.now + 6))
+    parts.clock.now += 4.9
+    assert parts.queue.fail_expired() == 0
+    parts.clock.now += 0.1
+    assert parts.queue.fail_expired() == 1
+    assert ended(parts, late) == (504, "request_timeout")
+    assert (patient.state, parts.queue.position(patient)) == (State.IN_QUEUE, 0)
+
+
+def test_a_job_past_its_deadline_is_not_claimed(parts: Parts) -> None:
+    parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
+    parts.clock.now += 5
+    assert parts.queue.claim() is None
+    follower = parts.queue.submit(submission())
+    assert parts.queue.claim() == (follower, submission().input)
+
+
+def test_a_job_that_started_in_time_may_take_as_long_as_it_needs(parts: Parts) -> None:
+    job = claimed(parts, start_deadline=parts.clock.now + 5)
+    parts.clock.now += 3600
+    assert parts.queue.fail_expired() == 0
+    assert parts.queue.finish(job, painted())
+
+
+# -- limits
+
+
+def test_a_full_queue_refuses_until_there_is_room(tmp_path: Path) -> None:
+    with opened(tmp_path, max_length=2) as parts:
+        parts.queue.submit(submission())
+        parts.queue.submit(submission())
+        with pytest.raises(QueueFull):
+            parts.queue.submit(submission())
+        parts.queue.claim()
+        assert parts.queue.submit(submission())
+
+
+def test_a_client_may_ask_for_a_shorter_queue_but_not_a_longer(tmp_path: Path) -> None:
+    with opened(tmp_path, max_length=2) as parts:
+        parts.queue.submit(submission())
+        with pytest.raises(QueueFull):
+            parts.queue.submit(submission(max_queue_length=1))
+        parts.queue.submit(submission(max_queue_length=2))
+        with pytest.raises(QueueFull):
+            parts.queue.submit(submission(max_queue_length=100))
+
+
+def test_a_repeated_key_is_the_same_request(parts: Parts) -> None:
+    first = parts.queue.submit(submission(idempotency_key="k"))
+    assert parts.queue.submit(submission(idempotency_key="k")) is first
+    parts.queue.claim()
+    parts.queue.finish(first, painted())
+    assert parts.queue.submit(submission(idempotency_key="k")) is first
+    assert len(parts.rows("SELECT * FROM jobs")) == 1
+
+
+def test_a_repeated_key_is_the_same_request_after_a_restart(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        first = finished(parts, idempotency_key="k")
+    with opened(tmp_path) as parts:
+        again = parts.queue.submit(submission(idempotency_key="k"))
+    assert (again.request_id, again.state) == (first.request_id, State.COMPLETED)
+
+
+def test_a_repeated_key_is_known_when_the_queue_is_full(tmp_path: Path) -> None:
+    with opened(tmp_path, max_length=1) as parts:
+        first = parts.queue.submit(submission(idempotency_key="k"))
+        assert parts.queue.submit(submission(idempotency_key="k")) is first
+
+
+def test_a_key_with_another_body_is_refused(parts: Parts) -> None:
+    parts.queue.submit(submission(idempotency_key="k"))
+    with pytest.raises(InvalidInput) as refused:
+        parts.queue.submit(submission(idempotency_key="k", body_hash="1" * 64))
+    assert refused.value.status == 422
+    assert refused.value.detail[0]["loc"] == ["header", "idempotency-key"]
+
+
+@pytest.mark.parametrize("other", [{"owner": "you"}, {"endpoint": "test/gate"}])
+def test_a_key_belongs_to_its_owner_and_endpoint(parts: Parts, other: dict[str, Any]) -> None:
+    first = parts.queue.submit(submission(idempotency_key="k"))
+    assert parts.queue.submit(submission(idempotency_key="k", **other)) is not first
+
+
+# -- restarts
+
+
+def test_recover_gives_running_jobs_their_old_place_and_keeps_the_attempt(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        running, waiting = claimed(parts), parts.queue.submit(submission())
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 2
+        again, still = (parts.queue.get_cached(job.request_id) for job in (running, waiting))
+        assert again and still
+        assert (again.state, again.attempt, parts.queue.position(again)) == (State.IN_QUEUE, 1, 0)
+        assert (still.state, still.attempt, parts.queue.position(still)) == (State.IN_QUEUE, 0, 1)
+        assert parts.queue.claim() == (again, submission().input)
+        assert again.attempt == 2
+
+
+def test_recover_wakes_the_worker(parts: Parts) -> None:
+    parts.queue.recover()
+    assert parts.notifier.work_available.is_set()
+
+
+def test_recover_ends_what_was_cancelled(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        parts.queue.cancel(job)
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 0
+        assert ended(parts, job) == (499, "client_cancelled")
+
+
+@pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_recover_ends_what_nobody_waits_for(tmp_path: Path, mode: Mode, is_running: bool, is_cancelled: bool) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts, mode=mode) if is_running else parts.queue.submit(submission(mode=mode))
+        if is_cancelled:
+            parts.queue.cancel(job)
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 0
+        assert ended(parts, job) == (499, "client_disconnected")
+
+
+def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        request_id = parts.queue.submit(submission()).request_id
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        with opened(tmp_path) as parts:
+            assert parts.queue.recover() == 1
+            found = parts.queue.claim()
+            assert found and found[0].attempt == attempt
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 0
+        job = parts.queue.get(request_id)
+        assert job and ended(parts, job) == (500, "internal_error")
+        assert "10 attempts" in parts.queue.result(job).body
+
+
+# -- strikes
+
+
+def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job, other = claimed(parts), claimed(parts)
+        parts.queue.record_crash([job])
+        parts.queue.record_crash([job, other])
+        assert parts.rows("SELECT strikes, state FROM jobs") == [(2, "IN_PROGRESS"), (1, "IN_PROGRESS")]
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 2
+        again = parts.queue.claim()
+        assert again and (again[0].request_id, again[0].crash_count) == (job.request_id, 2)
+
+
+def test_a_strike_counts_only_while_a_job_is_worked_at(parts: Parts) -> None:
+    done, waiting = finished(parts), claimed(parts)
+    parts.queue.release(waiting)
+    parts.queue.record_crash([done, waiting])
+    assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+
+
+def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
+    job, other = claimed(parts), claimed(parts)
+    with parts.database.transaction() as connection:
+        connection.execute("UPDATE jobs SET attempt = 2 WHERE request_id = ?", (job.request_id,))
+    with pytest.raises(RuntimeError):
+        parts.queue.record_crash([other, job])
+    assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts, webhook_url="https://example.com/hook")
+        for _ in range(MAX_CRASHES):
+            parts.queue.record_crash([job])
+        if not is_running:
+            parts.queue.release(job)
+        other = claimed(parts) if is_running else parts.queue.submit(submission())
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 1
+        assert ended(parts, job) == (500, "internal_error")
+        assert "had to end 3 times while it worked at this request" in parts.queue.result(job).body
+        assert parts.rows("SELECT request_id FROM deliveries") == [(job.request_id,)]
+        found = parts.queue.claim()
+        assert found and found[0].request_id == other.request_id
+
+
+def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        for _ in range(MAX_CRASHES - 1):
+            parts.queue.record_crash([job])
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 1
+
+
+def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        job = claimed(parts)
+        for _ in range(MAX_CRASHES):
+            parts.queue.record_crash([job])
+        parts.queue.cancel(job)
+    with opened(tmp_path) as parts:
+        assert parts.queue.recover() == 0
+        assert ended(parts, job) == (499, "client_cancelled")
+
+
+def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
+        claimed(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), is_kept=False)
+        parts.queue.submit(submission(idempotency_key="k"))
+        before = {table: parts.rows(f"SELECT * FROM {table}") for table in ("jobs", "files", "deliveries")}
+    with opened(tmp_path) as parts:
+        assert before == {table: parts.rows(f"SELECT * FROM {table}") for table in before}
+        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "priority": Priority.LOW,
+        "start_deadline": 5e9,
+        "lifecycle": Lifecycle(60.0, is_private=True),
+        "is_kept": False,
+    }
+    with opened(tmp_path) as parts:
+        request_id = parts.queue.submit(submission(**asked)).request_id
+    with opened(tmp_path) as parts:
+        parts.queue.recover()
+        job = parts.queue.get_cached(request_id)
+        assert job and {name: getattr(job, name) for name in asked} == asked
+
+
+# -- memory and rows
+
+
+def test_a_job_that_left_the_memory_is_read_from_its_row(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.queue.queue.RECENT", 1)
+    job = claimed(parts)
+    parts.queue.progress(job, 1, 1)
+    parts.queue.finish(job, painted())
+    finished(parts)
+    assert parts.queue.get_cached(job.request_id) is None
+    loaded = parts.queue.get(job.request_id)
+    assert loaded and (loaded.state, loaded.inference_time, loaded.acceleration) == (State.COMPLETED, 1.5, "none")
+    assert [line["message"] for line in loaded.logs] == ["step 1/1"]
+    assert parts.queue.cancel(loaded) == State.COMPLETED
+    assert parts.queue.result(loaded).status == 200
+
+
+def test_an_unknown_id_is_none(parts: Parts) -> None:
+    assert parts.queue.get("00000000-0000-0000-0000-000000000000") is None
+
+
+def test_the_first_fetch_is_remembered_where_nothing_is_to_be_kept(parts: Parts) -> None:
+    job, kept = finished(parts, is_kept=False), finished(parts)
+    fetched_at = parts.clock.now
+    for _ in range(2):
+        parts.queue.result(job)
+        parts.queue.result(kept)
+        parts.clock.now += 100
+    assert parts.rows("SELECT fetched_at FROM jobs ORDER BY sequence") == [(fetched_at,), (None,)]
+
+
+def test_the_result_of_a_job_that_was_just_forgotten_is_not_found(parts: Parts) -> None:
+    job = finished(parts)
+    parts.clock.now += 10
+    Retention(parts.database, parts.queue, parts.files, max_age=10, max_bytes=1e9, clock=parts.clock).sweep()
+    with pytest.raises(NotFound):
+        parts.queue.result(job)
+
+
+def test_positions_are_answered_while_a_commit_waits_for_the_disk(parts: Parts) -> None:
+    job = parts.queue.submit(submission())
+    writer_is_in, writer_may_go = threading.Event(), threading.Event()
+
+    def write_slowly() -> None:
+        with parts.database.transaction():
+            writer_is_in.set()
+            writer_may_go.wait()
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    assert writer_is_in.wait(60)
+    assert (parts.queue.get_cached(job.request_id), parts.queue.position(job), parts.queue.length) == (job, 0, 1)
+    writer_may_go.set()
+    writer.join()
+
+
+# -- the disk is full
+
+
+def test_a_request_that_finds_the_disk_full_was_not_accepted(parts: Parts) -> None:
+    with full_disk(parts), pytest.raises(DiskFull):
+        parts.queue.submit(submission(fields=LONG))
+    assert (parts.queue.length, parts.rows("SELECT * FROM jobs")) == (0, [])
+    assert parts.queue.submit(submission(fields=LONG)).state == State.IN_QUEUE
+
+
+def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -> None:
+    job = claimed(parts, webhook_url="https://example.com/hook")
+    outcome = painted(json.dumps(LONG), StoredFile("a.png", "me", 3, "image/png"))
+    with full_disk(parts), pytest.raises(DiskFull):
+        parts.queue.finish(job, outcome)
+    assert (job.state, parts.rows("SELECT state FROM jobs")) == (State.IN_PROGRESS, [("IN_PROGRESS",)])
+    assert parts.rows("SELECT * FROM files") == parts.rows("SELECT * FROM deliveries") == []
+    assert parts.queue.finish(job, outcome)
+    assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = finished(parts, is_kept=False)
+
+    def find_no_room(*_: object) -> None:
+        raise DiskFull
+
+    with monkeypatch.context() as patched:
+        patched.setattr("server.queue.job_table.mark_fetched", find_no_room)
+        assert parts.queue.result(job).body == '{"seed":7}'
+    assert "the disk is full" in caplog.text
+    assert parts.rows("SELECT fetched_at FROM jobs") == [(None,)]
+    parts.clock.now += 100
+    assert parts.queue.result(job).status == 200
+    assert parts.rows("SELECT fetched_at FROM jobs") == [(parts.clock.now,)]
+
+
+def test_other_errors_of_sqlite_are_not_taken_for_a_full_disk(parts: Parts) -> None:
+    with pytest.raises(sqlite3.OperationalError), parts.database.transaction() as connection:
+        connection.execute("SELECT * FROM nothing")
+
+
+def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:
+    parts.queue.submit(submission())
+    with pytest.raises(KeyError), parts.database.transaction() as connection:
+        connection.execute("DELETE FROM jobs")
+        raise KeyError
+    assert len(parts.rows("SELECT * FROM jobs")) == 1
+
+
+# -- the file
+
+
+def test_every_commit_is_synced(parts: Parts) -> None:
+    asked = ("journal_mode", "synchronous", "mmap_size", "foreign_keys")
+    found = {name: parts.rows(f"PRAGMA {name}")[0][0] for name in asked}
+    assert found == {"journal_mode": "wal", "synchronous": 2, "mmap_size": 0, "foreign_keys": 1}
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    with opened(tmp_path), pytest.raises(DataDirInUse, match=f"another server is using {tmp_path}.*--data-dir"):
+        Database(tmp_path)
+    with opened(tmp_path) as parts:
+        assert parts.queue.length == 0
+
+
+def test_a_folder_written_by_a_newer_server_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as parts:
+        parts.rows("PRAGMA user_version = 99")
+    with pytest.raises(DataDirInUse, match="newer"):
+        Database(tmp_path)
+
+
+IMPOSSIBLE = [
+    "UPDATE jobs SET state = 'LOST'",
+    "UPDATE jobs SET mode = 'later'",
+    "UPDATE jobs SET priority = 'high'",
+    "UPDATE jobs SET attempt = -1",
+    "UPDATE jobs SET strikes = -1",
+    "UPDATE jobs SET strikes = NULL",
+    "UPDATE jobs SET is_kept = 2",
+    "UPDATE jobs SET state = 'COMPLETED'",
+    "UPDATE jobs SET state = 'COMPLETED', finished_at = 1, status = 200",
+    "UPDATE jobs SET state = 'COMPLETED', finished_at = 1, output = '{}'",
+    "UPDATE jobs SET state = 'COMPLETED', status = 200, output = '{}'",
+    "UPDATE jobs SET state = 'COMPLETED', finished_at = 1, status = 200, output = '{}', is_cancelled = 1",
+    "UPDATE jobs SET output = '{}'",
+    "UPDATE jobs SET state = 'IN_PROGRESS'",
+    "UPDATE jobs SET state = 'IN_PROGRESS', attempt = 1",
+    "UPDATE jobs SET is_cancelled = 1",
+    "UPDATE jobs SET fetched_at = 1",
+    "UPDATE jobs SET owner = NULL",
+    "UPDATE jobs SET submitted_at = 'yesterday'",
+    "UPDATE jobs SET is_private = 2",
+    "INSERT INTO files VALUES ('a.png', 'nobody', 'me', 1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, 'me', -1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, 'me', 1, 'image/png', NULL, 2, 1, NULL)",
+    "INSERT INTO files VALUES ('a.png', NULL, NULL, 1, 'image/png', NULL, 0, 1, NULL)",
+    "INSERT INTO uploads VALUES ('u', 'a.png', NULL, 'image/png', 'a', 0, NULL, 1)",
+    "INSERT INTO uploads VALUES ('u', 'a.png', 'me', 'image/png', 'a', 2, NULL, 1)",
+    "INSERT INTO uploads VALUES ('u', 'a', 'me', 't', 'f', 0, NULL, 1), ('v', 'a', 'me', 't', 'f', 0, NULL, 1)",
+    "INSERT INTO deliveries (request_id, url) VALUES ('nobody', 'https://example.com')",
+    "INSERT INTO deliveries (request_id, url, due_at, delivered_at) SELECT request_id, 'u', 1, 1 FROM jobs",
+    "INSERT INTO keys VALUES ('short', 'me', 1, '', 'client')",
+]
+
+
+@pytest.mark.parametrize("statement", IMPOSSIBLE)
+def test_a_row_that_makes_no_sense_is_refused(parts: Parts, statement: str) -> None:
+    parts.queue.submit(submission())
+    with pytest.raises(sqlite3.IntegrityError), parts.database.transaction() as connection:
+        connection.execute(statement)
+
+
+def test_a_deleted_job_takes_its_files_and_webhook_along(parts: Parts) -> None:
+    finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
+    with parts.database.transaction() as connection:
+        connection.execute("DELETE FROM jobs")
+    assert parts.rows("SELECT * FROM files") == parts.rows("SELECT * FROM deliveries") == []
+
+
+def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
+    with opened(tmp_path, clock=Clock(12345.0)) as parts:
+        finished(parts)
+        assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]

@@ -1,0 +1,51 @@
+"""What is counted of what was painted: fal's billable units, by key and day, also after the requests are gone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.components import Clock, Parts, claimed, finished, opened
+from tests.support.components import painted as well
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    with opened(tmp_path, clock=Clock()) as opened_parts:
+        yield opened_parts
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "units"),
+    [((1000, 1000), 1, 1), ((1024, 768), 4, 4), ((1024, 1024), 1, 2), ((2048, 2048), 2, 10), ((64, 64), 3, 3)],
+)
+def test_megapixels_of_each_picture_rounded_up(
+    client: httpx.Client, size: tuple[int, int], number: int, units: int
+) -> None:
+    shape = {"width": size[0], "height": size[1]}
+    body = {"prompt": "x", "image_size": shape, "num_images": number, "num_inference_steps": 1}
+    answer = client.post("/test/null", json=body)
+    assert answer.headers["x-fal-billable-units"] == str(units)
+    submitted = client.post("/queue/test/null", json=body).json()
+    with client.stream("GET", f"{submitted['status_url']}/stream") as status:
+        status.read()
+    assert client.get(submitted["response_url"]).headers["x-fal-billable-units"] == str(units)
+
+
+@pytest.mark.parametrize("body", [{"prompt": 5}, {"prompt": "x", "num_images": 9}])
+def test_what_was_refused_costs_nothing(client: httpx.Client, body: dict[str, Any]) -> None:
+    assert client.post("/test/null", json=body).headers["x-fal-billable-units"] == "0"
+    assert client.post("/test/raises", json={"prompt": "x"}).headers["x-fal-billable-units"] == "0"
+
+
+def test_by_key_and_day(parts: Parts) -> None:
+    for owner, days in (("me", 0), ("me", 0), ("you", 0), ("me", 1)):
+        parts.clock.now += 86_400 * days
+        finished(parts, owner=owner)
+    failed = claimed(parts, owner="me")
+    parts.queue.cancel(failed)
+    parts.queue.finish(failed, well())
+    found = parts.rows("SELECT owner, day, requests FROM usage ORDER BY owner, day")
+    assert found == [("me", "2027-01-15", 2), ("me", "2027-01-16", 1), ("you", "2027-01-15", 1)]

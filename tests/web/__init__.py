@@ -1,0 +1,1 @@
+"""The web pages in real browsers."""
