@@ -171,7 +171,7 @@ def test_a_silence_of_the_servers_own_is_not_the_clients(monkeypatch: pytest.Mon
             late(self)
             looks.release()
 
-        monkeypatch.setattr(protocol, "_late", looked)
+        monkeypatch.setattr(protocol, "_on_timeout", looked)
         connection.sendall(POST.replace(b"POST /", b"POST /later") + b"x" * 1_000_000)
         for _ in range(3):
             assert looks.acquire(timeout=30)

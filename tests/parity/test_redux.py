@@ -140,7 +140,7 @@ def test_weights_of_the_hub_find_it_there(monkeypatch: pytest.MonkeyPatch, folde
     assert assign_weights([HUB], MODELS) == {DEV: HUB}
     with pytest.raises(ValueError, match=f"needs {REDUX_HUB}; `flux-server pull {REDUX_HUB}` brings it"):
         assign_weights([f"{REDUX}={HUB}"], MODELS)
-    monkeypatch.setattr(hub, "locate", {REDUX_HUB: folder / "redux"}.get)
+    monkeypatch.setattr(hub, "cached_path", {REDUX_HUB: folder / "redux"}.get)
     assert assign_weights([HUB], MODELS) == {DEV: HUB, REDUX: HUB}
 
 

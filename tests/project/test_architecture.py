@@ -64,9 +64,9 @@ def test_imports_have_no_circle() -> None:
     assert not waiting
 
 
-def test_only_app_and_doctor_look_for_models() -> None:
+def test_only_three_modules_look_for_models() -> None:
     assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {
-        "server.app",
+        "server.components",
         "server.cli.doctor",
         "server.cluster.runner",
     }

@@ -92,7 +92,7 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
     suspected(tmp_path)
     left = CrashRecorder(tmp_path).read()
     app = create_app(Settings.load({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
-    monkeypatch.setattr(job_table, "strike", lambda *given: (_ for _ in ()).throw(DiskFull()))
+    monkeypatch.setattr(job_table, "count_crash", lambda *given: (_ for _ in ()).throw(DiskFull()))
 
     async def start() -> None:
         async with app.router.lifespan_context(app):

@@ -154,7 +154,7 @@ def test_a_storm_of_webhooks_that_are_sent_again_holds_up_no_other_key(
     with silent_receivers(1) as (silent,), opened(tmp_path, max_length=3000) as parts:
         storm = cancelled(parts, "alice", *(f"{silent}/{number}" for number in range(2000)))
         parts.rows("UPDATE deliveries SET attempt = 11, due_at = NULL, error = 'answered 500'")
-        monkeypatch.setattr("server.cli.control.time.time", parts.clock)
+        monkeypatch.setattr("server.webhooks.delivery.time.time", parts.clock)
         for request_id in storm:
             Control(parts.database, parts.folder).redeliver(request_id)
         reads = counted(parts, monkeypatch)
@@ -201,7 +201,7 @@ def test_the_webhooks_go_on_after_an_error_of_the_database(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it was: otherwise nothing would be delivered until the next start."""
-    monkeypatch.setattr("server.webhooks.delivery._LONGEST_REST", 0.01)
+    monkeypatch.setattr("server.webhooks.delivery._MAX_PAUSE", 0.01)
     url = hook(httpserver)
     cancelled(parts, "alice", url)
     failed = list[str]()

@@ -40,18 +40,18 @@ POINTS = {
     "between steps": _after("tests.support.fake_models", "NullEngine.advance", 3),
     "before the picture is decoded": _before("tests.support.fake_models", "NullEngine.decode"),
     "after the picture was judged": _after("tests.support.fake_models", "NullEngine.is_unsafe"),
-    "before the file is written": _before("server.storage.file_store", "Files.save"),
-    "before the file has its name": _before("server.storage.file_store", "Files.adopt"),
-    "after the first of two files": _after("server.storage.file_store", "Files.save", 1),
-    "before the end is written": _before("server.queue.job_table", "end"),
-    "before the end is committed": _after("server.queue.job_table", "end"),
+    "before the file is written": _before("server.storage.file_store", "FileStore.create"),
+    "before the file has its name": _before("server.storage.file_store", "FileStore.move_in"),
+    "after the first of two files": _after("server.storage.file_store", "FileStore.create", 1),
+    "before the end is written": _before("server.queue.job_table", "complete"),
+    "before the end is committed": _after("server.queue.job_table", "complete"),
     "after the end": _after("server.queue.queue", "Queue.finish"),
-    "before the webhook is sent": _before("server.webhooks.delivery", "Webhooks._send"),
-    "before the webhook's end is written": _before("server.webhooks.delivery", "Webhooks._record"),
+    "before the webhook is sent": _before("server.webhooks.delivery", "WebhookSender._send"),
+    "before the webhook's end is written": _before("server.webhooks.delivery", "WebhookSender._record"),
 }
 #: In the life of a server, after one that died of a fault of its own.
 AT_START = {
-    "before the strike is committed": _after("server.queue.job_table", "strike"),
+    "before the strike is committed": _after("server.queue.job_table", "count_crash"),
     "after the strike": _before("server.queue.queue", "Queue.recover"),
 }
 #: In the life of an upload in parts, once they are sent.
@@ -60,14 +60,14 @@ IN_UPLOAD = {
     "after a part is kept": _after("server.storage.uploads", "Uploads._take", 2, is_acknowledged=False),
     "before the parts are joined": _before("server.storage.uploads", "join", is_acknowledged=False),
     "after the parts are joined": _after("server.storage.uploads", "join", is_acknowledged=False),
-    "before the upload is listed": _before("server.storage.uploads", "list_file", is_acknowledged=False),
-    "before that is committed": _after("server.storage.uploads", "list_file", is_acknowledged=False),
+    "before the upload is listed": _before("server.storage.uploads", "insert_file_row", is_acknowledged=False),
+    "before that is committed": _after("server.storage.uploads", "insert_file_row", is_acknowledged=False),
     "before the parts are removed": _before("server.storage.uploads", "Uploads._end", is_acknowledged=False),
 }
 #: While the folder is backed up.
 IN_BACKUP = {
-    "before the database is copied": _before("server.storage.database", "Database.copy"),
-    "after the database is copied": _after("server.storage.database", "Database.copy"),
+    "before the database is copied": _before("server.storage.database", "Database.backup_to"),
+    "after the database is copied": _after("server.storage.database", "Database.backup_to"),
     "before the certificates are copied": _before("server.storage.backup", "_copy", 4),
 }
 

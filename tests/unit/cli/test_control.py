@@ -316,7 +316,7 @@ def test_a_backup_has_what_waiting_requests_brought(
         assert parts.inputs.sweep() == 1
 
     waiting = accepted(parts) if is_there_before else None
-    monkeypatch.setattr(parts.database, "copy", copied)
+    monkeypatch.setattr(parts.database, "backup_to", copied)
     Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
     assert list((parts.folder / "inputs").iterdir()) == []
     with opened(tmp_path / "copy") as restored:

@@ -55,7 +55,7 @@ def test_weights_of_many_endpoints_are_looked_at_once(tmp_path: Path) -> None:
 
 
 def test_where_nothing_fits_no_plan_is_named_as_if_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.loading.hub.locate", lambda hub_id: None)
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id: None)
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     words = found(tmp_path, HUB_ID)[f"{HUB_ID} memory"].message
@@ -72,7 +72,7 @@ def test_a_cpu_is_told_what_it_computes_in(tmp_path: Path) -> None:
 def test_full_size_weights_on_a_cpu_are_told_with_what_a_step_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.loading.hub.locate", lambda hub_id: None)
+    monkeypatch.setattr("models.loading.hub.cached_path", lambda hub_id: None)
     monkeypatch.setattr("models.flux.device.Device.matmul_rate", lambda self, dtype: 1e12)
     words = found(tmp_path, HUB_ID)[f"{HUB_ID} type"].message
     assert words.startswith("bfloat16; a step at 1024x768 takes 55 s or more here, an image of 28 steps 26 min")

@@ -110,8 +110,8 @@ class Fleet:
 
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    monkeypatch.setattr(gpu_slot, "PAUSES", (0.0,))
-    monkeypatch.setattr(cluster_module, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(gpu_slot, "RESTART_BACKOFF", (0.0,))
+    monkeypatch.setattr(cluster_module, "POLL_INTERVAL", 0.01)
     return Fleet()
 
 
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_what_was_painted(
             raise DiskFull
         return put(*args)
 
-    monkeypatch.setattr(parts.files, "put", full)
+    monkeypatch.setattr(parts.files, "write", full)
     link.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert tried.is_set()
@@ -437,7 +437,7 @@ def test_a_picture_that_cannot_be_written_fails_alone(
     job = submit(parts)
     link = fleet.next()
     link.taken()
-    monkeypatch.setattr(parts.files, "put", lambda *given: (_ for _ in ()).throw(OSError("bad sector")))
+    monkeypatch.setattr(parts.files, "write", lambda *given: (_ for _ in ()).throw(OSError("bad sector")))
     link.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.failure) == ("internal_error", None)

@@ -245,8 +245,8 @@ def test_without_a_compiler_all_is_painted_uncompiled(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("models.flux.engine.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
-    monkeypatch.setattr("models.flux.engine.safety.load", lambda _: CallsAllSafe())
-    monkeypatch.setattr("models.flux.engine.tiers.build", lambda *_, **__: [broken("none"), broken("regular")])
+    monkeypatch.setattr("models.flux.engine.safety_checker.load", lambda _: CallsAllSafe())
+    monkeypatch.setattr("models.flux.engine.acceleration.build", lambda *_, **__: [broken("none"), broken("regular")])
     engine = FluxEngine.load(placement(device="cpu"))
     assert "painted uncompiled" in caplog.text
     assert names(engine.tiers) == ["none"]

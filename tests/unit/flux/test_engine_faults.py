@@ -251,7 +251,7 @@ def test_an_error_that_shows_only_when_the_step_is_waited_for(
     def wait() -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(engine.device, "keep_pace", wait)
+    monkeypatch.setattr(engine.device, "throttle", wait)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         engine.advance(engine.start(asked(), 1))
 

@@ -149,7 +149,7 @@ def test_files_are_made_and_written_beside(
         engine.note("write")
         return save(*given)
 
-    monkeypatch.setattr(parts.files, "save", watched)
+    monkeypatch.setattr(parts.files, "create", watched)
     with at_work(parts, engine):
         assert completed(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
     assert engine.on("encode") == engine.on("write") == {"finisher"}
@@ -271,7 +271,7 @@ def test_painting_goes_on_while_a_picture_waits_for_room(
             raise DiskFull
         return save(*given)
 
-    monkeypatch.setattr(parts.files, "save", save_when_others_are_stepped)
+    monkeypatch.setattr(parts.files, "create", save_when_others_are_stepped)
     with at_work(parts, engine):
         jobs.append(submitted(parts))
         assert is_full.wait(60)
@@ -390,7 +390,7 @@ def test_a_stop_without_grace_lets_a_picture_be_written(
         assert may_write.wait(60)
         return save(*given)
 
-    monkeypatch.setattr(parts.files, "save", save_when_let)
+    monkeypatch.setattr(parts.files, "create", save_when_let)
     with at_work(parts, engine, shutdown_grace=0) as worker:
         job = submitted(parts, num_inference_steps=1)
         assert is_writing.wait(60)

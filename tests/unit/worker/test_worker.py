@@ -234,11 +234,11 @@ def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monke
     job = submitted(parts, num_inference_steps=1)
     worker.run_once()
     save = parts.files.create
-    monkeypatch.setattr(parts.files, "save", lambda *_: (_ for _ in ()).throw(DiskFull()))
+    monkeypatch.setattr(parts.files, "create", lambda *_: (_ for _ in ()).throw(DiskFull()))
     with pytest.raises(DiskFull):
         worker.run_once()
     assert job.state == State.IN_PROGRESS
-    monkeypatch.setattr(parts.files, "save", save)
+    monkeypatch.setattr(parts.files, "create", save)
     worker.run_once()
     assert (job.state, job.error) == (State.COMPLETED, None)
 
