@@ -4,6 +4,6 @@ import server.components
 from bench.support.fake_cluster import NullFleet
 from tests.support.fake_models import NullEngine, NullModel
 
-server.components.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined]
+server.components.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
 
 MODEL = NullModel("test/null", NullEngine)
