@@ -38,8 +38,8 @@ soak: lint
 	$(BIN)/pytest -m soak -rP $(ARGS)
 
 # Then what the SDKs do, on one runner in a process of Ray's.
-SDK_TESTS := tests/clients/test_python_client.py tests/clients/test_node_clients.py tests/clients/test_replayed_clients.py tests/clients/test_curl.py \
-	tests/clients/test_realtime.py tests/clients/test_openai.py tests/clients/test_uploads.py
+SDK_TESTS := $(addprefix tests/clients/test_,python_client.py node_clients.py replayed_clients.py curl.py realtime.py \
+	openai.py uploads.py)
 cluster: lint tests/support/js/node_modules
 	$(BIN)/pytest -m cluster $(ARGS)
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
@@ -50,6 +50,7 @@ test-all: lint tests/support/js/node_modules
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: .venv/dev.done

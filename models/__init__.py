@@ -13,7 +13,7 @@ _HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
 
 
 def discover(directory: Path | None = None) -> dict[str, Model]:
-    """Every model by its endpoint, those of this package first, then those of `folder`.
+    """Every model by its endpoint, those of this package first, then those of `directory`.
 
     Raises ValueError when two modules claim one endpoint.
     """

@@ -160,9 +160,9 @@ class Engine(Protocol):
         """
 
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take the next step of `painting`; returns it and those of `others` that shared the forward.
+        """Take the next step of `task`; returns it and those of `others` that shared the forward.
 
-        Raises CannotPaint, DeviceLost or what the library raises; it ends this painting and leaves the others as
+        Raises GenerationFailed, DeviceLost or what the library raises; it ends this painting and leaves the others as
         they were.
         """
 
@@ -170,10 +170,10 @@ class Engine(Protocol):
         """What its newest picture looks like at this step, small; None when nothing can be seen yet."""
 
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next picture, once every step was taken. Raises as `advance`; CannotPaint on not-a-number."""
+        """Decode the next picture, once every step was taken. Raises as `advance`; GenerationFailed on not-a-number."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Say of each picture whether it must not be shown. Raises CannotPaint when it cannot tell."""
+        """Say of each picture whether it must not be shown. Raises GenerationFailed when it cannot tell."""
 
     def info(self) -> EngineInfo:
         """What an operator is told of it, at this moment; called from any thread."""

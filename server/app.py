@@ -51,7 +51,7 @@ _EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type"
 def create_app(settings: Settings) -> FastAPI:
     """Build the server; nothing runs before its lifespan begins.
 
-    Raises ValueError for weights that cannot be served and FolderInUse for a data folder that is taken.
+    Raises ValueError for weights that cannot be served and DataDirInUse for a data folder that is taken.
     """
     components = build(settings)
     services = components.services

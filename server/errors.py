@@ -10,7 +10,7 @@ ServerError
 ├── AlreadyCompleted        400  cancelled too late
 ├── BodyTooLarge            413
 ├── UnsatisfiableRange      416  a Range that a file does not have
-├── Misdirected             421  a Host that is not ours
+├── MisdirectedRequest             421  a Host that is not ours
 ├── QueueFull               429
 ├── DiskFull                507
 │   └── DiskFails           507  read-only, or broken

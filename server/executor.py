@@ -20,7 +20,7 @@ class FairExecutor:
         self._begun: set[asyncio.Future[object]] = set()
 
     async def run(self, owner: str, func: Callable[..., Result], *args: object) -> Result:
-        """Do this for an owner, in its turn. Raises what `act` does.
+        """Do this for an owner, in its turn. Raises what `func` does.
 
         Once begun it is done, and its thread is taken until then, also where the caller is cancelled meanwhile.
         """

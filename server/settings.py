@@ -245,7 +245,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
-        """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises BadSettings with every problem."""
+        """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises SettingsError with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
         # An empty variable stands for none, as in .env files.
         values |= {

@@ -162,7 +162,7 @@ class FluxEngine:
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """One step of `painting`, in one forward with those of `others` that can share it."""
+        """One step of `task`, in one forward with those of `others` that can share it."""
         assert isinstance(task, FluxTask)
         together, alone = partial(self._step, task, others), partial(self._step_alone, task)
         members, velocities = self.device.retry_on_oom(task.description, together, alone)
@@ -187,7 +187,7 @@ class FluxEngine:
 
     @torch.no_grad()
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next picture; raises NotANumber, and DeviceLost when that comes twice in a row."""
+        """Decode the next picture; raises NonFiniteOutput, and DeviceLost when that comes twice in a row."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
         decoded = partial(self._decoded, sample)

@@ -55,7 +55,7 @@ class LoraManager:
         return list(self._loaded)
 
     def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """The pipeline with exactly these switched on. Raises DoesNotFit, naming the one."""
+        """The pipeline with exactly these switched on. Raises IncompatibleInput, naming the one."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if loras != self._active:

@@ -24,7 +24,7 @@ class Checker(Protocol):
     """Judges pictures."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """One answer a picture; raises CannotPaint when it cannot tell."""
+        """One answer a picture; raises GenerationFailed when it cannot tell."""
 
 
 class ImageClassifier:
@@ -45,7 +45,7 @@ class ImageClassifier:
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """True where the probability of "nsfw" is above the threshold; raises CannotPaint where it is no number."""
+        """True where the probability of "nsfw" is above the threshold; raises GenerationFailed where it is none."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device, self.model.dtype)
         logits = self.model(**inputs).logits.float()
         # An infinite one would be a probability of 0 or of 1.
@@ -69,7 +69,7 @@ class CompVis:
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """True where the model finds a forbidden concept; raises CannotPaint where it cannot compare."""
+        """True where the model finds a forbidden concept; raises GenerationFailed where it cannot compare."""
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
         # The model blacks out flagged pictures itself, in this array, which nobody reads.
@@ -84,7 +84,7 @@ class Unavailable:
         self.reason = reason
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Raises CannotPaint."""
+        """Raises GenerationFailed."""
         raise GenerationFailed(self.reason)
 
 

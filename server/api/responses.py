@@ -111,3 +111,9 @@ def error_response(problem: ServerError) -> Response:
     if problem.error_type:
         headers["x-fal-error-type"] = problem.error_type
     return FalJSONResponse(problem.body, problem.status, headers)
+
+
+def with_request_id(response: Response, job: Job) -> Response:
+    """The response, with the header that says which request it is about."""
+    response.headers["x-fal-request-id"] = job.request_id
+    return response

@@ -114,7 +114,7 @@ class UnsupportedProgram(Exception):
 
 
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Raises CannotBring where calls of this command would go to the real cloud."""
+    """Raises UnsupportedProgram where calls of this command would go to the real cloud."""
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it the program's calls would go to the real cloud")
     if not settings.proxy_port and not _is_node(command):

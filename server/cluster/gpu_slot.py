@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.queue.jobs import Job, Priority
 from server.queue.queue import Queue
 from server.status import GpuStatus
+from server.storage.durable import wait_for_room
 from server.storage.file_store import FileStore
 from server.worker.running_job import outcome_from_exception
 
@@ -256,7 +257,7 @@ class GpuSlot:
     def _finish(self, job: Job, ended: messages.JobFinished) -> None:
         """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.
 
-        Raises Implausible for a file that is there already: it is somebody else's.
+        Raises ImplausibleMessage for a file that is there already: it is somebody else's.
         """
         if any(self._files.is_listed(each.name) for each in ended.outcome.files):
             raise message_checks.ImplausibleMessage("it reported a file that is there already")
@@ -283,5 +284,4 @@ class GpuSlot:
                 func()
                 return
             except DiskFull as error:
-                log.error("%s; nothing is lost, trying again every second", error)
-                time.sleep(1)
+                wait_for_room(error, log, time.sleep)

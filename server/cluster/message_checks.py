@@ -32,7 +32,7 @@ class ImplausibleMessage(Exception):
 
 
 def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
-    """The job that a report is about, if the runner has it. Raises Implausible."""
+    """The job that a report is about, if the runner has it. Raises ImplausibleMessage."""
     request_id = getattr(message, "request_id", "")
     _require(isinstance(request_id, str), "a request id that is no text")
     job = jobs.get(request_id)

@@ -172,7 +172,7 @@ class RayCluster:
         return RunnerHandle(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
-        """How many there are in all, busy ones too. Raises FleetLost when this process's own node is gone."""
+        """How many there are in all, busy ones too. Raises RayLost when this process's own node is gone."""
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         if self._ray.get_runtime_context().get_node_id() not in nodes:
             raise RayLost("Ray has died on this machine")

@@ -66,7 +66,7 @@ class RunnerQueue:
         """The files that came along with the jobs that are here."""
         return {name for job in list(self._jobs_here.values()) for name in job.input_files.values()}
 
-    # -- what the worker does: `Source`
+    # -- what the worker does: `JobSource`
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
         """The next job; the head has seen to the limits."""
@@ -98,7 +98,7 @@ class RunnerQueue:
         self._jobs_here.pop(job.request_id, None)
         self.send(JobReleased(job.request_id))
 
-    # -- what the worker does: `Store`
+    # -- what the worker does: `FileSink`
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
         """Keep bytes until their job ends; when they expire is the head's to say, by its clock."""

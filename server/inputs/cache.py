@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from server.storage.durable import sync_directory
 from server.storage.file_store import is_server_file
 
 #: What was used so shortly ago is left alone: its request is being accepted.
@@ -59,11 +60,7 @@ class InputCache:
             # An upload that is linked here may be old, and the sweep goes by that.
             os.utime(ready)
             ready.rename(self.path(name))
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(self._directory)
         return name
 
     def touch(self, name: str) -> bool:

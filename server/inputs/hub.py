@@ -28,7 +28,7 @@ class _Repository(BaseModel):
 async def resolve_hub_id(address: str, outbound: OutboundClient, temp_path: Path) -> str:
     """An address as it is; for `owner/name` that of its weights, of which there must be one file.
 
-    The answer of the hub is written to `aside`. Raises Unusable, and ForbiddenURL.
+    The answer of the hub is written to `temp_path`. Raises InvalidInputFile, and ForbiddenURL.
     """
     if not _ID.fullmatch(address):
         return address

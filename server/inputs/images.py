@@ -35,7 +35,7 @@ _ALONE = (0x01, *range(0xD0, 0xDA))
 
 
 def decode_image(path: Path, limits: Limits) -> Image:
-    """A client's picture as RGB: the right way up, its first frame, scaled down to the limits. Raises Unusable."""
+    """A client's image as RGB: upright, its first frame, scaled down to the limits. Raises InvalidInputFile."""
     content = path.read_bytes()
     _check_parts(content)
     try:
@@ -99,7 +99,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _check_parts(content: bytes) -> None:
-    """Raises Unusable for a JPEG or a PNG of more parts than any honest one has; knows nothing of other files."""
+    """Raises InvalidInputFile for a JPEG or a PNG of more parts than any honest one has."""
     parts: Iterator[int] = iter(())
     if content.startswith(_PNG):
         parts = _chunks(content)

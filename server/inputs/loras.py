@@ -18,7 +18,7 @@ _LENGTH = struct.Struct("<Q")
 def check(path: Path) -> None:
     """Check a LoRA file by its header, in another process, and wait for it.
 
-    Raises Unusable, with the reason, and InternalError where the process cannot be run.
+    Raises InvalidInputFile, with the reason, and InternalError where the process cannot be run.
     """
     _check_length(path)
     # -I: nothing from the environment or the folder that the server was started in.
@@ -35,7 +35,7 @@ def check(path: Path) -> None:
 
 
 def check_start(start: bytes) -> None:
-    """Check a file by its first bytes, before the rest has come. Raises Unusable for a header that is too long."""
+    """Check the first bytes of a file that still comes. Raises InvalidInputFile for a header that is too long."""
     if len(start) >= _LENGTH.size and _LENGTH.unpack_from(start)[0] > MAX_HEADER_BYTES:
         raise _bad(f"its header is larger than {MAX_HEADER_BYTES // 2**20} MiB, or it is not a safetensors file")
 

@@ -93,9 +93,9 @@ class OutboundClient:
         None, and no file, when it is the one of this `etag` still.
 
         Each redirect is judged anew; `seconds` are for all of it. `accepts` is shown the file's start, and raises
-        Unusable where the rest need not come.
+        InvalidInputFile where the rest need not come.
 
-        Raises ForbiddenURL for addresses that may not be reached, and Unusable.
+        Raises ForbiddenURL for addresses that may not be reached, and InvalidInputFile.
         """
         try:
             async with asyncio.timeout(seconds):

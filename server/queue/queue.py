@@ -48,7 +48,7 @@ class Queue:
         max_running_per_owner: int = 0,
         pending_storage: PendingStorage | None = None,
     ) -> None:
-        """Limits of 0 are none. `needs` is told of each request until it is done."""
+        """Limits of 0 are none. `pending_storage` is told of each request until it is done."""
         self._database = database
         self._metrics = metrics or Metrics()
         self._notifier = notifier
@@ -140,7 +140,7 @@ class Queue:
     # -- what the worker does
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits. See `Source`."""
+        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits. See `JobSource`."""
         with self._lock:
             job = self._next_job(include_low_priority=include_low_priority, slots=slots)
             if job is None:

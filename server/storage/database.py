@@ -49,7 +49,7 @@ class _FileIdentity:
             self._size = self._file.stat().st_size
 
     def check(self) -> None:
-        """Raises Replaced. The log is put aside then: SQLite would write what is in it into the new file."""
+        """Raises ReplacedDatabase. The log is put aside then: SQLite would write what is in it into the new file."""
         if not self.is_lost and _identity(self._file) == self._is and self._file.stat().st_size == self._size:
             return
         if not self.is_lost and _identity(self._log) == self._log_is:
@@ -70,7 +70,7 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _translate_errors(file: Path) -> Iterator[None]:
-    """Raises DiskFull and Damaged where SQLite says so in its own words."""
+    """Raises DiskFull and CorruptDatabase where SQLite says so in its own words."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -151,7 +151,7 @@ class Database:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The connection, for one thread at a time. Raises DiskFull, DiskFails, Damaged and Replaced."""
+        """The connection, for one thread at a time. Raises DiskFull, DiskFails and CorruptDatabase."""
         place = self._place
         assert place
         try:

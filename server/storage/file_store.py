@@ -15,6 +15,7 @@ from pathlib import Path
 
 from server.errors import DiskFails, DiskFull
 from server.storage.database import Database
+from server.storage.durable import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +146,7 @@ class FileStore:
     def move_in(self, path: Path, name: str) -> None:
         """Move a file that is on the disk already into the store, for good."""
         path.rename(self._directory / name)
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(self._directory)
 
     def find(self, name: str) -> StoredFile | None:
         """A listed file that has not expired."""

@@ -89,7 +89,7 @@ class DataDirInUse(RuntimeError):
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Create the schema, or bring an older one to this version, each step in a transaction. Raises FolderInUse."""
+    """Create the schema, or bring an older one to this version, each step in a transaction. Raises DataDirInUse."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
         raise DataDirInUse(f"the data folder was written by a newer flux-server (schema {version})")

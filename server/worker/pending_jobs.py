@@ -24,7 +24,7 @@ class PendingJobs:
         engines: EnginePool,
         input_path: Callable[[str], Path],
     ) -> None:
-        """`input_path` says where a file lies that a request brought along."""
+        """`resolve_input` says where a file lies that a request brought along."""
         self._settings = settings
         self._models = models
         self._queue = queue

@@ -11,6 +11,7 @@ from server.errors import ClientCancelled, DiskFull
 from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
 from server.queue.notifier import Notifier
+from server.storage.durable import wait_for_room
 from server.worker.interfaces import JobSource
 from server.worker.results import ResultBuilder
 from server.worker.running_job import RunningJob, outcome_from_exception
@@ -134,6 +135,5 @@ class Postprocessor:
         try:
             return self.run_once()
         except DiskFull as error:
-            log.error("%s; nothing is lost, trying again every second", error)
-            self._wake.wait(1)
+            wait_for_room(error, log, self._wake.wait)
             return True

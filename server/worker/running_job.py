@@ -41,7 +41,7 @@ class RunningJob:
         return self.flags is not None
 
     def decode_next(self) -> None:
-        """Decode the next picture; after the last one, judge them all. Raises CannotPaint."""
+        """Decode the next picture; after the last one, judge them all. Raises GenerationFailed."""
         started = time.perf_counter()
         if not self.task.is_decoded:
             self.engine.decode(self.task)

@@ -19,7 +19,7 @@ EXIT_STUCK = 3
 class Watchdog:
     """Looks at what each thread is at.
 
-    `on_late` is told the jobs of one that is past the deadline, `note` each time what all of them are at.
+    `on_timeout` is told the jobs of one that is past the deadline, `on_change` each time what all of them are at.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from server.queue.notifier import WORKER, Notifier
 from server.settings import Settings
 from server.status import GpuStatus
 from server.storage.database import CorruptDatabase
+from server.storage.durable import wait_for_room
 from server.worker.crash_recorder import CrashRecorder
 from server.worker.engine_pool import EnginePool
 from server.worker.interfaces import FileSink, JobSource
@@ -51,7 +52,7 @@ class Worker:
         metrics: Metrics | None = None,
         crash_recorder: CrashRecorder | None = None,
     ) -> None:
-        """`input_path` says where a file lies that a request brought along."""
+        """`resolve_input` says where a file lies that a request brought along."""
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
@@ -221,8 +222,7 @@ class Worker:
         try:
             return self.step_once()
         except DiskFull as error:
-            log.error("%s; nothing is lost, trying again every second", error)
-            self._notifier.work_available.wait(1)
+            wait_for_room(error, log, self._notifier.work_available.wait)
             return True
 
     def _is_wanted(self) -> bool:

@@ -20,7 +20,7 @@ from server.api.dependencies import (
     parse_request_body,
     result_response_of,
 )
-from server.api.responses import FalJSONResponse
+from server.api.responses import FalJSONResponse, with_request_id
 from server.api.sse import AbortStream, EventStream, wait_or_heartbeat
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
@@ -97,9 +97,9 @@ async def generations(request: Request) -> Response:
         job = await services.executor.run(submission.owner, services.queue.submit, submission)
         if asked.stream:
             events = _events(services, job, asked.partial_images or 0)
-            return _with_request_id(EventStream(events, context=cancel_on_disconnect(services, job)), job)
+            return with_request_id(EventStream(events, context=cancel_on_disconnect(services, job)), job)
         await wait_for_outcome(request, services, job)
-        return _with_request_id(await result_response_of(services, job, _answer, is_patient=True), job)
+        return with_request_id(await result_response_of(services, job, _answer, is_patient=True), job)
     except ServerError as error:
         return problem(error)
 
@@ -217,8 +217,3 @@ def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str
     """One of OpenAI's events; a field that says nothing here has the word that OpenAI has for it."""
     said = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
     return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **said}
-
-
-def _with_request_id(response: Response, job: Job) -> Response:
-    response.headers["x-fal-request-id"] = job.request_id
-    return response

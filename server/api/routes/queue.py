@@ -30,7 +30,9 @@ async def status(request: Request, app: str, request_id: str) -> Response:
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
-    return _with_request_id(FalJSONResponse(_status(services, job, logs), responses.STATUS_CODES[job.state]), job)
+    return responses.with_request_id(
+        FalJSONResponse(_status(services, job, logs), responses.STATUS_CODES[job.state]), job
+    )
 
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
@@ -40,7 +42,7 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
     job = await _job(request, services, app, request_id)
     job.wants_previews |= _wants(request, "previews")
     changes = _status_events(services, job, _wants(request, "logs"))
-    return _with_request_id(EventStream(changes, context=services.open_answers.held(job.owner)), job)
+    return responses.with_request_id(EventStream(changes, context=services.open_answers.held(job.owner)), job)
 
 
 @router.get("/{app:path}/requests/{request_id}")
@@ -51,7 +53,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     job = await _job(request, services, app, request_id)
     if job.state != State.COMPLETED:
         raise StillInProgress
-    return _with_request_id(await result_response_of(services, job, responses.result_response), job)
+    return responses.with_request_id(await result_response_of(services, job, responses.result_response), job)
 
 
 @router.delete("/{app:path}/requests/{request_id}")
@@ -60,7 +62,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     await services.executor.run(job.owner, services.retention.delete, job)
-    return _with_request_id(Response(status_code=204), job)
+    return responses.with_request_id(Response(status_code=204), job)
 
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
@@ -72,7 +74,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
     except NotFound as error:
         return FalJSONResponse({"status": "NOT_FOUND", **error.body}, 404)
     state = await services.executor.run(job.owner, services.queue.cancel, job)
-    return _with_request_id(_CANCELLED[state](), job)
+    return responses.with_request_id(_CANCELLED[state](), job)
 
 
 @router.post("/{endpoint:path}", include_in_schema=False)
@@ -85,7 +87,7 @@ async def submit(request: Request, endpoint: str) -> Response:
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, Mode.QUEUE)
     job = await services.executor.run(owner, services.queue.submit, submission)
-    return _with_request_id(FalJSONResponse(responses.submit_body(job, services.queue.position(job))), job)
+    return responses.with_request_id(FalJSONResponse(responses.submit_body(job, services.queue.position(job))), job)
 
 
 _CANCELLED = {
@@ -129,8 +131,3 @@ def _status(services: Services, job: Job, logs: list[dict[str, Any]] | None) -> 
 
 def _wants(request: Request, what: str) -> bool:
     return request.query_params.get(what, "").lower() in ("1", "true")
-
-
-def _with_request_id(response: Response, job: Job) -> Response:
-    response.headers["x-fal-request-id"] = job.request_id
-    return response

@@ -155,7 +155,9 @@ def test_the_process_ends_also_when_the_strike_cannot_be_written(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     ends: list[tuple[float, list[Job]]] = []
-    monkeypatch.setattr("server.worker.worker.abort_process", lambda deadline, jobs: ends.append((deadline, list(jobs))))
+    monkeypatch.setattr(
+        "server.worker.worker.abort_process", lambda deadline, jobs: ends.append((deadline, list(jobs)))
+    )
     worker, job = worker_of(parts, step_deadline=7), claimed(parts)
     if is_full:
         monkeypatch.setattr(parts.queue, "record_crash", lambda jobs: (_ for _ in ()).throw(DiskFull()))
