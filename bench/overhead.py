@@ -36,7 +36,7 @@ def _served(folder: Path) -> Iterator[tuple[str, Any]]:
     bound = bind_socket("127.0.0.1", 0)
     settings = Settings(data_dir=folder, port=bound.getsockname()[1], tls_port=0)
     app = create_app(settings)
-    worker = app.state.backend
+    worker = app.state.components.backend
     # OpenMP slows down as soon as two threads paint, so the pipeline and the server have to share one.
     worker.start = lambda: None
     worker.setup()

@@ -65,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.services, app.state.backend, app.state.database = services, components.backend, components.database
+    app.state.components, app.state.services = components, services
     app.openapi = partial(openapi.document, app, services.models)  # type: ignore[method-assign]
     for surface in (
         queue,

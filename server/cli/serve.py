@@ -9,12 +9,12 @@ from functools import partial
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI
 
 from server import auth
 from server.app import create_app
 from server.cli import control_socket
 from server.cli.control import Control
+from server.components import Components
 from server.inputs.resolver import MAX_INPUT_BYTES
 from server.net import tls
 from server.net.connect_proxy import MAX_TUNNELS, ConnectProxy
@@ -46,7 +46,8 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 
 async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseException | None:
     app = create_app(settings)
-    services, worker = app.state.services, app.state.backend
+    components: Components = app.state.components
+    services, backend = components.services, components.backend
     # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
@@ -60,18 +61,18 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     proxy = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
     async with (
         app.router.lifespan_context(app),
-        control_socket.serve_control_socket(_control(app, settings), settings.data_dir),
+        control_socket.serve_control_socket(_control(components, settings), settings.data_dir),
     ):
         # Once more, because Ray has put handlers of its own in their place.
         _install_signal_handlers(stopping)
-        with services.notifier.listen(WORKER) as worker_ended:
+        with services.notifier.subscribe(WORKER) as worker_ended:
             # It may have failed before anybody listened.
-            if worker.failure:
+            if backend.failure:
                 worker_ended.set()
             served = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
-            _print_banner(settings, sockets, is_open=services.keys.is_open)
+            _print_banner(settings, sockets, is_open=services.keys.allows_anonymous)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
             await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
@@ -79,7 +80,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         services.notifier.is_stopping = True
         log.info("stopping")
         # The worker first, while clients still listen: what it finishes within the grace reaches them.
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(backend.stop)
         services.notifier.close()
         for listener in listeners:
             listener.should_exit = True
@@ -87,23 +88,22 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         # After the answers, some of which go through it.
         if proxy:
             await proxy.close()
-    failure: BaseException | None = worker.failure
-    return failure
+    return backend.failure
 
 
-def _control(app: FastAPI, settings: Settings) -> Control:
+def _control(components: Components, settings: Settings) -> Control:
     """The operator's commands, on the parts of the running server."""
-    services, database = app.state.services, app.state.database
+    services, database = components.services, components.database
 
     def reload_keys() -> None:
-        services.keys.learn(auth.load_key_scopes(database, with_first=settings.has_automatic_key))
+        services.keys.reload(auth.load_key_scopes(database, with_first=settings.has_automatic_key))
 
     return Control(
         database,
         settings.data_dir,
         on_keys=reload_keys,
-        on_webhooks=partial(services.notifier.ring, WEBHOOKS),
-        is_open=lambda: services.keys.is_open,
+        on_webhooks=partial(services.notifier.notify, WEBHOOKS),
+        is_open=lambda: services.keys.allows_anonymous,
     )
 
 

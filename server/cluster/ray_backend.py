@@ -85,9 +85,9 @@ class RunnerHandle:
         """Give it a job, with those of its files that are not there yet. Raises Lost, and OSError for a file."""
         names = sorted(set(job.input_files.values()))
         try:
-            lacking = self._ray.get(self._control("lacks")(names), timeout=CANCEL_TIMEOUT) if names else []
+            lacking = self._ray.get(self._control("missing_inputs")(names), timeout=CANCEL_TIMEOUT) if names else []
             contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in lacking}
-            self._control("take")(job, text, contents)
+            self._control("take_job")(job, text, contents)
         except self._ray.exceptions.RayError as error:
             raise RunnerLost(str(error)) from None
 
@@ -102,7 +102,7 @@ class RunnerHandle:
 
     def ack_crash(self) -> None:
         """What was to be remembered before the process ends, is."""
-        self._control("hear")()
+        self._control("ack_crash")()
 
     def stop(self) -> None:
         """Finish what runs within the grace, give the rest back."""
