@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.support.fake_cluster import NullFleet
+from bench.support.fake_cluster import NullRayCluster
 from bench.support.load_client import Client, load, request
 from server.cluster.head import ClusterHead
 from server.metrics import Metrics
@@ -171,7 +171,7 @@ def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
         files = FileStore(folder / "files", database)
         before = psutil.Process().memory_info().rss
         submitted = [line.submit(Submission("test/null", "me", text, "http://here")) for _ in range(jobs)]
-        cluster: Any = ClusterHead(settings, line, files, NullFleet(), notifier, Metrics())  # type: ignore[arg-type]
+        cluster: Any = ClusterHead(settings, line, files, NullRayCluster(), notifier, Metrics())  # type: ignore[arg-type]
         begun = time.perf_counter()
         cluster.start()
         while any(job.state != State.COMPLETED for job in submitted[-gpus:]) or line.length:

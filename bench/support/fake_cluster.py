@@ -11,7 +11,7 @@ from server.queue.jobs import Job, Outcome
 from server.storage.file_store import StoredFile, generate_file_name
 
 
-class NullLink:
+class NullRunner:
     """A runner without a process: each job that it takes has ended already."""
 
     node = "nowhere"
@@ -20,7 +20,7 @@ class NullLink:
     def __init__(self) -> None:
         self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
-    def reports(self) -> Iterator[messages.Message]:
+    def messages(self) -> Iterator[messages.Message]:
         """Ready, then one end after the other."""
         yield messages.RunnerState(LoadProgress(), True, {"null": EngineInfo()})
         while job := self._taken.get():
@@ -31,7 +31,7 @@ class NullLink:
             body = json.dumps({"images": [{"url": f"{job.base_url}/files/{name}"}], "seed": 1})
             yield messages.JobFinished(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
 
-    def take(self, job: Job, text: str) -> None:
+    def send_job(self, job: Job, text: str) -> None:
         """It ends at once."""
         self._taken.put(job)
 
@@ -41,15 +41,15 @@ class NullLink:
 
     kill = stop
 
-    def struck(self) -> list[str]:
+    def crashed_jobs(self) -> list[str]:
         """Nobody is at fault."""
         return []
 
 
-class NullFleet:
+class NullRayCluster:
     """As many GPUs as anybody wants."""
 
-    link = NullLink
+    start_runner = NullRunner
 
     def connect(self) -> None:
         """Nobody is asked."""

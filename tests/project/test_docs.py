@@ -67,7 +67,7 @@ def test_settings_exist(document: Path) -> None:
 
 def test_metrics_exist() -> None:
     text = Metrics().text().decode()
+    gauges = (ROOT / "server" / "metrics.py").read_text(encoding="utf-8")
     for document in DOCUMENTS:
         for name in re.findall(r"flux_server_(\w+)", document.read_text(encoding="utf-8")):
-            gauges = (ROOT / "server" / "gauges.py").read_text(encoding="utf-8")
             assert f"flux_server_{name.removesuffix('_total')}" in text or f'"{name}"' in gauges, name

@@ -100,11 +100,11 @@ def test_people_see_colours_and_a_bar_while_it_loads(tmp_path: Path, gate: Gate)
     """In a process of its own, because logs are set up once a process."""
     program = f"""
 import logging, pathlib
-from models.base import Loading
+from models.base import LoadProgress
 from server import logs
 logs.set_up("info", "text")
 log = logging.getLogger("server.worker.worker")
-for loading in (Loading("text_encoder", 0, 4_000_000_000), Loading("transformer", 1_000_000_000, 4_000_000_000)):
+for loading in (LoadProgress("text_encoder", 0, 4_000_000_000), LoadProgress("transformer", 1_000_000_000, 4_000_000_000)):
     log.info("words for a file", extra={{"loading": loading}})
 with pathlib.Path({str(gate.path)!r}).open("rb", buffering=0) as gate:
     gate.read(1)
@@ -123,10 +123,10 @@ log.info("ready", extra={{"request_id": "abc"}})
 def test_in_a_file_there_is_neither_bar_nor_colour(tmp_path: Path) -> None:
     program = """
 import logging
-from models.base import Loading
+from models.base import LoadProgress
 from server import logs
 logs.set_up("info", "text")
-logging.getLogger("server.worker.worker").info("half of it is here", extra={"loading": Loading("vae", 1, 2)})
+logging.getLogger("server.worker.worker").info("half of it is here", extra={"loading": LoadProgress("vae", 1, 2)})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[info\] half of it is here \[server\.worker\]\n", done.stderr)

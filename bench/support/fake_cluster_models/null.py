@@ -1,9 +1,9 @@
 """test/null on GPUs that are none: nothing but the head works."""
 
 import server.components
-from bench.support.fake_cluster import NullFleet
+from bench.support.fake_cluster import NullRayCluster
 from tests.support.fake_models import NullEngine, NullModel
 
-server.components.RayCluster = lambda *_: NullFleet()  # type: ignore[attr-defined, assignment]
+server.components.RayCluster = lambda *_: NullRayCluster()  # type: ignore[attr-defined, assignment]
 
 MODEL = NullModel("test/null", NullEngine)

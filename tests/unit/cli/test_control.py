@@ -298,7 +298,7 @@ BROUGHT = f"{1:064x}.png"
 def accepted(parts: Parts) -> Job:
     """A request that waits, and the picture that it brought."""
     (parts.folder / "inputs" / BROUGHT).write_bytes(b"1")
-    return parts.queue.submit(submission(inputs={"image_url": BROUGHT}))
+    return parts.queue.submit(submission(input_files={"image_url": BROUGHT}))
 
 
 @pytest.mark.parametrize("is_there_before", [True, False], ids=["before", "meanwhile"])

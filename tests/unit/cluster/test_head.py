@@ -23,7 +23,7 @@ from tests.support.components import Parts, submission
 TEXT = '{"prompt": "x"}'
 
 
-class Link:
+class FakeRunner:
     """A runner whose reports the test writes; an exception among them is its end."""
 
     node = "there"
@@ -36,7 +36,7 @@ class Link:
         self.may_take = threading.Event()
         self.may_take.set()
 
-    def reports(self) -> Iterator[messages.Message]:
+    def messages(self) -> Iterator[messages.Message]:
         while True:
             report = self.said.get()
             if isinstance(report, Exception):
@@ -45,7 +45,7 @@ class Link:
             if isinstance(report, messages.RunnerStopped):
                 return
 
-    def take(self, job: Job, text: str) -> None:
+    def send_job(self, job: Job, text: str) -> None:
         if job.input_files:
             self.may_take.wait(60)
         if self.cannot_take:
@@ -58,7 +58,7 @@ class Link:
     def preview(self, request_id: str) -> None:
         self.orders.put(("preview", request_id))
 
-    def hear(self) -> None:
+    def ack_crash(self) -> None:
         self.orders.put(("hear", ""))
 
     def stop(self) -> None:
@@ -67,10 +67,10 @@ class Link:
     def kill(self) -> None:
         self.said.put(RunnerLost("killed"))
 
-    def struck(self) -> list[str]:
+    def crashed_jobs(self) -> list[str]:
         return self.suspects
 
-    def ready(self) -> "Link":
+    def ready(self) -> "FakeRunner":
         self.said.put(messages.RunnerState(LoadProgress(), True, {"demo": EngineInfo("a GPU")}))
         return self
 
@@ -80,19 +80,19 @@ class Link:
         return request_id
 
 
-class Fleet:
+class FakeRayCluster:
     """GPUs without end; each new runner is handed to the test."""
 
     def __init__(self) -> None:
-        self.made: queue.SimpleQueue[Link] = queue.SimpleQueue()
+        self.made: queue.SimpleQueue[FakeRunner] = queue.SimpleQueue()
         self.number = 1
         #: How often the cluster looked how many GPUs there are.
         self.num_looks = 0
 
     def connect(self) -> None: ...
 
-    def link(self) -> Link:
-        made = Link()
+    def start_runner(self) -> FakeRunner:
+        made = FakeRunner()
         self.made.put(made)
         return made
 
@@ -104,19 +104,19 @@ class Fleet:
 
     def close(self) -> None: ...
 
-    def next(self) -> Link:
+    def next(self) -> FakeRunner:
         return self.made.get(timeout=20).ready()
 
 
 @pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
+def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeRayCluster:
     monkeypatch.setattr(gpu_slot, "RESTART_BACKOFF", (0.0,))
     monkeypatch.setattr(cluster_module, "POLL_INTERVAL", 0.01)
-    return Fleet()
+    return FakeRayCluster()
 
 
 @pytest.fixture
-def start(parts: Parts, fleet: Fleet, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
+def start(parts: Parts, fleet: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
     """Start a cluster with these settings; it ends with the test."""
     started: list[ClusterHead] = []
 
@@ -150,7 +150,7 @@ def ended(job: Job, content: bytes = b"picture") -> messages.JobFinished:
 
 
 def test_what_a_runner_painted_is_on_the_disk_of_the_head(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     job = submit(parts)
@@ -169,7 +169,7 @@ def test_what_a_runner_painted_is_on_the_disk_of_the_head(
     assert parts.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 
-def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
+def test_a_lost_runner_loses_nothing(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     job = submit(parts)
     first = fleet.next()
@@ -186,7 +186,7 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: Fleet, start: Callable
     assert (parts.folder / "files" / name).read_bytes() == b"new"
 
 
-def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
+def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     start(max_running=2)
     deadly, other = submit(parts), submit(parts)
     for number in range(3):
@@ -209,7 +209,7 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: Fleet, start: 
 
 
 def test_ten_attempts_end_a_job_that_is_nobodys_fault(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
@@ -222,7 +222,7 @@ def test_ten_attempts_end_a_job_that_is_nobodys_fault(
 
 
 def test_cancels_and_wishes_for_previews_reach_the_runner(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
@@ -240,7 +240,7 @@ def test_cancels_and_wishes_for_previews_reach_the_runner(
 
 
 def test_a_full_disk_keeps_what_was_painted(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
     job = submit(parts)
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_what_was_painted(
     assert len(parts.on_disk()) == 1
 
 
-def test_a_stop_gives_back_what_runs(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
+def test_a_stop_gives_back_what_runs(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     running, waiting = submit(parts), submit(parts)
     fleet.next().taken()
@@ -273,7 +273,7 @@ def test_a_stop_gives_back_what_runs(parts: Parts, fleet: Fleet, start: Callable
 
 
 def test_low_priority_waits_for_a_gpu_without_keeping_normal_out(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     low = [submit(parts, priority=Priority.LOW) for _ in range(2)]
@@ -285,7 +285,7 @@ def test_low_priority_waits_for_a_gpu_without_keeping_normal_out(
 
 
 def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
@@ -302,7 +302,7 @@ def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
 
 
 def test_an_idle_gpu_goes_while_a_later_one_paints_on(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
@@ -323,7 +323,7 @@ def test_an_idle_gpu_goes_while_a_later_one_paints_on(
 
 @pytest.mark.parametrize(("node", "left"), [("there", ["ready", "loading"]), ("", ["ready"])])
 def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_loads(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], node: str, left: list[str]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, left: list[str]
 ) -> None:
     cluster = start(max_gpus=2, min_gpus=0)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
@@ -337,7 +337,7 @@ def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_lo
     until(lambda: [gpu.state for gpu in cluster.gpus()] == left)
 
 
-def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
+def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     fleet.next()
     fleet.number = 3
@@ -347,7 +347,7 @@ def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: Fleet, start: Call
 
 
 def test_a_runner_that_cannot_load_is_tried_again(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     for _ in range(3):
@@ -358,7 +358,7 @@ def test_a_runner_that_cannot_load_is_tried_again(
 
 
 def test_a_head_without_ray_ends_and_keeps_its_queue(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     submit(parts)
@@ -372,7 +372,7 @@ def test_a_head_without_ray_ends_and_keeps_its_queue(
 
 @pytest.mark.parametrize("is_refused_there", [False, True])
 def test_what_cannot_be_handed_over_is_tried_elsewhere(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], is_refused_there: bool
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_refused_there: bool
 ) -> None:
     fleet.number = 2
     cluster = start()
@@ -388,17 +388,17 @@ def test_what_cannot_be_handed_over_is_tried_elsewhere(
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
-def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]) -> None:
+def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     link = fleet.next()
     link.cannot_take = FileNotFoundError("gone")
-    job = submit(parts, inputs={"image_url": "gone"})
+    job = submit(parts, input_files={"image_url": "gone"})
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.is_ready) == ("internal_error", True)
 
 
 def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead]
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     fleet.number = 2
     cluster = start()
@@ -406,7 +406,7 @@ def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
     until(lambda: all(gpu.state == "ready" for gpu in cluster.gpus()) and len(cluster.gpus()) == 2)
     for link in links:
         link.may_take.clear()
-    large = submit(parts, inputs={"image_url": "0" * 32 + ".png"})
+    large = submit(parts, input_files={"image_url": "0" * 32 + ".png"})
     until(lambda: large.state == State.IN_PROGRESS)
     small = submit(parts)
     until(lambda: not all(link.orders.empty() for link in links))
@@ -418,7 +418,7 @@ def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
 
 
 def test_a_head_that_cannot_write_its_rows_ends(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
@@ -431,7 +431,7 @@ def test_a_head_that_cannot_write_its_rows_ends(
 
 
 def test_a_picture_that_cannot_be_written_fails_alone(
-    parts: Parts, fleet: Fleet, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)

@@ -14,7 +14,7 @@ from server.cluster.ray_backend import RunnerLost
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.storage.file_store import Lifecycle, StoredFile
 from tests.support.components import Parts, finished, submission
-from tests.unit.cluster.test_head import Fleet, Link, ended, fleet, start, submit, until
+from tests.unit.cluster.test_head import FakeRayCluster, FakeRunner, ended, fleet, start, submit, until
 
 __all__ = ["fleet", "start"]
 
@@ -73,7 +73,7 @@ LIES: dict[str, Callable[[Job], messages.Message]] = {
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     parts: Parts,
-    fleet: Fleet,
+    fleet: FakeRayCluster,
     start: Start,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -96,7 +96,7 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     assert {path.name for path in parts.folder.parent.iterdir()} == {parts.folder.name}
 
 
-def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: Fleet, start: Start) -> None:
+def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: FakeRayCluster, start: Start) -> None:
     """Also where the request was cancelled, whose files are deleted."""
     theirs = parts.files.create(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
     first = finished(parts, theirs)
@@ -120,7 +120,7 @@ def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: Fleet, start: S
     assert cluster.failure is None
 
 
-def two_at_work(parts: Parts, fleet: Fleet, start: Start) -> tuple[ClusterHead, dict[str, Link], list[Job]]:
+def two_at_work(parts: Parts, fleet: FakeRayCluster, start: Start) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
     """Two runners with a request each."""
     fleet.number = 2
     cluster = start()
@@ -130,7 +130,7 @@ def two_at_work(parts: Parts, fleet: Fleet, start: Start) -> tuple[ClusterHead, 
     return cluster, {link.taken(): link for link in links}, jobs
 
 
-def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fleet, start: Start) -> None:
+def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: FakeRayCluster, start: Start) -> None:
     """Nor what was given to nobody, or what never was."""
     cluster, links, (mine, other) = two_at_work(parts, fleet, start)
     waiting = submit(parts)
@@ -162,7 +162,7 @@ def test_no_runner_ends_what_another_has_or_what_is_over(parts: Parts, fleet: Fl
 
 
 def test_the_log_of_a_request_has_an_end(
-    parts: Parts, fleet: Fleet, start: Start, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, fleet: FakeRayCluster, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(message_checks, "MAX_LINES", 100)
     start()
@@ -175,7 +175,7 @@ def test_the_log_of_a_request_has_an_end(
 
 
 def test_what_a_runner_logs_is_cut_short(
-    parts: Parts, fleet: Fleet, start: Start, caplog: pytest.LogCaptureFixture
+    parts: Parts, fleet: FakeRayCluster, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     start()
     long = logging.LogRecord("server.worker.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
@@ -199,7 +199,7 @@ def test_what_an_honest_runner_reports_is_believed() -> None:
         message_checks.check(report, {job.request_id: job})
 
 
-def test_an_input_that_cannot_be_read_holds_up_no_other(parts: Parts, fleet: Fleet, start: Start) -> None:
+def test_an_input_that_cannot_be_read_holds_up_no_other(parts: Parts, fleet: FakeRayCluster, start: Start) -> None:
     """Of a damaged row; its runner says what is wrong with it."""
     bad = parts.queue.submit(submission(input="nonsense"))
     start()

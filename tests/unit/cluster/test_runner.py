@@ -105,7 +105,7 @@ def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None
     aside.write_bytes(content.getvalue())
     name = made._inputs.add(aside, ".png")
     made._inputs.path(name).unlink()
-    made.take_job(job("test/copy", inputs={"image_url": name}), text, {name: content.getvalue()})
+    made.take_job(job("test/copy", input_files={"image_url": name}), text, {name: content.getvalue()})
     (picture,) = first(reports, messages.JobFinished).contents.values()
     red, green, blue = Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
     assert blue > 200 > 20 > max(red, green)
@@ -117,7 +117,7 @@ def test_what_cannot_be_taken_in_is_refused(
     made, reports = working
     monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
     assert made.missing_inputs(["a.png"]) == ["a.png"]
-    made.take_job(job("test/copy", inputs={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
+    made.take_job(job("test/copy", input_files={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
     assert first(reports, messages.JobRejected) == messages.JobRejected("one")
 
 

@@ -259,7 +259,7 @@ def test_they_stay_until_the_room_is_needed(tmp_path: Path) -> None:
         for number, name in enumerate(names):
             (folder / name).write_bytes(bytes(1000))
             os.utime(folder / name, (clock.now + number, clock.now + number))
-        parts.queue.submit(submission(inputs={"loras.0.path": names[0]}))
+        parts.queue.submit(submission(input_files={"loras.0.path": names[0]}))
         clock.now += 10_000
         parts.inputs.cache.max_kept_bytes = 4000
         assert parts.inputs.sweep() == 0

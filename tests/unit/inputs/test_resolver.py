@@ -303,7 +303,7 @@ def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None
     with opened(tmp_path, clock=clock) as parts:
         (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
         (parts.folder / "inputs" / STRAY).write_bytes(b"2")
-        job = parts.queue.submit(submission(inputs={"image_url": NEEDED}))
+        job = parts.queue.submit(submission(input_files={"image_url": NEEDED}))
         clock.now = (parts.folder / "inputs" / NEEDED).stat().st_mtime + 60
         assert parts.inputs.sweep() == 0
         clock.now += 3600
@@ -316,7 +316,7 @@ def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None
 def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
-        parts.queue.submit(submission(inputs={"image_url": NEEDED}))
+        parts.queue.submit(submission(input_files={"image_url": NEEDED}))
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
         parts.queue.recover()

@@ -128,7 +128,7 @@ async def until(holds: Callable[[], bool]) -> None:
 def tunnels_of_tasks() -> set[str]:
     """What is still being done for tunnels."""
     names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
-    return names & {"ConnectDoor._serve", "_carry"}
+    return names & {"ConnectProxy._serve", "_pipe"}
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -249,7 +249,7 @@ def test_a_client_that_leaves_in_a_body_without_length_leaves_nothing_behind(
         async with door_to(silent) as port:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(CHUNKED)
-            await until(lambda: held(port) == 1 and "_carry" in tunnels_of_tasks())
+            await until(lambda: held(port) == 1 and "_pipe" in tunnels_of_tasks())
             leave(writer)
             await until(lambda: not held(port) and not tunnels_of_tasks())
 

@@ -73,7 +73,7 @@ def test_only_what_is_wanted(parts: Parts) -> None:
     cancelled = parts.queue.submit(submission())
     parts.queue.cancel(cancelled)
     finished(parts, owner="you")
-    finished(parts, is_kept=False)
+    finished(parts, store_io=False)
     claimed(parts)
     assert pages(parts) == [[cancelled.request_id, failed.request_id, well_done]]
     assert pages(parts, status="success") == [[well_done]]
@@ -113,7 +113,7 @@ def test_what_came_in_the_request_itself_is_not_named(parts: Parts, given: str) 
     stored = "f.png" if given.startswith("data:") else given
     text = json.dumps({"prompt": "x", "image_url": stored, "loras": [{"path": stored, "scale": 1}]})
     held = {"image_url": "f.png", "loras.0.path": "f.png"}
-    job = claimed(parts, input=text, inputs=held)
+    job = claimed(parts, input=text, input_files=held)
     parts.queue.finish(job, well('{"images":[]}'))
     (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     kept = {} if given.startswith("data:") else {"image_url": given}

@@ -24,7 +24,7 @@ def with_needs(parts: Parts) -> tuple[Queue, PendingStorage]:
 
 def submitted(queue: Queue, owner: str, *names: str) -> Job:
     return queue.submit(
-        submission(owner=owner, input="{}", inputs={f"loras.{n}": name for n, name in enumerate(names)})
+        submission(owner=owner, input="{}", input_files={f"loras.{n}": name for n, name in enumerate(names)})
     )
 
 

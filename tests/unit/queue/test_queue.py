@@ -447,7 +447,7 @@ def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
 def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
-        claimed(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), is_kept=False)
+        claimed(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), store_io=False)
         parts.queue.submit(submission(idempotency_key="k"))
         before = {table: parts.rows(f"SELECT * FROM {table}") for table in ("jobs", "files", "deliveries")}
     with opened(tmp_path) as parts:
@@ -460,7 +460,7 @@ def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
         "priority": Priority.LOW,
         "start_deadline": 5e9,
         "lifecycle": Lifecycle(60.0, is_private=True),
-        "is_kept": False,
+        "store_io": False,
     }
     with opened(tmp_path) as parts:
         request_id = parts.queue.submit(submission(**asked)).request_id
@@ -492,7 +492,7 @@ def test_an_unknown_id_is_none(parts: Parts) -> None:
 
 
 def test_the_first_fetch_is_remembered_where_nothing_is_to_be_kept(parts: Parts) -> None:
-    job, kept = finished(parts, is_kept=False), finished(parts)
+    job, kept = finished(parts, store_io=False), finished(parts)
     fetched_at = parts.clock.now
     for _ in range(2):
         parts.queue.result(job)
@@ -550,7 +550,7 @@ def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -
 def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = finished(parts, is_kept=False)
+    job = finished(parts, store_io=False)
 
     def find_no_room(*_: object) -> None:
         raise DiskFull

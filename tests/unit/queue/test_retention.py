@@ -52,7 +52,7 @@ def test_a_result_whose_webhook_is_due_is_kept_until_it_was_told(parts: Parts) -
 
 
 def test_what_is_not_to_be_kept_stays_too_until_its_webhook_was_told(parts: Parts) -> None:
-    job = with_picture(parts, is_kept=False, webhook_url="http://there/hook")
+    job = with_picture(parts, store_io=False, webhook_url="http://there/hook")
     parts.queue.result(job)
     parts.clock.now += GRACE_SECONDS
     assert retention(parts).sweep() == 0
@@ -127,7 +127,7 @@ def test_results_without_pictures_count_with_their_prompts(parts: Parts) -> None
 
 
 def test_a_cancelled_request_loses_its_prompt_at_once(parts: Parts) -> None:
-    waiting = parts.queue.submit(submission(fields={"prompt": "x" * 20_000}, inputs={"image_url": "a.png"}))
+    waiting = parts.queue.submit(submission(fields={"prompt": "x" * 20_000}, input_files={"image_url": "a.png"}))
     parts.queue.cancel(waiting)
     running = claimed(parts, fields={"prompt": "x" * 20_000})
     parts.queue.cancel(running)
@@ -196,7 +196,7 @@ def counted(parts: Parts) -> list[tuple[Any, ...]]:
 
 
 def test_what_is_not_to_be_kept_goes_after_it_was_fetched_and_a_grace(parts: Parts) -> None:
-    job = with_picture(parts, is_kept=False)
+    job = with_picture(parts, store_io=False)
     parts.clock.now += DAY
     assert retention(parts).sweep() == 0
     parts.queue.result(job)

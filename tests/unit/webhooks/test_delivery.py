@@ -369,7 +369,7 @@ def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, m
         if len(rests) == 2:
             raise asyncio.CancelledError
 
-    monkeypatch.setattr(WebhookSender, "turn", turn)
+    monkeypatch.setattr(WebhookSender, "send_due", turn)
     monkeypatch.setattr("server.webhooks.delivery.asyncio.sleep", rest)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(webhooks(parts, monotonic=monotonic).run())

@@ -156,7 +156,7 @@ def test_a_request_for_other_weights_waits_until_those_before_are_done(parts: Pa
     shelf = Shelf("a/a", "a/b")
     worker = worker_on(parts, shelf, max_loaded=1)
     first, other, behind = (submitted(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
-    worker.turn()
+    worker.run_once()
     assert (first.state, first.step) == (State.IN_PROGRESS, 1)
     worked_off(worker)
     assert [answer(parts, job)[0].status for job in (first, other, behind)] == [200] * 3
@@ -206,9 +206,9 @@ def test_a_cancelled_one_does_not_wait_for_weights(parts: Parts) -> None:
     worker = worker_on(parts, shelf, max_loaded=1)
     submitted(parts, "a/a", num_inference_steps=9)
     other = submitted(parts, "a/b")
-    worker.turn()
+    worker.run_once()
     assert parts.queue.cancel(other) == State.IN_PROGRESS
-    worker.turn()
+    worker.run_once()
     assert other.state == State.COMPLETED
     assert "+ a/b" not in shelf.happened
 
