@@ -1,10 +1,10 @@
 // The page: choose an endpoint, fill its form, run, watch, keep.
 
 import * as api from "./api.js";
-import * as code from "./code_samples.js";
+import * as codeSamples from "./code_samples.js";
 import * as form from "./form.js";
 import { askForKey, withKey } from "./api_key.js";
-import * as kept from "./recent_runs.js";
+import * as recentRuns from "./recent_runs.js";
 import { Run } from "./run.js";
 
 const at = (id) => document.getElementById(id);
@@ -41,7 +41,7 @@ async function choose(name) {
   document.body.dataset.ready = endpoint;
 }
 
-const showCode = () => code.show(at("code"), endpoint, form.read(fields), { needsKey: about.needs_key, url: api.origin });
+const showCode = () => codeSamples.show(at("code"), endpoint, form.read(fields), { needsKey: about.needs_key, url: api.origin });
 
 async function use(name, input) {
   if (name !== endpoint) await choose(name);
@@ -62,7 +62,7 @@ async function run() {
     const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
     const started = { endpoint, requestId, input, startedAt: Date.now() };
     follow(show(started));
-    kept.add(started);
+    recentRuns.add(started);
   } catch (error) {
     at("problem").textContent =
       error instanceof api.Refused && error.problems.length
@@ -78,7 +78,7 @@ function show(started, isOld = false) {
     told: (seed) => isOld || fields.get("seed")?.told?.(seed),
     paintOver: about.paint_over.length ? (url) => use(overFor(started.endpoint), { prompt: started.input.prompt, image_url: url }) : null,
     forgotten: () => {
-      kept.remove(started.requestId);
+      recentRuns.remove(started.requestId);
       at("empty").hidden = at("runs").children.length > 0;
     },
   });
@@ -144,4 +144,4 @@ at("endpoint").append(...about.endpoints.map((name) => form.element("option", { 
 const last = localStorage.getItem("endpoint");
 const first = about.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : about.endpoints[0];
 await choose(about.endpoints.includes(last) ? last : first);
-for (const started of kept.all()) follow(show(started, true));
+for (const started of recentRuns.all()) follow(show(started, true));
