@@ -136,7 +136,7 @@ class TimeoutProtocol(HttpToolsProtocol):
 
 def with_limits(**limits: Any) -> type[TimeoutProtocol]:
     """The protocol with other limits."""
-    return type("TimedProtocol", (TimeoutProtocol,), limits)
+    return type("TimeoutProtocol", (TimeoutProtocol,), limits)
 
 
 def limit_tls_handshake(loop: asyncio.AbstractEventLoop, seconds: float = TimeoutProtocol.header_seconds) -> None:

@@ -116,8 +116,8 @@ def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
 def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name: str) -> None:
     """As docs/operations.md says."""
     code = (
-        "import pathlib, signal, sys; from server.worker.crash_recorder import BlackBox;"
-        "BlackBox(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
+        "import pathlib, signal, sys; from server.worker.crash_recorder import CrashRecorder;"
+        "CrashRecorder(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.Signals[name]
