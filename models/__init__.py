@@ -1,4 +1,4 @@
-"""The models this server can run: every module here, or in a folder given, that has a MODEL."""
+"""The models this server can run: every module in this package, or in a given directory, that defines MODEL."""
 
 import importlib.util
 import re
@@ -13,22 +13,22 @@ _HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
 
 
 def discover(directory: Path | None = None) -> dict[str, Model]:
-    """Every model by its endpoint, those of this package first, then those of `directory`.
+    """Return every model by its endpoint: this package's first, then those in `directory`.
 
     Raises ValueError when two modules claim one endpoint.
     """
-    found: dict[str, Model] = {}
+    models: dict[str, Model] = {}
     for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
         model: Model = module.MODEL
-        if model.endpoint in found:
+        if model.endpoint in models:
             raise ValueError(f"two modules serve {model.endpoint}; one is {module.__file__}")
-        found[model.endpoint] = model
-    return found
+        models[model.endpoint] = model
+    return models
 
 
 def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:
     for path in sorted(directory.glob("*.py")) if directory else ():
-        # Looked for in the text, because importing engine.py and the like would bring in torch.
+        # Search the text, because importing a module without a MODEL could import torch.
         if _HAS_MODEL.search(path.read_text(encoding="utf-8")):
             yield _module(f"{package}.{path.stem}", path)
 
@@ -40,7 +40,7 @@ def _module(name: str, path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    # Registered first, as the import system does, so that its classes can be looked up by module.
+    # Register the module before running it, as the import system does, so that its classes resolve their module.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

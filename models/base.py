@@ -14,34 +14,34 @@ from models.schema import ImageInput
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading has come: the component that is being loaded, bytes so far, and bytes in all."""
+    """The progress of loading: the current component, bytes loaded so far, and bytes in total."""
 
     component: str = ""
     loaded_bytes: int = 0
     total_bytes: int = 0
 
 
-#: Of a request without addresses.
+#: Inputs of a request without URLs.
 NO_INPUTS: Mapping[str, Path] = MappingProxyType({})
 
 
 def _ignore(loading: LoadProgress) -> None:
-    """What loading reports to when nobody asked."""
+    """Discard the progress."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What a model is given to set itself up with, chosen by the operator.
+    """The operator's choices that a model is set up with.
 
     Attributes:
-        weights: folder in diffusers layout, or a hub id; None for a model that needs no weights.
-        safety_checker: hub id or folder, used when the weights bring no `safety_checker` of their own.
-        device: "cuda", "cpu", or "auto" for the best one there is.
-        dtype: "bfloat16", "float32", or "auto" for what the device computes fastest in.
+        weights: directory in diffusers layout, or a hub id; None for a model that needs no weights.
+        safety_checker: hub id or directory, used if the weights do not include a `safety_checker`.
+        device: "cuda", "cpu", or "auto" for the best one available.
+        dtype: "bfloat16", "float32", or "auto" for the type the device is fastest in.
         memory: name of a plan in `models.loading.memory_plans`, or "auto" for the fastest that fits.
-        max_acceleration: the highest tier that is offered; requests for more get this one.
-        is_eager: paint with the very kernels diffusers' own pipeline runs, compiling nothing.
-        compile_cache: folder that keeps what was compiled; None for PyTorch's own place.
+        max_acceleration: the highest tier on offer; requests for a higher one get this one.
+        is_eager: run the same kernels as diffusers' pipeline, without compiling.
+        compile_cache: directory for compiled code; None for PyTorch's default.
         report: called before each component is loaded.
     """
 
@@ -58,7 +58,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ExtraWeights:
-    """Further weights that an endpoint needs: in this folder of its own weights, or by this id in the hub's cache."""
+    """Additional weights of an endpoint: in this subdirectory of its weights, or under this id in the hub cache."""
 
     directory: str
     hub_id: str
@@ -66,15 +66,15 @@ class ExtraWeights:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an operator is told of an engine.
+    """An engine's status for the operator.
 
     Attributes:
-        device: its name.
-        dtype: the type of number it computes in, by PyTorch's name.
-        memory: the memory plan.
+        device: name of the device.
+        dtype: the number type of the computation, by PyTorch's name.
+        memory: name of the memory plan.
         acceleration: the tiers that are ready.
-        used_bytes: of the device's memory, by whatever process; None on a CPU.
-        total_bytes: of the device's memory; None on a CPU.
+        used_bytes: device memory in use, by any process; None on a CPU.
+        total_bytes: device memory in total; None on a CPU.
     """
 
     device: str = "cpu"
@@ -86,39 +86,39 @@ class EngineInfo:
 
 
 class GenerationFailed(Exception):
-    """This request fails, for a reason that its client is told. Nothing else is harmed."""
+    """Failure of one request, with a reason for its client. Other requests are unaffected."""
 
 
 class IncompatibleInput(GenerationFailed):
-    """What the request brought along is not for this model; `loc` is the field's place."""
+    """An input that does not fit this model; `loc` is the path of its field."""
 
-    def __init__(self, loc: tuple[str | int, ...], words: str) -> None:
-        super().__init__(words)
+    def __init__(self, loc: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
         self.loc = loc
 
 
 class NonFiniteOutput(GenerationFailed):
-    """A picture came out as not-a-number, so none is shown."""
+    """An image with values that are not numbers, so none is returned."""
 
 
 class DeviceLost(Exception):
-    """The device answers no more in this process: only a new process can paint."""
+    """Loss of the device in this process: only a new process can generate images."""
 
 
 class GenerationTask(Protocol):
-    """One request while it is being painted: one or more pictures, step after step, then decoded."""
+    """One request during generation: one or more images, which take their steps and are then decoded."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of its pictures, in pixels."""
+        """Width and height of the images, in pixels."""
 
     @property
     def step(self) -> int:
-        """Steps done, over all its pictures."""
+        """Steps done so far, over all images."""
 
     @property
     def num_steps(self) -> int:
-        """Steps in all, over all its pictures."""
+        """Steps in total, over all images."""
 
     @property
     def work(self) -> int:
@@ -126,73 +126,73 @@ class GenerationTask(Protocol):
 
     @property
     def remaining_work(self) -> int:
-        """Work of the steps still to take, over all its pictures; a step that may be skipped counts as taken."""
+        """Work of the remaining steps, over all images; a step that may be skipped counts in full."""
 
     @property
     def images(self) -> Sequence[Image]:
-        """The pictures that are decoded, RGB, in order of their seeds."""
+        """The decoded images, RGB, in order of their seeds."""
 
     @property
     def acceleration(self) -> str:
-        """The tier that paints: "none", "regular" or "high", which may be lower than the one asked for."""
+        """The tier in use: "none", "regular" or "high"; may be lower than the requested one."""
 
     @property
     def dtype(self) -> str:
-        """The type of number it is computed in, by PyTorch's name, such as "bfloat16"."""
+        """The number type of the computation, by PyTorch's name, such as "bfloat16"."""
 
     @property
     def is_decoded(self) -> bool:
-        """Whether every picture is decoded."""
+        """Whether every image is decoded."""
 
 
 class Engine(Protocol):
-    """A model on its device. One thread owns it; only what is said to run beside may be called from a second one."""
+    """A model on its device. One thread owns it; a second one may call only the methods that say so."""
 
     @property
     def decodes_concurrently(self) -> bool:
         """Whether `decode` and `is_unsafe` may run on another thread than `advance`, and gain from it."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> GenerationTask:
-        """Begin to paint `request`, an instance of the model's own Input; picture k uses seed + k.
+        """Start generating for `request`, an instance of the model's Input; image k uses seed + k.
 
-        `inputs` holds what the request's addresses stand for, by the field's place, such as "image_url" or
-        "loras.0.path": pictures as RGB files within the limits, LoRA weights as safetensors.
+        `inputs` holds the files behind the request's URLs, by field path, such as "image_url" or "loras.0.path":
+        images as RGB files within the limits, LoRA weights as safetensors.
         """
 
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take the next step of `task`; returns it and those of `others` that shared the forward.
+        """Take the next step of `task`; return the task and those of `others` that shared the forward.
 
-        Raises GenerationFailed, DeviceLost or what the library raises; it ends this painting and leaves the others as
-        they were.
+        Raises GenerationFailed, DeviceLost or an error of the library. An error ends this task and leaves the others
+        unchanged.
         """
 
     def preview(self, task: GenerationTask) -> Image | None:
-        """What its newest picture looks like at this step, small; None when nothing can be seen yet."""
+        """Return a small preview of the newest image at this step; None before there is anything to see."""
 
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next picture, once every step was taken. Raises as `advance`; GenerationFailed on not-a-number."""
+        """Decode the next image after all steps. Raises as `advance` does, and GenerationFailed on not-a-number."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Say of each picture whether it must not be shown. Raises GenerationFailed when it cannot tell."""
+        """Return for each image whether it is unsafe. Raises GenerationFailed if that cannot be determined."""
 
     def info(self) -> EngineInfo:
-        """What an operator is told of it, at this moment; called from any thread."""
+        """Return the current status for the operator; called from any thread."""
 
     def warm_up(self) -> bool:
-        """Make one more tier ready, which may take minutes; False when none was left. May run beside.
+        """Make one more tier ready, which may take minutes; return False if none is left.
 
-        One that raises is given up, and is not tried again.
+        May be called from a second thread. A tier that raises is dropped and not tried again.
         """
 
     def close(self) -> None:
-        """Give the device's memory back; nothing is called after it."""
+        """Release the device's memory; no other method is called afterwards."""
 
     def freeze_compilation(self) -> None:
-        """All engines are as ready as they can be: compile nothing from now on."""
+        """Compile nothing from now on; called once all engines have warmed up."""
 
 
 class Model(Protocol):
-    """One endpoint. A module in `models/` that has an instance of this named MODEL is served."""
+    """One endpoint. A module in `models/` is served if it defines an instance named MODEL."""
 
     @property
     def endpoint(self) -> str:
@@ -200,7 +200,7 @@ class Model(Protocol):
 
     @property
     def family(self) -> str:
-        """Endpoints of one family that are given the same weights share one engine."""
+        """The family: endpoints of one family with the same weights share one engine."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -208,20 +208,20 @@ class Model(Protocol):
 
     @property
     def extra_weights(self) -> ExtraWeights | None:
-        """What must be installed beside the weights for this endpoint to be served; None when nothing."""
+        """Additional weights that this endpoint needs in order to be served; None if there are none."""
 
     @property
-    def Input(self) -> type[ImageInput]:  # noqa: N802  the wire's own word
-        """What a request may hold."""
+    def Input(self) -> type[ImageInput]:  # noqa: N802  the wire name
+        """The fields of a request."""
 
     @property
     def Output(self) -> type[BaseModel]:  # noqa: N802
-        """What an answer holds."""
+        """The fields of an answer."""
 
-    def setup(self, placement: EngineConfig) -> Engine:
+    def setup(self, config: EngineConfig) -> Engine:
         """Load the weights, on the thread that will own the engine; may take minutes.
 
-        Called for one endpoint of those that share the engine, and again after it was let go for want of memory.
+        Called for one of the endpoints that share the engine, and again if the engine was evicted for lack of memory.
         """
 
     def build_output(
@@ -231,7 +231,7 @@ class Model(Protocol):
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> BaseModel:
-        """The Output for these stored images, each {url, width, height, content_type}. Timings in seconds."""
+        """Build the Output for stored images, each {url, width, height, content_type}. Timings are in seconds."""
 
     def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
-        """What made one picture, to be written into its file: the same for the same bytes, whatever the load."""
+        """Return one image's parameters for its file. Equal bytes have equal parameters, whatever the load."""

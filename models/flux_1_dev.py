@@ -1,10 +1,10 @@
-"""fal-ai/flux-1/dev: FLUX.1 [dev] under the name of fal's newer deployment."""
+"""fal-ai/flux-1/dev: FLUX.1 [dev] under its newer name on fal."""
 
 from models.flux_dev import FluxDev
 
 
 class Flux1Dev(FluxDev):
-    """FLUX.1 [dev], a 12 billion parameter flow transformer that paints a picture from a prompt."""
+    """FLUX.1 [dev], a 12 billion parameter flow transformer that generates an image from a prompt."""
 
     endpoint = "fal-ai/flux-1/dev"
 

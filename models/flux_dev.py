@@ -24,10 +24,10 @@ from models.schema import (
 
 
 class FluxDevInput(ImageInput):
-    """A request, with the fields, defaults and ranges of the endpoint's page and of fal's own client types."""
+    """A request, with the fields, defaults and ranges of the endpoint's page and of fal's client types."""
 
     prompt: Prompt
-    # Checked like a size that was asked for, because the operator may allow less.
+    # Validate the default too, because the operator may allow only smaller sizes.
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
@@ -44,7 +44,7 @@ class FluxDevOutput(ImagesOutput):
 
 
 class FluxDev:
-    """FLUX.1 [dev], a 12 billion parameter flow transformer that paints a picture from a prompt."""
+    """FLUX.1 [dev], a 12 billion parameter flow transformer that generates an image from a prompt."""
 
     endpoint = "fal-ai/flux/dev"
     family = "flux"
@@ -54,7 +54,7 @@ class FluxDev:
     Output = FluxDevOutput
 
     def setup(self, config: EngineConfig) -> Engine:
-        """Load the pipeline and its safety checker; raises OSError when the weights are not there."""
+        """Load the pipeline and its safety checker. Raises OSError if the weights are missing."""
         from models.flux.engine import FluxEngine
 
         return FluxEngine.load(config)
@@ -66,7 +66,7 @@ class FluxDev:
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> FluxDevOutput:
-        """Pictures, seed and flags, as on the endpoint's page."""
+        """Build the answer from images, seed and flags."""
         return FluxDevOutput(
             images=[Image.model_validate(image) for image in images],
             timings=dict(timings),
@@ -76,7 +76,7 @@ class FluxDev:
         )
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Prompt, seed, steps and guidance of one picture."""
+        """Return prompt, seed, steps and guidance of one image."""
         return {
             "endpoint": self.endpoint,
             "prompt": request.prompt,

@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/image-to-image: FLUX.1 [dev], a picture painted over another."""
+"""fal-ai/flux/dev/image-to-image: FLUX.1 [dev], an image generated from another."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.schema import (
 
 
 class FluxDevImageToImageInput(ImageInput):
-    """A request; the picture that comes out has the size of the one that goes in."""
+    """A request; the generated image has the size of the input image."""
 
     image_url: ImageURL
     strength: Strength = 0.95
@@ -38,13 +38,13 @@ class FluxDevImageToImageInput(ImageInput):
 
 
 class FluxDevImageToImage(FluxDev):
-    """FLUX.1 [dev] painting over a picture: what it shows is changed towards the prompt."""
+    """FLUX.1 [dev] starting from an image, whose content changes towards the prompt."""
 
     endpoint = "fal-ai/flux/dev/image-to-image"
     Input = FluxDevImageToImageInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Of one picture; the one it was painted over is not named, because addresses tell about people."""
+        """Return the parameters of one image, without the URL of the input image, as URLs may reveal personal data."""
         return {**super().metadata(request, seed), "strength": request.strength}
 
 

@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of a picture."""
+"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of an image."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.schema import (
 
 
 class FluxDevReduxInput(ImageInput):
-    """A request without a prompt: the picture says what to paint."""
+    """A request without a prompt: the input image takes its place."""
 
     image_url: ImageURL
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
@@ -37,22 +37,22 @@ class FluxDevReduxInput(ImageInput):
 
     @property
     def prompt(self) -> str:
-        """None was given."""
+        """The empty prompt."""
         return ""
 
 
 class FluxDevRedux(FluxDev):
-    """FLUX.1 [dev] painting variations of a picture, as FLUX.1 Redux [dev] reads it."""
+    """FLUX.1 [dev] generating variations of an image, which FLUX.1 Redux [dev] reads."""
 
     endpoint = "fal-ai/flux/dev/redux"
     extra_weights = REDUX
     Input = FluxDevReduxInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Of one picture; the one that it varies is not named, because addresses tell about people."""
-        told = super().metadata(request, seed)
-        del told["prompt"]
-        return told
+        """Return the parameters of one image, without the URL of the input image, as URLs may reveal personal data."""
+        parameters = super().metadata(request, seed)
+        del parameters["prompt"]
+        return parameters
 
 
 MODEL = FluxDevRedux()

@@ -1,4 +1,4 @@
-"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights of the caller's."""
+"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights that the client chooses."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from models.schema import LoraAccelerationField, Loras
 
 
 class FluxLoraInput(FluxDevInput):
-    """As FLUX.1 [dev]'s, with LoRA weights."""
+    """A request for FLUX.1 [dev] with LoRA weights."""
 
     loras: Loras = Field([])
     acceleration: LoraAccelerationField = "none"
 
 
 class FluxLora(FluxDev):
-    """FLUX.1 [dev] in the style, or with the subject, that LoRA weights were trained on."""
+    """FLUX.1 [dev] with the style or the subject that LoRA weights were trained on."""
 
     endpoint = "fal-ai/flux-lora"
     Input = FluxLoraInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Of one picture; where the LoRAs came from is not named, because addresses tell about people."""
+        """Return the parameters of one image, without the URLs of the LoRAs, as URLs may reveal personal data."""
         return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 

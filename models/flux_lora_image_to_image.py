@@ -1,4 +1,4 @@
-"""fal-ai/flux-lora/image-to-image: a picture painted over another, with LoRA weights of the caller's."""
+"""fal-ai/flux-lora/image-to-image: an image generated from another, with LoRA weights that the client chooses."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from models.schema import LoraAccelerationField, Loras, Steps, Strength
 
 
 class FluxLoraImageToImageInput(FluxDevImageToImageInput):
-    """As image-to-image's, with LoRA weights."""
+    """A request for image-to-image with LoRA weights."""
 
     strength: Strength = 0.85
     num_inference_steps: Steps = Field(28, ge=1, le=50)
@@ -18,13 +18,13 @@ class FluxLoraImageToImageInput(FluxDevImageToImageInput):
 
 
 class FluxLoraImageToImage(FluxDevImageToImage):
-    """FLUX.1 [dev] painting over a picture in the style that LoRA weights were trained on."""
+    """FLUX.1 [dev] starting from an image, in the style that LoRA weights were trained on."""
 
     endpoint = "fal-ai/flux-lora/image-to-image"
     Input = FluxLoraImageToImageInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Of one picture."""
+        """Return the parameters of one image."""
         return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 

@@ -7,13 +7,13 @@ from models.schema import Steps
 
 
 class FluxSchnellInput(FluxDevInput):
-    """As FLUX.1 [dev]'s, with few steps; weights that were distilled without guidance take no notice of it."""
+    """A request for few steps; weights that were distilled without guidance ignore `guidance_scale`."""
 
     num_inference_steps: Steps = Field(4, ge=1, le=12)
 
 
 class FluxSchnell(FluxDev):
-    """FLUX.1 [schnell], a 12 billion parameter flow transformer that paints a picture in one to four steps."""
+    """FLUX.1 [schnell], a 12 billion parameter flow transformer that generates an image in one to four steps."""
 
     endpoint = "fal-ai/flux/schnell"
     weights = ("black-forest-labs/FLUX.1-schnell",)

@@ -34,18 +34,18 @@ EXAMPLE_PROMPT = (
     "white brush strokes with visible texture."
 )
 EXAMPLE_LORA = "XLabs-AI/flux-RealismLora"
-#: An orange square, so that the example runs without any other server.
+#: An orange square as a data URI, so that the example needs no other server.
 EXAMPLE_PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
     "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
-# JSON numbers above 2**53 are mangled by JavaScript, and picture k is painted with seed + k, k <= 3.
+# JavaScript mangles JSON numbers above 2**53, and image k uses seed + k, k <= 3.
 MAX_SEED = 2**53 - 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What sizes the operator allows: sides in pixels, and the area in pixels."""
+    """The sizes that the operator allows: sides and area in pixels."""
 
     min_side: int = 64
     max_side: int = 2048
@@ -53,7 +53,7 @@ class Limits:
 
 
 class ImageSize(BaseModel):
-    """A size in pixels, rounded down to the pipeline's multiple when it is painted."""
+    """A size in pixels; the generated image is rounded down to the pipeline's multiple."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -83,7 +83,7 @@ class ImageSize(BaseModel):
 
 
 def _limits(info: ValidationInfo) -> Limits | None:
-    """The limits of the caller; none for a request that was accepted before."""
+    """Return the limits that the caller passed; None for a request that was accepted before."""
     return (info.context or {}).get("limits")
 
 
@@ -107,7 +107,7 @@ def _to_preset(size: ImageSize) -> Any:
 
 
 class _PresetSchema:
-    """Shows the field as the endpoint's page does: an object or one of the presets."""
+    """The JSON schema of a size, as on the endpoint's page: an object or one of the presets."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"anyOf": [handler(schema), {"enum": list(PRESETS), "type": "string"}]}
@@ -115,13 +115,13 @@ class _PresetSchema:
 
 @dataclass(frozen=True)
 class InputURL:
-    """Marks a field that holds an address: what lies there, "picture" or "lora", is brought before the request runs."""
+    """A marker for a field with a URL: the file, a "picture" or a "lora", is fetched before the request runs."""
 
     kind: Literal["picture", "lora"]
 
 
 def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
-    """Where the addresses are in a request, of what kind, and what they are."""
+    """Yield the field path, the kind and the value of each URL in a request."""
     for name, field in type(request).model_fields.items():
         value = getattr(request, name)
         for marker in field.metadata:
@@ -137,7 +137,7 @@ OutputFormat = Literal["jpeg", "png"]
 Acceleration = Literal["none", "regular", "high"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
-# Fields that several inputs have, with the ranges and in the words of fal's pages.
+# Fields that several inputs share, with the ranges and descriptions of fal's pages.
 Prompt = Annotated[
     str,
     Field(max_length=MAX_PROMPT_LENGTH, description="The prompt to generate an image from.", examples=[EXAMPLE_PROMPT]),
@@ -152,7 +152,7 @@ ImageURL = Annotated[
 ]
 Strength = Annotated[
     float,
-    Field(ge=0.01, le=1, description="How far to go from the initial image: the higher, the less of it is left."),
+    Field(ge=0.01, le=1, description="How far to depart from the initial image: the higher, the less of it remains."),
 ]
 Steps = Annotated[int, Field(description="The number of inference steps to perform.")]
 OptionalSeed = Annotated[
@@ -173,22 +173,22 @@ Guidance = Annotated[
 ]
 SyncMode = Annotated[
     bool,
-    Field(description="If set to true, the picture comes back as a data URI and is not kept in the file store."),
+    Field(description="If set to true, the image is returned as a data URI and is not kept in the file store."),
 ]
 NumImages = Annotated[int, Field(ge=1, le=4, description="The number of images to generate.")]
 EnableSafetyChecker = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
 OutputFormatField = Annotated[OutputFormat, Field(description="The format of the generated image.")]
 LoraAccelerationField = Annotated[
     Literal["none", "regular"],
-    Field(description="How much speed to trade for exactness; the higher, the faster."),
+    Field(description="How much exactness to trade for speed; the higher, the faster."),
 ]
 AccelerationField = Annotated[
-    Acceleration, Field(description="How much speed to trade for exactness; the higher, the faster.")
+    Acceleration, Field(description="How much exactness to trade for speed; the higher, the faster.")
 ]
 
 
 class LoraWeight(BaseModel):
-    """LoRA weights, and how strongly they count."""
+    """LoRA weights and their scale."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -201,7 +201,9 @@ class LoraWeight(BaseModel):
             examples=[EXAMPLE_LORA],
         ),
     ]
-    scale: float = Field(1, ge=0, le=4, description="How strongly the weights count, before they are added.")
+    scale: float = Field(
+        1, ge=0, le=4, description="The scale of the LoRA weights, before they are added to the base weights."
+    )
 
 
 Loras = Annotated[
@@ -211,12 +213,12 @@ Loras = Annotated[
 
 
 class ImageInput(BaseModel):
-    """What every model's Input has; unknown fields are ignored, null stands for "not given"."""
+    """The fields of every model's Input; unknown fields are ignored, and null counts as absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     if TYPE_CHECKING:
-        # Known to the type checker only: each model declares them itself, in the order of its page.
+        # For the type checker only: each model declares these fields in the order of its page.
         seed: int | None
         sync_mode: bool
         num_images: int
@@ -238,19 +240,19 @@ def _is_required(model: type[BaseModel], name: str) -> bool:
 
 
 class Image(BaseModel):
-    """A picture that was painted."""
+    """A generated image."""
 
-    url: str = Field(description="Where the picture is, or the picture itself as a data URI.")
+    url: str = Field(description="The URL of the image, or the image itself as a data URI.")
     width: int
     height: int
     content_type: str = "image/jpeg"
 
 
 class ImagesOutput(BaseModel):
-    """The answer of an endpoint that paints from a prompt."""
+    """The answer of an endpoint that generates images."""
 
     images: list[Image] = Field(description="The generated image files info.")
-    timings: dict[str, float] = Field(description="Seconds spent, by what they were spent on.")
+    timings: dict[str, float] = Field(description="Seconds spent on each stage.")
     seed: int = Field(
         description="Seed of the generated Image. It will be the same value of the one passed in the "
         "input or the randomly generated that was used in case none was passed."

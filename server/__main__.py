@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m server`."""
+"""The entry point of `python -m server`, which runs the command line."""
 
 from server.cli.main import cli
 

@@ -1,4 +1,4 @@
-"""create_app(settings): routes, middleware and background tasks around the components."""
+"""The FastAPI application: routes, middleware and background tasks around the components."""
 
 import asyncio
 import logging
@@ -40,10 +40,10 @@ from server.worker.crash_recorder import CrashRecorder
 
 log = logging.getLogger(__name__)
 
-#: How often deadlines are looked at, and how often old results are forgotten, in seconds.
+#: Seconds between checks of start deadlines, and between deletions of old results.
 EXPIRE_EVERY = 0.25
 SWEEP_EVERY = 60.0
-#: Seconds beyond that after the disk was full.
+#: Additional seconds to wait after the disk was full.
 DISK_PAUSE = 1.0
 _EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
 
@@ -51,7 +51,7 @@ _EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type"
 def create_app(settings: Settings) -> FastAPI:
     """Build the server; nothing runs before its lifespan begins.
 
-    Raises ValueError for weights that cannot be served and DataDirInUse for a data folder that is taken.
+    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is in use.
     """
     components = build(settings)
     services = components.services
@@ -89,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, settings: Settings, services: Services) -> None:
-    """From the innermost, which is added first, to the outermost."""
+    """Add the middleware, the innermost first."""
     is_open = services.keys.allows_anonymous
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_mib * 2**20)
     app.add_middleware(RewriteMiddleware, settings=settings)
@@ -137,13 +137,14 @@ async def _lifespan(app: FastAPI, components: Components) -> AsyncIterator[None]
 
 
 def _record_crash(crash_recorder: CrashRecorder, queue: Queue) -> None:
-    """Blame what the last process worked at, if it died of a fault of its own; from now on this one's is recorded."""
+    """Charge a crash to the jobs that were running, then start recording for this process."""
     trace, request_ids = crash_recorder.read()
     if trace:
-        at = ", ".join(request_ids) or "no request"
-        log.error("the last process died of a fault of its own while it worked at %s:\n%s", at, trace)
+        jobs = ", ".join(request_ids) or "no request"
+        log.error("the last process crashed while it was running %s:\n%s", jobs, trace)
         queue.record_crash_at_startup(request_ids)
-    # Only now, because what was recorded is gone then; a kill in between is one strike too many, and not one too few.
+    # Opening erases the last record, so it comes after counting. A kill in between counts the crash twice, which is
+    # better than not at all.
     crash_recorder.open()
 
 
@@ -152,7 +153,7 @@ async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
         try:
             await asyncio.to_thread(func)
         except CorruptDatabase:
-            # The server ends, and says why.
+            # `Database.on_corruption` has already stopped the backend, and the server ends with this error.
             return
         except DiskFull as error:
             log.error("%s; trying again", error)

@@ -1,4 +1,4 @@
-"""Builds every component of a server and joins them: the one place that knows all of them."""
+"""The components of a server: this is the only module that builds all of them and connects them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,35 +40,35 @@ from server.worker.worker import Worker
 
 
 class Backend(Protocol):
-    """What generates images: the worker in this process, or the head of a cluster."""
+    """The part that generates images: the worker in this process, or the head of a cluster."""
 
-    #: Why it stopped, if it did so by itself.
+    #: The error that stopped the backend, if any.
     failure: BaseException | None
 
     @property
     def is_ready(self) -> bool:
-        """Whether one GPU can generate, at least."""
+        """Whether at least one GPU can generate images."""
 
     @property
     def loading(self) -> LoadProgress:
-        """How far loading is."""
+        """The progress of loading."""
 
     def gpus(self) -> Sequence[GpuStatus]:
-        """The state of each GPU; called from any thread."""
+        """Return the state of each GPU; safe to call from any thread."""
 
     def start(self) -> None:
-        """Begin to load, then to generate. Raises RuntimeError where that cannot be."""
+        """Start loading, then generating. Raises RuntimeError if the backend cannot start."""
 
     def stop(self) -> None:
-        """Claim nothing more, finish within the grace, release the rest; then return."""
+        """Stop claiming jobs, finish running ones within the grace period, release the rest, then return."""
 
     def fail(self, error: BaseException) -> None:
-        """Stop, because the server cannot go on; called from any thread."""
+        """Stop because of an error that the server cannot recover from; safe to call from any thread."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a server consists of."""
+    """The parts of a server that its lifespan starts and stops."""
 
     services: Services
     backend: Backend
@@ -79,7 +79,7 @@ class Components:
 def build(settings: Settings) -> Components:
     """Build everything; nothing runs yet.
 
-    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is taken.
+    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is in use.
     """
     known = discover(settings.models_dir)
     weights_by_endpoint = specs.assign_weights(settings.weights, known)
@@ -124,11 +124,11 @@ def build(settings: Settings) -> Components:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    """What is shared between keys."""
+    """Build the limiters and threads that all keys share."""
     return {
         "rate_limiter": RateLimiter(settings.rate_per_key),
         "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
-        # Who is refused must not keep the connection either, or nobody else could open one.
+        # A refused client must also lose its connection. Otherwise it could occupy all of them.
         "open_answers": FairShare(settings.max_connections, TOO_MANY_OPEN, closes=True),
         "executor": FairExecutor("requests", 8, 2),
     }
@@ -180,9 +180,9 @@ def _required_weights(model: Model) -> str:
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """The operator's keys; where others can reach the server and there is none, one made and printed at the start."""
+    """Load the operator's keys. A server that is reachable remotely and has none creates one and prints it."""
     if settings.has_automatic_key and not auth.load_key_scopes(database):
         key = auth.add_key(database, "", KeyScope.OPERATOR)
-        print(f"\n  The key of this server, shown this once:\n\n      FAL_KEY={key}\n", flush=True)
+        print(f"\n  The key of this server, shown only this once:\n\n      FAL_KEY={key}\n", flush=True)
     known = auth.load_key_scopes(database, with_first=settings.has_automatic_key)
     return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)

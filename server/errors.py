@@ -1,20 +1,21 @@
-"""Everything that can go wrong, as one tree.
+"""All errors that a client can receive, as one tree.
 
 ServerError
-├── InvalidInput            422  the body's fields, in pydantic's words
+├── InvalidInput            422  fields of the body, with pydantic's messages
 ├── Unauthorized            401
 ├── Forbidden               403
-├── NotFound                404  unknown, or another key's
+├── NotFound                404  unknown, or owned by another key
 ├── MethodNotAllowed        405
-├── StillInProgress         400  the result was asked for too early
+├── StillInProgress         400  the result is not ready
 ├── AlreadyCompleted        400  cancelled too late
 ├── BodyTooLarge            413
-├── UnsatisfiableRange      416  a Range that a file does not have
-├── MisdirectedRequest             421  a Host that is not ours
+├── UnsatisfiableRange      416  a Range outside the file
+├── MisdirectedRequest      421  a Host that is not this server's
 ├── QueueFull               429
+├── TooManyRequests         429  more than one key's share
 ├── DiskFull                507
-│   └── DiskFails           507  read-only, or broken
-└── RequestError                 fal's "request errors": with error_type in body and header
+│   └── DiskFails           507  read-only or broken
+└── RequestError                 fal's "request errors", with error_type in body and header
     ├── BadRequest          400  bad_request
     ├── ClientCancelled     499  client_cancelled
     ├── ClientDisconnected  499  client_disconnected
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 
 
 class ServerError(Exception):
-    """An error a client is told of. Status and shapes: fal's protocol, section 3."""
+    """An error that is sent to a client. Status and shapes: fal's protocol, section 3."""
 
     status: ClassVar[int] = 500
     headers: ClassVar[dict[str, str]] = {}
@@ -38,19 +39,19 @@ class ServerError(Exception):
 
     @property
     def error_type(self) -> str | None:
-        """fal's word for it, for request errors only."""
+        """fal's error type, for request errors only."""
         return None
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent as JSON; JavaScript's SDKs show `message`, never `detail`."""
+        """The JSON body; JavaScript's SDKs show `message`, never `detail`."""
         return {"detail": str(self), "message": str(self)}
 
 
 class InvalidInputFile(Exception):
-    """What an address in a request stands for; whoever knows the field makes an InvalidInput of it.
+    """An invalid file behind a URL in a request; the caller that knows the field turns it into InvalidInput.
 
-    `type` and `ctx` are in the words of fal's documented errors.
+    `type` and `ctx` are those of fal's documented errors.
     """
 
     def __init__(self, error_type: str, message: str, **ctx: Any) -> None:
@@ -59,7 +60,7 @@ class InvalidInputFile(Exception):
 
 
 class InvalidInput(ServerError):
-    """The request's fields are wrong; `detail` lists {loc, msg, type, input, ctx}."""
+    """Invalid fields of a request; `detail` lists {loc, msg, type, input, ctx}."""
 
     status = 422
     # fal bills nothing for these.
@@ -71,75 +72,75 @@ class InvalidInput(ServerError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The list, and the same as one line."""
+        """The list of errors, and the same list as one line."""
         return {"detail": self.detail, "message": str(self)}
 
 
 class Unauthorized(ServerError):
-    """No key, or a wrong one."""
+    """A missing or wrong key."""
 
     status = 401
     message = (
-        'This server wants a key it knows: send "Authorization: Key ..." with one of --keys, its FAL_KEY, '
-        "or one that `flux-server keys add` made"
+        'This server requires a valid key: send "Authorization: Key ..." with one of --keys, its FAL_KEY, '
+        "or a key that `flux-server keys add` created"
     )
 
 
 class Forbidden(ServerError):
-    """A web page of a foreign origin, or a client where only the operator may look."""
+    """A request from a foreign web page, or a client's request for data that only the operator may see."""
 
     status = 403
 
 
 class NotFound(ServerError):
-    """There is no such thing for this caller."""
+    """A request, file or path that does not exist for this caller."""
 
     status = 404
     message = "Request not found"
 
 
 class MethodNotAllowed(ServerError):
-    """The path is there, the verb is not."""
+    """A method that the path does not support."""
 
     status = 405
     message = "Method Not Allowed"
 
 
 class StillInProgress(ServerError):
-    """Never 409, 408 or 429 here: fal-client repeats those."""
+    """A request for a result that is not ready. Not 408, 409 or 429, which fal-client retries."""
 
     status = 400
     message = "Request is still in progress"
 
 
 class AlreadyCompleted(ServerError):
-    """Cancelled too late. Not 409, which fal-client repeats."""
+    """A cancellation that came too late. Not 409, which fal-client retries."""
 
     status = 400
-    message = "The request is completed already and cannot be cancelled"
+    message = "The request is already completed and cannot be cancelled"
 
 
 class BodyTooLarge(ServerError):
-    """More bytes than the operator allows."""
+    """A body with more bytes than the operator allows."""
 
     status = 413
 
 
 class UnsatisfiableRange(ServerError):
-    """A Range that the file does not have, or that cannot be understood."""
+    """A Range that is malformed or lies outside the file."""
 
     status = 416
-    message = "The file has no such range"
+    message = "The Range header is malformed or lies outside the file"
 
 
 class MisdirectedRequest(ServerError):
-    """The Host header names somebody else: refused, because of DNS rebinding."""
+    """A Host header that names another server: refused to prevent DNS rebinding."""
 
     status = 421
 
 
 class QueueFull(ServerError):
-    """429 rather than 503: a 503 is repeated at once and without end by some clients."""
+    """A full queue. 429 rather than 503, which some clients retry immediately and forever."""
 
     status = 429
     headers: ClassVar[dict[str, str]] = {"retry-after": "5", "x-fal-needs-retry": "1"}
@@ -147,7 +148,7 @@ class QueueFull(ServerError):
 
 
 class TooManyRequests(ServerError):
-    """One key asks for more than its share; `retry_after` in seconds. With `closes` the connection ends, too."""
+    """A key that exceeds its share. `retry_after` is in seconds; `closes` also closes the connection."""
 
     status = 429
 
@@ -159,20 +160,20 @@ class TooManyRequests(ServerError):
 
 
 class DiskFull(ServerError):
-    """Nothing was accepted; what was accepted before is safe."""
+    """A full disk: the request was not accepted, and requests accepted earlier are safe."""
 
     status = 507
     message = "The disk of the server is full"
 
 
 class DiskFails(DiskFull):
-    """It cannot be written to, for whatever reason; all the same is true."""
+    """A disk that cannot be written to for another reason; the guarantees of DiskFull hold."""
 
     message = "The disk of the server cannot be written to"
 
 
 class RequestError(ServerError):
-    """fal's request errors carry a type of their own in body and header."""
+    """One of fal's request errors, which carry an error type in body and header."""
 
     type: ClassVar[str] = "internal_error"
 
@@ -183,19 +184,19 @@ class RequestError(ServerError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Text and type."""
+        """The message and the error type."""
         return {**super().body, "error_type": self.type}
 
 
 class BadRequest(RequestError):
-    """A header or parameter that cannot be understood."""
+    """A header or parameter that is invalid."""
 
     status = 400
     type = "bad_request"
 
 
 class ClientCancelled(RequestError):
-    """The client asked for it."""
+    """A request that its client cancelled."""
 
     status = 499
     type = "client_cancelled"
@@ -203,7 +204,7 @@ class ClientCancelled(RequestError):
 
 
 class ClientDisconnected(RequestError):
-    """The client of a run or stream left."""
+    """A run or stream whose client disconnected."""
 
     status = 499
     type = "client_disconnected"
@@ -211,7 +212,7 @@ class ClientDisconnected(RequestError):
 
 
 class StartTimeout(RequestError):
-    """The start deadline passed while the request waited."""
+    """A request whose start deadline passed while it waited."""
 
     status = 504
     type = "request_timeout"
@@ -220,7 +221,7 @@ class StartTimeout(RequestError):
 
 
 class InternalError(RequestError):
-    """The server's own fault."""
+    """A failure of the server itself."""
 
     status = 500
     type = "internal_error"
@@ -231,5 +232,5 @@ HEADERS_BY_TYPE = {StartTimeout.type: StartTimeout.headers}
 
 
 def not_offered(url: str) -> NotFound:
-    """The error for a request that fal may answer, and that must not reach fal."""
+    """Build the error for a request to fal that this server does not serve and must not forward."""
     return NotFound(f"{url} is not offered by this server")

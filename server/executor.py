@@ -1,4 +1,4 @@
-"""Threads that keys share: a key that has much to do leaves threads to the others."""
+"""A thread pool that keys share fairly: a busy key leaves threads for the others."""
 
 import asyncio
 from collections import defaultdict
@@ -11,18 +11,18 @@ Result = TypeVar("Result")
 
 
 class FairExecutor:
-    """Runs what waits for a disk, or takes long, off the event loop: so much of one owner at a time, and no more."""
+    """A pool for slow or blocking functions, which limits each owner's concurrent calls."""
 
     def __init__(self, name: str, num_threads: int, num_each: int) -> None:
-        """`num_each` is how many of the threads one owner may have."""
+        """Create the pool; one owner may use up to `num_each` of its threads."""
         self._threads = ThreadPoolExecutor(num_threads, name)
         self._of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, num_each))
         self._begun: set[asyncio.Future[object]] = set()
 
     async def run(self, owner: str, func: Callable[..., Result], *args: object) -> Result:
-        """Do this for an owner, in its turn. Raises what `func` does.
+        """Run `func` for an owner as soon as the owner has a free thread. Raises what `func` raises.
 
-        Once begun it is done, and its thread is taken until then, also where the caller is cancelled meanwhile.
+        A call that has started runs to its end and occupies its thread, even if the caller is cancelled.
         """
         turn = self._of[owner]
         await turn.acquire()
@@ -34,8 +34,8 @@ class FairExecutor:
         work.add_done_callback(lambda _: turn.release())
         return await asyncio.shield(work)
 
-    def submit(self, owner: str, act: Callable[..., object], *given: object) -> None:
-        """As `run`, for nobody who waits for it."""
-        task: asyncio.Future[object] = asyncio.ensure_future(self.run(owner, act, *given))
+    def submit(self, owner: str, func: Callable[..., object], *args: object) -> None:
+        """Schedule `run` without waiting for the result."""
+        task: asyncio.Future[object] = asyncio.ensure_future(self.run(owner, func, *args))
         self._begun.add(task)
         task.add_done_callback(self._begun.discard)

@@ -1,23 +1,23 @@
-"""What libraries read from the environment before they do anything: set first, in every process that loads them."""
+"""Environment variables that libraries read at import; every process sets them before it imports the libraries."""
 
 import os
 
 
 def disable_telemetry_and_warnings() -> None:
-    """None reports anything to anybody, or warns of what nobody here can change."""
+    """Turn off the libraries' telemetry, and warnings that the operator cannot act on."""
     os.environ.update(
         HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_TELEMETRY="1", RAY_USAGE_STATS_ENABLED="0"
     )
-    # Warnings that repeat prompts, and that ask for torchvision.
+    # These warnings repeat prompts or recommend torchvision.
     os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 
 
 def limit_openmp_spinning() -> None:
-    """Let OpenMP's threads sleep while they wait for each other.
+    """Let OpenMP's threads sleep soon while they wait for each other.
 
-    They spin first, long by default: beside one busy core of two, a picture then takes more than three times as long.
-    Measured with `bench/threads.py`: with 1000 turns it takes less than twice as long, and alone not longer at all.
-    One thread for each core is left as PyTorch has it; OMP_NUM_THREADS and OMP_WAIT_POLICY override both.
+    By default they spin for a long time first. With one of two cores busy, an image then takes more than three times
+    as long. With 1000 spins it takes less than twice as long, and no longer on an idle machine (`bench/threads.py`).
+    PyTorch's default of one thread per core stays; OMP_NUM_THREADS and OMP_WAIT_POLICY override both.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -1,4 +1,4 @@
-"""What the server says while it runs: a line an event, for people or as JSON for machines; a bar while it loads."""
+"""Logging configuration: one line per event, as text or JSON, and a progress bar while weights load."""
 
 import logging
 import re
@@ -11,18 +11,18 @@ from tqdm import tqdm
 
 from models.base import LoadProgress
 
-#: What uvicorn calls an error, and is meant: a stream that failed is cut off.
+#: uvicorn logs this as an error. Here it is intended: a failed stream ends without its last chunk.
 _CUT_OFF = "ASGI callable returned without completing response."
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def set_up(level: str, style: Literal["text", "json"]) -> None:
-    """Send every log of this process to standard error. What is passed in `extra`, such as request_id, is shown."""
+    """Send all logs of this process to standard error, with the fields of `extra`, such as request_id."""
     handler = _Handler(draws_bars=style == "text" and sys.stderr.isatty())
     handler.setFormatter(_formatter(style, has_colours=sys.stderr.isatty()))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.error").addFilter(_is_news)
-    # At their own levels these tell addresses and prompts.
+    # At lower levels these libraries log URLs and prompts.
     for name in ("httpx", "httpx2", "httpcore", "httpcore2", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -39,7 +39,7 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
         structlog.stdlib.ExtraAdder(),
         _without_progress,
     ]
-    # Neither shows the variables of a failed function: prompts and keys are among them.
+    # Neither style logs the variables of a failed function, because they may hold prompts and keys.
     if style == "json":
         shared += [
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -61,21 +61,21 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
 
 
 def _without_progress(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Drop what is meant for the bar; the line says it in words."""
+    """Drop the progress bar's data, which the message repeats."""
     event.pop("loading", None)
-    # Ray puts this into every record of the process.
+    # Ray adds this to every record of the process.
     event.pop("_ray_timestamp_ns", None)
     return event
 
 
 def _on_one_line(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Control characters written out: what clients sent must not write lines of its own, or move the cursor."""
-    event["event"] = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(event["event"]))
+    """Escape control characters, so that clients' input can neither add log lines nor move the cursor."""
+    event["event"] = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(event["event"]))
     return event
 
 
 class _Handler(logging.Handler):
-    """Lines, with the bar of what is being loaded below them where somebody watches."""
+    """A log handler that keeps the loading progress bar below the log lines of a terminal."""
 
     def __init__(self, *, draws_bars: bool) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Handler(logging.Handler):
         self._bar: tqdm[Any] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line, or move the bar."""
+        """Write one line, or update the progress bar."""
         loading: LoadProgress | None = getattr(record, "loading", None)
         if loading and self._draws_bars:
             self._draw(loading)

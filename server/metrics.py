@@ -1,4 +1,4 @@
-"""Prometheus counters, histograms and gauges, with names and units by Prometheus' conventions."""
+"""Prometheus counters, histograms and gauges, with names and units that follow Prometheus' conventions."""
 
 import shutil
 import time
@@ -17,9 +17,9 @@ from server.status import GpuStatus
 from server.storage.database import Database
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: What it means, and its value now.
+#: Description and current value.
 Gauge = tuple[str, float]
-#: By the GPU's name and its node's.
+#: Values by the names of the GPU and its node.
 GpuValues = Mapping[tuple[str, str], float]
 _PREFIX = "flux_server_"
 _STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -28,64 +28,66 @@ _FIRST = "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' AND (priority =
 
 
 class Metrics:
-    """One server's. Counters are raised by the parts as things happen, from any thread."""
+    """The metrics of one server. Other components increment the counters, from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.gauges: Callable[[], Mapping[str, Gauge]] = dict
-        self.http_requests = self._counter("http_requests", "HTTP requests answered.", "method", "route", "status")
+        self.http_requests = self._counter("http_requests", "HTTP responses sent.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
-        self.ended = self._counter("requests_ended", "Requests that reached their end.", "endpoint", "outcome")
-        self.retried = self._counter("requests_retried", "Requests begun another time.", "endpoint")
-        self.images = self._counter("pictures", "Pictures painted.", "endpoint")
-        self.flagged = self._counter("pictures_flagged", "Pictures that were not shown.", "endpoint")
-        self.webhooks = self._counter("webhook_attempts", "Webhooks sent, every attempt.", "outcome")
-        self.wait = self._histogram("queue_wait_seconds", "From submit to the first start.", _WAITS, "endpoint")
-        self.step = self._histogram("step_seconds", "One forward, alone or shared.", _STEPS, "size", "acceleration")
+        self.ended = self._counter("requests_ended", "Requests that finished.", "endpoint", "outcome")
+        self.retried = self._counter("requests_retried", "Requests started again.", "endpoint")
+        self.images = self._counter("pictures", "Images generated.", "endpoint")
+        self.flagged = self._counter("pictures_flagged", "Images withheld by the safety checker.", "endpoint")
+        self.webhooks = self._counter("webhook_attempts", "Attempts to deliver a webhook.", "outcome")
+        self.wait = self._histogram("queue_wait_seconds", "Time from submit to first start.", _WAITS, "endpoint")
+        self.step = self._histogram(
+            "step_seconds", "Time of one forward pass, single or batched.", _STEPS, "size", "acceleration"
+        )
 
     def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
-        """One forward. Sizes of clients' own making count as one, or they could fill the memory."""
+        """Record one forward pass. All custom sizes share one label, so that clients cannot fill the memory."""
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
 
     def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:
-        """The pictures of one request, and how many of them are not shown."""
+        """Count the images of one request, and those withheld by the safety checker."""
         self.images.labels(endpoint).inc(num_images)
         self.flagged.labels(endpoint).inc(num_flagged)
 
     def steps(self) -> list[dict[str, Any]]:
-        """How many forwards there were since the start, and their mean in seconds, by size and tier."""
-        found: dict[tuple[str, str], dict[str, float]] = {}
+        """Return the number of forward passes since the start and their mean in seconds, by size and tier."""
+        totals: dict[tuple[str, str], dict[str, float]] = {}
         for sample in (sample for metric in self.step.collect() for sample in metric.samples):
             kind = sample.name.rpartition("_")[2]
             if kind in ("sum", "count"):
-                found.setdefault((sample.labels["size"], sample.labels["acceleration"]), {})[kind] = sample.value
+                totals.setdefault((sample.labels["size"], sample.labels["acceleration"]), {})[kind] = sample.value
         return [
-            {"size": size, "acceleration": tier, "count": int(seen["count"]), "seconds": seen["sum"] / seen["count"]}
-            for (size, tier), seen in found.items()
+            {"size": size, "acceleration": tier, "count": int(total["count"]), "seconds": total["sum"] / total["count"]}
+            for (size, tier), total in totals.items()
         ]
 
     def observe_start(self, endpoint: str, attempt: int, waited: float) -> None:
-        """A request was claimed, `waited` seconds after its submit."""
+        """Record that a request was claimed, `waited` seconds after its submit."""
         if attempt > 1:
             self.retried.labels(endpoint).inc()
         else:
             self.wait.labels(endpoint).observe(max(0.0, waited))
 
     def count_end(self, endpoint: str, status: int, *, is_cancelled: bool) -> None:
-        """A request reached its end."""
+        """Count a request that finished."""
         outcome = "cancelled" if is_cancelled else "completed" if status == 200 else "failed"
         self.ended.labels(endpoint, outcome).inc()
 
     def add_gauges(
         self, gauges: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
     ) -> None:
-        """Ask for these each time the metrics are read: what they mean, and their values now, in all and by GPU."""
+        """Register gauges, which are called each time the metrics are read: of the server, and by GPU."""
         self.gauges = gauges
         self.registry.register(_Gauges(gauges, by_gpu))
 
     def text(self) -> bytes:
-        """All of them, in the form that Prometheus reads."""
+        """Render all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
@@ -102,8 +104,8 @@ class _Gauges(Collector):
         self._read, self._by_gpu = read, by_gpu
 
     def collect(self) -> list[Metric]:
-        """The values of this moment."""
-        found = [
+        """Return the current values."""
+        families = [
             GaugeMetricFamily(f"{_PREFIX}{name}", description, value)
             for name, (description, value) in self._read().items()
         ]
@@ -111,52 +113,61 @@ class _Gauges(Collector):
             family = GaugeMetricFamily(f"{_PREFIX}{name}", description, labels=("gpu", "node"))
             for labels, value in values.items():
                 family.add_metric(labels, value)
-            found.append(family)
-        return list(found)
+            families.append(family)
+        return list(families)
 
 
 def collect_gauges(
     database: Database, data_dir: Path, is_ready: Callable[[], bool], gpus: Callable[[], Sequence[GpuStatus]]
 ) -> Mapping[str, Gauge]:
-    """What each means, and its value; waits for the disk."""
+    """Return each gauge's description and value; blocks on the disk."""
     disk = shutil.disk_usage(data_dir)
     (due,) = database.read("SELECT count(*) AS number FROM deliveries WHERE due_at IS NOT NULL")
-    # The first of each priority; one of low priority may have waited for longest.
+    # The first request of each priority; either may have waited longest.
     firsts = [database.read(_FIRST, is_low) for is_low in (False, True)]
     (waiting,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_QUEUE'")
     (running,) = database.read("SELECT count(*) AS number FROM jobs WHERE state = 'IN_PROGRESS'")
     oldest = max((max(0.0, time.time() - row["submitted_at"]) for rows in firsts for row in rows), default=0.0)
-    (kept,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
+    (stored,) = database.read("SELECT coalesce(sum(size), 0) AS size FROM files")
     return {
-        "ready": ("Whether the models can paint.", float(is_ready())),
-        "queue_length": ("Requests that wait.", float(waiting["number"])),
-        "queue_oldest_seconds": ("How long the one that came first has waited.", oldest),
-        "requests_running": ("Requests that are being painted.", float(running["number"])),
-        "webhooks_due": ("Webhooks that wait to be sent, or sent again.", float(due["number"])),
-        "files_bytes": ("Pictures and uploads that are kept.", float(kept["size"])),
-        "disk_free_bytes": ("Free on the disk of the data folder.", float(disk.free)),
-        "memory_resident_bytes": ("Of this process.", float(psutil.Process().memory_info().rss)),
+        "ready": ("Whether the models can generate images.", float(is_ready())),
+        "queue_length": ("Waiting requests.", float(waiting["number"])),
+        "queue_oldest_seconds": ("Time that the oldest waiting request has waited.", oldest),
+        "requests_running": ("Running requests.", float(running["number"])),
+        "webhooks_due": ("Webhooks waiting for delivery, including retries.", float(due["number"])),
+        "files_bytes": ("Size of stored images and uploads.", float(stored["size"])),
+        "disk_free_bytes": ("Free space on the disk of the data directory.", float(disk.free)),
+        "memory_resident_bytes": ("Resident memory of this process.", float(psutil.Process().memory_info().rss)),
         "engines_loaded": ("Sets of weights in memory.", float(sum(len(gpu.engines) for gpu in gpus()))),
     }
 
 
 def collect_gpu_gauges(gpus: Callable[[], Sequence[GpuStatus]]) -> Mapping[str, tuple[str, GpuValues]]:
-    """What each means, and its value for each GPU that has one."""
-    seen = gpus()
-    # All engines of one are on one device.
-    about = {gpu.name: next(iter(gpu.engines.values()), EngineInfo()) for gpu in seen}
-    found: dict[str, tuple[str, dict[str, float | None]]] = {
-        "gpu_ready": ("Whether this GPU can paint.", {gpu.name: float(gpu.state == "ready") for gpu in seen}),
-        "gpu_requests_running": ("Requests that this GPU has.", {gpu.name: float(gpu.num_running) for gpu in seen}),
-        "gpu_restarts": ("How often its runner was lost.", {gpu.name: float(gpu.num_restarts) for gpu in seen}),
-        "device_memory_used_bytes": (
-            "Of the GPU, by every process on it.",
-            {gpu.name: about[gpu.name].used_bytes for gpu in seen},
+    """Return each gauge's description and its values for the GPUs that report one."""
+    statuses = gpus()
+    # All engines of one GPU report the same device memory.
+    info = {gpu.name: next(iter(gpu.engines.values()), EngineInfo()) for gpu in statuses}
+    gauges: dict[str, tuple[str, dict[str, float | None]]] = {
+        "gpu_ready": (
+            "Whether this GPU can generate images.",
+            {gpu.name: float(gpu.state == "ready") for gpu in statuses},
         ),
-        "device_memory_bytes": ("Of the GPU in all.", {gpu.name: about[gpu.name].total_bytes for gpu in seen}),
+        "gpu_requests_running": (
+            "Requests assigned to this GPU.",
+            {gpu.name: float(gpu.num_running) for gpu in statuses},
+        ),
+        "gpu_restarts": ("Restarts of this GPU's runner.", {gpu.name: float(gpu.num_restarts) for gpu in statuses}),
+        "device_memory_used_bytes": (
+            "GPU memory in use by all processes.",
+            {gpu.name: info[gpu.name].used_bytes for gpu in statuses},
+        ),
+        "device_memory_bytes": (
+            "Total GPU memory.",
+            {gpu.name: info[gpu.name].total_bytes for gpu in statuses},
+        ),
     }
-    nodes = {gpu.name: gpu.node for gpu in seen}
+    nodes = {gpu.name: gpu.node for gpu in statuses}
     return {
         name: (description, {(gpu, nodes[gpu]): float(value) for gpu, value in values.items() if value is not None})
-        for name, (description, values) in found.items()
+        for name, (description, values) in gauges.items()
     }

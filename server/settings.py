@@ -1,4 +1,4 @@
-"""Every setting, read once from a mapping that is passed in."""
+"""All settings, read once from a mapping that is passed in."""
 
 import base64
 import binascii
@@ -13,13 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from models.loading.specs import parse_spec
 
 PREFIX = "FLUX_SERVER_"
-#: What clients send to a server that asks for no key: fal's SDKs insist on some.
+#: The key that clients send to a server that requires none: fal's SDKs refuse to run without one.
 OPEN_KEY = "local"
 _SECRETS = ("keys", "webhook_secret")
 
 
 class SettingsError(Exception):
-    """One or more settings are wrong; the message lists them all, a line each."""
+    """One or more invalid settings; the message lists all of them, one per line."""
 
 
 def _split(value: object) -> object:
@@ -30,107 +30,120 @@ CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 def _default_data_dir(environment: Mapping[str, str]) -> Path:
-    """$XDG_DATA_HOME/flux-server, or its usual place."""
+    """Return $XDG_DATA_HOME/flux-server; $XDG_DATA_HOME defaults to ~/.local/share."""
     home = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "flux-server"
 
 
 class Settings(BaseModel):
-    """What the operator chose. The order and the descriptions are those of `--help` and the README."""
+    """The operator's settings. `--help` and the README list them in this order, with these descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: CommaSeparated = Field(
-        ("demo",), description="What to serve: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."
+        ("demo",),
+        description="Weights to serve: demo, a hub id, a directory in diffusers layout, or ENDPOINT=DIRECTORY.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 picks a free one.")
     tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
     proxy_port: int = Field(
-        0, ge=0, le=65535, description="Port of the CONNECT door, on loopback, for clients of any age; 0 turns it off."
+        0, ge=0, le=65535, description="Loopback port of the CONNECT proxy, for clients of any age; 0 turns it off."
     )
-    proxy_others: bool = Field(False, description="Let the CONNECT door connect to hosts that are not fal's.")
-    data_dir: Path = Field(description="Folder of the queue, the pictures and the certificates.")
+    proxy_others: bool = Field(False, description="Let the CONNECT proxy connect to hosts that are not fal's.")
+    data_dir: Path = Field(description="Directory for the queue, the images and the certificates.")
     keys: CommaSeparated = Field(
-        (), description="API keys clients must send, separated by commas; FAL_KEY counts as one."
+        (), description="API keys that clients must send, separated by commas; FAL_KEY counts as one."
     )
     operator_keys: CommaSeparated = Field(
-        (), description="API keys that may see /status and /metrics too; the only one of --keys may anyway."
+        (), description="API keys that may also see /status and /metrics; without any, a single key in --keys may."
     )
-    public_url: str = Field("", description="The base of URLs in answers to clients that reached us by a fal name.")
+    public_url: str = Field("", description="Base of URLs in responses to clients that use a fal host name.")
     trusted_proxies: CommaSeparated = Field(
-        (), description="Addresses whose X-Forwarded-* headers are believed; with any, a key is asked for."
+        (), description="Addresses of proxies whose X-Forwarded-* headers are trusted; requires a key."
     )
-    cors_origin: CommaSeparated = Field((), description="Web origins allowed beside loopback when there is no key.")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to paint: auto, cuda or cpu.")
+    cors_origin: CommaSeparated = Field(
+        (), description="Web origins allowed in addition to loopback when the server has no keys."
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Device to generate on: auto, cuda or cpu.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="Type of number on a CPU: bfloat16, float32, or auto for what it is fast at; a GPU takes bfloat16.",
+        description="Number type on a CPU: bfloat16, float32, or auto for the faster one; a GPU uses bfloat16.",
     )
     safety_checker: str = Field(
-        "Falconsai/nsfw_image_detection", description="Hub id or folder of the checker, if the weights bring none."
+        "Falconsai/nsfw_image_detection",
+        description="Hub id or directory of the safety checker, for weights that include none.",
     )
     memory: Literal["auto", "resident", "fp8-storage", "group-offload"] = Field(
-        "auto", description="How weights are placed: resident, fp8-storage, group-offload, or auto for what fits."
+        "auto", description="Placement of weights: resident, fp8-storage, group-offload, or auto for what fits."
     )
     max_acceleration: Literal["none", "regular", "high"] = Field(
-        "high", description="The highest acceleration offered: none, regular or high; requests for more get this."
+        "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."
     )
     max_loaded: int = Field(
-        0, ge=0, description="How many sets of weights stay in memory at a time; 0: as many as fit."
+        0, ge=0, description="Maximum sets of weights in memory at the same time; 0: as many as fit."
     )
-    eager: bool = Field(False, description="Compile nothing: slower on a GPU, bit for bit diffusers' own pipeline.")
+    eager: bool = Field(
+        False, description="Compile nothing: slower on a GPU, but bit for bit the same as diffusers' pipeline."
+    )
     ray: str = Field(
-        "", description="Paint on a Ray cluster: local, auto or its address; empty: in the server's own process."
+        "", description="Generate on a Ray cluster: local, auto or its address; empty: in the server's process."
     )
-    gpus: int = Field(0, ge=0, description="With --ray: how many GPUs; 0: as many as the cluster has.")
-    min_gpus: int = Field(1, ge=0, description="With --ray and --max-gpus: how many GPUs are kept, also idle.")
-    max_gpus: int = Field(0, ge=0, description="With --ray: ask for GPUs as the queue grows, up to so many.")
+    gpus: int = Field(0, ge=0, description="With --ray: number of GPUs; 0: all GPUs of the cluster.")
+    min_gpus: int = Field(1, ge=0, description="With --ray and --max-gpus: number of GPUs to keep even when idle.")
+    max_gpus: int = Field(0, ge=0, description="With --ray: maximum GPUs to request as the queue grows.")
     step_deadline: float = Field(
-        600, gt=0, description="A step that takes longer, in seconds, ends the process, for its supervisor to restart."
+        600,
+        gt=0,
+        description="Maximum seconds for one step; a longer one ends the process, so its supervisor restarts it.",
     )
-    enforce_safety_checker: bool = Field(False, description="Check every picture, whatever the request says.")
-    embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the picture files.")
+    enforce_safety_checker: bool = Field(
+        False, description="Check every image, even if the request disables the checker."
+    )
+    embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the image files.")
     max_running: int = Field(
-        8, ge=1, le=64, description="How many requests may be painted in turns; as many of low priority beside."
+        8, ge=1, le=64, description="Maximum concurrent requests; low priority has its own equal limit."
     )
-    max_queue_length: int = Field(100_000, ge=1, description="How many requests may wait; more get 429.")
+    max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; more get 429.")
     max_queue_length_per_key: int = Field(
-        0, ge=0, description="How many requests of one key may wait; more get 429. 0: as many as of all."
+        0, ge=0, description="Maximum waiting requests of one key; more get 429. 0: the same as for all keys."
     )
     max_running_per_key: int = Field(
-        0, ge=0, description="How many requests of one key are painted at a time; the others wait. 0: no limit."
+        0, ge=0, description="Maximum concurrent requests of one key; the others wait. 0: no limit."
     )
     rate_per_key: str = Field(
         "",
-        description="How many requests, and beside them uploads, one key may send, such as 60/minute; more get 429.",
+        description="Maximum rate of requests of one key, such as 60/minute, and separately of uploads; more get 429.",
     )
-    max_side: int = Field(2048, ge=64, le=14142, description="Longest side of a picture, in pixels.")
-    max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of a picture, in pixels.")
-    max_connections: int = Field(4096, ge=1, description="How many connections a port holds; more are closed.")
+    max_side: int = Field(2048, ge=64, le=14142, description="Longest side of an image, in pixels.")
+    max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of an image, in pixels.")
+    max_connections: int = Field(4096, ge=1, description="Maximum connections per port; more are closed.")
     max_body_mib: int = Field(
-        40, ge=1, description="Largest request body, in MiB; four times as much may be in memory on its way."
+        40, ge=1, description="Largest request body, in MiB; up to four times as much may be in memory at once."
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="How much one key may have uploaded, and its waiting requests bring, in GB."
+        5, gt=0, description="Maximum GB of uploads per key, and of input files for its waiting requests."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
-    loras_gb: float = Field(10, gt=0, description="How much disk LoRA files may take, in GB; the oldest go first.")
-    retention_days: float = Field(7, gt=0, description="How long results and pictures are kept, in days.")
+    loras_gb: float = Field(10, gt=0, description="Disk space for LoRA files, in GB; the oldest are deleted first.")
+    retention_days: float = Field(7, gt=0, description="Days to keep results and images.")
     retention_gb: float = Field(
         10,
         gt=0,
-        description="How much disk results and files may take, in GB; who keeps most makes room, oldest first.",
+        description="Disk space for results and files, in GB; the oldest of the key that uses most are deleted first.",
     )
     outbound_allow: CommaSeparated = Field(
-        (), description="Own hosts and networks that webhooks and downloads may reach, such as 10.0.0.0/8 or hooks.lan."
+        (),
+        description="Private hosts and networks open to webhooks and downloads, such as 10.0.0.0/8 or hooks.lan.",
     )
-    webhook_secret: str = Field("", description="Standard Webhooks' shared secret, whsec_..., if any.")
-    shutdown_grace: float = Field(30, ge=0, description="How long a stop waits for running requests, in seconds.")
-    models_dir: Path | None = Field(None, description="A folder with further model files, run as code.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
-    log_format: Literal["text", "json"] = Field("text", description="How: text, in colour on a terminal, or json.")
+    webhook_secret: str = Field("", description="Shared secret for Standard Webhooks, whsec_..., if any.")
+    shutdown_grace: float = Field(30, ge=0, description="Seconds that a stop waits for running requests.")
+    models_dir: Path | None = Field(None, description="Directory of additional model files, run as code.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Log format: text, in color on a terminal, or json."
+    )
 
     @field_validator("weights")
     @classmethod
@@ -163,8 +176,7 @@ class Settings(BaseModel):
             try:
                 ipaddress.ip_network(entry, strict=False)
             except ValueError:
-                what = "a host, an address or a network, without scheme or port"
-                raise ValueError(f"{entry} should be {what}") from None
+                raise ValueError(f"{entry} should be a host, an address or a network, without scheme or port") from None
         return entries
 
     @field_validator("rate_per_key")
@@ -178,7 +190,7 @@ class Settings(BaseModel):
     @classmethod
     def _is_folder(cls, directory: Path | None) -> Path | None:
         if directory is not None and not directory.is_dir():
-            raise ValueError("should be a folder")
+            raise ValueError("should be a directory")
         return directory
 
     @field_validator("trusted_proxies")
@@ -193,7 +205,7 @@ class Settings(BaseModel):
         if not self.ray and (self.gpus or self.max_gpus):
             raise ValueError("--gpus and --max-gpus need --ray")
         if self.gpus and self.max_gpus:
-            raise ValueError("either --gpus or --max-gpus: a fixed number, or as the queue grows")
+            raise ValueError("use either --gpus for a fixed number of GPUs, or --max-gpus to scale with the queue")
         if "min_gpus" in self.model_fields_set and not self.max_gpus:
             raise ValueError("--min-gpus needs --max-gpus")
         if self.max_gpus and self.min_gpus > self.max_gpus:
@@ -203,7 +215,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _door_needs_tls(self) -> "Settings":
         if self.proxy_port and not self.tls_port:
-            raise ValueError("--proxy-port needs --tls-port: the door leads to it")
+            raise ValueError("--proxy-port needs --tls-port: the CONNECT proxy forwards to it")
         ports = [port for port in (self.port, self.tls_port, self.proxy_port) if port]
         if len(set(ports)) < len(ports):
             raise ValueError("--port, --tls-port and --proxy-port should differ")
@@ -218,17 +230,17 @@ class Settings(BaseModel):
 
     @property
     def is_reachable_remotely(self) -> bool:
-        """Whether others than this machine's programs can reach the server, by the network or through a proxy."""
+        """Whether programs on other machines can reach the server, over the network or through a proxy."""
         return bool(self.trusted_proxies) or not self.is_loopback
 
     @property
     def has_automatic_key(self) -> bool:
-        """Whether the server makes a key of its own at the first start, because others can reach it and none is set."""
+        """Whether the first start creates a key, because the server is reachable remotely and has none."""
         return self.is_reachable_remotely and not (self.keys or self.operator_keys)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it listens for this machine alone."""
+        """Whether the server listens on this machine only."""
         if self.host == "localhost":
             return True
         try:
@@ -238,23 +250,23 @@ class Settings(BaseModel):
 
     @property
     def local_address(self) -> str:
-        """Where this machine itself finds the server."""
+        """The address at which programs on this machine reach the server."""
         if self.host in ("0.0.0.0", "localhost"):  # noqa: S104  compared, not bound
             return "127.0.0.1"
         return "::1" if self.host == "::" else self.host
 
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
-        """From FLUX_SERVER_* and FAL_KEY, with `options` on top. Raises SettingsError with every problem."""
+        """Read FLUX_SERVER_* and FAL_KEY, which `options` override. Raises SettingsError with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
-        # An empty variable stands for none, as in .env files.
+        # An empty variable means that it is not set, as in .env files.
         values |= {
             name.removeprefix(PREFIX).lower(): value
             for name, value in environment.items()
             if name.startswith(PREFIX) and value
         }
         values.update({name: value for name, value in (options or {}).items() if value is not None})
-        # "local" is what `env` gives clients of a server without keys, whose shell may start the server too.
+        # `env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the server.
         if environment.get("FAL_KEY", OPEN_KEY) not in ("", OPEN_KEY):
             values["keys"] = (*_words(values.get("keys", ())), environment["FAL_KEY"])
         try:
@@ -273,11 +285,11 @@ def _problem(entry: Any) -> str:
         return str(entry["msg"]).removeprefix("Value error, ")
     name = str(entry["loc"][0])
     if entry["type"] == "extra_forbidden":
-        return f"{PREFIX}{name.upper()}: there is no such setting"
-    shown = ",".join(entry["input"]) if isinstance(entry["input"], tuple) else entry["input"]
-    given = "" if name in _SECRETS else f"; given was {str(shown)!r}"
+        return f"{PREFIX}{name.upper()}: unknown setting; `flux-server serve --help` lists all"
+    text = ",".join(entry["input"]) if isinstance(entry["input"], tuple) else entry["input"]
+    value = "" if name in _SECRETS else f"; the value is {str(text)!r}"
     option = "WEIGHTS" if name == "weights" else f"--{name.replace('_', '-')}"
-    return f"{option} ({PREFIX}{name.upper()}): {entry['msg'].removeprefix('Value error, ')}{given}"
+    return f"{option} ({PREFIX}{name.upper()}): {entry['msg'].removeprefix('Value error, ')}{value}"
 
 
 def _is_whsec(secret: str) -> bool:

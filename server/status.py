@@ -1,4 +1,4 @@
-"""What /status shows: the GPUs, the last hour, what failed, and what each key used."""
+"""The data of /status: GPUs, the last hour, recent failures, and usage by key."""
 
 import time
 from collections.abc import Mapping
@@ -33,22 +33,22 @@ _USAGE = """
     WHERE day >= ? GROUP BY owner ORDER BY billable_units DESC
 """
 
-#: A minute in which nothing ended.
+#: A minute in which no request finished.
 _NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "pictures": 0, "wait": None, "inference": None}
 
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """One worker and the device it paints on.
+    """One worker and its device.
 
     Attributes:
-        name: its number.
-        state: "waiting" for a GPU to be free in the cluster, "loading", "ready" or "leaving".
-        node: the machine's address; empty for the server's own process.
-        num_running: requests that it has.
-        num_restarts: how often it was started again because it was lost.
-        engines: what there is to tell of its engines, by their weights.
-        failure: why the last runner there ended, until the next one is ready.
+        name: the number of the worker.
+        state: "waiting" for a free GPU in the cluster, "loading", "ready" or "leaving".
+        node: the address of the machine; empty for the server's own process.
+        num_running: the number of requests assigned to the worker.
+        num_restarts: how often the worker was restarted after its runner died.
+        engines: information about the engines, by their weights.
+        failure: why the last runner ended, until the next one is ready.
     """
 
     name: str
@@ -61,7 +61,7 @@ class GpuStatus:
 
 
 def load_overview(database: Database, now: float | None = None) -> dict[str, Any]:
-    """As plain values; waits for the disk. Owners are told by the beginning of what stands for their key."""
+    """Load plain values; blocks on the disk. Owners are shown by a prefix of their key's hash."""
     now = time.time() if now is None else now
     return {
         "minutes": _minutes(database, now),
@@ -72,23 +72,23 @@ def load_overview(database: Database, now: float | None = None) -> dict[str, Any
 
 
 def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
-    """What ended in each of the last minutes, the oldest first; mean seconds that it waited and was painted."""
+    """Summarize the requests that finished in each of the last minutes, oldest first; times are means in seconds."""
     rows = database.read(_MINUTES, now - 60 * MINUTES)
-    found = {row["minute"]: {name: row[name] for name in _NOTHING} for row in rows}
-    return [found.get(minute, _NOTHING) for minute in range(MINUTES)]
+    by_minute = {row["minute"]: {name: row[name] for name in _NOTHING} for row in rows}
+    return [by_minute.get(minute, _NOTHING) for minute in range(MINUTES)]
 
 
 def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
-    """How long requests of the last hour waited and took, on average, in seconds."""
+    """Average the waiting and inference times of the last hour's requests by endpoint, in seconds."""
     return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
 
 
 def _failures(database: Database) -> list[dict[str, Any]]:
-    """The last ones that were the server's fault, the newest first."""
+    """Load the last failures of the server (status 500 and above), newest first."""
     return [dict(row) for row in database.read(_LAST_FAILURES, _FAILURES)]
 
 
 def _usage(database: Database, now: float) -> list[dict[str, Any]]:
-    """Requests and billable units of the last days, by key."""
+    """Sum the requests and billable units of the last USAGE_DAYS days by key."""
     first = datetime.fromtimestamp(now, UTC).date() - timedelta(days=USAGE_DAYS - 1)
     return [dict(row) for row in database.read(_USAGE, first.isoformat())]

@@ -1,1 +1,1 @@
-"""The engine beside diffusers, and weights of the true shapes to measure it with."""
+"""A benchmark of the engine against diffusers, with random weights of the true shapes."""

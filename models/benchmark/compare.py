@@ -1,4 +1,4 @@
-"""How fast the engine paints, beside diffusers' own pipeline: one process, in alternation."""
+"""A speed comparison of the engine with diffusers' pipeline: alternating runs in one process."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ GUIDANCE_SCALE = 3.5
 
 @dataclass(frozen=True)
 class Workload:
-    """What is painted: a size in pixels, steps, and how many requests wait together."""
+    """The job to measure: a size in pixels, a number of steps, and how many requests wait together."""
 
     width: int
     height: int
@@ -33,15 +33,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One way to paint one job. Medians over the rounds; text, steps and decoding count, loading does not.
+    """The speed of one way to run a workload. Medians over the rounds; text, steps and decoding count, not loading.
 
     Attributes:
-        way: "naive" is a call of FluxPipeline, "eager" the engine with the same kernels; else a tier.
-        seconds: a picture.
-        ms_per_step: of the steps alone; None for naive, whose steps are not ours to time.
-        ratio: how many times as fast as naive.
-        share: of the matmul rate measured in the same run; None for naive.
-        peak_gb: the most memory that the device held, in 10**9 bytes, with the weights of all tiers; None on a CPU.
+        way: "naive" is a call of FluxPipeline, "eager" is the engine with the same kernels, others are tiers.
+        seconds: seconds per image.
+        ms_per_step: milliseconds per step, without text and decoding; None for naive, whose steps cannot be timed.
+        ratio: speed as a multiple of naive.
+        share: share of the matmul rate measured in the same run; None for naive.
+        peak_gb: peak device memory in 10**9 bytes, including the weights of all tiers; None on a CPU.
     """
 
     way: str
@@ -63,44 +63,44 @@ class _Timing:
 
 
 class EngineBenchmark:
-    """Ways to paint with one pipeline; the tiers share its weights."""
+    """The ways to generate images with one pipeline; the tiers share its weights."""
 
     def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_whole: bool = True) -> None:
         self.pipeline = pipeline
         self.device = device
         self._now = Device(device).now
         self.rate = Device(device).matmul_rate(pipeline.transformer.dtype)
-        # The checker is asked on neither side.
-        self._checker = safety_checker.Unavailable("not asked")
+        # Neither side runs the safety checker.
+        self._checker = safety_checker.Unavailable("not used")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
         for tier in acceleration.build(pipeline, config, device, is_whole=is_whole):
-            # Where nothing is compiled, "none" is what eager is already.
+            # Without compilation, the tier "none" is the same as eager.
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)
 
     def figures(self, job: Workload, num_rounds: int) -> Iterator[Measurement]:
-        """Every way, alternating; a first round, which is not counted, warms all of them up."""
+        """Measure every way in alternation; a first round warms up and does not count."""
         ways: dict[str, Callable[[], _Timing]] = {"naive": lambda: self._naive(job)}
         for name, engine in self.engines.items():
             ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
-        taken = [{name: generate() for name, generate in ways.items()} for _ in range(num_rounds + 1)][1:]
-        naive = statistics.median(one["naive"].seconds for one in taken)
+        rounds = [{name: generate() for name, generate in ways.items()} for _ in range(num_rounds + 1)][1:]
+        naive = statistics.median(one["naive"].seconds for one in rounds)
         for name in ways:
-            yield self._figure(name, job, [one[name] for one in taken], naive)
+            yield self._figure(name, job, [one[name] for one in rounds], naive)
 
     def difference(self, job: Workload) -> int:
-        """The largest difference of a pixel between the pipeline's picture and the eager engine's."""
+        """Return the largest pixel difference between the pipeline's image and the eager engine's."""
         tasks, _ = self._generate(self.engines["eager"], job)
         theirs, ours = self._call(job), tasks[0].images[0]
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
 
-    def _figure(self, name: str, job: Workload, taken: Sequence[_Timing], naive: float) -> Measurement:
-        seconds = statistics.median(one.seconds for one in taken)
-        stepping = [one.step_seconds for one in taken if one.step_seconds is not None]
+    def _figure(self, name: str, job: Workload, timings: Sequence[_Timing], naive: float) -> Measurement:
+        seconds = statistics.median(one.seconds for one in timings)
+        stepping = [one.step_seconds for one in timings if one.step_seconds is not None]
         per_step = statistics.median(stepping) / job.num_steps / job.num_waiting if stepping else None
         num_tokens = job.width * job.height // (self.pipeline.vae_scale_factor * 2) ** 2
         flop = step_flops(self.pipeline.transformer.config, num_tokens, NUM_TOKENS)
-        peaks = [one.peak for one in taken if one.peak is not None]
+        peaks = [one.peak for one in timings if one.peak is not None]
         return Measurement(
             name,
             f"{job.width}x{job.height}",
@@ -127,13 +127,13 @@ class EngineBenchmark:
 
     def _shared(self, engine: FluxEngine, job: Workload) -> _Timing:
         started = self._begin()
-        # Naive encodes its prompt each time, and so does this.
+        # The naive way encodes the prompt each time, so the engine must too.
         engine.prompts.evict()
         _, step_seconds = self._generate(engine, job)
         return _Timing(self._now() - started, step_seconds, self._peak())
 
     def _generate(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
-        """The paintings, decoded, and the seconds that the steps took, the text apart."""
+        """Return the decoded tasks, and the seconds that the steps took, without text encoding."""
         request = SimpleNamespace(
             prompt=PROMPT,
             image_size=SimpleNamespace(width=job.width, height=job.height),
@@ -146,7 +146,7 @@ class EngineBenchmark:
         started = self._now()
         tasks = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [task for task in tasks if task.step < task.num_steps]:
-            # As the worker does: the one with the least remaining work leads.
+            # The task with the least remaining work leads, as in the worker.
             leader = min(waiting, key=lambda task: task.remaining_work)
             engine.advance(leader, [task for task in waiting if task is not leader])
         step_seconds = self._now() - started

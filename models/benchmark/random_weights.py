@@ -1,7 +1,7 @@
-"""A FLUX pipeline nobody trained: FLUX.1 [dev]'s true shapes, or tiny ones, built in memory without a download.
+"""A FLUX pipeline with random weights: FLUX.1 [dev]'s true shapes, or tiny ones, built without a download.
 
-Speed and memory depend on the shapes only, so both can be measured before the weights are here. The shapes are those
-of FLUX.1 [dev]'s own configuration files.
+Speed and memory depend only on the shapes, so both can be measured before the weights are downloaded. The true shapes
+are those of FLUX.1 [dev]'s configuration files.
 """
 
 import json
@@ -69,16 +69,18 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def sizes(shape: str, dtype: "torch.dtype") -> dict[str, int]:
-    """Bytes of each part in this type, without building it."""
+    """Return the bytes of each part in this type, without allocating its weights."""
     import torch
 
     with torch.device("meta"):
-        found = parts(shape)
-    return {name: dtype.itemsize * sum(weight.numel() for weight in part.parameters()) for name, part in found.items()}
+        modules = parts(shape)
+    return {
+        name: dtype.itemsize * sum(weight.numel() for weight in part.parameters()) for name, part in modules.items()
+    }
 
 
 def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "FluxPipeline":
-    """A pipeline of this shape and type, made on the device; the tokenizers are the demo's."""
+    """Build a pipeline of this shape and type on the device, with the demo's tokenizers."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -88,26 +90,26 @@ def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "Flux
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            found = parts(shape)
+            modules = parts(shape)
     finally:
         torch.set_default_dtype(before)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO / "scheduler"),
         tokenizer=CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(DEMO / "tokenizer_2"),
-        **{name: part.eval() for name, part in found.items()},
+        **{name: part.eval() for name, part in modules.items()},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def parts(shape: str) -> dict[str, Any]:
-    """The modules of this shape, on PyTorch's default device."""
+    """Build the modules of this shape on PyTorch's default device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     shapes = SHAPES[shape]
-    # CLIP's pooled state is found by the end token, and the tokenizer is the demo's for all shapes.
+    # CLIP reads its pooled state at the end token, and every shape uses the demo's tokenizer.
     demo = json.loads((DEMO / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     ends = {name: demo[name] for name in ("bos_token_id", "eos_token_id")}
     return {

@@ -1,4 +1,4 @@
-"""The tiers of `acceleration`: which this device can run, and with what."""
+"""The tiers of `acceleration`: which of them this device can run, and how."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from models.flux.prompt_cache import NUM_TOKENS
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "regular", "high")
-#: Picture tokens to warm up with: other than the text tokens and each other, lest a size be taken for a constant.
+#: Image token counts for the warm-up. They differ from the text tokens and from each other, so that the compiler takes
+#: no size for a constant.
 _WARM_TOKENS = (384, 640)
 
 
@@ -30,11 +31,11 @@ class Tier:
     """One way to run the transformer.
 
     Attributes:
-        name: the wire's word for it.
+        name: its name in requests.
         transformer: called as FluxTransformer2DModel is.
-        shares_forwards: whether several generations may go through one forward.
+        shares_forwards: whether several images may share one forward.
         skips_blocks: whether a first-block cache is used.
-        is_ready: whether a request may use it: what is compiled is warm.
+        is_ready: whether requests may use it, because its compiled code is warm.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Tier:
     is_ready: bool = True
 
     def warm_up(self, device: str, dtype: torch.dtype) -> None:
-        """Run it once for every kind of forward that a request may need, so that none of them compiles."""
+        """Run every kind of forward that a request may need once, so that no request waits for a compile."""
         for batch in (1, 2) if self.shares_forwards else (1,):
             for num_tokens in _WARM_TOKENS:
                 with torch.no_grad():
@@ -56,13 +57,13 @@ _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
-    """With LoRAs, whose forwards are not compiled: those of the same names, on the transformer that has the LoRAs."""
+    """Return uncompiled tiers of the same names, for tasks with LoRAs, which run on their own transformer."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
 def build(pipeline: Any, config: EngineConfig, device: str, *, is_whole: bool) -> list[Tier]:
-    """The tiers that this device can run and the operator offers, from the most exact; "none" is always there."""
+    """Build the tiers that this device can run and the operator offers, most exact first, always with "none"."""
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
@@ -79,7 +80,7 @@ def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
     choose_attention(exact)
     tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
     if reason := fp8_unavailable_reason(transformer, config):
-        log.info("the tiers regular and high are painted as none: %s", reason)
+        log.info("requests for the tiers regular and high use the tier none: %s", reason)
         return tiers
     quantized = clone_sharing_weights(exact)
     quantize(quantized)
@@ -92,7 +93,7 @@ def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
 
 
 def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a forward of so many generations and tokens takes."""
+    """Build random inputs for a forward of `batch` images of `num_tokens` each."""
     make: Callable[..., torch.Tensor] = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
     return {
         "hidden_states": make(batch, num_tokens, config.in_channels),
@@ -107,6 +108,6 @@ def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.
 
 
 def best_ready(tiers: Sequence[Tier], name: str) -> Tier:
-    """The tier of this name, or the next lower one that is ready."""
-    wanted = NAMES[: NAMES.index(name) + 1]
-    return [tier for tier in tiers if tier.name in wanted and (tier.is_ready or tier.name == "none")][-1]
+    """Return the tier of this name, or the next lower one that is ready."""
+    candidates = NAMES[: NAMES.index(name) + 1]
+    return [tier for tier in tiers if tier.name in candidates and (tier.is_ready or tier.name == "none")][-1]

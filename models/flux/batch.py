@@ -1,4 +1,4 @@
-"""One forward: whose generations go through it together, and where it takes each of them."""
+"""One forward: which images share it, and the velocity of each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,50 +9,50 @@ from models.flux import first_block_cache
 from models.flux.sample import Sample
 from models.flux.task import FluxTask
 
-#: Tokens, of text and pictures, that go through one shared forward at most: two pictures of 1024x1024. Beyond, the
-#: card has nothing left to gain, and everybody would wait for the slowest.
+#: Maximum tokens of text and images in a shared forward: two images of 1024x1024. A larger batch gains nothing on the
+#: GPU, and each task would wait for the slowest.
 TOKEN_BUDGET = 9216
 
-#: A generation that goes through a forward, and whose it is.
+#: An image in a forward, with its task.
 BatchItem = tuple[FluxTask, Sample]
 
 
 def can_share(task: FluxTask, other: FluxTask) -> bool:
-    """Whether both run through the same transformer, and their tier allows it."""
+    """Return whether both tasks use the same transformer, and their tier allows sharing."""
     return other.tier is task.tier and other.tier.shares_forwards and other.loras == task.loras
 
 
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
-    """Those that are like the first, in their order, within the token budget; the first in any case."""
-    found: list[BatchItem] = []
+    """Select the first image, and those of the same size that fit the token budget, in order."""
+    batch: list[BatchItem] = []
     for task, samples in due:
         for sample in samples:
-            is_alike = not found or sample.key == found[0][1].key
-            if is_alike and (len(found) + 1) * sample.num_tokens <= max(TOKEN_BUDGET, sample.num_tokens):
-                found.append((task, sample))
-    return found
+            is_alike = not batch or sample.key == batch[0][1].key
+            if is_alike and (len(batch) + 1) * sample.num_tokens <= max(TOKEN_BUDGET, sample.num_tokens):
+                batch.append((task, sample))
+    return batch
 
 
 def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
-    """One forward for one or more generations of one size: the velocity of each, of the shape of its latents."""
+    """Run one forward for one or more images of one size; return each velocity, in the shape of its latents."""
     first = samples[0]
     timesteps = torch.stack([sample.timestep for sample in samples])
     guidance = [sample.guidance for sample in samples]
     inputs = {
-        "hidden_states": _together([sample.latents for sample in samples]),
+        "hidden_states": _concatenate([sample.latents for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
-        "guidance": None if first.guidance is None else _together(guidance),
-        "pooled_projections": _together([sample.text.pooled_prompt_embeds for sample in samples]),
-        "encoder_hidden_states": _together([sample.text.prompt_embeds for sample in samples]),
+        "guidance": None if first.guidance is None else _concatenate(guidance),
+        "pooled_projections": _concatenate([sample.text.pooled_prompt_embeds for sample in samples]),
+        "encoder_hidden_states": _concatenate([sample.text.prompt_embeds for sample in samples]),
         "txt_ids": first.text.ids,
         "img_ids": first.latent_ids,
     }
     if first.cache is not None:
         return [first_block_cache.velocity(transformer, first.cache, **inputs)]
-    found: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
-    return found
+    velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
+    return velocities
 
 
-def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor alone is passed on as it is, so that its forward is the very one the pipeline makes."""
+def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors. A single one is passed on unchanged, so that its forward matches the pipeline's exactly."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,4 +1,4 @@
-"""How a transformer is made faster: clones that share weights, compiled blocks, fp8 matrices, attention."""
+"""Ways to speed up a transformer: clones that share weights, compiled blocks, fp8 matrices, attention."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def clone_sharing_weights(module: Any) -> Any:
-    """A copy of a module that has the same weights, not copies of them: changing how it runs leaves the other be."""
+    """Clone a module without copying its weights: changes to how the clone runs do not affect the original."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
@@ -27,7 +27,7 @@ def compile_blocks(transformer: Any) -> Any:
 
 
 def quantize(transformer: Any) -> None:
-    """The blocks' large matrices in fp8, a scale a row; inputs are quantized as they come."""
+    """Quantize the blocks' large matrices to fp8 with a scale per row; inputs are quantized on the fly."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -35,31 +35,31 @@ def quantize(transformer: Any) -> None:
 
 
 def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
-    """Whether a module is one of the matrices that the tokens go through."""
+    """Return whether a module is one of the matrices that the tokens pass through."""
     return isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
 
 
 def choose_attention(transformer: Any) -> None:
-    """The fastest exact attention there is: FlashAttention 3 if it is installed, else cuDNN's on Hopper and later."""
+    """Choose the fastest exact attention: FlashAttention 3 if it is installed, else cuDNN's on Hopper and later."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     major, _ = torch.cuda.get_device_capability()
     if major < 9:
         return
-    # Choosing for one transformer also changes what all others take by default, which is put back.
+    # Setting one transformer's backend also changes the default of all others, so the default is restored.
     before, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         transformer.set_attention_backend(
             "_flash_3" if major == 9 and find_spec("flash_attn_interface") else "_native_cudnn"
         )
     except (RuntimeError, ValueError) as error:
-        log.warning("PyTorch's own choice of attention is taken: %s", error)
+        log.warning("using PyTorch's default attention, which may be slower: %s", error)
     finally:
         _AttentionBackendRegistry.set_active_backend(before)
 
 
 def set_compile_cache_dirs(config: EngineConfig) -> None:
-    """Keep what is compiled on disk, apart for each version of PyTorch, Triton, diffusers and each kind of card."""
+    """Keep compiled code on disk, separately for each version of the libraries and each GPU model."""
     if config.compile_cache is None:
         return
     from importlib.metadata import version
@@ -80,15 +80,15 @@ def set_compile_cache_dirs(config: EngineConfig) -> None:
 
 
 def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None:
-    """Why this device cannot have a copy of the transformer in fp8; None where it can."""
+    """Return why this device cannot hold an fp8 copy of the transformer; None if it can."""
     if config.max_acceleration == "none":
-        return "the operator offers nothing faster"
+        return "--max-acceleration is none"
     if torch.cuda.get_device_capability() < (8, 9):
-        return f"{torch.cuda.get_device_name()} has no fp8 matrix products"
+        return f"{torch.cuda.get_device_name()} does not support fp8 matrix products"
     if not find_spec("torchao"):
         return "torchao is not installed; pip install 'flux-server[fp8]'"
     free, _ = torch.cuda.mem_get_info()
     needed = sum(weight.nbytes for weight in transformer.parameters()) * (0.5 + WORKSPACE)
     if needed > free:
-        return f"a copy in fp8 needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free"
+        return f"a copy in fp8 needs {needed / 1e9:.0f} GB more, and {free / 1e9:.0f} GB are free"
     return None

@@ -1,4 +1,4 @@
-"""The step loop of FLUX: generations that share one device, each advanced by one step at a time."""
+"""The FLUX engine: tasks share one device, and each advances one step at a time."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
-#: Pictures in a row that come out as not-a-number, at which the device is given up.
+#: After this many not-a-number images in a row, the device counts as lost.
 MAX_NONFINITE_IMAGES = 2
 
 
 class FluxEngine:
-    """A FluxPipeline taken step by step; eagerly and in the tier "none" bit for bit what `__call__` gives."""
+    """A FluxPipeline run step by step; in eager mode, the tier "none" equals `__call__` bit for bit."""
 
     def __init__(
         self,
@@ -68,19 +68,19 @@ class FluxEngine:
         self.redux = redux
         self.previews = Preview(pipeline.vae)
         self._num_nonfinite = 0
-        #: Sides are rounded down to this many pixels.
+        #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
-        # A CPU has nothing to gain from a second thread: measured, OpenMP's teams hinder each other.
+        # A CPU gains nothing from a second thread: measurements show that OpenMP teams slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
 
     @classmethod
     def load(cls, config: EngineConfig) -> "FluxEngine":
-        """Load pipeline and checker and warm up the tier "none"; raises OSError when weights or memory lack."""
+        """Load the weights and the safety checker, and warm up the tier "none". Raises OSError if that fails."""
         device = devices.device_for(config.device)
         try:
             return cls._load(config, device)
         except BaseException:
-            # What was loaded of it is only cached now, and others need the room.
+            # Memory of a partial load is only cached now, and other engines need it.
             Device(device).free()
             raise
 
@@ -97,18 +97,18 @@ class FluxEngine:
             try:
                 engine.warm_up()
             except Exception:
-                log.exception("compiling failed, so every tier is painted uncompiled; a C compiler is needed")
+                log.exception("compiling failed, so every tier runs uncompiled; check that a C compiler is installed")
                 engine.tiers = [Tier("none", pipeline.transformer)]
         return engine
 
     def info(self) -> EngineInfo:
-        """The device, the memory plan, and the tiers that are ready."""
+        """Return the device, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         return EngineInfo(self.device.description, dtype, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
-        """Make the next tier ready; on a thread of its own, steps in other tiers go on meanwhile."""
+        """Make the next tier ready; on a separate thread, steps in other tiers continue meanwhile."""
         cold = [tier for tier in self.tiers if not tier.is_ready]
         if not cold:
             return False
@@ -122,36 +122,39 @@ class FluxEngine:
         return True
 
     def close(self) -> None:
-        """Give the device's memory back."""
-        # A thread may still be warming one up.
+        """Release the device's memory."""
+        # Another thread may still be warming up a tier.
         self.tiers = []
         del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews
         self.device.free()
 
     def freeze_compilation(self) -> None:
-        """Every tier that can be ready is: a size that nobody thought of is painted uncompiled from now on.
+        """Stop compiling, once every tier is ready: unexpected sizes run uncompiled from now on.
 
-        Slower once, where a compile would take a minute. It holds for the process, so all engines come first.
+        Such a request is slower, but a compile would take a minute. The setting is process-wide, so all engines must
+        be ready first.
         """
         if any(tier.transformer is not self.pipeline.transformer for tier in self.tiers):
             torch.compiler.set_stance("eager_on_recompile")
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
-        """Begin to paint; cheap, text and picture are encoded with the first step."""
+        """Start a task. This is cheap: text and input image are encoded with the first step."""
         loras = tuple(
             LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
             for place, lora in enumerate(getattr(request, "loras", ()))
         )
         if loras and self.loras is None:
-            raise GenerationFailed("LoRA weights need all of the model on the device: --memory resident.")
+            raise GenerationFailed(
+                "LoRA weights need the whole model on the device; start the server with --memory resident."
+            )
         tier = acceleration.best_ready(
             acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers, request.acceleration
         )
         image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
-        # One that has no strength is looked at, not painted over.
+        # Without a strength, the image is a reference for the content, not the start of the generation.
         start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
         if reference_image and self.redux is None:
-            raise GenerationFailed(f"These weights cannot read pictures: {specs.REDUX.hub_id} is not installed.")
+            raise GenerationFailed(f"These weights cannot read images: {specs.REDUX.hub_id} is not installed.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
         width, height = self._round_down(width), self._round_down(height)
         work, dtype = (
@@ -162,10 +165,10 @@ class FluxEngine:
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """One step of `task`, in one forward with those of `others` that can share it."""
+        """Take one step of `task`, in one forward with those of `others` that can share it."""
         assert isinstance(task, FluxTask)
-        together, alone = partial(self._step, task, others), partial(self._step_alone, task)
-        members, velocities = self.device.retry_on_oom(task.description, together, alone)
+        shared, alone = partial(self._step, task, others), partial(self._step_alone, task)
+        members, velocities = self.device.retry_on_oom(task.description, shared, alone)
         with self.device.classify_errors(task.description, is_last_try=True):
             for (member, sample), velocity in zip(members, velocities, strict=True):
                 sample.step_with(velocity)
@@ -177,41 +180,41 @@ class FluxEngine:
 
     @torch.no_grad()
     def preview(self, task: GenerationTask) -> Image | None:
-        """The newest estimate of its newest picture, as small RGB."""
+        """Return a small RGB preview of the newest image, from its latest estimate."""
         assert isinstance(task, FluxTask)
-        seen = [sample for sample in task.samples if sample.velocity is not None]
-        if not seen:
+        samples = [sample for sample in task.samples if sample.velocity is not None]
+        if not samples:
             return None
-        image: Image = self.previews.image(unpacked(self.pipeline, seen[-1], seen[-1].estimate))
+        image: Image = self.previews.image(unpacked(self.pipeline, samples[-1], samples[-1].estimate))
         return image
 
     @torch.no_grad()
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next picture; raises NonFiniteOutput, and DeviceLost when that comes twice in a row."""
+        """Decode the next image. Raises NonFiniteOutput, and DeviceLost if that happens twice in a row."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        decoded = partial(self._decoded, sample)
+        decode = partial(self._decode, sample)
         try:
-            image = self.device.retry_on_oom(task.description, decoded, decoded)
+            image = self.device.retry_on_oom(task.description, decode, decode)
         except NonFiniteOutput as error:
-            # Somebody's LoRA may spoil somebody's own pictures; else the weights on the device are spoilt.
+            # A client's LoRA can break that client's own images. Without LoRAs, the weights on the device are damaged.
             self._num_nonfinite += not task.loras
             if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
-                raise DeviceLost("two pictures in a row came out as not-a-number") from error
+                raise DeviceLost("two images in a row came out as not-a-number") from error
             raise
         self._num_nonfinite = 0
         task.images.append(image)
         sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Ask the safety checker."""
-        asked = partial(self._judged, images)
-        return self.device.retry_on_oom("checking a picture", asked, asked)
+        """Run the safety checker."""
+        check = partial(self._check_safety, images)
+        return self.device.retry_on_oom("the safety check of an image", check, check)
 
     # -- one step
 
     def _due(self, task: FluxTask) -> list[Sample]:
-        """Its generations that can take a step, begun if they were not."""
+        """Return the samples of a task that can take a step; start new ones if allowed."""
         due = task.due
         while len(task.samples) < task.request.num_images and (not due or task.tier.shares_forwards):
             task.samples.append(self._begin(task, task.seed + len(task.samples)))
@@ -219,11 +222,11 @@ class FluxEngine:
         return due
 
     def _due_candidates(self, task: FluxTask) -> list[Sample]:
-        """As `_due`; none for one that cannot begin, which its own turn will say."""
+        """Return what `_due` does, but nothing for a task that cannot start; its own turn reports the error."""
         try:
             return self._due(task)
         except RuntimeError:
-            # The device's, not the request's.
+            # An error of the device, not of the request.
             raise
         except Exception:
             return []
@@ -231,7 +234,7 @@ class FluxEngine:
     def _step(
         self, task: FluxTask, others: Sequence[GenerationTask], limit: int | None = None
     ) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """The next forward: who goes through it, at most so many, and where each of them goes from here."""
+        """Run the next forward, of at most `limit` samples; return its members and their velocities."""
         members = self._select_batch(task, [other for other in others if isinstance(other, FluxTask)])[:limit]
         size = (task.tier.name, bool(task.loras), members[0][1].num_tokens)
         members = members[: self.sharing.number(size, len(members))]
@@ -240,13 +243,13 @@ class FluxEngine:
             return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """With as much of the memory as can be had."""
+        """Run one sample alone, after freeing the memory of unused LoRAs."""
         if self.loras:
             self.loras.unload_idle(task.loras)
         return self._step(task, (), limit=1)
 
     def _select_batch(self, task: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
-        """Its own generations first, then those of others where that is allowed."""
+        """Select the task's own samples first, then those of other tasks that may share."""
         candidates = [other for other in others if batch.can_share(task, other)]
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
@@ -256,7 +259,7 @@ class FluxEngine:
         num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if reference_image and self.redux else 0)
         return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
-    # -- the ends of a generation
+    # -- start and end of an image
 
     def _round_down(self, side: int) -> int:
         return max(self.multiple, side // self.multiple * self.multiple)
@@ -272,19 +275,19 @@ class FluxEngine:
         return sample
 
     def _pipeline_of(self, task: FluxTask) -> Any:
-        """The pipeline with its LoRAs switched on, if it has any."""
+        """Return the pipeline, with the task's LoRAs active if it has any."""
         return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
 
-    def _decoded(self, sample: Sample) -> Image:
+    def _decode(self, sample: Sample) -> Image:
         with self.device.on_decode_stream(sample.latents, sample.event):
             latents = unpacked(self.pipeline, sample, sample.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise NonFiniteOutput("The picture came out as not-a-number, so none is shown.")
+                raise NonFiniteOutput("The image came out as not-a-number, so none is returned.")
             image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return image
 
-    def _judged(self, images: Sequence[Image]) -> Sequence[bool]:
+    def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():
             return self.checker.is_unsafe(images)
 

@@ -1,8 +1,8 @@
-"""First-block cache: when the first block changes little from one step to the next, the others are not run.
+"""First-block cache: when the first block's output changes little between two steps, the other blocks are skipped.
 
-diffusers has it as hooks on a transformer's blocks, whose state is kept by name and which keep blocks from being
-compiled whole. Here the state belongs to its generation and goes with it, and the blocks stay as they are compiled;
-`tests/parity/test_first_block_cache.py` holds it against diffusers' own, difference 0.
+diffusers implements this cache as hooks on a transformer's blocks. Their state is kept by name, and they prevent
+compiling whole blocks. Here, the state belongs to one image and the compiled blocks stay unchanged.
+`tests/parity/test_first_block_cache.py` compares this cache with diffusers', difference 0.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-#: The relative change of the first block's residual below which the other blocks are skipped: the value its authors
-#: name for FLUX.1 [dev]. What it saves on the real model is not yet measured here.
+#: The relative change of the first block's residual below which the other blocks are skipped: its authors'
+#: value for FLUX.1 [dev]. The saving on the real model is not yet measured here.
 THRESHOLD = 0.08
 
 
 @dataclass
 class FirstBlockCache:
-    """What one generation remembers of its last whole forward: residuals of shape (1, tokens, width)."""
+    """The state of one image: residuals of its last full forward, of shape (1, tokens, width)."""
 
     threshold: float = THRESHOLD
     head: torch.Tensor | None = None
@@ -25,7 +25,7 @@ class FirstBlockCache:
     num_skipped: int = 0
 
     def can_skip(self, head: torch.Tensor) -> bool:
-        """Whether the first block's residual is about that of the last whole forward; waits for the device."""
+        """Return whether the first block's residual is close to the last full forward's; waits for the device."""
         if self.head is None:
             return False
         change = (head - self.head).abs().mean() / self.head.abs().mean()
@@ -33,17 +33,17 @@ class FirstBlockCache:
 
 
 def velocity(transformer: Any, cache: FirstBlockCache, *, img_ids: Any, txt_ids: Any, **inputs: Any) -> torch.Tensor:
-    """FluxTransformer2DModel's forward for one generation, with its cache; inputs and output as there."""
+    """Run FluxTransformer2DModel's forward for one image with its cache; same inputs and output."""
     image = transformer.x_embedder(inputs["hidden_states"])
     scalars = [inputs["timestep"].to(image.dtype) * 1000]
     if inputs["guidance"] is not None:
         scalars.append(inputs["guidance"].to(image.dtype) * 1000)
     temb = transformer.time_text_embed(*scalars, inputs["pooled_projections"])
     text = transformer.context_embedder(inputs["encoder_hidden_states"])
-    given = {"temb": temb, "image_rotary_emb": transformer.pos_embed(torch.cat((txt_ids, img_ids)))}
+    shared = {"temb": temb, "image_rotary_emb": transformer.pos_embed(torch.cat((txt_ids, img_ids)))}
     blocks: list[Any] = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     before = image
-    text, image = blocks[0](hidden_states=image, encoder_hidden_states=text, joint_attention_kwargs=None, **given)
+    text, image = blocks[0](hidden_states=image, encoder_hidden_states=text, joint_attention_kwargs=None, **shared)
     head = image - before
     if cache.can_skip(head) and cache.tail is not None:
         cache.num_skipped += 1
@@ -51,7 +51,7 @@ def velocity(transformer: Any, cache: FirstBlockCache, *, img_ids: Any, txt_ids:
     else:
         after_first = image
         for block in blocks[1:]:
-            text, image = block(hidden_states=image, encoder_hidden_states=text, joint_attention_kwargs=None, **given)
+            text, image = block(hidden_states=image, encoder_hidden_states=text, joint_attention_kwargs=None, **shared)
         cache.head, cache.tail = head, image - after_first
     output: torch.Tensor = transformer.proj_out(transformer.norm_out(image, temb))
     return output

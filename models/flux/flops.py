@@ -1,10 +1,10 @@
-"""How much work a step is, in closed form: what generations are charged for, and what speed is measured against."""
+"""The work of a step in closed form, which requests are charged for and speed is measured against."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-#: FLUX.1 [dev]'s transformer, from its own configuration file.
+#: The configuration of FLUX.1 [dev]'s transformer, from its configuration file.
 FLUX_DEV: Mapping[str, Any] = MappingProxyType(
     {
         "in_channels": 64,
@@ -21,24 +21,24 @@ FLUX_DEV: Mapping[str, Any] = MappingProxyType(
 
 
 def step_flops(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int) -> int:
-    """Floating point operations of one forward of a FluxTransformer2DModel for one picture.
+    """Return the floating point operations of one forward of a FluxTransformer2DModel for one image.
 
-    A multiplication and its addition count as two. Counted are matrix products and attention, which are all but a
-    few thousandths of the time; `num_tokens` is width x height / 256 for FLUX.1.
+    A multiplication and its addition count as two. Only matrix products and attention count, which are all but a few
+    thousandths of the time. `num_tokens` is width x height / 256 for FLUX.1.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     num_double, num_single = config["num_layers"], config["num_single_layers"]
     num_all = num_tokens + num_text_tokens
     out_channels = config["out_channels"] or config["in_channels"]
-    # Either kind of block: query, key, value, output and a feed-forward of four times the width, for each token.
+    # Each block of either kind: query, key, value, output and a feed-forward of four times the width, per token.
     linear = 12 * width**2 * num_all * (num_double + num_single)
     attention = 2 * num_all**2 * width * (num_double + num_single)
     ends = width * (
         (config["in_channels"] + out_channels) * num_tokens + config["joint_attention_dim"] * num_text_tokens
     )
-    # Shift, scale and gate of each norm: twelve per joint block, three per single one, two at the end; once a picture.
+    # Shift, scale and gate of each norm, once per image: twelve per joint block, three per single one, two at the end.
     modulation = width**2 * (12 * num_double + 3 * num_single + 2)
     num_scalars = 2 if config["guidance_embeds"] else 1
-    # Timestep and guidance enter as 256 sinusoids each.
+    # Timestep and guidance are embedded from 256 sinusoids each.
     embedding = num_scalars * (256 * width + width**2) + config["pooled_projection_dim"] * width + width**2
     return int(2 * (linear + attention + ends + modulation + embedding))

@@ -1,4 +1,4 @@
-"""LoRA weights around the base weights, which are never changed: on a twin of the pipeline that shares them."""
+"""LoRA weights on a clone of the pipeline. The clone shares the base weights, which never change."""
 
 import warnings
 from collections import OrderedDict
@@ -14,33 +14,33 @@ from safetensors.torch import load_file
 from models.base import IncompatibleInput
 from models.flux.compilation import clone_sharing_weights
 
-#: Bytes of those that stay on the device, the least recently used go first. One of rank 16 takes some 40 MB for
-#: FLUX.1. What one painting asks for may be more, while it is painted.
+#: Maximum bytes of LoRAs on the device, evicted least recently used first. A LoRA of rank 16 takes some 40 MB
+#: for FLUX.1. One task may exceed the limit while it runs.
 CACHE_BYTES = 2_000_000_000
-#: What diffusers calls a layer's two matrices, whatever the file called them.
+#: diffusers' names for a layer's two matrices, after converting those of the file.
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """Weights as safetensors, in a file named by what is in it, and how strongly they count."""
+    """LoRA weights in a content-addressed safetensors file, and their scale."""
 
     path: Path
     scale: float
 
     @property
     def name(self) -> str:
-        """The adapter's; a module's name may hold no dot."""
+        """The adapter name; module names cannot contain a dot."""
         return self.path.stem.replace(".", "_")
 
     @property
     def num_bytes(self) -> int:
-        """What it takes on the device, or a little more. Raises OSError where the file is gone."""
+        """Size on the device, or slightly more. Raises OSError if the file is gone."""
         return self.path.stat().st_size
 
 
 class LoraManager:
-    """Switches LoRAs on for the forwards of those that asked for them. One thread owns it."""
+    """The LoRAs on the device, activated for the tasks that use them. One thread owns the manager."""
 
     def __init__(self, pipeline: Any, kept_bytes: int = CACHE_BYTES) -> None:
         self._base = pipeline
@@ -51,11 +51,11 @@ class LoraManager:
 
     @property
     def names(self) -> list[str]:
-        """Those on the device, from the least to the most recently used."""
+        """Names of the LoRAs on the device, least recently used first."""
         return list(self._loaded)
 
     def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """The pipeline with exactly these switched on. Raises IncompatibleInput, naming the one."""
+        """Return the pipeline with exactly these LoRAs active. Raises IncompatibleInput for one that does not fit."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if loras != self._active:
@@ -63,14 +63,14 @@ class LoraManager:
                 if lora.name in self._loaded:
                     self._loaded.move_to_end(lora.name)
                 else:
-                    self._load(lora, place, {wanted.name for wanted in loras})
+                    self._load(lora, place, {needed.name for needed in loras})
             scales = _scales(loras)
             self._pipeline.set_adapters(list(scales), list(scales.values()))
             self._active = loras
         return self._pipeline
 
     def unload_idle(self, loras: tuple[LoraAdapter, ...]) -> None:
-        """Let all others go, because memory ran out."""
+        """Unload all other LoRAs, because memory ran out."""
         self._make_room({lora.name for lora in loras}, self._kept_bytes)
 
     def _build(self) -> Any:
@@ -85,20 +85,20 @@ class LoraManager:
         try:
             num_bytes = lora.num_bytes
             self._make_room(wanted, num_bytes)
-            # Tensors alone: what a file's header says of itself would choose how peft sets its layers up.
+            # Load only the tensors: metadata in the file's header could change how peft sets up its layers.
             tensors = load_file(lora.path)
             self._check(tensors)
             with warnings.catch_warnings():
-                # peft warns of a second adapter, which is what is wanted.
+                # peft warns of a second adapter, which is intended here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 self._pipeline.load_lora_weights(tensors, adapter_name=lora.name)
-            # diffusers passes over layers that are not the model's, even if that is all of them.
+            # diffusers skips layers that the model does not have, even if that is all of them.
             if lora.name not in self._known:
-                raise ValueError("none of its layers is the model's; take weights that were trained on this model")
+                raise ValueError("none of its layers is in this model; use weights that were trained on this model")
         except BaseException as error:
-            # Half of it may be there, and would paint into the next picture.
+            # A partly loaded adapter would affect the next image.
             self._unload(lora.name)
-            # The device's errors are not the file's: who asked for the step tells these apart.
+            # Errors of the device are not the file's fault; the caller of the step classifies them.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
             message = f"These LoRA weights do not fit this model: {_brief(error)}"
@@ -106,16 +106,16 @@ class LoraManager:
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Only what stands beside the base weights, in pairs that fit: anything else would be written into them."""
+        """Accept only pairs of matrices that fit a layer; anything else would overwrite base weights."""
         if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
             raise ValueError(f"{vectors[0]} is not a single number")
-        # A copy, because it takes some out.
+        # Pass a copy, because the conversion removes entries.
         converted = self._pipeline.lora_state_dict(dict(tensors))
         of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
         for key in converted:
             if "lora_" not in key or (key in of_transformer and not key.endswith(_MATRICES)):
                 raise ValueError(
-                    f"{key} is not of a LoRA's matrices; changed base weights and biases are not supported"
+                    f"{key} is not one of a LoRA's matrices; changed base weights and biases are unsupported"
                 )
         for name in {key.rpartition(".lora_")[0] for key in of_transformer}:
             pair = [of_transformer.get(name + extension) for extension in _MATRICES]
@@ -129,21 +129,21 @@ class LoraManager:
 
     @property
     def _known(self) -> set[str]:
-        """The names of all that the pipeline has, in whatever part of it."""
+        """Names of all adapters in any part of the pipeline."""
         return {each for names in self._pipeline.get_list_adapters().values() for each in names}
 
     def _unload(self, name: str) -> None:
         self._loaded.pop(name, None)
         if name in self._known:
             with warnings.catch_warnings():
-                # Which others are on is said before the next forward.
+                # peft warns of deleting an active adapter; the next forward sets the active ones anyway.
                 warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
                 self._pipeline.delete_adapters(name)
         self._active = ()
 
 
 def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
-    """By name; the same one twice counts twice."""
+    """Sum the scales by name; a LoRA that is listed twice counts twice."""
     scales: dict[str, float] = {}
     for lora in loras:
         scales[lora.name] = scales.get(lora.name, 0.0) + lora.scale
@@ -151,7 +151,7 @@ def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
 
 
 def _check_pair(transformer: Any, name: str, inner: torch.Tensor | None, outer: torch.Tensor | None) -> None:
-    """Raises ValueError where two matrices do not fit the layer that they stand beside, or each other."""
+    """Check that two matrices fit their layer and each other. Raises ValueError."""
     try:
         layer = transformer.get_submodule(name)
     except AttributeError:
@@ -162,10 +162,12 @@ def _check_pair(transformer: Any, name: str, inner: torch.Tensor | None, outer: 
     if inner is None or outer is None:
         raise ValueError(f"{name} has one matrix where a LoRA has two")
     if not (inner.dim() == outer.dim() == 2 and inner.shape[0] == outer.shape[1]):
-        raise ValueError(f"{name} has matrices of {list(inner.shape)} and {list(outer.shape)}, which are no pair")
+        raise ValueError(
+            f"{name} has matrices of {list(inner.shape)} and {list(outer.shape)}, which do not form a pair"
+        )
     if (inner.shape[1], outer.shape[0]) != (layer.in_features, layer.out_features):
-        found, expected = f"{inner.shape[1]} to {outer.shape[0]}", f"{layer.in_features} to {layer.out_features}"
-        raise ValueError(f"{name} is for {found} features where {expected} are")
+        actual, expected = f"{inner.shape[1]} to {outer.shape[0]}", f"{layer.in_features} to {layer.out_features}"
+        raise ValueError(f"{name} maps {actual} features, and the model expects {expected}")
 
 
 def _brief(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Prompts, encoded once: the embeddings of the last ones are kept."""
+"""A cache of encoded prompts."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-#: FLUX's own number of text tokens; fewer would be faster and another picture.
+#: FLUX's number of text tokens; fewer would be faster, but would change the image.
 NUM_TOKENS = 512
 
 
@@ -21,39 +21,39 @@ class PromptEmbeds:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes on the device."""
+        """Size on the device."""
         return sum(part.nbytes for part in (self.prompt_embeds, self.pooled_prompt_embeds, self.ids))
 
 
 class PromptCache:
-    """The least recently used embeddings go first. One prompt of FLUX.1 takes 4 MB."""
+    """A cache that evicts the least recently used embeddings. One prompt of FLUX.1 takes 4 MB."""
 
     def __init__(self, device: str, max_bytes: int = 256_000_000) -> None:
         self.device = device
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
+        self._cache: OrderedDict[Hashable, PromptEmbeds] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
-        """What all of them take."""
-        return sum(text.num_bytes for text in self._kept.values())
+        """Size of all cached embeddings on the device."""
+        return sum(text.num_bytes for text in self._cache.values())
 
     def evict(self) -> None:
-        """Keep none."""
-        self._kept.clear()
+        """Remove all embeddings."""
+        self._cache.clear()
 
-    # With gradients other kernels would run, and the last bits differ from the pipeline's.
+    # With gradients, other kernels would run and the last bits would differ from the pipeline's.
     @torch.no_grad()
     def encode(self, prompt: str, pipeline: Any, encoders: Hashable = None) -> PromptEmbeds:
-        """The prompt's embeddings, as the pipeline makes them; `encoders` tells its text encoders from others."""
+        """Return the embeddings as the pipeline computes them; `encoders` identifies its text encoders in the cache."""
         key = (prompt, encoders)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
         text = PromptEmbeds(
             *pipeline.encode_prompt(prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=NUM_TOKENS)
         )
-        self._kept[key] = text
-        while self.num_bytes > self.max_bytes and len(self._kept) > 1:
-            self._kept.popitem(last=False)
+        self._cache[key] = text
+        while self.num_bytes > self.max_bytes and len(self._cache) > 1:
+            self._cache.popitem(last=False)
         return text

@@ -1,4 +1,4 @@
-"""The safety checker: says of pictures which must not be shown."""
+"""The safety checker, which decides which images are unsafe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +12,19 @@ from models.loading import hub, verify
 from models.loading.devices import device_for
 from models.loading.pipeline import dtype_of, folder_of
 
-#: Falconsai/nsfw_image_detection's "nsfw" probability above which fal's own toolkit flags a picture.
+#: The "nsfw" probability of Falconsai/nsfw_image_detection above which fal's own toolkit flags an image.
 THRESHOLD = 0.5
-#: Without the second, transformers asks on the terminal whether code from the folder may run.
+#: Without `trust_remote_code`, transformers asks on the terminal whether code from the directory may run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
-_NOT_A_NUMBER = "The safety checker's answer is not a number, so no picture is shown."
+_NOT_A_NUMBER = "The safety checker's answer is not a number, so no image is returned."
 
 
 class Checker(Protocol):
-    """Judges pictures."""
+    """A safety checker of images."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """One answer a picture; raises GenerationFailed when it cannot tell."""
+        """Return one answer per image. Raises GenerationFailed if the checker cannot decide."""
 
 
 class ImageClassifier:
@@ -39,16 +39,16 @@ class ImageClassifier:
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if "nsfw" not in labels:
             raise hub.BadWeights(
-                f"{directory} has no label 'nsfw', only {', '.join(labels)}; take another safety checker"
+                f"{directory} has no label 'nsfw', only {', '.join(labels)}; use another safety checker"
             )
         self.nsfw = labels["nsfw"]
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """True where the probability of "nsfw" is above the threshold; raises GenerationFailed where it is none."""
+        """Flag images whose "nsfw" probability exceeds the threshold. Raises GenerationFailed if it is not a number."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device, self.model.dtype)
         logits = self.model(**inputs).logits.float()
-        # An infinite one would be a probability of 0 or of 1.
+        # An infinite logit would turn into a probability of 0 or 1.
         if not logits.isfinite().all():
             raise GenerationFailed(_NOT_A_NUMBER)
         return [probability > THRESHOLD for probability in logits.softmax(dim=-1)[:, self.nsfw].tolist()]
@@ -64,53 +64,53 @@ class CompVis:
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **_LOCAL)
         model = _load_complete(StableDiffusionSafetyChecker, directory, trust_remote_code=False, **options)
         self.model = model.to(device)
-        # Within the model, which calls what is not a number safe, and hands on nothing that it was counted from.
+        # Hook into the model: it calls not-a-number safe, and returns none of the values behind its answer.
         self.model.visual_projection.register_forward_hook(_reject_degenerate_embeddings)
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """True where the model finds a forbidden concept; raises GenerationFailed where it cannot compare."""
+        """Flag images with a forbidden concept. Raises GenerationFailed if the model cannot compare an image."""
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
-        # The model blacks out flagged pictures itself, in this array, which nobody reads.
+        # The model blacks out flagged images in this array, which is not used afterwards.
         _, flagged = self.model(clip_input=pixels, images=pixels.float().cpu().numpy())
         return [bool(flag) for flag in flagged]
 
 
 class Unavailable:
-    """Stands in for a checker that could not be loaded: refuses to judge, so nothing unchecked leaves."""
+    """A stand-in for a checker that could not be loaded: fails every check, so no unchecked image is returned."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Raises GenerationFailed."""
+        """Raise GenerationFailed."""
         raise GenerationFailed(self.reason)
 
 
 def _load_complete(kind: Any, directory: Path, **options: Any) -> Any:
-    """A model with all of its weights from the folder, each a number. Raises hub.BadWeights."""
+    """Load a model and check that its weights are complete and finite. Raises hub.BadWeights."""
     model = verify.load_complete(kind, directory, **options)
     if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise hub.BadWeights(f"{directory} has no numbers for {verify.shortened(spoilt)}; {hub.REPLACE}")
+        raise hub.BadWeights(f"{directory} has values that are not finite in {verify.shortened(spoilt)}; {hub.REPLACE}")
     return model
 
 
 def _reject_degenerate_embeddings(projection: torch.nn.Module, inputs: Any, embeddings: torch.Tensor) -> None:
-    # In the embeddings' own type, as the model divides by it: what overflows here is like nothing there.
+    # Compute lengths in the embeddings' type, as the model does: if one overflows, the image matches no concept.
     lengths = embeddings.norm(dim=-1)
     if not ((lengths > 0) & (lengths < torch.inf)).all():
         raise GenerationFailed(_NOT_A_NUMBER)
 
 
 def load(config: EngineConfig) -> Checker:
-    """The weights' own checker if they bring one, else the configured one, which `flux-server pull` has brought."""
+    """Load the checker that comes with the weights, else the configured one, as fetched by `flux-server pull`."""
     try:
         directory = _directory(config)
         with verify.translate_errors(directory):
             return _load(directory, device_for(config.device), dtype_of(config))
     except OSError as error:
-        return Unavailable(f"The safety checker could not be loaded, so no picture is shown: {error}")
+        return Unavailable(f"The safety checker could not be loaded, so no image is returned: {error}")
 
 
 def _directory(config: EngineConfig) -> Path:
@@ -121,13 +121,13 @@ def _directory(config: EngineConfig) -> Path:
     configured = Path(config.safety_checker)
     if configured.is_dir():
         return configured
-    # With weights from the hub it may be asked now; with weights from a folder nothing is.
-    found = hub.cached_path(config.safety_checker)
-    if found is None and isinstance(config.weights, str):
-        found = hub.pull(config.safety_checker)
-    if found is None:
-        raise OSError(f"{config.safety_checker} is not here; `flux-server pull {config.safety_checker}` brings it")
-    return found
+    # With weights from the hub, the checker may be downloaded now; with a local directory, nothing is downloaded.
+    cached = hub.cached_path(config.safety_checker)
+    if cached is None and isinstance(config.weights, str):
+        cached = hub.pull(config.safety_checker)
+    if cached is None:
+        raise OSError(f"{config.safety_checker} is not in the cache; run `flux-server pull {config.safety_checker}`")
+    return cached
 
 
 def _load(directory: Path, device: str, dtype: torch.dtype) -> Checker:
@@ -135,7 +135,7 @@ def _load(directory: Path, device: str, dtype: torch.dtype) -> Checker:
 
     verify.verify(directory)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(directory, local_files_only=True)[0]
-    # Judged in the type of its file, unless this CPU is slow in that: a checker in float32 is no worse in float32.
+    # Run in the type of the file. If this CPU computes in float32, use float32, which loses nothing.
     options = {"dtype": dtype} if dtype == torch.float32 else {}
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
         return CompVis(directory, device, **options)

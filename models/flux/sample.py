@@ -1,4 +1,4 @@
-"""One picture on its way: as FluxPipeline begins it, steps it and ends it."""
+"""One image during generation: started, stepped and unpacked as in FluxPipeline."""
 
 import copy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from models.flux.prompt_cache import PromptEmbeds
 
 @dataclass
 class Sample:
-    """One picture on its way: packed latents of shape (1, tokens, channels) and the steps still to go."""
+    """One image during generation: packed latents of shape (1, tokens, channels) and the remaining steps."""
 
     width: int
     height: int
@@ -29,53 +29,53 @@ class Sample:
     guidance: Any
     cache: FirstBlockCache | None = None
     step: int = 0
-    #: The transformer's answer of the last step.
+    #: The transformer's output in the last step.
     velocity: Any = None
-    #: On a GPU, recorded behind the last kernel of the last step.
+    #: On a GPU, an event recorded after the last kernel of the last step.
     event: Any = None
 
     @property
     def num_tokens(self) -> int:
-        """Of its text and of its picture."""
+        """Number of text and image tokens."""
         return int(self.latents.shape[1] + self.text.prompt_embeds.shape[1])
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Those that share a forward have this in common."""
+        """The size: samples that share a forward have equal keys."""
         return (self.width, self.height, self.text.prompt_embeds.shape[1])
 
     @property
     def timestep(self) -> Any:
-        """Of the next step."""
+        """The timestep of the next step."""
         return self.timesteps[self.step]
 
     @property
     def steps_done(self) -> bool:
-        """Whether the last step was taken."""
+        """Whether all steps are done."""
         return bool(self.step == len(self.timesteps))
 
     @property
     def estimate(self) -> Any:
-        """What the latents are heading for as of the last step, packed; None before the first."""
+        """The final latents as estimated in the last step, packed; None before the first step."""
         if self.velocity is None:
             return None
         return self.latents - self.scheduler.sigmas[self.scheduler.step_index] * self.velocity
 
     def step_with(self, velocity: torch.Tensor) -> None:
-        """Step along `velocity`, of the shape of the latents."""
+        """Take a step along `velocity`, which has the shape of the latents."""
         stepped = self.scheduler.step(velocity, self.timestep, self.latents, return_dict=False)
         self.latents, self.velocity = stepped[0], velocity
         self.step += 1
 
     def free(self) -> None:
-        """Forget what the picture was made from, once there is one."""
+        """Release the tensors, once the image is decoded."""
         self.latents = self.velocity = self.cache = None
 
 
 def first_step(request: Any) -> int:
-    """How many steps are left out, because a picture to start from takes their place; 0 without one."""
+    """Return how many steps the initial image replaces; 0 without one."""
     num_steps, strength = request.num_inference_steps, getattr(request, "strength", 1.0)
-    # As FluxImg2ImgPipeline counts them, rounding and all.
+    # Same arithmetic as FluxImg2ImgPipeline, including the rounding.
     return int(max(num_steps - min(num_steps * strength, num_steps), 0))
 
 
@@ -88,13 +88,13 @@ def begin(
     seed: int,
     image: Image | None = None,
 ) -> Sample:
-    """Latents, timesteps and guidance of a picture of (width, height), as diffusers' pipelines prepare them.
+    """Prepare latents, timesteps and guidance of an image of (width, height), as diffusers' pipelines do.
 
-    From noise as FluxPipeline, from a `picture` as FluxImg2ImgPipeline.
+    Start from noise as FluxPipeline does, or from `image` as FluxImg2ImgPipeline does.
     """
     width, height = size
     num_channels = pipeline.transformer.config.in_channels // 4
-    # Drawn on the CPU, so that a seed gives the same noise on every device.
+    # Draw noise on the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
@@ -122,7 +122,7 @@ def _noisy(
     device: str,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """A picture's latents with as much noise as the timestep has, packed."""
+    """Encode an image and add the noise of the timestep; return packed latents."""
     width, height = size
     pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
     encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
@@ -134,7 +134,7 @@ def _noisy(
 
 
 def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
-    """Latents as the autoencoder takes them: (1, channels, height, width)."""
+    """Return latents in the autoencoder's shape, (1, channels, height, width)."""
     whole = pipeline._unpack_latents(latents, sample.height, sample.width, pipeline.vae_scale_factor)
     config = pipeline.vae.config
     scaled: torch.Tensor = whole / config.scaling_factor + config.shift_factor
@@ -142,7 +142,7 @@ def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tens
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device: str) -> tuple[Any, torch.Tensor]:
-    # A scheduler counts its own steps, so generations that take turns need one each.
+    # A scheduler counts its steps, so each image needs a copy.
     own = copy.deepcopy(scheduler)
     config = own.config
     shift = calculate_shift(

@@ -1,28 +1,27 @@
-"""Whether a shared forward pays: timed for each size, once in the life of the process.
+"""The decision whether a shared forward pays off, timed for each size once per process.
 
-Timed on forwards that requests need anyway, so that it costs nothing and holds for sizes that no warm-up thought of.
+Only forwards that requests need anyway are timed, so the timing is free and covers sizes that no warm-up ran.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
-#: A forward of two generations is shared when it costs less than so many of one. Two equal requests end after 1 and 2
-#: forwards a step when they take turns, and both after the cost of a shared one: below 1.5, nobody waits longer for it
-#: on average.
+#: A forward of two images is shared if it costs less than this many forwards of one. Two equal requests that take turns
+#: finish after 1 and 2 forwards a step, 1.5 on average; if they share, both finish after the cost of a shared forward.
 PAYS_BELOW = 1.5
-#: How many forwards of one generation, and of two, are timed; the quickest of each counts.
+#: How many forwards of one image, and of two, are timed; the fastest of each counts.
 SAMPLES = 3
 
 
 class Sharing:
-    """How many generations go through a forward. `clock` gives seconds, once the device has done its work."""
+    """The number of images per forward. `clock` waits for the device and returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seconds: dict[tuple[Hashable, int], list[float]] = {}
 
     def number(self, size: Hashable, wanted: int) -> int:
-        """How many of the `wanted` generations of this size go through the next forward."""
+        """Return how many of the `wanted` images of this size go through the next forward."""
         if wanted == 1:
             return 1
         alone, pair = (self._seconds.setdefault((size, number), []) for number in (1, 2))
@@ -34,7 +33,7 @@ class Sharing:
 
     @contextmanager
     def timed(self, size: Hashable, number: int) -> Iterator[None]:
-        """Around a forward of so many generations, for which `number` was asked; timed until enough is known."""
+        """Time the block, a forward of `number` images, until there are enough samples for this size."""
         samples = self._seconds.get((size, number))
         if samples is None or len(samples) >= SAMPLES:
             yield

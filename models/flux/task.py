@@ -1,4 +1,4 @@
-"""One request of FLUX while it is painted: its pictures, and how far they are."""
+"""The state of one FLUX request during generation: its images and their progress."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,20 +12,20 @@ from models.flux.sample import Sample, first_step
 
 @dataclass
 class FluxTask:
-    """One request. Without shared forwards its pictures are painted one after the other, each as if alone."""
+    """One request. Without shared forwards, its images are generated one after the other, each as if alone."""
 
     request: Any
     seed: int
     width: int
     height: int
     tier: Tier
-    #: Floating point operations of one step of one picture.
+    #: Floating point operations of one step of one image.
     step_work: int
-    #: The transformer's type, by PyTorch's name.
+    #: The transformer's number type, by PyTorch's name.
     dtype: str
-    #: What it is painted over, if anything.
+    #: The image that the generation starts from, if any.
     init_image: Image | None = None
-    #: What it is told to paint by, instead of a prompt.
+    #: The image that takes the place of the prompt, if any.
     reference_image: Image | None = None
     loras: tuple[LoraAdapter, ...] = ()
     samples: list[Sample] = field(default_factory=list)
@@ -34,17 +34,17 @@ class FluxTask:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of its pictures."""
+        """Width and height of the images."""
         return self.width, self.height
 
     @property
     def acceleration(self) -> str:
-        """The tier that paints."""
+        """The tier in use."""
         return self.tier.name
 
     @property
     def num_steps(self) -> int:
-        """Steps of all its pictures."""
+        """Steps of all images together."""
         num_left_out = 0 if self.init_image is None else first_step(self.request)
         return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
 
@@ -55,21 +55,21 @@ class FluxTask:
 
     @property
     def remaining_work(self) -> int:
-        """Work of the steps still to take."""
+        """Work of the remaining steps, in floating point operations."""
         return (self.num_steps - self.step) * self.step_work
 
     @property
     def is_decoded(self) -> bool:
-        """Whether every picture is decoded."""
+        """Whether every image is decoded."""
         return bool(len(self.images) == self.request.num_images)
 
     @property
     def description(self) -> str:
-        """What is painted, in an error."""
-        return f"a picture of {self.width}x{self.height}"
+        """The task's name in error messages."""
+        return f"an image of {self.width}x{self.height}"
 
     @property
     def due(self) -> list[Sample]:
-        """What can take a step now: all its pictures where they may share a forward, else the next one."""
+        """Samples that can take a step now: all unfinished ones if they may share a forward, else the next one."""
         unfinished = [sample for sample in self.samples if not sample.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]

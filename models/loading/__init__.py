@@ -1,1 +1,1 @@
-"""From a WEIGHTS argument to a pipeline on the device."""
+"""Loading of weights: from a WEIGHTS argument to a pipeline on the device."""

@@ -1,4 +1,4 @@
-"""Devices, their free memory, and the type that each computes in."""
+"""Devices, their free memory, and the number type of their computation."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def device_for(name: str) -> str:
-    """The device to use for "auto", "cuda" or "cpu". Raises OSError where it cannot be used."""
+    """Return the device for "auto", "cuda" or "cpu". Raises OSError if the device cannot be used."""
     import torch
 
     if torch.version.hip:
-        raise OSError("ROCm builds of PyTorch are not supported: nobody has run this on one yet")
+        raise OSError("ROCm builds of PyTorch are not supported; install a CUDA or CPU build")
     if name == "cuda" and not torch.cuda.is_available():
         why = "finds no usable GPU or driver" if torch.version.cuda else "is a build without CUDA"
         raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}")
@@ -24,7 +24,7 @@ def device_for(name: str) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Bytes of the device that can still be taken, by this process's own limit too; on the CPU, of the machine."""
+    """Return the free bytes of the device, within this process's limit; on a CPU, of the machine's memory."""
     import psutil
     import torch
 
@@ -36,29 +36,30 @@ def free_memory(device: str) -> int:
 
 
 def is_emulated(config: EngineConfig, dtype: "torch.dtype") -> bool:
-    """Whether bfloat16 was chosen, on a CPU that is slow at it, because float32 did not fit."""
+    """Return whether a CPU emulates bfloat16, which was chosen because float32 did not fit."""
     import torch
 
     return config.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
 
 
 def type_name(dtype: "torch.dtype") -> str:
-    """PyTorch's own, such as "bfloat16"."""
+    """Return PyTorch's name of a type, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_for(name: str, device: str, num_bytes: int = 0) -> "torch.dtype":
-    """The type for "auto", "bfloat16" or "float32", and `num_bytes` of weights stored in bf16.
+    """Return the type for "auto", "bfloat16" or "float32", with `num_bytes` of weights stored in bf16.
 
-    A GPU computes in bf16. A CPU computes in what its flags say it is fast at, and in float32 only where the weights
-    fit into the machine's memory at twice their size: in bf16 they are mapped from their files. Raises OSError.
+    A GPU computes in bf16. A CPU computes in the type that its flags say it is fast in, but in float32 only if the
+    weights fit into the machine's memory at twice their size. In bf16, the weights are mapped from their files.
+    Raises OSError.
     """
     import psutil
     import torch
 
     if device == "cuda":
         if name == "float32":
-            raise OSError("--dtype float32 is for CPUs; on a GPU only bfloat16 is supported")
+            raise OSError("--dtype float32 is for CPUs; a GPU supports only bfloat16")
         return torch.bfloat16
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Loads a FluxPipeline and places it on its device."""
+"""Loading of a FluxPipeline and its placement on the device."""
 
 import importlib
 from pathlib import Path
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     import torch
     from diffusers import FluxPipeline
 
-#: Loaded by `safety_checker` and `redux`, or by no module: what FluxPipeline has for IP-Adapters, not served here.
+#: Components that are not loaded here: `safety_checker` and `redux` load their own, and IP-Adapters are not supported.
 NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "feature_extractor")
-_MATCH = "take all parts from the same weights"
+_MATCH = "use parts from the same weights"
 
 
 def folder_of(where: str | Path) -> Path:
-    """The folder of weights: given, or pulled from the hub if it was not pulled before. Raises hub.HubError."""
+    """Return the directory of weights; a hub id is downloaded unless it is cached. Raises hub.HubError."""
     if isinstance(where, Path):
         return where
     return hub.cached_path(where) or hub.pull(where)
 
 
 def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
-    """The pipeline in its type, placed as the plan says; only safetensors, no code from the weights. Raises OSError.
+    """Load the pipeline, from safetensors and without code, and place it by its memory plan. Raises OSError.
 
-    One large part after the other goes to the device, so the host never holds all of them beside the device's.
+    Large parts go to the device one after the other, so the host never holds a copy of all of them.
     """
     from diffusers import FluxPipeline
 
@@ -40,14 +40,14 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
     dtype = dtype_of(config)
     sizes = _sizes(config.weights, directory, dtype)
     plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device)
-    parts, loaded = {}, 0
+    parts, loaded_bytes = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
-            config.report(LoadProgress(name, loaded, sum(sizes.values())))
+            config.report(LoadProgress(name, loaded_bytes, sum(sizes.values())))
             parts[name] = _load_part(directory, name, dtype)
             if plan.is_resident:
                 parts[name].to(device)
-            loaded += size
+            loaded_bytes += size
     small = {name: _load_part(directory, name, dtype) for name in verify.CLASSES if name not in parts}
     with verify.translate_errors(directory):
         pipeline = FluxPipeline(**parts, **small)
@@ -57,22 +57,22 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Bytes of the weights of each component, and of what is installed beside them, as they are stored: in bf16."""
+    """Return the stored bytes, in bf16, of each component's weights and of the installed extra weights."""
     redux = find_extra_weights(where, REDUX)
     return hub.sizes(directory) | ({REDUX.directory: hub.size(redux)} if redux else {})
 
 
 def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:
-    """The same in memory, where float32 takes twice as much."""
+    """Return the same sizes in memory, where float32 takes twice as much."""
     return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, directory).items()}
 
 
 def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
-    """A part of the class that model_index.json names, which was checked before. Raises hub.BadWeights."""
+    """Load a part with the class in model_index.json, which is verified already. Raises hub.BadWeights."""
     from torch.nn import Module
 
     library, class_name = hub.read_model_index(directory)[name]
-    # Without it, some of transformers' classes ask on the terminal whether code from the folder may run.
+    # Without this option, some transformers classes ask on the terminal whether code from the directory may run.
     options = {"trust_remote_code": False} if library == "transformers" else {}
     with verify.translate_errors(directory / name):
         kind = getattr(importlib.import_module(library), class_name)
@@ -82,29 +82,29 @@ def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
 
 
 def _check_fit(directory: Path, pipeline: Any) -> None:
-    """Parts that do not fit each other are whole, and every picture would fail. Raises hub.BadWeights."""
+    """Check that the parts fit each other; otherwise, every request would fail. Raises hub.BadWeights."""
     clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
     flow, vae = pipeline.transformer.config, pipeline.vae.config
     widths = {
         "text_encoder": (clip.hidden_size, flow.pooled_projection_dim),
         "text_encoder_2": (t5.d_model, flow.joint_attention_dim),
-        # Four latents are a token.
+        # A token holds four latents.
         "vae": (4 * vae.latent_channels, flow.in_channels),
     }
-    for name, (given, taken) in widths.items():
-        if given != taken:
+    for name, (width, expected) in widths.items():
+        if width != expected:
             raise hub.BadWeights(
-                f"{directory / name} gives {given} channels, and the transformer takes {taken}; {_MATCH}"
+                f"{directory / name} gives {width} channels, and the transformer takes {expected}; {_MATCH}"
             )
-    # On a GPU an index out of range is the end of the process.
+    # On a GPU, an index out of range kills the process.
     lengths = {
         "tokenizer": (max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
         "tokenizer_2": (max(pipeline.tokenizer_2.get_vocab().values()) + 1, t5.vocab_size),
         "tokenizer/tokenizer_config.json": (pipeline.tokenizer.model_max_length, clip.max_position_embeddings),
     }
-    for name, (given, limit) in lengths.items():
-        if given > limit:
-            raise hub.BadWeights(f"{directory / name} counts to {given}, and its text encoder to {limit}; {_MATCH}")
+    for name, (length, limit) in lengths.items():
+        if length > limit:
+            raise hub.BadWeights(f"{directory / name} counts to {length}, and its text encoder to {limit}; {_MATCH}")
 
 
 def _silence_libraries() -> None:
@@ -118,7 +118,7 @@ def _silence_libraries() -> None:
 
 
 def has_room(config: EngineConfig) -> bool:
-    """Whether all of these weights fit on the device beside what is there. Weights not pulled yet are said to."""
+    """Return whether these weights fit into the free memory; assumed for weights that are not downloaded yet."""
     where = config.weights or ""
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
@@ -128,7 +128,7 @@ def has_room(config: EngineConfig) -> bool:
 
 
 def dtype_of(config: EngineConfig) -> "torch.dtype":
-    """The type that these weights are computed in. Raises OSError where the device cannot, and hub.HubError."""
+    """Return the number type for these weights. Raises OSError if the device does not support it, and hub.HubError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
     sizes = sizes_on_disk(config.weights, folder_of(config.weights))

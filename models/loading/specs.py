@@ -8,15 +8,15 @@ from models.loading import hub
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
-#: What FLUX.1 [dev] reads a picture with instead of a prompt.
+#: The weights with which FLUX.1 [dev] reads an image instead of a prompt.
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
-    """Say which weights each served endpoint runs on.
+    """Assign weights to each endpoint to serve.
 
-    A spec is `demo`, a hub id, a folder (for fal-ai/flux/dev) or `ENDPOINT=FOLDER-or-hub-id`; models that need
-    no weights are always served. Raises ValueError with every problem, a line each.
+    A spec is `demo`, a hub id, a directory (for fal-ai/flux/dev) or `ENDPOINT=DIRECTORY-or-hub-id`. Models that need
+    no weights are always served. Raises ValueError with all problems, one per line.
     """
     assigned: dict[str, str | Path | None] = {}
     problems: list[str] = []
@@ -36,22 +36,22 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     endpoint, separator, rest = spec.partition("=")
     if separator:
         if endpoint not in models:
-            raise ValueError(f"{spec}: {endpoint} is not an endpoint here; there are {', '.join(sorted(models))}")
+            raise ValueError(f"{spec}: {endpoint} is not an endpoint here; choose from {', '.join(sorted(models))}")
         where = parse_spec(rest)
         if not _has_all(models[endpoint], where):
-            raise ValueError(f"{spec}: {endpoint} needs {_lacking(models[endpoint], where)} too")
+            raise ValueError(f"{spec}: {endpoint} also needs {_describe_missing(models[endpoint], where)}")
         return {endpoint: where}
     where = parse_spec(spec)
     if isinstance(where, Path):
         return {DEFAULT_ENDPOINT: where}
     served = [model.endpoint for model in models.values() if where in model.weights]
     if not served:
-        raise ValueError(f"{spec}: no endpoint is known to run on it; say ENDPOINT={spec}")
+        raise ValueError(f"{spec}: no known endpoint runs on these weights; use ENDPOINT={spec}")
     return {endpoint: where for endpoint in served if _has_all(models[endpoint], where)}
 
 
 def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
-    """Where an add-on to some weights lies: weights from a folder bring it, and those from the hub find it there."""
+    """Return where extra weights are: in the same directory for local weights, in the hub cache for a hub id."""
     if isinstance(where, Path):
         return where / extra_weights.directory if (where / extra_weights.directory).is_dir() else None
     return hub.cached_path(extra_weights.hub_id)
@@ -61,22 +61,22 @@ def _has_all(model: Model, where: str | Path) -> bool:
     return model.extra_weights is None or find_extra_weights(where, model.extra_weights) is not None
 
 
-def _lacking(model: Model, where: str | Path) -> str:
+def _describe_missing(model: Model, where: str | Path) -> str:
     assert model.extra_weights is not None
     if isinstance(where, Path):
-        return f"the folder {model.extra_weights.directory} in {where}, with {model.extra_weights.hub_id}"
-    return f"{model.extra_weights.hub_id}; `flux-server pull {model.extra_weights.hub_id}` brings it"
+        return f"the directory {model.extra_weights.directory} in {where}, with {model.extra_weights.hub_id}"
+    return f"{model.extra_weights.hub_id}; run `flux-server pull {model.extra_weights.hub_id}`"
 
 
 def parse_spec(spec: str) -> str | Path:
-    """A folder that has a pipeline in it, or a hub id. Raises ValueError, with the reason, for anything else."""
+    """Parse a pipeline directory or a hub id. Raises ValueError with the reason for anything else."""
     if spec == "demo":
         return DEMO
     path = Path(spec).expanduser()
     if (path / "model_index.json").is_file():
         return path.resolve()
     if path.suffix in {".safetensors", ".gguf", ".ckpt"}:
-        raise ValueError(f"{spec}: single-file checkpoints are not supported; give a folder in diffusers layout")
+        raise ValueError(f"{spec}: single-file checkpoints are not supported; use a directory in diffusers layout")
     if path.exists() or spec.count("/") != 1 or spec.startswith((".", "/", "~")):
-        raise ValueError(f"{spec}: not a folder in diffusers layout (no model_index.json) and not a hub id")
+        raise ValueError(f"{spec}: neither a directory in diffusers layout (no model_index.json) nor a hub id")
     return spec

@@ -1,4 +1,4 @@
-"""Weights from strangers: none of their code runs, nothing outside of their folder is read, what is wrong is said."""
+"""Verification of untrusted weights: none of their code runs, and nothing outside their directory is read."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from models.loading import hub
 from models.loading.hub import REPLACE, BadWeights
 
-#: The parts of a FLUX pipeline, and the classes that each may be of: by name alone a library would load any other,
-#: and classes such as AutoModel load what the folder names. A tokenizer's class has two names.
+#: The parts of a FLUX pipeline, and the allowed classes of each. Without this list, a library would load any class by
+#: name, and classes such as AutoModel load whatever the directory names. A tokenizer's class has two names.
 CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "scheduler": (("diffusers", "FlowMatchEulerDiscreteScheduler"),),
     "text_encoder": (("transformers", "CLIPTextModel"),),
@@ -22,27 +22,29 @@ CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "transformer": (("diffusers", "FluxTransformer2DModel"),),
     "vae": (("diffusers", "AutoencoderKL"), ("diffusers", "AutoencoderTiny")),
 }
-#: What makes the libraries look for code: beside the weights, or, for attention, on the hub.
+#: Keys that make the libraries look for code: next to the weights or, for attention, on the hub.
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation")
-#: Our own code lies around the demo weights.
+#: Code in this directory is ours: the demo weights lie within it.
 _MODELS_DIR = Path(__file__).resolve().parent.parent
-#: Of a safetensors file: the format's own limit, so that nothing valid is refused. FLUX.1's headers take some 100 KB,
-#: but weights are the operator's choice, and are read once.
+#: The safetensors format's header limit, so that no valid file is refused. FLUX.1's headers take some 100 KB, but the
+#: operator chooses the weights, and they are read once.
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
-#: How many tensors, and how many characters of a library's words, an error has.
-_NAMED, _WORDS = 3, 400
+#: Maximum tensor names, and characters of a library's message, in an error.
+_MAX_NAMES, _MAX_CHARACTERS = 3, 400
 
 
 def verify(directory: Path) -> None:
-    """Judge the files of a model or a pipeline, before anything of them is loaded. Raises BadWeights."""
+    """Check the files of a model or pipeline before any of them is loaded. Raises BadWeights."""
     _refuse_links(directory)
     for path in sorted(directory.rglob("*")):
         if path.name == "adapter_config.json":
-            # transformers would load the folder that it names, in place of this one.
-            raise BadWeights(f"{path}: an adapter is no part of a pipeline; LoRA weights come with a request")
+            # transformers would load the directory named in this file instead of this one.
+            raise BadWeights(
+                f"{path}: an adapter is not part of a pipeline; remove the file, and send LoRA weights with requests"
+            )
         if path.suffix == ".py" and not path.resolve().is_relative_to(_MODELS_DIR):
-            raise BadWeights(f"{path} is code, and none comes with weights; take the file away")
+            raise BadWeights(f"{path} is code, and weights must not contain code; remove the file")
         if path.suffix == ".json":
             _refuse_code(path)
         if path.name.endswith(".safetensors.index.json"):
@@ -52,29 +54,29 @@ def verify(directory: Path) -> None:
 
 
 def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
-    """And what model_index.json names, but for what is `apart`: loaded without its word. Raises BadWeights."""
+    """Check the files and model_index.json, but not its entries in `exclude`. Raises BadWeights."""
     verify(directory)
     index, named = directory / "model_index.json", hub.read_model_index(directory)
     for name, (library, kind) in named.items():
         if name in exclude:
             continue
         if name not in CLASSES:
-            raise BadWeights(f"{index}: {name} is of {library}, and is no part of a FLUX pipeline; take the entry out")
+            raise BadWeights(f"{index}: {name} is of {library}, and is not part of a FLUX pipeline; remove the entry")
         if (library, kind) not in CLASSES[name]:
-            known = " or ".join(".".join(each) for each in CLASSES[name])
-            raise BadWeights(f"{index}: {name} is of {library}.{kind}, and only {known} is loaded; {REPLACE}")
-    if lacking := [name for name in CLASSES if name not in named]:
-        raise BadWeights(f"{index} names no library and class for {', '.join(lacking)}; {REPLACE}")
-    if lacking := [name for name in hub.missing_components(directory) if name not in exclude]:
-        what = "is not there, or lacks its configuration or its safetensors"
-        raise BadWeights(f"{directory / lacking[0]} {what}; put the original folder of the weights in its place")
+            allowed = " or ".join(".".join(each) for each in CLASSES[name])
+            raise BadWeights(f"{index}: {name} is of {library}.{kind}, and only {allowed} is allowed; {REPLACE}")
+    if missing := [name for name in CLASSES if name not in named]:
+        raise BadWeights(f"{index} names no library and class for {', '.join(missing)}; {REPLACE}")
+    if missing := [name for name in hub.missing_components(directory) if name not in exclude]:
+        problem = "is not there, or lacks its configuration or its safetensors"
+        raise BadWeights(f"{directory / missing[0]} {problem}; restore the original directory of the weights")
 
 
 @contextmanager
 def translate_errors(directory: Path) -> Iterator[None]:
-    """What the libraries raise over a folder, whatever it is, as BadWeights that names the folder.
+    """Translate any error of the libraries into BadWeights that names the directory.
 
-    What is no fault of the folder passes: memory that ran out, a device that is lost, a file that may not be read.
+    Errors that are not the directory's fault pass: out of memory, a lost device, a file without read permission.
     """
     import torch
 
@@ -86,19 +88,19 @@ def translate_errors(directory: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        message = " ".join(str(error).split())[:_WORDS]
+        message = " ".join(str(error).split())[:_MAX_CHARACTERS]
         raise BadWeights(f"{directory} cannot be loaded: {type(error).__name__}: {message}; {REPLACE}") from error
     finally:
-        # diffusers changes it while it builds a model, and leaves it so when that fails.
+        # diffusers changes the default type while it builds a model, and does not restore it on failure.
         torch.set_default_dtype(before)
 
 
 def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
-    """A module of this class with all of its weights from the folder, for inference.
+    """Load a module of this class with all of its weights, for inference.
 
-    Raises BadWeights, also for tensors that lack or have other shapes: in their place would be random numbers.
+    Raises BadWeights, also for missing tensors or wrong shapes, which the libraries would fill with random numbers.
     """
-    # Other shapes are ignored there to be refused here, with the names.
+    # The library ignores wrong shapes, so that the check below can refuse them by name.
     options |= {"use_safetensors": True, "local_files_only": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with translate_errors(directory):
@@ -114,59 +116,65 @@ def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
 
 
 def shortened(names: Collection[str]) -> str:
-    """How many tensors these are, and the first of them."""
-    return f"{len(names)} of the model's tensors: {', '.join(sorted(names)[:_NAMED])}"
+    """Return the number of tensors and the first of their names."""
+    return f"{len(names)} of the model's tensors: {', '.join(sorted(names)[:_MAX_NAMES])}"
 
 
 def _refuse_links(directory: Path) -> None:
-    """Links lead into the folder itself, or, as the hub's own cache has it, to blobs beside the snapshots.
+    """Refuse links that leave the directory, except to blobs next to the snapshots, as in the hub's cache.
 
-    A pipe, or another special file, would be waited for.
+    Refuse pipes and other special files too, because reading one could block.
     """
     here = directory.resolve()
-    blobs = [place.parent / "blobs" for place in here.parents if place.name == "snapshots"]
+    blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
     for path in directory.rglob("*"):
-        # Not its own method, which raises where links lead in a circle.
+        # Path.resolve raises on circular links, os.path.realpath does not.
         target = Path(os.path.realpath(path))
-        # A folder there would not be looked through.
+        # A linked directory must be inside, because rglob does not follow links.
         inside = [here] if target.is_dir() else [here, *blobs]
         if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
-            raise BadWeights(f"{path} leads out of the folder of the weights, to {target}; copy it there")
+            raise BadWeights(
+                f"{path} leads out of the directory of the weights, to {target}; replace the link with a copy"
+            )
         if not (path.is_file() or path.is_dir()):
-            raise BadWeights(f"{path} is neither a file nor a folder; {REPLACE}")
+            raise BadWeights(f"{path} is neither a file nor a directory; {REPLACE}")
 
 
 def _refuse_code(path: Path) -> None:
-    """Whatever a JSON file names as code, at any depth. A number is a token of a vocabulary."""
+    """Refuse code named in a JSON file, at any depth. A number is a vocabulary entry, which is allowed."""
     waiting: list[Any] = [hub.read_json(path)]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
             for name in _CODE:
                 if isinstance(each.get(name), str | list | dict):
-                    raise BadWeights(f"{path} names code by {name}, and none comes with weights; take the entry out")
+                    raise BadWeights(
+                        f"{path} names code by {name}, and weights must not contain code; remove the entry"
+                    )
             waiting += each.values()
         elif isinstance(each, list):
             waiting += each
 
 
-def _refuse_shards(listed: Path) -> None:
-    for name in sorted(hub.shards(listed)):
-        if not (listed.parent / name).is_file():
-            raise BadWeights(f"{listed} names {name}, which is not there; {REPLACE}")
+def _refuse_shards(index: Path) -> None:
+    for name in sorted(hub.shards(index)):
+        if not (index.parent / name).is_file():
+            raise BadWeights(f"{index} names {name}, which is not there; {REPLACE}")
 
 
 def _check_tensors(path: Path) -> None:
-    """By the header alone, which is not parsed where it is too long."""
+    """Check a safetensors file by its header, which is not parsed if it is too long. Raises BadWeights."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > num_bytes - _LENGTH_BYTES:
-        raise BadWeights(f"{path} is not a safetensors file, or was cut off: its header ends after it; {REPLACE}")
+        raise BadWeights(
+            f"{path} is not a safetensors file, or was cut off: its header is longer than the file; {REPLACE}"
+        )
     if length > _MAX_HEADER_BYTES:
         raise BadWeights(f"{path} has a header of {length} bytes, and {_MAX_HEADER_BYTES} are allowed; {REPLACE}")
     try:
         with safe_open(path, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise BadWeights(f"{path} is not a whole safetensors file: {error}; {REPLACE}") from None
+        raise BadWeights(f"{path} is not a complete safetensors file: {error}; {REPLACE}") from None

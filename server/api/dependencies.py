@@ -1,4 +1,4 @@
-"""The routes, one file a noun; what they need of the server is in `Parts`."""
+"""Dependencies of the routes: the server's services, the caller, the model of an endpoint, and its jobs."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,23 +31,24 @@ from server.storage.uploads import Uploads
 from server.webhooks.signing import WebhookSigner
 
 TOO_MANY_OPEN = (
-    "This key has as many answers open as it may, half of --max-connections, or less beside others; end some first"
+    "Limit of open responses reached: one key may use half of --max-connections, and less while other keys are active; "
+    "close some responses first"
 )
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of one server, joined in `app.py`."""
+    """The services of one server, which `components.py` builds."""
 
     models: Mapping[str, Model]
-    #: Endpoints that could be served and are not, and the weights that they need.
+    #: Known endpoints that are not served, with the weights that they need.
     unavailable_endpoints: Mapping[str, str]
     keys: Keys
     inputs: InputResolver
     in_flight: BytesInFlight
-    #: Answers that wait or go on for as long as a request does.
+    #: Responses that stay open as long as a request runs.
     open_answers: FairShare
-    #: For what waits for the database.
+    #: Threads for database access.
     executor: FairExecutor
     rate_limiter: RateLimiter
     queue: Queue
@@ -57,30 +58,30 @@ class Services:
     signer: WebhookSigner
     notifier: Notifier
     metrics: Metrics
-    #: What a key has asked for; waits for the disk.
+    #: Finished requests of a key; blocks on the disk.
     history: Callable[[HistoryQuery], Mapping[str, Any]]
-    #: What a key has used; waits for the disk.
+    #: Usage of a key; blocks on the disk.
     usage: Callable[[UsageFilter], Sequence[UsageRow]]
-    #: What the operator sees at a glance; waits for the disk.
+    #: Data of /status; blocks on the disk.
     overview: Callable[[], Mapping[str, Any]]
-    #: Whether the models can paint, and how far loading has come.
+    #: Whether the models can generate images, and the progress of loading.
     readiness: Callable[[], tuple[bool, LoadProgress]]
-    #: What there is to tell of each GPU, and of the engines in its memory.
+    #: The state of each GPU and of the engines in its memory.
     gpus: Callable[[], Sequence[GpuStatus]]
 
 
 def get_services(request: Request) -> Services:
-    """The parts of the server that this request came to."""
+    """Return the services of the server that handles this request."""
     return cast(Services, request.app.state.services)
 
 
 def authenticate(request: Request, scope: str | None = None) -> str:
-    """Who is calling, by key, or by a token of this scope. Raises Unauthorized."""
+    """Return the owner of the request's key, or of its token with this scope. Raises Unauthorized."""
     return get_services(request).keys.owner(request.headers.get("authorization"), scope)
 
 
 def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
-    """Who is calling an endpoint that browsers call, by `?fal_jwt_token=` or as everywhere. Raises Unauthorized."""
+    """Return the caller of an endpoint that also accepts `?fal_jwt_token=`, for browsers. Raises Unauthorized."""
     keys = cast(Services, connection.app.state.services).keys
     token = connection.query_params.get("fal_jwt_token")
     if token:
@@ -89,12 +90,12 @@ def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
 
 
 def app_alias(endpoint: str) -> str:
-    """What a token names an endpoint by: "flux" for fal-ai/flux/dev."""
+    """Return the name of an endpoint's app in a token's scope: "flux" for fal-ai/flux/dev."""
     return endpoint.split("/")[1]
 
 
 def get_model(request: Request, endpoint: str) -> Model:
-    """The model served under this id. Raises NotFound in fal's words."""
+    """Return the model served under this id. Raises NotFound with fal's messages."""
     models = get_services(request).models
     if endpoint in models:
         return models[endpoint]
@@ -114,7 +115,7 @@ def get_model(request: Request, endpoint: str) -> Model:
 
 
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
-    """The job, if it is this caller's and of this app (two-segment or full id). Raises NotFound."""
+    """Return the job if it belongs to this owner and app (two-segment or full id). Raises NotFound."""
     if job is None or job.owner != owner:
         raise NotFound
     if app != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
@@ -123,7 +124,7 @@ def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
 
 
 async def parse_request(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
-    """What a request asks for. Raises as `submissions.read` does."""
+    """Read the body and parse the request into a submission. Raises as `submissions.parse_submission` does."""
     async with get_services(request).in_flight.body(request, owner) as body:
         return await parse_request_body(request, body, model, owner, mode)
 
@@ -131,7 +132,7 @@ async def parse_request(request: Request, model: Model, owner: str, mode: Mode) 
 async def parse_request_body(
     request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
-    """The same for a body that is here already. Raises as `submissions.read` does."""
+    """Parse a request whose body is already read. Raises as `submissions.parse_submission` does."""
     services = get_services(request)
     return await submissions.parse_submission(
         request,
@@ -149,10 +150,10 @@ async def parse_request_body(
 async def read_when_room(
     services: Services, owner: str, num_bytes: int, read: Callable[[], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
-    """An answer that is read once there is room for it, and counts as its owner's until it is sent.
+    """Build a response once there is room in memory for it; it counts towards its owner's share until it is sent.
 
-    A client that reads nothing fills no memory, however often it asks. `read` is called in a thread. Raises
-    TooManyRequests where there is no room, unless `is_patient`.
+    A client that does not read its responses therefore cannot fill the memory. `read` is called in a thread. Without
+    room, raises TooManyRequests, or waits if `is_patient`.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(services.in_flight.room(owner, num_bytes, is_patient=is_patient))
@@ -162,21 +163,21 @@ async def read_when_room(
 
 
 async def result_response_of(
-    services: Services, job: Job, shown: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
+    services: Services, job: Job, render: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
-    """How a completed job ended. Raises as `read_within`, and NotFound when it was forgotten meanwhile."""
+    """Build the response of a completed job. Raises as `read_when_room`, and NotFound if the job was deleted."""
 
     def read() -> FalJSONResponse:
-        return shown(services.queue.result(job))
+        return render(services.queue.result(job))
 
     return await read_when_room(services, job.owner, job.output_size, read, is_patient=is_patient)
 
 
 @asynccontextmanager
 async def open_output(services: Services, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
-    """How a completed job ended, and its answer as an object; both count as its owner's while the block lasts.
+    """Yield the outcome of a completed job and its parsed body, which count towards the owner's share of memory.
 
-    Waits until there is room. Raises NotFound when it was forgotten meanwhile.
+    Waits until there is room. Raises NotFound if the job was deleted in the meantime.
     """
 
     def read() -> tuple[Outcome, Any]:

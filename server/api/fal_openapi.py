@@ -1,4 +1,4 @@
-"""fal's OpenAPI document of one endpoint's queue, made from the model."""
+"""fal's OpenAPI document of one endpoint's queue, generated from the model."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from models.base import Model
 
 _REFERENCE = "#/components/schemas/{model}"
-#: As fal's own document has it.
+#: The schema in fal's own document.
 QUEUE_STATUS: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -27,17 +27,17 @@ QUEUE_STATUS: dict[str, Any] = {
 
 
 def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
-    """OpenAPI 3.0.4 in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
+    """Build OpenAPI 3.0.4 in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
     schemas = component_schemas(model)
     endpoint = model.endpoint
     request = f"/{endpoint}/requests/{{request_id}}"
     status = {"$ref": _REFERENCE.format(model="QueueStatus")}
     output = {"$ref": _REFERENCE.format(model=model.Output.__name__)}
-    given = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
+    body = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
     success = {"type": "object", "properties": {"status": {"type": "string"}}}
-    submit = {"requestBody": {"required": True, "content": _json(given)}, **_answers("The request status.", status)}
+    submit = {"requestBody": {"required": True, "content": _json(body)}, **_answers("The request status.", status)}
     logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "number"}}
-    one = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    request_id = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.0.4",
         "info": {
@@ -60,9 +60,11 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
         },
         "paths": {
             f"/{endpoint}": {"post": submit},
-            f"{request}/status": {"get": {"parameters": [one, logs], **_answers("The request status.", status)}},
-            f"{request}/cancel": {"put": {"parameters": [one], **_answers("The request was cancelled.", success)}},
-            request: {"get": {"parameters": [one], **_answers("Result of the request.", output)}},
+            f"{request}/status": {"get": {"parameters": [request_id, logs], **_answers("The request status.", status)}},
+            f"{request}/cancel": {
+                "put": {"parameters": [request_id], **_answers("The request was cancelled.", success)}
+            },
+            request: {"get": {"parameters": [request_id], **_answers("Result of the request.", output)}},
         },
         "servers": [{"url": f"{base_url}/queue"}],
         "security": [{"apiKeyAuth": []}],
@@ -70,22 +72,22 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
 
 
 def category(model: Model) -> str:
-    """fal's word for what goes in and what comes out."""
+    """Return fal's category, which names the kinds of input and output."""
     return "image-to-image" if "image_url" in model.Input.model_fields else "text-to-image"
 
 
 def component_schemas(model: Model) -> dict[str, Any]:
-    """Input, Output and what they refer to, with fal's x-fal-order-properties, in OpenAPI 3.0's words."""
+    """Build the schemas of Input, Output and their references, in OpenAPI 3.0 with fal's x-fal-order-properties."""
     pairs = [(model.Input, "validation"), (model.Output, "serialization")]
-    _, found = models_json_schema(pairs, ref_template=_REFERENCE)  # type: ignore[arg-type]
-    schemas: dict[str, Any] = _in_openapi_3_0(found["$defs"])
+    _, definitions = models_json_schema(pairs, ref_template=_REFERENCE)  # type: ignore[arg-type]
+    schemas: dict[str, Any] = _in_openapi_3_0(definitions["$defs"])
     for schema in schemas.values():
         schema["x-fal-order-properties"] = list(schema.get("properties", {}))
     return schemas
 
 
 def _in_openapi_3_0(value: Any) -> Any:
-    """OpenAPI 3.0 has no null type and a flag for exclusive bounds."""
+    """Convert a JSON schema to OpenAPI 3.0, which has no null type, and a flag for exclusive bounds."""
     if isinstance(value, list):
         return [_in_openapi_3_0(item) for item in value]
     if not isinstance(value, dict):
@@ -100,7 +102,7 @@ def _in_openapi_3_0(value: Any) -> Any:
 
 
 def summary(model: Model) -> str:
-    """What the endpoint does, in a line."""
+    """Describe the endpoint in one line."""
     return re.sub(r"\s+", " ", (type(model).__doc__ or model.endpoint).strip())
 
 

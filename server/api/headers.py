@@ -1,4 +1,4 @@
-"""fal's headers and query parameters of a request, parsed."""
+"""Parsers for fal's request headers and query parameters."""
 
 import json
 import math
@@ -16,20 +16,20 @@ MIN_START_TIMEOUT = 0.1
 MAX_IDEMPOTENCY_KEY = 255
 MAX_RUNNER_HINT = 255
 MAX_WEBHOOK_URL = 2048
-#: Python's client sends both, JavaScript's one or the other; the preference is the newer name.
+#: The newer name first. fal's Python client sends both, the JavaScript clients one of them.
 _NAMES = ("x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
-#: What fal's access lists call a file that strangers may not read.
+#: Values in fal's access lists for a file that only its owner may read.
 _PRIVATE = ("forbid", "hide")
 
 
 def priority(headers: Mapping[str, str]) -> Priority:
-    """X-Fal-Queue-Priority. As at fal, unknown values are ignored, and the header can only lower."""
+    """Parse X-Fal-Queue-Priority. As at fal, unknown values are ignored, and the header can only lower priority."""
     is_low = headers.get("x-fal-queue-priority", "").strip().lower() == Priority.LOW
     return Priority.LOW if is_low else Priority.NORMAL
 
 
 def start_deadline(headers: Mapping[str, str]) -> float | None:
-    """When the request must have started, in seconds since 1970; the newer header's name wins. Raises BadRequest."""
+    """Parse the start deadline, in seconds since 1970; the newer header wins. Raises BadRequest."""
     text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
     if text is None:
         return None
@@ -40,7 +40,7 @@ def start_deadline(headers: Mapping[str, str]) -> float | None:
 
 
 def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str | None:
-    """The query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
+    """Parse the query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
     url = parameters.get("fal_webhook")
     if not url:
         return None
@@ -56,7 +56,7 @@ def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str 
 
 
 def idempotency_key(headers: Mapping[str, str]) -> str | None:
-    """Idempotency-Key. Raises BadRequest for one that is empty or too long."""
+    """Parse Idempotency-Key. Raises BadRequest if it is empty or too long."""
     key = headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY:
         raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters")
@@ -64,7 +64,7 @@ def idempotency_key(headers: Mapping[str, str]) -> str | None:
 
 
 def runner_hint(headers: Mapping[str, str]) -> str | None:
-    """X-Fal-Runner-Hint. Raises BadRequest for one that is too long."""
+    """Parse X-Fal-Runner-Hint. Raises BadRequest if it is too long."""
     hint = headers.get("x-fal-runner-hint")
     if hint is not None and len(hint) > MAX_RUNNER_HINT:
         raise BadRequest(f"X-Fal-Runner-Hint should have at most {MAX_RUNNER_HINT} characters")
@@ -72,7 +72,7 @@ def runner_hint(headers: Mapping[str, str]) -> str | None:
 
 
 def max_queue_length(parameters: Mapping[str, str]) -> int | None:
-    """The query parameter `fal_max_queue_length`. Raises BadRequest for less than 1."""
+    """Parse the query parameter `fal_max_queue_length`. Raises BadRequest if it is less than 1."""
     text = parameters.get("fal_max_queue_length")
     if text is None:
         return None
@@ -83,7 +83,7 @@ def max_queue_length(parameters: Mapping[str, str]) -> int | None:
 
 
 def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
-    """X-Fal-Object-Lifecycle: how long files are kept and who may read them. Raises BadRequest."""
+    """Parse X-Fal-Object-Lifecycle: how long files are kept and who may read them. Raises BadRequest."""
     text = next((headers[name] for name in _NAMES if headers.get(name)), None)
     if text is None:
         return Lifecycle()
@@ -96,29 +96,29 @@ def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
     return Lifecycle(_seconds(preference.get("expiration_duration_seconds")), _is_private(preference))
 
 
-def _seconds(given: object) -> float | None:
-    if given is None:
+def _seconds(value: object) -> float | None:
+    if value is None:
         return None
-    # Zero stands for no expiry, as fal's own client says.
-    return number(given, "X-Fal-Object-Lifecycle-Preference's expiration_duration_seconds") or None
+    # Zero means no expiry, as in fal's client.
+    return number(value, "X-Fal-Object-Lifecycle-Preference's expiration_duration_seconds") or None
 
 
 def _is_private(preference: dict[str, Any]) -> bool:
-    listed = preference.get("initial_acl")
-    if listed is None:
+    acl = preference.get("initial_acl")
+    if acl is None:
         return False
-    default = listed.get("default") if isinstance(listed, dict) else listed
+    default = acl.get("default") if isinstance(acl, dict) else acl
     if default not in (*_PRIVATE, "allow", None):
         raise BadRequest("initial_acl's default should be allow, hide or forbid")
     return default in _PRIVATE
 
 
-def number(given: object, name: str) -> float:
-    """A number of 0 or more in a header or parameter. Raises BadRequest, naming it."""
+def number(value: object, name: str) -> float:
+    """Parse a header or parameter that is a number of 0 or more. Raises BadRequest, which names it."""
     try:
-        value = float(str(given))
+        result = float(str(value))
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise BadRequest(f"{name} should be a positive number, not {str(given)[:50]!r}")
-    return value
+        result = math.nan
+    if not math.isfinite(result) or result < 0:
+        raise BadRequest(f"{name} should be a positive number, not {str(value)[:50]!r}")
+    return result

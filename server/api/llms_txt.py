@@ -1,4 +1,4 @@
-"""llms.txt of one endpoint: Markdown for language models, in fal's form, made from the model."""
+"""llms.txt of one endpoint: Markdown for language models, in fal's form, generated from the model."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from server.api.fal_openapi import category, component_schemas, summary
 
 
 def render_llms_txt(model: Model, base_url: str) -> str:
-    """Markdown in the form of fal's /models/<id>/llms.txt."""
+    """Render Markdown in the form of fal's /models/<id>/llms.txt."""
     schemas = component_schemas(model)
     inputs, outputs = schemas[model.Input.__name__], schemas[model.Output.__name__]
     needed = {name: inputs["properties"][name].get("examples", ["a red apple"])[0] for name in inputs["required"]}
@@ -25,7 +25,7 @@ def render_llms_txt(model: Model, base_url: str) -> str:
             f"- **Category**: {category(model)}",
             "- **Kind**: inference\n",
             "## Pricing\n",
-            "Self-hosted: no charge for a picture.\n",
+            "Self-hosted: images are free of charge.\n",
             "## API Information\n",
             "### Input Schema\n",
             *_bullets(inputs),

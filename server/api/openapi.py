@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's own, with every model's paths and its Input and Output."""
+"""The server's OpenAPI document: FastAPI's, plus the paths, Input and Output of every model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ _REFERENCE = "#/components/schemas/{model}"
 
 
 def document(app: FastAPI, models: Mapping[str, Model]) -> dict[str, Any]:
-    """OpenAPI 3.1 for the whole server."""
-    found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    """Build OpenAPI 3.1 for the whole server."""
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     inputs = [(model.Input, "validation") for model in models.values()]
     outputs = [(model.Output, "serialization") for model in models.values()]
     _, definitions = models_json_schema([*inputs, *outputs], ref_template=_REFERENCE)  # type: ignore[list-item]
-    components = found.setdefault("components", {})
+    components = schema.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"], **_QUEUE_SCHEMAS)
     components["securitySchemes"] = {
         "apiKeyAuth": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "Key YOUR_KEY"}
     }
-    found["security"] = [{"apiKeyAuth": []}, {}]
-    own = {path: operations for model in models.values() for path, operations in _paths(model).items()}
-    found["paths"] = {**own, **found["paths"]}
-    return found
+    schema["security"] = [{"apiKeyAuth": []}, {}]
+    paths = {path: operations for model in models.values() for path, operations in _paths(model).items()}
+    schema["paths"] = {**paths, **schema["paths"]}
+    return schema
 
 
 def _paths(model: Model) -> dict[str, Any]:
@@ -35,21 +35,23 @@ def _paths(model: Model) -> dict[str, Any]:
     queued = {"$ref": _REFERENCE.format(model="QueueStatus")}
     events = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
-        f"/{model.endpoint}": {"post": _operation(model, "run", "Paint and wait for the output", _json(output))},
-        f"/{model.endpoint}/stream": {"post": _operation(model, "stream", "Paint, with progress as events", events)},
-        f"/queue/{model.endpoint}": {"post": _operation(model, "submit", "Put a request in the queue", _json(queued))},
+        f"/{model.endpoint}": {"post": _operation(model, "run", "Generate and wait for the output", _json(output))},
+        f"/{model.endpoint}/stream": {"post": _operation(model, "stream", "Generate and stream the progress", events)},
+        f"/queue/{model.endpoint}": {
+            "post": _operation(model, "submit", "Submit a request to the queue", _json(queued))
+        },
     }
 
 
 def _operation(model: Model, name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    given = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
+    body = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
     problem = {"$ref": _REFERENCE.format(model="Problem")}
     codes = ("401", "404", "413", "422", "429", "500", "507")
     return {
         "tags": [model.endpoint],
         "operationId": f"{name}_{model.endpoint.replace('/', '_').replace('-', '_')}",
         "summary": summary,
-        "requestBody": {"required": True, "content": _json(given)},
+        "requestBody": {"required": True, "content": _json(body)},
         "responses": {
             "200": {"description": "Done", "content": content},
             **{code: {"description": "Refused", "content": _json(problem)} for code in codes},
@@ -66,7 +68,7 @@ _QUEUE_SCHEMAS: dict[str, Any] = {
         **QUEUE_STATUS,
         "properties": {
             **QUEUE_STATUS["properties"],
-            # fal's document says object, and its answers have a list.
+            # fal's document says object, but its responses contain a list.
             "logs": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
             "error": {"type": "string"},
             "error_type": {"type": "string"},

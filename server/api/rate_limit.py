@@ -1,4 +1,4 @@
-"""How many requests a key may send in a while, and how many uploads beside them."""
+"""Rate limits per key, counted separately for requests and uploads."""
 
 import math
 import time
@@ -11,17 +11,18 @@ from server.errors import TooManyRequests
 
 
 class RateLimiter:
-    """Counted in this process's memory, so that it begins anew with it. Every door counts."""
+    """A limit on each key's requests across all endpoints. The counts are in memory, so a restart resets them."""
 
     def __init__(self, rate: str) -> None:
-        """`rate` is such as "60/minute"; without one, there is no limit."""
+        """Parse `rate`, which has the form "60/minute"; an empty rate means no limit."""
         self._item: RateLimitItem | None = parse(rate) if rate else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def acquire(self, owner: str, what: str = "requests") -> None:
-        """Count one of these. Raises TooManyRequests, which says when the next one is welcome."""
+        """Count one request or upload. Raises TooManyRequests, whose `retry_after` says when to retry."""
         if self._item is None or self._limiter.hit(self._item, what, owner):
             return
         wait = self._limiter.get_window_stats(self._item, what, owner).reset_time - time.time()
-        message = f"This key may send {self._item}: that many {what} (--rate-per-key)"
-        raise TooManyRequests(message, retry_after=max(1, math.ceil(wait)))
+        seconds = max(1, math.ceil(wait))
+        message = f"Rate limit of {self._item} reached for {what} of this key (--rate-per-key); retry in {seconds} s"
+        raise TooManyRequests(message, retry_after=seconds)

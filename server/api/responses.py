@@ -1,4 +1,4 @@
-"""The shapes on the wire: submit reply, status, result, errors, events, and the URLs of a request."""
+"""Response bodies: submit, status, result, errors, events, and the URLs of a request."""
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from server.errors import HEADERS_BY_TYPE, ServerError
 from server.queue.jobs import Job, Outcome, State
 
-#: fal answers 202 while a request is pending and 200 when it is done; `fal.apps` tells them apart by this alone.
+#: fal responds with 202 while a request is pending and 200 when it is done; `fal.apps` relies on the code alone.
 STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
 
 
@@ -19,34 +19,34 @@ _CHUNK = 2**16
 
 
 class FalJSONResponse(Response):
-    """JSON with the application/json type that the JavaScript SDKs decide by; NaN is sent as null."""
+    """A JSON response with NaN as null. The JavaScript SDKs parse it only if its type is application/json."""
 
     media_type = "application/json"
-    #: What is held while it is sent, for an answer that may be large.
+    #: The memory reservation of a response that may be large, held until the response is sent.
     room: AbstractAsyncContextManager[object, bool | None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, once there is room."""
+        """Send the response once there is room in memory."""
         if self.room is None:
             await super().__call__(scope, receive, send)
             return
         async with self.room:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            # In parts, because uvicorn takes what it is given at once and waits for the client before the next.
+            # Send in parts: uvicorn buffers each part whole, and waits for the client before it accepts the next.
             for start in range(0, len(self.body), _CHUNK):
                 part = self.body[start : start + _CHUNK]
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body"})
 
     def render(self, content: object) -> bytes:
-        """Serialize; strings that are JSON already pass through as bytes."""
+        """Serialize the content; bytes are JSON already and pass through."""
         return content if isinstance(content, bytes) else to_json(content, inf_nan_mode="null")
 
 
 def urls(job: Job) -> dict[str, str]:
-    """The three URLs of a request: absolute, under the two-segment id as fal's own are."""
+    """Build a request's three URLs: absolute, and under the two-segment id as at fal."""
     app = "/".join(job.endpoint.split("/")[:2])
-    # By Host `queue.*` the role is in the name; everywhere else it is in the path, which some clients rebuild from.
+    # A host named `queue.*` implies the queue. With other hosts, the path says so: some clients rebuild URLs from it.
     host = job.base_url.split("://", 1)[-1]
     prefix = "" if host.startswith("queue.") else "/queue"
     url = f"{job.base_url}{prefix}/{app}/requests/{job.request_id}"
@@ -54,7 +54,7 @@ def urls(job: Job) -> dict[str, str]:
 
 
 def submit_body(job: Job, position: int) -> dict[str, Any]:
-    """The reply to a submit: the union of what all SDKs read."""
+    """Build the response to a submit, with the fields that any SDK reads."""
     return {
         "status": State.IN_QUEUE,
         "request_id": job.request_id,
@@ -66,7 +66,7 @@ def submit_body(job: Job, position: int) -> dict[str, Any]:
 
 
 def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """A status object. `logs` is None unless they were asked for; then a list, even when empty."""
+    """Build a status object. `logs` is None unless the client requested logs; then a list, even if empty."""
     body: dict[str, Any] = {
         "status": job.state,
         "request_id": job.request_id,
@@ -89,13 +89,13 @@ def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) 
 
 
 def progress_event(job: Job) -> dict[str, Any]:
-    """One event of /stream before the output."""
+    """Build a progress event of /stream."""
     body: dict[str, Any] = {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
     return body if job.preview is None else {**body, "preview": job.preview}
 
 
 def result_response(outcome: Outcome) -> FalJSONResponse:
-    """The model's own answer, status and headers included."""
+    """Build the response of a finished job, with its stored status and headers."""
     headers = dict(HEADERS_BY_TYPE.get(outcome.error_type or "", {}))
     if outcome.error_type:
         headers["x-fal-error-type"] = outcome.error_type
@@ -106,7 +106,7 @@ def result_response(outcome: Outcome) -> FalJSONResponse:
 
 
 def error_response(problem: ServerError) -> Response:
-    """An error in fal's shape."""
+    """Build an error response in fal's shape."""
     headers = dict(problem.headers)
     if problem.error_type:
         headers["x-fal-error-type"] = problem.error_type
@@ -114,6 +114,6 @@ def error_response(problem: ServerError) -> Response:
 
 
 def with_request_id(response: Response, job: Job) -> Response:
-    """The response, with the header that says which request it is about."""
+    """Add the header with the job's request id to a response."""
     response.headers["x-fal-request-id"] = job.request_id
     return response

@@ -1,4 +1,4 @@
-"""Server-sent events: JSON objects on a stream that stays open."""
+"""Server-sent events: JSON objects on an open stream."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -9,20 +9,20 @@ from pydantic_core import to_json
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-#: fal sends a comment this often, in seconds, so that nobody in between closes a silent stream.
+#: Seconds between comments, as at fal, so that no proxy closes a silent stream.
 HEARTBEAT = 15.0
 _PART = 2**16
 
 
 class AbortStream(Exception):
-    """Cut the connection after the last event: 200 was said already, so only this tells a client of failure."""
+    """A failure after the response has started: cutting the connection is the only way left to signal it."""
 
 
 class EventStream(StreamingResponse):
-    """Each object as one `data:` event; None stands for a heartbeat.
+    """A response that sends each object as one `data:` event, and each None as a heartbeat.
 
-    Starlette's own response rather than sse-starlette, which replaces a method of uvicorn's server for the whole
-    process and cuts a stream at the stop, where ours sends a last event.
+    Based on Starlette rather than sse-starlette, which replaces a method of uvicorn's server for the whole process.
+    It also cuts streams when the server stops, whereas this class sends a last event.
     """
 
     media_type = "text/event-stream"
@@ -35,13 +35,13 @@ class EventStream(StreamingResponse):
         self._within = context or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream inside the given context, which ends also when the client leaves before the first event."""
+        """Stream inside the context, which also exits when the client disconnects before the first event."""
         with self._within:
             await super().__call__(scope, receive, send)
 
 
 async def wait_or_heartbeat(event: asyncio.Event) -> bool:
-    """Wait for the bell; False when it is time for a heartbeat first."""
+    """Wait for the event; return False if a heartbeat is due first."""
     try:
         async with asyncio.timeout(HEARTBEAT):
             await event.wait()
@@ -53,6 +53,6 @@ async def wait_or_heartbeat(event: asyncio.Event) -> bool:
 async def _encoded(objects: AsyncIterator[Mapping[str, Any] | None]) -> AsyncIterator[bytes]:
     async for item in objects:
         event = b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"
-        # In parts, because uvicorn takes what it is given at once and waits for the client before the next.
+        # Send in parts: uvicorn buffers each part whole, and waits for the client before it accepts the next.
         for start in range(0, len(event), _PART):
             yield event[start : start + _PART]

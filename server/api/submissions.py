@@ -1,4 +1,4 @@
-"""What a client sends, turned into a submission: the body's fields, and fal's headers and parameters."""
+"""Submissions from HTTP requests: the body's fields, and fal's headers and parameters."""
 
 import hashlib
 import secrets
@@ -24,7 +24,7 @@ from server.inputs.resolver import InputResolver, dump_input
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
-#: curl's -d says the second, some clients say nothing; the body is JSON all the same.
+#: Content types of JSON bodies. `curl -d` sends the second, and some clients send none.
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
@@ -40,16 +40,16 @@ async def parse_submission(
     executor: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
-    """The submission in this request and its body, and what it names by address.
+    """Parse the request and its body, and fetch the files that its URLs refer to.
 
-    `content_type` is the body's where that is not the request's own. Raises InvalidInput and BadRequest, naming the
-    field and the limit, TooManyRequests, and DiskFull.
+    `content_type` overrides the request's header. Raises InvalidInput and BadRequest, naming the field and the limit,
+    TooManyRequests, and DiskFull.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
-    given = (model, body, content_type, inputs.limits)
-    # What is large takes long to read, and others are served meanwhile.
-    fields, body_hash = await executor.run(owner, _parse, *given) if len(body) > SMALL else _parse(*given)
-    # What was refused costs nothing; what brings files does, so this comes first.
+    args = (model, body, content_type, inputs.limits)
+    # Large bodies take long to parse, so a thread does it while the event loop serves other requests.
+    fields, body_hash = await executor.run(owner, _parse, *args) if len(body) > SMALL else _parse(*args)
+    # Invalid requests do not count towards the rate limit. Fetching inputs is expensive, so the limit comes first.
     rate_limiter.acquire(owner)
     input_files = await inputs.resolve(fields, owner)
     is_queued = mode == Mode.QUEUE
@@ -73,17 +73,17 @@ async def parse_submission(
 
 
 def _parse(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
-    """The fields, and what stands for the body."""
+    """Return the validated fields, and the body's hash."""
     return validate(model, body, content_type, limits), hashlib.sha256(body).hexdigest()
 
 
 def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:
-    """The fields, with the seed fixed, so that a retry paints the same picture. Raises InvalidInput."""
+    """Validate the body and choose a missing seed now, so that a retry makes the same image. Raises InvalidInput."""
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
     fields = validation.parse_body(model.Input, body, {"limits": limits})
-    # Below 2**32, because a larger number may be mangled on its way through JavaScript.
+    # Below 2**32, because JavaScript may round larger numbers.
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
     return fields.model_copy(update={"seed": seed})
 

@@ -12,30 +12,30 @@ from server.queue.jobs import Job, State
 
 
 async def wait_for_outcome(request: Request, services: Services, job: Job) -> None:
-    """Wait for the end of the job; it ends with its client. Raises InternalError when the server stops first."""
+    """Wait until the job ends, and cancel it if its client disconnects. Raises InternalError if the server stops."""
     with cancel_on_disconnect(services, job), services.notifier.subscribe(job.request_id) as event:
-        gone = asyncio.create_task(_disconnected(request))
-        gone.add_done_callback(lambda _: event.set())
+        disconnect = asyncio.create_task(_disconnected(request))
+        disconnect.add_done_callback(lambda _: event.set())
         try:
-            while job.state != State.COMPLETED and not gone.done() and not services.notifier.is_closing:
+            while job.state != State.COMPLETED and not disconnect.done() and not services.notifier.is_closing:
                 event.clear()
                 await event.wait()
         finally:
-            gone.cancel()
+            disconnect.cancel()
     if job.state != State.COMPLETED:
         raise InternalError("The server is stopping.")
 
 
 @contextmanager
 def cancel_on_disconnect(services: Services, job: Job) -> Iterator[None]:
-    """Whatever ends the connection ends the job: nothing is painted for nobody. Raises TooManyRequests."""
+    """Cancel the job when its connection ends for any reason before the job does. Raises TooManyRequests."""
     try:
         with services.open_answers.held(job.owner):
             yield
     finally:
-        # When the server stops, the next start ends it: by then the database may be closed here.
+        # When the server stops, the next start ends the job, because the database may be closed by now.
         if job.state != State.COMPLETED and not services.notifier.is_closing:
-            # Not awaited: this may run while the connection's own task is being cancelled.
+            # Not awaited, because this may run while the connection's task is being cancelled.
             services.executor.submit(job.owner, services.queue.cancel, job)
 
 

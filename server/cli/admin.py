@@ -1,4 +1,4 @@
-"""The operator's commands beside serving: keys, webhooks, backup. They work with the server running, and without."""
+"""The operator's commands for keys, webhooks and backups, which work with or without a running server."""
 
 import os
 from datetime import UTC, datetime
@@ -13,12 +13,12 @@ from server.settings import Settings, SettingsError
 FAILED = 1
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 
-keys = typer.Typer(help="Keys that this server makes and knows, beside those of --keys.", **_PLAIN)
-webhooks = typer.Typer(help="What clients' URLs were told, or not yet.", **_PLAIN)
+keys = typer.Typer(help="Manage the keys that this server creates, in addition to those of --keys.", **_PLAIN)
+webhooks = typer.Typer(help="List and redeliver webhooks.", **_PLAIN)
 
 DataDir = Annotated[
     str | None,
-    typer.Option("--data-dir", help="Folder of the queue. [env: FLUX_SERVER_DATA_DIR]", show_default=False),
+    typer.Option("--data-dir", help="Directory of the queue. [env: FLUX_SERVER_DATA_DIR]", show_default=False),
 ]
 
 
@@ -43,70 +43,75 @@ def _folder(data_dir: str | None) -> Path:
 
 @keys.command("add")
 def add_key(
-    name: Annotated[str, typer.Argument(help="Whose it is, such as shop.")],
-    scope: Annotated[str, typer.Option(help="client, or operator, who may see /status and /metrics too.")] = "client",
+    name: Annotated[str, typer.Argument(help="Name of the key's owner, such as shop.")],
+    scope: Annotated[
+        str, typer.Option(help="client, or operator, which may also see /status and /metrics.")
+    ] = "client",
     data_dir: DataDir = None,
 ) -> None:
-    """Make a key and print it, this once. The server knows it at once, or, where it asked for none, when restarted."""
+    """Create a key and print it, only this once. It is valid immediately; a server without keys needs a restart."""
     from server.storage.database import FILE
 
     is_new = not (_folder(data_dir) / FILE).is_file()
-    # Asked before: without a server, a key that is there is asked for.
+    # Check this first: without a running server, `is_open` changes once a key exists.
     is_open = is_new or _ask(data_dir, "is_open")
     typer.echo(_ask(data_dir, "add_key", name=name, scope=scope))
     if is_new:
-        typer.echo(f"Made a new data folder at {_folder(data_dir)}; no server runs on it", err=True)
+        typer.echo(f"Created a new data directory at {_folder(data_dir)}; no server is using it", err=True)
     if is_open:
-        typer.echo("A server that asks for no key yet begins to at its next start.", err=True)
+        typer.echo("A server that requires no key yet will require one from its next start.", err=True)
 
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
-    """Name, scope and age of each; the owner is what logs and /status call it."""
-    found = _ask(data_dir, "list_keys")
-    typer.echo("name\tscope\towner\tmade" if found else "There are none.", err=True)
-    for key in found:
+    """List name, scope, owner and creation time of each key; logs and /status show the owner."""
+    rows = _ask(data_dir, "list_keys")
+    typer.echo("name\tscope\towner\tcreated" if rows else "There are no keys.", err=True)
+    for key in rows:
         typer.echo(f"{key['name'] or '(the first)'}\t{key['scope']}\t{key['owner']}\t{_when(key['created_at'])}")
 
 
 @keys.command("revoke")
 def revoke_key(
-    name: Annotated[str, typer.Argument(help="Its name, or its owner as `keys list` tells it.")],
+    name: Annotated[str, typer.Argument(help="Name of the key, or its owner as shown by `keys list`.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Forget a key and its tokens, at once. What it asked for goes on."""
+    """Revoke a key and its tokens immediately. Its requests continue."""
     _ask(data_dir, "revoke_key", name=name)
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
-        message = "No key with a name is left. On loopback, and without --keys, the server asks for none"
+        message = "No named key is left. On loopback, and without --keys, the server requires no key"
         typer.echo(f"{message} from its next start.", err=True)
 
 
 @webhooks.command("list")
 def list_webhooks(
-    delivered: Annotated[bool, typer.Option("--all", help="Those that were delivered too.")] = False,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, the newest first.")] = 100,
+    delivered: Annotated[bool, typer.Option("--all", help="Include delivered webhooks.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of webhooks, newest first.")] = 100,
     data_dir: DataDir = None,
 ) -> None:
-    """Webhooks that wait, or were given up after all retries."""
-    found = _ask(data_dir, "list_webhooks", with_delivered=delivered, limit=limit)
-    typer.echo("request\tstate\tattempts\turl\terror" if found else "There are none.", err=True)
-    for each in found:
-        tried = f"{each['attempt']} tried"
-        typer.echo("\t".join((each["request_id"], _state(each), tried, each["url"], each["error"] or "")))
+    """List webhooks that are waiting, or were given up after all retries."""
+    rows = _ask(data_dir, "list_webhooks", with_delivered=delivered, limit=limit)
+    typer.echo("request\tstate\tattempts\turl\terror" if rows else "There are no webhooks.", err=True)
+    for row in rows:
+        attempts = f"{row['attempt']} tried"
+        typer.echo("\t".join((row["request_id"], _state(row), attempts, row["url"], row["error"] or "")))
 
 
 @webhooks.command("redeliver")
 def redeliver(request_id: str, data_dir: DataDir = None) -> None:
-    """Send one again, with all its retries."""
+    """Send the webhook of a request again, with all its retries."""
     _ask(data_dir, "redeliver", request_id=request_id)
 
 
 def back_up(
-    folder: Annotated[Path, typer.Argument(help="A folder that is not there yet.")], data_dir: DataDir = None
+    directory: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")], data_dir: DataDir = None
 ) -> None:
-    """Copy queue, pictures, keys and certificates into FOLDER, while the server goes on. To restore, serve it."""
-    num_bytes = _ask(data_dir, "back_up", folder=str(folder.absolute()))
-    typer.echo(f"{folder}: {num_bytes / 1e6:.1f} MB")
+    """Copy queue, images, keys and certificates to DIRECTORY while the server runs.
+
+    To restore, start the server with --data-dir DIRECTORY.
+    """
+    num_bytes = _ask(data_dir, "back_up", folder=str(directory.absolute()))
+    typer.echo(f"{directory}: {num_bytes / 1e6:.1f} MB")
 
 
 def _state(webhook: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`flux-server bench`: the engine's tiers beside diffusers' own pipeline, as a table and as JSON."""
+"""A comparison of the engine's tiers with diffusers' pipeline, as a table and as JSON: `flux-server bench`."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from models.loading import cpu, devices, memory_plans, specs
 from models.loading.pipeline import load_pipeline
 from server.settings import Settings
 
-_HEADS = ("way", "size", "steps", "waiting", "s/picture", "ms/step", "x naive", "share of matmul", "peak GB")
+_HEADS = ("way", "size", "steps", "waiting", "s/image", "ms/step", "x naive", "share of matmul", "peak GB")
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     num_waiting: int,
     cap_gb: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines to print, each with what was measured so far. Raises OSError and ValueError for what cannot be used."""
+    """Yield lines to print, each with the report so far. Raises OSError and ValueError for unusable settings."""
     import torch
 
     device = devices.device_for(settings.device)
@@ -45,23 +45,23 @@ def run(
         compile_cache=settings.data_dir / "compiled",
     )
     bench = EngineBenchmark(pipeline, device, config, is_whole=plan.is_resident)
-    found = _machine(device) | {
+    report = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
         "dtype": devices.type_name(pipeline.transformer.dtype),
         "memory_plan": plan.name,
         "matmul_tflop_per_second": round(bench.rate / 1e12, 3),
         "figures": [],
     }
-    yield "\n".join(f"{name}: {value}" for name, value in found.items() if name != "figures"), found
+    yield "\n".join(f"{name}: {value}" for name, value in report.items() if name != "figures"), report
     smallest = min(sizes)
     difference = bench.difference(Workload(*smallest, num_steps))
-    found["eager_difference"] = difference
-    yield f"largest difference of a pixel, eager from naive, {smallest[0]}x{smallest[1]}: {difference}", found
-    yield "".join(f"{head:>16}" for head in _HEADS), found
+    report["eager_difference"] = difference
+    yield f"largest pixel difference between eager and naive, {smallest[0]}x{smallest[1]}: {difference}", report
+    yield "".join(f"{head:>16}" for head in _HEADS), report
     for size in sizes:
         for figure in bench.figures(Workload(*size, num_steps, num_waiting), num_rounds):
-            found["figures"].append(dataclasses.asdict(figure))
-            yield _line(figure), found
+            report["figures"].append(dataclasses.asdict(figure))
+            yield _line(figure), report
 
 
 def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_plans.Plan]:
@@ -74,7 +74,7 @@ def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_
     dtype = devices.dtype_for(settings.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
     plan = memory_plans.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
-    # A plan that does not keep everything on the device begins in the host's memory, as loading does.
+    # A plan that does not keep all weights on the device starts in host memory, as loading does.
     pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)
     return plan.apply(pipeline, device), plan
 
@@ -108,6 +108,6 @@ def _line(figure: Measurement) -> str:
     return "".join(f"{cell:>16}" for cell in cells)
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """What was measured, as JSON."""
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write the report as JSON."""
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

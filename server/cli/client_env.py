@@ -1,4 +1,4 @@
-"""What points each SDK at this server: lines to read, and variables to run a program in."""
+"""Configuration that points each SDK at this server: shell exports, and an environment for programs."""
 
 import os
 import shlex
@@ -16,51 +16,53 @@ _LINES = """\
 # Python: {python}
 {exports}
 
-# JavaScript, @fal-ai/client 1.10 or newer: one line in front.
+# JavaScript, @fal-ai/client 1.10 or newer: call this first.
 #   fal.config({{ {credentials}proxyUrl: {{ url: "{url}/api/fal/proxy", when: "always" }} }});
 
-# JavaScript, @fal-ai/client before 1.10 and @fal-ai/serverless-client: one line in front.
+# JavaScript, @fal-ai/client before 1.10 and @fal-ai/serverless-client: call this first.
 #   fal.config({{ credentials: "{key}", requestMiddleware: async (request) =>
 #     ({{ ...request, url: "{url}/api/fal/proxy",
 #       headers: {{ ...request.headers, "x-fal-target-url": request.url }} }}) }});
 
-# Java, Kotlin, Swift, Dart: the client's proxy URL.
+# Java, Kotlin, Swift, Dart: set the client's proxy URL.
 #   {url}/api/fal/proxy
 
-# Anything that takes a base URL: {url} for synchronous runs, {url}/queue for the queue.
+# Clients with a configurable base URL: {url} for synchronous runs, {url}/queue for the queue.
 #   curl {url}/fal-ai/flux/dev {authorization}-H 'Content-Type: application/json' -d '{{"prompt": "a red apple"}}'"""
 
 _BY_HOST = (
-    "fal-client 0.11 or newer, and fal: these variables are all it takes,\n"
-    "# but for uploads and realtime, which still go to fal: --proxy-port brings those here too."
+    "fal-client 0.11 or newer, and fal: set these variables.\n"
+    "# Uploads and realtime still go to fal unless you set --proxy-port."
 )
-_BY_DOOR = "fal-client of any age, whole: these variables are all it takes."
+_BY_PROXY = "fal-client of any version, including uploads and realtime: set these variables."
 _DIRECT = "127.0.0.1,localhost"
-#: Each library reads one of them, in one of both spellings; images come from this server without a proxy.
-_PROXIES = [spelt for name in ("HTTPS", "HTTP", "WSS", "WS") for spelt in (f"{name}_PROXY", f"{name.lower()}_proxy")]
-#: Those that some libraries prefer to these.
+#: Proxy variables; each library reads some of them, in one of two spellings. Images are downloaded without a proxy.
+_PROXIES = [
+    variable for name in ("HTTPS", "HTTP", "WSS", "WS") for variable in (f"{name}_PROXY", f"{name.lower()}_proxy")
+]
+#: Proxy variables that some libraries prefer to the ones above.
 _OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
-#: Programs that `run` brings here: Python through its variables, Node through the preload.
+#: Programs that `run` supports: Python with environment variables, Node with the preload script.
 _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn", "pnpm")
-_OTHERS = "programs in other languages that it starts"
+_OTHERS = "programs in other languages that this program starts"
 
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, lacks_key: bool = False) -> str:
-    """Shell exports, and comments for what is not a variable: `eval "$(flux-server env)"` works.
+    """Build shell exports, with all other advice in comments, for `eval "$(flux-server env)"`.
 
-    With `lacks_key` the server wants a key, and none is known here.
+    `lacks_key` means that the server requires a key that the settings do not contain.
     """
     host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
-    python = _BY_DOOR if settings.proxy_port else _BY_HOST
+    python = _BY_PROXY if settings.proxy_port else _BY_HOST
     if not settings.tls_port:
-        python = "not available, because fal-client speaks HTTPS only and --tls-port is 0."
+        python = "not available, because fal-client requires HTTPS and --tls-port is 0."
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables(settings, files).items()]
     if lacks_key:
-        note = "# FAL_KEY: this server wants a key that it knows; flux-server keys add NAME makes one"
+        note = "# FAL_KEY: this server requires a key; create one with flux-server keys add NAME"
         exports = [note if line.startswith("export FAL_KEY=") else line for line in exports]
     if settings.tls_port and not files.bundle.exists():
-        exports.append("# (the certificate is made when the server starts for the first time)")
+        exports.append("# (the server creates the certificate when it starts for the first time)")
     key = "your-key" if lacks_key else _key(settings)
     return _LINES.format(
         python=python,
@@ -73,32 +75,33 @@ def shell_exports(settings: Settings, files: CertificateFiles, *, lacks_key: boo
 
 
 def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
-    """The environment that brings Python's clients here; empty when there is no TLS port."""
+    """Build the environment that points Python clients at this server; empty without a TLS port."""
     if not settings.tls_port:
         return {}
-    # requests reads a variable of its own.
+    # requests reads REQUESTS_CA_BUNDLE, the other libraries SSL_CERT_FILE.
     bundle = str(files.bundle)
     shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": bundle, "REQUESTS_CA_BUNDLE": bundle}
     if settings.proxy_port:
         proxy = f"http://127.0.0.1:{settings.proxy_port}"
-        own = (_host(settings), urlsplit(settings.public_url).hostname)
-        direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, own))))
+        hosts = (_host(settings), urlsplit(settings.public_url).hostname)
+        direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, hosts))))
         return {**shared, **dict.fromkeys(_PROXIES, proxy), "NO_PROXY": direct, "no_proxy": direct}
     host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 
 
 def environment(settings: Settings, files: CertificateFiles, outside: Mapping[str, str]) -> dict[str, str]:
-    """`outside` with everything that brings a Python or Node program's fal calls here."""
-    # Quoted for Node, which knows double quotes alone.
+    """Extend the environment `outside` so that a Python or Node program's fal calls reach this server."""
+    # Node accepts only double quotes in NODE_OPTIONS.
     preload = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
     options = f'{outside.get("NODE_OPTIONS", "")} --require "{preload}"'.strip()
-    # The machine's own proxy has no business with what is here, nor with what is led here.
-    told, names = outside.get("NO_PROXY") or outside.get("no_proxy"), (*DOMAINS, *(f".{name}" for name in DOMAINS))
-    direct = ",".join(filter(None, (told, _DIRECT, _host(settings), *names)))
-    passed = {name: value for name, value in outside.items() if name.upper() not in _OTHER_PROXIES}
+    # The machine's proxy must see neither calls to this server nor calls that are redirected to it.
+    no_proxy = outside.get("NO_PROXY") or outside.get("no_proxy")
+    names = (*DOMAINS, *(f".{name}" for name in DOMAINS))
+    direct = ",".join(filter(None, (no_proxy, _DIRECT, _host(settings), *names)))
+    without_proxies = {name: value for name, value in outside.items() if name.upper() not in _OTHER_PROXIES}
     return {
-        **(passed if settings.proxy_port else outside),
+        **(without_proxies if settings.proxy_port else outside),
         "NO_PROXY": direct,
         "no_proxy": direct,
         **variables(settings, files),
@@ -110,16 +113,16 @@ def environment(settings: Settings, files: CertificateFiles, outside: Mapping[st
 
 
 class UnsupportedProgram(Exception):
-    """A program's calls cannot be brought here, so it must not run: they would go to the real cloud."""
+    """A program that must not run, because its fal calls would go to the real cloud."""
 
 
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Raises UnsupportedProgram where calls of this command would go to the real cloud."""
+    """Check that all fal calls of this command reach this server. Raises UnsupportedProgram."""
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it the program's calls would go to the real cloud")
     if not settings.proxy_port and not _is_node(command):
         raise UnsupportedProgram(
-            "run needs --proxy-port for all programs but Node's, as the server does: "
+            "run needs the server's --proxy-port for all programs except Node: "
             "without it their calls would go to the real cloud"
         )
     if not files.bundle.exists():
@@ -129,17 +132,18 @@ def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -
 
 
 def run(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Become the command, with its fal calls brought here. Raises OSError when there is no such command."""
-    os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  what was asked for
+    """Replace this process with the command, in an environment for this server. Raises OSError if it is not found."""
+    os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  the user's command
 
 
 def run_limitations(command: Sequence[str]) -> str:
-    """What to tell of before the command runs."""
+    """Describe the calls of the command that would not reach this server."""
     if _is_node(command):
-        return f"not led here: {_OTHERS}."
+        return f"calls still go to fal from {_OTHERS}."
     if not PurePath(command[0]).name.startswith(_PYTHON):
-        return "run covers Python and Node; other programs need their client's proxy URL, see `flux-server env`."
-    return f"not led here: what ignores proxy variables (aiohttp without trust_env=True, bare sockets), {_OTHERS}."
+        return "run covers Python and Node; for other programs set the client's proxy URL, see `flux-server env`."
+    ignoring = "code that ignores proxy variables (aiohttp without trust_env=True, bare sockets)"
+    return f"calls still go to fal from {ignoring} and from {_OTHERS}."
 
 
 def _is_node(command: Sequence[str]) -> bool:

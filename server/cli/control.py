@@ -1,4 +1,4 @@
-"""What the operator does beside serving: keys, webhooks, a backup; in the running server, or without one."""
+"""The operator's actions on keys, webhooks and backups, in a running server or without one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,11 @@ from server.webhooks import delivery
 
 
 def _nothing() -> None:
-    """Nobody has to be told."""
+    """Do nothing, because no server is running."""
 
 
 class Control:
-    """Acts on one data folder. Every act takes and gives plain values, waits for the disk, and raises ValueError."""
+    """Actions on one data directory. They use plain values, block on the disk, and raise ValueError."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Control:
         on_webhooks: Callable[[], None] = _nothing,
         is_open: Callable[[], bool] | None = None,
     ) -> None:
-        """`on_keys` and `on_webhooks` are called after a change of those; `is_open` tells of the running server."""
+        """Set the callbacks: `on_keys` and `on_webhooks` run after changes; `is_open` describes the running server."""
         self._database = database
         self._data_dir = data_dir
         self._on_keys = on_keys
@@ -44,9 +44,9 @@ class Control:
         }
 
     def add_key(self, name: str, scope: str) -> str:
-        """A new key, which nobody can read again."""
+        """Create a key, which cannot be read again. Raises ValueError for an invalid name or scope."""
         if not name or len(name) > 100 or not name.isprintable():
-            raise ValueError("A key's name should have 1 to 100 letters")
+            raise ValueError("A key's name should have 1 to 100 printable characters")
         if scope not in set(KeyScope):
             raise ValueError(f"A key's scope should be one of {', '.join(KeyScope)}")
         key = auth.add_key(self._database, name, KeyScope(scope))
@@ -54,27 +54,27 @@ class Control:
         return key
 
     def list_keys(self) -> list[dict[str, Any]]:
-        """Name, scope, time of making and owner of each."""
+        """List name, scope, creation time and owner of each key."""
         return auth.list_keys(self._database)
 
     def is_open(self) -> bool:
-        """Whether no key is asked for: by the running server, or by one on loopback without keys in its settings."""
+        """Check whether no key is required, by the running server or by the next one on loopback without --keys."""
         return self._is_open() if self._is_open else not auth.load_key_scopes(self._database, with_first=False)
 
     def revoke_key(self, name: str) -> None:
-        """From now on the key is a wrong one; its requests and pictures stay."""
+        """Revoke a key immediately; its requests and images stay. Raises ValueError if no or several keys match."""
         auth.revoke_key(self._database, name)
         self._on_keys()
 
     def list_webhooks(self, *, with_delivered: bool = False, limit: int = 100) -> list[dict[str, Any]]:
-        """Those that wait to be sent or were given up, the newest first; `with_delivered` the others too."""
+        """List webhooks that are waiting or were given up, newest first; `with_delivered` includes the others."""
         return delivery.list_deliveries(self._database, with_delivered=with_delivered, limit=limit)
 
     def redeliver(self, request_id: str) -> None:
-        """Send a webhook again, now, with all its retries: also one that was delivered or given up."""
+        """Send a webhook again now, with all its retries, even if it was delivered or given up."""
         delivery.redeliver(self._database, request_id)
         self._on_webhooks()
 
     def back_up(self, folder: str) -> int:
-        """Copy the data directory into a new one while the server goes on; returns its bytes."""
+        """Copy the data directory to a new one while the server runs; returns the number of bytes."""
         return backup.back_up(self._database, self._data_dir, Path(folder))

@@ -1,4 +1,4 @@
-"""The way to `Control` from other processes: a Unix socket in the data folder that only its owner can open."""
+"""Access to `Control` from other processes: a Unix socket in the data directory that only its owner can open."""
 
 import asyncio
 import json
@@ -20,32 +20,32 @@ log = logging.getLogger(__name__)
 
 NAME = "control"
 _MAX_LINE = 1 << 20
-#: A backup may take long.
+#: Seconds to wait for a response, because a backup may take long.
 _TIMEOUT = 3600.0
 
 
 @asynccontextmanager
 async def serve_control_socket(control: Control, data_dir: Path) -> AsyncIterator[None]:
-    """Answer while the block lasts: a line of JSON for a line of JSON."""
+    """Serve commands while the block lasts: each request and each response is one line of JSON."""
     path = data_dir / NAME
-    # Left behind by a kill; the folder is this process's own.
+    # A killed server leaves its socket behind. This process has locked the directory, so it may delete the socket.
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX)
     with _reachable(data_dir) as address:
         bound.bind(address)
     path.chmod(0o600)
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            asked = json.loads(await reader.readline())
-            writer.write(json.dumps(await asyncio.to_thread(_run_command, control, asked)).encode() + b"\n")
+            request = json.loads(await reader.readline())
+            writer.write(json.dumps(await asyncio.to_thread(_run_command, control, request)).encode() + b"\n")
             await writer.drain()
         except (ValueError, ConnectionError):
-            log.warning("the control socket was sent what it does not understand")
+            log.warning("the control socket received an invalid request; use the flux-server command to send requests")
         finally:
             writer.close()
 
-    server = await asyncio.start_unix_server(answer, sock=bound, limit=_MAX_LINE)
+    server = await asyncio.start_unix_server(handle, sock=bound, limit=_MAX_LINE)
     try:
         yield
     finally:
@@ -53,23 +53,23 @@ async def serve_control_socket(control: Control, data_dir: Path) -> AsyncIterato
         path.unlink(missing_ok=True)
 
 
-def _run_command(control: Control, asked: dict[str, Any]) -> dict[str, Any]:
+def _run_command(control: Control, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"result": control.commands[asked["act"]](**asked["arguments"])}
+        return {"result": control.commands[request["act"]](**request["arguments"])}
     except (ValueError, DiskFull) as error:
         return {"error": str(error)}
     except Exception:
-        log.exception("%s failed", asked.get("act"))
-        return {"error": "The server could not do it; its log says why"}
+        log.exception("%s failed", request.get("act"))
+        return {"error": "The command failed in the server; see the server's log"}
 
 
 def call(data_dir: Path, act: str, **arguments: Any) -> Any:
-    """Have something done by the running server, or here where there is none. Raises ValueError, and OSError.
+    """Run a command in the running server, or in this process if there is none. Raises ValueError and OSError.
 
-    Only a key may be the first thing in a new data folder.
+    Only `add_key` may create a new data directory.
     """
     if act != "add_key" and not (data_dir / FILE).is_file():
-        raise OSError(f"there is no data folder of a server at {data_dir}; --data-dir names another")
+        raise OSError(f"there is no data directory of a server at {data_dir}; select another with --data-dir")
     try:
         database = Database(data_dir)
     except DataDirInUse:
@@ -81,7 +81,7 @@ def call(data_dir: Path, act: str, **arguments: Any) -> Any:
 
 
 def requires_key(data_dir: Path) -> bool:
-    """Whether the server of this folder asks for a key: the running one, or the next. Does not take the folder."""
+    """Check whether the running or next server of this directory requires a key, without locking the directory."""
     with suppress(OSError, ValueError):
         return not _call_server(data_dir, "is_open", {})
     with suppress(sqlite3.Error):
@@ -95,21 +95,21 @@ def _call_server(data_dir: Path, act: str, arguments: dict[str, Any]) -> Any:
         try:
             connection.connect(address)
         except OSError as error:
-            raise OSError(f"the server that uses {data_dir} does not answer: {error.strerror}") from None
+            raise OSError(f"the server that uses {data_dir} does not respond: {error.strerror}") from None
         connection.sendall(json.dumps({"act": act, "arguments": arguments}).encode() + b"\n")
         with connection.makefile() as lines:
             line = lines.readline()
     if not line:
-        raise OSError(f"the server that uses {data_dir} ended before it answered")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer["result"]
+        raise OSError(f"the server that uses {data_dir} ended before it responded; try again")
+    response = json.loads(line)
+    if "error" in response:
+        raise ValueError(response["error"])
+    return response["result"]
 
 
 @contextmanager
 def _reachable(data_dir: Path) -> Iterator[str]:
-    """The socket's address; a folder whose path is too long for one is reached through its descriptor."""
+    """Yield the socket's address; a path that is too long for one is replaced by a file descriptor's path."""
     path = str(data_dir / NAME)
     if len(os.fsencode(path)) < 100:
         yield path

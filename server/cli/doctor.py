@@ -1,4 +1,4 @@
-"""What this machine can run, and why not: looked at before anything is loaded."""
+"""Checks of what this machine can run, without loading any weights: `flux-server doctor`."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, ver
 from server.settings import Settings
 from server.storage import database
 
-#: FLUX.1 [dev]'s components in bf16, for when they are not here to be weighed: 33.7 GB.
+#: Bytes of FLUX.1 [dev]'s components in bf16, 33.7 GB in total, used when the weights are not downloaded.
 _FLUX_DEV_SIZES = {
     "transformer": 23_802_816_640,
     "text_encoder_2": 9_524_621_312,
@@ -28,7 +28,7 @@ _FLUX_DEV_SIZES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -36,29 +36,29 @@ class Check:
 
 
 def run_checks(settings: Settings) -> Iterator[Check]:
-    """Every finding, from the ground up."""
+    """Yield the results of all checks, the basic ones first."""
     yield _python()
     yield _ports(settings)
     yield _disk(settings)
-    found = yield from _device(settings)
-    if found is None:
+    device = yield from _device(settings)
+    if device is None:
         return
     try:
         weights_by_endpoint = specs.assign_weights(settings.weights, discover(settings.models_dir))
     except (ValueError, OSError) as error:
         yield Check("weights", False, str(error))
         return
-    served = {
-        where: [name for name, its in weights_by_endpoint.items() if its == where]
+    endpoints_by_weights = {
+        where: [name for name, weights in weights_by_endpoint.items() if weights == where]
         for where in weights_by_endpoint.values()
         if where
     }
-    for where, endpoints in served.items():
+    for where, endpoints in endpoints_by_weights.items():
         try:
-            yield from _weights(where, endpoints, settings, *found)
+            yield from _weights(where, endpoints, settings, *device)
         except OSError as error:
             yield Check(_name(where), False, str(error))
-    yield _checker(settings, list(served))
+    yield _checker(settings, list(endpoints_by_weights))
 
 
 def _python() -> Check:
@@ -67,10 +67,10 @@ def _python() -> Check:
 
 
 def _ports(settings: Settings) -> Check:
-    wanted = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
-    taken = [str(port) for host, port in wanted if port and not _is_free(host, port)]
-    message = f"{', '.join(taken)} in use, by a running server perhaps" if taken else "free"
-    return Check("ports", not taken, message)
+    ports = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
+    busy = [str(port) for host, port in ports if port and not _is_free(host, port)]
+    message = f"{', '.join(busy)} in use, perhaps by a running server" if busy else "free"
+    return Check("ports", not busy, message)
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -85,23 +85,23 @@ def _is_free(host: str, port: int) -> bool:
 
 def _disk(settings: Settings) -> Check:
     directory = settings.data_dir
-    # Not its own method, which raises where it may not look.
+    # Not Path.exists, which raises without permission.
     while not os.path.exists(directory):  # noqa: PTH110
         directory = directory.parent
     if problem := _unusable(directory):
         return Check("disk", False, problem)
     free = shutil.disk_usage(directory).free
     needed = settings.retention_gb * 1e9
-    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; pictures may take {settings.retention_gb:g} GB"
+    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; images may use {settings.retention_gb:g} GB"
     return Check("disk", free > needed, message)
 
 
 def _unusable(directory: Path) -> str:
-    """Why the data folder, or the one it would be made in, is none to the server; empty when it can be."""
+    """Explain why the server cannot use the data directory or its nearest existing parent; empty if it can."""
     if not directory.is_dir():
-        return f"{directory} is not a folder"
+        return f"{directory} is not a directory"
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        return f"{directory} cannot be read and written"
+        return f"no permission to read and write {directory}"
     try:
         database.check_data_dir(directory)
     except OSError as error:
@@ -110,7 +110,7 @@ def _unusable(directory: Path) -> str:
 
 
 def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None]:
-    """The device's finding; its name and free bytes are the generator's return value, None if it cannot be used."""
+    """Yield the device's check, and return its name and free bytes, or None if it cannot be used."""
     import torch
 
     try:
@@ -126,19 +126,19 @@ def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None
         )
         return device, int(free)
     free = psutil.virtual_memory().available
-    what = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
-    yield Check("device", True, f"{what}, PyTorch {torch.__version__}")
+    description = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
+    yield Check("device", True, f"{description}, PyTorch {torch.__version__}")
     return device, int(free)
 
 
 def _weights(
     where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
 ) -> Iterator[Check]:
-    """Of one place of weights. Raises OSError, with the reason, where they cannot be loaded."""
+    """Yield the checks of one set of weights. Raises OSError, with the reason, if they cannot be loaded."""
     name = _name(where)
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
-        yield Check(name, False, f"not here yet; `flux-server pull {where}` brings it")
+        yield Check(name, False, f"not downloaded yet; run `flux-server pull {where}`")
         sizes = _FLUX_DEV_SIZES
     else:
         verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)
@@ -163,7 +163,7 @@ def _name(where: str | Path) -> str:
 
 
 def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
-    """What a CPU computes in, and for full-size weights what that takes."""
+    """Describe the number type on a CPU, and for full-size weights the time of a step."""
     from models.flux.device import FULL_SIZE, Device
 
     message = devices.type_name(dtype)
@@ -172,25 +172,25 @@ def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
     if directory is None:
         return f"{message}; {Device('cpu').step_description(FLUX_DEV, dtype)}; use a GPU"
     with verify.translate_errors(directory / "transformer"):
-        own = hub.read_json(directory / "transformer" / "config.json")
-        return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **own}, dtype)}; use a GPU"
+        config = hub.read_json(directory / "transformer" / "config.json")
+        return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **config}, dtype)}; use a GPU"
 
 
 def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Check:
-    """Which plan is taken, and what each one needs."""
-    # By itself a CPU takes no other.
+    """Check which memory plan is chosen, and list the memory that each plan requires."""
+    # With `auto`, a CPU always uses the first plan.
     plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
     needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
         chosen = memory_plans.choose(name, sizes, free, device=device)
     except OSError as error:
         return Check(f"{where} memory", False, f"{error} ({needs})")
-    figures = f"needed are {needs}, {free / 1e9:.1f} GB are free"
+    figures = f"required: {needs}; free: {free / 1e9:.1f} GB"
     if chosen.required_bytes(sizes) <= free:
         return Check(f"{where} memory", True, f"{chosen.name}, {chosen.description}; {figures}")
     fits_none = all(plan.required_bytes(sizes) > free for plan in plans)
     return Check(
-        f"{where} memory", False, f"{'nothing fits' if fits_none else f'{chosen.name} does not fit'}: {figures}"
+        f"{where} memory", False, f"{'no plan fits' if fits_none else f'{chosen.name} does not fit'}; {figures}"
     )
 
 
@@ -202,17 +202,17 @@ def _checker(settings: Settings, weights_by_endpoint: list[str | Path]) -> Check
 
 
 def _found_checker(name: str, weights_by_endpoint: list[str | Path]) -> Check:
-    """The checkers that come with the weights, or the one of this name. Raises OSError for a malformed one."""
+    """Check the safety checkers included in the weights, or the configured one. Raises OSError for a malformed one."""
     directories = [place if isinstance(place, Path) else hub.cached_path(place) for place in weights_by_endpoint]
-    own = [directory / "safety_checker" for directory in directories if directory is not None]
-    if own and len(own) == len(directories) and all(directory.is_dir() for directory in own):
-        found, message = own, "comes with the weights"
+    included = [directory / "safety_checker" for directory in directories if directory is not None]
+    if included and len(included) == len(directories) and all(directory.is_dir() for directory in included):
+        checkers, message = included, "comes with the weights"
     elif configured := Path(name) if Path(name).is_dir() else hub.cached_path(name):
-        found, message = [configured], f"{name} is here"
+        checkers, message = [configured], f"{name} is here"
     else:
-        return Check("safety checker", False, f"{name} is not here; `flux-server pull {name}` brings it")
-    for directory in found:
+        return Check("safety checker", False, f"{name} is not downloaded; run `flux-server pull {name}`")
+    for directory in checkers:
         verify.verify(directory)
         if hub.missing_components(directory):
-            return Check("safety checker", False, f"{directory} lacks its configuration or its safetensors")
+            return Check("safety checker", False, f"{directory} lacks its configuration or its safetensors file")
     return Check("safety checker", True, message)

@@ -1,4 +1,4 @@
-"""The command line: serve, pull, doctor, bench, env, run; the operator's commands stand in `admin.py`."""
+"""The command line: serve, pull, doctor, bench, env and run; `admin.py` has the operator's commands."""
 
 import os
 import sys
@@ -20,23 +20,23 @@ cli = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # Help as plain text: rich would take "[env: ...]" for markup.
+    # Help as plain text, because rich would interpret "[env: ...]" as markup.
     rich_markup_mode=None,
 )
 
-#: The exit code of a server that could not start or stopped by itself.
+#: The exit code of a server that could not start, or that failed.
 FAILED = 1
-#: The shell's own code for a command that is not there.
+#: The shell's exit code for a command that is not found.
 NOT_FOUND = 127
 
 
 @cli.command()
 @with_settings_options
 def serve(settings: Settings) -> None:
-    """Serve WEIGHTS: demo, a hub id, a folder in diffusers layout, or ENDPOINT=FOLDER."""
+    """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=DIRECTORY."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
-    # Late: `env` and `--help` need none of it.
+    # Imported late, because `env` and `--help` do not need it.
     from server import logs
     from server.cli.serve import serve_until_stopped
 
@@ -46,7 +46,7 @@ def serve(settings: Settings) -> None:
     except (ValueError, OSError, RuntimeError, DiskFull) as error:
         typer.echo(f"The server could not start:\n{error}", err=True)
         raise typer.Exit(FAILED) from None
-    # Without waiting for a thread that may still be loading weights.
+    # Exit at once, without waiting for a thread that may still be loading weights.
     sys.stdout.flush()
     os._exit(FAILED if failure else 0)
 
@@ -56,17 +56,17 @@ def serve(settings: Settings) -> None:
 def pull(
     settings: Settings, hub_id: Annotated[str, typer.Argument(help="Such as black-forest-labs/FLUX.1-dev.")]
 ) -> None:
-    """Bring weights from the hub into its cache, and the safety checker with them; HF_TOKEN is used if set."""
+    """Download weights and the safety checker from the hub into its cache; HF_TOKEN is used if set."""
     disable_telemetry_and_warnings()
     from models.loading import hub
 
     try:
-        for wanted in dict.fromkeys((hub_id, settings.safety_checker)):
-            # A checker may be a folder, which is here already.
-            if Path(wanted).is_dir():
+        for name in dict.fromkeys((hub_id, settings.safety_checker)):
+            # The safety checker may be a local directory.
+            if Path(name).is_dir():
                 continue
-            folder = hub.pull(wanted)
-            typer.echo(f"{wanted}: {hub.size(folder) / 1e9:.2f} GB of weights in {folder}")
+            directory = hub.pull(name)
+            typer.echo(f"{name}: {hub.size(directory) / 1e9:.2f} GB of weights in {directory}")
     except OSError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
@@ -75,7 +75,7 @@ def pull(
 @cli.command()
 @with_settings_options
 def doctor(settings: Settings) -> None:
-    """Say what this machine can run, and why not."""
+    """Check what this machine can run, and explain what it cannot."""
     disable_telemetry_and_warnings()
     from server.cli.doctor import run_checks
 
@@ -91,22 +91,22 @@ def doctor(settings: Settings) -> None:
 def bench(
     settings: Settings,
     random_weights: Annotated[
-        str, typer.Option(help="tiny or full: weights of these shapes that nobody trained, full being FLUX.1 [dev]'s.")
+        str, typer.Option(help="Use random weights of this shape: tiny, or full, which is the shape of FLUX.1 [dev].")
     ] = "",
     sizes: Annotated[str, typer.Option(help="Width x height in pixels, separated by commas.")] = "1024x768",
-    steps: Annotated[int, typer.Option(min=1, max=50, help="Steps of each picture.")] = 28,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the medians are shown.")] = 3,
-    waiting: Annotated[int, typer.Option(min=1, help="Requests that wait together.")] = 1,
-    cap_gb: Annotated[float, typer.Option(min=0, help="Use no more of the GPU's memory than this; 0 is all.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures as JSON.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Steps per image.")] = 28,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure; the table shows the medians.")] = 3,
+    waiting: Annotated[int, typer.Option(min=1, help="Number of requests that wait at the same time.")] = 1,
+    cap_gb: Annotated[float, typer.Option(min=0, help="Limit of GPU memory to use, in GB; 0 means all.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")] = None,
 ) -> None:
-    """Measure the engine's tiers beside diffusers' own pipeline, on this machine."""
+    """Compare the engine's tiers with diffusers' pipeline on this machine."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
     from server.cli import bench as measuring
 
     try:
-        for line, found in measuring.run(
+        for line, report in measuring.run(
             settings,
             shape=_one_of(("", "tiny", "full"), random_weights, "--random-weights"),
             sizes=[_size(word) for word in sizes.split(",")],
@@ -117,7 +117,7 @@ def bench(
         ):
             typer.echo(line)
             if json_file:
-                measuring.write(json_file, found)
+                measuring.write(json_file, report)
     except (OSError, ValueError, RuntimeError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
@@ -144,7 +144,7 @@ cli.command("backup")(admin.back_up)
 @cli.command()
 @with_settings_options
 def env(settings: Settings) -> None:
-    """Print what points each SDK at this server."""
+    """Print the configuration that points each SDK at this server."""
     from server.cli import control_socket
     from server.cli.client_env import shell_exports
 
@@ -157,7 +157,7 @@ def env(settings: Settings) -> None:
 def run(
     settings: Settings, command: Annotated[list[str], typer.Argument(help="The program and its arguments.")]
 ) -> None:
-    """Run a Python or Node program with its fal calls brought to this server."""
+    """Run a Python or Node program with its fal calls redirected to this server."""
     from server.cli import client_env
 
     try:

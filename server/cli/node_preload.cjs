@@ -1,6 +1,6 @@
-// Brings fal's hosts to flux-server in a Node program: every connection to a name under fal's domains ends at the
-// server's own plain or TLS port instead, and no such name is looked up. `flux-server run` loads this with NODE_OPTIONS,
-// because Node's fetch ignores proxy variables.
+// A preload script that redirects a Node program's connections from fal's hosts to flux-server's plain or TLS port,
+// without looking up fal's names. `flux-server run` loads it with NODE_OPTIONS, because Node's fetch ignores proxy
+// variables.
 "use strict";
 
 const net = require("node:net");
@@ -17,35 +17,35 @@ function isFal(name) {
   return domains.some((domain) => host === domain || host.endsWith(`.${domain}`));
 }
 
-// connect takes (options), (path, options) or (port, host, options), each with a listener behind; Node itself passes on
-// what it has made sense of as one array.
-function optionsOf(given) {
-  if (Array.isArray(given[0])) return optionsOf(given[0]);
-  const options = { ...given.find((value) => value && typeof value === "object") };
-  if (typeof given[0] === "object") return options;
-  if (isNaN(given[0])) return { path: given[0], ...options };
-  return { port: given[0], ...(typeof given[1] === "string" && { host: given[1] }), ...options };
+// connect takes (options), (path, options) or (port, host, options), each followed by an optional listener. Node itself
+// passes its normalized arguments as one array.
+function optionsOf(args) {
+  if (Array.isArray(args[0])) return optionsOf(args[0]);
+  const options = { ...args.find((value) => value && typeof value === "object") };
+  if (typeof args[0] === "object") return options;
+  if (isNaN(args[0])) return { path: args[0], ...options };
+  return { port: args[0], ...(typeof args[1] === "string" && { host: args[1] }), ...options };
 }
 
-const listenerOf = (given) => given.flat().find((value) => typeof value === "function");
+const listenerOf = (args) => args.flat().find((value) => typeof value === "function");
 
-// All ways to connect come through here, http and https, fetch and WebSocket alike.
-net.Socket.prototype.connect = function (...given) {
-  const options = optionsOf(given);
-  if (options.path || !isFal(options.host)) return connectSocket.apply(this, given);
+// All connections use this method: http and https, fetch and WebSocket.
+net.Socket.prototype.connect = function (...args) {
+  const options = optionsOf(args);
+  if (options.path || !isFal(options.host)) return connectSocket.apply(this, args);
   const port = Number(this instanceof tls.TLSSocket ? tlsPort : plainPort);
-  return connectSocket.call(this, { ...options, host: address, port, lookup: undefined }, listenerOf(given));
+  return connectSocket.call(this, { ...options, host: address, port, lookup: undefined }, listenerOf(args));
 };
 
-// The name that TLS is told, whatever the socket or path below is: those of the caller would still lead to fal.
-tls.connect = function (...given) {
-  const { socket, path, ...options } = optionsOf(given);
+// The TLS server name decides. The caller's own socket or path is dropped, because it would still lead to fal.
+tls.connect = function (...args) {
+  const { socket, path, ...options } = optionsOf(args);
   const name = options.servername || options.host;
-  if (!isFal(name)) return connectTls.apply(this, given);
-  // A certificate bears no names of any depth; this server's always bears localhost.
+  if (!isFal(name)) return connectTls.apply(this, args);
+  // No certificate covers names of any depth, but this server's certificate always includes localhost.
   const checkServerIdentity = (_, certificate) => tls.checkServerIdentity("localhost", certificate);
   const here = { ...options, host: address, port: Number(tlsPort), servername: name, checkServerIdentity };
-  return connectTls.call(this, here, listenerOf(given));
+  return connectTls.call(this, here, listenerOf(args));
 };
 
 syncBuiltinESMExports();

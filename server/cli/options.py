@@ -1,4 +1,4 @@
-"""Settings as options of a command."""
+"""Settings as options of Typer commands."""
 
 import inspect
 import os
@@ -9,25 +9,25 @@ import typer
 
 from server.settings import PREFIX, Settings, SettingsError
 
-#: The exit code for bad settings.
+#: The exit code for invalid settings.
 BAD_SETTINGS = 2
 
 
 def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each setting, and WEIGHTS as its arguments unless it has some of its own."""
+    """Add one option per setting to a command, and WEIGHTS as its arguments unless it has arguments already."""
     own = [parameter for name, parameter in inspect.signature(func).parameters.items() if name != "settings"]
 
-    def wrapped(**given: Any) -> None:
-        arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
-        given["weights"] = tuple(given.get("weights") or ()) or None
+    def wrapped(**options: Any) -> None:
+        arguments = {parameter.name: options.pop(parameter.name) for parameter in own}
+        options["weights"] = tuple(options.get("weights") or ()) or None
         try:
-            settings = Settings.load(os.environ, given)
+            settings = Settings.load(os.environ, options)
         except SettingsError as error:
-            typer.echo(f"The settings are wrong:\n{error}", err=True)
+            typer.echo(f"The settings are invalid:\n{error}", err=True)
             raise typer.Exit(BAD_SETTINGS) from None
         func(settings, **arguments)
 
-    # What a command asks for without a default is its argument; WEIGHTS stay away from it.
+    # A parameter without a default is an argument, which leaves no place for WEIGHTS.
     has_arguments = any(parameter.default is inspect.Parameter.empty for parameter in own)
     settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not has_arguments]
     wrapped.__name__, wrapped.__doc__ = func.__name__, func.__doc__
@@ -38,15 +38,15 @@ def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
-    shown = f"{field.description} [env: {PREFIX}{name.upper()}]"
+    text = f"{field.description} [env: {PREFIX}{name.upper()}]"
     kind = inspect.Parameter.KEYWORD_ONLY
     if name == "weights":
-        argument = Annotated[list[str] | None, typer.Argument(help=shown, show_default="demo")]
+        argument = Annotated[list[str] | None, typer.Argument(help=text, show_default="demo")]
         return inspect.Parameter(name, kind, default=None, annotation=argument)
     flag = name.replace("_", "-")
     if field.annotation is bool:
-        switch = Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=shown, show_default=False)]
+        switch = Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
         return inspect.Parameter(name, kind, default=None, annotation=switch)
-    # Read as text, so that Settings finds every problem and not only the first.
-    option = Annotated[str | None, typer.Option(f"--{flag}", help=shown, show_default=False)]
+    # Options are strings, so that Settings reports all problems instead of only the first.
+    option = Annotated[str | None, typer.Option(f"--{flag}", help=text, show_default=False)]
     return inspect.Parameter(name, kind, default=None, annotation=option)

@@ -1,4 +1,4 @@
-"""The server process: its start, its signals, its graceful shutdown."""
+"""The server process: start, signals and graceful shutdown."""
 
 import asyncio
 import logging
@@ -25,19 +25,19 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-#: For all that has no threads of its own; asyncio's own number is six on two cores.
+#: Threads of asyncio's default executor, whose default on two cores is only six.
 _OTHER_THREADS = 32
 
 
 def serve_until_stopped(settings: Settings) -> BaseException | None:
-    """Serve until SIGINT, SIGTERM or the end of the terminal; returns why the worker failed, if it did.
+    """Serve until SIGINT, SIGTERM or SIGHUP; returns the error if the worker failed.
 
-    Raises OSError when a port is taken, ValueError and RuntimeError for what create_app refuses.
+    Raises OSError when a port is in use, ValueError and RuntimeError from create_app.
     """
     sockets = [bind_socket(settings.host, settings.port)]
     if settings.tls_port:
         sockets.append(bind_socket(settings.host, settings.tls_port))
-    # A port of 0 is known only now, and URLs in answers name it.
+    # With port 0, the actual port is known only now. URLs in responses contain it.
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
     loop_factory = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -48,13 +48,13 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     app = create_app(settings)
     components: Components = app.state.components
     services, backend = components.services, components.backend
-    # The CONNECT door counts as a port: it holds two sockets for each of its tunnels.
+    # The CONNECT proxy counts as a port, because it holds two sockets per tunnel.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
     certificate = _certificate(settings)
     listeners = build_listeners(app, max_connections=room, ws_max_size=ws_max_size, certificate=certificate)
     stopping = asyncio.Event()
-    # Names are looked up there, eight at a time for one key, and some servers of names never answer.
+    # DNS lookups run in the default executor, up to eight at a time for one key, and some never finish.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
     limit_tls_handshake(asyncio.get_running_loop())
     _install_signal_handlers(stopping)
@@ -63,36 +63,36 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         app.router.lifespan_context(app),
         control_socket.serve_control_socket(_control(components, settings), settings.data_dir),
     ):
-        # Once more, because Ray has put handlers of its own in their place.
+        # Install the handlers again, because Ray has replaced them.
         _install_signal_handlers(stopping)
         with services.notifier.subscribe(WORKER) as worker_ended:
-            # It may have failed before anybody listened.
+            # The backend may have failed before the subscription.
             if backend.failure:
                 worker_ended.set()
-            served = [
+            servers = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
             _print_banner(settings, sockets, is_open=services.keys.allows_anonymous)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
-            await asyncio.wait([*waits, *served], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*waits, *servers], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
         services.notifier.is_stopping = True
         log.info("stopping")
-        # The worker first, while clients still listen: what it finishes within the grace reaches them.
+        # Stop the worker first, while clients are connected, so that they receive what it finishes within the grace.
         await asyncio.to_thread(backend.stop)
         services.notifier.close()
         for listener in listeners:
             listener.should_exit = True
-        await asyncio.gather(*served, return_exceptions=True)
-        # After the answers, some of which go through it.
+        await asyncio.gather(*servers, return_exceptions=True)
+        # Close the proxy after the listeners, because it carries some of their responses.
         if proxy:
             await proxy.close()
     return backend.failure
 
 
 def _control(components: Components, settings: Settings) -> Control:
-    """The operator's commands, on the parts of the running server."""
+    """Build the operator's commands on the running server's components."""
     services, database = components.services, components.database
 
     def reload_keys() -> None:
@@ -108,7 +108,7 @@ def _control(components: Components, settings: Settings) -> Control:
 
 
 def _certificate(settings: Settings) -> tls.CertificateFiles | None:
-    """The files of the certificate, made where there are none; None where no port asks for them."""
+    """Return the certificate's files, created if missing; None without a TLS port."""
     if not settings.tls_port:
         return None
     return tls.ensure_certificate(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
@@ -117,7 +117,7 @@ def _certificate(settings: Settings) -> tls.CertificateFiles | None:
 def _install_signal_handlers(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Under nohup the server is to outlive its terminal.
+        # nohup ignores SIGHUP, so that the server survives the end of its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, stopping.set)
 
@@ -125,12 +125,17 @@ def _install_signal_handlers(stopping: asyncio.Event) -> None:
 async def _open_connect_proxy(
     settings: Settings, sockets: list[socket.socket], max_tunnels: int
 ) -> ConnectProxy | None:
-    """The CONNECT door, on loopback whatever the host is: who comes through it is believed to be here."""
+    """Open the CONNECT proxy. It always binds to loopback, because its clients count as local."""
     if not settings.proxy_port:
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)
-    others = settings.proxy_others
-    proxy = ConnectProxy(settings.local_address, port, tls_port, lets_others_through=others, max_tunnels=max_tunnels)
+    proxy = ConnectProxy(
+        settings.local_address,
+        port,
+        tls_port,
+        lets_others_through=settings.proxy_others,
+        max_tunnels=max_tunnels,
+    )
     await proxy.open("127.0.0.1", settings.proxy_port)
     return proxy
 
@@ -140,5 +145,5 @@ def _print_banner(settings: Settings, sockets: list[socket.socket], *, is_open: 
     lines = [f"http://{host}:{settings.port}"]
     if settings.tls_port:
         lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
-    keys = "No key is asked for" if is_open else "Clients must send a key"
-    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; `flux-server env` says how to get here", flush=True)
+    keys = "No key is required" if is_open else "Clients must send a key"
+    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; `flux-server env` shows how to connect", flush=True)

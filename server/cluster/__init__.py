@@ -1,1 +1,1 @@
-"""Many GPUs, on Ray."""
+"""Serving on many GPUs through Ray."""

@@ -1,4 +1,4 @@
-"""One GPU's place in the cluster: one runner after the other, and the jobs that the present one has."""
+"""Supervision of one GPU: restarts its runner and tracks the runner's jobs."""
 
 import contextlib
 import dataclasses
@@ -21,14 +21,17 @@ from server.worker.running_job import outcome_from_exception
 
 log = logging.getLogger(__name__)
 
-#: Seconds before the next try, after so many runners in a row that never painted.
+#: Seconds to wait before a start, by how many runners in a row ended before they were ready.
 RESTART_BACKOFF = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-#: What requests bring along is in memory for one of them at a time, whatever seats they go to.
+#: Shared by all slots, so that the head holds the input files of only one request in memory at a time.
 _INPUT_TRANSFER_LOCK = threading.Lock()
 
 
 class GpuSlot:
-    """`on_change` is called from its thread when there may be room, and when a runner comes or goes."""
+    """One GPU slot of the cluster, with its own thread.
+
+    The slot calls `on_change` from any thread when its jobs, its runner or its readiness change.
+    """
 
     def __init__(
         self,
@@ -44,27 +47,27 @@ class GpuSlot:
         self._start_runner = start_runner
         self._queue, self._files, self._metrics, self._on_change = queue, files, metrics, on_change
         self._on_failure = on_failure
-        #: What the present runner has, by request id.
+        #: Jobs of the current runner, by request id.
         self.jobs: dict[str, Job] = {}
         self._with_previews: set[str] = set()
         self.loading, self.is_ready, self.is_closing = LoadProgress(), False, False
         self._engines: Mapping[str, EngineInfo] = {}
         self._runner: RunnerHandle | None = None
         self._num_lost, self._failure = 0, ""
-        #: Runners so far.
+        #: Number of runners started so far.
         self.incarnation = 0
         self.idle_since = time.monotonic()
-        # Over the jobs and the link, so that no job is given to a runner that is being given up.
+        # Guards the jobs and the runner handle, so that no job goes to a runner that is being dropped.
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"seat-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"gpu-slot-{number}", daemon=True)
 
     def start(self) -> None:
-        """Ask for a GPU, and paint on it."""
+        """Start the thread, which requests a GPU and runs jobs on it."""
         self._thread.start()
 
     def close(self) -> None:
-        """Let the GPU go, at once where it has nothing to do; after its jobs otherwise."""
+        """Release the GPU: after its current jobs if the runner is ready, immediately otherwise."""
         self.is_closing = True
         self._stopped.set()
         self._on_change(self)
@@ -76,11 +79,11 @@ class GpuSlot:
             runner.kill()
 
     def join(self, until: float) -> None:
-        """Wait for that, until this moment of the monotonic clock at the latest."""
+        """Wait until the GPU is released, at most until `until` on the monotonic clock."""
         self._thread.join(max(0.0, until - time.monotonic()))
 
     def kill(self) -> None:
-        """Wait no more: what is left goes back to the queue."""
+        """Kill the runner now; its remaining jobs return to the queue."""
         with self._lock:
             runner = self._runner
         if runner:
@@ -88,30 +91,30 @@ class GpuSlot:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether its GPU was let go."""
+        """Whether the slot's thread has ended and its GPU is released."""
         return not self._thread.is_alive()
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it has one: its runner loads there, or paints."""
+        """Whether the slot has a GPU, on which its runner is loading or generating."""
         runner = self._runner
         return bool(runner and runner.node)
 
-    # -- what it is given
+    # -- jobs
 
     @property
     def accepts_jobs(self) -> bool:
-        """Whether it takes jobs."""
+        """Whether the slot accepts new jobs."""
         return self.is_ready and not self.is_closing
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many jobs it has, and how many of them are of low priority."""
+        """The number of jobs, and how many of them have low priority."""
         jobs = list(self.jobs.values())
         return len(jobs), sum(job.priority == Priority.LOW for job in jobs)
 
     def assign(self, job: Job, text: str) -> None:
-        """One more job. It is lost with the runner, if that is what happens."""
+        """Assign a job to the runner. If the runner dies, the job returns to the queue or fails."""
         with self._lock:
             runner = self._runner
             if runner:
@@ -119,7 +122,7 @@ class GpuSlot:
         if runner is None:
             self._retry(lambda: self._queue.release(job))
         elif job.input_files:
-            # It may be a gigabyte, and others wait for other GPUs.
+            # Input files may total a gigabyte, and jobs for other GPUs must not wait for the transfer.
             threading.Thread(target=self._send, args=(runner, job, text), daemon=True).start()
         else:
             self._send(runner, job, text)
@@ -129,28 +132,28 @@ class GpuSlot:
             with _INPUT_TRANSFER_LOCK if job.input_files else contextlib.nullcontext():
                 runner.send_job(job, text)
         except RunnerLost as error:
-            # With all that it has, which goes elsewhere; this one would only fail here again.
-            log.error("GPU %d: a request could not be handed over: %s", self.number, error)
+            # The runner goes with all its jobs, which are requeued: a retry on the same runner would fail again.
+            log.error("GPU %d: a request could not be sent to the runner, which is restarted: %s", self.number, error)
             runner.kill()
         except Exception as error:
-            # Unless it went back to the queue meanwhile, with the runner.
+            # If the runner is gone, the job is already back in the queue.
             if self._runner is runner:
                 outcome = outcome_from_exception(error, job)
                 self._retry(lambda: self._queue.finish(job, outcome))
                 self._remove(job)
-        # Since it was claimed, when nobody could be told yet.
+        # The client may have cancelled after the claim, before the runner had the job.
         if job.is_cancelled:
             runner.cancel(job.request_id)
 
     def cancel(self, job: Job) -> None:
-        """One of its jobs is to end; returns when the runner knows, or is gone."""
+        """Cancel one of the slot's jobs; returns once the runner has been notified, or is gone."""
         with self._lock:
             runner = self._runner
         if runner:
             runner.cancel(job.request_id)
 
     def gpu(self) -> GpuStatus:
-        """What an operator is told of it."""
+        """Return the slot's status for the operator."""
         runner = self._runner
         node = runner.node if runner else ""
         state = "loading" if node else "waiting"
@@ -158,7 +161,7 @@ class GpuSlot:
             state = "leaving" if self.is_closing else "ready"
         return GpuStatus(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines, self._failure)
 
-    # -- its thread
+    # -- the slot's thread
 
     def _run(self) -> None:
         num_failed = 0
@@ -167,12 +170,12 @@ class GpuSlot:
             try:
                 num_failed = 0 if self._run_runner() else num_failed
             except Exception as error:
-                # Of the head itself, such as its database: only a new process puts everything back.
+                # The head itself failed, for example its database: only a new process can recover.
                 self._on_failure(error)
                 return
 
     def _run_runner(self) -> bool:
-        """One runner, from its start to its end; whether it could paint."""
+        """Run one runner from start to end; return whether it became ready."""
         runner = self._start_runner()
         with self._lock:
             self._runner = runner
@@ -187,7 +190,7 @@ class GpuSlot:
         except (RunnerLost, message_checks.ImplausibleMessage) as error:
             if not self._stopped.is_set():
                 self._num_lost, self._failure = self._num_lost + 1, str(error)
-                log.warning("GPU %d: its runner is gone: %s", self.number, error)
+                log.warning("GPU %d: lost its runner, starting another: %s", self.number, error)
         finally:
             with self._lock:
                 self._runner, self.is_ready = None, False
@@ -198,12 +201,10 @@ class GpuSlot:
         return was_ready
 
     def _requeue_all(self, runner: RunnerHandle) -> None:
-        """What the runner had goes elsewhere, or ends because this was too often."""
+        """Requeue the runner's jobs; a job that was requeued too often fails instead."""
         if self.jobs and not self._stopped.is_set() and (crashed := runner.crashed_jobs()):
             jobs = [job for job in self.jobs.values() if job.request_id in crashed]
-            log.error(
-                "GPU %d: its runner died of a fault of its own while it worked at %s", self.number, ", ".join(crashed)
-            )
+            log.error("GPU %d: its runner crashed while running %s", self.number, ", ".join(crashed))
             self._queue.record_crash(jobs)
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
             self._retry(lambda job=job: self._queue.requeue_or_fail(job))  # type: ignore[misc]
@@ -227,7 +228,7 @@ class GpuSlot:
                 self._retry(lambda: self._queue.release(job))
                 self._remove(job)
             case messages.JobRejected() if job:
-                raise RunnerLost("it could not take in what came along with a request")
+                raise RunnerLost("the runner could not store the input files of a request")
             case messages.CrashReported():
                 self._queue.record_crash([self.jobs[name] for name in message.request_ids if name in self.jobs])
                 runner.ack_crash()
@@ -248,19 +249,19 @@ class GpuSlot:
             case messages.LogRecord():
                 message.record.gpu, message.record.msg = self.number, message.record.msg[: message_checks.MAX_LINE]
                 logger = logging.getLogger(message.record.name)
-                # Its own level holds here too.
+                # The head's own log level applies too.
                 if logger.isEnabledFor(message.record.levelno):
                     logger.handle(message.record)
             case messages.RunnerStopped() if message.failure is not None:
                 raise RunnerLost(message.failure)
 
     def _finish(self, job: Job, ended: messages.JobFinished) -> None:
-        """Its files on the disk of the head, then its row. Raises DiskFull; tried again, it writes the same files.
+        """Write the job's files on the head, then commit its outcome. A retry writes the same files.
 
-        Raises ImplausibleMessage for a file that is there already: it is somebody else's.
+        Raises DiskFull; ImplausibleMessage for a file that already exists, which belongs to another request.
         """
         if any(self._files.is_listed(each.name) for each in ended.outcome.files):
-            raise message_checks.ImplausibleMessage("it reported a file that is there already")
+            raise message_checks.ImplausibleMessage("the runner reported a file that already exists")
         try:
             files = tuple(
                 self._files.write(each, ended.contents[each.name], job.lifecycle) for each in ended.outcome.files
@@ -278,7 +279,7 @@ class GpuSlot:
         self._on_change(self)
 
     def _retry(self, func: Callable[[], object]) -> None:
-        """Until the disk has room for it."""
+        """Call `func` until the disk has room for its writes."""
         while True:
             try:
                 func()

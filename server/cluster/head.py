@@ -1,4 +1,4 @@
-"""The same work on Ray actors, one per GPU, on any number of machines. The queue, routes and files stay at the head."""
+"""The head of a Ray cluster: runs jobs on one Ray actor per GPU; queue, routes and files stay on the head."""
 
 import logging
 import math
@@ -23,16 +23,17 @@ from server.storage.file_store import FileStore
 
 log = logging.getLogger(__name__)
 
-#: What one GPU is given at a time, at most, so that one that joins finds work; with --max-gpus, what one is asked for.
+#: Maximum jobs per GPU at a time, so that a GPU that joins later finds work. With --max-gpus, the head requests one GPU
+#: for each group of this many jobs.
 MAX_JOBS_PER_GPU = 4
-#: A GPU that has nothing to do is let go after so many seconds with more of them than are wanted.
+#: Seconds after which an idle GPU is released, while there are more GPUs than needed.
 IDLE_SECONDS = 60.0
-#: Seconds between two looks at how many GPUs there should be.
+#: Seconds between two checks of how many GPUs are needed.
 POLL_INTERVAL = 1.0
 
 
 class ClusterHead:
-    """What a worker is to one GPU: claims jobs, and gives each to the seat that serves it best."""
+    """The cluster's counterpart of a worker: claims jobs and assigns each to the best GPU slot."""
 
     def __init__(
         self,
@@ -48,43 +49,43 @@ class ClusterHead:
         self._ray = ray_cluster
         self._slots: list[GpuSlot] = []
         self._num_slots = 0
-        #: When there were last no more of them than are wanted.
+        #: When there were last no more slots than needed.
         self._all_wanted_at = -math.inf
         self._router = Router[GpuSlot](min(settings.max_running, MAX_JOBS_PER_GPU))
-        #: Seats whose runner or jobs changed, until the board knows.
+        #: Slots whose runner or jobs changed, to be updated in the router.
         self._changed: deque[GpuSlot] = deque()
         self._is_stopping = False
-        #: Why it ended by itself, if it did.
+        #: Why the head stopped, unless `stop` was called.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cluster", daemon=True)
 
     @property
     def is_ready(self) -> bool:
-        """Whether one GPU can paint, at least."""
+        """Whether at least one GPU is ready."""
         return not self._is_stopping and any(slot.is_ready for slot in list(self._slots))
 
     @property
     def loading(self) -> LoadProgress:
-        """How far the one is that has come furthest."""
-        all_of_them = [slot.loading for slot in list(self._slots)]
-        return max(all_of_them, key=lambda loading: loading.loaded_bytes, default=LoadProgress())
+        """The progress of the runner that has loaded most."""
+        progress = [slot.loading for slot in list(self._slots)]
+        return max(progress, key=lambda loading: loading.loaded_bytes, default=LoadProgress())
 
     def gpus(self) -> Sequence[GpuStatus]:
-        """What an operator is told of each."""
+        """Return the status of each GPU slot."""
         return [slot.gpu() for slot in list(self._slots)]
 
     def cancel(self, job: Job) -> None:
-        """A job is to end before its next step; returns when its runner knows, or is gone."""
+        """Cancel a job before its next step; returns once its runner has been notified, or is gone."""
         for slot in [slot for slot in list(self._slots) if job.request_id in slot.jobs]:
             slot.cancel(job)
 
     def start(self) -> None:
-        """Ask for GPUs. Raises RuntimeError where there is nobody to ask."""
+        """Connect to Ray and start requesting GPUs. Raises RuntimeError if Ray cannot be reached."""
         self._ray.connect()
         self._thread.start()
 
     def stop(self) -> None:
-        """Claim nothing more; what runs is finished within the grace, the rest goes back; then return."""
+        """Stop claiming, finish running jobs within the grace period, requeue the rest, then return."""
         if self._is_stopping:
             return
         self._is_stopping = True
@@ -96,30 +97,30 @@ class ClusterHead:
                 act(slot)
         self._ray.close()
 
-    # -- its thread
+    # -- the head's thread
 
     def _run(self) -> None:
-        looked_at = -math.inf
+        scaled_at = -math.inf
         while not self._is_stopping and self.failure is None:
             now = time.monotonic()
             try:
-                if now >= looked_at + POLL_INTERVAL:
-                    looked_at = now
+                if now >= scaled_at + POLL_INTERVAL:
+                    scaled_at = now
                     self._scale()
                 while self._dispatch():
                     continue
             except DiskFull as error:
-                log.error("%s; nothing is lost, trying again every second", error)
+                log.error("%s; no job is lost, retrying every second", error)
             except RayLost as error:
                 self.fail(error)
                 return
             except Exception:
-                log.exception("the cluster could not be looked after; trying again")
+                log.exception("the cluster could not be scaled or given jobs; retrying in a second")
             self._notifier.work_available.wait(POLL_INTERVAL)
             self._notifier.work_available.clear()
 
     def _dispatch(self) -> bool:
-        """Claim one job for a GPU that has room; False when there is none of either. Raises DiskFull."""
+        """Claim and assign one job; return False when no GPU has room or no job waits. Raises DiskFull."""
         while self._changed:
             slot = self._changed.popleft()
             if not slot.is_stopped:
@@ -138,23 +139,23 @@ class ClusterHead:
         return True
 
     def _on_slot_changed(self, slot: GpuSlot) -> None:
-        """A seat's runner or jobs changed; called from the seat's thread."""
+        """Note that a slot's runner or jobs changed; called from any thread."""
         self._changed.append(slot)
         self._notifier.work_available.set()
 
     def fail(self, error: BaseException) -> None:
-        """The head cannot go on: another process starts with what is in the queue. Called from any thread."""
+        """Stop the head because of `error`; the next process resumes the queue. Called from any thread."""
         if self.failure is not None:
             return
-        is_told = isinstance(error, RayLost | CorruptDatabase)
-        log.error("the cluster is given up: %s", error, exc_info=None if is_told else error)
+        explains_itself = isinstance(error, RayLost | CorruptDatabase)
+        log.error("the cluster head stopped: %s", error, exc_info=None if explains_itself else error)
         self.failure = error
         self._notifier.notify(WORKER)
 
-    # -- how many GPUs
+    # -- scaling
 
     def _scale(self) -> None:
-        """Ask for GPUs that are wanted, and let those go that are not: the last ones first."""
+        """Request the GPUs that are needed and release the others, the newest first."""
         for slot in [slot for slot in self._slots if slot.is_stopped]:
             self._slots.remove(slot)
             self._router.remove(slot)
@@ -175,16 +176,16 @@ class ClusterHead:
             slot.start()
         if len(staying) <= wanted:
             self._all_wanted_at = time.monotonic()
-        # Those first that have no GPU yet, then those that came last; one that has work never.
+        # Release slots without a GPU first, then the newest. A slot with jobs is never released.
         spare = sorted(filter(self._is_idle, staying), key=lambda slot: (slot.has_gpu, slot.is_ready, -slot.number))
         for slot in spare[: max(0, len(staying) - wanted)]:
-            log.info("GPU %d is let go", slot.number)
+            log.info("GPU %d is not needed; releasing it", slot.number)
             slot.close()
 
     def _is_idle(self, slot: GpuSlot) -> bool:
-        """Whether it may be let go where there are too many. One that loads is kept as long as one that idles.
+        """Return whether a surplus slot may be released. A slot that is loading stays as long as an idle one.
 
-        Otherwise a queue that is now a little shorter, now a little longer would never see its weights loaded.
+        Otherwise, a queue whose length fluctuates would never get its weights loaded.
         """
         is_long = time.monotonic() > max(slot.idle_since, self._all_wanted_at) + IDLE_SECONDS
         return not slot.jobs and (is_long or not slot.has_gpu)
@@ -194,7 +195,7 @@ class ClusterHead:
         if settings.gpus:
             return settings.gpus
         if not settings.max_gpus:
-            # As many as there are, and at least one is asked for: nodes may come later.
+            # Use all GPUs, and request at least one: nodes may join later.
             return max(1, settings.min_gpus, num_gpus)
         num_jobs = self._queue.length + sum(len(slot.jobs) for slot in self._slots)
         return min(settings.max_gpus, max(settings.min_gpus, math.ceil(num_jobs / MAX_JOBS_PER_GPU)))

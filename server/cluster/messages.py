@@ -1,4 +1,4 @@
-"""Messages from a runner to the head."""
+"""Messages that a runner sends to the head."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from server.queue.jobs import Outcome
 
 @dataclass(frozen=True)
 class JobProgress:
-    """A step was done."""
+    """One completed step, with a preview if there is one."""
 
     request_id: str
     step: int
@@ -29,7 +29,7 @@ class JobLog:
 
 @dataclass(frozen=True)
 class JobFinished:
-    """A job's outcome, and what is in its files, by their names."""
+    """A job's outcome, and the contents of its files by name."""
 
     request_id: str
     outcome: Outcome
@@ -38,28 +38,28 @@ class JobFinished:
 
 @dataclass(frozen=True)
 class JobReleased:
-    """A job that this process will not finish."""
+    """A job that this runner will not finish."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class JobRejected:
-    """A job that could not be taken in, with what came along with it."""
+    """A job whose input files the runner could not store."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class CrashReported:
-    """The process has to end while it works at these."""
+    """A process that must exit while running these jobs."""
 
     request_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
 class StepMeasured:
-    """A forward, alone or shared."""
+    """The duration of one forward, for one request or shared by several."""
 
     size: tuple[int, int]
     acceleration: str
@@ -68,7 +68,7 @@ class StepMeasured:
 
 @dataclass(frozen=True)
 class ImagesGenerated:
-    """The pictures of one request, and how many of them are not shown."""
+    """The number of images of one request, and how many of them are flagged as unsafe."""
 
     endpoint: str
     num_images: int
@@ -77,7 +77,7 @@ class ImagesGenerated:
 
 @dataclass(frozen=True)
 class RunnerState:
-    """How far loading is, whether it can paint, and its engines by their weights."""
+    """The loading progress, whether the runner is ready, and its engines by their weights."""
 
     loading: LoadProgress
     is_ready: bool
@@ -86,14 +86,14 @@ class RunnerState:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """A line for the log of the head."""
+    """A record for the log of the head."""
 
     record: logging.LogRecord
 
 
 @dataclass(frozen=True)
 class RunnerStopped:
-    """The last report, and why it came to that if nobody asked for it."""
+    """The last message of a runner, with the reason if the runner was not asked to stop."""
 
     failure: str | None = None
 

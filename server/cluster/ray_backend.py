@@ -1,4 +1,4 @@
-"""A runner as a Ray actor, and the head's link to it. Ray is imported by whoever starts a cluster."""
+"""Runners as Ray actors, and the head's handles to them. Ray is imported only where a cluster is used."""
 
 import contextlib
 import logging
@@ -16,29 +16,29 @@ from server.worker import crash_recorder
 
 log = logging.getLogger(__name__)
 
-#: Seconds that the node of a dead runner has to tell how it died; a dead node tells nothing.
+#: Seconds to wait for the crash report from the node of a dead runner; a dead node never answers.
 CRASH_REPORT_TIMEOUT = 3.0
-#: Seconds that a cancel may take to reach a runner before its client is answered all the same.
+#: Seconds to wait until a runner confirms a cancel; the client gets its answer then in any case.
 CANCEL_TIMEOUT = 2.0
-#: What the head calls beside the one call that lasts.
+#: Concurrency group of the short calls, which run while the long `work` call is active.
 _CONTROL = "orders"
-#: By itself, because it lasts as long as the grace, and cancels must come through meanwhile.
+#: Concurrency group of `stop`, which lasts as long as the grace period: cancels must not wait for it.
 _STOP = "end"
 
 
 class RunnerLost(Exception):
-    """A runner is gone, with its process or its node; or its GPU is."""
+    """Loss of a runner: its process, its node or its GPU is gone."""
 
 
 class RayLost(Exception):
-    """This process has no Ray any more: only a new process can have one."""
+    """Loss of Ray in this process: only a new process can connect again."""
 
 
 class RayRunner(Runner):
-    """A runner that lives in a process of Ray's."""
+    """A runner in a Ray actor process."""
 
     def about(self) -> Mapping[str, Any]:
-        """Its node too."""
+        """Return what the base class does, and the node."""
         import ray
 
         return {
@@ -48,27 +48,28 @@ class RayRunner(Runner):
         }
 
     def fetch(self, source: Any) -> bytes:
-        """From Ray's object store."""
+        """Fetch a file's content from Ray's object store."""
         import ray
 
         return bytes(ray.get(source))
 
 
 class RunnerHandle:
-    """One runner, as the head sees it. Made at once, though Ray may look for a GPU for a while."""
+    """The head's handle to one runner. Creating one returns at once; Ray may take a while to find a GPU."""
 
     def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
         import ray
 
         self._ray, self._input_path = ray, input_path
         self.node, self._about = "", dict[str, Any]()
-        made = ray.remote(num_gpus=1, num_cpus=0, max_restarts=0, concurrency_groups={_CONTROL: 1, _STOP: 1})(RayRunner)
-        # Nobody's secrets travel: a runner asks no client for a key and signs nothing.
+        options = {"num_gpus": 1, "num_cpus": 0, "max_restarts": 0, "concurrency_groups": {_CONTROL: 1, _STOP: 1}}
+        actor_class = ray.remote(**options)(RayRunner)
+        # Secrets stay on the head: a runner neither checks keys nor signs webhooks.
         public = settings.model_copy(update={"keys": (), "operator_keys": (), "webhook_secret": ""})
-        self._actor = made.remote(public)
+        self._actor = actor_class.remote(public)
 
     def messages(self) -> Iterator[Message]:
-        """What the runner reports until it is over. Raises Lost."""
+        """Yield the runner's messages until it ends. Raises RunnerLost."""
         errors = self._ray.exceptions
         try:
             self._about = self._ray.get(self._control("about")())
@@ -82,39 +83,39 @@ class RunnerHandle:
             raise RunnerLost(" ... ".join(dict.fromkeys((lines[0], lines[-1])))) from None
 
     def send_job(self, job: Job, text: str) -> None:
-        """Give it a job, with those of its files that are not there yet. Raises Lost, and OSError for a file."""
+        """Send a job, with the input files that the runner lacks. Raises RunnerLost, and OSError for a file."""
         names = sorted(set(job.input_files.values()))
         try:
-            lacking = self._ray.get(self._control("missing_inputs")(names), timeout=CANCEL_TIMEOUT) if names else []
-            contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in lacking}
+            missing = self._ray.get(self._control("missing_inputs")(names), timeout=CANCEL_TIMEOUT) if names else []
+            contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in missing}
             self._control("take_job")(job, text, contents)
         except self._ray.exceptions.RayError as error:
             raise RunnerLost(str(error)) from None
 
     def cancel(self, request_id: str) -> None:
-        """A job is to end before its next step; returns when the runner knows, or cannot know."""
+        """Cancel a job before its next step; returns once the runner has been notified, or cannot be."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.get(self._control("cancel")(request_id), timeout=CANCEL_TIMEOUT)
 
     def preview(self, request_id: str) -> None:
-        """Somebody wants to see a job's previews."""
+        """Turn on previews for a job."""
         self._control("preview")(request_id)
 
     def ack_crash(self) -> None:
-        """What was to be remembered before the process ends, is."""
+        """Acknowledge that the crash was recorded, so that the runner can exit."""
         self._control("ack_crash")()
 
     def stop(self) -> None:
-        """Finish what runs within the grace, give the rest back."""
+        """Ask the runner to finish its running jobs within the grace period and release the rest."""
         self._actor.stop.options(concurrency_group=_STOP).remote()
 
     def kill(self) -> None:
-        """End it now, wherever it is, or stop looking for a GPU for it."""
+        """Kill the runner now, or withdraw its request for a GPU."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(self._actor)
 
     def crashed_jobs(self) -> list[str]:
-        """The requests a dead runner worked at, if it died of a fault of its own; its node says so."""
+        """Return the requests that a runner was running when it crashed, as recorded on its node; else none."""
         if not self._about:
             return []
         nearby = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self._about["node_id"], soft=False)
@@ -124,7 +125,7 @@ class RunnerHandle:
         except self._ray.exceptions.RayError:
             return []
         if trace:
-            log.error("the trace of the runner that died:\n%s", trace)
+            log.error("stack trace of the crashed runner:\n%s", trace)
         return list(request_ids)
 
     def _control(self, name: str) -> Callable[..., Any]:
@@ -132,9 +133,9 @@ class RunnerHandle:
 
 
 class RayCluster:
-    """The GPUs that Ray has to give: of this machine ("local"), or of the cluster at an address.
+    """The GPUs that Ray offers: those of this machine ("local"), or of the cluster at an address.
 
-    "auto" is the cluster that this machine is a node of.
+    "auto" is the cluster that this machine belongs to.
     """
 
     def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
@@ -142,10 +143,10 @@ class RayCluster:
         self._ray: Any = None
 
     def connect(self) -> None:
-        """Start Ray, or join it. Raises RuntimeError where it is not installed or does not answer."""
+        """Start Ray or join its cluster. Raises RuntimeError if Ray is not installed or does not answer."""
         where = self._settings.ray
         if where == "local":
-            # Its name hides it: every port of Ray's is then bound to loopback, and not to all interfaces.
+            # Despite its name, this setting makes Ray bind every port to loopback instead of all interfaces.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
@@ -162,27 +163,27 @@ class RayCluster:
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise RuntimeError(f"--ray {where}: {error}") from None
         self._ray = ray
-        context = ray.get_runtime_context()
+        address = ray.get_runtime_context().gcs_address
         log.info(
-            "Ray is at %s, with %d GPUs; those that are taken are waited for", context.gcs_address, self.num_gpus()
+            "connected to Ray at %s, with %d GPUs; runners wait for GPUs in use elsewhere", address, self.num_gpus()
         )
 
     def start_runner(self) -> RunnerHandle:
-        """A runner on the next GPU that is free."""
+        """Request a runner on the next free GPU."""
         return RunnerHandle(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
-        """How many there are in all, busy ones too. Raises RayLost when this process's own node is gone."""
+        """Return the number of GPUs in the cluster, busy or not. Raises RayLost if this process's node is gone."""
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         if self._ray.get_runtime_context().get_node_id() not in nodes:
-            raise RayLost("Ray has died on this machine")
+            raise RayLost("Ray on this machine has stopped")
         return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 
     def close(self) -> None:
-        """Leave; what was started here ends."""
+        """Disconnect from Ray, and stop a Ray that `connect` started."""
         self._ray.shutdown()
 
 
 def _has_gpus() -> bool:
-    """Whether Ray will find some here by itself."""
+    """Return whether this machine has GPUs that Ray can detect."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

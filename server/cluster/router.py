@@ -1,4 +1,4 @@
-"""Which GPU of many takes the next job: kept up to date change by change, because there may be a thousand."""
+"""Routing of jobs to GPUs. The index is updated incrementally, because a cluster may have a thousand GPUs."""
 
 import json
 from collections import OrderedDict
@@ -7,30 +7,30 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from server.queue.jobs import Job, Priority
 
-#: Prompts, and sizes, that a runner is taken to have at hand.
+#: How many prompts, and how many sizes, a runner is assumed to have cached.
 KNOWN = 64
-#: Runner hints that are remembered.
+#: How many runner hints are remembered.
 HINTS = 10_000
 
 
 class Replica(Protocol):
-    """What the board has to know of a seat."""
+    """The properties of a GPU slot that the router reads."""
 
     @property
     def number(self) -> int:
-        """Its own."""
+        """The slot's number."""
 
     @property
     def incarnation(self) -> int:
-        """Which runner this is, counted from the first."""
+        """The number of runners started so far, which identifies the current one."""
 
     @property
     def accepts_jobs(self) -> bool:
-        """Whether it takes jobs."""
+        """Whether the slot accepts new jobs."""
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many jobs it has, and how many of them are of low priority."""
+        """The number of jobs, and how many of them have low priority."""
 
 
 P = TypeVar("P", bound=Replica)
@@ -38,14 +38,14 @@ P = TypeVar("P", bound=Replica)
 
 @dataclass(frozen=True)
 class CacheAffinity:
-    """What a runner may have at hand already: what was compiled for a size, and what was read of a prompt."""
+    """The parts of a request that a runner may have cached: code compiled for the size, and the encoded prompt."""
 
     size: str
     prompt: str
 
     @classmethod
     def of(cls, text: str) -> "CacheAffinity":
-        """Of a request's input; of one that cannot be read, whoever takes it tells its client."""
+        """Read the affinity from a request's input; empty if the input is malformed, which the worker reports."""
         try:
             fields: dict[str, Any] = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -54,42 +54,45 @@ class CacheAffinity:
 
 
 class _AffinityIndex(Generic[P]):
-    """Who has what at hand, the newest of each."""
+    """An index of which slots have cached which keys; each slot keeps its newest ones."""
 
     def __init__(self) -> None:
-        self._of: dict[P, OrderedDict[str, None]] = {}
-        self._who: dict[str, set[P]] = {}
+        self._keys_by_slot: dict[P, OrderedDict[str, None]] = {}
+        self._slots_by_key: dict[str, set[P]] = {}
 
-    def holders(self, what: str) -> set[P]:
-        """Those that have it."""
-        return self._who.get(what, set())
+    def holders(self, key: str) -> set[P]:
+        """Return the slots that have this key."""
+        return self._slots_by_key.get(key, set())
 
-    def add(self, place: P, what: str) -> None:
-        """It has this from now on."""
-        known = self._of.setdefault(place, OrderedDict())
-        known[what] = None
-        known.move_to_end(what)
-        self._who.setdefault(what, set()).add(place)
-        if len(known) > KNOWN:
-            self._lose(place, known.popitem(last=False)[0])
+    def add(self, slot: P, key: str) -> None:
+        """Record that a slot has this key, as its newest."""
+        keys = self._keys_by_slot.setdefault(slot, OrderedDict())
+        keys[key] = None
+        keys.move_to_end(key)
+        self._slots_by_key.setdefault(key, set()).add(slot)
+        if len(keys) > KNOWN:
+            self._discard(slot, keys.popitem(last=False)[0])
 
-    def remove(self, place: P) -> None:
-        """It has nothing any more."""
-        for what in self._of.pop(place, ()):
-            self._lose(place, what)
+    def remove(self, slot: P) -> None:
+        """Remove all keys of a slot."""
+        for key in self._keys_by_slot.pop(slot, ()):
+            self._discard(slot, key)
 
-    def _lose(self, place: P, what: str) -> None:
-        self._who[what].discard(place)
-        if not self._who[what]:
-            del self._who[what]
+    def _discard(self, slot: P, key: str) -> None:
+        self._slots_by_key[key].discard(slot)
+        if not self._slots_by_key[key]:
+            del self._slots_by_key[key]
 
 
 class Router(Generic[P]):
-    """Used by one thread. `limit` is how many requests of normal priority a GPU may have, and as many of low beside."""
+    """A router that chooses a slot for each job; used by one thread.
+
+    `limit` is how many normal-priority requests a GPU may have; low priority has its own equal limit.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        #: Those that may take something, by how many jobs they have.
+        #: Slots with room, by their number of jobs.
         self._by_load: dict[int, set[P]] = {}
         self._load_of: dict[P, int] = {}
         self._incarnation_of: dict[P, int] = {}
@@ -98,12 +101,12 @@ class Router(Generic[P]):
 
     @property
     def has_room(self) -> bool:
-        """Whether any can take a job of normal priority."""
+        """Whether any slot has room for a normal-priority job."""
         return bool(self._load_of)
 
     @property
     def accepts_low_priority(self) -> bool:
-        """Whether any can take one of low priority, which must not keep normal ones out."""
+        """Whether any slot has room for a low-priority job, which must not block normal ones."""
         return any(load < self._limit for load in self._by_load)
 
     @property
@@ -111,57 +114,62 @@ class Router(Generic[P]):
         """How many requests of one priority all GPUs together may have."""
         return self._limit * len(self._incarnation_of)
 
-    def update(self, place: P) -> None:
-        """Something changed there."""
-        if self._incarnation_of.get(place) != place.incarnation:
-            self._forget(place)
-            self._incarnation_of[place] = place.incarnation
-        self._remove_load(place)
-        num_jobs, num_low = place.load
-        if place.accepts_jobs and num_jobs - num_low < self._limit:
-            self._load_of[place] = num_jobs
-            self._by_load.setdefault(num_jobs, set()).add(place)
+    def update(self, slot: P) -> None:
+        """Read a slot again after its runner or jobs changed."""
+        if self._incarnation_of.get(slot) != slot.incarnation:
+            self._clear_affinity(slot)
+            self._incarnation_of[slot] = slot.incarnation
+        self._remove_load(slot)
+        num_jobs, num_low = slot.load
+        if slot.accepts_jobs and num_jobs - num_low < self._limit:
+            self._load_of[slot] = num_jobs
+            self._by_load.setdefault(num_jobs, set()).add(slot)
 
-    def remove(self, place: P) -> None:
-        """It is no more."""
-        self._forget(place)
-        self._incarnation_of.pop(place, None)
-        self._remove_load(place)
+    def remove(self, slot: P) -> None:
+        """Remove a slot whose GPU was released."""
+        self._clear_affinity(slot)
+        self._incarnation_of.pop(slot, None)
+        self._remove_load(slot)
 
-    def route(self, job: Job, traits: CacheAffinity) -> P:
-        """Where the hint points, if there is room; else of those with least to do, the one that has most at hand.
+    def route(self, job: Job, affinity: CacheAffinity) -> P:
+        """Choose a slot: the hinted one if it has room, else the least loaded one with the most in its caches.
 
-        There must be room for it.
+        At least one slot must have room.
         """
-        chosen = self._hinted(job) or self._best(traits)
+        chosen = self._hinted(job) or self._best(affinity)
         if job.runner_hint:
             self._hints[job.runner_hint] = chosen
             self._hints.move_to_end(job.runner_hint)
             if len(self._hints) > HINTS:
                 self._hints.popitem(last=False)
-        self._sizes.add(chosen, traits.size)
-        self._prompts.add(chosen, traits.prompt)
+        self._sizes.add(chosen, affinity.size)
+        self._prompts.add(chosen, affinity.prompt)
         return chosen
 
-    def _remove_load(self, place: P) -> None:
-        load = self._load_of.pop(place, None)
+    def _remove_load(self, slot: P) -> None:
+        load = self._load_of.pop(slot, None)
         if load is not None:
-            self._by_load[load].discard(place)
+            self._by_load[load].discard(slot)
             if not self._by_load[load]:
                 del self._by_load[load]
 
     def _hinted(self, job: Job) -> P | None:
-        place = self._hints.get(job.runner_hint or "")
-        load = self._load_of.get(place) if place else None
+        slot = self._hints.get(job.runner_hint or "")
+        load = self._load_of.get(slot) if slot else None
         is_free = load is not None and (job.priority == Priority.NORMAL or load < self._limit)
-        return place if is_free else None
+        return slot if is_free else None
 
-    def _best(self, traits: CacheAffinity) -> P:
-        idlest = self._by_load[min(self._by_load)]
-        sized, read = self._sizes.holders(traits.size), self._prompts.holders(traits.prompt)
-        found = idlest & sized & read or idlest & sized or idlest & read or idlest
-        return min(found, key=lambda place: place.number)
+    def _best(self, affinity: CacheAffinity) -> P:
+        least_loaded = self._by_load[min(self._by_load)]
+        same_size, same_prompt = self._sizes.holders(affinity.size), self._prompts.holders(affinity.prompt)
+        candidates = (
+            least_loaded & same_size & same_prompt
+            or least_loaded & same_size
+            or least_loaded & same_prompt
+            or least_loaded
+        )
+        return min(candidates, key=lambda slot: slot.number)
 
-    def _forget(self, place: P) -> None:
-        self._sizes.remove(place)
-        self._prompts.remove(place)
+    def _clear_affinity(self, slot: P) -> None:
+        self._sizes.remove(slot)
+        self._prompts.remove(slot)

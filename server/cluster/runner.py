@@ -1,4 +1,4 @@
-"""One GPU away from the head: the same worker as in the server's own process, with a desk in the place of its queue."""
+"""The process on one GPU of a cluster: the same worker as on a single GPU, with a runner queue as its job source."""
 
 import contextlib
 import logging
@@ -29,37 +29,37 @@ from server.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the worker: while it loads, and when it paints.
+#: Seconds between two state reports: while the worker loads, and once it is ready.
 STATE_INTERVALS = (0.1, 2.0)
-#: Seconds that the folder of a runner that died stays, so that the head can read its black box.
+#: Seconds that the directory of a dead runner is kept, so that the head can read its crash record.
 KEEP_SECONDS = 60.0
 
 
 def node_directory() -> Path:
-    """What a node keeps from one runner to the next: what was compiled, and a folder for each that lives."""
+    """Return the node's directory, which outlives runners: compiled code, and a directory for each runner."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "flux-server"
 
 
 class Runner:
-    """Made, called and ended by the head. Knows nothing of Ray, so that it can be tried without."""
+    """A runner, which the head creates, calls and ends. This class is independent of Ray, so tests run it alone."""
 
     def __init__(self, settings: Settings) -> None:
         disable_telemetry_and_warnings()
         limit_openmp_spinning()
-        # One thread, says Ray to those that ask for no CPU; the worker in a server's own process takes what there is.
+        # Ray sets one thread for actors that request no CPU. Without the variable, PyTorch uses all cores.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._directory = _new_directory(node_directory() / "runners")
         settings = settings.model_copy(update={"data_dir": node_directory()})
         self._queue, self._notifier = RunnerQueue(), _FailureNotifier(self._fail)
-        kept = int(settings.loras_gb * 1e9)
-        self._inputs = InputCache(self._directory / "inputs", lambda: self._queue.input_names, kept)
-        known = discover(settings.models_dir)
-        weights_by_endpoint = specs.assign_weights(settings.weights, known)
+        max_input_bytes = int(settings.loras_gb * 1e9)
+        self._inputs = InputCache(self._directory / "inputs", lambda: self._queue.input_names, max_input_bytes)
+        models = discover(settings.models_dir)
+        weights_by_endpoint = specs.assign_weights(settings.weights, models)
         self._crash_recorder = CrashRecorder(self._directory)
         self._worker = Worker(
             settings,
-            {endpoint: known[endpoint] for endpoint in weights_by_endpoint},
+            {endpoint: models[endpoint] for endpoint in weights_by_endpoint},
             engine_configs(settings, weights_by_endpoint),
             self._queue,
             self._queue,
@@ -72,14 +72,14 @@ class Runner:
         logging.basicConfig(level=settings.log_level.upper(), handlers=[_Handler(self._queue)], force=True)
 
     def about(self) -> Mapping[str, Any]:
-        """Its process, and the folder with its black box."""
+        """Return the process id, and the directory with the crash record."""
         return {"pid": os.getpid(), "folder": str(self._directory)}
 
     def work(self) -> Iterator[Sequence[Message]]:
-        """Load, then paint what is put in; yields what there is to report until it is over."""
+        """Load the weights, then run the jobs put in; yield batches of messages until the runner stops."""
         self._crash_recorder.open()
         self._worker.start()
-        threading.Thread(target=self._report_state, name="look", daemon=True).start()
+        threading.Thread(target=self._report_state, name="report-state", daemon=True).start()
         is_over = False
         while not is_over:
             messages = self._queue.messages()
@@ -87,57 +87,57 @@ class Runner:
             is_over = any(isinstance(message, RunnerStopped) for message in messages)
 
     def take_job(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
-        """One more job, and where to get the files that came along with it."""
+        """Store a job's input files and enqueue the job; `contents` holds what `fetch` needs for each file."""
         try:
             for name, source in contents.items():
                 temp_path = self._inputs.temp_path()
                 temp_path.write_bytes(self.fetch(source))
                 self._inputs.add(temp_path, Path(name).suffix)
         except Exception:
-            log.exception("what came along could not be taken in", extra={"request_id": job.request_id})
+            log.exception("the input files of a request could not be stored", extra={"request_id": job.request_id})
             self._queue.send(JobRejected(job.request_id))
             return
         self._queue.enqueue(job, text)
         self._notifier.work_available.set()
 
     def missing_inputs(self, names: Sequence[str]) -> Sequence[str]:
-        """Which of these files are not here; the others stay for a while."""
+        """Return which of these files are not cached here; the others are kept for a while."""
         return [name for name in names if not self._inputs.touch(name)]
 
     def fetch(self, source: Any) -> bytes:
-        """What is in a file that a job brought along; `source` is what the head gave for it."""
+        """Return the content of an input file; `source` is what the head passed for the file."""
         return bytes(source)
 
     def cancel(self, request_id: str) -> None:
-        """A job is to end before its next step."""
+        """Cancel a job before its next step."""
         if job := self._queue.find(request_id):
             job.is_cancelled = True
             self._notifier.work_available.set()
 
     def preview(self, request_id: str) -> None:
-        """Somebody wants to see a job's previews."""
+        """Turn on previews for a job."""
         if job := self._queue.find(request_id):
             job.wants_previews = True
 
     def ack_crash(self) -> None:
-        """What was to be remembered before the process ends, is."""
+        """Confirm that the head recorded the crash, so that the process can exit."""
         self._queue.ack_crash()
 
     def stop(self) -> None:
-        """Finish what runs within the grace, give the rest back."""
+        """Finish running jobs within the grace period and release the rest."""
         self._is_stopping.set()
         self._worker.stop()
         self._queue.send(RunnerStopped())
 
     def _report_state(self) -> None:
-        """Tell how it is, for as long as it is."""
-        last: RunnerState | None = None
+        """Report the worker's state when it changes, and sweep the input cache, until `stop`."""
+        last_state: RunnerState | None = None
         swept_at = time.monotonic()
         while not self._is_stopping.wait(STATE_INTERVALS[self._worker.is_ready]):
             state = RunnerState(self._worker.loading, self._worker.is_ready, self._worker.gpus()[0].engines)
-            if state != last:
+            if state != last_state:
                 self._queue.send(state)
-                last = state
+                last_state = state
             if time.monotonic() > swept_at + KEEP_SECONDS:
                 self._inputs.sweep()
                 swept_at = time.monotonic()
@@ -148,37 +148,37 @@ class Runner:
 
 
 class _FailureNotifier(Notifier):
-    """Rung by the worker for one thing only: that it ended by itself."""
+    """A notifier for the worker, which notifies only when it fails."""
 
     def __init__(self, on_failure: Any) -> None:
         super().__init__()
         self._on_failure = on_failure
 
     def notify(self, *topics: str) -> None:
-        """Somebody has to know."""
+        """Report the failure to the head, whatever the topic."""
         self._on_failure()
 
 
 class _Handler(logging.handlers.QueueHandler):
-    """What is logged here is said by the head."""
+    """A handler that sends log records to the head."""
 
     def __init__(self, queue: RunnerQueue) -> None:
-        # No queue: records go to the desk.
+        # No standard queue: records go to the runner queue.
         super().__init__(None)  # type: ignore[arg-type]
         self.setFormatter(logging.Formatter("%(message)s"))
         self._queue = queue
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Ready to be sent: without what was put into it on the way here, which the head would show."""
+        """Send a record without the attributes that logging and Ray added, which the head would print."""
         for name in ("message", "_ray_timestamp_ns"):
             record.__dict__.pop(name, None)
         self._queue.send(LogRecord(record))
 
 
 def _new_directory(runners: Path) -> Path:
-    """A folder for this process; those of runners that died a while ago are deleted."""
+    """Create a directory for this process; delete those of runners that died a while ago."""
     runners.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Of this machine alone: homes may be shared.
+    # The host name comes first, because machines may share a home directory.
     here = f"{socket.gethostname()}-"
     for directory in runners.glob(f"{here}*"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The files that requests bring along, each named by what is in it: kept while a request needs them."""
+"""Input files of requests: content-addressed, and kept while a request needs them."""
 
 import hashlib
 import os
@@ -14,17 +14,17 @@ from pathlib import Path
 from server.storage.durable import sync_directory
 from server.storage.file_store import is_server_file
 
-#: What was used so shortly ago is left alone: its request is being accepted.
+#: A file that was used within this many seconds is not swept, because its request may not be accepted yet.
 GRACE_SECONDS = 600.0
 LORA = ".safetensors"
-#: The folder of what was brought, in the data folder.
+#: The directory of input files in the data directory.
 INPUTS = "inputs"
-#: What was brought, and what is on its way.
+#: Complete files, and files that are being written.
 _SERVER_FILE = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
 
 
 class InputCache:
-    """A folder. Its files appear whole or not at all, and the same content is kept once."""
+    """A directory of input files. Files appear whole or not at all, and the same content is stored once."""
 
     def __init__(
         self,
@@ -37,34 +37,34 @@ class InputCache:
         self._in_use = needed
         self.max_kept_bytes = max_kept_bytes
         self._clock = clock
-        #: Names that requests on their way have brought already.
+        #: Names of the files that are pinned, and how often.
         self._held: Counter[str] = Counter()
-        # Over a look at a file and what is done about it, so that what has just come is not swept away.
+        # Held while a file is checked and then touched or deleted, so that a new file is not swept away.
         self._lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, name: str) -> Path:
-        """Where a file lies."""
+        """Return a file's path."""
         return self._directory / name
 
     def temp_path(self) -> Path:
-        """Where something may be written that is not ready yet."""
+        """Return a new path for a file that is not complete yet."""
         return self._directory / f"{secrets.token_hex(8)}.part"
 
     def add(self, ready: Path, extension: str) -> str:
-        """Put a file into the place that its own bytes name, for good; returns the name."""
+        """Store a complete file durably under the hash of its content; return the name."""
         with ready.open("rb") as file:
             name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{extension}"
             os.fsync(file.fileno())
         with self._lock:
-            # An upload that is linked here may be old, and the sweep goes by that.
+            # A linked upload may have an old time, and the sweep goes by the time.
             os.utime(ready)
             ready.rename(self.path(name))
         sync_directory(self._directory)
         return name
 
     def touch(self, name: str) -> bool:
-        """Whether a file is here; it counts as used now."""
+        """Mark a file as used now; return whether it exists."""
         with self._lock:
             try:
                 os.utime(self.path(name))
@@ -74,7 +74,7 @@ class InputCache:
 
     @contextmanager
     def pin(self) -> Iterator[Callable[[str], None]]:
-        """For a request on its way: what it names stays, however long the rest of it takes."""
+        """Keep files from being swept while a request is being accepted. Yields a function that pins a name."""
         names: list[str] = []
 
         def hold(name: str) -> None:
@@ -92,13 +92,13 @@ class InputCache:
                 self._held += Counter()
 
     def sweep(self) -> int:
-        """Delete what no request needs that is not done: pictures at once, LoRAs as the room is needed, oldest first.
+        """Delete files that no unfinished request needs; return how many.
 
-        Returns how many.
+        Images go at once. LoRAs go, least recently used first, until they fit the limit.
         """
         needed = self._in_use()
-        found = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
-        idle = sorted((path for path in found if path.name not in needed), key=_used_at)
+        paths = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
+        idle = sorted((path for path in paths if path.name not in needed), key=_used_at)
         excess = sum(self._size(path.name) for path in self._directory.glob(f"*{LORA}")) - self.max_kept_bytes
         num_deleted = 0
         for path in idle:
@@ -111,7 +111,7 @@ class InputCache:
         return num_deleted
 
     def _delete(self, path: Path) -> bool:
-        """Unless it was used meanwhile, or shortly before."""
+        """Delete a file, unless it is pinned or was used recently; return whether it was deleted."""
         with self._lock:
             if path.name in self._held or _used_at(path) >= self._clock() - GRACE_SECONDS:
                 return False
@@ -123,7 +123,7 @@ class InputCache:
 
 
 def size_of(directory: Path, name: str) -> int:
-    """Bytes of a file that was brought; 0 where there is none."""
+    """Return the bytes of an input file; 0 if it does not exist."""
     try:
         return (directory / name).stat().st_size
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def size_of(directory: Path, name: str) -> int:
 
 
 def _used_at(path: Path) -> float:
-    """When it was used last, in seconds since 1970; what is gone meanwhile was used long ago."""
+    """Return when a file was last used, in seconds since 1970; 0 if it no longer exists."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

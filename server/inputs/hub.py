@@ -1,4 +1,4 @@
-"""Files on the hub by the id that people write down: where the one they mean lies."""
+"""Hub ids (`owner/name`), resolved to the URL of the weights file."""
 
 import asyncio
 import re
@@ -19,28 +19,29 @@ class _Sibling(BaseModel):
 
 
 class _Repository(BaseModel):
-    """What the hub says of a repository, as far as it is read here."""
+    """The hub's description of a repository, reduced to the fields that are used here."""
 
     sha: str
     siblings: list[_Sibling]
 
 
-async def resolve_hub_id(address: str, outbound: OutboundClient, temp_path: Path) -> str:
-    """An address as it is; for `owner/name` that of its weights, of which there must be one file.
+async def resolve_hub_id(reference: str, outbound: OutboundClient, temp_path: Path) -> str:
+    """Return a URL unchanged; for `owner/name`, return the URL of its weights, which must be a single file.
 
-    The answer of the hub is written to `temp_path`. Raises InvalidInputFile, and ForbiddenURL.
+    The hub's response is written to `temp_path`. Raises InvalidInputFile, and ForbiddenURL.
     """
-    if not _ID.fullmatch(address):
-        return address
+    if not _ID.fullmatch(reference):
+        return reference
     from huggingface_hub import constants
 
-    await outbound.download(f"{constants.ENDPOINT}/api/models/{address}", temp_path, MAX_ANSWER_BYTES, SECONDS)
+    await outbound.download(f"{constants.ENDPOINT}/api/models/{reference}", temp_path, MAX_ANSWER_BYTES, SECONDS)
     try:
-        said = _Repository.model_validate_json(await asyncio.to_thread(temp_path.read_bytes))
+        repository = _Repository.model_validate_json(await asyncio.to_thread(temp_path.read_bytes))
     except ValidationError:
-        raise InvalidInputFile("file_download_error", f"The hub says nothing of {address} that can be read") from None
-    names = [each.rfilename for each in said.siblings if each.rfilename.endswith(".safetensors")]
+        message = f"The hub's description of {reference} cannot be read; give the URL of a file instead"
+        raise InvalidInputFile("file_download_error", message) from None
+    names = [sibling.rfilename for sibling in repository.siblings if sibling.rfilename.endswith(".safetensors")]
     if len(names) != 1:
-        found = f"has {len(names)} safetensors files" if names else "has no safetensors file"
-        raise InvalidInputFile("file_download_error", f"{address} {found}; give the URL of the one that is meant")
-    return f"{constants.ENDPOINT}/{address}/resolve/{said.sha}/{names[0]}"
+        problem = f"has {len(names)} safetensors files" if names else "has no safetensors file"
+        raise InvalidInputFile("file_download_error", f"{reference} {problem}; give the URL of the file to use")
+    return f"{constants.ENDPOINT}/{reference}/resolve/{repository.sha}/{names[0]}"

@@ -1,6 +1,6 @@
 """Images that clients send: checked, and decoded as RGB. All are untrusted.
 
-What a file is made of is looked over before it is decoded, because small files can keep a decoder busy for hours.
+The structure of a file is checked before it is decoded, because small files can keep a decoder busy for hours.
 Measured with Pillow 12 on one core: a JPEG's scans of 36 bytes take 11 ms each at 16 megapixels; two million empty
 PNG chunks, or JPEG segments, take several seconds in which no other thread runs.
 """
@@ -19,28 +19,28 @@ from PIL.Image import Image
 from models.schema import Limits
 from server.errors import InvalidInputFile
 
-#: What is read of a picture that a client sends.
+#: The formats that are accepted.
 SOURCE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SOURCE_PIXELS = 16_000_000
-# Pillow warns of each entry of bad metadata: one picture of less than a megabyte would fill the log with thirteen.
+# Pillow warns of each bad metadata entry: one image of less than a megabyte would write thirteen megabytes of log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-#: Encoders write a dozen scans at most.
+#: Real encoders write a dozen scans at most.
 MAX_SCANS = 100
-#: Of a PNG of 25 MiB in parts of 4 KiB, as some encoders write, with room.
+#: Enough for a PNG of 25 MiB in chunks of 4 KiB, which some encoders write, with room to spare.
 MAX_PARTS = 10_000
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
-#: Markers that stand alone, without a length: TEM, and from RST0 to EOI.
+#: Markers without a length: TEM, and RST0 to EOI.
 _ALONE = (0x01, *range(0xD0, 0xDA))
 
 
 def decode_image(path: Path, limits: Limits) -> Image:
-    """A client's image as RGB: upright, its first frame, scaled down to the limits. Raises InvalidInputFile."""
+    """Decode a client's image as RGB: upright, first frame, scaled down to the limits. Raises InvalidInputFile."""
     content = path.read_bytes()
     _check_parts(content)
     try:
         with PIL.Image.open(io.BytesIO(content), formats=SOURCE_FORMATS) as source:
-            # What the header says, before anything is unpacked: a few hundred kilobytes can hold gigabytes.
+            # The header's size is checked before anything is unpacked: a few hundred kilobytes can hold gigabytes.
             if source.width * source.height > MAX_SOURCE_PIXELS:
                 raise _too_many_pixels_error(source.width, source.height)
             source.load()
@@ -49,42 +49,42 @@ def decode_image(path: Path, limits: Limits) -> Image:
         raise
     except PIL.UnidentifiedImageError:
         formats = [name.lower() for name in SOURCE_FORMATS]
-        message = f"The file is not a picture in one of the formats {', '.join(formats)}"
+        message = f"The file is not an image in one of the formats {', '.join(formats)}"
         raise InvalidInputFile("unsupported_image_format", message, supported_formats=formats) from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _too_many_pixels_error() from None
     except Exception as error:
-        raise InvalidInputFile("image_load_error", f"The picture cannot be read: {error}") from None
-    fitting = min(
+        raise InvalidInputFile("image_load_error", f"The image cannot be read: {error}") from None
+    scale = min(
         1.0,
         limits.max_side / max(image.size),
         math.sqrt(limits.max_pixels / (image.width * image.height)),
     )
-    # A hair more, because 2215 * (2048 / 2215) is less than 2048 in floating point.
-    width, height = (int(side * fitting + 1e-6) for side in image.size)
+    # The small addition is needed because 2215 * (2048 / 2215) is less than 2048 in floating point.
+    width, height = (int(side * scale + 1e-6) for side in image.size)
     if min(width, height) < limits.min_side:
         raise InvalidInputFile(
             "image_too_small",
-            f"The picture should be {limits.min_side} pixels wide and high at least"
-            f", once it is at most {limits.max_side} pixels on its longer side",
+            f"The image should be at least {limits.min_side} pixels wide and high"
+            f" after scaling to at most {limits.max_side} pixels on its longer side",
             min_width=limits.min_side,
             min_height=limits.min_side,
         )
-    return image if fitting == 1 else image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return image if scale == 1 else image.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def _too_many_pixels_error(*size: int) -> InvalidInputFile:
-    shown = f"; it has {size[0]}x{size[1]}" if size else ""
+    actual = f"; it has {size[0]}x{size[1]} pixels" if size else ""
     return InvalidInputFile(
         "image_too_large",
-        f"The picture should have at most {MAX_SOURCE_PIXELS // 1_000_000} megapixels{shown}",
+        f"The image should have at most {MAX_SOURCE_PIXELS // 1_000_000} megapixels{actual}",
         max_width=4000,
         max_height=4000,
     )
 
 
 def _upright(image: Image) -> Image:
-    """As its metadata say, where they can be read: many programs write bad ones."""
+    """Rotate an image as its metadata says. Unreadable metadata is ignored, because many programs write it."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -92,29 +92,32 @@ def _upright(image: Image) -> Image:
 
 
 def _rgb(image: Image) -> Image:
-    """Eight bits a channel; Pillow itself would cut sixteen bits off instead of scaling them."""
+    """Convert to RGB, eight bits a channel. Pillow alone would clip sixteen-bit values instead of scaling them."""
     if image.mode.startswith("I"):
         return PIL.Image.fromarray((numpy.asarray(image).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 def _check_parts(content: bytes) -> None:
-    """Raises InvalidInputFile for a JPEG or a PNG of more parts than any honest one has."""
+    """Check the number of parts of a JPEG or PNG. Raises InvalidInputFile for more than a real encoder writes."""
     parts: Iterator[int] = iter(())
     if content.startswith(_PNG):
         parts = _chunks(content)
     elif content.startswith(_JPEG):
-        # In compressed data 0xFF is always followed by 0, so this is a marker, or in a thumbnail.
+        # In compressed data 0xFF is always followed by 0, so each match is a marker of the image or of a thumbnail.
         if content.count(_START_OF_SCAN) > MAX_SCANS:
-            raise InvalidInputFile("image_load_error", f"The picture has more than {MAX_SCANS} scans")
+            raise InvalidInputFile(
+                "image_load_error", f"The image has more than {MAX_SCANS} scans; save it as a baseline JPEG"
+            )
         parts = _segments(content)
     for number, _ in enumerate(parts):
         if number == MAX_PARTS:
-            raise InvalidInputFile("image_load_error", f"The picture's file has more than {MAX_PARTS} parts")
+            message = f"The image file has more than {MAX_PARTS} parts; save it again with another program"
+            raise InvalidInputFile("image_load_error", message)
 
 
 def _chunks(content: bytes) -> Iterator[int]:
-    """Where a PNG's chunks begin: a length of four bytes, a name of four, the content, and a sum of four."""
+    """Yield where a PNG's chunks begin: four bytes of length, four of name, the content, four of checksum."""
     place = len(_PNG)
     while place + 8 <= len(content):
         yield place
@@ -122,7 +125,7 @@ def _chunks(content: bytes) -> Iterator[int]:
 
 
 def _segments(content: bytes) -> Iterator[int]:
-    """Where a JPEG's segments begin up to its first scan; a byte that belongs to none counts as one."""
+    """Yield where a JPEG's segments begin, up to its first scan. A byte outside any segment counts as a segment."""
     place = len(_JPEG)
     while place + 4 <= len(content) and content[place : place + 2] != _START_OF_SCAN:
         yield place

@@ -1,7 +1,7 @@
-"""What the header of a LoRA file may hold. A program of its own: `python -I lora_header.py FILE`.
+"""Checks on the header of a LoRA file, run as a separate program: `python -I lora_header.py FILE`.
 
-Reading a large header holds Python's lock, for seconds where somebody means harm, so the server has it read by another
-process. This file imports nothing of the server's, so that the process starts soon. It prints why a file is refused.
+Reading a large header holds Python's global lock, for seconds if the file is malicious, so another process reads it.
+This module imports nothing of the server, so that the process starts quickly. It prints why a file is refused.
 """
 
 import os
@@ -12,24 +12,24 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 MAX_TENSORS = 20_000
-#: Entries of the metadata. Training programs write some hundred.
+#: Metadata entries. Training programs write a few hundred.
 MAX_METADATA = 4096
-#: Sides of a matrix; FLUX.1's widest layer has 15,360.
+#: The longest side of a matrix; FLUX.1's widest layer has 15,360.
 MAX_SIDE = 65_536
 MAX_RANK = 1024
-#: Of a tensor: libraries take these for regular expressions, and one with nested repetitions never ends.
+#: Tensor names. Libraries use them as regular expressions, and one with nested repetitions never ends.
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,300}")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _MATRICES = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
 def problem(path: Path) -> str:
-    """Why the file is no LoRA that can be used; empty where it is one."""
+    """Return why the file is not a usable LoRA; empty if it is usable."""
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
-                return f"it holds {len(names)} tensors, and {MAX_TENSORS} are allowed"
+                return f"it holds {len(names)} tensors; at most {MAX_TENSORS} are allowed"
             if len(file.metadata() or ()) > MAX_METADATA:
                 return f"its metadata has more than {MAX_METADATA} entries"
             if not any(kind in name for name in names for kind in _MATRICES):
@@ -42,17 +42,17 @@ def problem(path: Path) -> str:
 
 def _of_one(name: str, dtype: str, shape: list[int]) -> str:
     if not _NAME.fullmatch(name):
-        return f"{name[:200]!r} is no name of a layer"
+        return f"{name[:200]!r} is not a valid layer name"
     if dtype not in _FLOATS:
-        return f"{name[:200]} is of type {dtype}, not of floating point numbers"
+        return f"{name[:200]} is of type {dtype}, which is not a floating-point type"
     if len(shape) > 4 or max(shape, default=1) > MAX_SIDE:
-        return f"{name[:200]} has the shape {shape[:8]}"
+        return f"{name[:200]} has the shape {shape[:8]}; at most 4 sides of at most {MAX_SIDE} are allowed"
     if any(kind in name for kind in _MATRICES) and len(shape) >= 2 and min(shape[:2]) > MAX_RANK:
-        return f"{name[:200]} has the rank {min(shape[:2])}, and {MAX_RANK} is allowed"
+        return f"{name[:200]} has the rank {min(shape[:2])}; at most {MAX_RANK} is allowed"
     return ""
 
 
 if __name__ == "__main__":
-    # Whoever is served goes first.
+    # Requests that are being served have priority.
     os.nice(10)
     sys.stdout.buffer.write(problem(Path(sys.argv[1])).encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""What requests bring along by address, here before they are accepted: each file named by what is in it."""
+"""Files that a request refers to, fetched and validated before it is accepted. Files are content-addressed."""
 
 import asyncio
 import base64
@@ -24,11 +24,11 @@ from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
 MAX_IMAGE_BYTES = 25 * 2**20
-#: What an input needs that brings the largest picture as a data URI; the rest of it is small.
+#: Enough for an input that holds the largest image as a data URI; the rest of an input is small.
 MAX_INPUT_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
-#: How many are on their way at a time, and how many of them one owner's.
+#: How many downloads run at a time, in total and per owner.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
-#: How many addresses are remembered with the ETags of what came from them.
+#: How many URLs are remembered with the ETags of their files, and the longest such URL.
 MAX_KNOWN = 10_000
 MAX_KNOWN_ADDRESS = 1024
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
@@ -44,28 +44,31 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class InputType:
-    """What is brought: how large at most, how long it may take, and what becomes of it.
+    """A type of input file: its size limit, its time limit, and how it is checked and stored.
 
-    `keep` checks the first file, and puts what is kept of it into the place of the second; it returns its ending.
+    `store` checks the first file, writes the version to keep to the second path, and returns its extension.
     """
 
     max_bytes: int
     max_seconds: float
     store: Callable[[Path, Path, Limits], str]
-    #: What is asked of the first bytes, before the others come.
+    #: Checks the first bytes before the others arrive.
     accepts: Callable[[bytes], None] = lambda start: None
 
 
 @dataclass(frozen=True)
 class _CachedDownload:
-    """What came from an address, and the ETag that it had."""
+    """A file that was downloaded, and its ETag."""
 
     etag: str
     name: str
 
 
 class InputResolver:
-    """Pictures, as RGB within the limits, and LoRA weights. A retry finds the very bytes that were accepted."""
+    """A resolver of images, stored as RGB within the limits, and LoRA weights.
+
+    A retried job reads exactly the bytes that were accepted.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class InputResolver:
         max_lora_bytes: int = 2**30,
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
-        """`pending_bytes` says what the waiting requests of an owner need on the disk, these files included."""
+        """Start empty. `pending_bytes` returns the bytes that an owner's unfinished requests need with these files."""
         self.cache = cache
         self.outbound = outbound
         self._files = files
@@ -92,33 +95,35 @@ class InputResolver:
         self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
-        # Threads of their own, so that large files keep nobody's submit waiting.
+        # Separate threads, so that large files do not delay submits.
         self._executor = FairExecutor("inputs", 4, 1)
 
     async def resolve(self, request: ImageInput, owner: str) -> dict[str, str]:
-        """Everything that the request names by address: the field's place, and the file's name.
+        """Fetch every file that the request refers to; return the file names by the paths of their fields.
 
         Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
         """
-        # What a request names twice comes once.
-        found: dict[tuple[str, str], str] = {}
+        # A file that the request refers to twice is fetched once.
+        names: dict[tuple[str, str], str] = {}
         input_files: dict[str, str] = {}
         with self.cache.pin() as hold:
-            for loc, kind, address in input_urls(request):
-                if (kind, address) not in found:
-                    found[kind, address] = await self._resolve_one(address, owner, kind, loc)
-                    hold(found[kind, address])
-                input_files[".".join(map(str, loc))] = found[kind, address]
-        if self._pending_bytes(owner, set(found.values())) > self._max_bytes_per_owner:
-            raise QueueFull("The waiting requests of this key bring too much along (--max-uploads-gb); try again later")
+            for loc, kind, url in input_urls(request):
+                if (kind, url) not in names:
+                    names[kind, url] = await self._resolve_one(url, owner, kind, loc)
+                    hold(names[kind, url])
+                input_files[".".join(map(str, loc))] = names[kind, url]
+        if self._pending_bytes(owner, set(names.values())) > self._max_bytes_per_owner:
+            raise QueueFull(
+                "The waiting requests of this key need more disk space than --max-uploads-gb allows; try again later"
+            )
         return input_files
 
-    async def _resolve_one(self, address: str, owner: str, kind: str, loc: Loc) -> str:
-        """One of them, its errors in fal's words."""
+    async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc) -> str:
+        """Fetch one file; convert its errors to fal's format."""
         try:
-            return await self._resolve(address, owner, kind)
+            return await self._resolve(url, owner, kind)
         except InvalidInputFile as error:
-            entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": address[:1000]}
+            entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": url[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
         except OSError as error:
             if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
@@ -126,64 +131,64 @@ class InputResolver:
             raise
 
     def sweep(self) -> int:
-        """Delete what no request needs any more; returns how many."""
+        """Delete files that no unfinished request needs; return how many."""
         return self.cache.sweep()
 
-    async def _resolve(self, address: str, owner: str, kind_name: str) -> str:
+    async def _resolve(self, url: str, owner: str, kind_name: str) -> str:
         kind, temp_path = self._kinds[kind_name], self.cache.temp_path()
         try:
-            is_data = address[:5].lower() == "data:"
-            if not is_data and len(address) > MAX_ADDRESS:
-                raise InvalidInputFile("file_download_error", f"The address is longer than {MAX_ADDRESS} characters")
+            is_data = url[:5].lower() == "data:"
+            if not is_data and len(url) > MAX_ADDRESS:
+                raise InvalidInputFile("file_download_error", f"The URL is longer than {MAX_ADDRESS} characters")
             if is_data:
-                await self._executor.run(owner, _decode, address, temp_path, kind)
-            elif own := _own_name(address):
+                await self._executor.run(owner, _decode, url, temp_path, kind)
+            elif own := _own_name(url):
                 await self._executor.run(owner, self._link, own, owner, temp_path)
             else:
-                return await self._download(address, owner, temp_path, kind_name)
+                return await self._download(url, owner, temp_path, kind_name)
             return await self._executor.run(owner, self._keep, temp_path, kind)
         finally:
             temp_path.unlink(missing_ok=True)
 
-    async def _download(self, address: str, owner: str, temp_path: Path, kind_name: str) -> str:
-        """From another server; what is here already and has not changed there does not come again."""
+    async def _download(self, url: str, owner: str, temp_path: Path, kind_name: str) -> str:
+        """Download a file from another server, unless it is stored already and has not changed there."""
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:
                 if kind_name == "lora":
-                    address = await hub.resolve_hub_id(address, self.outbound, temp_path)
-                if not _SCHEME.match(address[:100]):
+                    url = await hub.resolve_hub_id(url, self.outbound, temp_path)
+                if not _SCHEME.match(url[:100]):
                     raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
-                # What came from it as a picture was not looked at as a LoRA.
-                known = self._known.get((kind_name, address))
-                is_here = known is not None and await self._executor.run(owner, self.cache.touch, known.name)
-                etag = known.etag if known and is_here else ""
-                found = await self.outbound.download(
-                    address, temp_path, kind.max_bytes, kind.max_seconds, etag, kind.accepts
+                # By kind, because a file that was fetched as an image was not checked as a LoRA.
+                cached = self._known.get((kind_name, url))
+                is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)
+                etag = cached.etag if cached and is_here else ""
+                new_etag = await self.outbound.download(
+                    url, temp_path, kind.max_bytes, kind.max_seconds, etag, kind.accepts
                 )
             except ForbiddenURL as error:
                 raise InvalidInputFile("file_download_error", f"The file could not be downloaded: {error}") from None
-        if found is None and known:
-            return known.name
+        if new_etag is None and cached:
+            return cached.name
         name = await self._executor.run(owner, self._keep, temp_path, kind)
-        if found and len(address) <= MAX_KNOWN_ADDRESS:
-            self._known[kind_name, address] = _CachedDownload(found, name)
+        if new_etag and len(url) <= MAX_KNOWN_ADDRESS:
+            self._known[kind_name, url] = _CachedDownload(new_etag, name)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
         return name
 
     def _link(self, name: str, owner: str, to: Path) -> None:
-        """A file of our own store: linked, not read, because it may be deleted meanwhile."""
-        found = self._files.find(name)
+        """Link a file of this server's store. A link keeps the content if the file is deleted meanwhile."""
+        file = self._files.find(name)
         try:
-            if found is None or (found.is_private and found.owner != owner):
+            if file is None or (file.is_private and file.owner != owner):
                 raise FileNotFoundError
-            os.link(self._files.path(found), to)
+            os.link(self._files.path(file), to)
         except FileNotFoundError:
             raise InvalidInputFile("file_download_error", "There is no such file on this server") from None
 
     def _keep(self, temp_path: Path, kind: InputType) -> str:
-        """Check a file, and put what is kept of it into the place that its own bytes name."""
+        """Check a file and store it under the hash of its content; return the name."""
         if temp_path.stat().st_size > kind.max_bytes:
             raise _too_large(kind)
         ready = temp_path.with_suffix(".ready")
@@ -194,19 +199,19 @@ class InputResolver:
 
 
 def dump_input(request: ImageInput, input_files: Mapping[str, str]) -> str:
-    """The request as it is kept: the name of its file takes the place of a data URI, which may be large."""
-    told = request.model_dump(mode="json")
-    for loc, _, address in input_urls(request):
-        if address[:5].lower() == "data:":
-            holder: Any = told
+    """Serialize a request for its row. File names replace data URIs, which may be large."""
+    body = request.model_dump(mode="json")
+    for loc, _, url in input_urls(request):
+        if url[:5].lower() == "data:":
+            holder: Any = body
             for step in loc[:-1]:
                 holder = holder[step]
             holder[loc[-1]] = input_files[".".join(map(str, loc))]
-    return str(to_json(told), "utf-8")
+    return str(to_json(body), "utf-8")
 
 
 def _store_image(temp_path: Path, ready: Path, limits: Limits) -> str:
-    """What the engine gets is written anew, as PNG."""
+    """Decode an image and write it as a new PNG, which the engine reads."""
     images.decode_image(temp_path, limits).save(ready, "PNG", compress_level=1)
     return ".png"
 
@@ -217,21 +222,21 @@ def _store_lora(temp_path: Path, ready: Path, limits: Limits) -> str:
     return LORA
 
 
-def _own_name(address: str) -> str | None:
-    """The name in our own store, whatever the host is called: 128 random bits are nobody else's."""
+def _own_name(url: str) -> str | None:
+    """Return the name of a file in this server's store. Any host is accepted, because the name has 128 random bits."""
     try:
-        path = urlsplit(address).path
+        path = urlsplit(url).path
     except ValueError:
         return None
-    matched = _OWN_PATH.fullmatch(path)
-    return matched[1] if matched else None
+    match = _OWN_PATH.fullmatch(path)
+    return match[1] if match else None
 
 
 def _what_is_accepted(kind: str) -> str:
-    """For those who tried a path, above all."""
+    """Describe the accepted inputs, above all for clients that sent a path."""
     more = ", or a hub id such as owner/name" if kind == "lora" else ""
     return (
-        "This should be an http or https address, a data URI, or the address of a file uploaded to this server"
+        "This should be an http or https URL, a data URI, or the URL of a file uploaded to this server"
         f"{more}; paths on the server's own disk are never read"
     )
 
@@ -241,20 +246,20 @@ def _too_large(kind: InputType) -> InvalidInputFile:
     return InvalidInputFile("file_too_large", message, max_size=kind.max_bytes)
 
 
-def _decode(address: str, temp_path: Path, kind: InputType) -> None:
-    """Write the bytes of a data URI."""
-    matched = _DATA.match(address)
-    if not matched:
+def _decode(url: str, temp_path: Path, kind: InputType) -> None:
+    """Write the bytes of a data URI to a file. Raises InvalidInputFile."""
+    match = _DATA.match(url)
+    if not match:
         raise InvalidInputFile("file_download_error", "A data URI should be data:TYPE;base64,...")
-    if (len(address) - matched.end()) * 3 // 4 > kind.max_bytes:
+    if (len(url) - match.end()) * 3 // 4 > kind.max_bytes:
         raise _too_large(kind)
-    starts = range(matched.end(), len(address), _PART)
-    if 0 <= address.find("=", matched.end()) < len(address) - 2:
-        raise InvalidInputFile("file_download_error", "The data URI is not base64: something follows its end")
+    starts = range(match.end(), len(url), _PART)
+    if 0 <= url.find("=", match.end()) < len(url) - 2:
+        raise InvalidInputFile("file_download_error", "The data URI is not base64: data follows its padding")
     try:
-        # Part by part: decoding holds Python's lock.
+        # In parts, because decoding holds Python's global lock.
         with temp_path.open("wb") as file:
             for start in starts:
-                file.write(base64.b64decode(address[start : start + _PART], validate=True))
+                file.write(base64.b64decode(url[start : start + _PART], validate=True))
     except ValueError as error:
         raise InvalidInputFile("file_download_error", f"The data URI is not base64: {error}") from None

@@ -1,4 +1,4 @@
-"""The memory that bodies and answers on their way take: bounded in all, and for each owner."""
+"""Memory of request and response bodies in flight: limited in total and per owner."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,32 +9,32 @@ from starlette.requests import Request
 from server.errors import BodyTooLarge
 from server.net.fair_share import FairShare
 
-#: What is smaller is not counted: as much lies in the buffers of any connection.
+#: Smaller bodies are not counted: the buffers of any connection hold as much.
 SMALL = 65_536
-#: Seconds that somebody waits for room before being turned away.
+#: Seconds that a request waits for memory before it is refused.
 WAIT_SECONDS = 5.0
 
 
 class BytesInFlight(FairShare):
-    """Bytes of bodies and answers, divided between owners. For the event loop's thread alone."""
+    """Bytes of request and response bodies, divided between owners. Only for the event loop's thread."""
 
     def __init__(self, max_bytes: int, wait_seconds: float = WAIT_SECONDS) -> None:
         super().__init__(
             max_bytes,
-            f"The bodies and answers of this key that are on their way would take more than its share of"
-            f" {max_bytes // 2**20} MiB (four times --max-body-mib); send them one after the other",
+            f"The requests and responses of this key in flight would take more than its share of"
+            f" {max_bytes // 2**20} MiB (four times --max-body-mib); send fewer at a time",
         )
         self._wait_seconds = wait_seconds
         self._freed = asyncio.Event()
 
     def release(self, owner: str, number: int = 1) -> None:
-        """Hold so many no more, and let those know who wait for room."""
+        """Release `number` bytes, and wake the requests that wait for memory."""
         super().release(owner, number)
         self._freed.set()
 
     @asynccontextmanager
     async def room(self, owner: str, num_bytes: int, *, is_patient: bool = False) -> AsyncIterator[None]:
-        """Hold so many while the block lasts; waits for them first, with `is_patient` for as long as it takes.
+        """Wait for memory, then hold it until the block ends. With `is_patient`, wait without a time limit.
 
         Raises TooManyRequests.
         """
@@ -46,11 +46,11 @@ class BytesInFlight(FairShare):
 
     @asynccontextmanager
     async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
-        """All of a request's body; it counts as the owner's until the block ends.
+        """Read a request's whole body, which counts as the owner's until the block ends.
 
         Raises TooManyRequests, and BodyTooLarge for more than `max_bytes`.
         """
-        # Not `Request.body`, which keeps it for as long as the request is there.
+        # Not `Request.body`, which keeps the body for as long as the request exists.
         chunks, length, held, stream = list[bytes](), 0, 0, request.stream()
         try:
             async for chunk in stream:
@@ -59,12 +59,12 @@ class BytesInFlight(FairShare):
                 if max_bytes is not None and length > max_bytes:
                     raise BodyTooLarge(f"The body is larger than {max_bytes} bytes")
                 if length > SMALL and not held:
-                    # One of no known length may be as long as any.
+                    # A body of unknown length may be as long as any.
                     expected = int(request.headers.get("content-length", self._total))
                     held = await self._wait_for(owner, expected, self._wait_seconds)
             body = b"".join(chunks)
             chunks.clear()
-            # What was expected and did not come is free again.
+            # Release the bytes that were expected and did not arrive.
             self.release(owner, held - min(held, length))
             held = min(held, length)
             yield body
@@ -72,8 +72,8 @@ class BytesInFlight(FairShare):
             self.release(owner, held)
 
     async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
-        """How many are held, once there is room: what is small needs none. Raises TooManyRequests."""
-        # A quarter at most, because no owner could ever hold more than half of it all.
+        """Wait until the bytes can be held; return how many are held, 0 for a small body. Raises TooManyRequests."""
+        # At most a quarter of the total, because no owner can ever hold more than half.
         num_bytes = min(num_bytes, self._total // 4) if num_bytes > SMALL else 0
         try:
             async with asyncio.timeout(seconds):

@@ -1,9 +1,9 @@
-"""The CONNECT door: a proxy on loopback that brings fal's names to this server, and goes nowhere else.
+"""The CONNECT proxy: listens on loopback and leads fal's host names to this server. Other hosts are refused by default.
 
-A client that is told to use it as HTTPS_PROXY opens tunnels to fal's hosts; each ends at our own TLS port, whose
-certificate bears those names. As HTTP_PROXY it is sent whole requests, which end at our plain port. So every fal-client
-works whole with environment variables alone, and when the server is down there is nothing to connect to: no request can
-reach the real cloud.
+A client that uses the proxy as HTTPS_PROXY opens tunnels to fal's hosts. Each tunnel ends at this server's TLS port,
+whose certificate has those names. As HTTP_PROXY, the proxy receives complete requests and sends them to the plain port.
+So every fal-client works fully with environment variables alone. When the server is down, there is nothing to connect
+to, and no request can reach the real cloud.
 """
 
 import asyncio
@@ -17,21 +17,21 @@ from server.net.fal_hosts import is_certified, is_fal
 
 log = logging.getLogger(__name__)
 
-#: Tunnels that are open at a time, each of which holds two sockets.
+#: How many tunnels may be open at a time. Each holds two sockets.
 MAX_TUNNELS = 512
 _MAX_HEAD = 16_384
 #: The longest host name, in characters.
 _MAX_HOST = 255
-#: Seconds a client gets to say where it wants to go.
+#: Seconds in which a client has to send the head of its request.
 _HEAD_TIMEOUT = 10.0
 _CHUNK = 65_536
 _PLAIN_PORT, _TLS_PORT = 80, 443
 _TARGET = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})")
-#: A request as a proxy is sent it, with a whole URL: its scheme, its host, and its port if it says one.
+#: A request to a proxy, with an absolute URL: the scheme, the host, and the port if there is one.
 _FORWARDED = re.compile(
     rb"[A-Z]+ (https?|wss?)://(\[[0-9a-fA-F:.]+\]|[^:/?#\s@]+)(?::(\d{1,5}))?(?=[/?# ])", re.IGNORECASE
 )
-#: Headers about one connection, which are the proxy's to say.
+#: Headers about a single connection, which the proxy sets itself.
 _HOP = re.compile(rb"(?im)^(proxy-)?connection:.*\r\n")
 _LENGTH = re.compile(rb"(?im)^content-length:\s*(\d{1,18})\s*\r$")
 _UPGRADE = re.compile(rb"(?im)^upgrade:")
@@ -41,10 +41,9 @@ _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class ConnectProxy:
-    """Leads fal's hosts to our ports; anything else is refused unless let through."""
+    """A proxy that leads fal's hosts to this server's ports. Other hosts are refused unless the operator allows it."""
 
-    #: Seconds after which a tunnel is closed over which nothing comes, from either side; also one whose client waits
-    #: for a run.
+    #: Seconds without data from either side after which a tunnel is closed, also while its client waits for a run.
     idle_seconds = 600.0
     #: Seconds that connecting to the other side may take.
     connect_seconds = 10.0
@@ -63,7 +62,7 @@ class ConnectProxy:
         self._server = await asyncio.start_server(self._enter, host, port, limit=_MAX_HEAD)
 
     async def close(self) -> None:
-        """Let nobody in any more, and end what is open."""
+        """Accept no more connections, and close the open tunnels."""
         if self._server:
             self._server.close()
         for tunnel in self._tunnels:
@@ -72,20 +71,20 @@ class ConnectProxy:
 
     def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tunnels) >= self._max_tunnels:
-            log.warning("%d tunnels are open in the CONNECT door; another one is refused", self._max_tunnels)
+            log.warning("the CONNECT proxy has %d tunnels open, its limit; another one is refused", self._max_tunnels)
             message = (
                 f"This proxy has {self._max_tunnels} tunnels open, which is its limit; close one, or try again later."
             )
             writer.write(_said("503 Service Unavailable", message))
             writer.close()
             return
-        # A task of our own: asyncio's would print a traceback when the stop cancels it.
+        # A separate task, because asyncio's own would print a traceback when `close` cancels it.
         tunnel = asyncio.create_task(self._serve(reader, writer))
         self._tunnels.add(tunnel)
         tunnel.add_done_callback(self._tunnels.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client connection from its first line to its end."""
+        """Serve one client connection from its first line to its end."""
         try:
             await self._lead(reader, writer)
             await self._sent(writer)
@@ -95,7 +94,7 @@ class ConnectProxy:
             writer.transport.abort()
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Bring a client where it wants to go, or tell it why not. Raises TimeoutError for an idle tunnel."""
+        """Connect a client to its target, or tell it why not. Raises TimeoutError for an idle tunnel."""
         try:
             target = await _target_of(reader)
             there = await self._connect(target)
@@ -111,31 +110,31 @@ class ConnectProxy:
             there[1].transport.abort()
 
     async def _tunnel(self, here: _Stream, there: _Stream, target: "_Target") -> None:
-        """Carry bytes both ways until both sides have said all; of a whole request no more than it is long.
+        """Carry bytes both ways until both sides are done. Of a complete request, carry no more than its length.
 
-        Raises TimeoutError when nothing came for too long.
+        Raises TimeoutError when no data arrives for too long.
         """
         now = asyncio.get_running_loop().time
         there[1].write(target.request)
-        async with asyncio.timeout(self.idle_seconds) as quiet:
+        async with asyncio.timeout(self.idle_seconds) as idle_timer:
 
-            def heard() -> None:
-                if not quiet.expired():
-                    quiet.reschedule(now() + self.idle_seconds)
+            def restart_timer() -> None:
+                if not idle_timer.expired():
+                    idle_timer.reschedule(now() + self.idle_seconds)
 
             try:
                 async with asyncio.TaskGroup() as ways:
-                    sending = ways.create_task(_pipe(here[0], there[1], heard, target.length))
-                    answering = ways.create_task(_pipe(there[0], here[1], heard))
+                    sending = ways.create_task(_pipe(here[0], there[1], restart_timer, target.length))
+                    answering = ways.create_task(_pipe(there[0], here[1], restart_timer))
                     if target.request:
-                        # What follows a whole request and its answer is the next one, and may be for another host.
+                        # Data after a complete request and its response is the next request, perhaps for another host.
                         await answering
                         sending.cancel()
             except* OSError:
-                log.debug("a tunnel broke")
+                log.debug("a tunnel's connection broke")
 
     async def _sent(self, writer: asyncio.StreamWriter) -> None:
-        """Close a connection, and wait until what was written to it is sent; not for ever where nobody reads it."""
+        """Close a connection and wait until its data is sent, at most `idle_seconds` if the client does not read it."""
         writer.close()
         with contextlib.suppress(OSError):
             async with asyncio.timeout(self.idle_seconds):
@@ -145,12 +144,12 @@ class ConnectProxy:
         host, port = target.host, target.port
         if is_fal(host):
             is_plain = port == _PLAIN_PORT or bool(target.request)
-            # No certificate bears a name of any depth.
+            # A certificate's wildcard covers one level only, so deeper names have no certificate.
             if not is_plain and not is_certified(host):
                 raise _Refused("403 Not offered by this server", f"{host} is not offered by this server.")
             host, port = self._address, self._port if is_plain else self._tls_port
         elif not self._lets_others_through:
-            log.warning("the CONNECT door refused %s:%d", host, port)
+            log.warning("the CONNECT proxy refused %s:%d, which is not a host of fal; see --proxy-others", host, port)
             raise _Refused(
                 "403 Not a host of fal, see --proxy-others",
                 f"{host} is not one of fal's hosts; --proxy-others lets others through.",
@@ -159,18 +158,18 @@ class ConnectProxy:
             async with asyncio.timeout(self.connect_seconds):
                 return await asyncio.open_connection(host, port)
         except TimeoutError:
-            message = f"{host}:{port} did not answer within {self.connect_seconds:.0f} seconds."
+            message = f"{host}:{port} did not respond within {self.connect_seconds:.0f} seconds."
             raise _Refused("504 Gateway Timeout", message) from None
-        # ValueError: a name that no look-up takes.
+        # ValueError: a name that cannot be looked up.
         except (OSError, ValueError, OverflowError):
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a client wants to go. One that sends a whole request: its head, and how long its body is.
+    """The target of a client. For a complete request, also its head and the length of its body.
 
-    A length of None stands for a body, or a conversation, of no length that is known.
+    A length of None stands for a body, or a conversation, of unknown length.
     """
 
     host: str
@@ -190,16 +189,20 @@ def _not_understood() -> _Refused:
 
 
 async def _target_of(reader: asyncio.StreamReader) -> _Target:
-    """What the client asks for. Raises _Refused."""
+    """Read the client's target. Raises _Refused."""
     try:
         async with asyncio.timeout(_HEAD_TIMEOUT):
             head = await reader.readuntil(b"\r\n\r\n")
     except TimeoutError:
-        raise _Refused("408 Request Timeout", "The request did not come in time.") from None
+        raise _Refused(
+            "408 Request Timeout", f"The request's head did not arrive within {_HEAD_TIMEOUT:.0f} seconds."
+        ) from None
     except asyncio.LimitOverrunError:
-        raise _Refused("431 Request Header Fields Too Large", "The request's head is too long.") from None
+        raise _Refused(
+            "431 Request Header Fields Too Large", f"The request's head is longer than {_MAX_HEAD} bytes."
+        ) from None
     except (OSError, asyncio.IncompleteReadError):
-        raise _Refused("400 Bad Request", "The request broke off.") from None
+        raise _Refused("400 Bad Request", "The connection broke before the request's head was complete.") from None
     if forwarded := _FORWARDED.match(head):
         return _forwarded(head, forwarded)
     method, _, rest = head.split(b"\r\n", 1)[0].decode("latin-1").partition(" ")
@@ -212,12 +215,12 @@ async def _target_of(reader: asyncio.StreamReader) -> _Target:
 def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
     is_secure, is_conversation = match[1].lower() in (b"https", b"wss"), bool(_UPGRADE.search(head))
     port = int(match[3] or (_TLS_PORT if is_secure else _PLAIN_PORT))
-    # One request a connection: the next one may be for another host.
+    # One request per connection, because the next one may be for another host.
     request = head if is_conversation else _HOP.sub(b"", head[:-2]) + b"connection: close\r\n\r\n"
     length = _LENGTH.search(head)
     is_open = is_conversation or bool(_CHUNKED.search(head))
     target = _target(match[2].decode("latin-1"), port, request, None if is_open else int(length[1]) if length else 0)
-    # What is meant for somebody else's TLS is not sent on in clear.
+    # A request for another host over TLS must not be sent on in clear text.
     if is_secure and not is_fal(target.host):
         raise _not_understood()
     return target
@@ -225,24 +228,24 @@ def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
 
 def _target(host: str, port: int, request: bytes = b"", length: int | None = None) -> _Target:
     if not 0 < len(host) <= _MAX_HOST or not 0 < port < 65536:
-        message = f"A proxy is told a host, of at most {_MAX_HOST} characters, and a port."
+        message = f"A request to this proxy needs a host, of at most {_MAX_HOST} characters, and a port."
         raise _Refused("400 Bad Request", message)
     return _Target(host.strip("[]").lower().rstrip("."), port, request, length)
 
 
 def _said(line: str, reason: str = "") -> bytes:
-    """An answer of the proxy itself."""
+    """Build a response of the proxy itself."""
     body = reason.encode()
     length = f"content-length: {len(body)}\r\nconnection: close\r\n" if reason else ""
     return f"HTTP/1.1 {line}\r\n{length}\r\n".encode() + body
 
 
 async def _pipe(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Callable[[], None], length: int | None = None
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_chunk: Callable[[], None], length: int | None = None
 ) -> None:
-    """All that is said, or so many bytes of it; `heard` is called for each piece. Raises OSError when it breaks off."""
+    """Copy all data, or `length` bytes; call `on_chunk` for each chunk. Raises OSError when a connection breaks."""
     while length != 0 and (chunk := await reader.read(_CHUNK if length is None else min(length, _CHUNK))):
-        heard()
+        on_chunk()
         writer.write(chunk)
         await writer.drain()
         length = None if length is None else length - len(chunk)

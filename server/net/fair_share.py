@@ -1,4 +1,4 @@
-"""Bounds a resource, such as memory or connections, and divides it between owners."""
+"""A limit on a resource, such as memory or connections, that divides it between owners."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,35 +8,35 @@ from server.errors import TooManyRequests
 
 
 class FairShare:
-    """An owner may hold as much as is left for the others then: half of it all alone, and less beside others.
+    """A limited resource. An owner may hold at most as much as then stays free: half if alone, less with others.
 
-    For the event loop's thread alone.
+    Only for the event loop's thread.
     """
 
     def __init__(self, total: int, refusal: str, *, closes: bool = False) -> None:
-        """`refusal` is what a client is told who asks for too much; with `closes` its connection ends with that."""
+        """Start with all free. `refusal` is the message for a refused client; `closes` also ends its connection."""
         self._total, self._refusal, self._closes = total, refusal, closes
         self._held: Counter[str] = Counter()
 
     @property
     def free(self) -> int:
-        """How much of it no owner holds."""
+        """Return how much no owner holds."""
         return self._total - self._held.total()
 
     def acquire(self, owner: str, number: int = 1) -> None:
-        """Hold so many more. Raises TooManyRequests."""
+        """Hold `number` more. Raises TooManyRequests."""
         if not self._try_acquire(owner, number):
             raise TooManyRequests(self._refusal, closes=self._closes)
 
     def release(self, owner: str, number: int = 1) -> None:
-        """Hold so many no more."""
+        """Release `number`."""
         self._held[owner] -= number
         if not self._held[owner]:
             del self._held[owner]
 
     @contextmanager
     def held(self, owner: str) -> Iterator[None]:
-        """One more while the block lasts. Raises TooManyRequests."""
+        """Hold one more until the block ends. Raises TooManyRequests."""
         self.acquire(owner)
         try:
             yield

@@ -1,17 +1,17 @@
-"""fal's host names: which there are, and what each is for.
+"""fal's host names and their roles.
 
-Every name under fal's domains belongs here, known or not: a program that is pointed at this server must reach fal by
-none of them. What a name is for is known of the names that clients use.
+Every name under fal's domains counts as fal's, known or not, so that a program that is pointed at this server cannot
+reach fal by any of them. The roles are known for the names that clients use.
 """
 
 from enum import StrEnum
 
-#: Everything at or under these is fal's. falrun.com is where fal-client turns to when fal.run does not answer.
+#: Every name at or under these is fal's. fal-client falls back to falrun.com when fal.run does not respond.
 DOMAINS = ("fal.ai", "fal.dev", "fal.media", "fal.run", "falrun.com")
 
 
 class Role(StrEnum):
-    """What is asked for under a name."""
+    """The API that a host name serves."""
 
     #: A synchronous run, a stream, or realtime.
     RUN = "run"
@@ -20,7 +20,7 @@ class Role(StrEnum):
     REST = "rest"
     #: The platform API: models, prices, usage, history.
     PLATFORM = "platform"
-    #: The website's documents of an endpoint.
+    #: The website's documents about an endpoint.
     SITE = "site"
 
 
@@ -38,24 +38,24 @@ _ROLES = {
     "api.fal.ai": Role.PLATFORM,
     "fal.ai": Role.SITE,
 }
-#: For a certificate: a wildcard stands for one label, so the deeper names that clients use are listed too.
+#: Names in the certificate. A wildcard covers one label, so the deeper names that clients use are listed too.
 CERTIFICATE_NAMES = tuple(
     sorted({*DOMAINS, *_ROLES, *(f"*.{domain}" for domain in (*DOMAINS, "alpha.fal.ai", "gateway.alpha.fal.ai"))})
 )
 
 
 def is_fal(hostname: str) -> bool:
-    """Whether a name in small letters, without port, is under fal's domains."""
+    """Return whether a lower-case name without a port is under fal's domains."""
     name = hostname.rstrip(".")
     return any(name == domain or name.endswith(f".{domain}") for domain in DOMAINS)
 
 
 def role_of(hostname: str) -> Role | None:
-    """What a name under fal's domains is for; None where this server offers nothing under it."""
+    """Return the role of a name under fal's domains; None if this server offers nothing under the name."""
     return _ROLES.get(hostname.rstrip("."))
 
 
 def is_certified(hostname: str) -> bool:
-    """Whether the server's certificate bears this name."""
+    """Return whether the server's certificate covers this name."""
     name = hostname.rstrip(".")
     return name in CERTIFICATE_NAMES or f"*.{name.partition('.')[2]}" in CERTIFICATE_NAMES

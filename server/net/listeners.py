@@ -1,4 +1,4 @@
-"""Sockets that listen, and uvicorn's servers on them, plain and TLS. Knows neither the app nor the queue."""
+"""Listening sockets, and uvicorn's servers on them, plain and TLS. Independent of the app and the queue."""
 
 import contextlib
 import errno
@@ -18,14 +18,14 @@ from server.net.websocket import CountedWebSocket
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-#: Seconds that open answers get to end once the worker has stopped.
+#: Seconds that open responses have to end once the worker has stopped.
 _GRACEFUL_TIMEOUT = 5
-#: Files beside the connections and what they are sent: the database, weights, receivers of webhooks.
+#: Open files apart from connections and the files sent over them: the database, weights, webhook connections.
 _OTHER_FILES = 512
 
 
 class Listener(uvicorn.Server):
-    """One of several servers on one loop: signals belong to the whole process."""
+    """One of several servers on one event loop. Signals are handled by the process, not by a server."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -34,33 +34,33 @@ class Listener(uvicorn.Server):
 
 
 def raise_open_file_limit(max_connections: int, ports: int) -> int:
-    """Let this process open as many files as it needs and may, and return how many connections a port can hold.
+    """Raise the limit of open files as far as needed and allowed; return how many connections a port can hold.
 
-    Most processes begin with 1024 files.
-
-    Two files for each: its socket, and the image that it is sent.
+    Most processes start with a limit of 1024 files. A connection takes two: its socket, and the image sent over it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * ports * max_connections + _OTHER_FILES
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = 2 * ports * max_connections + _OTHER_FILES
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit == wanted:
+    if limit == needed:
         return max_connections
     room = max(1, (limit - _OTHER_FILES) // (2 * ports))
-    log.warning("%d open files are allowed (ulimit -Hn), so a port holds %d connections", hard, room)
+    log.warning(
+        "only %d open files are allowed (ulimit -Hn), so a port holds %d connections; raise the limit", hard, room
+    )
     return room
 
 
 def build_listeners(
     app: ASGIApp, *, max_connections: int, ws_max_size: int, certificate: CertificateFiles | None
 ) -> list[Listener]:
-    """A listener for plain HTTP, and one for TLS where there is a certificate.
+    """Build a listener for plain HTTP, and one for TLS if there is a certificate.
 
     Args:
-        app: what answers.
-        max_connections: of each listener.
-        ws_max_size: bytes of a WebSocket message.
+        app: the application that handles the requests.
+        max_connections: the limit for each listener.
+        ws_max_size: the largest WebSocket message, in bytes.
         certificate: the files of the certificate and its key.
     """
     options: dict[str, Any] = {
@@ -69,9 +69,9 @@ def build_listeners(
         "http": with_limits(max_connections=max_connections),
         "ws": CountedWebSocket,
         "ws_max_size": ws_max_size,
-        # A message that is small on the wire could be large in memory.
+        # A compressed message that is small on the wire could be large in memory.
         "ws_per_message_deflate": False,
-        # Its log lines go where ours go.
+        # uvicorn logs through the server's own logging configuration.
         "log_config": None,
         "log_level": "warning",
         "proxy_headers": False,
@@ -86,21 +86,21 @@ def build_listeners(
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises OSError, which names host and port.
+    """Open a listening socket. Raises OSError, naming host and port.
 
-    It is bound before anything else, so that a taken port stops the start.
+    Sockets are bound before anything else, so that a port in use stops the start.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: 40 ms an event otherwise.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # The protocol is set because asyncio turns Nagle's algorithm off only then. Otherwise each event takes 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((host, port))
+        listener.bind((host, port))
     except OSError as error:
-        hint = "; another flux-server perhaps, --port and --tls-port choose others"
+        hint = "; another flux-server may be running, choose other ports with --port and --tls-port"
         raise OSError(
             f"cannot listen on {host}:{port}: {error.strerror}{hint if error.errno == errno.EADDRINUSE else ''}"
         ) from None
-    bound.listen(_BACKLOG)
-    bound.setblocking(False)
-    return bound
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+    return listener

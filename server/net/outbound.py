@@ -1,4 +1,4 @@
-"""The guard on every address that comes from a request: what this server may connect to."""
+"""The guard on every URL that comes from a request: which addresses this server may connect to."""
 
 import asyncio
 import ipaddress
@@ -15,21 +15,21 @@ from ssrfguard.httpx import AsyncClient
 
 from server.errors import InvalidInputFile
 
-#: The ports a web server is found on; the low ones belong to mail, shells and the like.
+#: The ports of web servers. Other low ports belong to mail, shells and similar services.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
 MAX_REDIRECTS = 5
-#: In characters. A longer ETag is not worth remembering: its file is downloaded again.
+#: In characters. A longer ETag is not remembered, and its file is downloaded again.
 MAX_ETAG = 255
-#: Seconds in which something must come, while a download goes on.
+#: Seconds without data after which a download fails.
 _QUIET_SECONDS = 20.0
 _CHUNK = 2**18
-#: Of the answer to a POST, whose status is all that counts; and beside the file that is downloaded.
+#: Limit on the response to a POST, of which only the status counts, and on the overhead of a downloaded file.
 MAX_ANSWER_BYTES = 2**16
-#: What the system holds for us of it. After connecting: what was on its way by then may be as much again.
+#: The system's receive buffer for such a response. It is set after connecting; data already in flight may double it.
 _SMALL_BUFFER = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
-#: ssrfguard's table, which judges an address that carries an IPv4 address by that one too; and of IPv6 only what the
-#: internet has. Outside of it are ways to carry one that the table does not list, such as ::ffff:0:127.0.0.1.
+#: ssrfguard's table, which also judges the IPv4 address inside an IPv6 address. Of IPv6, only global unicast addresses
+#: are allowed, because others can contain IPv4 addresses in ways that the table does not list (::ffff:0:127.0.0.1).
 _ADDRESSES = AddressTable(
     (
         *DEFAULT_DENIED.blocks,
@@ -42,30 +42,30 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class ForbiddenURL(Exception):
-    """The URL points somewhere a request must not reach."""
+    """A URL that a request must not reach."""
 
 
 class OutboundClient:
-    """Public addresses, and those the operator allows; each name is resolved once and that address connected to."""
+    """A client for public addresses and those the operator allows. Each name is resolved once, then connected to."""
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         networks, self._hosts = _parse_allowlist(allow)
         self._policy = Policy(denied_networks=_ADDRESSES, allowed_networks=networks, allowed_ports=PORTS)
         self._open_policy = Policy(allowed_networks=_EVERYWHERE, allowed_ports=PORTS)
-        # Once: reading the public authorities takes 15 ms, in which nobody else is served.
+        # Created once, because reading the public authorities blocks the event loop for 15 ms.
         self._tls = httpx.create_ssl_context(trust_env=False)
 
     def check(self, url: str) -> None:
-        """Judge what can be judged without a look-up: scheme, port, literal address. Raises ForbiddenURL."""
+        """Check scheme, port and literal address, without a DNS look-up. Raises ForbiddenURL."""
         try:
             self._policy_for(url).check_url(url)
         except (SSRFGuardError, ValueError) as error:
             raise self._refusal(url, error) from None
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str], seconds: float) -> int:
-        """POST and return the status; no redirect is followed and no body read.
+        """Send a POST and return the status. Redirects are not followed and the body is not read.
 
-        Raises ForbiddenURL, or httpx.HTTPError when there was no answer.
+        Raises ForbiddenURL, or httpx.HTTPError when there is no response.
         """
         try:
             client, bounded = (
@@ -88,12 +88,12 @@ class OutboundClient:
         etag: str = "",
         accepts: Callable[[bytes], None] = lambda start: None,
     ) -> str | None:
-        """GET into a file; gives its ETag, or "" for none or a long one.
+        """Download into a file; return its ETag, or "" if it has none or a long one.
 
-        None, and no file, when it is the one of this `etag` still.
+        If the file still has this `etag`, return None and write no file.
 
-        Each redirect is judged anew; `seconds` are for all of it. `accepts` is shown the file's start, and raises
-        InvalidInputFile where the rest need not come.
+        Each redirect is checked like the first URL; `seconds` limits the whole download. `accepts` checks the start of
+        the file, and raises InvalidInputFile to stop the download.
 
         Raises ForbiddenURL for addresses that may not be reached, and InvalidInputFile.
         """
@@ -116,18 +116,18 @@ class OutboundClient:
             host = urlsplit(url).hostname
             message = f"The download from {host} failed: {type(error).__name__} {_short_message(error)}".strip()
             raise InvalidInputFile("file_download_error", message) from None
-        raise InvalidInputFile("file_download_error", f"The download was sent on more than {MAX_REDIRECTS} times")
+        raise InvalidInputFile("file_download_error", f"The download was redirected more than {MAX_REDIRECTS} times")
 
     async def _get(
         self, url: str, to: Path, max_bytes: int, etag: str, accepts: Callable[[bytes], None]
     ) -> httpx.Response:
-        """One request, whose body is in the file if it has the one that is wanted."""
+        """Send one request; write a body with status 200 to the file."""
         self.check(url)
-        # Not compressed, so that what is counted is what is kept.
+        # Not compressed, so that the bytes counted are the bytes stored.
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
         headers |= {"if-none-match": etag} if etag else {}
         client = self._client(url, _QUIET_SECONDS)
-        # Twice, because it may come in chunks, with a little beside each.
+        # Twice the size, because the body may come in small chunks, each with overhead.
         bounded = _limit_response_bytes(2 * max_bytes + MAX_ANSWER_BYTES)
         async with client, client.stream("GET", url, headers=headers, extensions=bounded) as response:
             if response.has_redirect_location or (etag and response.status_code == 304):
@@ -156,7 +156,7 @@ class OutboundClient:
         return AsyncClient(policy=policy, timeout=seconds, verify=self._tls, trust_env=False, **options)
 
     def _refusal(self, url: str, error: Exception) -> ForbiddenURL:
-        """What to say; where the operator could have allowed it, also how."""
+        """Explain why a URL is refused, and how the operator can allow it if that is possible."""
         try:
             self._open_policy.check_url(url)
         except (SSRFGuardError, ValueError):
@@ -177,30 +177,30 @@ def _etag(response: httpx.Response) -> str:
 
 
 def _limit_response_bytes(max_bytes: int) -> dict[str, Any]:
-    """Extensions of a request after which no more than this is read for it: interim answers never end otherwise."""
+    """Return request extensions that limit the bytes read: interim responses could otherwise go on forever."""
     left = max_bytes
 
-    async def bound(event: str, told: Mapping[str, Any]) -> None:
+    async def trace(event: str, info: Mapping[str, Any]) -> None:
         if event not in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             return
-        stream = told["return_value"]
+        stream = info["return_value"]
         read = stream.read
 
-        async def read_less(size: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  its signature
+        async def read_less(size: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's signature
             nonlocal left
             if left <= 0:
-                raise httpcore.ReadError(f"the answer is longer than {max_bytes} bytes")
-            found: bytes = await read(min(size, left), timeout)
-            left -= len(found)
-            return found
+                raise httpcore.ReadError(f"the response is longer than {max_bytes} bytes")
+            data: bytes = await read(min(size, left), timeout)
+            left -= len(data)
+            return data
 
         stream.read = read_less
 
-    return {"trace": bound}
+    return {"trace": trace}
 
 
 def _short_message(error: Exception) -> str:
-    """Its words without the list of all ports that are allowed."""
+    """Return an error's message without the list of all allowed ports."""
     return str(error).partition(" (")[0] if "allowed_ports" in str(error) else str(error)
 
 

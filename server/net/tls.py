@@ -1,4 +1,4 @@
-"""A local certificate authority and the server's certificate: Python's fal-client speaks HTTPS only."""
+"""A local certificate authority and the server's certificate, because Python's fal-client speaks HTTPS only."""
 
 import datetime
 import ipaddress
@@ -17,8 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from server.net.fal_hosts import CERTIFICATE_NAMES
 
-#: Names a client may call us by: ours, and fal's for those who bring fal's names here. A wildcard below
-#: localhost is refused by OpenSSL and Node, so each of its names is listed.
+#: Host names in the certificate: the server's own, and fal's for clients that are redirected here. OpenSSL and Node
+#: refuse a wildcard below localhost, so each of those names is listed.
 NAMES = (
     "localhost",
     "queue.localhost",
@@ -36,7 +36,10 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class CertificateFiles:
-    """The files. `bundle` is the authority beside the world's, for SSL_CERT_FILE, which replaces the usual list."""
+    """The paths of the certificate files.
+
+    `bundle` holds the public authorities and the local one, because SSL_CERT_FILE replaces the usual list.
+    """
 
     authority: Path
     bundle: Path
@@ -45,7 +48,7 @@ class CertificateFiles:
 
 
 def certificate_files(data_dir: Path) -> CertificateFiles:
-    """Where the files are, made or not."""
+    """Return the paths of the files, whether they exist or not."""
     directory = data_dir / "tls"
     return CertificateFiles(
         directory / "ca.pem", directory / "bundle.pem", directory / "cert.pem", directory / "key.pem"
@@ -53,9 +56,10 @@ def certificate_files(data_dir: Path) -> CertificateFiles:
 
 
 def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
-    """Make the authority at the first start, and the certificate then and before it runs out or names change.
+    """Create the authority at the first start. Create the certificate when missing, near its expiry or out of date.
 
-    `hosts` are names and addresses it is to bear beside the usual ones.
+    `hosts` are names and addresses that the certificate covers in addition to the usual ones. Raises ValueError for a
+    file that cannot be read.
     """
     files = certificate_files(data_dir)
     directory = files.authority.parent
@@ -73,7 +77,7 @@ def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
 
 
 def _usual_authorities() -> Sequence[Path]:
-    """The world's, and this machine's own: a company's authority is often only there."""
+    """Return the files of the public authorities, and of this machine's, which often has a company's authority."""
     here = ssl.get_default_verify_paths().cafile
     return [Path(certifi.where()), *([Path(here)] if here else [])]
 
@@ -86,10 +90,10 @@ def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
         except ValueError:
             names.append(host)
         else:
-            # "Any address" is where a server listens, not where it is found.
+            # An unspecified address such as 0.0.0.0 is for listening; no client connects to it.
             addresses += [] if address.is_unspecified else [address]
-    shown = [*map(x509.DNSName, dict.fromkeys(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
-    return x509.SubjectAlternativeName(shown)
+    entries = [*map(x509.DNSName, dict.fromkeys(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
+    return x509.SubjectAlternativeName(entries)
 
 
 def _read(path: Path, load: Callable[[bytes], Loaded]) -> Loaded:
@@ -107,10 +111,10 @@ def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
 
 def _is_current(files: CertificateFiles, names: x509.SubjectAlternativeName) -> bool:
     certificate = _read(files.certificate, x509.load_pem_x509_certificate)
-    # For what comes of it: whoever serves with it would not say which file it is.
+    # Only to raise an error that names the file. The server that uses the key later would not name it.
     _read(files.key, _load_key)
-    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and found == names
+    covered = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and covered == names
 
 
 def _make_authority(path: Path, key_path: Path) -> None:
@@ -156,7 +160,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # A clock that is a little behind still accepts it.
+        # Clients whose clock is a little behind still accept the certificate.
         .not_valid_before(_now() - datetime.timedelta(hours=1))
         .not_valid_after(_now() + datetime.timedelta(days=days))
     )
@@ -187,7 +191,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Private from the first byte, and whole or not at all."""
+    """Write a file with this mode from its first byte; the file appears whole or not at all."""
     temp_path = path.with_suffix(".part")
     temp_path.unlink(missing_ok=True)
     with os.fdopen(os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:

@@ -1,4 +1,4 @@
-"""WebSockets whose messages count: uvicorn gathers each whole, so many large ones that never end would fill memory."""
+"""WebSockets with counted messages. uvicorn collects whole messages, so large unfinished ones would fill the memory."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -9,67 +9,69 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from server.errors import TooManyRequests
 from server.net.bytes_in_flight import SMALL, BytesInFlight
 
-#: Where the app finds what to say whose messages these are.
+#: The ASGI extension through which the app sets the owner of a connection's messages.
 EXTENSION = "flux_server.counted"
 _TRY_AGAIN_LATER, _POLICY = 1013, 1008
 
 
 class CountedWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's own. What has come of a message counts as its owner's; there is no owner until the app says so.
+    """uvicorn's protocol, which counts the received bytes of a message as its owner's, once the app sets the owner.
 
-    A message must come in time: uvicorn's pings see to each frame, in the middle of which a client can answer none, and
-    between two frames of one message `gap_seconds` may pass.
+    Messages have time limits. Within a frame, uvicorn's pings are the limit, because a client cannot answer a ping in
+    the middle of a frame. Between two frames of a message, `gap_seconds` is the limit.
     """
 
     gap_seconds = 19.5
 
     _owner = ""
     _in_flight: BytesInFlight | None = None
-    #: Bytes since the last whole message, and how many of them are held.
+    #: Bytes received since the last complete message, and how many of them are held.
     _num_bytes = _num_held = 0
     _gap: asyncio.TimerHandle | None = None
 
     def handle_connect(self, event: Any) -> None:
-        """As uvicorn's, and with the extension in the scope."""
+        """Connect, and add the extension to the scope."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self._set_owner
 
     def data_received(self, data: bytes) -> None:
-        """A part of a message, or several."""
+        """Count received bytes, and close the connection if they are too many."""
         self._num_bytes += len(data)
         super().data_received(data)
-        wanted = self._num_bytes if self._num_bytes > SMALL else 0
+        num_counted = self._num_bytes if self._num_bytes > SMALL else 0
         if self._in_flight is None:
-            if wanted:
+            if num_counted:
                 self._close_with(_POLICY, "")
             return
-        if wanted > self._num_held:
+        if num_counted > self._num_held:
             try:
-                self._in_flight.acquire(self._owner, wanted - self._num_held)
+                self._in_flight.acquire(self._owner, num_counted - self._num_held)
             except TooManyRequests:
-                self._close_with(_TRY_AGAIN_LATER, "too much of this key is on its way; try again later")
+                self._close_with(_TRY_AGAIN_LATER, "too much data of this key is in flight; try again later")
                 return
-            self._num_held = wanted
+            self._num_held = num_counted
 
     def handle_events(self) -> None:
-        """After these, the next frame of a message that is not whole is waited for."""
+        """Handle frames, then start the timer for the next frame of an incomplete message."""
         num_frames = len(self.frames)
         super().handle_events()
         if self.frames and len(self.frames) != num_frames:
             self._cancel_gap_timer()
-            self._gap = self.loop.call_later(self.gap_seconds, self._close_with, _POLICY, "the message did not go on")
+            self._gap = self.loop.call_later(
+                self.gap_seconds, self._close_with, _POLICY, "the message did not continue"
+            )
 
     def send_receive_event_to_app(self) -> None:
-        """The message is whole; from here on the app counts it."""
+        """Release a complete message's bytes; the app counts them from here on."""
         super().send_receive_event_to_app()
         self._cancel_gap_timer()
         self._num_bytes = 0
         self._release()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is held any more."""
+        """Stop the timer and release the held bytes."""
         super().connection_lost(exc)
         self._cancel_gap_timer()
         self._release()
@@ -94,7 +96,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
 
 
 def count_messages(scope: Mapping[str, Any], owner: str, in_flight: BytesInFlight) -> None:
-    """From now on this connection's messages count as this owner's."""
-    belongs_to: Callable[[str, BytesInFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
-    if belongs_to:
-        belongs_to(owner, in_flight)
+    """Count this connection's messages as this owner's from now on."""
+    set_owner: Callable[[str, BytesInFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
+    if set_owner:
+        set_owner(owner, in_flight)

@@ -1,4 +1,4 @@
-"""What a key has asked for: its finished requests, the newest first, page by page, for as long as they are kept."""
+"""A key's finished requests, newest first and paginated, for as long as they are kept."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from pydantic_core import from_json
 
 from server.storage.database import Database
 
-#: fal's words for how a request ended.
+#: fal's names for how a request ended, each with its SQL condition.
 STATUSES = {
     "success": "status = 200",
     "user_error": "status BETWEEN 400 AND 499",
@@ -23,7 +23,7 @@ _CURSOR = struct.Struct(">dq")
 
 @dataclass(frozen=True)
 class HistoryQuery:
-    """One page. Times are seconds since 1970; `ended_before` is left out of it. `cursor` is the page before's."""
+    """One page. Times are seconds since 1970; `ended_before` is exclusive. `cursor` comes from the previous page."""
 
     owner: str
     limit: int = 50
@@ -36,47 +36,47 @@ class HistoryQuery:
     include_payloads: bool = False
 
 
-def query_history(database: Database, wanted: HistoryQuery) -> dict[str, Any]:
-    """Items, and the next page's cursor; waits for the disk. Raises ValueError for a cursor that is none.
+def query_history(database: Database, query: HistoryQuery) -> dict[str, Any]:
+    """Return one page of items and the next page's cursor; reads the disk. Raises ValueError for an invalid cursor.
 
-    What came with X-Fal-Store-IO: 0 is not listed, and an answer that holds its pictures itself is left out.
+    Requests sent with X-Fal-Store-IO: 0 are not listed. Outputs with inline images are left out.
     """
-    conditions, values = _conditions(wanted)
+    conditions, values = _conditions(query)
     columns = "sequence, request_id, endpoint, submitted_at, started_at, finished_at, status, inference_time"
-    if wanted.include_payloads:
+    if query.include_payloads:
         columns += ", input, inputs, CASE WHEN output_size = 0 THEN output END AS output"
     rows = database.read(
-        f"SELECT {columns} FROM jobs WHERE {' AND '.join(conditions)}"  # noqa: S608  our own words
+        f"SELECT {columns} FROM jobs WHERE {' AND '.join(conditions)}"  # noqa: S608  no client input in the SQL
         " ORDER BY finished_at DESC, sequence DESC LIMIT ?",
         *values,
-        wanted.limit + 1,
+        query.limit + 1,
     )
-    page, has_more = rows[: wanted.limit], len(rows) > wanted.limit
+    page, has_more = rows[: query.limit], len(rows) > query.limit
     last = _CURSOR.pack(page[-1]["finished_at"], page[-1]["sequence"]) if has_more else b""
     return {
-        "items": [_item(row, has_payloads=wanted.include_payloads) for row in page],
+        "items": [_item(row, has_payloads=query.include_payloads) for row in page],
         "next_cursor": base64.urlsafe_b64encode(last).decode() or None,
         "has_more": has_more,
     }
 
 
-def _conditions(wanted: HistoryQuery) -> tuple[list[str], list[Any]]:
+def _conditions(query: HistoryQuery) -> tuple[list[str], list[Any]]:
     conditions = ["owner = ?", "state = 'COMPLETED'", "is_kept = 1", "finished_at >= ?"]
-    values: list[Any] = [wanted.owner, wanted.ended_from]
-    if wanted.ended_before is not None:
+    values: list[Any] = [query.owner, query.ended_from]
+    if query.ended_before is not None:
         conditions.append("finished_at < ?")
-        values.append(wanted.ended_before)
-    if wanted.endpoints:
-        conditions.append(f"endpoint IN ({', '.join('?' * len(wanted.endpoints))})")
-        values += wanted.endpoints
-    if wanted.status:
-        conditions.append(STATUSES[wanted.status])
-    if wanted.request_id:
+        values.append(query.ended_before)
+    if query.endpoints:
+        conditions.append(f"endpoint IN ({', '.join('?' * len(query.endpoints))})")
+        values += query.endpoints
+    if query.status:
+        conditions.append(STATUSES[query.status])
+    if query.request_id:
         conditions.append("request_id = ?")
-        values.append(wanted.request_id)
-    if wanted.cursor:
+        values.append(query.request_id)
+    if query.cursor:
         conditions.append("(finished_at, sequence) < (?, ?)")
-        values += _place(wanted.cursor)
+        values += _place(query.cursor)
     return conditions, values
 
 
@@ -105,25 +105,25 @@ def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What JSON says; None for a damaged row's, so that the others of its page are listed."""
+    """Parse JSON; return None for a damaged row, so that the rest of the page is still listed."""
     try:
         return from_json(text)
     except ValueError:
         return None
 
 
-def _strip_inline_inputs(given: Any, held: Any) -> Any:
-    """The input without what came in the request itself: it is not kept, and stands there by a name of our own."""
-    if not (isinstance(given, dict) and isinstance(held, dict)):
-        return given
-    for place, name in held.items():
+def _strip_inline_inputs(body: Any, input_files: Any) -> Any:
+    """Remove inputs that were sent inline. They are not kept; the row has only an internal file name for each."""
+    if not (isinstance(body, dict) and isinstance(input_files, dict)):
+        return body
+    for place, name in input_files.items():
         *path, last = place.split(".")
-        inner = given
+        inner = body
         for step in path:
             inner = inner[int(step) if step.isdecimal() else step]
         if inner.get(last) == name:
             del inner[last]
-    return given
+    return body
 
 
 def _when(seconds: float | None) -> str | None:

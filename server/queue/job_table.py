@@ -1,4 +1,4 @@
-"""The rows of jobs: how they are written and read. Each change of state is one guarded UPDATE."""
+"""SQL for the jobs table. Each change of state is one guarded UPDATE."""
 
 import json
 import sqlite3
@@ -12,9 +12,9 @@ from server.errors import InternalError, InvalidInput
 from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.storage.file_store import Lifecycle, insert_file_row
 
-#: Answers up to this size, in bytes, hold no picture.
+#: Responses up to this size, in bytes, hold no inline image.
 SMALL_OUTPUT = 16_384
-#: Bytes of a row beside its texts, indexes and all.
+#: Bytes that a row takes in addition to its texts, indexes included.
 _ROW_BYTES = 1024
 
 _CLAIM = """
@@ -45,7 +45,7 @@ _USED = """
 
 
 def insert(connection: sqlite3.Connection, submission: Submission, now: float) -> Job:
-    """A new job, IN_QUEUE."""
+    """Insert a new job, IN_QUEUE."""
     request_id = str(uuid.uuid4())
     values = {
         "request_id": request_id,
@@ -68,7 +68,7 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
     }
     names = ", ".join(values)
     marks = ", ".join(f":{name}" for name in values)
-    cursor = connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)  # noqa: S608  our own names
+    cursor = connection.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)  # noqa: S608  fixed names
     return Job(
         sequence=cursor.lastrowid or 0,
         request_id=request_id,
@@ -88,31 +88,31 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
 
 
 def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
-    """The row that the submission's Idempotency-Key stands for already. Raises InvalidInput if its body was another."""
+    """Return the row that already has this Idempotency-Key, or None. Raises InvalidInput if its body was different."""
     if submission.idempotency_key is None:
         return None
-    found: sqlite3.Row | None = connection.execute(
+    row: sqlite3.Row | None = connection.execute(
         "SELECT * FROM jobs WHERE owner = ? AND endpoint = ? AND idempotency_key = ?",
         (submission.owner, submission.endpoint, submission.idempotency_key),
     ).fetchone()
-    if found and found["body_hash"] != submission.body_hash:
-        message = "Idempotency-Key was used before with another body"
+    if row and row["body_hash"] != submission.body_hash:
+        message = "Idempotency-Key was already used with a different body; send a new key"
         raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
-    return found
+    return row
 
 
 def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
-    """The job becomes IN_PROGRESS: its attempt, input and submitted_at. Raises RuntimeError when it does not wait."""
+    """Set a waiting job IN_PROGRESS; return its attempt, input and submitted_at. Raises RuntimeError for other jobs."""
     row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "sequence": job.sequence}).fetchone()
     if row is None:
-        raise RuntimeError(f"{job.request_id} does not wait")
+        raise RuntimeError(f"{job.request_id} is not waiting in the queue")
     return row
 
 
 def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
-    """The job becomes COMPLETED, with its answer, its files and its webhook's due row. Cancelled, it loses its input.
+    """Set a job COMPLETED with its response and files, and make its webhook due. Clear the input of a cancelled job.
 
-    Raises RuntimeError when the row is not in the state and attempt of `job`: somebody else's claim.
+    Raises RuntimeError when the row's state or attempt differs from `job`'s, because another claim took it.
     """
     logs, num_bytes = json.dumps(job.logs), len(outcome.body.encode())
     values = {
@@ -144,7 +144,7 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
-    """Remember that a running job is to end, also over a restart."""
+    """Mark a running job as cancelled, so that it ends even after a restart."""
     _guarded(
         connection,
         "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -153,7 +153,7 @@ def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
 
 
 def count_crash(connection: sqlite3.Connection, job: Job) -> None:
-    """Remember that the process had to end while it worked at this job."""
+    """Count one crash of the process while it ran this job."""
     _guarded(
         connection,
         "UPDATE jobs SET strikes = strikes + 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -162,7 +162,7 @@ def count_crash(connection: sqlite3.Connection, job: Job) -> None:
 
 
 def release(connection: sqlite3.Connection, job: Job) -> None:
-    """A running job becomes IN_QUEUE again; its sequence, and so its place, stays."""
+    """Set a running job IN_QUEUE again. Its sequence stays, and so does its position."""
     _guarded(
         connection,
         "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -180,7 +180,7 @@ def _row_is_gone(job: Job) -> RuntimeError:
 
 
 def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
-    """Remember when the result was first read."""
+    """Record when the result was first read."""
     connection.execute(
         "UPDATE jobs SET fetched_at = ? WHERE request_id = ? AND state = 'COMPLETED' AND fetched_at IS NULL",
         (now, job.request_id),
@@ -188,7 +188,7 @@ def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
 
 
 def job_from_row(row: sqlite3.Row) -> Job:
-    """The image of a whole row; of a damaged one what can be read of it."""
+    """Build the in-memory job from a full row; from a damaged row, use the fields that can be read."""
     logs, names = _parsed(row["logs"] or "[]"), _names_in(row["inputs"])
     return Job(
         sequence=row["sequence"],
@@ -218,9 +218,9 @@ def job_from_row(row: sqlite3.Row) -> Job:
 
 
 def outcome_from_row(row: sqlite3.Row) -> Outcome:
-    """How the job in a whole row ended; its files are listed elsewhere."""
+    """Return the outcome of the job in a full row, without its files."""
     if not _is_answer(row["output"]):
-        return Outcome.from_error(InternalError("The answer of this request is damaged: its row cannot be read."))
+        return Outcome.from_error(InternalError("The stored response of this request is damaged; submit it again."))
     return Outcome(
         row["status"],
         row["output"],
@@ -232,20 +232,20 @@ def outcome_from_row(row: sqlite3.Row) -> Outcome:
 
 
 def _is_answer(text: str) -> bool:
-    # Of one that holds pictures no more than its ends is looked at: to read all of it takes long.
+    # A response with inline images takes long to parse, so only its two ends are checked.
     if len(text) > SMALL_OUTPUT:
         return text.startswith("{") and text.endswith("}")
     return isinstance(_parsed(text), dict)
 
 
 def _names_in(text: str) -> dict[str, str] | None:
-    found = _parsed(text)
-    is_whole = isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
-    return found if is_whole else None
+    names = _parsed(text)
+    is_whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    return names if is_whole else None
 
 
 def _parsed(text: str) -> Any:
-    """What JSON says; None for what is none."""
+    """Parse JSON; return None for invalid text."""
     try:
         return from_json(text)
     except ValueError:

@@ -20,7 +20,7 @@ class State(StrEnum):
 
 
 class Mode(StrEnum):
-    """How the request came: only queue jobs outlive their client's connection."""
+    """The API that a request came through. Only queue jobs outlive their client's connection."""
 
     QUEUE = "queue"
     RUN = "run"
@@ -37,7 +37,7 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True)
 class Submission:
-    """What a client asks for, validated."""
+    """A client's validated request."""
 
     endpoint: str
     owner: str
@@ -49,7 +49,7 @@ class Submission:
     webhook_url: str | None = None
     idempotency_key: str | None = None
     body_hash: str = ""
-    #: Files that the input names by address: the field's place, and the name in the folder of inputs.
+    #: Files that the input refers to: the path of the field, and the file's name in the inputs directory.
     input_files: Mapping[str, str] = field(default_factory=dict)
     store_io: bool = True
     lifecycle: Lifecycle = DEFAULT_LIFECYCLE
@@ -57,15 +57,15 @@ class Submission:
     runner_hint: str | None = None
 
 
-#: More than there will ever be requests.
+#: Larger than any sequence number.
 LOW_PRIORITY_OFFSET = 1 << 62
 
 
 @dataclass(slots=True)
 class Job:
-    """The in-memory image of a row. It changes only after the same change was committed.
+    """The in-memory copy of a row. It changes only after the same change is committed.
 
-    Logs, progress and the newest preview live here alone until the job is finished.
+    Logs, progress and the newest preview exist only here until the job is finished.
     """
 
     sequence: int
@@ -83,11 +83,11 @@ class Job:
     store_io: bool = True
     lifecycle: Lifecycle = DEFAULT_LIFECYCLE
     input_files: Mapping[str, str] = field(default_factory=dict)
-    #: Bytes of its input's text.
+    #: Size of the input's JSON in bytes.
     input_size: int = 0
-    #: Bytes of its answer, once it is completed; 0 for a small one, perhaps.
+    #: Size of the response in bytes once the job is completed. May be 0 for a small response.
     output_size: int = 0
-    #: Whether its row does not say any more which files the input names by address.
+    #: Whether the row no longer tells which files the input refers to.
     is_damaged: bool = False
     error: str | None = None
     error_type: str | None = None
@@ -95,22 +95,22 @@ class Job:
     acceleration: str | None = None
     step: int = 0
     num_steps: int = 0
-    #: What the picture looks like so far, as a data URI; for those that stream, and those whose status asks for it.
+    #: The newest preview of the image as a data URI, for streams and for clients whose status requests ask for it.
     preview: str | None = None
     wants_previews: bool = False
-    #: fal's X-Fal-Runner-Hint: requests with the same one like the same GPU. Not kept over a restart.
+    #: fal's X-Fal-Runner-Hint: requests with the same hint prefer the same GPU. Not kept over a restart.
     runner_hint: str | None = None
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
-        """Its place in the queue: normal priority first, then in order of arrival. One number, quick to compare."""
+        """Return the sort key in the queue: normal priority first, then order of arrival. One integer, for speed."""
         return self.sequence + LOW_PRIORITY_OFFSET if self.priority == Priority.LOW else self.sequence
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the answer's status and body, and the files that belong to it."""
+    """The end of a job: the response's status and body, and the files that belong to it."""
 
     status: int
     body: str
@@ -119,16 +119,16 @@ class Outcome:
     inference_time: float | None = None
     acceleration: str | None = None
     files: tuple[StoredFile, ...] = ()
-    #: Megapixels, each picture's rounded up: what fal counts for this model.
+    #: Megapixels, rounded up for each image: the unit that fal bills for this model.
     billable_units: int = 0
 
     @classmethod
     def from_error(cls, error: ServerError) -> Self:
-        """How a job ends that fails with this error."""
+        """Build the outcome of a job that fails with this error."""
         return cls(error.status, to_json(error.body).decode(), str(error), error.error_type)
 
 
 def log_line(message: str, level: str, timestamp: str) -> dict[str, Any]:
-    """One log entry with every field that some SDK insists on."""
+    """Build one log entry with every field that any of the SDKs requires."""
     labels = {"level": level, "source": "USER"}
     return {"message": message, "timestamp": timestamp, "level": level, "source": "USER", "labels": labels}

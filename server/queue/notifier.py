@@ -1,47 +1,47 @@
-"""A bell that rings when a row changed. It carries no data: whoever hears it reads the row."""
+"""Notifications that wake listeners when a job changes. They carry no data; listeners re-read the job."""
 
 import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Rung when the queue moved, so that positions changed.
+#: Topic: the queue moved, so positions changed.
 QUEUE = "queue"
-#: Rung when a webhook fell due.
+#: Topic: a webhook is due.
 WEBHOOKS = "webhooks"
-#: Rung when the worker ended by itself.
+#: Topic: the worker ended unexpectedly.
 WORKER = "worker"
 
 
 class Notifier:
-    """Rung from any thread; heard on the event loop, and by the worker through `work`."""
+    """A notifier for any thread to call. Listeners wait on the event loop, the worker on `work_available`."""
 
     def __init__(self) -> None:
         self.work_available = threading.Event()
-        #: The server takes its leave: it finishes what it can. Then it is closing, and nobody waits any more.
+        #: While stopping, the server finishes what it can. While closing, no client waits any longer.
         self.is_stopping, self.is_closing = False, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: dict[str, set[asyncio.Event]] = {}
 
     def bind_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say which loop the listeners live on."""
+        """Set the event loop that the listeners wait on."""
         self._loop = loop
 
     def notify(self, *topics: str) -> None:
-        """Wake whoever listens to one of these topics: a request id or one of the above."""
-        # Without a listener there is nothing to wake; one that comes later reads the row first.
+        """Wake the listeners of these topics. A topic is a request id or one of this module's constants."""
+        # Without a listener there is nothing to do. A later listener reads the row first.
         if self._loop and any(topic in self._listeners for topic in topics):
             self._loop.call_soon_threadsafe(self._notify, topics)
 
     def close(self) -> None:
-        """Wake everybody for good: the server is going down."""
+        """Wake all listeners for the last time, because the server shuts down."""
         self.is_closing = True
         self.work_available.set()
         self.notify(*list(self._listeners))
 
     @contextmanager
     def subscribe(self, *topics: str) -> Iterator[asyncio.Event]:
-        """Hear these topics; on the event loop only. Clear the bell before reading the row."""
+        """Subscribe to these topics, on the event loop only. Clear the event before reading the row."""
         event = asyncio.Event()
         for topic in topics:
             self._listeners.setdefault(topic, set()).add(event)

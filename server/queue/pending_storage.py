@@ -1,4 +1,4 @@
-"""What the requests that are not done need on the disk, counted by owner: their texts, and the files that they name."""
+"""Disk space that unfinished requests need for their inputs and files, counted per owner."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
@@ -7,21 +7,21 @@ from server.queue.jobs import Job
 
 
 class PendingStorage:
-    """Kept as requests come and go, so that a look costs the same however many there are.
+    """Running totals, so that reading one costs the same for any number of requests.
 
-    One thread at a time changes it; any may look.
+    Only one thread at a time may change them; any thread may read them.
     """
 
     def __init__(self, size_of: Callable[[str], int]) -> None:
-        """`size_of` says how many bytes a file has."""
+        """Start empty. `size_of` returns the bytes of a file by its name."""
         self._size_of = size_of
-        #: How many requests of an owner name a file.
+        #: For each owner, how many requests use each file.
         self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._sizes: dict[str, int] = {}
         self._num_bytes: Counter[str] = Counter()
 
     def add(self, job: Job) -> None:
-        """A request that is not done."""
+        """Count an unfinished request."""
         self._num_bytes[job.owner] += job.input_size
         for name in job.input_files.values():
             if not self._names[job.owner][name]:
@@ -30,7 +30,7 @@ class PendingStorage:
             self._names[job.owner][name] += 1
 
     def remove(self, job: Job) -> None:
-        """One that was added, and is done."""
+        """Stop counting a request that was added and is now finished."""
         self._num_bytes[job.owner] -= job.input_size
         for name in job.input_files.values():
             self._names[job.owner][name] -= 1
@@ -41,10 +41,10 @@ class PendingStorage:
                     del self._sizes[name]
 
     def file_names(self) -> set[str]:
-        """The files that anybody needs."""
+        """Return the names of all files that unfinished requests need."""
         return {name for names in list(self._names.values()) for name in list(names)}
 
     def num_bytes(self, owner: str, more: Collection[str] = ()) -> int:
-        """What an owner needs, with these files if they are not counted yet."""
+        """Return the bytes that an owner needs, plus those of the files in `more` that are not counted yet."""
         own = self._names.get(owner, Counter[str]())
         return self._num_bytes[owner] + sum(self._size_of(name) for name in more if name not in own)

@@ -1,4 +1,4 @@
-"""The durable queue. The row is the truth; the in-memory image follows each commit and answers status."""
+"""The durable queue. The row is the truth; the in-memory job follows each commit and serves status requests."""
 
 import logging
 import threading
@@ -26,12 +26,12 @@ from server.storage.database import Database
 
 log = logging.getLogger(__name__)
 
-#: How many finished jobs stay in memory for those who still ask for their status.
+#: How many finished jobs stay in memory to serve status requests.
 RECENT = 2048
 
 
 class Queue:
-    """Submit, claim, progress, finish, cancel. Every method may be called from any thread.
+    """The queue: submit, claim, progress, finish, cancel. Every method may be called from any thread.
 
     The methods that change rows wait for the disk: keep them off the event loop.
     """
@@ -48,26 +48,29 @@ class Queue:
         max_running_per_owner: int = 0,
         pending_storage: PendingStorage | None = None,
     ) -> None:
-        """Limits of 0 are none. `pending_storage` is told of each request until it is done."""
+        """Start empty. Per-owner limits of 0 mean no limit. `pending_storage` counts each request until it is done."""
         self._database = database
         self._metrics = metrics or Metrics()
         self._notifier = notifier
         self._max_length, self._max_length_per_owner = max_length, max_length_per_owner
         self._max_running_per_owner = max_running_per_owner
         self._clock = clock
-        # Held over a commit and the change of the image that follows it, so that both keep one order.
+        # Held over a commit and the in-memory change that follows, so that both happen in the same order.
         self._lock = threading.RLock()
-        #: Told of a running job that is cancelled; returns when whoever works at it knows, wherever that is.
+        #: Called when a running job is cancelled. Returns once the runner of the job, local or remote, knows.
         self.on_cancel: Callable[[Job], None] = lambda job: None
         self._waiting = WaitingIndex()
         self._pending_storage = pending_storage or PendingStorage(lambda name: 0)
         self._live: dict[str, Job] = {}
         self._recent: OrderedDict[str, Job] = OrderedDict()
 
-    # -- what clients do
+    # -- for clients
 
     def submit(self, submission: Submission) -> Job:
-        """Accept a request: when this returns, it survives the server. Raises QueueFull, DiskFull, InvalidInput."""
+        """Accept a request. Once this returns, the request survives a crash.
+
+        Raises QueueFull, TooManyRequests, InvalidInput, DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase.
+        """
         with self._lock:
             with self._database.transaction() as connection:
                 if row := job_table.find_by_idempotency_key(connection, submission):
@@ -75,7 +78,10 @@ class Queue:
                 if len(self._waiting) >= min(self._max_length, submission.max_queue_length or self._max_length):
                     raise QueueFull
                 if 0 < self._max_length_per_owner <= self._waiting.num_waiting(submission.owner):
-                    raise TooManyRequests(f"{self._max_length_per_owner} requests of this key wait, the most that may")
+                    raise TooManyRequests(
+                        f"Queue limit reached: this key already has {self._max_length_per_owner} waiting requests;"
+                        " try again when one has started"
+                    )
                 job = job_table.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
             self._pending_storage.add(job)
@@ -85,7 +91,10 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> State:
-        """Stop a job, or its client left; returns the state it was in. IN_PROGRESS: it ends before its next step."""
+        """Cancel a job for its client, or because the client left; return its previous state.
+
+        A job IN_PROGRESS ends before its next step.
+        """
         with self._lock:
             state = job.state
             if state == State.IN_QUEUE:
@@ -100,47 +109,53 @@ class Queue:
         return state
 
     def get_cached(self, request_id: str) -> Job | None:
-        """A live or recent job from memory, without touching the disk."""
+        """Return a live or recent job from memory, without reading the disk."""
         return self._live.get(request_id) or self._recent.get(request_id)
 
     def get(self, request_id: str) -> Job | None:
-        """Any job, from its row when memory has it no more."""
+        """Return any job, read from its row when it is no longer in memory."""
         if job := self.get_cached(request_id):
             return job
-        found = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
-        return job_table.job_from_row(found[0]) if found else None
+        rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
+        return job_table.job_from_row(rows[0]) if rows else None
 
     def result(self, job: Job) -> Outcome:
-        """How a completed job ended. Raises NotFound when it was forgotten meanwhile.
+        """Return how a completed job ended. Raises NotFound when it was deleted meanwhile.
 
-        Where the client wants nothing kept, the row remembers that it was fetched.
+        For a client that wants nothing kept, record in the row that the result was fetched.
         """
-        found = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
-        if not found:
+        rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
+        if not rows:
             raise NotFound
-        row = found[0]
+        row = rows[0]
         if not job.store_io and row["fetched_at"] is None:
             try:
                 with self._database.transaction() as connection:
                     job_table.mark_fetched(connection, job, self._clock())
             except DiskFull:
-                # The answer is there and needs no room; the next fetch is remembered instead.
-                log.warning("the disk is full: a fetch is not remembered", extra={"request_id": job.request_id})
+                # The result is stored and needs no more space.
+                log.warning(
+                    "the disk is full: cannot record that this result was fetched; the next fetch tries again",
+                    extra={"request_id": job.request_id},
+                )
         return job_table.outcome_from_row(row)
 
     def position(self, job: Job) -> int:
-        """How many requests are ahead of it."""
+        """Return how many requests are ahead of this job."""
         return self._waiting.position(job)
 
     @property
     def length(self) -> int:
-        """How many requests wait."""
+        """Return how many requests wait."""
         return len(self._waiting)
 
-    # -- what the worker does
+    # -- for the worker
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """The next job and its input, now IN_PROGRESS with one more attempt; None when none waits. See `JobSource`."""
+        """Claim the next job: set it IN_PROGRESS, count the attempt, and return it with its input.
+
+        Returns None when no job waits. See `JobSource`.
+        """
         with self._lock:
             job = self._next_job(include_low_priority=include_low_priority, slots=slots)
             if job is None:
@@ -154,7 +169,7 @@ class Queue:
         return job, row["input"]
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """One more step is done: told to who listens, kept in memory until the job is finished."""
+        """Record a finished step in memory and notify listeners."""
         job.step, job.num_steps = step, num_steps
         self.log(job, f"step {step}/{num_steps}")
 
@@ -165,7 +180,7 @@ class Queue:
         self._notifier.notify(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """End a running job; False when it was cancelled meanwhile and ends so instead."""
+        """Finish a running job. Returns False when it was cancelled meanwhile and ends as cancelled instead."""
         with self._lock:
             if job.is_cancelled:
                 self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
@@ -174,17 +189,17 @@ class Queue:
             return True
 
     def record_crash(self, jobs: Sequence[Job]) -> None:
-        """Remember that the process has to end while it works at these jobs; without effect on those that ended."""
+        """Count a crash for each of these jobs that still runs, because the process has to end."""
         try:
             self._count_crash(jobs)
         except DiskFull:
-            # What the process ends for is worse, and must not be hidden by this.
-            log.error("the disk is full: it is not remembered what the process worked at")
+            # The reason why the process ends is worse, and this error must not hide it.
+            log.error("the disk is full: cannot record which jobs ran when the process had to end")
 
     def release(self, job: Job) -> None:
-        """Put a running job back in its old place, because this process will not finish it.
+        """Release a running job to its old position, because this process will not finish it.
 
-        One that was cancelled ends instead.
+        A cancelled job ends instead.
         """
         with self._lock:
             if job.is_cancelled:
@@ -199,7 +214,7 @@ class Queue:
         self._notifier.notify(job.request_id, QUEUE)
 
     def requeue_or_fail(self, job: Job) -> None:
-        """The process that worked at a job is gone: it goes back to its old place, or ends if that was too often."""
+        """Requeue a job at its old position after its process is gone, or fail it after too many attempts."""
         with self._lock:
             outcome = retry.outcome_after_loss(job)
             if outcome and not job.is_cancelled:
@@ -208,19 +223,19 @@ class Queue:
                 self.release(job)
         self._notifier.work_available.set()
 
-    # -- what time does
+    # -- recovery and expiry
 
     def record_crash_at_startup(self, request_ids: Sequence[str]) -> None:
-        """At the start, before `recover`: a strike each, because the last process died of a fault of its own with them.
+        """Count a crash for each job that ran when the last process crashed. Call at startup, before `recover`.
 
-        Raises DiskFull: the next start can tell it still.
+        Raises DiskFull; the next start can still count the crash.
         """
         self._count_crash([job for request_id in request_ids if (job := self.get(request_id))])
 
     def recover(self) -> int:
-        """At the start: jobs that were running go back to their old place. Returns how many wait.
+        """Load unfinished jobs at startup; requeue those that were running. Returns how many wait.
 
-        Those nobody waits for any more, the cancelled, the damaged, and those that were tried too often end here.
+        Jobs end here if their client is gone, or if they are cancelled, damaged or were tried too often.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
@@ -237,11 +252,11 @@ class Queue:
                     self._waiting.add_waiting(job)
         self._notifier.work_available.set()
         if self.length:
-            log.info("%d requests wait", self.length)
+            log.info("%d requests are waiting", self.length)
         return self.length
 
     def fail_expired(self) -> int:
-        """End the jobs whose start deadline has passed while they waited; returns how many."""
+        """Fail the waiting jobs whose start deadline has passed. Returns how many."""
         with self._lock:
             late = self._database.read(
                 "SELECT request_id FROM jobs WHERE state = 'IN_QUEUE' AND start_deadline <= ?", self._clock()
@@ -251,15 +266,15 @@ class Queue:
         return len(late)
 
     def evict(self, request_ids: list[str]) -> None:
-        """Drop finished jobs from memory, after their rows were deleted."""
+        """Evict finished jobs from memory, after their rows are deleted."""
         with self._lock:
             for request_id in request_ids:
                 self._recent.pop(request_id, None)
 
-    # -- inside
+    # -- internals
 
     def _next_job(self, *, include_low_priority: bool, slots: int) -> Job | None:
-        """Who is claimed next; those whose start deadline has passed end here."""
+        """Return the next job to claim. Jobs whose start deadline has passed fail here."""
         busy = self._waiting.owners_at_limit(self._max_running_per_owner)
         for priority in (Priority.NORMAL, Priority.LOW) if include_low_priority else (Priority.NORMAL,):
             while job := self._waiting.first(priority, busy, slots):
@@ -278,7 +293,7 @@ class Queue:
                 job.crash_count += 1
 
     def _complete(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
-        """The row first, in one transaction; then the image; then the bell."""
+        """Commit first, then update memory, then notify."""
         with self._database.transaction() as connection:
             job_table.complete(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:
@@ -288,7 +303,7 @@ class Queue:
         job.is_cancelled, job.output_size = is_cancelled, len(outcome.body)
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
-        # Last, because the event loop reads without the lock: who sees it completed sees all of it.
+        # Last, because the event loop reads without the lock: once it sees COMPLETED, all fields are set.
         job.state = State.COMPLETED
         self._recent[job.request_id] = job
         if len(self._recent) > RECENT:

@@ -1,4 +1,4 @@
-"""The line that each request leaves in the log when it ends; its prompt is not in it."""
+"""One log line per finished request. The prompt is never logged."""
 
 import logging
 
@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 def log_finished(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
-    """Tell how it ended; the owner by the beginning of what stands for its key."""
+    """Log how a request ended. Only the first characters of the owner's id are logged."""
     how = "cancelled" if is_cancelled else "completed" if outcome.status == 200 else f"failed, {outcome.error}"
     seconds = f" in {outcome.inference_time:.2f} s" if outcome.inference_time else ""
     about = {"request_id": job.request_id, "endpoint": job.endpoint, "owner": job.owner[:9], "status": outcome.status}
@@ -19,5 +19,5 @@ def log_finished(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
         "error_type": outcome.error_type,
         "attempt": job.attempt if job.attempt > 1 else None,
     }
-    known = {name: value for name, value in details.items() if value is not None}
-    log.info("%s %s%s", job.endpoint, how, seconds, extra={**about, **known})
+    extra = {name: value for name, value in details.items() if value is not None}
+    log.info("%s %s%s", job.endpoint, how, seconds, extra={**about, **extra})

@@ -1,4 +1,4 @@
-"""Forget in time: results and pictures go by age, by their own expiry, and by how much disk they take."""
+"""Deletion of old results and files: by age, by their expiry, and by disk space."""
 
 import math
 import time
@@ -10,19 +10,19 @@ from server.queue.queue import Queue
 from server.storage.database import Database
 from server.storage.file_store import FileStore
 
-#: How long a result may be fetched again by a client that wants nothing kept: its own retries need it.
+#: Seconds after the first fetch in which a client that wants nothing kept can fetch again: its retries need this.
 GRACE_SECONDS = 600.0
 _BATCH = 500
-#: Those whose webhook is due still are kept: what it tells must be there to be read, and a clock that is set right may
-#: make them old at once.
+#: Results whose webhook is still due are kept, because the webhook needs the result. A corrected clock may make them
+#: old at once.
 _WEBHOOK_DONE = """NOT EXISTS (
     SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
 )"""
 _EXPIRED = f"""
     SELECT request_id FROM jobs AS results
     WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_WEBHOOK_DONE}
-"""  # noqa: S608  our own words
-#: All of an owner's that takes room, as the table `kept` counts it.
+"""  # noqa: S608  no client input in the SQL
+#: Everything of an owner that takes disk space, as the table `kept` counts it.
 _STORED_BYTES = """
     SELECT name, request_id, max(size, 4096) AS size, created_at FROM files WHERE owner = ?1
     UNION ALL
@@ -31,7 +31,7 @@ _STORED_BYTES = """
 
 
 class Retention:
-    """Deletes rows first, files after, so that a row never lists a file that is gone."""
+    """The retention policy. Deletes rows before files, so that a row never lists a missing file."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Retention:
         self._clock = clock
 
     def sweep(self) -> int:
-        """One pass; returns how many jobs were forgotten."""
+        """Run one pass; return how many jobs were deleted."""
         now = self._clock()
         self._expire_files(now)
         old = self._database.read(
@@ -62,7 +62,7 @@ class Retention:
         return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
 
     def delete(self, job: Job) -> None:
-        """Forget one finished job and its pictures now. Raises StillInProgress."""
+        """Delete one finished job and its images now. Raises StillInProgress."""
         if job.state != State.COMPLETED:
             raise StillInProgress("Request is still in progress; cancel it first")
         self._delete([job.request_id])
@@ -73,13 +73,13 @@ class Retention:
         self._files.delete([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
-        """Whoever keeps more than an equal share makes room, until all fits; what one leaves goes to the others."""
-        kept = {row["owner"]: row["num_bytes"] for row in self._database.read("SELECT owner, num_bytes FROM kept")}
-        share = _share(kept.values(), self._max_bytes)
-        return sum(self._shrink(owner, size - share) for owner, size in kept.items() if size > share)
+        """Shrink the owners that exceed an equal share until all fits. Space that an owner does not use is shared."""
+        sizes = {row["owner"]: row["num_bytes"] for row in self._database.read("SELECT owner, num_bytes FROM kept")}
+        share = _share(sizes.values(), self._max_bytes)
+        return sum(self._shrink(owner, size - share) for owner, size in sizes.items() if size > share)
 
     def _shrink(self, owner: str, excess: float) -> int:
-        """An owner's oldest results and uploads go, or only those are left whose webhook is due."""
+        """Delete an owner's oldest results and uploads until the excess is gone. Results with a due webhook stay."""
         doomed: list[str] = []
         uploads: list[str] = []
         rows = self._database.read(
@@ -117,7 +117,7 @@ class Retention:
 
 
 def _share(sizes: Collection[float], room: float) -> float:
-    """The most that each may keep so that all of them fit: what is below it may stay as it is."""
+    """Return the most that each owner may keep so that all fit. Owners below this limit keep everything."""
     for num_left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
         if size * num_left > room:
             return room / num_left

@@ -1,22 +1,22 @@
-"""What becomes of a job whose process is gone before it was done."""
+"""Rules for a job whose process ended before the job did: retry or fail."""
 
 from server.errors import ClientCancelled, ClientDisconnected, InternalError, ServerError
 from server.queue.jobs import Job, Mode, Outcome
 
-#: fal retries a job whose runner was lost at most this often.
+#: fal's limit on the attempts of a job whose runners are lost.
 MAX_ATTEMPTS = 10
-#: After so many it is taken to be the job's fault, and others get their turn.
+#: After this many crashes the job counts as their cause and fails, so that other jobs can run.
 MAX_CRASHES = 3
 
 
 def outcome_after_loss(job: Job) -> Outcome | None:
-    """How it ends, because it was tried too often or cannot be read; None when it may be tried again."""
+    """Return how the job ends if it was tried too often or is damaged; None if it may be retried."""
     if job.is_damaged:
-        message = "The row of this request is damaged, so that the files which it brought along cannot be found."
+        message = "The stored request is damaged, so its input files cannot be found; submit it again."
         return Outcome.from_error(InternalError(message))
     if job.crash_count >= MAX_CRASHES:
         return Outcome.from_error(
-            InternalError(f"The server had to end {job.crash_count} times while it worked at this request.")
+            InternalError(f"The server crashed {job.crash_count} times while it ran this request.")
         )
     if job.attempt >= MAX_ATTEMPTS:
         return Outcome.from_error(InternalError(f"Gave up after {job.attempt} attempts."))
@@ -24,5 +24,5 @@ def outcome_after_loss(job: Job) -> Outcome | None:
 
 
 def cancellation_error(job: Job) -> ServerError:
-    """What the client of a cancelled job is told: it asked for that, or it left."""
+    """Return the error for the client of a cancelled job: the client cancelled it, or it disconnected."""
     return ClientCancelled() if job.mode == Mode.QUEUE else ClientDisconnected()

@@ -1,4 +1,4 @@
-"""What a key has used, by day and endpoint: counted in the table `usage`, which outlives the requests."""
+"""A key's usage per day and endpoint, from the table `usage`, which outlives the requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class UsageFilter:
 
 @dataclass(frozen=True)
 class UsageRow:
-    """One endpoint on one day: finished requests, and megapixels, each image's rounded up."""
+    """One endpoint on one day: finished requests, and megapixels, rounded up for each image."""
 
     day: date
     endpoint: str
@@ -27,14 +27,14 @@ class UsageRow:
     billable_units: int
 
 
-def query_usage(database: Database, wanted: UsageFilter) -> list[UsageRow]:
-    """The oldest first; waits for the disk."""
+def query_usage(database: Database, query: UsageFilter) -> list[UsageRow]:
+    """Return the usage, oldest day first; reads the disk."""
     rows = database.read(
         "SELECT day, endpoint, requests, billable_units FROM usage WHERE owner = ? AND day BETWEEN ? AND ?"
         " ORDER BY day, endpoint",
-        wanted.owner,
-        wanted.first.isoformat(),
-        wanted.last.isoformat(),
+        query.owner,
+        query.first.isoformat(),
+        query.last.isoformat(),
     )
-    found = [UsageRow(date.fromisoformat(row["day"]), *tuple(row)[1:]) for row in rows]
-    return [used for used in found if not wanted.endpoints or used.endpoint in wanted.endpoints]
+    usage = [UsageRow(date.fromisoformat(row["day"]), *tuple(row)[1:]) for row in rows]
+    return [entry for entry in usage if not query.endpoints or entry.endpoint in query.endpoints]

@@ -1,4 +1,4 @@
-"""Who waits, in the queue's order, and how many requests of each owner wait and run: the image of the rows."""
+"""Waiting jobs in queue order, and the number of waiting and running jobs per owner, kept in memory."""
 
 import threading
 from collections import Counter
@@ -10,7 +10,7 @@ from server.queue.jobs import Job, Priority
 
 
 class WaitingIndex:
-    """Held for moments only, so the event loop can ask for positions while a commit waits for the disk."""
+    """An index with a short-held lock, so that the event loop can read positions while a commit waits for the disk."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,18 +21,18 @@ class WaitingIndex:
         self._running: dict[Priority, Counter[str]] = {priority: Counter() for priority in Priority}
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return how many jobs wait."""
         return len(self._ranks)
 
     def add_waiting(self, job: Job) -> None:
-        """It takes its place."""
+        """Add a waiting job at its position."""
         with self._lock:
             self._ranks.add(job.rank)
             self._jobs[job.rank] = job
             self._waiting[job.priority].setdefault(job.owner, SortedList()).add(job.rank)
 
     def remove_waiting(self, job: Job) -> None:
-        """It waits no more."""
+        """Remove a job that no longer waits."""
         with self._lock:
             if self._jobs.pop(job.rank, None) is None:
                 return
@@ -43,13 +43,13 @@ class WaitingIndex:
                 del self._waiting[job.priority][job.owner]
 
     def start(self, job: Job) -> None:
-        """It waits no more and runs."""
+        """Count a waiting job as running."""
         self.remove_waiting(job)
         with self._lock:
             self._running[job.priority][job.owner] += 1
 
     def finish(self, job: Job) -> None:
-        """It runs no more."""
+        """Stop counting a running job."""
         with self._lock:
             running = self._running[job.priority]
             running[job.owner] -= 1
@@ -57,26 +57,27 @@ class WaitingIndex:
                 del running[job.owner]
 
     def position(self, job: Job) -> int:
-        """How many are ahead of it."""
+        """Return how many jobs are ahead of this one."""
         with self._lock:
             return self._ranks.bisect_left(job.rank)
 
     def num_waiting(self, owner: str) -> int:
-        """How many requests of this owner wait."""
+        """Return how many requests of this owner wait."""
         with self._lock:
             return sum(len(owners.get(owner, ())) for owners in self._waiting.values())
 
     def owners_at_limit(self, limit: int) -> set[str]:
-        """The owners of whom so many run, or more; 0 is no limit."""
+        """Return the owners with `limit` or more running requests; a limit of 0 means no limit."""
         with self._lock:
             running: Counter[str] = sum(self._running.values(), Counter())
             return {owner for owner, number in running.items() if 0 < limit <= number}
 
     def first(self, priority: Priority, excluded_owners: Collection[str], slots: int) -> Job | None:
-        """The next of this priority, in the queue's order, with one exception; None when none waits.
+        """Return the next job of this priority in queue order, with one exception; None when none waits.
 
-        An owner who has a full share of the slots is passed over while one without waits: else whoever has a
-        hundred requests in the queue would hold up everybody's first. Owners who are `busy` are always passed over.
+        An owner with a full share of the slots is passed over while an owner below its share waits. Otherwise an owner
+        with a hundred queued requests would delay the first request of every other owner. `excluded_owners` are
+        always passed over.
         """
         with self._lock:
             waiting = {owner: own[0] for owner, own in self._waiting[priority].items() if owner not in excluded_owners}

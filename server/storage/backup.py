@@ -1,4 +1,4 @@
-"""A copy of the data directory, made while the server goes on."""
+"""A copy of the data directory, made while the server runs."""
 
 import contextlib
 import re
@@ -10,19 +10,19 @@ from pathlib import Path
 from server.errors import DiskFails, DiskFull
 from server.storage.database import FOLDERS, Database
 
-#: What a backup holds beside the database and the inputs of waiting requests: images and uploads, the certificates.
+#: Directories copied in addition to the database and its inputs: images and uploads, and certificates.
 _FOLDERS = ("files", "tls")
 
 
 def back_up(database: Database, data_dir: Path, target: Path) -> int:
-    """Copy the data folder into a new one while the server goes on; returns its bytes.
+    """Copy the data directory into a new one while the server runs; return its bytes.
 
-    What waiting requests brought goes with them, so it comes before the database; the rest of it, which came since,
-    together with the database: meanwhile no request can end. Pictures are kept for longer, so they come last.
+    Inputs are deleted soon after their request ends, so they are copied before the database. Inputs that arrive after
+    that are copied together with the database, while no request can end. Images are kept longer, so they come last.
 
     Raises ValueError, naming the target and why it cannot be written.
     """
-    # Until it is whole it has another name.
+    # An incomplete backup has another name.
     temp_path = Path(f"{target}.part")
     _check(data_dir, target, temp_path)
     try:
@@ -44,7 +44,7 @@ def back_up(database: Database, data_dir: Path, target: Path) -> int:
 
 
 def _copy(data_dir: Path, name: str, target: Path) -> None:
-    """What is in a folder and not yet there."""
+    """Copy the files of a directory that the target does not have yet."""
     if (data_dir / name).is_dir():
         shutil.copytree(data_dir / name, target / name, copy_function=_copy_if_new, dirs_exist_ok=True)
 
@@ -52,14 +52,14 @@ def _copy(data_dir: Path, name: str, target: Path) -> None:
 def _check(data_dir: Path, target: Path, temp_path: Path) -> None:
     for name in {*_FOLDERS, *FOLDERS}:
         if target.resolve().is_relative_to((data_dir / name).resolve()):
-            raise ValueError(f"{target} lies within what is backed up")
+            raise ValueError(f"{target} is inside a directory that is backed up; choose another target")
     for path in (target, temp_path):
         if path.exists():
             raise ValueError(f"{path}: File exists")
 
 
 def _brief(error: Exception) -> str:
-    """What the system says; of several files what it says of the first, and how many they are."""
+    """Return the system's message; for several files, the first message and the number of files."""
     if not isinstance(error, shutil.Error):
         return getattr(error, "strerror", None) or str(error)
     reasons = [str(reason) for _, _, reason in error.args[0]]
@@ -68,7 +68,7 @@ def _brief(error: Exception) -> str:
 
 
 def _copy_if_new(source: str, target: str) -> str:
-    """One file; what expired meanwhile is left out."""
+    """Copy one file that the target does not have. Skip it if it expired meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         if not Path(target).exists():
             shutil.copy2(source, target)

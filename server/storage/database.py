@@ -1,4 +1,4 @@
-"""The data folder's one SQLite file and the one connection to it."""
+"""The SQLite file of the data directory, and the only connection to it."""
 
 import fcntl
 import os
@@ -13,28 +13,29 @@ from server.errors import DiskFails, DiskFull
 from server.storage.migrations import DataDirInUse, migrate
 
 FILE = "queue.sqlite3"
-#: What its rows list lies here, beside it. A start removes what no row lists.
+#: Directories next to the database, with the files that its rows list. A start removes files that no row lists.
 FOLDERS = ("files", "uploads", "inputs")
-#: What SQLite says when there is no more room: for a table, and for the index of its log.
+#: SQLite's codes for a full disk: for a table, and for the index of its write-ahead log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-#: When the disk is read-only, or broken; the rest of the code tells more of how.
+#: SQLite's codes for a read-only or broken disk. They are the low byte of the error code.
 _FAILING = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
-#: And of a file that is none of its own, or is damaged.
+#: SQLite's codes for a file that is not a database, or is damaged. They are the low byte of the error code.
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
 class CorruptDatabase(RuntimeError):
-    """The file cannot be read."""
+    """An unreadable database file."""
 
 
 class ReplacedDatabase(CorruptDatabase):
-    """Another program put another file in its place, or wrote to it."""
+    """A database file that another program replaced or wrote to."""
 
 
 class _FileIdentity:
-    """Which file it is, and how large between two uses of it, so that a change that is not the server's is noticed.
+    """The identity and last known size of the database file, to notice changes by another program.
 
-    It is not opened for that: SQLite would lose its locks. Its time may change without it.
+    The file is not opened for this, because SQLite would lose its locks. The modification time is not compared,
+    because it can change while the file stays the same.
     """
 
     def __init__(self, file: Path) -> None:
@@ -44,37 +45,40 @@ class _FileIdentity:
         self.remember_size()
 
     def remember_size(self) -> None:
-        """It should have this size the next time."""
+        """Record the size that the next check expects."""
         with suppress(FileNotFoundError):
             self._size = self._file.stat().st_size
 
     def check(self) -> None:
-        """Raises ReplacedDatabase. The log is put aside then: SQLite would write what is in it into the new file."""
+        """Check that the file is unchanged. Raises ReplacedDatabase.
+
+        A replaced file's log is renamed, because SQLite would write the log's content into the new file.
+        """
         if not self.is_lost and _identity(self._file) == self._is and self._file.stat().st_size == self._size:
             return
         if not self.is_lost and _identity(self._log) == self._log_is:
             self._log.rename(f"{self._log}.replaced")
         self.is_lost = True
-        what = f"{self._file} was replaced or written to by another program while the server ran"
-        raise ReplacedDatabase(f"{what}; stop the server before you restore it from a backup")
+        problem = f"{self._file} was replaced or written to by another program while the server ran"
+        raise ReplacedDatabase(f"{problem}; stop the server before you restore it from a backup")
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
-    """What it is to the system, whatever is in it; None where there is none."""
+    """Return a file's device and inode, or None if there is no file."""
     try:
-        found = file.stat()
+        stat = file.stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 @contextmanager
 def _translate_errors(file: Path) -> Iterator[None]:
-    """Raises DiskFull and CorruptDatabase where SQLite says so in its own words."""
+    """Translate SQLite's errors. Raises DiskFull, DiskFails and CorruptDatabase."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        # Python's own errors have none.
+        # Errors raised by Python's sqlite3 module itself have no code.
         code = getattr(error, "sqlite_errorcode", 0)
         if code in _FULL:
             raise DiskFull from error
@@ -86,43 +90,45 @@ def _translate_errors(file: Path) -> Iterator[None]:
 
 
 def check_data_dir(directory: Path) -> None:
-    """Leave a folder alone where files are and no database tells of them: all would be strays. Raises OSError."""
+    """Refuse a directory with files but no database: a start would delete them all as orphans. Raises OSError."""
     if (directory / FILE).is_file() and (directory / FILE).stat().st_size:
         return
     for name in FOLDERS:
-        # Of a file system of its own, which has this from the beginning.
+        # A file system that is mounted here has lost+found from the beginning.
         if (directory / name).is_dir() and any(path.name != "lost+found" for path in (directory / name).iterdir()):
-            what = f"{directory} has {name}/ but no {FILE}"
-            raise OSError(f"{what}: it is not a data folder of this server, or its database is missing")
+            raise OSError(
+                f"{directory} has {name}/ but no {FILE}: it is not a data directory of this server, or its database is"
+                " missing; restore it from a backup, or choose another --data-dir"
+            )
 
 
 def read_only_query(directory: Path, sql: str) -> list[sqlite3.Row]:
-    """Rows of one query, read beside whoever has the folder. Raises sqlite3.Error, also where there is no database."""
+    """Return the rows of one query; a server may use the database meanwhile. Raises sqlite3.Error, also for no file."""
     file = (directory / FILE).absolute()
-    # Without a log nobody has it open, and SQLite would make one, which might then be another user's.
+    # Without a log, no process has the database open. SQLite would create a log, perhaps as the wrong user.
     mode = "ro" if file.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
     with closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True)) as connection:
         return connection.execute(sql).fetchall()
 
 
 class Database:
-    """SQLite in WAL mode with every commit on disk before it is answered.
+    """SQLite in WAL mode, with every commit on disk before its caller continues.
 
-    One process owns the file and one connection does all the work: two that write or checkpoint at once can
-    corrupt a WAL database before SQLite 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
+    One process owns the file and one connection does all the work: two connections that write or checkpoint at once
+    can corrupt a WAL database before SQLite 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
     """
 
     def __init__(self, directory: Path) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise OSError(f"--data-dir {directory} cannot be made: {error.strerror}") from None
+            raise OSError(f"--data-dir {directory} cannot be created: {error.strerror}") from None
         check_data_dir(directory)
-        # Prompts and keys are nobody else's business, also in a folder that was there before.
+        # Prompts and keys are private, also in a directory that existed before.
         # SQLite gives its other files the mode of this one.
         (directory / FILE).touch(mode=0o600)
         (directory / FILE).chmod(0o600)
-        # Nobody else's to open either: who locks it keeps the server from starting.
+        # Private too, because another user who locks the file would keep the server from starting.
         self._lock_file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
         os.fchmod(self._lock_file.fileno(), 0o600)
         try:
@@ -133,11 +139,11 @@ class Database:
         self._file = directory / FILE
         self._connection = sqlite3.connect(self._file, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
-        # A text that is none, in a damaged row, must not keep all others from being read.
+        # Invalid text in a damaged row must not keep the other rows from being read.
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
         self._place: _FileIdentity | None = None
-        #: Told when the file turns out to be damaged: whoever has it open cannot go on.
+        #: Called when the file turns out to be damaged or replaced, because the server cannot go on.
         self.on_corruption: Callable[[CorruptDatabase], None] = lambda error: None
         try:
             with _translate_errors(self._file):
@@ -151,7 +157,7 @@ class Database:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The connection, for one thread at a time. Raises DiskFull, DiskFails and CorruptDatabase."""
+        """Hold the connection, one thread at a time. Raises DiskFull, DiskFails, CorruptDatabase, ReplacedDatabase."""
         place = self._place
         assert place
         try:
@@ -167,7 +173,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and on disk when it ends. Raises DiskFull, with nothing changed."""
+        """Run a transaction: all or nothing, and on disk when the block ends.
+
+        Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase; nothing is changed then.
+        """
         with self._held():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -179,14 +188,14 @@ class Database:
                 raise
 
     def read(self, sql: str, *parameters: object) -> list[sqlite3.Row]:
-        """Rows of one query."""
+        """Return the rows of one query. Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase."""
         with self._held():
             return self._connection.execute(sql, parameters).fetchall()
 
     def backup_to(self, directory: Path, extra_copy: Callable[[], None]) -> None:
-        """Write all of it, as it is now, into a new file in this folder, and do this, while nothing can change.
+        """Write the whole database to a new file in this directory, and run `extra_copy` while nothing can change.
 
-        Raises DiskFull.
+        Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase, and what `extra_copy` raises.
         """
         with self._held():
             self._connection.execute("VACUUM INTO ?", (str(directory / FILE),))
@@ -194,9 +203,9 @@ class Database:
         (directory / FILE).chmod(0o600)
 
     def close(self) -> None:
-        """Close the file and let others have the folder."""
+        """Close the file and release the directory for other processes."""
         with self._lock:
-            # Closed, SQLite would write its log into a file that is another's by now.
+            # If the file was replaced, closing would make SQLite write its log into the new file.
             if not (self._place and self._place.is_lost):
                 self._connection.close()
         self._lock_file.close()

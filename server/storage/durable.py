@@ -1,4 +1,4 @@
-"""Makes changes of the disk last: files that survive a power cut, and writers that wait for room."""
+"""Durable disk writes: files that survive a power cut, and writers that wait for disk space."""
 
 import logging
 import os
@@ -20,6 +20,6 @@ def sync_directory(directory: Path) -> None:
 
 
 def wait_for_room(error: DiskFull, log: logging.Logger, wait: Callable[[float], object]) -> None:
-    """Log that the disk has no room, and wait before the next try."""
+    """Log that the disk is full, and wait before the next try."""
     log.error("%s; nothing is lost, trying again every second", error)
     wait(RETRY_SECONDS)

@@ -1,11 +1,11 @@
-"""The schema of the database, and the steps that bring one of an older version to it."""
+"""The database schema, and the steps that migrate an older schema to it."""
 
 import sqlite3
 from pathlib import Path
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 VERSION = 7
-#: SQL that brings a database from the version before to this one.
+#: SQL that migrates a database from the previous version to this one.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
     3: "ALTER TABLE jobs ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
@@ -85,14 +85,17 @@ _STEPS = {
 
 
 class DataDirInUse(RuntimeError):
-    """The data directory belongs to another server: one that runs, or a newer one."""
+    """A data directory that belongs to another server: a running one, or a newer version."""
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Create the schema, or bring an older one to this version, each step in a transaction. Raises DataDirInUse."""
+    """Create the schema, or migrate an older one, each step in a transaction. Raises DataDirInUse for a newer one."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
-        raise DataDirInUse(f"the data folder was written by a newer flux-server (schema {version})")
+        raise DataDirInUse(
+            f"the data directory was written by a newer flux-server (schema {version}; this one knows up to {VERSION});"
+            " upgrade flux-server, or choose another --data-dir"
+        )
     if version == 0:
         connection.executescript(f"BEGIN IMMEDIATE;\n{SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;")
         return

@@ -1,4 +1,4 @@
-"""The parts of uploads under way: how many, and how large, counted as they come."""
+"""The parts of unfinished uploads: how many and how large, counted as they arrive."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from server.storage.file_store import Lifecycle, counted_size
 
-#: A part that was on its way when a crash came.
+#: A part that was being received when the server crashed.
 _HALF = re.compile(r"[0-9a-f]{16}\.part")
 
 
-#: What file systems say that have no hard links.
+#: Error numbers of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
 
 
@@ -42,27 +42,27 @@ class _Parts:
 
 
 class PendingUploads:
-    """Kept in memory, so that a part costs the same however many came before it. One thread at a time changes it."""
+    """In-memory totals, so that each part costs the same. Only one thread at a time may change them."""
 
     def __init__(self) -> None:
         self._uploads: dict[str, _Parts] = {}
-        #: By owner.
+        #: Totals by owner.
         self.num_uploads, self.num_parts, self.num_bytes = Counter[str](), Counter[str](), Counter[str]()
 
     def begin(self, upload: Upload, sizes: Mapping[int, int] | None = None) -> None:
-        """An upload, and the sizes of the parts that are here already."""
+        """Add an upload, with the sizes of the parts that are already stored."""
         self._uploads[upload.upload_id] = _Parts(upload)
         self.num_uploads[upload.owner] += 1
         for number, size in (sizes or {}).items():
             self.put(upload.upload_id, number, size)
 
     def find(self, upload_id: str) -> Upload | None:
-        """One that is not over."""
-        found = self._uploads.get(upload_id)
-        return found.upload if found else None
+        """Return an unfinished upload, or None."""
+        parts = self._uploads.get(upload_id)
+        return parts.upload if parts else None
 
     def put(self, upload_id: str, number: int, size: int) -> None:
-        """A part, in place of the one of the same number."""
+        """Count a stored part, in place of an earlier part with the same number."""
         parts = self._uploads[upload_id]
         self._take_out(parts, number)
         parts.sizes[number] = size
@@ -71,7 +71,7 @@ class PendingUploads:
         self.num_bytes[parts.upload.owner] += counted_size(size)
 
     def end(self, upload_id: str) -> None:
-        """One that is over; without effect on those that are already."""
+        """Remove an upload that has ended. Does nothing if it is already removed."""
         parts = self._uploads.pop(upload_id, None)
         if parts is None:
             return
@@ -80,18 +80,18 @@ class PendingUploads:
         self.num_uploads[parts.upload.owner] -= 1
 
     def parts(self, upload_id: str) -> list[int]:
-        """The numbers of the parts that are here, in order."""
+        """Return the numbers of the stored parts, in order."""
         return sorted(self._uploads[upload_id].sizes) if upload_id in self._uploads else []
 
     def size(self, upload_id: str, number: int | None = None) -> int:
-        """Bytes of a part, or of the whole upload; 0 for what is not here."""
+        """Return the bytes of a part, or of the whole upload; 0 if it is not stored."""
         parts = self._uploads.get(upload_id)
         if parts is None:
             return 0
         return parts.num_bytes if number is None else parts.sizes.get(number, 0)
 
     def has(self, upload_id: str, number: int) -> bool:
-        """Whether this part is here."""
+        """Return whether this part is stored."""
         return upload_id in self._uploads and number in self._uploads[upload_id].sizes
 
     def _take_out(self, parts: _Parts, number: int) -> None:
@@ -103,7 +103,7 @@ class PendingUploads:
 
 
 def sizes_in(directory: Path) -> dict[int, int]:
-    """The parts in an upload's folder, by their numbers, and their bytes. At the start: deletes halves of parts."""
+    """Return the bytes of each part in an upload's directory, by number. Deletes incomplete parts: at startup only."""
     sizes: dict[int, int] = {}
     with suppress(FileNotFoundError):
         for entry in os.scandir(directory):
@@ -116,9 +116,9 @@ def sizes_in(directory: Path) -> dict[int, int]:
 
 
 def join(parts: Sequence[Path], whole: Path) -> int:
-    """Make one file of these, on the disk for good; returns its size. The parts stay. Raises OSError."""
+    """Join the parts into one file, durably; return its size. The parts stay. Raises OSError."""
     if len(parts) == 1:
-        # As most files come: nothing is copied, where the file system has links.
+        # Most files come in one part. A hard link, where the file system has them, saves the copy.
         try:
             os.link(parts[0], whole)
         except OSError as error:

@@ -1,4 +1,4 @@
--- The queue's tables. Times are seconds since 1970; a row that makes no sense is refused.
+-- The queue's tables. Times are seconds since 1970. The constraints refuse inconsistent rows.
 
 CREATE TABLE jobs (
     sequence        INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -8,7 +8,7 @@ CREATE TABLE jobs (
     mode            TEXT NOT NULL CHECK (mode IN ('queue', 'run', 'stream', 'realtime')),
     priority        TEXT NOT NULL CHECK (priority IN ('normal', 'low')),
     input           TEXT NOT NULL,
-    -- What the input names by address: {"image_url": "<SHA-256>.png"}.
+    -- The files that the input refers to: {"image_url": "<SHA-256>.png"}.
     inputs          TEXT NOT NULL DEFAULT '{}',
     base_url        TEXT NOT NULL,
     webhook_url     TEXT,
@@ -20,7 +20,7 @@ CREATE TABLE jobs (
     is_private      INTEGER NOT NULL CHECK (is_private IN (0, 1)),
     state           TEXT NOT NULL CHECK (state IN ('IN_QUEUE', 'IN_PROGRESS', 'COMPLETED')),
     attempt         INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
-    -- How often the process had to end because of it.
+    -- How often the process crashed while it ran this job.
     strikes         INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0),
     is_cancelled    INTEGER NOT NULL DEFAULT 0 CHECK (is_cancelled IN (0, 1)),
     submitted_at    REAL NOT NULL,
@@ -29,7 +29,7 @@ CREATE TABLE jobs (
     fetched_at      REAL,
     status          INTEGER,
     output          TEXT,
-    -- Bytes of an answer that holds its pictures itself; 0 for those that only name them.
+    -- Bytes of a response with inline images; 0 for responses that only name their images.
     output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
     error           TEXT,
     error_type      TEXT,
@@ -43,7 +43,7 @@ CREATE TABLE jobs (
     CHECK (state <> 'IN_PROGRESS' OR (attempt > 0 AND started_at IS NOT NULL)),
     CHECK (fetched_at IS NULL OR state = 'COMPLETED'),
     CHECK (NOT is_cancelled OR state <> 'IN_QUEUE'),
-    -- A cancelled job has no picture to show.
+    -- A cancelled job has no result.
     CHECK (NOT (is_cancelled AND status = 200))
 ) STRICT;
 
@@ -55,7 +55,7 @@ CREATE INDEX jobs_owner ON jobs (owner, finished_at, sequence) WHERE state = 'CO
 CREATE INDEX jobs_failed ON jobs (finished_at) WHERE status >= 500;
 CREATE UNIQUE INDEX jobs_idempotency ON jobs (owner, endpoint, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
--- What was painted for whom, a row a day (UTC): it outlives the requests.
+-- Usage per owner, day (UTC) and endpoint. These rows outlive the requests.
 CREATE TABLE usage (
     owner          TEXT NOT NULL,
     day            TEXT NOT NULL,
@@ -65,7 +65,7 @@ CREATE TABLE usage (
     PRIMARY KEY (owner, day, endpoint)
 ) STRICT, WITHOUT ROWID;
 
--- A file without a request is one that its owner uploaded.
+-- A file without a request is an upload.
 CREATE TABLE files (
     name         TEXT PRIMARY KEY,
     request_id   TEXT REFERENCES jobs (request_id) ON DELETE CASCADE,
@@ -83,7 +83,7 @@ CREATE INDEX files_uploaded ON files (owner, size) WHERE request_id IS NULL;
 CREATE INDEX files_age ON files (created_at);
 CREATE INDEX files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
 
--- Bytes that each finished row counts as. In a table of their own: a job's row may hold pictures, and is long to read.
+-- Bytes that each finished row counts as. A separate table, because a job's row may hold images and is slow to read.
 CREATE TABLE row_sizes (
     request_id  TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,
     owner       TEXT NOT NULL,
@@ -94,8 +94,8 @@ CREATE TABLE row_sizes (
 CREATE INDEX row_sizes_of ON row_sizes (owner, finished_at);
 CREATE INDEX files_of ON files (owner, created_at);
 
--- What each owner keeps here: finished rows and files, and the uploads among the files. A file counts as a block at
--- least.
+-- Storage used by each owner: finished rows and files, and the uploads among the files. A file counts as at least one
+-- block.
 CREATE TABLE kept (
     owner        TEXT PRIMARY KEY,
     num_bytes    INTEGER NOT NULL CHECK (num_bytes >= 0),
@@ -131,7 +131,7 @@ CREATE TRIGGER rows_gone AFTER DELETE ON row_sizes BEGIN
     DELETE FROM kept WHERE owner = OLD.owner AND num_bytes = 0;
 END;
 
--- Uploads under way; their parts lie in a folder of the upload's own.
+-- Unfinished uploads. Each one has a directory for its parts.
 CREATE TABLE uploads (
     upload_id    TEXT PRIMARY KEY,
     name         TEXT NOT NULL UNIQUE,
@@ -150,7 +150,7 @@ CREATE TABLE deliveries (
     due_at       REAL,
     delivered_at REAL,
     error        TEXT,
-    -- Done means delivered or given up; only what is not done is due.
+    -- A finished delivery, whether delivered or given up, has no due time.
     CHECK (delivered_at IS NULL OR due_at IS NULL)
 ) STRICT, WITHOUT ROWID;
 
@@ -162,7 +162,7 @@ CREATE TABLE signing_keys (
     created_at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Random bytes made once for this data folder.
+-- Random bytes, made once for this data directory.
 CREATE TABLE secrets (
     name  TEXT PRIMARY KEY,
     value BLOB NOT NULL
@@ -172,7 +172,7 @@ CREATE TABLE keys (
     hash       TEXT PRIMARY KEY CHECK (length(hash) = 64),
     owner      TEXT NOT NULL,
     created_at REAL NOT NULL,
-    -- The one that the server made by itself at its first start has none.
+    -- The key that the server makes at its first start has no name.
     name       TEXT NOT NULL DEFAULT '',
     scope      TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'))
 ) STRICT, WITHOUT ROWID;

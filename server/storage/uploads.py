@@ -1,4 +1,4 @@
-"""Uploads under way: parts on the disk that become one file in the store."""
+"""Unfinished uploads: parts on the disk that become one file in the store."""
 
 import contextlib
 import hashlib
@@ -27,21 +27,21 @@ from server.storage.file_store import (
 )
 from server.storage.multipart import PendingUploads, Upload, join, sizes_in
 
-#: How long an upload may take from its first word to its last, in seconds.
+#: How long an upload may take from start to end, in seconds.
 LIFETIME = 86_400.0
-#: Amazon's bound on parts, which fal's clients keep to.
+#: Amazon S3's limit on the number of parts, which fal's clients respect.
 MAX_PARTS = 10_000
-#: How many uploads one owner may have begun and not finished.
+#: How many unfinished uploads one owner may have.
 MAX_PENDING_UPLOADS = 1_000
-#: How many files one owner may have uploaded, and parts of files under way.
+#: How many uploaded files and parts of unfinished uploads one owner may have.
 MAX_FILES = 20_000
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
-#: The folder of an upload's parts, and what they are joined in.
+#: The directory of an upload's parts, and the file that they are joined into.
 _OURS = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
 
 class Uploads:
-    """Bounded per file and per owner. A part that is sent twice counts once; parts may come in any order."""
+    """Uploads, limited per file and per owner. A part that is sent twice counts once; parts may come in any order."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Uploads:
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
         self._pending = PendingUploads()
-        # Over every change of it, and the change on the disk that belongs to it.
+        # Held over each change of `_pending` and the matching change on the disk.
         self._lock = threading.Lock()
-        #: Bytes of parts that are on their way, by owner; touched by the event loop alone.
+        #: Bytes of the parts being received, by owner. Only the event loop uses it.
         self._in_flight: Counter[str] = Counter()
-        # Threads of their own, so that large files keep nobody's submit waiting.
+        # Separate threads, so that large files do not delay submits.
         self.executor = FairExecutor("uploads", 8, 2)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
@@ -73,7 +73,7 @@ class Uploads:
             self._pending.begin(_upload(row), sizes_in(directory / row["upload_id"]))
 
     def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Expect a file; its name in the store is known from now on. Raises QueueFull, TooManyRequests and DiskFull."""
+        """Start an upload and name its file in the store. Raises QueueFull, TooManyRequests and DiskFull."""
         upload = Upload(
             upload_id=secrets.token_hex(16),
             name=generate_file_name(_extension(file_name, content_type)),
@@ -85,7 +85,7 @@ class Uploads:
         )
         with self._lock:
             if self._pending.num_uploads[owner] >= MAX_PENDING_UPLOADS:
-                raise QueueFull(f"{MAX_PENDING_UPLOADS} uploads are under way already; finish some first")
+                raise QueueFull(f"This key already has {MAX_PENDING_UPLOADS} unfinished uploads; finish some first")
             self._check_number(owner)
             self._pending.begin(upload)
         try:
@@ -99,16 +99,17 @@ class Uploads:
         return upload
 
     def find(self, upload_id: str) -> Upload:
-        """An upload under way. Raises NotFound."""
+        """Return an unfinished upload. Raises NotFound."""
         upload = self._pending.find(upload_id)
         if upload is None or upload.created_at <= self._clock() - LIFETIME:
-            raise NotFound("There is no such upload, or it is over")
+            raise NotFound("There is no such upload, or it has ended")
         return upload
 
     async def write_part(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
-        """Write one part as it comes; returns its ETag.
+        """Write one part as it arrives; return its ETag.
 
-        Raises BodyTooLarge and TooManyRequests, naming the limit, BadRequest, NotFound where it is over, and DiskFull.
+        Raises BodyTooLarge and TooManyRequests, naming the limit, BadRequest, NotFound for an upload that has ended,
+        and DiskFull.
         """
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
@@ -129,7 +130,7 @@ class Uploads:
                 await self.executor.run(upload.owner, file.close)
             await self.executor.run(upload.owner, self._take, upload, part_number, temp_path, size)
         except FileNotFoundError:
-            raise NotFound("There is no such upload, or it is over") from None
+            raise NotFound("There is no such upload, or it has ended") from None
         except OSError as error:
             raise disk_error(error) from error
         finally:
@@ -138,25 +139,25 @@ class Uploads:
         return f'"{digest.hexdigest()}"'
 
     async def complete_single(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """As `complete`, off the event loop."""
+        """Run `complete` off the event loop."""
         return await self.executor.run(upload.owner, self.complete, upload, part_numbers)
 
     def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """Join the parts, in order whatever order they are listed in, into a file that is served from now on.
+        """Join the parts, sorted by number, into a file that is served from now on.
 
-        Raises BadRequest when a listed part was not sent, NotFound where it is over, and DiskFull.
+        Raises BadRequest when a listed part was not sent, NotFound for an upload that has ended, and DiskFull.
         """
         directory = self._parts(upload)
-        sent = self._pending.parts(upload.upload_id)
-        wanted = sorted(set(part_numbers)) if part_numbers else sent
-        if missing := sorted(set(wanted) - set(sent)):
+        stored = self._pending.parts(upload.upload_id)
+        numbers = sorted(set(part_numbers)) if part_numbers else stored
+        if missing := sorted(set(numbers) - set(stored)):
             raise BadRequest(f"Part {missing[0]} was not sent")
         whole = self._directory / f"{secrets.token_hex(8)}.whole"
         try:
-            size = join([directory / str(number) for number in wanted], whole)
+            size = join([directory / str(number) for number in numbers], whole)
             file = self._listed(upload, whole, size)
         except FileNotFoundError:
-            raise NotFound("There is no such upload, or it is over") from None
+            raise NotFound("There is no such upload, or it has ended") from None
         except OSError as error:
             raise disk_error(error) from error
         finally:
@@ -165,13 +166,13 @@ class Uploads:
         return file
 
     def abort(self, upload: Upload) -> None:
-        """Give up one that nobody can finish. On a full disk that is left to the sweep."""
+        """Abort an upload that cannot be finished. On a full disk, `sweep` removes the rest later."""
         with contextlib.suppress(DiskFull), self._database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
         self._end(upload.upload_id)
 
     def sweep(self) -> int:
-        """Forget uploads that were not finished in time; returns how many."""
+        """Delete uploads that were not finished in time; return how many."""
         with self._database.transaction() as connection:
             rows = connection.execute(
                 "DELETE FROM uploads WHERE created_at <= ? RETURNING upload_id", (self._clock() - LIFETIME,)
@@ -206,27 +207,30 @@ class Uploads:
             upload.lifecycle.is_private,
             None if lifetime is None else now + lifetime,
         )
-        # Together, so that nobody counts its bytes twice.
+        # Under one lock, so that the bytes are not counted twice.
         with self._lock:
             with self._database.transaction() as connection:
                 if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
-                    raise NotFound("There is no such upload, or it is over")
+                    raise NotFound("There is no such upload, or it has ended")
                 self._files.move_in(whole, upload.name)
                 insert_file_row(connection, file, None, now)
             self._pending.end(upload.upload_id)
         return file
 
     def _room(self, upload: Upload, part_number: int) -> int:
-        """How many bytes this part may have. Raises TooManyRequests."""
+        """Return how many bytes this part may have. Raises TooManyRequests."""
         if not self._pending.has(upload.upload_id, part_number):
             self._check_number(upload.owner)
-        known = self._pending.size(upload.upload_id, part_number)
+        old_size = self._pending.size(upload.upload_id, part_number)
         of_this = self._max_bytes - self._pending.size(upload.upload_id)
         of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._pending.num_bytes[upload.owner]
-        return min(of_this, of_owner) + known
+        return min(of_this, of_owner) + old_size
 
     def _take(self, upload: Upload, part_number: int, temp_path: Path, size: int) -> None:
-        """Keep a part; parts that came at the same time are weighed one after the other. Raises FileNotFoundError."""
+        """Store a received part; concurrent parts are checked one at a time.
+
+        Raises BodyTooLarge, TooManyRequests, and FileNotFoundError for an upload that has ended.
+        """
         with self._lock:
             if self._pending.find(upload.upload_id) is None:
                 raise FileNotFoundError
@@ -243,20 +247,19 @@ class Uploads:
     def _check_number(self, owner: str) -> None:
         under_way = self._pending.num_uploads[owner] + self._pending.num_parts[owner]
         if self._kept(owner)[0] + under_way >= MAX_FILES:
-            message = (
-                f"This key has {MAX_FILES} files and parts of files uploaded, the most; it can once some have expired"
+            raise TooManyRequests(
+                f"This key already has {MAX_FILES} uploaded files and parts; try again when some have expired"
             )
-            raise TooManyRequests(message)
 
     def _kept(self, owner: str) -> tuple[int, int]:
-        """How many files of an owner's uploads there are, and their bytes."""
+        """Return the number and the total bytes of an owner's uploaded files."""
         rows = self._database.read("SELECT num_uploads, upload_bytes FROM kept WHERE owner = ?", owner)
         return (rows[0]["num_uploads"], rows[0]["upload_bytes"]) if rows else (0, 0)
 
     def _limit_words(self) -> str:
         return (
-            f"The upload is larger than a file may be ({self._max_bytes} bytes)"
-            f" or than what is left for this key ({self._max_bytes_per_owner} bytes in all)"
+            f"The upload exceeds the limit for one file ({self._max_bytes} bytes)"
+            f" or for all files of this key ({self._max_bytes_per_owner} bytes)"
         )
 
     def _parts(self, upload: Upload) -> Path:
@@ -277,7 +280,7 @@ def _extension(file_name: str, content_type: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without what would break a header."""
+    """Remove characters that would break a header."""
     return "".join(character for character in text if character.isprintable()).strip()
 
 

@@ -1,4 +1,4 @@
-"""Tell the client's URL that its request is done: due rows, retries, signatures."""
+"""Webhook delivery: posts results to clients' URLs, with retries and signatures."""
 
 import asyncio
 import contextlib
@@ -21,20 +21,20 @@ from server.webhooks.signing import WebhookSigner
 
 log = logging.getLogger(__name__)
 
-#: Seconds a receiver has to answer.
+#: Seconds a receiver has to respond.
 TIMEOUT = 15.0
-#: Seconds to wait before each of the ten retries: within two hours, as fal does.
+#: Seconds to wait before each of the ten retries, all within two hours, as at fal.
 DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
-#: How many deliveries are under way at once. Of them an owner has no more than are free: half of what the others leave.
+#: How many deliveries run at once. An owner may have at most as many as stay free: half of what others leave.
 CONCURRENCY = 64
-#: How many of an owner's go to one receiver.
+#: How many deliveries of one owner run at once to one receiver.
 PER_RECEIVER = 8
 _LONGEST_WAIT = 60.0
 _MAX_PAUSE = 5.0
-#: What is due later than any retry can be was put there by a wrong clock: it is due now. A minute more, because clocks
-#: are set back by a little all the time.
+#: A delivery that is due later than any retry can be was scheduled by a wrong clock, so it is due now. One minute of
+#: tolerance, because clocks are often set back a little.
 _FARTHEST = DELAYS[-1] + 60.0
-#: A receiver is an owner's: who makes one hang holds up nobody else's webhooks to it.
+#: Receivers are counted per owner, so that an owner whose receiver hangs does not delay other owners' webhooks to it.
 _SELECT_DUE = """
     WITH passed AS (SELECT value FROM json_each(?)),
     due AS (
@@ -49,7 +49,7 @@ _SELECT_DUE = """
 
 
 class _Slot(NamedTuple):
-    """One delivery under way."""
+    """One running delivery."""
 
     task: asyncio.Task[None]
     owner: str
@@ -64,7 +64,7 @@ _LIST = """
 
 
 class WebhookSender:
-    """Delivers from rows, so that what is due survives a restart. At least once; 2xx alone is success."""
+    """A sender that reads due deliveries from rows, so they survive a restart. At least once; only 2xx is success."""
 
     def __init__(
         self,
@@ -85,17 +85,18 @@ class WebhookSender:
         self._clock = clock
         self._monotonic = monotonic
         self._in_flight: dict[str, _Slot] = {}
-        #: Deliveries whose outcome could not be written down, and when to try again by the monotonic clock.
+        #: Deliveries whose outcome could not be recorded, and when to try again by the monotonic clock.
         self._backoff_until: dict[str, float] = {}
 
     async def run(self) -> None:
-        """Deliver what falls due, until cancelled."""
+        """Send deliveries as they fall due, until cancelled."""
         with self._notifier.subscribe(WEBHOOKS) as event:
             while True:
                 event.clear()
                 began = self._monotonic()
                 wait = await self._try_send_due()
-                # Those that wait behind a bad receiver are read through each time, and others need the database too.
+                # Each pass reads all deliveries that wait for a bad receiver. The pause leaves others time to use the
+                # database.
                 await asyncio.sleep(min(_MAX_PAUSE, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
@@ -106,14 +107,14 @@ class WebhookSender:
         try:
             return await self.send_due()
         except CorruptDatabase:
-            # The server ends, and says why.
+            # The server ends and logs the reason.
             return _LONGEST_WAIT
         except Exception:
-            log.exception("the webhooks could not be looked after; trying again")
+            log.exception("sending webhooks failed; trying again in %.0f seconds", _MAX_PAUSE)
             return _MAX_PAUSE
 
     async def send_due(self) -> float:
-        """Begin the deliveries that are due; returns the seconds until the next."""
+        """Start the deliveries that are due; return the seconds until the next one is due."""
         now, moment = self._clock(), self._monotonic()
         self._backoff_until = {request_id: until for request_id, until in self._backoff_until.items() if until > moment}
         await self._begin(-math.inf, now)
@@ -121,7 +122,7 @@ class WebhookSender:
         return await asyncio.to_thread(self._wait, now)
 
     async def _begin(self, after: float, until: float) -> None:
-        """Those that fell due in this time, as far as there is room for them."""
+        """Start the deliveries that are due between these times, as far as there are free slots."""
         while len(self._in_flight) < CONCURRENCY:
             passed = json.dumps([*self._in_flight, *self._backoff_until, *self._saturated()])
             rows = await asyncio.to_thread(self._database.read, _SELECT_DUE, passed, after, until, CONCURRENCY)
@@ -129,12 +130,12 @@ class WebhookSender:
                 if self._saturated().isdisjoint((row["owner"], row["receiver"])):
                     task = asyncio.create_task(self._deliver(row["request_id"], row["url"], row["attempt"]))
                     self._in_flight[row["request_id"]] = _Slot(task, row["owner"], row["receiver"])
-            # The first of them had room, so that each round begins one at least.
+            # The first row always has a free slot, so each round starts at least one delivery.
             if len(rows) < CONCURRENCY:
                 break
 
     def _saturated(self) -> set[str]:
-        """The owners and the receivers for which no further delivery may begin."""
+        """Return the owners and receivers for which no further delivery may start."""
         owners = Counter(slot.owner for slot in self._in_flight.values())
         receivers = Counter(slot.receiver for slot in self._in_flight.values())
         free = CONCURRENCY - len(self._in_flight)
@@ -143,7 +144,7 @@ class WebhookSender:
         }
 
     def _wait(self, now: float) -> float:
-        """Seconds until the next falls due."""
+        """Return the seconds until the next delivery is due."""
         ((due_at,),) = self._database.read("SELECT min(due_at) FROM deliveries WHERE due_at > ?", now)
         return _LONGEST_WAIT if due_at is None else min(_LONGEST_WAIT, float(due_at) - now)
 
@@ -153,7 +154,7 @@ class WebhookSender:
             await asyncio.to_thread(self._record, request_id, attempt, error)
             self._backoff_until.pop(request_id, None)
         except Exception:
-            # Due still, by its row; not at once, or the receiver would be flooded while the disk is full.
+            # The row says that the delivery is still due. A pause keeps a full disk from flooding the receiver.
             self._backoff_until[request_id] = self._monotonic() + _LONGEST_WAIT
             log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
@@ -161,7 +162,7 @@ class WebhookSender:
         self._notifier.notify(WEBHOOKS)
 
     async def _send(self, request_id: str, url: str) -> str | None:
-        """One attempt; None on success, else what went wrong."""
+        """Make one attempt; return None on success, otherwise the error."""
         owner, payload = await asyncio.to_thread(self._payload, request_id)
         body = to_json(payload)
         headers = {
@@ -173,7 +174,7 @@ class WebhookSender:
             async with asyncio.timeout(TIMEOUT):
                 status = await self._outbound.post(url, body, headers, TIMEOUT)
         except TimeoutError:
-            return f"no answer within {TIMEOUT:.0f} s"
+            return f"no response within {TIMEOUT:.0f} s"
         except (ForbiddenURL, httpx.HTTPError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         return None if 200 <= status < 300 else f"answered {status}"
@@ -188,8 +189,8 @@ class WebhookSender:
         try:
             body["payload"] = from_json(row["output"])
         except ValueError:
-            # As fal tells of a payload that it cannot send.
-            body |= {"payload": None, "payload_error": "The answer of this request is damaged: its row cannot be read."}
+            # fal's format for a payload that cannot be sent.
+            body |= {"payload": None, "payload_error": "The stored response of this request is damaged."}
         return row["owner"], body
 
     def _record(self, request_id: str, before: int, error: str | None) -> None:
@@ -197,7 +198,7 @@ class WebhookSender:
         is_over = error is None or attempt > len(DELAYS)
         due_at = None if is_over else now + DELAYS[before]
         with self._database.transaction() as connection:
-            # What the operator sends again meanwhile begins at its first attempt anew, and stays due.
+            # A delivery that the operator sends again meanwhile starts over at its first attempt, and stays due.
             connection.execute(
                 "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ?"
                 " WHERE request_id = ? AND attempt = ?",
@@ -209,12 +210,12 @@ class WebhookSender:
 
 
 def list_deliveries(database: Database, *, with_delivered: bool, limit: int) -> list[dict[str, Any]]:
-    """Webhooks that wait to be sent or were given up, the newest first; `with_delivered` the others too."""
+    """List webhooks that are waiting or were given up, newest first; with `with_delivered`, the delivered ones too."""
     return [dict(row) for row in database.read(_LIST, with_delivered, limit)]
 
 
 def redeliver(database: Database, request_id: str) -> None:
-    """Make a webhook due now, with all its retries, also one that was delivered or given up. Raises ValueError."""
+    """Make a webhook due now with all its retries, even if it was delivered or given up. Raises ValueError."""
     with database.transaction() as connection:
         changed = connection.execute(
             "UPDATE deliveries SET attempt = 0, due_at = ?, delivered_at = NULL, error = NULL WHERE request_id = ?",

@@ -1,4 +1,4 @@
-"""Signatures of webhooks: Ed25519 as fal signs, and Standard Webhooks beside it."""
+"""Webhook signatures: Ed25519 as at fal, and Standard Webhooks in addition."""
 
 import base64
 import hashlib
@@ -15,13 +15,13 @@ from server.storage.database import Database
 
 #: A key signs for this long before the next one is made, in seconds.
 ROTATE_AFTER = 90 * 86_400.0
-#: Receivers may keep the published keys for a day: a new key is published that long before it signs, and an old
-#: one stays published that long (and as long as retries last) after it signed its last.
+#: Receivers may cache the published keys for a day. So a new key is published longer than that before it signs, and an
+#: old key stays published longer than that, and as long as retries last, after its last signature.
 OVERLAP = 2 * 86_400.0
 
 
 class WebhookSigner:
-    """Signs with the newest key that every receiver can know; publishes all that may still be needed."""
+    """A signer that uses the newest key that every receiver can know, and publishes all keys still needed."""
 
     def __init__(self, database: Database, secret: str = "", clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -29,7 +29,7 @@ class WebhookSigner:
         self._clock = clock
 
     def headers(self, request_id: str, owner: str, body: bytes) -> dict[str, str]:
-        """The headers of one attempt: the id stays, the time is that of the attempt."""
+        """Return the headers of one attempt. The id is the same for all attempts, the time is the attempt's."""
         now = int(self._clock())
         key = self._signing_key()
         message = "\n".join((request_id, owner, str(now), hashlib.sha256(body).hexdigest())).encode()
@@ -49,12 +49,12 @@ class WebhookSigner:
         }
 
     def jwks(self) -> dict[str, Any]:
-        """The public keys, newest first."""
+        """Return the public keys as a JWK set, newest first."""
         self.rotate()
         return {"keys": [_jwk(key_id, key) for key_id, key, _ in self._keys()]}
 
     def rotate(self) -> None:
-        """Make the first key, or the next when the newest is old enough; forget those nobody needs any more."""
+        """Create the first key, or the next one when the newest is old enough; delete keys no longer needed."""
         now = self._clock()
         ages = [now - created_at for _, _, created_at in self._keys()]
         if not ages or ages[0] >= ROTATE_AFTER:
@@ -63,7 +63,7 @@ class WebhookSigner:
             key_id = hashlib.sha256(_public(key)).hexdigest()[:16]
             with self._database.transaction() as connection:
                 connection.execute("INSERT INTO signing_keys VALUES (?, ?, ?)", (key_id, raw, now))
-        # A key begins to sign OVERLAP after it was made; OVERLAP later those before it are not needed any more.
+        # A key begins to sign OVERLAP after its creation. Another OVERLAP later, the keys before it are not needed.
         settled = [age for age in ages if age >= 2 * OVERLAP]
         if settled and min(settled) < max(ages):
             with self._database.transaction() as connection:
@@ -72,8 +72,8 @@ class WebhookSigner:
     def _signing_key(self) -> Ed25519PrivateKey:
         self.rotate()
         keys = self._keys()
-        known = [key for _, key, created_at in keys if self._clock() - created_at >= OVERLAP]
-        return known[0] if known else keys[-1][1]
+        published = [key for _, key, created_at in keys if self._clock() - created_at >= OVERLAP]
+        return published[0] if published else keys[-1][1]
 
     def _keys(self) -> list[tuple[str, Ed25519PrivateKey, float]]:
         rows = self._database.read("SELECT * FROM signing_keys ORDER BY created_at DESC")
@@ -87,6 +87,6 @@ def _public(key: Ed25519PrivateKey) -> bytes:
 
 
 def _jwk(key_id: str, key: Ed25519PrivateKey) -> dict[str, str]:
-    # Padded: fal's own Python sample decodes it without adding padding, and Node takes both.
+    # Padded, because fal's Python sample decodes the key without adding padding. Node accepts both.
     x = base64.urlsafe_b64encode(_public(key)).decode()
     return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key_id, "use": "sig", "alg": "EdDSA"}

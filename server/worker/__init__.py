@@ -1,1 +1,1 @@
-"""One GPU: the execution loop."""
+"""The execution loop of one GPU."""

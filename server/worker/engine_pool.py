@@ -1,4 +1,4 @@
-"""The engines in memory: loaded when they are asked for; where memory lacks, the least recently used makes room."""
+"""The engines in memory: loaded on demand; when memory is short, the least recently used one is evicted."""
 
 import dataclasses
 import logging
@@ -14,14 +14,14 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-#: What endpoints have in common that share an engine.
+#: Family and weights: endpoints with equal keys share an engine.
 Key = tuple[str, str]
-#: Weights that could not be loaded are not tried again for so long: others would have to make room each time.
+#: Seconds before weights that failed to load are tried again, because each try may evict other engines.
 PAUSE_SECONDS = 120.0
 
 
 def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | Path | None]) -> dict[str, EngineConfig]:
-    """What each endpoint is set up with, by the weights it was given."""
+    """Return the engine configuration of each endpoint, from the settings and the endpoint's weights."""
     return {
         endpoint: EngineConfig(
             place,
@@ -38,7 +38,7 @@ def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | P
 
 
 class EnginePool:
-    """Endpoints of one family on the same weights share an engine. One thread loads and lets go."""
+    """A pool of engines, shared by endpoints of one family on the same weights. One thread loads and evicts."""
 
     def __init__(
         self,
@@ -49,36 +49,36 @@ class EnginePool:
         on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_idle` is called from another thread when an engine that was in the way no longer is."""
+        """Set up an empty pool. The warm-up thread calls `on_idle` when an engine can be evicted again."""
         self._models = models
         self._configs = configs
         self._max_loaded = max_loaded
         self._report = report
-        #: From the least to the most recently used.
+        #: Least recently used first.
         self._loaded: OrderedDict[Key, Engine] = OrderedDict()
         self._on_idle = on_idle
         self._clock = clock
         self._failures: dict[Key, tuple[float, OSError]] = {}
         self._warms_up = False
-        #: The one that is being warmed up: its memory cannot be had.
+        #: The engine that is being warmed up, which cannot be evicted.
         self._warming: Key | None = None
-        #: One thread warms up at a time.
+        #: Held while warming up: one thread at a time.
         self._warm_up_lock = threading.Lock()
-        #: Over the loaded engines, and who is being warmed up.
+        #: Guards the loaded engines, and which of them is being warmed up.
         self._lock = threading.Lock()
 
     def __contains__(self, endpoint: str) -> bool:
-        """Whether it is served, loaded or not."""
+        """Return whether an endpoint is served, loaded or not."""
         return endpoint in self._configs
 
     def setup(self) -> None:
-        """Load as many as there is room for, one at least. Raises what the first bad one raises."""
+        """Load as many engines as fit, at least one. Raises the first error of a load."""
         for endpoint in self._configs:
             if self.get_loaded(endpoint) is None and (not self._loaded or self.has_room(endpoint)):
                 self._load(endpoint)
 
     def get_loaded(self, endpoint: str) -> Engine | None:
-        """The engine of an endpoint, if it is served and in memory; that counts as use."""
+        """Return an endpoint's engine if it is in memory, and mark it as used."""
         if endpoint not in self:
             return None
         key = self._key(endpoint)
@@ -87,20 +87,20 @@ class EnginePool:
         return self._loaded.get(key)
 
     def has_room(self, endpoint: str) -> bool:
-        """Whether one more fits beside those that are loaded."""
+        """Return whether an endpoint's engine fits in addition to the loaded ones."""
         if self._max_loaded and len(self._loaded) >= self._max_loaded:
             return False
         return pipeline.has_room(self._configs[endpoint])
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
-        """Bring an endpoint's engine into memory; None while only those `in_use` could make room. Raises OSError."""
+        """Load an endpoint's engine; return None while only evicting an engine `in_use` would help. Raises OSError."""
         self._raise_recent_failure(self._key(endpoint))
         while self._loaded and not self.has_room(endpoint):
             with self._lock:
                 idle = [key for key, engine in self._loaded.items() if engine not in in_use and key != self._warming]
                 if not idle:
                     return None
-                log.info("%s: %s is let go to make room", endpoint, idle[0][1])
+                log.info("%s: evicting %s to make room", endpoint, idle[0][1])
                 engine = self._loaded.pop(idle[0])
             engine.close()
         return self._load(endpoint)
@@ -112,9 +112,9 @@ class EnginePool:
 
     def _load(self, endpoint: str) -> Engine:
         config = self._configs[endpoint]
-        told = dataclasses.replace(config, report=lambda loading: self._report(endpoint, loading))
+        config = dataclasses.replace(config, report=lambda loading: self._report(endpoint, loading))
         try:
-            engine = self._models[endpoint].setup(told)
+            engine = self._models[endpoint].setup(config)
         except OSError as error:
             self._failures[self._key(endpoint)] = (self._clock(), error)
             raise
@@ -125,14 +125,14 @@ class EnginePool:
         return engine
 
     def about(self) -> Mapping[str, EngineInfo]:
-        """What there is to tell of each that is loaded, by its weights; called from any thread."""
+        """Return the info of each loaded engine by its weights; called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)
         names = {str(specs.DEMO): "demo"}
         return {names.get(where, where): engine.info() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:
-        """Make further tiers ready on a thread of its own, of what is loaded now and of what will be."""
+        """Warm up further tiers on a separate thread, for engines loaded now and later."""
         self._warms_up = True
         threading.Thread(target=self._warm_up, args=(list(self._loaded),), name="warm-up", daemon=True).start()
 
@@ -146,13 +146,13 @@ class EnginePool:
                     engine.freeze_compilation()
 
     def _warm_up_one(self, key: Key) -> bool:
-        """One tier; False when there is none left, or the engine was let go. Held here only while it works."""
+        """Warm up one tier; return False when none is left or the engine was evicted. Blocks eviction meanwhile."""
         with self._lock:
             engine, self._warming = self._loaded.get(key), key
         try:
             return engine is not None and engine.warm_up()
         except Exception:
-            log.exception("%s: a tier could not be made ready; requests for it get the next lower one", key[1])
+            log.exception("%s: a tier could not be made ready; its requests use the next lower tier", key[1])
             return True
         finally:
             with self._lock:
@@ -161,5 +161,5 @@ class EnginePool:
 
     def _key(self, endpoint: str) -> Key:
         config = self._configs[endpoint]
-        # Without weights there is nothing to share.
+        # An engine without weights is not shared.
         return (self._models[endpoint].family, str(config.weights)) if config.weights else ("", endpoint)

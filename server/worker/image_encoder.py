@@ -1,4 +1,4 @@
-"""Images as files: JPEG or PNG, marked as made by a machine, with how they were made."""
+"""Encoding of images as JPEG or PNG, marked as AI generated, with the parameters they were generated from."""
 
 import io
 import json
@@ -15,9 +15,9 @@ CONTENT_TYPES: dict[OutputFormat, str] = {"jpeg": "image/jpeg", "png": "image/pn
 EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 
 MARK = "AI generated"
-#: IPTC's word for media made by a trained algorithm (cv.iptc.org/newscodes/digitalsourcetype).
+#: IPTC's term for media made by a trained algorithm (cv.iptc.org/newscodes/digitalsourcetype).
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-#: An EXIF block holds 64 KiB, two bytes a character; a longer prompt is cut to leave room for the rest.
+#: Longer prompts are cut: an EXIF block holds 64 KiB at two bytes a character, and other fields need room too.
 MAX_PROMPT_CHARACTERS = 24_000
 
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -31,55 +31,55 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def black(image: Image) -> Image:
-    """What is shown instead of a flagged picture: the same size, all black."""
+    """Return a black image of the same size, to replace a flagged one."""
     return new("RGB", image.size)
 
 
 def encode(image: Image, output_format: OutputFormat, parameters: Mapping[str, Any] | None) -> bytes:
-    """The picture as a file. The same picture and parameters give the same bytes.
+    """Encode an image as a file. The same image and parameters give the same bytes.
 
     JPEG quality 95 and PNG level 1 are what fal's own toolkit uses.
     """
     xmp = _XMP.format(source=escape(DIGITAL_SOURCE_TYPE), mark=MARK).encode()
-    shown = json.dumps(_shortened(parameters), ensure_ascii=False) if parameters else None
+    text = json.dumps(_shorten(parameters), ensure_ascii=False) if parameters else None
     buffer = io.BytesIO()
     if output_format == "png":
-        image.save(buffer, "PNG", compress_level=1, pnginfo=_png_text(shown, xmp))
+        image.save(buffer, "PNG", compress_level=1, pnginfo=_png_text(text, xmp))
     else:
-        image.save(buffer, "JPEG", quality=95, exif=_exif(image, shown), xmp=xmp)
+        image.save(buffer, "JPEG", quality=95, exif=_exif(image, text), xmp=xmp)
     return buffer.getvalue()
 
 
-def _png_text(shown: str | None, xmp: bytes) -> PngImagePlugin.PngInfo:
+def _png_text(parameters: str | None, xmp: bytes) -> PngImagePlugin.PngInfo:
     text = PngImagePlugin.PngInfo()
     text.add_text("Source", MARK)
     text.add_text("Software", "flux-server")
-    if shown:
-        text.add_itxt("parameters", shown)
+    if parameters:
+        text.add_itxt("parameters", parameters)
     text.add_itxt("XML:com.adobe.xmp", xmp.decode())
     return text
 
 
-def _exif(image: Image, shown: str | None) -> bytes:
+def _exif(image: Image, parameters: str | None) -> bytes:
     exif = image.getexif()
     exif[ExifTags.Base.ImageDescription] = MARK
     exif[ExifTags.Base.Software] = "flux-server"
-    if shown:
-        # EXIF's own way of saying that a comment is Unicode.
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + shown.encode("utf-16-be")
+    if parameters:
+        # EXIF marks a Unicode comment by this prefix.
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + parameters.encode("utf-16-be")
     return exif.tobytes()
 
 
-def _shortened(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with a prompt that is not too long once it is JSON, where a control character takes six places."""
-    shown = dict(parameters)
-    prompt = shown.get("prompt")
+def _shorten(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut the prompt to the limit as JSON, where a control character takes six characters."""
+    shortened = dict(parameters)
+    prompt = shortened.get("prompt")
     while isinstance(prompt, str) and _length(prompt) > MAX_PROMPT_CHARACTERS:
         prompt = prompt[: len(prompt) * MAX_PROMPT_CHARACTERS // _length(prompt)]
-        shown["prompt"] = f"{prompt}…"
-    return shown
+        shortened["prompt"] = f"{prompt}…"
+    return shortened
 
 
 def _length(text: str) -> int:
-    """UTF-16 units of the text as JSON."""
+    """Return the number of UTF-16 units of a text as JSON."""
     return len(json.dumps(text, ensure_ascii=False).encode("utf-16-be")) // 2

@@ -1,4 +1,4 @@
-"""Where a worker has its jobs from, and where it leaves images: on this machine, or by way of the head of a cluster."""
+"""Interfaces of a worker to its jobs and files, which are local or behind the head of a cluster."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,35 +8,35 @@ from server.storage.file_store import Lifecycle, StoredFile
 
 
 class JobSource(Protocol):
-    """Where a worker has its jobs from and leaves what becomes of them: the queue, or a stand-in on another machine."""
+    """The source of a worker's jobs and the receiver of their outcomes: the queue, or a runner queue."""
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """The next job and its input; None when none waits. Without `takes_low`, only of normal priority.
+        """Claim the next job and its input; None if none waits. Skip low priority unless `include_low_priority`.
 
-        `slots` is how many requests of one priority run at a time: owners get equal shares of them.
+        `slots` is how many requests of one priority run at a time; owners get equal shares of them.
         """
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """One more step is done; its preview, if there is one, is the job's."""
+        """Report a completed step; `job.preview` holds its preview, if there is one."""
 
     def log(self, job: Job, message: str, level: str = "INFO") -> None:
-        """Add one line to the job's log."""
+        """Add a line to the job's log."""
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """End a running job; False when nobody will see the outcome. Raises DiskFull."""
+        """Finish a running job; return False if its outcome is discarded. Raises DiskFull."""
 
     def record_crash(self, jobs: Sequence[Job]) -> None:
-        """Remember that the process has to end while it works at these jobs."""
+        """Add one to the crash count of these jobs, before the process exits while running them."""
 
     def release(self, job: Job) -> None:
-        """Put a running job back in its old place, because this process will not finish it."""
+        """Return a running job to its old place in the queue, because this process will not finish it."""
 
 
 class FileSink(Protocol):
-    """Where a worker leaves pictures: the file store, or a stand-in on another machine."""
+    """The destination of a worker's images: the file store, or a stand-in on another machine."""
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Keep bytes for good. Raises DiskFull."""
+        """Store bytes durably. Raises DiskFull."""
 
     def delete(self, names: list[str]) -> None:
-        """Give up files that nobody will see."""
+        """Delete files of a discarded outcome."""

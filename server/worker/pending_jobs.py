@@ -1,4 +1,4 @@
-"""Jobs that are claimed and not begun: each waits until its weights are in memory."""
+"""Jobs that are claimed but not started: each waits until its weights are in memory."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from server.worker.running_job import RunningJob, outcome_from_exception
 
 
 class PendingJobs:
-    """They begin in the order of their claims, so that who waits for other weights has its turn too."""
+    """A first-in, first-out list of claimed jobs, so that jobs waiting for other weights get their turn too."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class PendingJobs:
         engines: EnginePool,
         input_path: Callable[[str], Path],
     ) -> None:
-        """`resolve_input` says where a file lies that a request brought along."""
+        """Set up an empty list. `input_path` returns the path of a request's input file by its name."""
         self._settings = settings
         self._models = models
         self._queue = queue
@@ -34,11 +34,11 @@ class PendingJobs:
 
     @property
     def jobs(self) -> list[Job]:
-        """Those that wait."""
+        """The waiting jobs."""
         return [job for job, _ in self._waiting]
 
     def claim(self, running: Sequence[RunningJob], num_ending: int) -> None:
-        """Up to the limit; low priority must not keep normal out, so only those of normal count against normal."""
+        """Claim jobs up to the limit. Low priority does not count against normal's limit, so it cannot block normal."""
         while True:
             jobs = [*(each.job for each in running), *self.jobs]
             num_low = sum(job.priority == Priority.LOW for job in jobs)
@@ -52,9 +52,9 @@ class PendingJobs:
             self._waiting.append(claimed)
 
     def start_ready(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, RunningJob | Outcome]]:
-        """Those that can be painted from now on, and those that cannot be painted at all. Raises DeviceLost.
+        """Yield jobs that can run now, and the outcomes of jobs that cannot run at all. Raises DeviceLost.
 
-        Weights are loaded here. While only engines `in_use` could make room for them, everybody waits.
+        Weights are loaded here. While only evicting an engine `in_use` would make room, all jobs wait.
         """
         for each in [each for each in self._waiting if each[0].is_cancelled]:
             self._waiting.remove(each)
@@ -72,7 +72,7 @@ class PendingJobs:
                 continue
             if engine is None:
                 return
-            # All who waited for these weights: each switch is worth as much as it can be.
+            # After a load, start every job that waited for these weights, to get the most out of each switch.
             alike = [each for each in self._waiting if self._engines.get_loaded(each[0].endpoint) is engine]
             busy.add(engine)
             for claimed in alike if is_new else alike[:1]:
@@ -80,9 +80,9 @@ class PendingJobs:
                 yield claimed[0], self._start(*claimed, engine)
 
     def _engine_for(self, job: Job, in_use: Collection[Engine]) -> tuple[Engine | None, bool]:
-        """The engine for a job, and whether it was loaded for it; none while others that run are in its way."""
+        """Return a job's engine and whether it was just loaded; no engine while running jobs block the memory."""
         if job.endpoint not in self._engines:
-            raise NotFound(f"{job.endpoint} is not served here any more")
+            raise NotFound(f"{job.endpoint} is no longer served here")
         if engine := self._engines.get_loaded(job.endpoint):
             return engine, False
         return self._engines.load(job.endpoint, in_use), True
@@ -90,7 +90,7 @@ class PendingJobs:
     def _start(self, job: Job, text: str, engine: Engine) -> RunningJob | Outcome:
         try:
             model = self._models[job.endpoint]
-            # No limits: what was accepted stays accepted, whatever the settings are by now.
+            # Validated without limits: an accepted request stays valid even if the settings have changed.
             request = model.Input.model_validate_json(text)
             inputs = {place: self._resolve_input(name) for place, name in job.input_files.items()}
             must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)

@@ -1,4 +1,4 @@
-"""What is left when the steps are done: pictures are encoded, written, and the job is ended."""
+"""The work after the last step: decode and check images, encode and store them, finish the job."""
 
 import logging
 import threading
@@ -20,12 +20,12 @@ from server.worker.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-#: Seconds beyond the grace: enough to encode and write a picture, so that only its decoding is given up.
+#: Seconds beyond the grace period: enough to encode and write an image, so that only decoding is abandoned.
 SHUTDOWN_MARGIN = 1.0
 
 
 class Postprocessor:
-    """Ends jobs in the order in which they come, beside the worker's steps."""
+    """A queue of jobs to finish, in order of arrival, on a separate thread from the worker's steps."""
 
     def __init__(
         self,
@@ -49,61 +49,61 @@ class Postprocessor:
         self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
 
     def __len__(self) -> int:
-        """How many jobs wait for their end."""
+        """Return how many jobs are not finished yet."""
         return len(self._pending) + (self._current is not None)
 
     @property
     def engines(self) -> set[Engine]:
-        """Those that still have something to decode or to judge here."""
+        """Engines that still have images to decode or check here."""
         ends = [self._current, *(end for _, end in tuple(self._pending))]
         return {end.engine for end in ends if isinstance(end, RunningJob)}
 
     def add(self, job: Job, end: RunningJob | Outcome) -> None:
-        """A job that is painted, or one whose outcome is known."""
+        """Add a job with all steps done, or one whose outcome is known."""
         self._pending.append((job, end))
         self._wake.set()
 
     def start(self) -> None:
-        """Work on a thread of its own."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, stop_at: float) -> None:
-        """Return when the job at hand has ended, or soon after `stop_at`; the rest goes back to the queue."""
+        """Finish the current job, or give up soon after `stop_at`; release the rest to the queue."""
         self._is_stopping = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(max(0.0, stop_at - time.monotonic()) + SHUTDOWN_MARGIN)
-        # What is at hand still is left to the next start.
+        # A job that is still in progress is requeued at the next start.
         while self._pending:
             self._queue.release(self._pending.popleft()[0])
 
     def run_once(self) -> bool:
-        """End one job; False when none waits. Raises DiskFull, and goes on with the same job the next time."""
+        """Finish one job; return False when none waits. Raises DiskFull; the next call retries the same job."""
         try:
             job, end = self._pending[0]
         except IndexError:
             return False
-        # In this order, so that its engine is never seen as idle.
+        # Set first, so that the job's engine never looks idle.
         self._current = end
         self._pending.popleft()
         try:
             if isinstance(end, RunningJob):
                 end = self._outcome(end)
-            is_shown = self._queue.finish(job, end)
+            is_accepted = self._queue.finish(job, end)
         except DiskFull:
-            # With its outcome, if it has one: it is not made again.
+            # Keep a finished outcome, so that the retry does not build it again.
             self._pending.appendleft((job, end))
             raise
         finally:
             self._current = None
-        if not is_shown:
+        if not is_accepted:
             self._results.discard(end.files)
-        # There is room for another.
+        # The worker can claim another job.
         self._notifier.work_available.set()
         return True
 
     def _outcome(self, running: RunningJob) -> Outcome:
-        """Decoded and judged if that was left to this thread, then encoded and written."""
+        """Decode and check what is left to this thread, then encode and store the images."""
         try:
             with self._watchdog.watch([running.job]):
                 while not running.is_decoded:
@@ -126,7 +126,7 @@ class Postprocessor:
             while not self._is_stopping:
                 if not self._try_run_once():
                     self._wake.wait()
-                # Before the next look at anything: what rings after it is heard by the next wait.
+                # Clear before checking again, so that a later `set` ends the next wait.
                 self._wake.clear()
         except BaseException as error:
             self._on_failure(error)

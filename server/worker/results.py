@@ -1,4 +1,4 @@
-"""From pictures to the answer a client gets: blacked out where unsafe, encoded, stored, listed."""
+"""Conversion of images to the client's answer: black out unsafe ones, encode, store, list."""
 
 import base64
 import math
@@ -17,7 +17,7 @@ from server.worker.interfaces import FileSink
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """What a finished painting comes to; `flags` says of each picture whether it must not be shown."""
+    """The result of a finished task; `flags` tells for each image whether it is unsafe."""
 
     images: Sequence[Image]
     flags: Sequence[bool]
@@ -27,14 +27,14 @@ class GeneratedImages:
 
 
 class ResultBuilder:
-    """Makes the outcome of a job whose pictures are painted and checked."""
+    """Builder of the outcome of a job whose images are generated and checked."""
 
     def __init__(self, files: FileSink, *, embeds_parameters: bool) -> None:
         self._files = files
         self._embeds_parameters = embeds_parameters
 
     def outcome(self, job: Job, model: Model, request: Any, generated: GeneratedImages) -> Outcome:
-        """The answer, with its files on the disk. Raises DiskFull, leaving no file behind."""
+        """Build the outcome and store its files. Raises DiskFull, leaving no file behind."""
         files: list[StoredFile] = []
         try:
             images = [
@@ -55,7 +55,7 @@ class ResultBuilder:
             raise
 
     def discard(self, files: Sequence[StoredFile]) -> None:
-        """Delete the files of an outcome that nobody will see."""
+        """Delete the files of a discarded outcome."""
         self._files.delete([file.name for file in files])
 
     def _image(
@@ -76,7 +76,7 @@ class ResultBuilder:
         return {"url": url, "width": image.width, "height": image.height, "content_type": content_type}
 
     def _parameters(self, model: Model, request: Any, generated: GeneratedImages, index: int) -> Mapping[str, Any]:
-        """Only what the bytes depend on: no time, no request id, no host."""
+        """Return only what the image depends on: no time, no request id, no host."""
         image = generated.images[index]
         return {
             **model.metadata(request, request.seed + index),

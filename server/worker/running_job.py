@@ -1,4 +1,4 @@
-"""A claimed job and its painting, from the first step to the picture that was judged."""
+"""A claimed job and its generation task, from the first step to the checked images."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RunningJob:
-    """One job at work. `must_check` says that its pictures go to the safety checker."""
+    """One job in progress. `needs_safety_check` tells whether its images go to the safety checker."""
 
     job: Job
     model: Model
@@ -24,54 +24,54 @@ class RunningJob:
     request: Any
     task: GenerationTask
     needs_safety_check: bool
-    #: Spent on its steps and its decoding, in seconds.
+    #: Seconds spent on steps and decoding.
     seconds: float = 0.0
-    #: What the worker had done in all when this one was claimed.
+    #: Total work of the scheduler when this job was added.
     claimed_at: int = 0
     flags: Sequence[bool] | None = None
 
     @property
     def steps_done(self) -> bool:
-        """Whether every step was taken."""
+        """Whether all steps are done."""
         return self.task.step >= self.task.num_steps
 
     @property
     def is_decoded(self) -> bool:
-        """Whether its pictures are decoded and judged."""
+        """Whether all images are decoded and checked."""
         return self.flags is not None
 
     def decode_next(self) -> None:
-        """Decode the next picture; after the last one, judge them all. Raises GenerationFailed."""
+        """Decode the next image; after the last one, check them all. Raises GenerationFailed."""
         started = time.perf_counter()
         if not self.task.is_decoded:
             self.engine.decode(self.task)
         self.seconds += time.perf_counter() - started
         if self.task.is_decoded:
-            self.flags = self._judged() if self.needs_safety_check else [False] * len(self.task.images)
+            self.flags = self._check_safety() if self.needs_safety_check else [False] * len(self.task.images)
 
-    def _judged(self) -> Sequence[bool]:
+    def _check_safety(self) -> Sequence[bool]:
         flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.images)]
         if len(flags) != len(self.task.images):
-            raise GenerationFailed("The safety checker did not answer for every picture, so none is shown.")
+            raise GenerationFailed("The safety checker did not answer for every image, so none is returned.")
         return flags
 
     @property
     def result(self) -> GeneratedImages:
-        """What it came to, once developed."""
+        """The generated images, once they are decoded and checked."""
         assert self.flags is not None
         task = self.task
         return GeneratedImages(task.images, self.flags, self.seconds, task.acceleration, task.dtype)
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:
-    """What the client is told of an error; the operator's log has the rest."""
+    """Return the outcome that the client sees for an error; details go to the operator's log."""
     if isinstance(error, ServerError):
         return Outcome.from_error(error)
     if isinstance(error, IncompatibleInput):
         entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
         return Outcome.from_error(InvalidInput([entry]))
     if isinstance(error, GenerationFailed):
-        log.warning("failed: %s", error, extra={"request_id": job.request_id})
+        log.warning("the request failed: %s", error, extra={"request_id": job.request_id})
         return Outcome.from_error(InternalError(str(error)))
-    log.error("failed", exc_info=error, extra={"request_id": job.request_id})
+    log.error("the request failed", exc_info=error, extra={"request_id": job.request_id})
     return Outcome.from_error(InternalError())

@@ -1,4 +1,4 @@
-"""Ends the process when a step does not end: a device that hangs answers no signal, only a new process helps."""
+"""A watchdog that ends the process when a step hangs: a hung device answers no signal; only a new process helps."""
 
 import faulthandler
 import logging
@@ -12,14 +12,14 @@ from server.queue.jobs import Job
 
 log = logging.getLogger(__name__)
 
-#: The process's exit code then, which a supervisor answers by starting it again.
+#: The exit code after a hung step; a supervisor restarts the process.
 EXIT_STUCK = 3
 
 
 class Watchdog:
-    """Looks at what each thread is at.
+    """A deadline on what each thread is working on.
 
-    `on_timeout` is told the jobs of one that is past the deadline, `on_change` each time what all of them are at.
+    `on_timeout` gets the jobs of a thread past the deadline. `on_change` gets the jobs of all threads at each change.
     """
 
     def __init__(
@@ -34,43 +34,43 @@ class Watchdog:
         self._on_change = on_change
         self._clock = clock
         self._watched: dict[int, tuple[float, Sequence[Job]]] = {}
-        # Over a change and the note of it, so that the newest note is the last one.
+        # Held while a change is made and reported, so that reports arrive in order.
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Look every second."""
+        """Start checking every second."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._is_stopped.set()
 
     @contextmanager
     def watch(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """While the block lasts, this thread works at these jobs."""
+        """Register this thread as working on these jobs during the block."""
         me = threading.get_ident()
-        around = self._watched.get(me)
+        outer = self._watched.get(me)
         try:
             self._put(me, (self._clock(), jobs))
             yield
         finally:
-            self._put(me, around)
+            self._put(me, outer)
 
     def check(self) -> None:
-        """Tell of a thread that is late."""
+        """Report each thread that is past the deadline."""
         now = self._clock()
         for started, jobs in list(self._watched.values()):
             if now - started > self._deadline:
                 self._on_timeout(jobs)
 
-    def _put(self, thread: int, what: tuple[float, Sequence[Job]] | None) -> None:
+    def _put(self, thread: int, entry: tuple[float, Sequence[Job]] | None) -> None:
         with self._lock:
-            if what is None:
+            if entry is None:
                 del self._watched[thread]
             else:
-                self._watched[thread] = what
+                self._watched[thread] = entry
             if self._on_change:
                 self._on_change({thread: jobs for thread, (_, jobs) in self._watched.items()})
 
@@ -80,7 +80,7 @@ class Watchdog:
 
 
 def abort_process(deadline: float, jobs: Sequence[Job]) -> None:
-    """Say what hangs, and exit at once: nothing here can stop a thread inside a driver."""
+    """Log what hangs and exit at once: no code can stop a thread inside a driver."""
     names = ", ".join(job.request_id for job in jobs)
     log.critical("a step of %s took longer than --step-deadline (%g s); the process ends", names, deadline)
     faulthandler.dump_traceback()

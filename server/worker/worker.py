@@ -1,4 +1,4 @@
-"""Claim, then advance one task by one step at a time: one thread that owns the models."""
+"""The worker loop: one thread owns the models, claims jobs, and advances one task by one step at a time."""
 
 import base64
 import io
@@ -31,14 +31,14 @@ from server.worker.watchdog import Watchdog, abort_process
 
 log = logging.getLogger(__name__)
 
-#: How many previews a picture's client gets at most.
+#: Maximum previews per image.
 PREVIEWS = 10
-#: Seconds beyond the grace until a stop goes on without the worker: the finisher's, and some to give back what is left.
-_END = SHUTDOWN_MARGIN + 0.5
+#: Seconds beyond the grace period until `stop` returns anyway: the postprocessor's margin, and time to release jobs.
+_STOP_MARGIN = SHUTDOWN_MARGIN + 0.5
 
 
 class Worker:
-    """Paints what the queue holds. `turn` does one piece of work, so tests need no thread."""
+    """The worker of one GPU. `run_once` does one round of work, so tests need no thread."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Worker:
         metrics: Metrics | None = None,
         crash_recorder: CrashRecorder | None = None,
     ) -> None:
-        """`resolve_input` says where a file lies that a request brought along."""
+        """Set up the worker. `input_path` returns the path of a request's input file by its name."""
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
@@ -73,41 +73,41 @@ class Worker:
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = LoadProgress()
-        #: Why the thread ended, if it ended by itself.
+        #: Why the worker stopped, unless `stop` was called.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Begin to load the models, then to paint."""
+        """Start the thread, which loads the models and then runs jobs."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Claim nothing more; finish what runs within the grace, give the rest back; then return."""
+        """Stop claiming, finish running jobs within the grace period, release the rest, then return."""
         was_ready, self.is_ready = self.is_ready, False
         self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
         self._notifier.work_available.set()
-        # Loading cannot be interrupted and has nothing to lose; nor has a step that does not end: the next start gives
-        # its job back.
+        # Loading cannot be interrupted, and interrupting it loses nothing. The job of a step that does not end is
+        # requeued at the next start.
         if was_ready:
-            self._thread.join(self._settings.shutdown_grace + _END)
+            self._thread.join(self._settings.shutdown_grace + _STOP_MARGIN)
 
     def setup(self) -> None:
-        """Load what there is room for. Raises what the first bad one raises."""
+        """Load the engines that fit. Raises the first error of a load."""
         self._engines.setup()
         self.is_ready = True
 
     def gpus(self) -> Sequence[GpuStatus]:
-        """What an operator is told of the one GPU that this worker has; called from any thread."""
+        """Return the status of this worker's GPU; called from any thread."""
         num_running = len(self._running) + len(self._pending.jobs) + len(self._postprocessor)
         return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.about())]
 
     def run_once(self) -> bool:
-        """Everything that the threads do, once, on this one; False when there was nothing to do. Raises DiskFull."""
+        """Do one round of all threads' work on this thread; return False when idle. Raises DiskFull."""
         has_stepped = self.step_once()
         return self._postprocessor.run_once() or has_stepped
 
     def step_once(self) -> bool:
-        """Claim what there is room for, then take one step of one task; False when there was nothing to do."""
+        """Claim jobs up to the limit, then take one step of one task; return False when idle."""
         self._start_jobs()
         if not self._running:
             return False
@@ -123,10 +123,10 @@ class Worker:
             self._postprocessor.add(running.job, end)
         return True
 
-    # -- task
+    # -- steps
 
     def _start_jobs(self) -> None:
-        """Claim what there is room for, and begin what can be begun."""
+        """Claim jobs up to the limit, and start those whose weights are in memory."""
         if self._stop_at is None:
             self._pending.claim(self._running, len(self._postprocessor))
         in_use = {running.engine for running in self._running} | self._postprocessor.engines
@@ -138,7 +138,7 @@ class Worker:
                 self._postprocessor.add(job, started)
 
     def _advance(self, running: RunningJob) -> RunningJob | Outcome | None:
-        """What is next for this one; its end, when that is known or left to the finisher."""
+        """Advance a job; once the worker is done with the job, return what the postprocessor needs to finish it."""
         if running.job.is_cancelled:
             return Outcome.from_error(ClientCancelled())
         if not running.steps_done:
@@ -152,7 +152,7 @@ class Worker:
         return running if running.is_decoded or is_left else None
 
     def _batch_candidates(self, running: RunningJob) -> list[RunningJob]:
-        """Who may share its forward. Those with a strike go alone, so that only who is at fault gets another."""
+        """Return jobs that may share the forward. Jobs with crashes run alone, so that only the culprit is charged."""
         return [
             other
             for other in self._scheduler.in_turn(self._running)
@@ -163,7 +163,7 @@ class Worker:
 
     @contextmanager
     def _watched(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """A block that does not end, or that loses the device, is a strike against these."""
+        """Charge a crash to these jobs if the block hangs or loses the device."""
         try:
             with self._watchdog.watch(jobs):
                 yield
@@ -172,25 +172,25 @@ class Worker:
             raise
 
     def _step(self, running: RunningJob, candidates: Sequence[RunningJob]) -> None:
-        """One step, of this one and of those that share its forward."""
+        """Take one step of a job, and of the candidates that share its forward."""
         before = {id(member.task): member.task.work for member in (running, *candidates)}
         started = time.perf_counter()
         advanced = running.engine.advance(running.task, [other.task for other in candidates])
-        taken = time.perf_counter() - started
-        self._metrics.observe_step(running.task.size, running.task.acceleration, taken)
+        seconds = time.perf_counter() - started
+        self._metrics.observe_step(running.task.size, running.task.acceleration, seconds)
         stepped = {id(task) for task in advanced}
         for member in (running, *candidates):
             if id(member.task) in stepped:
-                member.seconds += taken
+                member.seconds += seconds
                 self._scheduler.charge(member, member.task.work - before[id(member.task)])
                 self._report_progress(member)
 
     def _report_progress(self, running: RunningJob) -> None:
-        """Progress for who listens; with a preview now and then for those that stream."""
+        """Report progress; every few steps with a preview, if the client wants previews."""
         job, task = running.job, running.task
         every = math.ceil(task.num_steps / PREVIEWS)
         is_wanted = job.mode == Mode.STREAM or job.wants_previews
-        # The checker sees pictures, not previews: where it is enforced, none leaves.
+        # The safety checker sees only finished images, so no previews are sent where the checker is enforced.
         is_allowed = not self._settings.enforce_safety_checker
         if is_wanted and is_allowed and task.step % every == 0 and not running.steps_done:
             job.preview = _preview(running)
@@ -208,7 +208,7 @@ class Worker:
             while self._is_wanted():
                 if not self._try_step():
                     self._notifier.work_available.wait(self._grace_left())
-                # Before the next look at anything: what rings after it is heard by the next wait.
+                # Clear before checking again, so that a later `set` ends the next wait.
                 self._notifier.work_available.clear()
             for job in (*(running.job for running in self._running), *self._pending.jobs):
                 self._queue.release(job)
@@ -231,24 +231,24 @@ class Worker:
         return bool(self._running or self._postprocessor) and time.monotonic() < self._stop_at
 
     def _grace_left(self) -> float | None:
-        """Seconds; None while nobody has asked to stop."""
+        """Return the seconds left of the grace period; None unless the worker is stopping."""
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
 
     def _report_loading(self, endpoint: str, loading: LoadProgress) -> None:
-        """Tell the log, /health/ready, and those who wait for it."""
+        """Report loading progress to the log, /health/ready, and the waiting jobs."""
         self.loading = loading
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
         done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
-        message = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} are here"
+        message = f"loading {loading.component}, {done:.1f} of {total:.1f} {name} loaded"
         log.info("%s: %s", endpoint, message, extra={"loading": loading})
         for job in self._pending.jobs:
             self._queue.log(job, f"{endpoint}: {message}")
 
     def fail(self, error: BaseException) -> None:
-        """The server cannot go on, for this reason. Called from any thread, and the first reason counts."""
+        """Stop the worker because of `error`; only the first error counts. Called from any thread."""
         if self.failure is not None:
             return
-        # What an operator can mend is said in a line; for the rest the trace is wanted.
+        # One line is enough for errors that the operator can fix; others need the stack trace.
         log.error(
             "the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | CorruptDatabase) else error
         )
@@ -260,17 +260,17 @@ class Worker:
         try:
             self._queue.record_crash(jobs)
         finally:
-            # Also when the disk is full.
+            # The process must end even if the disk is full.
             abort_process(self._settings.step_deadline, jobs)
 
 
 def _preview(running: RunningJob) -> str | None:
-    """A small JPEG as a data URI; without one the picture itself is none the worse."""
+    """Return a small JPEG as a data URI, or None; a failed preview does not fail the request."""
     try:
         image = running.engine.preview(running.task)
     except Exception:
-        about = {"request_id": running.job.request_id}
-        log.exception("there is no preview of step %d", running.task.step, extra=about)
+        extra = {"request_id": running.job.request_id}
+        log.exception("the preview of step %d failed; the request continues", running.task.step, extra=extra)
         return None
     if image is None:
         return None

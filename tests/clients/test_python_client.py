@@ -98,7 +98,7 @@ def test_cancel(narrow: Server, gate: Gate, kind: str) -> None:
         assert got[name]["status"]["type"] == "Completed"
         assert got[name]["status"]["error_type"] == "client_cancelled"
     assert got["again"]["status_code"] == 400
-    assert "completed already" in got["again"]["message"]
+    assert "already completed" in got["again"]["message"]
 
 
 @BOTH

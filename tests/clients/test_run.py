@@ -65,7 +65,7 @@ def test_a_program_that_would_reach_fal_without_a_door_is_not_started(server: Se
     options = ["--tls-port", server.tls_host.rpartition(":")[2]]
     done = ran(server, command, options=options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "run needs --proxy-port for all programs but Node's" in done.stderr
+    assert "run needs the server's --proxy-port for all programs except Node" in done.stderr
 
 
 def test_a_server_that_a_program_starts_takes_its_settings(door: Server) -> None:

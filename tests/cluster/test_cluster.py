@@ -115,7 +115,7 @@ def test_a_job_that_kills_three_runners_fails_alone(three: Any, tmp_path: Path) 
     with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
         deadly = path(client.post("/queue/test/fatal", json=body(1, prompt="SIGSEGV")))
         error = completed(client, deadly)["error"]
-        assert error == "The server had to end 3 times while it worked at this request."
+        assert error == "The server crashed 3 times while it ran this request."
         assert digest(client, path(client.post(SLOW, json=body(3))))
         assert max(gpu["num_restarts"] for gpu in gpus(client)) >= 1
 
@@ -123,7 +123,7 @@ def test_a_job_that_kills_three_runners_fails_alone(three: Any, tmp_path: Path) 
 def test_a_step_that_hangs_is_a_strike_too(three: Any, tmp_path: Path, gate: Gate) -> None:
     with serving_on(three, tmp_path, step_deadline="2") as server, client_of(server.ready()) as client:
         stuck = path(client.post("/queue/test/gate", json=body(1, prompt=str(gate.path))))
-        assert completed(client, stuck)["error"].startswith("The server had to end 3 times")
+        assert completed(client, stuck)["error"].startswith("The server crashed 3 times")
 
 
 def test_the_head_is_killed_and_started_again(three: Any, tmp_path: Path, gate: Gate) -> None:

@@ -169,6 +169,6 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(
     with opened(tmp_path / "data") as parts:
         assert parts.rows("SELECT status, count(*) FROM jobs GROUP BY 1") == [(200, number + 1)]
         # The first autoscaler may start a machine beyond its limit, which it takes back whatever runs there.
-        is_taken = not is_second and "its runner is gone" in server.output
+        is_taken = not is_second and "lost its runner" in server.output
         assert is_taken or parts.rows("SELECT max(attempt) FROM jobs") == [(1,)]
         assert len(parts.on_disk()) == number + 1

@@ -38,7 +38,7 @@ def said(server: Server, *headers: bytes) -> bytes:
 def test_what_decides_who_may_come_in_is_said_once(narrow: Server, name: str, headers: list[bytes]) -> None:
     head, _, body = said(narrow, *headers).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
-    assert from_json(body)["detail"] == f"The {name} header came 2 times; send it once"
+    assert from_json(body)["detail"] == f"The {name} header was sent 2 times; send it once"
 
 
 @pytest.mark.parametrize(

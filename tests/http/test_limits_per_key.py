@@ -36,7 +36,7 @@ def owners_claimed(parts: Parts) -> list[str]:
 def test_one_key_fills_no_more_of_the_queue_than_its_share(parts: Parts) -> None:
     for _ in range(2):
         submitted(parts, "me")
-    with pytest.raises(TooManyRequests, match="2 requests of this key wait") as refused:
+    with pytest.raises(TooManyRequests, match="already has 2 waiting requests") as refused:
         submitted(parts, "me")
     assert refused.value.headers["retry-after"] == "5"
     submitted(parts, "you")

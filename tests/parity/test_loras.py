@@ -207,13 +207,13 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
         "alpha is not a single number": spoiled(
             files[0], tmp_path / "e.safetensors", **{f"{layer}.alpha": torch.ones(3)}
         ),
-        "which are no pair": spoiled(
+        "which do not form a pair": spoiled(
             files[0], tmp_path / "f.safetensors", **{f"{layer}.lora_A.weight": torch.ones(RANK + 1, 32)}
         ),
         "has one matrix where a LoRA has two": spoiled(
             files[0], tmp_path / "g.safetensors", **{"transformer.proj_out.lora_B.weight": torch.ones(16, RANK)}
         ),
-        "default.weight is not of a LoRA": spoiled(
+        "default.weight is not one of a LoRA": spoiled(
             files[0], tmp_path / "h.safetensors", **{f"{layer}.lora_A.default.weight": torch.ones(RANK, 32)}
         ),
         "no linear layer transformer_blocks.0.attn.norm_q": spoiled(
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[
             **{f"{layer.replace('to_q', 'norm_q')}.lora_A.weight": torch.ones(RANK, 16)},
         ),
         "features": spoiled(files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}),
-        "not of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
+        "not one of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
         "base weights": spoiled(files[0], tmp_path / "c.safetensors", **hidden),
         "": write(tmp_path / "d.safetensors", 1, width=48),
     }

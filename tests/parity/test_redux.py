@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_served_where_its_weights_are(folder: Path) -> None:
     assert assign_weights(["demo"], MODELS) == {DEV: DEMO}
     assert assign_weights([f"{REDUX}={folder}"], MODELS) == {REDUX: folder}
-    with pytest.raises(ValueError, match=r"fal-ai/flux/dev/redux needs the folder redux in .*, with black-forest-labs"):
+    with pytest.raises(ValueError, match=r"/redux also needs the directory redux in .*, with black-forest-labs"):
         assign_weights([f"{REDUX}=demo"], MODELS)
 
 
@@ -138,7 +138,7 @@ def test_without_its_weights_a_request_is_told_what_lacks(client: httpx.Client) 
 
 def test_weights_of_the_hub_find_it_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert assign_weights([HUB], MODELS) == {DEV: HUB}
-    with pytest.raises(ValueError, match=f"needs {REDUX_HUB}; `flux-server pull {REDUX_HUB}` brings it"):
+    with pytest.raises(ValueError, match=f"also needs {REDUX_HUB}; run `flux-server pull {REDUX_HUB}`"):
         assign_weights([f"{REDUX}={HUB}"], MODELS)
     monkeypatch.setattr(hub, "cached_path", {REDUX_HUB: folder / "redux"}.get)
     assert assign_weights([HUB], MODELS) == {DEV: HUB, REDUX: HUB}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.settings import PREFIX, Settings
+from tests.support import settings_page
 from tests.support.server_process import ROOT
 
 SOURCES = sorted(
@@ -129,21 +130,10 @@ def test_nothing_is_left_to_do(path: Path) -> None:
     assert not re.search(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b", path.read_text(encoding="utf-8"))
 
 
-ROWS = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if f"`{PREFIX}" in line]
-
-
-@pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_is_in_the_readme(name: str) -> None:
-    rows = [row for row in ROWS if row.startswith("|") and f"`{PREFIX}{name.upper()}`" in row]
-    assert len(rows) == 1
-    flag = name.replace("_", "-")
-    options = ("`WEIGHTS…`",) if name == "weights" else (f"`--{flag}`", f"`--[no-]{flag}`")
-    assert any(option in rows[0].split("|")[1] for option in options)
-
-
-def test_the_readme_has_no_setting_that_is_gone() -> None:
-    told = {found.lower() for row in ROWS for found in re.findall(rf"`{PREFIX}([A-Z_]+)`", row)}
-    assert told == set(Settings.model_fields)
+def test_the_page_of_settings_shows_them_as_they_are() -> None:
+    # `python -m tests.support.settings_page` writes it.
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
+    assert [name for name in Settings.model_fields if f"`{PREFIX}{name.upper()}`" not in settings_page.page()] == []
 
 
 #: Words of an earlier vocabulary, which tell a newcomer nothing.

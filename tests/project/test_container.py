@@ -272,8 +272,9 @@ def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
     assert claimed == {claim["metadata"]["name"] for claim in claims}
 
 
-def test_the_page_on_deploying_names_what_there_is() -> None:
-    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["docker.md", "deploy.md"])
+def test_the_pages_on_deploying_name_what_there_is(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     variables = set(re.findall(r"\b(?:FLUX|TORCH|HF|FAL)_[A-Z_]*[A-Z]\b", page))
     told = {name for name in variables if not name.startswith(PREFIX)}
     # Of libraries and of clients.

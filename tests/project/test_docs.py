@@ -15,6 +15,7 @@ DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT
 #: Of other programs that the documents name.
 FOREIGN = {
     *(
+        "--help",
         "--detach",
         "--clients",
         "--seconds",
@@ -71,3 +72,10 @@ def test_metrics_exist() -> None:
     for document in DOCUMENTS:
         for name in re.findall(r"flux_server_(\w+)", document.read_text(encoding="utf-8")):
             assert f"flux_server_{name.removesuffix('_total')}" in text or f'"{name}"' in gauges, name
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) <= 700
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#\s]+)\)", readme))

@@ -55,13 +55,13 @@ def died(data_dir: Path, name: str, number: int) -> str:
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
 def test_a_job_that_kills_its_process_three_times_fails_alone(tmp_path: Path, name: str) -> None:
-    assert "the last process died of a fault of its own while it worked at" in died(tmp_path, name, 3)
+    assert "the last process crashed while it was running" in died(tmp_path, name, 3)
     with (
         serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         error = completed(client, submit(client, name))["error"]
-        assert error == "The server had to end 3 times while it worked at this request."
+        assert error == "The server crashed 3 times while it ran this request."
         assert completed(client, submit(client, "x")).get("error") is None
 
 

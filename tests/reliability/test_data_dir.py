@@ -23,7 +23,7 @@ def test_a_folder_of_somebody_elses_is_refused_and_left_as_it_is(tmp_path: Path,
     precious.parent.mkdir(parents=True)
     precious.write_text("precious")
     with serving(tmp_path, TEST_MODELS) as server:
-        server.wait_for(rf"could not start:\n{tmp_path} has {name}/ but no queue\.sqlite3: it is not a data folder")
+        server.wait_for(rf"could not start:\n{tmp_path} has {name}/ but no queue\.sqlite3: it is not a data directory")
         assert server.process.wait(60) == 1
     done = flux_server(tmp_path, "keys", "add", "shop")
     assert (done.returncode, done.stdout) == (1, "")

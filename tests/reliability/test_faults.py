@@ -13,7 +13,7 @@ from tests.reliability.test_kill import client_of, digests, rows, submit
 from tests.support.server_process import ROOT, Server, completed, serving
 
 FATES = "SELECT status, attempt, strikes FROM jobs ORDER BY sequence"
-NOT_A_NUMBER = "The picture came out as not-a-number, so none is shown."
+NOT_A_NUMBER = "The image came out as not-a-number, so none is returned."
 
 
 def body(prompt: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_what_is_mended_is_not_seen(client: httpx.Client, seen: Path, fault: str
 
 
 def test_out_of_memory(error_of: Callable[[str], str | None]) -> None:
-    assert (error_of("out of memory") or "").startswith("Out of memory: a picture of 128x128 did not fit")
+    assert (error_of("out of memory") or "").startswith("Out of memory: an image of 128x128 did not fit")
 
 
 @pytest.mark.parametrize("fault", ["raises", "exhausts"])
@@ -117,7 +117,7 @@ def test_not_a_number_twice_in_a_row_ends_the_process(tmp_path: Path) -> None:
     with faulty(tmp_path) as first, client_of(first) as client:
         paths = [submit(client, body("nan"), "test/faulty") for _ in range(2)]
         assert ended(first) == 1
-        assert "two pictures in a row came out as not-a-number" in first.output
+        assert "two images in a row came out as not-a-number" in first.output
     with faulty(tmp_path) as second, client_of(second) as client:
         assert [completed(client, path).get("error") for path in paths] == [NOT_A_NUMBER] * 2
         assert second.stop() == 0
@@ -133,7 +133,7 @@ def test_three_times_and_it_fails_alone(tmp_path: Path) -> None:
             assert ended(server) == 1
     with faulty(tmp_path) as server, client_of(server) as client:
         error = completed(client, path).get("error")
-        assert error == "The server had to end 3 times while it worked at this request."
+        assert error == "The server crashed 3 times while it ran this request."
         assert completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
         assert server.stop() == 0
 

@@ -101,7 +101,7 @@ def test_a_kill_in_the_middle_of_a_backup(tmp_path: Path, monkeypatch: pytest.Mo
         file = httpx.URL(client.post("/files/upload", content=WHOLE).json()["access_url"]).path
         done = flux_server(data, "backup", str(copy))
         assert (done.returncode, done.stdout) == (1, "")
-        assert "ended before it answered" in done.stderr
+        assert "ended before it responded" in done.stderr
         assert server.process.wait(60) == -9
     assert not copy.exists()
     with started(data, "test/crash=demo", **FAULTS) as (server, client):

@@ -129,7 +129,9 @@ logs.set_up("info", "text")
 logging.getLogger("server.worker.worker").info("half of it is here", extra={"loading": LoadProgress("vae", 1, 2)})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[info\] half of it is here \[server\.worker\.worker\]\n", done.stderr)
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[info\] half of it is here \[server\.worker\.worker\]\n", done.stderr
+    )
 
 
 def test_a_failure_tells_no_variables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Bounds the bodies of requests."""
+"""Middleware that limits the size of request bodies."""
 
 import re
 
@@ -6,14 +6,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge
 
-#: Requests that carry a file and bound it themselves.
+#: Uploads, which have their own limit.
 _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 
 
 class BodyLimitMiddleware:
-    """Receives no more than `max_bytes` of a body. Raises BodyTooLarge.
+    """Middleware that receives at most `max_bytes` of a body. Raises BodyTooLarge.
 
-    FastAPI's own limit stands outside CORS and answers in plain text.
+    FastAPI's built-in limit runs outside CORS and responds in plain text.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -21,7 +21,7 @@ class BodyLimitMiddleware:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse what is announced as too large, pass on, and refuse what turns out to be."""
+        """Refuse a body whose Content-Length exceeds the limit, or that exceeds it while being received."""
         is_bounded = scope["type"] in ("http", "websocket") and not _UPLOADS.fullmatch(
             f"{scope.get('method')} {scope['path']}"
         )

@@ -1,4 +1,4 @@
-"""Turns exceptions into responses in fal's shape: the server's own errors, the framework's, and everything else."""
+"""Exceptions as responses in fal's shape: the server's errors, the framework's, and all others."""
 
 import logging
 
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class ErrorMiddleware:
-    """Answers what is raised before a route is found, and what no exception handler takes."""
+    """Middleware that handles errors raised outside of routes, and errors without an exception handler."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and answer what fails."""
+        """Call the application, and send an error response if it fails."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -38,10 +38,10 @@ class ErrorMiddleware:
         except ServerError as error:
             await responses.error_response(error)(scope, receive, send)
         except ClientDisconnect:
-            # The client left in the middle of its body, so no one is there to answer.
+            # The client disconnected while it sent the body, so a response would reach no one.
             return
         except AbortStream:
-            # The response stays without its end, which every client takes for the error that it is.
+            # The response has no last chunk, which every client treats as an error.
             return
         except Exception:
             log.exception("%s %s failed", scope.get("method"), scope["path"])
@@ -51,7 +51,7 @@ class ErrorMiddleware:
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Answer what routes raise in fal's shape."""
+    """Add handlers that turn errors from routes into responses in fal's shape."""
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(CorruptDatabase, _damaged)
@@ -63,15 +63,15 @@ async def _server_error(request: Request, error: Exception) -> Response:
 
 
 async def _damaged(request: Request, error: Exception) -> Response:
-    """Why is in the log, once; the server ends."""
+    """Respond with a generic error. The database has logged the reason, and the server ends."""
     return responses.error_response(InternalError())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors, in fal's words."""
+    """Turn Starlette's errors into fal's."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    # The routes that take any endpoint make every unknown path look like a known one with the wrong verb.
+    # Some routes match any endpoint, so Starlette reports 405 instead of 404 for an unknown path.
     is_known = "/requests/" in path or _endpoint(path) in request.app.state.services.models
     if error.status_code == 404 or (error.status_code == 405 and not is_known):
         url = request.state.fal_url

@@ -1,4 +1,4 @@
-"""Refuses requests that must not be read at all: malformed headers, foreign hosts, and pages of foreign origins."""
+"""Middleware that refuses malformed headers, foreign hosts, and web pages of foreign origins."""
 
 import ipaddress
 import re
@@ -12,10 +12,10 @@ from server.errors import BadRequest, Forbidden, MisdirectedRequest, NotFound, S
 from server.net.fal_hosts import is_fal
 from server.settings import Settings
 
-#: What decides who may come in. Of two of a kind, one part of the server would read the first and another the last; the
-#: parser itself refuses a second Content-Length.
+#: Headers that decide about access and must not be repeated: one part of the server would read the first value, and
+#: another the last. The HTTP parser itself refuses a second Content-Length.
 _ONCE = (b"host", b"origin", b"authorization")
-#: The longest Host that is accepted, in characters: it becomes part of the URLs in responses, which are kept.
+#: Maximum length of Host, in characters: the host becomes part of stored URLs.
 MAX_HOST = 255
 HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -23,9 +23,9 @@ LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1
 
 
 class HostCheckMiddleware:
-    """Refuses foreign hosts and pages when there is no key.
+    """Middleware that refuses foreign hosts and web pages when the server has no keys.
 
-    Without keys, a foreign web page or a rebound DNS name could otherwise use the GPU or read the history.
+    Otherwise a foreign web page or a rebound DNS name could use the GPU or read the history.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, is_open: bool) -> None:
@@ -34,7 +34,7 @@ class HostCheckMiddleware:
         self._is_open = is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Refuse the request, or call the application."""
         if scope["type"] in ("http", "websocket"):
             try:
                 self._check(scope)
@@ -47,24 +47,24 @@ class HostCheckMiddleware:
         headers, numbers = dict(scope["headers"]), Counter(name for name, _ in scope["headers"])
         for name in _ONCE:
             if numbers[name] > 1:
-                raise BadRequest(f"The {name.decode().title()} header came {numbers[name]} times; send it once")
+                raise BadRequest(f"The {name.decode().title()} header was sent {numbers[name]} times; send it once")
         host = headers.get(b"host", b"").decode("latin-1")
         if len(host) > MAX_HOST:
             raise BadRequest(f"The Host header has {len(host)} characters; it should have at most {MAX_HOST}")
         if not HOST.fullmatch(host):
             raise BadRequest("The Host header is missing or malformed")
-        # Routes are found by regular expressions, whose end is also before a line feed.
+        # Routes are regular expressions, whose `$` also matches before a line feed.
         if _CONTROL.search(scope["path"]):
-            raise NotFound(f"Path {scope['path']!r} not found: it has a control character")
+            raise NotFound(f"Path {scope['path']!r} not found: it contains a control character")
         if not self._is_open:
             return
         if not self._is_allowed_host(hostname_of(host)):
-            raise MisdirectedRequest(f"{host} is not a name of this server; --public-url can make it one")
+            raise MisdirectedRequest(f"{host} is not a name of this server; set --public-url to allow it")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        # A picture may be shown by any page that was told its name.
-        shows = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")
-        if origin and not shows and not self._is_allowed_origin(origin):
-            raise Forbidden(f"Web pages of {origin} may not use this server; --cors-origin can permit it")
+        # Any web page that knows the name of an image may show it.
+        is_file = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")
+        if origin and not is_file and not self._is_allowed_origin(origin):
+            raise Forbidden(f"Web pages of {origin} may not use this server; set --cors-origin to allow them")
 
     def _is_allowed_host(self, hostname: str) -> bool:
         if is_fal(hostname) or hostname == "localhost" or hostname.endswith(".localhost"):
@@ -81,7 +81,7 @@ class HostCheckMiddleware:
 
 
 def allowed_origins(settings: Settings) -> tuple[str, ...]:
-    """Web origins that may call, beside loopback, when there is no key: scheme and host, never a path."""
+    """List the web origins, besides loopback, that may call a server without keys: scheme and host, without a path."""
     if not settings.public_url:
         return settings.cors_origin
     parts = urlsplit(settings.public_url)
@@ -89,7 +89,7 @@ def allowed_origins(settings: Settings) -> tuple[str, ...]:
 
 
 def hostname_of(host: str) -> str:
-    """The name in a Host header, without the port, in small letters."""
+    """Return the name in a Host header, without the port, in lower case."""
     if host.startswith("["):
         return host[1 : host.index("]")].lower()
     return host.partition(":")[0].lower()

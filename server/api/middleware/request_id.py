@@ -1,4 +1,4 @@
-"""Gives every response a request id, and puts the id into every log line written meanwhile."""
+"""Middleware that adds a request id to every response and to the log lines of its request."""
 
 import uuid
 
@@ -9,13 +9,13 @@ HEADER = "x-fal-request-id"
 
 
 class RequestIdMiddleware:
-    """Adds the header that @fal-ai/client reads `requestId` from, unless the response has one: a job's own id."""
+    """Middleware that adds the header that @fal-ai/client reads `requestId` from, unless a route set a job's id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and add the header when the response begins."""
+        """Call the application, and add the header when the response starts."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

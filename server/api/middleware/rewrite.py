@@ -1,7 +1,7 @@
-"""How a client reached us: which role it wants, under which path, and the base of URLs in our answers.
+"""Middleware that normalizes paths and determines the base of URLs in responses.
 
-fal has one path for a synchronous run and a queued submit and tells them apart by host. Here both share one
-origin, so each request is brought to one form before it is routed: queue paths begin with /queue/.
+fal uses one path for a synchronous run and a queued submit, and distinguishes them by host. Here both share one
+origin, so the middleware normalizes each path before routing: paths of the queue start with /queue/.
 """
 
 import ipaddress
@@ -15,22 +15,22 @@ from server.errors import BadRequest, not_offered
 from server.net.fal_hosts import DOMAINS, Role, is_fal, role_of
 from server.settings import Settings
 
-#: The longest X-Forwarded-Prefix that is believed, in characters, likewise.
+#: Maximum length of X-Forwarded-Prefix, in characters: the prefix becomes part of stored URLs.
 MAX_PREFIX = 255
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
-#: Paths that belong to no role, whatever the host is called.
+#: Paths of this server that do not depend on the roles of fal's hosts.
 _OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/platform/")
-#: The operator's and the playground's, which are no part of fal's API.
+#: Pages for the operator and the playground, which are not part of fal's API.
 _PAGES = ("/status", "/metrics", "/playground", "/static/", "/platform/")
-#: Where fal's platform API is, whose paths are others under every other name: OpenAI's are /v1/models too.
+#: Prefix of fal's platform API. Without it, /v1/models would collide with OpenAI's path.
 PLATFORM = "/platform"
-#: What there is under the website's name.
+#: Paths offered under the host name of fal's website.
 _SITE_PATHS = ("/api/openapi/", "/models/")
 
 
 class RewriteMiddleware:
-    """Brings each request to its one form."""
+    """Middleware that rewrites each request's path to its normalized form."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -38,19 +38,19 @@ class RewriteMiddleware:
         self._trusted = [ipaddress.ip_network(network, strict=False) for network in settings.trusted_proxies]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Change the scope in place, as uvicorn's ProxyHeadersMiddleware does, and pass on."""
+        """Change the scope in place, as uvicorn's ProxyHeadersMiddleware does, and call the application."""
         if scope["type"] in ("http", "websocket"):
             self._rewrite(scope, dict(scope["headers"]))
         await self.app(scope, receive, send)
 
     def _rewrite(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Bring the path into its one form, and put `base_url` and `fal_url` into the state. Raises BadRequest."""
+        """Normalize the path, and store `base_url` and `fal_url` in the state. Raises BadRequest and NotFound."""
         scheme, host, prefix = self._origin(scope, headers)
         path, query, is_queue = scope["path"], scope["query_string"], False
-        hostname, asked = hostname_of(host), path
+        hostname, original_path = hostname_of(host), path
         if path.rstrip("/") == PROXY_PATH and scope.get("method") != "OPTIONS":
-            asked, query, hostname = _proxy_target(headers)
-            path = _fal_path(hostname, asked, is_told=True)
+            original_path, query, hostname = _proxy_target(headers)
+            path = _fal_path(hostname, original_path, is_proxied=True)
             is_queue = role_of(hostname) == Role.QUEUE
         elif is_fal(hostname):
             path = _fal_path(hostname, path)
@@ -60,17 +60,17 @@ class RewriteMiddleware:
         elif not path.startswith(_OWN_PATHS):
             is_queue = hostname.startswith("queue.") or b"_subdomain=queue" in query.split(b"&")
         path = path.rstrip("/") or "/"
-        # "/requests/" can only mean the queue, so a client with one base URL for everything is served too.
+        # A path with "/requests/" always belongs to the queue. This serves clients that have only one base URL.
         if (is_queue or "/requests/" in path) and not path.startswith(("/queue/", *_OWN_PATHS)):
             path = f"/queue{path}"
         base_url = self._public_base(scope) if is_fal(hostname_of(host)) else f"{scheme}://{host}{prefix}"
-        fal_url = f"https://{hostname}{asked}" if is_fal(hostname) else ""
-        # A copy, because a server may share one state between connections.
+        fal_url = f"https://{hostname}{original_path}" if is_fal(hostname) else ""
+        # Copy the state, because an ASGI server may share it between connections.
         scope["state"] = {**scope.get("state", {}), "base_url": base_url, "fal_url": fal_url}
         scope["path"], scope["raw_path"], scope["query_string"] = path, path.encode(), query
 
     def _origin(self, scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[str, str, str]:
-        """Scheme, host and prefix that the client used; those of a trusted proxy in front if there is one."""
+        """Return the scheme, host and prefix that the client used, as reported by a trusted proxy if there is one."""
         scheme = str(scope["scheme"]).replace("ws", "http")
         host, prefix = headers[b"host"].decode("latin-1"), ""
         client: tuple[str, int] | None = scope.get("client")
@@ -86,18 +86,18 @@ class RewriteMiddleware:
         return scheme, host, prefix
 
     def _public_base(self, scope: Scope) -> str:
-        """Where files and status are found by a client that calls us by a fal name."""
+        """Return the base of URLs for a client that uses a fal host name."""
         port = scope["server"][1] if scope["scheme"] == "http" else self._settings.port
         return self._settings.public_url or f"http://127.0.0.1:{port}"
 
 
-def _fal_path(hostname: str, path: str, *, is_told: bool = False) -> str:
-    """The path here of one under a name of fal's. Raises NotFound where nothing is offered under it.
+def _fal_path(hostname: str, path: str, *, is_proxied: bool = False) -> str:
+    """Map a path under a fal host name to a path here. Raises NotFound if this server does not offer it.
 
-    `is_told` where the name is not the Host but what a proxied request is meant for: then this server's own paths are
-    meant by nobody.
+    With `is_proxied`, the host name comes from the target URL of a proxied request, so the path cannot be one of this
+    server's own.
     """
-    role, own = role_of(hostname), (*_PAGES, *(_OWN_PATHS if is_told else ()))
+    role, own = role_of(hostname), (*_PAGES, *(_OWN_PATHS if is_proxied else ()))
     if role == Role.PLATFORM:
         return f"{PLATFORM}{path}"
     is_offered = path.startswith(_SITE_PATHS) if role == Role.SITE else not path.startswith(own)
@@ -107,7 +107,7 @@ def _fal_path(hostname: str, path: str, *, is_told: bool = False) -> str:
 
 
 def _proxy_target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
-    """Path, query and host of the proxied URL: read, never fetched."""
+    """Parse path, query and host of the proxied URL, which is never fetched. Raises BadRequest."""
     target = headers.get(_TARGET, b"").decode("latin-1")
     if not target:
         raise BadRequest("The x-fal-target-url header is missing")
@@ -122,6 +122,6 @@ def _proxy_target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
 
 
 def _first(headers: Mapping[bytes, bytes], name: bytes, default: str) -> str:
-    """The first of a list of forwarded values: the one nearest to the client."""
+    """Return the first of a list of forwarded values, which is the one nearest to the client."""
     value = headers.get(name)
     return value.decode("latin-1").split(",")[0].strip() if value else default

@@ -1,1 +1,1 @@
-"""The routes, one file for each surface of the API."""
+"""Routes, one module per API surface."""

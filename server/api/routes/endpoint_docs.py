@@ -1,4 +1,4 @@
-"""Descriptions of the endpoints, where fal's own are found."""
+"""Descriptions of the endpoints, under the same paths as at fal."""
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -13,12 +13,12 @@ router = APIRouter(tags=["catalog"])
 
 @router.get("/api/openapi/queue/openapi.json")
 async def queue_openapi(request: Request, endpoint_id: str = "") -> Response:
-    """The OpenAPI document of one endpoint's queue."""
+    """Return the OpenAPI document of one endpoint's queue."""
     return FalJSONResponse(fal_openapi.queue_openapi(get_model(request, endpoint_id), request.state.base_url))
 
 
 @router.get("/models/{endpoint:path}/llms.txt")
 async def llms_txt(request: Request, endpoint: str) -> Response:
-    """The endpoint described for language models."""
+    """Return a description of the endpoint for language models."""
     text = render_llms_txt(get_model(request, endpoint), request.state.base_url)
     return PlainTextResponse(text, media_type="text/markdown")

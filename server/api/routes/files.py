@@ -1,4 +1,4 @@
-"""Pictures, without a key: the name is the secret."""
+"""Generated images and uploads. No key is needed, because the name of a file is a secret."""
 
 import asyncio
 
@@ -14,10 +14,10 @@ router = APIRouter(prefix="/files", tags=["files"])
 
 
 class _File(FileResponse):
-    """Starlette's own, whose refusals of a Range are plain text, with fal's JSON instead."""
+    """A FileResponse that refuses an invalid Range with fal's JSON instead of Starlette's plain text."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file, or say that this Range of it cannot be sent."""
+        """Send the file, or an error if its Range is invalid."""
         refusal: list[tuple[bytes, bytes]] | None = None
 
         async def sender(message: Message) -> None:
@@ -34,24 +34,24 @@ class _File(FileResponse):
             await response(scope, receive, send)
 
 
-#: What a browser may show as it is; an uploaded page or drawing could carry a script.
+#: Types that a browser may show. An uploaded HTML page or SVG could contain a script.
 _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 
 
 @router.head("/{name}", include_in_schema=False)
 @router.get("/{name}", response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
-    """One picture or upload; understands Range. A private one needs its owner's key."""
+    """Return an image or upload; supports Range. Private files require their owner's key."""
     files = get_services(request).files
-    found = await asyncio.to_thread(files.find, name)
-    if found is None or (found.is_private and not _is_owner(request, found.owner)):
+    stored = await asyncio.to_thread(files.find, name)
+    if stored is None or (stored.is_private and not _is_owner(request, stored.owner)):
         raise NotFound("File not found")
-    path = files.path(found)
+    path = files.path(stored)
     if not path.is_file():
         raise NotFound("File not found")
-    is_shown = found.content_type.partition(";")[0].strip().lower() in _SHOWN
+    is_inline = stored.content_type.partition(";")[0].strip().lower() in _SHOWN
     headers = {
-        # Any page may show a picture whose name it was told.
+        # Any web page that knows the name of an image may show it.
         "access-control-allow-origin": "*",
         "cross-origin-resource-policy": "cross-origin",
         "x-content-type-options": "nosniff",
@@ -60,10 +60,10 @@ async def file(request: Request, name: str) -> FileResponse:
     }
     return _File(
         path,
-        media_type=found.content_type,
+        media_type=stored.content_type,
         headers=headers,
-        filename=None if is_shown else found.file_name or name,
-        content_disposition_type="inline" if is_shown else "attachment",
+        filename=None if is_inline else stored.file_name or name,
+        content_disposition_type="inline" if is_inline else "attachment",
     )
 
 

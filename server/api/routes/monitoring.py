@@ -1,4 +1,4 @@
-"""What an operator asks: is it alive, can it paint."""
+"""Routes for monitoring: health, readiness, status and metrics."""
 
 import asyncio
 from dataclasses import asdict
@@ -16,13 +16,13 @@ VERSION = version("flux-server")
 
 @router.get("/health")
 async def health() -> Response:
-    """Alive; says nothing of the model."""
+    """Report that the server is alive, whether or not the models are ready."""
     return FalJSONResponse({"status": "alive", "version": VERSION})
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """200 when the model can paint, 503 before and while it stops; requests are accepted all the same and wait."""
+    """Return 200 when a model can generate images, 503 while loading or stopping. Requests are accepted anyway."""
     if get_services(request).notifier.is_stopping:
         return FalJSONResponse({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = get_services(request).readiness()
@@ -33,22 +33,22 @@ async def ready(request: Request) -> Response:
 
 @router.get("/status.json")
 async def status(request: Request) -> Response:
-    """The last hour, what failed, and who used what; the operator's alone where there are keys."""
+    """Return the last hour, recent failures, and usage by key. With keys configured, only for the operator."""
     services = get_services(request)
     services.keys.require_operator(request.headers.get("authorization"))
     is_ready, loading = services.readiness()
-    seen = await asyncio.to_thread(services.overview)
+    overview = await asyncio.to_thread(services.overview)
     gauges = {name: value for name, (_, value) in (await asyncio.to_thread(services.metrics.gauges)).items()}
     progress = None if is_ready else asdict(loading)
-    # A driver that hangs must not hang the others.
+    # In a thread, because a hanging GPU driver must not block the event loop.
     gpus = [asdict(gpu) for gpu in await asyncio.to_thread(services.gpus)]
     about = {"version": VERSION, "is_ready": is_ready, "loading": progress, "served": list(services.models)}
-    return FalJSONResponse({**about, "now": gauges, "gpus": gpus, "steps": services.metrics.steps(), **seen})
+    return FalJSONResponse({**about, "now": gauges, "gpus": gpus, "steps": services.metrics.steps(), **overview})
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """What Prometheus reads; the operator's alone where there are keys."""
+    """Return the metrics for Prometheus. With keys configured, only for the operator."""
     services = get_services(request)
     services.keys.require_operator(request.headers.get("authorization"))
     return Response(await asyncio.to_thread(services.metrics.text), media_type=CONTENT_TYPE)

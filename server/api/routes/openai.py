@@ -1,4 +1,4 @@
-"""OpenAI's images API in front of the same queue: /v1/images/generations and /v1/models."""
+"""OpenAI's images API on top of the queue: /v1/images/generations and /v1/models."""
 
 import re
 import time
@@ -30,11 +30,11 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 DEFAULT_MODEL = "fal-ai/flux/dev"
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-#: What OpenAI calls fal's fields, so that an error names the field that was sent.
+#: OpenAI's names for fal's fields, so that an error names the field that the client sent.
 _THEIR_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
 
 
-#: Tokens are what OpenAI bills; its package wants them counted.
+#: Token counts, which OpenAI's package requires.
 _NO_USAGE = {
     "total_tokens": 0,
     "input_tokens": 0,
@@ -44,7 +44,7 @@ _NO_USAGE = {
 
 
 class ImagesRequest(BaseModel):
-    """OpenAI's own fields; every other one goes to the model, such as seed or num_inference_steps."""
+    """The fields of OpenAI's API; other fields, such as seed or num_inference_steps, go to the model."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -59,16 +59,17 @@ class ImagesRequest(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The same request in the model's own words. Raises InvalidInput for a size that is none."""
-        own = {"prompt": self.prompt, "num_images": self.n, "image_size": _size(self.size)}
-        # Streams carry their pictures, as OpenAI's do.
-        own["sync_mode"] = bool(self.stream) or self.response_format == "b64_json"
-        return {**(self.model_extra or {}), **{name: value for name, value in own.items() if value is not None}}
+        """The request in the model's fields. Raises InvalidInput for an invalid size."""
+        translated = {"prompt": self.prompt, "num_images": self.n, "image_size": _size(self.size)}
+        # Streams contain the images themselves, as OpenAI's do.
+        translated["sync_mode"] = bool(self.stream) or self.response_format == "b64_json"
+        fields = {name: value for name, value in translated.items() if value is not None}
+        return {**(self.model_extra or {}), **fields}
 
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """The endpoints that are served."""
+    """List the endpoints that are served."""
     try:
         authenticate(request)
         return FalJSONResponse(
@@ -80,7 +81,7 @@ async def models(request: Request) -> Response:
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """One endpoint."""
+    """Describe one endpoint."""
     try:
         authenticate(request)
         return FalJSONResponse(_model(_model_for(request, name).endpoint))
@@ -90,13 +91,13 @@ async def model(request: Request, name: str) -> Response:
 
 @router.post("/images/generations")
 async def generations(request: Request) -> Response:
-    """Paint and wait for the pictures; with `stream`, partial pictures come first."""
+    """Generate images and wait for them; with `stream`, send partial images first."""
     services = get_services(request)
     try:
-        asked, submission = await _asked(request)
+        body, submission = await _asked(request)
         job = await services.executor.run(submission.owner, services.queue.submit, submission)
-        if asked.stream:
-            events = _events(services, job, asked.partial_images or 0)
+        if body.stream:
+            events = _events(services, job, body.partial_images or 0)
             return with_request_id(EventStream(events, context=cancel_on_disconnect(services, job)), job)
         await wait_for_outcome(request, services, job)
         return with_request_id(await result_response_of(services, job, _answer, is_patient=True), job)
@@ -105,40 +106,40 @@ async def generations(request: Request) -> Response:
 
 
 async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
-    """What is asked for, in OpenAI's words and in ours."""
+    """Parse the request into OpenAI's fields and a submission."""
     owner = authenticate(request)
-    async with get_services(request).in_flight.body(request, owner) as body:
-        asked, fields = await get_services(request).executor.run(owner, _translated, body)
-        served = _model_for(request, asked.model or DEFAULT_MODEL)
-        mode = Mode.STREAM if asked.stream else Mode.RUN
-        return asked, await parse_request_body(request, fields, served, owner, mode, content_type="")
+    async with get_services(request).in_flight.body(request, owner) as content:
+        body, fields = await get_services(request).executor.run(owner, _translated, content)
+        model = _model_for(request, body.model or DEFAULT_MODEL)
+        mode = Mode.STREAM if body.stream else Mode.RUN
+        return body, await parse_request_body(request, fields, model, owner, mode, content_type="")
 
 
 def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
-    """A body in OpenAI's words, and in the model's. Raises InvalidInput."""
-    asked = validation.parse_body(ImagesRequest, body)
-    return asked, to_json(asked.fields)
+    """Parse a body into OpenAI's fields, and translate it into the model's. Raises InvalidInput."""
+    parsed = validation.parse_body(ImagesRequest, body)
+    return parsed, to_json(parsed.fields)
 
 
 def problem(error: ServerError) -> Response:
-    """An error in OpenAI's shape."""
+    """Build an error response in OpenAI's shape."""
     return FalJSONResponse(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
 
 
 def _problem(error: ServerError) -> dict[str, Any]:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    found: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
+    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
     if isinstance(error, InvalidInput):
-        return {"error": {**found, **_first(error.detail)}}
+        return {"error": {**body, **_first(error.detail)}}
     if isinstance(error, Unauthorized):
-        found["code"] = "invalid_api_key"
+        body["code"] = "invalid_api_key"
     if isinstance(error, NotFound):
-        found |= {"code": "model_not_found", "param": "model"}
-    return {"error": found}
+        body |= {"code": "model_not_found", "param": "model"}
+    return {"error": body}
 
 
 def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of several wrong fields, the first: OpenAI's shape has room for one."""
+    """Describe the first of the wrong fields, because OpenAI's shape names only one."""
     entry = detail[0]
     names = [str(part) for part in entry["loc"] if part != "body"]
     names = [_THEIR_NAMES.get(name, name) for name in names[:1]] + names[1:]
@@ -147,21 +148,21 @@ def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _size(size: str | None) -> str | dict[str, int] | None:
-    """`auto` is the model's own; `1024x768`; or one of fal's presets."""
+    """Parse a size: `auto` for the model's default, WIDTHxHEIGHT, or one of fal's presets. Raises InvalidInput."""
     if size is None or size == "auto":
         return None
-    matched = _SIZE.fullmatch(size)
-    if not matched and size not in PRESETS:
+    match = _SIZE.fullmatch(size)
+    if not match and size not in PRESETS:
         message = f"Input should be auto, WIDTHxHEIGHT such as 1024x768, or one of {', '.join(PRESETS)}"
         raise InvalidInput([{"type": "value_error", "loc": ["body", "size"], "msg": message, "input": size[:100]}])
-    return {"width": int(matched[1]), "height": int(matched[2])} if matched else size
+    return {"width": int(match[1]), "height": int(match[2])} if match else size
 
 
 def _model_for(request: Request, name: str) -> Model:
-    served = get_services(request).models
-    if name not in served:
-        raise NotFound(f"The model {name!r} does not exist; there are {', '.join(sorted(served))}")
-    return served[name]
+    models = get_services(request).models
+    if name not in models:
+        raise NotFound(f"The model {name!r} does not exist; this server has {', '.join(sorted(models))}")
+    return models[name]
 
 
 def _model(endpoint: str) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _answer(outcome: Outcome) -> FalJSONResponse:
 
 
 def _datum(url: str) -> dict[str, str]:
-    """A picture by its address, or in itself: never both, and never null."""
+    """Return an image as URL or as base64, never both, and never null."""
     return {"b64_json": _base64(url)} if url.startswith("data:") else {"url": url}
 
 
@@ -189,15 +190,15 @@ def _base64(data_uri: str) -> str:
 
 
 async def _events(services: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
-    """So many partial pictures, evenly spread over the steps, then each picture."""
-    num_sent, shown = 0, None
+    """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image."""
+    num_sent, last_preview = 0, None
     with services.notifier.subscribe(job.request_id) as event:
         while job.state != State.COMPLETED:
             event.clear()
             preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps
-            if num_sent < num_partial and preview is not None and preview is not shown and is_due:
+            if num_sent < num_partial and preview is not None and preview is not last_preview and is_due:
                 yield _event("partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
-                num_sent, shown = num_sent + 1, preview
+                num_sent, last_preview = num_sent + 1, preview
             if services.notifier.is_closing:
                 yield {"type": "error", **_problem(InternalError("The server is stopping."))}
                 raise AbortStream
@@ -214,6 +215,6 @@ async def _events(services: Services, job: Job, num_partial: int) -> AsyncIterat
 
 
 def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str, Any]:
-    """One of OpenAI's events; a field that says nothing here has the word that OpenAI has for it."""
-    said = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
-    return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **said}
+    """Build one of OpenAI's events; fields without a meaning here have OpenAI's defaults."""
+    fields = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
+    return {"type": f"image_generation.{name}", "b64_json": content, "output_format": output_format, **fields}

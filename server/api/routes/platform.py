@@ -1,7 +1,7 @@
-"""fal's platform API, as api.fal.ai has it: models, prices, usage, and what a key has asked for.
+"""fal's platform API, as on api.fal.ai: models, prices, usage, and a key's finished requests.
 
-Under the Host api.fal.ai, and through the proxies, /v1/... is brought to /platform/v1/..., because OpenAI's /v1/models
-is at the same path under every other name.
+Under the host api.fal.ai, and through the proxies, /v1/... is rewritten to /platform/v1/..., because under every other
+host name /v1/models belongs to OpenAI's API.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,14 +24,14 @@ from server.queue.usage import UsageFilter, UsageRow
 
 router = APIRouter(tags=["platform"])
 
-#: Without a start, fal looks so far back; further for one request.
+#: The default period of queries, as at fal, and the longer one for a single request.
 LATELY, FOR_ONE = timedelta(days=1), timedelta(days=90)
-#: What is counted. Nothing is charged for it.
+#: Unit and currency of prices, which are all zero.
 UNIT, CURRENCY = "megapixels", "USD"
 _MODELS = f"{PLATFORM}/v1/models"
-#: What a request takes in a list with payloads: its prompt stands in its input and in its output.
+#: Bytes of one request in a list with payloads: the prompt is in the input and in the output.
 _ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
-#: When these endpoints became what they are: at the start of the server.
+#: The update time of all models: the start of the server.
 _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 Q = TypeVar("Q", bound=BaseModel)
@@ -45,7 +45,7 @@ Endpoints = Annotated[list[str], BeforeValidator(_separated)]
 
 
 class RequestsQuery(BaseModel):
-    """fal's parameters; without an endpoint_id, which fal insists on, all of them are meant."""
+    """fal's parameters; endpoint_id, which fal requires, defaults to all endpoints."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     limit: int = Field(50, ge=1, le=100)
@@ -59,7 +59,7 @@ class RequestsQuery(BaseModel):
 
 
 class ModelsQuery(BaseModel):
-    """fal's parameters of its model search. A cursor is the number of the first model of the page."""
+    """fal's parameters for its model search. A cursor is the index of the page's first model."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     q: str = ""
@@ -71,7 +71,7 @@ class ModelsQuery(BaseModel):
 
 
 class PricingQuery(BaseModel):
-    """fal's parameters."""
+    """fal's parameters for prices."""
 
     endpoint_id: Endpoints = Field(min_length=1, max_length=50)
 
@@ -89,7 +89,7 @@ class UsageQuery(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What is planned: calls, or units, of each endpoint."""
+    """A planned number of calls or units for each endpoint."""
 
     estimate_type: Literal["historical_api_price", "unit_price"]
     endpoints: dict[str, dict[str, float]] = Field(min_length=1, max_length=50)
@@ -97,20 +97,20 @@ class Estimate(BaseModel):
 
 @router.get(_MODELS)
 async def models(request: Request) -> Response:
-    """The endpoints that are served: all, those that a search finds, or those that are named."""
+    """List the endpoints that are served, filtered by a search or by name."""
     authenticate(request)
     query = _read(request, ModelsQuery)
-    known = get_services(request).models
-    chosen = [get_model(request, name) for name in query.endpoint_id] or [known[name] for name in sorted(known)]
-    fit = [model for model in chosen if _fits(model, query)]
-    page, rest = fit[query.cursor : query.cursor + query.limit], fit[query.cursor + query.limit :]
+    by_name = get_services(request).models
+    candidates = [get_model(request, name) for name in query.endpoint_id] or [by_name[name] for name in sorted(by_name)]
+    matches = [model for model in candidates if _fits(model, query)]
+    page, rest = matches[query.cursor : query.cursor + query.limit], matches[query.cursor + query.limit :]
     items = [_model(model, request.state.base_url, has_openapi="openapi-3.0" in query.expand) for model in page]
     return FalJSONResponse({"models": items, **_paging(str(query.cursor + query.limit) if rest else None)})
 
 
 @router.get(f"{_MODELS}/pricing")
 async def pricing(request: Request) -> Response:
-    """What a unit costs: nothing."""
+    """Return the price of a unit, which is zero."""
     authenticate(request)
     names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
     prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
@@ -119,35 +119,35 @@ async def pricing(request: Request) -> Response:
 
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
-    """What so many calls or units would cost: nothing."""
+    """Estimate the cost of calls or units, which is zero."""
     async with get_services(request).in_flight.body(request, authenticate(request), SMALL) as body:
-        planned = validation.parse_body(Estimate, body)
-    for name in planned.endpoints:
+        plan = validation.parse_body(Estimate, body)
+    for name in plan.endpoints:
         get_model(request, name)
-    return FalJSONResponse({"estimate_type": planned.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
+    return FalJSONResponse({"estimate_type": plan.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
 
 
 @router.get(f"{_MODELS}/usage")
 async def usage(request: Request) -> Response:
-    """What this key has used, by day and endpoint, in megapixels; `expand=summary` adds it up."""
+    """Return this key's usage by day and endpoint, in megapixels; `expand=summary` returns the totals."""
     owner = authenticate(request)
     query = _read(request, UsageQuery)
     end = query.end or datetime.now(UTC)
     start = query.start or end - LATELY
-    wanted = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
-    found = await get_services(request).executor.run(owner, get_services(request).usage, wanted)
-    answer: dict[str, Any] = _paging()
+    usage_filter = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
+    rows = await get_services(request).executor.run(owner, get_services(request).usage, usage_filter)
+    body: dict[str, Any] = _paging()
     if "time_series" in query.expand or "summary" not in query.expand:
-        answer["time_series"] = _time_series(found)
+        body["time_series"] = _time_series(rows)
     if "summary" in query.expand:
-        names = sorted({used.endpoint for used in found})
-        answer["summary"] = [_line(name, [used for used in found if used.endpoint == name]) for name in names]
-    return FalJSONResponse(answer)
+        names = sorted({row.endpoint for row in rows})
+        body["summary"] = [_line(name, [row for row in rows if row.endpoint == name]) for name in names]
+    return FalJSONResponse(body)
 
 
 @router.get(f"{PLATFORM}/v1/workflows")
 async def workflows(request: Request) -> Response:
-    """Saved workflows, of which this server keeps none."""
+    """Return an empty list, because this server has no saved workflows."""
     authenticate(request)
     return FalJSONResponse({"workflows": [], **_paging()})
 
@@ -155,11 +155,11 @@ async def workflows(request: Request) -> Response:
 @router.get(f"{_MODELS}/requests/by-endpoint")
 @router.get("/v1/models/requests/by-endpoint", include_in_schema=False)
 async def by_endpoint(request: Request) -> Response:
-    """This key's finished requests, the newest first, a page at a time; `expand=payloads` adds input and output."""
+    """Return a page of this key's finished requests, newest first; `expand=payloads` adds input and output."""
     owner = authenticate(request)
     query = _read(request, RequestsQuery)
     start = query.start or datetime.now(UTC) - (FOR_ONE if query.request_id else LATELY)
-    wanted = HistoryQuery(
+    history_query = HistoryQuery(
         owner=owner,
         limit=query.limit,
         endpoints=query.endpoint_id,
@@ -173,10 +173,11 @@ async def by_endpoint(request: Request) -> Response:
     services = get_services(request)
 
     def read() -> FalJSONResponse:
-        return FalJSONResponse(services.history(wanted))
+        return FalJSONResponse(services.history(history_query))
 
+    num_bytes = query.limit * _ITEM_BYTES if history_query.include_payloads else 0
     try:
-        return await read_when_room(services, owner, query.limit * _ITEM_BYTES if wanted.include_payloads else 0, read)
+        return await read_when_room(services, owner, num_bytes, read)
     except ValueError as error:
         entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
         raise InvalidInput([entry]) from None
@@ -210,18 +211,18 @@ def _model(model: Model, base_url: str, *, has_openapi: bool) -> dict[str, Any]:
     return {"endpoint_id": model.endpoint, "metadata": metadata, **document}
 
 
-def _time_series(found: Sequence[UsageRow]) -> list[dict[str, Any]]:
+def _time_series(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
     return [
         {
             "bucket": f"{day.isoformat()}T00:00:00+00:00",
-            "results": [_line(used.endpoint, [used]) for used in found if used.day == day],
+            "results": [_line(row.endpoint, [row]) for row in rows if row.day == day],
         }
-        for day in sorted({used.day for used in found})
+        for day in sorted({row.day for row in rows})
     ]
 
 
-def _line(endpoint: str, found: Iterable[UsageRow]) -> dict[str, Any]:
-    quantity = sum(used.billable_units for used in found)
+def _line(endpoint: str, rows: Iterable[UsageRow]) -> dict[str, Any]:
+    quantity = sum(row.billable_units for row in rows)
     about = {"endpoint_id": endpoint, "unit": UNIT, "quantity": quantity, "unit_price": 0.0}
     return {**about, "cost": 0.0, "currency": CURRENCY, "auth_method": "key"}
 
@@ -231,22 +232,22 @@ def _paging(next_cursor: str | None = None) -> dict[str, Any]:
 
 
 def _read(request: Request, kind: type[Q]) -> Q:
-    """Raises InvalidInput, in fal's shape."""
-    given: dict[str, Any] = dict(request.query_params)
-    # Said once or several times.
-    given |= {name: request.query_params.getlist(name) for name in ("endpoint_id", "expand") if name in given}
+    """Parse the query parameters. Raises InvalidInput in fal's shape."""
+    parameters: dict[str, Any] = dict(request.query_params)
+    # Clients may repeat these parameters.
+    parameters |= {name: request.query_params.getlist(name) for name in ("endpoint_id", "expand") if name in parameters}
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(parameters)
     except ValidationError as error:
         entries = validation.validation_detail(error.errors(include_url=False), b"")
         raise InvalidInput([{**entry, "loc": ["query", *entry["loc"][1:]]} for entry in entries]) from None
 
 
 def _seconds(time: datetime) -> float:
-    """Since 1970."""
+    """Convert to seconds since 1970."""
     return _utc(time).timestamp()
 
 
 def _utc(time: datetime) -> datetime:
-    """A time without a zone is in UTC."""
+    """Convert to UTC; a time without a zone already is in UTC."""
     return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)

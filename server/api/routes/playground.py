@@ -1,4 +1,4 @@
-"""The pages: every endpoint as a form, its requests as they are painted; the operator's view; Swagger UI."""
+"""Web pages: the playground with a form for every endpoint, the status page, and Swagger UI."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from server.api.responses import FalJSONResponse
 
 router = APIRouter(include_in_schema=False)
 STATIC = Path(__file__).parents[2] / "static"
-#: Nothing of the pages comes from elsewhere, and nothing goes elsewhere.
+#: The pages load nothing from other hosts, and send nothing to them.
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self';"
@@ -25,41 +25,41 @@ _HEADERS = {
 
 
 class _Files(StaticFiles):
-    """Asked for anew each time, so that a page never runs with the scripts of another version."""
+    """Static files that browsers revalidate each time, so that a page never runs scripts of another version."""
 
     def file_response(self, *arguments: Any, **options: Any) -> Response:
-        """The file, or that it is still the same."""
+        """Return the file, or 304 if it has not changed."""
         response = super().file_response(*arguments, **options)
         response.headers.update({"cache-control": "no-cache", "x-content-type-options": "nosniff"})
         return response
 
 
 files = _Files(directory=STATIC)
-#: Swagger UI's own script and style, as fastapi-offline brings them.
+#: Swagger UI's script and style, as packaged by fastapi-offline.
 swagger = _Files(packages=[("fastapi_offline", "static")])
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def page() -> Response:
-    """The playground."""
+    """Return the playground."""
     return FileResponse(STATIC / "index.html", headers=_HEADERS)
 
 
 @router.api_route("/status", methods=["GET", "HEAD"])
 async def status() -> Response:
-    """The operator's view."""
+    """Return the operator's status page."""
     return FileResponse(STATIC / "status.html", headers=_HEADERS)
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 async def docs() -> Response:
-    """Swagger UI on /openapi.json. Its script comes from this server: it runs where the playground keeps the key."""
+    """Return Swagger UI for /openapi.json. Its script is local, because it can read the playground's stored key."""
     return FileResponse(STATIC / "docs.html", headers=_HEADERS)
 
 
 @router.get("/playground.json")
 async def playground_config(request: Request) -> Response:
-    """What the page needs to know of this server; no secret, as llms.txt is none."""
+    """Return the playground's configuration, which is public like llms.txt."""
     services = get_services(request)
     return FalJSONResponse(
         {

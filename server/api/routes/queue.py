@@ -1,4 +1,4 @@
-"""The queue: submit, status, status stream, result, cancel."""
+"""fal's queue API: submit, status, status stream, result, delete, cancel."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/queue", tags=["queue"])
 
 @router.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str) -> Response:
-    """Where a request stands; 202 until it is done."""
+    """Return the status of a request, with 202 until it is done."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
@@ -37,7 +37,7 @@ async def status(request: Request, app: str, request_id: str) -> Response:
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str) -> Response:
-    """The same as events, with the new log lines only, until the request is done; with `previews=1`, small ones too."""
+    """Stream status events with new log lines until the request is done; `previews=1` adds preview images."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     job.wants_previews |= _wants(request, "previews")
@@ -48,7 +48,7 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
 @router.get("/{app:path}/requests/{request_id}")
 @router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
 async def result(request: Request, app: str, request_id: str) -> Response:
-    """The model's own answer, or the error it ended with; 400 while it is in progress."""
+    """Return the model's output, or the error that ended the request; 400 while it is in progress."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     if job.state != State.COMPLETED:
@@ -58,7 +58,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
 
 @router.delete("/{app:path}/requests/{request_id}")
 async def delete(request: Request, app: str, request_id: str) -> Response:
-    """Forget a finished request, with its prompt and its pictures; 400 while it is in progress."""
+    """Delete a finished request with its prompt and its images; 400 while it is in progress."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     await services.executor.run(job.owner, services.retention.delete, job)
@@ -67,7 +67,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
-    """Stop a request: 200 when it was still queued, 202 when it is being painted, 400 when it is done already."""
+    """Cancel a request: 200 if it was waiting, 202 if it is running, 400 if it is already done."""
     services = get_services(request)
     try:
         job = await _job(request, services, app, request_id)
@@ -79,7 +79,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
 
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def submit(request: Request, endpoint: str) -> Response:
-    """Put a request in the queue; once this is answered it is on the disk."""
+    """Submit a request to the queue; it is on the disk before the response is sent."""
     if "/requests/" in endpoint:
         raise MethodNotAllowed
     services = get_services(request)
@@ -98,7 +98,7 @@ _CANCELLED = {
 
 
 async def _job(request: Request, services: Services, app: str, request_id: str) -> Job:
-    """This caller's job, from memory if it can be; from its row otherwise."""
+    """Return this caller's job, from memory if possible, otherwise from the database."""
     owner = authenticate(request)
     job = services.queue.get_cached(request_id) or await services.executor.run(owner, services.queue.get, request_id)
     return require_owned_job(job, owner, app)
@@ -113,7 +113,7 @@ async def _status_events(services: Services, job: Job, wants_logs: bool) -> Asyn
             logs = job.logs[num_logs:]
             body = _status(services, job, logs if wants_logs else None)
             preview = job.preview if job.wants_previews and job.preview is not last_preview else None
-            # A stream that the server closes ends with an event, as any other.
+            # A stream that the server closes also ends with an event.
             if body != last_sent or preview or services.notifier.is_closing:
                 num_logs += len(logs)
                 last_sent = _status(services, job, [] if wants_logs else None)

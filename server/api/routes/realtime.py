@@ -1,4 +1,4 @@
-"""Realtime: inputs and outputs as msgpack over one WebSocket, fal's control messages as JSON text."""
+"""fal's realtime API: inputs and outputs as msgpack over one WebSocket, control messages as JSON text."""
 
 import asyncio
 import contextlib
@@ -29,22 +29,22 @@ from server.storage.file_store import Lifecycle
 log = logging.getLogger(__name__)
 router = APIRouter()
 
-#: How many inputs may wait when the client names no number, and the most it may name: fal's own bound.
+#: Default and maximum number of waiting inputs, as at fal.
 MAX_BUFFERING = 60
-#: Seconds without an input after which the session ends, as fal's do.
+#: Seconds without an input after which a session ends, as at fal.
 IDLE_SECONDS = 600.0
 _UNAUTHORIZED, _IDLE = 1008, 1000
-#: What is larger is read in a thread.
+#: Frames with more bytes than this are parsed in a thread.
 _LARGE = 2**16
-#: How many lists and maps a msgpack frame may hold, and how many things each of them: a byte would become 70 otherwise.
+#: Maximum lists and maps in a msgpack frame, and maximum items in each. Otherwise one byte could become 70 in memory.
 _MAX_PARTS = 1024
 
 
 @router.websocket("/{endpoint:path}/realtime")
 async def realtime(socket: WebSocket, endpoint: str) -> None:
-    """One session: each input is painted in turn; of those that wait, the oldest give way.
+    """Run one session: inputs are generated one after the other, and new inputs replace the oldest waiting ones.
 
-    It ends with the first input after its key was revoked.
+    The session ends with the first input after its key was revoked.
     """
     services = cast(Services, socket.app.state.services)
     if endpoint not in services.models:
@@ -75,37 +75,37 @@ async def _served(socket: WebSocket, session: "_Session", open_answers: FairShar
 
 @dataclass(frozen=True)
 class _Frame:
-    """What was sent, as it was sent: it is read when its turn comes, and many that wait never have one."""
+    """A frame as sent by the client, parsed only when its turn comes because many are dropped before."""
 
     content: bytes
     is_text: bool
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return len(self.content)
 
     def to_json(self) -> bytes:
-        """As every other door takes it; a frame that cannot be read becomes JSON that is refused."""
+        """Convert the frame to JSON; a malformed frame becomes a body that validation refuses."""
         if self.is_text:
             return self.content
-        services = itertools.count()
+        counter = itertools.count()
 
-        def kept(part: Any) -> Any:
-            if next(services) >= _MAX_PARTS:
+        def count(part: Any) -> Any:
+            if next(counter) >= _MAX_PARTS:
                 raise ValueError("too many lists and maps")
             return part
 
         limits = {"max_array_len": _MAX_PARTS, "max_map_len": _MAX_PARTS}
         try:
-            fields = msgpack.unpackb(self.content, object_hook=kept, list_hook=kept, **limits)
+            fields = msgpack.unpackb(self.content, object_hook=count, list_hook=count, **limits)
             return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
         except (ValueError, msgpack.UnpackException, RecursionError):
             return b"not msgpack"
 
 
 class _Session:
-    """What is read goes into a short buffer; what is painted comes out of it."""
+    """A connection with a short buffer: one task fills it with inputs, and another generates from it."""
 
     def __init__(self, socket: WebSocket, services: Services, model: Model, owner: str, max_buffering: int) -> None:
         self._socket = socket
@@ -122,7 +122,7 @@ class _Session:
         try:
             await self._read()
         except (WebSocketDisconnect, RuntimeError):
-            # RuntimeError is Starlette's word for a client that left while it was being answered.
+            # Starlette raises RuntimeError if the client disconnects during a send.
             return
         finally:
             task.cancel()
@@ -153,9 +153,9 @@ class _Session:
                 await _send_error(self._socket, "UNAVAILABLE", str(error))
 
     def _wait(self, frame: _Frame) -> None:
-        """The newest waits in any case; of the others, those that are no larger with it than one may be.
+        """Add a frame to the buffer; drop the oldest ones while it exceeds its length or MAX_INPUT_BYTES in total.
 
-        Raises TooManyRequests where its key has too much on its way.
+        Raises TooManyRequests if the key has too many bytes in flight.
         """
         while self._inputs and (
             len(self._inputs) == self._max_buffering
@@ -190,7 +190,7 @@ class _Session:
         except ServerError as error:
             await _send_error(self._socket, "UNAVAILABLE", str(error))
         except (WebSocketDisconnect, RuntimeError):
-            # The client left while it was being answered; `_read` hears of that too.
+            # The client disconnected during the response; `_read` detects that too and ends the session.
             return
         except Exception:
             log.exception("a realtime request failed")
@@ -213,7 +213,7 @@ class _Session:
             return
         async with open_output(self._services, job) as (_, output):
             await self._socket.send_bytes(await self._services.executor.run(self._owner, msgpack.packb, output))
-            # It waits until the client has read most of that.
+            # This send blocks until the client has read most of the output.
             timing = {"type": "x-fal-message", "action": "timings", "timing": job.inference_time}
             await self._socket.send_text(to_json(timing).decode())
 
@@ -221,7 +221,7 @@ class _Session:
         return submissions.validate(self._model, frame.to_json(), "", self._services.inputs.limits)
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
-        """Submit; a client that leaves while the row is being written is not painted for either."""
+        """Submit the job, and cancel it if the client disconnects while the row is being written."""
         queue, executor = self._services.queue, self._services.executor
         submitting = asyncio.ensure_future(executor.run(self._owner, queue.submit, self._submission(text, inputs)))
         try:
@@ -258,7 +258,7 @@ def _frame(message: Mapping[str, Any]) -> _Frame:
 
 
 async def _reject(socket: WebSocket) -> None:
-    # The words @fal-ai/client drops its token for.
+    # @fal-ai/client discards its token when it receives this message.
     await socket.send_json({"status": "error", "error": "Unauthorized"})
     await socket.close(_UNAUTHORIZED)
 

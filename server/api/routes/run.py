@@ -1,4 +1,4 @@
-"""Run: one request, answered when it is done; stream: the same with its progress."""
+"""Synchronous runs, whose response is the output, and streams, which also report the progress."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,7 +26,7 @@ router = APIRouter(tags=["run"])
 
 @router.post("/{endpoint:path}/stream", include_in_schema=False)
 async def stream(request: Request, endpoint: str) -> Response:
-    """Progress as events, then the output as the last one."""
+    """Stream the progress as events, with the output as the last one."""
     services = get_services(request)
     job = await _accepted(request, services, endpoint, Mode.STREAM)
     response = EventStream(_progress(services, job), context=cancel_on_disconnect(services, job))
@@ -36,12 +36,12 @@ async def stream(request: Request, endpoint: str) -> Response:
 
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def run(request: Request, endpoint: str) -> Response:
-    """Wait for the output. The work stops when the client leaves."""
+    """Wait for the output and return it; the job is cancelled if the client disconnects."""
     services = get_services(request)
     job = await _accepted(request, services, endpoint, Mode.RUN)
     try:
         await wait_for_outcome(request, services, job)
-        # It is made: it is not refused any more.
+        # `is_patient`, because a finished output should not be refused.
         response: Response = await result_response_of(services, job, responses.result_response, is_patient=True)
     except InternalError as error:
         response = responses.error_response(error)
@@ -50,7 +50,7 @@ async def run(request: Request, endpoint: str) -> Response:
 
 
 async def _accepted(request: Request, services: Services, endpoint: str, mode: Mode) -> Job:
-    # Browsers stream with a token. Without key or token nobody is told which endpoints there are.
+    # Browsers stream with a token. Authentication comes first, so that only valid callers learn which endpoints exist.
     takes_token = mode == Mode.STREAM and endpoint in services.models
     owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)
     model = get_model(request, endpoint)
@@ -65,7 +65,7 @@ async def _progress(services: Services, job: Job) -> AsyncIterator[dict[str, Any
             changed.clear()
             if job.step != last_sent:
                 last_sent, event = job.step, responses.progress_event(job)
-                # A preview that was sent is not sent again; one that nobody had time for was replaced by a newer one.
+                # Send each preview once. A preview that was not sent in time has been replaced by a newer one.
                 if "preview" in event and event["preview"] is last_preview:
                     del event["preview"]
                 last_preview = event.get("preview", last_preview)

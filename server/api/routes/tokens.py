@@ -1,4 +1,4 @@
-"""What proves who is who: short-lived tokens for browsers, and the public keys that webhooks are signed with."""
+"""Short-lived tokens for browsers, and the public keys for webhook signatures."""
 
 import asyncio
 from typing import Annotated
@@ -15,24 +15,24 @@ router = APIRouter(tags=["tokens"])
 
 
 class TokenRequest(BaseModel):
-    """fal's SDKs name apps by their alias alone: "flux" for fal-ai/flux/dev."""
+    """A request for a token. fal's SDKs name apps by their alias: "flux" for fal-ai/flux/dev."""
 
     allowed_apps: list[Annotated[str, Field(max_length=255)]] = Field(min_length=1, max_length=100)
-    token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token ends.")
+    token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token expires.")
 
 
 @router.post("/tokens")
 async def issue(request: Request) -> Response:
-    """A token as a bare JSON string, the one form that all SDKs read."""
+    """Issue a token as a bare JSON string, the only form that all SDKs read."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
-        wanted = validation.parse_body(TokenRequest, body)
-    scope = " ".join(wanted.allowed_apps)
-    return FalJSONResponse(get_services(request).keys.issue(owner, scope, wanted.token_expiration))
+        token_request = validation.parse_body(TokenRequest, body)
+    scope = " ".join(token_request.allowed_apps)
+    return FalJSONResponse(get_services(request).keys.issue(owner, scope, token_request.token_expiration))
 
 
 @router.get("/.well-known/jwks.json")
 async def jwks(request: Request) -> Response:
-    """The public keys of webhook signatures; to be kept for a day at most."""
+    """Return the public keys of webhook signatures, which receivers may cache for a day."""
     keys = await asyncio.to_thread(get_services(request).signer.jwks)
     return FalJSONResponse(keys, headers={"cache-control": "public, max-age=86400"})

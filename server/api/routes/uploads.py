@@ -1,4 +1,4 @@
-"""Uploads, in every form that fal's SDKs have had: initiate and PUT, multipart of two kinds, token and POST."""
+"""Uploads in all forms that fal's SDKs have used: initiate and PUT, two kinds of multipart, token and POST."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -16,22 +16,22 @@ from server.storage.multipart import Upload
 
 router = APIRouter(tags=["storage"])
 
-#: What a token that uploads is good for, and how long, in seconds.
+#: Scope of an upload token, and seconds until it expires.
 UPLOADS = "uploads"
 TOKEN_SECONDS = 3600
-#: Bytes of the list of an upload's parts, each with its ETag.
+#: Maximum bytes of the list of an upload's parts, each with its ETag.
 MAX_LIST = 2 * 2**20
 
 
 class UploadRequest(BaseModel):
-    """What a client says of a file before it sends it."""
+    """A client's description of a file before the upload."""
 
     content_type: str = Field("application/octet-stream", max_length=255)
     file_name: str = Field("file", max_length=1024)
 
 
 class UploadedPart(BaseModel):
-    """One part that a client says it sent."""
+    """A part that the client has sent."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -39,17 +39,17 @@ class UploadedPart(BaseModel):
 
 
 class CompleteUpload(BaseModel):
-    """The parts that make up the file, in any order; none listed stands for all that were sent."""
+    """The parts of the file, in any order; an empty list means all parts that were sent."""
 
     parts: list[UploadedPart] = []
 
 
 @router.post("/storage/auth/token")
 async def token(request: Request) -> Response:
-    """A token for uploads, as fal-client asks for one before it sends a file."""
+    """Issue a token for uploads, which fal-client requests before it sends a file."""
     expires_at = datetime.now(UTC) + timedelta(seconds=TOKEN_SECONDS)
     issued = get_services(request).keys.issue(authenticate(request), UPLOADS, TOKEN_SECONDS)
-    # Python before 3.11 reads no "Z", so the offset is written out.
+    # Python before 3.11 cannot parse "Z", so the offset is written out.
     stamp = expires_at.isoformat(timespec="seconds")
     return FalJSONResponse(
         {"token": issued, "token_type": "Bearer", "base_url": request.state.base_url, "expires_at": stamp}
@@ -59,11 +59,11 @@ async def token(request: Request) -> Response:
 @router.post("/storage/upload/initiate")
 @router.post("/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
-    """Say where to PUT a file, and where it will be."""
+    """Begin an upload, and return the URL to PUT the file to and its final URL."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
-        announced = validation.parse_body(UploadRequest, body or b"{}")
-    upload = await _begin(request, owner, announced)
+        upload_request = validation.parse_body(UploadRequest, body or b"{}")
+    upload = await _begin(request, owner, upload_request)
     base = request.state.base_url
     upload_url = f"{base}/storage/upload/{upload.upload_id}"
     return FalJSONResponse({"upload_url": upload_url, "file_url": f"{base}/files/{upload.name}"})
@@ -71,7 +71,7 @@ async def initiate(request: Request) -> Response:
 
 @router.put("/storage/upload/{upload_id}")
 async def put(request: Request, upload_id: str) -> Response:
-    """The whole file at once; the address is the secret, so no key is asked for."""
+    """Receive the whole file at once; the URL is a secret, so no key is required."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, 1, request.stream())
@@ -82,7 +82,7 @@ async def put(request: Request, upload_id: str) -> Response:
 @router.put("/storage/upload/{upload_id}/{part_number}")
 @router.put("/files/{name}/multipart/{upload_id}/{part_number}")
 async def put_part(request: Request, upload_id: str, part_number: int) -> Response:
-    """One part: its ETag in the header, where Python looks, and in the body, where JavaScript does."""
+    """Receive one part. Python's client reads the ETag from the header, JavaScript's from the body."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, part_number, request.stream())
@@ -92,20 +92,20 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
 @router.post("/storage/upload/{upload_id}/complete")
 @router.post("/files/{name}/multipart/{upload_id}/complete")
 async def complete(request: Request, upload_id: str) -> Response:
-    """Join the parts."""
+    """Join the parts into the file."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
         completion = await uploads.executor.run(upload.owner, validation.parse_body, CompleteUpload, body or b"{}")
-    listed = [part.part_number for part in completion.parts]
-    file = await uploads.complete_single(upload, listed)
+    part_numbers = [part.part_number for part in completion.parts]
+    file = await uploads.complete_single(upload, part_numbers)
     url = f"{request.state.base_url}/files/{file.name}"
     return FalJSONResponse({"access_url": url, "file_url": url})
 
 
 @router.post("/files/upload")
 async def upload_at_once(request: Request) -> Response:
-    """The file in one request, as fal-client sends small ones."""
+    """Receive a file in one request, as fal-client sends small files."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = get_services(request).uploads
@@ -114,7 +114,7 @@ async def upload_at_once(request: Request) -> Response:
         await uploads.write_part(upload, 1, request.stream())
         file = await uploads.complete_single(upload)
     except BaseException:
-        # Nobody was told of it, so nobody can go on with it. Not awaited: the client may be gone.
+        # The client never learns the upload's id, so it cannot continue. Not awaited, because it may have disconnected.
         asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
         raise
     return FalJSONResponse({"access_url": f"{request.state.base_url}/files/{file.name}"})
@@ -122,7 +122,7 @@ async def upload_at_once(request: Request) -> Response:
 
 @router.post("/files/upload/multipart")
 async def begin_multipart(request: Request) -> Response:
-    """Expect a file in parts, as fal-client sends large ones."""
+    """Begin a multipart upload, as fal-client does for large files."""
     upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
     url = f"{request.state.base_url}/files/{upload.name}"
     return FalJSONResponse({"access_url": url, "uploadId": upload.upload_id})
@@ -134,14 +134,14 @@ def _announced(request: Request) -> UploadRequest:
     return UploadRequest(content_type=content_type[:255], file_name=file_name[:1024])
 
 
-async def _begin(request: Request, owner: str, announced: UploadRequest) -> Upload:
+async def _begin(request: Request, owner: str, upload_request: UploadRequest) -> Upload:
     get_services(request).rate_limiter.acquire(owner, "uploads")
     uploads = get_services(request).uploads
     return await uploads.executor.run(
         owner,
         uploads.create,
         owner,
-        announced.content_type,
-        announced.file_name,
+        upload_request.content_type,
+        upload_request.file_name,
         lifecycle(request.headers),
     )

@@ -102,8 +102,8 @@ def test_without_a_server_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("keys", "add", ""), "should have 1 to 100 letters"),
-        (("keys", "add", "a\nb"), "should have 1 to 100 letters"),
+        (("keys", "add", ""), "should have 1 to 100 printable characters"),
+        (("keys", "add", "a\nb"), "should have 1 to 100 printable characters"),
         (("keys", "add", "shop", "--scope", "king"), "one of client, operator"),
         (("keys", "revoke", "nobody"), "There is no key nobody"),
         (("webhooks", "redeliver", "nothing"), "There is no webhook of request nothing"),
@@ -124,16 +124,16 @@ def test_a_folder_without_a_server_is_not_made(tmp_path: Path, arguments: str) -
     """A backup of nothing must not look like one."""
     done = flux_server(tmp_path / "mistyped", *arguments.split())
     assert done.returncode == 1
-    assert f"no data folder of a server at {tmp_path / 'mistyped'}" in done.stderr
+    assert f"no data directory of a server at {tmp_path / 'mistyped'}" in done.stderr
     assert not (tmp_path / "mistyped").exists()
 
 
 def test_the_first_and_the_last_key_are_told_of(tmp_path: Path) -> None:
-    assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "one").stderr
+    assert "will require one from its next start" in flux_server(tmp_path, "keys", "add", "one").stderr
     assert flux_server(tmp_path, "keys", "add", "two").stderr == ""
     assert flux_server(tmp_path, "keys", "revoke", "one").stderr == ""
-    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
-    assert flux_server(tmp_path, "keys", "list").stderr == "There are none.\n"
+    assert "No named key is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
+    assert flux_server(tmp_path, "keys", "list").stderr == "There are no keys.\n"
 
 
 def test_the_servers_own_key_counts_for_none_on_loopback(tmp_path: Path) -> None:
@@ -141,17 +141,17 @@ def test_the_servers_own_key_counts_for_none_on_loopback(tmp_path: Path) -> None
     with opened(tmp_path) as parts:
         add_key(parts.database, "", KeyScope.OPERATOR)
     assert "(the first)" in said(tmp_path, "keys", "list")
-    assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
+    assert "will require one from its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
     assert flux_server(tmp_path, "keys", "add", "later").stderr == ""
     said(tmp_path, "keys", "revoke", "late")
-    assert "No key with a name is left" in flux_server(tmp_path, "keys", "revoke", "later").stderr
+    assert "No named key is left" in flux_server(tmp_path, "keys", "revoke", "later").stderr
 
 
 def test_as_long_as_a_server_asks_for_no_key_each_new_one_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, TEST_MODELS) as server:
         server.ready()
         for name in ("one", "two"):
-            assert "begins to at its next start" in flux_server(tmp_path, "keys", "add", name).stderr
+            assert "will require one from its next start" in flux_server(tmp_path, "keys", "add", name).stderr
         assert server.stop() == 0
     with serving(tmp_path, TEST_MODELS) as server:
         server.ready()
@@ -161,7 +161,7 @@ def test_as_long_as_a_server_asks_for_no_key_each_new_one_says_so(tmp_path: Path
 def test_a_key_for_a_folder_that_was_not_there_says_so(tmp_path: Path) -> None:
     """Its path may be mistyped."""
     folder = tmp_path / "mistyped"
-    made = f"Made a new data folder at {folder}; no server runs on it"
+    made = f"Created a new data directory at {folder}; no server is using it"
     assert made in flux_server(folder, "keys", "add", "one").stderr
     assert made not in flux_server(folder, "keys", "add", "two").stderr
 
@@ -262,7 +262,7 @@ def test_a_backup_overwrites_nothing(parts: Parts, tmp_path: Path) -> None:
 def test_a_backup_into_what_it_copies_is_refused(parts: Parts, name: str) -> None:
     finished(parts)
     target = parts.folder / name
-    with pytest.raises(ValueError, match=r"(lies within what is backed up|exists)$"):
+    with pytest.raises(ValueError, match=r"(choose another target|exists)$"):
         Control(parts.database, parts.folder).back_up(str(target))
     assert not target.exists() or name == "files"
 
@@ -340,7 +340,7 @@ def test_a_backup_reads_what_was_brought_once(parts: Parts, tmp_path: Path, monk
 
 def test_env_gives_no_key_that_would_be_refused(tmp_path: Path) -> None:
     """Neither beside the server nor without it; one that asks for none takes any."""
-    local, wanted = "export FAL_KEY=local", "# FAL_KEY: this server wants a key that it knows"
+    local, wanted = "export FAL_KEY=local", "# FAL_KEY: this server requires a key"
     assert local in said(tmp_path / "none", "env")
     (tmp_path / "none").mkdir()
     assert local in said(tmp_path / "none", "env")

@@ -27,8 +27,8 @@ def found(data_dir: Path, *weights: str, **changes: Any) -> dict[str, Check]:
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("file", "file is not a folder"),
-        ("file/below/it", "file is not a folder"),
+        ("file", "file is not a directory"),
+        ("file/below/it", "file is not a directory"),
         ("foreign", "foreign has files/ but no queue.sqlite3"),
     ],
 )
@@ -45,7 +45,7 @@ def test_a_folder_that_may_not_be_written_is_not_well(tmp_path: Path, monkeypatc
     # To root, who may be running this, everything is permitted.
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     disk = found(tmp_path / "new", retention_gb=0.001)["disk"]
-    assert (disk.ok, disk.message) == (False, f"{tmp_path} cannot be read and written")
+    assert (disk.ok, disk.message) == (False, f"no permission to read and write {tmp_path}")
 
 
 def test_weights_of_many_endpoints_are_looked_at_once(tmp_path: Path) -> None:
@@ -59,9 +59,9 @@ def test_where_nothing_fits_no_plan_is_named_as_if_it_did(tmp_path: Path, monkey
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     words = found(tmp_path, HUB_ID)[f"{HUB_ID} memory"].message
-    assert words == "nothing fits: needed are resident 37.79 GB, 23.2 GB are free"
+    assert words == "no plan fits; required: resident 37.79 GB; free: 23.2 GB"
     words = found(tmp_path, HUB_ID, memory="resident")[f"{HUB_ID} memory"].message
-    assert words.startswith("resident does not fit: needed are resident 37.79 GB, fp8-storage ")
+    assert words.startswith("resident does not fit; required: resident 37.79 GB, fp8-storage ")
 
 
 def test_a_cpu_is_told_what_it_computes_in(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_licence_that_was_not_accepted_is_said_so(hub: Hub, tmp_path: Path) ->
     hub.gated.add(FLUX_DEV)
     refused = pull(hub, tmp_path)
     assert refused.returncode == 1
-    assert "accept its licence first" in refused.stderr
+    assert "accept its license" in refused.stderr
     assert f"{hub.url}/{FLUX_DEV}" in refused.stderr
     assert "HF_TOKEN" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -113,7 +113,7 @@ def test_a_licence_that_was_not_accepted_is_said_so(hub: Hub, tmp_path: Path) ->
 def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
     refused = pull(hub, tmp_path, "nobody/nothing")
     assert refused.returncode == 1
-    assert "There is no nobody/nothing on the hub" in refused.stderr
+    assert "nobody/nothing does not exist on the hub" in refused.stderr
 
 
 def test_no_hub(hub: Hub, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_doctor_tells_what_is_here(hub: Hub, tmp_path: Path) -> None:
     options = {"cwd": ROOT, "env": environment(hub, tmp_path), "capture_output": True, "text": True, "timeout": 60}
     before = subprocess.run(command, **options)  # type: ignore[call-overload]
     assert before.returncode == 1
-    assert f"✗ {FLUX_DEV}: not here yet; `flux-server pull {FLUX_DEV}` brings it" in before.stdout
+    assert f"✗ {FLUX_DEV}: not downloaded yet; run `flux-server pull {FLUX_DEV}`" in before.stdout
     assert pull(hub, tmp_path).returncode == 0
     after = subprocess.run(command, **options)  # type: ignore[call-overload]
     assert after.returncode == 0, after.stdout

@@ -186,7 +186,9 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: FakeRayCluster, start:
     assert (parts.folder / "files" / name).read_bytes() == b"new"
 
 
-def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_three_strikes_and_a_job_fails_alone(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+) -> None:
     start(max_running=2)
     deadly, other = submit(parts), submit(parts)
     for number in range(3):
@@ -203,7 +205,7 @@ def test_three_strikes_and_a_job_fails_alone(parts: Parts, fleet: FakeRayCluster
     assert link.taken() == other.request_id
     assert (deadly.state, deadly.error) == (
         State.COMPLETED,
-        "The server had to end 3 times while it worked at this request.",
+        "The server crashed 3 times while it ran this request.",
     )
     assert other.crash_count == 0
 
@@ -337,7 +339,9 @@ def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_lo
     until(lambda: [gpu.state for gpu in cluster.gpus()] == left)
 
 
-def test_as_many_gpus_as_the_cluster_has(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_as_many_gpus_as_the_cluster_has(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     fleet.next()
     fleet.number = 3
@@ -388,7 +392,9 @@ def test_what_cannot_be_handed_over_is_tried_elsewhere(
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
-def test_a_job_whose_file_is_gone_fails_alone(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_a_job_whose_file_is_gone_fails_alone(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     link = fleet.next()
     link.cannot_take = FileNotFoundError("gone")

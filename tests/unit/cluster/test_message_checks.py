@@ -91,7 +91,11 @@ def test_who_reports_what_cannot_be_is_let_go_and_its_request_goes_elsewhere(
     honest.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert (cluster.failure, cluster.gpus()[0].num_restarts) == (None, 1)
-    assert [message for message in caplog.messages if message.startswith("GPU 0: its runner is gone: it reported ")]
+    assert [
+        message
+        for message in caplog.messages
+        if message.startswith("GPU 0: lost its runner, starting another: the runner reported ")
+    ]
     assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files WHERE name <> ?", NAME)
     assert {path.name for path in parts.folder.parent.iterdir()} == {parts.folder.name}
 
@@ -120,7 +124,9 @@ def test_the_file_of_another_stays_as_it_is(parts: Parts, fleet: FakeRayCluster,
     assert cluster.failure is None
 
 
-def two_at_work(parts: Parts, fleet: FakeRayCluster, start: Start) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
+def two_at_work(
+    parts: Parts, fleet: FakeRayCluster, start: Start
+) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
     """Two runners with a request each."""
     fleet.number = 2
     cluster = start()

@@ -161,7 +161,7 @@ def test_nothing_is_quantized_that_is_not_offered(pipeline: FluxPipeline, card: 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("get_device_capability", (8, 0), "a card has no fp8"),
+        ("get_device_capability", (8, 0), "a card does not support fp8"),
         ("mem_get_info", (1000, 10**12), "a copy in fp8 needs"),
         ("find_spec", None, "torchao is not installed"),
     ],
@@ -248,7 +248,7 @@ def test_without_a_compiler_all_is_painted_uncompiled(
     monkeypatch.setattr("models.flux.engine.safety_checker.load", lambda _: CallsAllSafe())
     monkeypatch.setattr("models.flux.engine.acceleration.build", lambda *_, **__: [broken("none"), broken("regular")])
     engine = FluxEngine.load(placement(device="cpu"))
-    assert "painted uncompiled" in caplog.text
+    assert "every tier runs uncompiled" in caplog.text
     assert names(engine.tiers) == ["none"]
     assert engine.tiers[0].transformer is pipeline.transformer
     assert not engine.warm_up()

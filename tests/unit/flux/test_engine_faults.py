@@ -325,7 +325,7 @@ def test_twice_in_a_row_means_that_the_device_is_lost(engine: FluxEngine) -> Non
         assert painted(engine, asked(), 1)
     with pytest.raises(NonFiniteOutput):
         engine.decode(spoilt(engine))
-    with pytest.raises(DeviceLost, match="two pictures in a row came out as not-a-number"):
+    with pytest.raises(DeviceLost, match="two images in a row came out as not-a-number"):
         engine.decode(spoilt(engine))
     assert painted(engine, asked(), 1)
 

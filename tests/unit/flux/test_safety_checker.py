@@ -130,7 +130,7 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
 @pytest.mark.parametrize(
     ("file", "said", "words"),
     [
-        ("config.json", "[]", "config.json is JSON, but no object"),
+        ("config.json", "[]", "config.json is JSON, but not an object"),
         ("config.json", "{", "config.json is not JSON"),
         ("config.json", "{}", "cannot be loaded: "),
         ("config.json", '{"architectures": 5}', "cannot be loaded: "),

@@ -173,7 +173,7 @@ def test_hub_ids_that_mean_nothing(user: httpx.Client, hub: HTTPServer) -> None:
     hub.expect_request("/api/models/owner/odd").respond_with_data("[]")
     assert "has 2 safetensors files" in refused(user, "owner/two")["msg"]
     assert "has no safetensors file" in refused(user, "owner/none")["msg"]
-    assert "says nothing" in refused(user, "owner/odd")["msg"]
+    assert "description of owner/odd cannot be read" in refused(user, "owner/odd")["msg"]
     assert "answered 500" in refused(user, "owner/unknown")["msg"]
 
 
@@ -205,7 +205,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a side too long": (save({"x.lora_A.weight": numpy.ones((1, 65_537), "float16")}), "has the shape"),
     "a name that is an expression": (
         save({"x.lora_A.weight": numpy.ones((2, 2), "float32"), "(?:[a-z]+)+!.alpha": numpy.ones(1, "float32")}),
-        "is no name of a layer",
+        "is not a valid layer name",
     ),
     "too many": (save({f"{n}.lora_A.weight": numpy.ones(1, "float16") for n in range(20_001)}), "holds 20001 tensors"),
     "a header without end": (header(b" " * (8 * 2**20 + 1)), "larger than 8 MiB"),

@@ -243,7 +243,7 @@ def test_what_is_no_address(alice: httpx.Client, url: str) -> None:
 
 @pytest.mark.parametrize("url", ["in.png", "/tmp/in.png", "C:\\in.png"])
 def test_a_path_is_told_what_is_accepted(alice: httpx.Client, url: str) -> None:
-    assert "http or https address, a data URI" in refused(alice, url)["msg"]
+    assert "http or https URL, a data URI" in refused(alice, url)["msg"]
 
 
 def test_a_host_that_cannot_be_reached_is_named(alice: httpx.Client) -> None:

@@ -93,7 +93,7 @@ def redux(folder: Path) -> None:
 #: What is seen before anything is loaded.
 SEEN: dict[str, tuple[Change, str]] = {
     "index no JSON": (text("model_index.json", "{"), "model_index.json is not JSON"),
-    "index a list": (text("model_index.json", "[]"), "model_index.json is JSON, but no object"),
+    "index a list": (text("model_index.json", "[]"), "model_index.json is JSON, but not an object"),
     "index nested deeply": (text("model_index.json", "[" * 100_000), "model_index.json is not JSON"),
     "index too large": (
         lambda at: os.truncate(at / "model_index.json", hub.MAX_JSON_BYTES + 1),
@@ -107,32 +107,35 @@ SEEN: dict[str, tuple[Change, str]] = {
     "a component forgotten": (lambda at: without(at / "model_index.json", "vae"), "names no library and class for vae"),
     "an unknown class": (named(vae=["diffusers", "Stranger"]), "only diffusers.AutoencoderKL or"),
     "an unknown library": (named(vae=["somebody", "AutoencoderKL"]), "vae is of somebody.AutoencoderKL"),
-    "an unknown component": (named(**UNET), "unet is of diffusers, and is no part"),
+    "an unknown component": (named(**UNET), "unet is of diffusers, and is not part"),
     "no folder": (lambda at: shutil.rmtree(at / "vae"), "vae is not there"),
     "no weights": (lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae is not there, or"),
     "configuration no JSON": (text("transformer/config.json", "{"), "transformer/config.json is not JSON"),
-    "configuration a list": (text("text_encoder/config.json", "[]"), "text_encoder/config.json is JSON, but no object"),
+    "configuration a list": (
+        text("text_encoder/config.json", "[]"),
+        "text_encoder/config.json is JSON, but not an object",
+    ),
     "configuration no text": (
         lambda at: (at / "vae" / "config.json").write_bytes(b"\xff\xfe"),
         "vae/config.json is not JSON",
     ),
     "scheduler a number": (
         text("scheduler/scheduler_config.json", "5"),
-        "scheduler_config.json is JSON, but no object",
+        "scheduler_config.json is JSON, but not an object",
     ),
     "tokenizer no JSON": (text("tokenizer/vocab.json", "{"), "tokenizer/vocab.json is not JSON"),
     "checker no JSON": (text("safety_checker/config.json", "{"), "safety_checker/config.json is not JSON"),
-    "Redux a list": (redux, "redux/config.json is JSON, but no object"),
-    "shards in a list": (listed({"metadata": {}, "weight_map": ["shard.safetensors"]}), "is no index of weights"),
-    "no shards": (listed({"metadata": {}, "weight_map": {}}), "is no index of weights"),
-    "an index of nothing": (listed({}), "is no index of weights"),
-    "an index that is a list": (listed([]), "index.json is JSON, but no object"),
+    "Redux a list": (redux, "redux/config.json is JSON, but not an object"),
+    "shards in a list": (listed({"metadata": {}, "weight_map": ["shard.safetensors"]}), "is not an index of weights"),
+    "no shards": (listed({"metadata": {}, "weight_map": {}}), "is not an index of weights"),
+    "an index of nothing": (listed({}), "is not an index of weights"),
+    "an index that is a list": (listed([]), "index.json is JSON, but not an object"),
     "a number for a shard": (listed({"metadata": {}, "weight_map": {"x": 5}}), "names 5"),
     "a shard that is not there": (
         listed({"metadata": {}, "weight_map": {"x": "other.safetensors"}}, "text_encoder_2"),
         "names other.safetensors, which is not there",
     ),
-    "weights cut off": (cut_off, "transformer/diffusion_pytorch_model.safetensors is not a whole safetensors file"),
+    "weights cut off": (cut_off, "transformer/diffusion_pytorch_model.safetensors is not a complete safetensors file"),
     "weights empty": (tensors(b""), "is not a safetensors file, or was cut off"),
     "weights a pointer": (tensors(POINTER), "is not a safetensors file, or was cut off"),
     "header longer than the file": (tensors(header(1000) + b"{}"), "is not a safetensors file, or was cut off"),
@@ -140,7 +143,7 @@ SEEN: dict[str, tuple[Change, str]] = {
         tensors(header(100_000_001) + b"{}", 100_000_100),
         "has a header of 100000001 bytes, and 100000000 are allowed",
     ),
-    "header no JSON": (tensors(header(100) + b"{" * 100), "is not a whole safetensors file"),
+    "header no JSON": (tensors(header(100) + b"{" * 100), "is not a complete safetensors file"),
     "checker cut off": (tensors(header(1000), part="safety_checker"), "is not a safetensors file, or was cut off"),
 }
 

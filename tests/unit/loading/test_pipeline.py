@@ -84,7 +84,7 @@ def test_the_last_word_on_an_endpoint_counts(folder: Path) -> None:
 @pytest.mark.parametrize("endpoint", ["", f"{DEV}="])
 def test_a_single_file_is_refused_with_the_reason(name: str, endpoint: str) -> None:
     said = complaint(endpoint + name)
-    assert said == f"{name}: single-file checkpoints are not supported; give a folder in diffusers layout"
+    assert said == f"{name}: single-file checkpoints are not supported; use a directory in diffusers layout"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_single_file_is_refused_with_the_reason(name: str, endpoint: str) -> N
 )
 def test_what_is_neither_folder_nor_hub_id_is_refused(place: str) -> None:
     said = complaint(f"{DEV}={place}")
-    assert said == f"{place}: not a folder in diffusers layout (no model_index.json) and not a hub id"
+    assert said == f"{place}: neither a directory in diffusers layout (no model_index.json) nor a hub id"
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
@@ -100,13 +100,14 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_hub_id_is_refused_with_what_to_say_instead() -> None:
-    said = complaint("stabilityai/sdxl-turbo")
-    assert said == ("stabilityai/sdxl-turbo: no endpoint is known to run on it; say ENDPOINT=stabilityai/sdxl-turbo")
+    name = "stabilityai/sdxl-turbo"
+    assert complaint(name) == f"{name}: no known endpoint runs on these weights; use ENDPOINT={name}"
 
 
 def test_an_unknown_endpoint_is_refused_with_those_there_are() -> None:
     said = complaint("fal-ai/flux/pro=demo")
-    assert said == f"fal-ai/flux/pro=demo: fal-ai/flux/pro is not an endpoint here; there are {DEV}, {SCHNELL}, {NULL}"
+    listed = f"{DEV}, {SCHNELL}, {NULL}"
+    assert said == f"fal-ai/flux/pro=demo: fal-ai/flux/pro is not an endpoint here; choose from {listed}"
 
 
 def test_every_problem_is_listed() -> None:

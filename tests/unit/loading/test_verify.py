@@ -87,13 +87,13 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard anywhere": (lambda folder: sharded(folder / "vae", "/x.safetensors"), "only safetensors"),
     "a pickled shard of the checker": (lambda folder: sharded(folder / "safety_checker", "x.pt"), "'x.pt'"),
     "a shard without a name": (lambda folder: add(folder / "x.safetensors.index.json", weight_map={"x": 5}), "5"),
-    "no index": (lambda folder: add(folder / "x.safetensors.index.json", weight_map=[]), "no index of weights"),
+    "no index": (lambda folder: add(folder / "x.safetensors.index.json", weight_map=[]), "not an index of weights"),
     "an adapter": (
         lambda folder: add(folder / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)),
-        "an adapter is no part",
+        "an adapter is not part",
     ),
-    "a pipe": (lambda folder: os.mkfifo(folder / "vae" / "x.json"), "neither a file nor a folder"),
-    "a link in a circle": (lambda folder: link(folder / "vae" / "x", Path("x")), "neither a file nor a folder"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "vae" / "x.json"), "neither a file nor a directory"),
+    "a link in a circle": (lambda folder: link(folder / "vae" / "x", Path("x")), "neither a file nor a directory"),
     "code": (lambda folder: (folder / "vae" / "stranger.py").touch(), "stranger.py is code"),
     "code where nobody looks": (lambda folder: (folder / "pipeline.py").touch(), "pipeline.py is code"),
     "code of its checker": (lambda folder: (folder / "safety_checker" / "x.py").touch(), "x.py is code"),
@@ -115,12 +115,12 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "another part": (
         lambda folder: add(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]),
-        "unet is of diffusers, and is no part",
+        "unet is of diffusers, and is not part",
     ),
     "a pipeline of its own": (lambda folder: add(folder / "model_index.json", _class_name=["x", "X"]), "is of x"),
     "a component elsewhere": (
         lambda folder: add(folder / "model_index.json", **{"../x": ["diffusers", "AutoencoderTiny"]}),
-        "no component's name",
+        "not a component's name",
     ),
 }
 

@@ -235,7 +235,7 @@ def test_connecting_does_not_take_for_ever() -> None:
             with full() as taken:
                 answer, (reader, writer) = await through(port, f"127.0.0.1:{taken}")
                 assert answer.startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
-                assert f"127.0.0.1:{taken} did not answer within".encode() in await reader.read()
+                assert f"127.0.0.1:{taken} did not respond within".encode() in await reader.read()
                 writer.close()
 
     asyncio.run(run())

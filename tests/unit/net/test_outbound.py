@@ -238,7 +238,7 @@ def test_the_public_authorities_are_not_read_anew_for_each_request(
 
 def test_interim_answers_without_end_end_a_download(tmp_path: Path) -> None:
     """As much as the file may be large twice over, not as much as comes in a minute."""
-    told = pytest.raises(InvalidInputFile, match="the answer is longer than 67536 bytes")
+    told = pytest.raises(InvalidInputFile, match="the response is longer than 67536 bytes")
     with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, told:
         asyncio.run(OutboundClient(LOOPBACK).download(url, tmp_path / "file", 1000, 30))
 

@@ -41,7 +41,7 @@ def test_a_start_says_how_many_requests_it_takes_up_again(tmp_path: Path, caplog
     assert not [line for line in caplog.messages if "wait" in line]
     with opened(tmp_path) as parts:
         parts.queue.recover()
-    assert "2 requests wait" in caplog.messages
+    assert "2 requests are waiting" in caplog.messages
 
 
 def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:
@@ -418,7 +418,7 @@ def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) 
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1
         assert ended(parts, job) == (500, "internal_error")
-        assert "had to end 3 times while it worked at this request" in parts.queue.result(job).body
+        assert "crashed 3 times while it ran this request" in parts.queue.result(job).body
         assert parts.rows("SELECT request_id FROM deliveries") == [(job.request_id,)]
         found = parts.queue.claim()
         assert found and found[0].request_id == other.request_id

@@ -252,7 +252,7 @@ def test_a_receiver_that_never_answers_is_tried_again(parts: Parts, monkeypatch:
         turn(parts)
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
-    assert "no answer" in str(error)
+    assert "no response" in str(error)
 
 
 def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTPServer) -> None:

@@ -185,7 +185,7 @@ def test_who_waits_is_told_of_the_loading(parts: Parts) -> None:
     worker = ready(parts, NullModel("a/a", NullEngine), Telling("a/b", NullEngine), max_loaded=1)
     job = submitted(parts, "a/b")
     worked_off(worker)
-    assert job.logs[0]["message"] == "a/b: loading transformer, 1.0 of 4.0 GB are here"
+    assert job.logs[0]["message"] == "a/b: loading transformer, 1.0 of 4.0 GB loaded"
 
 
 def test_weights_that_cannot_be_loaded_fail_their_own_requests(parts: Parts) -> None:

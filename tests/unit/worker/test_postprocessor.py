@@ -59,7 +59,7 @@ class WatchedEngine(SharingEngine):
         if "lost" in painting.request.prompt:
             raise DeviceLost("an illegal memory access was encountered")
         if painting.request.prompt == "nothing":
-            raise GenerationFailed("The picture came out as not-a-number, so none is shown.")
+            raise GenerationFailed("The image came out as not-a-number, so none is returned.")
         super().decode(painting)
 
     def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
@@ -189,7 +189,7 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(parts: Parts, engine: Watc
         bad, good = submitted(parts, prompt="nothing"), submitted(parts)
         assert completed(parts, bad, good) == [500, 200]
         assert worker.failure is None
-    assert told(parts, bad)[1] == "The picture came out as not-a-number, so none is shown."
+    assert told(parts, bad)[1] == "The image came out as not-a-number, so none is returned."
 
 
 def test_a_device_that_is_lost_beside_ends_the_worker(parts: Parts, engine: WatchedEngine) -> None:

@@ -210,7 +210,7 @@ def test_after_three_strikes_a_job_ends_and_others_go_on(tmp_path: Path, gate: G
             assert exit_code(server) == EXIT_STUCK
     with serving(data_dir, TEST_MODELS, step_deadline="1") as server, client_of(server) as client:
         errors = [completed(client, f"{path}/status").get("error") for path in paths]
-        assert errors == ["The server had to end 3 times while it worked at this request.", None, None]
+        assert errors == ["The server crashed 3 times while it ran this request.", None, None]
         result = client.get(paths[0])
         assert (result.status_code, result.headers["x-fal-error-type"]) == (500, "internal_error")
         assert server.stop() == 0

@@ -330,7 +330,7 @@ def test_one_that_fails_harms_no_other(parts: Parts) -> None:
 def test_an_endpoint_that_is_gone_is_not_found(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/gone")
     worked_off(worker)
-    assert told(parts, job) == (404, "test/gone is not served here any more", None)
+    assert told(parts, job) == (404, "test/gone is no longer served here", None)
 
 
 def test_an_endpoint_that_is_gone_after_a_restart_is_not_found(tmp_path: Path) -> None:
@@ -611,7 +611,7 @@ def test_ready_says_how_far_loading_has_come(tmp_path: Path, gate: Gate) -> None
         serving(tmp_path / "data", "test/loading=demo", models_dir=str(folder)) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
-        server.wait_for("loading transformer, 1.0 of 4.0 GB are here")
+        server.wait_for("loading transformer, 1.0 of 4.0 GB loaded")
         answer = client.get("/health/ready")
         body = answer.json()
         assert (answer.status_code, body.pop("status"), bool(body.pop("version"))) == (503, "loading", True)

@@ -1,0 +1,83 @@
+"""The page docs/settings.md, rendered from the settings themselves: `python -m tests.support.settings_page`."""
+
+import re
+from typing import Any
+
+from server.settings import PREFIX, Settings
+from tests.support.server_process import ROOT
+
+PAGE = ROOT / "docs" / "settings.md"
+
+_HEAD = """\
+# Settings
+
+For operators: every setting of `flux-server serve`, with its default. You need this page when a default does not fit
+your machine or your clients.
+
+Set an option on the command line, or its variable in the environment; the command line wins. An empty variable counts
+as not set. Separate several values of one variable with commas. If settings are wrong, the server does not start and
+lists every problem. `flux-server serve --help` prints the same list.
+
+The variable `FAL_KEY` counts as one of `--keys`, unless its value is `local`, which `flux-server env` gives to clients
+of a server without keys.
+
+| option | variable | default | description |
+|---|---|---|---|
+"""
+_FOOT = (
+    "\n`python -m tests.support.settings_page` writes this page from `server/settings.py`; a test compares the two.\n"
+)
+
+#: Defaults that depend on the environment.
+_DEFAULTS = {"data_dir": "`$XDG_DATA_HOME/flux-server`, else `~/.local/share/flux-server`"}
+#: Further sentences, with links to the page that explains the setting.
+_NOTES = {
+    "weights": "See [Weights and memory](weights-and-memory.md).",
+    "tls_port": "fal's Python client needs HTTPS.",
+    "proxy_port": "See [Clients](clients.md#the-connect-proxy).",
+    "data_dir": "See [the data directory](operations.md#the-data-directory).",
+    "keys": "See [Keys](operations.md#keys).",
+    "public_url": "The host name goes into the certificate too.",
+    "trusted_proxies": "See [Behind a reverse proxy](deploy.md#behind-a-reverse-proxy).",
+    "dtype": "See [Types on a CPU](weights-and-memory.md#types-on-a-cpu).",
+    "memory": "See [Memory plans](weights-and-memory.md#memory-plans).",
+    "max_acceleration": "See [Acceleration](weights-and-memory.md#acceleration).",
+    "ray": "See [Many GPUs](cluster.md).",
+    "outbound_allow": "Without it, webhooks and downloads reach public addresses only.",
+    "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",
+    "models_dir": "See [Adding an endpoint](adding-an-endpoint.md).",
+}
+#: Parts of a description that are typed as they stand.
+_LITERAL = re.compile(
+    r"--[a-z-]+|\bFAL_KEY\b|X-[A-Za-z-]+\*?|(?<= )/[a-z]+\b|\b[A-Z]+=[A-Z]+\b|\d+(?:\.\d+){3}/\d+|whsec_\.{3}"
+)
+
+
+def page() -> str:
+    """Render docs/settings.md."""
+    rows = (_row(name, field) for name, field in Settings.model_fields.items())
+    return _HEAD + "".join(rows) + _FOOT
+
+
+def _row(name: str, field: Any) -> str:
+    told = _LITERAL.sub(r"`\g<0>`", field.description).replace("|", "\\|")
+    cells = (_option(name, field), f"`{PREFIX}{name.upper()}`", _DEFAULTS.get(name) or _default(field.default))
+    return f"| {' | '.join((*cells, ' '.join(filter(None, (told, _NOTES.get(name))))))} |\n"
+
+
+def _option(name: str, field: Any) -> str:
+    if name == "weights":
+        return "`WEIGHTS…`"
+    flag = name.replace("_", "-")
+    return f"`--[no-]{flag}`" if field.annotation is bool else f"`--{flag}`"
+
+
+def _default(value: object) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return "none" if value is None or shown == "" else f"`{shown}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
