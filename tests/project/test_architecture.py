@@ -27,7 +27,8 @@ TESTS = sorted(
     if not any(part.startswith(".") or part == "node_modules" for part in path.relative_to(ROOT).parts)
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-MAX_FILE, MAX_FUNCTION = 300, 45
+#: Lines of a file without its docstrings, and of a function.
+MAX_FILE, MAX_FUNCTION = 270, 45
 
 
 def name_of(path: Path) -> str:
@@ -86,9 +87,17 @@ def test_looking_for_models_brings_in_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def docstring_lines(tree: ast.Module) -> int:
+    """How many lines of a module are docstrings: a file is not to be cut because it is well described."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+    docstrings = (node.body[0] for node in nodes if ast.get_docstring(node))
+    return sum((docstring.end_lineno or 0) - docstring.lineno + 1 for docstring in docstrings)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines - docstring_lines(MODULES[name_of(path)]) <= MAX_FILE
 
 
 @pytest.mark.parametrize("module", MODULES)
