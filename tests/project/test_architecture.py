@@ -28,7 +28,7 @@ TESTS = sorted(
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 #: Lines of a file without its docstrings, and of a function.
-MAX_FILE, MAX_FUNCTION = 270, 45
+MAX_FILE, MAX_FUNCTION = 290, 45
 
 
 def name_of(path: Path) -> str:
@@ -89,7 +89,11 @@ def test_looking_for_models_brings_in_nothing_heavy() -> None:
 
 def docstring_lines(tree: ast.Module) -> int:
     """How many lines of a module are docstrings: a file is not to be cut because it is well described."""
-    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+    nodes = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
     docstrings = (node.body[0] for node in nodes if ast.get_docstring(node))
     return sum((docstring.end_lineno or 0) - docstring.lineno + 1 for docstring in docstrings)
 
