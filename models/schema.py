@@ -115,9 +115,9 @@ class _PresetSchema:
 
 @dataclass(frozen=True)
 class InputURL:
-    """A marker for a field with a URL: the file, a "picture" or a "lora", is fetched before the request runs."""
+    """A marker for a field with a URL: the file, a "image" or a "lora", is fetched before the request runs."""
 
-    kind: Literal["picture", "lora"]
+    kind: Literal["image", "lora"]
 
 
 def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
@@ -144,7 +144,7 @@ Prompt = Annotated[
 ]
 ImageURL = Annotated[
     str,
-    InputURL("picture"),
+    InputURL("image"),
     Field(
         description="The URL of the image to generate an image from: http, https or a data URI.",
         examples=[EXAMPLE_PICTURE],

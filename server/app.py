@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.api import openapi
 from server.api.dependencies import Services
+from server.api.middleware import request_id
 from server.api.middleware.body_limit import BodyLimitMiddleware
 from server.api.middleware.errors import ErrorMiddleware, add_exception_handlers
 from server.api.middleware.host_check import LOOPBACK_ORIGIN, HostCheckMiddleware, allowed_origins
@@ -35,7 +36,7 @@ from server.errors import DiskFull
 from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import CorruptDatabase
-from server.webhooks.delivery import WebhookSender
+from server.storage.durable import RETRY_SECONDS
 from server.worker.crash_recorder import CrashRecorder
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,7 @@ log = logging.getLogger(__name__)
 #: Seconds between checks of start deadlines, and between deletions of old results.
 EXPIRE_EVERY = 0.25
 SWEEP_EVERY = 60.0
-#: Additional seconds to wait after the disk was full.
-DISK_PAUSE = 1.0
-_EXPOSED = ("x-fal-request-id", "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
+_EXPOSED = (request_id.HEADER, "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -116,11 +115,8 @@ async def _lifespan(app: FastAPI, components: Components) -> AsyncIterator[None]
     services.files.delete_orphans()
     services.signer.rotate()
     backend.start()
-    sender = WebhookSender(
-        components.database, services.notifier, services.inputs.outbound, services.signer, metrics=services.metrics
-    )
     tasks = [
-        asyncio.create_task(sender.run()),
+        asyncio.create_task(components.webhook_sender.run()),
         asyncio.create_task(_run_periodically(EXPIRE_EVERY, services.queue.fail_expired)),
         asyncio.create_task(_run_periodically(SWEEP_EVERY, services.retention.sweep)),
         asyncio.create_task(_run_periodically(SWEEP_EVERY, services.uploads.sweep)),
@@ -157,7 +153,7 @@ async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
             return
         except DiskFull as error:
             log.error("%s; trying again", error)
-            await asyncio.sleep(DISK_PAUSE)
+            await asyncio.sleep(RETRY_SECONDS)
         except Exception:
             log.exception("%s failed; trying again", func)
         await asyncio.sleep(seconds)

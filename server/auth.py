@@ -46,16 +46,16 @@ class Keys:
         operators: tuple[str, ...] = (),
     ) -> None:
         self._pepper = pepper
-        self._given = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
-        self._given |= {_hash(key, pepper): KeyScope.OPERATOR for key in operators}
-        self._scopes = {**self._given, **stored}
+        self._configured = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
+        self._configured |= {_hash(key, pepper): KeyScope.OPERATOR for key in operators}
+        self._scopes = {**self._configured, **stored}
         self._secret = secrets.token_bytes(32)
         #: Whether no key is required. Decided at the start, so that revoking the last key does not open the server.
         self.allows_anonymous = not self._scopes
 
     def reload(self, stored: KeyScopes) -> None:
         """Replace the keys that this server created."""
-        self._scopes = {**self._given, **stored}
+        self._scopes = {**self._configured, **stored}
 
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
         """Return the owner of a "Key ..." or "Bearer ..." header; tokens must have `scope`. Raises Unauthorized."""
@@ -79,7 +79,7 @@ class Keys:
         operators = [known[:32] for known, scope in self._scopes.items() if scope == KeyScope.OPERATOR]
         # Without an operator key, a single key in the settings is the operator's. Keys that this server created do not
         # count: a client's key must not gain rights because the operator's key was revoked.
-        lone = [known[:32] for known in self._given] if len(self._given) == 1 else []
+        lone = [known[:32] for known in self._configured] if len(self._configured) == 1 else []
         if not self.allows_anonymous and owner not in (operators or lone):
             raise Forbidden(
                 "This key is a client's; use one of --operator-keys, or create one with `keys add --scope operator`"

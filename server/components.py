@@ -33,6 +33,7 @@ from server.status import GpuStatus, load_overview
 from server.storage.database import Database
 from server.storage.file_store import FileStore
 from server.storage.uploads import Uploads
+from server.webhooks.delivery import WebhookSender
 from server.webhooks.signing import WebhookSigner
 from server.worker.crash_recorder import CrashRecorder
 from server.worker.engine_pool import engine_configs
@@ -74,6 +75,7 @@ class Components:
     backend: Backend
     database: Database
     crash_recorder: CrashRecorder
+    webhook_sender: WebhookSender
 
 
 def build(settings: Settings) -> Components:
@@ -101,6 +103,7 @@ def build(settings: Settings) -> Components:
     database.on_corruption = backend.fail
     gauges = partial(collect_gauges, database, settings.data_dir, lambda: backend.is_ready, backend.gpus)
     metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
+    signer = WebhookSigner(database, settings.webhook_secret)
     services = Services(
         models=models,
         unavailable_endpoints={name: _required_weights(known[name]) for name in known if name not in models},
@@ -111,7 +114,7 @@ def build(settings: Settings) -> Components:
         files=files,
         uploads=_uploads(settings, database, files),
         retention=_retention(settings, database, queue, files),
-        signer=WebhookSigner(database, settings.webhook_secret),
+        signer=signer,
         notifier=notifier,
         metrics=metrics,
         history=partial(query_history, database),
@@ -120,7 +123,8 @@ def build(settings: Settings) -> Components:
         readiness=lambda: (backend.is_ready, backend.loading),
         gpus=backend.gpus,
     )
-    return Components(services, backend, database, crash_recorder)
+    sender = WebhookSender(database, notifier, inputs.outbound, signer, metrics=metrics)
+    return Components(services, backend, database, crash_recorder, sender)
 
 
 def _shared(settings: Settings) -> dict[str, Any]:

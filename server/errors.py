@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 
 class ServerError(Exception):
-    """An error that is sent to a client. Status and shapes: fal's protocol, section 3."""
+    """An error that is sent to a client. Statuses and shapes are fal's."""
 
     status: ClassVar[int] = 500
     headers: ClassVar[dict[str, str]] = {}

@@ -36,7 +36,7 @@ def _default_data_dir(environment: Mapping[str, str]) -> Path:
 
 
 class Settings(BaseModel):
-    """The operator's settings. `--help` and the README list them in this order, with these descriptions."""
+    """The operator's settings. `--help` and docs/settings.md list them in this order, with these descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -188,7 +188,7 @@ class Settings(BaseModel):
 
     @field_validator("models_dir")
     @classmethod
-    def _is_folder(cls, directory: Path | None) -> Path | None:
+    def _is_directory(cls, directory: Path | None) -> Path | None:
         if directory is not None and not directory.is_dir():
             raise ValueError("should be a directory")
         return directory
@@ -213,7 +213,7 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _door_needs_tls(self) -> "Settings":
+    def _proxy_needs_tls(self) -> "Settings":
         if self.proxy_port and not self.tls_port:
             raise ValueError("--proxy-port needs --tls-port: the CONNECT proxy forwards to it")
         ports = [port for port in (self.port, self.tls_port, self.proxy_port) if port]
@@ -268,14 +268,14 @@ class Settings(BaseModel):
         values.update({name: value for name, value in (options or {}).items() if value is not None})
         # `env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the server.
         if environment.get("FAL_KEY", OPEN_KEY) not in ("", OPEN_KEY):
-            values["keys"] = (*_words(values.get("keys", ())), environment["FAL_KEY"])
+            values["keys"] = (*_entries(values.get("keys", ())), environment["FAL_KEY"])
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError("\n".join(_problem(entry) for entry in error.errors())) from None
 
 
-def _words(value: object) -> tuple[str, ...]:
+def _entries(value: object) -> tuple[str, ...]:
     entries = _split(value)
     return tuple(entries) if isinstance(entries, tuple | list) else ()
 

@@ -65,7 +65,7 @@ class _Timing:
 class EngineBenchmark:
     """The ways to generate images with one pipeline; the tiers share its weights."""
 
-    def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_whole: bool = True) -> None:
+    def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_resident: bool = True) -> None:
         self.pipeline = pipeline
         self.device = device
         self._now = Device(device).now
@@ -73,7 +73,7 @@ class EngineBenchmark:
         # Neither side runs the safety checker.
         self._checker = safety_checker.Unavailable("not used")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        for tier in acceleration.build(pipeline, config, device, is_whole=is_whole):
+        for tier in acceleration.build(pipeline, config, device, is_resident=is_resident):
             # Without compilation, the tier "none" is the same as eager.
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)

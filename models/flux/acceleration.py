@@ -62,12 +62,12 @@ def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
-def build(pipeline: Any, config: EngineConfig, device: str, *, is_whole: bool) -> list[Tier]:
+def build(pipeline: Any, config: EngineConfig, device: str, *, is_resident: bool) -> list[Tier]:
     """Build the tiers that this device can run and the operator offers, most exact first, always with "none"."""
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
-    elif config.is_eager or not is_whole:
+    elif config.is_eager or not is_resident:
         tiers = [Tier("none", pipeline.transformer)]
     else:
         tiers = _compiled(pipeline.transformer, config)

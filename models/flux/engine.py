@@ -87,7 +87,7 @@ class FluxEngine:
     @classmethod
     def _load(cls, config: EngineConfig, device: str) -> "FluxEngine":
         pipeline, plan = load_pipeline(config)
-        offered = acceleration.build(pipeline, config, device, is_whole=plan.is_resident)
+        offered = acceleration.build(pipeline, config, device, is_resident=plan.is_resident)
         prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
         redux = Redux.load(prior, pipeline.transformer, device) if prior else None
         checker = safety_checker.load(config)

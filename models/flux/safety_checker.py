@@ -10,7 +10,7 @@ from PIL.Image import Image
 from models.base import EngineConfig, GenerationFailed
 from models.loading import hub, verify
 from models.loading.devices import device_for
-from models.loading.pipeline import dtype_of, folder_of
+from models.loading.pipeline import dtype_of, weights_directory
 
 #: The "nsfw" probability of Falconsai/nsfw_image_detection above which fal's own toolkit flags an image.
 THRESHOLD = 0.5
@@ -115,7 +115,7 @@ def load(config: EngineConfig) -> Checker:
 
 def _directory(config: EngineConfig) -> Path:
     if config.weights is not None:
-        own = folder_of(config.weights) / "safety_checker"
+        own = weights_directory(config.weights) / "safety_checker"
         if own.is_dir():
             return own
     configured = Path(config.safety_checker)

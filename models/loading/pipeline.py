@@ -18,7 +18,7 @@ NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "
 _MATCH = "use parts from the same weights"
 
 
-def folder_of(where: str | Path) -> Path:
+def weights_directory(where: str | Path) -> Path:
     """Return the directory of weights; a hub id is downloaded unless it is cached. Raises hub.HubError."""
     if isinstance(where, Path):
         return where
@@ -35,7 +35,7 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
     _silence_libraries()
     if config.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
-    directory, device = folder_of(config.weights), device_for(config.device)
+    directory, device = weights_directory(config.weights), device_for(config.device)
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
     dtype = dtype_of(config)
     sizes = _sizes(config.weights, directory, dtype)
@@ -131,5 +131,5 @@ def dtype_of(config: EngineConfig) -> "torch.dtype":
     """Return the number type for these weights. Raises OSError if the device does not support it, and hub.HubError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
-    sizes = sizes_on_disk(config.weights, folder_of(config.weights))
+    sizes = sizes_on_disk(config.weights, weights_directory(config.weights))
     return dtype_for(config.dtype, device_for(config.device), sum(sizes.values()))

@@ -8,6 +8,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.middleware.request_id import HEADER
 from server.errors import HEADERS_BY_TYPE, ServerError
 from server.queue.jobs import Job, Outcome, State
 
@@ -26,7 +27,7 @@ class FalJSONResponse(Response):
     room: AbstractAsyncContextManager[object, bool | None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response once there is room in memory."""
+        """Send the response in parts, then release its memory reservation."""
         if self.room is None:
             await super().__call__(scope, receive, send)
             return
@@ -115,5 +116,5 @@ def error_response(problem: ServerError) -> Response:
 
 def with_request_id(response: Response, job: Job) -> Response:
     """Add the header with the job's request id to a response."""
-    response.headers["x-fal-request-id"] = job.request_id
+    response.headers[HEADER] = job.request_id
     return response

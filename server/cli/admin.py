@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from server.cli.options import FAILED
 from server.errors import DiskFull
 from server.settings import Settings, SettingsError
 
-FAILED = 1
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 
 keys = typer.Typer(help="Manage the keys that this server creates, in addition to those of --keys.", **_PLAIN)
@@ -22,18 +22,18 @@ DataDir = Annotated[
 ]
 
 
-def _ask(data_dir: str | None, act: str, **arguments: Any) -> Any:
+def _ask(data_dir: str | None, command: str, **arguments: Any) -> Any:
     from server.cli import control_socket
     from server.storage.database import CorruptDatabase
 
     try:
-        return control_socket.call(_folder(data_dir), act, **arguments)
+        return control_socket.call(_data_dir(data_dir), command, **arguments)
     except (ValueError, OSError, DiskFull, CorruptDatabase) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
 
 
-def _folder(data_dir: str | None) -> Path:
+def _data_dir(data_dir: str | None) -> Path:
     try:
         return Settings.load(os.environ, {"data_dir": data_dir}).data_dir
     except SettingsError as error:
@@ -52,12 +52,12 @@ def add_key(
     """Create a key and print it, only this once. It is valid immediately; a server without keys needs a restart."""
     from server.storage.database import FILE
 
-    is_new = not (_folder(data_dir) / FILE).is_file()
+    is_new = not (_data_dir(data_dir) / FILE).is_file()
     # Check this first: without a running server, `is_open` changes once a key exists.
     is_open = is_new or _ask(data_dir, "is_open")
     typer.echo(_ask(data_dir, "add_key", name=name, scope=scope))
     if is_new:
-        typer.echo(f"Created a new data directory at {_folder(data_dir)}; no server is using it", err=True)
+        typer.echo(f"Created a new data directory at {_data_dir(data_dir)}; no server is using it", err=True)
     if is_open:
         typer.echo("A server that requires no key yet will require one from its next start.", err=True)
 

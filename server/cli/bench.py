@@ -44,7 +44,7 @@ def run(
         is_eager=settings.eager,
         compile_cache=settings.data_dir / "compiled",
     )
-    bench = EngineBenchmark(pipeline, device, config, is_whole=plan.is_resident)
+    bench = EngineBenchmark(pipeline, device, config, is_resident=plan.is_resident)
     report = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
         "dtype": devices.type_name(pipeline.transformer.dtype),

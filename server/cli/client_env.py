@@ -47,10 +47,10 @@ _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn
 _OTHERS = "programs in other languages that this program starts"
 
 
-def shell_exports(settings: Settings, files: CertificateFiles, *, lacks_key: bool = False) -> str:
+def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
     """Build shell exports, with all other advice in comments, for `eval "$(flux-server env)"`.
 
-    `lacks_key` means that the server requires a key that the settings do not contain.
+    `needs_key` means that the server requires a key that the settings do not contain.
     """
     host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
@@ -58,12 +58,12 @@ def shell_exports(settings: Settings, files: CertificateFiles, *, lacks_key: boo
     if not settings.tls_port:
         python = "not available, because fal-client requires HTTPS and --tls-port is 0."
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables(settings, files).items()]
-    if lacks_key:
+    if needs_key:
         note = "# FAL_KEY: this server requires a key; create one with flux-server keys add NAME"
         exports = [note if line.startswith("export FAL_KEY=") else line for line in exports]
     if settings.tls_port and not files.bundle.exists():
         exports.append("# (the server creates the certificate when it starts for the first time)")
-    key = "your-key" if lacks_key else _key(settings)
+    key = "your-key" if needs_key else _key(settings)
     return _LINES.format(
         python=python,
         exports="\n".join(exports),

@@ -23,15 +23,15 @@ class Control:
         database: Database,
         data_dir: Path,
         *,
-        on_keys: Callable[[], None] = _nothing,
-        on_webhooks: Callable[[], None] = _nothing,
+        on_keys_changed: Callable[[], None] = _nothing,
+        on_webhook_redelivered: Callable[[], None] = _nothing,
         is_open: Callable[[], bool] | None = None,
     ) -> None:
         """Set the callbacks: `on_keys` and `on_webhooks` run after changes; `is_open` describes the running server."""
         self._database = database
         self._data_dir = data_dir
-        self._on_keys = on_keys
-        self._on_webhooks = on_webhooks
+        self._on_keys = on_keys_changed
+        self._on_webhooks = on_webhook_redelivered
         self._is_open = is_open
         self.commands: dict[str, Callable[..., Any]] = {
             "add_key": self.add_key,

@@ -63,19 +63,19 @@ def _run_command(control: Control, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "The command failed in the server; see the server's log"}
 
 
-def call(data_dir: Path, act: str, **arguments: Any) -> Any:
+def call(data_dir: Path, command: str, **arguments: Any) -> Any:
     """Run a command in the running server, or in this process if there is none. Raises ValueError and OSError.
 
     Only `add_key` may create a new data directory.
     """
-    if act != "add_key" and not (data_dir / FILE).is_file():
+    if command != "add_key" and not (data_dir / FILE).is_file():
         raise OSError(f"there is no data directory of a server at {data_dir}; select another with --data-dir")
     try:
         database = Database(data_dir)
     except DataDirInUse:
-        return _call_server(data_dir, act, arguments)
+        return _call_server(data_dir, command, arguments)
     try:
-        return Control(database, data_dir).commands[act](**arguments)
+        return Control(database, data_dir).commands[command](**arguments)
     finally:
         database.close()
 
@@ -89,14 +89,14 @@ def requires_key(data_dir: Path) -> bool:
     return False
 
 
-def _call_server(data_dir: Path, act: str, arguments: dict[str, Any]) -> Any:
+def _call_server(data_dir: Path, command: str, arguments: dict[str, Any]) -> Any:
     with socket.socket(socket.AF_UNIX) as connection, _reachable(data_dir) as address:
         connection.settimeout(_TIMEOUT)
         try:
             connection.connect(address)
         except OSError as error:
             raise OSError(f"the server that uses {data_dir} does not respond: {error.strerror}") from None
-        connection.sendall(json.dumps({"act": act, "arguments": arguments}).encode() + b"\n")
+        connection.sendall(json.dumps({"act": command, "arguments": arguments}).encode() + b"\n")
         with connection.makefile() as lines:
             line = lines.readline()
     if not line:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from server.cli import admin
-from server.cli.options import with_settings_options
+from server.cli.options import FAILED, with_settings_options
 from server.errors import DiskFull
 from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
 from server.net import tls
@@ -24,8 +24,6 @@ cli = typer.Typer(
     rich_markup_mode=None,
 )
 
-#: The exit code of a server that could not start, or that failed.
-FAILED = 1
 #: The shell's exit code for a command that is not found.
 NOT_FOUND = 127
 
@@ -79,10 +77,10 @@ def doctor(settings: Settings) -> None:
     disable_telemetry_and_warnings()
     from server.cli.doctor import run_checks
 
-    findings = list(run_checks(settings))
-    for finding in findings:
-        typer.echo(f"{'✓' if finding.ok else '✗'} {finding.name}: {finding.message}")
-    if not all(finding.ok for finding in findings):
+    checks = list(run_checks(settings))
+    for check in checks:
+        typer.echo(f"{'✓' if check.ok else '✗'} {check.name}: {check.message}")
+    if not all(check.ok for check in checks):
         raise typer.Exit(FAILED)
 
 
@@ -148,8 +146,8 @@ def env(settings: Settings) -> None:
     from server.cli import control_socket
     from server.cli.client_env import shell_exports
 
-    lacks_key = not settings.keys and control_socket.requires_key(settings.data_dir)
-    typer.echo(shell_exports(settings, tls.certificate_files(settings.data_dir), lacks_key=lacks_key))
+    needs_key = not settings.keys and control_socket.requires_key(settings.data_dir)
+    typer.echo(shell_exports(settings, tls.certificate_files(settings.data_dir), needs_key=needs_key))
 
 
 @cli.command()

@@ -11,6 +11,8 @@ from server.settings import PREFIX, Settings, SettingsError
 
 #: The exit code for invalid settings.
 BAD_SETTINGS = 2
+#: The exit code of a command that failed, and of a server that could not start or stopped by itself.
+FAILED = 1
 
 
 def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:

@@ -55,7 +55,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     listeners = build_listeners(app, max_connections=room, ws_max_size=ws_max_size, certificate=certificate)
     stopping = asyncio.Event()
     # DNS lookups run in the default executor, up to eight at a time for one key, and some never finish.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "others"))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "default"))
     limit_tls_handshake(asyncio.get_running_loop())
     _install_signal_handlers(stopping)
     proxy = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
@@ -101,8 +101,8 @@ def _control(components: Components, settings: Settings) -> Control:
     return Control(
         database,
         settings.data_dir,
-        on_keys=reload_keys,
-        on_webhooks=partial(services.notifier.notify, WEBHOOKS),
+        on_keys_changed=reload_keys,
+        on_webhook_redelivered=partial(services.notifier.notify, WEBHOOKS),
         is_open=lambda: services.keys.allows_anonymous,
     )
 
@@ -133,7 +133,7 @@ async def _open_connect_proxy(
         settings.local_address,
         port,
         tls_port,
-        lets_others_through=settings.proxy_others,
+        allow_any_host=settings.proxy_others,
         max_tunnels=max_tunnels,
     )
     await proxy.open("127.0.0.1", settings.proxy_port)

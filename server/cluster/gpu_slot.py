@@ -53,7 +53,7 @@ class GpuSlot:
         self.loading, self.is_ready, self.is_closing = LoadProgress(), False, False
         self._engines: Mapping[str, EngineInfo] = {}
         self._runner: RunnerHandle | None = None
-        self._num_lost, self._failure = 0, ""
+        self._num_restarts, self._failure = 0, ""
         #: Number of runners started so far.
         self.incarnation = 0
         self.idle_since = time.monotonic()
@@ -159,7 +159,9 @@ class GpuSlot:
         state = "loading" if node else "waiting"
         if self.is_ready:
             state = "leaving" if self.is_closing else "ready"
-        return GpuStatus(str(self.number), state, node, len(self.jobs), self._num_lost, self._engines, self._failure)
+        return GpuStatus(
+            str(self.number), state, node, len(self.jobs), self._num_restarts, self._engines, self._failure
+        )
 
     # -- the slot's thread
 
@@ -189,7 +191,7 @@ class GpuSlot:
                 was_ready = was_ready or self.is_ready
         except (RunnerLost, message_checks.ImplausibleMessage) as error:
             if not self._stopped.is_set():
-                self._num_lost, self._failure = self._num_lost + 1, str(error)
+                self._num_restarts, self._failure = self._num_restarts + 1, str(error)
                 log.warning("GPU %d: lost its runner, starting another: %s", self.number, error)
         finally:
             with self._lock:

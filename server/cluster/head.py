@@ -57,7 +57,7 @@ class ClusterHead:
         self._is_stopping = False
         #: Why the head stopped, unless `stop` was called.
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="cluster", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="cluster-head", daemon=True)
 
     @property
     def is_ready(self) -> bool:

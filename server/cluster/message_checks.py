@@ -20,6 +20,8 @@ MAX_PREVIEW = 2**23
 MAX_LINE, MAX_LINES = 2**16, 10_000
 #: Maximum characters of a name, such as a log level or a tier.
 _MAX_WORD = 255
+#: Images of one request, with room: an endpoint may allow more than fal's four.
+_MAX_IMAGES = 255
 #: The largest integer that SQLite stores.
 _MAX_UNITS = 2**63 - 1
 _CONTENT_TYPES = ("image/jpeg", "image/png")
@@ -57,7 +59,7 @@ def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
             _require(_is_text(message.acceleration, _MAX_WORD) and _is_time(message.seconds), "an invalid step time")
         case messages.ImagesGenerated():
             numbers = (message.num_images, message.num_flagged)
-            _require(all(_is_count(number, _MAX_WORD) for number in numbers), "an invalid number of images")
+            _require(all(_is_count(number, _MAX_IMAGES) for number in numbers), "an invalid number of images")
         case messages.LogRecord():
             record = message.record
             is_line = isinstance(record, LogRecord) and isinstance(record.msg, str) and not record.args

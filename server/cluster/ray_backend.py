@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 #: Seconds to wait for the crash report from the node of a dead runner; a dead node never answers.
 CRASH_REPORT_TIMEOUT = 3.0
 #: Seconds to wait until a runner confirms a cancel; the client gets its answer then in any case.
-CANCEL_TIMEOUT = 2.0
+CALL_TIMEOUT = 2.0
 #: Concurrency group of the short calls, which run while the long `work` call is active.
-_CONTROL = "orders"
+_CONTROL = "control"
 #: Concurrency group of `stop`, which lasts as long as the grace period: cancels must not wait for it.
-_STOP = "end"
+_STOP = "stop"
 
 
 class RunnerLost(Exception):
@@ -86,7 +86,7 @@ class RunnerHandle:
         """Send a job, with the input files that the runner lacks. Raises RunnerLost, and OSError for a file."""
         names = sorted(set(job.input_files.values()))
         try:
-            missing = self._ray.get(self._control("missing_inputs")(names), timeout=CANCEL_TIMEOUT) if names else []
+            missing = self._ray.get(self._control("missing_inputs")(names), timeout=CALL_TIMEOUT) if names else []
             contents = {name: self._ray.put(self._input_path(name).read_bytes()) for name in missing}
             self._control("take_job")(job, text, contents)
         except self._ray.exceptions.RayError as error:
@@ -95,7 +95,7 @@ class RunnerHandle:
     def cancel(self, request_id: str) -> None:
         """Cancel a job before its next step; returns once the runner has been notified, or cannot be."""
         with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.get(self._control("cancel")(request_id), timeout=CANCEL_TIMEOUT)
+            self._ray.get(self._control("cancel")(request_id), timeout=CALL_TIMEOUT)
 
     def preview(self, request_id: str) -> None:
         """Turn on previews for a job."""
@@ -121,7 +121,7 @@ class RunnerHandle:
         nearby = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self._about["node_id"], soft=False)
         task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=nearby)(crash_recorder.load_crash)
         try:
-            trace, request_ids = self._ray.get(task.remote(self._about["folder"]), timeout=CRASH_REPORT_TIMEOUT)
+            trace, request_ids = self._ray.get(task.remote(self._about["directory"]), timeout=CRASH_REPORT_TIMEOUT)
         except self._ray.exceptions.RayError:
             return []
         if trace:

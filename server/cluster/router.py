@@ -33,7 +33,7 @@ class Replica(Protocol):
         """The number of jobs, and how many of them have low priority."""
 
 
-P = TypeVar("P", bound=Replica)
+R = TypeVar("R", bound=Replica)
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ class CacheAffinity:
         return cls(json.dumps(fields.get("image_size")), str(fields.get("prompt")))
 
 
-class _AffinityIndex(Generic[P]):
+class _AffinityIndex(Generic[R]):
     """An index of which slots have cached which keys; each slot keeps its newest ones."""
 
     def __init__(self) -> None:
-        self._keys_by_slot: dict[P, OrderedDict[str, None]] = {}
-        self._slots_by_key: dict[str, set[P]] = {}
+        self._keys_by_slot: dict[R, OrderedDict[str, None]] = {}
+        self._slots_by_key: dict[str, set[R]] = {}
 
-    def holders(self, key: str) -> set[P]:
+    def holders(self, key: str) -> set[R]:
         """Return the slots that have this key."""
         return self._slots_by_key.get(key, set())
 
-    def add(self, slot: P, key: str) -> None:
+    def add(self, slot: R, key: str) -> None:
         """Record that a slot has this key, as its newest."""
         keys = self._keys_by_slot.setdefault(slot, OrderedDict())
         keys[key] = None
@@ -73,18 +73,18 @@ class _AffinityIndex(Generic[P]):
         if len(keys) > KNOWN:
             self._discard(slot, keys.popitem(last=False)[0])
 
-    def remove(self, slot: P) -> None:
+    def remove(self, slot: R) -> None:
         """Remove all keys of a slot."""
         for key in self._keys_by_slot.pop(slot, ()):
             self._discard(slot, key)
 
-    def _discard(self, slot: P, key: str) -> None:
+    def _discard(self, slot: R, key: str) -> None:
         self._slots_by_key[key].discard(slot)
         if not self._slots_by_key[key]:
             del self._slots_by_key[key]
 
 
-class Router(Generic[P]):
+class Router(Generic[R]):
     """A router that chooses a slot for each job; used by one thread.
 
     `limit` is how many normal-priority requests a GPU may have; low priority has its own equal limit.
@@ -93,11 +93,11 @@ class Router(Generic[P]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         #: Slots with room, by their number of jobs.
-        self._by_load: dict[int, set[P]] = {}
-        self._load_of: dict[P, int] = {}
-        self._incarnation_of: dict[P, int] = {}
-        self._sizes, self._prompts = _AffinityIndex[P](), _AffinityIndex[P]()
-        self._hints: OrderedDict[str, P] = OrderedDict()
+        self._by_load: dict[int, set[R]] = {}
+        self._load_of: dict[R, int] = {}
+        self._incarnation_of: dict[R, int] = {}
+        self._sizes, self._prompts = _AffinityIndex[R](), _AffinityIndex[R]()
+        self._hints: OrderedDict[str, R] = OrderedDict()
 
     @property
     def has_room(self) -> bool:
@@ -114,7 +114,7 @@ class Router(Generic[P]):
         """How many requests of one priority all GPUs together may have."""
         return self._limit * len(self._incarnation_of)
 
-    def update(self, slot: P) -> None:
+    def update(self, slot: R) -> None:
         """Read a slot again after its runner or jobs changed."""
         if self._incarnation_of.get(slot) != slot.incarnation:
             self._clear_affinity(slot)
@@ -125,13 +125,13 @@ class Router(Generic[P]):
             self._load_of[slot] = num_jobs
             self._by_load.setdefault(num_jobs, set()).add(slot)
 
-    def remove(self, slot: P) -> None:
+    def remove(self, slot: R) -> None:
         """Remove a slot whose GPU was released."""
         self._clear_affinity(slot)
         self._incarnation_of.pop(slot, None)
         self._remove_load(slot)
 
-    def route(self, job: Job, affinity: CacheAffinity) -> P:
+    def route(self, job: Job, affinity: CacheAffinity) -> R:
         """Choose a slot: the hinted one if it has room, else the least loaded one with the most in its caches.
 
         At least one slot must have room.
@@ -146,20 +146,20 @@ class Router(Generic[P]):
         self._prompts.add(chosen, affinity.prompt)
         return chosen
 
-    def _remove_load(self, slot: P) -> None:
+    def _remove_load(self, slot: R) -> None:
         load = self._load_of.pop(slot, None)
         if load is not None:
             self._by_load[load].discard(slot)
             if not self._by_load[load]:
                 del self._by_load[load]
 
-    def _hinted(self, job: Job) -> P | None:
+    def _hinted(self, job: Job) -> R | None:
         slot = self._hints.get(job.runner_hint or "")
         load = self._load_of.get(slot) if slot else None
         is_free = load is not None and (job.priority == Priority.NORMAL or load < self._limit)
         return slot if is_free else None
 
-    def _best(self, affinity: CacheAffinity) -> P:
+    def _best(self, affinity: CacheAffinity) -> R:
         least_loaded = self._by_load[min(self._by_load)]
         same_size, same_prompt = self._sizes.holders(affinity.size), self._prompts.holders(affinity.prompt)
         candidates = (
@@ -170,6 +170,6 @@ class Router(Generic[P]):
         )
         return min(candidates, key=lambda slot: slot.number)
 
-    def _clear_affinity(self, slot: P) -> None:
+    def _clear_affinity(self, slot: R) -> None:
         self._sizes.remove(slot)
         self._prompts.remove(slot)

@@ -73,7 +73,7 @@ class Runner:
 
     def about(self) -> Mapping[str, Any]:
         """Return the process id, and the directory with the crash record."""
-        return {"pid": os.getpid(), "folder": str(self._directory)}
+        return {"pid": os.getpid(), "directory": str(self._directory)}
 
     def work(self) -> Iterator[Sequence[Message]]:
         """Load the weights, then run the jobs put in; yield batches of messages until the runner stops."""

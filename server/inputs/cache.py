@@ -29,16 +29,16 @@ class InputCache:
     def __init__(
         self,
         directory: Path,
-        needed: Callable[[], set[str]],
+        in_use: Callable[[], set[str]],
         max_kept_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = directory
-        self._in_use = needed
+        self._in_use = in_use
         self.max_kept_bytes = max_kept_bytes
         self._clock = clock
         #: Names of the files that are pinned, and how often.
-        self._held: Counter[str] = Counter()
+        self._pinned: Counter[str] = Counter()
         # Held while a file is checked and then touched or deleted, so that a new file is not swept away.
         self._lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,7 +79,7 @@ class InputCache:
 
         def hold(name: str) -> None:
             with self._lock:
-                self._held[name] += 1
+                self._pinned[name] += 1
             names.append(name)
 
         try:
@@ -88,8 +88,8 @@ class InputCache:
             for name in names:
                 self.touch(name)
             with self._lock:
-                self._held.subtract(names)
-                self._held += Counter()
+                self._pinned.subtract(names)
+                self._pinned += Counter()
 
     def sweep(self) -> int:
         """Delete files that no unfinished request needs; return how many.
@@ -113,7 +113,7 @@ class InputCache:
     def _delete(self, path: Path) -> bool:
         """Delete a file, unless it is pinned or was used recently; return whether it was deleted."""
         with self._lock:
-            if path.name in self._held or _used_at(path) >= self._clock() - GRACE_SECONDS:
+            if path.name in self._pinned or _used_at(path) >= self._clock() - GRACE_SECONDS:
                 return False
             path.unlink(missing_ok=True)
             return True

@@ -30,9 +30,9 @@ MAX_INPUT_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many URLs are remembered with the ETags of their files, and the longest such URL.
 MAX_KNOWN = 10_000
-MAX_KNOWN_ADDRESS = 1024
+MAX_CACHED_URL = 1024
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
-MAX_ADDRESS = 8192
+MAX_URL = 8192
 #: Characters of base64 that are decoded at a time; four of them are three bytes.
 _PART = 2**20
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
@@ -89,7 +89,7 @@ class InputResolver:
         self.limits = limits
         self._max_bytes_per_owner = max_bytes_per_owner
         self._kinds = {
-            "picture": InputType(MAX_IMAGE_BYTES, 60.0, _store_image),
+            "image": InputType(MAX_IMAGE_BYTES, 60.0, _store_image),
             "lora": InputType(max_lora_bytes, 300.0, _store_lora, loras.check_start),
         }
         self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
@@ -138,8 +138,8 @@ class InputResolver:
         kind, temp_path = self._kinds[kind_name], self.cache.temp_path()
         try:
             is_data = url[:5].lower() == "data:"
-            if not is_data and len(url) > MAX_ADDRESS:
-                raise InvalidInputFile("file_download_error", f"The URL is longer than {MAX_ADDRESS} characters")
+            if not is_data and len(url) > MAX_URL:
+                raise InvalidInputFile("file_download_error", f"The URL is longer than {MAX_URL} characters")
             if is_data:
                 await self._executor.run(owner, _decode, url, temp_path, kind)
             elif own := _own_name(url):
@@ -171,7 +171,7 @@ class InputResolver:
         if new_etag is None and cached:
             return cached.name
         name = await self._executor.run(owner, self._keep, temp_path, kind)
-        if new_etag and len(url) <= MAX_KNOWN_ADDRESS:
+        if new_etag and len(url) <= MAX_CACHED_URL:
             self._known[kind_name, url] = _CachedDownload(new_etag, name)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)

@@ -49,10 +49,10 @@ class ConnectProxy:
     connect_seconds = 10.0
 
     def __init__(
-        self, address: str, port: int, tls_port: int, lets_others_through: bool, max_tunnels: int = MAX_TUNNELS
+        self, address: str, port: int, tls_port: int, allow_any_host: bool, max_tunnels: int = MAX_TUNNELS
     ) -> None:
         self._address, self._port, self._tls_port = address, port, tls_port
-        self._lets_others_through = lets_others_through
+        self._allow_any_host = allow_any_host
         self._max_tunnels = max_tunnels
         self._tunnels: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -75,7 +75,7 @@ class ConnectProxy:
             message = (
                 f"This proxy has {self._max_tunnels} tunnels open, which is its limit; close one, or try again later."
             )
-            writer.write(_said("503 Service Unavailable", message))
+            writer.write(_response("503 Service Unavailable", message))
             writer.close()
             return
         # A separate task, because asyncio's own would print a traceback when `close` cancels it.
@@ -99,11 +99,11 @@ class ConnectProxy:
             target = await _target_of(reader)
             there = await self._connect(target)
         except _Refused as refusal:
-            writer.write(_said(refusal.line, str(refusal)))
+            writer.write(_response(refusal.line, str(refusal)))
             return
         try:
             if not target.request:
-                writer.write(_said("200 Connection established"))
+                writer.write(_response("200 Connection established"))
             await self._tunnel((reader, writer), there, target)
             await self._sent(there[1])
         finally:
@@ -148,7 +148,7 @@ class ConnectProxy:
             if not is_plain and not is_certified(host):
                 raise _Refused("403 Not offered by this server", f"{host} is not offered by this server.")
             host, port = self._address, self._port if is_plain else self._tls_port
-        elif not self._lets_others_through:
+        elif not self._allow_any_host:
             log.warning("the CONNECT proxy refused %s:%d, which is not a host of fal; see --proxy-others", host, port)
             raise _Refused(
                 "403 Not a host of fal, see --proxy-others",
@@ -233,7 +233,7 @@ def _target(host: str, port: int, request: bytes = b"", length: int | None = Non
     return _Target(host.strip("[]").lower().rstrip("."), port, request, length)
 
 
-def _said(line: str, reason: str = "") -> bytes:
+def _response(line: str, reason: str = "") -> bytes:
     """Build a response of the proxy itself."""
     body = reason.encode()
     length = f"content-length: {len(body)}\r\nconnection: close\r\n" if reason else ""

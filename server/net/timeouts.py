@@ -21,30 +21,30 @@ class TimeoutProtocol(HttpToolsProtocol):
     """
 
     # The documented limits are 10 s, 20 s and 60 s. Timers fire late in a busy process, so these are a little shorter.
-    header_seconds = 9.5
+    header_timeout = 9.5
     #: Limit on a request line with its headers, on trailers, and on the data between two chunks of a body. Data that
     #: arrives together with the start of each does not count. httptools has no limit.
     header_bytes = 65_536
-    body_seconds = 59.0
+    body_timeout = 59.0
     #: The longest pause within a body, however fast it came before.
     gap_seconds = 19.5
     #: Bytes of a body that extend its limit by one second.
     body_rate = 16_384
-    answer_seconds = 59.0
+    write_timeout = 59.0
     max_connections = 4096
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of a new connection. Close it at once if there are too many."""
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
-        self._answer_timer: asyncio.TimerHandle | None = None
-        self._begun, self._heard, self._received = 0.0, 0.0, 0
-        self._beside_body = 0
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._body_started_at, self._last_data_at, self._received = 0.0, 0.0, 0
+        self._non_body_bytes = 0
         if len(self.connections) > self.max_connections:
             log.warning("the limit of %d open connections is reached; another one is refused", self.max_connections)
             self._reset()
         else:
-            self._arm_timer(self.header_seconds)
+            self._arm_timer(self.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
@@ -54,30 +54,30 @@ class TimeoutProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count received bytes, and cut off headers or trailers that are too long."""
-        self._beside_body += len(data)
+        self._non_body_bytes += len(data)
         super().data_received(data)
-        if self._beside_body > self.header_bytes:
+        if self._non_body_bytes > self.header_bytes:
             self._reset()
 
     def on_message_begin(self) -> None:
         """Start the header timer at the first byte of a request."""
         super().on_message_begin()
-        self._beside_body, self._begun = 0, 0.0
+        self._non_body_bytes, self._body_started_at = 0, 0.0
         if self._timer is None:
-            self._arm_timer(self.header_seconds)
+            self._arm_timer(self.header_timeout)
 
     def on_headers_complete(self) -> None:
         """Start the body timer after the headers."""
         super().on_headers_complete()
-        self._begun = self._heard = self.loop.time()
+        self._body_started_at = self._last_data_at = self.loop.time()
         self._received = 0
-        self._arm_timer(min(self.body_seconds, self.gap_seconds))
+        self._arm_timer(min(self.body_timeout, self.gap_seconds))
 
     def on_body(self, body: bytes) -> None:
         """Count a piece of the body. Each one resets the header limit, so a body may come in chunks of any size."""
-        self._beside_body = 0
+        self._non_body_bytes = 0
         self._received += len(body)
-        self._heard = self.loop.time()
+        self._last_data_at = self.loop.time()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -93,14 +93,14 @@ class TimeoutProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Start the response timer, because the client does not read its response."""
         super().pause_writing()
-        if self._answer_timer is None:
-            self._answer_timer = self.loop.call_later(self.answer_seconds, self._reset)
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.write_timeout, self._reset)
 
     def resume_writing(self) -> None:
         """Stop the response timer, because the client reads again."""
-        if self._answer_timer is not None:
-            self._answer_timer.cancel()
-            self._answer_timer = None
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
         super().resume_writing()
 
     def _arm_timer(self, seconds: float) -> None:
@@ -114,15 +114,15 @@ class TimeoutProtocol(HttpToolsProtocol):
 
     def _on_timeout(self) -> None:
         self._timer = None
-        if not self._begun:
+        if not self._body_started_at:
             self._reset()
             return
         now = self.loop.time()
         if self.flow.read_paused:
             # The server itself has paused reading, so this time does not count against the client.
-            self._begun, self._heard = self._begun + now - self._heard, now
-        average = self._begun + self.body_seconds + self._received / self.body_rate
-        left = min(average, self._heard + self.gap_seconds) - now
+            self._body_started_at, self._last_data_at = self._body_started_at + now - self._last_data_at, now
+        average = self._body_started_at + self.body_timeout + self._received / self.body_rate
+        left = min(average, self._last_data_at + self.gap_seconds) - now
         if left > 0:
             self._arm_timer(left)
         else:
@@ -139,7 +139,7 @@ def with_limits(**limits: Any) -> type[TimeoutProtocol]:
     return type("TimeoutProtocol", (TimeoutProtocol,), limits)
 
 
-def limit_tls_handshake(loop: asyncio.AbstractEventLoop, seconds: float = TimeoutProtocol.header_seconds) -> None:
+def limit_tls_handshake(loop: asyncio.AbstractEventLoop, seconds: float = TimeoutProtocol.header_timeout) -> None:
     """Limit TLS handshakes, which precede the protocol. uvicorn has no option, and asyncio's default is a minute."""
     create_server = loop.create_server
 

@@ -54,7 +54,7 @@ def query_history(database: Database, query: HistoryQuery) -> dict[str, Any]:
     page, has_more = rows[: query.limit], len(rows) > query.limit
     last = _CURSOR.pack(page[-1]["finished_at"], page[-1]["sequence"]) if has_more else b""
     return {
-        "items": [_item(row, has_payloads=query.include_payloads) for row in page],
+        "items": [_item(row, include_payloads=query.include_payloads) for row in page],
         "next_cursor": base64.urlsafe_b64encode(last).decode() or None,
         "has_more": has_more,
     }
@@ -76,11 +76,11 @@ def _conditions(query: HistoryQuery) -> tuple[list[str], list[Any]]:
         values.append(query.request_id)
     if query.cursor:
         conditions.append("(finished_at, sequence) < (?, ?)")
-        values += _place(query.cursor)
+        values += _parse_cursor(query.cursor)
     return conditions, values
 
 
-def _place(cursor: str) -> tuple[float, int]:
+def _parse_cursor(cursor: str) -> tuple[float, int]:
     try:
         ended_at, sequence = _CURSOR.unpack(base64.b64decode(cursor, altchars=b"-_", validate=True))
     except (binascii.Error, struct.error, ValueError):
@@ -88,7 +88,7 @@ def _place(cursor: str) -> tuple[float, int]:
     return ended_at, sequence
 
 
-def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
+def _item(row: Any, *, include_payloads: bool) -> dict[str, Any]:
     item = {
         "request_id": row["request_id"],
         "endpoint_id": row["endpoint"],
@@ -98,7 +98,7 @@ def _item(row: Any, *, has_payloads: bool) -> dict[str, Any]:
         "status_code": row["status"],
         "duration": round(row["finished_at"] - row["submitted_at"], 3),
     }
-    if has_payloads:
+    if include_payloads:
         item["json_input"] = _strip_inline_inputs(_parsed(row["input"]), _parsed(row["inputs"]))
         item["json_output"] = _parsed(row["output"]) if row["output"] else None
     return item

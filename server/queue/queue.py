@@ -188,13 +188,13 @@ class Queue:
             self._complete(job, outcome)
             return True
 
-    def record_crash(self, jobs: Sequence[Job]) -> None:
-        """Count a crash for each of these jobs that still runs, because the process has to end."""
+    def record_crash(self, crashed_jobs: Sequence[Job]) -> None:
+        """Count a crash for each of these crashed_jobs that still runs, because the process has to end."""
         try:
-            self._count_crash(jobs)
+            self._count_crash(crashed_jobs)
         except DiskFull:
             # The reason why the process ends is worse, and this error must not hide it.
-            log.error("the disk is full: cannot record which jobs ran when the process had to end")
+            log.error("the disk is full: cannot record which crashed_jobs ran when the process had to end")
 
     def release(self, job: Job) -> None:
         """Release a running job to its old position, because this process will not finish it.
@@ -216,7 +216,7 @@ class Queue:
     def requeue_or_fail(self, job: Job) -> None:
         """Requeue a job at its old position after its process is gone, or fail it after too many attempts."""
         with self._lock:
-            outcome = retry.outcome_after_loss(job)
+            outcome = retry.retry_or_fail(job)
             if outcome and not job.is_cancelled:
                 self._complete(job, outcome)
             else:
@@ -283,9 +283,9 @@ class Queue:
                 self._complete(job, Outcome.from_error(StartTimeout()))
         return None
 
-    def _count_crash(self, jobs: Sequence[Job]) -> None:
+    def _count_crash(self, crashed_jobs: Sequence[Job]) -> None:
         with self._lock:
-            crashed = [job for job in jobs if job.state == State.IN_PROGRESS]
+            crashed = [job for job in crashed_jobs if job.state == State.IN_PROGRESS]
             with self._database.transaction() as connection:
                 for job in crashed:
                     job_table.count_crash(connection, job)

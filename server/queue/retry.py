@@ -9,7 +9,7 @@ MAX_ATTEMPTS = 10
 MAX_CRASHES = 3
 
 
-def outcome_after_loss(job: Job) -> Outcome | None:
+def retry_or_fail(job: Job) -> Outcome | None:
     """Return how the job ends if it was tried too often or is damaged; None if it may be retried."""
     if job.is_damaged:
         message = "The stored request is damaged, so its input files cannot be found; submit it again."

@@ -102,15 +102,15 @@ def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[st
 
     Call at startup only.
     """
-    strays = [path for path in directory.iterdir() if path.name not in listed and is_server_file(path, names)]
-    for path in strays:
+    orphans = [path for path in directory.iterdir() if path.name not in listed and is_server_file(path, names)]
+    for path in orphans:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    if strays:
-        log.info("removed %d files that no row lists", len(strays))
-    return len(strays)
+    if orphans:
+        log.info("removed %d files that no row lists", len(orphans))
+    return len(orphans)
 
 
 class FileStore:

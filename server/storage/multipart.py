@@ -49,7 +49,7 @@ class PendingUploads:
         #: Totals by owner.
         self.num_uploads, self.num_parts, self.num_bytes = Counter[str](), Counter[str](), Counter[str]()
 
-    def begin(self, upload: Upload, sizes: Mapping[int, int] | None = None) -> None:
+    def add(self, upload: Upload, sizes: Mapping[int, int] | None = None) -> None:
         """Add an upload, with the sizes of the parts that are already stored."""
         self._uploads[upload.upload_id] = _Parts(upload)
         self.num_uploads[upload.owner] += 1

@@ -37,7 +37,7 @@ MAX_PENDING_UPLOADS = 1_000
 MAX_FILES = 20_000
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 #: The directory of an upload's parts, and the file that they are joined into.
-_OURS = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
+_SERVER_FILE = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
 
 class Uploads:
@@ -68,9 +68,9 @@ class Uploads:
         self.executor = FairExecutor("uploads", 8, 2)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
-        delete_orphans(directory, _OURS, {row["upload_id"] for row in rows})
+        delete_orphans(directory, _SERVER_FILE, {row["upload_id"] for row in rows})
         for row in rows:
-            self._pending.begin(_upload(row), sizes_in(directory / row["upload_id"]))
+            self._pending.add(_upload(row), sizes_in(directory / row["upload_id"]))
 
     def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
         """Start an upload and name its file in the store. Raises QueueFull, TooManyRequests and DiskFull."""
@@ -87,7 +87,7 @@ class Uploads:
             if self._pending.num_uploads[owner] >= MAX_PENDING_UPLOADS:
                 raise QueueFull(f"This key already has {MAX_PENDING_UPLOADS} unfinished uploads; finish some first")
             self._check_number(owner)
-            self._pending.begin(upload)
+            self._pending.add(upload)
         try:
             self._parts(upload).mkdir(mode=0o700)
             self._insert(upload)
@@ -123,7 +123,7 @@ class Uploads:
                     size += len(chunk)
                     self._in_flight[upload.owner] += len(chunk)
                     if self._in_flight[upload.owner] > room:
-                        raise BodyTooLarge(self._limit_words())
+                        raise BodyTooLarge(self._limit_message())
                     digest.update(chunk)
                     await self.executor.run(upload.owner, file.write, chunk)
             finally:
@@ -138,11 +138,11 @@ class Uploads:
             temp_path.unlink(missing_ok=True)
         return f'"{digest.hexdigest()}"'
 
-    async def complete_single(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
+    async def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Run `complete` off the event loop."""
-        return await self.executor.run(upload.owner, self.complete, upload, part_numbers)
+        return await self.executor.run(upload.owner, self._join, upload, part_numbers)
 
-    def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
+    def _join(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         """Join the parts, sorted by number, into a file that is served from now on.
 
         Raises BadRequest when a listed part was not sent, NotFound for an upload that has ended, and DiskFull.
@@ -223,7 +223,9 @@ class Uploads:
             self._check_number(upload.owner)
         old_size = self._pending.size(upload.upload_id, part_number)
         of_this = self._max_bytes - self._pending.size(upload.upload_id)
-        of_owner = self._max_bytes_per_owner - self._kept(upload.owner)[1] - self._pending.num_bytes[upload.owner]
+        of_owner = (
+            self._max_bytes_per_owner - self._stored_totals(upload.owner)[1] - self._pending.num_bytes[upload.owner]
+        )
         return min(of_this, of_owner) + old_size
 
     def _take(self, upload: Upload, part_number: int, temp_path: Path, size: int) -> None:
@@ -235,7 +237,7 @@ class Uploads:
             if self._pending.find(upload.upload_id) is None:
                 raise FileNotFoundError
             if size > self._room(upload, part_number):
-                raise BodyTooLarge(self._limit_words())
+                raise BodyTooLarge(self._limit_message())
             temp_path.rename(self._parts(upload) / str(part_number))
             self._pending.put(upload.upload_id, part_number, size)
 
@@ -245,18 +247,18 @@ class Uploads:
         shutil.rmtree(self._directory / upload_id, ignore_errors=True)
 
     def _check_number(self, owner: str) -> None:
-        under_way = self._pending.num_uploads[owner] + self._pending.num_parts[owner]
-        if self._kept(owner)[0] + under_way >= MAX_FILES:
+        num_pending = self._pending.num_uploads[owner] + self._pending.num_parts[owner]
+        if self._stored_totals(owner)[0] + num_pending >= MAX_FILES:
             raise TooManyRequests(
                 f"This key already has {MAX_FILES} uploaded files and parts; try again when some have expired"
             )
 
-    def _kept(self, owner: str) -> tuple[int, int]:
+    def _stored_totals(self, owner: str) -> tuple[int, int]:
         """Return the number and the total bytes of an owner's uploaded files."""
         rows = self._database.read("SELECT num_uploads, upload_bytes FROM kept WHERE owner = ?", owner)
         return (rows[0]["num_uploads"], rows[0]["upload_bytes"]) if rows else (0, 0)
 
-    def _limit_words(self) -> str:
+    def _limit_message(self) -> str:
         return (
             f"The upload exceeds the limit for one file ({self._max_bytes} bytes)"
             f" or for all files of this key ({self._max_bytes_per_owner} bytes)"

@@ -18,11 +18,11 @@ class CrashRecorder:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._at_work, self._trace = directory / "at_work.json", directory / "crash.txt"
+        self._running_file, self._trace = directory / "at_work.json", directory / "crash.txt"
 
     def open(self) -> None:
         """Start recording; the previous record is deleted."""
-        self._descriptor = os.open(self._at_work, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._descriptor = os.open(self._running_file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._file = os.fdopen(os.open(self._trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")
         faulthandler.enable(self._file)
 
@@ -43,7 +43,7 @@ class CrashRecorder:
         """Return the last process's stack trace and the ids of the jobs blamed; both are empty without a crash."""
         try:
             trace = self._trace.read_text(encoding="utf-8", errors="replace")
-            working = json.loads(self._at_work.read_text(encoding="utf-8").partition("\n")[0] or "{}")
+            working = json.loads(self._running_file.read_text(encoding="utf-8").partition("\n")[0] or "{}")
         except (OSError, ValueError):
             return "", []
         if thread := re.search(r"^Current thread 0x0*([0-9a-f]+)", trace, re.MULTILINE):

@@ -124,7 +124,7 @@ class EnginePool:
             self.start_warming_up()
         return engine
 
-    def about(self) -> Mapping[str, EngineInfo]:
+    def info(self) -> Mapping[str, EngineInfo]:
         """Return the info of each loaded engine by its weights; called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)

@@ -93,8 +93,10 @@ class PendingJobs:
             # Validated without limits: an accepted request stays valid even if the settings have changed.
             request = model.Input.model_validate_json(text)
             inputs = {place: self._resolve_input(name) for place, name in job.input_files.items()}
-            must_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
-            return RunningJob(job, model, engine, request, engine.start(request, request.seed or 0, inputs), must_check)
+            needs_safety_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)
+            return RunningJob(
+                job, model, engine, request, engine.start(request, request.seed or 0, inputs), needs_safety_check
+            )
         except DeviceLost:
             raise
         except Exception as error:

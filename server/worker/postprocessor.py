@@ -30,7 +30,7 @@ class Postprocessor:
     def __init__(
         self,
         queue: JobSource,
-        answers: ResultBuilder,
+        results: ResultBuilder,
         notifier: Notifier,
         watchdog: Watchdog,
         on_failure: Callable[[BaseException], None],
@@ -38,7 +38,7 @@ class Postprocessor:
     ) -> None:
         self._metrics = metrics or Metrics()
         self._queue = queue
-        self._results = answers
+        self._results = results
         self._notifier = notifier
         self._watchdog = watchdog
         self._on_failure = on_failure
@@ -46,7 +46,7 @@ class Postprocessor:
         self._current: RunningJob | Outcome | None = None
         self._wake = threading.Event()
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="finisher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="postprocessor", daemon=True)
 
     def __len__(self) -> int:
         """Return how many jobs are not finished yet."""

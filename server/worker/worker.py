@@ -68,8 +68,8 @@ class Worker:
             self._on_step_timeout,
             on_change=crash_recorder.set_running if crash_recorder else None,
         )
-        answers = ResultBuilder(files, embeds_parameters=settings.embed_parameters)
-        self._postprocessor = Postprocessor(queue, answers, notifier, self._watchdog, self.fail, self._metrics)
+        results = ResultBuilder(files, embeds_parameters=settings.embed_parameters)
+        self._postprocessor = Postprocessor(queue, results, notifier, self._watchdog, self.fail, self._metrics)
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = LoadProgress()
@@ -99,7 +99,7 @@ class Worker:
     def gpus(self) -> Sequence[GpuStatus]:
         """Return the status of this worker's GPU; called from any thread."""
         num_running = len(self._running) + len(self._pending.jobs) + len(self._postprocessor)
-        return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.about())]
+        return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.info())]
 
     def run_once(self) -> bool:
         """Do one round of all threads' work on this thread; return False when idle. Raises DiskFull."""

@@ -286,7 +286,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
     async def knock() -> bytes:
         port = free_port()
-        door = ConnectProxy("127.0.0.1", 1, 2, lets_others_through=False)
+        door = ConnectProxy("127.0.0.1", 1, 2, allow_any_host=False)
         await door.open("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"CONNECT fal.run:443 HTTP/1.1\r\n")

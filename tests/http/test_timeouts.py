@@ -115,7 +115,7 @@ def is_cut_off(connection: socket.socket) -> bool:
     return True
 
 
-QUICK = {"header_seconds": 0.3, "body_seconds": 0.3, "answer_seconds": 0.3}
+QUICK = {"header_timeout": 0.3, "body_timeout": 0.3, "write_timeout": 0.3}
 POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n"
 
 
@@ -153,7 +153,7 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
 
 def test_what_came_fast_earns_no_long_silence() -> None:
     """By the average alone it had a minute left."""
-    protocol = with_limits(body_seconds=3600.0, gap_seconds=0.3)
+    protocol = with_limits(body_timeout=3600.0, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(POST + b"x" * 999_999)
         assert is_cut_off(connection)
@@ -161,7 +161,7 @@ def test_what_came_fast_earns_no_long_silence() -> None:
 
 def test_a_silence_of_the_servers_own_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not read, until it is told to by another request."""
-    protocol = with_limits(body_seconds=0.3, gap_seconds=0.3)
+    protocol = with_limits(body_timeout=0.3, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         looks = threading.Semaphore(0)
@@ -202,7 +202,7 @@ GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
 )
 def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
     """However much time there would be; neither is what comes in its form after a body, or within one."""
-    patient = with_limits(header_seconds=3600.0, body_seconds=3600.0)
+    patient = with_limits(header_timeout=3600.0, body_timeout=3600.0)
     with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(start)
@@ -251,7 +251,7 @@ def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
 
 def test_a_body_may_be_slow_if_it_is_steady() -> None:
     """Ten times as long as the limit for one that stands still, at twice the rate that is asked for."""
-    protocol = with_limits(header_seconds=5.0, body_seconds=0.2, body_rate=50_000)
+    protocol = with_limits(header_timeout=5.0, body_timeout=0.2, body_rate=50_000)
     with listening(protocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
         wait = threading.Event()
 

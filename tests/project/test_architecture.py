@@ -46,7 +46,7 @@ def imported(tree: ast.Module) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from server import wire` is of wire, `from models import discover` of models itself.
+            # `from server.api import responses` is of responses, `from models import discover` of models itself.
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else node.module for name in inner}
     return found & set(MODULES)

@@ -154,7 +154,7 @@ def test_nor_does_msgpack(enforced: Server, value: object) -> None:
     assert all(told.get("has_nsfw_concepts", [True]))
 
 
-#: Checked on the worker's thread, or, as on a GPU, on the finisher's.
+#: Checked on the worker's thread, or, as on a GPU, on the postprocessor's.
 SLOW_CHECK = """
 from tests.support.fake_models import NullModel, SlowCheckEngine
 

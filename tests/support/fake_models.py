@@ -14,7 +14,7 @@ from models.flux_dev import FluxDevInput, FluxDevOutput
 from models.schema import ImageInput
 
 
-class NullPainting:
+class NullTask:
     """Plain pictures whose colour is the seed."""
 
     def __init__(self, request: Any, seed: int) -> None:
@@ -46,8 +46,8 @@ class NullEngine:
 
     decodes_concurrently = False
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
-        return NullPainting(request, seed)
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
+        return NullTask(request, seed)
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         painting.step += 1
@@ -128,8 +128,8 @@ class LargePreviewEngine(GateEngine):
 class CopyEngine(NullEngine):
     """Paints what it is given."""
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
-        painting = NullPainting(request, seed)
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
+        painting = NullTask(request, seed)
         self._source = inputs["image_url"]
         return painting
 
@@ -153,7 +153,7 @@ class RaisesEngine(NullEngine):
 class UnsafeEngine(NullEngine):
     """Its checker flags, answers too little, or raises, as the prompt says."""
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._prompt = request.prompt
         return super().start(request, seed)
 
@@ -166,7 +166,7 @@ class UnsafeEngine(NullEngine):
 class SlowCheckEngine(NullEngine):
     """Its checker waits for a byte from the named pipe in the prompt, and flags."""
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._gate = request.prompt
         return super().start(request, seed)
 

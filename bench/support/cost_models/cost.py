@@ -9,7 +9,7 @@ from typing import Any
 from models.base import NO_INPUTS
 from models.flux.flops import FLUX_DEV, step_flops
 from models.flux.prompt_cache import NUM_TOKENS
-from tests.support.fake_models import NullEngine, NullModel, NullPainting
+from tests.support.fake_models import NullEngine, NullModel, NullTask
 
 
 def work_of(width: int, height: int) -> int:
@@ -22,7 +22,7 @@ def seconds_of(width: int, height: int) -> float:
     return work_of(width, height) / 1e12 * float(os.environ["COST"])
 
 
-class CostPainting(NullPainting):
+class CostTask(NullTask):
     """Counts its work as the real one does, and knows when its last step ends."""
 
     ends_at = 0.0
@@ -51,9 +51,9 @@ class CostEngine(NullEngine):
     def __init__(self) -> None:
         self._free_at = 0.0
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> CostPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> CostTask:
         """As NullEngine does."""
-        return CostPainting(request, seed)
+        return CostTask(request, seed)
 
     def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         """Launch a step, then wait for the end of the one before."""

@@ -94,7 +94,7 @@ async def generations(request: Request) -> Response:
     """Generate images and wait for them; with `stream`, send partial images first."""
     services = get_services(request)
     try:
-        body, submission = await _asked(request)
+        body, submission = await _parse_generation(request)
         job = await services.executor.run(submission.owner, services.queue.submit, submission)
         if body.stream:
             events = _events(services, job, body.partial_images or 0)
@@ -105,17 +105,17 @@ async def generations(request: Request) -> Response:
         return problem(error)
 
 
-async def _asked(request: Request) -> tuple[ImagesRequest, Submission]:
+async def _parse_generation(request: Request) -> tuple[ImagesRequest, Submission]:
     """Parse the request into OpenAI's fields and a submission."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner) as content:
-        body, fields = await get_services(request).executor.run(owner, _translated, content)
+        body, fields = await get_services(request).executor.run(owner, _translate, content)
         model = _model_for(request, body.model or DEFAULT_MODEL)
         mode = Mode.STREAM if body.stream else Mode.RUN
         return body, await parse_request_body(request, fields, model, owner, mode, content_type="")
 
 
-def _translated(body: bytes) -> tuple[ImagesRequest, bytes]:
+def _translate(body: bytes) -> tuple[ImagesRequest, bytes]:
     """Parse a body into OpenAI's fields, and translate it into the model's. Raises InvalidInput."""
     parsed = validation.parse_body(ImagesRequest, body)
     return parsed, to_json(parsed.fields)

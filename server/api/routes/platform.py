@@ -25,7 +25,7 @@ from server.queue.usage import UsageFilter, UsageRow
 router = APIRouter(tags=["platform"])
 
 #: The default period of queries, as at fal, and the longer one for a single request.
-LATELY, FOR_ONE = timedelta(days=1), timedelta(days=90)
+DEFAULT_WINDOW, SINGLE_REQUEST_WINDOW = timedelta(days=1), timedelta(days=90)
 #: Unit and currency of prices, which are all zero.
 UNIT, CURRENCY = "megapixels", "USD"
 _MODELS = f"{PLATFORM}/v1/models"
@@ -133,7 +133,7 @@ async def usage(request: Request) -> Response:
     owner = authenticate(request)
     query = _read(request, UsageQuery)
     end = query.end or datetime.now(UTC)
-    start = query.start or end - LATELY
+    start = query.start or end - DEFAULT_WINDOW
     usage_filter = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
     rows = await get_services(request).executor.run(owner, get_services(request).usage, usage_filter)
     body: dict[str, Any] = _paging()
@@ -158,7 +158,7 @@ async def by_endpoint(request: Request) -> Response:
     """Return a page of this key's finished requests, newest first; `expand=payloads` adds input and output."""
     owner = authenticate(request)
     query = _read(request, RequestsQuery)
-    start = query.start or datetime.now(UTC) - (FOR_ONE if query.request_id else LATELY)
+    start = query.start or datetime.now(UTC) - (SINGLE_REQUEST_WINDOW if query.request_id else DEFAULT_WINDOW)
     history_query = HistoryQuery(
         owner=owner,
         limit=query.limit,

@@ -61,10 +61,10 @@ async def realtime(socket: WebSocket, endpoint: str) -> None:
         await _send_error(socket, "BAD_REQUEST", str(error))
         await socket.close(1008)
     else:
-        await _served(socket, session, services.open_answers, owner)
+        await _serve(socket, session, services.open_answers, owner)
 
 
-async def _served(socket: WebSocket, session: "_Session", open_answers: FairShare, owner: str) -> None:
+async def _serve(socket: WebSocket, session: "_Session", open_answers: FairShare, owner: str) -> None:
     try:
         with open_answers.held(owner):
             await session.serve()

@@ -28,28 +28,26 @@ router = APIRouter(tags=["run"])
 async def stream(request: Request, endpoint: str) -> Response:
     """Stream the progress as events, with the output as the last one."""
     services = get_services(request)
-    job = await _accepted(request, services, endpoint, Mode.STREAM)
+    job = await _submit(request, services, endpoint, Mode.STREAM)
     response = EventStream(_progress(services, job), context=cancel_on_disconnect(services, job))
-    response.headers["x-fal-request-id"] = job.request_id
-    return response
+    return responses.with_request_id(response, job)
 
 
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output and return it; the job is cancelled if the client disconnects."""
     services = get_services(request)
-    job = await _accepted(request, services, endpoint, Mode.RUN)
+    job = await _submit(request, services, endpoint, Mode.RUN)
     try:
         await wait_for_outcome(request, services, job)
         # `is_patient`, because a finished output should not be refused.
         response: Response = await result_response_of(services, job, responses.result_response, is_patient=True)
     except InternalError as error:
         response = responses.error_response(error)
-    response.headers["x-fal-request-id"] = job.request_id
-    return response
+    return responses.with_request_id(response, job)
 
 
-async def _accepted(request: Request, services: Services, endpoint: str, mode: Mode) -> Job:
+async def _submit(request: Request, services: Services, endpoint: str, mode: Mode) -> Job:
     # Browsers stream with a token. Authentication comes first, so that only valid callers learn which endpoints exist.
     takes_token = mode == Mode.STREAM and endpoint in services.models
     owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)

@@ -75,7 +75,7 @@ async def put(request: Request, upload_id: str) -> Response:
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, 1, request.stream())
-    await uploads.complete_single(upload)
+    await uploads.complete(upload)
     return FalJSONResponse({}, headers={"etag": etag})
 
 
@@ -98,7 +98,7 @@ async def complete(request: Request, upload_id: str) -> Response:
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
         completion = await uploads.executor.run(upload.owner, validation.parse_body, CompleteUpload, body or b"{}")
     part_numbers = [part.part_number for part in completion.parts]
-    file = await uploads.complete_single(upload, part_numbers)
+    file = await uploads.complete(upload, part_numbers)
     url = f"{request.state.base_url}/files/{file.name}"
     return FalJSONResponse({"access_url": url, "file_url": url})
 
@@ -109,10 +109,10 @@ async def upload_at_once(request: Request) -> Response:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = get_services(request).uploads
-    upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
+    upload = await _begin(request, authenticate(request, UPLOADS), _upload_request(request))
     try:
         await uploads.write_part(upload, 1, request.stream())
-        file = await uploads.complete_single(upload)
+        file = await uploads.complete(upload)
     except BaseException:
         # The client never learns the upload's id, so it cannot continue. Not awaited, because it may have disconnected.
         asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
@@ -123,12 +123,12 @@ async def upload_at_once(request: Request) -> Response:
 @router.post("/files/upload/multipart")
 async def begin_multipart(request: Request) -> Response:
     """Begin a multipart upload, as fal-client does for large files."""
-    upload = await _begin(request, authenticate(request, UPLOADS), _announced(request))
+    upload = await _begin(request, authenticate(request, UPLOADS), _upload_request(request))
     url = f"{request.state.base_url}/files/{upload.name}"
     return FalJSONResponse({"access_url": url, "uploadId": upload.upload_id})
 
 
-def _announced(request: Request) -> UploadRequest:
+def _upload_request(request: Request) -> UploadRequest:
     content_type = request.headers.get("content-type") or "application/octet-stream"
     file_name = request.headers.get("x-fal-file-name") or "file"
     return UploadRequest(content_type=content_type[:255], file_name=file_name[:1024])

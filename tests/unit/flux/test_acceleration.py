@@ -115,7 +115,7 @@ def test_a_cpu_paints_the_same_weights_alone_or_together(
     pipeline: FluxPipeline, max_acceleration: str, offered: list[str], is_eager: bool
 ) -> None:
     asked_for = placement(max_acceleration=max_acceleration, is_eager=is_eager)
-    built = acceleration.build(pipeline, asked_for, "cpu", is_whole=True)
+    built = acceleration.build(pipeline, asked_for, "cpu", is_resident=True)
     assert names(built) == offered
     assert all(tier.transformer is pipeline.transformer and tier.is_ready and not tier.skips_blocks for tier in built)
     assert [tier.shares_forwards for tier in built] == [False, True][: len(built)]
@@ -123,7 +123,7 @@ def test_a_cpu_paints_the_same_weights_alone_or_together(
 
 @pytest.mark.parametrize(("is_eager", "is_whole"), [(True, True), (False, False)])
 def test_a_gpu_that_must_not_compile_has_one(pipeline: FluxPipeline, is_eager: bool, is_whole: bool) -> None:
-    (tier,) = acceleration.build(pipeline, placement(is_eager=is_eager), "cuda", is_whole=is_whole)
+    (tier,) = acceleration.build(pipeline, placement(is_eager=is_eager), "cuda", is_resident=is_whole)
     assert (tier.name, tier.is_ready) == ("none", True)
     assert tier.transformer is pipeline.transformer
 
@@ -141,7 +141,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_gpu_with_fp8_has_all_three_and_they_start_cold(pipeline: FluxPipeline, card: list[Any]) -> None:
-    built = acceleration.build(pipeline, placement(), "cuda", is_whole=True)
+    built = acceleration.build(pipeline, placement(), "cuda", is_resident=True)
     assert names(built) == ["none", "regular", "high"]
     assert [tier.is_ready for tier in built] == [False] * 3
     assert [tier.shares_forwards for tier in built] == [False, True, False]
@@ -154,7 +154,7 @@ def test_a_gpu_with_fp8_has_all_three_and_they_start_cold(pipeline: FluxPipeline
 
 
 def test_nothing_is_quantized_that_is_not_offered(pipeline: FluxPipeline, card: list[Any]) -> None:
-    assert names(acceleration.build(pipeline, placement(max_acceleration="none"), "cuda", is_whole=True)) == ["none"]
+    assert names(acceleration.build(pipeline, placement(max_acceleration="none"), "cuda", is_resident=True)) == ["none"]
     assert card == []
 
 
@@ -177,7 +177,7 @@ def test_without_fp8_there_is_one_and_the_log_says_why(
 ) -> None:
     monkeypatch.setattr(compilation if name == "find_spec" else torch.cuda, name, lambda *_: value)
     with caplog.at_level("INFO", "models.flux.acceleration"):
-        assert names(acceleration.build(pipeline, placement(), "cuda", is_whole=True)) == ["none"]
+        assert names(acceleration.build(pipeline, placement(), "cuda", is_resident=True)) == ["none"]
     assert reason in caplog.text
     assert card == []
 

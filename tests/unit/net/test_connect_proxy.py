@@ -90,7 +90,7 @@ async def door_to(serve: Serve, kind: type[ConnectProxy] = ConnectProxy, limit: 
     asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
     upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
     there, port = upstream.sockets[0].getsockname()[1], free_port()
-    door = kind("127.0.0.1", there, there, lets_others_through=True, max_tunnels=limit)
+    door = kind("127.0.0.1", there, there, allow_any_host=True, max_tunnels=limit)
     await door.open("127.0.0.1", port)
     yield port
     await door.close()

@@ -69,7 +69,7 @@ def test_a_file_is_listed_with_what_was_said_of_it(parts: Parts, uploads: Upload
     upload = uploads.create("alice", "text/plain; charset=utf-8", "Tagebuch März.txt", Lifecycle(60.0, True))
     parts.clock.now += 5
     send(uploads, upload, 1, b"hel", b"", b"lo")
-    file = uploads.complete(upload)
+    file = uploads._join(upload)
     expires_at = parts.clock.now + 60
     assert file == StoredFile(
         upload.name, "alice", 5, "text/plain; charset=utf-8", "Tagebuch März.txt", True, expires_at
@@ -82,7 +82,7 @@ def test_a_file_is_listed_with_what_was_said_of_it(parts: Parts, uploads: Upload
 def test_nothing_of_an_upload_is_left_when_it_is_complete(parts: Parts, uploads: Uploads) -> None:
     upload = begun(uploads)
     send(uploads, upload, 1, b"hello")
-    file = uploads.complete(upload)
+    file = uploads._join(upload)
     assert (under_way(parts), parts.on_disk()) == ([], [file.name])
     assert parts.rows("SELECT * FROM uploads") == []
     with pytest.raises(NotFound):
@@ -111,7 +111,7 @@ def test_parts_are_joined_by_number_whatever_the_order(
     for number in sent:
         send(uploads, upload, number, f"<{number}>".encode())
     listed = sorted(sent, reverse=is_listed_backwards)
-    file = uploads.complete(upload, listed)
+    file = uploads._join(upload, listed)
     assert content(parts, file) == "".join(f"<{number}>" for number in sorted(sent)).encode()
 
 
@@ -120,7 +120,7 @@ def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(parts: Parts, upl
     for chunk in (b"first try", b"second", b"third"):
         send(uploads, upload, 1, chunk)
     send(uploads, upload, 2, b"!")
-    assert content(parts, uploads.complete(upload, [1, 2, 1, 2])) == b"third!"
+    assert content(parts, uploads._join(upload, [1, 2, 1, 2])) == b"third!"
 
 
 def test_no_list_of_parts_stands_for_all_that_were_sent(parts: Parts, uploads: Uploads) -> None:
@@ -129,7 +129,7 @@ def test_no_list_of_parts_stands_for_all_that_were_sent(parts: Parts, uploads: U
         upload = begun(uploads)
         send(uploads, upload, 2, b"b")
         send(uploads, upload, 1, b"a")
-        assert content(parts, uploads.complete(upload, listed)) == b"ab"
+        assert content(parts, uploads._join(upload, listed)) == b"ab"
 
 
 def test_a_missing_part_is_named_and_can_still_be_sent(parts: Parts, uploads: Uploads) -> None:
@@ -137,16 +137,16 @@ def test_a_missing_part_is_named_and_can_still_be_sent(parts: Parts, uploads: Up
     send(uploads, upload, 1, b"a")
     send(uploads, upload, 3, b"c")
     with pytest.raises(BadRequest, match="Part 2 was not sent"):
-        uploads.complete(upload, [1, 2, 3])
+        uploads._join(upload, [1, 2, 3])
     assert parts.on_disk() == []
     send(uploads, upload, 2, b"b")
-    assert content(parts, uploads.complete(upload, [1, 2, 3])) == b"abc"
+    assert content(parts, uploads._join(upload, [1, 2, 3])) == b"abc"
 
 
 def test_an_empty_file_is_a_file(parts: Parts, uploads: Uploads) -> None:
     upload = begun(uploads)
     send(uploads, upload, 1)
-    assert content(parts, uploads.complete(upload)) == b""
+    assert content(parts, uploads._join(upload)) == b""
 
 
 @pytest.mark.parametrize("number", [0, -1, MAX_PARTS + 1])
@@ -175,7 +175,7 @@ def test_a_client_that_leaves_takes_its_half_part_along(parts: Parts, uploads: U
         asyncio.run(uploads.write_part(upload, 1, half()))
     assert under_way(parts) == [upload.upload_id]
     send(uploads, upload, 1, b"whole")
-    assert content(parts, uploads.complete(upload)) == b"whole"
+    assert content(parts, uploads._join(upload)) == b"whole"
 
 
 def test_names_are_secrets_of_128_bits(uploads: Uploads) -> None:
@@ -195,7 +195,7 @@ def test_a_file_may_be_as_large_as_the_limit_and_no_larger(parts: Parts, uploads
         send(uploads, upload, 1, b"x" * 600, b"x" * 401)
     assert under_way(parts) == [upload.upload_id]
     send(uploads, upload, 1, b"x" * 600, b"x" * 400)
-    assert uploads.complete(upload).size == 1000
+    assert uploads._join(upload).size == 1000
 
 
 def test_parts_count_together(uploads: Uploads) -> None:
@@ -210,7 +210,7 @@ def test_a_part_that_is_sent_again_takes_the_place_of_its_first_try(uploads: Upl
     upload = begun(uploads)
     for _ in range(3):
         send(uploads, upload, 1, b"x" * 1000)
-    assert uploads.complete(upload).size == 1000
+    assert uploads._join(upload).size == 1000
 
 
 def test_parts_that_come_at_the_same_time_count_together(parts: Parts, uploads: Uploads) -> None:
@@ -228,7 +228,7 @@ def test_parts_that_come_at_the_same_time_count_together(parts: Parts, uploads: 
 
     refused = [answer for answer in asyncio.run(together()) if not isinstance(answer, str)]
     try:
-        uploads.complete(upload)
+        uploads._join(upload)
     except BodyTooLarge as error:
         refused.append(error)
     assert sum(size for (size,) in parts.rows("SELECT size FROM files")) <= 1000
@@ -239,13 +239,13 @@ def test_an_owner_has_a_limit_of_files_and_parts_together(parts: Parts) -> None:
     uploads = uploads_of(parts, max_bytes=10_000, max_bytes_per_owner=20_000)
     first = begun(uploads)
     send(uploads, first, 1, b"x" * 8000)
-    uploads.complete(first)
+    uploads._join(first)
     second, third = begun(uploads), begun(uploads)
     send(uploads, second, 1, b"x" * 6000)
     with pytest.raises(BodyTooLarge, match="20000 bytes"):
         send(uploads, third, 1, b"x" * 6001)
     send(uploads, third, 1, b"x" * 6000)
-    assert [uploads.complete(upload).size for upload in (second, third)] == [6000, 6000]
+    assert [uploads._join(upload).size for upload in (second, third)] == [6000, 6000]
 
 
 def test_an_owners_limit_is_its_own(parts: Parts) -> None:
@@ -253,7 +253,7 @@ def test_an_owners_limit_is_its_own(parts: Parts) -> None:
     for owner in ("alice", "bob"):
         upload = begun(uploads, owner)
         send(uploads, upload, 1, b"x" * 500)
-        uploads.complete(upload)
+        uploads._join(upload)
         with pytest.raises(BodyTooLarge):
             send(uploads, begun(uploads, owner), 1, b"x")
 
@@ -269,7 +269,7 @@ def test_pictures_of_the_owner_do_not_count(parts: Parts) -> None:
         connection.execute("INSERT INTO files VALUES ('a.png', 'r', 'me', 5000, 'image/png', NULL, 0, 1, NULL)")
     upload = begun(uploads)
     send(uploads, upload, 1, b"x" * 500)
-    assert uploads.complete(upload).size == 500
+    assert uploads._join(upload).size == 500
 
 
 def test_an_owner_has_room_again_when_a_file_is_gone(parts: Parts) -> None:
@@ -280,7 +280,7 @@ def test_an_owner_has_room_again_when_a_file_is_gone(parts: Parts) -> None:
     assert uploads.sweep() == 1
     again = begun(uploads)
     send(uploads, again, 1, b"x" * 500)
-    assert uploads.complete(again).size == 500
+    assert uploads._join(again).size == 500
 
 
 # -- time
@@ -298,7 +298,7 @@ def test_what_was_abandoned_is_swept_and_the_rest_is_not(parts: Parts, uploads: 
     parts.clock.now += 1
     assert uploads.sweep() == 1
     assert under_way(parts) == sorted([young.upload_id, "1"])
-    assert content(parts, uploads.complete(young)) == b"young"
+    assert content(parts, uploads._join(young)) == b"young"
 
 
 def test_an_upload_is_over_before_it_is_swept(parts: Parts, uploads: Uploads) -> None:
@@ -311,7 +311,7 @@ def test_an_upload_is_over_before_it_is_swept(parts: Parts, uploads: Uploads) ->
 def test_a_finished_file_is_not_swept(parts: Parts, uploads: Uploads) -> None:
     upload = begun(uploads)
     send(uploads, upload, 1, b"hello")
-    file = uploads.complete(upload)
+    file = uploads._join(upload)
     parts.clock.now += 2 * LIFETIME
     assert uploads.sweep() == 0
     assert content(parts, file) == b"hello"
@@ -328,7 +328,7 @@ def test_a_restart_keeps_an_upload_under_way(tmp_path: Path) -> None:
         again = uploads.find(upload.upload_id)
         assert again == upload
         send(uploads, again, 1, b"a")
-        file = uploads.complete(again, [2, 1])
+        file = uploads._join(again, [2, 1])
         assert (content(parts, file), file.owner, file.is_private) == (b"ab", "alice", True)
 
 
@@ -337,7 +337,7 @@ def test_a_restart_keeps_a_finished_file(tmp_path: Path) -> None:
         uploads = uploads_of(parts)
         upload = begun(uploads)
         send(uploads, upload, 1, b"hello")
-        file = uploads.complete(upload)
+        file = uploads._join(upload)
     with opened(tmp_path) as parts:
         assert parts.files.delete_orphans() == 0
         assert content(parts, file) == b"hello"
@@ -356,7 +356,7 @@ def test_what_a_crash_left_behind_is_gone_after_a_restart_and_a_sweep(tmp_path: 
         uploads = uploads_of(parts)
         uploads.sweep()
         assert under_way(parts) == sorted([kept.upload_id, "1"])
-        assert content(parts, uploads.complete(kept)) == b"hello"
+        assert content(parts, uploads._join(kept)) == b"hello"
 
 
 # -- names
@@ -389,7 +389,7 @@ def test_the_stored_name_is_ours_with_an_ending_of_theirs(
     upload = uploads.create("me", content_type, file_name, Lifecycle())
     assert upload.name.partition(".")[2] == ending
     send(uploads, upload, 1, b"x")
-    assert content(parts, uploads.complete(upload)) == b"x"
+    assert content(parts, uploads._join(upload)) == b"x"
 
 
 CLEANED = [
@@ -455,7 +455,7 @@ def test_a_part_that_finds_the_disk_full_leaves_nothing_and_can_be_sent_again(pa
         send(uploads, upload, 1, b"x" * 100_000)
     assert under_way(parts) == [upload.upload_id]
     send(uploads, upload, 1, b"x" * 100_000)
-    assert uploads.complete(upload).size == 100_000
+    assert uploads._join(upload).size == 100_000
 
 
 def test_an_upload_that_finds_the_disk_full_at_its_end_can_be_completed_later(parts: Parts) -> None:
@@ -464,11 +464,11 @@ def test_an_upload_that_finds_the_disk_full_at_its_end_can_be_completed_later(pa
     for number in (1, 2):
         send(uploads, upload, number, b"x" * 50_000)
     with files_of_at_most(60_000), pytest.raises(DiskFull):
-        uploads.complete(upload)
+        uploads._join(upload)
     assert (parts.on_disk(), parts.rows("SELECT * FROM files")) == ([], [])
     # What was joined in vain takes no room from the parts.
     send(uploads, upload, 2, b"y" * 50_000)
-    assert content(parts, uploads.complete(upload)) == b"x" * 50_000 + b"y" * 50_000
+    assert content(parts, uploads._join(upload)) == b"x" * 50_000 + b"y" * 50_000
 
 
 def test_a_part_that_vanishes_while_others_are_weighed_is_no_error(parts: Parts, uploads: Uploads) -> None:
@@ -476,15 +476,15 @@ def test_a_part_that_vanishes_while_others_are_weighed_is_no_error(parts: Parts,
     # What another part of this owner looks like between its listing and its renaming: a name without a file.
     (parts.folder / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
     send(uploads, upload, 1, b"hello")
-    assert content(parts, uploads.complete(upload)) == b"hello"
+    assert content(parts, uploads._join(upload)) == b"hello"
 
 
 def test_an_upload_that_was_completed_meanwhile_is_not_found(parts: Parts, uploads: Uploads) -> None:
     upload = begun(uploads)
     send(uploads, upload, 1, b"hello")
-    uploads.complete(upload)
+    uploads._join(upload)
     with pytest.raises(NotFound):
-        uploads.complete(upload)
+        uploads._join(upload)
     with pytest.raises(NotFound):
         send(uploads, upload, 1, b"hello")
     assert len(parts.rows("SELECT * FROM files")) == 1
@@ -498,7 +498,7 @@ def test_empty_files_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
     uploads = uploads_of(parts, max_bytes_per_owner=100_000)
     for _ in range(3):
-        uploads.complete(begun(uploads))
+        uploads._join(begun(uploads))
     assert parts.rows("SELECT num_uploads, upload_bytes FROM kept") == [(3, 3 * 4096)]
     with pytest.raises(TooManyRequests, match="3 files"):
         begun(uploads)
@@ -524,7 +524,7 @@ def test_empty_parts_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_empty_files_use_up_the_room_of_their_owner(parts: Parts) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
     for _ in range(3):
-        uploads.complete(begun(uploads))
+        uploads._join(begun(uploads))
     with pytest.raises(BodyTooLarge):
         send(uploads, begun(uploads), 1, b"x")
 
@@ -538,4 +538,4 @@ def test_a_restart_counts_what_is_there(parts: Parts) -> None:
     send(uploads, upload, 3, b"x" * 100)
     with pytest.raises(BodyTooLarge):
         send(uploads, upload, 4, b"x" * 100)
-    assert uploads.complete(upload).size == 300
+    assert uploads._join(upload).size == 300

@@ -97,7 +97,7 @@ def at_work(parts: Parts, engine: WatchedEngine, **settings: Any) -> Iterator[Wo
     finally:
         engine.may_decode.set()
         worker.stop()
-        ended("finisher")
+        ended("postprocessor")
 
 
 def ended(name: str) -> None:
@@ -129,7 +129,11 @@ def test_others_are_stepped_while_a_picture_is_decoded(parts: Parts, engine: Wat
         assert (held.state, other.state) == (State.IN_PROGRESS, State.IN_PROGRESS)
         engine.may_decode.set()
         assert completed(parts, held, other) == [200, 200]
-    assert (engine.on("step"), engine.on("decode"), engine.on("judge")) == ({"worker"}, {"finisher"}, {"finisher"})
+    assert (engine.on("step"), engine.on("decode"), engine.on("judge")) == (
+        {"worker"},
+        {"postprocessor"},
+        {"postprocessor"},
+    )
 
 
 def test_an_engine_that_does_not_decode_beside_is_left_to_one_thread(parts: Parts) -> None:
@@ -152,7 +156,7 @@ def test_files_are_made_and_written_beside(
     monkeypatch.setattr(parts.files, "create", watched)
     with at_work(parts, engine):
         assert completed(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
-    assert engine.on("encode") == engine.on("write") == {"finisher"}
+    assert engine.on("encode") == engine.on("write") == {"postprocessor"}
     assert len(parts.on_disk()) == 6
 
 
@@ -168,7 +172,7 @@ def test_one_that_shared_the_last_forward_is_decoded_beside_too(parts: Parts, en
         wait_until(parts, last, lambda: last.step == 1)
         engine.may_decode.set()
         assert completed(parts, first, *jobs, last) == [200] * 5
-    assert engine.on("decode") == {"finisher"}
+    assert engine.on("decode") == {"postprocessor"}
 
 
 def test_one_that_shared_the_last_forward_can_be_cancelled(parts: Parts, engine: WatchedEngine) -> None:

@@ -12,11 +12,11 @@ from server.queue.jobs import Job, Priority, State
 from server.worker.scheduler import AGEING
 from server.worker.worker import Worker
 from tests.support.components import Parts
-from tests.support.fake_models import NullModel, NullPainting, SharingEngine
+from tests.support.fake_models import NullModel, NullTask, SharingEngine
 from tests.unit.worker.test_worker import answer, ready, submitted, worked_off
 
 
-class CostlyPainting(NullPainting):
+class CostlyPainting(NullTask):
     """A step costs as much as the picture is large."""
 
     @property
@@ -34,9 +34,9 @@ class CostlyEngine(SharingEngine):
     """Remembers what it began, and takes along up to two that are of the same size."""
 
     def __init__(self) -> None:
-        self.begun: list[NullPainting] = []
+        self.begun: list[NullTask] = []
 
-    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self.begun.append(CostlyPainting(request, seed))
         return self.begun[-1]
 

@@ -22,7 +22,7 @@ from server.settings import Settings
 from server.storage.file_store import Lifecycle
 from server.worker.worker import Worker
 from tests.support.components import Clock, Parts, full_disk, opened, reached, submission
-from tests.support.fake_models import GateEngine, NullEngine, NullModel, NullPainting, RaisesEngine, UnsafeEngine
+from tests.support.fake_models import GateEngine, NullEngine, NullModel, NullTask, RaisesEngine, UnsafeEngine
 from tests.support.server_process import Gate, completed, serving
 
 ENGINES: dict[str, type[NullEngine]] = {
@@ -432,7 +432,7 @@ def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(part
 
 def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
     class Wordy(NullEngine):
-        def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullPainting:
+        def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
             raise GenerationFailed("no" * 20_000)
 
     worker, job = ready(parts, NullModel("test/null", Wordy)), submitted(parts)

@@ -3,6 +3,6 @@
 from server.net.timeouts import TimeoutProtocol
 from tests.support.fake_models import GateEngine, NullModel
 
-TimeoutProtocol.answer_seconds = 1.0
+TimeoutProtocol.write_timeout = 1.0
 
 MODEL = NullModel("test/hurry", GateEngine)
