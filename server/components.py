@@ -101,8 +101,7 @@ def build(settings: Settings) -> Components:
         configs, input_path = engine_configs(settings, weights_by_endpoint), inputs.cache.path
         backend = Worker(settings, models, configs, queue, files, input_path, notifier, metrics, crash_recorder)
     database.on_corruption = backend.fail
-    gauges = partial(collect_gauges, database, settings.data_dir, lambda: backend.is_ready, backend.gpus)
-    metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
+    _add_gauges(metrics, database, settings, backend)
     signer = WebhookSigner(database, settings.webhook_secret)
     services = Services(
         models=models,
@@ -125,6 +124,11 @@ def build(settings: Settings) -> Components:
     )
     sender = WebhookSender(database, notifier, inputs.outbound, signer, metrics=metrics)
     return Components(services, backend, database, crash_recorder, sender)
+
+
+def _add_gauges(metrics: Metrics, database: Database, settings: Settings, backend: Backend) -> None:
+    gauges = partial(collect_gauges, database, settings.data_dir, lambda: backend.is_ready, backend.gpus)
+    metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
 
 
 def _shared(settings: Settings) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def test_what_was_abandoned_is_swept_and_the_rest_is_not(parts: Parts, uploads: 
 def test_an_upload_is_over_before_it_is_swept(parts: Parts, uploads: Uploads) -> None:
     upload = begun(uploads)
     parts.clock.now += LIFETIME
-    with pytest.raises(NotFound, match="over"):
+    with pytest.raises(NotFound, match="has ended"):
         uploads.find(upload.upload_id)
 
 
@@ -500,7 +500,7 @@ def test_empty_files_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in range(3):
         uploads._join(begun(uploads))
     assert parts.rows("SELECT num_uploads, upload_bytes FROM kept") == [(3, 3 * 4096)]
-    with pytest.raises(TooManyRequests, match="3 files"):
+    with pytest.raises(TooManyRequests, match="3 uploaded files"):
         begun(uploads)
     begun(uploads, owner="you")
 
@@ -513,7 +513,7 @@ def test_empty_parts_count(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Non
     for number in (1, 2):
         send(uploads, upload, number)
     send(uploads, other, 1)
-    with pytest.raises(TooManyRequests, match="5 files and parts"):
+    with pytest.raises(TooManyRequests, match="5 uploaded files and parts"):
         send(uploads, other, 2)
     # One that is here may come again, and an upload that is over leaves room.
     send(uploads, upload, 2, b"more")
