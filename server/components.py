@@ -116,9 +116,7 @@ def build(settings: Settings) -> Components:
         signer=signer,
         notifier=notifier,
         metrics=metrics,
-        history=partial(query_history, database),
-        usage=partial(query_usage, database),
-        overview=partial(load_overview, database),
+        **_queries(database),
         readiness=lambda: (backend.is_ready, backend.loading),
         gpus=backend.gpus,
     )
@@ -129,6 +127,15 @@ def build(settings: Settings) -> Components:
 def _add_gauges(metrics: Metrics, database: Database, settings: Settings, backend: Backend) -> None:
     gauges = partial(collect_gauges, database, settings.data_dir, lambda: backend.is_ready, backend.gpus)
     metrics.add_gauges(gauges, partial(collect_gpu_gauges, backend.gpus))
+
+
+def _queries(database: Database) -> dict[str, Any]:
+    """What routes read from the database, past the queue."""
+    return {
+        "history": partial(query_history, database),
+        "usage": partial(query_usage, database),
+        "overview": partial(load_overview, database),
+    }
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
