@@ -1,6 +1,7 @@
 """Schemathesis reads our OpenAPI document and sends what fits it, and what does not: no answer is a 5xx."""
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,10 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 from tests.support.server_process import ROOT, serving
+
+# Imported here, while no other thread compiles: schemathesis would import it within the first test, and CPython 3.11
+# may then fail to compile one of its large modules (python/cpython#106905).
+importlib.import_module("schemathesis.specs.openapi._hypothesis")
 
 OPTIONS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 

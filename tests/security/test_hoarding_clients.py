@@ -205,7 +205,7 @@ def test_the_webhooks_go_on_after_an_error_of_the_database(
     url = hook(httpserver)
     cancelled(parts, "alice", url)
     failed = list[str]()
-    monkeypatch.setattr("server.webhooks.delivery.log.exception", failed.append)
+    monkeypatch.setattr("server.webhooks.delivery.log.exception", lambda message, *args: failed.append(message))
     parts.rows("ALTER TABLE deliveries RENAME TO away")
 
     async def deliver(hooks: WebhookSender) -> None:

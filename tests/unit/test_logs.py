@@ -104,7 +104,8 @@ from models.base import LoadProgress
 from server import logs
 logs.set_up("info", "text")
 log = logging.getLogger("server.worker.worker")
-for number in (0, 1):
+for number in (0, 1_000_000_000):
+    loading = LoadProgress("transformer", number, 4_000_000_000)
     log.info("words for a file", extra={{"loading": loading}})
 with pathlib.Path({str(gate.path)!r}).open("rb", buffering=0) as gate:
     gate.read(1)
