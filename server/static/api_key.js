@@ -1,4 +1,4 @@
-// Ask for a key until one is good, or until somebody would rather not; it is kept until the tab is closed.
+// Asks for a key until one works or the person cancels; keeps it until the tab is closed.
 
 import * as api from "./api.js";
 

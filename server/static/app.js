@@ -51,7 +51,7 @@ async function use(name, input) {
   at("form").scrollIntoView({ block: "nearest" });
 }
 
-// Of the endpoints that paint over a picture, the one that belongs to this, or else any.
+// The image-to-image endpoint that belongs to this endpoint, or else any.
 const overFor = (name) => about.paint_over.find((over) => over === `${name}/image-to-image`) ?? about.paint_over[0];
 
 async function run() {

@@ -100,7 +100,7 @@ for (;;) {
     isRefused = false;
   } catch (error) {
     at("state").textContent = error.message;
-    // Asked once; whoever would rather not give a key is not asked again and again.
+    // Ask once: a person who cancels is not asked again.
     isRefused = [401, 403].includes(error.status);
   }
   await new Promise((resolve) => setTimeout(resolve, EVERY));
