@@ -65,7 +65,7 @@ def main() -> None:
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     direct, served = [], []
     with tempfile.TemporaryDirectory() as folder, _served(Path(folder)) as (url, worker):
-        engine = worker._engines.at_hand("fal-ai/flux/dev")
+        engine = worker._engines.get_loaded("fal-ai/flux/dev")
         for _ in range(options.rounds + 2):
             direct.append(_direct(engine.pipeline, options.size, options.steps))
             served.append(_round_trip(url, worker, request))
@@ -87,11 +87,11 @@ def _round_trip(url: str, worker: Any, request: dict[str, object]) -> float:
     taken: list[float] = []
     with ThreadPoolExecutor(1) as client:
         asking = client.submit(lambda: taken.append(_ask(url, request)))
-        asking.add_done_callback(lambda _: worker._notifier.work.set())
+        asking.add_done_callback(lambda _: worker._notifier.work_available.set())
         while not asking.done():
-            if not worker.turn():
-                worker._notifier.work.wait()
-                worker._notifier.work.clear()
+            if not worker.run_once():
+                worker._notifier.work_available.wait()
+                worker._notifier.work_available.clear()
         asking.result()
     return taken[0]
 
