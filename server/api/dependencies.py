@@ -16,8 +16,9 @@ from server.auth import Keys
 from server.errors import NotFound, not_offered
 from server.executor import FairExecutor
 from server.inputs.resolver import InputResolver
+from server.inputs.spool import SpooledBody
 from server.metrics import Metrics
-from server.net.bytes_in_flight import BytesInFlight
+from server.net.bytes_in_flight import SMALL, BytesInFlight
 from server.net.fair_share import FairShare
 from server.queue.history import HistoryQuery
 from server.queue.jobs import Job, Mode, Outcome, Submission
@@ -26,7 +27,7 @@ from server.queue.queue import Queue
 from server.queue.retention import Retention
 from server.queue.usage import UsageFilter, UsageRow
 from server.status import GpuStatus
-from server.storage.file_store import FileStore
+from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 from server.storage.uploads import Uploads
 from server.webhooks.signing import WebhookSigner
 
@@ -34,6 +35,8 @@ TOO_MANY_OPEN = (
     "Limit of open responses reached: one key may use half of --max-connections, and less while other keys are active; "
     "close some responses first"
 )
+#: How much of a long body is read at a time.
+_BODY_PART = 2**18
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,47 @@ def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
     return job
 
 
+@asynccontextmanager
+async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBody]:
+    """Read the body of a request for images; its temporary files exist until the block ends.
+
+    Raises InvalidInput, TooManyRequests, BodyTooLarge and DiskFull.
+    """
+    services = get_services(request)
+    body, part = SpooledBody(services.inputs.cache.temp_path), bytearray()
+    try:
+        async with services.in_flight.stream(request, owner) as received:
+            async for each in received:
+                part += each
+                if len(part) >= _BODY_PART:
+                    # Threads decode and write long bodies while the event loop serves other requests.
+                    await services.executor.run(owner, body.write, bytes(part))
+                    part.clear()
+            if len(part) > SMALL:
+                await services.executor.run(owner, body.write, bytes(part))
+            else:
+                body.write(bytes(part))
+            body.finish()
+            yield body
+    except OSError as error:
+        if error.errno in DISK_FULL_ERRNOS:
+            raise disk_error(error) from error
+        raise
+    finally:
+        body.close()
+
+
 async def parse_request(request: Request, model: Model, owner: str, mode: Mode) -> Submission:
-    """Read the body and parse the request into a submission. Raises as `submissions.parse_submission` does."""
-    async with get_services(request).in_flight.body(request, owner) as body:
+    """Read the body and parse the request into a submission.
+
+    Raises as `receive_body` and `submissions.parse_submission` do.
+    """
+    async with receive_body(request, owner) as body:
         return await parse_request_body(request, body, model, owner, mode)
 
 
 async def parse_request_body(
-    request: Request, body: bytes, model: Model, owner: str, mode: Mode, content_type: str | None = None
+    request: Request, body: SpooledBody, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
     """Parse a request whose body is already read. Raises as `submissions.parse_submission` does."""
     services = get_services(request)

@@ -1,6 +1,5 @@
 """Submissions from HTTP requests: the body's fields, and fal's headers and parameters."""
 
-import hashlib
 import secrets
 
 from starlette.requests import Request
@@ -21,6 +20,7 @@ from server.api.rate_limit import RateLimiter
 from server.errors import InvalidInput
 from server.executor import FairExecutor
 from server.inputs.resolver import InputResolver, dump_input
+from server.inputs.spool import SpooledBody
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
@@ -30,7 +30,7 @@ _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 async def parse_submission(
     request: Request,
-    body: bytes,
+    body: SpooledBody,
     model: Model,
     owner: str,
     *,
@@ -46,17 +46,21 @@ async def parse_submission(
     TooManyRequests, and DiskFull.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
-    args = (model, body, content_type, inputs.limits)
+    args = (model, body.text, content_type, inputs.limits)
     # Large bodies take long to parse, so a thread does it while the event loop serves other requests.
-    fields, body_hash = await executor.run(owner, _parse, *args) if len(body) > SMALL else _parse(*args)
+    fields = await executor.run(owner, validate, *args) if len(body.text) > SMALL else validate(*args)
     # Invalid requests do not count towards the rate limit. Fetching inputs is expensive, so the limit comes first.
     rate_limiter.acquire(owner)
-    input_files = await inputs.resolve(fields, owner)
+    input_files = await inputs.resolve(fields, owner, body)
+    text = dump_input(fields, input_files)
+    if body.is_in(text):
+        message = "Long base64 data is only accepted in the URLs of images and LoRAs"
+        raise InvalidInput([{"type": "value_error", "loc": ["body"], "msg": message, "input": ""}])
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
-        input=dump_input(fields, input_files),
+        input=text,
         input_files=input_files,
         base_url=request.state.base_url,
         mode=mode,
@@ -64,17 +68,12 @@ async def parse_submission(
         start_deadline=start_deadline(request.headers),
         webhook_url=webhook_url(request.query_params, inputs.outbound) if is_queued else None,
         idempotency_key=idempotency_key(request.headers) if is_queued else None,
-        body_hash=body_hash,
+        body_hash=body.hash,
         store_io=request.headers.get("x-fal-store-io", "").strip() != "0",
         lifecycle=lifecycle(request.headers),
         max_queue_length=max_queue_length(request.query_params),
         runner_hint=runner_hint(request.headers),
     )
-
-
-def _parse(model: Model, body: bytes, content_type: str, limits: Limits) -> tuple[ImageInput, str]:
-    """Return the validated fields, and the body's hash."""
-    return validate(model, body, content_type, limits), hashlib.sha256(body).hexdigest()
 
 
 def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:

@@ -20,6 +20,7 @@ from server.errors import InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
+from server.inputs.spool import SpooledBody
 from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
@@ -98,9 +99,10 @@ class InputResolver:
         # Separate threads, so that large files do not delay submits.
         self._executor = FairExecutor("inputs", 4, 1)
 
-    async def resolve(self, request: ImageInput, owner: str) -> dict[str, str]:
+    async def resolve(self, request: ImageInput, owner: str, body: SpooledBody | None = None) -> dict[str, str]:
         """Fetch every file that the request refers to; return the file names by the paths of their fields.
 
+        `body` holds the long data of the request's data URIs.
         Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
         """
         # A file that the request refers to twice is fetched once.
@@ -109,7 +111,7 @@ class InputResolver:
         with self.cache.pin() as hold:
             for loc, kind, url in input_urls(request):
                 if (kind, url) not in names:
-                    names[kind, url] = await self._resolve_one(url, owner, kind, loc)
+                    names[kind, url] = await self._resolve_one(url, owner, kind, loc, body)
                     hold(names[kind, url])
                 input_files[".".join(map(str, loc))] = names[kind, url]
         if self._pending_bytes(owner, set(names.values())) > self._max_bytes_per_owner:
@@ -118,10 +120,10 @@ class InputResolver:
             )
         return input_files
 
-    async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc) -> str:
+    async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: SpooledBody | None) -> str:
         """Fetch one file; convert its errors to fal's format."""
         try:
-            return await self._resolve(url, owner, kind)
+            return await self._resolve(url, owner, kind, body)
         except InvalidInputFile as error:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": url[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
@@ -134,13 +136,15 @@ class InputResolver:
         """Delete files that no unfinished request needs; return how many."""
         return self.cache.sweep()
 
-    async def _resolve(self, url: str, owner: str, kind_name: str) -> str:
+    async def _resolve(self, url: str, owner: str, kind_name: str, body: SpooledBody | None) -> str:
         kind, temp_path = self._kinds[kind_name], self.cache.temp_path()
         try:
             is_data = url[:5].lower() == "data:"
-            if not is_data and len(url) > MAX_URL:
+            if not is_data and (len(url) > MAX_URL or (body and body.is_in(url))):
                 raise InvalidInputFile("file_download_error", f"The URL is longer than {MAX_URL} characters")
-            if is_data:
+            if is_data and body and (data := body.find(url)):
+                await self._executor.run(owner, data.link, temp_path)
+            elif is_data:
                 await self._executor.run(owner, _decode, url, temp_path, kind)
             elif own := _own_name(url):
                 await self._executor.run(owner, self._link, own, owner, temp_path)

@@ -45,31 +45,41 @@ class BytesInFlight(FairShare):
             self.release(owner, held)
 
     @asynccontextmanager
-    async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
-        """Read a request's whole body, which counts as the owner's until the block ends.
+    async def stream(
+        self, request: Request, owner: str, max_bytes: int | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Read a request's body part by part; it counts as the owner's until the block ends.
 
-        Raises TooManyRequests, and BodyTooLarge for more than `max_bytes`.
+        The parts raise TooManyRequests, and BodyTooLarge for more than `max_bytes`.
         """
-        # Not `Request.body`, which keeps the body for as long as the request exists.
-        chunks, length, held, stream = list[bytes](), 0, 0, request.stream()
-        try:
-            async for chunk in stream:
-                chunks.append(chunk)
-                length += len(chunk)
+        length = held = 0
+
+        async def parts() -> AsyncIterator[bytes]:
+            nonlocal length, held
+            # Not `Request.body`, which keeps the body for as long as the request exists.
+            async for part in request.stream():
+                length += len(part)
                 if max_bytes is not None and length > max_bytes:
                     raise BodyTooLarge(f"The body is larger than {max_bytes} bytes")
                 if length > SMALL and not held:
                     # A body of unknown length may be as long as any.
                     expected = int(request.headers.get("content-length", self._total))
                     held = await self._wait_for(owner, expected, self._wait_seconds)
-            body = b"".join(chunks)
-            chunks.clear()
+                yield part
             # Release the bytes that were expected and did not arrive.
             self.release(owner, held - min(held, length))
             held = min(held, length)
-            yield body
+
+        try:
+            yield parts()
         finally:
             self.release(owner, held)
+
+    @asynccontextmanager
+    async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
+        """Read a request's whole body, which counts as the owner's until the block ends. Raises as `stream` does."""
+        async with self.stream(request, owner, max_bytes) as parts:
+            yield b"".join([part async for part in parts])
 
     async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
         """Wait until the bytes can be held; return how many are held, 0 for a small body. Raises TooManyRequests."""

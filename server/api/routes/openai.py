@@ -18,12 +18,14 @@ from server.api.dependencies import (
     get_services,
     open_output,
     parse_request_body,
+    receive_body,
     result_response_of,
 )
 from server.api.responses import FalJSONResponse, with_request_id
 from server.api.sse import AbortStream, EventStream, wait_or_heartbeat
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import InternalError, InvalidInput, NotFound, ServerError, Unauthorized
+from server.inputs.spool import SpooledBody
 from server.queue.jobs import Job, Mode, Outcome, State, Submission
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -108,17 +110,18 @@ async def generations(request: Request) -> Response:
 async def _parse_generation(request: Request) -> tuple[ImagesRequest, Submission]:
     """Parse the request into OpenAI's fields and a submission."""
     owner = authenticate(request)
-    async with get_services(request).in_flight.body(request, owner) as content:
-        body, fields = await get_services(request).executor.run(owner, _translate, content)
-        model = _model_for(request, body.model or DEFAULT_MODEL)
-        mode = Mode.STREAM if body.stream else Mode.RUN
-        return body, await parse_request_body(request, fields, model, owner, mode, content_type="")
+    async with receive_body(request, owner) as body:
+        fields = await get_services(request).executor.run(owner, _translate, body)
+        model = _model_for(request, fields.model or DEFAULT_MODEL)
+        mode = Mode.STREAM if fields.stream else Mode.RUN
+        return fields, await parse_request_body(request, body, model, owner, mode, content_type="")
 
 
-def _translate(body: bytes) -> tuple[ImagesRequest, bytes]:
-    """Parse a body into OpenAI's fields, and translate it into the model's. Raises InvalidInput."""
-    parsed = validation.parse_body(ImagesRequest, body)
-    return parsed, to_json(parsed.fields)
+def _translate(body: SpooledBody) -> ImagesRequest:
+    """Parse a body into OpenAI's fields, and translate its text into the model's. Raises InvalidInput."""
+    fields = validation.parse_body(ImagesRequest, body.text)
+    body.text = to_json(fields.fields)
+    return fields
 
 
 def problem(error: ServerError) -> Response:

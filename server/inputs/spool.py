@@ -1,0 +1,186 @@
+"""A JSON body as it arrives: long base64 data goes to temporary files, and the rest stays in memory."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from server.errors import InvalidInput, InvalidInputFile
+
+#: Longer base64 data goes to a file.
+MAX_IN_MEMORY = 64 * 2**10
+#: The most that a body may hold besides that data. Everything that a valid body contains is much shorter.
+MAX_TEXT = 2**20
+#: How much of the data stays in the body, for error messages that quote it.
+_NUM_QUOTED = 1024
+#: The start of base64 data. A semicolon is not part of JSON's syntax, so this is always inside a string.
+_START = b";base64,"
+#: Base64, with the escapes that JSON encoders write into it for "/", "+" and "=".
+_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]++|\\/|\\u00(?:2[BbFf]|3[Dd]))*+")
+#: An escape whose end has not arrived yet.
+_PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
+
+
+class SpooledData:
+    """A long piece of base64 data, decoded into a file as it arrives."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._rest = b""
+        self._is_padded = False
+        self._problem = ""
+
+    def write(self, data: bytes) -> None:
+        """Decode the next characters. Raises OSError."""
+        self._hash.update(data)
+        data = self._rest + data
+        # Four characters are three bytes.
+        end = len(data) // 4 * 4
+        if self._is_padded and data:
+            self._problem = self._problem or "data follows its padding"
+        self._decode(data[:end])
+        self._is_padded |= data[:end].endswith(b"=")
+        self._rest = data[end:]
+
+    def finish(self) -> str:
+        """Close the file; return a name for the data, which depends on nothing but its content. Raises OSError."""
+        self._decode(self._rest)
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def link(self, path: Path) -> None:
+        """Link the file to this path. Raises InvalidInputFile for data that is not base64, and OSError."""
+        if self._problem:
+            raise InvalidInputFile("file_download_error", f"The data URI is not base64: {self._problem}")
+        path.hardlink_to(self._path)
+
+    def close(self) -> None:
+        """Close and delete the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _decode(self, data: bytes) -> None:
+        if self._problem:
+            return
+        try:
+            decoded = base64.b64decode(data, validate=True)
+        except ValueError as error:
+            self._problem = str(error)
+        else:
+            self._file.write(decoded)
+
+
+class SpooledBody:
+    """A JSON body whose long base64 data is in temporary files.
+
+    In the text, the start of such data and its name, `#<hash>`, stand for it. No base64 contains a number sign.
+    """
+
+    def __init__(self, temp_path: Callable[[], Path]) -> None:
+        """Start empty. `temp_path` returns the path of a new temporary file."""
+        self.text = b""
+        self._temp_path = temp_path
+        self._body_hash = hashlib.sha256()
+        self._data: dict[str, SpooledData] = {}
+        self._texts: list[bytes] = []
+        self._num_text = 0
+        self._is_data = False
+        self._head = bytearray()
+        self._current: SpooledData | None = None
+        #: The end of the last part, if it may be the beginning of something.
+        self._rest = b""
+
+    @property
+    def hash(self) -> str:
+        """Return the hash of the whole body as it was received."""
+        return self._body_hash.hexdigest()
+
+    def write(self, part: bytes) -> None:
+        """Read the next part of the body. Raises InvalidInput for more than MAX_TEXT of other text, and OSError."""
+        self._body_hash.update(part)
+        part, self._rest = self._rest + part, b""
+        position = 0
+        while position < len(part):
+            position = self._read_data(part, position) if self._is_data else self._read_text(part, position)
+
+    def finish(self) -> None:
+        """End the body, and set `text`. Raises as `write` does."""
+        if self._is_data:
+            self._end_data()
+        self._append(self._rest)
+        self.text = b"".join(self._texts)
+        self._texts.clear()
+
+    def find(self, url: str) -> SpooledData | None:
+        """Return the data that this data URI stands for, unless it is in the URI itself."""
+        return self._data.get(url.rpartition("#")[2])
+
+    def is_in(self, text: str) -> bool:
+        """Whether the name of any of the data is in this text."""
+        return any(name in text for name in self._data)
+
+    def close(self) -> None:
+        """Delete the temporary files."""
+        for data in (*self._data.values(), *filter(None, [self._current])):
+            data.close()
+
+    def _read_text(self, part: bytes, position: int) -> int:
+        """Read text up to the start of data; return the position after it."""
+        start = part.find(_START, position)
+        # The last bytes may be the beginning of a start.
+        end = max(position, len(part) - len(_START) + 1) if start < 0 else start + len(_START)
+        self._append(part[position:end])
+        self._is_data = start >= 0
+        if self._is_data:
+            return end
+        self._rest = part[end:]
+        return len(part)
+
+    def _read_data(self, part: bytes, position: int) -> int:
+        """Read base64 data up to its end; return the position after it."""
+        match = _DATA.match(part, position)
+        end = match.end() if match else position
+        self._append_data(part[position:end])
+        if end == len(part):
+            return end
+        if _PARTIAL_ESCAPE.match(part, end):
+            self._rest = part[end:]
+            return len(part)
+        self._end_data()
+        return end
+
+    def _append(self, text: bytes) -> None:
+        self._num_text += len(text)
+        if self._num_text > MAX_TEXT:
+            message = f"Body should have at most {MAX_TEXT} bytes besides the base64 data of its data URIs"
+            raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
+        self._texts.append(text)
+
+    def _append_data(self, data: bytes) -> None:
+        # Without its escapes, the data means the same in JSON.
+        data = json.loads(b'"%s"' % data).encode() if b"\\" in data else data
+        if self._current is not None:
+            self._current.write(data)
+            return
+        self._head += data
+        if len(self._head) > MAX_IN_MEMORY:
+            self._current = SpooledData(self._temp_path())
+            self._current.write(bytes(self._head))
+            del self._head[_NUM_QUOTED:]
+
+    def _end_data(self) -> None:
+        self._is_data = False
+        if self._current is not None:
+            name = self._current.finish()
+            # The same data a second time has the same name.
+            self._data.setdefault(name, self._current)
+            if self._data[name] is not self._current:
+                self._current.close()
+            self._head += b"#" + name.encode()
+        self._append(bytes(self._head))
+        self._head.clear()
+        self._current = None
