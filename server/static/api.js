@@ -1,19 +1,19 @@
-// The server, as any client of fal's sees it: the queue, its events, uploads. Everything goes to this origin.
+// A client of this server's fal-compatible API: the queue, its events and uploads. All requests go to this origin.
 
 const base = new URL(".", document.baseURI);
 let key = sessionStorage.getItem("key") ?? "";
 
-export const setKey = (given) => sessionStorage.setItem("key", (key = given));
+export const setKey = (value) => sessionStorage.setItem("key", (key = value));
 
-export class Refused extends Error {
+export class ApiError extends Error {
   constructor(status, body) {
     const entries = Array.isArray(body?.detail) ? body.detail : [];
-    super(entries[0]?.msg ?? (typeof body?.detail === "string" ? body.detail : `The server answered ${status}.`));
+    super(entries[0]?.msg ?? (typeof body?.detail === "string" ? body.detail : `The server returned status ${status}.`));
     this.status = status;
     this.body = body;
-    // Whether this server gave it, rather than a proxy in front: also a request may end with a 500.
-    this.isAnswer = body?.detail !== undefined;
-    // Where each problem is: [["prompt", "Field required"], ...].
+    // Tells this server's errors from those of a proxy in front: a request can end with status 500, too.
+    this.isFromServer = body?.detail !== undefined;
+    // The invalid fields and their messages: [["prompt", "Field required"], ...].
     this.problems = entries.map(({ loc, msg }) => [loc.slice(1).join("."), msg]);
   }
 }
@@ -22,7 +22,7 @@ async function call(path, { headers = {}, ...options } = {}) {
   const authorized = key ? { authorization: `Key ${key}`, ...headers } : headers;
   const response = await fetch(new URL(path, base), { ...options, headers: authorized });
   if (!response.ok) {
-    throw new Refused(response.status, await response.json().catch(() => null));
+    throw new ApiError(response.status, await response.json().catch(() => null));
   }
   return response;
 }
@@ -32,12 +32,12 @@ const app = (endpoint) => endpoint.split("/").slice(0, 2).join("/");
 const requestPath = ({ endpoint, requestId }) => `queue/${app(endpoint)}/requests/${requestId}`;
 
 export const status = () => json("status.json");
-export const playground = () => json("playground.json");
-export const documentOf = (endpoint) =>
+export const playgroundConfig = () => json("playground.json");
+export const openApiOf = (endpoint) =>
   json(`api/openapi/queue/openapi.json?endpoint_id=${encodeURIComponent(endpoint)}`);
 
-// A page of what this key asked for, the newest first, with what it sent and got.
-export const earlier = (cursor) =>
+// A page of this key's requests, newest first, with their inputs and outputs.
+export const listRequests = (cursor) =>
   json(`v1/models/requests/by-endpoint?${new URLSearchParams({
     expand: "payloads", limit: 20, start: "1970-01-01", ...(cursor && { cursor }),
   })}`);
@@ -49,28 +49,29 @@ export const submit = (endpoint, input) =>
     body: JSON.stringify(input),
   });
 
-export const cancel = (run) => json(`${requestPath(run)}/cancel`, { method: "PUT" }).catch(() => null);
+export const cancel = (request) => json(`${requestPath(request)}/cancel`, { method: "PUT" }).catch(() => null);
 
-export const forget = (run) => call(requestPath(run), { method: "DELETE" }).catch(() => null);
+export const deleteRequest = (request) => call(requestPath(request), { method: "DELETE" }).catch(() => null);
 
-// A browser opens six connections to one server, for all its tabs: the rest is for pictures, and for cancelling.
-const MOST_STREAMS = 3;
-const POLL_EVERY = 1500;
-const LONGEST_WAIT = 15_000;
+// A browser opens six connections to one server, shared by all its tabs. The others are for images and cancelling.
+const MAX_STREAMS = 3;
+const POLL_INTERVAL_MS = 1500;
+const MAX_RETRY_DELAY_MS = 15_000;
 let streams = 0;
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-// A proxy in front answers for a server that is being restarted.
-const isFinal = (error) => error instanceof Refused && error.status < 500;
+const retryDelay = (failures) => Math.min(MAX_RETRY_DELAY_MS, 500 * 2 ** failures);
+// While the server restarts, a proxy in front answers with 5xx.
+const isFinal = (error) => error instanceof ApiError && error.status < 500;
 
-// Each status of a request until it is done, by stream or, where there are many, by asking. `logs` are all so far.
-// Begins anew where the connection breaks, as it does at a restart.
-export async function* statuses(run) {
+// Yield each status of a request until it completes; `logs` holds all logs so far. Streams the status, or polls it when
+// too many streams are open. Starts again when the connection breaks, as it does when the server restarts.
+export async function* statuses(request) {
   for (let failures = 0; ; failures += 1) {
-    const isStreamed = streams < MOST_STREAMS;
+    const isStreamed = streams < MAX_STREAMS;
     if (isStreamed) streams += 1;
     try {
-      for await (const status of isStreamed ? streamed(run) : asked(run)) {
+      for await (const status of isStreamed ? streamed(request) : polled(request)) {
         failures = 0;
         yield status;
         if (status.status === "COMPLETED") return;
@@ -81,12 +82,12 @@ export async function* statuses(run) {
     } finally {
       if (isStreamed) streams -= 1;
     }
-    await pause(Math.min(LONGEST_WAIT, 500 * 2 ** failures));
+    await pause(retryDelay(failures));
   }
 }
 
-async function* streamed(run) {
-  const response = await call(`${requestPath(run)}/status/stream?logs=1&previews=1`);
+async function* streamed(request) {
+  const response = await call(`${requestPath(request)}/status/stream?logs=1&previews=1`);
   const logs = [];
   for await (const status of events(response.body)) {
     logs.push(...(status.logs ?? []));
@@ -94,34 +95,34 @@ async function* streamed(run) {
   }
 }
 
-// Until there is room for a stream.
-async function* asked(run) {
-  while (streams >= MOST_STREAMS) {
-    yield await json(`${requestPath(run)}/status?logs=1`);
-    await pause(POLL_EVERY);
+// Poll until another stream may be opened.
+async function* polled(request) {
+  while (streams >= MAX_STREAMS) {
+    yield await json(`${requestPath(request)}/status?logs=1`);
+    await pause(POLL_INTERVAL_MS);
   }
 }
 
-// The result, or the error that it ended with; asked for again while the server cannot be reached.
-export async function result(run) {
+// Return the result or throw the error that the request ended with. Retries while the server is unreachable.
+export async function result(request) {
   for (let failures = 0; ; failures += 1) {
     try {
-      return await json(requestPath(run));
+      return await json(requestPath(request));
     } catch (error) {
-      if (isFinal(error) || error.isAnswer) throw error;
-      await pause(Math.min(LONGEST_WAIT, 500 * 2 ** failures));
+      if (isFinal(error) || error.isFromServer) throw error;
+      await pause(retryDelay(failures));
     }
   }
 }
 
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
+    const lines = (buffer + value).split("\n");
+    buffer = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
     }
@@ -129,21 +130,21 @@ async function* events(body) {
 }
 
 export async function upload(file) {
-  const announced = { content_type: file.type || "application/octet-stream", file_name: file.name };
-  const { upload_url: to, file_url: url } = await json("storage/upload/initiate", {
+  const metadata = { content_type: file.type || "application/octet-stream", file_name: file.name };
+  const { upload_url: uploadUrl, file_url: fileUrl } = await json("storage/upload/initiate", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify(announced),
+    body: JSON.stringify(metadata),
   });
-  await call(here(to), { method: "PUT", headers: { "content-type": announced.content_type }, body: file });
-  return url;
+  await call(localUrl(uploadUrl), { method: "PUT", headers: { "content-type": metadata.content_type }, body: file });
+  return fileUrl;
 }
 
-// Where this server is for the programs of others, with whatever path a proxy put in front.
+// The URL of this server for code samples, including any path that a proxy adds.
 export const origin = base.href.replace(/\/$/, "");
 
-// The server names itself by its public URL, which may be another name of this origin.
-export const here = (url) => {
+// Map a file's URL to this origin: the server builds URLs from its public URL, which may name this origin differently.
+export const localUrl = (url) => {
   const path = /\/(?:files|storage)\/.*$/.exec(url)?.[0];
   return path && !url.startsWith("data:") ? new URL(path.slice(1), base).href : url;
 };

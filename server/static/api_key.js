@@ -1,27 +1,27 @@
-// Asks for a key until one works or the person cancels; keeps it until the tab is closed.
+// Asks for an API key until one works or the user cancels. The key is stored until the tab is closed.
 
 import * as api from "./api.js";
 
-const ask = document.getElementById("ask");
+const dialog = document.getElementById("ask");
 
-// Show the dialog; whether a key was given.
+// Show the dialog. Return whether the user entered a key.
 export async function askForKey(problem = "") {
   document.getElementById("ask-problem").textContent = problem;
-  ask.returnValue = "";
-  if (!ask.open) ask.showModal();
-  await new Promise((resolve) => ask.addEventListener("close", resolve, { once: true }));
-  if (ask.returnValue !== "use") return false;
+  dialog.returnValue = "";
+  if (!dialog.open) dialog.showModal();
+  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  if (dialog.returnValue !== "use") return false;
   api.setKey(document.getElementById("ask-key").value.trim());
   return true;
 }
 
-export async function withKey(act) {
+export async function withKey(action) {
   for (;;) {
     try {
-      return await act();
+      return await action();
     } catch (error) {
-      if (!(error instanceof api.Refused) || ![401, 403].includes(error.status)) throw error;
-      const problem = error.status === 403 ? error.message : "That key was refused.";
+      if (!(error instanceof api.ApiError) || ![401, 403].includes(error.status)) throw error;
+      const problem = error.status === 403 ? error.message : "The server rejected this key.";
       if (!(await askForKey(sessionStorage.getItem("key") ? problem : ""))) throw error;
     }
   }

@@ -1,4 +1,4 @@
-// The page: choose an endpoint, fill its form, run, watch, keep.
+// The playground page: choose an endpoint, fill in its form, run it, follow the request and keep a history.
 
 import * as api from "./api.js";
 import * as codeSamples from "./code_samples.js";
@@ -7,141 +7,142 @@ import { askForKey, withKey } from "./api_key.js";
 import * as recentRuns from "./recent_runs.js";
 import { Run } from "./run.js";
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 
-let about = { endpoints: [], paint_over: [], needs_key: false };
+let config = { endpoints: [], paint_over: [], needs_key: false };
 let endpoint = "";
 let fields = new Map();
 
-let choices = 0;
+let latestChoice = 0;
 
-// Another endpoint's form; the last one chosen wins, however long their descriptions take.
+// Show another endpoint's form. The latest choice wins, whichever description arrives first.
 async function choose(name) {
-  const choice = (choices += 1);
+  const choice = (latestChoice += 1);
   delete document.body.dataset.ready;
   try {
-    const described = await api.documentOf(name);
-    if (choice !== choices) return;
+    const openApi = await api.openApiOf(name);
+    if (choice !== latestChoice) return;
     endpoint = name;
     localStorage.setItem("endpoint", name);
-    at("llms").href = `models/${name}/llms.txt`;
+    byId("llms").href = `models/${name}/llms.txt`;
     const { prompt, image_url, image_size, seed } = form.read(fields);
-    fields = form.build(described, { first: at("fields"), more: at("more") }, showCode);
-    // What was typed already is worth keeping; the rest has the new endpoint's own defaults.
-    for (const [kept, value] of Object.entries({ prompt, image_url, image_size, seed })) {
-      if (value !== undefined) fields.get(kept)?.write(value);
+    fields = form.build(openApi, { first: byId("fields"), more: byId("more") }, showCode);
+    // Keep these values from the previous form; the other fields start with the new endpoint's defaults.
+    for (const [field, value] of Object.entries({ prompt, image_url, image_size, seed })) {
+      if (value !== undefined) fields.get(field)?.write(value);
     }
-    at("problem").textContent = "";
+    byId("problem").textContent = "";
   } catch (error) {
-    if (choice !== choices) return;
-    at("problem").textContent = `${name}: ${error.message}`;
+    if (choice !== latestChoice) return;
+    byId("problem").textContent = `${name}: ${error.message}`;
   }
-  at("endpoint").value = endpoint;
+  byId("endpoint").value = endpoint;
   showCode();
   document.body.dataset.ready = endpoint;
 }
 
-const showCode = () => codeSamples.show(at("code"), endpoint, form.read(fields), { needsKey: about.needs_key, url: api.origin });
+const showCode = () => codeSamples.show(byId("code"), endpoint, form.read(fields), { needsKey: config.needs_key, url: api.origin });
 
-async function use(name, input) {
+async function useSettings(name, input) {
   if (name !== endpoint) await choose(name);
   if (name !== endpoint) return;
   form.write(fields, input);
   showCode();
-  at("form").scrollIntoView({ block: "nearest" });
+  byId("form").scrollIntoView({ block: "nearest" });
 }
 
-// The image-to-image endpoint that belongs to this endpoint, or else any.
-const overFor = (name) => about.paint_over.find((over) => over === `${name}/image-to-image`) ?? about.paint_over[0];
+// The image-to-image variant of an endpoint, or the first image-to-image endpoint if there is none.
+const imageToImageFor = (name) => config.paint_over.find((variant) => variant === `${name}/image-to-image`) ?? config.paint_over[0];
 
-async function run() {
+async function submit() {
   const input = form.read(fields);
-  const strays = form.complain(fields, []);
-  at("problem").textContent = strays;
+  byId("problem").textContent = form.showProblems(fields, []);
   try {
     const { request_id: requestId } = await withKey(() => api.submit(endpoint, input));
-    const started = { endpoint, requestId, input, startedAt: Date.now() };
-    follow(show(started));
-    recentRuns.add(started);
+    const request = { endpoint, requestId, input, startedAt: Date.now() };
+    follow(show(request));
+    recentRuns.add(request);
   } catch (error) {
-    at("problem").textContent =
-      error instanceof api.Refused && error.problems.length
-        ? form.complain(fields, error.problems)
+    byId("problem").textContent =
+      error instanceof api.ApiError && error.problems.length
+        ? form.showProblems(fields, error.problems)
         : error.message;
   }
 }
 
-function show(started, isOld = false) {
-  at("empty").hidden = true;
-  const shown = new Run(started, {
-    use,
-    told: (seed) => isOld || fields.get("seed")?.told?.(seed),
-    paintOver: about.paint_over.length ? (url) => use(overFor(started.endpoint), { prompt: started.input.prompt, image_url: url }) : null,
-    forgotten: () => {
-      recentRuns.remove(started.requestId);
-      at("empty").hidden = at("runs").children.length > 0;
+function show(request, isOld = false) {
+  byId("empty").hidden = true;
+  const useAsInput = (url) => useSettings(imageToImageFor(request.endpoint), { prompt: request.input.prompt, image_url: url });
+  const run = new Run(request, {
+    useSettings,
+    useAsInput: config.paint_over.length ? useAsInput : null,
+    onSeed: (seed) => isOld || fields.get("seed")?.setLastSeed?.(seed),
+    onDelete: () => {
+      recentRuns.remove(request.requestId);
+      byId("empty").hidden = byId("runs").children.length > 0;
     },
   });
-  at("runs")[isOld ? "append" : "prepend"](shown.node);
-  return shown;
+  byId("runs")[isOld ? "append" : "prepend"](run.node);
+  return run;
 }
 
-const follow = (shown) => withKey(() => shown.follow()).catch((error) => shown.fail(error));
+const follow = (run) => withKey(() => run.follow()).catch((error) => run.fail(error));
 
-// What else this key asked for, from whatever browser or program: page by page, from the server.
+// Load this key's other requests from the server, page by page, including those of other browsers and programs.
 let cursor = null;
 async function showEarlier() {
-  const page = await withKey(() => api.earlier(cursor));
-  const known = new Set([...at("runs").children].map((node) => node.dataset.requestId));
+  const page = await withKey(() => api.listRequests(cursor));
+  const known = new Set([...byId("runs").children].map((node) => node.dataset.requestId));
   for (const item of page.items.filter(({ request_id: id }) => !known.has(id))) {
     const { request_id: requestId, endpoint_id, json_input: input, sent_at } = item;
-    const shown = show({ endpoint: endpoint_id, requestId, input, startedAt: Date.parse(sent_at) }, true);
-    if (item.status_code === 200 && item.json_output) shown.finish(item.json_output);
-    else follow(shown);
+    const run = show({ endpoint: endpoint_id, requestId, input, startedAt: Date.parse(sent_at) }, true);
+    if (item.status_code === 200 && item.json_output) run.finish(item.json_output);
+    else follow(run);
   }
   cursor = page.next_cursor;
-  at("earlier").hidden = !page.has_more;
+  byId("earlier").hidden = !page.has_more;
 }
 
-at("earlier").addEventListener("click", () => showEarlier().catch((error) => (at("problem").textContent = error.message)));
+byId("earlier").addEventListener("click", () => showEarlier().catch((error) => (byId("problem").textContent = error.message)));
 
-for (const tab of document.querySelectorAll("[role=tab]")) {
+const tabs = [...document.querySelectorAll("[role=tab]")];
+for (const tab of tabs) {
   tab.addEventListener("click", () => {
-    for (const each of document.querySelectorAll("[role=tab]")) {
+    for (const each of tabs) {
       const isChosen = each === tab;
       each.setAttribute("aria-selected", String(isChosen));
       each.tabIndex = isChosen ? 0 : -1;
-      at(each.getAttribute("aria-controls")).hidden = !isChosen;
+      byId(each.getAttribute("aria-controls")).hidden = !isChosen;
     }
   });
   tab.addEventListener("keydown", ({ key }) => {
     if (!["ArrowLeft", "ArrowRight"].includes(key)) return;
-    const other = [...document.querySelectorAll("[role=tab]")].find((each) => each !== tab);
+    const other = tabs.find((each) => each !== tab);
     other.focus();
     other.click();
   });
 }
 
-at("form").addEventListener("submit", (event) => {
+byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  run();
+  submit();
 });
 document.addEventListener("keydown", (event) => {
-  const isWanted = (event.ctrlKey || event.metaKey) && event.key === "Enter" && !event.repeat;
-  if (isWanted && !at("ask").open) run();
+  const isSubmit = (event.ctrlKey || event.metaKey) && event.key === "Enter" && !event.repeat;
+  if (isSubmit && !byId("ask").open) submit();
 });
-at("reset").addEventListener("click", () => {
+byId("reset").addEventListener("click", () => {
   form.write(fields, {});
-  form.complain(fields, []);
+  form.showProblems(fields, []);
   showCode();
 });
-at("endpoint").addEventListener("change", () => choose(at("endpoint").value));
+byId("endpoint").addEventListener("change", () => choose(byId("endpoint").value));
 
-about = await api.playground();
-at("key").hidden = !about.needs_key;
-at("key").addEventListener("click", () => askForKey());
-at("endpoint").append(...about.endpoints.map((name) => form.element("option", { textContent: name })));
+config = await api.playgroundConfig();
+byId("key").hidden = !config.needs_key;
+byId("key").addEventListener("click", () => askForKey());
+byId("endpoint").append(...config.endpoints.map((name) => form.element("option", { textContent: name })));
 const last = localStorage.getItem("endpoint");
-const first = about.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : about.endpoints[0];
-await choose(about.endpoints.includes(last) ? last : first);
-for (const started of recentRuns.all()) follow(show(started, true));
+const first = config.endpoints.includes("fal-ai/flux/dev") ? "fal-ai/flux/dev" : config.endpoints[0];
+await choose(config.endpoints.includes(last) ? last : first);
+for (const request of recentRuns.all()) follow(show(request, true));

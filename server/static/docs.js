@@ -1,9 +1,9 @@
-// Swagger UI on this server's own OpenAPI document.
+// Swagger UI for this server's OpenAPI document.
 
 globalThis.SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#swagger-ui",
   deepLinking: true,
-  // Or the document's address would be sent to a public validator.
+  // By default Swagger UI sends the document's URL to a public validator.
   validatorUrl: null,
 });

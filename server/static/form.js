@@ -1,29 +1,30 @@
-// A form made from an endpoint's own schema: each property becomes one field, in the schema's order.
+// A form built from an endpoint's schema: each property becomes one field, in the schema's order.
 
-import { here, upload } from "./api.js";
+import { localUrl, upload } from "./api.js";
 import { withKey } from "./api_key.js";
 
-// What most people change; the rest is folded away.
+// The fields that most people change. The other fields are under "More settings".
 const FIRST = ["prompt", "image_url", "loras", "image_size", "strength", "num_images", "seed"];
 
 export const element = (tag, attributes = {}, ...children) => {
-  const made = Object.assign(document.createElement(tag), attributes);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), attributes);
+  node.append(...children);
+  return node;
 };
 
-// The form's fields by name, each { node, read() -> value or undefined, write(value), complain(words) }.
-export function build(document_, places, changed) {
-  const schemas = document_.components.schemas;
+// Build the form. Returns its fields by name, each { node, read() -> value or undefined, write(value),
+// showProblem(message) }.
+export function build(openApi, containers, onChange) {
+  const schemas = openApi.components.schemas;
   const schema = Object.values(schemas).find((each) => each.title?.endsWith("Input") && each["x-fal-order-properties"]);
   const fields = new Map();
-  for (const place of Object.values(places)) place.replaceChildren();
+  for (const container of Object.values(containers)) container.replaceChildren();
   for (const name of schema["x-fal-order-properties"]) {
-    const field = made(name, resolved(schema.properties[name], schemas), schemas);
+    const field = createField(name, resolve(schema.properties[name], schemas), schemas);
     field.isRequired = schema.required?.includes(name) ?? false;
-    field.node.addEventListener("input", changed);
+    field.node.addEventListener("input", onChange);
     fields.set(name, field);
-    (FIRST.includes(name) || field.isRequired ? places.first : places.more).append(field.node);
+    (FIRST.includes(name) || field.isRequired ? containers.first : containers.more).append(field.node);
   }
   return fields;
 }
@@ -35,25 +36,26 @@ export function write(fields, values) {
   for (const [name, field] of fields) field.write(values[name]);
 }
 
-export function complain(fields, problems) {
-  for (const field of fields.values()) field.complain("");
-  const strays = problems.filter(([place, words]) => !fields.get(place.split(".")[0])?.complain(words));
+// Show each problem at its field and focus the first. Returns the problems that belong to no field, one per line.
+export function showProblems(fields, problems) {
+  for (const field of fields.values()) field.showProblem("");
+  const unmatched = problems.filter(([path, message]) => !fields.get(path.split(".")[0])?.showProblem(message));
   const first = document.querySelector("[aria-invalid=true]");
-  const folded = first?.closest("details");
-  if (folded) folded.open = true;
+  const details = first?.closest("details");
+  if (details) details.open = true;
   first?.focus();
-  return strays.map(([place, words]) => `${place}: ${words}`).join("\n");
+  return unmatched.map(([path, message]) => `${path}: ${message}`).join("\n");
 }
 
-const resolved = (property, schemas) => {
+const resolve = (property, schemas) => {
   const reference = property.$ref ?? (property.allOf?.length === 1 && property.allOf[0].$ref);
   return reference ? { ...schemas[reference.split("/").pop()], ...property } : property;
 };
 
-function made(name, property, schemas) {
+function createField(name, property, schemas) {
   const choices = property.enum;
   if (name === "image_size") return sizeField(name, property);
-  if (property.type === "array") return listField(name, property, resolved(property.items, schemas));
+  if (property.type === "array") return listField(name, property, resolve(property.items, schemas));
   if (/(^|_)url$|^path$/.test(name)) return fileField(name, property);
   if (choices) return choiceField(name, property, choices);
   if (property.type === "boolean") return switchField(name, property);
@@ -62,22 +64,26 @@ function made(name, property, schemas) {
   return textField(name, property);
 }
 
-const words = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
+// Turn a property's name into a label: num_images -> Number of images, image_url -> Image URL.
+function labelOf(name) {
+  const words = name.replaceAll("_", " ").replace(/^num /, "number of ").replace(/\burl\b/, "URL");
+  return name === "loras" ? "LoRAs" : words[0].toUpperCase() + words.slice(1);
+}
 
-// The frame that every field has: a label, its description, its control, and room for what is wrong with it.
+// The parts that all fields share: a label, the control, a description and an error message.
 function frame(name, property, control, ...more) {
   control.id = `field-${name}`;
   control.setAttribute("aria-describedby", `${control.id}-about ${control.id}-problem`);
-  const label = element("label", { textContent: words(name), htmlFor: control.id });
+  const label = element("label", { textContent: labelOf(name), htmlFor: control.id });
   const about = element("small", { id: `${control.id}-about`, textContent: property.description ?? "" });
   const problem = element("p", { id: `${control.id}-problem`, className: "problem" });
   const node = element("div", { className: `field ${name}` }, label, control, ...more, about, problem);
-  const complain = (words) => {
-    problem.textContent = words;
-    control.setAttribute("aria-invalid", String(Boolean(words)));
+  const showProblem = (message) => {
+    problem.textContent = message;
+    control.setAttribute("aria-invalid", String(Boolean(message)));
     return true;
   };
-  return { node, complain };
+  return { node, showProblem };
 }
 
 function textField(name, property) {
@@ -92,7 +98,7 @@ function numberField(name, property) {
   const step = type === "integer" ? 1 : "any";
   const control = element("input", { type: "number", min: minimum, max: maximum, step });
   const slider = element("input", { type: "range", min: minimum, max: maximum, step: type === "integer" ? 1 : 0.01 });
-  slider.setAttribute("aria-label", `${words(name)}, slider`);
+  slider.setAttribute("aria-label", `${labelOf(name)}, slider`);
   const write = (value) => (control.value = slider.value = value ?? property.default ?? "");
   control.addEventListener("input", () => (slider.value = control.value));
   slider.addEventListener("input", () => (control.value = slider.value));
@@ -105,27 +111,27 @@ const number = (text) => (text === "" ? undefined : Number(text));
 
 function seedField(name, property) {
   const control = element("input", { type: "number", min: property.minimum, max: property.maximum, step: 1 });
-  control.placeholder = "random each time";
-  const dice = element("button", { type: "button", textContent: "Roll", title: "Choose a seed and keep it" });
-  const lock = element("button", { type: "button", textContent: "Lock", title: "Keep the last picture's seed" });
+  control.placeholder = "Random each run";
+  const newSeed = element("button", { type: "button", textContent: "New seed", title: "Set a new random seed" });
+  const lock = element("button", { type: "button", textContent: "Lock", title: "Reuse the seed of the last image" });
   const random = () => Math.floor(Math.random() * 2 ** 32);
-  let last;
-  const shown = () => lock.setAttribute("aria-pressed", String(control.value !== ""));
-  const changed = (value) => {
+  let lastSeed;
+  const updateLock = () => lock.setAttribute("aria-pressed", String(control.value !== ""));
+  const change = (value) => {
     control.value = value;
     control.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  dice.addEventListener("click", () => changed(random()));
-  lock.addEventListener("click", () => changed(control.value === "" ? (last ?? random()) : ""));
-  control.addEventListener("input", shown);
-  const row = element("span", { className: "row" }, dice, lock);
+  newSeed.addEventListener("click", () => change(random()));
+  lock.addEventListener("click", () => change(control.value === "" ? (lastSeed ?? random()) : ""));
+  control.addEventListener("input", updateLock);
+  const row = element("span", { className: "row" }, newSeed, lock);
   const write = (value) => {
     control.value = value ?? "";
-    shown();
+    updateLock();
   };
   write();
-  const told = (seed) => (last = seed);
-  return { ...frame(name, property, control, row), read: () => number(control.value), write, told };
+  const setLastSeed = (seed) => (lastSeed = seed);
+  return { ...frame(name, property, control, row), read: () => number(control.value), write, setLastSeed };
 }
 
 function choiceField(name, property, choices) {
@@ -142,17 +148,17 @@ function switchField(name, property) {
   return { ...frame(name, property, control), read: () => control.checked, write };
 }
 
-// fal's presets as buttons of their own shape, and two numbers for a size of one's own.
+// fal's presets, each a button that shows its shape. Two number inputs set a custom size.
 const PRESETS = {
   square_hd: [1024, 1024], square: [512, 512], portrait_4_3: [768, 1024],
   portrait_16_9: [576, 1024], landscape_4_3: [1024, 768], landscape_16_9: [1024, 576],
 };
 
 function sizeField(name, property) {
-  let chosen = property.default;
+  let size = property.default;
   const group = element("div", { className: "sizes" });
   group.setAttribute("role", "group");
-  group.setAttribute("aria-label", words(name));
+  group.setAttribute("aria-label", labelOf(name));
   const width = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Width in pixels" });
   const height = element("input", { type: "number", min: 64, step: 1, ariaLabel: "Height in pixels" });
   const buttons = Object.entries(PRESETS).map(([preset, [w, h]]) => {
@@ -164,72 +170,72 @@ function sizeField(name, property) {
     button.addEventListener("click", () => choose(preset, true));
     return button;
   });
-  const choose = (value, tells = false) => {
-    chosen = value ?? property.default;
-    const [w, h] = PRESETS[chosen] ?? [chosen?.width ?? "", chosen?.height ?? ""];
+  const choose = (value, isUserInput = false) => {
+    size = value ?? property.default;
+    const [w, h] = PRESETS[size] ?? [size?.width ?? "", size?.height ?? ""];
     [width.value, height.value] = [w, h];
-    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.preset === chosen));
-    if (tells) group.dispatchEvent(new Event("input", { bubbles: true }));
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.preset === size));
+    if (isUserInput) group.dispatchEvent(new Event("input", { bubbles: true }));
   };
   for (const side of [width, height]) {
     side.addEventListener("input", () => {
-      chosen = { width: Number(width.value), height: Number(height.value) };
+      size = { width: Number(width.value), height: Number(height.value) };
       for (const button of buttons) button.setAttribute("aria-pressed", "false");
     });
   }
   group.append(...buttons, element("span", { className: "row" }, width, "×", height));
   choose(property.default);
-  return { ...frame(name, property, group), read: () => chosen, write: choose };
+  return { ...frame(name, property, group), read: () => size, write: choose };
 }
 
-// An address, typed or pasted, or a file that is dropped, pasted or chosen, and uploaded to this server.
+// A URL that is typed or pasted, or a file that is dropped, pasted or chosen and then uploaded to this server.
 function fileField(name, property) {
-  const control = element("input", { type: "text", placeholder: "https://…, or drop a file here" });
-  const chooser = element("input", { type: "file", hidden: true });
-  const choose = element("button", { type: "button", textContent: "Choose a file" });
-  const shown = element("img", { alt: "", hidden: true });
-  const show = () => {
-    shown.hidden = !/^data:image\/|\/files\//.test(control.value);
-    if (!shown.hidden) shown.src = here(control.value);
+  const control = element("input", { type: "text", placeholder: "https://… or drop a file here" });
+  const picker = element("input", { type: "file", hidden: true });
+  const choose = element("button", { type: "button", textContent: "Choose file" });
+  const preview = element("img", { alt: "", hidden: true });
+  const showPreview = () => {
+    preview.hidden = !/^data:image\/|\/files\//.test(control.value);
+    if (!preview.hidden) preview.src = localUrl(control.value);
   };
-  const field = frame(name, property, control, element("span", { className: "row" }, choose, chooser, shown));
-  const take = async (file) => {
+  const field = frame(name, property, control, element("span", { className: "row" }, choose, picker, preview));
+  const uploadFile = async (file) => {
     if (!file) return;
-    field.complain("");
-    control.value = "uploading…";
+    field.showProblem("");
+    control.value = "Uploading…";
     try {
       control.value = await withKey(() => upload(file));
     } catch (error) {
       control.value = "";
-      field.complain(error.message);
+      field.showProblem(error.message);
     }
     control.dispatchEvent(new Event("input", { bubbles: true }));
-    show();
+    showPreview();
   };
-  choose.addEventListener("click", () => chooser.click());
-  chooser.addEventListener("change", () => take(chooser.files[0]));
-  control.addEventListener("input", show);
-  control.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+  choose.addEventListener("click", () => picker.click());
+  picker.addEventListener("change", () => uploadFile(picker.files[0]));
+  control.addEventListener("input", showPreview);
+  control.addEventListener("paste", (event) => uploadFile(event.clipboardData.files[0]));
   field.node.addEventListener("dragover", (event) => event.preventDefault());
   field.node.addEventListener("drop", (event) => {
     event.preventDefault();
-    take(event.dataTransfer.files[0]);
+    uploadFile(event.dataTransfer.files[0]);
   });
   const write = (value) => {
     control.value = value ?? "";
-    show();
+    showPreview();
   };
   return { ...field, read: () => control.value || undefined, write };
 }
 
-// Several of one kind, such as LoRAs: each a small form of its own.
+// A list of objects, such as LoRAs. Each item is a small form.
 function listField(name, property, item) {
   const list = element("div", { className: "list" });
   list.setAttribute("role", "group");
-  list.setAttribute("aria-label", words(name));
+  list.setAttribute("aria-label", labelOf(name));
   const rows = [];
   const add = (values = {}) => {
-    const fields = new Map(Object.entries(item.properties ?? {}).map(([key, value]) => [key, made(key, value, {})]));
+    const fields = new Map(Object.entries(item.properties ?? {}).map(([key, value]) => [key, createField(key, value, {})]));
     for (const [key, field] of fields) {
       field.node.querySelector("[id]").id = `field-${name}-${rows.length}-${key}`;
       field.node.querySelector("label").htmlFor = `field-${name}-${rows.length}-${key}`;
@@ -244,14 +250,14 @@ function listField(name, property, item) {
       list.dispatchEvent(new Event("input", { bubbles: true }));
     });
     rows.push(row);
-    more.before(node);
+    addButton.before(node);
   };
-  const more = element("button", { type: "button", textContent: "Add" });
-  more.addEventListener("click", () => add());
-  list.append(more);
+  const addButton = element("button", { type: "button", textContent: "Add" });
+  addButton.addEventListener("click", () => add());
+  list.append(addButton);
   const write = (values = []) => {
     for (const row of rows.splice(0)) row.node.remove();
-    for (const each of values) add(each);
+    for (const value of values) add(value);
   };
   return { ...frame(name, property, list), read: () => (rows.length ? rows.map((row) => read(row.fields)) : undefined), write };
 }

@@ -1,22 +1,22 @@
-// What this browser ran, the newest first: { endpoint, requestId, input, startedAt }.
+// The requests that this browser submitted, newest first: { endpoint, requestId, input, startedAt }.
 
-const MOST = 60;
+const MAX_RUNS = 60;
 
 export const all = () => JSON.parse(localStorage.getItem("runs") ?? "[]");
 
-// Pictures that were pasted as data are too large to be kept, and the browser's room ends somewhere.
-const light = (value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
+// Images pasted as data URIs are too large for the browser's storage, which is limited.
+const withoutData = (value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
 
-function keep(runs) {
-  for (let number = Math.min(runs.length, MOST); number >= 0; number -= 5) {
+function save(runs) {
+  for (let count = Math.min(runs.length, MAX_RUNS); count >= 0; count -= 5) {
     try {
-      localStorage.setItem("runs", JSON.stringify(runs.slice(0, number), (_, value) => light(value)));
+      localStorage.setItem("runs", JSON.stringify(runs.slice(0, count), (_, value) => withoutData(value)));
       return;
     } catch {
-      // Full: with fewer of them it may fit.
+      // The storage is full: try again with fewer runs.
     }
   }
 }
 
-export const add = (run) => keep([run, ...all()]);
-export const remove = (requestId) => keep(all().filter((run) => run.requestId !== requestId));
+export const add = (run) => save([run, ...all()]);
+export const remove = (requestId) => save(all().filter((run) => run.requestId !== requestId));

@@ -1,11 +1,11 @@
-// The operator's view, read anew every few seconds.
+// The operator's status page, refreshed every few seconds.
 
 import * as api from "./api.js";
 import { element } from "./form.js";
 import { withKey } from "./api_key.js";
 
-const at = (id) => document.getElementById(id);
-const EVERY = 5000;
+const byId = (id) => document.getElementById(id);
+const REFRESH_INTERVAL_MS = 5000;
 
 const seconds = (value) => {
   if (value === null) return "–";
@@ -13,36 +13,78 @@ const seconds = (value) => {
   return value >= 1 ? `${value.toFixed(1)} s` : `${(1000 * value).toFixed(0)} ms`;
 };
 const bytes = (value) => (value < 1e9 ? `${(value / 1e6).toFixed(0)} MB` : `${(value / 1e9).toFixed(1)} GB`);
-const when = (value) => new Date(value * 1000).toLocaleString();
+const time = (value) => new Date(value * 1000).toLocaleString();
 const count = (value) => value.toLocaleString();
+// The server counts requests without a key under the name "everybody" (ANONYMOUS in server/auth.py).
+const owner = (value) => (value === "everybody" ? "No key" : value);
 
 const NOW = {
-  queue_length: ["waiting", count],
-  queue_oldest_seconds: ["the longest wait", seconds],
-  requests_running: ["being painted", count],
-  webhooks_due: ["webhooks to send", count],
-  files_bytes: ["pictures and uploads kept", bytes],
-  disk_free_bytes: ["free on the disk", bytes],
-  memory_resident_bytes: ["memory of the process", bytes],
+  queue_length: ["Waiting", count],
+  queue_oldest_seconds: ["Longest wait", seconds],
+  requests_running: ["Generating", count],
+  webhooks_due: ["Pending webhooks", count],
+  files_bytes: ["Stored images and uploads", bytes],
+  disk_free_bytes: ["Free disk space", bytes],
+  memory_resident_bytes: ["Process memory", bytes],
 };
 
-// One small plot each of the last hour: its words, a minute's value, and how the highest is written.
+// The plots of the last hour: the label, the value of a minute, and the format of the highest value.
 const PLOTS = [
-  ["Pictures a minute", (minute) => minute.pictures, count],
-  ["Billable megapixels a minute", (minute) => minute.billable_units, count],
-  ["Wait in the queue", (minute) => minute.wait, seconds],
-  ["Time to paint one", (minute) => minute.inference, seconds],
+  ["Images per minute", (minute) => minute.pictures, count],
+  ["Billable megapixels per minute", (minute) => minute.billable_units, count],
+  ["Mean queue wait", (minute) => minute.wait, seconds],
+  ["Mean generation time", (minute) => minute.inference, seconds],
 ];
 
-function table(place, columns, rows) {
-  const head = element("tr", {}, ...Object.values(columns).map(([words]) => element("th", { scope: "col", textContent: words })));
+// The columns of each table: the label and the format of a value, by the name of the value.
+const CLUSTER_COLUMNS = {
+  name: ["GPU", String],
+  node: ["Machine", String],
+  state: ["State", String],
+  num_running: ["Requests", count],
+  num_restarts: ["Restarts", count],
+};
+const WEIGHTS_COLUMNS = {
+  weights: ["Weights", String],
+  device: ["Device", String],
+  dtype: ["Data type", String],
+  memory: ["Memory plan", String],
+  used: ["Device memory", String],
+  acceleration: ["Acceleration tiers ready", String],
+};
+const STEPS_COLUMNS = {
+  size: ["Size", String],
+  acceleration: ["Acceleration", String],
+  count: ["Steps", count],
+  seconds: ["Mean time", seconds],
+};
+const ENDPOINTS_COLUMNS = {
+  endpoint: ["Endpoint", String],
+  completed: ["Completed", count],
+  wait: ["Mean wait", seconds],
+  inference: ["Mean time", seconds],
+};
+const USAGE_COLUMNS = {
+  owner: ["Key", owner],
+  requests: ["Requests", count],
+  billable_units: ["Billable units", count],
+};
+const FAILURES_COLUMNS = {
+  finished_at: ["Time", time],
+  endpoint: ["Endpoint", String],
+  error: ["Error", String],
+  request_id: ["Request ID", String],
+};
+
+function fillTable(table, columns, rows) {
+  const head = element("tr", {}, ...Object.values(columns).map(([label]) => element("th", { scope: "col", textContent: label })));
   const body = rows.map((row) =>
-    element("tr", {}, ...Object.entries(columns).map(([name, [, shown]]) => element("td", { textContent: shown(row[name]) }))));
-  const nothing = element("tr", {}, element("td", { colSpan: Object.keys(columns).length, textContent: "nothing yet" }));
-  place.replaceChildren(element("thead", {}, head), element("tbody", {}, ...(body.length ? body : [nothing])));
+    element("tr", {}, ...Object.entries(columns).map(([name, [, format]]) => element("td", { textContent: format(row[name]) }))));
+  const empty = element("tr", {}, element("td", { colSpan: Object.keys(columns).length, textContent: "None yet" }));
+  table.replaceChildren(element("thead", {}, head), element("tbody", {}, ...(body.length ? body : [empty])));
 }
 
-function plot(minutes, [words, valueOf, written]) {
+function plot(minutes, [label, valueOf, format]) {
   const values = minutes.map(valueOf);
   const known = values.filter((value) => value !== null);
   const highest = Math.max(0, ...known);
@@ -53,23 +95,15 @@ function plot(minutes, [words, valueOf, written]) {
   });
   const chart = element("div", { className: "bars" }, ...bars);
   chart.setAttribute("role", "img");
-  const most = known.length ? `at most ${written(highest)}` : "nothing yet";
-  chart.setAttribute("aria-label", `${words}, the last hour: ${most}`);
-  const scale = element("p", { className: "scale" }, element("span", { textContent: "an hour ago" }), element("span", { textContent: most }), element("span", { textContent: "now" }));
-  return element("figure", {}, element("figcaption", { textContent: words }), chart, scale);
+  const peak = known.length ? `peak ${format(highest)}` : "no data yet";
+  chart.setAttribute("aria-label", `${label}, last hour: ${peak}`);
+  const scale = element("p", { className: "scale" }, ...["1 hour ago", peak, "now"].map((text) => element("span", { textContent: text })));
+  return element("figure", {}, element("figcaption", { textContent: label }), chart, scale);
 }
 
-function show(seen) {
-  const loading = seen.loading && `loading ${seen.loading.component}, ${bytes(seen.loading.loaded_bytes)} of ${bytes(seen.loading.total_bytes)}`;
-  at("state").textContent = loading ?? `ready, version ${seen.version}`;
-  at("now").replaceChildren(
-    ...Object.entries(NOW).flatMap(([name, [words, shown]]) => [
-      element("dt", { textContent: words }), element("dd", { textContent: shown(seen.now[name]) }),
-    ]),
-  );
-  at("plots").replaceChildren(...PLOTS.map((each) => plot(seen.minutes, each)));
-  // One line for each set of weights on each GPU; one without, too.
-  const gpus = seen.gpus.flatMap((gpu) => {
+// One row for each set of weights on each GPU. A GPU without weights has one row, too.
+const gpuRows = (gpus) =>
+  gpus.flatMap((gpu) => {
     const engines = Object.entries(gpu.engines);
     return (engines.length ? engines : [["–", null]]).map(([weights, engine]) => ({
       ...gpu,
@@ -82,14 +116,23 @@ function show(seen) {
       state: gpu.failure ? `${gpu.state}: ${gpu.failure}` : gpu.state,
     }));
   });
-  const ofCluster = seen.gpus.some((gpu) => gpu.node)
-    ? { name: ["GPU", String], node: ["machine", String], state: ["state", String], num_running: ["requests", count], num_restarts: ["times lost", count] }
-    : {};
-  table(at("gpus"), { ...ofCluster, weights: ["weights", String], device: ["device", String], dtype: ["type", String], memory: ["memory plan", String], used: ["device memory", String], acceleration: ["tiers ready", String] }, gpus);
-  table(at("steps"), { size: ["size", String], acceleration: ["tier", String], count: ["steps", count], seconds: ["one takes", seconds] }, seen.steps);
-  table(at("endpoints"), { endpoint: ["endpoint", String], completed: ["completed", count], wait: ["waited", seconds], inference: ["took", seconds] }, seen.endpoints);
-  table(at("usage"), { owner: ["key", String], requests: ["requests", count], billable_units: ["billable units", count] }, seen.usage);
-  table(at("failures"), { finished_at: ["when", when], endpoint: ["endpoint", String], error: ["error", String], request_id: ["request", String] }, seen.failures);
+
+function show(status) {
+  const { loading } = status;
+  const progress = loading && `Loading ${loading.component}, ${bytes(loading.loaded_bytes)} of ${bytes(loading.total_bytes)}`;
+  byId("state").textContent = progress ?? `Ready, version ${status.version}`;
+  byId("now").replaceChildren(
+    ...Object.entries(NOW).flatMap(([name, [label, format]]) => [
+      element("dt", { textContent: label }), element("dd", { textContent: format(status.now[name]) }),
+    ]),
+  );
+  byId("plots").replaceChildren(...PLOTS.map((each) => plot(status.minutes, each)));
+  const isCluster = status.gpus.some((gpu) => gpu.node);
+  fillTable(byId("gpus"), { ...(isCluster ? CLUSTER_COLUMNS : {}), ...WEIGHTS_COLUMNS }, gpuRows(status.gpus));
+  fillTable(byId("steps"), STEPS_COLUMNS, status.steps);
+  fillTable(byId("endpoints"), ENDPOINTS_COLUMNS, status.endpoints);
+  fillTable(byId("usage"), USAGE_COLUMNS, status.usage);
+  fillTable(byId("failures"), FAILURES_COLUMNS, status.failures);
   document.body.dataset.ready = "true";
 }
 
@@ -99,9 +142,9 @@ for (;;) {
     show(await (isRefused ? api.status() : withKey(api.status)));
     isRefused = false;
   } catch (error) {
-    at("state").textContent = error.message;
-    // Ask once: a person who cancels is not asked again.
+    byId("state").textContent = error.message;
+    // Ask once: do not ask again after the user cancels.
     isRefused = [401, 403].includes(error.status);
   }
-  await new Promise((resolve) => setTimeout(resolve, EVERY));
+  await new Promise((resolve) => setTimeout(resolve, REFRESH_INTERVAL_MS));
 }

@@ -1,1 +1,1 @@
-"""The web pages in real browsers."""
+"""Tests of the web pages in real browsers."""

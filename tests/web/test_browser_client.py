@@ -1,4 +1,4 @@
-"""A page in a real browser: @fal-ai/client with a proxyUrl that leads here, from another origin."""
+"""@fal-ai/client in a real browser: a page of another origin whose proxyUrl is this server."""
 
 import http.server
 import os
@@ -16,33 +16,36 @@ from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import Server
 
-#: As Debian, Ubuntu and Google name it.
+#: The names of Chromium's executable: Debian's, Ubuntu's and Google's.
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 INDEX = '<!doctype html><link rel="icon" href="data:,"><script type="module" src="page.js"></script>'
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder without a word."""
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """A handler that serves a directory without logging."""
 
     def log_message(self, *_: Any) -> None:
         return
 
 
 def installed(names: Sequence[str]) -> str:
-    """A program's path, by one of its names, the package's first; skips without it, and fails in CI."""
+    """Return the path of a program found by one of `names`, the package's name first.
+
+    If the program is missing, skip the test, or fail it in CI.
+    """
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        missing = f"{names[0]} is missing: install it, such as by `apt-get install {names[0]}`"
+        missing = f"{names[0]} is missing: install it, for example with `apt-get install {names[0]}`"
         if os.environ.get("CI"):
-            pytest.fail(f"{missing}; CI must not skip the tests of browsers")
+            pytest.fail(f"{missing}; CI must not skip the browser tests")
         pytest.skip(missing)
     return path
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window."""
+    """Launch headless Chromium."""
     path = installed(NAMES)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
@@ -52,14 +55,21 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def site(node: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the page is: on a port of its own, so that this server is another origin to it."""
-    folder = tmp_path_factory.mktemp("site")
+    """Serve the page on a different port than the server, so that the server is another origin."""
+    directory = tmp_path_factory.mktemp("site")
     esbuild = shutil.which("esbuild", path=str(JS / "node_modules" / ".bin"))
     assert esbuild, "esbuild is missing: `make test` installs it"
-    command = [esbuild, "page.mjs", "--bundle", "--format=esm", "--log-level=error", f"--outfile={folder / 'page.js'}"]
+    command = [
+        esbuild,
+        "page.mjs",
+        "--bundle",
+        "--format=esm",
+        "--log-level=error",
+        f"--outfile={directory / 'page.js'}",
+    ]
     subprocess.run(command, cwd=JS, check=True, timeout=60)
-    (folder / "index.html").write_text(INDEX)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as listener:
+    (directory / "index.html").write_text(INDEX)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(directory))) as listener:
         thread = threading.Thread(target=listener.serve_forever)
         thread.start()
         yield f"http://localhost:{listener.server_port}/"
@@ -69,7 +79,7 @@ def site(node: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser, site: str) -> Iterator[Page]:
-    """The page, once its script has run."""
+    """Open the page and wait until its script has run."""
     page = browser.new_page()
     page.set_default_timeout(60_000)
     page.goto(site)
@@ -79,53 +89,53 @@ def page(browser: Browser, site: str) -> Iterator[Page]:
 
 
 @pytest.fixture
-def complaints(page: Page) -> list[str]:
-    """What the browser complains of, such as CORS."""
-    found: list[str] = []
+def console_errors(page: Page) -> list[str]:
+    """Collect the browser's console errors, such as those of CORS."""
+    errors: list[str] = []
 
-    def listen(message: ConsoleMessage) -> None:
+    def collect(message: ConsoleMessage) -> None:
         if message.type == "error":
-            found.append(message.text)
+            errors.append(message.text)
 
-    page.on("console", listen)
-    return found
+    page.on("console", collect)
+    return errors
 
 
-def painted(page: Page, server: Server, endpoint: str) -> Any:
-    """What the page comes to."""
+def run_page(page: Page, server: Server, endpoint: str) -> Any:
+    """Let the page use every method of the client and return its report."""
     return page.evaluate("([url, endpoint]) => paint(url, endpoint)", [f"{server.url}/api/fal/proxy", endpoint])
 
 
 @pytest.mark.parametrize("endpoint", ["fal-ai/flux/dev", "test/null"])
-def test_a_page_gets_its_pictures(page: Page, complaints: list[str], server: Server, endpoint: str) -> None:
-    got = painted(page, server, endpoint)
-    for way in ("subscribed", "followed", "ran"):
-        assert got[way]["data"]["prompt"] == "a red apple"
-        assert got[way]["requestId"]
-    assert got["streamed"]["requestId"]
-    assert got["streamed"]["output"]["seed"] == 7
-    assert got["updates"][-1] == "COMPLETED"
-    assert got["isShown"] is True
-    # The refusal that the page asks for is the only thing the browser minds.
-    assert [text for text in complaints if "422" not in text] == []
+def test_page_generates_images(page: Page, console_errors: list[str], server: Server, endpoint: str) -> None:
+    report = run_page(page, server, endpoint)
+    for method in ("subscribed", "followed", "ran"):
+        assert report[method]["data"]["prompt"] == "a red apple"
+        assert report[method]["requestId"]
+    assert report["streamed"]["requestId"]
+    assert report["streamed"]["output"]["seed"] == 7
+    assert report["updates"][-1] == "COMPLETED"
+    assert report["isShown"] is True
+    # The browser reports only the 422 that the page provokes.
+    assert [text for text in console_errors if "422" not in text] == []
 
 
-def test_a_page_may_upload_and_read(page: Page, server: Server) -> None:
-    got = painted(page, server, "test/null")
-    assert got["uploaded"].startswith(f"{server.url}/files/")
-    assert got["found"] == "hello"
+def test_page_uploads_and_reads_a_file(page: Page, server: Server) -> None:
+    report = run_page(page, server, "test/null")
+    assert report["uploaded"].startswith(f"{server.url}/files/")
+    assert report["found"] == "hello"
 
 
-def test_a_page_is_told_why_it_is_refused(page: Page, server: Server) -> None:
-    refused = painted(page, server, "test/null")["refused"]
+def test_page_reads_a_validation_error(page: Page, server: Server) -> None:
+    refused = run_page(page, server, "test/null")["refused"]
     assert refused["status"] == 422
     assert refused["body"]["detail"][0]["loc"] == ["body", "prompt"]
     assert refused["requestId"]
 
 
-def test_a_foreign_page_may_not(page: Page, server: Server) -> None:
+def test_page_of_a_foreign_origin_is_blocked(page: Page, server: Server) -> None:
     foreign = "http://page.example/"
     page.route(f"{foreign}**", lambda route: route.fulfill(content_type="text/html", body="<!doctype html>"))
     page.goto(foreign)
-    program = "url => fetch(url, {method: 'POST', body: '{\"prompt\": \"x\"}'}).then(() => 'got in', () => 'kept out')"
-    assert page.evaluate(program, f"{server.url}/test/null") == "kept out"
+    script = "url => fetch(url, {method: 'POST', body: '{\"prompt\": \"x\"}'}).then(() => 'got in', () => 'kept out')"
+    assert page.evaluate(script, f"{server.url}/test/null") == "kept out"

@@ -1,4 +1,4 @@
-"""The playground in a real browser: typed, run, watched, cancelled, kept."""
+"""The playground in a real browser: submit, follow, cancel and delete requests, and keep a history."""
 
 import base64
 import os
@@ -24,7 +24,7 @@ from tests.web.test_browser_client import browser as browser
 
 @pytest.fixture(scope="module")
 def playing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The test models alone; one request is painted at a time."""
+    """Serve only the test models and run one request at a time."""
     settings = {"max_running": "1", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("playing"), "test/null=demo", **settings) as server:
         yield server.ready()
@@ -36,27 +36,27 @@ def page(browser: Browser, playing: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page of a browser that was never here; whatever goes wrong on it, or leaves the origin, fails the test."""
+    """Open a page in a fresh browser context. Page errors, policy violations and foreign requests fail it."""
     context = browser.new_context(**options)
-    found = context.new_page()
-    wrong: list[str] = []
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    found.on("request", lambda request: wrong.append(request.url) if is_foreign(request.url, url) else None)
-    found.goto(url)
-    yield found
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda log: problems.append(log.text) if "Content Security Policy" in log.text else None)
+    page.on("request", lambda request: problems.append(request.url) if is_foreign(request.url, url) else None)
+    page.goto(url)
+    yield page
     context.close()
-    assert wrong == []
+    assert problems == []
 
 
-def size_of(picture: Locator) -> Any:
-    """Its own width and height, once it is there."""
-    return picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+def size_of(image: Locator) -> Any:
+    """Return an image's natural width and height, once it is decoded."""
+    return image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
 
 
-def pixel_of(picture: Locator) -> Any:
-    """The colour of its middle."""
-    return picture.evaluate("""async (image) => {
+def pixel_of(image: Locator) -> Any:
+    """Return the colour of an image scaled down to one pixel."""
+    return image.evaluate("""async (image) => {
         await image.decode();
         const canvas = new OffscreenCanvas(1, 1).getContext("2d");
         canvas.drawImage(image, 0, 0, 1, 1);
@@ -64,92 +64,89 @@ def pixel_of(picture: Locator) -> Any:
     }""")
 
 
-def is_foreign(url: str, own: str) -> bool:
-    return urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc != urlsplit(own).netloc
+def is_foreign(url: str, server_url: str) -> bool:
+    return urlsplit(url).scheme in ("http", "https") and urlsplit(url).netloc != urlsplit(server_url).netloc
 
 
 def choose(page: Page, endpoint: str) -> None:
-    """An endpoint, and wait for its form."""
+    """Select an endpoint and wait for its form."""
     page.wait_for_selector("body[data-ready]")
     page.get_by_label("Endpoint").select_option(endpoint)
     page.wait_for_selector(f"body[data-ready='{endpoint}']")
 
 
 def press(page: Page, prompt: str) -> None:
-    """Type a prompt and press the button, whatever comes of it."""
+    """Enter a prompt and press Run without waiting for the result."""
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_role("button", name="Run").click()
 
 
 def run(page: Page, prompt: str) -> Any:
-    """Type a prompt and press the button; the newest run."""
+    """Enter a prompt, press Run and return the newest run."""
     press(page, prompt)
     newest = page.locator("#runs > li").first
     expect(newest.locator(".prompt")).to_have_text(prompt)
     return newest
 
 
-def test_type_run_and_see(page: Page) -> None:
+def test_run_shows_the_image(page: Page) -> None:
     choose(page, "test/null")
     shown = run(page, "a red apple")
-    picture = shown.get_by_role("img", name="a red apple")
-    expect(picture).to_be_visible()
-    assert picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])") == [
-        1024,
-        768,
-    ]
-    expect(shown.locator(".state")).to_contain_text("seed")
+    image = shown.get_by_role("img", name="a red apple")
+    expect(image).to_be_visible()
+    assert size_of(image) == [1024, 768]
+    expect(shown.locator(".state")).to_contain_text("Seed")
 
 
-def test_position_steps_and_cancel(page: Page, gate: Gate) -> None:
+def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> None:
     choose(page, "test/gate")
     page.get_by_text("More settings").click()
-    page.get_by_label("Num inference steps", exact=True).fill("3")
+    page.get_by_label("Number of inference steps", exact=True).fill("3")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("begun")
+    expect(running.locator(".state")).to_have_text("Generating…")
     choose(page, "test/null")
     waiting = run(page, "second")
-    expect(waiting.locator(".state")).to_have_text("next in line")
+    expect(waiting.locator(".state")).to_have_text("Next in queue")
     cancelled = run(page, "third")
-    expect(cancelled.locator(".state")).to_have_text("waiting, 1 request ahead")
+    expect(cancelled.locator(".state")).to_have_text("Waiting, 1 request ahead")
     cancelled.get_by_role("button", name="Cancel").click()
     expect(cancelled.locator(".state")).to_contain_text("cancelled")
     gate.let(2)
-    behind = page.locator("#runs > li").nth(2)
-    expect(behind.locator(".state")).to_have_text("step 2 of 3")
-    expect(behind.locator(".preview")).to_be_visible()
+    oldest = page.locator("#runs > li").nth(2)
+    expect(oldest.locator(".state")).to_have_text("Step 2 of 3")
+    expect(oldest.locator(".preview")).to_be_visible()
     gate.open()
-    expect(behind.locator("figure img")).to_be_visible()
+    expect(oldest.locator("figure img")).to_be_visible()
     expect(page.locator("#runs > li").nth(1).locator("figure img")).to_be_visible()
 
 
-def test_history_survives_a_reload_and_gives_the_same_picture(page: Page) -> None:
+def test_history_survives_a_reload_and_reproduces_the_image(page: Page) -> None:
     choose(page, "test/null")
     first = run(page, "kept")
     source = first.locator("figure img").get_attribute("src")
     page.reload()
-    again = page.locator("#runs > li").first
-    expect(again.locator("figure img")).to_have_attribute("src", str(source))
-    again.get_by_role("button", name="Use these settings").click()
+    reloaded = page.locator("#runs > li").first
+    expect(reloaded.locator("figure img")).to_have_attribute("src", str(source))
+    reloaded.get_by_role("button", name="Use these settings").click()
     expect(page.get_by_label("Prompt")).to_have_value("kept")
-    # The seed was the server's own; with it the rerun gives the same picture, whose colour is the seed.
+    # The server chose the seed. With this seed the rerun produces the same image, whose colour depends on the seed.
     rerun = run(page, "kept")
     expect(rerun.locator("figure img")).not_to_have_attribute("src", str(source))
-    assert pixel_of(rerun.locator("figure img")) == pixel_of(again.locator("figure img"))
-    rerun.get_by_role("button", name="Forget").click()
-    again.get_by_role("button", name="Forget").click()
-    expect(page.get_by_text("What you run appears here.")).to_be_visible()
+    assert pixel_of(rerun.locator("figure img")) == pixel_of(reloaded.locator("figure img"))
+    rerun.get_by_role("button", name="Delete").click()
+    reloaded.get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("Images you generate appear here.")).to_be_visible()
 
 
-def test_what_the_key_asked_for_elsewhere(browser: Browser, playing: Server, page: Page) -> None:
-    """From another program, page by page, with what failed; what this browser ran is not shown twice."""
+def test_earlier_requests_of_the_key_are_listed(browser: Browser, playing: Server, page: Page) -> None:
+    """Requests of another program load page by page, failed ones included. This browser's runs are not repeated."""
     choose(page, "test/null")
     run(page, "my own")
     with httpx.Client(base_url=playing.url, timeout=60, trust_env=False) as client:
         client.post("/test/raises", json={"prompt": "failed elsewhere"})
         for number in range(21):
             client.post("/test/null", json={"prompt": f"elsewhere {number}"}).raise_for_status()
-    earlier = page.get_by_role("button", name="Show what this key asked for before")
+    earlier = page.get_by_role("button", name="Show earlier requests")
     earlier.click()
     expect(page.locator("#runs > li")).to_have_count(21)
     expect(page.get_by_role("img", name="elsewhere 20")).to_be_visible()
@@ -159,61 +156,60 @@ def test_what_the_key_asked_for_elsewhere(browser: Browser, playing: Server, pag
     expect(page.locator("#runs > li .prompt", has_text="my own")).to_have_count(1)
 
 
-def test_the_seed_is_locked_and_rolled(page: Page) -> None:
+def test_seed_is_locked_and_randomized(page: Page) -> None:
     choose(page, "test/null")
     seed = page.get_by_label("Seed", exact=True)
     first = run(page, "any seed")
-    expect(first.locator(".state")).to_contain_text("seed")
+    expect(first.locator(".state")).to_contain_text("Seed")
     page.get_by_role("button", name="Lock").click()
-    expect(first.locator(".state")).to_contain_text(f"seed {seed.input_value()}")
+    expect(first.locator(".state")).to_contain_text(f"Seed {seed.input_value()}")
     expect(page.get_by_role("button", name="Lock")).to_have_attribute("aria-pressed", "true")
     page.get_by_role("button", name="Lock").click()
     expect(seed).to_have_value("")
-    page.get_by_role("button", name="Roll").click()
+    page.get_by_role("button", name="New seed").click()
     expect(seed).to_have_value(re.compile(r"\d+"))
 
 
-def test_a_picture_is_painted_over(page: Page) -> None:
-    """Its address is put into the form of the endpoint that takes one."""
+def test_use_as_input_fills_the_image_to_image_form(page: Page) -> None:
     choose(page, "test/null")
     shown = run(page, "once more")
     source = shown.locator("figure img").get_attribute("src")
     shown.get_by_role("button", name="Use as input").click()
     page.wait_for_selector("body[data-ready='test/copy']")
-    expect(page.get_by_label("Image url")).to_have_value(str(source))
+    expect(page.get_by_label("Image URL")).to_have_value(str(source))
     expect(page.get_by_label("Prompt")).to_have_value("once more")
     assert size_of(run(page, "copied").locator("figure img")) == [1024, 768]
 
 
 def drop(page: Page) -> None:
-    """A picture of 96 x 80, on the field for one."""
+    """Drop an image of 96 x 80 on the image field."""
     content = base64.b64encode(encoded(noise())).decode()
     page.locator(".field.image_url").evaluate(
         """(node, content) => {
-            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-            const given = new DataTransfer();
-            given.items.add(new File([bytes], "in.png", { type: "image/png" }));
-            node.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+            const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "in.png", { type: "image/png" }));
+            node.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
         }""",
         content,
     )
 
 
-def test_a_picture_is_dropped(page: Page) -> None:
+def test_dropped_image_is_uploaded(page: Page) -> None:
     choose(page, "test/copy")
     drop(page)
-    expect(page.get_by_label("Image url")).to_have_value(re.compile("/files/"))
+    expect(page.get_by_label("Image URL")).to_have_value(re.compile("/files/"))
     shown = run(page, "copy it")
     assert size_of(shown.locator("figure img")) == [96, 80]
 
 
-@pytest.mark.parametrize("is_folded", [False, True])
-def test_what_is_wrong_marks_its_field(page: Page, is_folded: bool) -> None:
-    """Also one that is folded away: it is shown."""
+@pytest.mark.parametrize("is_collapsed", [False, True])
+def test_invalid_field_is_marked(page: Page, is_collapsed: bool) -> None:
+    """A field in the closed "More settings" section is shown, too."""
     choose(page, "test/null")
     page.get_by_text("More settings").click()
     page.get_by_label("Guidance scale", exact=True).fill("99")
-    if is_folded:
+    if is_collapsed:
         page.get_by_text("More settings").click()
     page.get_by_role("button", name="Run").click()
     field = page.get_by_label("Guidance scale", exact=True)
@@ -222,7 +218,7 @@ def test_what_is_wrong_marks_its_field(page: Page, is_folded: bool) -> None:
     expect(field).to_be_focused()
 
 
-def test_flagged_pictures_are_blurred(page: Page) -> None:
+def test_flagged_images_are_blurred(page: Page) -> None:
     choose(page, "test/unsafe")
     shown = run(page, "whatever")
     expect(shown.locator("figure img.flagged")).to_be_visible()
@@ -231,26 +227,26 @@ def test_flagged_pictures_are_blurred(page: Page) -> None:
     expect(shown.locator("figure img.flagged")).to_have_count(0)
 
 
-def test_failures_are_told(page: Page) -> None:
+def test_failure_is_shown(page: Page) -> None:
     choose(page, "test/raises")
     expect(run(page, "whatever").locator(".state")).to_have_text("Internal Server Error")
 
 
-def test_a_wrong_key_is_asked_for_again(browser: Browser, tmp_path: Path) -> None:
+def test_wrong_key_reopens_the_dialog(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, "test/null=demo", keys="right") as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
             press(page, "x")
-            for key, problem in (("wrong", ""), ("right", "That key was refused.")):
+            for key, problem in (("wrong", ""), ("right", "The server rejected this key.")):
                 expect(page.locator("#ask-problem")).to_have_text(problem)
-                page.get_by_label("Key", exact=True).fill(key)
+                page.get_by_label("API key", exact=True).fill(key)
                 page.get_by_role("button", name="Use this key").click()
             expect(page.locator("#runs figure img")).to_be_visible()
             assert page.evaluate("JSON.stringify(localStorage)").find("right") == -1
 
 
-def test_a_key_need_not_be_given(browser: Browser, tmp_path: Path) -> None:
-    """Escape leaves the dialog; what was wanted is not done, and a key that was given before is kept."""
+def test_key_dialog_can_be_cancelled(browser: Browser, tmp_path: Path) -> None:
+    """Cancelling drops the action that needs a key and keeps a key that was entered before."""
     with serving(tmp_path, "test/null=demo", keys="right,other") as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
@@ -259,44 +255,44 @@ def test_a_key_need_not_be_given(browser: Browser, tmp_path: Path) -> None:
             page.keyboard.press("Escape")
             expect(page.locator("#ask")).to_be_hidden()
             expect(page.locator("#problem")).to_contain_text("requires a valid key")
-            page.get_by_role("button", name="Key", exact=True).click()
-            page.get_by_label("Key", exact=True).fill("right")
+            page.get_by_role("button", name="API key", exact=True).click()
+            page.get_by_label("API key", exact=True).fill("right")
             page.get_by_role("button", name="Use this key").click()
             page.goto(f"{server.url}/status")
             expect(page.locator("#ask-problem")).to_contain_text("is a client's")
-            page.get_by_role("button", name="Not now").click()
+            page.get_by_role("button", name="Cancel").click()
             expect(page.locator("#state")).to_contain_text("is a client's")
             page.goto(server.url)
             choose(page, "test/null")
             expect(run(page, "still my key").locator("figure img")).to_be_visible()
 
 
-def test_a_file_dropped_first_asks_for_the_key(browser: Browser, tmp_path: Path) -> None:
+def test_dropped_file_asks_for_the_key(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, "test/null=demo", keys="right") as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/copy")
             drop(page)
-            page.get_by_label("Key", exact=True).fill("right")
+            page.get_by_label("API key", exact=True).fill("right")
             page.get_by_role("button", name="Use this key").click()
-            expect(page.get_by_label("Image url")).to_have_value(re.compile("/files/"))
+            expect(page.get_by_label("Image URL")).to_have_value(re.compile("/files/"))
 
 
-def test_many_at_once_leave_room_to_cancel(page: Page, gate: Gate) -> None:
-    """More than a browser has connections for: each is followed all the same, and the last can be cancelled."""
+def test_many_requests_leave_a_connection_for_cancelling(page: Page, gate: Gate) -> None:
+    """With more requests than browser connections, the page still follows each and can cancel the last."""
     choose(page, "test/gate")
     run(page, str(gate.path))
     choose(page, "test/null")
     for number in range(8):
         run(page, f"number {number}")
     last = page.locator("#runs > li").first
-    expect(last.locator(".state")).to_have_text("waiting, 7 requests ahead")
+    expect(last.locator(".state")).to_have_text("Waiting, 7 requests ahead")
     last.get_by_role("button", name="Cancel").click()
     expect(last.locator(".state")).to_contain_text("cancelled")
     gate.open()
     expect(page.locator("#runs figure img")).to_have_count(8)
 
 
-def test_what_does_not_fit_into_the_browser_is_shown_all_the_same(page: Page) -> None:
+def test_runs_are_shown_when_the_browser_storage_is_full(page: Page) -> None:
     choose(page, "test/null")
     run(page, "first")
     page.evaluate("localStorage.setItem('filler', 'x'.repeat(5 * 2 ** 20 - 100 - JSON.stringify(localStorage).length))")
@@ -305,8 +301,8 @@ def test_what_does_not_fit_into_the_browser_is_shown_all_the_same(page: Page) ->
     assert page.locator("#problem").inner_text() == ""
 
 
-def test_the_endpoint_chosen_last_wins(page: Page) -> None:
-    """However late the description of the one before it comes."""
+def test_last_chosen_endpoint_wins(page: Page) -> None:
+    """The description of the previous choice arrives later and is ignored."""
     choose(page, "test/null")
     held: list[Route] = []
     page.route("**/openapi.json?endpoint_id=test%2Fcopy", lambda route: held.append(route))
@@ -315,48 +311,48 @@ def test_the_endpoint_chosen_last_wins(page: Page) -> None:
     page.wait_for_selector("body[data-ready='test/unsafe']")
     held[0].continue_()
     page.wait_for_load_state("networkidle")
-    expect(page.get_by_label("Image url")).to_have_count(0)
+    expect(page.get_by_label("Image URL")).to_have_count(0)
     expect(page.get_by_label("Endpoint")).to_have_value("test/unsafe")
 
 
-def test_what_is_forgotten_is_gone(page: Page, playing: Server, gate: Gate) -> None:
-    """From the server too, with its picture; what still runs is stopped first."""
+def test_delete_removes_the_request_from_the_server(page: Page, playing: Server, gate: Gate) -> None:
+    """The server deletes the image, too. A running request is cancelled first."""
     choose(page, "test/null")
     shown = run(page, "a secret")
     source = str(shown.locator("figure img").get_attribute("src"))
-    with page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
-        shown.get_by_role("button", name="Forget").click()
+    with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
+        shown.get_by_role("button", name="Delete").click()
     assert deleted.value.status == 204
     assert httpx.get(source, trust_env=False).status_code == 404
     choose(page, "test/gate")
     running = run(page, str(gate.path))
-    expect(running.locator(".state")).to_have_text("begun")
-    with page.expect_response(lambda answer: answer.request.method == "DELETE") as deleted:
-        running.get_by_role("button", name="Forget").click()
+    expect(running.locator(".state")).to_have_text("Generating…")
+    with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
+        running.get_by_role("button", name="Delete").click()
         gate.open()
     assert deleted.value.status == 204
 
 
-def test_a_picture_that_is_gone_is_said_to_be(page: Page, playing: Server) -> None:
-    """Painted elsewhere, so that this browser has it not itself."""
-    answer = httpx.post(f"{playing.url}/test/null", json={"prompt": "for a while"}, trust_env=False).json()
-    (playing.data_dir / "files" / answer["images"][0]["url"].rpartition("/")[2]).unlink()
+def test_missing_image_shows_a_message(page: Page, playing: Server) -> None:
+    """Another client generates the image, so that it is not in this browser's cache."""
+    output = httpx.post(f"{playing.url}/test/null", json={"prompt": "for a while"}, trust_env=False).json()
+    (playing.data_dir / "files" / output["images"][0]["url"].rpartition("/")[2]).unlink()
     page.wait_for_selector("body[data-ready]")
-    page.get_by_role("button", name="Show what this key asked for before").click()
+    page.get_by_role("button", name="Show earlier requests").click()
     shown = page.locator("#runs > li", has_text="for a while").first
-    expect(shown).to_contain_text("This picture is not kept any more")
+    expect(shown).to_contain_text("This image is no longer stored")
 
 
-def test_it_recovers_from_a_restart(browser: Browser, tmp_path: Path, gate: Gate) -> None:
+def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, gate: Gate) -> None:
     port = str(free_port())
     with serving(tmp_path, "test/null=demo", port=port) as server:
         pages = opened(browser, server.ready().url)
         page = next(pages)
         choose(page, "test/gate")
         shown = run(page, str(gate.path))
-        expect(shown.locator(".state")).to_have_text("begun")
+        expect(shown.locator(".state")).to_have_text("Generating…")
         server.kill()
-    expect(shown.locator(".state")).to_contain_text("cannot be reached")
+    expect(shown.locator(".state")).to_contain_text("Cannot reach the server")
     gate.let(28)
     with serving(tmp_path, "test/null=demo", port=port) as server:
         server.ready()
@@ -365,8 +361,8 @@ def test_it_recovers_from_a_restart(browser: Browser, tmp_path: Path, gate: Gate
 
 
 @pytest.mark.parametrize("key", ["", "a-key"])
-def test_the_code_runs(node: None, browser: Browser, tmp_path: Path, key: str) -> None:
-    """Each program, pasted as it is, with a server that asks for a key and with one that does not."""
+def test_code_samples_run(node: None, browser: Browser, tmp_path: Path, key: str) -> None:
+    """Each program runs unchanged, against a server that requires a key and one that does not."""
     with serving(tmp_path / "data", "test/null=demo", tls_port=str(free_port()), keys=key) as server:
         for page in opened(browser, server.ready().url):
             choose(page, "test/null")
@@ -377,43 +373,43 @@ def test_the_code_runs(node: None, browser: Browser, tmp_path: Path, key: str) -
             names = ("curl", "Python", "JavaScript")
             programs = {name: page.locator(f"pre[data-language={name}]").inner_text() for name in names}
         environment = {"PATH": os.environ["PATH"], **exports(server), "FAL_KEY": key or "local"}
-        (tmp_path / "pasted.mjs").write_text(programs["JavaScript"])
+        (tmp_path / "sample.mjs").write_text(programs["JavaScript"])
         (tmp_path / "node_modules").symlink_to(JS / "node_modules")
         commands = {
             "curl": ["bash", "-c", programs["curl"]],
             "Python": [sys.executable, "-c", programs["Python"]],
-            "JavaScript": ["node", "pasted.mjs"],
+            "JavaScript": ["node", "sample.mjs"],
         }
         for name, command in commands.items():
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, f"{name}: {done.stderr}"
-            assert "/files/" in done.stdout, name
+            process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+            assert process.returncode == 0, f"{name}: {process.stderr}"
+            assert "/files/" in process.stdout, name
 
 
-def test_the_operators_view(browser: Browser, playing: Server) -> None:
+def test_status_page(browser: Browser, playing: Server) -> None:
     httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
     httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)
     for page in opened(browser, f"{playing.url}/status"):
-        expect(page.locator("#state")).to_contain_text("ready")
+        expect(page.locator("#state")).to_contain_text("Ready")
         expect(page.locator("#endpoints")).to_contain_text("test/null")
         expect(page.locator("#failures")).to_contain_text("test/raises")
-        expect(page.locator("#usage")).to_contain_text("everybody")
+        expect(page.locator("#usage")).to_contain_text("No key")
         expect(page.locator(".bars")).to_have_count(4)
         expect(page.locator(".bars").first.locator("span")).to_have_count(60)
-        expect(page.get_by_role("img", name="Pictures a minute, the last hour: at most")).to_be_visible()
+        expect(page.get_by_role("img", name="Images per minute, last hour: peak")).to_be_visible()
         expect(page.locator("#gpus")).to_contain_text("none at all")
         expect(page.locator("#steps")).to_contain_text("1024x768")
 
 
-def test_the_api_in_swagger_ui(browser: Browser, playing: Server) -> None:
-    """Every operation is listed, one is unfolded and tried; `opened` looks at what the page asks for, and of whom."""
+def test_swagger_ui(browser: Browser, playing: Server) -> None:
+    """Every operation is listed, and one can be tried. `opened` checks that the page stays on this origin."""
     paths = httpx.get(f"{playing.url}/openapi.json", trust_env=False).json()["paths"]
     for page in opened(browser, f"{playing.url}/docs"):
         expect(page.locator(".opblock")).to_have_count(sum(len(operations) for operations in paths.values()))
-        posted = page.locator(".opblock-post", has_text="/queue/test/null")
-        posted.locator(".opblock-summary-control").click()
-        expect(posted.get_by_text("Submit a request to the queue")).to_be_visible()
-        expect(posted.locator(".highlight-code").first).to_contain_text("prompt")
+        submit = page.locator(".opblock-post", has_text="/queue/test/null")
+        submit.locator(".opblock-summary-control").click()
+        expect(submit.get_by_text("Submit a request to the queue")).to_be_visible()
+        expect(submit.locator(".highlight-code").first).to_contain_text("prompt")
         health = page.locator(".opblock").filter(has=page.locator("[data-path='/health']"))
         health.locator(".opblock-summary-control").click()
         health.get_by_role("button", name="Try it out").click()
@@ -422,20 +418,20 @@ def test_the_api_in_swagger_ui(browser: Browser, playing: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/status", "/docs"])
-def test_it_is_served_strictly(playing: Server, path: str) -> None:
-    answer = httpx.get(f"{playing.url}{path}", trust_env=False)
-    policy = answer.headers["content-security-policy"]
+def test_pages_have_security_headers(playing: Server, path: str) -> None:
+    response = httpx.get(f"{playing.url}{path}", trust_env=False)
+    policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     assert {"frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"} <= set(policy.split("; "))
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    # No script stands in the page itself, and each comes from this server.
-    sources = re.findall(r"<script\b[^>]*>", answer.text)
+    assert response.headers["x-content-type-options"] == "nosniff"
+    # The page has no inline script and loads each script from this server.
+    sources = re.findall(r"<script\b[^>]*>", response.text)
     assert sources and all(re.search(r'src="(static|docs)/', source) for source in sources)
     assert httpx.head(f"{playing.url}{path}", trust_env=False).status_code == 200
 
 
-def test_its_files_are_served_strictly(playing: Server) -> None:
+def test_static_files_have_security_headers(playing: Server) -> None:
     for name in ("static/app.js", "static/style.css", "static/icon.svg", "docs/swagger-ui-bundle.js"):
-        answer = httpx.get(f"{playing.url}/{name}", trust_env=False)
-        assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
+        response = httpx.get(f"{playing.url}/{name}", trust_env=False)
+        assert (response.status_code, response.headers["x-content-type-options"]) == (200, "nosniff")
     assert httpx.get(f"{playing.url}/static/../app.py", trust_env=False).status_code == 404
