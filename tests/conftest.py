@@ -1,4 +1,4 @@
-"""Servers and clients that tests share."""
+"""Fixtures shared by all tests: servers, clients and components."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +12,21 @@ from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, g
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server with the demo weights and the test models, plain and TLS."""
+    """Start one server with the demo weights and the test models, over plain HTTP and TLS."""
     with serving(tmp_path_factory.mktemp("data"), tls_port=str(free_port())) as running:
         yield running.ready()
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
-    """A plain HTTP client of that server."""
+    """Yield a plain HTTP client of `server`."""
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 @pytest.fixture
 def serves_on(client: httpx.Client) -> Iterator[None]:
-    """After whatever a test did, the same server is alive and paints."""
+    """Check after the test that `server` is still alive and still generates."""
     yield
     assert client.get("/health").status_code == 200
     assert client.post("/test/null", json={"prompt": "still there?"}).json()["prompt"] == "still there?"
@@ -34,7 +34,7 @@ def serves_on(client: httpx.Client) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The test models alone, one request at a time, bodies up to 1 MiB."""
+    """Start a server with the test models only, one request at a time, and bodies up to 1 MiB."""
     settings = {"max_running": "1", "max_body_mib": "1", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("narrow"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -42,14 +42,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def narrow_client(narrow: Server) -> Iterator[httpx.Client]:
-    """A plain HTTP client of that server."""
+    """Yield a plain HTTP client of `narrow`."""
     with httpx.Client(base_url=narrow.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The test models alone, for those who have the key of Alice or of Bob."""
+    """Start a server with the test models only that requires the key of Alice or of Bob."""
     settings = {"keys": "alice:secret,bob:secret", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -57,27 +57,27 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def keyed_client(keyed: Server) -> Iterator[httpx.Client]:
-    """A client of that server that sends no key by itself."""
+    """Yield a client of `keyed` that sends no key by default."""
     with httpx.Client(base_url=keyed.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the demo weights and the test models that clients reach through its CONNECT door."""
+    """Start a server with the demo weights and the test models that clients reach through its CONNECT proxy."""
     with with_door(tmp_path_factory.mktemp("door")) as running:
         yield running
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
-    """A closed gate for test/gate, whose prompt is its path."""
-    with gated(tmp_path / "gate") as closed:
-        yield closed
+    """Create a closed gate for test/gate; the prompt of such a request is the path of the gate."""
+    with gated(tmp_path / "gate") as closed_gate:
+        yield closed_gate
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
-    """Database, queue and file store without a server around them."""
+    """Open database, queue and file store without a server."""
     with opened(tmp_path / "data") as parts:
         yield parts

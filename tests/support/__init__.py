@@ -1,1 +1,1 @@
-"""Everything that is not a test."""
+"""Code and data that the tests share."""

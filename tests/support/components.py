@@ -1,4 +1,4 @@
-"""The server's parts on a folder of their own, with a clock that is set by hand."""
+"""The server's components on a separate data directory, with a clock that tests set."""
 
 import asyncio
 import dataclasses
@@ -21,13 +21,13 @@ from server.queue.queue import Queue
 from server.storage.database import Database
 from server.storage.file_store import FileStore, StoredFile
 
-#: More pages than any test writes: SQLite's own limit.
+#: SQLite's own maximum of max_page_count, far more pages than any test writes.
 _NO_LIMIT = 1_073_741_823
 
 
 @dataclass
 class Clock:
-    """Seconds since 1970, until somebody says otherwise."""
+    """A clock in seconds since 1970 that stands still until a test sets `now`."""
 
     now: float = 1_800_000_000.0
 
@@ -37,7 +37,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a server holds besides its sockets and its models."""
+    """The components of a server, without its sockets and models."""
 
     folder: Path
     database: Database
@@ -48,48 +48,49 @@ class Parts:
     inputs: InputResolver
 
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-        """What the database says."""
+        """Read rows from the database."""
         return [tuple(row) for row in self.database.read(sql, *parameters)]
 
     def on_disk(self) -> list[str]:
-        """The names in the folder of the pictures."""
+        """List the names in the directory of stored files."""
         return sorted(path.name for path in (self.folder / "files").iterdir())
 
 
 @contextmanager
 def opened(
-    folder: Path,
+    directory: Path,
     *,
     max_length: int = 1000,
     clock: Clock | None = None,
     max_length_per_owner: int = 0,
     max_running_per_owner: int = 0,
 ) -> Iterator[Parts]:
-    """The parts for as long as the block lasts; a second time on one folder is a second start."""
+    """Open the components until the block ends; opening the same directory again acts like a restart."""
     clock = clock or Clock()
-    database, notifier = Database(folder), Notifier()
+    database, notifier = Database(directory), Notifier()
     try:
-        needs = PendingStorage(partial(size_of, folder / INPUTS))
+        pending_storage = PendingStorage(partial(size_of, directory / INPUTS))
         queue = Queue(
             database,
             notifier,
             max_length,
             clock,
-            pending_storage=needs,
+            pending_storage=pending_storage,
             max_length_per_owner=max_length_per_owner,
             max_running_per_owner=max_running_per_owner,
         )
-        files = FileStore(folder / "files", database, clock)
-        cache = InputCache(folder / INPUTS, needs.file_names, 10**10, clock)
-        inputs = InputResolver(cache, OutboundClient(("127.0.0.0/8",)), files, Limits(), pending_bytes=needs.num_bytes)
-        yield Parts(folder, database, notifier, clock, queue, files, inputs)
+        files = FileStore(directory / "files", database, clock)
+        cache = InputCache(directory / INPUTS, pending_storage.file_names, 10**10, clock)
+        outbound = OutboundClient(("127.0.0.0/8",))
+        inputs = InputResolver(cache, outbound, files, Limits(), pending_bytes=pending_storage.num_bytes)
+        yield Parts(directory, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()
 
 
 @contextmanager
 def full_disk(parts: Parts) -> Iterator[None]:
-    """SQLite may not take one more page, and says what it says on a full disk."""
+    """Forbid SQLite to add a page, so that a write fails as on a full disk."""
     parts.rows("PRAGMA max_page_count = 1")
     try:
         yield
@@ -98,38 +99,38 @@ def full_disk(parts: Parts) -> Iterator[None]:
 
 
 def submission(endpoint: str = "test/null", *, fields: dict[str, Any] | None = None, **changes: Any) -> Submission:
-    """One request; `fields` are the model's, the rest the queue's."""
-    given = FluxDevInput.model_validate({"prompt": "x", "seed": 7, **(fields or {})})
-    known = Submission(endpoint, "me", given.model_dump_json(), "http://here", body_hash="0" * 64)
-    return dataclasses.replace(known, **changes)
+    """Build a request; `fields` are fields of the model's input, `changes` those of the Submission."""
+    model_input = FluxDevInput.model_validate({"prompt": "x", "seed": 7, **(fields or {})})
+    default = Submission(endpoint, "me", model_input.model_dump_json(), "http://here", body_hash="0" * 64)
+    return dataclasses.replace(default, **changes)
 
 
 def painted(body: str = '{"seed":7}', *files: StoredFile) -> Outcome:
-    """A job that ended well."""
+    """Build the outcome of a job that succeeded."""
     return Outcome(200, body, inference_time=1.5, acceleration="none", files=files)
 
 
 def claimed(parts: Parts, **changes: Any) -> Job:
-    """A job that was submitted and is running."""
+    """Submit a job and claim it; return the running job."""
     parts.queue.submit(submission(**changes))
-    found = parts.queue.claim()
-    assert found
-    return found[0]
+    jobs = parts.queue.claim()
+    assert jobs
+    return jobs[0]
 
 
 def finished(parts: Parts, *files: StoredFile, **changes: Any) -> Job:
-    """A job that was painted, with its files."""
+    """Submit, claim and finish a job that succeeds with these files."""
     job = claimed(parts, **changes)
     assert parts.queue.finish(job, painted('{"seed":7}', *files))
     return job
 
 
 async def reached(parts: Parts, job: Job, state: State) -> None:
-    """Wait until a job that others work at is in this state."""
+    """Wait until the job, which another task works on, is in this state."""
     parts.notifier.bind_loop(asyncio.get_running_loop())
-    with parts.notifier.subscribe(job.request_id) as bell:
+    with parts.notifier.subscribe(job.request_id) as event:
         while job.state != state:
-            bell.clear()
-            # Read again: it may have rung between the look and the clearing.
+            event.clear()
+            # Check again: the event may have been set between the first check and the clear.
             if job.state != state:
-                await bell.wait()
+                await event.wait()

@@ -1,4 +1,4 @@
-"""fal-client of every age in the variables that `flux-server env` prints, and what it turns to."""
+"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and their connections."""
 
 import json
 import os
@@ -14,53 +14,53 @@ from tests.clients.test_python_client import exports
 from tests.support.server_process import ROOT, Server
 
 TESTS = Path(__file__).parent
-#: Where older clients are kept, one folder each.
+#: The directory of older clients, with a subdirectory for each.
 CLIENTS = TESTS / ".clients"
-#: The first is the one that is installed beside the server.
+#: The first version is installed in the environment of the server.
 VERSIONS = ("1.0.3", "0.7.0", "0.5.9")
 
 
 def folder_of(version: str) -> Path | None:
-    """Where this older client is, fetched by pip the first time; None for the one that is installed anyway."""
+    """Return the directory of this older client, downloaded by pip the first time; None for the installed version."""
     return None if version == VERSIONS[0] else fetched("fal-client", version, "--no-deps")
 
 
 def fetched(package: str, version: str, *options: str) -> Path:
-    """A folder with this package, fetched by pip the first time."""
-    folder = CLIENTS / f"{package}-{version}"
-    if not folder.is_dir():
-        aside = CLIENTS / f"{folder.name}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", str(aside)]
-        done = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            pytest.fail(f"pip could not fetch {package} {version}, which this test drives:\n{done.stderr}")
-        aside.rename(folder)
-    return folder
+    """Return a directory with this package, downloaded by pip the first time."""
+    directory = CLIENTS / f"{package}-{version}"
+    if not directory.is_dir():
+        temp_path = CLIENTS / f"{directory.name}.part"
+        shutil.rmtree(temp_path, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", str(temp_path)]
+        process = subprocess.run([*pip, f"{package}=={version}"], capture_output=True, text=True, timeout=300)
+        if process.returncode:
+            pytest.fail(f"pip could not download {package} {version}, which this test needs:\n{process.stderr}")
+        temp_path.rename(directory)
+    return directory
 
 
-def finished(server: Server, version: str, *arguments: str, **other: str) -> subprocess.CompletedProcess[str]:
-    """A program of fal_client_calls, run with the printed variables and its version of the client alone."""
-    paths = [other.pop("PYTHONPATH", None), folder_of(version)]
+def finished(server: Server, version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a call of fal_client_calls with the variables that the server prints and this version of the client only."""
+    paths = [variables.pop("PYTHONPATH", None), folder_of(version)]
     python_path = os.pathsep.join(str(path) for path in paths if path)
-    environment = {"PATH": os.environ["PATH"], **exports(server), "PYTHONPATH": python_path, **other}
+    environment = {"PATH": os.environ["PATH"], **exports(server), "PYTHONPATH": python_path, **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done
+    process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    return process
 
 
-def said(server: Server, version: str, *arguments: str, **other: str) -> Any:
-    """What such a program prints."""
-    return json.loads(finished(server, version, *arguments, **other).stdout)
+def said(server: Server, version: str, *arguments: str, **variables: str) -> Any:
+    """Run a call as `finished` does; return the JSON that it prints."""
+    return json.loads(finished(server, version, *arguments, **variables).stdout)
 
 
-def watched(notes: Path) -> dict[str, str]:
-    """The variables of a program whose every lookup and connection is noted."""
+def watched(log: Path) -> dict[str, str]:
+    """Return variables that make a program record each lookup and connection in the file `log`."""
     canary = TESTS / "js" / "canary.cjs"
-    return {"CANARY": str(notes), "PYTHONPATH": str(TESTS / "canary"), "NODE_OPTIONS": f"--require {canary}"}
+    return {"CANARY": str(log), "PYTHONPATH": str(TESTS / "canary"), "NODE_OPTIONS": f"--require {canary}"}
 
 
-def reached(notes: Path) -> set[str]:
-    """The names and addresses that it noted."""
-    return set(notes.read_text().split())
+def reached(log: Path) -> set[str]:
+    """Return the names and addresses recorded in the file."""
+    return set(log.read_text().split())

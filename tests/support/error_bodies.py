@@ -1,30 +1,30 @@
-"""fal's two shapes of an error, taken apart."""
+"""Checks of fal's two error formats."""
 
 from typing import Any
 
 import httpx
 
 
-def fields(answer: httpx.Response) -> dict[str, Any]:
-    """The first entry of a 422 in fal's shape."""
-    assert answer.status_code == 422, answer.text
-    assert answer.headers["content-type"] == "application/json", answer.text
-    assert "x-fal-request-id" in answer.headers, answer.text
-    for entry in answer.json()["detail"]:
+def fields(response: httpx.Response) -> dict[str, Any]:
+    """Check a 422 in fal's format; return its first entry."""
+    assert response.status_code == 422, response.text
+    assert response.headers["content-type"] == "application/json", response.text
+    assert "x-fal-request-id" in response.headers, response.text
+    for entry in response.json()["detail"]:
         assert isinstance(entry["loc"], list)
         assert isinstance(entry["msg"], str) and entry["msg"]
         assert isinstance(entry["type"], str)
         assert "url" not in entry
-    first: dict[str, Any] = answer.json()["detail"][0]
+    first: dict[str, Any] = response.json()["detail"][0]
     return first
 
 
-def text(answer: httpx.Response, status: int) -> str:
-    """The sentence of any other error in fal's shape."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json", answer.text
-    assert "x-fal-request-id" in answer.headers, answer.text
-    detail = answer.json()["detail"]
+def text(response: httpx.Response, status: int) -> str:
+    """Check any other error in fal's format; return its message."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json", response.text
+    assert "x-fal-request-id" in response.headers, response.text
+    detail = response.json()["detail"]
     assert isinstance(detail, str) and detail
-    assert answer.headers.get("x-fal-error-type") == answer.json().get("error_type")
+    assert response.headers.get("x-fal-error-type") == response.json().get("error_type")
     return detail

@@ -1,4 +1,4 @@
-"""A stand-in for the hub: one repository in FLUX.1-dev's exact layout at tiny dimensions, served as the hub does."""
+"""A fake Hugging Face hub that serves a repository with FLUX.1-dev's exact layout and tiny dimensions."""
 
 import hashlib
 import http.server
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-#: Enough to need several shards of the two large components.
+#: Small enough to split the two large components into several shards.
 SHARD = "600KB"
 
 
-def write_flux_dev(folder: Path) -> None:
-    """Sharded safetensors with index files, both tokenizers, scheduler, and what nobody should download."""
+def write_flux_dev(directory: Path) -> None:
+    """Write sharded safetensors with index files, both tokenizers, the scheduler, and files not to be downloaded."""
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
@@ -56,28 +56,29 @@ def write_flux_dev(folder: Path) -> None:
         demo.tokenizer_2,
         transformer.to(torch.bfloat16),
     )
-    pipeline.save_pretrained(folder, max_shard_size=SHARD)
+    pipeline.save_pretrained(directory, max_shard_size=SHARD)
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.rmtree(folder / name)
-        shutil.copytree(DEMO / name, folder / name)
-    # Beside the pipeline, as in the real repository: single-file checkpoints, papers and pictures.
+        shutil.rmtree(directory / name)
+        shutil.copytree(DEMO / name, directory / name)
+    # Files that the real repository has besides the pipeline: single-file checkpoints, documents and images.
     for name in ("flux1-dev.safetensors", "ae.safetensors"):
-        shutil.copy(DEMO / "vae" / "diffusion_pytorch_model.safetensors", folder / name)
+        shutil.copy(DEMO / "vae" / "diffusion_pytorch_model.safetensors", directory / name)
     for name in ("README.md", "LICENSE.md", "dev_grid.jpg", "vae/diffusion_pytorch_model.bin"):
-        (folder / name).write_bytes(b"not needed")
+        (directory / name).write_bytes(b"not needed")
 
 
-def write_checker(folder: Path) -> None:
-    """The demo's safety checker, as a repository of its own."""
+def write_checker(directory: Path) -> None:
+    """Write the demo's safety checker as a separate repository."""
     from models.loading.specs import DEMO
 
-    shutil.copytree(DEMO / "safety_checker", folder)
+    shutil.copytree(DEMO / "safety_checker", directory)
 
 
 class Hub:
-    """Repositories by id. `gated` ones are refused without the token.
+    """A server of repositories, found by id. Those in `gated` are refused without the token.
 
-    `breaks_off`: each weight file breaks off once after that many bytes. `stalls_at`: this file stops in its middle.
+    `breaks_off`: the first response for each weight file ends after that many bytes.
+    `stalls_at`: the response for this file stops halfway until `goes_on` is set.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:
@@ -88,7 +89,7 @@ class Hub:
         self.stalls_at: str | None = None
         self.has_stalled = threading.Event()
         self.goes_on = threading.Event()
-        self._broken: set[str] = set()
+        self._truncated: set[str] = set()
         self.asked: list[str] = []
         self.ranges: list[str] = []
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -113,7 +114,7 @@ class Hub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
-            do_HEAD = do_GET  # noqa: N815  the name that http.server calls
+            do_HEAD = do_GET  # noqa: N815  http.server calls this name
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -132,16 +133,16 @@ class Hub:
         else:
             self._send(request, self.repositories[hub_id], path.split(f"/resolve/{COMMIT}/")[-1])
 
-    def _describe(self, request: http.server.BaseHTTPRequestHandler, path: str, folder: Path) -> None:
-        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    def _describe(self, request: http.server.BaseHTTPRequestHandler, path: str, directory: Path) -> None:
+        names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
         if "/tree/" in path:
-            listed: Any = [_entry(folder, name) for name in names]
+            listing: Any = [_entry(directory, name) for name in names]
         else:
-            listed = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-        _reply(request, 200, json.dumps(listed).encode(), {"content-type": "application/json"})
+            listing = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        _reply(request, 200, json.dumps(listing).encode(), {"content-type": "application/json"})
 
-    def _send(self, request: http.server.BaseHTTPRequestHandler, folder: Path, name: str) -> None:
-        content = (folder / name).read_bytes() if (folder / name).is_file() else None
+    def _send(self, request: http.server.BaseHTTPRequestHandler, directory: Path, name: str) -> None:
+        content = (directory / name).read_bytes() if (directory / name).is_file() else None
         if content is None:
             _refuse(request, 404, "EntryNotFound", "Entry not found")
             return
@@ -149,25 +150,25 @@ class Hub:
         if request.command == "GET":
             self.asked.append(name)
         start = 0
-        if asked := request.headers.get("range"):
-            self.ranges.append(f"{name} {asked}")
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+        if byte_range := request.headers.get("range"):
+            self.ranges.append(f"{name} {byte_range}")
+            start = int(byte_range.removeprefix("bytes=").partition("-")[0])
             headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        cut = None
-        if request.command == "GET" and name.endswith(".safetensors") and name not in self._broken:
-            cut = self.breaks_off
-            self._broken.add(name)
+        length = None
+        if request.command == "GET" and name.endswith(".safetensors") and name not in self._truncated:
+            length = self.breaks_off
+            self._truncated.add(name)
         if request.command == "GET" and name == self.stalls_at:
-            cut = len(content) // 2
-        _reply(request, 206 if asked else 200, content[start:], headers, cut)
-        if name == self.stalls_at and cut is not None:
+            length = len(content) // 2
+        _reply(request, 206 if byte_range else 200, content[start:], headers, length)
+        if name == self.stalls_at and length is not None:
             request.wfile.flush()
             self.has_stalled.set()
             self.goes_on.wait(60)
 
 
-def _entry(folder: Path, name: str) -> dict[str, Any]:
-    content = (folder / name).read_bytes()
+def _entry(directory: Path, name: str) -> dict[str, Any]:
+    content = (directory / name).read_bytes()
     return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
@@ -181,21 +182,21 @@ def _reply(
     status: int,
     content: bytes,
     headers: dict[str, str],
-    cut: int | None = None,
+    length: int | None = None,
 ) -> None:
     request.send_response(status)
     for name, value in {**headers, "content-length": str(len(content))}.items():
         request.send_header(name, value)
     request.end_headers()
     if request.command != "HEAD":
-        request.wfile.write(content[:cut])
-    if cut is not None and cut < len(content):
+        request.wfile.write(content[:length])
+    if length is not None and length < len(content):
         request.close_connection = True
 
 
 @contextmanager
 def stand_in_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
-    """A hub for as long as the block lasts."""
+    """Run a hub until the block ends."""
     hub = Hub(repositories)
     try:
         yield hub

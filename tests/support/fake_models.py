@@ -1,4 +1,4 @@
-"""Models without weights, one behaviour each: what the queue, the worker and the wire are tested with."""
+"""Models without weights, one behaviour each, for tests of the queue, the worker and the HTTP API."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from models.schema import ImageInput
 
 
 class NullTask:
-    """Plain pictures whose colour is the seed."""
+    """A task whose images are plain, with a colour that depends on the seed."""
 
     def __init__(self, request: Any, seed: int) -> None:
         self.request, self.seed = request, seed
@@ -42,24 +42,24 @@ class NullTask:
 
 
 class NullEngine:
-    """Does nothing, at once, then paints."""
+    """An engine whose steps do nothing and take no time; it decodes plain images."""
 
     decodes_concurrently = False
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         return NullTask(request, seed)
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        painting.step += 1
-        return [painting]
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        task.step += 1
+        return [task]
 
-    def preview(self, painting: Any) -> Image | None:
-        return PILImage.new("RGB", (16, 12), (painting.seed % 256, painting.step * 20 % 256, 64))
+    def preview(self, task: Any) -> Image | None:
+        return PILImage.new("RGB", (16, 12), (task.seed % 256, task.step * 20 % 256, 64))
 
-    def decode(self, painting: Any) -> None:
-        colour = painting.seed + len(painting.images)
-        size = painting.request.image_size
-        painting.images.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
+    def decode(self, task: Any) -> None:
+        colour = task.seed + len(task.images)
+        size = task.request.image_size
+        task.images.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
 
     def info(self) -> EngineInfo:
         return EngineInfo("nothing", "float32", "none at all", ("none",), 1_000, 4_000)
@@ -73,111 +73,109 @@ class NullEngine:
     def close(self) -> None:
         return None
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        return [False] * len(pictures)
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
+        return [False] * len(images)
 
 
 class GateEngine(NullEngine):
-    """Takes each step when a byte is written to the named pipe in the prompt, and all when it is closed."""
+    """An engine that takes a step for each byte written to the named pipe in the prompt, and all once it is closed."""
 
     def __init__(self) -> None:
         self._gates: dict[str, int] = {}
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        path = painting.request.prompt
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        path = task.request.prompt
         if path not in self._gates:
             self._gates[path] = os.open(path, os.O_RDONLY)
         os.read(self._gates[path], 1)
-        return super().advance(painting)
+        return super().advance(task)
 
 
 class SharingEngine(NullEngine):
-    """Takes everybody along in each step."""
+    """An engine that advances all other tasks in each step too."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        return [member for each in (painting, *others) for member in super(SharingEngine, self).advance(each)]
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        return [advanced for each in (task, *others) for advanced in super(SharingEngine, self).advance(each)]
 
 
 class MemoryEngine(NullEngine):
-    """Has no room for any picture."""
+    """An engine that has too little memory for any image."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         raise GenerationFailed("Out of memory: a picture of 512x512 did not fit, also when tried alone.")
 
 
 class LostEngine(NullEngine):
-    """Loses the device in its second step, as long as the file in the prompt is there."""
+    """An engine that loses its device in the second step while the file in the prompt exists."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        if painting.step == 1 and Path(painting.request.prompt).exists():
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        if task.step == 1 and Path(task.request.prompt).exists():
             raise DeviceLost("an illegal memory access was encountered")
-        return super().advance(painting)
+        return super().advance(task)
 
 
 class LargePreviewEngine(GateEngine):
-    """The gate again, with previews of megabytes that no buffer holds many of."""
+    """A gate engine with previews of several megabytes, which soon fill every buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self._noise = PILImage.effect_noise((1600, 1600), 100).convert("RGB")
 
-    def preview(self, painting: Any) -> Image | None:
+    def preview(self, task: Any) -> Image | None:
         return self._noise
 
 
 class CopyEngine(NullEngine):
-    """Paints what it is given."""
+    """An engine whose output is the input image."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
-        painting = NullTask(request, seed)
+        task = NullTask(request, seed)
         self._source = inputs["image_url"]
-        return painting
+        return task
 
-    def decode(self, painting: Any) -> None:
-        with PILImage.open(self._source) as picture:
-            picture.load()
-        painting.images.append(picture)
+    def decode(self, task: Any) -> None:
+        with PILImage.open(self._source) as image:
+            image.load()
+        task.images.append(image)
 
 
 class RaisesEngine(NullEngine):
-    """Fails in its second step; says why only when the prompt is "told"."""
+    """An engine that fails in the second step, with a message for the client only if the prompt is "told"."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        if painting.step == 1:
-            raise (
-                GenerationFailed("This cannot be painted.") if painting.request.prompt == "told" else OSError("secret")
-            )
-        return super().advance(painting)
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        if task.step == 1:
+            raise (GenerationFailed("This cannot be painted.") if task.request.prompt == "told" else OSError("secret"))
+        return super().advance(task)
 
 
 class UnsafeEngine(NullEngine):
-    """Its checker flags, answers too little, or raises, as the prompt says."""
+    """An engine whose safety checker flags, returns too few results or raises, as the prompt says."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._prompt = request.prompt
         return super().start(request, seed)
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         if self._prompt == "raises":
             raise GenerationFailed("The safety checker could not be loaded.")
-        return [] if self._prompt == "silent" else [True] * len(pictures)
+        return [] if self._prompt == "silent" else [True] * len(images)
 
 
 class SlowCheckEngine(NullEngine):
-    """Its checker waits for a byte from the named pipe in the prompt, and flags."""
+    """An engine whose safety checker waits for a byte from the named pipe in the prompt, then flags."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._gate = request.prompt
         return super().start(request, seed)
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         with Path(self._gate).open("rb", buffering=0) as gate:
             gate.read(1)
-        return [True] * len(pictures)
+        return [True] * len(images)
 
 
 class NullModel:
-    """fal-ai/flux/dev's fields in front of an engine that paints nothing."""
+    """A model with fal-ai/flux/dev's fields on an engine without weights."""
 
     family = "null"
     weights: tuple[str, ...] = ()
@@ -188,7 +186,7 @@ class NullModel:
     def __init__(self, endpoint: str, engine: Callable[[], NullEngine]) -> None:
         self.endpoint, self._engine = endpoint, engine
 
-    def setup(self, placement: EngineConfig) -> NullEngine:
+    def setup(self, config: EngineConfig) -> NullEngine:
         return self._engine()
 
     def build_output(
@@ -205,15 +203,15 @@ class NullModel:
 
 
 class LoadingModel(NullModel):
-    """Tells of two components, and waits for a byte from the named pipe before the second is loaded."""
+    """A model that reports two components and waits for a byte from the named pipe before it loads the second."""
 
     def __init__(self, endpoint: str, gate: str) -> None:
         super().__init__(endpoint, NullEngine)
         self._gate = gate
 
-    def setup(self, placement: EngineConfig) -> NullEngine:
-        placement.report(LoadProgress("text_encoder", 0, 4_000_000_000))
-        placement.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
+    def setup(self, config: EngineConfig) -> NullEngine:
+        config.report(LoadProgress("text_encoder", 0, 4_000_000_000))
+        config.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
         with Path(self._gate).open("rb", buffering=0) as gate:
             gate.read(1)
-        return super().setup(placement)
+        return super().setup(config)

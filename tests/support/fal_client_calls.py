@@ -1,4 +1,4 @@
-"""What programs that use fal-client do: `python -m tests.support.fal_client_calls CALL ARGUMENT...` prints JSON."""
+"""A program that calls fal-client: `python -m tests.support.fal_client_calls CALL ARGUMENT...` prints JSON."""
 
 import asyncio
 import importlib.metadata
@@ -10,22 +10,22 @@ from typing import Any
 import fal_client
 from PIL import Image
 
-#: Small, so that the demo weights paint it in a moment.
+#: Small, so that the demo weights generate it in a moment.
 APPLE = {"prompt": "a red apple", "seed": 7, "image_size": "square", "num_inference_steps": 4}
 FLUX = "fal-ai/flux/dev"
 
 
 def version() -> Any:
-    """Which fal-client this is."""
+    """Return the version and the directory of the fal-client in use."""
     return [importlib.metadata.version("fal-client"), str(Path(fal_client.__file__).parent)]
 
 
 def everyday() -> Any:
-    """Every way to the same picture."""
+    """Generate the same image with each blocking call."""
     updates: list[Any] = []
     enqueued: list[str] = []
     handle = fal_client.submit(FLUX, arguments=APPLE)
-    events = [_shown(event) for event in handle.iter_events(with_logs=True)]
+    events = [_event_fields(event) for event in handle.iter_events(with_logs=True)]
     return {
         "run": fal_client.run(FLUX, arguments=APPLE),
         "submit": handle.get(),
@@ -33,20 +33,20 @@ def everyday() -> Any:
         "subscribe": fal_client.subscribe(
             FLUX, arguments=APPLE, with_logs=True, on_enqueue=enqueued.append, on_queue_update=updates.append
         ),
-        "updates": [_shown(update) for update in updates],
+        "updates": [_event_fields(update) for update in updates],
         "enqueued": enqueued,
         "stream": list(fal_client.stream(FLUX, arguments=APPLE)),
-        "status": _shown(fal_client.status(FLUX, handle.request_id, with_logs=True)),
+        "status": _event_fields(fal_client.status(FLUX, handle.request_id, with_logs=True)),
         "result": fal_client.result(FLUX, handle.request_id),
     }
 
 
 async def everyday_async() -> Any:
-    """The same without blocking."""
+    """Generate the same image with each asynchronous call."""
     updates: list[Any] = []
     enqueued: list[str] = []
     handle = await fal_client.submit_async(FLUX, arguments=APPLE)
-    events = [_shown(event) async for event in handle.iter_events(with_logs=True)]
+    events = [_event_fields(event) async for event in handle.iter_events(with_logs=True)]
     return {
         "run": await fal_client.run_async(FLUX, arguments=APPLE),
         "submit": await handle.get(),
@@ -54,69 +54,69 @@ async def everyday_async() -> Any:
         "subscribe": await fal_client.subscribe_async(
             FLUX, arguments=APPLE, with_logs=True, on_enqueue=enqueued.append, on_queue_update=updates.append
         ),
-        "updates": [_shown(update) for update in updates],
+        "updates": [_event_fields(update) for update in updates],
         "enqueued": enqueued,
         "stream": [event async for event in fal_client.stream_async(FLUX, arguments=APPLE)],
-        "status": _shown(await fal_client.status_async(FLUX, handle.request_id, with_logs=True)),
+        "status": _event_fields(await fal_client.status_async(FLUX, handle.request_id, with_logs=True)),
         "result": await fal_client.result_async(FLUX, handle.request_id),
     }
 
 
 def watch(gate: str) -> Any:
-    """The events of a request that takes one step after each look."""
+    """Collect the events of a request that takes one step after each IN_PROGRESS event."""
     handle = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 2})
-    seen = []
+    events = []
     for event in handle.iter_events(with_logs=True):
-        seen.append(_shown(event))
+        events.append(_event_fields(event))
         if isinstance(event, fal_client.InProgress):
-            _let_go(gate, 1)
-    return seen
+            _release_steps(gate, 1)
+    return events
 
 
 def cancel(gate: str) -> Any:
-    """Cancel one request that runs and one that waits behind it; what each became."""
+    """Cancel one running request and one that waits behind it; return the error and the last status of each."""
     running = fal_client.submit("test/gate", arguments={"prompt": gate})
     waiting = fal_client.submit("test/null", arguments={"prompt": "x"})
     next(event for event in running.iter_events() if isinstance(event, fal_client.InProgress))
-    places = [_shown(waiting.status()), _shown(running.status())]
+    positions = [_event_fields(waiting.status()), _event_fields(running.status())]
     waiting.cancel()
     fal_client.cancel("test/gate", running.request_id)
-    _let_go(gate, 1)
-    again = _failure(waiting.cancel)
+    _release_steps(gate, 1)
+    second_cancel = _failure(waiting.cancel)
     return {
-        "places": places,
-        "again": again,
+        "places": positions,
+        "again": second_cancel,
         **{
-            name: {"error": _failure(handle.get), "status": _shown(handle.status())}
+            name: {"error": _failure(handle.get), "status": _event_fields(handle.status())}
             for name, handle in (("running", running), ("waiting", waiting))
         },
     }
 
 
 async def cancel_async(gate: str) -> Any:
-    """The same without blocking."""
+    """Do what `cancel` does, with the asynchronous calls."""
     running = await fal_client.submit_async("test/gate", arguments={"prompt": gate})
     waiting = await fal_client.submit_async("test/null", arguments={"prompt": "x"})
     async for event in running.iter_events():
         if isinstance(event, fal_client.InProgress):
             break
-    places = [_shown(await waiting.status()), _shown(await running.status())]
+    positions = [_event_fields(await waiting.status()), _event_fields(await running.status())]
     await waiting.cancel()
     await fal_client.cancel_async("test/gate", running.request_id)
-    _let_go(gate, 1)
-    again = await _failure_async(waiting.cancel)
+    _release_steps(gate, 1)
+    second_cancel = await _failure_async(waiting.cancel)
     return {
-        "places": places,
-        "again": again,
+        "places": positions,
+        "again": second_cancel,
         **{
-            name: {"error": await _failure_async(handle.get), "status": _shown(await handle.status())}
+            name: {"error": await _failure_async(handle.get), "status": _event_fields(await handle.status())}
             for name, handle in (("running", running), ("waiting", waiting))
         },
     }
 
 
 def bad(endpoint: str) -> Any:
-    """How a request with two bad fields fails, each way."""
+    """Return how a request with two bad fields fails, for each call."""
     arguments = {"prompt": 5, "num_images": 9}
     return [
         _failure(lambda: fal_client.run(endpoint, arguments=arguments)),
@@ -126,7 +126,7 @@ def bad(endpoint: str) -> Any:
 
 
 async def bad_async(endpoint: str) -> Any:
-    """The same without blocking."""
+    """Do what `bad` does, with the asynchronous calls."""
     arguments = {"prompt": 5, "num_images": 9}
     return [
         await _failure_async(lambda: fal_client.run_async(endpoint, arguments=arguments)),
@@ -136,7 +136,7 @@ async def bad_async(endpoint: str) -> Any:
 
 
 def late(gate: str) -> Any:
-    """Requests that cannot start in time, because another holds the model."""
+    """Send requests that cannot start before their timeout, because another request occupies the model."""
     holder = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 1})
     next(event for event in holder.iter_events() if isinstance(event, fal_client.InProgress))
     handle = fal_client.submit("test/null", arguments={"prompt": "x"}, start_timeout=1.01)
@@ -144,47 +144,47 @@ def late(gate: str) -> Any:
         _failure(lambda: fal_client.run("test/null", arguments={"prompt": "x"}, start_timeout=1.01)),
         _failure(handle.get),
     ]
-    _let_go(gate, 1)
-    return {"failures": failures, "status": _shown(handle.status()), "holder": holder.get()}
+    _release_steps(gate, 1)
+    return {"failures": failures, "status": _event_fields(handle.status()), "holder": holder.get()}
 
 
 def hello(endpoint: str) -> Any:
-    """One picture, or why there is none."""
+    """Generate one image; return the output or the error."""
     return _failure(lambda: fal_client.run(endpoint, arguments={"prompt": "hello"}))
 
 
-def uploads(folder: str) -> Any:
-    """Where a text, a picture and a file of several parts are found once they were uploaded."""
-    with Image.open(Path(folder) / "small.png") as picture:
-        picture.load()
+def uploads(directory: str) -> Any:
+    """Upload a text, an image, a file and a file of several parts; return their URLs."""
+    with Image.open(Path(directory) / "small.png") as image:
+        image.load()
     return {
         "text": fal_client.upload(b"hello", "text/plain"),
-        "picture": fal_client.upload_image(picture, "png"),
-        "small": fal_client.upload_file(Path(folder) / "small.png"),
-        "large": fal_client.upload_file(Path(folder) / "large.bin"),
+        "picture": fal_client.upload_image(image, "png"),
+        "small": fal_client.upload_file(Path(directory) / "small.png"),
+        "large": fal_client.upload_file(Path(directory) / "large.bin"),
     }
 
 
-async def uploads_async(folder: str) -> Any:
-    """The same without blocking, but for the large one."""
+async def uploads_async(directory: str) -> Any:
+    """Upload the text and the small file with the asynchronous calls; return their URLs."""
     return {
         "text": await fal_client.upload_async(b"hello", "text/plain"),
-        "small": await fal_client.upload_file_async(Path(folder) / "small.png"),
+        "small": await fal_client.upload_file_async(Path(directory) / "small.png"),
     }
 
 
 def pictures_in(path: str, hosted: str) -> Any:
-    """What test/copy answers to a picture that comes in each way, and what it was told to fetch."""
-    with Image.open(path) as picture:
-        picture.load()
-    ways = {
+    """Send an image to test/copy in each possible form; return each output."""
+    with Image.open(path) as image:
+        image.load()
+    urls = {
         "hosted": hosted,
-        "data URI": fal_client.encode_image(picture, "png"),
+        "data URI": fal_client.encode_image(image, "png"),
         "data URI of a file": fal_client.encode_file(path),
         "uploaded": fal_client.upload_file(path),
-        "uploaded image": fal_client.upload_image(picture, "png"),
+        "uploaded image": fal_client.upload_image(image, "png"),
     }
-    return {name: _copied(url) for name, url in ways.items()}
+    return {name: _copied(url) for name, url in urls.items()}
 
 
 def _copied(url: str) -> Any:
@@ -193,62 +193,65 @@ def _copied(url: str) -> Any:
 
 
 def realtime() -> Any:
-    """Two pictures and a refusal in one session, and a picture in a session opened with the key itself."""
+    """Generate two images and one error in one session, and one image in a session opened with the key itself."""
     with fal_client.realtime(FLUX, max_buffering=5) as session:
-        answers = [_heard(session, APPLE), _heard(session, {"prompt": 5}), _heard(session, APPLE)]
+        answers = [_received(session, APPLE), _received(session, {"prompt": 5}), _received(session, APPLE)]
     with fal_client.realtime(FLUX, use_jwt=False) as session:
-        return [*answers, _heard(session, APPLE)]
+        return [*answers, _received(session, APPLE)]
 
 
 async def realtime_async() -> Any:
-    """The same without blocking."""
+    """Do what `realtime` does, with the asynchronous calls."""
     async with fal_client.realtime_async(FLUX, max_buffering=5) as session:
-        answers = [await _heard_async(session, fields) for fields in (APPLE, {"prompt": 5}, APPLE)]
+        answers = [await _received_async(session, fields) for fields in (APPLE, {"prompt": 5}, APPLE)]
     async with fal_client.realtime_async(FLUX, use_jwt=False) as session:
-        return [*answers, await _heard_async(session, APPLE)]
+        return [*answers, await _received_async(session, APPLE)]
 
 
 def by_host(endpoint: str) -> Any:
-    """Every way that is led by the host alone, and a refusal; uploads and realtime's tokens are led otherwise."""
+    """Make each call that FAL_RUN_HOST and FAL_QUEUE_RUN_HOST redirect, and one refused call.
+
+    Uploads and realtime tokens are not covered: fal-client redirects them in another way.
+    """
     arguments = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 2}
     with fal_client.realtime(endpoint, use_jwt=False) as session:
-        heard = _heard(session, arguments)
+        realtime_output = _received(session, arguments)
     return {
         "run": fal_client.run(endpoint, arguments=arguments),
         "submit": fal_client.submit(endpoint, arguments=arguments).get(),
         "subscribe": fal_client.subscribe(endpoint, arguments=arguments, with_logs=True),
         "stream": list(fal_client.stream(endpoint, arguments=arguments))[-1],
-        "realtime": heard,
+        "realtime": realtime_output,
         "error": _failure(lambda: fal_client.run(endpoint, arguments={"prompt": 5}))["status_code"],
     }
 
 
-def hopeless(folder: str) -> Any:
-    """How everything fails when there is no server."""
-    attempts = {
+def hopeless(directory: str) -> Any:
+    """Return the class name of the error of each call when there is no server."""
+    calls = {
         "run": lambda: fal_client.run(FLUX, arguments=APPLE),
         "submit": lambda: fal_client.submit(FLUX, arguments=APPLE),
         "subscribe": lambda: fal_client.subscribe(FLUX, arguments=APPLE),
         "stream": lambda: list(fal_client.stream(FLUX, arguments=APPLE)),
         "status": lambda: fal_client.status(FLUX, "0"),
         "upload": lambda: fal_client.upload(b"hello", "text/plain"),
-        "large": lambda: fal_client.upload_file(Path(folder) / "large.bin"),
+        "large": lambda: fal_client.upload_file(Path(directory) / "large.bin"),
     }
     if hasattr(fal_client, "realtime"):
-        attempts["realtime"] = lambda: fal_client.realtime(FLUX).__enter__()
-        attempts["realtime with a key"] = lambda: fal_client.realtime(FLUX, use_jwt=False).__enter__()
-    return {name: _whatever_fails(attempt) for name, attempt in attempts.items()}
+        calls["realtime"] = lambda: fal_client.realtime(FLUX).__enter__()
+        calls["realtime with a key"] = lambda: fal_client.realtime(FLUX, use_jwt=False).__enter__()
+    return {name: _error_name(call) for name, call in calls.items()}
 
 
-def _whatever_fails(attempt: Any) -> str | None:
+def _error_name(call: Any) -> str | None:
     try:
-        attempt()
+        call()
     except Exception as error:
         return type(error).__name__
     return None
 
 
-def _heard(session: Any, fields: dict[str, Any]) -> Any:
+def _received(session: Any, fields: dict[str, Any]) -> Any:
     session.send(fields)
     try:
         return session.recv()
@@ -256,7 +259,7 @@ def _heard(session: Any, fields: dict[str, Any]) -> Any:
         return error.payload
 
 
-async def _heard_async(session: Any, fields: dict[str, Any]) -> Any:
+async def _received_async(session: Any, fields: dict[str, Any]) -> Any:
     await session.send(fields)
     try:
         return await session.recv()
@@ -264,12 +267,12 @@ async def _heard_async(session: Any, fields: dict[str, Any]) -> Any:
         return error.payload
 
 
-def _let_go(gate: str, steps: int) -> None:
+def _release_steps(gate: str, steps: int) -> None:
     with Path(gate).open("w") as pipe:
         pipe.write("." * steps)
 
 
-def _shown(event: Any) -> dict[str, Any]:
+def _event_fields(event: Any) -> dict[str, Any]:
     return {"type": type(event).__name__, **vars(event)}
 
 
@@ -277,17 +280,17 @@ def _failure(call: Any) -> Any:
     try:
         return call()
     except fal_client.FalClientHTTPError as error:
-        return _told(error)
+        return _error_fields(error)
 
 
 async def _failure_async(call: Any) -> Any:
     try:
         return await call()
     except fal_client.FalClientHTTPError as error:
-        return _told(error)
+        return _error_fields(error)
 
 
-def _told(error: Any) -> dict[str, Any]:
+def _error_fields(error: Any) -> dict[str, Any]:
     return {
         "message": error.message,
         "status_code": error.status_code,
@@ -297,5 +300,5 @@ def _told(error: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer = globals()[sys.argv[1]](*sys.argv[2:])
-    print(json.dumps(asyncio.run(answer) if asyncio.iscoroutine(answer) else answer))
+    result = globals()[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(asyncio.run(result) if asyncio.iscoroutine(result) else result))

@@ -1,6 +1,6 @@
-"""Every kind of client in Python that honours proxy variables, turned to each host that is named.
+"""Requests to each host given as an argument, by each Python HTTP client that honours proxy variables.
 
-Prints, as JSON, what each was answered, or why it failed.
+Prints the response or the error of each request as JSON.
 """
 
 import asyncio
@@ -15,29 +15,29 @@ import requests
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-Answer = tuple[int, str]
+Response = tuple[int, str]
 
 
-def _httpx(url: str) -> Answer:
-    answer = httpx.get(url)
-    return answer.status_code, answer.text
+def _httpx(url: str) -> Response:
+    response = httpx.get(url)
+    return response.status_code, response.text
 
 
-def _requests(url: str) -> Answer:
-    answer = requests.get(url, timeout=30)
-    return answer.status_code, answer.text
+def _requests(url: str) -> Response:
+    response = requests.get(url, timeout=30)
+    return response.status_code, response.text
 
 
-def _aiohttp(url: str) -> Answer:
-    async def get() -> Answer:
-        async with aiohttp.ClientSession(trust_env=True) as session, session.get(url) as answer:
-            return answer.status, await answer.text()
+def _aiohttp(url: str) -> Response:
+    async def get_url() -> Response:
+        async with aiohttp.ClientSession(trust_env=True) as session, session.get(url) as response:
+            return response.status, await response.text()
 
-    return asyncio.run(get())
+    return asyncio.run(get_url())
 
 
-def _aiohttp_websocket(url: str) -> Answer:
-    async def connect_to() -> Answer:
+def _aiohttp_websocket(url: str) -> Response:
+    async def open_websocket() -> Response:
         try:
             async with (
                 aiohttp.ClientSession(trust_env=True) as session,
@@ -47,10 +47,10 @@ def _aiohttp_websocket(url: str) -> Answer:
         except aiohttp.WSServerHandshakeError as refusal:
             return refusal.status, ""
 
-    return asyncio.run(connect_to())
+    return asyncio.run(open_websocket())
 
 
-def _websockets(url: str) -> Answer:
+def _websockets(url: str) -> Response:
     try:
         with connect(url.replace("http", "ws", 1)):
             return 101, ""
@@ -58,7 +58,7 @@ def _websockets(url: str) -> Answer:
         return refusal.response.status_code, ""
 
 
-WAYS: dict[str, Callable[[str], Answer]] = {
+CLIENTS: dict[str, Callable[[str], Response]] = {
     "httpx": _httpx,
     "requests": _requests,
     "aiohttp": _aiohttp,
@@ -67,9 +67,9 @@ WAYS: dict[str, Callable[[str], Answer]] = {
 }
 
 
-def _tried(way: Callable[[str], Answer], url: str) -> dict[str, Any]:
+def _try_client(get: Callable[[str], Response], url: str) -> dict[str, Any]:
     try:
-        status, text = way(url)
+        status, text = get(url)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
     return {"status": status, "text": text}
@@ -79,9 +79,9 @@ if __name__ == "__main__":
     print(
         json.dumps(
             {
-                f"{name}, {scheme}: {host}": _tried(way, f"{scheme}://{host}/made/up")
+                f"{name}, {scheme}: {host}": _try_client(get, f"{scheme}://{host}/made/up")
                 for host in sys.argv[1:]
-                for name, way in WAYS.items()
+                for name, get in CLIENTS.items()
                 for scheme in ("https", "http")
             }
         )

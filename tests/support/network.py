@@ -1,6 +1,6 @@
-"""A network of its own, where every address of the world leads to this machine and all that is tried is heard.
+"""A separate network in which every address leads to this machine and each attempt to connect is recorded.
 
-`inside` runs a program of tests/support/network_programs.py there; the rest is for such programs.
+`inside` runs a program of tests/support/network_programs.py there; everything else is for such programs.
 """
 
 import functools
@@ -26,11 +26,11 @@ import pytest
 
 from tests.support.server_process import ROOT
 
-#: Rights over nothing but the new network and its own view of the files: nobody has to be root for it.
+#: A user namespace with rights over the new network and mount namespaces only, so it needs no root.
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount", "--")
-#: Nobody's addresses, by RFC 5737 and 5735: where names are asked for, and where the packets go that mark an end.
+#: Two reserved documentation addresses (RFC 5737 and 5735): of the DNS resolver, and of packets that mark an end.
 RESOLVER, _MARK = "192.0.2.53", "192.0.2.9"
-#: A host on the public web, as far as anybody here can tell.
+#: An address that the server takes for a public host.
 PUBLIC = "93.184.216.34"
 _ALL_PROTOCOLS = 3
 _SOL_PACKET, _PACKET_STATISTICS, _OUTGOING = 263, 6, 4
@@ -38,50 +38,50 @@ _A, _AAAA = 1, 28
 
 
 @functools.cache
-def _lacking() -> str:
-    """What this machine lacks; nothing where it can have such a network."""
+def _missing_requirement() -> str:
+    """Say what this machine lacks for such a network; empty if nothing."""
     for name in ("unshare", "ip"):
         if not shutil.which(name):
-            return f"there is no {name}"
+            return f"{name} is not installed"
     probe = "ip link set lo up && ip route add local 0.0.0.0/0 dev lo && ip -6 route add local ::/0 dev lo"
-    done = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, timeout=30)
-    return f"no network namespace: {done.stderr.strip()}" if done.returncode else ""
+    process = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, timeout=30)
+    return f"cannot create a network namespace: {process.stderr.strip()}" if process.returncode else ""
 
 
 def inside(program: str, *arguments: object) -> Any:
-    """What this program says, run in a network of its own; skips where there can be none."""
-    if reason := _lacking():
+    """Run a program in a separate network; return the JSON it prints. Skip the test if that is not possible."""
+    if reason := _missing_requirement():
         pytest.skip(reason)
     command = [*_UNSHARE, sys.executable, "-m", "tests.support.network_programs", program, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
-            said, complaints = process.communicate(timeout=100)
+            output, errors = process.communicate(timeout=100)
         except subprocess.TimeoutExpired:
-            # With the server that it started.
+            # Kill the whole session: the program and the server that it started.
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert process.returncode == 0, complaints
-    return json.loads(said)
+    assert process.returncode == 0, errors
+    return json.loads(output)
 
 
 def lead_everything_here() -> None:
-    """Every address is one of this machine, and names are asked for at one of them."""
+    """Make every address an address of this machine, and look names up at RESOLVER."""
     for command in (
         "ip link set lo up",
         "ip route add local 0.0.0.0/0 dev lo",
         "ip -6 route add local ::/0 dev lo",
     ):
         subprocess.run(command.split(), check=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for name, text in {"resolv.conf": f"nameserver {RESOLVER}\n", "nsswitch.conf": "hosts: files dns\n"}.items():
-            told = Path(folder) / name
-            told.write_text(text)
-            subprocess.run(["mount", "--bind", told, f"/etc/{name}"], check=True)
+            path = Path(directory) / name
+            path.write_text(text)
+            subprocess.run(["mount", "--bind", path, f"/etc/{name}"], check=True)
 
 
 class Wire:
-    """Every TCP connection and UDP packet that is tried, whether anybody listens there or not."""
+    """A recorder of every attempted TCP connection and UDP packet, whether a listener exists or not."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ALL_PROTOCOLS))
@@ -92,14 +92,14 @@ class Wire:
     def _listen(self) -> None:
         while True:
             packet, (_, _, kind, *_) = self._socket.recvfrom(256)
-            # What is sent over loopback is heard twice.
-            if kind == _OUTGOING and (found := _attempt(packet)):
+            # A packet over loopback appears twice, as outgoing and as incoming.
+            if kind == _OUTGOING and (attempt := _attempt(packet)):
                 with self._changed:
-                    self._tried.add(found)
+                    self._tried.add(attempt)
                     self._changed.notify_all()
 
     def tried(self) -> set[str]:
-        """All up to now, such as "tcp 10.0.0.1 80". Raises when some were missed."""
+        """Return all attempts up to now, such as "tcp 10.0.0.1 80". Fail if packets were dropped unseen."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind(("127.0.0.1", 0))
             port = sender.getsockname()[1]
@@ -107,17 +107,17 @@ class Wire:
         mark = f"udp {_MARK} {port}"
         with self._changed:
             assert self._changed.wait_for(lambda: mark in self._tried, 10)
-            found = {each for each in self._tried if f" {_MARK} " not in each}
+            attempts = {each for each in self._tried if f" {_MARK} " not in each}
         _, dropped = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
         assert not dropped
-        return found
+        return attempts
 
 
 def _attempt(packet: bytes) -> str | None:
-    """What a packet begins; answers begin nothing."""
-    is_four = packet[0] >> 4 == 4
-    protocol, start = (packet[9], (packet[0] & 15) * 4) if is_four else (packet[6], 40)
-    address = ipaddress.ip_address(packet[16:20] if is_four else packet[24:40])
+    """Describe the attempt that a packet begins; None for a packet that belongs to an earlier one."""
+    is_ipv4 = packet[0] >> 4 == 4
+    protocol, start = (packet[9], (packet[0] & 15) * 4) if is_ipv4 else (packet[6], 40)
+    address = ipaddress.ip_address(packet[16:20] if is_ipv4 else packet[24:40])
     from_port, port = struct.unpack("!HH", packet[start : start + 4])
     if protocol == socket.IPPROTO_UDP and from_port != 53:
         return f"udp {address} {port}"
@@ -128,11 +128,11 @@ def _attempt(packet: bytes) -> str | None:
 
 
 class Resolver:
-    """Answers for the names it is given: each with one answer after the other, the last one from then on."""
+    """A DNS resolver of the given names: each lookup gets the next list of addresses, and the last list is repeated."""
 
     def __init__(self, names: Mapping[str, Sequence[Sequence[str]]]) -> None:
         self._names = names
-        self._given: dict[tuple[str, int], int] = {}
+        self._num_lookups: dict[tuple[str, int], int] = {}
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((RESOLVER, 53))
         threading.Thread(target=self._serve, daemon=True).start()
@@ -143,61 +143,61 @@ class Resolver:
             self._socket.sendto(self._answer(query), client)
 
     def _answer(self, query: bytes) -> bytes:
-        labels, place = list[str](), 12
-        while length := query[place]:
-            labels.append(query[place + 1 : place + 1 + length].decode())
-            place += 1 + length
-        name, (kind,) = ".".join(labels).lower(), struct.unpack("!H", query[place + 1 : place + 3])
-        question, turns = query[12 : place + 5], self._names.get(name, ())
-        turn = self._given.get((name, kind), 0)
-        self._given[name, kind] = turn + 1
-        given = turns[min(turn, len(turns) - 1)] if turns else ()
-        found = [address for each in given if _kind(address := ipaddress.ip_address(each)) == kind]
-        # Each refers to the name in the question, and may not be kept.
+        labels, offset = list[str](), 12
+        while length := query[offset]:
+            labels.append(query[offset + 1 : offset + 1 + length].decode())
+            offset += 1 + length
+        name, (kind,) = ".".join(labels).lower(), struct.unpack("!H", query[offset + 1 : offset + 3])
+        question, turns = query[12 : offset + 5], self._names.get(name, ())
+        turn = self._num_lookups.get((name, kind), 0)
+        self._num_lookups[name, kind] = turn + 1
+        answer = turns[min(turn, len(turns) - 1)] if turns else ()
+        found = [address for each in answer if _record_type(address := ipaddress.ip_address(each)) == kind]
+        # Each record points back to the name in the question, and a TTL of 0 forbids caching.
         records = [struct.pack("!HHHIH", 0xC00C, kind, 1, 0, len(address.packed)) + address.packed for address in found]
         status = 0x8180 if turns else 0x8183
         return query[:2] + struct.pack("!HHHHH", status, 1, len(records), 0, 0) + question + b"".join(records)
 
 
-def _kind(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
+def _record_type(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
     return _A if address.version == 4 else _AAAA
 
 
 class _Canary(BaseHTTPRequestHandler):
-    """The web server at every address."""
+    """A handler of all requests, whatever the address."""
 
-    asked: ClassVar[list[str]] = []
+    requests: ClassVar[list[str]] = []
     files: ClassVar[Mapping[str, bytes]] = {}
 
     def do_GET(self) -> None:
-        """A file that was given, or /to?URL, which is somewhere else."""
-        self._note()
+        """Send one of `files`, or redirect /to?URL to the URL."""
+        self._record()
         if self.path.startswith("/to?"):
             self.send_response(302)
-            # As it is, also where it is not ASCII.
+            # Unchanged, even if it is not ASCII.
             self.send_header("location", unquote(self.path.removeprefix("/to?")).encode().decode("latin-1"))
-            return self._end(b"")
+            return self._send_body(b"")
         self.send_response(200 if self.path in self.files else 404)
-        return self._end(self.files.get(self.path, b""))
+        return self._send_body(self.files.get(self.path, b""))
 
     def do_POST(self) -> None:
-        """A receiver of webhooks."""
-        self._note()
+        """Accept a webhook."""
+        self._record()
         self.rfile.read(int(self.headers["content-length"]))
         self.send_response(200)
-        self._end(b"")
+        self._send_body(b"")
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         address = self.connection.getsockname()[0].removeprefix("::ffff:")
-        self.asked.append(f"{self.command} {address} {self.path}")
+        self.requests.append(f"{self.command} {address} {self.path}")
 
-    def _end(self, content: bytes) -> None:
+    def _send_body(self, content: bytes) -> None:
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 class _Listener(ThreadingHTTPServer):
@@ -207,13 +207,13 @@ class _Listener(ThreadingHTTPServer):
 
 @contextmanager
 def canary(files: Mapping[str, bytes]) -> Iterator[list[str]]:
-    """A web server on port 80 of every address; what it was asked, such as "GET 10.0.0.1 /"."""
+    """Run a web server on port 80 of every address; yield its list of requests, such as "GET 10.0.0.1 /"."""
     _Canary.files = files
     with _Listener(("::", 80), _Canary) as listener:
         thread = threading.Thread(target=listener.serve_forever)
         thread.start()
         try:
-            yield _Canary.asked
+            yield _Canary.requests
         finally:
             listener.shutdown()
             thread.join()

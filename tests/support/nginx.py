@@ -17,28 +17,28 @@ from tests.support.server_process import ROOT, Server, free_port
 
 SAMPLE = ROOT / "docs" / "nginx.conf"
 NAME = "flux.example.com"
-#: Of nginx's own main file: what is asked for here and not by a distribution.
+#: nginx's main file: only the settings that these tests need and a distribution's file does not have.
 _MAIN = """
 daemon off;
 worker_processes 1;
-pid {folder}/pid;
-error_log {folder}/error.log;
+pid {directory}/pid;
+error_log {directory}/error.log;
 events {{}}
 http {{
     access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    include {folder}/flux-server.conf;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    include {directory}/flux-server.conf;
 }}
 """
 
 
 @dataclass(frozen=True)
 class Nginx:
-    """One that runs: its ports, and the authority that its clients trust."""
+    """A running nginx: its ports, and the certificate authority that its clients trust."""
 
     port: int
     plain_port: int
@@ -47,17 +47,17 @@ class Nginx:
 
     @property
     def errors(self) -> str:
-        """What it complained of."""
+        """The text of the error log."""
         return self.log.read_text()
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """The HTTPS URL for clients."""
         return f"https://localhost:{self.port}"
 
 
-def _changed(text: str, server: Server, nginx: Nginx, files: tls.CertificateFiles, name: str) -> str:
-    """The sample with another name, other ports, and a certificate of this machine; each of these is in it."""
+def _configured(text: str, server: Server, nginx: Nginx, files: tls.CertificateFiles, name: str) -> str:
+    """Put this server's name, ports and certificate into the sample; fail if the sample lacks one to replace."""
     host = f"{name}:{nginx.port}"
     changes = {
         "127.0.0.1:8000": urlsplit(server.url).netloc,
@@ -67,7 +67,7 @@ def _changed(text: str, server: Server, nginx: Nginx, files: tls.CertificateFile
         f"/etc/letsencrypt/live/{NAME}/privkey.pem": str(files.key),
         f"https://{NAME}": f"https://{host}",
         f"Host {NAME}": f"Host {host}",
-        # Last, for it is in some of the others.
+        # Last, because some of the keys above contain the name too.
         f"server_name {NAME}": f"server_name {name}",
     }
     for old, new in changes.items():
@@ -77,21 +77,21 @@ def _changed(text: str, server: Server, nginx: Nginx, files: tls.CertificateFile
 
 
 @contextmanager
-def proxied(folder: Path, server: Server, name: str = "localhost") -> Iterator[Nginx]:
-    """An nginx in front of a server, as the sample has it; skips where there is none."""
-    # Debian has it where only root looks.
-    found = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if not found:
-        pytest.skip("there is no nginx")
-    folder.mkdir()
-    files = tls.ensure_certificate(folder, "localhost", name)
-    nginx = Nginx(free_port(), free_port(), files.authority, folder / "error.log")
-    text = _changed(SAMPLE.read_text(encoding="utf-8"), server, nginx, files, name)
-    (folder / "flux-server.conf").write_text(text, encoding="utf-8")
-    # Its workers would be somebody else, who may not see this folder.
+def proxied(directory: Path, server: Server, name: str = "localhost") -> Iterator[Nginx]:
+    """Start nginx in front of a server, configured by the sample; skip the test if nginx is not installed."""
+    # Debian installs nginx in /usr/sbin, which is on root's PATH only.
+    executable = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not executable:
+        pytest.skip("nginx is not installed")
+    directory.mkdir()
+    files = tls.ensure_certificate(directory, "localhost", name)
+    nginx = Nginx(free_port(), free_port(), files.authority, directory / "error.log")
+    text = _configured(SAMPLE.read_text(encoding="utf-8"), server, nginx, files, name)
+    (directory / "flux-server.conf").write_text(text, encoding="utf-8")
+    # Started as root, nginx runs its workers as another user, which may not read this directory.
     user = "user root;" if os.geteuid() == 0 else ""
-    (folder / "nginx.conf").write_text(user + _MAIN.format(folder=folder), encoding="utf-8")
-    command = [found, "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+    (directory / "nginx.conf").write_text(user + _MAIN.format(directory=directory), encoding="utf-8")
+    command = [executable, "-e", str(directory / "error.log"), "-c", str(directory / "nginx.conf")]
     with subprocess.Popen(command) as process:
         try:
             while process.poll() is None and not _listens(nginx.port):

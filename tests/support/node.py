@@ -1,4 +1,4 @@
-"""The Node SDKs: how each is pointed at the server, and how a script is run with one."""
+"""The Node SDKs: the call that points each at a server, and functions that run a script with one."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from typing import Any
 from tests.support.server_process import ROOT, Server
 
 JS = Path(__file__).parent / "js"
-#: The id that stands in the samples of the endpoint's page.
+#: The request id in the samples of the endpoint's page.
 PAGE_ID = "764cabcf-b745-4b3e-ae38-1200304cf45b"
-#: Ends each line of a program that is not of the page.
+#: The end of each line of a program that is not from the page.
 MARK = " // not of the page"
 _IMPORTS = {
     "@fal-ai/serverless-client": 'import * as fal from "@fal-ai/serverless-client";',
@@ -25,36 +25,36 @@ _IMPORTS = {
 
 @dataclass(frozen=True)
 class Client:
-    """One SDK, pointed at a server in one way."""
+    """One SDK with one way to point it at a server."""
 
     sdk: str
-    #: The call of fal.config that the server's own directions name.
+    #: The fal.config call that `flux-server env` prints.
     pointing: str
 
     @property
     def is_raw(self) -> bool:
-        """Whether results are the output itself, rather than {data, requestId}."""
+        """Whether results are the output itself instead of {data, requestId}."""
         return self.sdk == "@fal-ai/serverless-client"
 
     def at(self, url: str, other: str) -> "Client":
-        """The same, pointed at another server."""
+        """Return the same client, pointed at `other` instead of `url`."""
         return replace(self, pointing=self.pointing.replace(url, other))
 
     def output(self, result: Any) -> Any:
-        """The output in a result of this SDK."""
+        """Return the output in a result of this SDK."""
         assert self.is_raw or result.keys() == {"data", "requestId"}
         return result if self.is_raw else result["data"]
 
     def run(self, script: str, *arguments: str) -> Any:
-        """Run one of the scripts; returns what it says."""
-        return _said(["node", script, *arguments], {"SDK": self.sdk, "POINTING": self.pointing})
+        """Run one of the scripts; return the JSON that it prints."""
+        return _printed_json(["node", script, *arguments], {"SDK": self.sdk, "POINTING": self.pointing})
 
     def run_page(self, name: str, shown: str, request_id: str = PAGE_ID) -> Any:
-        """Run a sample of the page, then say the value of `shown`."""
-        return _said(["node", "--input-type=module"], {}, self.program(name, shown, request_id))
+        """Run a sample of the page; return the value of the expression `shown` at its end."""
+        return _printed_json(["node", "--input-type=module"], {}, self.program(name, shown, request_id))
 
     def program(self, name: str, shown: str, request_id: str) -> str:
-        """The page's sample with the line that points it here, another request id, and what it came to said."""
+        """Build a program from a sample: point it at the server, replace the request id, print `shown` at the end."""
         sample = page(name).replace(_IMPORTS["@fal-ai/serverless-client"], _IMPORTS[self.sdk])
         lines = sample.replace(PAGE_ID, request_id).splitlines()
         if "fal.config({" in lines:
@@ -67,16 +67,18 @@ class Client:
 
 
 def page(name: str) -> str:
-    """A sample of fal's page for fal-ai/flux/dev, word for word."""
+    """Read a sample of fal's page for fal-ai/flux/dev, verbatim."""
     return (JS / "page" / f"{name}.mjs").read_text()
 
 
 def clients(server: Server) -> dict[str, Client]:
-    """The SDKs as `flux-server env` says to point them."""
+    """Return the SDKs, pointed at the server as `flux-server env` describes."""
     environment = {**server.environment(), "FLUX_SERVER_PORT": server.url.rpartition(":")[2]}
     command = [sys.executable, "-m", "server", "env"]
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    comments = " ".join(line.removeprefix("#").strip() for line in said.stdout.splitlines() if line.startswith("#   "))
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    comments = " ".join(
+        line.removeprefix("#").strip() for line in process.stdout.splitlines() if line.startswith("#   ")
+    )
     proxy_url, middleware = re.findall(r"fal\.config\(.*?}\);", comments)
     assert "proxyUrl" in proxy_url
     assert "requestMiddleware" in middleware
@@ -87,10 +89,10 @@ def clients(server: Server) -> dict[str, Client]:
     }
 
 
-def _said(command: list[str], environment: Mapping[str, str], program: str = "") -> Any:
-    """The JSON in the last line of what Node prints."""
-    # FAL_KEY because the page says so; no more of the machine's than PATH, or a proxy might be taken.
-    clean = {"PATH": os.environ["PATH"], "FAL_KEY": "local", **environment}
-    done = subprocess.run(command, cwd=JS, env=clean, input=program, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+def _printed_json(command: list[str], environment: Mapping[str, str], program: str = "") -> Any:
+    """Run Node; return the JSON in the last line that it prints."""
+    # The page requires FAL_KEY. Of this machine's variables only PATH is passed on; others could set a proxy.
+    variables = {"PATH": os.environ["PATH"], "FAL_KEY": "local", **environment}
+    process = subprocess.run(command, cwd=JS, env=variables, input=program, capture_output=True, text=True, timeout=90)
+    assert process.returncode == 0, f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}"
+    return json.loads(process.stdout.splitlines()[-1])

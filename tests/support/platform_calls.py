@@ -1,6 +1,6 @@
-"""Released programs that call fal's platform API, each of their commands once: prints what came of it as JSON.
+"""Calls of each command of released programs that use fal's platform API; prints the results as JSON.
 
-`python -m tests.support.platform_calls genvoy|falgen ENDPOINT FOLDER`
+`python -m tests.support.platform_calls genvoy|falgen ENDPOINT DIRECTORY`
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from typing import Any
 PROMPT = "a red apple"
 
 
-def genvoy(endpoint: str, folder: str) -> dict[str, Any]:
-    """Its tools and resources, through its own MCP server."""
+def genvoy(endpoint: str, directory: str) -> dict[str, Any]:
+    """Call genvoy's tools and read its resources through its own MCP server."""
     client_of, server = import_module("fastmcp").Client, import_module("genvoy.server").mcp
 
     async def run() -> dict[str, Any]:
@@ -27,19 +27,19 @@ def genvoy(endpoint: str, folder: str) -> dict[str, Any]:
             async def read(uri: str) -> Any:
                 return json.loads((await client.read_resource(uri))[0].text)
 
-            made = await call("generate", model_id=endpoint, prompt=PROMPT, output_path=f"{folder}/one")
-            batch = {"model_id": endpoint, "prompt": PROMPT, "count": 2, "output_dir": f"{folder}/batch"}
-            compared = {"model_ids": [endpoint, "test/copy"], "prompt": PROMPT, "output_dir": f"{folder}/compared"}
-            named = {"model_id": endpoint, "request_id": made["request_id"]}
+            generated = await call("generate", model_id=endpoint, prompt=PROMPT, output_path=f"{directory}/one")
+            batch = {"model_id": endpoint, "prompt": PROMPT, "count": 2, "output_dir": f"{directory}/batch"}
+            comparison = {"model_ids": [endpoint, "test/copy"], "prompt": PROMPT, "output_dir": f"{directory}/compared"}
+            request = {"model_id": endpoint, "request_id": generated["request_id"]}
             return {
                 "search_models": await call("search_models", query="null"),
                 "get_schema": await call("get_schema", model_id=endpoint),
                 "estimate_cost": await call("estimate_cost", model_id=endpoint, count=3),
-                "generate": made,
+                "generate": generated,
                 "generate_batch": await call("generate_batch", **batch),
-                "generate_compare": await call("generate_compare", **compared),
-                "get_job_status": await call("get_job_status", **named),
-                "cancel_job": await _failure(call("cancel_job", **named)),
+                "generate_compare": await call("generate_compare", **comparison),
+                "get_job_status": await call("get_job_status", **request),
+                "cancel_job": await _failure(call("cancel_job", **request)),
                 "models": await read("genvoy://models"),
                 "recent": await read("genvoy://recent"),
             }
@@ -47,15 +47,15 @@ def genvoy(endpoint: str, folder: str) -> dict[str, Any]:
     return asyncio.run(run())
 
 
-async def _failure(doing: Any) -> str:
+async def _failure(call: Any) -> str:
     try:
-        return f"no failure: {await doing}"
+        return f"no failure: {await call}"
     except Exception as error:
         return str(error)
 
 
-def falgen(endpoint: str, folder: str) -> dict[str, Any]:
-    """Its tools that call fal, and its upload. What it asks a language model is not offered here."""
+def falgen(endpoint: str, directory: str) -> dict[str, Any]:
+    """Call falgen's fal tools and its upload, and its chat endpoint, which this server does not offer."""
     tools = import_module("falgen.tools").discover_tools()
     auth, config = import_module("falgen.auth"), import_module("falgen.config")
     httpx = import_module("httpx")

@@ -1,4 +1,4 @@
-"""Several Ray nodes on this machine, and the runners that live on them."""
+"""Several Ray nodes on this machine, and helpers for the runners on them."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from tests.support.server_process import ROOT, Server, completed, free_port, ser
 
 MODELS = ROOT / "tests" / "support" / "faults" / "cluster"
 SLOW = "/queue/test/slow"
-#: All that is started here inherits it.
+#: An environment variable that every process started here inherits; it tells our processes from those of others.
 _MARK = "TESTS_OF_PROCESS"
 os.environ[_MARK] = str(os.getpid())
-#: The names that the autoscaler knows the head by.
+#: The head's node id and node type in the autoscaler's configuration.
 _HEAD, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 
 
 @contextmanager
 def nodes(num_gpus: int) -> Iterator[Any]:
-    """A cluster: a head without a GPU, and so many nodes with one."""
+    """Start a cluster: a head without a GPU, and `num_gpus` nodes with one GPU each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
@@ -41,10 +41,12 @@ def nodes(num_gpus: int) -> Iterator[Any]:
 
 @contextmanager
 def autoscaled(config: Path, num_gpus: int, *, is_second: bool) -> Iterator[Any]:
-    """A head without a GPU, and Ray's autoscaler, its first or second, which may start so many nodes with one.
+    """Start a head without a GPU and Ray's autoscaler, which may start up to `num_gpus` nodes with one GPU each.
 
-    ray.cluster_utils.AutoscalingCluster is not used: it begins with `ray stop`, which ends every other Ray on the
-    machine, and reads a file that Ray's wheels lack.
+    `is_second` selects version 2 of the autoscaler instead of version 1.
+
+    ray.cluster_utils.AutoscalingCluster is not used. Its first step is `ray stop`, which ends every other Ray on the
+    machine, and it reads a file that Ray's wheels lack.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray._private.services import get_node_ip_address
@@ -68,18 +70,18 @@ def autoscaled(config: Path, num_gpus: int, *, is_second: bool) -> Iterator[Any]
     try:
         yield cluster
     finally:
-        # The autoscaler's nodes are its children, and would live on for a minute.
-        started = list[psutil.Process]()
+        # The autoscaler's nodes are its child processes; without a kill they live on for a minute.
+        children = list[psutil.Process]()
         with contextlib.suppress(psutil.NoSuchProcess):
-            started = psutil.Process(monitor.process.pid).children(recursive=True)
+            children = psutil.Process(monitor.process.pid).children(recursive=True)
         cluster.shutdown()
-        for process in started:
+        for process in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
 def _autoscaling(address: str, num_gpus: int) -> dict[str, Any]:
-    """What the autoscaler is told: machines are processes here, and idle after six seconds."""
+    """Build the autoscaler's configuration: nodes are local processes and count as idle after six seconds."""
     commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
         "cluster_name": "here",
@@ -109,23 +111,24 @@ def _autoscaling(address: str, num_gpus: int) -> dict[str, Any]:
 
 
 def num_machines(cluster: Any) -> int:
-    """How many nodes there are beside the head."""
+    """Count the live nodes, without the head."""
     return sum(bool(node["Alive"]) for node in cluster.global_state.node_table()) - 1
 
 
 @contextmanager
 def serving_on(cluster: Any, data_dir: Path, **settings: str) -> Iterator[Server]:
-    """A server that paints there, with the models that misbehave."""
-    chosen = {"ray": cluster.address, "models_dir": str(MODELS), "max_running": "2", **settings}
-    with serving(data_dir, "test/slow=demo", **chosen) as server:
+    """Start a server that generates on this cluster, with the models that fail on purpose."""
+    options = {"ray": cluster.address, "models_dir": str(MODELS), "max_running": "2", **settings}
+    with serving(data_dir, "test/slow=demo", **options) as server:
         yield server
 
 
 def runners() -> list[psutil.Process]:
-    """The processes that paint, of whatever server of these tests; others may run beside them."""
-    seen = psutil.process_iter(["cmdline"])
+    """List the runner processes of all servers of this test run, without those that others run on this machine."""
     return [
-        each for each in seen if "".join(each.info["cmdline"] or []).startswith("ray::RayRunner") and _is_ours(each)
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "".join(process.info["cmdline"] or []).startswith("ray::RayRunner") and _is_ours(process)
     ]
 
 
@@ -143,12 +146,12 @@ def client_of(server: Server) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=120, trust_env=False)
 
 
-def path(answer: httpx.Response) -> str:
-    return httpx.URL(answer.json()["status_url"]).path
+def path(response: httpx.Response) -> str:
+    return httpx.URL(response.json()["status_url"]).path
 
 
 def digest(client: httpx.Client, status_path: str) -> str:
-    """Wait for a request to end well; what its picture's bytes come to."""
+    """Wait until a request succeeds; return the SHA-256 of its image file."""
     assert completed(client, status_path).get("error") is None
     (image,) = client.get(status_path.removesuffix("/status")).json()["images"]
     return hashlib.sha256(client.get(httpx.URL(image["url"]).path).raise_for_status().content).hexdigest()
@@ -160,8 +163,8 @@ def gpus(client: httpx.Client) -> list[dict[str, Any]]:
 
 
 def until(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
-    """Wait until the GPUs are in these states; the test's own time limit ends it."""
+    """Wait until the GPUs are in these states; only the test's time limit ends the wait."""
     while True:
-        seen = gpus(client)
-        if sorted(gpu["state"] for gpu in seen) == sorted(states):
-            return seen
+        current = gpus(client)
+        if sorted(gpu["state"] for gpu in current) == sorted(states):
+            return current

@@ -1,4 +1,4 @@
-"""How often a test is done: a few rounds in `make test`, many in `make soak`."""
+"""Numbers of rounds of a repeated test: few in `make test`, many in `make soak`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def rounds(few: int, many: int) -> list[Any]:
-    """The numbers of the rounds, which seed whatever is random in them; those of the soak carry its marker."""
+    """List the rounds' numbers, which tests use as random seeds; the additional `many` are marked as soak."""
     return [
         *range(few),
         *(pytest.param(number, marks=pytest.mark.soak, id=f"soak-{number}") for number in range(many)),

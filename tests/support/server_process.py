@@ -1,4 +1,4 @@
-"""A real server in a process of its own, on free ports."""
+"""A real server in a separate process, on free ports."""
 
 import os
 import re
@@ -18,14 +18,14 @@ from pydantic_core import from_json
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent / "models"
 
-#: `TEST_RAY=local pytest ...` runs the same tests on runners of Ray's.
+#: `TEST_RAY=local pytest ...` runs the same tests with runners on Ray.
 CLUSTER = {"RAY": os.environ["TEST_RAY"], "GPUS": "1"} if "TEST_RAY" in os.environ else {}
-#: As WEIGHTS: the test models alone. Without torch a server starts at once.
+#: A value of WEIGHTS: the test models only. Without torch a server starts at once.
 TEST_MODELS = "test/null=demo"
 
 
 class Server:
-    """A running `flux-server serve`; `within` is a command that runs it somewhere else, such as nsenter."""
+    """A running `flux-server serve`; `within` is a command to run it in another environment, such as nsenter."""
 
     def __init__(self, data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> None:
         self.data_dir = data_dir
@@ -46,68 +46,68 @@ class Server:
             text=True,
         )
         self.lines: list[str] = []
-        self._said = threading.Condition()
-        self._is_over = False
+        self._output_changed = threading.Condition()
+        self._has_ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def environment(self) -> dict[str, str]:
-        """The environment of the server: the machine's, without what would change the server."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
-        return {**clean, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
+        """Return the server's environment: this process's environment without variables that change the server."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
+        return {**inherited, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
 
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            with self._said:
+            with self._output_changed:
                 self.lines.append(line)
-                self._said.notify_all()
-        with self._said:
-            self._is_over = True
-            self._said.notify_all()
+                self._output_changed.notify_all()
+        with self._output_changed:
+            self._has_ended = True
+            self._output_changed.notify_all()
 
     def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
-        """Wait until the server says this; raises when it ends or is silent instead."""
-        with self._said:
-            self._said.wait_for(lambda: self._is_over or re.search(pattern, self.output), seconds)
+        """Wait for output that matches `pattern`; fail if the server ends or prints no match within `seconds`."""
+        with self._output_changed:
+            self._output_changed.wait_for(lambda: self._has_ended or re.search(pattern, self.output), seconds)
             found = re.search(pattern, self.output)
-        assert found, f"the server did not say {pattern!r} but:\n{self.output}"
+        assert found, f"no match of {pattern!r} in the server's output:\n{self.output}"
         return found
 
     @property
     def output(self) -> str:
-        """All it said."""
+        """All output up to now."""
         return "".join(self.lines)
 
     @property
     def url(self) -> str:
-        """Its plain address."""
+        """The URL for plain HTTP."""
         return self.wait_for(r"listens on (http://\S+)")[1]
 
     @property
     def tls_host(self) -> str:
-        """Its TLS address as fal-client wants it: host and port."""
+        """Host and port for TLS, as fal-client expects them."""
         return "localhost:" + self.wait_for(r"and https://[^:]+:(\d+)")[1]
 
     def ready(self) -> "Server":
-        """Wait until it can paint."""
+        """Wait until the server can generate images."""
         self.wait_for(r"ready \[server\.worker\.worker\]|\"message\": \"ready\"")
         return self
 
     def kill(self) -> None:
-        """As kill -9 does."""
+        """Send SIGKILL and wait for the end."""
         self.process.kill()
         self.process.wait()
 
     def stop(self, seconds: float = 60) -> int:
-        """As an operator does; returns the exit code."""
+        """Send SIGTERM, as an operator does; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
 
 @contextmanager
 def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> Iterator[Server]:
-    """A server for as long as the block lasts, which then ends whatever way it must."""
+    """Run a server until the block ends; kill it then if it still runs."""
     server = Server(data_dir, *weights, within=within, **settings)
     try:
         yield server
@@ -120,7 +120,7 @@ def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **setting
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has, where 0 stands for off."""
+    """Find a free port, for settings where port 0 means off."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -128,14 +128,17 @@ def free_port() -> int:
 
 @contextmanager
 def with_door(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
-    """A server that paints, with TLS and the CONNECT door."""
+    """Run a ready server with TLS and the CONNECT proxy."""
     ports = {name: str(free_port()) for name in ("port", "tls_port", "proxy_port")}
     with serving(data_dir, *weights, **{**ports, **settings}) as running:
         yield running.ready()
 
 
 class Gate:
-    """The named pipe that test/gate waits at: held open here, so that neither side ever waits to open it."""
+    """The named pipe that test/gate reads from.
+
+    It is held open here, so neither side ever blocks in opening it.
+    """
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
@@ -143,11 +146,11 @@ class Gate:
         self._descriptor = os.open(path, os.O_RDWR)
 
     def let(self, steps: int) -> None:
-        """Let this many steps go."""
+        """Let the model take this many steps."""
         os.write(self._descriptor, b"." * steps)
 
     def open(self) -> None:
-        """Let all go, also those who come later: without its pipe a job fails at once."""
+        """Release all waiting jobs. Later jobs fail at once, because the pipe no longer exists."""
         if self.path.exists():
             self.path.unlink()
             os.close(self._descriptor)
@@ -155,7 +158,7 @@ class Gate:
 
 @contextmanager
 def gated(path: Path) -> Iterator[Gate]:
-    """A gate that is open at the end, so that a failed test holds up nobody."""
+    """Create a gate and open it at the end, so that a failed test blocks no other test."""
     gate = Gate(path)
     try:
         yield gate
@@ -164,7 +167,7 @@ def gated(path: Path) -> Iterator[Gate]:
 
 
 def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
-    """Each event of the status stream, with the new log lines."""
+    """Yield each event of the status stream, with the new log lines."""
     with client.stream("GET", f"{status_url}/stream", params={"logs": "1"}, timeout=60) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -172,12 +175,12 @@ def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
 
 
 def in_progress(client: httpx.Client, status_url: str) -> dict[str, Any]:
-    """Wait until a job was claimed."""
+    """Wait until a job has been claimed; return its status."""
     return next(status for status in statuses(client, status_url) if status["status"] != "IN_QUEUE")
 
 
 def completed(client: httpx.Client, status_url: str) -> dict[str, Any]:
-    """Follow the status stream to its end; returns the last status."""
+    """Follow the status stream to its end; return the last status."""
     last: dict[str, Any] = {}
     for status in statuses(client, status_url):
         last = status

@@ -1,4 +1,4 @@
-"""The page docs/settings.md, rendered from the settings themselves: `python -m tests.support.settings_page`."""
+"""A generator of docs/settings.md from the settings themselves: `python -m tests.support.settings_page`."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ _FOOT = (
 
 #: Defaults that depend on the environment.
 _DEFAULTS = {"data_dir": "`$XDG_DATA_HOME/flux-server`, else `~/.local/share/flux-server`"}
-#: Further sentences, with links to the page that explains the setting.
+#: Sentences added to a description, most with a link to the page that explains the setting.
 _NOTES = {
     "weights": "See [Weights and memory](weights-and-memory.md).",
     "tls_port": "fal's Python client needs HTTPS.",
@@ -47,7 +47,7 @@ _NOTES = {
     "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",
     "models_dir": "See [Adding an endpoint](adding-an-endpoint.md).",
 }
-#: Parts of a description that are typed as they stand.
+#: Parts of a description that users type as they are; the page shows them as code.
 _LITERAL = re.compile(
     r"--[a-z-]+|\bFAL_KEY\b|X-[A-Za-z-]+\*?|(?<= )/[a-z]+\b|\b[A-Z]+=[A-Z]+\b|\d+(?:\.\d+){3}/\d+|whsec_\.{3}"
 )
@@ -60,9 +60,9 @@ def page() -> str:
 
 
 def _row(name: str, field: Any) -> str:
-    told = _LITERAL.sub(r"`\g<0>`", field.description).replace("|", "\\|")
+    description = _LITERAL.sub(r"`\g<0>`", field.description).replace("|", "\\|")
     cells = (_option(name, field), f"`{PREFIX}{name.upper()}`", _DEFAULTS.get(name) or _default(field.default))
-    return f"| {' | '.join((*cells, ' '.join(filter(None, (told, _NOTES.get(name))))))} |\n"
+    return f"| {' | '.join((*cells, ' '.join(filter(None, (description, _NOTES.get(name))))))} |\n"
 
 
 def _option(name: str, field: Any) -> str:

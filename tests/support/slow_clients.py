@@ -1,4 +1,4 @@
-"""Clients that take too long, many at a time, and when each of them was closed."""
+"""Many concurrent clients that are too slow, with the time until the server closes each connection."""
 
 import contextlib
 import resource
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Kind:
-    """What it says at first, whether it says a byte more now and then, and whether it reads."""
+    """A kind of slow client: what it sends first, whether it then sends single bytes, and whether it reads."""
 
     first: bytes
     drips: bool = False
     reads: bool = True
 
 
-#: Whoever is late with a header, and whoever is late with a body or does not read an answer.
+#: Clients that do not finish their request header. `in_body` has those that do, but stop later.
 IN_HEADER: Mapping[str, Kind] = {
     "silent": Kind(b""),
     "half a header": Kind(b"GET / HTTP/1.1\r\nHost: he"),
@@ -33,21 +33,24 @@ DRIPPED_BODY = Kind(
 
 
 def in_body(large: str) -> dict[str, Kind]:
-    """The others; `large` is the path of more than any buffer holds."""
+    """Return the clients that do not finish a body or do not read a response.
+
+    `large` is the path of a file that is larger than all buffers.
+    """
     unread = Kind(f"GET {large} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), reads=False)
     return {"dripped body": DRIPPED_BODY, "never reads": unread}
 
 
 @dataclass
 class SlowClients:
-    """Connections of these kinds, as many of each, for as long as the block lasts."""
+    """`number` connections of each of these kinds, open until the block ends."""
 
     port: int
     kinds: Mapping[str, Kind]
     number: int
-    #: Seconds between one of each kind and the next.
+    #: Seconds between two connections of the same kind.
     pace: float = 0.0
-    #: By kind, the seconds until each was closed.
+    #: For each kind, the seconds until the server closed each connection.
     closed: dict[str, list[float]] = field(default_factory=dict)
 
     def __enter__(self) -> "SlowClients":
@@ -59,26 +62,26 @@ class SlowClients:
             wait.wait(self.pace)
             for name, kind in self.kinds.items():
                 connection = socket.socket()
-                # As little as the system allows, so that an answer has nowhere to go.
+                # The smallest buffer that the system allows, so that a response does not fit into it.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
                 connection.connect(("127.0.0.1", self.port))
                 connection.sendall(kind.first)
                 self._open[connection.fileno()] = (name, connection, time.monotonic())
-                # Its end is told in any case.
+                # epoll reports the end of a connection even with an empty mask.
                 self._poller.register(connection, select.EPOLLIN if kind.reads else 0)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _, held, _ in self._open.values():
-            held.close()
+        for _, connection, _ in self._open.values():
+            connection.close()
         self._poller.close()
 
     def watch(self, drip_seconds: float, seconds: float) -> None:
-        """Drip, and note who is closed, until all are or the time is over."""
-        until, next_drip = time.monotonic() + seconds, 0.0
-        while self._open and time.monotonic() < until:
+        """Send bytes and record closed connections until all are closed or `seconds` have passed."""
+        deadline, next_drip = time.monotonic() + seconds, 0.0
+        while self._open and time.monotonic() < deadline:
             for descriptor, _ in self._poller.poll(drip_seconds):
-                # Nobody is answered: what is there to read is the end.
+                # No client gets a response, so a readable connection is a closed one.
                 name, connection, opened_at = self._open.pop(descriptor)
                 self.closed[name].append(time.monotonic() - opened_at)
                 self._poller.unregister(descriptor)
@@ -90,14 +93,14 @@ class SlowClients:
     def _drip(self) -> None:
         for name, connection, _ in self._open.values():
             if self.kinds[name].drips:
-                # One that was closed is told of by the poller.
+                # The poller reports a connection that was closed.
                 with contextlib.suppress(OSError):
                     connection.send(b"a")
 
 
 @contextlib.contextmanager
 def few_files(number: int) -> Iterator[None]:
-    """What is started meanwhile may open so many files at first."""
+    """Limit the open files of processes started in the block to `number`, as a soft limit that they may raise."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
     try:

@@ -1,4 +1,4 @@
-"""A FLUX of a few thousand random weights, and how it is painted with, step by step."""
+"""A FLUX pipeline with a few thousand random weights, and functions that run it step by step."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ from models.flux_dev import FluxDevInput
 from models.loading.specs import DEMO
 
 TEXT_WIDTH = 16
-#: Of its pictures: 8 pixels a latent, 2 x 2 latents a token.
+#: Pixels for each image token: a latent covers 8 x 8 pixels, a token 2 x 2 latents.
 PIXELS_A_TOKEN = 256
 
 
 class CallsAllSafe:
-    """A safety checker that finds nothing."""
+    """A safety checker that flags no image."""
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        return [False] * len(pictures)
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
+        return [False] * len(images)
 
 
 def transformer(dtype: torch.dtype = torch.float32, **changes: Any) -> FluxTransformer2DModel:
-    """FLUX's own kind, with small dimensions."""
+    """Build FLUX's transformer with small dimensions; the weights are the same each time."""
     torch.manual_seed(7)
     settings = {
         "in_channels": 16,
@@ -47,7 +47,7 @@ def transformer(dtype: torch.dtype = torch.float32, **changes: Any) -> FluxTrans
 
 
 def autoencoder() -> AutoencoderKL:
-    """FLUX's own kind, with small dimensions."""
+    """Build FLUX's autoencoder with small dimensions."""
     return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -63,45 +63,51 @@ def autoencoder() -> AutoencoderKL:
 
 
 def pipeline(dtype: torch.dtype = torch.float32, *, guidance: bool = True, dynamic_shift: bool = True) -> FluxPipeline:
-    """FluxPipeline as diffusers makes it; the same weights each time."""
-    flow = transformer(guidance_embeds=guidance)
-    words, more_words = (
+    """Build a FluxPipeline with diffusers; the weights are the same each time."""
+    flow_transformer = transformer(guidance_embeds=guidance)
+    clip_tokenizer, t5_tokenizer = (
         CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
         T5TokenizerFast.from_pretrained(DEMO / "tokenizer_2"),
     )
-    clip = CLIPTextConfig(
-        vocab_size=len(words),
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=TEXT_WIDTH,
         num_hidden_layers=1,
         num_attention_heads=2,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
     )
-    t5 = T5Config(vocab_size=len(more_words), d_model=TEXT_WIDTH, d_kv=8, d_ff=TEXT_WIDTH, num_layers=1, num_heads=2)
-    made = FluxPipeline(
+    t5_config = T5Config(
+        vocab_size=len(t5_tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=TEXT_WIDTH, num_layers=1, num_heads=2
+    )
+    built = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic_shift else 1.0, use_dynamic_shifting=dynamic_shift),
         autoencoder(),
-        CLIPTextModel(clip),
-        words,
-        T5EncoderModel(t5),
-        more_words,
-        flow,
+        CLIPTextModel(clip_config),
+        clip_tokenizer,
+        T5EncoderModel(t5_config),
+        t5_tokenizer,
+        flow_transformer,
     ).to(dtype)
-    for part in (made.vae, made.text_encoder, made.text_encoder_2):
-        part.eval()
-    made.set_progress_bar_config(disable=True)
-    return made
+    for component in (built.vae, built.text_encoder, built.text_encoder_2):
+        component.eval()
+    built.set_progress_bar_config(disable=True)
+    return built
 
 
-def tiers_of(flow: Any) -> list[Tier]:
-    """All three, on one transformer."""
-    return [Tier("none", flow), Tier("regular", flow, shares_forwards=True), Tier("high", flow, skips_blocks=True)]
+def tiers_of(flow_transformer: Any) -> list[Tier]:
+    """Build all three tiers on one transformer."""
+    return [
+        Tier("none", flow_transformer),
+        Tier("regular", flow_transformer, shares_forwards=True),
+        Tier("high", flow_transformer, skips_blocks=True),
+    ]
 
 
 class SharesAlways(Sharing):
-    """Every forward that can be shared is, whatever it costs."""
+    """A sharing policy that shares every forward it can, whatever the cost."""
 
     def __init__(self) -> None:
         super().__init__(lambda: 0.0)
@@ -111,59 +117,59 @@ class SharesAlways(Sharing):
 
 
 def engine(dtype: torch.dtype = torch.float32, **settings: Any) -> FluxEngine:
-    """An engine with all three tiers, which shares every forward that can be shared."""
-    parts = pipeline(dtype, **settings)
-    return FluxEngine(parts, CallsAllSafe(), tiers_of(parts.transformer), "cpu", sharing=SharesAlways())
+    """Build an engine with all three tiers that shares every forward it can."""
+    tiny_pipeline = pipeline(dtype, **settings)
+    return FluxEngine(tiny_pipeline, CallsAllSafe(), tiers_of(tiny_pipeline.transformer), "cpu", sharing=SharesAlways())
 
 
 def asked(prompt: str = "a red apple", width: int = 64, height: int = 64, **more: Any) -> FluxDevInput:
-    """A request of two steps, unless said otherwise."""
+    """Build a request; it has two steps unless `more` says otherwise."""
     size = {"width": width, "height": height}
     return FluxDevInput.model_validate({"prompt": prompt, "image_size": size, "num_inference_steps": 2, **more})
 
 
-def stepped(engine: FluxEngine, painting: FluxTask) -> FluxTask:
-    """The painting, after its last step."""
-    while painting.step < painting.num_steps:
-        engine.advance(painting)
-    return painting
+def stepped(engine: FluxEngine, task: FluxTask) -> FluxTask:
+    """Take all remaining steps of the task; return the task."""
+    while task.step < task.num_steps:
+        engine.advance(task)
+    return task
 
 
-def finished(engine: FluxEngine, painting: FluxTask) -> list[Image]:
-    """Its pictures, after all the steps that it lacks."""
-    stepped(engine, painting)
-    while not painting.is_decoded:
-        engine.decode(painting)
-    return painting.images
+def finished(engine: FluxEngine, task: FluxTask) -> list[Image]:
+    """Take all remaining steps of the task, decode it, and return its images."""
+    stepped(engine, task)
+    while not task.is_decoded:
+        engine.decode(task)
+    return task.images
 
 
 def latents_of(engine: FluxEngine, request: FluxDevInput, seed: int) -> torch.Tensor:
-    """The latents of its one picture, painted alone."""
-    (generation,) = stepped(engine, engine.start(request, seed)).samples
-    latents: torch.Tensor = generation.latents
+    """Run the request alone; return the latents of its only image."""
+    (sample,) = stepped(engine, engine.start(request, seed)).samples
+    latents: torch.Tensor = sample.latents
     return latents
 
 
 def painted(engine: FluxEngine, request: FluxDevInput, seed: int) -> list[Image]:
-    """Its pictures, painted alone."""
+    """Run the request alone; return its images."""
     return finished(engine, engine.start(request, seed))
 
 
 def difference(one: Image, other: Image) -> int:
-    """The greatest, of 255."""
+    """Return the greatest difference between two pixel values, 0 to 255."""
     return int(numpy.abs(numpy.asarray(one, dtype=int) - numpy.asarray(other, dtype=int)).max())
 
 
 @contextmanager
 def batches(module: Any) -> Iterator[list[int]]:
-    """How many generations went through each forward of this transformer."""
-    seen: list[int] = []
+    """Record the batch size of each forward of this transformer."""
+    sizes: list[int] = []
 
-    def look(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        seen.append(len(inputs["hidden_states"]))
+    def record(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["hidden_states"]))
 
-    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    hook = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield seen
+        yield sizes
     finally:
         hook.remove()

@@ -1,6 +1,6 @@
-"""Notes every name that a Python program looks up and every address that it turns to: put first on PYTHONPATH.
+"""A recorder of every host that a Python program looks up or connects to; put its directory first on PYTHONPATH.
 
-Python imports it by itself. It also takes the waiting out of a client that tries again and again.
+Python imports this module automatically. It also removes the waits between a client's retries.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+#: Audit events, each with the index of the argument that has the host.
 _EVENTS = {
     "socket.connect": 1,
     "socket.sendto": 1,
@@ -16,17 +17,17 @@ _EVENTS = {
     "socket.gethostbyname": 0,
     "socket.gethostbyaddr": 0,
 }
-_notes = os.open(os.environ["CANARY"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+_log = os.open(os.environ["CANARY"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
     if event in _EVENTS:
-        told = arguments[_EVENTS[event]]
-        # A Unix socket leads nowhere.
-        if not isinstance(told, str) or event != "socket.connect":
-            host = told[0] if isinstance(told, tuple) else told
-            os.write(_notes, f"{host}\n".encode())
+        address = arguments[_EVENTS[event]]
+        # The string that a Unix socket connects to is a path; no other machine is reached.
+        if not isinstance(address, str) or event != "socket.connect":
+            host = address[0] if isinstance(address, tuple) else address
+            os.write(_log, f"{host}\n".encode())
 
 
-sys.addaudithook(_note)
+sys.addaudithook(_record)
 time.sleep = lambda seconds: None

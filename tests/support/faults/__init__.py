@@ -1,1 +1,1 @@
-"""Ways to go wrong, on purpose."""
+"""Models and hooks that fail on purpose."""

@@ -1,4 +1,4 @@
-"""Named moments in the life of a request at which a server can be made to die, as by kill -9."""
+"""Named points of a request at which tests kill the server with SIGKILL."""
 
 import importlib
 import itertools
@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """Before or after the n-th call of a function; `is_acknowledged`: whether the client has its answer by then."""
+    """A point before or after the n-th call of a function.
+
+    `is_acknowledged` says whether the client has its response by then.
+    """
 
     module: str
     name: str
@@ -29,6 +32,7 @@ def _after(module: str, name: str, number: int = 1, *, is_acknowledged: bool = T
     return Point(module, name, False, number, is_acknowledged)
 
 
+#: Points of a request, from submission to webhook.
 POINTS = {
     "before the row is written": _before("server.queue.job_table", "insert", is_acknowledged=False),
     "before the row is committed": _after("server.queue.job_table", "insert", is_acknowledged=False),
@@ -38,8 +42,8 @@ POINTS = {
     "after the claim": _after("server.queue.queue", "Queue.claim"),
     "before the first step": _before("tests.support.fake_models", "NullEngine.advance"),
     "between steps": _after("tests.support.fake_models", "NullEngine.advance", 3),
-    "before the picture is decoded": _before("tests.support.fake_models", "NullEngine.decode"),
-    "after the picture was judged": _after("tests.support.fake_models", "NullEngine.is_unsafe"),
+    "before the image is decoded": _before("tests.support.fake_models", "NullEngine.decode"),
+    "after the safety check": _after("tests.support.fake_models", "NullEngine.is_unsafe"),
     "before the file is written": _before("server.storage.file_store", "FileStore.create"),
     "before the file has its name": _before("server.storage.file_store", "FileStore.move_in"),
     "after the first of two files": _after("server.storage.file_store", "FileStore.create", 1),
@@ -49,12 +53,12 @@ POINTS = {
     "before the webhook is sent": _before("server.webhooks.delivery", "WebhookSender._send"),
     "before the webhook's end is written": _before("server.webhooks.delivery", "WebhookSender._record"),
 }
-#: In the life of a server, after one that died of a fault of its own.
+#: Points of a server start after the previous process crashed.
 AT_START = {
-    "before the strike is committed": _after("server.queue.job_table", "count_crash"),
-    "after the strike": _before("server.queue.queue", "Queue.recover"),
+    "before the crash count is committed": _after("server.queue.job_table", "count_crash"),
+    "after the crash count": _before("server.queue.queue", "Queue.recover"),
 }
-#: In the life of an upload in parts, once they are sent.
+#: Points of a multipart upload whose parts are being sent.
 IN_UPLOAD = {
     "before a part is kept": _before("server.storage.uploads", "Uploads._take", 2, is_acknowledged=False),
     "after a part is kept": _after("server.storage.uploads", "Uploads._take", 2, is_acknowledged=False),
@@ -64,7 +68,7 @@ IN_UPLOAD = {
     "before that is committed": _after("server.storage.uploads", "insert_file_row", is_acknowledged=False),
     "before the parts are removed": _before("server.storage.uploads", "Uploads._end", is_acknowledged=False),
 }
-#: While the folder is backed up.
+#: Points of a backup of the data directory.
 IN_BACKUP = {
     "before the database is copied": _before("server.storage.database", "Database.backup_to"),
     "after the database is copied": _after("server.storage.database", "Database.backup_to"),
@@ -73,7 +77,7 @@ IN_BACKUP = {
 
 
 def arm(name: str, marker: Path) -> None:
-    """Make this process die at the point, the first time that it is reached: `marker` says that it was."""
+    """Make this process die the first time it reaches the point; the file `marker` records that it has died."""
     point = {**POINTS, **AT_START, **IN_UPLOAD, **IN_BACKUP}[name]
     holder: Any = importlib.import_module(point.module)
     *path, last = point.name.split(".")
@@ -88,7 +92,7 @@ def arm(name: str, marker: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def dying(*arguments: Any, **options: Any) -> Any:
-        # Of this call: others may come while it lasts.
+        # Take the number of this call now: other calls may start before it returns.
         number = next(calls)
         if point.is_before and number == point.number:
             die()

@@ -1,31 +1,31 @@
-// Notes every name that a Node program looks up and every address that it turns to: for --require, before all others.
-// It also takes the waiting out of a client that tries again and again.
+// Records every host that a Node program looks up or connects to; load it with --require, before any other module.
+// It also shortens the waits between a client's retries.
 "use strict";
 
 const dns = require("node:dns");
 const { appendFileSync } = require("node:fs");
 const net = require("node:net");
 
-const note = (host) => appendFileSync(process.env.CANARY, `${host}\n`);
+const record = (host) => appendFileSync(process.env.CANARY, `${host}\n`);
 
 const { connect } = net.Socket.prototype;
-net.Socket.prototype.connect = function (...given) {
-  // Node itself passes on what it has made sense of as one array.
-  const [options, host] = Array.isArray(given[0]) ? given[0] : given;
-  if (typeof options !== "object") note(typeof host === "string" ? host : "localhost");
-  else if (!options.path) note(options.host ?? "localhost");
-  return connect.apply(this, given);
+net.Socket.prototype.connect = function (...args) {
+  // Node itself calls this with one array of normalised arguments.
+  const [options, host] = Array.isArray(args[0]) ? args[0] : args;
+  if (typeof options !== "object") record(typeof host === "string" ? host : "localhost");
+  else if (!options.path) record(options.host ?? "localhost");
+  return connect.apply(this, args);
 };
 
 for (const module of [dns, dns.promises]) {
   for (const name of Object.keys(module).filter((key) => /^(lookup|resolve)/.test(key))) {
     const original = module[name];
     module[name] = function (host, ...rest) {
-      note(host);
+      record(host);
       return original.call(this, host, ...rest);
     };
   }
 }
 
 const { setTimeout: wait } = globalThis;
-globalThis.setTimeout = (act, milliseconds, ...rest) => wait(act, Math.min(milliseconds, 1), ...rest);
+globalThis.setTimeout = (callback, milliseconds, ...rest) => wait(callback, Math.min(milliseconds, 1), ...rest);

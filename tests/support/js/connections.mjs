@@ -1,11 +1,11 @@
-// Every way to open a TLS connection in Node: which certificate is found at the end of each.
+// Each way to open a TLS connection in Node; prints the issuer of the certificate and other facts of each connection.
 import https from "node:https";
 import http2 from "node:http2";
 import tls, { connect } from "node:tls";
 
 const host = process.argv[2];
 
-const secured = (socket) =>
+const inspect = (socket) =>
   new Promise((resolve, reject) => {
     socket.once("error", reject);
     socket.once("secureConnect", () => {
@@ -16,24 +16,24 @@ const secured = (socket) =>
     });
   });
 
-const requested = (options) =>
+const get = (options) =>
   new Promise((resolve, reject) => {
     const request = https.get(options, (response) => resolve({ status: response.statusCode, ...response.resume() }));
     request.once("error", reject);
   });
 
 const ways = {
-  "tls.connect(options)": () => secured(tls.connect({ host, port: 443, servername: host })),
-  "tls.connect(options, listener)": () => secured(tls.connect({ host, port: 443, servername: host }, () => {})),
-  "tls.connect(port, host)": () => secured(tls.connect(443, host)),
-  "tls.connect(port, host, listener)": () => secured(tls.connect(443, host, () => {})),
-  "tls.connect(port, host, options)": () => secured(tls.connect(443, host, { servername: host })),
-  "tls.connect(port, host, options, listener)": () => secured(tls.connect(443, host, { servername: host }, () => {})),
-  "tls.connect(port, options)": () => secured(tls.connect(443, { host, servername: host })),
-  "tls.connect(port, options, listener)": () => secured(tls.connect(443, { host, servername: host }, () => {})),
-  "import { connect }": () => secured(connect({ host, port: 443, servername: host })),
-  "https.get(url)": async () => ({ status: (await requested(`https://${host}/health`)).status }),
-  "https.get(options)": async () => ({ status: (await requested({ host, path: "/health", agent: false })).status }),
+  "tls.connect(options)": () => inspect(tls.connect({ host, port: 443, servername: host })),
+  "tls.connect(options, listener)": () => inspect(tls.connect({ host, port: 443, servername: host }, () => {})),
+  "tls.connect(port, host)": () => inspect(tls.connect(443, host)),
+  "tls.connect(port, host, listener)": () => inspect(tls.connect(443, host, () => {})),
+  "tls.connect(port, host, options)": () => inspect(tls.connect(443, host, { servername: host })),
+  "tls.connect(port, host, options, listener)": () => inspect(tls.connect(443, host, { servername: host }, () => {})),
+  "tls.connect(port, options)": () => inspect(tls.connect(443, { host, servername: host })),
+  "tls.connect(port, options, listener)": () => inspect(tls.connect(443, { host, servername: host }, () => {})),
+  "import { connect }": () => inspect(connect({ host, port: 443, servername: host })),
+  "https.get(url)": async () => ({ status: (await get(`https://${host}/health`)).status }),
+  "https.get(options)": async () => ({ status: (await get({ host, path: "/health", agent: false })).status }),
   "fetch(url)": async () => ({ status: (await fetch(`https://${host}/health`)).status }),
   "http2.connect(url)": () =>
     new Promise((resolve, reject) => {
@@ -47,8 +47,8 @@ const ways = {
     }),
 };
 
-const said = {};
-for (const [name, way] of Object.entries(ways)) {
-  said[name] = await way().catch((error) => ({ failed: String(error) }));
+const results = {};
+for (const [name, connectOnce] of Object.entries(ways)) {
+  results[name] = await connectOnce().catch((error) => ({ failed: String(error) }));
 }
-console.log(JSON.stringify(said));
+console.log(JSON.stringify(results));

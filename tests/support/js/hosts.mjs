@@ -1,11 +1,11 @@
-// Every kind of client in Node, turned to each host that is named: what it was answered, or why it failed.
+// Requests to each host given as an argument, by each Node HTTP client; prints each response or error as JSON.
 import http from "node:http";
 import https from "node:https";
 
 import { fetch as undiciFetch, request as undiciRequest } from "undici";
 import WebSocket from "ws";
 
-const requested = (module, url) =>
+const getWith = (module, url) =>
   new Promise((resolve, reject) => {
     const request = module.get(url, (response) => {
       let text = "";
@@ -14,12 +14,12 @@ const requested = (module, url) =>
     request.once("error", reject);
   });
 
-const fetched = async (fetching, url) => {
-  const response = await fetching(url);
+const fetchWith = async (fetchFunction, url) => {
+  const response = await fetchFunction(url);
   return { status: response.status, text: await response.text() };
 };
 
-const opened = (url) =>
+const openWebSocket = (url) =>
   new Promise((resolve, reject) => {
     const socket = new WebSocket(url);
     socket.once("unexpected-response", (_, response) => resolve({ status: response.statusCode, text: "" }));
@@ -27,25 +27,25 @@ const opened = (url) =>
     socket.once("error", reject);
   });
 
-const ways = {
-  fetch: (host) => fetched(fetch, `https://${host}/made/up`),
-  "fetch, plain": (host) => fetched(fetch, `http://${host}/made/up`),
-  "undici fetch": (host) => fetched(undiciFetch, `https://${host}/made/up`),
+const clients = {
+  fetch: (host) => fetchWith(fetch, `https://${host}/made/up`),
+  "fetch, plain": (host) => fetchWith(fetch, `http://${host}/made/up`),
+  "undici fetch": (host) => fetchWith(undiciFetch, `https://${host}/made/up`),
   "undici request": async (host) => {
     const { statusCode, body } = await undiciRequest(`https://${host}/made/up`);
     return { status: statusCode, text: await body.text() };
   },
-  "http.request": (host) => requested(http, `http://${host}/made/up`),
-  "https.request": (host) => requested(https, `https://${host}/made/up`),
-  WebSocket: (host) => opened(`wss://${host}/made/up`),
-  "WebSocket, plain": (host) => opened(`ws://${host}/made/up`),
+  "http.request": (host) => getWith(http, `http://${host}/made/up`),
+  "https.request": (host) => getWith(https, `https://${host}/made/up`),
+  WebSocket: (host) => openWebSocket(`wss://${host}/made/up`),
+  "WebSocket, plain": (host) => openWebSocket(`ws://${host}/made/up`),
 };
 
-const said = {};
+const results = {};
 for (const host of process.argv.slice(2)) {
-  for (const [name, way] of Object.entries(ways)) {
-    said[`${name}: ${host}`] = await way(host).catch((error) => ({ failed: String(error.cause ?? error) }));
+  for (const [name, send] of Object.entries(clients)) {
+    results[`${name}: ${host}`] = await send(host).catch((error) => ({ failed: String(error.cause ?? error) }));
   }
 }
-console.log(JSON.stringify(said));
+console.log(JSON.stringify(results));
 process.exit(0);

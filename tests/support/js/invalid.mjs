@@ -1,10 +1,10 @@
-// Requests that cannot be served, by every door.
-import { atOnce, fal, failureOf, say } from "./sdk.mjs";
+// Requests that the server cannot serve, with each kind of call.
+import { failureOf, fal, instantInput, printResult } from "./sdk.mjs";
 
 const input = { prompt: "an apple", num_inference_steps: 51, image_size: "huge" };
 const endpoint = "fal-ai/flux/dev";
 const unknown = { requestId: crypto.randomUUID() };
-say({
+printResult({
   invalid: {
     run: await failureOf(fal.run(endpoint, { input })),
     submit: await failureOf(fal.queue.submit(endpoint, { input })),
@@ -12,8 +12,10 @@ say({
     stream: await failureOf(fal.stream(endpoint, { input }).then((stream) => stream.done())),
   },
   missing: await failureOf(fal.run(endpoint, { input: { seed: 1 } })),
-  failed: await failureOf(fal.subscribe("test/raises", { input: { ...atOnce, prompt: "told" }, pollInterval: 20 })),
-  failedStream: await failureOf(fal.stream("test/raises", { input: atOnce }).then((stream) => stream.done())),
+  failed: await failureOf(
+    fal.subscribe("test/raises", { input: { ...instantInput, prompt: "told" }, pollInterval: 20 }),
+  ),
+  failedStream: await failureOf(fal.stream("test/raises", { input: instantInput }).then((stream) => stream.done())),
   noSuchRequest: await failureOf(fal.queue.status(endpoint, unknown)),
-  noSuchEndpoint: await failureOf(fal.queue.submit("fal-ai/flux/nowhere", { input: atOnce })),
+  noSuchEndpoint: await failureOf(fal.queue.submit("fal-ai/flux/nowhere", { input: instantInput })),
 });

@@ -1,9 +1,9 @@
-// A web page's own code: @fal-ai/client in a browser, with a proxyUrl and no key.
+// The code of a web page: @fal-ai/client in a browser, with a proxyUrl and no key.
 import { fal } from "@fal-ai/client";
 
 const input = { prompt: "a red apple", seed: 7, num_inference_steps: 3, image_size: { width: 64, height: 64 } };
 
-// Whether the page can show a picture, as an <img> does.
+// Whether the page can show the image in an <img>.
 const isShown = (url) =>
   new Promise((resolve) => {
     const image = new Image();
@@ -12,14 +12,14 @@ const isShown = (url) =>
     image.src = url;
   });
 
-async function streamed(endpoint) {
+async function generateStream(endpoint) {
   const stream = await fal.stream(endpoint, { input });
   const events = [];
   for await (const event of stream) events.push(event);
   return { requestId: stream.requestId, events, output: await stream.done() };
 }
 
-async function refused(endpoint) {
+async function sendInvalid(endpoint) {
   try {
     await fal.run(endpoint, { input: { prompt: 5 } });
     return null;
@@ -44,10 +44,10 @@ window.paint = async (proxyUrl, endpoint) => {
     subscribed,
     followed,
     ran,
-    streamed: await streamed(endpoint),
-    refused: await refused(endpoint),
+    streamed: await generateStream(endpoint),
+    refused: await sendInvalid(endpoint),
     uploaded,
-    // Read back by the page itself, across origins.
+    // Fetched by the page itself, across origins.
     found: await (await fetch(uploaded)).text(),
     isShown: await isShown(subscribed.data.images[0].url),
   };

@@ -1,20 +1,20 @@
-// What test/copy answers to a picture that comes in each way; a Blob in the input is uploaded by the SDK itself.
+// The output of test/copy for an image in each possible form. The SDK itself uploads a Blob in the input.
 import { readFileSync } from "node:fs";
 
-import { fal, say } from "./sdk.mjs";
+import { fal, printResult } from "./sdk.mjs";
 
 const [path, hosted] = process.argv.slice(2);
 const bytes = readFileSync(path);
-const ways = {
+const sources = {
   hosted,
   "data URI": `data:image/png;base64,${bytes.toString("base64")}`,
   uploaded: await fal.storage.upload(new File([bytes], "in.png", { type: "image/png" })),
   "a Blob": new Blob([bytes], { type: "image/png" }),
 };
-const answers = {};
-for (const [name, url] of Object.entries(ways)) {
+const outputs = {};
+for (const [name, url] of Object.entries(sources)) {
   const input = { prompt: "", image_url: url, output_format: "png" };
   const result = await fal.subscribe("test/copy", { input, pollInterval: 20 });
-  answers[name] = result.data ?? result;
+  outputs[name] = result.data ?? result;
 }
-say(answers);
+printResult(outputs);

@@ -1,8 +1,8 @@
-// Realtime with the SDK's own token: two pictures in one session, then an input that is refused. The SDK says
-// wss://fal.run whatever it was told, so its WebSocket takes it to the server in argv[2] instead.
+// Realtime with the SDK's own token: two images in one session, then an input that is refused. The SDK connects to
+// wss://fal.run whatever its configuration, so this WebSocket replaces that host by the server in argv[2].
 import WebSocket from "ws";
 
-import { atOnce, fal, say } from "./sdk.mjs";
+import { fal, instantInput, printResult } from "./sdk.mjs";
 
 const urls = [];
 globalThis.WebSocket = class extends WebSocket {
@@ -14,31 +14,31 @@ globalThis.WebSocket = class extends WebSocket {
 
 const results = [];
 const errors = [];
-let heard = () => {};
+let onAnswer = () => {};
 
 const connection = fal.realtime.connect("test/null", {
   maxBuffering: 5,
   throttleInterval: 0,
   onResult: (result) => {
     results.push(result);
-    heard(result);
+    onAnswer(result);
   },
   onError: (error) => {
     errors.push(String(error));
-    heard(error.body);
+    onAnswer(error.body);
   },
 });
 
-const sent = (input, isLast) =>
+const send = (input, isLast) =>
   new Promise((resolve) => {
-    heard = (answer) => isLast(answer) && resolve(answer);
+    onAnswer = (answer) => isLast(answer) && resolve(answer);
     connection.send(input);
   });
 
-await sent({ ...atOnce, seed: 7 }, (answer) => answer.prompt === "an apple");
-await sent({ ...atOnce, prompt: "a pear" }, (answer) => answer.prompt === "a pear");
+await send({ ...instantInput, seed: 7 }, (answer) => answer.prompt === "an apple");
+await send({ ...instantInput, prompt: "a pear" }, (answer) => answer.prompt === "a pear");
 const before = [...errors];
-// The older SDK knows no error messages.
-const refused = process.env.SDK === "@fal-ai/client" ? await sent({ prompt: 5 }, (answer) => answer?.error) : null;
-say({ urls, results, errors: before, refused });
+// The older SDK does not support error messages.
+const refused = process.env.SDK === "@fal-ai/client" ? await send({ prompt: 5 }, (answer) => answer?.error) : null;
+printResult({ urls, results, errors: before, refused });
 process.exit(0);

@@ -1,4 +1,4 @@
-// The SDK named in $SDK, pointed at the server by the line in $POINTING, and what the scripts share.
+// The SDK named in $SDK, pointed at the server by the line in $POINTING, and functions that the scripts share.
 import { createHash } from "node:crypto";
 import { appendFileSync } from "node:fs";
 
@@ -9,33 +9,40 @@ Function("fal", process.env.POINTING)(fal);
 const gate = process.argv[2];
 const small = { image_size: { width: 64, height: 64 } };
 
-// For test/null: painted at once. For test/gate: painted a step for each step(). For the real endpoint: soon.
-export const atOnce = { prompt: "an apple", ...small };
-export const gated = { prompt: gate, num_inference_steps: 3, ...small };
-export const soon = { prompt: "an apple", seed: 7, num_inference_steps: 2, enable_safety_checker: false, ...small };
+// Inputs: for test/null, which is done at once; for test/gate, which takes a step for each releaseStep(); and for the
+// real endpoint, as fast as it can be.
+export const instantInput = { prompt: "an apple", ...small };
+export const gatedInput = { prompt: gate, num_inference_steps: 3, ...small };
+export const fastInput = {
+  prompt: "an apple",
+  seed: 7,
+  num_inference_steps: 2,
+  enable_safety_checker: false,
+  ...small,
+};
 
-export const step = () => appendFileSync(gate, "x");
+export const releaseStep = () => appendFileSync(gate, "x");
 
-// The one object that the test reads: the last line of what is printed.
-export const say = (value) => console.log(JSON.stringify(value));
+// Print the one object that the test reads: it must be the last line of the output.
+export const printResult = (value) => console.log(JSON.stringify(value));
 
-export async function until(isTrue) {
+export async function waitUntil(isTrue) {
   while (!(await isTrue())) {
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 }
 
-// Poll the status of a request until it is `state`; returns that status.
-export async function untilState(endpoint, requestId, state) {
+// Poll the status of a request until it is `state`; return that status.
+export async function waitForState(endpoint, requestId, state) {
   let update;
-  await until(async () => {
+  await waitUntil(async () => {
     update = await fal.queue.status(endpoint, { requestId });
     return update.status === state;
   });
   return update;
 }
 
-// How a call failed, by the SDK's own classes; null when it did not.
+// Return the error of a failed call, with the SDK's own fields and classes; null if the call succeeded.
 export async function failureOf(promise) {
   try {
     await promise;
@@ -48,8 +55,8 @@ export async function failureOf(promise) {
   }
 }
 
-// Everything that a stream told until it was done, what its done() gave, and what `for await` gave.
-export async function heard(stream, onEvent = () => {}) {
+// Collect the events of a stream until it is done, those of `for await`, and the value of its done().
+export async function collectEvents(stream, onEvent = () => {}) {
   const events = [];
   const iterated = [];
   stream.on("data", (event) => {
@@ -60,8 +67,8 @@ export async function heard(stream, onEvent = () => {}) {
   return { events, iterated, last: await stream.done() };
 }
 
-// What is found at a picture's URL.
-export async function fetched(url) {
+// Fetch an image's URL; return facts of the response.
+export async function fetchImage(url) {
   const response = await fetch(url);
   const content = Buffer.from(await response.arrayBuffer());
   const sha256 = createHash("sha256").update(content).digest("hex");
@@ -69,8 +76,8 @@ export async function fetched(url) {
   return { url: url.slice(0, 100), status: response.status, type: response.headers.get("content-type"), sha256, magic };
 }
 
-// What a browser would see at a file's URL.
-export async function shown(url, headers = {}) {
+// Fetch a file's URL; return the parts of the response that matter to a browser.
+export async function fetchFile(url, headers = {}) {
   const response = await fetch(url, { headers });
   const type = response.headers.get("content-type");
   const disposition = response.headers.get("content-disposition");

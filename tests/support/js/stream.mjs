@@ -1,8 +1,8 @@
 // fal.stream: one progress event for each step, then the output.
-import { fal, gated, heard, say, step } from "./sdk.mjs";
+import { collectEvents, fal, gatedInput, printResult, releaseStep } from "./sdk.mjs";
 
-const stream = await fal.stream("test/gate", { input: gated });
-// Nothing is told before the first step.
-step();
-const { events, iterated, last } = await heard(stream, step);
-say({ events, iterated, last, requestId: stream.requestId });
+const stream = await fal.stream("test/gate", { input: gatedInput });
+// No event arrives before the first step.
+releaseStep();
+const { events, iterated, last } = await collectEvents(stream, releaseStep);
+printResult({ events, iterated, last, requestId: stream.requestId });

@@ -1,10 +1,10 @@
-// subscribe with logs, by polling or streaming: the request takes a step for each update heard.
-import { fal, gated, say, step } from "./sdk.mjs";
+// subscribe with logs, by polling or streaming: the request takes a step for each update received.
+import { fal, gatedInput, printResult, releaseStep } from "./sdk.mjs";
 
 const updates = [];
 let enqueued;
 const result = await fal.subscribe("test/gate", {
-  input: gated,
+  input: gatedInput,
   logs: true,
   mode: process.argv[3],
   pollInterval: 20,
@@ -15,7 +15,7 @@ const result = await fal.subscribe("test/gate", {
     // As on the endpoint's page: logs must be a list in every update of a running request.
     const messages = update.status === "IN_QUEUE" ? [] : update.logs.map((log) => log.message);
     updates.push({ status: update.status, messages });
-    if (update.status === "IN_PROGRESS") step();
+    if (update.status === "IN_PROGRESS") releaseStep();
   },
 });
-say({ enqueued, updates, result });
+printResult({ enqueued, updates, result });

@@ -1,16 +1,16 @@
-// subscribe's timeout, while the request waits behind one that does not end by itself.
-import { atOnce, fal, failureOf, gated, say, step, untilState } from "./sdk.mjs";
+// subscribe's timeout, while the request waits behind one that does not end on its own.
+import { failureOf, fal, gatedInput, instantInput, printResult, releaseStep, waitForState } from "./sdk.mjs";
 
-// In mode "streaming" the SDKs throw from a timer, where nobody can catch it.
+// In mode "streaming" the SDKs throw from a timer, where the caller cannot catch the error.
 const thrown = [];
 process.on("uncaughtException", (error) => thrown.push(error.message));
 
-const { request_id } = await fal.queue.submit("test/gate", { input: gated });
-await untilState("test/gate", request_id, "IN_PROGRESS");
+const { request_id } = await fal.queue.submit("test/gate", { input: gatedInput });
+await waitForState("test/gate", request_id, "IN_PROGRESS");
 let requestId;
 const failure = await failureOf(
   fal.subscribe("test/null", {
-    input: atOnce,
+    input: instantInput,
     mode: process.argv[3],
     timeout: 100,
     onEnqueue: (id) => {
@@ -18,7 +18,7 @@ const failure = await failureOf(
     },
   }),
 );
-const timedOut = await untilState("test/null", requestId, "COMPLETED");
-for (let count = 0; count < gated.num_inference_steps; count++) step();
-await untilState("test/gate", request_id, "COMPLETED");
-say({ failure, thrown, timedOut });
+const timedOut = await waitForState("test/null", requestId, "COMPLETED");
+for (let count = 0; count < gatedInput.num_inference_steps; count++) releaseStep();
+await waitForState("test/gate", request_id, "COMPLETED");
+printResult({ failure, thrown, timedOut });

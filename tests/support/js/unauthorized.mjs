@@ -1,4 +1,4 @@
-// A submit with whatever key the pointing or the environment has.
-import { atOnce, fal, failureOf, say } from "./sdk.mjs";
+// A submit with the key from $POINTING or from the environment.
+import { failureOf, fal, instantInput, printResult } from "./sdk.mjs";
 
-say(await failureOf(fal.queue.submit("test/null", { input: atOnce })));
+printResult(await failureOf(fal.queue.submit("test/null", { input: instantInput })));

@@ -1,5 +1,5 @@
-// Uploads of every kind, and Blobs inside the input of every call; each is fetched from its URL.
-import { atOnce, fal, say, shown } from "./sdk.mjs";
+// Uploads of each kind, and Blobs in the input of each call; every file is fetched from its URL.
+import { fal, fetchFile, instantInput, printResult } from "./sdk.mjs";
 
 const endpoint = "test/null";
 const hello = new File(["Hello, World!"], "hello.txt", { type: "text/plain" });
@@ -13,11 +13,11 @@ const files = {
 };
 const uploads = {};
 for (const [name, file] of Object.entries(files)) {
-  uploads[name] = await shown(await fal.storage.upload(file));
+  uploads[name] = await fetchFile(await fal.storage.upload(file));
 }
 
-// What the model does not know is ignored, but uploaded all the same.
-const input = { ...atOnce, prompt: hello, further: { blobs: [new Blob(["x"], { type: "image/jpeg" })] } };
+// The model ignores a field that it does not know, but the SDK uploads its Blobs all the same.
+const input = { ...instantInput, prompt: hello, further: { blobs: [new Blob(["x"], { type: "image/jpeg" })] } };
 const { request_id: requestId } = await fal.queue.submit(endpoint, { input });
 await fal.queue.streamStatus(endpoint, { requestId }).then((stream) => stream.done());
 const results = {
@@ -32,6 +32,6 @@ for (const [name, result] of Object.entries(results)) {
 }
 const inputs = {};
 for (const [name, output] of Object.entries(outputs)) {
-  inputs[name] = await shown(output.prompt);
+  inputs[name] = await fetchFile(output.prompt);
 }
-say({ uploads, inputs });
+printResult({ uploads, inputs });

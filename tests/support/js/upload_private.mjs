@@ -1,9 +1,9 @@
-// Files and pictures that only their owner may read: each is fetched without a key, and with it.
-import { atOnce, fal, say, shown } from "./sdk.mjs";
+// Files and images that only their owner may read: each is fetched without the key and with it.
+import { fal, fetchFile, instantInput, printResult } from "./sdk.mjs";
 
 const lifecycle = { expiresIn: "1h", initialAcl: { default: "forbid", rules: [{ user: "x", decision: "allow" }] } };
 const file = new File(["Hello, World!"], "hello.txt", { type: "text/plain" });
-const result = await fal.run("test/null", { input: atOnce, storageSettings: lifecycle });
+const result = await fal.run("test/null", { input: instantInput, storageSettings: lifecycle });
 const urls = {
   open: await fal.storage.upload(file),
   upload: await fal.storage.upload(file, { lifecycle }),
@@ -12,6 +12,6 @@ const urls = {
 const found = {};
 for (const [name, url] of Object.entries(urls)) {
   const key = { authorization: `Key ${process.env.FAL_KEY}` };
-  found[name] = { stranger: (await shown(url)).status, owner: (await shown(url, key)).status };
+  found[name] = { stranger: (await fetchFile(url)).status, owner: (await fetchFile(url, key)).status };
 }
-say(found);
+printResult(found);

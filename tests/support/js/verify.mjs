@@ -1,4 +1,4 @@
-// An independent receiver: which of a webhook's signatures hold, by Node's own crypto and nothing else.
+// An independent webhook receiver: says which signatures are valid, with Node's own crypto and nothing else.
 // Reads {headers, body (base64), now, secret, jwks or jwksUrl} as JSON.
 import { createHash, createHmac, createPublicKey, timingSafeEqual, verify } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -19,11 +19,12 @@ function fal() {
   return isRecent(timestamp) && isSigned(message, Buffer.from(signature, "hex"));
 }
 
-function standard(version, holds) {
+function standard(version, isValid) {
   const { "webhook-id": id, "webhook-timestamp": timestamp, "webhook-signature": signatures } = headers;
   const message = Buffer.concat([Buffer.from(`${id}.${timestamp}.`), body]);
-  const given = signatures.split(" ").filter((signature) => signature.startsWith(`${version},`));
-  return isRecent(timestamp) && given.some((one) => holds(message, Buffer.from(one.split(",")[1], "base64")));
+  const candidates = signatures.split(" ").filter((signature) => signature.startsWith(`${version},`));
+  const decoded = candidates.map((signature) => Buffer.from(signature.split(",")[1], "base64"));
+  return isRecent(timestamp) && decoded.some((signature) => isValid(message, signature));
 }
 
 function isHashed(message, signature) {

@@ -1,4 +1,4 @@
-// A program as its user wrote it: the SDK named in $SDK, credentials, and nothing that points it anywhere.
+// A program as a user writes it: the SDK named in $SDK, credentials, and no configuration of the server.
 import { readFileSync } from "node:fs";
 
 import WebSocket from "ws";
@@ -6,28 +6,28 @@ import WebSocket from "ws";
 const sdk = await import(process.env.SDK);
 const fal = sdk.fal ?? sdk;
 fal.config({ credentials: process.env.FAL_KEY });
-// A stream that fails says so twice, the second time to nobody.
+// A stream that fails reports its error twice, the second time as a rejection that no caller can handle.
 process.on("unhandledRejection", () => {});
-// Node has one of its own since version 22.
+// Node has a built-in WebSocket since version 22.
 globalThis.WebSocket ??= WebSocket;
 
 const endpoint = "fal-ai/flux/dev";
 const input = { prompt: "a red apple", seed: 7, num_inference_steps: 2, image_size: { width: 64, height: 64 } };
 const output = (result) => result.data ?? result;
 
-async function streamed() {
+async function generateStream() {
   const stream = await fal.stream(endpoint, { input });
   for await (const event of stream) void event;
   return stream.done();
 }
 
-async function queued() {
+async function generateQueued() {
   const { request_id: requestId } = await fal.queue.submit(endpoint, { input });
   for await (const event of await fal.queue.streamStatus(endpoint, { requestId })) void event;
   return output(await fal.queue.result(endpoint, { requestId }));
 }
 
-const realtime = () =>
+const generateRealtime = () =>
   new Promise((resolve, reject) => {
     const connection = fal.realtime.connect(endpoint, {
       onResult: (result) => {
@@ -36,27 +36,27 @@ const realtime = () =>
       },
       onError: reject,
     });
-    // The SDK keeps it to itself when there is no token to be had: then there is nothing left to wait for.
+    // The SDK reports no error if it gets no token. Node then has nothing left to wait for and is about to exit.
     process.once("beforeExit", () => reject(new Error("no answer")));
     connection.send(input);
   });
 
-const ways = {
+const calls = {
   run: async () => output(await fal.run(endpoint, { input })),
   subscribe: async () => output(await fal.subscribe(endpoint, { input })),
-  queued,
-  streamed,
+  queued: generateQueued,
+  streamed: generateStream,
   upload: () => fal.storage.upload(new File([readFileSync(process.argv[2])], "small.png", { type: "image/png" })),
-  realtime,
+  realtime: generateRealtime,
 };
 
-const said = {};
-for (const [name, way] of Object.entries(ways)) {
+const results = {};
+for (const [name, call] of Object.entries(calls)) {
   try {
-    said[name] = await way();
+    results[name] = await call();
   } catch (error) {
-    said[name] = { failed: String(error) };
+    results[name] = { failed: String(error) };
   }
 }
-console.log(JSON.stringify(said));
+console.log(JSON.stringify(results));
 process.exit(0);

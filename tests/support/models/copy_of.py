@@ -1,11 +1,11 @@
-"""test/copy: served beside the real models in tests."""
+"""test/copy: returns the image it receives."""
 
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
 from tests.support.fake_models import CopyEngine, NullModel
 
 
 class CopyModel(NullModel):
-    """Takes a picture by address."""
+    """A model that takes an image URL."""
 
     Input = FluxDevImageToImageInput
 

@@ -1,4 +1,4 @@
-"""test/gate: served beside the real models in tests."""
+"""test/gate: takes a step for each byte written to the named pipe in the prompt."""
 
 from tests.support.fake_models import GateEngine, NullModel
 

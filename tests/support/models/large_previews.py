@@ -1,4 +1,4 @@
-"""test/large-previews: served beside the real models in tests."""
+"""test/large-previews: test/gate with previews of several megabytes."""
 
 from tests.support.fake_models import LargePreviewEngine, NullModel
 

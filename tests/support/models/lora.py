@@ -1,11 +1,11 @@
-"""test/lora: served beside the real models in tests."""
+"""test/lora: takes LoRA weights but does not use them."""
 
 from models.flux_lora import FluxLoraInput
 from tests.support.fake_models import NullEngine, NullModel
 
 
 class LoraModel(NullModel):
-    """Takes LoRA weights by address."""
+    """A model that takes URLs of LoRA weights."""
 
     Input = FluxLoraInput
 

@@ -1,4 +1,4 @@
-"""test/lost: served beside the real models in tests."""
+"""test/lost: loses its device in the second step."""
 
 from tests.support.fake_models import LostEngine, NullModel
 

@@ -1,4 +1,4 @@
-"""test/memory: served beside the real models in tests."""
+"""test/memory: runs out of memory in each step."""
 
 from tests.support.fake_models import MemoryEngine, NullModel
 

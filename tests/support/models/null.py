@@ -1,4 +1,4 @@
-"""test/null: served beside the real models in tests."""
+"""test/null: generates plain images at once, without weights."""
 
 from tests.support.fake_models import NullEngine, NullModel
 

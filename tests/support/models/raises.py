@@ -1,4 +1,4 @@
-"""test/raises: served beside the real models in tests."""
+"""test/raises: raises an error in the second step."""
 
 from tests.support.fake_models import NullModel, RaisesEngine
 

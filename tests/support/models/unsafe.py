@@ -1,4 +1,4 @@
-"""test/unsafe: served beside the real models in tests."""
+"""test/unsafe: has a safety checker that flags or fails, as the prompt says."""
 
 from tests.support.fake_models import NullModel, UnsafeEngine
 

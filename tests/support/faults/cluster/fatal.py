@@ -1,4 +1,4 @@
-"""test/fatal: its process ends by the signal in the prompt, in the second step of a picture."""
+"""test/fatal: kills its process with the signal in the prompt, in the second step of a task."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ from tests.support.fake_models import NullEngine, NullModel
 
 
 class FatalEngine(NullEngine):
-    """What a crash inside a driver looks like from outside."""
+    """An engine that dies as if a GPU driver crashed."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        if painting.step == 1 and painting.request.prompt.startswith("SIG"):
-            signal.pthread_kill(threading.get_ident(), signal.Signals[painting.request.prompt])
-        return super().advance(painting)
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        if task.step == 1 and task.request.prompt.startswith("SIG"):
+            signal.pthread_kill(threading.get_ident(), signal.Signals[task.request.prompt])
+        return super().advance(task)
 
 
 MODEL = NullModel("test/fatal", FatalEngine)

@@ -1,4 +1,4 @@
-"""test/gate: the same as in tests/models, beside the faults."""
+"""test/gate: the model of tests/support/models, for servers that serve this directory."""
 
 from tests.support.fake_models import GateEngine, NullModel
 

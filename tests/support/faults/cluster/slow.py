@@ -1,4 +1,4 @@
-"""test/slow: sleeps 20 ms in each step, as a busy GPU would."""
+"""test/slow: sleeps 20 ms in each step, as if a GPU were busy."""
 
 import time
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ SECONDS = 0.02
 
 
 class SlowEngine(NullEngine):
-    """Takes its time and no processor's."""
+    """An engine that takes time but no CPU time."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         time.sleep(SECONDS)
-        return super().advance(painting)
+        return super().advance(task)
 
 
 MODEL = NullModel("test/slow", SlowEngine)

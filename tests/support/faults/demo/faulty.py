@@ -1,6 +1,6 @@
-"""test/faulty: the demo weights, in whose second step goes wrong what the prompt names: see FAULTS.
+"""test/faulty: the demo weights, with the fault that the prompt names (see FAULTS) in the second step.
 
-"NAME once" happens once ever, which the folder in the environment's FAULTS_SEEN remembers.
+A fault named "NAME once" happens only once, even across restarts: a file in the directory $FAULTS_SEEN records it.
 """
 
 import os
@@ -25,7 +25,7 @@ def _wait(seconds: float | None = None) -> None:
     threading.Event().wait(seconds)
 
 
-#: What happens when the transformer is done; what is returned takes the place of its output.
+#: Functions called with the transformer's output; a returned value that is not None replaces the output.
 FAULTS: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "slow": lambda output: _wait(0.05),
     "raises": lambda output: _raise(OSError("secret")),
@@ -36,38 +36,38 @@ FAULTS: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "exits": lambda output: os._exit(5),
     "nan": lambda output: output * float("nan"),
 }
-#: What goes wrong only as it is decoded.
+#: The prompt whose image is decoded as black pixels.
 BLACK = "black"
 
 
 class FaultyEngine(FluxEngine):
-    """The real one, with its parts hooked."""
+    """The real engine, with hooks on the transformer and the VAE decoder."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        #: The prompt of what is in its second step, or is decoded.
+        #: The prompt of the task that is in its second step or is being decoded; empty otherwise.
         self._prompt = ""
         self.pipeline.transformer.register_forward_hook(self._spoil_step)
-        self.pipeline.vae.decoder.register_forward_hook(self._spoil_picture)
+        self.pipeline.vae.decoder.register_forward_hook(self._spoil_image)
 
-    def advance(self, painting: Any, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        with self._at(painting.request.prompt if painting.step == 1 else ""):
-            advanced: Sequence[GenerationTask] = super().advance(painting, others)
+    def advance(self, task: Any, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
+        with self._running(task.request.prompt if task.step == 1 else ""):
+            advanced: Sequence[GenerationTask] = super().advance(task, others)
             return advanced
 
-    def decode(self, painting: Any) -> None:
-        with self._at(painting.request.prompt):
-            super().decode(painting)
+    def decode(self, task: Any) -> None:
+        with self._running(task.request.prompt):
+            super().decode(task)
 
     @contextmanager
-    def _at(self, prompt: str) -> Iterator[None]:
+    def _running(self, prompt: str) -> Iterator[None]:
         self._prompt = prompt
         try:
             yield
         finally:
             self._prompt = ""
 
-    def _spoil_step(self, module: Any, given: Any, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def _spoil_step(self, module: Any, inputs: Any, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         name, once, _ = self._prompt.partition(" once")
         seen = Path(os.environ["FAULTS_SEEN"], name)
         if name not in FAULTS or (once and seen.exists()):
@@ -76,19 +76,19 @@ class FaultyEngine(FluxEngine):
         spoilt = FAULTS[name](output[0])
         return output if spoilt is None else (spoilt,)
 
-    def _spoil_picture(self, module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+    def _spoil_image(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return torch.full_like(output, -1) if self._prompt == BLACK else output
 
 
 class Faulty(FluxDev):
-    """fal-ai/flux/dev's fields in front of it."""
+    """A model with fal-ai/flux/dev's fields on the faulty engine."""
 
     endpoint = "test/faulty"
 
-    def setup(self, placement: EngineConfig) -> FluxEngine:
+    def setup(self, config: EngineConfig) -> FluxEngine:
         if os.environ.get("FAULTS_AT_SETUP"):
             raise OSError("these weights cannot be loaded")
-        return FaultyEngine.load(placement)
+        return FaultyEngine.load(config)
 
 
 MODEL = Faulty()

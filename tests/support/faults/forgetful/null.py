@@ -1,4 +1,4 @@
-"""test/null, in a server that forgets what is old every second: minutes of it stand for days."""
+"""test/null, in a server that deletes old data every second, not every minute: minutes of a test stand for days."""
 
 import server.app
 from tests.support.fake_models import NullEngine, NullModel

@@ -1,4 +1,4 @@
-"""test/copied: test/copy, beside test/hurry."""
+"""test/copied: test/copy under another name, for the server of test/hurry."""
 
 from tests.support.fake_models import CopyEngine
 from tests.support.models.copy_of import CopyModel

@@ -1,4 +1,4 @@
-"""test/hurry: its server waits for no more than a second for a client that does not read."""
+"""test/hurry: limits the server's wait for a client that does not read to one second."""
 
 from server.net.timeouts import TimeoutProtocol
 from tests.support.fake_models import GateEngine, NullModel

@@ -1,4 +1,4 @@
-"""test/crash: its server dies at the point that the environment names."""
+"""test/crash: makes the server die at the point named by $CRASH_AT."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""test/sealed: while the file that the environment names is there, its server's database cannot be written to."""
+"""test/sealed: makes the server's database read-only while the file named by $SEAL exists."""
 
 import os
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from server.storage.database import Database
 from tests.support.fake_models import GateEngine, NullModel
 
 SEAL = Path(os.environ["SEAL"])
-_held = Database._held
+_original_held = Database._held
 
 
 @contextmanager
-def _sealed(self: Database) -> Iterator[None]:
-    with _held(self):
-        # What SQLite says then is what it says of a file on a read-only disk.
+def _held_sealed(self: Database) -> Iterator[None]:
+    with _original_held(self):
+        # SQLite then raises the same error as for a file on a read-only disk.
         self._connection.execute(f"PRAGMA query_only = {SEAL.exists():d}")
         yield
 
 
-Database._held = _sealed  # type: ignore[method-assign]
+Database._held = _held_sealed  # type: ignore[method-assign]
 
 MODEL = NullModel("test/sealed", GateEngine)
