@@ -1,4 +1,4 @@
-"""What a key has asked for, page by page."""
+"""The request history of a key, page by page."""
 
 import json
 import os
@@ -14,8 +14,7 @@ from server.errors import InternalError
 from server.queue import history
 from server.queue.history import HistoryQuery
 from server.queue.jobs import Outcome
-from tests.support.components import Clock, Parts, claimed, finished, opened, submission
-from tests.support.components import painted as well
+from tests.support.components import Clock, Parts, claimed, finished, opened, painted, submission
 from tests.support.server_process import TEST_MODELS, serving
 
 PATH = "/v1/models/requests/by-endpoint"
@@ -28,15 +27,15 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
 
 
 def ids(page: Any) -> list[str]:
-    """In the order of the page."""
+    """Return the request ids of a page, in its order."""
     return [item["request_id"] for item in page["items"]]
 
 
-def pages(parts: Parts, **wanted: Any) -> list[list[str]]:
-    """All of them, by following the cursors."""
+def all_pages(parts: Parts, **filters: Any) -> list[list[str]]:
+    """Return the request ids of every page, by following the cursors."""
     found, cursor = [], None
     while True:
-        page = history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor, **wanted))
+        page = history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor, **filters))
         found.append(ids(page))
         cursor = page["next_cursor"]
         assert page["has_more"] == (cursor is not None)
@@ -44,18 +43,18 @@ def pages(parts: Parts, **wanted: Any) -> list[list[str]]:
             return found
 
 
-def test_the_newest_first_page_by_page(parts: Parts) -> None:
-    done = []
+def test_pages_list_the_newest_request_first(parts: Parts) -> None:
+    request_ids = []
     for number in range(7):
-        # Two that end at one moment are told apart too.
+        # Pages must also separate two requests that end at the same moment.
         parts.clock.now += number % 2
-        done.append(finished(parts).request_id)
-    newest = done[::-1]
-    assert pages(parts, limit=3) == [newest[:3], newest[3:6], newest[6:]]
-    assert pages(parts, limit=7) == [newest]
+        request_ids.append(finished(parts).request_id)
+    newest = request_ids[::-1]
+    assert all_pages(parts, limit=3) == [newest[:3], newest[3:6], newest[6:]]
+    assert all_pages(parts, limit=7) == [newest]
 
 
-def test_what_ends_while_somebody_pages_moves_nothing(parts: Parts) -> None:
+def test_a_request_that_finishes_between_two_pages_shifts_nothing(parts: Parts) -> None:
     first, second = finished(parts).request_id, finished(parts).request_id
     page = history.query_history(parts.database, HistoryQuery(owner="me", limit=1))
     finished(parts)
@@ -63,9 +62,9 @@ def test_what_ends_while_somebody_pages_moves_nothing(parts: Parts) -> None:
     assert (ids(page), ids(after)) == ([second], [first])
 
 
-def test_only_what_is_wanted(parts: Parts) -> None:
-    begun = parts.clock.now
-    well_done = finished(parts).request_id
+def test_filters(parts: Parts) -> None:
+    started_at = parts.clock.now
+    succeeded = finished(parts).request_id
     parts.clock.now += 10
     failed = claimed(parts, endpoint="test/raises")
     parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
@@ -75,20 +74,20 @@ def test_only_what_is_wanted(parts: Parts) -> None:
     finished(parts, owner="you")
     finished(parts, store_io=False)
     claimed(parts)
-    assert pages(parts) == [[cancelled.request_id, failed.request_id, well_done]]
-    assert pages(parts, status="success") == [[well_done]]
-    assert pages(parts, status="error") == [[failed.request_id]]
-    assert pages(parts, status="user_error") == [[cancelled.request_id]]
-    assert pages(parts, endpoints=["test/raises", "test/other"]) == [[failed.request_id]]
-    assert pages(parts, request_id=well_done) == [[well_done]]
-    assert pages(parts, ended_from=begun + 10, ended_before=begun + 20) == [[failed.request_id]]
+    assert all_pages(parts) == [[cancelled.request_id, failed.request_id, succeeded]]
+    assert all_pages(parts, status="success") == [[succeeded]]
+    assert all_pages(parts, status="error") == [[failed.request_id]]
+    assert all_pages(parts, status="user_error") == [[cancelled.request_id]]
+    assert all_pages(parts, endpoints=["test/raises", "test/other"]) == [[failed.request_id]]
+    assert all_pages(parts, request_id=succeeded) == [[succeeded]]
+    assert all_pages(parts, ended_from=started_at + 10, ended_before=started_at + 20) == [[failed.request_id]]
 
 
-def test_an_item(parts: Parts) -> None:
+def test_the_fields_of_an_item(parts: Parts) -> None:
     sent = parts.clock.now
     job = claimed(parts, fields={"prompt": "a cat"})
     parts.clock.now += 2.5
-    parts.queue.finish(job, well('{"seed":7}'))
+    parts.queue.finish(job, painted('{"seed":7}'))
     (item,) = history.query_history(parts.database, HistoryQuery(owner="me"))["items"]
     assert "json_input" not in item
     (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
@@ -100,35 +99,35 @@ def test_an_item(parts: Parts) -> None:
     assert times == [sent, sent, sent + 2.5]
 
 
-def test_an_answer_with_pictures_in_it_is_left_out(parts: Parts) -> None:
+def test_an_output_with_embedded_images_is_omitted(parts: Parts) -> None:
     job = claimed(parts)
-    parts.queue.finish(job, well('{"images":["' + "x" * 100_000 + '"]}'))
+    parts.queue.finish(job, painted('{"images":["' + "x" * 100_000 + '"]}'))
     (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     assert item["json_output"] is None
 
 
-@pytest.mark.parametrize("given", ["data:image/png;base64,AAAA", "https://example.com/a.png"])
-def test_what_came_in_the_request_itself_is_not_named(parts: Parts, given: str) -> None:
-    """An address can be asked for again; a data URI is kept no longer than the request needs it."""
-    stored = "f.png" if given.startswith("data:") else given
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "https://example.com/a.png"])
+def test_data_uris_are_omitted_from_the_input_and_urls_are_kept(parts: Parts, url: str) -> None:
+    """A URL can be fetched again. A data URI is kept only as long as the request needs it."""
+    stored = "f.png" if url.startswith("data:") else url
     text = json.dumps({"prompt": "x", "image_url": stored, "loras": [{"path": stored, "scale": 1}]})
-    held = {"image_url": "f.png", "loras.0.path": "f.png"}
-    job = claimed(parts, input=text, input_files=held)
-    parts.queue.finish(job, well('{"images":[]}'))
+    input_files = {"image_url": "f.png", "loras.0.path": "f.png"}
+    job = claimed(parts, input=text, input_files=input_files)
+    parts.queue.finish(job, painted('{"images":[]}'))
     (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
-    kept = {} if given.startswith("data:") else {"image_url": given}
-    lora = {"scale": 1} if given.startswith("data:") else {"path": given, "scale": 1}
+    kept = {} if url.startswith("data:") else {"image_url": url}
+    lora = {"scale": 1} if url.startswith("data:") else {"path": url, "scale": 1}
     assert item["json_input"] == {"prompt": "x", **kept, "loras": [lora]}
 
 
 @pytest.mark.parametrize("cursor", ["x", "Mg==", "%", "é" * 8, "A" * 9_999])
-def test_a_cursor_that_is_none(parts: Parts, cursor: str) -> None:
+def test_an_invalid_cursor_is_refused(parts: Parts, cursor: str) -> None:
     with pytest.raises(ValueError, match="next_cursor"):
         history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor))
 
 
-def test_the_index_is_used(parts: Parts) -> None:
-    """However many keys there are, a page is found without looking at all rows, and without sorting."""
+def test_the_query_uses_the_owner_index(parts: Parts) -> None:
+    """Finding a page needs no scan of all rows and no sort, for any number of keys."""
     statements: list[str] = []
     parts.database._connection.set_trace_callback(statements.append)
     history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))
@@ -138,8 +137,8 @@ def test_the_index_is_used(parts: Parts) -> None:
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server with two keys; the client has the first."""
+def first_key_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Start a server with two keys and yield a client that sends the first."""
     with (
         serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, keys="one,two") as server,
         httpx.Client(
@@ -149,26 +148,25 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_over_the_wire(keyed: httpx.Client) -> None:
-    answers = [
-        keyed.post("/test/null", json={"prompt": f"number {number}", "image_size": "square"}) for number in range(3)
-    ]
-    keyed.post("/test/null", json={"prompt": "x"}, headers={"authorization": "Key two"})
-    found = keyed.get(PATH, params={"endpoint_id": "test/null", "expand": "payloads", "limit": 2}).json()
-    assert ids(found) == [answer.headers["x-fal-request-id"] for answer in answers[:0:-1]]
-    assert [item["json_output"] for item in found["items"]] == [answer.json() for answer in answers[:0:-1]]
-    rest = keyed.get(PATH, params={"endpoint_id": "a/b,test/null", "cursor": found["next_cursor"]}).json()
-    assert ids(rest) == [answers[0].headers["x-fal-request-id"]]
+def test_history_over_http(first_key_client: httpx.Client) -> None:
+    bodies = [{"prompt": f"number {number}", "image_size": "square"} for number in range(3)]
+    responses = [first_key_client.post("/test/null", json=body) for body in bodies]
+    first_key_client.post("/test/null", json={"prompt": "x"}, headers={"authorization": "Key two"})
+    found = first_key_client.get(PATH, params={"endpoint_id": "test/null", "expand": "payloads", "limit": 2}).json()
+    assert ids(found) == [response.headers["x-fal-request-id"] for response in responses[:0:-1]]
+    assert [item["json_output"] for item in found["items"]] == [response.json() for response in responses[:0:-1]]
+    rest = first_key_client.get(PATH, params={"endpoint_id": "a/b,test/null", "cursor": found["next_cursor"]}).json()
+    assert ids(rest) == [responses[0].headers["x-fal-request-id"]]
     assert not rest["has_more"]
-    assert keyed.get(PATH, headers={"authorization": "Key three"}).status_code == 401
+    assert first_key_client.get(PATH, headers={"authorization": "Key three"}).status_code == 401
 
 
-def test_a_day_back_unless_asked(keyed: httpx.Client) -> None:
+def test_start_and_end_select_a_time_range(first_key_client: httpx.Client) -> None:
     now = datetime.now(UTC)
-    keyed.post("/test/null", json={"prompt": "x"}).raise_for_status()
-    assert keyed.get(PATH, params={"start": now.isoformat()}).json()["items"]
-    assert keyed.get(PATH, params={"start": now.date().isoformat()}).json()["items"]
-    assert not keyed.get(PATH, params={"start": "1970-01-01", "end": now.date().isoformat()}).json()["items"]
+    first_key_client.post("/test/null", json={"prompt": "x"}).raise_for_status()
+    assert first_key_client.get(PATH, params={"start": now.isoformat()}).json()["items"]
+    assert first_key_client.get(PATH, params={"start": now.date().isoformat()}).json()["items"]
+    assert not first_key_client.get(PATH, params={"start": "1970-01-01", "end": now.date().isoformat()}).json()["items"]
 
 
 @pytest.mark.parametrize(
@@ -185,15 +183,14 @@ def test_a_day_back_unless_asked(keyed: httpx.Client) -> None:
         ("endpoint_id", ",".join(["a/b"] * 51)),
     ],
 )
-def test_what_is_wrong_is_named(keyed: httpx.Client, name: str, value: str) -> None:
-    answer = keyed.get(PATH, params={name: value})
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["loc"][:2] == ["query", name]
+def test_a_422_names_the_invalid_parameter(first_key_client: httpx.Client, name: str, value: str) -> None:
+    response = first_key_client.get(PATH, params={name: value})
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"][:2] == ["query", name]
 
 
-def test_odd_parameters_break_nothing(keyed: httpx.Client) -> None:
-    rng = os.urandom
+def test_random_parameters_never_cause_a_server_error(first_key_client: httpx.Client) -> None:
     for _ in range(200):
-        name = ("limit", "cursor", "start", "end", "status", "request_id", "endpoint_id")[rng(1)[0] % 7]
-        answer = keyed.get(PATH, params={name: rng(12).decode("latin-1")})
-        assert answer.status_code in (200, 422), (name, answer.text)
+        name = ("limit", "cursor", "start", "end", "status", "request_id", "endpoint_id")[os.urandom(1)[0] % 7]
+        response = first_key_client.get(PATH, params={name: os.urandom(12).decode("latin-1")})
+        assert response.status_code in (200, 422), (name, response.text)

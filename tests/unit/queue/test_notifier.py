@@ -1,4 +1,4 @@
-"""The bell: rung from any thread, heard on the event loop."""
+"""Notifications: sent from any thread, received on the event loop."""
 
 import asyncio
 import threading
@@ -6,28 +6,28 @@ import threading
 from server.queue.notifier import QUEUE, WEBHOOKS, Notifier
 
 
-def attached() -> Notifier:
-    """A notifier of the loop that runs."""
+def bound_notifier() -> Notifier:
+    """Return a notifier bound to the running event loop."""
     notifier = Notifier()
     notifier.bind_loop(asyncio.get_running_loop())
     return notifier
 
 
-def test_a_bell_is_heard_from_another_thread() -> None:
+def test_a_notification_from_another_thread_wakes_the_listener() -> None:
     async def listen() -> None:
-        notifier = attached()
-        with notifier.subscribe("job") as bell:
+        notifier = bound_notifier()
+        with notifier.subscribe("job") as event:
             thread = threading.Thread(target=notifier.notify, args=("job",))
             thread.start()
-            await bell.wait()
+            await event.wait()
             thread.join()
 
     asyncio.run(listen())
 
 
-def test_everybody_who_listens_hears_it_and_nobody_else() -> None:
+def test_only_the_listeners_of_a_topic_are_woken() -> None:
     async def listen() -> list[bool]:
-        notifier = attached()
+        notifier = bound_notifier()
         with (
             notifier.subscribe("job") as first,
             notifier.subscribe("job", QUEUE) as second,
@@ -35,14 +35,14 @@ def test_everybody_who_listens_hears_it_and_nobody_else() -> None:
         ):
             notifier.notify("job")
             await first.wait()
-            return [bell.is_set() for bell in (first, second, third)]
+            return [event.is_set() for event in (first, second, third)]
 
     assert asyncio.run(listen()) == [True, True, False]
 
 
-def test_one_ring_may_name_several_topics() -> None:
+def test_one_call_can_notify_several_topics() -> None:
     async def listen() -> None:
-        notifier = attached()
+        notifier = bound_notifier()
         with notifier.subscribe(WEBHOOKS) as webhooks, notifier.subscribe(QUEUE) as queue:
             notifier.notify("job", QUEUE, WEBHOOKS)
             await asyncio.gather(webhooks.wait(), queue.wait())
@@ -50,34 +50,34 @@ def test_one_ring_may_name_several_topics() -> None:
     asyncio.run(listen())
 
 
-def test_a_bell_that_is_cleared_rings_again() -> None:
+def test_a_cleared_event_is_set_again() -> None:
     async def listen() -> None:
-        notifier = attached()
-        with notifier.subscribe("job") as bell:
+        notifier = bound_notifier()
+        with notifier.subscribe("job") as event:
             for _ in range(3):
-                bell.clear()
+                event.clear()
                 notifier.notify("job")
-                await bell.wait()
+                await event.wait()
 
     asyncio.run(listen())
 
 
-def test_who_left_hears_nothing_and_takes_nobody_along() -> None:
+def test_after_one_listener_unsubscribes_only_the_others_are_woken() -> None:
     async def listen() -> list[bool]:
-        notifier = attached()
-        with notifier.subscribe("job") as stays:
-            with notifier.subscribe("job") as left:
+        notifier = bound_notifier()
+        with notifier.subscribe("job") as subscribed:
+            with notifier.subscribe("job") as unsubscribed:
                 pass
             notifier.notify("job")
-            await stays.wait()
-            return [stays.is_set(), left.is_set()]
+            await subscribed.wait()
+            return [subscribed.is_set(), unsubscribed.is_set()]
 
     assert asyncio.run(listen()) == [True, False]
 
 
-def test_nothing_is_kept_of_who_left() -> None:
+def test_an_unsubscribed_listener_leaves_nothing_in_memory() -> None:
     async def listen() -> Notifier:
-        notifier = attached()
+        notifier = bound_notifier()
         for number in range(10):
             with notifier.subscribe(str(number)):
                 pass
@@ -86,20 +86,20 @@ def test_nothing_is_kept_of_who_left() -> None:
     assert asyncio.run(listen())._listeners == {}
 
 
-def test_a_ring_that_nobody_hears_is_no_error() -> None:
+def test_notifying_without_listeners_is_no_error() -> None:
     Notifier().notify("job")
 
     async def listen() -> Notifier:
-        notifier = attached()
+        notifier = bound_notifier()
         notifier.notify("job")
         return notifier
 
     asyncio.run(listen()).notify("job")
 
 
-def test_closing_wakes_everybody_and_the_worker() -> None:
+def test_close_wakes_all_listeners_and_the_worker() -> None:
     async def close() -> Notifier:
-        notifier = attached()
+        notifier = bound_notifier()
         with notifier.subscribe("job") as first, notifier.subscribe(QUEUE) as second:
             notifier.close()
             await asyncio.gather(first.wait(), second.wait())

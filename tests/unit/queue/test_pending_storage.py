@@ -1,4 +1,4 @@
-"""What requests that are not done need on the disk, as they come and go."""
+"""Disk space that unfinished requests need, counted as they are submitted and finished."""
 
 import asyncio
 from pathlib import Path
@@ -16,65 +16,65 @@ from tests.support.components import Parts, opened, painted, submission
 SIZES = {"a.png": 1000, "b.png": 50}
 
 
-def with_needs(parts: Parts) -> tuple[Queue, PendingStorage]:
-    """A queue beside the parts' own, whose files have these sizes."""
-    needs = PendingStorage(SIZES.__getitem__)
-    return Queue(parts.database, parts.notifier, clock=parts.clock, pending_storage=needs), needs
+def queue_with_sizes(parts: Parts) -> tuple[Queue, PendingStorage]:
+    """Return a second queue on the same database, and its PendingStorage with the file sizes of SIZES."""
+    pending = PendingStorage(SIZES.__getitem__)
+    return Queue(parts.database, parts.notifier, clock=parts.clock, pending_storage=pending), pending
 
 
-def submitted(queue: Queue, owner: str, *names: str) -> Job:
+def submit_with_files(queue: Queue, owner: str, *names: str) -> Job:
     return queue.submit(
         submission(owner=owner, input="{}", input_files={f"loras.{n}": name for n, name in enumerate(names)})
     )
 
 
 def test_a_file_counts_once_for_each_owner(parts: Parts) -> None:
-    queue, needs = with_needs(parts)
-    first, second = submitted(queue, "me", "a.png", "b.png"), submitted(queue, "me", "a.png")
-    other = submitted(queue, "you", "a.png")
-    assert (needs.num_bytes("me"), needs.num_bytes("you")) == (1054, 1002)
-    assert needs.num_bytes("you", {"a.png", "b.png"}) == 1052
+    queue, pending = queue_with_sizes(parts)
+    first, second = submit_with_files(queue, "me", "a.png", "b.png"), submit_with_files(queue, "me", "a.png")
+    other = submit_with_files(queue, "you", "a.png")
+    assert (pending.num_bytes("me"), pending.num_bytes("you")) == (1054, 1002)
+    assert pending.num_bytes("you", {"a.png", "b.png"}) == 1052
     queue.cancel(first)
-    assert needs.num_bytes("me") == 1002
-    assert needs.file_names() == {"a.png"}
+    assert pending.num_bytes("me") == 1002
+    assert pending.file_names() == {"a.png"}
     for job in (second, other):
         queue.cancel(job)
-    assert (needs.num_bytes("me"), needs.num_bytes("you"), needs.file_names()) == (0, 0, set())
+    assert (pending.num_bytes("me"), pending.num_bytes("you"), pending.file_names()) == (0, 0, set())
 
 
-def test_it_counts_until_the_request_is_done(parts: Parts) -> None:
-    queue, needs = with_needs(parts)
-    submitted(queue, "me", "a.png")
+def test_a_file_counts_until_its_request_is_finished(parts: Parts) -> None:
+    queue, pending = queue_with_sizes(parts)
+    submit_with_files(queue, "me", "a.png")
     for _ in range(2):
-        found = queue.claim()
-        assert found
-        assert needs.num_bytes("me") == 1002
-        queue.release(found[0])
-    found = queue.claim()
-    assert found
-    queue.finish(found[0], painted())
-    assert needs.num_bytes("me") == 0
+        claim = queue.claim()
+        assert claim
+        assert pending.num_bytes("me") == 1002
+        queue.release(claim[0])
+    claim = queue.claim()
+    assert claim
+    queue.finish(claim[0], painted())
+    assert pending.num_bytes("me") == 0
 
 
-def test_a_start_counts_what_is_there(parts: Parts) -> None:
-    submitted(with_needs(parts)[0], "me", "a.png", "b.png")
-    queue, needs = with_needs(parts)
+def test_recover_counts_the_unfinished_requests(parts: Parts) -> None:
+    submit_with_files(queue_with_sizes(parts)[0], "me", "a.png", "b.png")
+    queue, pending = queue_with_sizes(parts)
     queue.recover()
-    assert needs.num_bytes("me") == 1052
+    assert pending.num_bytes("me") == 1052
 
 
-async def bring(parts: Parts, owner: str) -> None:
-    """What a request of this owner's meets that names nothing."""
+async def resolve_inputs(parts: Parts, owner: str) -> None:
+    """Resolve the inputs of a request that refers to no files, as the server does before accepting it."""
     await parts.inputs.resolve(FluxDevInput(prompt="x", seed=7), owner)
 
 
-def test_texts_alone_use_up_the_room_of_their_owner(tmp_path: Path) -> None:
+def test_prompts_without_files_also_count_towards_the_limit_of_their_owner(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         parts.inputs._max_bytes_per_owner = 50_000
         text = to_json({"prompt": "x" * 20_000}).decode()
         for _ in range(3):
-            asyncio.run(bring(parts, "me"))
+            asyncio.run(resolve_inputs(parts, "me"))
             parts.queue.submit(submission(input=text, owner="me"))
         with pytest.raises(QueueFull, match="--max-uploads-gb"):
-            asyncio.run(bring(parts, "me"))
-        asyncio.run(bring(parts, "you"))
+            asyncio.run(resolve_inputs(parts, "me"))
+        asyncio.run(resolve_inputs(parts, "you"))

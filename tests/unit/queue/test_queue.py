@@ -19,12 +19,12 @@ from server.storage.file_store import Lifecycle, StoredFile
 from server.storage.migrations import DataDirInUse
 from tests.support.components import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
 
-#: A prompt that needs pages of its own in the database.
+#: A prompt so long that it needs extra pages in the database.
 LONG = {"prompt": "x" * 20_000}
 
 
-def ended(parts: Parts, job: Job) -> tuple[int, str | None]:
-    """Status and error type of a job's answer."""
+def result_status(parts: Parts, job: Job) -> tuple[int, str | None]:
+    """Return the status and the error type of a job's result."""
     outcome = parts.queue.result(job)
     return outcome.status, outcome.error_type
 
@@ -32,7 +32,7 @@ def ended(parts: Parts, job: Job) -> tuple[int, str | None]:
 # -- submit, claim, finish
 
 
-def test_a_start_says_how_many_requests_it_takes_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_recover_logs_how_many_requests_are_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with opened(tmp_path) as parts:
         parts.queue.recover()
@@ -64,7 +64,7 @@ def test_claim_of_an_empty_queue_is_none(parts: Parts) -> None:
     assert parts.queue.claim() is None
 
 
-def test_finish_keeps_answer_logs_timings_files_and_the_due_webhook_together(parts: Parts) -> None:
+def test_finish_stores_result_logs_timings_files_and_the_due_webhook(parts: Parts) -> None:
     job = claimed(parts, webhook_url="https://example.com/hook")
     parts.queue.progress(job, 1, 2)
     parts.clock.now += 10
@@ -80,7 +80,7 @@ def test_finish_keeps_answer_logs_timings_files_and_the_due_webhook_together(par
     assert parts.rows("SELECT request_id, attempt, due_at FROM deliveries") == [(job.request_id, 0, parts.clock.now)]
 
 
-def test_no_webhook_is_due_where_none_was_asked_for(parts: Parts) -> None:
+def test_no_webhook_is_due_for_a_request_without_one(parts: Parts) -> None:
     finished(parts)
     assert parts.rows("SELECT * FROM deliveries") == []
 
@@ -119,7 +119,7 @@ def test_the_worker_is_woken_by_submit_and_cancel(parts: Parts) -> None:
 # -- order
 
 
-def test_normal_goes_before_low_and_each_in_order_of_arrival(parts: Parts) -> None:
+def test_normal_priority_runs_before_low_and_each_in_order_of_arrival(parts: Parts) -> None:
     priorities = [Priority.LOW, Priority.NORMAL, Priority.LOW, Priority.NORMAL]
     jobs = [parts.queue.submit(submission(priority=priority)) for priority in priorities]
     assert [parts.queue.position(job) for job in jobs] == [2, 0, 3, 1]
@@ -136,7 +136,7 @@ def test_positions_move_up(parts: Parts) -> None:
     assert first.state == State.IN_PROGRESS
 
 
-def test_give_back_returns_a_job_to_its_old_place(parts: Parts) -> None:
+def test_a_released_job_returns_to_its_old_position(parts: Parts) -> None:
     job = claimed(parts)
     later = parts.queue.submit(submission())
     parts.queue.release(job)
@@ -145,14 +145,14 @@ def test_give_back_returns_a_job_to_its_old_place(parts: Parts) -> None:
     assert job.attempt == 2
 
 
-def test_give_back_of_a_cancelled_job_ends_it(parts: Parts) -> None:
+def test_releasing_a_cancelled_job_ends_it(parts: Parts) -> None:
     job = claimed(parts)
     parts.queue.cancel(job)
     parts.queue.release(job)
-    assert ended(parts, job) == (499, "client_cancelled")
+    assert result_status(parts, job) == (499, "client_cancelled")
 
 
-def test_without_low_only_normal_is_claimed(parts: Parts) -> None:
+def test_without_low_priority_only_normal_jobs_are_claimed(parts: Parts) -> None:
     low = parts.queue.submit(submission(priority=Priority.LOW))
     assert parts.queue.claim(include_low_priority=False) is None
     normal = parts.queue.submit(submission())
@@ -164,7 +164,7 @@ def test_without_low_only_normal_is_claimed(parts: Parts) -> None:
     assert found and found[0] is low
 
 
-def test_without_low_a_late_one_of_normal_does_not_let_low_in(parts: Parts) -> None:
+def test_an_expired_normal_job_does_not_let_a_low_priority_job_be_claimed(parts: Parts) -> None:
     parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     low = parts.queue.submit(submission(priority=Priority.LOW))
     parts.clock.now += 5
@@ -172,13 +172,13 @@ def test_without_low_a_late_one_of_normal_does_not_let_low_in(parts: Parts) -> N
     assert low.state == State.IN_QUEUE
 
 
-# -- cancel and leave
+# -- cancel and disconnect
 
 
 def test_cancel_of_a_queued_job_ends_it_at_once(parts: Parts) -> None:
     job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
     assert parts.queue.cancel(job) == State.IN_QUEUE
-    assert ended(parts, job) == (499, "client_cancelled")
+    assert result_status(parts, job) == (499, "client_cancelled")
     assert parts.queue.claim() is None
     assert parts.queue.cancel(job) == State.COMPLETED
     assert len(parts.rows("SELECT * FROM deliveries")) == 1
@@ -191,11 +191,11 @@ def test_cancel_of_a_running_job_is_a_request_until_its_next_step(parts: Parts) 
     assert parts.rows("SELECT state, is_cancelled FROM jobs") == [("IN_PROGRESS", 1)]
 
 
-def test_a_picture_that_comes_after_the_cancel_is_not_shown(parts: Parts) -> None:
+def test_an_image_that_is_ready_after_the_cancel_is_discarded(parts: Parts) -> None:
     job = claimed(parts)
     parts.queue.cancel(job)
     assert not parts.queue.finish(job, painted("{}", StoredFile("a.png", "me", 3, "image/png")))
-    assert ended(parts, job) == (499, "client_cancelled")
+    assert result_status(parts, job) == (499, "client_cancelled")
     assert parts.rows("SELECT * FROM files") == []
     assert json.loads(parts.queue.result(job).body)["error_type"] == "client_cancelled"
 
@@ -203,43 +203,43 @@ def test_a_picture_that_comes_after_the_cancel_is_not_shown(parts: Parts) -> Non
 def test_cancel_of_a_completed_job_changes_nothing(parts: Parts) -> None:
     job = finished(parts)
     assert parts.queue.cancel(job) == State.COMPLETED
-    assert ended(parts, job) == (200, None)
+    assert result_status(parts, job) == (200, None)
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
-def test_a_client_that_leaves_ends_its_queued_job(parts: Parts, mode: Mode) -> None:
+def test_a_client_that_disconnects_ends_its_queued_job(parts: Parts, mode: Mode) -> None:
     job = parts.queue.submit(submission(mode=mode))
     parts.queue.cancel(job)
-    assert ended(parts, job) == (499, "client_disconnected")
+    assert result_status(parts, job) == (499, "client_disconnected")
     assert parts.queue.claim() is None
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
-def test_a_client_that_leaves_ends_its_running_job(parts: Parts, mode: Mode) -> None:
+def test_a_client_that_disconnects_ends_its_running_job(parts: Parts, mode: Mode) -> None:
     job = claimed(parts, mode=mode)
     parts.queue.cancel(job)
     assert not parts.queue.finish(job, painted())
-    assert ended(parts, job) == (499, "client_disconnected")
+    assert result_status(parts, job) == (499, "client_disconnected")
 
 
-def test_a_client_that_leaves_after_the_end_changes_nothing(parts: Parts) -> None:
+def test_a_disconnect_after_the_end_changes_nothing(parts: Parts) -> None:
     job = finished(parts, mode=Mode.RUN)
     parts.queue.cancel(job)
-    assert ended(parts, job) == (200, None)
+    assert result_status(parts, job) == (200, None)
 
 
 # -- deadlines
 
 
 def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Parts) -> None:
-    late = parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
-    patient = parts.queue.submit(submission(start_deadline=parts.clock.now + 6))
+    expired = parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
+    waiting = parts.queue.submit(submission(start_deadline=parts.clock.now + 6))
     parts.clock.now += 4.9
     assert parts.queue.fail_expired() == 0
     parts.clock.now += 0.1
     assert parts.queue.fail_expired() == 1
-    assert ended(parts, late) == (504, "request_timeout")
-    assert (patient.state, parts.queue.position(patient)) == (State.IN_QUEUE, 0)
+    assert result_status(parts, expired) == (504, "request_timeout")
+    assert (waiting.state, parts.queue.position(waiting)) == (State.IN_QUEUE, 0)
 
 
 def test_a_job_past_its_deadline_is_not_claimed(parts: Parts) -> None:
@@ -280,7 +280,7 @@ def test_a_client_may_ask_for_a_shorter_queue_but_not_a_longer(tmp_path: Path) -
             parts.queue.submit(submission(max_queue_length=100))
 
 
-def test_a_repeated_key_is_the_same_request(parts: Parts) -> None:
+def test_a_repeated_idempotency_key_returns_the_same_request(parts: Parts) -> None:
     first = parts.queue.submit(submission(idempotency_key="k"))
     assert parts.queue.submit(submission(idempotency_key="k")) is first
     parts.queue.claim()
@@ -289,7 +289,7 @@ def test_a_repeated_key_is_the_same_request(parts: Parts) -> None:
     assert len(parts.rows("SELECT * FROM jobs")) == 1
 
 
-def test_a_repeated_key_is_the_same_request_after_a_restart(tmp_path: Path) -> None:
+def test_a_repeated_idempotency_key_returns_the_same_request_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         first = finished(parts, idempotency_key="k")
     with opened(tmp_path) as parts:
@@ -297,13 +297,13 @@ def test_a_repeated_key_is_the_same_request_after_a_restart(tmp_path: Path) -> N
     assert (again.request_id, again.state) == (first.request_id, State.COMPLETED)
 
 
-def test_a_repeated_key_is_known_when_the_queue_is_full(tmp_path: Path) -> None:
+def test_a_repeated_idempotency_key_is_accepted_when_the_queue_is_full(tmp_path: Path) -> None:
     with opened(tmp_path, max_length=1) as parts:
         first = parts.queue.submit(submission(idempotency_key="k"))
         assert parts.queue.submit(submission(idempotency_key="k")) is first
 
 
-def test_a_key_with_another_body_is_refused(parts: Parts) -> None:
+def test_an_idempotency_key_with_another_body_is_refused(parts: Parts) -> None:
     parts.queue.submit(submission(idempotency_key="k"))
     with pytest.raises(InvalidInput) as refused:
         parts.queue.submit(submission(idempotency_key="k", body_hash="1" * 64))
@@ -312,7 +312,7 @@ def test_a_key_with_another_body_is_refused(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("other", [{"owner": "you"}, {"endpoint": "test/gate"}])
-def test_a_key_belongs_to_its_owner_and_endpoint(parts: Parts, other: dict[str, Any]) -> None:
+def test_an_idempotency_key_belongs_to_its_owner_and_endpoint(parts: Parts, other: dict[str, Any]) -> None:
     first = parts.queue.submit(submission(idempotency_key="k"))
     assert parts.queue.submit(submission(idempotency_key="k", **other)) is not first
 
@@ -320,17 +320,18 @@ def test_a_key_belongs_to_its_owner_and_endpoint(parts: Parts, other: dict[str, 
 # -- restarts
 
 
-def test_recover_gives_running_jobs_their_old_place_and_keeps_the_attempt(tmp_path: Path) -> None:
+def test_recover_requeues_running_jobs_at_their_old_position_with_their_attempt(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         running, waiting = claimed(parts), parts.queue.submit(submission())
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 2
-        again, still = (parts.queue.get_cached(job.request_id) for job in (running, waiting))
-        assert again and still
-        assert (again.state, again.attempt, parts.queue.position(again)) == (State.IN_QUEUE, 1, 0)
-        assert (still.state, still.attempt, parts.queue.position(still)) == (State.IN_QUEUE, 0, 1)
-        assert parts.queue.claim() == (again, submission().input)
-        assert again.attempt == 2
+        requeued, waiting_again = (parts.queue.get_cached(job.request_id) for job in (running, waiting))
+        assert requeued and waiting_again
+        assert (requeued.state, requeued.attempt, parts.queue.position(requeued)) == (State.IN_QUEUE, 1, 0)
+        assert (waiting_again.state, waiting_again.attempt) == (State.IN_QUEUE, 0)
+        assert parts.queue.position(waiting_again) == 1
+        assert parts.queue.claim() == (requeued, submission().input)
+        assert requeued.attempt == 2
 
 
 def test_recover_wakes_the_worker(parts: Parts) -> None:
@@ -338,26 +339,28 @@ def test_recover_wakes_the_worker(parts: Parts) -> None:
     assert parts.notifier.work_available.is_set()
 
 
-def test_recover_ends_what_was_cancelled(tmp_path: Path) -> None:
+def test_recover_ends_cancelled_jobs(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
         parts.queue.cancel(job)
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
-        assert ended(parts, job) == (499, "client_cancelled")
+        assert result_status(parts, job) == (499, "client_cancelled")
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("is_cancelled", [True, False])
-def test_recover_ends_what_nobody_waits_for(tmp_path: Path, mode: Mode, is_running: bool, is_cancelled: bool) -> None:
+def test_recover_ends_jobs_whose_client_cannot_wait_any_longer(
+    tmp_path: Path, mode: Mode, is_running: bool, is_cancelled: bool
+) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts, mode=mode) if is_running else parts.queue.submit(submission(mode=mode))
         if is_cancelled:
             parts.queue.cancel(job)
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
-        assert ended(parts, job) == (499, "client_disconnected")
+        assert result_status(parts, job) == (499, "client_disconnected")
 
 
 def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
@@ -371,14 +374,14 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
         job = parts.queue.get(request_id)
-        assert job and ended(parts, job) == (500, "internal_error")
+        assert job and result_status(parts, job) == (500, "internal_error")
         assert "10 attempts" in parts.queue.result(job).body
 
 
-# -- strikes
+# -- crashes
 
 
-def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
+def test_the_crash_count_survives_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job, other = claimed(parts), claimed(parts)
         parts.queue.record_crash([job])
@@ -390,14 +393,14 @@ def test_a_strike_is_in_the_row_and_survives(tmp_path: Path) -> None:
         assert again and (again[0].request_id, again[0].crash_count) == (job.request_id, 2)
 
 
-def test_a_strike_counts_only_while_a_job_is_worked_at(parts: Parts) -> None:
+def test_a_crash_counts_only_for_running_jobs(parts: Parts) -> None:
     done, waiting = finished(parts), claimed(parts)
     parts.queue.release(waiting)
     parts.queue.record_crash([done, waiting])
     assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
-def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
+def test_a_crash_of_another_attempt_is_refused(parts: Parts) -> None:
     job, other = claimed(parts), claimed(parts)
     with parts.database.transaction() as connection:
         connection.execute("UPDATE jobs SET attempt = 2 WHERE request_id = ?", (job.request_id,))
@@ -407,7 +410,7 @@ def test_a_strike_of_another_attempt_is_refused(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("is_running", [True, False])
-def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) -> None:
+def test_recover_gives_up_after_three_crashes(tmp_path: Path, is_running: bool) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts, webhook_url="https://example.com/hook")
         for _ in range(MAX_CRASHES):
@@ -417,14 +420,14 @@ def test_recover_gives_up_after_three_strikes(tmp_path: Path, is_running: bool) 
         other = claimed(parts) if is_running else parts.queue.submit(submission())
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 1
-        assert ended(parts, job) == (500, "internal_error")
+        assert result_status(parts, job) == (500, "internal_error")
         assert "crashed 3 times while it ran this request" in parts.queue.result(job).body
         assert parts.rows("SELECT request_id FROM deliveries") == [(job.request_id,)]
         found = parts.queue.claim()
         assert found and found[0].request_id == other.request_id
 
 
-def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
+def test_recover_requeues_a_job_after_two_crashes(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
         for _ in range(MAX_CRASHES - 1):
@@ -433,7 +436,7 @@ def test_recover_goes_on_with_two_strikes(tmp_path: Path) -> None:
         assert parts.queue.recover() == 1
 
 
-def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
+def test_a_cancel_takes_precedence_over_crashes(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         job = claimed(parts)
         for _ in range(MAX_CRASHES):
@@ -441,7 +444,7 @@ def test_a_cancel_is_worth_more_than_strikes(tmp_path: Path) -> None:
         parts.queue.cancel(job)
     with opened(tmp_path) as parts:
         assert parts.queue.recover() == 0
-        assert ended(parts, job) == (499, "client_cancelled")
+        assert result_status(parts, job) == (499, "client_cancelled")
 
 
 def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
@@ -455,25 +458,25 @@ def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_recover_remembers_what_the_client_asked_for(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {
+def test_recover_restores_the_options_of_the_request(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
         "priority": Priority.LOW,
         "start_deadline": 5e9,
         "lifecycle": Lifecycle(60.0, is_private=True),
         "store_io": False,
     }
     with opened(tmp_path) as parts:
-        request_id = parts.queue.submit(submission(**asked)).request_id
+        request_id = parts.queue.submit(submission(**options)).request_id
     with opened(tmp_path) as parts:
         parts.queue.recover()
         job = parts.queue.get_cached(request_id)
-        assert job and {name: getattr(job, name) for name in asked} == asked
+        assert job and {name: getattr(job, name) for name in options} == options
 
 
 # -- memory and rows
 
 
-def test_a_job_that_left_the_memory_is_read_from_its_row(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_evicted_from_memory_is_read_from_its_row(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.queue.queue.RECENT", 1)
     job = claimed(parts)
     parts.queue.progress(job, 1, 1)
@@ -491,7 +494,7 @@ def test_an_unknown_id_is_none(parts: Parts) -> None:
     assert parts.queue.get("00000000-0000-0000-0000-000000000000") is None
 
 
-def test_the_first_fetch_is_remembered_where_nothing_is_to_be_kept(parts: Parts) -> None:
+def test_the_first_fetch_is_recorded_for_results_that_are_not_stored(parts: Parts) -> None:
     job, kept = finished(parts, store_io=False), finished(parts)
     fetched_at = parts.clock.now
     for _ in range(2):
@@ -501,7 +504,7 @@ def test_the_first_fetch_is_remembered_where_nothing_is_to_be_kept(parts: Parts)
     assert parts.rows("SELECT fetched_at FROM jobs ORDER BY sequence") == [(fetched_at,), (None,)]
 
 
-def test_the_result_of_a_job_that_was_just_forgotten_is_not_found(parts: Parts) -> None:
+def test_the_result_of_a_job_that_was_just_deleted_is_not_found(parts: Parts) -> None:
     job = finished(parts)
     parts.clock.now += 10
     Retention(parts.database, parts.queue, parts.files, max_age=10, max_bytes=1e9, clock=parts.clock).sweep()
@@ -509,34 +512,34 @@ def test_the_result_of_a_job_that_was_just_forgotten_is_not_found(parts: Parts) 
         parts.queue.result(job)
 
 
-def test_positions_are_answered_while_a_commit_waits_for_the_disk(parts: Parts) -> None:
+def test_positions_can_be_read_while_a_transaction_is_open(parts: Parts) -> None:
     job = parts.queue.submit(submission())
-    writer_is_in, writer_may_go = threading.Event(), threading.Event()
+    writer_started, writer_may_finish = threading.Event(), threading.Event()
 
     def write_slowly() -> None:
         with parts.database.transaction():
-            writer_is_in.set()
-            writer_may_go.wait()
+            writer_started.set()
+            writer_may_finish.wait()
 
     writer = threading.Thread(target=write_slowly)
     writer.start()
-    assert writer_is_in.wait(60)
+    assert writer_started.wait(60)
     assert (parts.queue.get_cached(job.request_id), parts.queue.position(job), parts.queue.length) == (job, 0, 1)
-    writer_may_go.set()
+    writer_may_finish.set()
     writer.join()
 
 
 # -- the disk is full
 
 
-def test_a_request_that_finds_the_disk_full_was_not_accepted(parts: Parts) -> None:
+def test_a_request_is_refused_when_the_disk_is_full(parts: Parts) -> None:
     with full_disk(parts), pytest.raises(DiskFull):
         parts.queue.submit(submission(fields=LONG))
     assert (parts.queue.length, parts.rows("SELECT * FROM jobs")) == (0, [])
     assert parts.queue.submit(submission(fields=LONG)).state == State.IN_QUEUE
 
 
-def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -> None:
+def test_a_job_can_be_finished_again_after_the_disk_was_full(parts: Parts) -> None:
     job = claimed(parts, webhook_url="https://example.com/hook")
     outcome = painted(json.dumps(LONG), StoredFile("a.png", "me", 3, "image/png"))
     with full_disk(parts), pytest.raises(DiskFull):
@@ -547,16 +550,16 @@ def test_a_result_that_finds_the_disk_full_can_be_finished_later(parts: Parts) -
     assert parts.rows("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
+def test_a_result_can_be_fetched_when_the_disk_is_too_full_to_record_the_fetch(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = finished(parts, store_io=False)
 
-    def find_no_room(*_: object) -> None:
+    def raise_disk_full(*_: object) -> None:
         raise DiskFull
 
     with monkeypatch.context() as patched:
-        patched.setattr("server.queue.job_table.mark_fetched", find_no_room)
+        patched.setattr("server.queue.job_table.mark_fetched", raise_disk_full)
         assert parts.queue.result(job).body == '{"seed":7}'
     assert "the disk is full" in caplog.text
     assert parts.rows("SELECT fetched_at FROM jobs") == [(None,)]
@@ -565,7 +568,7 @@ def test_a_result_is_read_also_when_the_disk_is_too_full_to_remember_that(
     assert parts.rows("SELECT fetched_at FROM jobs") == [(parts.clock.now,)]
 
 
-def test_other_errors_of_sqlite_are_not_taken_for_a_full_disk(parts: Parts) -> None:
+def test_other_sqlite_errors_are_not_reported_as_a_full_disk(parts: Parts) -> None:
     with pytest.raises(sqlite3.OperationalError), parts.database.transaction() as connection:
         connection.execute("SELECT * FROM nothing")
 
@@ -582,26 +585,26 @@ def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:
 
 
 def test_every_commit_is_synced(parts: Parts) -> None:
-    asked = ("journal_mode", "synchronous", "mmap_size", "foreign_keys")
-    found = {name: parts.rows(f"PRAGMA {name}")[0][0] for name in asked}
+    pragmas = ("journal_mode", "synchronous", "mmap_size", "foreign_keys")
+    found = {name: parts.rows(f"PRAGMA {name}")[0][0] for name in pragmas}
     assert found == {"journal_mode": "wal", "synchronous": 2, "mmap_size": 0, "foreign_keys": 1}
 
 
-def test_a_folder_has_one_server(tmp_path: Path) -> None:
+def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
     with opened(tmp_path), pytest.raises(DataDirInUse, match=f"another server is using {tmp_path}.*--data-dir"):
         Database(tmp_path)
     with opened(tmp_path) as parts:
         assert parts.queue.length == 0
 
 
-def test_a_folder_written_by_a_newer_server_is_refused(tmp_path: Path) -> None:
+def test_a_data_directory_of_a_newer_server_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         parts.rows("PRAGMA user_version = 99")
     with pytest.raises(DataDirInUse, match="newer"):
         Database(tmp_path)
 
 
-IMPOSSIBLE = [
+INVALID_STATEMENTS = [
     "UPDATE jobs SET state = 'LOST'",
     "UPDATE jobs SET mode = 'later'",
     "UPDATE jobs SET priority = 'high'",
@@ -635,21 +638,21 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("statement", IMPOSSIBLE)
-def test_a_row_that_makes_no_sense_is_refused(parts: Parts, statement: str) -> None:
+@pytest.mark.parametrize("statement", INVALID_STATEMENTS)
+def test_the_schema_refuses_invalid_rows(parts: Parts, statement: str) -> None:
     parts.queue.submit(submission())
     with pytest.raises(sqlite3.IntegrityError), parts.database.transaction() as connection:
         connection.execute(statement)
 
 
-def test_a_deleted_job_takes_its_files_and_webhook_along(parts: Parts) -> None:
+def test_deleting_a_job_deletes_its_files_and_its_webhook(parts: Parts) -> None:
     finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs")
     assert parts.rows("SELECT * FROM files") == parts.rows("SELECT * FROM deliveries") == []
 
 
-def test_times_come_from_the_clock_that_was_given(tmp_path: Path) -> None:
+def test_times_come_from_the_injected_clock(tmp_path: Path) -> None:
     with opened(tmp_path, clock=Clock(12345.0)) as parts:
         finished(parts)
         assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]

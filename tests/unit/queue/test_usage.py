@@ -1,4 +1,4 @@
-"""What is counted of what was painted: fal's billable units, by key and day, also after the requests are gone."""
+"""Usage of generated images: fal's billable units, and requests by key and day. Usage outlives the requests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.components import Clock, Parts, claimed, finished, opened
-from tests.support.components import painted as well
+from tests.support.components import Clock, Parts, claimed, finished, opened, painted
 
 
 @pytest.fixture
@@ -21,13 +20,13 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     ("size", "number", "units"),
     [((1000, 1000), 1, 1), ((1024, 768), 4, 4), ((1024, 1024), 1, 2), ((2048, 2048), 2, 10), ((64, 64), 3, 3)],
 )
-def test_megapixels_of_each_picture_rounded_up(
+def test_billable_units_are_the_megapixels_of_each_image_rounded_up(
     client: httpx.Client, size: tuple[int, int], number: int, units: int
 ) -> None:
-    shape = {"width": size[0], "height": size[1]}
-    body = {"prompt": "x", "image_size": shape, "num_images": number, "num_inference_steps": 1}
-    answer = client.post("/test/null", json=body)
-    assert answer.headers["x-fal-billable-units"] == str(units)
+    image_size = {"width": size[0], "height": size[1]}
+    body = {"prompt": "x", "image_size": image_size, "num_images": number, "num_inference_steps": 1}
+    response = client.post("/test/null", json=body)
+    assert response.headers["x-fal-billable-units"] == str(units)
     submitted = client.post("/queue/test/null", json=body).json()
     with client.stream("GET", f"{submitted['status_url']}/stream") as status:
         status.read()
@@ -35,17 +34,17 @@ def test_megapixels_of_each_picture_rounded_up(
 
 
 @pytest.mark.parametrize("body", [{"prompt": 5}, {"prompt": "x", "num_images": 9}])
-def test_what_was_refused_costs_nothing(client: httpx.Client, body: dict[str, Any]) -> None:
+def test_refused_and_failed_requests_cost_nothing(client: httpx.Client, body: dict[str, Any]) -> None:
     assert client.post("/test/null", json=body).headers["x-fal-billable-units"] == "0"
     assert client.post("/test/raises", json={"prompt": "x"}).headers["x-fal-billable-units"] == "0"
 
 
-def test_by_key_and_day(parts: Parts) -> None:
+def test_usage_by_key_and_day_counts_only_successful_requests(parts: Parts) -> None:
     for owner, days in (("me", 0), ("me", 0), ("you", 0), ("me", 1)):
         parts.clock.now += 86_400 * days
         finished(parts, owner=owner)
-    failed = claimed(parts, owner="me")
-    parts.queue.cancel(failed)
-    parts.queue.finish(failed, well())
+    cancelled = claimed(parts, owner="me")
+    parts.queue.cancel(cancelled)
+    parts.queue.finish(cancelled, painted())
     found = parts.rows("SELECT owner, day, requests FROM usage ORDER BY owner, day")
     assert found == [("me", "2027-01-15", 2), ("me", "2027-01-16", 1), ("you", "2027-01-15", 1)]

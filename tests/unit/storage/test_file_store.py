@@ -12,21 +12,23 @@ from tests.support.components import Parts, finished, opened
 NAME = "0123456789abcdef0123456789abcdef"
 
 
-def saved(parts: Parts, content: bytes = b"picture", ending: str = "png") -> StoredFile:
-    """A file on the disk that nothing lists yet."""
-    return parts.files.create(content, ending, f"image/{ending}", "me", Lifecycle())
+def save_unlisted(parts: Parts, content: bytes = b"picture", extension: str = "png") -> StoredFile:
+    """Save a file on the disk without listing it in the database."""
+    return parts.files.create(content, extension, f"image/{extension}", "me", Lifecycle())
 
 
-def listed(parts: Parts, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
-    """A file that its job lists."""
+def save_listed(parts: Parts, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
+    """Save a file and finish the job that lists it."""
     file = parts.files.create(b"picture", "png", "image/png", "me", Lifecycle(lifetime, is_private))
     finished(parts, file)
     return file
 
 
 @pytest.mark.parametrize(("lifetime", "is_private"), [(None, False), (60.0, True)])
-def test_a_listed_file_is_found_as_it_was_saved(parts: Parts, lifetime: float | None, is_private: bool) -> None:
-    file = listed(parts, lifetime, is_private)
+def test_a_listed_file_is_found_with_its_content_and_metadata(
+    parts: Parts, lifetime: float | None, is_private: bool
+) -> None:
+    file = save_listed(parts, lifetime, is_private)
     expires_at = None if lifetime is None else parts.clock.now + lifetime
     assert file == StoredFile(file.name, "me", 7, "image/png", None, is_private, expires_at)
     assert parts.files.find(file.name) == file
@@ -34,28 +36,28 @@ def test_a_listed_file_is_found_as_it_was_saved(parts: Parts, lifetime: float | 
     assert parts.files.path(file).read_bytes() == b"picture"
 
 
-def test_a_name_is_128_random_bits_and_an_ending(parts: Parts) -> None:
-    names = {saved(parts, ending="jpg").name for _ in range(50)}
+def test_a_name_is_128_random_bits_and_an_extension(parts: Parts) -> None:
+    names = {save_unlisted(parts, extension="jpg").name for _ in range(50)}
     assert len(names) == 50
     assert {(len(name.partition(".")[0]), name.partition(".")[2]) for name in names} == {(32, "jpg")}
 
 
-def test_nothing_half_written_is_left(parts: Parts) -> None:
-    file = saved(parts)
+def test_saving_leaves_no_partial_file(parts: Parts) -> None:
+    file = save_unlisted(parts)
     assert parts.on_disk() == [file.name]
 
 
-def test_the_folder_is_private(parts: Parts) -> None:
-    assert [folder.stat().st_mode & 0o777 for folder in (parts.folder, parts.folder / "files")] == [0o700, 0o700]
+def test_the_directories_are_private(parts: Parts) -> None:
+    assert [directory.stat().st_mode & 0o777 for directory in (parts.folder, parts.folder / "files")] == [0o700, 0o700]
 
 
 def test_a_file_that_no_job_lists_is_not_served(parts: Parts) -> None:
-    file = saved(parts)
+    file = save_unlisted(parts)
     assert parts.files.find(file.name) is None
 
 
 def test_a_file_expires(parts: Parts) -> None:
-    file = listed(parts, lifetime=60.0)
+    file = save_listed(parts, lifetime=60.0)
     assert file.expires_at == parts.clock.now + 60
     parts.clock.now += 59.9
     assert parts.files.find(file.name)
@@ -63,8 +65,8 @@ def test_a_file_expires(parts: Parts) -> None:
     assert parts.files.find(file.name) is None
 
 
-def test_removing_what_is_gone_already_is_no_error(parts: Parts) -> None:
-    file = listed(parts)
+def test_deleting_a_missing_file_is_no_error(parts: Parts) -> None:
+    file = save_listed(parts)
     parts.files.delete([file.name, file.name, f"{NAME}.png"])
     assert parts.on_disk() == []
 
@@ -100,15 +102,15 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_name_of_another_shape_is_never_found(parts: Parts, name: str) -> None:
+def test_an_invalid_name_is_never_found(parts: Parts, name: str) -> None:
     finished(parts, StoredFile(name, "me", 1, "image/png"))
     assert parts.files.find(name) is None
 
 
-def test_strays_are_removed_and_listed_files_kept(tmp_path: Path) -> None:
+def test_orphans_are_deleted_and_listed_files_kept(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
-        kept = listed(parts)
-        saved(parts, b"its row never came")
+        kept = save_listed(parts)
+        save_unlisted(parts, b"its row never came")
         (tmp_path / "files" / f"{NAME}.png.part").write_bytes(b"half")
     with opened(tmp_path) as parts:
         assert parts.files.delete_orphans() == 2
@@ -116,13 +118,13 @@ def test_strays_are_removed_and_listed_files_kept(tmp_path: Path) -> None:
         assert parts.files.delete_orphans() == 0
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(parts: Parts) -> None:
+def test_a_full_disk_raises_disk_full_and_leaves_no_file(parts: Parts) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(DiskFull):
-            saved(parts, b"x" * 100_000)
+            save_unlisted(parts, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert parts.on_disk() == []
-    assert saved(parts, b"x" * 100_000).size == 100_000
+    assert save_unlisted(parts, b"x" * 100_000).size == 100_000

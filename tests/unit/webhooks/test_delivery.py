@@ -1,4 +1,4 @@
-"""Webhooks: from rows to a real receiver, on a clock that is set by hand."""
+"""Webhook delivery: from rows to a real receiver, with a manual clock."""
 
 import asyncio
 import json
@@ -26,35 +26,35 @@ LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
 
 
 def webhooks(
-    parts: Parts, guard: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
+    parts: Parts, outbound: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
 ) -> WebhookSender:
-    """What delivers; a second one is what a restart makes."""
+    """Return a webhook sender. A second call acts as a restart."""
     signer = WebhookSigner(parts.database, clock=parts.clock)
     signer.rotate()
-    return WebhookSender(parts.database, parts.notifier, guard, signer, parts.clock, monotonic=monotonic)
+    return WebhookSender(parts.database, parts.notifier, outbound, signer, parts.clock, monotonic=monotonic)
 
 
-async def delivered(hooks: WebhookSender) -> float:
-    """One turn, and the end of all it began; returns the seconds to wait that it said."""
-    seconds = await hooks.send_due()
-    begun = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.gather(*begun)
+async def delivered(sender: WebhookSender) -> float:
+    """Send what is due and wait for all deliveries; return the seconds until the next one is due."""
+    seconds = await sender.send_due()
+    deliveries = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*deliveries)
     return seconds
 
 
-def turn(parts: Parts, guard: OutboundClient = LOOPBACK) -> float:
-    """The same, of a server that has just started."""
-    return asyncio.run(delivered(webhooks(parts, guard)))
+def turn(parts: Parts, outbound: OutboundClient = LOOPBACK) -> float:
+    """Call `delivered` with a new sender, as after a restart."""
+    return asyncio.run(delivered(webhooks(parts, outbound)))
 
 
 def delivery(parts: Parts) -> tuple[object, ...]:
-    """Attempts, when the next is due, when it was delivered, and the last error."""
+    """Return the attempts, the time of the next attempt, the time of delivery, and the last error."""
     (row,) = parts.rows("SELECT attempt, due_at, delivered_at, error FROM deliveries")
     return row
 
 
 def hook(httpserver: HTTPServer, *statuses: int) -> str:
-    """A receiver that answers these one after the other, and 200 from then on."""
+    """Return the URL of a receiver that answers with these statuses in order, then always with 200."""
     for status in statuses:
         httpserver.expect_ordered_request("/hook", method="POST").respond_with_data(status=status)
     httpserver.expect_request("/hook", method="POST").respond_with_data()
@@ -62,7 +62,7 @@ def hook(httpserver: HTTPServer, *statuses: int) -> str:
 
 
 def received(httpserver: HTTPServer) -> list[Request]:
-    """What the receiver got."""
+    """Return the requests that the receiver got."""
     return [request for request, _ in httpserver.log]
 
 
@@ -96,7 +96,7 @@ def test_an_error_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServe
     }
 
 
-def test_a_cancelled_request_is_told_too(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_cancelled_request_is_delivered_too(parts: Parts, httpserver: HTTPServer) -> None:
     parts.queue.cancel(claimed(parts, webhook_url=hook(httpserver)))
     turn(parts)
     assert received(httpserver) == []
@@ -108,23 +108,23 @@ def test_a_cancelled_request_is_told_too(parts: Parts, httpserver: HTTPServer) -
     assert json.loads(request.data)["error"] == "Invalid status code: 499"
 
 
-def test_none_comes_before_the_result_can_be_read(parts: Parts, httpserver: HTTPServer) -> None:
-    seen: list[tuple[State, int]] = []
+def test_no_webhook_is_sent_before_the_result_can_be_fetched(parts: Parts, httpserver: HTTPServer) -> None:
+    states_seen: list[tuple[State, int]] = []
 
-    def look(request: Request) -> Response:
-        seen.append((job.state, parts.queue.result(job).status))
+    def respond(request: Request) -> Response:
+        states_seen.append((job.state, parts.queue.result(job).status))
         return Response()
 
-    httpserver.expect_request("/hook").respond_with_handler(look)
+    httpserver.expect_request("/hook").respond_with_handler(respond)
     job = claimed(parts, webhook_url=httpserver.url_for("/hook"))
     turn(parts)
     assert received(httpserver) == []
     parts.queue.finish(job, painted())
     turn(parts)
-    assert seen == [(State.COMPLETED, 200)]
+    assert states_seen == [(State.COMPLETED, 200)]
 
 
-def test_what_was_delivered_is_not_delivered_again(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_delivered_webhook_is_not_delivered_again(parts: Parts, httpserver: HTTPServer) -> None:
     finished(parts, webhook_url=hook(httpserver))
     turn(parts)
     parts.clock.now += 86_400
@@ -140,7 +140,7 @@ def test_2xx_is_success(parts: Parts, httpserver: HTTPServer, status: int) -> No
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 304, 307, 308, 400, 401, 404, 410, 429, 500, 503])
-def test_anything_else_is_tried_again(parts: Parts, httpserver: HTTPServer, status: int) -> None:
+def test_any_other_status_is_retried(parts: Parts, httpserver: HTTPServer, status: int) -> None:
     httpserver.expect_request("/hook").respond_with_data(status=status, headers={"location": "/elsewhere"})
     finished(parts, webhook_url=httpserver.url_for("/hook"))
     turn(parts)
@@ -148,19 +148,19 @@ def test_anything_else_is_tried_again(parts: Parts, httpserver: HTTPServer, stat
     assert [request.path for request in received(httpserver)] == ["/hook"]
 
 
-def test_retries_come_exactly_when_they_are_due_and_ten_times(parts: Parts, httpserver: HTTPServer) -> None:
+def test_the_ten_retries_are_sent_exactly_when_they_are_due(parts: Parts, httpserver: HTTPServer) -> None:
     job = finished(parts, webhook_url=hook(httpserver, *[500] * 11))
 
     async def retry() -> None:
-        hooks = webhooks(parts)
-        await delivered(hooks)
+        sender = webhooks(parts)
+        await delivered(sender)
         for number, delay in enumerate(DELAYS, start=1):
-            assert await delivered(hooks) == min(60, delay)
+            assert await delivered(sender) == min(60, delay)
             parts.clock.now += delay - 0.5
-            assert await delivered(hooks) == 0.5
+            assert await delivered(sender) == 0.5
             assert len(received(httpserver)) == number
             parts.clock.now += 0.5
-            await delivered(hooks)
+            await delivered(sender)
             assert len(received(httpserver)) == number + 1
 
     asyncio.run(retry())
@@ -186,7 +186,7 @@ def test_a_retry_that_succeeds_is_the_last(parts: Parts, httpserver: HTTPServer)
     assert delivery(parts) == (2, None, parts.clock.now, None)
 
 
-def test_what_is_due_survives_a_restart(tmp_path: Path, httpserver: HTTPServer) -> None:
+def test_due_webhooks_survive_a_restart(tmp_path: Path, httpserver: HTTPServer) -> None:
     with opened(tmp_path) as parts:
         finished(parts, webhook_url=hook(httpserver, 500))
         turn(parts)
@@ -209,10 +209,10 @@ def test_a_forbidden_receiver_gets_nothing(parts: Parts, httpserver: HTTPServer)
     assert str(error).startswith("ForbiddenURL")
 
 
-def test_a_receiver_that_is_not_there_is_tried_again(parts: Parts) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        finished(parts, webhook_url=f"http://127.0.0.1:{taken.getsockname()[1]}/hook")
+def test_a_receiver_that_refuses_connections_is_retried(parts: Parts) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        finished(parts, webhook_url=f"http://127.0.0.1:{unused.getsockname()[1]}/hook")
         turn(parts)
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
@@ -220,15 +220,15 @@ def test_a_receiver_that_is_not_there_is_tried_again(parts: Parts) -> None:
 
 
 @contextmanager
-def rude_receiver(answer: bytes | None) -> Iterator[str]:
-    """Accepts one connection and sends this, or closes without a word."""
+def raw_receiver(response: bytes | None) -> Iterator[str]:
+    """Accept one connection and send these bytes, or close it without a response; yield the URL."""
 
     def serve() -> None:
         accepted, _ = listener.accept()
         with accepted, suppress(OSError):
             accepted.recv(65_536)
-            if answer is not None:
-                accepted.sendall(answer)
+            if response is not None:
+                accepted.sendall(response)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=serve)
@@ -237,15 +237,15 @@ def rude_receiver(answer: bytes | None) -> Iterator[str]:
         server.join()
 
 
-@pytest.mark.parametrize("answer", [None, b"", b"hello\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
-def test_an_answer_that_is_none_is_tried_again(parts: Parts, answer: bytes | None) -> None:
-    with rude_receiver(answer) as url:
+@pytest.mark.parametrize("response", [None, b"", b"hello\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
+def test_an_invalid_response_is_retried(parts: Parts, response: bytes | None) -> None:
+    with raw_receiver(response) as url:
         finished(parts, webhook_url=url)
         turn(parts)
     assert delivery(parts)[:3] == (1, parts.clock.now + DELAYS[0], None)
 
 
-def test_a_receiver_that_never_answers_is_tried_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receiver_that_never_answers_is_retried(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         finished(parts, webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/hook")
@@ -255,14 +255,14 @@ def test_a_receiver_that_never_answers_is_tried_again(parts: Parts, monkeypatch:
     assert "no response" in str(error)
 
 
-def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTPServer) -> None:
+def test_many_webhooks_are_delivered_once_each(parts: Parts, httpserver: HTTPServer) -> None:
     url = hook(httpserver)
     jobs = [finished(parts, webhook_url=url).request_id for _ in range(70)]
 
     async def deliver() -> None:
-        hooks = webhooks(parts)
+        sender = webhooks(parts)
         while parts.rows("SELECT * FROM deliveries WHERE due_at IS NOT NULL"):
-            await delivered(hooks)
+            await delivered(sender)
 
     asyncio.run(deliver())
     assert sorted(json.loads(request.data)["request_id"] for request in received(httpserver)) == sorted(jobs)
@@ -270,63 +270,63 @@ def test_many_are_delivered_at_once_and_each_once(parts: Parts, httpserver: HTTP
 
 @contextmanager
 def silent_receivers(number: int) -> Iterator[list[str]]:
-    """The addresses of so many that take every connection and never answer."""
+    """Yield the URLs of `number` receivers that accept every connection and never answer."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100)) for _ in range(number)]
         yield [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
 
 
 def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
-    """The ids of requests that were ended at once, each with a webhook due at one of these."""
+    """Submit and cancel a request for each of these webhook URLs; return the request ids."""
     jobs = [parts.queue.submit(submission(webhook_url=url, owner=owner)) for url in urls]
     for job in jobs:
         parts.queue.cancel(job)
     return {job.request_id for job in jobs}
 
 
-async def told(parts: Parts, hooks: WebhookSender, hoped_for: set[str]) -> None:
-    """Turns until these were delivered, while others are under way."""
+async def send_until_delivered(parts: Parts, sender: WebhookSender, request_ids: set[str]) -> None:
+    """Send what is due until these webhooks are delivered, while other deliveries hang."""
     parts.notifier.bind_loop(asyncio.get_running_loop())
-    with parts.notifier.subscribe(WEBHOOKS) as bell:
+    with parts.notifier.subscribe(WEBHOOKS) as event:
         while True:
-            bell.clear()
-            await hooks.send_due()
-            done = parts.rows("SELECT request_id FROM deliveries WHERE delivered_at IS NOT NULL")
-            if hoped_for <= {name for (name,) in done}:
+            event.clear()
+            await sender.send_due()
+            rows = parts.rows("SELECT request_id FROM deliveries WHERE delivered_at IS NOT NULL")
+            if request_ids <= {request_id for (request_id,) in rows}:
                 return
             async with asyncio.timeout(10):
-                await bell.wait()
+                await event.wait()
 
 
-async def begun(hooks: WebhookSender) -> int:
-    """How many deliveries are under way after a turn."""
-    await hooks.send_due()
-    # Connecting makes tasks of its own.
+async def num_running(sender: WebhookSender) -> int:
+    """Send what is due; return how many deliveries are running."""
+    await sender.send_due()
+    # Connecting starts further tasks, which do not count.
     return sum("_deliver" in str(task.get_coro()) for task in asyncio.all_tasks())
 
 
 async def abandoned() -> None:
-    """End what these receivers never will."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
+    """Cancel all deliveries to receivers that never answer."""
+    deliveries = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in deliveries:
         task.cancel()
-    await asyncio.wait(others)
+    await asyncio.wait(deliveries)
 
 
-def test_a_receiver_that_never_answers_holds_up_nobody_else(
+def test_a_receiver_that_never_answers_delays_no_other_webhook(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither other receivers of the same owner nor other owners, though all of its webhooks were due before."""
+    """A silent receiver delays no other receiver of its owner and no other owner, though its webhooks are due first."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: str) -> None:
         cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
         cancelled(parts, "bad", *(f"{silent}?number={number}" for number in range(60)))
-        hooks = webhooks(parts)
-        assert await begun(hooks) == PER_RECEIVER
+        sender = webhooks(parts)
+        assert await num_running(sender) == PER_RECEIVER
         parts.clock.now += 1
         good = [url] * 20
-        await told(parts, hooks, cancelled(parts, "bad", *good) | cancelled(parts, "good", *good))
+        await send_until_delivered(parts, sender, cancelled(parts, "bad", *good) | cancelled(parts, "good", *good))
         await abandoned()
 
     url = hook(httpserver)
@@ -334,20 +334,20 @@ def test_a_receiver_that_never_answers_holds_up_nobody_else(
         asyncio.run(deliver(silent))
 
 
-def test_many_receivers_of_one_owner_hold_up_no_other_owner(
+def test_many_silent_receivers_of_one_owner_delay_no_other_owner(
     parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has half of what the others leave: there is some for the next, also when several of them are bad."""
+    """An owner gets at most half of the free slots, so some stay free for the next, even with several bad owners."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: list[str]) -> None:
-        hooks, under_way = webhooks(parts), 0
-        for owner, most in (("bad", CONCURRENCY // 2), ("worse", CONCURRENCY // 4), ("worst", CONCURRENCY // 8)):
+        sender, total = webhooks(parts), 0
+        for owner, limit in (("bad", CONCURRENCY // 2), ("worse", CONCURRENCY // 4), ("worst", CONCURRENCY // 8)):
             cancelled(parts, owner, *(f"{url}/hook" for url in silent for _ in range(20)))
-            under_way += most
-            assert await begun(hooks) == under_way
+            total += limit
+            assert await num_running(sender) == total
             parts.clock.now += 1
-        await told(parts, hooks, cancelled(parts, "good", *[url] * 20))
+        await send_until_delivered(parts, sender, cancelled(parts, "good", *[url] * 20))
         await abandoned()
 
     url = hook(httpserver)
@@ -355,28 +355,28 @@ def test_many_receivers_of_one_owner_hold_up_no_other_owner(
         asyncio.run(deliver(silent))
 
 
-def test_a_turn_that_reads_for_long_is_followed_by_a_longer_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands that wait behind a bad receiver are read through each time: others need the database too."""
+def test_a_slow_pass_is_followed_by_a_longer_pause(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass reads all deliveries that wait for a bad receiver. The pause leaves others time to use the database."""
     monotonic = Clock()
-    rests: list[float] = []
+    pauses: list[float] = []
 
-    async def turn(_: WebhookSender) -> float:
-        monotonic.now += (0.25, 60.0)[len(rests)]
+    async def send_slowly(_: WebhookSender) -> float:
+        monotonic.now += (0.25, 60.0)[len(pauses)]
         return 0.0
 
-    async def rest(seconds: float) -> None:
-        rests.append(seconds)
-        if len(rests) == 2:
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
             raise asyncio.CancelledError
 
-    monkeypatch.setattr(WebhookSender, "send_due", turn)
-    monkeypatch.setattr("server.webhooks.delivery.asyncio.sleep", rest)
+    monkeypatch.setattr(WebhookSender, "send_due", send_slowly)
+    monkeypatch.setattr("server.webhooks.delivery.asyncio.sleep", pause)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(webhooks(parts, monotonic=monotonic).run())
-    assert rests == [1.0, 5.0]
+    assert pauses == [1.0, 5.0]
 
 
-def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_running_delivery_is_not_started_again(parts: Parts, httpserver: HTTPServer) -> None:
     may_answer = threading.Event()
 
     def wait(request: Request) -> Response:
@@ -387,24 +387,26 @@ def test_one_under_way_is_not_begun_twice(parts: Parts, httpserver: HTTPServer) 
     finished(parts, webhook_url=httpserver.url_for("/hook"))
 
     async def deliver() -> None:
-        hooks = webhooks(parts)
-        await hooks.send_due()
-        await hooks.send_due()
+        sender = webhooks(parts)
+        await sender.send_due()
+        await sender.send_due()
         may_answer.set()
-        await delivered(hooks)
+        await delivered(sender)
 
     asyncio.run(deliver())
     assert len(received(httpserver)) == 1
 
 
-def test_a_receiver_is_left_in_peace_when_its_answer_cannot_be_recorded(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_receiver_is_not_called_again_at_once_when_its_answer_cannot_be_recorded(
+    parts: Parts, httpserver: HTTPServer
+) -> None:
     finished(parts, webhook_url=hook(httpserver))
 
     async def deliver() -> None:
-        hooks = webhooks(parts)
+        sender = webhooks(parts)
         parts.rows("PRAGMA query_only = ON")
         for _ in range(3):
-            await delivered(hooks)
+            await delivered(sender)
         parts.rows("PRAGMA query_only = OFF")
 
     asyncio.run(deliver())
@@ -413,10 +415,10 @@ def test_a_receiver_is_left_in_peace_when_its_answer_cannot_be_recorded(parts: P
 
 
 @pytest.mark.parametrize("status", [500, 200])
-def test_what_the_operator_sends_again_meanwhile_is_sent_again(
+def test_a_redelivery_requested_during_the_last_attempt_is_sent(
     parts: Parts, httpserver: HTTPServer, status: int
 ) -> None:
-    """During the last attempt, which would be the end of it either way."""
+    """The operator acts during the last attempt, after which there would be no further one in either case."""
 
     def send_again(request: Request) -> Response:
         Control(parts.database, parts.folder).redeliver(job.request_id)
@@ -436,20 +438,22 @@ def test_what_the_operator_sends_again_meanwhile_is_sent_again(
     assert len(received(httpserver)) == 2
 
 
-@pytest.mark.parametrize("back", [2 * 3600.0, 366 * 86_400.0])
-def test_what_a_wrong_clock_put_far_ahead_is_due(parts: Parts, httpserver: HTTPServer, back: float) -> None:
-    """The first attempt, and a retry."""
+@pytest.mark.parametrize("seconds_back", [2 * 3600.0, 366 * 86_400.0])
+def test_deliveries_scheduled_too_far_ahead_by_a_wrong_clock_are_due_now(
+    parts: Parts, httpserver: HTTPServer, seconds_back: float
+) -> None:
+    """A first attempt and a retry were scheduled by a clock that was too far ahead."""
     first = finished(parts, webhook_url=hook(httpserver, 500))
     turn(parts)
     second = finished(parts, webhook_url=httpserver.url_for("/hook"))
-    parts.clock.now -= back
+    parts.clock.now -= seconds_back
     turn(parts)
-    told = [request.json["request_id"] for request in received(httpserver)]
-    assert sorted(told) == sorted([first.request_id, first.request_id, second.request_id])
+    delivered_ids = [request.json["request_id"] for request in received(httpserver)]
+    assert sorted(delivered_ids) == sorted([first.request_id, first.request_id, second.request_id])
     assert parts.rows("SELECT count(*) FROM deliveries WHERE due_at IS NULL") == [(2,)]
 
 
-def test_a_retry_does_not_come_early_because_a_clock_is_set_back_a_little(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_retry_is_not_sent_early_when_the_clock_is_set_back_a_little(parts: Parts, httpserver: HTTPServer) -> None:
     finished(parts, webhook_url=hook(httpserver, 500))
     with parts.database.transaction() as connection:
         connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS) - 1,))
@@ -459,56 +463,58 @@ def test_a_retry_does_not_come_early_because_a_clock_is_set_back_a_little(parts:
     assert len(received(httpserver)) == 1
 
 
-def test_what_was_put_off_comes_a_minute_later_by_any_clock(parts: Parts, httpserver: HTTPServer) -> None:
+def test_an_unrecorded_delivery_is_retried_a_minute_later_despite_clock_jumps(
+    parts: Parts, httpserver: HTTPServer
+) -> None:
     finished(parts, webhook_url=hook(httpserver))
     monotonic = Clock(5.0)
 
     async def deliver() -> None:
-        hooks = webhooks(parts, monotonic=monotonic)
+        sender = webhooks(parts, monotonic=monotonic)
         parts.rows("PRAGMA query_only = ON")
-        await delivered(hooks)
+        await delivered(sender)
         parts.rows("PRAGMA query_only = OFF")
         for jump in (86_400.0, -86_400.0):
             parts.clock.now += jump
             monotonic.now += 29
-            await delivered(hooks)
+            await delivered(sender)
         assert len(received(httpserver)) == 1
         monotonic.now += 3
-        await delivered(hooks)
+        await delivered(sender)
 
     asyncio.run(deliver())
     assert len(received(httpserver)) == 2
     assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
-def test_the_loop_hears_of_a_result_and_ends_when_it_is_told_to(parts: Parts, httpserver: HTTPServer) -> None:
+def test_the_loop_delivers_a_new_result_and_ends_when_cancelled(parts: Parts, httpserver: HTTPServer) -> None:
     job = claimed(parts, webhook_url=hook(httpserver))
 
     async def deliver() -> None:
         parts.notifier.bind_loop(asyncio.get_running_loop())
         running = asyncio.create_task(webhooks(parts).run())
-        with parts.notifier.subscribe("webhooks") as bell:
+        with parts.notifier.subscribe("webhooks") as event:
             await asyncio.to_thread(parts.queue.finish, job, painted())
             while delivery(parts)[2] is None:
-                await bell.wait()
-                bell.clear()
-        # The bell has just rung for the loop too: it must not take that for a reason to go on.
+                await event.wait()
+                event.clear()
+        # The event of the loop is set too. The cancellation must end the loop nevertheless.
         running.cancel()
-        done, _ = await asyncio.wait({running}, timeout=10)
-        assert done
+        ended, _ = await asyncio.wait({running}, timeout=10)
+        assert ended
 
     asyncio.run(deliver())
     assert len(received(httpserver)) == 1
 
 
-def test_a_forgotten_job_takes_its_webhook_along(parts: Parts, httpserver: HTTPServer) -> None:
-    forget(parts, finished(parts, webhook_url=hook(httpserver)))
+def test_deleting_a_job_deletes_its_webhook(parts: Parts, httpserver: HTTPServer) -> None:
+    delete_job(parts, finished(parts, webhook_url=hook(httpserver)))
     turn(parts)
     assert received(httpserver) == []
 
 
-def forget(parts: Parts, job: Job) -> None:
-    """As retention does."""
+def delete_job(parts: Parts, job: Job) -> None:
+    """Delete a job as retention does."""
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs WHERE request_id = ?", (job.request_id,))
     parts.queue.evict([job.request_id])

@@ -1,4 +1,4 @@
-"""Receivers of webhooks that behave badly, each on a real socket: the schedule is kept, and nothing else suffers."""
+"""Webhook receivers that behave badly, each on a real socket. The server keeps the schedule and harms nothing else."""
 
 import contextlib
 import gzip
@@ -19,14 +19,14 @@ from server.webhooks.delivery import DELAYS
 from tests.support.components import Parts, finished, opened
 from tests.unit.webhooks.test_delivery import delivery, turn
 
-#: Seconds that a receiver has in these tests, of which one that hangs takes all.
-PATIENCE = 0.3
+#: Seconds that a receiver has to respond in these tests. A receiver that hangs uses all of them.
+TIMEOUT = 0.3
 OK = b"HTTP/1.1 200 OK\r\n"
 Behaviour = Callable[[socket.socket], None]
 
 
-def says(*parts: bytes) -> Behaviour:
-    """Reads the request, and answers so."""
+def sends(*parts: bytes) -> Behaviour:
+    """Return a behaviour that reads the request and sends these parts."""
 
     def behave(connection: socket.socket) -> None:
         connection.recv(65_536)
@@ -37,10 +37,10 @@ def says(*parts: bytes) -> Behaviour:
 
 
 def hangs_after(*parts: bytes) -> Behaviour:
-    """Answers so, and then holds the line until the other side gives up."""
+    """Return a behaviour that sends these parts, then keeps the connection open until the server closes it."""
 
     def behave(connection: socket.socket) -> None:
-        says(*parts)(connection)
+        sends(*parts)(connection)
         while connection.recv(65_536):
             continue
 
@@ -48,10 +48,10 @@ def hangs_after(*parts: bytes) -> Behaviour:
 
 
 def endless(head: bytes, part: bytes) -> Behaviour:
-    """Never stops talking."""
+    """Return a behaviour that sends `head`, then `part` without end."""
 
     def behave(connection: socket.socket) -> None:
-        says(head)(connection)
+        sends(head)(connection)
         while True:
             connection.sendall(part)
 
@@ -59,10 +59,10 @@ def endless(head: bytes, part: bytes) -> Behaviour:
 
 
 def dripping(head: bytes) -> Behaviour:
-    """A byte of a header now and then."""
+    """Return a behaviour that sends `head`, then one byte every 20 ms."""
 
     def behave(connection: socket.socket) -> None:
-        says(head)(connection)
+        sends(head)(connection)
         wait = threading.Event()
         while True:
             connection.sendall(b"x")
@@ -72,25 +72,25 @@ def dripping(head: bytes) -> Behaviour:
 
 
 def resets(*parts: bytes) -> Behaviour:
-    """Answers so, then cuts the line."""
+    """Return a behaviour that sends these parts, then resets the connection."""
 
     def behave(connection: socket.socket) -> None:
-        says(*parts)(connection)
+        sends(*parts)(connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     return behave
 
 
-def unread(connection: socket.socket) -> None:
-    """Does not even read the request."""
+def reset_unread(connection: socket.socket) -> None:
+    """Reset the connection without reading the request."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 BOMB = gzip.compress(b"\0" * 20_000_000)
-#: What a receiver does, and whether that is success.
+#: Each behaviour, and whether the server counts the delivery as a success.
 BEHAVIOURS: dict[str, tuple[Behaviour, bool]] = {
-    "says nothing and closes": (says(), False),
-    "closes without reading": (unread, False),
+    "closes without an answer": (sends(), False),
+    "closes without reading": (reset_unread, False),
     "hangs": (hangs_after(), False),
     "hangs after half a status line": (hangs_after(b"HTTP/1.1 2"), False),
     "hangs in its headers": (hangs_after(OK, b"X-A: b\r\n"), False),
@@ -105,42 +105,42 @@ BEHAVIOURS: dict[str, tuple[Behaviour, bool]] = {
     "endless body": (endless(OK + b"\r\n", b"a" * 65_536), True),
     "endless chunks": (endless(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"4\r\naaaa\r\n" * 4_096), True),
     "compressed bomb": (
-        says(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB), BOMB),
+        sends(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(BOMB), BOMB),
         True,
     ),
-    "a gigabyte announced": (says(OK + b"Content-Length: 1073741824\r\n\r\nab"), True),
-    "two lengths": (says(OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\na"), False),
-    "a length that is none": (says(OK + b"Content-Length: many\r\n\r\n"), False),
-    "not HTTP": (says(b"220 mail.example.com ESMTP\r\n"), False),
-    "HTTP/0.9": (says(b"<html>hello</html>"), False),
-    "HTTP/2 only": (says(b"\0\0\x12\x04\0\0\0\0\0"), False),
-    "a status that is none": (says(b"HTTP/1.1 abc OK\r\n\r\n"), False),
-    "status 99": (says(b"HTTP/1.1 99 Low\r\nContent-Length: 0\r\n\r\n"), False),
-    "status 1000": (says(b"HTTP/1.1 1000 High\r\nContent-Length: 0\r\n\r\n"), False),
+    "a gigabyte announced": (sends(OK + b"Content-Length: 1073741824\r\n\r\nab"), True),
+    "two lengths": (sends(OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\na"), False),
+    "an invalid length": (sends(OK + b"Content-Length: many\r\n\r\n"), False),
+    "not HTTP": (sends(b"220 mail.example.com ESMTP\r\n"), False),
+    "HTTP/0.9": (sends(b"<html>hello</html>"), False),
+    "HTTP/2 only": (sends(b"\0\0\x12\x04\0\0\0\0\0"), False),
+    "an invalid status": (sends(b"HTTP/1.1 abc OK\r\n\r\n"), False),
+    "status 99": (sends(b"HTTP/1.1 99 Low\r\nContent-Length: 0\r\n\r\n"), False),
+    "status 1000": (sends(b"HTTP/1.1 1000 High\r\nContent-Length: 0\r\n\r\n"), False),
     "100 for ever": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), False),
     "101": (hangs_after(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), False),
-    "sent elsewhere": (
-        says(b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n"),
+    "redirects elsewhere": (
+        sends(b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n"),
         False,
     ),
-    "sent to itself": (says(b"HTTP/1.1 307 Temporary\r\nLocation: /hook\r\nContent-Length: 0\r\n\r\n"), False),
-    "not modified": (says(b"HTTP/1.1 304 Not Modified\r\n\r\n"), False),
-    "a null in a header": (says(OK + b"X-A: \0\r\nContent-Length: 0\r\n\r\n"), False),
-    "204 with a body": (says(b"HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\nabc"), True),
-    "an interim answer first": (says(b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + b"Content-Length: 0\r\n\r\n"), True),
+    "redirects to itself": (sends(b"HTTP/1.1 307 Temporary\r\nLocation: /hook\r\nContent-Length: 0\r\n\r\n"), False),
+    "not modified": (sends(b"HTTP/1.1 304 Not Modified\r\n\r\n"), False),
+    "a null in a header": (sends(OK + b"X-A: \0\r\nContent-Length: 0\r\n\r\n"), False),
+    "204 with a body": (sends(b"HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\nabc"), True),
+    "an interim response first": (sends(b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + b"Content-Length: 0\r\n\r\n"), True),
 }
 
 
 @contextmanager
 def receiving(behave: Behaviour, context: ssl.SSLContext | None = None, times: int = 1) -> Iterator[str]:
-    """The address of a receiver that takes so many connections, one after the other."""
+    """Yield the URL of a receiver that accepts `times` connections, one after the other."""
 
     def serve() -> None:
         for _ in range(times):
             with contextlib.suppress(OSError):
                 accepted, _ = listener.accept()
                 with accepted if context is None else context.wrap_socket(accepted, server_side=True) as connection:
-                    # Longer than anybody here waits; a receiver that nobody leaves fails its test.
+                    # Longer than the server waits. A connection that is never closed fails the test.
                     connection.settimeout(30)
                     behave(connection)
 
@@ -151,15 +151,15 @@ def receiving(behave: Behaviour, context: ssl.SSLContext | None = None, times: i
         try:
             yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/hook"
         except BaseException:
-            # Whoever was not called is not waited for.
+            # Do not wait for connections that never came.
             listener.shutdown(socket.SHUT_RDWR)
             raise
         thread.join(40)
         assert not thread.is_alive()
 
 
-def is_told(parts: Parts, url: str, *, is_success: bool) -> None:
-    """One attempt; then it is over, or due again exactly when the schedule says."""
+def check_attempt(parts: Parts, url: str, *, is_success: bool) -> None:
+    """Make one attempt; check that it succeeded, or that the retry is due exactly as scheduled."""
     finished(parts, webhook_url=url)
     turn(parts)
     attempt, due_at, delivered_at, error = delivery(parts)
@@ -172,29 +172,29 @@ def is_told(parts: Parts, url: str, *, is_success: bool) -> None:
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_bad_receiver(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", PATIENCE)
+def test_one_attempt_at_a_bad_receiver(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", TIMEOUT)
     behave, is_success = BEHAVIOURS[name]
     with receiving(behave) as url:
-        is_told(parts, url, is_success=is_success)
+        check_attempt(parts, url, is_success=is_success)
 
 
-def test_there_are_as_many_as_were_asked_for() -> None:
+def test_there_are_at_least_32_behaviours() -> None:
     assert len(BEHAVIOURS) >= 32
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_a_bad_receiver_again_and_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All eleven attempts, each exactly when it is due, or eleven requests that are told of once."""
-    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", PATIENCE)
+def test_all_attempts_at_a_bad_receiver(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all eleven attempts, each exactly when it is due, or eleven successful deliveries."""
+    monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", TIMEOUT)
     behave, is_success = BEHAVIOURS[name]
     attempts = 1 + len(DELAYS)
     with receiving(behave, times=attempts) as url:
         if is_success:
             for number in range(attempts):
                 with opened(tmp_path / str(number)) as parts:
-                    is_told(parts, url, is_success=True)
+                    check_attempt(parts, url, is_success=True)
             return
         with opened(tmp_path) as parts:
             finished(parts, webhook_url=url)
@@ -204,26 +204,28 @@ def test_a_bad_receiver_again_and_again(tmp_path: Path, name: str, monkeypatch: 
                 assert (attempt, delivered_at) == (number, None)
                 assert due_at == (delay and parts.clock.now + delay)
                 assert error
-                # It is not due before: nobody is called, and the receiver takes no more than it was told to.
+                # One second early, nothing is due. The receiver accepts no connection beyond the attempts.
                 parts.clock.now += (delay or 3600) - 1
                 assert turn(parts) == (1 if delay else 60)
                 parts.clock.now += 1
 
 
-#: Replies that never end, at each place where they could.
+#: Responses that never end, one for each part that can be endless.
 ENDLESS = [name for name in BEHAVIOURS if "endless" in name or name == "100 for ever"]
-#: What the system and the loop take beside what is read: our buffer, the receiver's, and one chunk.
-ON_THE_WAY = 2**16
+#: Bytes sent but not read: the buffers of the server and of the receiver, and one chunk.
+MAX_BUFFERED = 2**16
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_little_of_an_endless_reply_is_read(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 64 KiB. The receiver, whose own buffer is as small as can be, counts what it gets rid of."""
+def test_at_most_64_kib_of_an_endless_response_are_read(
+    parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server reads at most 64 KiB. The receiver has the smallest possible send buffer and counts what it sends."""
     behave, is_success = BEHAVIOURS[name]
-    sent = 0
+    num_sent = 0
 
-    class Counting:
-        """A connection that counts."""
+    class CountingConnection:
+        """A connection that counts the bytes sent."""
 
         def __init__(self, connection: socket.socket) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -231,34 +233,34 @@ def test_little_of_an_endless_reply_is_read(parts: Parts, name: str, monkeypatch
             self.recv = connection.recv
 
         def sendall(self, part: bytes) -> None:
-            nonlocal sent
+            nonlocal num_sent
             while part:
                 number = self._connection.send(part)
-                sent, part = sent + number, part[number:]
+                num_sent, part = num_sent + number, part[number:]
 
-    took, read = 0, AnyIOStream.read
+    num_read, read = 0, AnyIOStream.read
 
-    async def counting(stream: AnyIOStream, *limits: Any) -> bytes:
-        nonlocal took
-        found = await read(stream, *limits)
-        took += len(found)
-        return found
+    async def counting_read(stream: AnyIOStream, *limits: Any) -> bytes:
+        nonlocal num_read
+        data = await read(stream, *limits)
+        num_read += len(data)
+        return data
 
-    monkeypatch.setattr(AnyIOStream, "read", counting)
-    with receiving(lambda connection: behave(Counting(connection))) as url:  # type: ignore[arg-type]
-        is_told(parts, url, is_success=is_success)
-    assert 0 < took <= 65_536
-    assert took <= sent <= took + ON_THE_WAY
+    monkeypatch.setattr(AnyIOStream, "read", counting_read)
+    with receiving(lambda connection: behave(CountingConnection(connection))) as url:  # type: ignore[arg-type]
+        check_attempt(parts, url, is_success=is_success)
+    assert 0 < num_read <= 65_536
+    assert num_read <= num_sent <= num_read + MAX_BUFFERED
 
 
-def test_a_certificate_that_nobody_signed(parts: Parts, tmp_path: Path) -> None:
+def test_a_self_signed_certificate_fails_the_delivery(parts: Parts, tmp_path: Path) -> None:
     files = tls.ensure_certificate(tmp_path / "stranger", "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
-    with receiving(says(OK + b"Content-Length: 0\r\n\r\n"), context) as url:
-        is_told(parts, url, is_success=False)
+    with receiving(sends(OK + b"Content-Length: 0\r\n\r\n"), context) as url:
+        check_attempt(parts, url, is_success=False)
 
 
-def test_plain_words_where_tls_was_promised(parts: Parts) -> None:
-    with receiving(says(OK + b"Content-Length: 0\r\n\r\n")) as url:
-        is_told(parts, url.replace("http:", "https:"), is_success=False)
+def test_plain_http_on_an_https_url_fails_the_delivery(parts: Parts) -> None:
+    with receiving(sends(OK + b"Content-Length: 0\r\n\r\n")) as url:
+        check_attempt(parts, url.replace("http:", "https:"), is_success=False)

@@ -1,4 +1,4 @@
-"""Signatures of webhooks, judged by receivers that share no code with the server, before and after key rotation."""
+"""Webhook signatures, verified by receivers that share no code with the server, before and after key rotation."""
 
 import asyncio
 import base64
@@ -32,25 +32,25 @@ from tests.support.server_process import TEST_MODELS, Server, serving
 
 SECRET = "whsec_" + base64.b64encode(b"a secret of thirty two bytes ...").decode()
 HOUR, DAY = 3600.0, 86_400.0
-#: How long fal lets receivers keep the published keys.
-KEPT = DAY
+#: Seconds that fal lets receivers cache the published keys.
+CACHE_SECONDS = DAY
 
 
 @dataclass(frozen=True)
 class Received:
-    """One POST to a receiver."""
+    """A POST that a receiver got."""
 
     headers: dict[str, str]
     body: bytes
 
 
 def public_keys(jwks: dict[str, Any]) -> list[Ed25519PublicKey]:
-    """As fal's own Python sample reads them: decoded without a thought of padding."""
+    """Decode the keys as fal's Python sample does, which adds no padding."""
     return [Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"])) for key in jwks["keys"]]
 
 
 def is_signed(jwks: dict[str, Any], message: bytes, signature: bytes) -> bool:
-    """Whether one of the keys made this signature."""
+    """Return whether one of the keys made this signature."""
     for key in public_keys(jwks):
         try:
             key.verify(signature, message)
@@ -61,34 +61,34 @@ def is_signed(jwks: dict[str, Any], message: bytes, signature: bytes) -> bool:
 
 
 def is_fals(received: Received, jwks: dict[str, Any]) -> bool:
-    """fal's scheme, as its documentation describes it."""
+    """Return whether the signature of fal's scheme holds, as its documentation describes the scheme."""
     names = ("request-id", "user-id", "timestamp")
-    words = [received.headers[f"x-fal-webhook-{name}"] for name in names]
-    message = "\n".join([*words, hashlib.sha256(received.body).hexdigest()]).encode()
+    values = [received.headers[f"x-fal-webhook-{name}"] for name in names]
+    message = "\n".join([*values, hashlib.sha256(received.body).hexdigest()]).encode()
     return is_signed(jwks, message, bytes.fromhex(received.headers["x-fal-webhook-signature"]))
 
 
 def is_v1a(received: Received, jwks: dict[str, Any]) -> bool:
-    """Standard Webhooks' asymmetric scheme, as its specification describes it."""
+    """Return whether the asymmetric signature of Standard Webhooks holds, as its specification describes it."""
     headers = received.headers
     message = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + received.body
-    given = [text.split(",") for text in headers["webhook-signature"].split(" ")]
-    return any(is_signed(jwks, message, base64.b64decode(text)) for version, text in given if version == "v1a")
+    signatures = [text.split(",") for text in headers["webhook-signature"].split(" ")]
+    return any(is_signed(jwks, message, base64.b64decode(text)) for version, text in signatures if version == "v1a")
 
 
-def by_node(received: Received, **other: Any) -> dict[str, bool]:
-    """Which signatures hold, by Node's crypto."""
+def verify_with_node(received: Received, **other: Any) -> dict[str, bool]:
+    """Verify with Node's crypto; return for each scheme whether its signature holds."""
     body = base64.b64encode(received.body).decode()
-    given = json.dumps({"headers": received.headers, "body": body, "secret": SECRET, **other})
+    arguments = json.dumps({"headers": received.headers, "body": body, "secret": SECRET, **other})
     command = ["node", "verify.mjs"]
-    done = subprocess.run(command, cwd=JS, input=given, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, bool] = json.loads(done.stdout)
+    completed = subprocess.run(command, cwd=JS, input=arguments, capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stderr
+    found: dict[str, bool] = json.loads(completed.stdout)
     return found
 
 
 class Receiver:
-    """What comes to /hook of a real HTTP server."""
+    """A receiver at /hook of a real HTTP server."""
 
     def __init__(self, httpserver: HTTPServer) -> None:
         self.url = httpserver.url_for("/hook")
@@ -101,7 +101,7 @@ class Receiver:
         return Response()
 
     def next(self) -> Received:
-        """Wait for the next one."""
+        """Wait for the next webhook and return it."""
         return self._inbox.get(timeout=60)
 
 
@@ -112,70 +112,70 @@ def receiver(httpserver: HTTPServer) -> Receiver:
 
 @pytest.fixture(scope="module")
 def signing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose webhooks may come to this machine, with a shared secret."""
+    """Start a server with a shared secret that may send webhooks to this machine."""
     settings = {"outbound_allow": "127.0.0.0/8", "webhook_secret": SECRET}
     with serving(tmp_path_factory.mktemp("signing"), TEST_MODELS, **settings) as server:
         yield server.ready()
 
 
-def submitted(server: Server, receiver: Receiver, endpoint: str = "test/null") -> str:
-    """A request whose end is told to the receiver; returns its id."""
+def submit_with_webhook(server: Server, receiver: Receiver, endpoint: str = "test/null") -> str:
+    """Submit a request with a webhook to the receiver; return the request id."""
     query = {"fal_webhook": receiver.url}
     # Not ASCII, so that bytes and characters differ.
     body = {"prompt": "ein roter Apfel — 苹果", "num_inference_steps": 2}
-    answer = httpx.post(f"{server.url}/queue/{endpoint}", params=query, json=body, trust_env=False)
-    request_id: str = answer.json()["request_id"]
+    response = httpx.post(f"{server.url}/queue/{endpoint}", params=query, json=body, trust_env=False)
+    request_id: str = response.json()["request_id"]
     return request_id
 
 
 @pytest.mark.parametrize("endpoint", ["test/null", "test/raises"])
-def test_every_scheme_holds(signing: Server, receiver: Receiver, endpoint: str) -> None:
-    request_id = submitted(signing, receiver, endpoint)
+def test_the_signature_of_every_scheme_holds(signing: Server, receiver: Receiver, endpoint: str) -> None:
+    request_id = submit_with_webhook(signing, receiver, endpoint)
     received = receiver.next()
     jwks = httpx.get(f"{signing.url}/.well-known/jwks.json", trust_env=False).json()
     assert is_fals(received, jwks)
     assert is_v1a(received, jwks)
-    told = Webhook(SECRET).verify(received.body, received.headers)
-    assert told["request_id"] == request_id
-    assert told["status"] == {"test/null": "OK", "test/raises": "ERROR"}[endpoint]
+    verified = Webhook(SECRET).verify(received.body, received.headers)
+    assert verified["request_id"] == request_id
+    assert verified["status"] == {"test/null": "OK", "test/raises": "ERROR"}[endpoint]
     assert received.headers["x-fal-webhook-request-id"] == received.headers["webhook-id"] == request_id
     assert received.headers["x-fal-webhook-timestamp"] == received.headers["webhook-timestamp"]
     assert received.headers["x-fal-webhook-user-id"]
 
 
 def test_every_scheme_holds_by_node(node: None, signing: Server, receiver: Receiver) -> None:
-    submitted(signing, receiver)
-    found = by_node(receiver.next(), jwksUrl=f"{signing.url}/.well-known/jwks.json")
+    submit_with_webhook(signing, receiver)
+    found = verify_with_node(receiver.next(), jwksUrl=f"{signing.url}/.well-known/jwks.json")
     assert found == {"fal": True, "v1": True, "v1a": True}
 
 
-def test_nothing_holds_for_another_body_or_time(node: None, signing: Server, receiver: Receiver) -> None:
-    submitted(signing, receiver)
+def test_no_signature_holds_for_another_body_time_or_id(node: None, signing: Server, receiver: Receiver) -> None:
+    submit_with_webhook(signing, receiver)
     received = receiver.next()
     jwks = httpx.get(f"{signing.url}/.well-known/jwks.json", trust_env=False).json()
-    later = {"x-fal-webhook-timestamp": "1", "webhook-timestamp": "1"}
-    elsewhere = {"x-fal-webhook-request-id": "0", "webhook-id": "0"}
+    other_time = {"x-fal-webhook-timestamp": "1", "webhook-timestamp": "1"}
+    other_id = {"x-fal-webhook-request-id": "0", "webhook-id": "0"}
     forged = [
         Received(received.headers, received.body + b" "),
-        Received({**received.headers, **later}, received.body),
-        Received({**received.headers, **elsewhere}, received.body),
+        Received({**received.headers, **other_time}, received.body),
+        Received({**received.headers, **other_id}, received.body),
     ]
-    for one in forged:
-        assert not is_fals(one, jwks)
-        assert not is_v1a(one, jwks)
+    for forgery in forged:
+        assert not is_fals(forgery, jwks)
+        assert not is_v1a(forgery, jwks)
         with pytest.raises(WebhookVerificationError):
-            Webhook(SECRET).verify(one.body, one.headers)
-    assert by_node(forged[0], jwks=jwks) == {"fal": False, "v1": False, "v1a": False}
+            Webhook(SECRET).verify(forgery.body, forgery.headers)
+    assert verify_with_node(forged[0], jwks=jwks) == {"fal": False, "v1": False, "v1a": False}
 
 
 def test_the_published_keys(signing: Server) -> None:
-    answer = httpx.get(f"{signing.url}/.well-known/jwks.json", headers={"host": "rest.fal.ai"}, trust_env=False)
-    (key,) = answer.json()["keys"]
+    response = httpx.get(f"{signing.url}/.well-known/jwks.json", headers={"host": "rest.fal.ai"}, trust_env=False)
+    (key,) = response.json()["keys"]
     assert (key["kty"], key["crv"]) == ("OKP", "Ed25519")
-    # Padded, because fal's own sample decodes it without adding any.
+    # The key is padded, because fal's sample decodes the key without adding padding.
     assert len(key["x"]) == 44
     assert not {"d", "p", "q"} & key.keys()
-    assert "max-age=86400" in answer.headers["cache-control"]
+    assert "max-age=86400" in response.headers["cache-control"]
 
 
 def test_without_a_secret_there_is_no_v1(parts: Parts) -> None:
@@ -183,8 +183,8 @@ def test_without_a_secret_there_is_no_v1(parts: Parts) -> None:
     assert [signature.split(",")[0] for signature in signatures.split(" ")] == ["v1a"]
 
 
-def signed(signer: WebhookSigner) -> Received:
-    """What a receiver would get now."""
+def sign(signer: WebhookSigner) -> Received:
+    """Sign a webhook at the present time and return it as a receiver gets it."""
     return Received(signer.headers("id", "me", b'{"seed":7}'), b'{"seed":7}')
 
 
@@ -194,21 +194,21 @@ def signer(parts: Parts) -> WebhookSigner:
 
 
 def holds(received: Received, jwks: dict[str, Any]) -> bool:
-    """Both schemes that need the published keys."""
+    """Return whether both schemes that use the published keys hold."""
     return is_fals(received, jwks) and is_v1a(received, jwks)
 
 
 @pytest.mark.parametrize("step", [HOUR, 7 * HOUR, 23 * HOUR, DAY])
-def test_receivers_that_keep_the_keys_for_a_day_never_miss_one(
+def test_receivers_that_cache_the_keys_for_a_day_never_lack_one(
     parts: Parts, signer: WebhookSigner, step: float
 ) -> None:
     jwks, fetched_at, start = signer.jwks(), parts.clock.now, parts.clock.now
     seen = {key["kid"] for key in jwks["keys"]}
     while parts.clock.now < start + 2 * ROTATE_AFTER + 3 * OVERLAP:
-        if parts.clock.now - fetched_at >= KEPT:
+        if parts.clock.now - fetched_at >= CACHE_SECONDS:
             jwks, fetched_at = signer.jwks(), parts.clock.now
             seen |= {key["kid"] for key in jwks["keys"]}
-        assert holds(signed(signer), jwks)
+        assert holds(sign(signer), jwks)
         parts.clock.now += step
     assert len(seen) == 3
 
@@ -221,12 +221,12 @@ def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Part
     assert both["keys"][1] == first["keys"][0]
     new, old = ({"keys": [key]} for key in both["keys"])
     parts.clock.now += OVERLAP - 1
-    before = signed(signer)
+    before = sign(signer)
     assert (holds(before, old), holds(before, new)) == (True, False)
     parts.clock.now += 1
-    after = signed(signer)
+    after = sign(signer)
     assert (holds(after, old), holds(after, new)) == (False, True)
-    parts.clock.now += KEPT
+    parts.clock.now += CACHE_SECONDS
     assert signer.jwks() == both
     assert holds(before, signer.jwks())
     parts.clock.now += OVERLAP
@@ -235,18 +235,18 @@ def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Part
 
 def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts: Parts, signer: WebhookSigner) -> None:
     for _ in range(2):
-        found = by_node(signed(signer), jwks=signer.jwks(), now=parts.clock.now)
+        found = verify_with_node(sign(signer), jwks=signer.jwks(), now=parts.clock.now)
         assert found == {"fal": True, "v1": True, "v1a": True}
         parts.clock.now += ROTATE_AFTER
         signer.rotate()
         parts.clock.now += OVERLAP
 
 
-def test_a_server_that_slept_for_long_is_still_understood(parts: Parts, signer: WebhookSigner) -> None:
+def test_signatures_hold_after_the_server_was_off_for_long(parts: Parts, signer: WebhookSigner) -> None:
     jwks = signer.jwks()
     parts.clock.now += 5 * ROTATE_AFTER
-    assert holds(signed(signer), jwks)
-    assert holds(signed(signer), signer.jwks())
+    assert holds(sign(signer), jwks)
+    assert holds(sign(signer), signer.jwks())
 
 
 def test_keys_outlive_the_server(tmp_path: Path) -> None:
@@ -257,44 +257,44 @@ def test_keys_outlive_the_server(tmp_path: Path) -> None:
         assert WebhookSigner(parts.database, clock=clock).jwks() == first
 
 
-def test_two_servers_have_keys_of_their_own(parts: Parts, signer: WebhookSigner, tmp_path: Path) -> None:
+def test_two_servers_have_different_keys(parts: Parts, signer: WebhookSigner, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Database(tmp_path / "other")
-    assert not holds(signed(WebhookSigner(other, clock=parts.clock)), signer.jwks())
+    assert not holds(sign(WebhookSigner(other, clock=parts.clock)), signer.jwks())
     other.close()
 
 
-def deliver(parts: Parts, signer: WebhookSigner) -> None:
-    """One turn of a server that has just started, and the end of all that it began."""
+def send_due(parts: Parts, signer: WebhookSigner) -> None:
+    """Send what is due with a new sender, as after a restart, and wait for all deliveries."""
 
-    async def turn() -> None:
-        hooks = WebhookSender(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
-        await hooks.send_due()
+    async def send() -> None:
+        sender = WebhookSender(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
+        await sender.send_due()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
-    asyncio.run(turn())
+    asyncio.run(send())
 
 
 def delivery(parts: Parts) -> Any:
-    """Attempts, when the next is due, and whether it was delivered."""
+    """Return the attempts, the time of the next attempt, and whether the webhook was delivered."""
     (row,) = parts.rows("SELECT attempt, due_at, delivered_at IS NOT NULL FROM deliveries")
     return row
 
 
-def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
+def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webhook(
     parts: Parts, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
         job = finished(parts, webhook_url=f"http://127.0.0.1:{port}/hook")
         with caplog.at_level(logging.WARNING, logger="server.webhooks.delivery"):
             for delay in DELAYS[:5]:
-                deliver(parts, signer)
+                send_due(parts, signer)
                 parts.clock.now += delay
     with HTTPServer("127.0.0.1", port) as httpserver:
         receiver = Receiver(httpserver)
-        deliver(parts, signer)
+        send_due(parts, signer)
     assert delivery(parts) == (6, None, 1)
     records = [record for record in caplog.records if record.name == "server.webhooks.delivery"]
     assert {vars(record)["request_id"] for record in records} == {job.request_id}
@@ -303,34 +303,35 @@ def test_a_receiver_that_is_down_for_the_first_five_tries_still_gets_it(
     assert all("ConnectError" in line for line in lines)
     received = receiver.next()
     assert holds(received, signer.jwks())
-    # Signed for the try that got through, not for the first.
+    # The timestamp is that of the successful attempt, not of the first.
     assert received.headers["webhook-timestamp"] == str(int(parts.clock.now))
 
 
-def test_each_try_is_signed_anew(parts: Parts, signer: WebhookSigner, httpserver: HTTPServer) -> None:
+def test_each_attempt_has_a_new_signature(parts: Parts, signer: WebhookSigner, httpserver: HTTPServer) -> None:
     httpserver.expect_oneshot_request("/hook").respond_with_data(status=503)
     httpserver.expect_request("/hook").respond_with_data()
     finished(parts, webhook_url=httpserver.url_for("/hook"))
-    deliver(parts, signer)
+    send_due(parts, signer)
     parts.clock.now += DELAYS[0]
-    deliver(parts, signer)
-    tries = [
+    send_due(parts, signer)
+    attempts = [
         Received({name.lower(): value for name, value in request.headers.items()}, request.get_data())
         for request, _ in httpserver.log
     ]
-    assert [holds(one, signer.jwks()) for one in tries] == [True, True]
-    assert len({one.headers["x-fal-webhook-timestamp"] for one in tries}) == 2
-    assert len({one.headers["webhook-id"] for one in tries}) == len({one.body for one in tries}) == 1
+    assert [holds(attempt, signer.jwks()) for attempt in attempts] == [True, True]
+    assert len({attempt.headers["x-fal-webhook-timestamp"] for attempt in attempts}) == 2
+    assert len({attempt.headers["webhook-id"] for attempt in attempts}) == 1
+    assert len({attempt.body for attempt in attempts}) == 1
 
 
-def test_a_retry_is_in_the_servers_log(signing: Server, httpserver: HTTPServer) -> None:
+def test_the_server_logs_a_failed_attempt(signing: Server, httpserver: HTTPServer) -> None:
     httpserver.expect_request("/hook").respond_with_data(status=500)
     query = {"fal_webhook": httpserver.url_for("/hook")}
-    answer = httpx.post(f"{signing.url}/queue/test/null", params=query, json={"prompt": "x"}, trust_env=False)
-    signing.wait_for(f"webhook, attempt 1: answered 500.*request_id={answer.json()['request_id']}")
+    response = httpx.post(f"{signing.url}/queue/test/null", params=query, json={"prompt": "x"}, trust_env=False)
+    signing.wait_for(f"webhook, attempt 1: answered 500.*request_id={response.json()['request_id']}")
 
 
-def test_receivers_here_are_refused_unless_they_are_allowed(
+def test_receivers_on_this_machine_are_refused_unless_allowed(
     narrow_client: httpx.Client, httpserver: HTTPServer
 ) -> None:
     query = {"fal_webhook": httpserver.url_for("/hook").replace("localhost", "127.0.0.1")}

@@ -1,4 +1,4 @@
-"""Whatever a webhook says, its signatures hold for receivers of every kind, and for nothing else."""
+"""Webhook signatures of arbitrary bodies: valid for every verifier, and invalid after any change."""
 
 import base64
 import hashlib
@@ -19,18 +19,18 @@ from server.webhooks.signing import WebhookSigner
 from tests.support.components import opened
 from tests.unit.webhooks.test_signatures import SECRET, Received, is_fals, is_v1a
 
-#: All of JSON: every character but lone surrogates, which no body can hold; deep and wide.
+#: All of JSON, deep and wide, with every character except lone surrogates, which no body can contain.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
 SCALARS = st.none() | st.booleans() | NUMBERS | TEXTS
 PAYLOADS = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=30)
-#: A megabyte and more, as pictures within the answer are.
+#: Bodies of a megabyte and more, like results with embedded images.
 LARGE = st.builds(lambda text, times: {"images": [{"url": text * times}]}, TEXTS, st.integers(1, 100_000))
 IDS = st.uuids(version=4).map(str)
 
 
 def is_v1(received: Received) -> bool:
-    """Standard Webhooks' symmetric scheme, as its specification describes it."""
+    """Return whether the symmetric signature of Standard Webhooks holds, as its specification describes it."""
     headers = received.headers
     message = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + received.body
     key = base64.b64decode(SECRET.removeprefix("whsec_"))
@@ -38,8 +38,8 @@ def is_v1(received: Received) -> bool:
     return expected in headers["webhook-signature"].split(" ")
 
 
-def is_believed(received: Received) -> bool:
-    """By the library that receivers use."""
+def is_accepted(received: Received) -> bool:
+    """Return whether the library that receivers use accepts the webhook."""
     try:
         Webhook(SECRET).verify(received.body, received.headers, json_parse=False)
     except (WebhookVerificationError, UnicodeDecodeError):
@@ -48,61 +48,61 @@ def is_believed(received: Received) -> bool:
 
 
 def verdicts(received: Received, jwks: dict[str, Any]) -> set[bool]:
-    """Of every receiver there is; they agree."""
-    return {is_fals(received, jwks), is_v1a(received, jwks), is_v1(received), is_believed(received)}
+    """Return the verdicts of all four verifiers; one element means that they agree."""
+    return {is_fals(received, jwks), is_v1a(received, jwks), is_v1(received), is_accepted(received)}
 
 
 @pytest.fixture
 def signer(tmp_path: Path) -> Iterator[WebhookSigner]:
-    """With the clock of the receivers, who refuse what is old."""
+    """Yield a signer with the real clock, because receivers refuse old webhooks."""
     with opened(tmp_path) as parts:
         yield WebhookSigner(parts.database, SECRET, time.time)
 
 
-def hold(signer: WebhookSigner, max_examples: int) -> None:
-    """So many bodies are signed, each is believed as it is, and with one byte changed by nobody."""
-    jwks, seen = signer.jwks(), list[int]()
+def check_bodies(signer: WebhookSigner, max_examples: int) -> None:
+    """Sign `max_examples` bodies. All verifiers accept each body, and refuse it with one byte changed."""
+    jwks, sizes = signer.jwks(), list[int]()
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(max_examples=max_examples, deadline=None, database=None, suppress_health_check=checks)
     @given(IDS, IDS, PAYLOADS | LARGE, st.integers(0), st.integers(1, 255))
-    def holds(request_id: str, owner: str, payload: Any, place: int, change: int) -> None:
+    def check(request_id: str, owner: str, payload: Any, position: int, change: int) -> None:
         body = to_json({"request_id": request_id, "status": "OK", "payload": payload})
         received = Received(signer.headers(request_id, owner, body), body)
         assert verdicts(received, jwks) == {True}
         changed = bytearray(body)
-        changed[place % len(body)] ^= change
+        changed[position % len(body)] ^= change
         assert verdicts(Received(received.headers, bytes(changed)), jwks) == {False}
-        seen.append(len(body))
+        sizes.append(len(body))
 
-    holds()
-    # As many as were asked for, and not all of them small.
-    assert len(seen) >= max_examples
-    assert max(seen) > 10_000
+    check()
+    # Hypothesis tried enough bodies, and not only small ones.
+    assert len(sizes) >= max_examples
+    assert max(sizes) > 10_000
 
 
-def test_every_body(signer: WebhookSigner) -> None:
-    hold(signer, 200)
+def test_signatures_of_many_bodies(signer: WebhookSigner) -> None:
+    check_bodies(signer, 200)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_very_many_bodies(signer: WebhookSigner) -> None:
-    hold(signer, 10_000)
+def test_signatures_of_very_many_bodies(signer: WebhookSigner) -> None:
+    check_bodies(signer, 10_000)
 
 
-def test_every_byte_counts(signer: WebhookSigner) -> None:
-    """Of a body, and of the id, the owner and the time beside it."""
+def test_every_byte_is_signed(signer: WebhookSigner) -> None:
+    """Changing any bit of the body, or the id, the owner or the time, invalidates the signatures."""
     request_id, body = str(uuid.uuid4()), '{"prompt":"Grüße, 世界 🌍"}'.encode()
     received, jwks = Received(signer.headers(request_id, "me", body), body), signer.jwks()
     assert verdicts(received, jwks) == {True}
-    for place in range(len(body)):
+    for position in range(len(body)):
         for bit in range(8):
             changed = bytearray(body)
-            changed[place] ^= 1 << bit
+            changed[position] ^= 1 << bit
             assert verdicts(Received(received.headers, bytes(changed)), jwks) == {False}
     for name in ("x-fal-webhook-request-id", "x-fal-webhook-user-id", "x-fal-webhook-timestamp"):
         assert not is_fals(Received({**received.headers, name: "1"}, body), jwks)
     for name in ("webhook-id", "webhook-timestamp"):
         other = Received({**received.headers, name: "1"}, body)
-        assert (is_v1a(other, jwks), is_v1(other), is_believed(other)) == (False, False, False)
+        assert (is_v1a(other, jwks), is_v1(other), is_accepted(other)) == (False, False, False)

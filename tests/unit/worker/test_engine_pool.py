@@ -1,4 +1,4 @@
-"""Which weights are in memory: shared, loaded when asked for, let go in time."""
+"""Which weights are in memory: shared, loaded on demand, evicted when memory is short."""
 
 import gc
 import shutil
@@ -20,122 +20,123 @@ from models.loading import pipeline
 from models.loading.specs import DEMO
 from server.queue.jobs import State
 from server.worker.engine_pool import PAUSE_SECONDS, EnginePool
+from server.worker.worker import Worker
 from tests.support.components import Clock, Parts
 from tests.support.fake_models import NullEngine, NullModel
 from tests.support.tiny_flux import asked, difference, finished
-from tests.unit.worker.test_worker import answer, submitted, worked_off
+from tests.unit.worker.test_worker import answer, ready, submitted, worked_off
 
-DEV, KREA, OVER = "fal-ai/flux/dev", "fal-ai/flux/krea", "fal-ai/flux/dev/image-to-image"
+DEV, KREA = "fal-ai/flux/dev", "fal-ai/flux/krea"
 
 
-class Shelf:
-    """Models whose engines are told apart, and what was loaded and let go."""
+class RecordedModels:
+    """Models that record in `events` each load ("+ endpoint") and each eviction ("- endpoint")."""
 
     def __init__(self, *endpoints: str) -> None:
-        self.happened: list[str] = []
-        self.models = {endpoint: NullModel(endpoint, self._maker(endpoint)) for endpoint in endpoints}
+        self.events: list[str] = []
+        self.by_endpoint = {endpoint: NullModel(endpoint, self._factory(endpoint)) for endpoint in endpoints}
 
-    def _maker(self, endpoint: str) -> Callable[[], NullEngine]:
-        shelf = self
+    def _factory(self, endpoint: str) -> Callable[[], NullEngine]:
+        events = self.events
 
-        class Shelved(NullEngine):
+        class RecordedEngine(NullEngine):
             def close(self) -> None:
-                shelf.happened.append(f"- {endpoint}")
+                events.append(f"- {endpoint}")
 
-        def make() -> NullEngine:
-            shelf.happened.append(f"+ {endpoint}")
-            return Shelved()
+        def load() -> NullEngine:
+            events.append(f"+ {endpoint}")
+            return RecordedEngine()
 
-        return make
+        return load
 
-    def engines(self, max_loaded: int = 0) -> EnginePool:
-        placements = {endpoint: EngineConfig(None, "") for endpoint in self.models}
-        return EnginePool(self.models, placements, max_loaded, lambda endpoint, loading: None)
+    def pool(self, max_loaded: int = 0) -> EnginePool:
+        configs = {endpoint: EngineConfig(None, "") for endpoint in self.by_endpoint}
+        return EnginePool(self.by_endpoint, configs, max_loaded, lambda endpoint, loading: None)
 
 
 def test_endpoints_on_the_same_weights_share_an_engine() -> None:
     models = discover()
-    placements = {endpoint: EngineConfig(DEMO, "", "cpu") for endpoint in models}
-    engines = EnginePool(models, placements, 0, lambda endpoint, loading: None)
-    engines.setup()
-    assert len({id(engines.get_loaded(endpoint)) for endpoint in models}) == 1
+    configs = {endpoint: EngineConfig(DEMO, "", "cpu") for endpoint in models}
+    pool = EnginePool(models, configs, 0, lambda endpoint, loading: None)
+    pool.setup()
+    assert len({id(pool.get_loaded(endpoint)) for endpoint in models}) == 1
 
 
-def test_as_many_are_loaded_as_there_is_room_for() -> None:
-    shelf = Shelf("a/a", "a/b", "a/c")
-    engines = shelf.engines(max_loaded=2)
-    engines.setup()
-    assert shelf.happened == ["+ a/a", "+ a/b"]
-    assert engines.get_loaded("a/c") is None
-    assert "a/c" in engines
-    assert "a/d" not in engines
+def test_setup_loads_as_many_engines_as_fit() -> None:
+    models = RecordedModels("a/a", "a/b", "a/c")
+    pool = models.pool(max_loaded=2)
+    pool.setup()
+    assert models.events == ["+ a/a", "+ a/b"]
+    assert pool.get_loaded("a/c") is None
+    assert "a/c" in pool
+    assert "a/d" not in pool
 
 
-def test_the_least_recently_used_makes_room() -> None:
-    shelf = Shelf("a/a", "a/b", "a/c")
-    engines = shelf.engines(max_loaded=2)
-    engines.setup()
-    engines.get_loaded("a/a")
-    assert engines.load("a/c", ()) is engines.get_loaded("a/c")
-    assert shelf.happened[2:] == ["- a/b", "+ a/c"]
+def test_the_least_recently_used_engine_is_evicted() -> None:
+    models = RecordedModels("a/a", "a/b", "a/c")
+    pool = models.pool(max_loaded=2)
+    pool.setup()
+    pool.get_loaded("a/a")
+    assert pool.load("a/c", ()) is pool.get_loaded("a/c")
+    assert models.events[2:] == ["- a/b", "+ a/c"]
 
 
-def test_what_is_in_use_stays() -> None:
-    shelf = Shelf("a/a", "a/b", "a/c")
-    engines = shelf.engines(max_loaded=2)
-    engines.setup()
-    first, second = engines.get_loaded("a/a"), engines.get_loaded("a/b")
+def test_an_engine_in_use_is_not_evicted() -> None:
+    models = RecordedModels("a/a", "a/b", "a/c")
+    pool = models.pool(max_loaded=2)
+    pool.setup()
+    first, second = pool.get_loaded("a/a"), pool.get_loaded("a/b")
     assert first and second
-    assert engines.load("a/c", {first, second}) is None
-    assert engines.load("a/c", {first}) is not None
-    assert shelf.happened[2:] == ["- a/b", "+ a/c"]
+    assert pool.load("a/c", {first, second}) is None
+    assert pool.load("a/c", {first}) is not None
+    assert models.events[2:] == ["- a/b", "+ a/c"]
 
 
-def test_what_is_being_warmed_up_is_not_let_go() -> None:
-    """Its memory could not be had before the compiler is done with it."""
-    begun, go_on, idle = threading.Event(), threading.Event(), threading.Event()
+def test_an_engine_that_is_warming_up_is_not_evicted() -> None:
+    """The memory of an engine cannot be freed before the compiler is done with it."""
+    started, may_finish, idle = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(NullEngine):
         def warm_up(self) -> bool:
-            begun.set()
-            assert go_on.wait(60)
+            started.set()
+            assert may_finish.wait(60)
             return False
 
     models = {"a/a": NullModel("a/a", Slow), "a/b": NullModel("a/b", NullEngine)}
-    placements = {endpoint: EngineConfig(None, "") for endpoint in models}
-    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, idle.set)
-    engines.setup()
-    engines.start_warming_up()
-    assert begun.wait(60)
-    assert engines.load("a/b", ()) is None
-    go_on.set()
+    configs = {endpoint: EngineConfig(None, "") for endpoint in models}
+    pool = EnginePool(models, configs, 1, lambda endpoint, loading: None, idle.set)
+    pool.setup()
+    pool.start_warming_up()
+    assert started.wait(60)
+    assert pool.load("a/b", ()) is None
+    may_finish.set()
     assert idle.wait(60)
-    assert engines.load("a/b", ()) is not None
+    assert pool.load("a/b", ()) is not None
 
 
-def test_weights_that_cannot_be_loaded_push_nobody_out_again_and_again() -> None:
+def test_weights_that_fail_to_load_are_not_tried_again_at_once() -> None:
     clock = Clock()
-    happened: list[str] = []
+    attempts: list[str] = []
 
     class Broken(NullModel):
-        def setup(self, placement: EngineConfig) -> NullEngine:
-            happened.append("tried")
+        def setup(self, config: EngineConfig) -> NullEngine:
+            attempts.append("a/b")
             raise OSError("a shard is missing")
 
     models = {"a/a": NullModel("a/a", NullEngine), "a/b": Broken("a/b", NullEngine)}
-    placements = {endpoint: EngineConfig(None, "") for endpoint in models}
-    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None, clock=clock)
-    engines.setup()
-    for tried in (1, 1, 2):
+    configs = {endpoint: EngineConfig(None, "") for endpoint in models}
+    pool = EnginePool(models, configs, 1, lambda endpoint, loading: None, clock=clock)
+    pool.setup()
+    for num_attempts in (1, 1, 2):
         with pytest.raises(OSError, match="a shard is missing"):
-            engines.load("a/b", ())
-        assert len(happened) == tried
-        if tried == 1:
+            pool.load("a/b", ())
+        assert len(attempts) == num_attempts
+        if num_attempts == 1:
             clock.now += PAUSE_SECONDS * 0.6
-            assert engines.get_loaded("a/a") or engines.load("a/a", ())
+            assert pool.get_loaded("a/a") or pool.load("a/a", ())
 
 
-def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_fits_only_if_its_weights_fit_in_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = EngineConfig(DEMO, "", "cpu")
     assert pipeline.has_room(demo)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
@@ -146,54 +147,48 @@ def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- in the worker
 
 
-def worker_on(parts: Parts, shelf: Shelf, **settings: Any) -> Any:
-    from tests.unit.worker.test_worker import ready
-
-    return ready(parts, *shelf.models.values(), **settings)
+def worker_on(parts: Parts, models: RecordedModels, **settings: Any) -> Worker:
+    return ready(parts, *models.by_endpoint.values(), **settings)
 
 
-def test_a_request_for_other_weights_waits_until_those_before_are_done(parts: Parts) -> None:
-    shelf = Shelf("a/a", "a/b")
-    worker = worker_on(parts, shelf, max_loaded=1)
+def test_a_request_for_other_weights_waits_until_earlier_requests_are_done(parts: Parts) -> None:
+    models = RecordedModels("a/a", "a/b")
+    worker = worker_on(parts, models, max_loaded=1)
     first, other, behind = (submitted(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
     worker.run_once()
     assert (first.state, first.step) == (State.IN_PROGRESS, 1)
     worked_off(worker)
     assert [answer(parts, job)[0].status for job in (first, other, behind)] == [200] * 3
-    assert shelf.happened == ["+ a/a", "- a/a", "+ a/b", "- a/b", "+ a/a"]
+    assert models.events == ["+ a/a", "- a/a", "+ a/b", "- a/b", "+ a/a"]
 
 
-def test_all_who_wait_for_the_same_weights_begin_together(parts: Parts) -> None:
-    shelf = Shelf("a/a", "a/b")
-    worker = worker_on(parts, shelf, max_loaded=1)
+def test_all_requests_that_wait_for_the_same_weights_start_together(parts: Parts) -> None:
+    models = RecordedModels("a/a", "a/b")
+    worker = worker_on(parts, models, max_loaded=1)
     jobs = [submitted(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
     worked_off(worker)
     assert [answer(parts, job)[0].status for job in jobs] == [200] * 6
-    # Two more switches, where one after the other would have made five.
-    assert shelf.happened.count("+ a/b") == 1
-    assert shelf.happened.count("+ a/a") == 2
+    # Two more switches. In order of arrival there would be five.
+    assert models.events.count("+ a/b") == 1
+    assert models.events.count("+ a/a") == 2
 
 
-def test_who_waits_is_told_of_the_loading(parts: Parts) -> None:
-    class Telling(NullModel):
-        def setup(self, placement: EngineConfig) -> NullEngine:
-            placement.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
-            return super().setup(placement)
+def test_a_waiting_request_logs_the_progress_of_loading(parts: Parts) -> None:
+    class ReportingModel(NullModel):
+        def setup(self, config: EngineConfig) -> NullEngine:
+            config.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
+            return super().setup(config)
 
-    from tests.unit.worker.test_worker import ready
-
-    worker = ready(parts, NullModel("a/a", NullEngine), Telling("a/b", NullEngine), max_loaded=1)
+    worker = ready(parts, NullModel("a/a", NullEngine), ReportingModel("a/b", NullEngine), max_loaded=1)
     job = submitted(parts, "a/b")
     worked_off(worker)
     assert job.logs[0]["message"] == "a/b: loading transformer, 1.0 of 4.0 GB loaded"
 
 
-def test_weights_that_cannot_be_loaded_fail_their_own_requests(parts: Parts) -> None:
+def test_weights_that_cannot_be_loaded_fail_only_their_requests(parts: Parts) -> None:
     class Broken(NullModel):
-        def setup(self, placement: EngineConfig) -> NullEngine:
+        def setup(self, config: EngineConfig) -> NullEngine:
             raise OSError("a shard is missing")
-
-    from tests.unit.worker.test_worker import ready
 
     worker = ready(parts, NullModel("a/a", NullEngine), Broken("a/b", NullEngine), max_loaded=1)
     jobs = [submitted(parts, endpoint) for endpoint in ("a/b", "a/a")]
@@ -201,16 +196,16 @@ def test_weights_that_cannot_be_loaded_fail_their_own_requests(parts: Parts) -> 
     assert [answer(parts, job)[0].status for job in jobs] == [500, 200]
 
 
-def test_a_cancelled_one_does_not_wait_for_weights(parts: Parts) -> None:
-    shelf = Shelf("a/a", "a/b")
-    worker = worker_on(parts, shelf, max_loaded=1)
+def test_a_cancelled_request_does_not_wait_for_weights(parts: Parts) -> None:
+    models = RecordedModels("a/a", "a/b")
+    worker = worker_on(parts, models, max_loaded=1)
     submitted(parts, "a/a", num_inference_steps=9)
     other = submitted(parts, "a/b")
     worker.run_once()
     assert parts.queue.cancel(other) == State.IN_PROGRESS
     worker.run_once()
     assert other.state == State.COMPLETED
-    assert "+ a/b" not in shelf.happened
+    assert "+ a/b" not in models.events
 
 
 # -- real weights
@@ -218,42 +213,42 @@ def test_a_cancelled_one_does_not_wait_for_weights(parts: Parts) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in a folder of their own."""
-    folder = tmp_path_factory.mktemp("tiny")
-    build("tiny", "cpu", torch.bfloat16).save_pretrained(folder)
-    shutil.copytree(DEMO / "safety_checker", folder / "safety_checker")
-    return folder
+    """Save a tiny pipeline with random weights and return its directory."""
+    directory = tmp_path_factory.mktemp("tiny")
+    build("tiny", "cpu", torch.bfloat16).save_pretrained(directory)
+    shutil.copytree(DEMO / "safety_checker", directory / "safety_checker")
+    return directory
 
 
 @pytest.mark.timeout(300)
-def test_a_hundred_switches(tiny: Path) -> None:
-    """Memory stays flat, and pictures are those of engines that are alone."""
+def test_a_hundred_switches_between_weights(tiny: Path) -> None:
+    """Memory does not grow, and the images equal those of engines that never switch."""
     models = {endpoint: model for endpoint, model in discover().items() if endpoint in (DEV, KREA)}
-    placements = {DEV: EngineConfig(DEMO, "", "cpu"), KREA: EngineConfig(tiny, "", "cpu")}
+    configs = {DEV: EngineConfig(DEMO, "", "cpu"), KREA: EngineConfig(tiny, "", "cpu")}
     request = asked("a fish", 64, 64)
-    expected = {name: _painted(FluxEngine.load(place), request) for name, place in placements.items()}
-    engines = EnginePool(models, placements, 1, lambda endpoint, loading: None)
-    engines.setup()
-    used: list[int] = []
-    # What was there before is looked through no more: in a long run of tests that is a second each time.
+    expected = {endpoint: _generate(FluxEngine.load(config), request) for endpoint, config in configs.items()}
+    pool = EnginePool(models, configs, 1, lambda endpoint, loading: None)
+    pool.setup()
+    memory_used: list[int] = []
+    # Exclude existing objects from garbage collection. In a long test run, scanning them takes a second each time.
     gc.collect()
     gc.freeze()
     for turn in range(100):
         endpoint = (DEV, KREA)[turn % 2]
-        engine = engines.get_loaded(endpoint) or engines.load(endpoint, ())
+        engine = pool.get_loaded(endpoint) or pool.load(endpoint, ())
         assert isinstance(engine, FluxEngine)
-        assert difference(_painted(engine, request), expected[endpoint]) == 0
+        assert difference(_generate(engine, request), expected[endpoint]) == 0
         del engine
         gc.collect()
-        used.append(psutil.Process().memory_info().rss)
+        memory_used.append(psutil.Process().memory_info().rss)
     gc.unfreeze()
-    # By its type alone: asking some of PyTorch's old modules for their class warns.
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    assert not [each.shape for each in tensors if each.numel() > 500_000]
-    assert max(used[90:]) < max(used[10:20]) + 50_000_000
+    # Not `isinstance`: reading `__class__` of some old PyTorch modules emits a warning.
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    assert not [tensor.shape for tensor in tensors if tensor.numel() > 500_000]
+    assert max(memory_used[90:]) < max(memory_used[10:20]) + 50_000_000
 
 
-def _painted(engine: Engine, request: FluxDevInput) -> Any:
+def _generate(engine: Engine, request: FluxDevInput) -> Any:
     assert isinstance(engine, FluxEngine)
-    (picture,) = finished(engine, engine.start(request, 1))
-    return picture
+    (image,) = finished(engine, engine.start(request, 1))
+    return image

@@ -1,4 +1,4 @@
-"""What happens beside the steps: decoding, encoding, writing, and the end of a job, on their own thread."""
+"""The work after the steps: decode, encode, store and finish a job, on a separate thread."""
 
 import threading
 import time
@@ -33,83 +33,86 @@ from tests.unit.worker.test_worker import (
 )
 
 
-class WatchedEngine(SharingEngine):
-    """Writes down which thread does what; decodes as the prompt says: held until it is let, lost, or nothing."""
+class RecordingEngine(SharingEngine):
+    """An engine that records which thread takes each action. The prompt controls `decode`.
+
+    "held" waits for `may_decode`, "lost" raises DeviceLost, and "nothing" raises GenerationFailed.
+    """
 
     def __init__(self, *, decodes_concurrently: bool = True) -> None:
         self.decodes_concurrently = decodes_concurrently
         self.threads: list[tuple[str, str]] = []
         self.is_decoding, self.may_decode = threading.Event(), threading.Event()
 
-    def note(self, what: str) -> None:
-        self.threads.append((what, threading.current_thread().name))
+    def record(self, action: str) -> None:
+        self.threads.append((action, threading.current_thread().name))
 
-    def on(self, what: str) -> set[str]:
-        return {thread for noted, thread in self.threads if noted == what}
+    def threads_of(self, action: str) -> set[str]:
+        return {thread for recorded, thread in self.threads if recorded == action}
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        self.note("step")
-        return super().advance(painting, others if painting.request.prompt == "shared" else ())
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        self.record("step")
+        return super().advance(task, others if task.request.prompt == "shared" else ())
 
-    def decode(self, painting: Any) -> None:
-        self.note("decode")
+    def decode(self, task: Any) -> None:
+        self.record("decode")
         self.is_decoding.set()
-        if "held" in painting.request.prompt:
+        if "held" in task.request.prompt:
             assert self.may_decode.wait(60)
-        if "lost" in painting.request.prompt:
+        if "lost" in task.request.prompt:
             raise DeviceLost("an illegal memory access was encountered")
-        if painting.request.prompt == "nothing":
+        if task.request.prompt == "nothing":
             raise GenerationFailed("The image came out as not-a-number, so none is returned.")
-        super().decode(painting)
+        super().decode(task)
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        self.note("judge")
-        return super().is_unsafe(pictures)
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
+        self.record("judge")
+        return super().is_unsafe(images)
 
 
-class WatchedModel(NullModel):
-    """Its answers too."""
+class RecordingModel(NullModel):
+    """A model that also records the encoding of results."""
 
-    def __init__(self, engine: WatchedEngine) -> None:
+    def __init__(self, engine: RecordingEngine) -> None:
         super().__init__("test/null", lambda: engine)
-        self._watched = engine
+        self._recording_engine = engine
 
     def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
-        self._watched.note("encode")
+        self._recording_engine.record("encode")
         return super().metadata(request, seed)
 
 
 @pytest.fixture
-def engine() -> Iterator[WatchedEngine]:
-    """One that decodes beside, and that holds up nobody in the end."""
-    engine = WatchedEngine()
+def engine() -> Iterator[RecordingEngine]:
+    """Yield an engine that decodes concurrently, and release held decodes at the end."""
+    engine = RecordingEngine()
     yield engine
     engine.may_decode.set()
 
 
 @contextmanager
-def at_work(parts: Parts, engine: WatchedEngine, **settings: Any) -> Iterator[Worker]:
-    """A worker on its threads."""
-    worker = worker_of(parts, WatchedModel(engine), **settings)
+def running_worker(parts: Parts, engine: RecordingEngine, **settings: Any) -> Iterator[Worker]:
+    """Run a worker on its threads while the block runs."""
+    worker = worker_of(parts, RecordingModel(engine), **settings)
     worker.start()
     try:
         yield worker
     finally:
         engine.may_decode.set()
         worker.stop()
-        ended("postprocessor")
+        join_threads("postprocessor")
 
 
-def ended(name: str) -> None:
-    """Wait for threads of this name."""
+def join_threads(name: str) -> None:
+    """Wait until the threads with this name have ended."""
     for thread in threading.enumerate():
         if thread.name == name:
             thread.join(60)
             assert not thread.is_alive()
 
 
-def completed(parts: Parts, *jobs: Job) -> list[int]:
-    """Wait for these to end; returns how."""
+def final_statuses(parts: Parts, *jobs: Job) -> list[int]:
+    """Wait until these jobs are completed and return their status codes."""
     for job in jobs:
         wait_until(parts, job, lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
     return [answer(parts, job)[0].status for job in jobs]
@@ -118,65 +121,67 @@ def completed(parts: Parts, *jobs: Job) -> list[int]:
 # -- which thread does what
 
 
-def test_others_are_stepped_while_a_picture_is_decoded(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine) as worker:
+def test_other_jobs_advance_while_an_image_is_decoded(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine) as worker:
         held = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
-        # It takes room, so that no more are claimed than may run.
+        # A job that is being decoded still counts towards the limit of running jobs.
         assert len(worker._postprocessor) == 1
         other = submitted(parts, num_inference_steps=5)
         wait_until(parts, other, lambda: other.step == 5)
         assert (held.state, other.state) == (State.IN_PROGRESS, State.IN_PROGRESS)
         engine.may_decode.set()
-        assert completed(parts, held, other) == [200, 200]
-    assert (engine.on("step"), engine.on("decode"), engine.on("judge")) == (
+        assert final_statuses(parts, held, other) == [200, 200]
+    assert (engine.threads_of("step"), engine.threads_of("decode"), engine.threads_of("judge")) == (
         {"worker"},
         {"postprocessor"},
         {"postprocessor"},
     )
 
 
-def test_an_engine_that_does_not_decode_beside_is_left_to_one_thread(parts: Parts) -> None:
-    engine = WatchedEngine(decodes_concurrently=False)
-    with at_work(parts, engine):
-        assert completed(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
-    assert engine.on("step") == engine.on("decode") == engine.on("judge") == {"worker"}
+def test_an_engine_without_concurrent_decoding_is_used_by_one_thread(parts: Parts) -> None:
+    engine = RecordingEngine(decodes_concurrently=False)
+    with running_worker(parts, engine):
+        assert final_statuses(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
+    assert engine.threads_of("step") == engine.threads_of("decode") == engine.threads_of("judge") == {"worker"}
 
 
 @pytest.mark.parametrize("decodes_concurrently", [True, False])
-def test_files_are_made_and_written_beside(
+def test_files_are_encoded_and_written_on_the_postprocessor_thread(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool
 ) -> None:
-    engine, save = WatchedEngine(decodes_concurrently=decodes_concurrently), parts.files.create
+    engine, save = RecordingEngine(decodes_concurrently=decodes_concurrently), parts.files.create
 
-    def watched(*given: Any) -> StoredFile:
-        engine.note("write")
-        return save(*given)
+    def recording_save(*args: Any) -> StoredFile:
+        engine.record("write")
+        return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", watched)
-    with at_work(parts, engine):
-        assert completed(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
-    assert engine.on("encode") == engine.on("write") == {"postprocessor"}
+    monkeypatch.setattr(parts.files, "create", recording_save)
+    with running_worker(parts, engine):
+        assert final_statuses(parts, *(submitted(parts, num_images=2) for _ in range(3))) == [200] * 3
+    assert engine.threads_of("encode") == engine.threads_of("write") == {"postprocessor"}
     assert len(parts.on_disk()) == 6
 
 
-def test_one_that_shared_the_last_forward_is_decoded_beside_too(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine):
+def test_jobs_that_shared_a_batch_are_decoded_on_the_postprocessor_thread(
+    parts: Parts, engine: RecordingEngine
+) -> None:
+    with running_worker(parts, engine):
         first = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         jobs = [submitted(parts, prompt="shared", num_inference_steps=4) for _ in range(3)]
-        # All are stepped, and wait behind the one that is held: else the worker had decoded them.
+        # All steps are done, and the jobs wait behind the held one. Otherwise the worker would have decoded them.
         for job in jobs:
             wait_until(parts, job, lambda job=job: job.step == 4)  # type: ignore[misc]
         last = submitted(parts, prompt="last", num_inference_steps=1)
         wait_until(parts, last, lambda: last.step == 1)
         engine.may_decode.set()
-        assert completed(parts, first, *jobs, last) == [200] * 5
-    assert engine.on("decode") == {"postprocessor"}
+        assert final_statuses(parts, first, *jobs, last) == [200] * 5
+    assert engine.threads_of("decode") == {"postprocessor"}
 
 
-def test_one_that_shared_the_last_forward_can_be_cancelled(parts: Parts, engine: WatchedEngine) -> None:
-    worker = ready(parts, WatchedModel(engine))
+def test_a_job_that_shared_the_last_batch_can_be_cancelled(parts: Parts, engine: RecordingEngine) -> None:
+    worker = ready(parts, RecordingModel(engine))
     first, second = (submitted(parts, prompt="shared", num_inference_steps=1) for _ in range(2))
     worker.run_once()
     assert (first.state, second.state, second.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
@@ -188,16 +193,16 @@ def test_one_that_shared_the_last_forward_can_be_cancelled(parts: Parts, engine:
 # -- errors
 
 
-def test_a_picture_that_cannot_be_decoded_fails_alone(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine) as worker:
+def test_an_image_that_cannot_be_decoded_fails_only_its_job(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine) as worker:
         bad, good = submitted(parts, prompt="nothing"), submitted(parts)
-        assert completed(parts, bad, good) == [500, 200]
+        assert final_statuses(parts, bad, good) == [500, 200]
         assert worker.failure is None
     assert told(parts, bad)[1] == "The image came out as not-a-number, so none is returned."
 
 
-def test_a_device_that_is_lost_beside_ends_the_worker(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine) as worker:
+def test_a_device_lost_while_decoding_ends_the_worker(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine) as worker:
         job = submitted(parts, prompt="lost")
         wait_until(parts, job, lambda: worker.failure is not None)
     assert isinstance(worker.failure, DeviceLost)
@@ -205,8 +210,8 @@ def test_a_device_that_is_lost_beside_ends_the_worker(parts: Parts, engine: Watc
     assert job.state != State.COMPLETED
 
 
-def test_a_device_that_is_lost_on_the_workers_thread_is_a_strike_too(parts: Parts) -> None:
-    worker = ready(parts, WatchedModel(WatchedEngine(decodes_concurrently=False)))
+def test_a_device_lost_on_the_worker_thread_also_counts_as_a_crash(parts: Parts) -> None:
+    worker = ready(parts, RecordingModel(RecordingEngine(decodes_concurrently=False)))
     submitted(parts, prompt="lost", num_inference_steps=1)
     worker.run_once()
     with pytest.raises(DeviceLost):
@@ -214,8 +219,8 @@ def test_a_device_that_is_lost_on_the_workers_thread_is_a_strike_too(parts: Part
     assert parts.rows("SELECT strikes, state FROM jobs") == [(1, "IN_PROGRESS")]
 
 
-def test_what_waits_behind_a_lost_device_is_given_back_at_the_next_start(tmp_path: Path, engine: WatchedEngine) -> None:
-    with opened(tmp_path) as parts, at_work(parts, engine) as worker:
+def test_jobs_behind_a_lost_device_are_requeued_at_the_next_start(tmp_path: Path, engine: RecordingEngine) -> None:
+    with opened(tmp_path) as parts, running_worker(parts, engine) as worker:
         held = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("lost", "behind")]
@@ -236,77 +241,77 @@ def test_what_waits_behind_a_lost_device_is_given_back_at_the_next_start(tmp_pat
 
 
 @pytest.mark.parametrize("mode", [Mode.QUEUE, Mode.RUN])
-def test_a_cancel_while_the_picture_is_decoded_leaves_nothing(parts: Parts, engine: WatchedEngine, mode: Mode) -> None:
-    with at_work(parts, engine):
+def test_a_cancel_while_the_image_is_decoded_leaves_no_file(parts: Parts, engine: RecordingEngine, mode: Mode) -> None:
+    with running_worker(parts, engine):
         job = submitted(parts, prompt="held", mode=mode)
         assert engine.is_decoding.wait(60)
         parts.queue.cancel(job)
         assert job.state == State.IN_PROGRESS
         engine.may_decode.set()
-        assert completed(parts, job) == [499]
+        assert final_statuses(parts, job) == [499]
     assert (parts.on_disk(), parts.rows("SELECT * FROM files")) == ([], [])
     assert job.error_type == ("client_cancelled" if mode == Mode.QUEUE else "client_disconnected")
 
 
-def test_a_cancelled_one_in_line_is_not_decoded(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine):
+def test_a_waiting_job_that_is_cancelled_is_not_decoded(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine):
         held = submitted(parts, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         job = submitted(parts, num_inference_steps=1)
         wait_until(parts, job, lambda: job.step == 1)
         parts.queue.cancel(job)
         engine.may_decode.set()
-        assert completed(parts, held, job) == [200, 499]
-    assert [what for what, _ in engine.threads].count("decode") == 1
+        assert final_statuses(parts, held, job) == [200, 499]
+    assert [action for action, _ in engine.threads].count("decode") == 1
 
 
 # -- the disk is full
 
 
-def test_painting_goes_on_while_a_picture_waits_for_room(
-    parts: Parts, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+def test_other_jobs_advance_while_an_image_waits_for_disk_space(
+    parts: Parts, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, jobs, is_full = parts.files.create, list[Job](), threading.Event()
 
-    def save_when_others_are_stepped(*given: Any) -> StoredFile:
-        engine.note("write")
+    def save_after_other_steps(*args: Any) -> StoredFile:
+        engine.record("write")
         if len(jobs) < 2 or jobs[1].step < 5:
             is_full.set()
             raise DiskFull
-        return save(*given)
+        return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", save_when_others_are_stepped)
-    with at_work(parts, engine):
+    monkeypatch.setattr(parts.files, "create", save_after_other_steps)
+    with running_worker(parts, engine):
         jobs.append(submitted(parts))
         assert is_full.wait(60)
         jobs.append(submitted(parts, num_inference_steps=5))
-        assert completed(parts, *jobs) == [200, 200]
-    noted = [what for what, _ in engine.threads]
-    assert (noted.count("step"), noted.count("decode"), noted.count("judge")) == (2 + 5, 2, 2)
-    assert noted.count("write") >= 3
+        assert final_statuses(parts, *jobs) == [200, 200]
+    actions = [action for action, _ in engine.threads]
+    assert (actions.count("step"), actions.count("decode"), actions.count("judge")) == (2 + 5, 2, 2)
+    assert actions.count("write") >= 3
     assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
 
 
-def test_an_outcome_that_waits_for_room_is_not_made_again(parts: Parts, engine: WatchedEngine) -> None:
-    worker = ready(parts, WatchedModel(engine))
+def test_an_outcome_that_waits_for_disk_space_is_not_built_again(parts: Parts, engine: RecordingEngine) -> None:
+    worker = ready(parts, RecordingModel(engine))
     job = submitted(parts, **LONG)
     worker.run_once()
     with full_disk(parts):
         for _ in range(3):
             with pytest.raises(DiskFull):
                 worker.run_once()
-        made = parts.on_disk()
+        stored = parts.on_disk()
     worked_off(worker)
-    assert (answer(parts, job)[0].status, parts.on_disk()) == (200, made)
-    noted = [what for what, _ in engine.threads]
-    assert (noted.count("decode"), noted.count("encode"), len(made)) == (1, 1, 1)
+    assert (answer(parts, job)[0].status, parts.on_disk()) == (200, stored)
+    actions = [action for action, _ in engine.threads]
+    assert (actions.count("decode"), actions.count("encode"), len(stored)) == (1, 1, 1)
 
 
-# -- the end
+# -- stopping
 
 
-def test_a_stop_lets_what_is_decoded_finish_within_the_grace(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine, shutdown_grace=60) as worker:
+def test_a_stop_lets_decoding_finish_within_the_grace_period(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine, shutdown_grace=60) as worker:
         jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
         wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
         assert {job.state for job in jobs} == {State.IN_PROGRESS}
@@ -315,8 +320,8 @@ def test_a_stop_lets_what_is_decoded_finish_within_the_grace(parts: Parts, engin
     assert worker.failure is None
 
 
-def test_a_stop_does_not_wait_for_what_a_lost_device_holds(parts: Parts, engine: WatchedEngine) -> None:
-    with at_work(parts, engine, shutdown_grace=3600) as worker:
+def test_a_stop_does_not_wait_for_jobs_on_a_lost_device(parts: Parts, engine: RecordingEngine) -> None:
+    with running_worker(parts, engine, shutdown_grace=3600) as worker:
         jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held, then lost", "behind")]
         wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
         assert engine.is_decoding.wait(60)
@@ -325,56 +330,56 @@ def test_a_stop_does_not_wait_for_what_a_lost_device_holds(parts: Parts, engine:
         assert jobs[1].state == State.IN_QUEUE
 
 
-class WorstMoment(threading.Event):
-    """A bell with somebody who asks to stop right before it is cleared."""
+class StopBeforeClear(threading.Event):
+    """An event that is set by a stop right before its first `clear`, so that the `clear` erases the signal."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         super().__init__()
-        self.stopper, self.is_asked = threading.Thread(target=stop, daemon=True), threading.Event()
+        self.stopper, self.is_stopping = threading.Thread(target=stop, daemon=True), threading.Event()
 
     def clear(self) -> None:
         super().clear()
         if self.stopper.ident is None:
             self.stopper.start()
-            self.is_asked.set()
+            self.is_stopping.set()
             assert self.wait(60)
             super().clear()
 
-    def stopper_ended(self) -> None:
-        """Wait until whoever asked has what it asked for."""
-        self.is_asked.wait(60)
+    def wait_for_stop(self) -> None:
+        """Wait until the stop has returned."""
+        self.is_stopping.wait(60)
         self.stopper.join(60)
         assert not self.stopper.is_alive()
 
 
-def test_the_worker_hears_a_stop_at_the_worst_moment(parts: Parts) -> None:
+def test_the_worker_stops_when_the_stop_comes_right_before_a_clear(parts: Parts) -> None:
     worker = worker_of(parts, shutdown_grace=3600)
-    parts.notifier.work_available = bell = WorstMoment(worker.stop)
+    parts.notifier.work_available = event = StopBeforeClear(worker.stop)
     job = submitted(parts)
     worker.start()
-    bell.stopper_ended()
+    event.wait_for_stop()
     assert (worker.failure, answer(parts, job)[0].status) == (None, 200)
 
 
-def test_the_finisher_hears_a_stop_at_the_worst_moment(parts: Parts) -> None:
-    finisher = finisher_of(parts)
-    finisher._wake = bell = WorstMoment(lambda: finisher.stop(time.monotonic() + 3600))
-    # Woken by one that another turn has ended already.
-    bell.set()
-    finisher.start()
-    bell.stopper_ended()
+def test_the_postprocessor_stops_when_the_stop_comes_right_before_a_clear(parts: Parts) -> None:
+    postprocessor = postprocessor_of(parts)
+    postprocessor._wake = event = StopBeforeClear(lambda: postprocessor.stop(time.monotonic() + 3600))
+    # Wake the thread although no job waits, as when an earlier pass has already finished the job.
+    event.set()
+    postprocessor.start()
+    event.wait_for_stop()
 
 
-def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngine) -> None:
+def test_a_stop_after_the_grace_period_loses_no_job(tmp_path: Path, engine: RecordingEngine) -> None:
     with opened(tmp_path) as parts:
-        with at_work(parts, engine, shutdown_grace=0) as worker:
+        with running_worker(parts, engine, shutdown_grace=0) as worker:
             jobs = [submitted(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
             wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
             assert engine.is_decoding.wait(60)
             worker.stop()
             worker._thread.join()
             assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_QUEUE]
-        # What was at hand ends on the thread that has it, if the process lives that long.
+        # The current job finishes on its thread if the process lives long enough.
         assert worker.failure is None
         assert [job.state for job in jobs] == [State.COMPLETED, State.IN_QUEUE]
     with opened(tmp_path) as parts:
@@ -384,55 +389,55 @@ def test_a_stop_past_the_grace_loses_nothing(tmp_path: Path, engine: WatchedEngi
         assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
-def test_a_stop_without_grace_lets_a_picture_be_written(
-    parts: Parts, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_without_a_grace_period_lets_an_image_be_written(
+    parts: Parts, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, is_writing, may_write = parts.files.create, threading.Event(), threading.Event()
 
-    def save_when_let(*given: Any) -> StoredFile:
+    def save_when_allowed(*args: Any) -> StoredFile:
         is_writing.set()
         assert may_write.wait(60)
-        return save(*given)
+        return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", save_when_let)
-    with at_work(parts, engine, shutdown_grace=0) as worker:
+    monkeypatch.setattr(parts.files, "create", save_when_allowed)
+    with running_worker(parts, engine, shutdown_grace=0) as worker:
         job = submitted(parts, num_inference_steps=1)
         assert is_writing.wait(60)
         stopped(parts, worker, may_write.set)
         assert answer(parts, job)[0].status == 200
 
 
-def finisher_of(parts: Parts) -> Postprocessor:
-    """One whose thread was not started."""
-    answers = ResultBuilder(parts.files, embeds_parameters=True)
-    return Postprocessor(parts.queue, answers, parts.notifier, Watchdog(600, print), print)
+def postprocessor_of(parts: Parts) -> Postprocessor:
+    """Return a postprocessor whose thread is not started."""
+    results = ResultBuilder(parts.files, embeds_parameters=True)
+    return Postprocessor(parts.queue, results, parts.notifier, Watchdog(600, print), print)
 
 
-def test_what_is_in_line_goes_back_to_the_queue(parts: Parts) -> None:
-    finisher, jobs = finisher_of(parts), [claimed(parts) for _ in range(2)]
+def test_a_stop_releases_waiting_jobs_to_the_queue(parts: Parts) -> None:
+    postprocessor, jobs = postprocessor_of(parts), [claimed(parts) for _ in range(2)]
     later = parts.queue.submit(submission())
     for job in jobs:
-        finisher.add(job, painted())
+        postprocessor.add(job, painted())
     parts.queue.cancel(jobs[1])
-    finisher.stop(time.monotonic())
+    postprocessor.stop(time.monotonic())
     assert [job.state for job in jobs] == [State.IN_QUEUE, State.COMPLETED]
     assert [parts.queue.position(job) for job in (jobs[0], later)] == [0, 1]
 
 
-def test_jobs_end_in_the_order_in_which_they_come(parts: Parts) -> None:
-    finisher, jobs = finisher_of(parts), [claimed(parts) for _ in range(3)]
+def test_jobs_finish_in_order_of_arrival(parts: Parts) -> None:
+    postprocessor, jobs = postprocessor_of(parts), [claimed(parts) for _ in range(3)]
     for job in reversed(jobs):
-        finisher.add(job, Outcome(200, "{}"))
-    assert len(finisher) == 3
-    assert finisher.run_once()
+        postprocessor.add(job, Outcome(200, "{}"))
+    assert len(postprocessor) == 3
+    assert postprocessor.run_once()
     assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_PROGRESS, State.COMPLETED]
-    assert finisher.run_once() and finisher.run_once()
-    assert (finisher.run_once(), len(finisher)) == (False, 0)
+    assert postprocessor.run_once() and postprocessor.run_once()
+    assert (postprocessor.run_once(), len(postprocessor)) == (False, 0)
 
 
-def test_room_for_another_wakes_the_worker(parts: Parts) -> None:
-    finisher, job = finisher_of(parts), claimed(parts)
+def test_a_finished_job_wakes_the_worker(parts: Parts) -> None:
+    postprocessor, job = postprocessor_of(parts), claimed(parts)
     parts.notifier.work_available.clear()
-    finisher.add(job, painted())
-    finisher.run_once()
+    postprocessor.add(job, painted())
+    postprocessor.run_once()
     assert parts.notifier.work_available.is_set()

@@ -1,4 +1,4 @@
-"""What ends the process, and what becomes of the jobs: a step that does not end, a device that is lost."""
+"""The end of the process after a step that hangs or a device that is lost, and what happens to the jobs."""
 
 import threading
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from tests.support.fake_models import NullModel, SharingEngine
 from tests.support.server_process import TEST_MODELS, Gate, Server, completed, serving
 from tests.unit.worker.test_worker import ready, worker_of
 
-#: The jobs in the order of arrival, and how they fared.
+#: The jobs in order of arrival: their ids, and their states with their crash counts.
 IDS = "SELECT request_id FROM jobs ORDER BY sequence"
 STRIKES = "SELECT state, status, strikes FROM jobs ORDER BY sequence"
 
 
 @pytest.fixture
 def late() -> list[list[Job]]:
-    """The jobs that were told to be late."""
+    """Return the list that collects the jobs reported as late."""
     return []
 
 
@@ -34,129 +34,133 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def dog(late: list[list[Job]], clock: Clock) -> Watchdog:
-    """One that lets a step take ten seconds."""
+def watchdog(late: list[list[Job]], clock: Clock) -> Watchdog:
+    """Return a watchdog with a step deadline of ten seconds."""
     return Watchdog(10, lambda jobs: late.append(list(jobs)), clock)
 
 
-# -- looking
+# -- checking
 
 
-def test_nothing_is_late_while_nobody_works(dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
+def test_nothing_is_late_while_no_step_runs(watchdog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
     clock.now += 1000
-    dog.check()
+    watchdog.check()
     assert late == []
 
 
-def test_a_step_is_late_past_the_deadline(parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
+def test_a_step_is_late_past_the_deadline(
+    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+) -> None:
     job = claimed(parts)
-    with dog.watch([job]):
+    with watchdog.watch([job]):
         clock.now += 10
-        dog.check()
+        watchdog.check()
         assert late == []
         clock.now += 0.1
-        dog.check()
+        watchdog.check()
     assert late == [[job]]
 
 
-def test_the_next_step_has_a_deadline_of_its_own(
-    parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]
+def test_each_step_has_a_separate_deadline(
+    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
     job = claimed(parts)
     for _ in range(5):
-        with dog.watch([job]):
+        with watchdog.watch([job]):
             clock.now += 9
-            dog.check()
+            watchdog.check()
     clock.now += 100
-    dog.check()
+    watchdog.check()
     assert late == []
 
 
-def test_an_error_ends_the_watch_too(parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
-    with pytest.raises(OSError), dog.watch([claimed(parts)]):
+def test_an_error_also_ends_the_watch(parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
+    with pytest.raises(OSError), watchdog.watch([claimed(parts)]):
         raise OSError
     clock.now += 100
-    dog.check()
+    watchdog.check()
     assert late == []
 
 
-def test_only_the_late_thread_is_told_of(parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
+def test_only_the_jobs_of_the_late_thread_are_reported(
+    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+) -> None:
     slow, quick = claimed(parts), claimed(parts)
-    is_begun, may_end = threading.Event(), threading.Event()
+    started, may_finish = threading.Event(), threading.Event()
 
     def work_slowly() -> None:
-        with dog.watch([slow]):
-            is_begun.set()
-            may_end.wait(60)
+        with watchdog.watch([slow]):
+            started.set()
+            may_finish.wait(60)
 
     thread = threading.Thread(target=work_slowly)
     thread.start()
-    assert is_begun.wait(60)
+    assert started.wait(60)
     clock.now += 9
-    with dog.watch([quick]):
+    with watchdog.watch([quick]):
         clock.now += 2
-        dog.check()
-    may_end.set()
+        watchdog.check()
+    may_finish.set()
     thread.join()
-    dog.check()
+    watchdog.check()
     assert late == [[slow]]
 
 
-def test_within_another_the_outer_goes_on_afterwards(
-    parts: Parts, dog: Watchdog, clock: Clock, late: list[list[Job]]
+def test_after_a_nested_watch_the_outer_watch_continues(
+    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
     outer, inner = claimed(parts), claimed(parts)
-    with dog.watch([outer]):
+    with watchdog.watch([outer]):
         clock.now += 9
-        with dog.watch([inner]):
+        with watchdog.watch([inner]):
             clock.now += 2
-            dog.check()
+            watchdog.check()
         assert late == []
-        dog.check()
+        watchdog.check()
     assert late == [[outer]]
     clock.now += 100
-    dog.check()
+    watchdog.check()
     assert late == [[outer]]
 
 
-# -- whose strike it is
+# -- whose crash count rises
 
 
-class SeenEngine(SharingEngine):
-    """Remembers who went together."""
+class BatchRecordingEngine(SharingEngine):
+    """An engine that records the size of each batch."""
 
     def __init__(self) -> None:
-        self.together: list[int] = []
+        self.batch_sizes: list[int] = []
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        self.together.append(1 + len(others))
-        return super().advance(painting, others)
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        self.batch_sizes.append(1 + len(others))
+        return super().advance(task, others)
 
 
-def test_who_has_a_strike_goes_alone(tmp_path: Path) -> None:
-    engine = SeenEngine()
+def test_a_job_with_a_crash_runs_alone(tmp_path: Path) -> None:
+    engine = BatchRecordingEngine()
     with opened(tmp_path) as parts:
         for _ in range(3):
             claimed(parts, fields={"num_inference_steps": 1})
-        struck = parts.queue.get_cached(parts.rows(IDS)[1][0])
-        assert struck
-        parts.queue.record_crash([struck])
+        crashed = parts.queue.get_cached(parts.rows(IDS)[1][0])
+        assert crashed
+        parts.queue.record_crash([crashed])
     with opened(tmp_path) as parts:
         parts.queue.recover()
         worker = ready(parts, NullModel("test/null", lambda: engine))
         while worker.run_once():
             continue
         assert parts.rows("SELECT status, strikes FROM jobs ORDER BY sequence") == [(200, 0), (200, 1), (200, 0)]
-    assert engine.together == [2, 1]
+    assert engine.batch_sizes == [2, 1]
 
 
 @pytest.mark.parametrize("is_full", [False, True])
-def test_the_process_ends_also_when_the_strike_cannot_be_written(
+def test_the_process_ends_even_when_the_crash_cannot_be_recorded(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
-    ends: list[tuple[float, list[Job]]] = []
+    aborts: list[tuple[float, list[Job]]] = []
     monkeypatch.setattr(
-        "server.worker.worker.abort_process", lambda deadline, jobs: ends.append((deadline, list(jobs)))
+        "server.worker.worker.abort_process", lambda deadline, jobs: aborts.append((deadline, list(jobs)))
     )
     worker, job = worker_of(parts, step_deadline=7), claimed(parts)
     if is_full:
@@ -165,7 +169,7 @@ def test_the_process_ends_also_when_the_strike_cannot_be_written(
             worker._on_step_timeout([job])
     else:
         worker._on_step_timeout([job])
-    assert ends == [(7, [job])]
+    assert aborts == [(7, [job])]
     assert parts.rows("SELECT strikes FROM jobs") == [(0 if is_full else 1,)]
 
 
@@ -173,13 +177,13 @@ def test_the_process_ends_also_when_the_strike_cannot_be_written(
 
 
 def exit_code(server: Server) -> int:
-    """Wait for a server to end by itself."""
+    """Wait until a server exits without being stopped; return its exit code."""
     code = server.process.wait(60)
     server._reader.join()
     return code
 
 
-def test_a_step_that_does_not_end_ends_the_process_and_the_next_one_paints(tmp_path: Path, gate: Gate) -> None:
+def test_a_step_that_hangs_ends_the_process_and_the_next_process_finishes_the_job(tmp_path: Path, gate: Gate) -> None:
     data_dir = tmp_path / "data"
     request = {"prompt": str(gate.path), "num_inference_steps": 3}
     with serving(data_dir, TEST_MODELS, step_deadline="1") as first, client_of(first) as client:
@@ -187,7 +191,7 @@ def test_a_step_that_does_not_end_ends_the_process_and_the_next_one_paints(tmp_p
         assert exit_code(first) == EXIT_STUCK == 3
         request_id = path.split("/")[-2]
         assert f"a step of {request_id} took longer than --step-deadline (1 s)" in first.output
-        # And where it hangs.
+        # The stack trace shows where the step hangs.
         assert "in advance" in first.output
     assert rows(data_dir, STRIKES) == [("IN_PROGRESS", None, 1)]
     gate.let(3)
@@ -197,10 +201,10 @@ def test_a_step_that_does_not_end_ends_the_process_and_the_next_one_paints(tmp_p
     assert rows(data_dir, STRIKES) == [("COMPLETED", 200, 1)]
 
 
-def test_after_three_strikes_a_job_ends_and_others_go_on(tmp_path: Path, gate: Gate) -> None:
+def test_after_three_crashes_a_job_fails_and_others_finish(tmp_path: Path, gate: Gate) -> None:
     data_dir = tmp_path / "data"
     with opened(data_dir) as parts:
-        # All of one engine: those that follow might share the step that hangs.
+        # All use one engine, so the other jobs may be batched with the step that hangs.
         for prompt in (str(gate.path), "/dev/null", "/dev/null"):
             fields = {"prompt": prompt, "num_inference_steps": 2}
             parts.queue.submit(submission("test/gate", owner=ANONYMOUS, fields=fields))
@@ -214,11 +218,11 @@ def test_after_three_strikes_a_job_ends_and_others_go_on(tmp_path: Path, gate: G
         result = client.get(paths[0])
         assert (result.status_code, result.headers["x-fal-error-type"]) == (500, "internal_error")
         assert server.stop() == 0
-    # The others were beside it once; after that it went alone.
+    # The others were in its batch once. After that, the job with crashes ran alone.
     assert rows(data_dir, STRIKES) == [("COMPLETED", 500, 3), ("COMPLETED", 200, 1), ("COMPLETED", 200, 1)]
 
 
-def test_a_device_that_is_lost_ends_the_process_and_the_next_one_paints(tmp_path: Path) -> None:
+def test_a_lost_device_ends_the_process_and_the_next_process_finishes_the_job(tmp_path: Path) -> None:
     data_dir, fault = tmp_path / "data", tmp_path / "fault"
     fault.touch()
     with serving(data_dir, TEST_MODELS) as first, client_of(first) as client:

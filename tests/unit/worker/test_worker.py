@@ -1,4 +1,4 @@
-"""The worker, turn by turn; models without weights, everything else real."""
+"""The worker, one iteration at a time, with models without weights. Everything else is real."""
 
 import asyncio
 import base64
@@ -32,20 +32,28 @@ ENGINES: dict[str, type[NullEngine]] = {
     "test/gate": GateEngine,
 }
 SMALL: dict[str, Any] = {"image_size": {"width": 64, "height": 64}, "num_inference_steps": 2, "output_format": "png"}
-#: An output that needs pages of its own in the database, because it repeats the prompt.
+#: A request whose output needs extra pages in the database, because the output repeats the prompt.
 LONG: dict[str, Any] = {**SMALL, "prompt": "x" * 20_000}
 
 
 def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
-    """A worker that was not set up yet."""
-    served = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
-    placements = {endpoint: EngineConfig(None, "") for endpoint in served}
-    chosen = Settings(data_dir=parts.folder, **settings)
-    return Worker(chosen, served, placements, parts.queue, parts.files, parts.inputs.cache.path, parts.notifier)
+    """Return a worker that is not set up yet."""
+    models_by_endpoint = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
+    configs = {endpoint: EngineConfig(None, "") for endpoint in models_by_endpoint}
+    worker_settings = Settings(data_dir=parts.folder, **settings)
+    return Worker(
+        worker_settings,
+        models_by_endpoint,
+        configs,
+        parts.queue,
+        parts.files,
+        parts.inputs.cache.path,
+        parts.notifier,
+    )
 
 
 def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
-    """A worker whose turns the test takes itself."""
+    """Return a worker that is set up but not started; the test calls `run_once`."""
     worker = worker_of(parts, *models, **settings)
     worker.setup()
     return worker
@@ -60,46 +68,46 @@ def submitted(
     priority: Priority = Priority.NORMAL,
     **fields: Any,
 ) -> Job:
-    """A small request."""
+    """Submit a small request."""
     fields = {**SMALL, **fields}
     return parts.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
 
 
 def worked_off(worker: Worker) -> None:
-    """Take turns until nothing is left to do."""
+    """Call `run_once` until no work is left."""
     while worker.run_once():
         continue
 
 
 def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
-    """Wait for what the worker's threads do to a job, or for their end."""
+    """Wait until `is_reached` is true, checking at each notification of the job or the worker."""
 
-    async def heard() -> None:
+    async def wait() -> None:
         parts.notifier.bind_loop(asyncio.get_running_loop())
-        with parts.notifier.subscribe(job.request_id, WORKER) as bell:
+        with parts.notifier.subscribe(job.request_id, WORKER) as event:
             while not is_reached():
-                bell.clear()
-                # Read again: it may have rung between the look and the clearing.
+                event.clear()
+                # Check again: a notification may have come between the check and `clear`.
                 if not is_reached():
-                    await bell.wait()
+                    await event.wait()
 
-    asyncio.run(heard())
+    asyncio.run(wait())
 
 
 def answer(parts: Parts, job: Job) -> tuple[Outcome, dict[str, Any]]:
-    """How a job ended, and its body."""
+    """Return the outcome of a job and its JSON body."""
     outcome = parts.queue.result(job)
     return outcome, json.loads(outcome.body)
 
 
 def told(parts: Parts, job: Job) -> tuple[int, str, str | None]:
-    """Status, text and type of the error a job ended with."""
+    """Return the status, the message and the type of the error of a job."""
     outcome, body = answer(parts, job)
     return outcome.status, body["detail"], body.get("error_type")
 
 
-def pictures(parts: Parts, job: Job) -> list[Image]:
-    """The pictures of an answer, from the disk or out of their data URIs."""
+def output_images(parts: Parts, job: Job) -> list[Image]:
+    """Return the images of a result, read from the disk or from their data URIs."""
     _, body = answer(parts, job)
     return [PILImage.open(io.BytesIO(_content(parts, image["url"]))).convert("RGB") for image in body["images"]]
 
@@ -112,27 +120,27 @@ def _content(parts: Parts, url: str) -> bytes:
     return parts.files.path(found).read_bytes()
 
 
-# -- painting
+# -- generating
 
 
-def test_a_turn_without_work_says_so(parts: Parts) -> None:
+def test_run_once_returns_false_without_work(parts: Parts) -> None:
     assert not ready(parts).run_once()
 
 
-def test_a_job_is_painted_step_by_step(parts: Parts) -> None:
+def test_a_job_advances_one_step_at_a_time(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts)
     assert worker.run_once()
     assert (job.state, job.attempt, job.step, job.num_steps) == (State.IN_PROGRESS, 1, 1, 2)
     assert worker.run_once()
     assert (job.state, job.step, parts.on_disk()) == (State.IN_PROGRESS, 2, [])
-    # Decoded in a turn of its own, so that others may be stepped beside.
+    # Decoding is a separate iteration, so that other jobs can advance in the meantime.
     assert worker.run_once()
     assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
     assert [line["message"] for line in job.logs] == ["step 1/2", "step 2/2"]
     assert not worker.run_once()
 
 
-def test_the_answer_is_the_models_output(parts: Parts) -> None:
+def test_the_result_is_the_output_of_the_model(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, prompt="a tiger", seed=7)
     worked_off(worker)
     outcome, body = answer(parts, job)
@@ -144,22 +152,24 @@ def test_the_answer_is_the_models_output(parts: Parts) -> None:
     assert image["url"] == f"http://here/files/{parts.on_disk()[0]}"
 
 
-def test_seconds_are_those_of_the_steps_and_of_the_decoding(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_time_counts_steps_and_decoding_but_not_the_safety_check(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(0.0)
     monkeypatch.setattr("time.perf_counter", clock)
 
     class Slow(NullEngine):
-        def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
             clock.now += 1
-            return super().advance(painting, others)
+            return super().advance(task, others)
 
-        def decode(self, painting: Any) -> None:
+        def decode(self, task: Any) -> None:
             clock.now += 10
-            super().decode(painting)
+            super().decode(task)
 
-        def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+        def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             clock.now += 100
-            return super().is_unsafe(pictures)
+            return super().is_unsafe(images)
 
     worker = ready(parts, NullModel("test/null", Slow))
     jobs = [submitted(parts, num_inference_steps=3, num_images=2) for _ in range(2)]
@@ -167,10 +177,10 @@ def test_seconds_are_those_of_the_steps_and_of_the_decoding(parts: Parts, monkey
     assert [answer(parts, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
 
 
-def test_picture_k_has_seed_plus_k_in_pixels_and_parameters(parts: Parts) -> None:
+def test_image_k_has_seed_plus_k_in_pixels_and_parameters(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, seed=7, num_images=3)
     worked_off(worker)
-    assert [picture.getpixel((0, 0)) for picture in pictures(parts, job)] == [(7 + k, 128, 64) for k in range(3)]
+    assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7 + k, 128, 64) for k in range(3)]
     _, body = answer(parts, job)
     contents = [_content(parts, image["url"]) for image in body["images"]]
     found = [json.loads(PILImage.open(io.BytesIO(content)).info["parameters"]) for content in contents]
@@ -178,7 +188,7 @@ def test_picture_k_has_seed_plus_k_in_pixels_and_parameters(parts: Parts) -> Non
     assert found[0]["num_inference_steps"] == 2
 
 
-def test_parameters_can_be_left_out(parts: Parts) -> None:
+def test_embedding_of_parameters_can_be_disabled(parts: Parts) -> None:
     worker, job = ready(parts, embed_parameters=False), submitted(parts, prompt="a secret wish")
     worked_off(worker)
     assert job.state == State.COMPLETED
@@ -188,11 +198,11 @@ def test_parameters_can_be_left_out(parts: Parts) -> None:
     assert b"secret wish" not in content and b"num_inference_steps" not in content
 
 
-def test_sync_mode_gives_the_picture_itself_and_keeps_no_file(parts: Parts) -> None:
+def test_sync_mode_returns_the_image_as_a_data_uri_and_stores_no_file(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, sync_mode=True, seed=9)
     worked_off(worker)
     assert answer(parts, job)[1]["images"][0]["url"].startswith("data:image/png;base64,")
-    assert pictures(parts, job)[0].getpixel((0, 0)) == (9, 128, 64)
+    assert output_images(parts, job)[0].getpixel((0, 0)) == (9, 128, 64)
     assert parts.on_disk() == []
 
 
@@ -204,7 +214,7 @@ def test_the_same_request_gives_the_same_bytes(parts: Parts) -> None:
     assert first == second
 
 
-def test_files_belong_to_the_client_and_expire_when_it_said(parts: Parts) -> None:
+def test_files_have_the_owner_and_the_expiry_of_their_request(parts: Parts) -> None:
     worker = ready(parts)
     parts.queue.submit(submission(fields=SMALL, owner="alice", lifecycle=Lifecycle(60.0, is_private=True)))
     worked_off(worker)
@@ -212,10 +222,10 @@ def test_files_belong_to_the_client_and_expire_when_it_said(parts: Parts) -> Non
     assert found == [("alice", 1, parts.clock.now, parts.clock.now + 60)]
 
 
-# -- taking turns
+# -- scheduling
 
 
-def test_turns_go_to_whom_least_remains(parts: Parts) -> None:
+def test_the_request_with_the_least_remaining_work_advances(parts: Parts) -> None:
     worker = ready(parts)
     first = submitted(parts, num_inference_steps=5)
     for _ in range(2):
@@ -225,11 +235,11 @@ def test_turns_go_to_whom_least_remains(parts: Parts) -> None:
     for _ in range(6):
         worker.run_once()
         steps.append((first.step, second.step))
-    # The fourth turn decodes.
+    # The third iteration here decodes the second job.
     assert steps == [(2, 1), (2, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
 
 
-def test_a_picture_that_finds_no_room_is_kept_until_there_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_kept_until_there_is_disk_space(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = ready(parts)
     job = submitted(parts, num_inference_steps=1)
     worker.run_once()
@@ -253,7 +263,7 @@ def test_normal_priority_goes_before_low(parts: Parts) -> None:
     assert (normal.state, low.state, low.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
 
 
-def test_no_more_run_than_the_setting_says(parts: Parts) -> None:
+def test_at_most_max_running_requests_run(parts: Parts) -> None:
     worker = ready(parts, max_running=2)
     jobs = [submitted(parts) for _ in range(3)]
     worker.run_once()
@@ -276,7 +286,7 @@ def test_cancel_takes_effect_before_the_next_step(parts: Parts) -> None:
     assert (outcome.status, body["error_type"]) == (499, "client_cancelled")
 
 
-def test_the_cancelled_goes_before_all_others(parts: Parts) -> None:
+def test_a_cancelled_request_is_ended_before_others_advance(parts: Parts) -> None:
     worker, other = ready(parts), submitted(parts)
     job = submitted(parts)
     worker.run_once()
@@ -285,7 +295,7 @@ def test_the_cancelled_goes_before_all_others(parts: Parts) -> None:
     assert (job.state, other.step) == (State.COMPLETED, 1)
 
 
-def test_a_run_whose_client_left_ends_as_disconnected(parts: Parts) -> None:
+def test_a_run_ends_as_disconnected_after_its_client_disconnects(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, mode=Mode.RUN)
     worker.run_once()
     parts.queue.cancel(job)
@@ -293,13 +303,13 @@ def test_a_run_whose_client_left_ends_as_disconnected(parts: Parts) -> None:
     assert (answer(parts, job)[0].error_type, parts.on_disk()) == ("client_disconnected", [])
 
 
-def test_files_are_removed_when_a_cancel_came_while_they_were_saved(parts: Parts) -> None:
-    class CancelledWhileChecked(NullEngine):
-        def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+def test_no_file_is_kept_when_the_request_is_cancelled_while_it_is_checked(parts: Parts) -> None:
+    class CancelDuringCheck(NullEngine):
+        def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             parts.queue.cancel(job)
-            return super().is_unsafe(pictures)
+            return super().is_unsafe(images)
 
-    worker = ready(parts, NullModel("test/null", CancelledWhileChecked))
+    worker = ready(parts, NullModel("test/null", CancelDuringCheck))
     job = submitted(parts, num_images=2)
     worked_off(worker)
     assert (answer(parts, job)[0].status, parts.on_disk()) == (499, [])
@@ -308,32 +318,32 @@ def test_files_are_removed_when_a_cancel_came_while_they_were_saved(parts: Parts
 # -- errors
 
 
-def test_an_error_meant_for_the_client_is_told(parts: Parts) -> None:
+def test_an_error_meant_for_the_client_is_reported(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/raises", prompt="told")
     worked_off(worker)
     assert told(parts, job) == (500, "This cannot be painted.", "internal_error")
 
 
-def test_any_other_error_keeps_its_secret(parts: Parts) -> None:
+def test_the_message_of_any_other_error_is_hidden(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/raises", prompt="x")
     worked_off(worker)
     assert told(parts, job) == (500, "Internal Server Error", "internal_error")
     assert "secret" not in str(parts.rows("SELECT * FROM jobs"))
 
 
-def test_one_that_fails_harms_no_other(parts: Parts) -> None:
+def test_a_failed_request_does_not_affect_others(parts: Parts) -> None:
     worker, bad, good = ready(parts), submitted(parts, "test/raises"), submitted(parts)
     worked_off(worker)
     assert [answer(parts, job)[0].status for job in (bad, good)] == [500, 200]
 
 
-def test_an_endpoint_that_is_gone_is_not_found(parts: Parts) -> None:
+def test_an_endpoint_that_is_no_longer_served_is_not_found(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/gone")
     worked_off(worker)
     assert told(parts, job) == (404, "test/gone is no longer served here", None)
 
 
-def test_an_endpoint_that_is_gone_after_a_restart_is_not_found(tmp_path: Path) -> None:
+def test_an_endpoint_that_is_not_served_after_a_restart_is_not_found(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         worker, job = ready(parts), submitted(parts, "test/raises")
         worker.run_once()
@@ -343,7 +353,7 @@ def test_an_endpoint_that_is_gone_after_a_restart_is_not_found(tmp_path: Path) -
         assert answer(parts, job)[0].status == 404
 
 
-def test_input_that_is_no_longer_understood_fails_alone(parts: Parts) -> None:
+def test_input_that_is_no_longer_valid_fails_only_its_request(parts: Parts) -> None:
     worker = ready(parts)
     job = parts.queue.submit(submission(input='{"prompt": 5, "seed": 7}'))
     good = submitted(parts)
@@ -352,12 +362,12 @@ def test_input_that_is_no_longer_understood_fails_alone(parts: Parts) -> None:
     assert answer(parts, good)[0].status == 200
 
 
-def test_an_answer_that_cannot_be_given_leaves_no_files(parts: Parts) -> None:
-    class Speechless(NullModel):
-        def build_output(self, *given: Any) -> Any:
-            raise GenerationFailed("There are no words for it.")
+def test_an_output_that_cannot_be_built_leaves_no_files(parts: Parts) -> None:
+    class BrokenOutputModel(NullModel):
+        def build_output(self, *args: Any) -> Any:
+            raise GenerationFailed("The output cannot be built.")
 
-    worker = ready(parts, Speechless("test/null", NullEngine))
+    worker = ready(parts, BrokenOutputModel("test/null", NullEngine))
     job = submitted(parts, num_images=2)
     worked_off(worker)
     assert (answer(parts, job)[0].status, parts.on_disk()) == (500, [])
@@ -366,27 +376,27 @@ def test_an_answer_that_cannot_be_given_leaves_no_files(parts: Parts) -> None:
 # -- safety
 
 
-def test_flagged_pictures_are_black(parts: Parts) -> None:
+def test_flagged_images_are_black(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, "test/unsafe", prompt="x", num_images=2)
     worked_off(worker)
     assert answer(parts, job)[1]["has_nsfw_concepts"] == [True, True]
-    assert [picture.getextrema() for picture in pictures(parts, job)] == [((0, 0), (0, 0), (0, 0))] * 2
+    assert [image.getextrema() for image in output_images(parts, job)] == [((0, 0), (0, 0), (0, 0))] * 2
 
 
-def test_only_the_flagged_picture_is_black(parts: Parts) -> None:
+def test_only_the_flagged_image_is_black(parts: Parts) -> None:
     class SecondIsUnsafe(NullEngine):
-        def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
+        def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             return [False, True]
 
     worker = ready(parts, NullModel("test/null", SecondIsUnsafe))
     job = submitted(parts, num_images=2, seed=7)
     worked_off(worker)
     assert answer(parts, job)[1]["has_nsfw_concepts"] == [False, True]
-    assert [picture.getpixel((0, 0)) for picture in pictures(parts, job)] == [(7, 128, 64), (0, 0, 0)]
+    assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7, 128, 64), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("prompt", ["silent", "raises"])
-def test_a_checker_that_does_not_answer_lets_nothing_out(parts: Parts, prompt: str) -> None:
+def test_without_a_safety_verdict_no_image_is_returned(parts: Parts, prompt: str) -> None:
     worker, job = ready(parts), submitted(parts, "test/unsafe", prompt=prompt)
     worked_off(worker)
     outcome, body = answer(parts, job)
@@ -405,7 +415,7 @@ def test_the_operator_can_enforce_the_checker(parts: Parts, is_enforced: bool, f
 # -- the disk is full
 
 
-def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
+def test_a_result_waits_for_disk_space(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
     worker.run_once()
     worker.run_once()
@@ -419,7 +429,7 @@ def test_a_result_waits_for_room_on_the_disk(parts: Parts) -> None:
     assert parts.rows("SELECT name FROM files") == [(name,) for name in parts.on_disk()]
 
 
-def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(parts: Parts) -> None:
+def test_a_request_cancelled_while_it_waits_for_disk_space_leaves_no_files(parts: Parts) -> None:
     worker, job = ready(parts), submitted(parts, **LONG)
     worker.run_once()
     worker.run_once()
@@ -430,12 +440,12 @@ def test_a_result_that_is_cancelled_while_it_waits_for_room_leaves_no_files(part
     assert (answer(parts, job)[0].status, parts.on_disk()) == (499, [])
 
 
-def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
-    class Wordy(NullEngine):
+def test_a_job_that_cannot_start_ends_when_there_is_disk_space(parts: Parts) -> None:
+    class LongErrorEngine(NullEngine):
         def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
             raise GenerationFailed("no" * 20_000)
 
-    worker, job = ready(parts, NullModel("test/null", Wordy)), submitted(parts)
+    worker, job = ready(parts, NullModel("test/null", LongErrorEngine)), submitted(parts)
     with full_disk(parts), pytest.raises(DiskFull):
         worker.run_once()
     worked_off(worker)
@@ -445,44 +455,44 @@ def test_a_job_that_cannot_begin_ends_when_there_is_room(parts: Parts) -> None:
 # -- the thread
 
 
-def test_the_thread_paints_until_it_is_stopped(parts: Parts) -> None:
+def test_the_thread_runs_jobs_until_it_is_stopped(parts: Parts) -> None:
     worker, job = worker_of(parts), submitted(parts)
 
-    async def paint() -> Job:
+    async def run_two_jobs() -> Job:
         worker.start()
         await reached(parts, job, State.COMPLETED)
-        # Woken again, after it had nothing to do.
+        # The second job wakes the worker after it was idle.
         later = submitted(parts)
         await reached(parts, later, State.COMPLETED)
         return later
 
-    later = asyncio.run(paint())
+    later = asyncio.run(run_two_jobs())
     assert worker.is_ready
     worker.stop()
     assert (worker.is_ready, worker.failure) == (False, None)
-    assert [answer(parts, done)[0].status for done in (job, later)] == [200, 200]
+    assert [answer(parts, job)[0].status for job in (job, later)] == [200, 200]
     waiting = submitted(parts)
     assert waiting.state == State.IN_QUEUE
 
 
-def stopped(parts: Parts, worker: Worker, once_it_knows: Callable[[], None]) -> None:
-    """Stop a worker on its threads, and let go what it is at as soon as it knows."""
-    ring = parts.notifier.work_available.set
+def stopped(parts: Parts, worker: Worker, on_stopping: Callable[[], None]) -> None:
+    """Stop a running worker. Call `on_stopping` as soon as the worker is notified of the stop."""
+    wake = parts.notifier.work_available.set
     stopper = threading.Thread(target=worker.stop, daemon=True)
 
-    def ring_and_let_go() -> None:
-        ring()
+    def wake_and_continue() -> None:
+        wake()
         if threading.current_thread() is stopper:
-            once_it_knows()
+            on_stopping()
 
-    parts.notifier.work_available.set = ring_and_let_go  # type: ignore[method-assign]
+    parts.notifier.work_available.set = wake_and_continue  # type: ignore[method-assign]
     stopper.start()
     stopper.join(60)
     assert not stopper.is_alive()
 
 
 def stop_between_steps(parts: Parts, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False) -> None:
-    """Stop a worker in the middle of its second step, and let it take the step only when it knows."""
+    """Stop a worker in the middle of its second step, which completes only after the worker is notified."""
     worker.start()
     gate.let(1)
     wait_until(parts, jobs[0], lambda: jobs[0].step == 1)
@@ -491,7 +501,7 @@ def stop_between_steps(parts: Parts, worker: Worker, gate: Gate, *jobs: Job, is_
     stopped(parts, worker, gate.open)
 
 
-def test_a_stop_gives_back_what_is_not_done(parts: Parts, gate: Gate) -> None:
+def test_a_stop_releases_unfinished_jobs(parts: Parts, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=0)
     jobs = [submitted(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
     stop_between_steps(parts, worker, gate, *jobs)
@@ -502,7 +512,7 @@ def test_a_stop_gives_back_what_is_not_done(parts: Parts, gate: Gate) -> None:
     ]
 
 
-def test_a_stop_ends_what_was_cancelled(parts: Parts, gate: Gate) -> None:
+def test_a_stop_ends_cancelled_jobs(parts: Parts, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=0)
     jobs = [submitted(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
     stop_between_steps(parts, worker, gate, *jobs, is_cancelled=True)
@@ -511,7 +521,7 @@ def test_a_stop_ends_what_was_cancelled(parts: Parts, gate: Gate) -> None:
     assert answer(parts, jobs[0])[0].error_type == "client_cancelled"
 
 
-def test_a_stop_lets_what_runs_finish_within_the_grace(parts: Parts, gate: Gate) -> None:
+def test_a_stop_lets_running_jobs_finish_within_the_grace_period(parts: Parts, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=60, max_running=1)
     job = submitted(parts, "test/gate", prompt=str(gate.path))
     waiting = submitted(parts)
@@ -519,119 +529,117 @@ def test_a_stop_lets_what_runs_finish_within_the_grace(parts: Parts, gate: Gate)
     assert (answer(parts, job)[0].status, waiting.state, waiting.attempt) == (200, State.IN_QUEUE, 0)
 
 
-def test_weights_that_do_not_load_end_the_worker_and_ring(parts: Parts) -> None:
+def test_weights_that_fail_to_load_end_the_worker_and_notify(parts: Parts) -> None:
     class Broken(NullModel):
-        def setup(self, placement: EngineConfig) -> Engine:  # type: ignore[override]
+        def setup(self, config: EngineConfig) -> Engine:  # type: ignore[override]
             raise OSError("no weights here")
 
     worker = worker_of(parts, Broken("test/null", NullEngine))
 
-    async def ended() -> None:
+    async def wait_for_failure() -> None:
         parts.notifier.bind_loop(asyncio.get_running_loop())
-        with parts.notifier.subscribe(WORKER) as bell:
+        with parts.notifier.subscribe(WORKER) as event:
             worker.start()
-            await bell.wait()
+            await event.wait()
 
-    asyncio.run(ended())
+    asyncio.run(wait_for_failure())
     assert isinstance(worker.failure, OSError)
     assert not worker.is_ready
     worker.stop()
 
 
-# -- warm-up, beside the requests
+# -- warm-up while requests run
 
 
 class ColdEngine(NullEngine):
-    """Three tiers to make ready: the first takes until it is let go, the second cannot be made ready at all."""
+    """An engine with three tiers to warm up: the first waits for `may_continue`, the second fails."""
 
-    def __init__(self, told: list[str]) -> None:
-        self.told, self.num_tried = told, 0
-        self.is_warming, self.may_go_on, self.is_settled = threading.Event(), threading.Event(), threading.Event()
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.num_calls = events, 0
+        self.is_warming, self.may_continue, self.is_frozen = threading.Event(), threading.Event(), threading.Event()
 
     def warm_up(self) -> bool:
-        self.told.append(threading.current_thread().name)
-        self.num_tried += 1
-        if self.num_tried == 1:
+        self.events.append(threading.current_thread().name)
+        self.num_calls += 1
+        if self.num_calls == 1:
             self.is_warming.set()
-            assert self.may_go_on.wait(60)
-        if self.num_tried == 2:
+            assert self.may_continue.wait(60)
+        if self.num_calls == 2:
             raise RuntimeError("this card has no such kernel")
-        return self.num_tried <= 3
+        return self.num_calls <= 3
 
     def freeze_compilation(self) -> None:
-        self.told.append("settled")
-        self.is_settled.set()
+        self.events.append("frozen")
+        self.is_frozen.set()
 
 
-def test_warm_up_keeps_nobody_waiting_and_its_failure_harms_nobody(
-    parts: Parts, caplog: pytest.LogCaptureFixture
-) -> None:
-    told: list[str] = []
-    cold, last = ColdEngine(told), ColdEngine(told)
-    worker = worker_of(parts, NullModel("test/null", lambda: cold), NullModel("test/other", lambda: last))
+def test_warm_up_and_its_failures_do_not_delay_requests(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
+    events: list[str] = []
+    first, second = ColdEngine(events), ColdEngine(events)
+    worker = worker_of(parts, NullModel("test/null", lambda: first), NullModel("test/other", lambda: second))
 
-    def painted_by(endpoint: str) -> None:
+    def run_job(endpoint: str) -> None:
         job = submitted(parts, endpoint)
         asyncio.run(reached(parts, job, State.COMPLETED))
         assert answer(parts, job)[0].status == 200
 
     worker.start()
-    assert cold.is_warming.wait(60)
+    assert first.is_warming.wait(60)
     assert worker.is_ready
-    painted_by("test/null")
-    painted_by("test/other")
-    cold.may_go_on.set()
-    # The next tier and the next endpoint have their turn, also after one that failed.
-    assert last.is_warming.wait(60)
-    assert told == ["warm-up"] * (4 + 1)
-    painted_by("test/null")
-    last.may_go_on.set()
-    assert last.is_settled.wait(60)
-    painted_by("test/other")
+    run_job("test/null")
+    run_job("test/other")
+    first.may_continue.set()
+    # Warm-up goes on with the next tier and the next endpoint, also after a tier that failed.
+    assert second.is_warming.wait(60)
+    assert events == ["warm-up"] * (4 + 1)
+    run_job("test/null")
+    second.may_continue.set()
+    assert second.is_frozen.wait(60)
+    run_job("test/other")
     worker.stop()
     assert worker.failure is None
-    # Nothing is settled before all is warm.
-    assert told == ["warm-up"] * (4 + 4) + ["settled"] * 2
+    # No engine freezes its compilation before all engines are warm.
+    assert events == ["warm-up"] * (4 + 4) + ["frozen"] * 2
     assert "test/null: a tier could not be made ready" in caplog.text
     assert "this card has no such kernel" in caplog.text
 
 
-# -- what is said while the weights are loaded
+# -- readiness while the weights are loaded
 
 
-def test_ready_says_how_far_loading_has_come(tmp_path: Path, gate: Gate) -> None:
-    folder = tmp_path / "models"
-    folder.mkdir()
+def test_ready_reports_the_progress_of_loading(tmp_path: Path, gate: Gate) -> None:
+    models_dir = tmp_path / "models"
+    models_dir.mkdir()
     lines = (
         "from tests.support.fake_models import LoadingModel",
         f"MODEL = LoadingModel('test/loading', {str(gate.path)!r})",
     )
-    (folder / "loading.py").write_text("\n".join(lines), encoding="utf-8")
+    (models_dir / "loading.py").write_text("\n".join(lines), encoding="utf-8")
     with (
-        serving(tmp_path / "data", "test/loading=demo", models_dir=str(folder)) as server,
+        serving(tmp_path / "data", "test/loading=demo", models_dir=str(models_dir)) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
         server.wait_for("loading transformer, 1.0 of 4.0 GB loaded")
-        answer = client.get("/health/ready")
-        body = answer.json()
-        assert (answer.status_code, body.pop("status"), bool(body.pop("version"))) == (503, "loading", True)
+        response = client.get("/health/ready")
+        body = response.json()
+        assert (response.status_code, body.pop("status"), bool(body.pop("version"))) == (503, "loading", True)
         assert body == {"component": "transformer", "loaded_bytes": 1_000_000_000, "total_bytes": 4_000_000_000}
         waiting = client.post("/queue/test/loading", json=SMALL | {"prompt": "x"}).json()
         assert waiting["status"] == "IN_QUEUE"
         gate.let(1)
         assert completed(client, waiting["status_url"]).get("error") is None
-        answer = client.get("/health/ready")
-        assert (answer.status_code, set(answer.json())) == (200, {"status", "version"})
+        response = client.get("/health/ready")
+        assert (response.status_code, set(response.json())) == (200, {"status", "version"})
         assert server.stop() == 0
 
 
 # -- out of memory
 
 
-def test_out_of_memory_is_told_and_may_be_tried_again(narrow_client: httpx.Client) -> None:
-    answer = narrow_client.post("/test/memory", json={"prompt": "x"})
-    assert (answer.status_code, answer.headers["x-fal-retryable"]) == (500, "true")
-    assert answer.json() == {
+def test_out_of_memory_is_reported_as_retryable(narrow_client: httpx.Client) -> None:
+    response = narrow_client.post("/test/memory", json={"prompt": "x"})
+    assert (response.status_code, response.headers["x-fal-retryable"]) == (500, "true")
+    assert response.json() == {
         "detail": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
         "message": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
         "error_type": "internal_error",
