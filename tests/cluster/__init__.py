@@ -1,1 +1,1 @@
-"""Several Ray nodes: for make cluster."""
+"""Tests with several Ray nodes; `make cluster` runs them."""

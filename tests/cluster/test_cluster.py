@@ -1,4 +1,4 @@
-"""Several Ray nodes on one machine: what is lost goes elsewhere, and nobody sees a difference."""
+"""Several Ray nodes on one machine: jobs of a lost runner or node run elsewhere, with the same results."""
 
 import base64
 import contextlib
@@ -21,29 +21,29 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[Any]:
-    """Three nodes with a GPU each."""
+def three_nodes() -> Iterator[Any]:
+    """Start three nodes with one GPU each."""
     with nodes(3) as cluster:
         yield cluster
 
 
-def killed(chance: random.Random) -> None:
-    """One runner, as soon as there is one."""
+def kill_a_runner(rng: random.Random) -> None:
+    """Kill a random runner as soon as one is running."""
     while True:
         with contextlib.suppress(IndexError, psutil.NoSuchProcess):
-            chance.choice(runners()).kill()
+            rng.choice(runners()).kill()
             return
 
 
-def test_each_gpu_paints_and_is_shown(three: Any, tmp_path: Path) -> None:
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+def test_each_gpu_generates_images_and_appears_in_metrics(three_nodes: Any, tmp_path: Path) -> None:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         until(client, ["ready"] * 3)
         paths = [path(client.post(SLOW, json=body(seed))) for seed in range(12)]
         assert len({digest(client, each) for each in paths}) == 12
         metrics = client.get("/metrics").text
         assert all(f'flux_server_gpu_ready{{gpu="{number}",node=' in metrics for number in range(3))
         assert 'flux_server_pictures_total{endpoint="test/slow"} 12.0' in metrics
-        # Each got its share: they were all free.
+        # All GPUs were free, so each received jobs.
         assert {int(line.split("gpu=")[1]) for line in server.lines if "ready [server.worker.worker]" in line} == {
             0,
             1,
@@ -53,8 +53,8 @@ def test_each_gpu_paints_and_is_shown(three: Any, tmp_path: Path) -> None:
     assert not runners()
 
 
-def test_progress_previews_and_cancel_between_steps(three: Any, tmp_path: Path, gate: Gate) -> None:
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+def test_progress_previews_and_cancel_between_steps(three_nodes: Any, tmp_path: Path, gate: Gate) -> None:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         queued = path(client.post("/queue/test/gate", json=body(1, prompt=str(gate.path))))
         gate.let(1)
         seen = next(status for status in statuses(client, queued) if status["logs"])
@@ -64,55 +64,55 @@ def test_progress_previews_and_cancel_between_steps(three: Any, tmp_path: Path, 
         assert completed(client, queued)["error_type"] == "client_cancelled"
         with client.stream("POST", "/test/slow/stream", json=body(2)) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-        # One that nobody had time for was replaced by the next.
+        # A newer preview replaces one that was not sent in time.
         assert 1 <= sum('"preview"' in line for line in lines) <= 9
         assert '"images"' in lines[-1]
 
 
-def test_a_picture_that_comes_along_reaches_the_runner(three: Any, tmp_path: Path) -> None:
+def test_an_input_image_reaches_the_runner(three_nodes: Any, tmp_path: Path) -> None:
     content = io.BytesIO()
     Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
-    sent = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+    data_uri = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         for seed in range(2):
-            asked = {"prompt": "x", "image_url": sent, "seed": seed, "output_format": "png"}
-            (image,) = client.post("/test/copy", json=asked).raise_for_status().json()["images"]
-            picture = Image.open(io.BytesIO(client.get(httpx.URL(image["url"]).path).content))
-            assert picture.convert("RGB").getpixel((0, 0)) == (1, 2, 250)
+            request = {"prompt": "x", "image_url": data_uri, "seed": seed, "output_format": "png"}
+            (output,) = client.post("/test/copy", json=request).raise_for_status().json()["images"]
+            image = Image.open(io.BytesIO(client.get(httpx.URL(output["url"]).path).content))
+            assert image.convert("RGB").getpixel((0, 0)) == (1, 2, 250)
 
 
-def test_two_hundred_jobs_outlive_thirty_kills_of_runners_and_nodes(three: Any, tmp_path: Path) -> None:
+def test_two_hundred_jobs_survive_thirty_kills_of_runners_and_nodes(three_nodes: Any, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     with (
         serving(tmp_path / "undisturbed", "test/slow=demo", models_dir=str(MODELS)) as server,
         client_of(server.ready()) as client,
     ):
-        alone = [path(client.post(SLOW, json=body(number))) for number in range(200)]
-        wanted = [digest(client, each) for each in alone]
-    with serving_on(three, tmp_path / "data") as server, client_of(server.ready()) as client:
+        paths = [path(client.post(SLOW, json=body(number))) for number in range(200)]
+        expected = [digest(client, each) for each in paths]
+    with serving_on(three_nodes, tmp_path / "data") as server, client_of(server.ready()) as client:
         until(client, ["ready"] * 3)
         paths = [path(client.post(SLOW, json=body(number))) for number in range(200)]
         for kill in range(30):
-            # Six more are done each time, so that the last kill finds work too.
+            # Six more jobs complete before each kill, so that jobs are still running at the last one.
             assert completed(client, paths[6 * kill]).get("error") is None
             if kill % 5 == 4:
-                three.remove_node(chance.choice(list(three.worker_nodes)), allow_graceful=False)
-                three.add_node(num_cpus=1, num_gpus=1)
+                three_nodes.remove_node(rng.choice(list(three_nodes.worker_nodes)), allow_graceful=False)
+                three_nodes.add_node(num_cpus=1, num_gpus=1)
             else:
-                killed(chance)
-        assert [digest(client, each) for each in paths] == wanted, f"with seed {seed}"
+                kill_a_runner(rng)
+        assert [digest(client, each) for each in paths] == expected, f"with seed {seed}"
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
-        ended = parts.rows("SELECT status, count(*), sum(strikes) FROM jobs GROUP BY status")
-        assert ended == [(200, 200, 0)]
+        counts = parts.rows("SELECT status, count(*), sum(strikes) FROM jobs GROUP BY status")
+        assert counts == [(200, 200, 0)]
         assert parts.rows("SELECT count(*) FROM jobs WHERE attempt > 1")[0][0] > 0
         assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
         assert len(parts.on_disk()) == 200
 
 
-def test_a_job_that_kills_three_runners_fails_alone(three: Any, tmp_path: Path) -> None:
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+def test_a_job_that_kills_three_runners_fails_alone(three_nodes: Any, tmp_path: Path) -> None:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         deadly = path(client.post("/queue/test/fatal", json=body(1, prompt="SIGSEGV")))
         error = completed(client, deadly)["error"]
         assert error == "The server crashed 3 times while it ran this request."
@@ -120,33 +120,34 @@ def test_a_job_that_kills_three_runners_fails_alone(three: Any, tmp_path: Path) 
         assert max(gpu["num_restarts"] for gpu in gpus(client)) >= 1
 
 
-def test_a_step_that_hangs_is_a_strike_too(three: Any, tmp_path: Path, gate: Gate) -> None:
-    with serving_on(three, tmp_path, step_deadline="2") as server, client_of(server.ready()) as client:
+def test_a_step_that_hangs_counts_as_a_crash(three_nodes: Any, tmp_path: Path, gate: Gate) -> None:
+    with serving_on(three_nodes, tmp_path, step_deadline="2") as server, client_of(server.ready()) as client:
         stuck = path(client.post("/queue/test/gate", json=body(1, prompt=str(gate.path))))
         assert completed(client, stuck)["error"].startswith("The server crashed 3 times")
 
 
-def test_the_head_is_killed_and_started_again(three: Any, tmp_path: Path, gate: Gate) -> None:
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+def test_the_head_is_killed_and_started_again(three_nodes: Any, tmp_path: Path, gate: Gate) -> None:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         held = path(client.post("/queue/test/gate", json=body(1, prompt=str(gate.path))))
         waiting = [path(client.post(SLOW, json=body(seed))) for seed in range(20)]
         in_progress(client, held)
         old = {process.pid for process in runners()}
         server.kill()
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         gate.open()
         assert all(digest(client, each) for each in waiting)
         completed(client, held)
-        # The old head's are gone, though nobody told them to.
+        # The runners of the old head end without being told to.
         while old & {process.pid for process in runners()}:
             continue
         assert server.stop() == 0
     with opened(tmp_path) as parts:
         assert parts.rows("SELECT count(*) FROM jobs WHERE state <> 'COMPLETED'") == [(0,)]
-        # The held one may have been at its gate before that was gone; each has one result.
-        painted = parts.rows("SELECT request_id FROM jobs WHERE status = 200 ORDER BY 1")
-        assert len(painted) >= 20
-        assert parts.rows("SELECT request_id FROM files ORDER BY 1") == painted
+        # The held job succeeds only if it reached its gate before the gate was removed. Each job that succeeded has
+        # exactly one file.
+        finished = parts.rows("SELECT request_id FROM jobs WHERE status = 200 ORDER BY 1")
+        assert len(finished) >= 20
+        assert parts.rows("SELECT request_id FROM files ORDER BY 1") == finished
 
 
 def test_a_node_that_joins_takes_work(tmp_path: Path, gate: Gate) -> None:
@@ -156,16 +157,16 @@ def test_a_node_that_joins_takes_work(tmp_path: Path, gate: Gate) -> None:
         client_of(server.ready()) as client,
     ):
         path(client.post("/queue/test/gate", json=body(1, prompt=str(gate.path))))
-        waits = path(client.post(SLOW, json=body(2)))
+        waiting = path(client.post(SLOW, json=body(2)))
         cluster.add_node(num_cpus=1, num_gpus=1)
-        assert digest(client, waits)
+        assert digest(client, waiting)
         until(client, ["ready", "ready"])
         gate.open()
 
 
-def test_gpus_are_asked_for_as_the_queue_grows(three: Any, tmp_path: Path, gate: Gate) -> None:
+def test_gpus_are_requested_as_the_queue_grows(three_nodes: Any, tmp_path: Path, gate: Gate) -> None:
     settings = {"max_gpus": "3", "min_gpus": "1", "max_running": "1"}
-    with serving_on(three, tmp_path, **settings) as server, client_of(server.ready()) as client:
+    with serving_on(three_nodes, tmp_path, **settings) as server, client_of(server.ready()) as client:
         until(client, ["ready"])
         paths = [path(client.post("/queue/test/gate", json=body(n, prompt=str(gate.path)))) for n in range(12)]
         until(client, ["ready"] * 3)
@@ -173,8 +174,8 @@ def test_gpus_are_asked_for_as_the_queue_grows(three: Any, tmp_path: Path, gate:
         assert all(completed(client, each)["status"] == "COMPLETED" for each in paths)
 
 
-def test_requests_with_one_hint_go_to_one_gpu(three: Any, tmp_path: Path, gate: Gate) -> None:
-    with serving_on(three, tmp_path) as server, client_of(server.ready()) as client:
+def test_requests_with_one_hint_go_to_one_gpu(three_nodes: Any, tmp_path: Path, gate: Gate) -> None:
+    with serving_on(three_nodes, tmp_path) as server, client_of(server.ready()) as client:
         until(client, ["ready"] * 3)
         hint = {"x-fal-runner-hint": "mine"}
         for seed in range(2):
@@ -185,15 +186,15 @@ def test_requests_with_one_hint_go_to_one_gpu(three: Any, tmp_path: Path, gate: 
 
 
 @pytest.mark.parametrize("kind", ["local"])
-def test_ray_on_this_machine_listens_on_loopback_alone(tmp_path: Path, kind: str) -> None:
+def test_local_ray_listens_on_loopback_only(tmp_path: Path, kind: str) -> None:
     with serving(tmp_path, TEST_MODELS, ray=kind, gpus="2") as server, client_of(server.ready()) as client:
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
-        family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]
-        listening = {
+        pids = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]
+        addresses = {
             connection.laddr.ip
             for connection in psutil.net_connections("tcp")
-            if connection.pid in family and connection.status == psutil.CONN_LISTEN
+            if connection.pid in pids and connection.status == psutil.CONN_LISTEN
         }
-        assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         assert server.stop() == 0
     assert not runners()

@@ -1,4 +1,4 @@
-"""As many GPUs as the queue needs, on real nodes: those that go have nothing to do, or finish it first."""
+"""Scaling on real nodes: as many GPUs as the queue needs; a GPU is released once it has no jobs left."""
 
 import threading
 import time
@@ -33,46 +33,46 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 GATE = "/queue/test/gate"
 #: Enough requests for three GPUs.
 CROWD = 2 * MAX_JOBS_PER_GPU + 1
-#: Of each request.
+#: Steps of each request.
 STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[Any]:
-    """Three nodes with a GPU each."""
+def three_nodes() -> Iterator[Any]:
+    """Start three nodes with one GPU each."""
     with nodes(3) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def gates(tmp_path: Path) -> Iterator[list[Gate]]:
-    """One for each GPU."""
-    with ExitStack() as all_of_them:
-        yield [all_of_them.enter_context(gated(tmp_path / f"gate-{number}")) for number in range(3)]
+    """Create one gate for each GPU."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(gated(tmp_path / f"gate-{number}")) for number in range(3)]
 
 
 def held_at(gate: Gate, seed: int = 0) -> dict[str, Any]:
-    """A request that is painted when the gate opens."""
+    """Build the body of a request that runs when the gate opens."""
     return body(seed, prompt=str(gate.path))
 
 
-def begun(client: httpx.Client, status_path: str, gate: Gate) -> None:
-    """Wait until a GPU works at it, which is later than that it was given one."""
+def wait_for_first_step(client: httpx.Client, status_path: str, gate: Gate) -> None:
+    """Wait until a GPU has run one step of the request, which is later than the assignment to the GPU."""
     gate.let(1)
     assert next(status for status in statuses(client, status_path) if status["logs"])["status"] == "IN_PROGRESS"
 
 
-def test_idle_gpus_are_let_go_while_a_busy_one_paints_on(
-    three: Any, tmp_path: Path, gate: Gate, gates: list[Gate]
+def test_idle_gpus_are_released_while_a_busy_one_continues(
+    three_nodes: Any, tmp_path: Path, gate: Gate, gates: list[Gate]
 ) -> None:
     settings = {"max_gpus": "3", "min_gpus": "0", "max_running": "1"}
-    with serving_on(three, tmp_path / "data", **settings) as server, client_of(server) as client:
+    with serving_on(three_nodes, tmp_path / "data", **settings) as server, client_of(server) as client:
         assert gpus(client) == []
         crowd = [path(client.post(GATE, json=held_at(gate, seed))) for seed in range(CROWD)]
         until(client, ["ready"] * 3)
         gate.let(CROWD * STEPS)
         assert len({digest(client, each) for each in crowd}) == CROWD
-        # One to each, the last one's the longest.
+        # One job for each GPU; the last job runs longest.
         held = [path(client.post(GATE, json=held_at(each))) for each in gates]
         for each in held:
             in_progress(client, each)
@@ -83,14 +83,14 @@ def test_idle_gpus_are_let_go_while_a_busy_one_paints_on(
         while len(seen := gpus(client)) > 1:
             assert (seen[-1]["name"], seen[-1]["state"], seen[-1]["num_running"]) == ("2", "ready", 1)
             threading.Event().wait(0.1)
-        # Let go is not only said: their processes are gone, and their GPUs are free.
+        # Their processes end too, which frees the GPUs.
         while len(runners()) > 1:
             threading.Event().wait(0.1)
         gates[2].let(STEPS)
         assert digest(client, held[2])
         while gpus(client) or runners():
             threading.Event().wait(0.1)
-        # From nothing to one again.
+        # The next request scales up from zero GPUs to one.
         assert digest(client, path(client.post(SLOW, json=body(1))))
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
@@ -98,15 +98,15 @@ def test_idle_gpus_are_let_go_while_a_busy_one_paints_on(
         assert len(parts.on_disk()) == CROWD + 4
 
 
-def test_a_stop_lets_every_gpu_finish_within_the_grace(
-    three: Any, tmp_path: Path, gate: Gate, gates: list[Gate]
+def test_a_stop_lets_every_gpu_finish_within_the_grace_period(
+    three_nodes: Any, tmp_path: Path, gate: Gate, gates: list[Gate]
 ) -> None:
     settings = {"max_gpus": "3", "min_gpus": "0", "max_running": "1", "shutdown_grace": "10"}
-    with serving_on(three, tmp_path / "data", **settings) as server, client_of(server) as client:
+    with serving_on(three_nodes, tmp_path / "data", **settings) as server, client_of(server) as client:
         held = [path(client.post(GATE, json=held_at(each, seed))) for seed, each in enumerate(gates)]
         waiting = [path(client.post(SLOW, json=body(seed))) for seed in range(3, CROWD)]
         for each, its_gate in zip(held, gates, strict=True):
-            begun(client, each, its_gate)
+            wait_for_first_step(client, each, its_gate)
         server.process.terminate()
         until(client, ["leaving"] * 3)
         assert len(runners()) == 3
@@ -118,9 +118,9 @@ def test_a_stop_lets_every_gpu_finish_within_the_grace(
     with opened(tmp_path / "data") as parts:
         rows = parts.rows("SELECT state, status, attempt, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1, 3")
         assert rows == [("COMPLETED", 200, 1, 2), ("IN_QUEUE", None, 0, CROWD - 3), ("IN_QUEUE", None, 1, 1)]
-    # What the grace was too short for is painted by the next one.
+    # The next server runs the job that did not finish within the grace period.
     gates[2].let(STEPS)
-    with serving_on(three, tmp_path / "data", **settings) as server, client_of(server) as client:
+    with serving_on(three_nodes, tmp_path / "data", **settings) as server, client_of(server) as client:
         assert len({digest(client, each) for each in (*held, *waiting)}) == CROWD
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
@@ -128,7 +128,7 @@ def test_a_stop_lets_every_gpu_finish_within_the_grace(
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["v1", "v2"])
-def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(
+def test_rays_autoscaler_starts_machines_for_waiting_jobs_and_stops_them(
     tmp_path: Path, gate: Gate, is_second: bool
 ) -> None:
     settings = {"max_gpus": "5", "min_gpus": "0", "max_running": "1"}
@@ -139,36 +139,36 @@ def test_rays_autoscaler_starts_machines_for_what_waits_and_stops_them(
         client_of(server) as client,
     ):
         assert (gpus(client), num_machines(cluster)) == ([], 0)
-        begun = time.monotonic()
+        start = time.monotonic()
         held = [path(client.post(GATE, json=held_at(gate, seed))) for seed in range(number)]
         while not num_machines(cluster):
             threading.Event().wait(0.1)
-        print(f"{time.monotonic() - begun:.1f} s from the first request to a machine")
-        # Two of those that are asked for never come.
+        print(f"{time.monotonic() - start:.1f} s from the first request to the first machine")
+        # The cluster has three machines at most, so two of the five requested GPUs stay "waiting".
         until(client, ["ready"] * 3 + ["waiting"] * 2)
-        print(f"{time.monotonic() - begun:.1f} s to three GPUs that paint")
+        print(f"{time.monotonic() - start:.1f} s to three ready GPUs")
         assert num_machines(cluster) == 3
-        # For each of them twice, because one may have to start again.
+        # Let twice the steps pass, because a job may have to start again.
         gate.let(2 * number * STEPS)
         assert len({digest(client, each) for each in held}) == number
-        print(f"{time.monotonic() - begun:.1f} s to the last of {number}")
-        begun = time.monotonic()
+        print(f"{time.monotonic() - start:.1f} s until the last of {number} requests completed")
+        start = time.monotonic()
         while gpus(client):
             threading.Event().wait(0.1)
-        print(f"{time.monotonic() - begun:.1f} s until no GPU was asked for")
+        print(f"{time.monotonic() - start:.1f} s until no GPU was requested")
         while num_machines(cluster):
             threading.Event().wait(0.1)
-        print(f"{time.monotonic() - begun:.1f} s until the machines were gone")
+        print(f"{time.monotonic() - start:.1f} s until the machines were gone")
         assert not runners()
-        # From nothing to one again.
-        begun = time.monotonic()
+        # The next request scales up from zero GPUs to one.
+        start = time.monotonic()
         assert digest(client, path(client.post(SLOW, json=body(number))))
-        print(f"{time.monotonic() - begun:.1f} s from nothing to a picture")
+        print(f"{time.monotonic() - start:.1f} s from zero GPUs to an image")
         assert num_machines(cluster) == 1
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
         assert parts.rows("SELECT status, count(*) FROM jobs GROUP BY 1") == [(200, number + 1)]
-        # The first autoscaler may start a machine beyond its limit, which it takes back whatever runs there.
-        is_taken = not is_second and "lost its runner" in server.output
-        assert is_taken or parts.rows("SELECT max(attempt) FROM jobs") == [(1,)]
+        # Autoscaler v1 may start a machine beyond its limit. It then stops that machine, even if a job runs there.
+        may_restart = not is_second and "lost its runner" in server.output
+        assert may_restart or parts.rows("SELECT max(attempt) FROM jobs") == [(1,)]
         assert len(parts.on_disk()) == number + 1

@@ -1,1 +1,1 @@
-"""The API over real sockets."""
+"""Tests of the HTTP API over real sockets."""

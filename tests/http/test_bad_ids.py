@@ -1,4 +1,4 @@
-"""Endpoints, requests and keys that are not there, not the caller's, or not in that state."""
+"""Endpoints, request ids and keys that are unknown, belong to another caller, or are in the wrong state."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_unknown_endpoint(client: httpx.Client, prefix: str, path: str) -> None:
     text(client.post(f"{prefix}{path}", json={"prompt": "x"}), 404)
 
 
-def test_unknown_endpoint_is_told_what_there_is(client: httpx.Client) -> None:
+def test_unknown_endpoint_lists_the_known_ones(client: httpx.Client) -> None:
     detail = text(client.post("/fal-ai/unknown", json={"prompt": "x"}), 404)
     assert "fal-ai/unknown" in detail
     assert "fal-ai/flux/dev" in detail
@@ -40,13 +40,13 @@ PATHS = ["/", "/health", "/status.json", "/metrics", "/docs", "/openapi.json", "
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_control_character_in_a_path(client: httpx.Client, control: str) -> None:
-    """Nowhere, and least of all at the end, where a line feed could be overlooked."""
+    """Refuse a control character anywhere in a path, above all at the end, where a line feed is easily overlooked."""
     for path in PATHS:
         assert client.get(path).status_code == 200
-        for found in (f"{path}{control}", f"/{control}{path.removeprefix('/')}"):
-            assert "control character" in text(client.get(found), 404)
-    request = client.post("/queue/test/null", json={"prompt": "x"}).json()["status_url"]
-    assert "control character" in text(client.get(f"{request}{control}"), 404)
+        for bad_path in (f"{path}{control}", f"/{control}{path.removeprefix('/')}"):
+            assert "control character" in text(client.get(bad_path), 404)
+    status_url = client.post("/queue/test/null", json={"prompt": "x"}).json()["status_url"]
+    assert "control character" in text(client.get(f"{status_url}{control}"), 404)
     for path in ("/test/null", "/queue/test/null", "/test/null/stream", "/files/upload", "/storage/upload/initiate"):
         assert "control character" in text(client.post(f"{path}{control}", json={"prompt": "x"}), 404)
 
@@ -90,10 +90,10 @@ def test_id_of_another_key(keyed_client: httpx.Client) -> None:
     assert keyed_client.get(reply["status_url"], headers=ALICE).json()["request_id"] == reply["request_id"]
 
 
-def test_idempotency_key_of_another(keyed_client: httpx.Client) -> None:
+def test_idempotency_key_of_another_key(keyed_client: httpx.Client) -> None:
     replies = [
-        keyed_client.post("/queue/test/null", json={"prompt": "x"}, headers={**who, "idempotency-key": "1"}).json()
-        for who in (ALICE, BOB, ALICE)
+        keyed_client.post("/queue/test/null", json={"prompt": "x"}, headers={**key, "idempotency-key": "1"}).json()
+        for key in (ALICE, BOB, ALICE)
     ]
     assert replies[0]["request_id"] == replies[2]["request_id"] != replies[1]["request_id"]
 
@@ -118,7 +118,7 @@ def test_good_key(keyed_client: httpx.Client, scheme: str) -> None:
     assert keyed_client.post("/test/null", json={"prompt": "x"}, headers=headers).status_code == 200
 
 
-def test_a_bad_key_is_told_before_a_bad_field(keyed_client: httpx.Client) -> None:
+def test_a_bad_key_is_reported_before_a_bad_field(keyed_client: httpx.Client) -> None:
     text(keyed_client.post("/test/null", json={}), 401)
     text(keyed_client.post("/fal-ai/unknown", json={}), 401)
 

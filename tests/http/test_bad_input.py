@@ -1,4 +1,4 @@
-"""Bad bodies: each with its clear error in fal's shape, and the server still serving."""
+"""Bad request bodies: each receives a clear error in fal's shape, and the server keeps serving."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from tests.support.server_process import TEST_MODELS, serving
 
 FLUX = "/fal-ai/flux/dev"
 
-
-#: Field, value, where the error is, its type, and a word its message has.
+#: Field, value, the last part of the error's location, its type, and a word of its message.
 BAD_FIELDS: list[tuple[str, Any, str, str, str]] = [
     ("prompt", None, "prompt", "string_type", "string"),
     ("prompt", 5, "prompt", "string_type", "string"),
@@ -76,7 +75,7 @@ def test_missing_prompt(client: httpx.Client) -> None:
 
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("path", [FLUX, f"/queue{FLUX}", f"{FLUX}/stream"])
-def test_every_bad_field_is_told_wherever_it_is_sent(client: httpx.Client, path: str) -> None:
+def test_every_bad_field_is_reported_on_every_route(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json={"num_images": 9, "seed": -1})
     assert {entry["loc"][-1] for entry in answer.json()["detail"]} == {"prompt", "num_images", "seed"}
     fields(answer)
@@ -85,7 +84,7 @@ def test_every_bad_field_is_told_wherever_it_is_sent(client: httpx.Client, path:
 
 
 @pytest.mark.usefixtures("serves_on")
-def test_the_operators_own_limits(tmp_path: Path, client: httpx.Client) -> None:
+def test_limits_of_the_operator(tmp_path: Path, client: httpx.Client) -> None:
     with (
         serving(tmp_path, TEST_MODELS, max_side="1000", max_pixels="500000") as server,
         httpx.Client(base_url=server.ready().url, trust_env=False) as limited,
@@ -93,7 +92,7 @@ def test_the_operators_own_limits(tmp_path: Path, client: httpx.Client) -> None:
         entry = fields(limited.post("/test/null", json={"prompt": "x", "image_size": {"width": 1000, "height": 1000}}))
         assert (entry["type"], entry["ctx"]["max_pixels"]) == ("image_too_large", 500_000)
         assert "500000" in entry["msg"]
-        # Too wide by itself, and so is the default of 1024x768.
+        # Both the preset landscape_4_3 and the default are 1024x768, which is too wide.
         for body in ({"prompt": "x", "image_size": "landscape_4_3"}, {"prompt": "x"}):
             entry = fields(limited.post("/test/null", json=body))
             assert entry["loc"] == ["body", "image_size", "width"]
@@ -102,7 +101,7 @@ def test_the_operators_own_limits(tmp_path: Path, client: httpx.Client) -> None:
 
 NOT_JSON = {
     "cut off": b'{"prompt": "x"',
-    "words": b"a red apple",
+    "plain text": b"a red apple",
     "empty": b"",
     "single quotes": b"{'prompt': 'x'}",
     "trailing comma": b'{"prompt": "x",}',
@@ -131,20 +130,20 @@ def test_not_json(client: httpx.Client, body: bytes) -> None:
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("path", ["/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", "/v1/images/generations"])
 @pytest.mark.parametrize("value", [f"[{{}}{',{}' * 100_000}]", f"[1{',1' * 100_000}]"])
-def test_more_values_than_anybody_needs(client: httpx.Client, path: str, value: str) -> None:
+def test_too_many_values(client: httpx.Client, path: str, value: str) -> None:
     response = client.post(path, content=f'{{"prompt": "x", "ignored": {value}}}')
     assert response.status_code == (400 if path.startswith("/v1") else 422)
     assert "Body should have at most 100000 values" in response.text
 
 
 @pytest.mark.parametrize("path", ["/tokens", "/storage/upload/initiate", "/platform/v1/models/pricing/estimate"])
-def test_what_is_small_has_a_small_body(client: httpx.Client, path: str) -> None:
+def test_routes_of_small_bodies_have_a_small_limit(client: httpx.Client, path: str) -> None:
     response = client.post(path, content=b" " * 65_537)
     assert response.status_code == 413
     assert response.json()["detail"] == "The body is larger than 65536 bytes"
 
 
-def test_where_json_breaks(client: httpx.Client) -> None:
+def test_the_position_of_a_json_error(client: httpx.Client) -> None:
     body = b'{\n  "prompt": "x",\n  "seed": oops\n}'
     offset = fields(client.post(FLUX, content=body))["loc"][1]
     assert body[offset : offset + 4] == b"oops"

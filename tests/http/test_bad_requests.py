@@ -1,4 +1,4 @@
-"""What is refused around the body: too many bytes, bad headers, forbidden webhooks, a full queue."""
+"""Refusals for other reasons than a bad field: too many bytes, bad headers, forbidden webhooks, a full queue."""
 
 import http.client
 import json
@@ -16,10 +16,10 @@ FLUX = "/fal-ai/flux/dev"
 
 def test_oversize_body(narrow_client: httpx.Client) -> None:
     limit = 2**20
-    fits = json.dumps({"prompt": "x", "ignored": ""}).encode()
-    fits += b" " * (limit - len(fits))
-    assert narrow_client.post("/test/null", content=fits).status_code == 200
-    assert str(limit) in text(narrow_client.post("/test/null", content=fits + b" "), 413)
+    body = json.dumps({"prompt": "x", "ignored": ""}).encode()
+    body += b" " * (limit - len(body))
+    assert narrow_client.post("/test/null", content=body).status_code == 200
+    assert str(limit) in text(narrow_client.post("/test/null", content=body + b" "), 413)
 
 
 def test_oversize_body_in_chunks(narrow_client: httpx.Client) -> None:
@@ -28,7 +28,7 @@ def test_oversize_body_in_chunks(narrow_client: httpx.Client) -> None:
     assert narrow_client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
-def test_oversize_body_is_refused_unread(server: Server) -> None:
+def test_oversize_body_is_refused_before_it_is_read(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", urlsplit(server.url).port, timeout=30)
     connection.putrequest("POST", FLUX)
     connection.putheader("content-type", "application/json")
@@ -123,13 +123,13 @@ def test_bad_max_queue_length(client: httpx.Client, value: str) -> None:
     assert answer.json()["error_type"] == "bad_request"
 
 
-def test_a_failing_model_says_only_what_is_meant_for_the_client(client: httpx.Client) -> None:
-    told = client.post("/test/raises", json={"prompt": "told"})
-    assert text(told, 500) == "This cannot be painted."
-    assert told.headers["x-fal-retryable"] == "true"
-    untold = client.post("/test/raises", json={"prompt": "x"})
-    assert text(untold, 500) == "Internal Server Error"
-    assert "secret" not in untold.text
+def test_a_failing_model_reveals_only_messages_meant_for_the_client(client: httpx.Client) -> None:
+    public = client.post("/test/raises", json={"prompt": "told"})
+    assert text(public, 500) == "This cannot be painted."
+    assert public.headers["x-fal-retryable"] == "true"
+    private = client.post("/test/raises", json={"prompt": "x"})
+    assert text(private, 500) == "Internal Server Error"
+    assert "secret" not in private.text
 
 
 def test_queue_full(tmp_path: Path, gate: Gate) -> None:
@@ -150,14 +150,14 @@ def test_queue_full(tmp_path: Path, gate: Gate) -> None:
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
-def test_queue_longer_than_the_client_wants(narrow_client: httpx.Client, gate: Gate) -> None:
+def test_queue_longer_than_the_clients_limit(narrow_client: httpx.Client, gate: Gate) -> None:
     running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
     in_progress(narrow_client, running["status_url"])
     limit = {"fal_max_queue_length": "1"}
     first = narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit)
     assert first.status_code == 200
     assert "full" in text(narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit), 429)
-    patient = narrow_client.post("/queue/test/null", json={"prompt": "x"})
-    assert patient.json()["queue_position"] == 1
+    unlimited = narrow_client.post("/queue/test/null", json={"prompt": "x"})
+    assert unlimited.json()["queue_position"] == 1
     gate.let(1)
-    assert completed(narrow_client, patient.json()["status_url"])["status"] == "COMPLETED"
+    assert completed(narrow_client, unlimited.json()["status_url"])["status"] == "COMPLETED"

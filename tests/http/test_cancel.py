@@ -1,4 +1,4 @@
-"""Cancel at every state and step: at most one further step, and never both cancelled and completed."""
+"""Cancel in every state and at every step: at most one more step runs, and no job is both cancelled and completed."""
 
 import random
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ OK, REQUESTED, TOO_LATE = 200, 202, 400
 
 @dataclass(frozen=True)
 class Plan:
-    """When a request is cancelled: after so many steps; -1 while it waits, `total` at any time, more when done."""
+    """When a request is cancelled: after `moment` steps.
+
+    -1 means while it waits, `total` means at an unknown time, and more than `total` means once it is done.
+    """
 
     number: int
     num_steps: int
@@ -26,35 +29,35 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All the steps that there are."""
+        """Return the number of steps of all images."""
         return self.num_steps * self.num_images
 
     @property
     def is_a_race(self) -> bool:
-        """Whether nobody knows how far it is when the cancel comes."""
+        """Tell whether the progress is unknown when the cancel request arrives."""
         return self.moment == self.total
 
 
 def planned(number: int) -> Plan:
-    """Each state and step in its turn; how many there are by chance."""
+    """Plan a request with random numbers of steps and images; `number` walks through every state and step."""
     rng = random.Random(number)
     num_steps, num_images = rng.randint(1, 4), rng.randint(1, 2)
     return Plan(number, num_steps, num_images, number % (num_steps * num_images + 3) - 1)
 
 
 def submitted(client: httpx.Client, gate: Gate, num_steps: int, num_images: int = 1) -> str:
-    """A request that waits at the gate before each of its steps; its path."""
+    """Submit a request that waits at the gate before each step; return its path."""
     body = {"prompt": str(gate.path), "num_inference_steps": num_steps, "num_images": num_images}
     return str(httpx.URL(client.post(QUEUED, json=body).json()["response_url"]).path)
 
 
 def new_steps(status: dict[str, Any]) -> int:
-    """How many steps an event tells of that none before it did."""
+    """Count the steps that this event is the first to report."""
     return sum(line["message"].startswith("step ") for line in status["logs"] or [])
 
 
-def told(client: httpx.Client, path: str) -> tuple[dict[str, Any], int]:
-    """How a request ended, and how many steps its log tells of."""
+def followed(client: httpx.Client, path: str) -> tuple[dict[str, Any], int]:
+    """Follow a request to its end; return its last status and the number of steps in its log."""
     steps, last = 0, dict[str, Any]()
     for last in statuses(client, f"{path}/status"):
         steps += new_steps(last)
@@ -62,13 +65,13 @@ def told(client: httpx.Client, path: str) -> tuple[dict[str, Any], int]:
 
 
 def reach(client: httpx.Client, path: str, plan: Plan, gate: Gate) -> None:
-    """Bring a request to its moment. It stands before the next step then, or is on its way, or done."""
+    """Let a request proceed to its moment. It then waits for its next step, is running, or is done."""
     gate.let(min(plan.moment, plan.total))
     if plan.is_a_race:
         for _ in range(plan.number % 5):
             client.get(f"{path}/status")
     elif plan.moment > plan.total:
-        told(client, path)
+        followed(client, path)
     else:
         in_progress(client, f"{path}/status")
         steps = 0
@@ -79,44 +82,44 @@ def reach(client: httpx.Client, path: str, plan: Plan, gate: Gate) -> None:
 
 
 def cancel_and_judge(client: httpx.Client, plan: Plan, gate: Gate, holder: str | None) -> None:
-    """One request, cancelled at its moment: what the cancel was answered is how it ends."""
+    """Cancel one request at its moment, and check that the answer to the cancel request matches how the job ends."""
     path = submitted(client, gate, plan.num_steps, plan.num_images)
     if holder is None:
         reach(client, path, plan, gate)
     answer = client.put(f"{path}/cancel").status_code
-    # The one step under way, or that of the holder.
+    # Let the step under way finish, or that of the holder, the job that runs first.
     gate.let(1)
-    status, steps = told(client, path)
+    status, steps = followed(client, path)
     result = client.get(path)
     expected = OK if holder else TOO_LATE if plan.moment > plan.total else REQUESTED
     assert answer == expected or (plan.is_a_race and answer in (OK, REQUESTED, TOO_LATE)), plan
     assert result.status_code == (200 if answer == TOO_LATE else 499), (plan, answer)
     assert (status.get("error_type") == "client_cancelled") == (answer != TOO_LATE), (plan, answer, status)
     assert plan.is_a_race or steps <= max(plan.moment, 0) + 1, (plan, steps)
-    # Too late for any more of that, and nothing changes.
+    # A second cancel request is too late and changes nothing.
     assert client.put(f"{path}/cancel").status_code == TOO_LATE, plan
     assert client.get(path).content == result.content, plan
 
 
-@pytest.mark.parametrize("many", [40, pytest.param(400, marks=pytest.mark.soak)])
-def test_a_cancel_at_any_moment(tmp_path: Path, many: int) -> None:
+@pytest.mark.parametrize("number", [40, pytest.param(400, marks=pytest.mark.soak)])
+def test_a_cancel_at_any_moment(tmp_path: Path, number: int) -> None:
     with (
         serving(tmp_path / "data", TEST_MODELS, max_running="1") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
-        for plan in map(planned, range(many)):
+        for plan in map(planned, range(number)):
             with gated(tmp_path / f"gate-{plan.number}") as gate:
                 holder = submitted(client, gate, 1) if plan.moment < 0 else None
                 if holder:
                     in_progress(client, f"{holder}/status")
                 cancel_and_judge(client, plan, gate, holder)
-                assert holder is None or told(client, holder)[0].get("error") is None, plan
+                assert holder is None or followed(client, holder)[0].get("error") is None, plan
         assert server.stop() == 0
     with opened(tmp_path / "data") as parts:
-        shown = parts.rows("SELECT request_id FROM jobs WHERE status = 200 AND NOT is_cancelled")
-        hidden = parts.rows("SELECT request_id FROM jobs WHERE status = 499 AND is_cancelled")
-        assert len(shown) + len(hidden) == parts.rows("SELECT count(*) FROM jobs")[0][0]
-        # No picture of what was cancelled, neither listed nor on the disk.
-        assert set(parts.rows("SELECT request_id FROM files")) == set(shown)
+        completed = parts.rows("SELECT request_id FROM jobs WHERE status = 200 AND NOT is_cancelled")
+        cancelled = parts.rows("SELECT request_id FROM jobs WHERE status = 499 AND is_cancelled")
+        assert len(completed) + len(cancelled) == parts.rows("SELECT count(*) FROM jobs")[0][0]
+        # A cancelled request has no image, neither in the database nor on the disk.
+        assert set(parts.rows("SELECT request_id FROM files")) == set(completed)
         assert parts.on_disk() == [name for (name,) in parts.rows("SELECT name FROM files ORDER BY name")]
-    print(f"{len(hidden)} cancelled, {len(shown)} completed")
+    print(f"{len(cancelled)} cancelled, {len(completed)} completed")

@@ -1,4 +1,4 @@
-"""How an endpoint is described: fal's OpenAPI document of its queue, and llms.txt, whose examples run."""
+"""Descriptions of an endpoint: fal's OpenAPI document of its queue, and llms.txt with examples that run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.support.node import JS
 from tests.support.server_process import ROOT, Server
 
 FLUX = "fal-ai/flux/dev"
-#: The order of the endpoint's page.
+#: The fields in the order of the endpoint's page on fal.
 INPUT = [
     "prompt",
     "image_size",
@@ -33,15 +33,14 @@ INPUT = [
     "output_format",
     "acceleration",
 ]
-#: All that the package serves.
-#: Redux has a server of its own, in test_redux.py.
+#: All endpoints of the package that the demo weights serve. Redux is not among them: test_redux.py starts a server.
 FAMILY = sorted(assign_weights(["demo"], discover()))
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
 
 
 def document_of(client: httpx.Client, endpoint: str = FLUX) -> Any:
-    """The OpenAPI document, as fal's tools ask for it."""
+    """Fetch the OpenAPI document as fal's tools do."""
     answer = client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "application/json"
@@ -54,7 +53,7 @@ def document(client: httpx.Client) -> Any:
 
 
 def without_examples(document: Any) -> Any:
-    """The document without the lists of examples, which fal's have although OpenAPI 3.0 does not know them."""
+    """Copy the document without the lists of examples, which fal's documents have although OpenAPI 3.0 lacks them."""
     copy = json.loads(json.dumps(document))
     for schema in copy["components"]["schemas"].values():
         for field in schema["properties"].values():
@@ -63,21 +62,21 @@ def without_examples(document: Any) -> Any:
 
 
 def schema(document: Any, name: str) -> Any:
-    """A schema, with references that a validator can follow."""
+    """Return a schema whose references a validator can resolve."""
     return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
 
 
 def problems(document: Any, name: str, value: Any) -> list[str]:
-    """Why this is not what the schema describes."""
+    """List the reasons why the value does not match the schema."""
     return [error.message for error in OAS30Validator(schema(document, name)).iter_errors(value)]
 
 
 @pytest.mark.parametrize("endpoint", [*FAMILY, "test/null"])
-def test_it_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
+def test_the_document_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
     found = document_of(client, endpoint)
     assert found["openapi"] == "3.0.4"
     assert [error.message for error in OpenAPIV30SpecValidator(without_examples(found)).iter_errors()] == []
-    # What OpenAPI 3.0 does not have, and validators let pass.
+    # OpenAPI 3.0 does not have these keywords, but validators accept them.
     text = json.dumps(found)
     assert '"const"' not in text
     assert '{"type": "null"}' not in text
@@ -85,7 +84,7 @@ def test_it_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
     assert not re.search(r'"exclusiveM\w+": \d', text)
 
 
-def test_its_head_is_fals(document: Any, server: Server) -> None:
+def test_the_head_is_fals(document: Any, server: Server) -> None:
     info = document["info"]
     assert (info["title"], info["version"]) == (f"Queue OpenAPI for {FLUX}", "1.0.0")
     assert info["description"]
@@ -98,7 +97,7 @@ def test_its_head_is_fals(document: Any, server: Server) -> None:
     assert (scheme["type"], scheme["in"], scheme["name"]) == ("apiKey", "header", "Authorization")
 
 
-def test_its_paths_are_fals(document: Any) -> None:
+def test_the_paths_are_fals(document: Any) -> None:
     methods = {path: set(item) - {"parameters"} for path, item in document["paths"].items()}
     assert methods == {
         f"/{FLUX}": {"post"},
@@ -106,11 +105,13 @@ def test_its_paths_are_fals(document: Any) -> None:
         f"{REQUEST}/cancel": {"put"},
         REQUEST: {"get"},
     }
-    logs = [one for one in document["paths"][f"{REQUEST}/status"]["get"]["parameters"] if one["in"] == "query"]
-    assert [(one["name"], one["schema"]) for one in logs] == [("logs", {"type": "number"})]
+    parameters = document["paths"][f"{REQUEST}/status"]["get"]["parameters"]
+    assert [(each["name"], each["schema"]) for each in parameters if each["in"] == "query"] == [
+        ("logs", {"type": "number"})
+    ]
 
 
-def test_its_schemas_are_fals(document: Any) -> None:
+def test_the_schemas_are_fals(document: Any) -> None:
     schemas = document["components"]["schemas"]
     assert {"QueueStatus", "FluxDevInput", "FluxDevOutput", "ImageSize", "Image"} <= set(schemas)
     assert schemas["QueueStatus"]["required"] == ["status", "request_id"]
@@ -124,7 +125,7 @@ def test_its_schemas_are_fals(document: Any) -> None:
         assert schemas[name]["x-fal-order-properties"] == list(schemas[name]["properties"])
 
 
-def test_its_fields_say_what_is_accepted(document: Any) -> None:
+def test_the_fields_describe_the_accepted_values(document: Any) -> None:
     fields = document["components"]["schemas"]["FluxDevInput"]["properties"]
     ranges = {name: (field["minimum"], field["maximum"]) for name, field in fields.items() if "maximum" in field}
     assert ranges.pop("seed")[0] == 0
@@ -148,7 +149,7 @@ def test_its_fields_say_what_is_accepted(document: Any) -> None:
     assert all(field["description"] for field in fields.values())
 
 
-def test_what_it_describes_is_what_is_sent(document: Any, client: httpx.Client) -> None:
+def test_requests_and_answers_match_the_document(document: Any, client: httpx.Client) -> None:
     body = {"prompt": "x", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
     assert problems(document, "FluxDevInput", body) == []
     assert problems(document, "FluxDevInput", {**body, "num_images": 9})
@@ -168,14 +169,14 @@ def test_unknown_endpoint(client: httpx.Client, endpoint: str) -> None:
     assert client.get("/api/openapi/queue/openapi.json").status_code == 404
 
 
-def test_without_a_key_it_can_be_read(keyed_client: httpx.Client) -> None:
+def test_descriptions_need_no_key(keyed_client: httpx.Client) -> None:
     assert document_of(keyed_client, "test/null")["info"]["title"] == "Queue OpenAPI for test/null"
     assert keyed_client.get("/models/test/null/llms.txt").status_code == 200
 
 
 @pytest.fixture
 def text(client: httpx.Client) -> str:
-    """llms.txt of the endpoint."""
+    """Fetch llms.txt of the endpoint."""
     answer = client.get(f"/models/{FLUX}/llms.txt")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/")
@@ -183,7 +184,7 @@ def text(client: httpx.Client) -> str:
 
 
 def examples(text: str, language: str) -> list[str]:
-    """The code in this language."""
+    """Return the code blocks of one language."""
     return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
 
 
@@ -200,13 +201,13 @@ def test_llms_txt_has_fals_sections(text: str) -> None:
     ]
     headings = [line.removeprefix("### ") for line in lines if line.startswith("### ")]
     assert headings == ["Input Schema", "Output Schema", "cURL", "Python", "JavaScript"]
-    for words in ("Endpoint", "Model ID", "Category", "Kind"):
-        assert f"- **{words}**: " in text
-    for words in ("Required Parameters Example", "Full Example", "Example Response"):
-        assert f"**{words}**:" in text
+    for label in ("Endpoint", "Model ID", "Category", "Kind"):
+        assert f"- **{label}**: " in text
+    for label in ("Required Parameters Example", "Full Example", "Example Response"):
+        assert f"**{label}**:" in text
 
 
-def test_llms_txt_tells_of_every_field(text: str, server: Server) -> None:
+def test_llms_txt_lists_every_field(text: str, server: Server) -> None:
     for name in {*INPUT, *OUTPUT}:
         assert f"- **`{name}`** (" in text
     for bound in ("Range: `1` to `50`", 'Default: `"landscape_4_3"`', 'Options: `"none"`, `"regular"`, `"high"`'):
@@ -215,27 +216,27 @@ def test_llms_txt_tells_of_every_field(text: str, server: Server) -> None:
 
 
 def test_the_bodies_of_llms_txt_are_accepted(text: str, client: httpx.Client) -> None:
-    needed, full, *_ = (json.loads(example) for example in examples(text, "json"))
-    assert set(needed) == {"prompt"}
+    required, full, *_ = (json.loads(example) for example in examples(text, "json"))
+    assert set(required) == {"prompt"}
     assert set(full) == set(INPUT) - {"seed", "sync_mode"}
-    for body in (needed, full):
+    for body in (required, full):
         assert client.post("/test/null", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("endpoint", FAMILY)
-def test_every_endpoint_accepts_its_own_example(client: httpx.Client, endpoint: str) -> None:
-    told = client.get(f"/models/{endpoint}/llms.txt").text
-    needed, full, *_ = (json.loads(example) for example in examples(told, "json"))
-    category = "image-to-image" if "image_url" in needed else "text-to-image"
-    assert f"- **Category**: {category}" in told
+def test_every_endpoint_accepts_its_example(client: httpx.Client, endpoint: str) -> None:
+    text = client.get(f"/models/{endpoint}/llms.txt").text
+    required, full, *_ = (json.loads(example) for example in examples(text, "json"))
+    category = "image-to-image" if "image_url" in required else "text-to-image"
+    assert f"- **Category**: {category}" in text
     assert document_of(client, endpoint)["info"]["x-fal-metadata"]["category"] == category
-    assert set(needed) <= set(full)
+    assert set(required) <= set(full)
     small = {"image_size": {"width": 64, "height": 64}} if "image_size" in full else {}
-    for body in (needed, full):
+    for body in (required, full):
         steps = min(10, full["num_inference_steps"])
         answer = client.post(f"/{endpoint}", json={**body, **small, "num_inference_steps": steps})
         assert answer.status_code == 200, answer.text
-        assert answer.json()["prompt"] == needed["prompt"]
+        assert answer.json()["prompt"] == required["prompt"]
 
 
 def test_the_python_example_runs(text: str, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Who holds how much of what there is, and whose open answers keep out whom."""
+"""Fair shares: how much of a limited resource one owner may hold, and which keys the open answers of a key block."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.clients.test_realtime import heard, session
 from tests.support.server_process import TEST_MODELS, Gate, serving
 
 
-def test_an_owner_alone_may_hold_half() -> None:
+def test_a_single_owner_may_hold_half() -> None:
     shares = FairShare(80, "too many")
     shares.acquire("me", 40)
     with pytest.raises(TooManyRequests, match="too many"):
@@ -23,7 +23,7 @@ def test_an_owner_alone_may_hold_half() -> None:
     shares.acquire("me", 40)
 
 
-def test_there_is_room_for_the_next_owner_whatever_the_others_hold() -> None:
+def test_there_is_always_room_for_another_owner() -> None:
     shares, share = FairShare(80, "too many"), 80
     for owner in ("a", "b", "c", "d"):
         share //= 2
@@ -34,7 +34,7 @@ def test_there_is_room_for_the_next_owner_whatever_the_others_hold() -> None:
 
 
 def test_open_answers_of_one_key_leave_room_for_another(tmp_path: Path, gate: Gate) -> None:
-    """Status streams, runs, streams and realtime sessions alike."""
+    """Count status streams, runs, streams and realtime sessions against one limit."""
     alice, bob = {"authorization": "Key alice"}, {"authorization": "Key bob"}
     with (
         serving(tmp_path, TEST_MODELS, keys="alice,bob", max_connections="40") as server,

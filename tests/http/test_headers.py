@@ -1,4 +1,4 @@
-"""Headers and parameters that came twice, and those that are longer than anything needs them to be."""
+"""Headers that are sent twice, and headers, parameters and fields that are too long."""
 
 import socket
 from urllib.parse import urlsplit
@@ -13,15 +13,15 @@ from tests.support.server_process import Server
 HERE = b"Host: localhost"
 
 
-def said(server: Server, *headers: bytes) -> bytes:
-    """The whole answer to a request whose headers no client library touched."""
+def answer_to(server: Server, *headers: bytes) -> bytes:
+    """Send a request with exactly these headers, without a client library; return the whole answer."""
     with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=30) as connection:
         lines = b"\r\n".join((b"GET /health HTTP/1.1", *headers, b"Connection: close"))
         connection.sendall(lines + b"\r\n\r\n")
-        found = b""
+        answer = b""
         while part := connection.recv(65_536):
-            found += part
-    return found
+            answer += part
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,8 @@ def said(server: Server, *headers: bytes) -> bytes:
         ("Authorization", [HERE, b"Authorization: Key a", b"authorization: Key b"]),
     ],
 )
-def test_what_decides_who_may_come_in_is_said_once(narrow: Server, name: str, headers: list[bytes]) -> None:
-    head, _, body = said(narrow, *headers).partition(b"\r\n\r\n")
+def test_headers_that_decide_about_access_are_sent_once(narrow: Server, name: str, headers: list[bytes]) -> None:
+    head, _, body = answer_to(narrow, *headers).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert from_json(body)["detail"] == f"The {name} header was sent 2 times; send it once"
 
@@ -52,31 +52,31 @@ def test_what_decides_who_may_come_in_is_said_once(narrow: Server, name: str, he
     ],
 )
 def test_a_body_has_one_length(narrow: Server, headers: list[bytes]) -> None:
-    """Refused by the parser, in its own words."""
-    assert said(narrow, HERE, *headers).startswith(b"HTTP/1.1 400 ")
+    """Check the status only: the HTTP parser refuses these requests with its own message."""
+    assert answer_to(narrow, HERE, *headers).startswith(b"HTTP/1.1 400 ")
 
 
-def test_what_came_once_is_let_in(narrow: Server) -> None:
+def test_headers_sent_once_are_accepted(narrow: Server) -> None:
     headers = (HERE, b"Origin: http://localhost:3000", b"Authorization: Key a", b"Content-Length: 0")
-    assert said(narrow, *headers).startswith(b"HTTP/1.1 200 ")
+    assert answer_to(narrow, *headers).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_host_is_not_long(keyed_client: httpx.Client) -> None:
+def test_the_host_has_a_limit(keyed_client: httpx.Client) -> None:
     assert keyed_client.get("/health", headers={"host": "a" * 250 + ":8000"}).status_code == 200
     answer = keyed_client.get("/health", headers={"host": "a" * 256})
     assert text(answer, 400) == "The Host header has 256 characters; it should have at most 255"
 
 
-def test_a_runner_hint_is_not_long(client: httpx.Client) -> None:
-    def sent(length: int) -> httpx.Response:
+def test_the_runner_hint_has_a_limit(client: httpx.Client) -> None:
+    def submit(length: int) -> httpx.Response:
         headers = {"x-fal-runner-hint": "x" * length}
         return client.post("/queue/test/null", json={"prompt": "x"}, headers=headers)
 
-    assert sent(255).status_code == 200
-    assert text(sent(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
+    assert submit(255).status_code == 200
+    assert text(submit(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
 
 
-def test_the_address_of_a_webhook_is_not_long(client: httpx.Client) -> None:
+def test_the_url_of_a_webhook_has_a_limit(client: httpx.Client) -> None:
     def refused(length: int) -> str:
         parameters = {"fal_webhook": "http://10.0.0.1/".ljust(length, "x")}
         entry = fields(client.post("/queue/test/null", params=parameters, json={"prompt": "x"}))
@@ -85,12 +85,12 @@ def test_the_address_of_a_webhook_is_not_long(client: httpx.Client) -> None:
         return str(entry["msg"])
 
     assert refused(2049) == "URL should have at most 2048 characters"
-    # One that is not too long is refused for where it leads.
+    # A URL within the limit is refused because of its private address.
     assert "10.0.0.0/8" in refused(2048)
 
 
-def test_the_name_of_a_model_is_not_long(client: httpx.Client) -> None:
-    """It comes back in the answer that there is no such model."""
+def test_the_name_of_a_model_has_a_limit(client: httpx.Client) -> None:
+    """Limit the name, because the answer about an unknown model repeats it."""
 
     def refused(length: int) -> tuple[int, str]:
         answer = client.post("/v1/images/generations", json={"prompt": "x", "model": "x" * length})
@@ -100,10 +100,10 @@ def test_the_name_of_a_model_is_not_long(client: httpx.Client) -> None:
     assert refused(256) == (400, "string_too_long")
 
 
-def test_a_token_names_apps_and_not_books(keyed_client: httpx.Client) -> None:
-    def sent(length: int) -> httpx.Response:
+def test_the_names_in_a_token_have_a_limit(keyed_client: httpx.Client) -> None:
+    def submit(length: int) -> httpx.Response:
         body = {"allowed_apps": ["x" * length]}
         return keyed_client.post("/tokens", json=body, headers={"authorization": "Key alice:secret"})
 
-    assert sent(255).status_code == 200
-    assert fields(sent(256))["loc"] == ["body", "allowed_apps", 0]
+    assert submit(255).status_code == 200
+    assert fields(submit(256))["loc"] == ["body", "allowed_apps", 0]

@@ -1,4 +1,4 @@
-"""Web pages: who may use the server, what they may send and read, and the request id on every answer."""
+"""Web pages: which may use the server, what they may send and read, and the request id on every answer."""
 
 from typing import Any
 from uuid import UUID
@@ -28,8 +28,8 @@ FOREIGN_HOSTS = [
 ]
 
 
-def words(header: str) -> set[str]:
-    return {word.strip().lower() for word in header.split(",")}
+def tokens(header: str) -> set[str]:
+    return {token.strip().lower() for token in header.split(",")}
 
 
 def preflight(client: httpx.Client, path: str, origin: str, method: str) -> httpx.Response:
@@ -78,20 +78,20 @@ def test_preflight_of_a_page_on_this_machine(client: httpx.Client, path: str, me
     answer = preflight(client, path, origin, method)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] in ("*", origin)
-    assert method.lower() in words(answer.headers["access-control-allow-methods"])
-    assert set(SENT) <= words(answer.headers["access-control-allow-headers"])
+    assert method.lower() in tokens(answer.headers["access-control-allow-methods"])
+    assert set(SENT) <= tokens(answer.headers["access-control-allow-headers"])
     assert UUID(answer.headers["x-fal-request-id"])
 
 
-def test_what_a_page_may_read(client: httpx.Client) -> None:
+def test_headers_a_page_may_read(client: httpx.Client) -> None:
     answer = client.post("/test/null", json=SMALL, headers={"origin": PAGE})
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] in ("*", PAGE)
-    assert words(answer.headers["access-control-expose-headers"]) >= READ
+    assert tokens(answer.headers["access-control-expose-headers"]) >= READ
 
 
 @pytest.mark.parametrize("origin", [PAGE, FOREIGN])
-def test_any_page_may_show_a_picture(client: httpx.Client, origin: str) -> None:
+def test_any_page_may_show_an_image(client: httpx.Client, origin: str) -> None:
     url = client.post("/test/null", json=SMALL).json()["images"][0]["url"]
     answer = client.get(url, headers={"origin": origin, "range": "bytes=0-9"})
     assert answer.status_code == 206
@@ -100,12 +100,12 @@ def test_any_page_may_show_a_picture(client: httpx.Client, origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", [PAGE, FOREIGN])
-def test_with_keys_any_page_may_come(keyed_client: httpx.Client, origin: str) -> None:
+def test_with_keys_any_page_may_send_requests(keyed_client: httpx.Client, origin: str) -> None:
     assert preflight(keyed_client, PROXY, origin, "POST").headers["access-control-allow-origin"] in ("*", origin)
     answer = keyed_client.post("/test/null", json=SMALL, headers={"origin": origin, **ALICE})
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] in ("*", origin)
-    assert words(answer.headers["access-control-expose-headers"]) >= READ
+    assert tokens(answer.headers["access-control-expose-headers"]) >= READ
     refused = keyed_client.post("/test/null", json=SMALL, headers={"origin": origin})
     assert (refused.status_code, refused.headers["access-control-allow-origin"] in ("*", origin)) == (401, True)
 
@@ -115,7 +115,7 @@ def test_with_keys_any_host_is_answered(keyed_client: httpx.Client) -> None:
     assert answer.json()["images"][0]["url"].startswith("http://gpu.example:8000/files/")
 
 
-#: One request for each status.
+#: One request for each status code.
 BY_STATUS: dict[int, dict[str, Any]] = {
     200: {"method": "GET", "url": "/health"},
     400: {"method": "POST", "url": PROXY},
@@ -127,7 +127,7 @@ BY_STATUS: dict[int, dict[str, Any]] = {
     422: {"method": "POST", "url": "/test/null", "json": {}},
     500: {"method": "POST", "url": "/test/raises", "json": {"prompt": "x"}},
 }
-#: Refused before anybody looks at the page's origin, or because of it.
+#: Status codes of requests that are refused before the origin of the page is checked, or because of it.
 UNREADABLE = {403, 421}
 
 

@@ -1,4 +1,4 @@
-"""The pictures themselves, as a client gets them: sizes, seeds, bytes, marks and the safety checker."""
+"""The images as a client receives them: sizes, seeds, bytes, provenance metadata and the safety checker."""
 
 import base64
 import io
@@ -27,8 +27,8 @@ FORMATS = {"jpeg": "image/jpeg", "png": "image/png"}
 by_format = pytest.mark.parametrize("output_format", FORMATS)
 
 
-def paint(client: httpx.Client, path: str = FLUX, **changed: Any) -> dict[str, Any]:
-    """The answer to one request that must succeed."""
+def generate(client: httpx.Client, path: str = FLUX, **changed: Any) -> dict[str, Any]:
+    """Send a request that must succeed; return its output."""
     answer = client.post(path, json={**APPLE, **changed})
     assert answer.status_code == 200, answer.text
     output: dict[str, Any] = answer.json()
@@ -36,26 +36,26 @@ def paint(client: httpx.Client, path: str = FLUX, **changed: Any) -> dict[str, A
 
 
 def contents(client: httpx.Client, output: dict[str, Any]) -> list[bytes]:
-    """The bytes of all its pictures."""
+    """Fetch the bytes of all images of an output."""
     answers = [client.get(image["url"]) for image in output["images"]]
     for answer, image in zip(answers, output["images"], strict=True):
         assert answer.headers["content-type"] == image["content_type"]
     return [answer.content for answer in answers]
 
 
-def opened(content: bytes) -> Image.Image:
-    """The picture, decoded to its last pixel."""
-    picture = Image.open(io.BytesIO(content))
-    picture.load()
-    return picture
+def decoded(content: bytes) -> Image.Image:
+    """Decode an image completely."""
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
 
 
-def is_black(picture: Image.Image) -> bool:
-    return picture.convert("RGB").getbbox() is None
+def is_black(image: Image.Image) -> bool:
+    return image.convert("RGB").getbbox() is None
 
 
 def failed_stream(client: httpx.Client, path: str, body: dict[str, Any]) -> list[str]:
-    """The lines of a stream that was cut after its last event, which is how it says that it failed."""
+    """Return the lines of a stream that fails: the server closes it after the last event, without a proper end."""
     lines: list[str] = []
     with (
         client.stream("POST", path, json=body) as answer,
@@ -66,71 +66,71 @@ def failed_stream(client: httpx.Client, path: str, body: dict[str, Any]) -> list
 
 
 def stored(server: Server) -> set[str]:
-    """The names of all files in its store."""
+    """List the names of all files in the file store of the server."""
     return {path.name for path in (server.data_dir / "files").iterdir()}
 
 
-def embedded(picture: Image.Image) -> Any:
-    """The parameters in a picture, or None."""
-    if picture.format == "PNG":
-        text = picture.info.get("parameters")
+def embedded(image: Image.Image) -> Any:
+    """Return the parameters in the metadata of an image, or None."""
+    if image.format == "PNG":
+        text = image.info.get("parameters")
         return json.loads(text) if text else None
-    comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     return json.loads(comment.removeprefix(b"UNICODE\0").decode("utf-16-be")) if comment else None
 
 
-def assert_marked(picture: Image.Image) -> None:
-    """It says that it was made by a machine, in words and in IPTC's term."""
-    if picture.format == "PNG":
-        assert picture.info["Source"] == "AI generated"
-        xmp = picture.info["XML:com.adobe.xmp"]
+def assert_marked(image: Image.Image) -> None:
+    """Check that the metadata declares an AI-generated image, in plain text and with IPTC's term."""
+    if image.format == "PNG":
+        assert image.info["Source"] == "AI generated"
+        xmp = image.info["XML:com.adobe.xmp"]
     else:
-        assert picture.getexif()[ExifTags.Base.ImageDescription] == "AI generated"
-        xmp = picture.info["xmp"].decode()
+        assert image.getexif()[ExifTags.Base.ImageDescription] == "AI generated"
+        xmp = image.info["xmp"].decode()
     assert f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>" in xmp
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(client: httpx.Client, preset: str) -> None:
-    output = paint(client, image_size=preset, num_inference_steps=1)
+    output = generate(client, image_size=preset, num_inference_steps=1)
     (image,) = output["images"]
     assert (image["width"], image["height"]) == PRESETS[preset]
-    assert opened(contents(client, output)[0]).size == PRESETS[preset]
+    assert decoded(contents(client, output)[0]).size == PRESETS[preset]
 
 
-#: Asked and painted: the demo's pipeline paints in multiples of 32 pixels.
+#: Requested and generated sizes: the demo's pipeline generates multiples of 32 pixels.
 SIZES = [((500, 333), (480, 320)), ((64, 64), (64, 64)), ((95, 127), (64, 96)), ((2048, 64), (2048, 64))]
 
 
-@pytest.mark.parametrize(("asked", "painted"), SIZES)
-def test_odd_sizes_are_rounded_down_and_told(
-    client: httpx.Client, asked: tuple[int, int], painted: tuple[int, int]
+@pytest.mark.parametrize(("requested", "generated"), SIZES)
+def test_odd_sizes_are_rounded_down_and_reported(
+    client: httpx.Client, requested: tuple[int, int], generated: tuple[int, int]
 ) -> None:
-    size = {"width": asked[0], "height": asked[1]}
-    output = paint(client, image_size=size, num_inference_steps=1)
-    assert (output["images"][0]["width"], output["images"][0]["height"]) == painted
-    picture = opened(contents(client, output)[0])
-    assert picture.size == painted
-    assert (embedded(picture)["width"], embedded(picture)["height"]) == painted
+    size = {"width": requested[0], "height": requested[1]}
+    output = generate(client, image_size=size, num_inference_steps=1)
+    assert (output["images"][0]["width"], output["images"][0]["height"]) == generated
+    image = decoded(contents(client, output)[0])
+    assert image.size == generated
+    assert (embedded(image)["width"], embedded(image)["height"]) == generated
 
 
 @by_format
 def test_format(client: httpx.Client, output_format: str) -> None:
-    output = paint(client, output_format=output_format)
+    output = generate(client, output_format=output_format)
     assert output["images"][0]["content_type"] == FORMATS[output_format]
-    picture = opened(contents(client, output)[0])
-    assert (picture.format, picture.mode) == (output_format.upper(), "RGB")
+    image = decoded(contents(client, output)[0])
+    assert (image.format, image.mode) == (output_format.upper(), "RGB")
 
 
 @by_format
-def test_picture_k_is_that_of_seed_plus_k(client: httpx.Client, output_format: str) -> None:
-    together = paint(client, num_images=3, output_format=output_format)
+def test_image_k_equals_that_of_seed_plus_k(client: httpx.Client, output_format: str) -> None:
+    together = generate(client, num_images=3, output_format=output_format)
     assert together["seed"] == APPLE["seed"]
     assert together["has_nsfw_concepts"] == [False] * 3
-    alone = [paint(client, seed=APPLE["seed"] + k, output_format=output_format) for k in range(3)]
-    painted = contents(client, together)
-    assert painted == [contents(client, output)[0] for output in alone]
-    assert len(set(painted)) == 3
+    alone = [generate(client, seed=APPLE["seed"] + k, output_format=output_format) for k in range(3)]
+    images = contents(client, together)
+    assert images == [contents(client, output)[0] for output in alone]
+    assert len(set(images)) == 3
 
 
 def test_prompt_steps_and_guidance_matter(client: httpx.Client) -> None:
@@ -141,39 +141,41 @@ def test_prompt_steps_and_guidance_matter(client: httpx.Client) -> None:
         {"num_inference_steps": 4},
         {"guidance_scale": 9},
     ]
-    pixels = {opened(contents(client, paint(client, output_format="png", **change))[0]).tobytes() for change in changes}
+    pixels = {
+        decoded(contents(client, generate(client, output_format="png", **change))[0]).tobytes() for change in changes
+    }
     assert len(pixels) == len(changes)
 
 
-def test_seed_is_made_up_and_told(client: httpx.Client) -> None:
-    first = paint(client, seed=None)
+def test_a_missing_seed_is_chosen_and_reported(client: httpx.Client) -> None:
+    first = generate(client, seed=None)
     assert 0 <= first["seed"] < 2**32
-    assert paint(client, seed=None)["seed"] != first["seed"]
-    assert contents(client, paint(client, seed=first["seed"])) == contents(client, first)
+    assert generate(client, seed=None)["seed"] != first["seed"]
+    assert contents(client, generate(client, seed=first["seed"])) == contents(client, first)
 
 
 def test_same_bytes_among_eight_others(client: httpx.Client, gate: Gate) -> None:
-    (alone,) = contents(client, paint(client, num_inference_steps=8))
-    hold = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    in_progress(client, hold["status_url"])
-    # All wait behind the gate, so all are claimed together and take turns, step by step.
-    others = [{**APPLE, "prompt": f"pear {k}", "seed": k, "num_inference_steps": 8 + k} for k in range(8)]
-    bodies = [*others[:3], {**APPLE, "num_inference_steps": 8}, *others[3:]]
+    (alone,) = contents(client, generate(client, num_inference_steps=8))
+    holder = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
+    in_progress(client, holder["status_url"])
+    # All requests wait behind the gate, so the worker claims them together and runs their steps in turns.
+    other_bodies = [{**APPLE, "prompt": f"pear {k}", "seed": k, "num_inference_steps": 8 + k} for k in range(8)]
+    bodies = [*other_bodies[:3], {**APPLE, "num_inference_steps": 8}, *other_bodies[3:]]
     replies = [client.post(f"/queue{FLUX}", json=body).json() for body in bodies]
     gate.let(1)
     for reply in replies:
         assert completed(client, reply["status_url"])["metrics"]["acceleration"] == "none"
     results = [client.get(reply["response_url"]).json() for reply in replies]
     assert contents(client, results[3]) == [alone]
-    for body, result in zip(others[:3], results[:3], strict=True):
-        assert contents(client, paint(client, **body)) == contents(client, result)
+    for body, result in zip(other_bodies[:3], results[:3], strict=True):
+        assert contents(client, generate(client, **body)) == contents(client, result)
 
 
 @by_format
-def test_marked_with_its_parameters(client: httpx.Client, output_format: str) -> None:
-    picture = opened(contents(client, paint(client, output_format=output_format))[0])
-    assert_marked(picture)
-    assert embedded(picture) == {
+def test_images_contain_their_parameters(client: httpx.Client, output_format: str) -> None:
+    image = decoded(contents(client, generate(client, output_format=output_format))[0])
+    assert_marked(image)
+    assert embedded(image) == {
         "endpoint": "fal-ai/flux/dev",
         "prompt": "a red apple",
         "seed": 11,
@@ -189,21 +191,21 @@ def test_marked_with_its_parameters(client: httpx.Client, output_format: str) ->
 @by_format
 @pytest.mark.parametrize("prompt", ["\U0001f34e\u00e4\u4e2d\0<&>", "x" * 20_000, "\U0001f34e" * 20_000])
 def test_any_prompt_fits_into_the_file(client: httpx.Client, prompt: str, output_format: str) -> None:
-    output = paint(client, "/test/null", prompt=prompt, output_format=output_format)
-    picture = opened(contents(client, output)[0])
-    assert_marked(picture)
-    found = embedded(picture)["prompt"]
+    output = generate(client, "/test/null", prompt=prompt, output_format=output_format)
+    image = decoded(contents(client, output)[0])
+    assert_marked(image)
+    found = embedded(image)["prompt"]
     assert found == prompt or (found.endswith("\u2026") and prompt.startswith(found[:-1]) and len(found) > 5_000)
 
 
 @by_format
 def test_sync_mode(client: httpx.Client, server: Server, output_format: str) -> None:
-    kept = contents(client, paint(client, output_format=output_format, num_images=2))
+    expected = contents(client, generate(client, output_format=output_format, num_images=2))
     before = stored(server)
-    output = paint(client, output_format=output_format, num_images=2, sync_mode=True)
+    output = generate(client, output_format=output_format, num_images=2, sync_mode=True)
     heads, bodies = zip(*(image["url"].split(",", 1) for image in output["images"]), strict=True)
     assert set(heads) == {f"data:{FORMATS[output_format]};base64"}
-    assert [base64.b64decode(body, validate=True) for body in bodies] == kept
+    assert [base64.b64decode(body, validate=True) for body in bodies] == expected
     assert stored(server) == before
 
 
@@ -218,25 +220,27 @@ def test_sync_mode_on_the_queue_and_the_stream(client: httpx.Client, server: Ser
 
 
 @by_format
-def test_flagged_pictures_are_black(client: httpx.Client, output_format: str) -> None:
-    output = paint(client, "/test/unsafe", num_images=2, output_format=output_format)
+def test_flagged_images_are_black(client: httpx.Client, output_format: str) -> None:
+    output = generate(client, "/test/unsafe", num_images=2, output_format=output_format)
     assert output["has_nsfw_concepts"] == [True, True]
-    for image, content in zip(output["images"], contents(client, output), strict=True):
-        picture = opened(content)
-        assert is_black(picture)
-        assert picture.size == (image["width"], image["height"]) == (128, 96)
-        assert_marked(picture)
+    for entry, content in zip(output["images"], contents(client, output), strict=True):
+        image = decoded(content)
+        assert is_black(image)
+        assert image.size == (entry["width"], entry["height"]) == (128, 96)
+        assert_marked(image)
 
 
 def test_flagged_data_uri_is_black(client: httpx.Client) -> None:
-    output = paint(client, "/test/unsafe", sync_mode=True)
+    output = generate(client, "/test/unsafe", sync_mode=True)
     assert output["has_nsfw_concepts"] == [True]
-    assert is_black(opened(base64.b64decode(output["images"][0]["url"].partition(",")[2])))
+    assert is_black(decoded(base64.b64decode(output["images"][0]["url"].partition(",")[2])))
 
 
 @pytest.mark.parametrize("sync_mode", [False, True])
 @pytest.mark.parametrize("prompt", ["silent", "raises"])
-def test_without_a_verdict_nothing_leaves(client: httpx.Client, server: Server, prompt: str, sync_mode: bool) -> None:
+def test_without_a_verdict_no_image_is_returned(
+    client: httpx.Client, server: Server, prompt: str, sync_mode: bool
+) -> None:
     before = stored(server)
     body = {**APPLE, "prompt": prompt, "sync_mode": sync_mode}
     reply = client.post("/queue/test/unsafe", json=body).json()
@@ -254,15 +258,15 @@ def test_without_a_verdict_nothing_leaves(client: httpx.Client, server: Server, 
 
 
 @pytest.mark.parametrize("prompt", ["flagged", "silent", "raises"])
-def test_checker_is_not_asked_when_turned_off(client: httpx.Client, prompt: str) -> None:
-    output = paint(client, "/test/unsafe", prompt=prompt, enable_safety_checker=False)
+def test_checker_does_not_run_when_turned_off(client: httpx.Client, prompt: str) -> None:
+    output = generate(client, "/test/unsafe", prompt=prompt, enable_safety_checker=False)
     assert output["has_nsfw_concepts"] == [False]
-    assert not is_black(opened(contents(client, output)[0]))
+    assert not is_black(decoded(contents(client, output)[0]))
 
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose operator checks everything and embeds nothing."""
+    """Start a server that checks every image and embeds no parameters."""
     settings = {"enforce_safety_checker": "true", "embed_parameters": "false"}
     with serving(tmp_path_factory.mktemp("strict"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -270,15 +274,15 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def strict_client(strict: Server) -> Iterator[httpx.Client]:
-    """A client of that server."""
+    """Open a client of the `strict` server."""
     with httpx.Client(base_url=strict.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 def test_enforced_checker_cannot_be_turned_off(strict_client: httpx.Client, strict: Server) -> None:
-    output = paint(strict_client, "/test/unsafe", enable_safety_checker=False)
+    output = generate(strict_client, "/test/unsafe", enable_safety_checker=False)
     assert output["has_nsfw_concepts"] == [True]
-    assert is_black(opened(contents(strict_client, output)[0]))
+    assert is_black(decoded(contents(strict_client, output)[0]))
     before = stored(strict)
     body = {**APPLE, "prompt": "raises", "enable_safety_checker": False}
     assert strict_client.post("/test/unsafe", json=body).status_code == 500
@@ -286,16 +290,16 @@ def test_enforced_checker_cannot_be_turned_off(strict_client: httpx.Client, stri
 
 
 @by_format
-def test_without_parameters_the_mark_stays(strict_client: httpx.Client, output_format: str) -> None:
-    output = paint(strict_client, "/test/null", prompt="my secret garden", output_format=output_format)
+def test_the_ai_mark_stays_without_parameters(strict_client: httpx.Client, output_format: str) -> None:
+    output = generate(strict_client, "/test/null", prompt="my secret garden", output_format=output_format)
     (content,) = contents(strict_client, output)
-    picture = opened(content)
-    assert_marked(picture)
-    assert embedded(picture) is None
+    image = decoded(content)
+    assert_marked(image)
+    assert embedded(image) is None
     assert b"secret garden" not in content
     assert "secret garden".encode("utf-16-be") not in content
 
 
-def test_nothing_in_a_picture_varies_with_time(client: httpx.Client, tmp_path: Path) -> None:
-    first, second = (contents(client, paint(client))[0] for _ in range(2))
+def test_nothing_in_an_image_varies_with_time(client: httpx.Client, tmp_path: Path) -> None:
+    first, second = (contents(client, generate(client))[0] for _ in range(2))
     assert first == second

@@ -1,4 +1,4 @@
-"""Odd, and accepted all the same; and the same request sent twice."""
+"""Odd input that is accepted, and requests that are sent twice."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_idempotency_key(client: httpx.Client) -> None:
     assert submit("x", "one").json()["request_id"] == first.json()["request_id"]
 
 
-#: Odd, and accepted: what is sent, and what must come of it.
+#: Odd bodies that are accepted, with the output that each must produce.
 ODD: dict[str, tuple[bytes, dict[str, Any]]] = {
     "numbers as strings": (
         b'{"prompt": "x", "seed": "42", "image_size": {"width": "512", "height": "256"}, "guidance_scale": "3.5"}',
@@ -48,9 +48,9 @@ ODD: dict[str, tuple[bytes, dict[str, Any]]] = {
     "byte order mark": (b'\xef\xbb\xbf{"prompt": "x"}', {}),
     "duplicate keys": (b'{"prompt": "y", "seed": 1, "prompt": "x", "seed": 2}', {"seed": 2}),
     "escaped key": (b'{"\\u0070rompt": "x"}', {}),
-    "yes as a word": (b'{"prompt": "x", "enable_safety_checker": "false", "sync_mode": "no"}', {}),
+    "booleans as strings": (b'{"prompt": "x", "enable_safety_checker": "false", "sync_mode": "no"}', {}),
     "largest seed": (b'{"prompt": "x", "seed": 9007199254740988}', {"seed": 2**53 - 4}),
-    "most pictures": (b'{"prompt": "x", "num_images": 4, "num_inference_steps": 50}', {"number": 4}),
+    "most images": (b'{"prompt": "x", "num_images": 4, "num_inference_steps": 50}', {"number": 4}),
 }
 
 

@@ -1,4 +1,4 @@
-"""What one key may ask for: a share of the queue, of the GPU, and of the time."""
+"""Limits of one key: its share of the queue and of running requests, and its request rate."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +26,14 @@ def submitted(parts: Parts, owner: str, **changes: Any) -> Job:
 
 
 def owners_claimed(parts: Parts) -> list[str]:
-    """Whose requests begin, until none may."""
-    found = []
+    """Claim requests until none may start; return their owners."""
+    owners = []
     while claim := parts.queue.claim():
-        found.append(claim[0].owner)
-    return found
+        owners.append(claim[0].owner)
+    return owners
 
 
-def test_one_key_fills_no_more_of_the_queue_than_its_share(parts: Parts) -> None:
+def test_a_key_may_fill_only_its_share_of_the_queue(parts: Parts) -> None:
     for _ in range(2):
         submitted(parts, "me")
     with pytest.raises(TooManyRequests, match="already has 2 waiting requests") as refused:
@@ -44,12 +44,12 @@ def test_one_key_fills_no_more_of_the_queue_than_its_share(parts: Parts) -> None
     submitted(parts, "me")
 
 
-def test_one_key_has_no_more_running_than_its_share(parts: Parts) -> None:
+def test_a_key_may_run_only_its_share_of_requests(parts: Parts) -> None:
     mine = [submitted(parts, "me") for _ in range(2)]
     assert owners_claimed(parts) == ["me", "me"]
     waiting = [submitted(parts, "me"), submitted(parts, "me"), submitted(parts, "you")]
     assert owners_claimed(parts) == ["you"]
-    # Its place is what it was.
+    # The position of waiting requests does not change.
     assert [parts.queue.position(job) for job in waiting[:2]] == [0, 1]
     assert parts.queue.claim() is None
     assert parts.queue.finish(mine[0], painted())
@@ -58,23 +58,23 @@ def test_one_key_has_no_more_running_than_its_share(parts: Parts) -> None:
     assert [claim[0] for claim in iter(parts.queue.claim, None) if claim] == [mine[1]]
 
 
-def test_the_counts_survive_every_way_to_end(parts: Parts) -> None:
-    """Cancelled while it waits, and while it runs; given back; at the next start."""
+def test_the_counts_are_right_after_every_way_to_end(parts: Parts) -> None:
+    """Cancel a waiting request, a running one, and one that was released; then submit again."""
     for _ in range(5):
         waiting = submitted(parts, "me")
         parts.queue.cancel(waiting)
         running = claimed(parts, owner="me")
         parts.queue.cancel(running)
         parts.queue.finish(running, painted())
-        given = claimed(parts, owner="me")
-        parts.queue.release(given)
-        parts.queue.cancel(given)
+        released = claimed(parts, owner="me")
+        parts.queue.release(released)
+        parts.queue.cancel(released)
     for _ in range(2):
         submitted(parts, "me")
     assert owners_claimed(parts) == ["me", "me"]
 
 
-def test_the_counts_are_those_of_the_rows_after_a_start(tmp_path: Path) -> None:
+def test_the_counts_match_the_rows_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         for mode in ("queue", "run", "queue"):
             submitted(parts, "me", mode=mode)
@@ -85,27 +85,27 @@ def test_the_counts_are_those_of_the_rows_after_a_start(tmp_path: Path) -> None:
             submitted(parts, "me")
 
 
-def test_who_is_not_counted_is_not_remembered() -> None:
-    order = WaitingIndex()
+def test_owners_without_requests_use_no_memory() -> None:
+    index = WaitingIndex()
     for number in range(100):
         job = _job(number)
-        order.add_waiting(job)
-        order.start(job)
-        order.finish(job)
-    assert not any((*order._waiting.values(), *order._running.values(), order._jobs, len(order)))
+        index.add_waiting(job)
+        index.start(job)
+        index.finish(job)
+    assert not any((*index._waiting.values(), *index._running.values(), index._jobs, len(index)))
 
 
 def _job(number: int) -> Job:
     return Job(number, str(number), "a/b", f"owner {number}", Mode.QUEUE, Priority.NORMAL, "", State.IN_QUEUE)
 
 
-def test_a_rate_is_each_keys_own() -> None:
-    quota = RateLimiter("2/hour")
-    quota.acquire("me")
-    quota.acquire("me")
-    quota.acquire("you")
+def test_each_key_has_a_separate_rate() -> None:
+    limiter = RateLimiter("2/hour")
+    limiter.acquire("me")
+    limiter.acquire("me")
+    limiter.acquire("you")
     with pytest.raises(TooManyRequests, match="2 per 1 hour") as refused:
-        quota.acquire("me")
+        limiter.acquire("me")
     assert 3500 < int(refused.value.headers["retry-after"]) <= 3600
 
 
@@ -114,7 +114,7 @@ def test_no_rate_is_no_limit() -> None:
         RateLimiter("").acquire("me")
 
 
-DOORS = [
+ENDPOINTS = [
     ("POST", "/test/null"),
     ("POST", "/queue/test/null"),
     ("POST", "/test/null/stream"),
@@ -122,15 +122,15 @@ DOORS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path"), DOORS)
-def test_every_door_counts(tmp_path: Path, method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+def test_requests_count_on_every_route(tmp_path: Path, method: str, path: str) -> None:
     body = {"prompt": "x", "model": "test/null"}
     one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
     with (
         serving(tmp_path, TEST_MODELS, keys="one,two", rate_per_key="2 per day") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
-        # What is refused costs nothing.
+        # Refused requests do not count.
         assert client.request(method, path, json={**body, "prompt": 5}, headers=one).status_code in (400, 422)
         statuses = [client.request(method, path, json=body, headers=one).status_code for _ in range(3)]
         refused = client.request(method, path, json=body, headers=one)
@@ -141,7 +141,7 @@ def test_every_door_counts(tmp_path: Path, method: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/storage/upload/initiate", "/files/upload", "/files/upload/multipart"])
-def test_uploads_count_beside_requests(tmp_path: Path, path: str) -> None:
+def test_uploads_and_requests_count_separately(tmp_path: Path, path: str) -> None:
     one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
     with (
         serving(tmp_path, TEST_MODELS, keys="one,two", rate_per_key="2 per day") as server,
@@ -154,7 +154,7 @@ def test_uploads_count_beside_requests(tmp_path: Path, path: str) -> None:
 
 
 def test_one_key_at_a_time(tmp_path: Path, gate: Gate) -> None:
-    """With a real worker: what waits for its own key begins as soon as that is done, and others go past it."""
+    """Run a real worker: a request over its key's limit waits for its turn, and requests of other keys overtake it."""
     one, two = ({"authorization": f"Key {key}"} for key in ("one", "two"))
     with (
         serving(tmp_path / "data", TEST_MODELS, keys="one,two", max_running_per_key="1", max_running="4") as server,
@@ -165,7 +165,7 @@ def test_one_key_at_a_time(tmp_path: Path, gate: Gate) -> None:
         in_progress(client, first["status_url"])
         second = client.post("/queue/test/null", json={"prompt": "x"}).json()
         other = other_client.post("/queue/test/null", json={"prompt": "x", "num_inference_steps": 1}).json()
-        # The thread that paints waits at the gate; its steps are shared between the keys.
+        # The worker thread waits at the gate. The two keys share its steps.
         gate.let(3)
         assert completed(other_client, other["status_url"])["status"] == "COMPLETED"
         assert client.get(second["status_url"]).json()["status"] == "IN_QUEUE"

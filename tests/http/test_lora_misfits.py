@@ -1,4 +1,4 @@
-"""LoRAs that do not belong to the model: the client's own mistake, named by its field, however it asks."""
+"""LoRAs that do not fit the model: an error of the client that names the field, on every route."""
 
 import base64
 import json
@@ -19,8 +19,8 @@ GREY = data_uri((DEMO / "lora" / "grey.safetensors").read_bytes())
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with the demo weights."""
+def demo_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Open a client of a server with the demo weights."""
     with (
         serving(tmp_path_factory.mktemp("data"), f"{ENDPOINT}=demo") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
@@ -31,7 +31,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 def lora(
     *layers: str, inner: int = 8, outer: int = 8, kind: Sequence[str] = ("lora_A", "lora_B"), alpha: int = 0
 ) -> bytes:
-    """Weights of rank 2 for layers of this size, each with an alpha of so many numbers."""
+    """Make weights of rank 2 for layers of this size. The alpha of each layer has `alpha` numbers; 0 means no alpha."""
     pairs: dict[str, Any] = {}
     for layer in layers:
         pairs[f"{layer}.{kind[0]}.weight"] = numpy.ones((2, inner), "float32")
@@ -45,14 +45,14 @@ KOHYA = ("lora_down", "lora_up")
 MISFITS = {
     "no part of the model": lora("x"),
     "another model": lora("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
-    "another model, in kohya's names": lora("lora_unet_input_blocks_1_1_proj_in", kind=KOHYA),
+    "another model, with kohya's names": lora("lora_unet_input_blocks_1_1_proj_in", kind=KOHYA),
     "the second text encoder alone": lora("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),
-    "layers that are not there": lora("transformer.blocks.0.attn.to_q"),
-    "layers of the text encoder that are not there": lora("text_encoder.layers.0.q"),
+    "layers that do not exist": lora("transformer.blocks.0.attn.to_q"),
+    "layers of the text encoder that do not exist": lora("text_encoder.layers.0.q"),
     "layers of other sizes": lora(QUERY),
     "the right input alone": lora(QUERY, inner=192),
     "an alpha of several numbers": lora(QUERY, inner=192, outer=192, alpha=3),
-    "names of an adapter of its own": lora(QUERY, inner=192, outer=192, kind=("lora_A.default", "lora_B.default")),
+    "names of a named adapter": lora(QUERY, inner=192, outer=192, kind=("lora_A.default", "lora_B.default")),
     "layers of the text encoder of other sizes": lora("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"),
 }
 
@@ -66,23 +66,23 @@ def body(*paths: str) -> dict[str, Any]:
 Answer = tuple[int, httpx.Headers, dict[str, Any]]
 
 
-def by_run(client: httpx.Client, asked: dict[str, Any]) -> Answer:
-    answer = client.post(f"/{ENDPOINT}", json=asked)
+def by_run(client: httpx.Client, request: dict[str, Any]) -> Answer:
+    answer = client.post(f"/{ENDPOINT}", json=request)
     return answer.status_code, answer.headers, answer.json()
 
 
-def by_queue(client: httpx.Client, asked: dict[str, Any]) -> Answer:
-    reply = client.post(f"/queue/{ENDPOINT}", json=asked).raise_for_status().json()
+def by_queue(client: httpx.Client, request: dict[str, Any]) -> Answer:
+    reply = client.post(f"/queue/{ENDPOINT}", json=request).raise_for_status().json()
     completed(client, reply["status_url"])
     answer = client.get(reply["response_url"])
     return answer.status_code, answer.headers, answer.json()
 
 
-def by_stream(client: httpx.Client, asked: dict[str, Any]) -> Answer:
-    """The last event is the answer; a stream that fails breaks off after it, which clients take for a failure."""
+def by_stream(client: httpx.Client, request: dict[str, Any]) -> Answer:
+    """Return the last event as the answer. After it the server breaks off the stream, so that clients see a failure."""
     events = list[dict[str, Any]]()
     with (
-        client.stream("POST", f"/{ENDPOINT}/stream", json=asked) as answer,
+        client.stream("POST", f"/{ENDPOINT}/stream", json=request) as answer,
         pytest.raises(httpx.RemoteProtocolError, match="incomplete"),
     ):
         for line in answer.iter_lines():
@@ -91,13 +91,13 @@ def by_stream(client: httpx.Client, asked: dict[str, Any]) -> Answer:
 
 
 @pytest.mark.parametrize("name", MISFITS)
-@pytest.mark.parametrize("way", [by_run, by_queue, by_stream])
-def test_the_field_is_named_and_nothing_is_to_be_tried_again(
-    user: httpx.Client, way: Callable[[httpx.Client, dict[str, Any]], Answer], name: str
+@pytest.mark.parametrize("route", [by_run, by_queue, by_stream])
+def test_the_error_names_the_field_and_is_not_retryable(
+    demo_client: httpx.Client, route: Callable[[httpx.Client, dict[str, Any]], Answer], name: str
 ) -> None:
-    status, headers, answer = way(user, body(GREY, data_uri(MISFITS[name])))
-    # A stream says 200 before it is known.
-    assert status == (200 if way is by_stream else 422), answer
+    status, headers, answer = route(demo_client, body(GREY, data_uri(MISFITS[name])))
+    # A stream sends status 200 before the error is known.
+    assert status == (200 if route is by_stream else 422), answer
     (entry,) = answer["detail"]
     assert (entry["loc"], entry["type"]) == (["body", "loras", 1, "path"], "value_error")
     assert entry["msg"].startswith("These LoRA weights do not fit this model: ")
@@ -106,16 +106,16 @@ def test_the_field_is_named_and_nothing_is_to_be_tried_again(
     assert not {"x-fal-retryable", "x-fal-needs-retry", "x-fal-error-type"} & set(headers)
 
 
-@pytest.mark.parametrize("way", [by_run, by_queue, by_stream])
-def test_others_are_painted_afterwards(
-    user: httpx.Client, way: Callable[[httpx.Client, dict[str, Any]], Answer]
+@pytest.mark.parametrize("route", [by_run, by_queue, by_stream])
+def test_other_requests_run_afterwards(
+    demo_client: httpx.Client, route: Callable[[httpx.Client, dict[str, Any]], Answer]
 ) -> None:
-    expected = picture(user, body(GREY))
-    assert way(user, body(data_uri(MISFITS["no part of the model"])))[2]["detail"][0]["loc"][2] == 0
-    assert picture(user, body(GREY)) == expected
+    expected = generate(demo_client, body(GREY))
+    assert route(demo_client, body(data_uri(MISFITS["no part of the model"])))[2]["detail"][0]["loc"][2] == 0
+    assert generate(demo_client, body(GREY)) == expected
 
 
-def picture(client: httpx.Client, asked: dict[str, Any]) -> bytes:
-    """What is painted without a word about when."""
-    answer = client.post(f"/{ENDPOINT}", json={**asked, "sync_mode": True, "output_format": "png"})
+def generate(client: httpx.Client, request: dict[str, Any]) -> bytes:
+    """Run a request; return the bytes of its image, which has no metadata that varies with time."""
+    answer = client.post(f"/{ENDPOINT}", json={**request, "sync_mode": True, "output_format": "png"})
     return base64.b64decode(answer.raise_for_status().json()["images"][0]["url"].partition(",")[2])

@@ -1,4 +1,4 @@
-"""Schemathesis reads our OpenAPI document and sends what fits it, and what does not: no answer is a 5xx."""
+"""Fuzzing with Schemathesis: requests that fit the OpenAPI document and requests that do not; no answer is a 5xx."""
 
 import contextlib
 import importlib
@@ -15,8 +15,8 @@ from schemathesis.checks import not_a_server_error
 
 from tests.support.server_process import ROOT, serving
 
-# Imported here, while no other thread compiles: schemathesis would import it within the first test, and CPython 3.11
-# may then fail to compile one of its large modules (python/cpython#106905).
+# Import this module now, while no other thread compiles. Schemathesis would import it during the first test, where
+# CPython 3.11 may fail to compile one of its large modules (python/cpython#106905).
 importlib.import_module("schemathesis.specs.openapi._hypothesis")
 
 OPTIONS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    """Those of the document of a server with one model that paints nothing."""
+    """Read the operations from the document of a server whose only model generates no images."""
     models = str(ROOT / "tests" / "support" / "faults" / "models")
     with serving(tmp_path_factory.mktemp("fuzzed"), "test/crash=demo", models_dir=models) as server:
         document = schemathesis.openapi.from_url(f"{server.ready().url}/openapi.json")
@@ -33,37 +33,40 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
 
 
 def fuzzed(operations: list[Any], mode: GenerationMode, examples: int) -> Counter[int]:
-    """So many requests at least, over all operations; returns the statuses. What cannot be got wrong is left out."""
+    """Send at least `examples` requests over all operations; return the number of answers by status code.
+
+    Operations for which no request of this mode exists are skipped.
+    """
     statuses: Counter[int] = Counter()
     share = examples // len(operations) + 1
-    # Where there is little to vary Hypothesis soon has no more, so the others make up for them.
-    rich = [operation for operation in operations if _fuzz(operation, mode, share, statuses) >= share]
-    while (lacking := examples - statuses.total()) > 0:
-        for operation in rich:
-            _fuzz(operation, mode, lacking // len(rich) + 1, statuses)
+    # Hypothesis soon runs out of requests for operations with few variations, so the other operations get more.
+    varied = [operation for operation in operations if _fuzz(operation, mode, share, statuses) >= share]
+    while (missing := examples - statuses.total()) > 0:
+        for operation in varied:
+            _fuzz(operation, mode, missing // len(varied) + 1, statuses)
     return statuses
 
 
 def _fuzz(operation: Any, mode: GenerationMode, examples: int, statuses: Counter[int]) -> int:
-    """How many it came to."""
+    """Send up to `examples` requests to one operation; return how many were sent."""
     before = statuses.total()
 
     @settings(max_examples=examples, **OPTIONS)
     @given(case=operation.as_strategy(generation_mode=mode))
-    def sent(case: Any) -> None:
+    def send(case: Any) -> None:
         response = case.call()
         statuses[response.status_code] += 1
         case.validate_response(response, checks=[not_a_server_error])
 
     with contextlib.suppress(Unsatisfiable):
-        sent()
+        send()
     return statuses.total() - before
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_no_answer_is_the_servers_fault(operations: list[Any], mode: GenerationMode) -> None:
+def test_no_answer_is_a_server_error(operations: list[Any], mode: GenerationMode) -> None:
     statuses = fuzzed(operations, mode, 500)
-    # What fits is mostly accepted, and what does not is not, or this would say little.
+    # The test means little unless many fitting requests are accepted and many others are refused.
     accepted = sum(number for status, number in statuses.items() if status < 300)
     refused = sum(number for status, number in statuses.items() if 400 <= status < 500)
     assert accepted > 50 if mode == GenerationMode.POSITIVE else refused > 100
@@ -72,6 +75,6 @@ def test_no_answer_is_the_servers_fault(operations: list[Any], mode: GenerationM
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_nor_of_many_more(operations: list[Any], mode: GenerationMode) -> None:
+def test_no_answer_of_many_more_is_a_server_error(operations: list[Any], mode: GenerationMode) -> None:
     statuses = fuzzed(operations, mode, 20_000)
     print(f"{statuses.total()} requests, {mode.value}: {dict(sorted(statuses.items()))}")

@@ -1,4 +1,4 @@
-"""The queue over a real socket."""
+"""Tests of the queue API over a real socket."""
 
 import httpx
 
@@ -16,16 +16,16 @@ def test_submit_status_result(client: httpx.Client) -> None:
     assert result.headers["x-fal-request-id"] == reply["request_id"]
 
 
-def test_a_request_and_its_picture_can_be_deleted(client: httpx.Client, gate: Gate) -> None:
+def test_a_request_and_its_image_can_be_deleted(client: httpx.Client, gate: Gate) -> None:
     body = {"prompt": str(gate.path), "num_inference_steps": 1}
     reply = client.post("/queue/test/gate", json=body).json()
     in_progress(client, reply["status_url"])
     assert client.delete(reply["response_url"]).status_code == 400
     gate.open()
     completed(client, reply["status_url"])
-    (picture,) = client.get(reply["response_url"]).json()["images"]
-    assert client.get(picture["url"]).status_code == 200
+    (image,) = client.get(reply["response_url"]).json()["images"]
+    assert client.get(image["url"]).status_code == 200
     assert client.delete(reply["response_url"]).status_code == 204
-    assert client.get(picture["url"]).status_code == 404
+    assert client.get(image["url"]).status_code == 404
     assert client.get(reply["status_url"]).status_code == client.get(reply["response_url"]).status_code == 404
     assert client.delete(reply["response_url"]).status_code == 404

@@ -1,4 +1,4 @@
-"""Every address a client may know this server by, and the URLs that come back."""
+"""Every host, path and header by which a client may reach this server, and the URLs in the answers."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from tests.support.server_process import TEST_MODELS, Gate, Server, in_progress,
 FLUX = "fal-ai/flux/dev"
 SMALL = {"prompt": "x", "seed": 5, "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
 PROXY = "/api/fal/proxy"
-BEHIND = {"x-forwarded-proto": "https", "x-forwarded-host": "pics.example.com", "x-forwarded-prefix": "/flux"}
+FORWARDED = {"x-forwarded-proto": "https", "x-forwarded-host": "pics.example.com", "x-forwarded-prefix": "/flux"}
 
-#: The ways to fal's queue; the last three are values of Host.
+#: The ways to reach fal's queue; the last three are values of the Host header.
 TO_QUEUE = ["prefix", "parameter", "proxy", "queue.localhost", "queue.fal.run", "queue.falrun.com"]
 by_every_way = pytest.mark.parametrize("way", TO_QUEUE)
 with_and_without_slash = pytest.mark.parametrize("slash", ["", "/"], ids=["plain", "slash"])
 
 
 def queue(client: httpx.Client, way: str, method: str, path: str, **options: Any) -> httpx.Response:
-    """A request to `path` of fal's queue, by one of the ways there."""
+    """Send a request to `path` of fal's queue in one of these ways."""
     if way == "prefix":
         return client.request(method, f"/queue/{path}", **options)
     if way == "parameter":
@@ -37,13 +37,13 @@ def queue(client: httpx.Client, way: str, method: str, path: str, **options: Any
 
 
 def base_for(client: httpx.Client, way: str) -> str:
-    """What the URLs of a request begin with for one that came this way."""
-    own = f"http://127.0.0.1:{client.base_url.port}/queue"
-    return f"http://queue.localhost:{client.base_url.port}" if way == "queue.localhost" else own
+    """Return the start of the URLs in answers to a request that came in this way."""
+    url = f"http://127.0.0.1:{client.base_url.port}/queue"
+    return f"http://queue.localhost:{client.base_url.port}" if way == "queue.localhost" else url
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
-    """The events of a stream that has ended."""
+    """Parse the events of a stream that has ended."""
     return [from_json(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
 
 
@@ -53,8 +53,8 @@ def test_run_by_host(client: httpx.Client, host: str, slash: str) -> None:
     headers = {"host": f"{host}:{client.base_url.port}"}
     answer = client.post(f"/test/null{slash}", json=SMALL, headers=headers)
     assert (answer.status_code, answer.json()["seed"]) == (200, 5)
-    shown = "127.0.0.1" if host.endswith("run") or host == "falrun.com" else host
-    assert answer.json()["images"][0]["url"].startswith(f"http://{shown}:{client.base_url.port}/files/")
+    expected = "127.0.0.1" if host.endswith("run") or host == "falrun.com" else host
+    assert answer.json()["images"][0]["url"].startswith(f"http://{expected}:{client.base_url.port}/files/")
 
 
 @with_and_without_slash
@@ -106,7 +106,7 @@ def test_urls_of_a_request(client: httpx.Client, way: str) -> None:
 
 
 @by_every_way
-def test_cancel_what_runs(narrow_client: httpx.Client, gate: Gate, way: str) -> None:
+def test_cancel_a_running_request(narrow_client: httpx.Client, gate: Gate, way: str) -> None:
     reply = queue(narrow_client, way, "POST", "test/gate", json={"prompt": str(gate.path)}).json()
     request = f"test/gate/requests/{reply['request_id']}"
     in_progress(narrow_client, f"/queue/{request}/status")
@@ -175,24 +175,24 @@ def test_target_header_means_nothing_elsewhere(client: httpx.Client) -> None:
 
 @with_and_without_slash
 @pytest.mark.parametrize("path", ["/health", "/health/ready", "/docs", "/openapi.json"])
-def test_own_pages(client: httpx.Client, path: str, slash: str) -> None:
+def test_the_servers_own_pages(client: httpx.Client, path: str, slash: str) -> None:
     assert client.get(f"{path}{slash}").status_code == 200
 
 
 @with_and_without_slash
-def test_picture(client: httpx.Client, slash: str) -> None:
+def test_image(client: httpx.Client, slash: str) -> None:
     url = client.post("/test/null", json=SMALL).json()["images"][0]["url"]
     assert client.get(f"{url}{slash}").headers["content-type"] == "image/jpeg"
 
 
-def test_forwarded_headers_of_strangers_are_ignored(client: httpx.Client) -> None:
-    answer = client.post("/test/null", json=SMALL, headers=BEHIND)
+def test_forwarded_headers_of_untrusted_clients_are_ignored(client: httpx.Client) -> None:
+    answer = client.post("/test/null", json=SMALL, headers=FORWARDED)
     assert answer.json()["images"][0]["url"].startswith(f"http://127.0.0.1:{client.base_url.port}/files/")
 
 
 @pytest.fixture(scope="module")
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server behind a proxy on this machine, with a name of its own."""
+    """Start a server with a public URL that trusts a proxy on this machine."""
     settings = {"trusted_proxies": "127.0.0.1", "public_url": "https://flux.example.com/fal", "keys": "a:key"}
     with serving(tmp_path_factory.mktemp("proxied"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -200,20 +200,20 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def proxied_client(proxied: Server) -> Iterator[httpx.Client]:
-    """A client of that server."""
+    """Open a client of the server behind the proxy."""
     key = {"authorization": "Key a:key"}
     with httpx.Client(base_url=proxied.url, timeout=60, trust_env=False, headers=key) as client:
         yield client
 
 
 def test_forwarded_headers_of_a_trusted_proxy(proxied_client: httpx.Client) -> None:
-    answer = proxied_client.post("/test/null", json=SMALL, headers=BEHIND).json()
+    answer = proxied_client.post("/test/null", json=SMALL, headers=FORWARDED).json()
     assert answer["images"][0]["url"].startswith("https://pics.example.com/flux/files/")
-    reply = proxied_client.post("/queue/test/null", json=SMALL, headers=BEHIND).json()
+    reply = proxied_client.post("/queue/test/null", json=SMALL, headers=FORWARDED).json()
     assert reply["status_url"].startswith("https://pics.example.com/flux/queue/test/null/requests/")
 
 
-def test_first_of_several_proxies_counts(proxied_client: httpx.Client) -> None:
+def test_the_first_of_several_forwarded_values_counts(proxied_client: httpx.Client) -> None:
     headers = {"x-forwarded-proto": "https, http", "x-forwarded-host": "pics.example.com, inner"}
     answer = proxied_client.post("/test/null", json=SMALL, headers=headers).json()
     assert answer["images"][0]["url"].startswith("https://pics.example.com/files/")
@@ -227,10 +227,10 @@ def test_malformed_forwarded_headers(proxied_client: httpx.Client, header: dict[
 
 @pytest.mark.parametrize(("name", "start"), [("x-forwarded-host", ""), ("x-forwarded-prefix", "/")])
 def test_long_forwarded_headers(proxied_client: httpx.Client, name: str, start: str) -> None:
-    """They are part of the base of URLs, which is kept with each request."""
+    """Limit these headers, because they become part of the base URL, which is stored with each request."""
 
     def answer(length: int) -> httpx.Response:
-        headers = {**BEHIND, name: start.ljust(length, "x")}
+        headers = {**FORWARDED, name: start.ljust(length, "x")}
         return proxied_client.post("/queue/test/null", json=SMALL, headers=headers)
 
     assert answer(255).status_code == 200
@@ -239,7 +239,7 @@ def test_long_forwarded_headers(proxied_client: httpx.Client, name: str, start: 
     assert f"{name.title()} at most 255" in refused.json()["detail"]
 
 
-def test_public_url_stands_for_fals_names(proxied_client: httpx.Client) -> None:
+def test_public_url_replaces_fals_names(proxied_client: httpx.Client) -> None:
     answer = proxied_client.post("/test/null", json=SMALL, headers={"host": "fal.run"}).json()
     assert answer["images"][0]["url"].startswith("https://flux.example.com/fal/files/")
     reply = proxied_client.post("/test/null", json=SMALL, headers={"host": "queue.fal.run"}).json()
@@ -247,13 +247,13 @@ def test_public_url_stands_for_fals_names(proxied_client: httpx.Client) -> None:
 
 
 def test_public_url_is_a_name_of_this_server() -> None:
-    """Also where no key is asked for, and only that one."""
+    """Accept the host of the public URL, and no other host, even if the server needs no key."""
     settings = Settings(data_dir=Path(), public_url="https://flux.example.com/fal")
-    admission = HostCheckMiddleware(PlainTextResponse("in"), settings, is_open=True)
+    host_check = HostCheckMiddleware(PlainTextResponse("in"), settings, is_open=True)
 
     async def status(name: str) -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(admission)) as visitor:
-            return (await visitor.get(f"http://{name}/", headers={"origin": f"https://{name}"})).status_code
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(host_check)) as client:
+            return (await client.get(f"http://{name}/", headers={"origin": f"https://{name}"})).status_code
 
     assert asyncio.run(status("flux.example.com")) == 200
     assert asyncio.run(status("other.example.com")) == 421

@@ -1,4 +1,4 @@
-"""What a stream shows of a picture before it is done: small, now and then, the newest only, for streams alone."""
+"""Previews in a stream: small images of a few steps, the newest only, and only for requests that stream."""
 
 import base64
 import io
@@ -26,27 +26,30 @@ PREFIX = "data:image/jpeg;base64,"
 
 
 class PreviewedEngine(SharingEngine):
-    """Remembers which steps it was asked to show; shows nothing of the prompt "dark", and fails at "broken"."""
+    """Engine that records the steps of which previews are requested.
+
+    The prompt "dark" has no preview; a preview of the prompt "broken" raises an error.
+    """
 
     def __init__(self) -> None:
         self.shown: list[int] = []
 
-    def preview(self, painting: Any) -> Image | None:
-        self.shown.append(painting.step)
-        if painting.request.prompt == "broken":
-            raise RuntimeError("there is no room for the map")
-        return None if painting.request.prompt == "dark" else super().preview(painting)
+    def preview(self, task: Any) -> Image | None:
+        self.shown.append(task.step)
+        if task.request.prompt == "broken":
+            raise RuntimeError("out of memory")
+        return None if task.request.prompt == "dark" else super().preview(task)
 
 
-def opened(preview: str) -> Image:
-    """The picture in a data URI."""
+def decoded(preview: str) -> Image:
+    """Decode the image in a data URI."""
     assert preview.startswith(PREFIX)
     return PILImage.open(io.BytesIO(base64.b64decode(preview.removeprefix(PREFIX), validate=True)))
 
 
 @contextmanager
 def streaming(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """The request's own name, and each event as it comes."""
+    """Start a stream; yield its request id, and an iterator over its events."""
     with client.stream("POST", path, json=body) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: "))
         yield response.headers["x-fal-request-id"], (from_json(line.removeprefix("data: ")) for line in lines)
@@ -55,31 +58,31 @@ def streaming(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator
 # -- on the wire
 
 
-def test_a_stream_shows_the_picture_as_it_comes(narrow_client: httpx.Client, gate: Gate) -> None:
+def test_a_stream_shows_previews(narrow_client: httpx.Client, gate: Gate) -> None:
     body = {"prompt": str(gate.path), "num_inference_steps": 28, "seed": 200}
-    told: list[dict[str, Any]] = []
+    progress: list[dict[str, Any]] = []
     with streaming(narrow_client, "/test/gate/stream", body) as (_, events):
         for _ in range(27):
             gate.let(1)
-            told.append(next(events))
+            progress.append(next(events))
         gate.let(1)
         *_, output = events
-    assert [event["step"] for event in told] == list(range(1, 28))
+    assert [event["step"] for event in progress] == list(range(1, 28))
     assert output["images"] and "preview" not in output
-    assert "preview" not in told[0]
-    shown = {event["step"]: event["preview"] for event in told if "preview" in event}
-    # Each is sent once.
-    assert 5 <= len(shown) == len(set(shown.values())) <= PREVIEWS
-    for step, preview in shown.items():
-        picture = opened(preview)
-        assert (picture.format, picture.size) == ("JPEG", (16, 12))
-        # The null model paints its step, in a colour that JPEG changes a little.
-        red, green, _ = picture.getpixel((8, 6))  # type: ignore[misc]
+    assert "preview" not in progress[0]
+    previews = {event["step"]: event["preview"] for event in progress if "preview" in event}
+    # Each preview is sent once.
+    assert 5 <= len(previews) == len(set(previews.values())) <= PREVIEWS
+    for step, preview in previews.items():
+        image = decoded(preview)
+        assert (image.format, image.size) == ("JPEG", (16, 12))
+        # The null model encodes its step in the colour, which JPEG changes a little.
+        red, green, _ = image.getpixel((8, 6))  # type: ignore[misc]
         assert abs(red - 200) < 8 and abs(green - step * 20 % 256) < 8
 
 
-def test_where_the_checker_is_enforced_none_is_sent(tmp_path: Path, gate: Gate) -> None:
-    """It judges pictures, so nothing that it did not judge leaves."""
+def test_an_enforced_checker_turns_previews_off(tmp_path: Path, gate: Gate) -> None:
+    """Send no previews, because the checker judges finished images only."""
     with (
         serving(tmp_path / "data", TEST_MODELS, enforce_safety_checker="true") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
@@ -89,38 +92,38 @@ def test_where_the_checker_is_enforced_none_is_sent(tmp_path: Path, gate: Gate) 
             assert not any("preview" in event for event in events)
 
 
-def test_a_client_that_reads_slowly_is_shown_the_newest(narrow: Server, gate: Gate) -> None:
+def test_a_slow_client_receives_the_newest_preview(narrow: Server, gate: Gate) -> None:
     body = {"prompt": str(gate.path), "num_inference_steps": 50}
     transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)])
     with (
-        httpx.Client(base_url=narrow.url, timeout=60, trust_env=False) as quick,
-        httpx.Client(base_url=narrow.url, timeout=60, transport=transport) as slow,
-        streaming(slow, "/test/large-previews/stream", body) as (request_id, events),
+        httpx.Client(base_url=narrow.url, timeout=60, trust_env=False) as fast_client,
+        httpx.Client(base_url=narrow.url, timeout=60, transport=transport) as slow_client,
+        streaming(slow_client, "/test/large-previews/stream", body) as (request_id, events),
     ):
         status_url = f"/queue/test/large-previews/requests/{request_id}/status"
         gate.let(40)
-        # The worker waits for nobody: forty steps are taken while not one event is read.
-        next(status for status in statuses(quick, status_url) if said(status) == "step 40/50")
+        # The worker waits for no client: it runs forty steps although no event is read.
+        next(status for status in statuses(fast_client, status_url) if last_message(status) == "step 40/50")
         seen: list[int] = []
         while not seen or seen[-1] < 40:
             seen.append(next(events)["step"])
         assert seen == sorted(set(seen)) and len(seen) < 20
         gate.let(10)
-        assert completed(quick, status_url).get("error") is None
+        assert completed(fast_client, status_url).get("error") is None
         assert [event["images"] for event in events if "images" in event]
 
 
-def said(status: dict[str, Any]) -> str | None:
-    """The last line of a status's log."""
+def last_message(status: dict[str, Any]) -> str | None:
+    """Return the last log message of a status, if there is one."""
     return status["logs"][-1]["message"] if status["logs"] else None
 
 
-# -- how many, and for whom
+# -- how many previews, and for which requests
 
 
 @pytest.mark.parametrize("num_images", [1, 4])
 @pytest.mark.parametrize("num_inference_steps", [2, 4, 10, 11, 19, 28, 50])
-def test_a_stream_is_shown_a_few(parts: Parts, num_inference_steps: int, num_images: int) -> None:
+def test_a_stream_receives_a_few_previews(parts: Parts, num_inference_steps: int, num_images: int) -> None:
     engine = PreviewedEngine()
     worker = ready(parts, NullModel("test/null", lambda: engine))
     job = submitted(parts, mode=Mode.STREAM, num_inference_steps=num_inference_steps, num_images=num_images)
@@ -128,20 +131,20 @@ def test_a_stream_is_shown_a_few(parts: Parts, num_inference_steps: int, num_ima
     assert answer(parts, job)[0].status == 200
     num_steps = num_inference_steps * num_images
     assert 0 < len(engine.shown) <= PREVIEWS
-    # At equal distances, and never of the last step, which the picture itself follows.
+    # Previews have equal distances. The last step has none, because the image itself follows.
     assert engine.shown == list(range(engine.shown[0], num_steps, engine.shown[0]))
 
 
 @pytest.mark.parametrize("mode", [Mode.QUEUE, Mode.RUN, Mode.REALTIME])
-def test_nobody_else_pays_for_previews(parts: Parts, mode: Mode) -> None:
+def test_only_streams_have_previews(parts: Parts, mode: Mode) -> None:
     engine = PreviewedEngine()
     worker, job = ready(parts, NullModel("test/null", lambda: engine)), submitted(parts, mode=mode)
-    beside = submitted(parts, mode=Mode.STREAM, num_inference_steps=1)
+    stream = submitted(parts, mode=Mode.STREAM, num_inference_steps=1)
     worked_off(worker)
-    assert (engine.shown, job.preview, beside.preview) == ([], None, None)
+    assert (engine.shown, job.preview, stream.preview) == ([], None, None)
 
 
-def test_one_that_shared_the_forward_is_shown_too(parts: Parts) -> None:
+def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Parts) -> None:
     engine = PreviewedEngine()
     worker = ready(parts, NullModel("test/null", lambda: engine))
     jobs = [submitted(parts, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
@@ -153,24 +156,24 @@ def test_one_that_shared_the_forward_is_shown_too(parts: Parts) -> None:
 # -- events
 
 
-def test_the_newest_takes_the_place_of_the_one_before(parts: Parts) -> None:
+def test_a_new_preview_replaces_the_one_before(parts: Parts) -> None:
     worker = ready(parts, NullModel("test/null", PreviewedEngine))
     job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
-    seen = []
+    previews = []
     for _ in range(7):
         worker.run_once()
-        seen.append(responses.progress_event(job)["preview"])
-    assert len(set(seen)) == 7
+        previews.append(responses.progress_event(job)["preview"])
+    assert len(set(previews)) == 7
     assert responses.progress_event(job) == {
         "type": "progress",
         "step": 7,
         "num_inference_steps": 8,
-        "preview": seen[-1],
+        "preview": previews[-1],
     }
 
 
 @pytest.mark.parametrize("prompt", ["dark", "broken"])
-def test_without_a_preview_the_picture_is_none_the_worse(parts: Parts, prompt: str) -> None:
+def test_a_missing_preview_does_not_affect_the_image(parts: Parts, prompt: str) -> None:
     worker = ready(parts, NullModel("test/null", PreviewedEngine))
     job = submitted(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
     other = submitted(parts, mode=Mode.STREAM, num_inference_steps=4)

@@ -1,4 +1,4 @@
-"""Clients that take too long, each on a real socket."""
+"""Clients that take too long, over real sockets."""
 
 import asyncio
 import contextlib
@@ -24,24 +24,23 @@ from tests.support.slow_clients import few_files
 
 LARGE = b"x" * 50_000_000
 
-
-#: Streams of /quiet that wait for somebody to ask for /speak.
-quiet = list[asyncio.Event]()
+#: Requests to /quiet and /later that wait for a request to /speak.
+waiting = list[asyncio.Event]()
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Reads what comes, then answers with its length; /large with more than any buffer holds."""
+    """Read the body, then answer with its length; answer /large with more bytes than any buffer holds."""
     if scope["type"] == "websocket":
         await echo(receive, send)
         return
     if scope["path"] == "/quiet":
         await stream(send)
         return
-    while scope["path"] == "/speak" and quiet:
-        quiet.pop().set()
+    while scope["path"] == "/speak" and waiting:
+        waiting.pop().set()
     if scope["path"] == "/later":
-        quiet.append(asyncio.Event())
-        await quiet[-1].wait()
+        waiting.append(asyncio.Event())
+        await waiting[-1].wait()
     length, more = 0, True
     while more:
         message = await receive()
@@ -58,16 +57,16 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def stream(send: Any) -> None:
-    """Something at once, the rest when it may."""
+    """Send the first part at once, and the rest after a request to /speak."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
     await send({"type": "http.response.body", "body": b"first", "more_body": True})
-    quiet.append(asyncio.Event())
-    await quiet[-1].wait()
+    waiting.append(asyncio.Event())
+    await waiting[-1].wait()
     await send({"type": "http.response.body", "body": b"last"})
 
 
 async def echo(receive: Any, send: Any) -> None:
-    """Says back what it hears."""
+    """Send every received message back."""
     await receive()
     await send({"type": "websocket.accept"})
     while (message := await receive())["type"] != "websocket.disconnect":
@@ -82,7 +81,7 @@ class _Listener(uvicorn.Server):
 
 @contextlib.contextmanager
 def listening(protocol: type[TimeoutProtocol], **more: Any) -> Iterator[int]:
-    """A port where this protocol is spoken."""
+    """Serve `app` with this protocol; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         options: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1, **more}
         listener = _Listener(uvicorn.Config(app, http=protocol, **options))
@@ -96,16 +95,16 @@ def listening(protocol: type[TimeoutProtocol], **more: Any) -> Iterator[int]:
 
 
 def answered(connection: socket.socket) -> bool:
-    """Whether a request gets its answer on this connection."""
+    """Send a request on this connection; return whether the answer has status 200."""
     connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
-    said = b""
-    while not said.endswith(b"\r\n\r\n0"):
-        said += connection.recv(65_536)
-    return said.startswith(b"HTTP/1.1 200")
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n0"):
+        answer += connection.recv(65_536)
+    return answer.startswith(b"HTTP/1.1 200")
 
 
 def is_cut_off(connection: socket.socket) -> bool:
-    """Wait until the server ends it; a socket that never ends fails by its timeout."""
+    """Wait until the server closes the connection. Otherwise the timeout of the socket raises an error."""
     connection.settimeout(30)
     try:
         while connection.recv(65_536):
@@ -120,7 +119,7 @@ POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"",
         b"GET",
@@ -131,15 +130,15 @@ POST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n"
     ],
     ids=["silent", "half a line", "half a header", "no body", "half a body", "half a second request"],
 )
-def test_whoever_stops_in_the_middle_is_cut_off(said: bytes) -> None:
+def test_a_client_that_stops_midway_is_cut_off(sent: bytes) -> None:
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(said)
+        connection.sendall(sent)
         assert is_cut_off(connection)
 
 
 @pytest.mark.parametrize("first", [b"", POST], ids=["header", "body"])
-def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
-    """However often one comes."""
+def test_single_bytes_do_not_extend_the_timeout(first: bytes) -> None:
+    """Close the connection however often a byte arrives."""
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(first)
         connection.settimeout(0.02)
@@ -151,35 +150,35 @@ def test_a_byte_now_and_then_is_not_enough(first: bytes) -> None:
                         raise ConnectionResetError
 
 
-def test_what_came_fast_earns_no_long_silence() -> None:
-    """By the average alone it had a minute left."""
+def test_a_fast_start_does_not_allow_a_long_silence() -> None:
+    """Cut the client off after the gap limit, although its average rate would allow another minute."""
     protocol = with_limits(body_timeout=3600.0, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(POST + b"x" * 999_999)
         assert is_cut_off(connection)
 
 
-def test_a_silence_of_the_servers_own_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not read, until it is told to by another request."""
+def test_a_pause_of_the_server_does_not_count_against_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server read nothing until another request tells it to continue."""
     protocol = with_limits(body_timeout=0.3, gap_seconds=0.3)
     with listening(protocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
-        looks = threading.Semaphore(0)
-        late = protocol._on_timeout
+        checks = threading.Semaphore(0)
+        on_timeout = protocol._on_timeout
 
-        def looked(self: TimeoutProtocol) -> None:
-            late(self)
-            looks.release()
+        def counted(self: TimeoutProtocol) -> None:
+            on_timeout(self)
+            checks.release()
 
-        monkeypatch.setattr(protocol, "_on_timeout", looked)
+        monkeypatch.setattr(protocol, "_on_timeout", counted)
         connection.sendall(POST.replace(b"POST /", b"POST /later") + b"x" * 1_000_000)
         for _ in range(3):
-            assert looks.acquire(timeout=30)
+            assert checks.acquire(timeout=30)
         with socket.create_connection(("127.0.0.1", port)) as other:
             other.sendall(b"GET /speak HTTP/1.1\r\nHost: here\r\n\r\n")
-            said = b""
-            while not said.endswith(b"1000000"):
-                said += (part := connection.recv(1000))
+            answer = b""
+            while not answer.endswith(b"1000000"):
+                answer += (part := connection.recv(1000))
                 assert part
 
 
@@ -200,8 +199,8 @@ GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
     ],
     ids=["line", "header", "headers", "second line", "trailer", "trailers", "chunk extension"],
 )
-def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
-    """However much time there would be; neither is what comes in its form after a body, or within one."""
+def test_an_endless_header_is_refused(start: bytes, more: bytes) -> None:
+    """Limit its size, however much time is left. The same limit holds for trailers and chunk extensions."""
     patient = with_limits(header_timeout=3600.0, body_timeout=3600.0)
     with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
@@ -211,18 +210,18 @@ def test_a_header_without_end_is_not_kept(start: bytes, more: bytes) -> None:
                 connection.sendall(more * (65_536 // len(more)))
 
 
-def test_a_body_in_the_smallest_chunks_is_well() -> None:
-    """Six times as much is said about it as there is of it; with trailers that are short, too."""
+def test_a_body_in_the_smallest_chunks_is_accepted() -> None:
+    """Send chunks of one byte, whose framing is six times as large as the data, and a short trailer."""
     with listening(TimeoutProtocol) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(60)
         connection.sendall(CHUNKED + b"1\r\na\r\n" * 199_999 + b"0\r\nX-A: b\r\n\r\n")
-        said = b""
-        while more := connection.recv(65_536):
-            said += more
-    assert said.endswith(b"\r\n\r\n200000")
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.endswith(b"\r\n\r\n200000")
 
 
-def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
+def test_a_long_header_and_a_large_body_are_accepted_together() -> None:
     with listening(TimeoutProtocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
         for _ in range(2):
             headers = {"x-long": "a" * 40_000}
@@ -230,27 +229,27 @@ def test_a_long_header_and_a_large_body_that_come_together_are_well() -> None:
             assert answer.text == "5000000"
 
 
-def test_an_answer_that_nobody_reads(tmp_path: Any) -> None:
+def test_an_unread_answer_is_cut_off(tmp_path: Any) -> None:
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
-        # Nothing is read until the server has given up: its end shows as a reset, or an end before all has come.
-        peer_left = threading.Event()
+        # The test reads nothing until the server gives up and resets or closes the connection.
+        is_closed = threading.Event()
 
         def watch() -> None:
-            while not peer_left.is_set():
+            while not is_closed.is_set():
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-                # Anything but ESTABLISHED.
+                # 1 is ESTABLISHED.
                 if info[0] != 1:
-                    peer_left.set()
+                    is_closed.set()
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        assert peer_left.wait(30)
+        assert is_closed.wait(30)
         watcher.join()
 
 
-def test_a_body_may_be_slow_if_it_is_steady() -> None:
-    """Ten times as long as the limit for one that stands still, at twice the rate that is asked for."""
+def test_a_slow_but_steady_body_is_accepted() -> None:
+    """Send for ten times the body timeout, at twice the required rate."""
     protocol = with_limits(header_timeout=5.0, body_timeout=0.2, body_rate=50_000)
     with listening(protocol) as port, httpx.Client(timeout=60, trust_env=False) as client:
         wait = threading.Event()
@@ -264,42 +263,42 @@ def test_a_body_may_be_slow_if_it_is_steady() -> None:
     assert answer.text == "200000"
 
 
-#: Longer than anything may take that is QUICK.
+#: Seconds, longer than every limit in QUICK.
 LONG = 1.0
 
 
-def stays_open(connection: socket.socket) -> None:
-    """Nothing comes for long, not even the end."""
+def assert_stays_open(connection: socket.socket) -> None:
+    """Check that nothing arrives for LONG seconds, not even the end of the connection."""
     connection.settimeout(LONG)
     with pytest.raises(TimeoutError):
         connection.recv(65_536)
     connection.settimeout(30)
 
 
-def test_whoever_thinks_between_requests_is_not_hurried() -> None:
-    """Only the usual keep-alive ends an idle connection; a request of its own has all of its time."""
+def test_pauses_between_requests_are_allowed() -> None:
+    """Leave idle connections to the usual keep-alive timeout; each request has the full time limits."""
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         for _ in range(2):
             assert answered(connection)
-            stays_open(connection)
+            assert_stays_open(connection)
         assert answered(connection)
 
 
-def test_a_stream_may_be_quiet_for_long() -> None:
+def test_a_stream_may_pause() -> None:
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)
         connection.sendall(b"POST /quiet HTTP/1.1\r\nHost: here\r\nContent-Length: 1\r\n\r\nx")
-        said = b""
-        while b"first" not in said:
-            said += connection.recv(65_536)
-        stays_open(connection)
+        answer = b""
+        while b"first" not in answer:
+            answer += connection.recv(65_536)
+        assert_stays_open(connection)
         httpx.get(f"http://127.0.0.1:{port}/speak", trust_env=False)
-        while more := connection.recv(65_536):
-            said += more
-    assert b"last" in said
+        while part := connection.recv(65_536):
+            answer += part
+    assert b"last" in answer
 
 
-def test_a_web_socket_may_be_quiet_for_long() -> None:
+def test_a_websocket_may_pause() -> None:
     with (
         listening(with_limits(**QUICK)) as port,
         connect(f"ws://127.0.0.1:{port}/", proxy=None, open_timeout=60) as connection,
@@ -311,8 +310,8 @@ def test_a_web_socket_may_be_quiet_for_long() -> None:
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_a_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> None:
-    """And a port without TLS, which knows none, is opened as before."""
+def test_a_tls_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> None:
+    """Cut the connection off; a port without TLS opens as before."""
     files = tls.ensure_certificate(tmp_path, "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
@@ -324,10 +323,10 @@ def test_a_handshake_that_does_not_begin(tmp_path: Path, loop_factory: Any) -> N
         server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=context)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         async with asyncio.timeout(30):
-            said = await reader.read()
+            received = await reader.read()
         for each in (plain, server, writer):
             each.close()
-        return said
+        return received
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         assert runner.run(wait()) == b""
@@ -343,33 +342,35 @@ def test_one_connection_too_many() -> None:
             assert answered(first)
 
 
-def test_more_connections_than_files_at_first(tmp_path: Path) -> None:
-    """Most systems start a program with 1024 open files, and let it have more."""
-    with contextlib.ExitStack() as opened:
+def test_more_connections_than_the_soft_limit_of_files(tmp_path: Path) -> None:
+    """Raise the limit of open files: most systems start a program with 1024 and allow more."""
+    with contextlib.ExitStack() as stack:
         with few_files(64):
-            server = opened.enter_context(serving(tmp_path, TEST_MODELS))
+            server = stack.enter_context(serving(tmp_path, TEST_MODELS))
         host, port = server.ready().url.removeprefix("http://").split(":")
-        held = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
+        held = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
         for connection in held:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
 
 
-def test_fewer_files_than_connections(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the system gives no more, fewer connections are held, and somebody is told."""
-    given = list[Any]()
+def test_the_hard_limit_of_files_reduces_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hold fewer connections and log the number if the system does not allow more open files."""
+    limits_set = list[Any]()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: limits_set.append(limits))
     assert raise_open_file_limit(4096, 2) == 128
-    assert given == [(1024, 1024)]
+    assert limits_set == [(1024, 1024)]
     assert "a port holds 128 connections" in caplog.text
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
     assert raise_open_file_limit(4096, 2) == 4096
-    assert given[1:] == [(16_896, resource.RLIM_INFINITY)]
+    assert limits_set[1:] == [(16_896, resource.RLIM_INFINITY)]
 
 
-def test_the_server_speaks_it(tmp_path: Any) -> None:
-    """With as many connections as its setting says, and no more."""
+def test_the_server_applies_the_connection_limit(tmp_path: Any) -> None:
+    """Accept as many connections as the setting allows, and no more."""
     with serving(tmp_path, TEST_MODELS, max_connections="3") as server:
         host, port = server.ready().url.removeprefix("http://").split(":")
         held = [socket.create_connection((host, int(port))) for _ in range(3)]

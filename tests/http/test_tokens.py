@@ -1,4 +1,4 @@
-"""The short-lived tokens of browsers, over a real socket."""
+"""Short-lived tokens for browsers, over a real socket."""
 
 import time
 from typing import Any
@@ -10,14 +10,14 @@ import pytest
 from tests.support.error_bodies import fields, text
 
 ALICE = {"authorization": "Key alice:secret"}
-#: Exactly what the SDKs send: the alias alone, no owner.
-ASKED: dict[str, Any] = {"allowed_apps": ["flux"], "token_expiration": 120}
+#: The body that the SDKs send: the alias of the app, without its owner.
+REQUEST: dict[str, Any] = {"allowed_apps": ["flux"], "token_expiration": 120}
 WAYS = ["plain", "rest.fal.ai", "rest.alpha.fal.ai", "proxy"]
 with_and_without_slash = pytest.mark.parametrize("slash", ["", "/"], ids=["plain", "slash"])
 
 
-def ask(client: httpx.Client, body: object, *, path: str = "/tokens/", way: str = "plain") -> httpx.Response:
-    """Alice asks for a token, by one of the ways to fal's REST host."""
+def request_token(client: httpx.Client, body: object, *, path: str = "/tokens/", way: str = "plain") -> httpx.Response:
+    """Request a token with Alice's key, in one of the ways to reach fal's REST host."""
     if way == "proxy":
         headers = {**ALICE, "x-fal-target-url": f"https://rest.fal.ai{path}"}
         return client.post("/api/fal/proxy", json=body, headers=headers)
@@ -26,7 +26,7 @@ def ask(client: httpx.Client, body: object, *, path: str = "/tokens/", way: str 
 
 
 def token_of(answer: httpx.Response) -> str:
-    """The token in a good answer: a bare JSON string, the one form that every SDK reads."""
+    """Return the token of an answer: a bare JSON string, the only form that every SDK reads."""
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
     token = answer.json()
@@ -36,7 +36,7 @@ def token_of(answer: httpx.Response) -> str:
 
 
 def claims_of(token: str) -> dict[str, Any]:
-    """What stands in a token."""
+    """Decode the claims of a token."""
     claims: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
     return claims
 
@@ -44,50 +44,50 @@ def claims_of(token: str) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 @with_and_without_slash
 def test_a_token_is_a_bare_string(keyed_client: httpx.Client, way: str, slash: str) -> None:
-    token = token_of(ask(keyed_client, ASKED, path=f"/tokens{slash}", way=way))
+    token = token_of(request_token(keyed_client, REQUEST, path=f"/tokens{slash}", way=way))
     assert len(token.split(".")) == 3
     assert claims_of(token)["scope"].split() == ["flux"]
 
 
 @with_and_without_slash
-def test_tokens_where_no_key_is_needed(narrow_client: httpx.Client, slash: str) -> None:
-    token_of(narrow_client.post(f"/tokens{slash}", json=ASKED))
-    token_of(ask(narrow_client, ASKED))
+def test_tokens_without_keys_in_the_settings(narrow_client: httpx.Client, slash: str) -> None:
+    token_of(narrow_client.post(f"/tokens{slash}", json=REQUEST))
+    token_of(request_token(narrow_client, REQUEST))
 
 
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer a.b.c"}])
 @with_and_without_slash
 def test_a_token_needs_a_key(keyed_client: httpx.Client, key: dict[str, str], slash: str) -> None:
-    text(keyed_client.post(f"/tokens{slash}", json=ASKED, headers=key), 401)
+    text(keyed_client.post(f"/tokens{slash}", json=REQUEST, headers=key), 401)
 
 
-def test_a_token_makes_no_tokens_and_no_pictures(keyed_client: httpx.Client) -> None:
-    token = token_of(ask(keyed_client, {"allowed_apps": ["flux", "null"]}))
+def test_a_token_cannot_request_tokens_or_images(keyed_client: httpx.Client) -> None:
+    token = token_of(request_token(keyed_client, {"allowed_apps": ["flux", "null"]}))
     for scheme in ("Bearer", "Key"):
         headers = {"authorization": f"{scheme} {token}"}
         for path in ("/tokens/", "/test/null", "/queue/test/null"):
-            text(keyed_client.post(path, json={"prompt": "x", **ASKED}, headers=headers), 401)
+            text(keyed_client.post(path, json={"prompt": "x", **REQUEST}, headers=headers), 401)
 
 
-def test_a_token_is_that_of_its_key_and_does_not_tell_it(keyed_client: httpx.Client) -> None:
+def test_a_token_belongs_to_its_key_and_does_not_reveal_it(keyed_client: httpx.Client) -> None:
     bob = {"authorization": "Key bob:secret"}
-    answers = [keyed_client.post("/tokens/", json=ASKED, headers=headers) for headers in (ALICE, ALICE, bob)]
+    answers = [keyed_client.post("/tokens/", json=REQUEST, headers=headers) for headers in (ALICE, ALICE, bob)]
     first, second, other = (claims_of(token_of(answer)) for answer in answers)
     assert first["sub"] == second["sub"] != other["sub"]
     assert not {"alice", "secret"} & set(str(first).replace(":", "'").split("'"))
 
 
-@pytest.mark.parametrize(("asked", "seconds"), [(None, 120), (1, 1), (120, 120), (3600, 3600), ("60", 60)])
-def test_a_token_ends_when_it_was_asked_to(keyed_client: httpx.Client, asked: object, seconds: int) -> None:
-    body = {"allowed_apps": ["flux"]} if asked is None else {**ASKED, "token_expiration": asked}
+@pytest.mark.parametrize(("expiration", "seconds"), [(None, 120), (1, 1), (120, 120), (3600, 3600), ("60", 60)])
+def test_a_token_expires_as_requested(keyed_client: httpx.Client, expiration: object, seconds: int) -> None:
+    body = {"allowed_apps": ["flux"]} if expiration is None else {**REQUEST, "token_expiration": expiration}
     before = int(time.time())
-    claims = claims_of(token_of(ask(keyed_client, body)))
+    claims = claims_of(token_of(request_token(keyed_client, body)))
     assert before + seconds <= claims["exp"] <= int(time.time()) + seconds
 
 
-def test_a_token_names_every_app_that_was_asked_for(keyed_client: httpx.Client) -> None:
-    asked = {"allowed_apps": ["flux", "null"], "token_expiration": 120, "ignored": True}
-    assert claims_of(token_of(ask(keyed_client, asked)))["scope"].split() == ["flux", "null"]
+def test_a_token_names_every_requested_app(keyed_client: httpx.Client) -> None:
+    body = {"allowed_apps": ["flux", "null"], "token_expiration": 120, "ignored": True}
+    assert claims_of(token_of(request_token(keyed_client, body)))["scope"].split() == ["flux", "null"]
 
 
 BAD: list[tuple[Any, list[Any]]] = [
@@ -97,12 +97,12 @@ BAD: list[tuple[Any, list[Any]]] = [
     ({"allowed_apps": [5]}, ["body", "allowed_apps", 0]),
     ({"allowed_apps": None}, ["body", "allowed_apps"]),
     ({"allowed_apps": ["flux"] * 101}, ["body", "allowed_apps"]),
-    ({**ASKED, "token_expiration": 0}, ["body", "token_expiration"]),
-    ({**ASKED, "token_expiration": -1}, ["body", "token_expiration"]),
-    ({**ASKED, "token_expiration": 3601}, ["body", "token_expiration"]),
-    ({**ASKED, "token_expiration": 1e12}, ["body", "token_expiration"]),
-    ({**ASKED, "token_expiration": "soon"}, ["body", "token_expiration"]),
-    ({**ASKED, "token_expiration": None}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": 0}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": -1}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": 3601}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": 1e12}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": "soon"}, ["body", "token_expiration"]),
+    ({**REQUEST, "token_expiration": None}, ["body", "token_expiration"]),
     ([], ["body"]),
     ("flux", ["body"]),
 ]
@@ -110,7 +110,7 @@ BAD: list[tuple[Any, list[Any]]] = [
 
 @pytest.mark.parametrize(("body", "loc"), BAD)
 def test_a_bad_request_names_its_field(keyed_client: httpx.Client, body: object, loc: list[Any]) -> None:
-    assert fields(ask(keyed_client, body))["loc"] == loc
+    assert fields(request_token(keyed_client, body))["loc"] == loc
 
 
 @pytest.mark.parametrize("body", ["", "{", "{'allowed_apps': 1}"])
@@ -126,9 +126,9 @@ def test_only_post_makes_tokens(keyed_client: httpx.Client, method: str, slash: 
     assert isinstance(answer.json()["detail"], str)
 
 
-def test_a_page_on_this_machine_gets_a_token_and_a_foreign_one_does_not(narrow_client: httpx.Client) -> None:
+def test_a_local_page_receives_a_token_and_a_foreign_page_does_not(narrow_client: httpx.Client) -> None:
     page, foreign = "http://localhost:3000", "https://evil.example"
-    answer = narrow_client.post("/tokens/", json=ASKED, headers={"origin": page})
+    answer = narrow_client.post("/tokens/", json=REQUEST, headers={"origin": page})
     assert token_of(answer)
     assert answer.headers["access-control-allow-origin"] in ("*", page)
-    text(narrow_client.post("/tokens/", json=ASKED, headers={"origin": foreign}), 403)
+    text(narrow_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)

@@ -1,1 +1,1 @@
-"""The layout, the documents, the container."""
+"""Tests of the source tree, the documents and the container."""

@@ -1,4 +1,4 @@
-"""Rules of the source tree beside those of `lint-imports`: what is light, small, named and documented."""
+"""Rules of the source tree that `lint-imports` does not check: light imports, short files, names and docstrings."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ SOURCES = sorted(
     for path in (*(ROOT / "server").rglob("*.py"), *(ROOT / "models").rglob("*.py"))
     if not path.is_relative_to(ROOT / "models" / "demo")
 )
-#: Without what is installed for the tests, in folders that begin with a dot.
+#: Without the packages installed for the tests, which are in node_modules and in directories that start with a dot.
 TESTS = sorted(
     path
     for path in (ROOT / "tests").rglob("*.py")
@@ -28,12 +28,12 @@ TESTS = sorted(
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 MAX_FILE, MAX_FUNCTION = 300, 45
-#: Longer files, and why: the queue is every change of a job's state under one lock, and reads best in one place.
+#: Exceptions: the queue holds every change of a job's state under one lock, and is easiest to read in one file.
 LONGER = {"server.queue.queue": 315}
 
 
 def name_of(path: Path) -> str:
-    """The module in this file."""
+    """Return the name of the module in this file."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -41,33 +41,33 @@ MODULES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path i
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Modules of ours that this one imports, at its top or late."""
+    """Return the modules of this project that a module imports, at its top or inside functions."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from server.api import responses` is of responses, `from models import discover` of models itself.
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in inner}
+            # `from server.api import responses` imports responses, but `from models import discover` imports models.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
     return found & set(MODULES)
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function, nested ones too."""
+    """Yield every function, including nested ones."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
 
-def test_imports_have_no_circle() -> None:
-    waiting = {module: imported(tree) - {module} for module, tree in MODULES.items()}
-    while free := {module for module, needs in waiting.items() if not needs & set(waiting)}:
-        waiting = {module: needs for module, needs in waiting.items() if module not in free}
-    assert not waiting
+def test_imports_have_no_cycle() -> None:
+    remaining = {module: imported(tree) - {module} for module, tree in MODULES.items()}
+    while leaves := {module for module, needs in remaining.items() if not needs & set(remaining)}:
+        remaining = {module: needs for module, needs in remaining.items() if module not in leaves}
+    assert not remaining
 
 
-def test_only_three_modules_look_for_models() -> None:
+def test_only_three_modules_discover_models() -> None:
     assert {module for module, tree in MODULES.items() if "models" in imported(tree)} == {
         "server.components",
         "server.cli.doctor",
@@ -76,13 +76,13 @@ def test_only_three_modules_look_for_models() -> None:
 
 
 @pytest.mark.parametrize("module", ["server.app", "server.cli.serve", "server.cli.main", "models.flux_dev"])
-def test_importing_brings_in_nothing_heavy(module: str) -> None:
+def test_imports_are_light(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_looking_for_models_brings_in_nothing_heavy() -> None:
+def test_discovering_models_is_light() -> None:
     code = f"import sys, models; models.discover(); print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -104,15 +104,15 @@ def test_functions_are_short(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_begin_with_one_line(module: str) -> None:
-    said = ast.get_docstring(MODULES[module])
-    assert said
-    assert said.splitlines()[0].endswith(".")
+def test_modules_begin_with_a_one_line_docstring(module: str) -> None:
+    docstring = ast.get_docstring(MODULES[module])
+    assert docstring
+    assert docstring.splitlines()[0].endswith(".")
     assert MODULES[module].body[0].lineno == 1
 
 
 def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
-    """Public classes and functions, and their public methods, that say nothing."""
+    """Yield public classes, functions and methods without a docstring."""
     for node in body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
@@ -123,17 +123,17 @@ def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_is_public_says_what_it_is(module: str) -> None:
+def test_public_names_have_docstrings(module: str) -> None:
     assert not list(undocumented(MODULES[module].body))
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
-def test_nothing_is_left_to_do(path: Path) -> None:
+def test_no_marker_of_unfinished_work(path: Path) -> None:
     assert not re.search(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b", path.read_text(encoding="utf-8"))
 
 
-def test_the_page_of_settings_shows_them_as_they_are() -> None:
-    # `python -m tests.support.settings_page` writes it.
+def test_the_settings_page_is_up_to_date() -> None:
+    # `python -m tests.support.settings_page` writes the page.
     assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page()
     assert [name for name in Settings.model_fields if f"`{PREFIX}{name.upper()}`" not in settings_page.page()] == []
 
@@ -143,7 +143,7 @@ _BANNED = re.compile(r"(^|_)(brought|bell|seat|desk|painted|whoever)(_|s?$)", re
 
 
 def names(path: Path) -> Iterator[str]:
-    """The file's own name, and every identifier in it."""
+    """Yield the name of a file and every identifier in it."""
     yield path.stem
     with path.open("rb") as source:
         yield from (token.string for token in tokenize.tokenize(source.readline) if token.type == tokenize.NAME)
@@ -154,11 +154,11 @@ def test_names_are_the_terms_of_the_field(path: Path) -> None:
     assert not {name for name in names(path) if _BANNED.search(name)}
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in TESTS}), ids=str)
-def test_every_folder_of_tests_is_a_package(folder: Path) -> None:
-    # Without it, tests/unit/queue would be what `import queue` finds. The models are no modules: they are looked for.
-    is_looked_for = "models" in folder.parts or "faults" in folder.parts or folder.name in ("canary", "js")
-    assert is_looked_for or (folder / "__init__.py").is_file()
+@pytest.mark.parametrize("directory", sorted({path.parent for path in TESTS}), ids=str)
+def test_every_directory_of_tests_is_a_package(directory: Path) -> None:
+    # Without it, `import queue` would find tests/unit/queue. Models need none, because the server discovers them.
+    is_exempt = "models" in directory.parts or "faults" in directory.parts or directory.name in ("canary", "js")
+    assert is_exempt or (directory / "__init__.py").is_file()
 
 
 def test_every_package_is_installed() -> None:
@@ -168,6 +168,6 @@ def test_every_package_is_installed() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "unit").rglob("test_*.py")), ids=name_of)
-def test_unit_tests_lie_where_their_source_does(path: Path) -> None:
-    place = path.parent.relative_to(ROOT / "tests" / "unit")
-    assert any((ROOT / root / place).is_dir() for root in ("server", "models"))
+def test_unit_tests_mirror_the_source_tree(path: Path) -> None:
+    directory = path.parent.relative_to(ROOT / "tests" / "unit")
+    assert any((ROOT / root / directory).is_dir() for root in ("server", "models"))

@@ -1,4 +1,4 @@
-"""The program that attacks: what it counts is what happened. The figures are `bench.attacks`'s."""
+"""The attack program `bench.attacks`: its counts match what happened. Its figures are not tested."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,12 +13,12 @@ from bench.attacks.report import figures, line
 SECONDS, NUM_FILES = 1.0, 40
 
 
-def test_each_attack_has_a_name_of_its_own() -> None:
+def test_each_attack_has_a_unique_name() -> None:
     assert len(ATTACKS) == len([*loras.ATTACKS, *bodies.ATTACKS, *storage.ATTACKS])
 
 
 @pytest.mark.parametrize("maker", [loras.file_with_metadata, loras.file_with_tensors])
-def test_headers_are_as_long_as_they_are_said_to_be(maker: loras.Maker) -> None:
+def test_headers_have_the_stated_length(maker: loras.Maker) -> None:
     content = maker(1_000_000, 10_000)
     assert 990_000 < int.from_bytes(content[:8], "little") < 1_010_000
 
@@ -28,14 +28,14 @@ def test_empty_files_are_counted() -> None:
     found = figures(attack, measure(attack, SECONDS))
     assert sum(found["attacker_answers"].values()) == NUM_FILES
     accepted = found["attacker_answers"].get("200", 0)
-    folder = found["folder_bytes"]
-    # The other key's uploads come and go meanwhile.
-    assert folder["highest"]["num_files"] >= folder["before"]["num_files"]
-    assert folder["after_sweep"]["num_files"] >= accepted
+    directory = found["folder_bytes"]
+    # Uploads of the other key are created and deleted meanwhile, so the counts are lower bounds.
+    assert directory["highest"]["num_files"] >= directory["before"]["num_files"]
+    assert directory["after_sweep"]["num_files"] >= accepted
     assert line(found).startswith("empty-files: status p99 ")
 
 
-def test_what_is_held_is_counted_and_the_other_key_is_served() -> None:
+def test_held_requests_are_counted_and_the_other_key_is_served() -> None:
     attack = replace(ATTACKS["bodies-60kb"], prepare=partial(bodies.bodies, number=5, length=60_000))
     found = figures(attack, measure(attack, SECONDS))
     assert sum(found["attacker_answers"].values()) == 5 * ROUNDS

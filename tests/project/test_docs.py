@@ -1,4 +1,4 @@
-"""What the documents point at is there: files, headings, settings, commands, metrics."""
+"""References in the documents: files, headings, settings and metrics that they name must exist."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from tests.support.server_process import ROOT
 
 NAMES = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-#: Of other programs that the documents name.
+#: Options of other programs that the documents mention.
 FOREIGN = {
     *(
         "--help",
@@ -42,28 +42,28 @@ FOREIGN = {
 
 
 def headings(document: Path) -> set[str]:
-    """The anchors that GitHub gives to its headings."""
+    """Return the anchors that GitHub gives to the headings of a document."""
     lines = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_link_targets_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
-        place = (document.parent / name).resolve() if name else document
-        assert place.exists(), target
-        assert not anchor or anchor in headings(place), target
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), target
+        assert not anchor or anchor in headings(path), target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_settings_exist(document: Path) -> None:
     known = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
     known |= {f"--no-{name[2:]}" for name in known} | FOREIGN
-    said = set(re.findall(r"(?<![\w-])--[a-z][a-z\-]+", document.read_text(encoding="utf-8")))
-    assert said <= known
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z\-]+", document.read_text(encoding="utf-8")))
+    assert options <= known
 
 
 def test_metrics_exist() -> None:
@@ -74,7 +74,7 @@ def test_metrics_exist() -> None:
             assert f"flux_server_{name.removesuffix('_total')}" in text or f'"{name}"' in gauges, name
 
 
-def test_the_readme_is_short_and_leads_to_every_page() -> None:
+def test_the_readme_is_short_and_links_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.split()) <= 700
     pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}

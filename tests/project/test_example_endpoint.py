@@ -1,4 +1,4 @@
-"""The endpoints that docs/adding-an-endpoint.md shows are found, and the one without weights is served."""
+"""The example endpoints of docs/adding-an-endpoint.md are discovered, and the one without weights serves requests."""
 
 import io
 import re
@@ -17,20 +17,20 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 ENDPOINTS = ("acme/flux/portraits", "acme/plain")
 
 
-def written(folder: Path, name: str) -> Path:
-    """A folder of models with these examples; modules are known by their names, so each test takes its own."""
+def write_examples(directory: Path, name: str) -> Path:
+    """Write the examples into a directory of models. Python caches modules by name, so each test passes a new name."""
     for number, example in enumerate(EXAMPLES):
-        (folder / f"{name}_{number}.py").write_text(example)
-    return folder
+        (directory / f"{name}_{number}.py").write_text(example)
+    return directory
 
 
-def test_every_example_begins_with_the_endpoint_that_it_is() -> None:
+def test_every_example_begins_with_its_endpoint() -> None:
     assert [example.removeprefix('"""').partition(":")[0] for example in EXAMPLES] == list(ENDPOINTS)
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_it_is_found_and_its_input_validates_a_prompt(tmp_path: Path, endpoint: str) -> None:
-    found = models.discover(written(tmp_path, f"found_{endpoint.rpartition('/')[2]}"))
+def test_the_endpoint_is_discovered_and_validates_a_prompt(tmp_path: Path, endpoint: str) -> None:
+    found = models.discover(write_examples(tmp_path, f"found_{endpoint.rpartition('/')[2]}"))
     assert set(found) - set(models.discover()) == set(ENDPOINTS)
     model = found[endpoint]
     request = model.Input.model_validate({"prompt": "a red apple", "seed": 7})
@@ -39,14 +39,14 @@ def test_it_is_found_and_its_input_validates_a_prompt(tmp_path: Path, endpoint: 
         model.Input.model_validate({"seed": 7})
 
 
-def test_the_one_without_weights_is_served(tmp_path: Path) -> None:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    written(folder, "served")
-    with serving(tmp_path / "data", "acme/plain=demo", models_dir=str(folder)) as server:
+def test_the_endpoint_without_weights_is_served(tmp_path: Path) -> None:
+    directory = tmp_path / "models"
+    directory.mkdir()
+    write_examples(directory, "served")
+    with serving(tmp_path / "data", "acme/plain=demo", models_dir=str(directory)) as server:
         body = {"prompt": "a plain", "seed": 0xFF0000, "num_images": 2}
         answer = httpx.post(f"{server.url}/acme/plain", json=body, timeout=60).json()
         assert (answer["seed"], answer["prompt"]) == (0xFF0000, "a plain")
-        for image, colour in zip(answer["images"], [(255, 0, 0), (255, 0, 1)], strict=True):
-            with Image.open(io.BytesIO(httpx.get(image["url"]).content)) as picture:
-                assert (picture.size, picture.getpixel((0, 0))) == ((512, 512), colour)
+        for output, colour in zip(answer["images"], [(255, 0, 0), (255, 0, 1)], strict=True):
+            with Image.open(io.BytesIO(httpx.get(output["url"]).content)) as image:
+                assert (image.size, image.getpixel((0, 0))) == ((512, 512), colour)

@@ -1,4 +1,4 @@
-"""`make peers` compares servers, not versions of what they share."""
+"""`make peers` compares servers, so both sides must use the same versions of the packages they share."""
 
 import pytest
 
@@ -13,5 +13,5 @@ def versions(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "package", ["fastapi", "starlette", "uvicorn", "uvloop", "httptools", "pydantic", "pydantic_core", "pillow"]
 )
-def test_both_sides_have_the_same(package: str) -> None:
+def test_both_sides_have_the_same_version(package: str) -> None:
     assert versions("bench/peer_servers/requirements.txt")[package] == versions("constraints.txt")[package]

@@ -1,1 +1,1 @@
-"""Hostile input, and what must not leave."""
+"""Tests with hostile input, and of data that must not leave the server."""

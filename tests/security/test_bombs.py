@@ -1,4 +1,4 @@
-"""What is small on its way and large here, at every door; clients that hold what others need, or read nothing."""
+"""Decompression bombs and other small inputs that need much memory, on every route."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from tests.support.server_process import TEST_MODELS, Server, serving
 
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
 #: Bytes by which the process may grow.
-ROOM = 300 * 2**20
+MAX_GROWTH = 300 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def bombed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @contextmanager
 def unharmed(server: Server) -> Iterator[None]:
-    """Whatever the block does, the process grows by little, and answers others meanwhile and afterwards."""
+    """Check that during the block the process grows little, answers other requests and logs no traceback."""
     process, is_over = psutil.Process(server.process.pid), threading.Event()
     before, seen, answers = process.memory_info().rss, list[int](), list[int]()
 
@@ -51,61 +51,61 @@ def unharmed(server: Server) -> Iterator[None]:
         is_over.set()
         watcher.join()
     assert answers and set(answers) == {200}
-    assert max(seen) - before < ROOM, f"it grew by {(max(seen) - before) / 2**20:.0f} MiB"
+    assert max(seen) - before < MAX_GROWTH, f"the process grew by {(max(seen) - before) / 2**20:.0f} MiB"
     assert "Traceback" not in server.output
 
 
-# -- the doors: each takes a body as it is sent, and gives the status and the words of its refusal
+# -- the routes: each sends a body as it is, and returns the status and the body of the answer
 
-#: fal's, and OpenAI's.
+#: The status codes of refusals in fal's and in OpenAI's shape.
 REFUSALS = (422, 400)
-Door = Callable[[Server, str, bytes], tuple[int, Any]]
+Route = Callable[[Server, str, bytes], tuple[int, Any]]
 
 
-def over_http(path: str, **headers: str) -> Door:
-    def enter(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
-        sent = {
+def over_http(path: str, **headers: str) -> Route:
+    def send(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+        all_headers = {
             "content-type": "application/json",
             **ALICE,
             **{name: value.format(endpoint) for name, value in headers.items()},
         }
         answer = httpx.post(
-            f"{server.url}{path.format(endpoint)}", content=body, headers=sent, timeout=60, trust_env=False
+            f"{server.url}{path.format(endpoint)}", content=body, headers=all_headers, timeout=60, trust_env=False
         )
         return answer.status_code, answer.json()
 
-    return enter
+    return send
 
 
-def in_openais_words(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
-    named = body.replace(b"{", b'{"model": "%s", ' % endpoint.encode(), 1) if body.startswith(b"{") else body
-    return over_http("/v1/images/generations")(server, endpoint, named)
+def over_openai(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+    content = body.replace(b"{", b'{"model": "%s", ' % endpoint.encode(), 1) if body.startswith(b"{") else body
+    return over_http("/v1/images/generations")(server, endpoint, content)
 
 
-def as_frame(is_text: bool) -> Door:
-    def enter(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
+def as_frame(is_text: bool) -> Route:
+    def send(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
         with session(server, endpoint, **ALICE) as socket:
             socket.send(body.decode() if is_text else body)
-            words = heard(socket)
-            return {"INVALID_INPUT": 422}.get(words["error"], 500), {"detail": words["reason"]}
+            message = heard(socket)
+            return {"INVALID_INPUT": 422}.get(message["error"], 500), {"detail": message["reason"]}
 
-    return enter
+    return send
 
 
-HTTP: dict[str, Door] = {
+HTTP: dict[str, Route] = {
     "queue": over_http("/queue/{}"),
     "run": over_http("/{}"),
     "stream": over_http("/{}/stream"),
     "proxy": over_http("/api/fal/proxy", **{"x-fal-target-url": "https://queue.fal.run/{}"}),
-    "openai": in_openais_words,
+    "openai": over_openai,
 }
-DOORS = {**HTTP, "realtime": as_frame(is_text=True)}
+ROUTES = {**HTTP, "realtime": as_frame(is_text=True)}
 
 
-# -- pictures
+# -- images
 
 ZEROS = zlib.compress(bytes(80_000_000), 9)
-PICTURES = {
+IMAGES = {
     "many pixels": png(60_000, 60_000, chunk(b"IDAT", zlib.compress(bytes(3_000_000), 9))),
     "a profile": in_between(PNG, 33, chunk(b"iCCP", b"a\0\0" + ZEROS)),
     "text": in_between(PNG, 33, chunk(b"zTXt", b"a\0\0" + ZEROS)),
@@ -113,7 +113,7 @@ PICTURES = {
     "international text": in_between(PNG, 33, chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)),
     "frames": png(9000, 9000, chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), chunk(b"IDAT", ZEROS)),
 }
-#: A picture all the same, whose metadata say that they are larger than the file, 65,000 times.
+#: A valid image whose 65,000 metadata entries all claim to be larger than the file.
 BAD_METADATA = in_between(
     PNG,
     33,
@@ -126,26 +126,26 @@ BAD_METADATA = in_between(
 )
 
 
-def asking(content: bytes) -> bytes:
+def with_image(content: bytes) -> bytes:
     uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return json.dumps({"prompt": "x", "image_url": uri}).encode()
 
 
-@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
-def test_pictures_that_unpack_to_gigabytes(bombed: Server, door: Door) -> None:
-    """Their field is named."""
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_images_that_decompress_to_gigabytes(bombed: Server, route: Route) -> None:
+    """Refuse the images with an error that names their field."""
     with unharmed(bombed):
-        for name, content in PICTURES.items():
-            status, answer = door(bombed, "test/copy", asking(content))
+        for name, content in IMAGES.items():
+            status, answer = route(bombed, "test/copy", with_image(content))
             assert status in REFUSALS, (name, answer)
             assert "image_url" in json.dumps(answer), name
             assert len(json.dumps(answer)) < 10_000
 
 
-def test_bad_metadata_do_not_fill_the_log(bombed: Server) -> None:
+def test_bad_metadata_does_not_fill_the_log(bombed: Server) -> None:
     before = len(bombed.output)
     with unharmed(bombed):
-        status, answer = HTTP["run"](bombed, "test/copy", asking(BAD_METADATA))
+        status, answer = HTTP["run"](bombed, "test/copy", with_image(BAD_METADATA))
     assert (status, answer["images"][0]["width"]) == (200, 96)
     assert len(bombed.output) - before < 1000
 
@@ -173,18 +173,18 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
-def test_json_that_takes_more_than_its_size(bombed: Server, door: Door) -> None:
-    """Refused; where it is one field, by name."""
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_json_that_needs_more_memory_than_its_size(bombed: Server, route: Route) -> None:
+    """Refuse the bodies; if a single field is at fault, name it in the error."""
     with unharmed(bombed):
         for name, text in TEXTS.items():
-            status, answer = door(bombed, "test/null", text.encode())
+            status, answer = route(bombed, "test/null", text.encode())
             assert status in REFUSALS, (name, status, str(answer)[:300])
-            said = json.dumps(answer)
-            assert len(said) < 10_000, name
-            words = [word for word in name.split() if word in FIELDS]
-            # A number that no JSON reader takes is told by its place.
-            assert "number out of range" in said or all(FIELDS[word] in said for word in words), (name, said)
+            error = json.dumps(answer)
+            assert len(error) < 10_000, name
+            fields = [FIELDS[word] for word in name.split() if word in FIELDS]
+            # The JSON parser reports the position of a number that is out of range, not its field.
+            assert "number out of range" in error or all(field in error for field in fields), (name, error)
 
 
 SMALL = msgpack.packb({"prompt": "x"})
@@ -199,21 +199,21 @@ FRAMES: dict[str, bytes] = {
     "an extension that claims to be long": b"\x81\xa6prompt\xc9\xff\xff\xff\xff\x05" + b"x" * 1000,
     "an extension": msgpack.packb({"prompt": msgpack.ExtType(5, bytes(1_000_000))}),
     "a time": msgpack.packb({"prompt": "x", "seed": msgpack.Timestamp(2**33)}),
-    "a time that is none": b"\x82\xa6prompt\xa1x\xa4more\xc7\x0c\xff" + b"\xff" * 12,
+    "an invalid time": b"\x82\xa6prompt\xa1x\xa4more\xc7\x0c\xff" + b"\xff" * 12,
     "a time as a key": b"\x82\xa6prompt\xa1x\xd6\xff\x00\x00\x00\x01\x01",
     "a list as a key": b"\x82\xa6prompt\xa1x\x91\x01\x01",
-    "one behind another": SMALL * 100_000,
+    "many messages in one": SMALL * 100_000,
 }
 
 
-def test_msgpack_that_takes_more_than_its_size(bombed: Server) -> None:
-    """The session goes on."""
+def test_msgpack_that_needs_more_memory_than_its_size(bombed: Server) -> None:
+    """Refuse the frames and keep the session open."""
     with unharmed(bombed), session(bombed, **ALICE) as socket:
         for name, frame in FRAMES.items():
             socket.send(frame)
-            words = heard(socket)
-            assert "type" in words, name
-            assert (words["type"], words["error"]) == ("x-fal-error", "INVALID_INPUT"), name
-            assert len(words["reason"]) < 10_000
+            message = heard(socket)
+            assert "type" in message, name
+            assert (message["type"], message["error"]) == ("x-fal-error", "INVALID_INPUT"), name
+            assert len(message["reason"]) < 10_000
         socket.send(SMALL)
         assert heard(socket)["prompt"] == "x"

@@ -1,4 +1,4 @@
-"""Secrets are planted, much is done with them, and then they are searched for wherever anybody could look."""
+"""Planted secrets: after many requests, a search of answers, logs and the database must not find them."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.server_process import TEST_MODELS, completed, free_port, serving
 
-#: Where each is given to the server; none is ever to be read back.
+#: Secrets by the way they reach the server. No output may ever contain them.
 KEY, OPERATOR, HUB, WEBHOOK = (
     "planted-key-1f3a",
     "planted-operator-9c2e",
@@ -19,10 +19,10 @@ PROMPT = "planted-prompt-55b0"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_planted_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+def test_planted_secrets_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
     monkeypatch.setenv("HF_TOKEN", HUB)
     settings = {"keys": f"{KEY},other", "operator_keys": OPERATOR, "webhook_secret": WEBHOOK, "log_level": "debug"}
-    said: list[str] = []
+    texts: list[str] = []
     with serving(
         tmp_path,
         TEST_MODELS,
@@ -50,17 +50,17 @@ def test_planted_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_fo
             queued = client.post("/queue/test/null", params=hook, json={"prompt": PROMPT}, headers=mine).json()
             client.headers.update(mine)
             completed(client, queued["status_url"])
-            said = [f"{answer.headers} {answer.text}" for answer in answers]
-        # The first answer is the client's own, and says its prompt.
-        del said[0]
+            texts = [f"{answer.headers} {answer.text}" for answer in answers]
+        # The first answer repeats the prompt of the client, as it should.
+        del texts[0]
         assert server.stop() == 0
         server._reader.join()
     database = b"".join(path.read_bytes() for path in tmp_path.glob("queue.sqlite3*"))
     for secret in (KEY, OPERATOR, HUB, WEBHOOK):
         assert secret not in server.output
         assert secret.encode() not in database
-        assert not any(secret in words for words in said)
+        assert not any(secret in text for text in texts)
     assert PROMPT not in server.output
-    # What is meant to be kept is, or the search would find nothing whatever happened.
+    # The prompt is meant to be stored. Finding it shows that the search works.
     assert PROMPT.encode() in database
     assert os.environ["HF_TOKEN"] == HUB

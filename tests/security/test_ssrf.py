@@ -1,4 +1,4 @@
-"""What leaves the server, seen on the wire of a network where every address answers: nothing that must not."""
+"""Server-side request forgery: in a network where every IP address answers, no forbidden packet leaves the server."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support.network import PUBLIC, RESOLVER, inside
 from tests.support.network_programs import BY_NAME, CORPUS, WAYS
 
-#: Where the names of good hosts and of bad ones are asked for.
+#: The DNS lookups of allowed and of forbidden names.
 LOOKED_UP = f"udp {RESOLVER} 53"
 
 
@@ -21,35 +21,35 @@ def allowed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return inside("allowed", tmp_path_factory.mktemp("allowed"))
 
 
-def test_there_are_as_many_as_were_asked_for() -> None:
+def test_the_corpus_has_at_least_sixty_urls() -> None:
     assert len(CORPUS) == len(set(CORPUS)) >= 60
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_is_refused(hostile: Any, way: str) -> None:
-    # A webhook's name is looked up when it is delivered.
-    later = BY_NAME if way == "webhook" else []
-    assert hostile["ends"][way] == {url: "ForbiddenURL" if url in later else 422 for url in CORPUS}
+def test_each_url_is_refused(hostile: Any, way: str) -> None:
+    # The host name of a webhook is looked up at delivery.
+    refused_later = BY_NAME if way == "webhook" else []
+    assert hostile["ends"][way] == {url: "ForbiddenURL" if url in refused_later else 422 for url in CORPUS}
 
 
-def test_a_name_that_is_inner_at_the_second_look_is_looked_up_once(hostile: Any) -> None:
+def test_a_name_that_later_resolves_to_a_private_address_is_looked_up_once(hostile: Any) -> None:
     assert hostile["ends"]["rebinding"] == {"first": 200, "second": 422}
 
 
-def test_nothing_inner_is_turned_to(hostile: Any) -> None:
-    """Not on any port, whether somebody listens or not. The public host is, for it sends on to all of them."""
+def test_no_private_address_is_contacted(hostile: Any) -> None:
+    """Check every port, open or not. Only the public host is contacted, which redirects to all private addresses."""
     assert set(hostile["tried"]) == {f"tcp {PUBLIC} 80", LOOKED_UP}
-    asked = [line.split()[1] for line in hostile["asked"]]
-    assert len(asked) > 2 * len(CORPUS)
-    assert set(asked) == {PUBLIC}
+    addresses = [line.split()[1] for line in hostile["asked"]]
+    assert len(addresses) > 2 * len(CORPUS)
+    assert set(addresses) == {PUBLIC}
 
 
-def test_who_is_allowed_to_is_heard(allowed: Any) -> None:
-    """By the very same addresses, so that the silence above means something."""
+def test_allowed_requests_are_observed(allowed: Any) -> None:
+    """Contact the same addresses, which shows that the tests above would have observed forbidden requests."""
     assert set(allowed["ends"].values()) == {200}
     tried = {line.split()[1] for line in allowed["tried"]} - {PUBLIC, RESOLVER}
-    inner = {"127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "192.0.0.192"}
-    assert tried >= {*inner, "::1", "fd00::1", "fec0::1", "fd00:ec2::254", "64:ff9b::7f00:1", "2002:7f00:1::"}
+    private = {"127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "192.0.0.192"}
+    assert tried >= {*private, "::1", "fd00::1", "fec0::1", "fd00:ec2::254", "64:ff9b::7f00:1", "2002:7f00:1::"}
     files = {"GET 10.0.0.1 /picture.png", "GET 192.168.0.1 /lora.safetensors", "POST 169.254.169.254 /hook"}
     assert set(allowed["asked"]) > files
 
@@ -59,9 +59,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return inside("local", tmp_path_factory.mktemp("local"))
 
 
-def test_weights_that_are_here_are_loaded_and_painted_without_a_word_to_anybody(local: Any) -> None:
-    """Those of the demo, of a folder, and of the hub's cache; no name is looked up either."""
+def test_local_weights_are_used_without_network_access(local: Any) -> None:
+    """Use weights of the demo, of a directory and of the hub's cache; no name is looked up either."""
     assert [end.get("has_nsfw_concepts", end) for end in local["ends"].values()] == [[False]] * 3
     assert local["tried"] == []
-    # The wire was listened to.
+    # These packets show that the network was observed.
     assert set(local["after"]) == {f"tcp {PUBLIC} 80", LOOKED_UP}

@@ -1,4 +1,4 @@
-"""Path tricks on /files and the page's own files, word for word on the wire: nothing outside is ever read."""
+"""Path traversal on /files and /static, sent without normalization: no file outside is ever read."""
 
 import itertools
 import socket
@@ -11,7 +11,7 @@ import pytest
 from tests.support.server_process import TEST_MODELS, Server, serving
 
 SECRET = b"SQLite format 3"
-#: Ways to say "one up", and what lies there.
+#: Spellings of the parent directory.
 UPS = (
     *(
         "..",
@@ -29,6 +29,7 @@ UPS = (
     ),
 )
 SLASHES = ("/", "%2f", "%2F", "\\", "%5c", "//", "%c0%af", "%252f")
+#: Files in the parent directory of /files.
 TARGETS = ("queue.sqlite3", "lock", "tls/ca.key")
 TRICKS = [f"{up}{slash}{TARGETS[0]}" for up, slash in itertools.product(UPS, SLASHES)]
 MORE = [
@@ -65,28 +66,28 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def asked(server: Server, target: bytes) -> bytes:
-    """The whole answer to a request line that no client library touched."""
+def answer_to(server: Server, target: bytes) -> bytes:
+    """Request exactly this target, without a client library; return the whole answer."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        said = b""
+        answer = b""
         while part := connection.recv(65_536):
-            said += part
-    return said
+            answer += part
+    return answer
 
 
 @pytest.mark.parametrize("prefix", ["/files/", "/static/", "/queue/../files/", "/api/fal/proxy/../../files/"])
 def test_nothing_outside_is_read(private: Server, prefix: str) -> None:
     assert len(TRICKS) + len(MORE) >= 60
     for trick in (*TRICKS, *MORE):
-        answer = asked(private, (prefix + trick).encode("latin-1"))
+        answer = answer_to(private, (prefix + trick).encode("latin-1"))
         status = int(answer.split(b" ", 2)[1])
         assert status in (400, 404, 405), (trick, answer[:200])
         assert SECRET not in answer and b"root:" not in answer and b"PRIVATE KEY" not in answer, trick
 
 
-def test_the_secret_is_there_to_be_found(private: Server) -> None:
-    """Or the test above could not fail."""
+def test_the_secret_can_be_found(private: Server) -> None:
+    """Check that the secret exists; otherwise the test above could not fail."""
     content = (Path(private.data_dir) / "queue.sqlite3").read_bytes()
     assert content.startswith(SECRET)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds the image where there is no Docker engine, and has the server in it paint, as the image says: not root, on a
-# root that cannot be written to. Wants root, and Debian's buildah, debootstrap, iproute2 and curl.
+# Builds the container image without a Docker engine, runs it as the image specifies (not as root, on a read-only root
+# file system), and generates an image with the server in it. Needs root, and Debian's buildah, debootstrap, iproute2
+# and curl.
 #
-#   tests/project/container/build.sh [PICTURE]   keeps the picture that was painted there
+#   tests/project/container/build.sh [OUTPUT]   copies the generated image to OUTPUT
 #
-# The base is made by debootstrap and only bears the name of the Dockerfile's. Where pip has wheels on disk
-# (find-links), they are mounted while building. TORCH_INDEX is what it is in the Makefile. All that is started here
-# lives in a process namespace that ends with this script, the server also in a network namespace that has loopback
-# and nothing else.
+# debootstrap makes the base image, which only has the name of the Dockerfile's base. If pip is configured with local
+# wheels (find-links), they are mounted during the build. TORCH_INDEX means the same as in the Makefile. All processes
+# run in a process namespace that ends with this script. The server also runs in a network namespace that has only
+# loopback.
 set -euo pipefail
 
 IMAGE=flux-server
@@ -15,8 +16,8 @@ USER_ID=10001
 PLAIN=http://127.0.0.1:8000
 TLS=https://localhost:8443
 SIDE=512
-# Seconds that each part may take at most.
-BASE_LIMIT=600 BUILD_LIMIT=2400 READY_LIMIT=180 PAINT_LIMIT=120 STOP_LIMIT=60
+# The time limit of each part, in seconds.
+BASE_LIMIT=600 BUILD_LIMIT=2400 READY_LIMIT=180 GENERATE_LIMIT=120 STOP_LIMIT=60
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
@@ -27,32 +28,32 @@ fail() {
     exit 1
 }
 
-# buildah with storage of its own; its "vfs" and "chroot" work within containers and sandboxes too.
+# Runs buildah with separate storage. Its "vfs" and "chroot" modes also work in containers and sandboxes.
 store() {
     timeout "$BUILD_LIMIT" buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"
 }
 
 main() {
-    local picture=${1:-} program
+    local output=${1:-} program
     [[ $EUID == 0 ]] || fail "debootstrap and chroot need root"
     for program in buildah debootstrap setpriv unshare nsenter ip pgrep curl; do
         command -v "$program" > /dev/null || fail "$program is not installed"
     done
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/flux-server-image.XXXXXX")
-    # It dies with this script even where the script cannot say so any more.
+    # The kernel kills this process with the script, even if the script has no chance to do so.
     setpriv --pdeathsig KILL \
         unshare --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$work" &
     inside=$!
     trap 'kill -KILL "$inside" 2> /dev/null || true; wait || true; rm -rf "$work"' EXIT
     trap 'exit 143' INT TERM
     wait "$inside"
-    if [[ $picture ]]; then
-        cp "$work/picture.jpg" "$picture"
+    if [[ $output ]]; then
+        cp "$work/generated.jpg" "$output"
     fi
 }
 
 inside() {
-    # What buildah leaves behind goes with the rest.
+    # Temporary files of buildah are deleted with the rest.
     mkdir "$work/tmp"
     export TMPDIR=$work/tmp
     make_base
@@ -60,26 +61,26 @@ inside() {
     unshare --net "${BASH_SOURCE[0]}" --try "$work"
 }
 
-# What the Dockerfile's base is, less what only people read. The packages come from debootstrap's own mirror.
+# Makes the base of the Dockerfile, without documentation. The packages come from debootstrap's default mirror.
 make_base() {
-    local made base certificates=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
+    local container base certificates=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
     SECONDS=0
-    made=$(store from scratch)
-    base=$(store mount "$made")
+    container=$(store from scratch)
+    base=$(store mount "$container")
     timeout "$BASE_LIMIT" debootstrap --variant=minbase --include=ca-certificates bookworm "$base" \
-        > "$work/base.log" 2>&1 || { tail -20 "$work/base.log" >&2 && fail "debootstrap"; }
+        > "$work/base.log" 2>&1 || { tail -20 "$work/base.log" >&2 && fail "debootstrap could not make the base"; }
     rm -rf "$base"/var/{cache/apt,lib/apt/lists,log}/* "$base"/usr/share/{doc,man,locale,info}/*
-    # Whom this machine trusts, or its package registries might not be reached from inside.
+    # Copy the certificates that this machine trusts. Without them its package registries may be unreachable inside.
     if [[ -r $certificates ]]; then
         cp "$certificates" "$base/etc/ssl/certs/ca-certificates.crt"
     fi
-    store umount "$made" > /dev/null
-    store commit --quiet --rm "$made" debian:bookworm-slim > /dev/null
+    store umount "$container" > /dev/null
+    store commit --quiet --rm "$container" debian:bookworm-slim > /dev/null
     say "base: made in $SECONDS s"
 }
 
 build() {
-    local -a links=() places=() mounts=()
+    local -a links=() sources=() mounts=()
     local link
     SECONDS=0
     read -r -a links <<< "$(find_links)" || true
@@ -88,17 +89,17 @@ build() {
             mounts+=(--volume "$link:/mnt/${#mounts[@]}:ro")
             link=/mnt/$((${#mounts[@]} - 2))
         fi
-        places+=("$link")
+        sources+=("$link")
     done
-    # The format is Docker's, because OCI's has no health check.
+    # Use Docker's format, because the OCI format has no health check.
     store bud --isolation chroot --format docker --pull-never --tag "$IMAGE" \
-        --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" --build-arg "PIP_FIND_LINKS=${places[*]-}" \
+        --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" --build-arg "PIP_FIND_LINKS=${sources[*]-}" \
         ${mounts[@]+"${mounts[@]}"} "$repository" \
-        > "$work/build.log" 2>&1 || { tail -40 "$work/build.log" >&2 && fail "buildah"; }
+        > "$work/build.log" 2>&1 || { tail -40 "$work/build.log" >&2 && fail "buildah could not build the image"; }
     say "image: $(store images --format '{{.Size}}' "$IMAGE"), built in $SECONDS s"
 }
 
-# The environment's word goes before the configuration's, as in pip itself.
+# The environment takes precedence over the configuration, as in pip itself.
 find_links() {
     if [[ ${PIP_FIND_LINKS:-} ]]; then
         echo "$PIP_FIND_LINKS"
@@ -107,12 +108,12 @@ find_links() {
     fi
 }
 
-# In the network namespace: the ports are the image's own, and nobody else's.
+# Runs in the network namespace, where no other program uses the ports of the image.
 try() {
     ip link set lo up
     container=$(store from --pull-never "$IMAGE")
     root=$(store mount "$container")
-    # As Docker fills a named volume: with what the image has there, and its owner.
+    # Fill the volumes as Docker fills a named volume: with the content of the image and its owner.
     cp -a "$root/data" "$root/models" "$work/"
     mkdir "$work/scratch"
     mount -t tmpfs -o mode=1777,nosuid,nodev,noexec tmpfs "$work/scratch"
@@ -125,25 +126,25 @@ try() {
 
     start
     key=$(sed -n 's/.*FAL_KEY=//p' "$work/server.log")
-    [[ $key ]] || fail "no key was made, though others could reach this server"
-    look_at_process
-    beside "${health[@]:1}" || fail "the image's health check"
-    curl -fsS --cacert "$work/data/tls/ca.pem" "$TLS/health" > /dev/null || fail "TLS"
-    paint
+    [[ $key ]] || fail "the server made no key, although other machines could reach it"
+    check_process
+    in_container "${health[@]:1}" || fail "the health check of the image failed"
+    curl -fsS --cacert "$work/data/tls/ca.pem" "$TLS/health" > /dev/null || fail "no answer at $TLS"
+    generate
     stop
     start
-    ! grep -q FAL_KEY= "$work/server.log" || fail "a second key was made"
-    curl -fsS "$url" | cmp - "$work/picture.jpg" || fail "the picture did not survive a restart"
+    ! grep -q FAL_KEY= "$work/server.log" || fail "the server made a second key"
+    curl -fsS "$url" | cmp - "$work/generated.jpg" || fail "the generated image did not survive a restart"
     stop
-    say "restart: no other key, the same picture"
+    say "restart: no other key, the same generated image"
 }
 
 of_image() {
     store inspect --type image --format "$1" "$IMAGE" | sed '/^$/d'
 }
 
-# The image's command in the container. The root is read-only when buildah takes it for the container; then buildah,
-# which removes its own files from there at the end, may write to it again.
+# Runs the command of the image in the container. The root is read-only while buildah sets the container up. Later it
+# becomes writable for buildah, which removes its files from it at the end.
 start() {
     SECONDS=0
     touch "$root/run/.containerenv" "$root/etc/hosts" "$root/etc/resolv.conf"
@@ -153,9 +154,9 @@ start() {
     server=$!
     until curl -fs -o /dev/null "$PLAIN/health/ready"; do
         if ! kill -0 "$server" 2> /dev/null || ((SECONDS > READY_LIMIT)); then
-            # Less buildah's own fall over the root that it cannot tidy up.
+            # Leave out the panic of buildah, which cannot clean up the read-only root.
             sed '/^panic: /,$d' "$work/server.log" >&2
-            fail "the server did not get ready"
+            fail "the server ended or was not ready within $READY_LIMIT s"
         fi
         sleep 0.2
     done
@@ -163,13 +164,13 @@ start() {
     say "server: ready after $SECONDS s"
 }
 
-# The number of the server's own process; buildah's beside it belong to that user too.
+# Prints the process id of the server. Processes of buildah belong to the same user.
 process() {
     pgrep --uid "$USER_ID" --exact flux-server
 }
 
-# A command in the server's container and environment, as `docker exec` runs it.
-beside() {
+# Runs a command in the container and the environment of the server, as `docker exec` does.
+in_container() {
     local id
     local -a environment
     id=$(process)
@@ -178,34 +179,34 @@ beside() {
         env --ignore-environment "${environment[@]}" "$@"
 }
 
-look_at_process() {
-    local id said
+check_process() {
+    local id message
     id=$(process) || fail "no server runs as the user $USER_ID"
-    grep -Eq "^Uid:(\s+$USER_ID){4}\$" "/proc/$id/status" || fail "the server can be another user than $USER_ID"
+    grep -Eq "^Uid:(\s+$USER_ID){4}\$" "/proc/$id/status" || fail "the server can become another user than $USER_ID"
     grep -Eq '^CapEff:\s+0+$' "/proc/$id/status" || fail "the server has capabilities"
-    # Even root cannot.
-    if said=$(LC_ALL=C nsenter --target "$id" --mount --root touch /opt/flux-server/written 2>&1); then
-        fail "the root can be written to"
+    # Even root cannot write to the root file system.
+    if message=$(LC_ALL=C nsenter --target "$id" --mount --root touch /opt/flux-server/written 2>&1); then
+        fail "the root file system is writable"
     fi
-    [[ $said == *"Read-only file system"* ]] || fail "the root is not read-only but: $said"
+    [[ $message == *"Read-only file system"* ]] || fail "writing to the root failed for another reason: $message"
     say "server: user $USER_ID, no capabilities, read-only root"
 }
 
-paint() {
+generate() {
     local body status size
-    local address=$PLAIN/fal-ai/flux/dev
+    local endpoint=$PLAIN/fal-ai/flux/dev
     body="{\"prompt\": \"a red apple\", \"seed\": 1, \"image_size\": {\"width\": $SIDE, \"height\": $SIDE}}"
-    status=$(curl -s -o /dev/null -w '%{http_code}' --json "$body" "$address")
+    status=$(curl -s -o /dev/null -w '%{http_code}' --json "$body" "$endpoint")
     [[ $status == 401 ]] || fail "without the key the answer was $status"
     SECONDS=0
-    curl -fsS --max-time "$PAINT_LIMIT" -H "Authorization: Key $key" --json "$body" "$address" > "$work/answer.json" \
-        || { cat "$work/server.log" >&2 && fail "no picture was painted"; }
+    curl -fsS --max-time "$GENERATE_LIMIT" -H "Authorization: Key $key" --json "$body" "$endpoint" \
+        > "$work/answer.json" || { cat "$work/server.log" >&2 && fail "no image was generated"; }
     url=$(sed -E 's/.*"url": ?"([^"]+)".*/\1/' "$work/answer.json")
-    curl -fsS -o "$work/picture.jpg" "$url"
-    size=$(beside python -c 'import sys, PIL.Image; print(*PIL.Image.open(sys.stdin.buffer).size)' \
-        < "$work/picture.jpg")
-    [[ $size == "$SIDE $SIDE" ]] || fail "the picture is of $size pixels"
-    say "picture: ${size/ / × } pixels, $(stat -c %s "$work/picture.jpg") bytes, in $SECONDS s"
+    curl -fsS -o "$work/generated.jpg" "$url"
+    size=$(in_container python -c 'import sys, PIL.Image; print(*PIL.Image.open(sys.stdin.buffer).size)' \
+        < "$work/generated.jpg")
+    [[ $size == "$SIDE $SIDE" ]] || fail "the generated image has $size pixels instead of $SIDE $SIDE"
+    say "generated image: ${size/ / × } pixels, $(stat -c %s "$work/generated.jpg") bytes, in $SECONDS s"
 }
 
 stop() {
@@ -213,10 +214,10 @@ stop() {
     id=$(process)
     kill -TERM "$id"
     while kill -0 "$id" 2> /dev/null; do
-        ((++tries < STOP_LIMIT * 5)) || fail "the server did not stop"
+        ((++tries < STOP_LIMIT * 5)) || fail "the server did not stop within $STOP_LIMIT s"
         sleep 0.2
     done
-    wait "$server" || fail "the server ended with $?"
+    wait "$server" || fail "the server ended with exit code $?"
 }
 
 case ${1:-} in
