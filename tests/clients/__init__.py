@@ -1,1 +1,1 @@
-"""Real SDKs and other programs that people use."""
+"""Tests with real SDKs and other client programs."""

@@ -1,4 +1,4 @@
-"""Pictures in, as the endpoint's page says: by address, as a data URI and as an uploaded file, with every SDK."""
+"""Tests of image inputs with every SDK: by URL, as a data URI and as an uploaded file, as fal's endpoint page shows."""
 
 import io
 from collections.abc import Iterator
@@ -19,43 +19,43 @@ from tests.support.server_process import Server, with_door
 
 
 @pytest.fixture(scope="module")
-def copying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose answer is the picture that came in; the operator's own network is allowed."""
+def copying_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a server that returns its input image and may fetch from the loopback network."""
     with with_door(tmp_path_factory.mktemp("copying"), "test/copy=demo", outbound_allow="127.0.0.0/8") as running:
         yield running
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A picture without a pattern, so that any other is another."""
+    """Create an image of random pixels, so that no other image equals it by chance."""
     values = numpy.random.default_rng(2).integers(0, 256, (72, 96, 3), dtype=numpy.uint8)
     Image.fromarray(values).save(tmp_path / "in.png")
     return tmp_path / "in.png"
 
 
 @pytest.fixture
-def hosted(httpserver: HTTPServer, source: Path) -> str:
+def hosted_url(httpserver: HTTPServer, source: Path) -> str:
     httpserver.expect_request("/in.png").respond_with_data(source.read_bytes(), content_type="image/png")
     return httpserver.url_for("/in.png")
 
 
-def check(answers: dict[str, Any], source: Path, ways: set[str]) -> None:
-    """Each way gave the very pixels."""
-    assert set(answers) == ways
+def assert_same_pixels(answers: dict[str, Any], source: Path, expected_ways: set[str]) -> None:
+    """Check that each way of passing the image returns the same pixels."""
+    assert set(answers) == expected_ways
     expected = Image.open(source)
     for name, answer in answers.items():
         content = httpx.get(answer["images"][0]["url"], verify=False, trust_env=False).content
-        found = Image.open(io.BytesIO(content))
-        assert (found.size, found.tobytes()) == (expected.size, expected.tobytes()), name
+        actual = Image.open(io.BytesIO(content))
+        assert (actual.size, actual.tobytes()) == (expected.size, expected.tobytes()), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_python(copying: Server, source: Path, hosted: str, version: str) -> None:
-    answers = said(copying, version, "pictures_in", str(source), hosted)
-    check(answers, source, {"hosted", "data URI", "data URI of a file", "uploaded", "uploaded image"})
+def test_python(copying_server: Server, source: Path, hosted_url: str, version: str) -> None:
+    answers = said(copying_server, version, "pictures_in", str(source), hosted_url)
+    assert_same_pixels(answers, source, {"hosted", "data URI", "data URI of a file", "uploaded", "uploaded image"})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_node(node: None, copying: Server, source: Path, hosted: str, name: str) -> None:
-    answers = clients(copying)[name].run("pictures_in.mjs", str(source), hosted)
-    check(answers, source, {"hosted", "data URI", "uploaded", "a Blob"})
+def test_node(node: None, copying_server: Server, source: Path, hosted_url: str, name: str) -> None:
+    answers = clients(copying_server)[name].run("pictures_in.mjs", str(source), hosted_url)
+    assert_same_pixels(answers, source, {"hosted", "data URI", "uploaded", "a Blob"})

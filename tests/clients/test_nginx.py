@@ -1,4 +1,4 @@
-"""Behind a real nginx, as docs/nginx.conf has it: fal's client in every way, streams at once, nothing forged."""
+"""Tests behind a real nginx with docs/nginx.conf: fal-client calls, unbuffered streams, forged headers."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, free_p
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """It was given no key, so it made one: others come through the proxy."""
+    """Start a server that generates a key, since it trusts a proxy and has no key configured."""
     with serving(tmp_path_factory.mktemp("behind"), TEST_MODELS, trusted_proxies="127.0.0.1") as running:
         yield running.ready()
 
@@ -35,16 +35,16 @@ def nginx(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[
 
 
 @pytest.fixture
-def visitor(nginx: Nginx, key: str) -> Iterator[httpx.Client]:
-    """Somebody on the internet, with a key."""
+def remote_client(nginx: Nginx, key: str) -> Iterator[httpx.Client]:
+    """Open an HTTP client with a key, as on the internet."""
     headers = {"authorization": f"Key {key}"}
     context = ssl.create_default_context(cafile=nginx.authority)
     with httpx.Client(base_url=nginx.url, verify=context, timeout=60, trust_env=False, headers=headers) as client:
         yield client
 
 
-def calling(nginx: Nginx, key: str, *arguments: str) -> subprocess.Popen[str]:
-    """A program that says nothing but where the server is."""
+def start_fal_client(nginx: Nginx, key: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a fal-client program that is configured only with the server's host."""
     host = nginx.url.removeprefix("https://")
     environment = {
         "PATH": os.environ["PATH"],
@@ -58,28 +58,28 @@ def calling(nginx: Nginx, key: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def got(nginx: Nginx, key: str) -> Any:
-    with calling(nginx, key, "by_host", "test/null") as program:
-        said, _ = program.communicate(timeout=60)
-    return json.loads(said)
+def results(nginx: Nginx, key: str) -> Any:
+    with start_fal_client(nginx, key, "by_host", "test/null") as program:
+        output, _ = program.communicate(timeout=60)
+    return json.loads(output)
 
 
-def test_fals_client_in_every_way(got: Any, nginx: Nginx, visitor: httpx.Client) -> None:
-    for way in ("run", "submit", "subscribe", "stream", "realtime"):
-        assert got[way]["seed"] == 7, way
-        url = got[way]["images"][0]["url"]
-        # Addresses are those of nginx, and lead to a picture.
-        if way != "realtime":
+def test_every_call_of_fal_client(results: Any, nginx: Nginx, remote_client: httpx.Client) -> None:
+    for call in ("run", "submit", "subscribe", "stream", "realtime"):
+        assert results[call]["seed"] == 7, call
+        url = results[call]["images"][0]["url"]
+        # URLs point to nginx and serve an image.
+        if call != "realtime":
             assert url.startswith(f"{nginx.url}/files/")
-            assert visitor.get(url).headers["content-type"] == "image/jpeg"
-    assert got["error"] == 422
+            assert remote_client.get(url).headers["content-type"] == "image/jpeg"
+    assert results["error"] == 422
 
 
-def test_streams_come_as_they_are_said(visitor: httpx.Client, gate: Gate) -> None:
-    """The first event is here before the second step may be taken; a buffer would hold it back."""
+def test_stream_events_arrive_at_once(remote_client: httpx.Client, gate: Gate) -> None:
+    """Read the first event before the second step may run. A buffer in nginx would hold the event back."""
     gate.let(1)
     body = {"prompt": str(gate.path), "num_inference_steps": 2}
-    with visitor.stream("POST", "/test/gate/stream", json=body) as response:
+    with remote_client.stream("POST", "/test/gate/stream", json=body) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: "))
         assert json.loads(next(lines)[6:])["step"] == 1
         gate.open()
@@ -87,24 +87,24 @@ def test_streams_come_as_they_are_said(visitor: httpx.Client, gate: Gate) -> Non
     assert json.loads(last[6:])["images"]
 
 
-def test_uploads_up_to_the_size_at_which_parts_begin(nginx: Nginx, visitor: httpx.Client) -> None:
-    largest = 100 * 2**20
-    answer = visitor.post("/files/upload", content=bytes(largest), headers={"content-type": "image/png"})
+def test_uploads_up_to_100_mib(nginx: Nginx, remote_client: httpx.Client) -> None:
+    limit = 100 * 2**20
+    answer = remote_client.post("/files/upload", content=bytes(limit), headers={"content-type": "image/png"})
     url = answer.raise_for_status().json()["access_url"]
     assert url.startswith(f"{nginx.url}/files/")
-    assert visitor.head(url).headers["content-length"] == str(largest)
-    assert visitor.post("/files/upload", content=bytes(largest + 1)).status_code == 413
+    assert remote_client.head(url).headers["content-length"] == str(limit)
+    assert remote_client.post("/files/upload", content=bytes(limit + 1)).status_code == 413
 
 
-def test_what_a_client_says_of_itself_is_not_believed(nginx: Nginx, visitor: httpx.Client) -> None:
+def test_forged_forwarding_headers_are_ignored(nginx: Nginx, remote_client: httpx.Client) -> None:
     forged = {"x-forwarded-host": "evil.example", "x-forwarded-proto": "http", "x-forwarded-prefix": "/evil"}
-    answer = visitor.post("/queue/test/null", json={"prompt": "x"}, headers=forged).raise_for_status()
+    answer = remote_client.post("/queue/test/null", json={"prompt": "x"}, headers=forged).raise_for_status()
     assert answer.json()["status_url"].startswith(f"{nginx.url}/queue/test/null/requests/")
-    # Another name than in the handshake.
-    assert visitor.get("/health", headers={"host": "evil.example"}).status_code == 421
+    # The Host header differs from the name in the TLS handshake.
+    assert remote_client.get("/health", headers={"host": "evil.example"}).status_code == 421
 
 
-def test_another_name_is_not_answered(nginx: Nginx) -> None:
+def test_other_host_names_are_refused(nginx: Nginx) -> None:
     context = ssl.create_default_context(cafile=nginx.authority)
     with pytest.raises(httpx.ConnectError), httpx.Client(verify=context, trust_env=False) as client:
         client.get(f"https://127.0.0.1:{nginx.port}/health")
@@ -113,12 +113,12 @@ def test_another_name_is_not_answered(nginx: Nginx) -> None:
     assert (answer.status_code, answer.headers["location"]) == (301, f"{nginx.url}/health?x=1")
 
 
-def test_without_a_key_nobody_comes_in(visitor: httpx.Client) -> None:
-    assert visitor.post("/test/null", json={"prompt": "x"}, headers={"authorization": ""}).status_code == 401
+def test_a_request_without_a_key_is_refused(remote_client: httpx.Client) -> None:
+    assert remote_client.post("/test/null", json={"prompt": "x"}, headers={"authorization": ""}).status_code == 401
 
 
-def test_a_server_that_does_not_know_of_the_proxy_lets_nobody_in(tmp_path: Path) -> None:
-    """On loopback it asks for no key, and would take everybody for somebody at this machine."""
+def test_a_server_without_trusted_proxies_refuses_every_request(tmp_path: Path) -> None:
+    """Check the host even without keys. A server on loopback would otherwise take remote clients for local ones."""
     with serving(tmp_path / "open", TEST_MODELS) as server, proxied(tmp_path / "front", server, NAME) as nginx:
         context = ssl.create_default_context(cafile=nginx.authority)
         with httpx.Client(verify=context, trust_env=False, timeout=60) as client:
@@ -129,21 +129,21 @@ def test_a_server_that_does_not_know_of_the_proxy_lets_nobody_in(tmp_path: Path)
 
 
 @pytest.mark.soak
-def test_fals_client_waits_while_the_server_restarts(tmp_path: Path) -> None:
-    """It tries again what nginx itself answers."""
+def test_fal_client_waits_while_the_server_restarts(tmp_path: Path) -> None:
+    """Check that fal-client retries when nginx itself answers with an error."""
     port = str(free_port())
     with serving(tmp_path / "data", TEST_MODELS, keys="alice:secret", port=port) as server:
         server.ready()
         with proxied(tmp_path / "front", server) as nginx:
             assert server.stop() == 0
-            with calling(nginx, "alice:secret", "hello", "test/null") as program:
+            with start_fal_client(nginx, "alice:secret", "hello", "test/null") as program:
                 while "Connection refused" not in nginx.errors:
                     assert program.poll() is None
                 with serving(tmp_path / "data", TEST_MODELS, keys="alice:secret", port=port):
-                    said, _ = program.communicate(timeout=60)
-    assert json.loads(said)["prompt"] == "hello"
+                    output, _ = program.communicate(timeout=60)
+    assert json.loads(output)["prompt"] == "hello"
 
 
-def test_the_documents_lead_to_the_sample() -> None:
+def test_the_docs_link_the_sample_configuration() -> None:
     for name in ("deploy.md", "operations.md"):
         assert f"({SAMPLE.name})" in (ROOT / "docs" / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""OpenAI's own package, pointed here."""
+"""Tests of OpenAI's own package against this server."""
 
 import base64
 import io
@@ -25,10 +25,10 @@ def sdk(server: Server) -> Iterator[openai.OpenAI]:
         yield sdk
 
 
-def opened(content: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(content))
-    picture.load()
-    return picture
+def decode(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
 
 
 def test_models(sdk: openai.OpenAI) -> None:
@@ -37,34 +37,34 @@ def test_models(sdk: openai.OpenAI) -> None:
     assert sdk.models.retrieve(DEV).owned_by == "fal-ai"
 
 
-def test_a_picture_by_its_address(sdk: openai.OpenAI, client: httpx.Client) -> None:
+def test_response_format_url(sdk: openai.OpenAI, client: httpx.Client) -> None:
     answer = sdk.images.generate(prompt="a red apple", size="256x192", n=2, extra_body={**SMALL, "seed": 3})
     assert answer.data is not None
     assert len(answer.data) == 2
     for image in answer.data:
         assert image.b64_json is None
-        assert opened(client.get(image.url or "").content).size == (256, 192)
+        assert decode(client.get(image.url or "").content).size == (256, 192)
 
 
-def test_a_picture_in_the_answer(sdk: openai.OpenAI, client: httpx.Client) -> None:
+def test_response_format_b64_json(sdk: openai.OpenAI, client: httpx.Client) -> None:
     answer = sdk.images.generate(
         prompt="a red apple", model=DEV, size="128x96", response_format="b64_json", extra_body={**SMALL, "seed": 3}
     )
     assert answer.data is not None
     (image,) = answer.data
     assert image.url is None
-    own = {"prompt": "a red apple", "seed": 3, "image_size": {"width": 128, "height": 96}, **SMALL}
-    url = client.post(f"/{DEV}", json=own).json()["images"][0]["url"]
+    body = {"prompt": "a red apple", "seed": 3, "image_size": {"width": 128, "height": 96}, **SMALL}
+    url = client.post(f"/{DEV}", json=body).json()["images"][0]["url"]
     assert base64.b64decode(image.b64_json or "") == client.get(url).content
 
 
-def test_b64_answers_leave_url_out(client: httpx.Client) -> None:
+def test_b64_responses_omit_url(client: httpx.Client) -> None:
     body = {"prompt": "", "model": NULL, "response_format": "b64_json", **SMALL}
     (datum,) = client.post("/v1/images/generations", json=body).json()["data"]
     assert datum.keys() == {"b64_json"}
 
 
-def test_what_openai_alone_knows_is_let_pass(sdk: openai.OpenAI) -> None:
+def test_openai_only_parameters_are_ignored(sdk: openai.OpenAI) -> None:
     answer = sdk.images.generate(
         prompt="", model=NULL, size="auto", quality="hd", style="vivid", user="somebody", background="opaque",
         moderation="low", extra_body=SMALL,
@@ -84,14 +84,14 @@ def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
     for number, event in enumerate(partial):
         assert event.type == "image_generation.partial_image"
         assert event.partial_image_index == number
-        opened(base64.b64decode(event.b64_json))
+        decode(base64.b64decode(event.b64_json))
     assert last.type == "image_generation.completed"
     assert last.size == "128x96"
-    assert opened(base64.b64decode(last.b64_json)).size == (128, 96)
+    assert decode(base64.b64decode(last.b64_json)).size == (128, 96)
 
 
-def test_a_client_that_leaves_is_not_painted_for(narrow_client: httpx.Client, gate: Gate) -> None:
-    """It waits behind one that is painted for ever."""
+def test_a_disconnected_client_cancels_its_request(narrow_client: httpx.Client, gate: Gate) -> None:
+    """Disconnect while the request waits behind one that never finishes."""
     first = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
     in_progress(narrow_client, first["status_url"])
     body = {"prompt": "", "model": NULL, "stream": True}
@@ -121,7 +121,7 @@ def test_errors_name_openais_field(client: httpx.Client, change: dict[str, Any],
     assert error["message"].startswith(f"{param}: ")
 
 
-def test_the_packages_own_errors(sdk: openai.OpenAI) -> None:
+def test_errors_raise_the_packages_exceptions(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         sdk.images.generate(prompt="", model="dall-e-3")
     with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
@@ -130,15 +130,15 @@ def test_the_packages_own_errors(sdk: openai.OpenAI) -> None:
         sdk.images.generate(prompt="told", model="test/raises", extra_body=SMALL)
 
 
-def test_a_wrong_key(keyed: Server) -> None:
+def test_wrong_key(keyed: Server) -> None:
     with openai.DefaultHttpxClient(trust_env=False, timeout=60) as client:
-        wrong = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody", http_client=client, max_retries=0)
+        wrong_sdk = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody", http_client=client, max_retries=0)
         with pytest.raises(openai.AuthenticationError) as raised:
-            wrong.images.generate(prompt="", model=NULL)
+            wrong_sdk.images.generate(prompt="", model=NULL)
         assert raised.value.code == "invalid_api_key"
-        right = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="alice:secret", http_client=client, max_retries=0)
-        assert right.images.generate(prompt="", model=NULL, extra_body=SMALL).data
+        right_sdk = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="alice:secret", http_client=client, max_retries=0)
+        assert right_sdk.images.generate(prompt="", model=NULL, extra_body=SMALL).data
 
 
-def test_paths_that_there_are_not(client: httpx.Client) -> None:
+def test_unknown_path(client: httpx.Client) -> None:
     assert client.post("/v1/images/edits", json={}).json()["detail"] == "Path /v1/images/edits not found"

@@ -1,4 +1,4 @@
-"""fal-client 1.0.3, sync and async, led here by the variables that `flux-server env` prints and nothing else."""
+"""Tests of fal-client 1.0.3, sync and async, configured only with the variables that `flux-server env` prints."""
 
 import json
 import os
@@ -13,29 +13,29 @@ import pytest
 
 from tests.support.server_process import ROOT, Gate, Server
 
-BOTH = pytest.mark.parametrize("kind", ["", "_async"], ids=["sync", "async"])
+sync_and_async = pytest.mark.parametrize("kind", ["", "_async"], ids=["sync", "async"])
 
 
 @cache
 def exports(server: Server) -> dict[str, str]:
-    """The variables of `flux-server env`, read as a shell would."""
+    """Run `flux-server env` and return its variables, parsed as a shell parses them."""
     command = [sys.executable, "-m", "server", "env"]
-    printed = subprocess.run(command, cwd=ROOT, env=server.environment(), text=True, capture_output=True, check=True)
-    words = shlex.split(printed.stdout, comments=True)
-    return dict(word.split("=", 1) for word in words if word != "export")
+    process = subprocess.run(command, cwd=ROOT, env=server.environment(), text=True, capture_output=True, check=True)
+    tokens = shlex.split(process.stdout, comments=True)
+    return dict(token.split("=", 1) for token in tokens if token != "export")
 
 
-def call(server: Server, *arguments: str, **other: str) -> Any:
-    """What a program gets that runs with these variables alone."""
-    environment = {"PATH": os.environ["PATH"], **exports(server), **other}
+def run_client(server: Server, *arguments: str, **variables: str) -> Any:
+    """Run a fal-client program with only these variables and return its output."""
+    environment = {"PATH": os.environ["PATH"], **exports(server), **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 def picture(answer: dict[str, Any]) -> bytes:
-    """The bytes behind an answer's first URL."""
+    """Download the first image of an answer."""
     response = httpx.get(answer["images"][0]["url"], verify=False, trust_env=False)
     assert response.status_code == 200
     return response.content
@@ -49,61 +49,61 @@ def test_the_variables_printed(server: Server) -> None:
 
 
 @pytest.fixture(scope="module", params=["everyday", "everyday_async"])
-def got(server: Server, request: pytest.FixtureRequest) -> Any:
-    """What a program gets that tries every way, sync and async."""
-    return call(server, request.param)
+def results(server: Server, request: pytest.FixtureRequest) -> Any:
+    """Run a program that makes every call, sync or async, and return its output."""
+    return run_client(server, request.param)
 
 
-def test_every_way_gives_the_same_picture(server: Server, got: Any) -> None:
-    answers = [got["run"], got["submit"], got["subscribe"], got["stream"][-1], got["result"]]
+def test_every_call_gives_the_same_image(server: Server, results: Any) -> None:
+    answers = [results["run"], results["submit"], results["subscribe"], results["stream"][-1], results["result"]]
     assert len({picture(answer) for answer in answers}) == 1
     for answer in answers:
         assert (answer["seed"], answer["prompt"], answer["has_nsfw_concepts"]) == (7, "a red apple", [False])
         assert answer["images"][0]["url"].startswith(f"https://{server.tls_host}/files/")
         assert answer["timings"]["inference"] > 0
-    assert got["submit"] == got["result"]
+    assert results["submit"] == results["result"]
 
 
-def test_everyday_events(got: Any) -> None:
-    for events in (got["events"], got["updates"]):
+def test_events_of_every_call(results: Any) -> None:
+    for events in (results["events"], results["updates"]):
         assert {event["type"] for event in events} <= {"Queued", "InProgress", "Completed"}
         assert [line["message"] for line in events[-1]["logs"]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
         assert events[-1]["metrics"]["inference_time"] > 0
         assert events[-1]["error"] is None
-    assert got["status"] == got["events"][-1]
-    assert len(got["enqueued"]) == 1
-    *progress, _ = got["stream"]
+    assert results["status"] == results["events"][-1]
+    assert len(results["enqueued"]) == 1
+    *progress, _ = results["stream"]
     steps = [event["step"] for event in progress]
     assert steps == sorted(set(steps))
     assert all(event["type"] == "progress" and event["num_inference_steps"] == 4 for event in progress)
 
 
 def test_logs_while_in_progress(narrow: Server, gate: Gate) -> None:
-    seen = call(narrow, "watch", str(gate.path))
-    types = [event["type"] for event in seen]
+    events = run_client(narrow, "watch", str(gate.path))
+    types = [event["type"] for event in events]
     assert types == sorted(types, key=["Queued", "InProgress", "Completed"].index)
-    first = seen[types.index("InProgress")]
+    first = events[types.index("InProgress")]
     assert first["logs"] == []
-    assert [line["message"] for line in seen[-1]["logs"]] == ["step 1/2", "step 2/2"]
+    assert [line["message"] for line in events[-1]["logs"]] == ["step 1/2", "step 2/2"]
 
 
-@BOTH
+@sync_and_async
 def test_cancel(narrow: Server, gate: Gate, kind: str) -> None:
-    got = call(narrow, f"cancel{kind}", str(gate.path))
-    assert got["places"] == [{"type": "Queued", "position": 0}, {"type": "InProgress", "logs": None}]
+    results = run_client(narrow, f"cancel{kind}", str(gate.path))
+    assert results["places"] == [{"type": "Queued", "position": 0}, {"type": "InProgress", "logs": None}]
     for name in ("running", "waiting"):
-        assert got[name]["error"]["status_code"] == 499
-        assert got[name]["error"]["error_type"] == "client_cancelled"
-        assert got[name]["error"]["message"] == "Request cancelled by the client."
-        assert got[name]["status"]["type"] == "Completed"
-        assert got[name]["status"]["error_type"] == "client_cancelled"
-    assert got["again"]["status_code"] == 400
-    assert "already completed" in got["again"]["message"]
+        assert results[name]["error"]["status_code"] == 499
+        assert results[name]["error"]["error_type"] == "client_cancelled"
+        assert results[name]["error"]["message"] == "Request cancelled by the client."
+        assert results[name]["status"]["type"] == "Completed"
+        assert results[name]["status"]["error_type"] == "client_cancelled"
+    assert results["again"]["status_code"] == 400
+    assert "already completed" in results["again"]["message"]
 
 
-@BOTH
+@sync_and_async
 def test_bad_fields(server: Server, kind: str) -> None:
-    for error in call(server, f"bad{kind}", "fal-ai/flux/dev"):
+    for error in run_client(server, f"bad{kind}", "fal-ai/flux/dev"):
         assert error["status_code"] == 422
         fields = {entry["loc"][-1]: entry for entry in error["message"]}
         assert fields["prompt"]["type"] == "string_type"
@@ -111,26 +111,26 @@ def test_bad_fields(server: Server, kind: str) -> None:
 
 
 def test_start_timeout(narrow: Server, gate: Gate) -> None:
-    got = call(narrow, "late", str(gate.path))
-    for error in got["failures"]:
+    results = run_client(narrow, "late", str(gate.path))
+    for error in results["failures"]:
         assert error["status_code"] == 504
         assert error["error_type"] == "request_timeout"
         assert error["headers"]["x-fal-request-timeout-type"] == "user"
-    assert got["status"]["type"] == "Completed"
-    assert got["status"]["error_type"] == "request_timeout"
-    assert got["holder"]["images"]
+    assert results["status"]["type"] == "Completed"
+    assert results["status"]["error_type"] == "request_timeout"
+    assert results["holder"]["images"]
 
 
-def test_key(keyed: Server) -> None:
+def test_keys(keyed: Server) -> None:
     assert exports(keyed)["FAL_KEY"] == "alice:secret"
-    assert call(keyed, "hello", "test/null")["prompt"] == "hello"
-    assert call(keyed, "hello", "test/null", FAL_KEY="bob:secret")["prompt"] == "hello"
-    error = call(keyed, "hello", "test/null", FAL_KEY="mallory:secret")
+    assert run_client(keyed, "hello", "test/null")["prompt"] == "hello"
+    assert run_client(keyed, "hello", "test/null", FAL_KEY="bob:secret")["prompt"] == "hello"
+    error = run_client(keyed, "hello", "test/null", FAL_KEY="mallory:secret")
     assert error["status_code"] == 401
     assert isinstance(error["message"], str)
 
 
 def test_unknown_endpoint(narrow: Server) -> None:
-    error = call(narrow, "hello", "fal-ai/unknown")
+    error = run_client(narrow, "hello", "fal-ai/unknown")
     assert error["status_code"] == 404
     assert "fal-ai/unknown" in error["message"]

@@ -1,4 +1,4 @@
-"""Uploads over a real socket, in every form that fal's SDKs have sent them."""
+"""Tests of uploads over a real socket, in every form that fal's SDKs have used."""
 
 import http.client
 import json
@@ -20,168 +20,168 @@ from tests.support.server_process import TEST_MODELS, Server, serving
 
 ALICE = {"authorization": "Key alice:secret"}
 BOB = {"authorization": "Key bob:secret"}
-V3 = "?storage_type=fal-cdn-v3"
-PROXY = "/api/fal/proxy"
-PAGE, FOREIGN = "http://localhost:3000", "https://evil.example"
-ANNOUNCED = {"content_type": "text/plain", "file_name": "hello.txt"}
-UPLOADED = b"Hello, World!"
+V3_QUERY = "?storage_type=fal-cdn-v3"
+PROXY_PATH = "/api/fal/proxy"
+LOCAL_ORIGIN, FOREIGN_ORIGIN = "http://localhost:3000", "https://evil.example"
+INITIATE_BODY = {"content_type": "text/plain", "file_name": "hello.txt"}
+CONTENT = b"Hello, World!"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that is sent, with whose key, and with which further headers."""
+    """A file to upload, with the owner's key and further headers."""
 
-    content: bytes = UPLOADED
+    content: bytes = CONTENT
     content_type: str = "text/plain"
     file_name: str = "hello.txt"
     key: Mapping[str, str] = field(default_factory=lambda: ALICE)
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def announcement(self) -> dict[str, str]:
-        """The body of an initiate."""
+    def initiate_body(self) -> dict[str, str]:
+        """Return the body of an initiate request."""
         return {"content_type": self.content_type, "file_name": self.file_name}
 
     @property
-    def named(self) -> dict[str, str]:
-        """The headers of fal-client's uploads, but for its authorization."""
+    def post_headers(self) -> dict[str, str]:
+        """Return the headers of fal-client's uploads, without the authorization."""
         return {"content-type": self.content_type, "x-fal-file-name": self.file_name, **self.headers}
 
 
 def ok(answer: httpx.Response) -> Any:
-    """The JSON of an answer that must be good."""
+    """Check for a 200 JSON answer and return its body."""
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
     return answer.json()
 
 
 def initiate(client: httpx.Client, upload: Upload, path: str, host: str = "rest.fal.ai") -> dict[str, str]:
-    """Where to put a file and where it will be."""
+    """Initiate an upload and return its upload URL and file URL."""
     headers = {"host": host, **upload.key, **upload.headers}
-    begun: dict[str, str] = ok(client.post(path, json=upload.announcement, headers=headers))
-    assert begun.keys() == {"upload_url", "file_url"}
-    return begun
+    initiated: dict[str, str] = ok(client.post(path, json=upload.initiate_body, headers=headers))
+    assert initiated.keys() == {"upload_url", "file_url"}
+    return initiated
 
 
-def put(client: httpx.Client, upload: Upload, path: str, host: str, **key: str) -> str:
-    """Initiate, then PUT."""
-    begun = initiate(client, upload, path, host)
+def initiate_and_put(client: httpx.Client, upload: Upload, path: str, host: str, **key: str) -> str:
+    """Initiate an upload, PUT the content and return the file URL."""
+    initiated = initiate(client, upload, path, host)
     headers = {"content-type": upload.content_type, **key}
-    answer = client.put(begun["upload_url"], content=upload.content, headers=headers)
+    answer = client.put(initiated["upload_url"], content=upload.content, headers=headers)
     ok(answer)
-    return begun["file_url"]
+    return initiated["file_url"]
 
 
 def by_client(client: httpx.Client, upload: Upload) -> str:
-    """@fal-ai/client: no key with the PUT."""
-    return put(client, upload, f"/storage/upload/initiate{V3}", "rest.fal.ai")
+    """Upload as @fal-ai/client does: no key with the PUT."""
+    return initiate_and_put(client, upload, f"/storage/upload/initiate{V3_QUERY}", "rest.fal.ai")
 
 
 def by_older_client(client: httpx.Client, upload: Upload) -> str:
-    """@fal-ai/client up to 1.1, and @fal-ai/serverless-client: the older host, no query."""
-    return put(client, upload, "/storage/upload/initiate", "rest.alpha.fal.ai")
+    """Upload as @fal-ai/client up to 1.1 and @fal-ai/serverless-client do: older host, no query."""
+    return initiate_and_put(client, upload, "/storage/upload/initiate", "rest.alpha.fal.ai")
 
 
 def by_gcs(client: httpx.Client, upload: Upload) -> str:
-    """fal-client's repository "fal", which sends its key along."""
-    return put(client, upload, "/storage/upload/initiate?storage_type=gcs", "rest.fal.ai", **upload.key)
+    """Upload as fal-client's repository "fal" does: the PUT carries the key."""
+    return initiate_and_put(client, upload, "/storage/upload/initiate?storage_type=gcs", "rest.fal.ai", **upload.key)
 
 
-def sliced(content: bytes, count: int = 3) -> dict[int, bytes]:
-    """The parts by their numbers, the last one the shortest."""
+def slices(content: bytes, count: int = 3) -> dict[int, bytes]:
+    """Split the content into numbered parts. The last part is the shortest."""
     size = -(-len(content) // count)
     return {number: content[(number - 1) * size : number * size] for number in range(1, count + 1)}
 
 
-def by_client_in_parts(client: httpx.Client, upload: Upload) -> str:
-    """@fal-ai/client above 90 MiB: parts in order, without a content type; ETags from the bodies."""
-    begun = initiate(client, upload, f"/storage/upload/initiate-multipart{V3}")
-    url = httpx.URL(begun["upload_url"])
+def by_client_multipart(client: httpx.Client, upload: Upload) -> str:
+    """Upload as @fal-ai/client does above 90 MiB: parts in order, no content type, ETags from the bodies."""
+    initiated = initiate(client, upload, f"/storage/upload/initiate-multipart{V3_QUERY}")
+    url = httpx.URL(initiated["upload_url"])
     parts = []
-    for number, chunk in sliced(upload.content).items():
+    for number, chunk in slices(upload.content).items():
         answer = client.put(url.copy_with(path=f"{url.path}/{number}"), content=chunk)
         part = ok(answer)
         assert part == {"partNumber": number, "etag": answer.headers["etag"]}
         parts.append(part)
     ok(client.post(url.copy_with(path=f"{url.path}/complete"), json={"parts": parts}))
-    return begun["file_url"]
+    return initiated["file_url"]
 
 
-def by_toolkit_in_parts(client: httpx.Client, upload: Upload) -> str:
-    """The toolkit of the fal framework: parts out of order; ETags from the headers."""
-    begun = initiate(client, upload, f"/storage/upload/initiate-multipart{V3}")
+def by_toolkit_multipart(client: httpx.Client, upload: Upload) -> str:
+    """Upload as the toolkit of the fal framework does: parts out of order, ETags from the headers."""
+    initiated = initiate(client, upload, f"/storage/upload/initiate-multipart{V3_QUERY}")
     parts = []
-    for number, chunk in reversed(sliced(upload.content).items()):
-        answer = client.put(f"{begun['upload_url']}/{number}", content=chunk)
+    for number, chunk in reversed(slices(upload.content).items()):
+        answer = client.put(f"{initiated['upload_url']}/{number}", content=chunk)
         ok(answer)
         parts.append({"partNumber": number, "etag": answer.headers["etag"]})
-    ok(client.post(f"{begun['upload_url']}/complete", json={"parts": parts}))
-    return begun["file_url"]
+    ok(client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}))
+    return initiated["file_url"]
 
 
-def token_of(client: httpx.Client, key: Mapping[str, str] = ALICE) -> dict[str, Any]:
-    """A token for uploads, as fal-client asks for it."""
+def create_token(client: httpx.Client, key: Mapping[str, str] = ALICE) -> dict[str, Any]:
+    """Request an upload token as fal-client does."""
     headers = {"host": "rest.fal.ai", "accept": "application/json", "content-type": "application/json", **key}
-    token: dict[str, Any] = ok(client.post(f"/storage/auth/token{V3}", content="{}", headers=headers))
+    token: dict[str, Any] = ok(client.post(f"/storage/auth/token{V3_QUERY}", content="{}", headers=headers))
     return token
 
 
 def bearer(token: Mapping[str, str]) -> dict[str, str]:
-    """The authorization that fal-client makes of a token."""
+    """Return the authorization header that fal-client builds from a token."""
     return {"authorization": f"{token['token_type']} {token['token']}"}
 
 
 def by_fal_client(client: httpx.Client, upload: Upload) -> str:
-    """fal-client: a token, then the bytes in one POST."""
-    headers = {"host": "v3.fal.media", **bearer(token_of(client, upload.key)), **upload.named}
+    """Upload as fal-client does: request a token, then POST the bytes at once."""
+    headers = {"host": "v3.fal.media", **bearer(create_token(client, upload.key)), **upload.post_headers}
     answer = ok(client.post("/files/upload", content=upload.content, headers=headers))
     return str(answer["access_url"])
 
 
 def by_old_fal_client(client: httpx.Client, upload: Upload) -> str:
-    """fal-client up to 0.5.1: the older host, and the key itself."""
-    headers = {"host": "fal.media", **upload.key, **upload.named}
+    """Upload as fal-client up to 0.5.1 does: older host, the key instead of a token."""
+    headers = {"host": "fal.media", **upload.key, **upload.post_headers}
     return str(ok(client.post("/files/upload", content=upload.content, headers=headers))["access_url"])
 
 
-def by_fal_client_in_parts(client: httpx.Client, upload: Upload) -> str:
-    """fal-client above 100 MiB: parts at the same time, listed as they came; an ETag header on each."""
-    token = token_of(client, upload.key)
-    headers = {"accept": "application/json", **bearer(token), **upload.named}
-    begun = ok(client.post(f"{token['base_url']}/files/upload/multipart", headers=headers))
-    url = f"{begun['access_url']}/multipart/{begun['uploadId']}"
+def by_fal_client_multipart(client: httpx.Client, upload: Upload) -> str:
+    """Upload as fal-client does above 100 MiB: concurrent parts, listed out of order, ETags from the headers."""
+    token = create_token(client, upload.key)
+    headers = {"accept": "application/json", **bearer(token), **upload.post_headers}
+    initiated = ok(client.post(f"{token['base_url']}/files/upload/multipart", headers=headers))
+    url = f"{initiated['access_url']}/multipart/{initiated['uploadId']}"
 
-    def part(number: int, chunk: bytes) -> dict[str, Any]:
-        sent = {**bearer(token), "content-type": upload.content_type, "accept-encoding": "identity"}
-        answer = client.put(f"{url}/{number}", content=chunk, headers=sent)
+    def send_part(number: int, chunk: bytes) -> dict[str, Any]:
+        part_headers = {**bearer(token), "content-type": upload.content_type, "accept-encoding": "identity"}
+        answer = client.put(f"{url}/{number}", content=chunk, headers=part_headers)
         ok(answer)
         return {"partNumber": number, "etag": answer.headers["etag"]}
 
-    chunks = sliced(upload.content, 11)
+    chunks = slices(upload.content, 11)
     with ThreadPoolExecutor(10) as threads:
-        parts = list(threads.map(part, chunks.keys(), chunks.values()))
+        parts = list(threads.map(send_part, chunks.keys(), chunks.values()))
     unsorted = [*parts[5:], *parts[:5]]
     ok(client.post(f"{url}/complete", json={"parts": unsorted}, headers=bearer(token)))
-    return str(begun["access_url"])
+    return str(initiated["access_url"])
 
 
-SHAPES: dict[str, Callable[[httpx.Client, Upload], str]] = {
+UPLOADERS: dict[str, Callable[[httpx.Client, Upload], str]] = {
     "@fal-ai/client": by_client,
     "@fal-ai/client, older": by_older_client,
-    "@fal-ai/client, multipart": by_client_in_parts,
-    "fal toolkit, multipart": by_toolkit_in_parts,
+    "@fal-ai/client, multipart": by_client_multipart,
+    "fal toolkit, multipart": by_toolkit_multipart,
     "fal-client": by_fal_client,
     "fal-client 0.5.1": by_old_fal_client,
-    "fal-client, multipart": by_fal_client_in_parts,
+    "fal-client, multipart": by_fal_client_multipart,
     "fal-client, repository fal": by_gcs,
 }
-by_every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_client = pytest.mark.parametrize("sdk", UPLOADERS)
 
 
-@by_every_shape
-def test_what_is_sent_is_found_at_its_url(keyed: Server, keyed_client: httpx.Client, shape: str) -> None:
+@every_client
+def test_an_upload_is_served_at_its_url(keyed: Server, keyed_client: httpx.Client, sdk: str) -> None:
     content = bytes(range(256)) * 1000
-    url = SHAPES[shape](keyed_client, Upload(content, "image/png", "a.png"))
+    url = UPLOADERS[sdk](keyed_client, Upload(content, "image/png", "a.png"))
     assert url.startswith(f"{keyed.url}/files/")
     assert url.endswith(".png")
     answer = keyed_client.get(url)
@@ -193,131 +193,133 @@ def test_what_is_sent_is_found_at_its_url(keyed: Server, keyed_client: httpx.Cli
     assert (head.headers["content-length"], head.content) == (str(len(content)), b"")
 
 
-@by_every_shape
-def test_an_empty_file_can_be_sent(keyed_client: httpx.Client, shape: str) -> None:
-    url = SHAPES[shape](keyed_client, Upload(b""))
+@every_client
+def test_empty_file(keyed_client: httpx.Client, sdk: str) -> None:
+    url = UPLOADERS[sdk](keyed_client, Upload(b""))
     assert (keyed_client.get(url).status_code, keyed_client.get(url).content) == (200, b"")
 
 
-@by_every_shape
-def test_uploads_without_a_key_where_none_is_needed(narrow_client: httpx.Client, shape: str) -> None:
+@every_client
+def test_uploads_to_a_server_without_keys(narrow_client: httpx.Client, sdk: str) -> None:
     for key in ({}, {"authorization": "Key whatever"}):
-        url = SHAPES[shape](narrow_client, Upload(key=key))
-        assert narrow_client.get(url).content == UPLOADED
+        url = UPLOADERS[sdk](narrow_client, Upload(key=key))
+        assert narrow_client.get(url).content == CONTENT
 
 
-WAYS = ["plain", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media", "rest.localhost", "proxy"]
+REST_ROUTES = ["plain", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media", "rest.localhost", "proxy"]
 
 
-def rest(client: httpx.Client, way: str, path: str, **options: Any) -> httpx.Response:
-    """A POST to fal's REST host, by one of the ways there."""
+def post_to_rest_host(client: httpx.Client, route: str, path: str, **options: Any) -> httpx.Response:
+    """POST to fal's REST host by one of the routes to it."""
     headers = dict(options.pop("headers", {}))
-    if way == "proxy":
-        return client.post(PROXY, headers={**headers, "x-fal-target-url": f"https://rest.fal.ai{path}"}, **options)
-    host = {} if way == "plain" else {"host": f"{way}:{client.base_url.port}"}
+    if route == "proxy":
+        return client.post(PROXY_PATH, headers={**headers, "x-fal-target-url": f"https://rest.fal.ai{path}"}, **options)
+    host = {} if route == "plain" else {"host": f"{route}:{client.base_url.port}"}
     return client.post(path, headers={**headers, **host}, **options)
 
 
-def base_for(client: httpx.Client, way: str) -> str:
-    """What URLs begin with for a client that came this way."""
-    host = "rest.localhost" if way == "rest.localhost" else "127.0.0.1"
+def base_url_for(client: httpx.Client, route: str) -> str:
+    """Return the base of the URLs that the server gives a client on this route."""
+    host = "rest.localhost" if route == "rest.localhost" else "127.0.0.1"
     return f"http://{host}:{client.base_url.port}"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", REST_ROUTES)
 @pytest.mark.parametrize("slash", ["", "/"], ids=["plain", "slash"])
 @pytest.mark.parametrize("form", ["initiate", "initiate-multipart"])
-def test_every_way_to_the_rest_host(narrow_client: httpx.Client, way: str, slash: str, form: str) -> None:
-    begun = ok(rest(narrow_client, way, f"/storage/upload/{form}{slash}{V3}", json=ANNOUNCED))
-    base = base_for(narrow_client, way)
-    assert begun["upload_url"].startswith(f"{base}/storage/upload/")
-    assert begun["file_url"].startswith(f"{base}/files/")
-    put_to, found_at = (begun[name].removeprefix(base) for name in ("upload_url", "file_url"))
+def test_every_route_to_the_rest_host(narrow_client: httpx.Client, route: str, slash: str, form: str) -> None:
+    initiated = ok(
+        post_to_rest_host(narrow_client, route, f"/storage/upload/{form}{slash}{V3_QUERY}", json=INITIATE_BODY)
+    )
+    base = base_url_for(narrow_client, route)
+    assert initiated["upload_url"].startswith(f"{base}/storage/upload/")
+    assert initiated["file_url"].startswith(f"{base}/files/")
+    upload_path, file_path = (initiated[name].removeprefix(base) for name in ("upload_url", "file_url"))
     if form == "initiate":
-        ok(narrow_client.put(f"{put_to}{slash}", content=UPLOADED))
+        ok(narrow_client.put(f"{upload_path}{slash}", content=CONTENT))
     else:
-        part = ok(narrow_client.put(f"{put_to}/1{slash}", content=UPLOADED))
-        ok(narrow_client.post(f"{put_to}/complete{slash}", json={"parts": [part]}))
-    assert narrow_client.get(found_at).content == UPLOADED
+        part = ok(narrow_client.put(f"{upload_path}/1{slash}", content=CONTENT))
+        ok(narrow_client.post(f"{upload_path}/complete{slash}", json={"parts": [part]}))
+    assert narrow_client.get(file_path).content == CONTENT
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_a_token(keyed_client: httpx.Client, way: str) -> None:
-    token = ok(rest(keyed_client, way, f"/storage/auth/token{V3}", json={}, headers=ALICE))
+@pytest.mark.parametrize("route", REST_ROUTES)
+def test_every_route_to_a_token(keyed_client: httpx.Client, route: str) -> None:
+    token = ok(post_to_rest_host(keyed_client, route, f"/storage/auth/token{V3_QUERY}", json={}, headers=ALICE))
     assert token.keys() == {"token", "token_type", "base_url", "expires_at"}
     assert token["token_type"] == "Bearer"
-    assert token["base_url"] == base_for(keyed_client, way)
+    assert token["base_url"] == base_url_for(keyed_client, route)
     headers = {**bearer(token), "content-type": "text/plain"}
-    assert ok(keyed_client.post("/files/upload", content=UPLOADED, headers=headers))["access_url"]
+    assert ok(keyed_client.post("/files/upload", content=CONTENT, headers=headers))["access_url"]
 
 
-def test_a_token_says_when_it_ends_so_that_every_python_can_read_it(keyed_client: httpx.Client) -> None:
-    expires_at = token_of(keyed_client)["expires_at"]
-    # Python before 3.11 reads no "Z".
+def test_token_expiry_is_readable_by_older_python(keyed_client: httpx.Client) -> None:
+    expires_at = create_token(keyed_client)["expires_at"]
+    # datetime.fromisoformat of Python before 3.11 does not accept "Z".
     assert expires_at.endswith("+00:00")
     assert datetime.fromisoformat(expires_at) - datetime.now(UTC) > timedelta(minutes=2)
 
 
-# -- what is kept, and for whom
+# -- private and expiring files
 
 
 LIFECYCLE_NAMES = ["x-fal-object-lifecycle", "x-fal-object-lifecycle-preference"]
 
 
 def with_lifecycle(name: str, **preference: object) -> Upload:
-    """An upload of Alice with this preference, in a header of this name."""
+    """Return an upload by Alice with this lifecycle preference in a header of this name."""
     return Upload(headers={name: json.dumps(preference)})
 
 
-@by_every_shape
+@every_client
 @pytest.mark.parametrize("name", LIFECYCLE_NAMES)
-@pytest.mark.parametrize("word", ["forbid", "hide"])
-def test_a_private_file_needs_its_owners_key(keyed_client: httpx.Client, shape: str, name: str, word: str) -> None:
-    url = SHAPES[shape](keyed_client, with_lifecycle(name, initial_acl={"default": word}))
-    for headers in ({}, BOB, {"authorization": "Key nobody"}, bearer(token_of(keyed_client))):
+@pytest.mark.parametrize("acl", ["forbid", "hide"])
+def test_a_private_file_needs_its_owners_key(keyed_client: httpx.Client, sdk: str, name: str, acl: str) -> None:
+    url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, initial_acl={"default": acl}))
+    for headers in ({}, BOB, {"authorization": "Key nobody"}, bearer(create_token(keyed_client))):
         assert text(keyed_client.get(url, headers=headers), 404) == "File not found"
         assert keyed_client.head(url, headers=headers).status_code == 404
-    assert keyed_client.get(url, headers=ALICE).content == UPLOADED
-    assert keyed_client.get(url, headers={"authorization": "Bearer alice:secret"}).content == UPLOADED
+    assert keyed_client.get(url, headers=ALICE).content == CONTENT
+    assert keyed_client.get(url, headers={"authorization": "Bearer alice:secret"}).content == CONTENT
 
 
-def test_a_missing_file_and_a_private_one_look_alike(keyed_client: httpx.Client) -> None:
+def test_a_private_file_looks_like_a_missing_one(keyed_client: httpx.Client) -> None:
     private = keyed_client.get(by_client(keyed_client, with_lifecycle(LIFECYCLE_NAMES[0], initial_acl="forbid")))
     missing = keyed_client.get(f"/files/{'0' * 32}.txt")
     assert (private.status_code, private.json()) == (missing.status_code, missing.json())
 
 
-@by_every_shape
+@every_client
 @pytest.mark.parametrize("name", LIFECYCLE_NAMES)
-def test_a_file_expires(keyed_client: httpx.Client, shape: str, name: str) -> None:
-    url = SHAPES[shape](keyed_client, with_lifecycle(name, expiration_duration_seconds=1e-9))
+def test_a_file_expires(keyed_client: httpx.Client, sdk: str, name: str) -> None:
+    url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, expiration_duration_seconds=1e-9))
     assert text(keyed_client.get(url, headers=ALICE), 404) == "File not found"
 
 
-@by_every_shape
-def test_a_public_file_with_a_long_life_is_open(keyed_client: httpx.Client, shape: str) -> None:
+@every_client
+def test_a_public_file_needs_no_key(keyed_client: httpx.Client, sdk: str) -> None:
     preference = {"expiration_duration_seconds": 3600, "initial_acl": {"default": "allow"}}
     upload = with_lifecycle("x-fal-object-lifecycle", **preference)
-    assert keyed_client.get(SHAPES[shape](keyed_client, upload)).content == UPLOADED
+    assert keyed_client.get(UPLOADERS[sdk](keyed_client, upload)).content == CONTENT
 
 
-def test_pictures_can_be_private_too(keyed_client: httpx.Client) -> None:
+def test_generated_images_can_be_private(keyed_client: httpx.Client) -> None:
     headers = {**ALICE, LIFECYCLE_NAMES[1]: json.dumps({"initial_acl": {"default": "forbid"}})}
     url = keyed_client.post("/test/null", json={"prompt": "x"}, headers=headers).json()["images"][0]["url"]
     assert [keyed_client.get(url, headers=key).status_code for key in ({}, BOB, ALICE)] == [404, 404, 200]
 
 
-def test_a_lifecycle_that_is_not_understood_is_refused(keyed_client: httpx.Client) -> None:
+def test_invalid_lifecycle_is_refused(keyed_client: httpx.Client) -> None:
     for path in ("/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
         for bad in ("{", '{"expiration_duration_seconds": "soon"}', '{"initial_acl": "perhaps"}'):
             headers = {**ALICE, "x-fal-object-lifecycle": bad}
-            text(keyed_client.post(path, json=ANNOUNCED, headers=headers), 400)
+            text(keyed_client.post(path, json=INITIATE_BODY, headers=headers), 400)
 
 
-# -- who may send
+# -- authorization
 
 
-BEGINNINGS = [
+AUTHENTICATED_PATHS = [
     "/storage/auth/token",
     "/storage/upload/initiate",
     "/storage/upload/initiate-multipart",
@@ -326,77 +328,77 @@ BEGINNINGS = [
 ]
 
 
-@pytest.mark.parametrize("path", BEGINNINGS)
+@pytest.mark.parametrize("path", AUTHENTICATED_PATHS)
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer x.y.z"}])
 def test_an_upload_needs_a_key(keyed: Server, keyed_client: httpx.Client, path: str, key: dict[str, str]) -> None:
-    before = stored(keyed)
-    text(keyed_client.post(path, json=ANNOUNCED, headers=key), 401)
-    assert stored(keyed) <= before
+    before = stored_names(keyed)
+    text(keyed_client.post(path, json=INITIATE_BODY, headers=key), 401)
+    assert stored_names(keyed) <= before
 
 
-@pytest.mark.parametrize("path", BEGINNINGS)
+@pytest.mark.parametrize("path", AUTHENTICATED_PATHS)
 def test_a_token_of_another_scope_is_refused(keyed_client: httpx.Client, path: str) -> None:
     token = ok(keyed_client.post("/tokens/", json={"allowed_apps": ["flux", "null"]}, headers=ALICE))
-    text(keyed_client.post(path, json=ANNOUNCED, headers={"authorization": f"Bearer {token}"}), 401)
+    text(keyed_client.post(path, json=INITIATE_BODY, headers={"authorization": f"Bearer {token}"}), 401)
 
 
 @pytest.mark.parametrize(
     "path", ["/storage/auth/token", "/storage/upload/initiate", "/tokens/", "/test/null", "/queue/test/null"]
 )
-def test_a_token_for_uploads_is_good_for_nothing_else(keyed_client: httpx.Client, path: str) -> None:
-    body = {**ANNOUNCED, "prompt": "x", "allowed_apps": ["flux"]}
-    text(keyed_client.post(path, json=body, headers=bearer(token_of(keyed_client))), 401)
+def test_an_upload_token_is_valid_only_for_uploads(keyed_client: httpx.Client, path: str) -> None:
+    body = {**INITIATE_BODY, "prompt": "x", "allowed_apps": ["flux"]}
+    text(keyed_client.post(path, json=body, headers=bearer(create_token(keyed_client))), 401)
 
 
-def test_a_token_is_that_of_its_key(keyed_client: httpx.Client) -> None:
+def test_a_token_uploads_as_its_keys_owner(keyed_client: httpx.Client) -> None:
     upload = Upload(key=BOB, headers={"x-fal-object-lifecycle": '{"initial_acl": {"default": "hide"}}'})
     url = by_fal_client(keyed_client, upload)
     assert [keyed_client.get(url, headers=key).status_code for key in (ALICE, BOB)] == [404, 200]
 
 
-def test_the_address_to_put_to_is_the_secret(keyed_client: httpx.Client) -> None:
+def test_the_upload_url_needs_no_key(keyed_client: httpx.Client) -> None:
     for headers in ({}, BOB, {"authorization": "nonsense"}):
-        begun = initiate(keyed_client, Upload(), "/storage/upload/initiate")
-        ok(keyed_client.put(begun["upload_url"], content=UPLOADED, headers=headers))
-        assert keyed_client.get(begun["file_url"]).content == UPLOADED
+        initiated = initiate(keyed_client, Upload(), "/storage/upload/initiate")
+        ok(keyed_client.put(initiated["upload_url"], content=CONTENT, headers=headers))
+        assert keyed_client.get(initiated["file_url"]).content == CONTENT
 
 
-BEGUN_BY_PAGES = [
-    ("/storage/upload/initiate", {"json": ANNOUNCED}),
-    ("/files/upload", {"content": UPLOADED, "headers": {"content-type": "text/plain"}}),
+REQUESTS_BY_PAGES = [
+    ("/storage/upload/initiate", {"json": INITIATE_BODY}),
+    ("/files/upload", {"content": CONTENT, "headers": {"content-type": "text/plain"}}),
     ("/files/upload/multipart", {"headers": {"content-type": "text/plain"}}),
 ]
 
 
-@pytest.mark.parametrize(("path", "options"), BEGUN_BY_PAGES)
-def test_a_foreign_page_cannot_upload_where_no_key_is_needed(
+@pytest.mark.parametrize(("path", "options"), REQUESTS_BY_PAGES)
+def test_a_foreign_page_cannot_upload_to_a_server_without_keys(
     narrow: Server, narrow_client: httpx.Client, path: str, options: dict[str, Any]
 ) -> None:
-    before = stored(narrow)
-    headers = {**options.get("headers", {}), "origin": FOREIGN}
+    before = stored_names(narrow)
+    headers = {**options.get("headers", {}), "origin": FOREIGN_ORIGIN}
     text(narrow_client.post(path, **{**options, "headers": headers}), 403)
-    assert stored(narrow) <= before
+    assert stored_names(narrow) <= before
 
 
 def test_a_page_on_this_machine_can_upload(narrow_client: httpx.Client) -> None:
-    begun = ok(narrow_client.post("/storage/upload/initiate", json=ANNOUNCED, headers={"origin": PAGE}))
-    asked = {
-        "origin": PAGE,
+    initiated = ok(narrow_client.post("/storage/upload/initiate", json=INITIATE_BODY, headers={"origin": LOCAL_ORIGIN}))
+    preflight_headers = {
+        "origin": LOCAL_ORIGIN,
         "access-control-request-method": "PUT",
         "access-control-request-headers": "content-type",
     }
-    allowed = narrow_client.options(begun["upload_url"], headers=asked)
-    assert allowed.status_code == 200
-    assert "PUT" in allowed.headers["access-control-allow-methods"]
-    answer = narrow_client.put(begun["upload_url"], content=UPLOADED, headers={"origin": PAGE})
+    preflight = narrow_client.options(initiated["upload_url"], headers=preflight_headers)
+    assert preflight.status_code == 200
+    assert "PUT" in preflight.headers["access-control-allow-methods"]
+    answer = narrow_client.put(initiated["upload_url"], content=CONTENT, headers={"origin": LOCAL_ORIGIN})
     ok(answer)
-    assert answer.headers["access-control-allow-origin"] in ("*", PAGE)
+    assert answer.headers["access-control-allow-origin"] in ("*", LOCAL_ORIGIN)
 
 
-# -- how it is shown
+# -- how files are served
 
 
-ATTACHED = [
+ATTACHMENTS = [
     "text/html",
     "TEXT/HTML; charset=utf-8",
     "image/svg+xml",
@@ -412,28 +414,28 @@ ATTACHED = [
     "multipart/mixed",
     "nonsense",
 ]
-SHOWN = ["image/png", "image/jpeg", "image/webp", "IMAGE/PNG", "image/png; x=y"]
-SCRIPT = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+INLINE = ["image/png", "image/jpeg", "image/webp", "IMAGE/PNG", "image/png; x=y"]
+SVG_WITH_SCRIPT = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
 
 
-@pytest.mark.parametrize("content_type", [*ATTACHED, *SHOWN])
-@pytest.mark.parametrize("shape", ["@fal-ai/client", "fal-client"])
-def test_only_pictures_are_shown_as_they_are(narrow_client: httpx.Client, shape: str, content_type: str) -> None:
-    upload = Upload(SCRIPT, content_type, "my page.png")
-    answer = narrow_client.get(SHAPES[shape](narrow_client, upload))
-    assert (answer.status_code, answer.content) == (200, SCRIPT)
+@pytest.mark.parametrize("content_type", [*ATTACHMENTS, *INLINE])
+@pytest.mark.parametrize("sdk", ["@fal-ai/client", "fal-client"])
+def test_only_images_are_served_inline(narrow_client: httpx.Client, sdk: str, content_type: str) -> None:
+    upload = Upload(SVG_WITH_SCRIPT, content_type, "my page.png")
+    answer = narrow_client.get(UPLOADERS[sdk](narrow_client, upload))
+    assert (answer.status_code, answer.content) == (200, SVG_WITH_SCRIPT)
     assert answer.headers["content-type"].startswith(content_type)
     assert answer.headers["x-content-type-options"] == "nosniff"
     policy = answer.headers["content-security-policy"].replace(" ", "").split(";")
     assert {"sandbox", "default-src'none'"} <= set(policy)
     disposition = answer.headers.get("content-disposition", "inline")
-    is_shown = content_type in SHOWN
-    assert disposition.partition(";")[0] == ("inline" if is_shown else "attachment")
-    assert is_shown or "my%20page.png" in disposition
+    is_inline = content_type in INLINE
+    assert disposition.partition(";")[0] == ("inline" if is_inline else "attachment")
+    assert is_inline or "my%20page.png" in disposition
 
 
 @pytest.mark.parametrize(
-    ("file_name", "shown"),
+    ("file_name", "encoded_name"),
     [
         ("a.txt", "a.txt"),
         ("März.txt", "M%C3%A4rz.txt"),
@@ -441,167 +443,164 @@ def test_only_pictures_are_shown_as_they_are(narrow_client: httpx.Client, shape:
         ("a\r\nb.txt", "ab.txt"),
     ],
 )
-def test_an_attachment_has_the_name_that_its_owner_gave(
-    narrow_client: httpx.Client, file_name: str, shown: str
-) -> None:
+def test_an_attachment_keeps_its_file_name(narrow_client: httpx.Client, file_name: str, encoded_name: str) -> None:
     answer = narrow_client.get(by_client(narrow_client, Upload(file_name=file_name)))
     disposition = answer.headers["content-disposition"]
-    assert disposition in (f'attachment; filename="{shown}"', f"attachment; filename*=utf-8''{shown}")
+    assert disposition in (f'attachment; filename="{encoded_name}"', f"attachment; filename*=utf-8''{encoded_name}")
     assert "x" not in answer.headers
 
 
 @pytest.mark.parametrize("content_type", ["image/пнг", "text/plain; name=файл", "text/plain\r\nx: y", "\0", ""])
-def test_an_odd_content_type_harms_nobody(narrow_client: httpx.Client, content_type: str) -> None:
-    begun = initiate(narrow_client, Upload(content_type=content_type), "/storage/upload/initiate")
-    ok(narrow_client.put(begun["upload_url"], content=UPLOADED))
-    answer = narrow_client.get(begun["file_url"])
-    assert (answer.status_code, answer.content) == (200, UPLOADED)
+def test_odd_content_types_are_served_as_attachments(narrow_client: httpx.Client, content_type: str) -> None:
+    initiated = initiate(narrow_client, Upload(content_type=content_type), "/storage/upload/initiate")
+    ok(narrow_client.put(initiated["upload_url"], content=CONTENT))
+    answer = narrow_client.get(initiated["file_url"])
+    assert (answer.status_code, answer.content) == (200, CONTENT)
     assert answer.headers["content-disposition"].startswith("attachment")
     assert "x" not in answer.headers
 
 
-# -- what is refused
-
-
-OVER = ["@fal-ai/client", "@fal-ai/client, multipart", "fal-client", "fal-client 0.5.1", "fal-client, multipart"]
+# -- limits and refused requests
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that takes a mebibyte a file and two megabytes an owner."""
+def limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a server with limits of one mebibyte per file and two megabytes per owner."""
     settings = {"keys": "alice:secret,bob:secret", "max_upload_mib": "1", "max_uploads_gb": "0.002"}
     with serving(tmp_path_factory.mktemp("small"), TEST_MODELS, max_body_mib="1", **settings) as running:
         yield running.ready()
 
 
 @pytest.fixture
-def small_client(small: Server) -> Iterator[httpx.Client]:
-    """A client of that server."""
-    with httpx.Client(base_url=small.url, timeout=60, trust_env=False) as client:
+def limited_client(limited_server: Server) -> Iterator[httpx.Client]:
+    """Open a plain HTTP client of that server."""
+    with httpx.Client(base_url=limited_server.url, timeout=60, trust_env=False) as client:
         yield client
 
 
-def stored(server: Server) -> set[str]:
-    """The names of all files of a server, also those under way."""
-    folders = [server.data_dir / "files", server.data_dir / "uploads"]
-    # Not rglob, which fails where a folder goes away while it is looked through.
-    return {name for folder in folders for _, _, names in os.walk(folder) for name in names}
+def stored_names(server: Server) -> set[str]:
+    """Return the names of all files of a server, including unfinished uploads."""
+    directories = [server.data_dir / "files", server.data_dir / "uploads"]
+    # os.walk instead of rglob, which fails if a directory disappears during the scan.
+    return {name for directory in directories for _, _, names in os.walk(directory) for name in names}
 
 
-def too_large(answer: httpx.Response, limit: int) -> None:
-    """It says that it is too large, and what would not have been."""
+def assert_too_large(answer: httpx.Response, limit: int) -> None:
+    """Check for a 413 answer that states the limit."""
     assert str(limit) in text(answer, 413)
 
 
-LIMIT, OWNERS_LIMIT = 2**20, 2_000_000
+MAX_FILE_BYTES, MAX_OWNER_BYTES = 2**20, 2_000_000
 
 
-@pytest.mark.parametrize("size", [LIMIT + 1, 4 * LIMIT])
-def test_a_file_that_is_too_large(small: Server, small_client: httpx.Client, size: int) -> None:
-    content, before = b"x" * size, stored(small)
-    begun = initiate(small_client, Upload(), "/storage/upload/initiate")
-    too_large(small_client.put(begun["upload_url"], content=content), LIMIT)
-    too_large(small_client.post("/files/upload", content=content, headers=ALICE), LIMIT)
-    begun = initiate(small_client, Upload(), "/storage/upload/initiate-multipart")
-    too_large(small_client.put(f"{begun['upload_url']}/1", content=content), LIMIT)
-    assert small_client.get(begun["file_url"]).status_code == 404
-    assert stored(small) <= before
+@pytest.mark.parametrize("size", [MAX_FILE_BYTES + 1, 4 * MAX_FILE_BYTES])
+def test_oversized_file(limited_server: Server, limited_client: httpx.Client, size: int) -> None:
+    content, before = b"x" * size, stored_names(limited_server)
+    initiated = initiate(limited_client, Upload(), "/storage/upload/initiate")
+    assert_too_large(limited_client.put(initiated["upload_url"], content=content), MAX_FILE_BYTES)
+    assert_too_large(limited_client.post("/files/upload", content=content, headers=ALICE), MAX_FILE_BYTES)
+    initiated = initiate(limited_client, Upload(), "/storage/upload/initiate-multipart")
+    assert_too_large(limited_client.put(f"{initiated['upload_url']}/1", content=content), MAX_FILE_BYTES)
+    assert limited_client.get(initiated["file_url"]).status_code == 404
+    assert stored_names(limited_server) <= before
 
 
-def test_a_file_that_is_too_large_in_chunks(small_client: httpx.Client) -> None:
+def test_oversized_file_with_chunked_encoding(limited_client: httpx.Client) -> None:
     chunks = (b"x" * 65_536 for _ in range(17))
-    too_large(small_client.post("/files/upload", content=chunks, headers=ALICE), LIMIT)
+    assert_too_large(limited_client.post("/files/upload", content=chunks, headers=ALICE), MAX_FILE_BYTES)
 
 
-def under_way(server: Server) -> set[str]:
-    """The uploads that count against their owners' limit."""
+def pending_uploads(server: Server) -> set[str]:
+    """Return the unfinished uploads, which count against the limit of their owner."""
     return {path.name for path in (server.data_dir / "uploads").iterdir()}
 
 
-def test_an_upload_that_nobody_can_go_on_with_is_forgotten(small: Server, small_client: httpx.Client) -> None:
-    """In one request, whose client is told of no upload: too large, or left in the middle."""
-    before, url = under_way(small), httpx.URL(small.url)
-    too_large(small_client.post("/files/upload", content=b"x" * (LIMIT + 1), headers=ALICE), LIMIT)
+def test_an_upload_that_cannot_be_resumed_is_deleted(limited_server: Server, limited_client: httpx.Client) -> None:
+    """Check one-request uploads that are too large or cut off. Their client has no upload ID with which to resume."""
+    before, url = pending_uploads(limited_server), httpx.URL(limited_server.url)
+    assert_too_large(
+        limited_client.post("/files/upload", content=b"x" * (MAX_FILE_BYTES + 1), headers=ALICE), MAX_FILE_BYTES
+    )
     with socket.create_connection((url.host, url.port)) as connection:
         headers = "Host: 127.0.0.1\r\nAuthorization: Key alice:secret\r\nContent-Length: 1000\r\n"
         connection.sendall(f"POST /files/upload HTTP/1.1\r\n{headers}\r\nonly this".encode())
-        while under_way(small) <= before:
+        while pending_uploads(limited_server) <= before:
             continue
-    while under_way(small) != before:
+    while pending_uploads(limited_server) != before:
         continue
 
 
-def test_parts_that_are_too_large_together(small_client: httpx.Client) -> None:
-    begun = initiate(small_client, Upload(), "/storage/upload/initiate-multipart")
-    half = b"x" * (LIMIT // 2)
+def test_parts_that_exceed_the_file_limit_together(limited_client: httpx.Client) -> None:
+    initiated = initiate(limited_client, Upload(), "/storage/upload/initiate-multipart")
+    half = b"x" * (MAX_FILE_BYTES // 2)
     for number in (1, 2):
-        ok(small_client.put(f"{begun['upload_url']}/{number}", content=half))
-    too_large(small_client.put(f"{begun['upload_url']}/3", content=b"x"), LIMIT)
+        ok(limited_client.put(f"{initiated['upload_url']}/{number}", content=half))
+    assert_too_large(limited_client.put(f"{initiated['upload_url']}/3", content=b"x"), MAX_FILE_BYTES)
 
 
-def test_an_owner_who_has_too_much(small: Server, small_client: httpx.Client) -> None:
+def test_owner_over_the_storage_limit(limited_server: Server, limited_client: httpx.Client) -> None:
     upload = Upload(b"x" * 10**6, key=BOB)
-    assert [small_client.get(by_fal_client(small_client, upload)).status_code for _ in range(2)] == [200, 200]
-    before = stored(small)
-    too_large(small_client.post("/files/upload", content=b"x", headers=BOB), OWNERS_LIMIT)
-    assert stored(small) <= before
-    # Alice has room.
-    assert small_client.get(by_fal_client(small_client, Upload())).status_code == 200
+    assert [limited_client.get(by_fal_client(limited_client, upload)).status_code for _ in range(2)] == [200, 200]
+    before = stored_names(limited_server)
+    assert_too_large(limited_client.post("/files/upload", content=b"x", headers=BOB), MAX_OWNER_BYTES)
+    assert stored_names(limited_server) <= before
+    # Alice has not reached the limit.
+    assert limited_client.get(by_fal_client(limited_client, Upload())).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/storage/upload/initiate", "/storage/upload/initiate-multipart"])
-def test_a_body_that_is_no_file_is_bound_like_any_other(small_client: httpx.Client, path: str) -> None:
-    body = {**ANNOUNCED, "ignored": "x" * LIMIT}
-    too_large(small_client.post(path, json=body, headers=ALICE), LIMIT)
-    begun = initiate(small_client, Upload(), "/storage/upload/initiate-multipart")
-    ok(small_client.put(f"{begun['upload_url']}/1", content=UPLOADED))
-    parts = {"parts": [{"partNumber": 1, "etag": "x" * LIMIT}]}
-    too_large(small_client.post(f"{begun['upload_url']}/complete", json=parts), LIMIT)
+def test_json_bodies_of_uploads_have_the_usual_size_limit(limited_client: httpx.Client, path: str) -> None:
+    body = {**INITIATE_BODY, "ignored": "x" * MAX_FILE_BYTES}
+    assert_too_large(limited_client.post(path, json=body, headers=ALICE), MAX_FILE_BYTES)
+    initiated = initiate(limited_client, Upload(), "/storage/upload/initiate-multipart")
+    ok(limited_client.put(f"{initiated['upload_url']}/1", content=CONTENT))
+    parts = {"parts": [{"partNumber": 1, "etag": "x" * MAX_FILE_BYTES}]}
+    assert_too_large(limited_client.post(f"{initiated['upload_url']}/complete", json=parts), MAX_FILE_BYTES)
 
 
-UNKNOWN = "0123456789abcdef0123456789abcdef"
+UNKNOWN_ID = "0123456789abcdef0123456789abcdef"
 
 
-@pytest.mark.parametrize("upload_id", [UNKNOWN, "x", "..%5C..", "%00", "%C3%A4"])
-def test_an_unknown_upload(narrow_client: httpx.Client, upload_id: str) -> None:
-    for base in (f"/storage/upload/{upload_id}", f"/files/{UNKNOWN}.txt/multipart/{upload_id}"):
-        text(narrow_client.put(f"{base}/1", content=UPLOADED), 404)
+@pytest.mark.parametrize("upload_id", [UNKNOWN_ID, "x", "..%5C..", "%00", "%C3%A4"])
+def test_unknown_upload(narrow_client: httpx.Client, upload_id: str) -> None:
+    for base in (f"/storage/upload/{upload_id}", f"/files/{UNKNOWN_ID}.txt/multipart/{upload_id}"):
+        text(narrow_client.put(f"{base}/1", content=CONTENT), 404)
         text(narrow_client.post(f"{base}/complete", json={"parts": []}), 404)
-    text(narrow_client.put(f"/storage/upload/{upload_id}", content=UPLOADED), 404)
+    text(narrow_client.put(f"/storage/upload/{upload_id}", content=CONTENT), 404)
 
 
-def test_an_upload_that_is_over(narrow_client: httpx.Client) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate")
-    ok(narrow_client.put(begun["upload_url"], content=UPLOADED))
-    text(narrow_client.put(begun["upload_url"], content=b"something else"), 404)
-    assert narrow_client.get(begun["file_url"]).content == UPLOADED
+def test_finished_upload_cannot_be_overwritten(narrow_client: httpx.Client) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate")
+    ok(narrow_client.put(initiated["upload_url"], content=CONTENT))
+    text(narrow_client.put(initiated["upload_url"], content=b"something else"), 404)
+    assert narrow_client.get(initiated["file_url"]).content == CONTENT
 
 
-def test_a_file_that_has_not_come_yet(narrow_client: httpx.Client) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    ok(narrow_client.put(f"{begun['upload_url']}/1", content=UPLOADED))
-    text(narrow_client.get(begun["file_url"]), 404)
+def test_incomplete_file_is_not_found(narrow_client: httpx.Client) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+    ok(narrow_client.put(f"{initiated['upload_url']}/1", content=CONTENT))
+    text(narrow_client.get(initiated["file_url"]), 404)
 
 
-def test_a_part_that_was_not_sent_is_named(narrow_client: httpx.Client) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+def test_the_error_names_the_missing_part(narrow_client: httpx.Client) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
     for number in (1, 3):
-        ok(narrow_client.put(f"{begun['upload_url']}/{number}", content=UPLOADED))
+        ok(narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT))
     parts = [{"partNumber": number, "etag": '"x"'} for number in (3, 2, 1)]
-    assert "2" in text(narrow_client.post(f"{begun['upload_url']}/complete", json={"parts": parts}), 400)
+    assert "2" in text(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}), 400)
 
 
 @pytest.mark.parametrize(("number", "status"), [("0", 400), ("10001", 400), ("-1", 400), ("x", 422), ("1.5", 422)])
-def test_a_part_number_that_is_none(narrow_client: httpx.Client, number: str, status: int) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    answer = narrow_client.put(f"{begun['upload_url']}/{number}", content=UPLOADED)
+def test_invalid_part_number(narrow_client: httpx.Client, number: str, status: int) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+    answer = narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT)
     if status == 422:
         assert fields(answer)["loc"][-1] == "part_number"
     else:
         assert "10000" in text(answer, 400)
 
 
-BAD_ANNOUNCEMENTS: list[tuple[Any, list[str]]] = [
+BAD_INITIATE_BODIES: list[tuple[Any, list[str]]] = [
     ({"content_type": 5}, ["body", "content_type"]),
     ({"file_name": None}, ["body", "file_name"]),
     ({"file_name": "x" * 1025}, ["body", "file_name"]),
@@ -611,15 +610,15 @@ BAD_ANNOUNCEMENTS: list[tuple[Any, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "loc"), BAD_ANNOUNCEMENTS)
-def test_a_bad_announcement(narrow_client: httpx.Client, body: object, loc: list[str]) -> None:
+@pytest.mark.parametrize(("body", "loc"), BAD_INITIATE_BODIES)
+def test_bad_initiate_body(narrow_client: httpx.Client, body: object, loc: list[str]) -> None:
     assert fields(narrow_client.post("/storage/upload/initiate", json=body))["loc"] == loc
 
 
 @pytest.mark.parametrize("parts", [[{}], [{"partNumber": 0}], [{"partNumber": "x"}], [1], {}, None])
-def test_a_bad_list_of_parts(narrow_client: httpx.Client, parts: object) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    answer = narrow_client.post(f"{begun['upload_url']}/complete", json={"parts": parts})
+def test_bad_list_of_parts(narrow_client: httpx.Client, parts: object) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+    answer = narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts})
     assert fields(answer)["loc"][:2] == ["body", "parts"]
 
 
@@ -630,75 +629,75 @@ def test_broken_json(narrow_client: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/files/upload", "/files/x.txt"])
 @pytest.mark.parametrize("host", ["v3.fal.media", "fal.media"])
-def test_the_proxy_reaches_no_files(narrow_client: httpx.Client, host: str, path: str) -> None:
-    text(narrow_client.post(PROXY, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
+def test_the_proxy_route_cannot_reach_the_file_host(narrow_client: httpx.Client, host: str, path: str) -> None:
+    text(narrow_client.post(PROXY_PATH, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
 
 
-# -- what goes wrong on the way
+# -- interruptions and concurrency
 
 
-def test_a_client_that_leaves_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+def test_a_part_cut_off_by_a_disconnect_is_deleted(tmp_path: Path) -> None:
     with serving(tmp_path, TEST_MODELS) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
-        begun = initiate(client, Upload(), "/storage/upload/initiate-multipart")
+        initiated = initiate(client, Upload(), "/storage/upload/initiate-multipart")
         connection = http.client.HTTPConnection("127.0.0.1", client.base_url.port, timeout=60)
-        connection.putrequest("PUT", f"{urlsplit(begun['upload_url']).path}/1")
+        connection.putrequest("PUT", f"{urlsplit(initiated['upload_url']).path}/1")
         connection.putheader("content-length", "1000000")
         connection.endheaders(b"half")
-        while not stored(server):
+        while not stored_names(server):
             client.get("/health")
         connection.close()
-        while stored(server):
+        while stored_names(server):
             client.get("/health")
-        ok(client.put(f"{begun['upload_url']}/1", content=UPLOADED))
-        ok(client.post(f"{begun['upload_url']}/complete", json={"parts": [{"partNumber": 1, "etag": "x"}]}))
-        assert client.get(begun["file_url"]).content == UPLOADED
+        ok(client.put(f"{initiated['upload_url']}/1", content=CONTENT))
+        ok(client.post(f"{initiated['upload_url']}/complete", json={"parts": [{"partNumber": 1, "etag": "x"}]}))
+        assert client.get(initiated["file_url"]).content == CONTENT
         assert server.stop() == 0
         assert "Traceback" not in server.output
 
 
-def test_many_parts_at_the_same_time(narrow_client: httpx.Client) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+def test_concurrent_parts(narrow_client: httpx.Client) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
     chunks = {number: f"<{number}>".encode() * 100 for number in range(1, 101)}
 
-    def part(number: int) -> dict[str, Any]:
-        answer: dict[str, Any] = ok(narrow_client.put(f"{begun['upload_url']}/{number}", content=chunks[number]))
+    def send_part(number: int) -> dict[str, Any]:
+        answer: dict[str, Any] = ok(narrow_client.put(f"{initiated['upload_url']}/{number}", content=chunks[number]))
         return answer
 
     with ThreadPoolExecutor(10) as threads:
-        parts = list(threads.map(part, reversed(chunks)))
-    ok(narrow_client.post(f"{begun['upload_url']}/complete", json={"parts": parts}))
-    assert narrow_client.get(begun["file_url"]).content == b"".join(chunks.values())
+        parts = list(threads.map(send_part, reversed(chunks)))
+    ok(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}))
+    assert narrow_client.get(initiated["file_url"]).content == b"".join(chunks.values())
 
 
-def test_two_who_put_to_one_address(narrow_client: httpx.Client) -> None:
-    begun = initiate(narrow_client, Upload(), "/storage/upload/initiate")
+def test_concurrent_puts_to_one_url(narrow_client: httpx.Client) -> None:
+    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate")
     with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda _: narrow_client.put(begun["upload_url"], content=UPLOADED), range(4)))
+        answers = list(threads.map(lambda _: narrow_client.put(initiated["upload_url"], content=CONTENT), range(4)))
     statuses = {answer.status_code for answer in answers}
     assert 200 in statuses
     assert statuses <= {200, 404}
-    assert narrow_client.get(begun["file_url"]).content == UPLOADED
+    assert narrow_client.get(initiated["file_url"]).content == CONTENT
 
 
-def test_an_upload_goes_on_after_the_server_was_killed(tmp_path: Path) -> None:
+def test_an_upload_continues_after_the_server_was_killed(tmp_path: Path) -> None:
     with serving(tmp_path, TEST_MODELS) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
-        begun = {
+        initiated = {
             name: urlsplit(url).path
-            for name, url in initiate(client, Upload(), f"/storage/upload/initiate-multipart{V3}").items()
+            for name, url in initiate(client, Upload(), f"/storage/upload/initiate-multipart{V3_QUERY}").items()
         }
-        ok(client.put(f"{begun['upload_url']}/2", content=b"World!"))
-        done = urlsplit(by_fal_client(client, Upload())).path
+        ok(client.put(f"{initiated['upload_url']}/2", content=b"World!"))
+        finished_path = urlsplit(by_fal_client(client, Upload())).path
         server.kill()
     with serving(tmp_path, TEST_MODELS) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
-        assert client.get(done).content == UPLOADED
-        ok(client.put(f"{begun['upload_url']}/1", content=b"Hello, "))
+        assert client.get(finished_path).content == CONTENT
+        ok(client.put(f"{initiated['upload_url']}/1", content=b"Hello, "))
         parts = [{"partNumber": number, "etag": '"x"'} for number in (2, 1)]
-        ok(client.post(f"{begun['upload_url']}/complete", json={"parts": parts}))
-        assert client.get(begun["file_url"]).content == UPLOADED
+        ok(client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}))
+        assert client.get(initiated["file_url"]).content == CONTENT
 
 
-def test_a_form_is_refused(client: httpx.Client) -> None:
-    """What curl -F sends would be kept with its envelope."""
+def test_a_multipart_form_is_refused(client: httpx.Client) -> None:
+    """Refuse the form that `curl -F` sends. The server would store the multipart envelope with the file."""
     answer = client.post("/files/upload", files={"file": ("in.png", b"x", "image/png")})
     assert answer.status_code == 400
     assert "--data-binary" in answer.json()["detail"]

@@ -1,1 +1,1 @@
-"""Kills, full disks, clocks, faults: nothing accepted is lost."""
+"""Tests with kills, full disks, clock jumps and faults: no accepted request is lost."""

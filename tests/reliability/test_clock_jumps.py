@@ -1,4 +1,4 @@
-"""The clock jumps by an hour or a year, either way, at any moment: nothing that was accepted is lost."""
+"""Tests of clock jumps by an hour or a year, in both directions, at any moment: no accepted request is lost."""
 
 import asyncio
 import random
@@ -21,57 +21,61 @@ from tests.unit.worker.test_worker import SMALL, ready, worked_off
 HOUR, DAY = 3600.0, 86_400.0
 JUMPS = (HOUR, -HOUR, 366 * DAY, -366 * DAY)
 MAX_AGE = 7 * DAY
-ACTS = 30
+NUM_ACTIONS = 30
 
 
 @dataclass
-class Life:
-    """A server's parts on one clock, through any number of starts, and what was asked of it."""
+class Simulation:
+    """A server's components on one manual clock, with the requests submitted, through any number of restarts."""
 
-    folder: Path
-    hook: str
+    data_dir: Path
+    webhook_url: str
     rng: random.Random
     clock: Clock = field(default_factory=Clock)
     stack: ExitStack = field(default_factory=ExitStack)
-    #: Until when each request must have started, if it said so.
+    #: Start deadline of each request, if it has one.
     deadlines: dict[str, float | None] = field(default_factory=dict)
-    hooked: set[str] = field(default_factory=set)
-    #: What may be gone: too late to start, or older than what is kept.
-    late: set[str] = field(default_factory=set)
-    old: set[str] = field(default_factory=set)
+    with_webhook: set[str] = field(default_factory=set)
+    #: Requests failed after their start deadline, and requests deleted by retention.
+    expired: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
 
     def start(self) -> None:
-        """As after kill -9, or for the first time."""
+        """Start for the first time, or again as after kill -9."""
         self.stack.close()
-        self.parts: Parts = self.stack.enter_context(opened(self.folder, clock=self.clock))
+        self.parts: Parts = self.stack.enter_context(opened(self.data_dir, clock=self.clock))
         self.parts.queue.recover()
         self.parts.files.delete_orphans()
         self.worker: Worker = ready(self.parts)
-        self.hooks: WebhookSender = webhooks(self.parts)
+        self.webhook_sender: WebhookSender = webhooks(self.parts)
         self.retention = Retention(
             self.parts.database, self.parts.queue, self.parts.files, max_age=MAX_AGE, max_bytes=1e9, clock=self.clock
         )
 
-    # -- what happens
+    # -- random actions
 
     def submit(self) -> None:
         deadline = self.clock.now + self.rng.choice([60.0, 2 * HOUR]) if self.rng.random() < 0.2 else None
-        hook = self.hook if self.rng.random() < 0.3 else None
-        job = self.parts.queue.submit(submission(fields=SMALL, start_deadline=deadline, webhook_url=hook))
+        url = self.webhook_url if self.rng.random() < 0.3 else None
+        job = self.parts.queue.submit(submission(fields=SMALL, start_deadline=deadline, webhook_url=url))
         self.deadlines[job.request_id] = deadline
-        self.hooked |= {job.request_id} if hook else set()
+        self.with_webhook |= {job.request_id} if url else set()
 
     def work(self) -> None:
-        """Some turns; who is late when its turn to be claimed comes ends then."""
-        late = self.late_ones()
+        """Run the worker a few times. An overdue request fails when the worker would claim it."""
+        overdue = self.overdue()
         for _ in range(self.rng.randint(1, 4)):
             self.worker.run_once()
-        self.late |= late - self.late_ones()
+        self.expired |= overdue - self.overdue()
 
-    def late_ones(self) -> set[str]:
-        """Those that wait although their deadline has passed."""
+    def overdue(self) -> set[str]:
+        """Return the waiting requests whose start deadline has passed."""
         waiting = self.parts.rows("SELECT request_id FROM jobs WHERE state = 'IN_QUEUE'")
-        return {name for (name,) in waiting if (deadline := self.deadlines[name]) and deadline <= self.clock.now}
+        return {
+            request_id
+            for (request_id,) in waiting
+            if (deadline := self.deadlines[request_id]) and deadline <= self.clock.now
+        }
 
     def jump(self) -> None:
         self.clock.now += self.rng.choice(JUMPS)
@@ -80,52 +84,56 @@ class Life:
         self.clock.now += self.rng.uniform(0, 30)
 
     def expire(self) -> None:
-        late = self.late_ones()
-        assert self.parts.queue.fail_expired() == len(late)
-        self.late |= late
+        overdue = self.overdue()
+        assert self.parts.queue.fail_expired() == len(overdue)
+        self.expired |= overdue
 
     def sweep(self) -> None:
-        done = self.parts.rows("SELECT request_id, finished_at FROM jobs WHERE state = 'COMPLETED'")
+        completed = self.parts.rows("SELECT request_id, finished_at FROM jobs WHERE state = 'COMPLETED'")
         due = self.parts.rows("SELECT request_id FROM deliveries WHERE due_at IS NOT NULL")
-        old = {name for name, ended in done if ended <= self.clock.now - MAX_AGE and (name,) not in due}
-        assert self.retention.sweep() == len(old)
-        self.old |= old
+        deleted = {
+            request_id
+            for request_id, finished_at in completed
+            if finished_at <= self.clock.now - MAX_AGE and (request_id,) not in due
+        }
+        assert self.retention.sweep() == len(deleted)
+        self.deleted |= deleted
 
     def deliver(self) -> None:
-        asyncio.run(delivered(self.hooks))
+        asyncio.run(delivered(self.webhook_sender))
 
-    def act(self) -> None:
-        """One of them."""
-        acts = (self.submit, self.work, self.jump, self.wait, self.expire, self.sweep, self.deliver, self.start)
-        self.rng.choices(acts, weights=(8, 8, 6, 3, 2, 3, 2, 1))[0]()
+    def random_action(self) -> None:
+        """Perform one random action."""
+        actions = (self.submit, self.work, self.jump, self.wait, self.expire, self.sweep, self.deliver, self.start)
+        self.rng.choices(actions, weights=(8, 8, 6, 3, 2, 3, 2, 1))[0]()
 
-    # -- how it ends
+    # -- final check
 
-    def judge(self) -> None:
-        """Once all that can be done is done, everything that was accepted has its end, and every end was told."""
+    def finish_and_check(self) -> None:
+        """Finish all work, then check that every accepted request has a final state and that no webhook is due."""
         self.expire()
         worked_off(self.worker)
-        # The clock is right from now on, whatever it was when the webhooks fell due.
-        right = self.clock.now
+        # The clock no longer jumps, whatever it was when the webhooks fell due.
+        settled_at = self.clock.now
         while self.parts.rows("SELECT 1 FROM deliveries WHERE due_at IS NOT NULL"):
-            assert self.clock.now <= right + 2 * HOUR
-            self.clock.now += asyncio.run(delivered(self.hooks))
-        found = dict(self.parts.rows("SELECT request_id, status FROM jobs"))
-        assert found.keys() == self.deadlines.keys() - self.old
-        assert {name for name, status in found.items() if status != 200} == self.late - self.old
+            assert self.clock.now <= settled_at + 2 * HOUR
+            self.clock.now += asyncio.run(delivered(self.webhook_sender))
+        statuses = dict(self.parts.rows("SELECT request_id, status FROM jobs"))
+        assert statuses.keys() == self.deadlines.keys() - self.deleted
+        assert {request_id for request_id, status in statuses.items() if status != 200} == self.expired - self.deleted
         assert self.parts.rows("SELECT state FROM jobs WHERE state <> ?", State.COMPLETED) == []
         assert self.parts.rows("SELECT name FROM files ORDER BY name") == [(name,) for name in self.parts.on_disk()]
-        assert len(self.parts.on_disk()) == sum(status == 200 for status in found.values())
+        assert len(self.parts.on_disk()) == sum(status == 200 for status in statuses.values())
         self.stack.close()
 
 
 @pytest.mark.parametrize("number", rounds(20, 200))
-def test_nothing_is_lost(tmp_path: Path, httpserver: HTTPServer, number: int) -> None:
+def test_no_request_is_lost(tmp_path: Path, httpserver: HTTPServer, number: int) -> None:
     httpserver.expect_request("/hook").respond_with_data()
-    life = Life(tmp_path / "data", httpserver.url_for("/hook"), random.Random(number))
-    life.start()
-    for _ in range(ACTS):
-        life.act()
-    life.judge()
-    # Told of each at least once, the forgotten ones too.
-    assert {request.json["request_id"] for request, _ in httpserver.log} == life.hooked
+    simulation = Simulation(tmp_path / "data", httpserver.url_for("/hook"), random.Random(number))
+    simulation.start()
+    for _ in range(NUM_ACTIONS):
+        simulation.random_action()
+    simulation.finish_and_check()
+    # Every webhook is delivered at least once, also for requests that retention has deleted.
+    assert {request.json["request_id"] for request, _ in httpserver.log} == simulation.with_webhook

@@ -1,4 +1,4 @@
-"""The server is killed at each named moment of a request's life; the next one does what was promised."""
+"""Tests that kill the server at each named point of a request. The next server completes every accepted request."""
 
 import contextlib
 import hashlib
@@ -19,30 +19,30 @@ from tests.support.repeats import rounds
 from tests.support.server_process import ROOT, completed, serving
 
 MODELS = ROOT / "tests" / "support" / "faults" / "models"
-QUEUED = "/queue/test/crash"
-#: Two pictures of colours that the seed gives.
+QUEUE_PATH = "/queue/test/crash"
+#: Generates two images whose colours depend on the seed.
 BODY: dict[str, Any] = {"prompt": "x", "seed": 70, "num_images": 2, "image_size": "square", "num_inference_steps": 4}
 
 
 @dataclass(frozen=True)
-class Asker:
-    """A client that asks for one thing, as often as it must; the key says that it is the same."""
+class RetryingClient:
+    """A client that submits one request, as often as necessary, with the same idempotency key."""
 
     key: str
     body: dict[str, Any]
-    hook: str
+    webhook_url: str
 
-    def ask(self, client: httpx.Client) -> dict[str, Any]:
-        """Submit; raises TransportError when the server is gone."""
-        parameters, headers = {"fal_webhook": self.hook}, {"idempotency-key": self.key}
-        answer: dict[str, Any] = client.post(QUEUED, json=self.body, params=parameters, headers=headers).json()
+    def submit(self, client: httpx.Client) -> dict[str, Any]:
+        """Submit the request. Raises TransportError if the server is gone."""
+        parameters, headers = {"fal_webhook": self.webhook_url}, {"idempotency-key": self.key}
+        answer: dict[str, Any] = client.post(QUEUE_PATH, json=self.body, params=parameters, headers=headers).json()
         return answer
 
-    def ask_once(self, url: str) -> str | None:
-        """The request's id, if there was an answer: the process may be gone before it has left."""
+    def submit_once(self, url: str) -> str | None:
+        """Submit once and return the request ID, or None if the server dies before its answer arrives."""
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             with contextlib.suppress(httpx.TransportError):
-                return str(self.ask(client)["request_id"])
+                return str(self.submit(client)["request_id"])
             return None
 
 
@@ -50,98 +50,99 @@ def settings() -> dict[str, str]:
     return {"models_dir": str(MODELS), "outbound_allow": "127.0.0.0/8"}
 
 
-def bodies(number: int) -> list[dict[str, Any]]:
-    """One request in the first round; up to four at a time, of all kinds, in the others."""
+def random_bodies(number: int) -> list[dict[str, Any]]:
+    """Return one fixed request in the first round, and up to four varied concurrent ones in the others."""
     rng = random.Random(number)
-    others = [
-        {**BODY, "seed": 70 + place, "num_images": rng.randint(1, 3), "num_inference_steps": rng.randint(1, 6)}
-        for place in range(1, number % 4 + 1 if number else 1)
+    more = [
+        {**BODY, "seed": 70 + index, "num_images": rng.randint(1, 3), "num_inference_steps": rng.randint(1, 6)}
+        for index in range(1, number % 4 + 1 if number else 1)
     ]
-    return [BODY, *others]
+    return [BODY, *more]
 
 
 def digests(client: httpx.Client, result: dict[str, Any]) -> list[str]:
-    """What the pictures' bytes are."""
+    """Download the images of a result and return their SHA-256 digests."""
     return [hashlib.sha256(client.get(httpx.URL(image["url"]).path).content).hexdigest() for image in result["images"]]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, Any]], list[str]]]:
-    """The pictures of a server that nobody kills."""
-    known: dict[str, list[str]] = {}
+def expected_digests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, Any]], list[str]]]:
+    """Return a function that computes the image digests of a request on a server that is not killed."""
+    cache: dict[str, list[str]] = {}
     with (
         serving(tmp_path_factory.mktemp("undisturbed"), "test/crash=demo", **settings()) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
 
-        def painted(body: dict[str, Any]) -> list[str]:
-            if (name := str(body)) not in known:
-                known[name] = digests(client, client.post("/test/crash", json=body).json())
-            return known[name]
+        def digests_of(body: dict[str, Any]) -> list[str]:
+            if (key := str(body)) not in cache:
+                cache[key] = digests(client, client.post("/test/crash", json=body).json())
+            return cache[key]
 
-        yield painted
+        yield digests_of
 
 
-def crashed(tmp_path: Path, name: str, askers: list[Asker]) -> list[str | None]:
-    """One life, that ends at the point; the ids that were answered, and None for each client that was not."""
+def run_until_crash(tmp_path: Path, name: str, clients: list[RetryingClient]) -> list[str | None]:
+    """Run a server until it dies at the crash point. Return each client's request ID, or None without an answer."""
     with (
         serving(tmp_path / "data", "test/crash=demo", **settings()) as server,
-        ThreadPoolExecutor(len(askers)) as clients,
+        ThreadPoolExecutor(len(clients)) as threads,
     ):
         url = server.ready().url
-        answered = list(clients.map(lambda asker: asker.ask_once(url), askers))
+        answered_ids = list(threads.map(lambda each: each.submit_once(url), clients))
         assert server.process.wait(60) == -9
     assert (tmp_path / "marker").exists()
     if not POINTS[name].is_acknowledged:
-        assert None in answered
-    return answered
+        assert None in answered_ids
+    return answered_ids
 
 
-def recovered(tmp_path: Path, askers: list[Asker]) -> tuple[list[str], list[list[str]]]:
-    """The next life: all clients ask again, as fal-client does without an answer. The ids, and the pictures."""
-    ids, pictures = [], []
+def retry_after_restart(tmp_path: Path, clients: list[RetryingClient]) -> tuple[list[str], list[list[str]]]:
+    """Start the server again and let all clients retry, as fal-client does. Return request IDs and image digests."""
+    ids, image_digests = [], []
     with (
         serving(tmp_path / "data", "test/crash=demo", **settings()) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
-        for answer in [asker.ask(client) for asker in askers]:
-            # The URLs name the first life's port.
+        for answer in [each.submit(client) for each in clients]:
+            # The URLs contain the port of the first server.
             assert completed(client, httpx.URL(answer["status_url"]).path)["status"] == "COMPLETED"
             result = client.get(httpx.URL(answer["response_url"]).path)
             assert result.status_code == 200
             ids.append(answer["request_id"])
-            pictures.append(digests(client, result.json()))
+            image_digests.append(digests(client, result.json()))
         assert server.stop() == 0
-    return ids, pictures
+    return ids, image_digests
 
 
 @pytest.mark.parametrize("number", rounds(1, 20))
 @pytest.mark.parametrize("name", POINTS)
-def test_killed(
+def test_kill_at_every_point(
     tmp_path: Path,
     name: str,
     number: int,
-    undisturbed: Callable[[dict[str, Any]], list[str]],
+    expected_digests: Callable[[dict[str, Any]], list[str]],
     httpserver: HTTPServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One result each, with the bytes that it would have had; no row without its file, no file without its row."""
+    """Check that each request has one result with unchanged bytes, and that rows and files match."""
     monkeypatch.setenv("CRASH_AT", name)
     monkeypatch.setenv("CRASH_MARKER", str(tmp_path / "marker"))
     httpserver.expect_request("/hook").respond_with_data("")
-    hook = httpserver.url_for("/hook")
-    askers = [Asker(f"once {place}", body, hook) for place, body in enumerate(bodies(number))]
-    answered = crashed(tmp_path, name, askers)
-    ids, pictures = recovered(tmp_path, askers)
-    assert pictures == [undisturbed(asker.body) for asker in askers]
-    # Whoever was answered had that very request.
-    assert all(before in (None, after) for before, after in zip(answered, ids, strict=True))
+    webhook_url = httpserver.url_for("/hook")
+    bodies = random_bodies(number)
+    clients = [RetryingClient(f"once {index}", body, webhook_url) for index, body in enumerate(bodies)]
+    answered_ids = run_until_crash(tmp_path, name, clients)
+    ids, image_digests = retry_after_restart(tmp_path, clients)
+    assert image_digests == [expected_digests(client.body) for client in clients]
+    # A retry after an answer returns the same request.
+    assert all(before in (None, after) for before, after in zip(answered_ids, ids, strict=True))
     with opened(tmp_path / "data") as parts:
         assert sorted(parts.rows("SELECT request_id, status FROM jobs")) == sorted((name, 200) for name in ids)
         assert [(file,) for file in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.on_disk()) == sum(asker.body["num_images"] for asker in askers)
+        assert len(parts.on_disk()) == sum(client.body["num_images"] for client in clients)
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-        # Due still, or delivered: at least once, and always the same request.
+        # Each webhook is either due or delivered, and names one of these requests.
         deliveries = parts.rows("SELECT (delivered_at IS NOT NULL) + (due_at IS NOT NULL) FROM deliveries")
-        assert deliveries == [(1,)] * len(askers)
+        assert deliveries == [(1,)] * len(clients)
     assert {request.json["request_id"] for request, _ in httpserver.log} <= set(ids)

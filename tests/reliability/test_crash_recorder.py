@@ -1,4 +1,4 @@
-"""A process that dies of a fault of its own tells the next one at which job; three times, and that job fails alone."""
+"""Tests of the crash recorder: a crashed process records the running job, which alone fails after three crashes."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from tests.support.faults.points import AT_START
 from tests.support.server_process import ROOT, completed, serving
 
 MODELS = str(ROOT / "tests" / "support" / "faults" / "cluster")
-QUEUED = "/queue/test/fatal"
+QUEUE_PATH = "/queue/test/fatal"
 
 
 def body(prompt: str) -> dict[str, Any]:
@@ -31,31 +31,31 @@ def body(prompt: str) -> dict[str, Any]:
 
 
 def submit(client: httpx.Client, prompt: str) -> str:
-    """The path of its status, the same for the same prompt."""
-    answer = client.post(QUEUED, json=body(prompt), headers={"idempotency-key": prompt})
+    """Submit a request and return its status path. The same prompt gives the same request."""
+    answer = client.post(QUEUE_PATH, json=body(prompt), headers={"idempotency-key": prompt})
     return httpx.URL(answer.json()["status_url"]).path
 
 
-def died(data_dir: Path, name: str, number: int) -> str:
-    """A request that ends its server by this signal, in so many lives; what the last of them said."""
-    said = ""
-    for life in range(number):
+def crash_repeatedly(data_dir: Path, signal_name: str, times: int) -> str:
+    """Submit a request that kills its server with this signal, restart it this often, and return the last output."""
+    output = ""
+    for attempt in range(times):
         with serving(data_dir, "test/fatal=demo", models_dir=MODELS) as server:
-            if life == 0:
-                # The process may be gone before the answer has left it, though the row is there.
+            if attempt == 0:
+                # The process may die after it commits the row and before its answer leaves.
                 with (
                     httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
                     contextlib.suppress(httpx.TransportError),
                 ):
-                    submit(client, name)
-            assert server.process.wait(60) == -signal.Signals[name]
-        said = server.output
-    return said
+                    submit(client, signal_name)
+            assert server.process.wait(60) == -signal.Signals[signal_name]
+        output = server.output
+    return output
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT"])
-def test_a_job_that_kills_its_process_three_times_fails_alone(tmp_path: Path, name: str) -> None:
-    assert "the last process crashed while it was running" in died(tmp_path, name, 3)
+def test_only_the_job_that_crashes_the_server_three_times_fails(tmp_path: Path, name: str) -> None:
+    assert "the last process crashed while it was running" in crash_repeatedly(tmp_path, name, 3)
     with (
         serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
@@ -65,8 +65,8 @@ def test_a_job_that_kills_its_process_three_times_fails_alone(tmp_path: Path, na
         assert completed(client, submit(client, "x")).get("error") is None
 
 
-def suspected(data_dir: Path) -> None:
-    """A request was at work when the last process died of a fault of its own."""
+def write_crash_of_running_job(data_dir: Path) -> None:
+    """Write a data directory whose last process crashed while a request was running."""
     with opened(data_dir) as parts:
         job = claimed(parts, endpoint="test/crash")
     (data_dir / "at_work.json").write_text(json.dumps({"7f": [job.request_id]}))
@@ -74,10 +74,10 @@ def suspected(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("point", AT_START)
-def test_a_start_that_is_killed_forgets_no_strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+def test_a_kill_at_startup_keeps_the_crash_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     monkeypatch.setenv("CRASH_AT", point)
     monkeypatch.setenv("CRASH_MARKER", str(tmp_path / "marker"))
-    suspected(tmp_path / "data")
+    write_crash_of_running_job(tmp_path / "data")
     models = str(ROOT / "tests" / "support" / "faults" / "models")
     with serving(tmp_path / "data", "test/crash=demo", models_dir=models) as server:
         assert server.process.wait(60) == -9
@@ -87,12 +87,12 @@ def test_a_start_that_is_killed_forgets_no_strike(tmp_path: Path, monkeypatch: p
         assert parts.rows("SELECT strikes FROM jobs") == [(1,)]
 
 
-def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends, as it does wherever something cannot be written; the next one finds all that it needs."""
-    suspected(tmp_path)
-    left = CrashRecorder(tmp_path).read()
+def test_startup_on_a_full_disk_keeps_the_crash_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the start fails, as for every write that fails, and that the next start still finds the record."""
+    write_crash_of_running_job(tmp_path)
+    recorded = CrashRecorder(tmp_path).read()
     app = create_app(Settings.load({}, {"data_dir": tmp_path, "models_dir": MODELS, "weights": "test/fatal=demo"}))
-    monkeypatch.setattr(job_table, "count_crash", lambda *given: (_ for _ in ()).throw(DiskFull()))
+    monkeypatch.setattr(job_table, "count_crash", lambda *args: (_ for _ in ()).throw(DiskFull()))
 
     async def start() -> None:
         async with app.router.lifespan_context(app):
@@ -103,37 +103,37 @@ def test_a_start_on_a_full_disk_forgets_no_strike(tmp_path: Path, monkeypatch: p
             asyncio.run(start())
     finally:
         app.state.services.queue._database.close()
-    assert CrashRecorder(tmp_path).read() == left
+    assert CrashRecorder(tmp_path).read() == recorded
 
 
-def test_a_kill_from_outside_is_nobodys_fault(tmp_path: Path) -> None:
-    died(tmp_path, "SIGKILL", 4)
+def test_sigkill_counts_as_no_crash(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, "SIGKILL", 4)
     with opened(tmp_path) as parts:
         assert parts.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL", "SIGTERM"])
-def test_faults_leave_a_trace_and_ends_from_outside_do_not(tmp_path: Path, name: str) -> None:
-    """As docs/operations.md says."""
+def test_only_faults_leave_a_trace(tmp_path: Path, name: str) -> None:
+    """Compare the recorder with the signals listed in docs/operations.md."""
     code = (
         "import pathlib, signal, sys; from server.worker.crash_recorder import CrashRecorder;"
         "CrashRecorder(pathlib.Path(sys.argv[1])).open(); signal.raise_signal(signal.Signals[sys.argv[2]])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.Signals[name]
-    faults = re.search(r"A process that dies by (.*) leaves a trace", (ROOT / "docs" / "operations.md").read_text())
-    assert faults
-    assert bool(CrashRecorder(tmp_path).read()[0]) == (name in faults[1])
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT, capture_output=True)
+    assert process.returncode == -signal.Signals[name]
+    documented = re.search(r"A process that dies by (.*) leaves a trace", (ROOT / "docs" / "operations.md").read_text())
+    assert documented
+    assert bool(CrashRecorder(tmp_path).read()[0]) == (name in documented[1])
 
 
-def test_a_box_of_a_process_that_ended_well_says_nothing(tmp_path: Path) -> None:
+def test_a_clean_exit_records_no_crash(tmp_path: Path) -> None:
     assert CrashRecorder(tmp_path).read() == ("", [])
     with serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server:
         assert server.ready().stop() == 0
     assert CrashRecorder(tmp_path).read() == ("", [])
 
 
-def test_a_thread_that_is_at_no_job_is_nobodys_fault(tmp_path: Path) -> None:
+def test_only_jobs_of_the_crashed_thread_are_suspects(tmp_path: Path) -> None:
     (tmp_path / "at_work.json").write_text('{"7f5f4b4666c0": ["one"], "7f5f4b466700": ["two"]}\nrest of a longer one')
     trace = tmp_path / "crash.txt"
     for thread, suspects in (("00007f5f4b4666c0", ["one"]), ("00007f0000000000", [])):
@@ -145,11 +145,11 @@ def test_a_thread_that_is_at_no_job_is_nobodys_fault(tmp_path: Path) -> None:
     assert CrashRecorder(tmp_path).read() == ("", [])
 
 
-def test_a_full_disk_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    box = CrashRecorder(tmp_path)
-    box.open()
+def test_a_full_disk_does_not_fail_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = CrashRecorder(tmp_path)
+    recorder.open()
     try:
-        monkeypatch.setattr("os.pwrite", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        box.set_running({1: []})
+        monkeypatch.setattr("os.pwrite", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        recorder.set_running({1: []})
     finally:
-        box.close()
+        recorder.close()

@@ -1,4 +1,4 @@
-"""The disk is full in each phase of a request's life: 507 in JSON, never a 500, and all goes on when there is room."""
+"""Tests of a full disk in each phase of a request: 507 in JSON, never 500, and all work continues after it."""
 
 import base64
 import random
@@ -21,12 +21,12 @@ from tests.support.repeats import rounds
 from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving
 from tests.support.small_disk import SmallDisk, small_disk
 
-SIZE = 8 * 2**20
-PAGE = 4096
-#: Its picture takes five pages of the disk, and in an answer more.
+DISK_BYTES = 8 * 2**20
+PAGE_BYTES = 4096
+#: The image takes five pages on disk, and more inside an answer.
 LARGE: dict[str, Any] = {"image_size": {"width": 1024, "height": 1024}, "num_inference_steps": 1}
-PICTURE = encoded(noise(256, 256))
-FINISHER, WEBHOOK = (
+IMAGE = encoded(noise(256, 256))
+POSTPROCESSOR_RETRIES, WEBHOOK_NOT_RECORDED = (
     "trying again every second [server.worker.postprocessor]",
     "a webhook's attempt could not be recorded",
 )
@@ -34,17 +34,17 @@ FINISHER, WEBHOOK = (
 
 @dataclass
 class Receiver:
-    """Where webhooks go: the first one fills the disk, so that its delivery cannot be written down."""
+    """Webhook target. The first webhook fills the disk, so that the server cannot record its delivery."""
 
     disk: SmallDisk
     url: str
     is_filled: threading.Event = field(default_factory=threading.Event)
-    has_come_again: threading.Event = field(default_factory=threading.Event)
+    is_retried: threading.Event = field(default_factory=threading.Event)
 
-    def hear(self, request: Request) -> Response:
-        """One delivery."""
+    def receive(self, request: Request) -> Response:
+        """Answer one delivery."""
         if self.is_filled.is_set():
-            self.has_come_again.set()
+            self.is_retried.set()
         else:
             self.disk.fill()
             self.is_filled.set()
@@ -52,8 +52,8 @@ class Receiver:
 
 
 @dataclass
-class Scene:
-    """A server on a small disk, and those who use both."""
+class Setup:
+    """A server on a small disk, with the client, gate and webhook receiver that the checks use."""
 
     rng: random.Random
     disk: SmallDisk
@@ -61,142 +61,152 @@ class Scene:
     client: httpx.Client
     gate: Gate
     receiver: Receiver
-    #: The paths of what was accepted.
+    #: Paths of the accepted requests.
     accepted: list[str] = field(default_factory=list)
 
     @contextmanager
     def full(self, pages: int) -> Iterator[None]:
-        """While the block lasts nothing fits but a few pages; after it, everything goes on at once."""
-        self.disk.fill(self.rng.randint(0, pages) * PAGE)
+        """Leave at most this many free pages inside the block. Free the disk after it."""
+        self.disk.fill(self.rng.randint(0, pages) * PAGE_BYTES)
         with self.freed():
             yield
 
     @contextmanager
     def freed(self) -> Iterator[None]:
-        """There is room again after the block; a further request wakes who waits for it."""
+        """Free the disk after the block. One more request wakes the work that waits for room."""
         yield
         self.disk.free()
         assert self.client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
     def submit(self, endpoint: str = "test/null", query: str = "", **fields: Any) -> httpx.Response:
-        """Ask for a picture; what is accepted must come."""
+        """Submit a request and remember its path if it is accepted, since it must complete."""
         answer = self.client.post(f"/queue/{endpoint}{query}", json={"prompt": "x", **fields})
         if answer.status_code == 200:
             self.accepted.append(httpx.URL(answer.json()["response_url"]).path)
         return answer
 
-    def held(self, **fields: Any) -> str:
-        """A request that stands at the gate before its only step; its path."""
+    def submit_blocked(self, **fields: Any) -> str:
+        """Submit a request that blocks at the gate before its only step, and return its path."""
         assert self.submit("test/gate", prompt=str(self.gate.path), **LARGE, **fields).status_code == 200
         in_progress(self.client, f"{self.accepted[-1]}/status")
         return self.accepted[-1]
 
     @contextmanager
-    def waits_for(self, words: str) -> Iterator[None]:
-        """Whatever the block does makes the server say this once more."""
-        times = self.server.output.count(words) + 1
+    def wait_for_another(self, message: str) -> Iterator[None]:
+        """Wait until the server has logged this message once more than before the block."""
+        count = self.server.output.count(message) + 1
         yield
-        self.server.wait_for("(?s)" + ".*".join([re.escape(words)] * times))
+        self.server.wait_for("(?s)" + ".*".join([re.escape(message)] * count))
 
 
-def refused(answer: httpx.Response) -> None:
-    """As it is said that there is no room."""
+def assert_disk_full(answer: httpx.Response) -> None:
+    """Check for the 507 answer of a full disk."""
     assert (answer.status_code, answer.headers["content-type"]) == (507, "application/json"), answer.text
     assert answer.json()["detail"] == "The disk of the server is full"
 
 
-def submit(scene: Scene) -> None:
-    """Requests are accepted as long as there is room for them; everything else is answered all the same."""
-    with scene.full(16):
-        while (answer := scene.submit()).status_code == 200:
+def check_submits(setup: Setup) -> None:
+    """Check that requests are accepted while there is room, and that reads are always answered."""
+    with setup.full(16):
+        while (answer := setup.submit()).status_code == 200:
             continue
-        refused(answer)
-        refused(scene.client.post("/test/null", json={"prompt": "x"}))
-        pages = ["/health", "/metrics", "/status.json", scene.accepted[0], f"{scene.accepted[-1]}/status"]
-        assert {scene.client.get(page).status_code for page in pages} <= {200, 202, 400}
+        assert_disk_full(answer)
+        assert_disk_full(setup.client.post("/test/null", json={"prompt": "x"}))
+        pages = ["/health", "/metrics", "/status.json", setup.accepted[0], f"{setup.accepted[-1]}/status"]
+        assert {setup.client.get(page).status_code for page in pages} <= {200, 202, 400}
 
 
-def upload(scene: Scene) -> None:
-    """In one request and in two; the second can be sent again."""
-    content = scene.rng.randbytes(200_000)
-    announced = {"content_type": "text/plain", "file_name": "hello.txt"}
-    begun = scene.client.post("/storage/upload/initiate", json=announced).json()
-    with scene.full(40):
-        refused(scene.client.post("/files/upload", content=content))
-        refused(scene.client.put(begun["upload_url"], content=content))
-    assert scene.client.put(begun["upload_url"], content=content).status_code == 200
-    assert scene.client.get(begun["file_url"]).content == content
+def check_uploads(setup: Setup) -> None:
+    """Check uploads in one request and in two. The PUT of the latter can be repeated."""
+    content = setup.rng.randbytes(200_000)
+    body = {"content_type": "text/plain", "file_name": "hello.txt"}
+    initiated = setup.client.post("/storage/upload/initiate", json=body).json()
+    with setup.full(40):
+        assert_disk_full(setup.client.post("/files/upload", content=content))
+        assert_disk_full(setup.client.put(initiated["upload_url"], content=content))
+    assert setup.client.put(initiated["upload_url"], content=content).status_code == 200
+    assert setup.client.get(initiated["file_url"]).content == content
 
 
-def brought(scene: Scene) -> None:
-    """A picture that a request brings along: within it, or by address."""
-    address = scene.receiver.url.replace("/hook", "/in.png")
-    within = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
-    with scene.full(30):
-        for url in (within, address):
-            refused(scene.submit("test/copy", image_url=url))
-    assert [scene.submit("test/copy", image_url=url).status_code for url in (within, address)] == [200, 200]
+def check_inputs(setup: Setup) -> None:
+    """Check input images as a data URI and by URL."""
+    image_url = setup.receiver.url.replace("/hook", "/in.png")
+    data_uri = f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}"
+    with setup.full(30):
+        for url in (data_uri, image_url):
+            assert_disk_full(setup.submit("test/copy", image_url=url))
+    assert [setup.submit("test/copy", image_url=url).status_code for url in (data_uri, image_url)] == [200, 200]
 
 
-def picture(scene: Scene) -> None:
-    """A painted picture waits for the room that its file needs."""
-    path = scene.held()
-    with scene.full(3):
-        with scene.waits_for(FINISHER):
-            scene.gate.let(1)
-        assert scene.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
-    assert completed(scene.client, f"{path}/status").get("error") is None
+def check_image_files(setup: Setup) -> None:
+    """Check that a generated image waits for the room that its file needs."""
+    path = setup.submit_blocked()
+    with setup.full(3):
+        with setup.wait_for_another(POSTPROCESSOR_RETRIES):
+            setup.gate.let(1)
+        assert setup.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
+    assert completed(setup.client, f"{path}/status").get("error") is None
 
 
-def row(scene: Scene) -> None:
-    """An answer that holds its picture waits for the room that its row needs."""
-    path = scene.held(sync_mode=True)
-    with scene.full(3):
-        with scene.waits_for(FINISHER):
-            scene.gate.let(1)
-        assert scene.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
-    assert completed(scene.client, f"{path}/status").get("error") is None
+def check_result_rows(setup: Setup) -> None:
+    """Check that an answer that contains its image waits for the room that its row needs."""
+    path = setup.submit_blocked(sync_mode=True)
+    with setup.full(3):
+        with setup.wait_for_another(POSTPROCESSOR_RETRIES):
+            setup.gate.let(1)
+        assert setup.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
+    assert completed(setup.client, f"{path}/status").get("error") is None
 
 
-def names(scene: Scene) -> None:
-    """There is room for bytes, but not for one more file."""
-    path = scene.held()
-    scene.disk.fill_names()
-    with scene.freed():
-        refused(scene.client.post("/files/upload", content=b"x"))
-        refused(scene.submit("test/copy", image_url=f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"))
-        with scene.waits_for(FINISHER):
-            scene.gate.let(1)
-    assert completed(scene.client, f"{path}/status").get("error") is None
+def check_file_names(setup: Setup) -> None:
+    """Check a disk with room for bytes but for no further file."""
+    path = setup.submit_blocked()
+    setup.disk.fill_names()
+    with setup.freed():
+        assert_disk_full(setup.client.post("/files/upload", content=b"x"))
+        assert_disk_full(
+            setup.submit("test/copy", image_url=f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}")
+        )
+        with setup.wait_for_another(POSTPROCESSOR_RETRIES):
+            setup.gate.let(1)
+    assert completed(setup.client, f"{path}/status").get("error") is None
 
 
-def webhook(scene: Scene) -> None:
-    """A delivery that could not be written down is made again: at least once."""
-    with scene.freed(), scene.waits_for(WEBHOOK):
-        assert scene.submit(query=f"?fal_webhook={scene.receiver.url}").status_code == 200
-        assert scene.receiver.is_filled.wait(60)
-        refused(scene.submit())
+def check_webhooks(setup: Setup) -> None:
+    """Check that a delivery that could not be recorded is repeated: delivery is at least once."""
+    with setup.freed(), setup.wait_for_another(WEBHOOK_NOT_RECORDED):
+        assert setup.submit(query=f"?fal_webhook={setup.receiver.url}").status_code == 200
+        assert setup.receiver.is_filled.wait(60)
+        assert_disk_full(setup.submit())
 
 
-PHASES: list[Callable[[Scene], None]] = [submit, upload, brought, picture, row, names, webhook]
+PHASES: list[Callable[[Setup], None]] = [
+    check_submits,
+    check_uploads,
+    check_inputs,
+    check_image_files,
+    check_result_rows,
+    check_file_names,
+    check_webhooks,
+]
 
 
 @pytest.mark.parametrize("number", rounds(1, 20))
 def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number: int) -> None:
-    """All phases in the life of one server, in any order; the next cannot start without room; the last finds it all."""
+    """Run all phases on one server in random order. The next server cannot start; the last one finds every result."""
     rng = random.Random(number)
-    with small_disk(tmp_path / "disk", SIZE) as disk:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
         receiver = Receiver(disk, httpserver.url_for("/hook"))
-        httpserver.expect_request("/hook").respond_with_handler(receiver.hear)
-        httpserver.expect_request("/in.png").respond_with_data(PICTURE, content_type="image/png")
+        httpserver.expect_request("/hook").respond_with_handler(receiver.receive)
+        httpserver.expect_request("/in.png").respond_with_data(IMAGE, content_type="image/png")
         settings: dict[str, Any] = {"within": disk.within, "outbound_allow": "127.0.0.0/8"}
         with serving(disk.folder / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
-            scene = Scene(rng, disk, server, client, gate, receiver)
-            assert scene.submit().status_code == 200
+            setup = Setup(rng, disk, server, client, gate, receiver)
+            assert setup.submit().status_code == 200
             for phase in rng.sample(PHASES, len(PHASES)):
-                phase(scene)
+                phase(setup)
             assert server.stop() == 0
-        # Nothing half written takes the room that there was not.
+        # No half-written file remains on the disk.
         assert not list((disk.seen / "data").rglob("*.part"))
         disk.fill()
         with serving(disk.folder / "data", TEST_MODELS, **settings) as server:
@@ -205,8 +215,8 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
             assert "Traceback" not in server.output
         disk.free()
         with serving(disk.folder / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
-            assert receiver.has_come_again.wait(60)
-            for path in scene.accepted:
+            assert receiver.is_retried.wait(60)
+            for path in setup.accepted:
                 assert completed(client, f"{path}/status").get("error") is None
                 assert client.get(path).status_code == 200
             assert server.stop() == 0
@@ -217,5 +227,5 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
 
 
 def client_of(server: Server) -> httpx.Client:
-    """A client of a server that can paint."""
+    """Open a client of a server that is ready."""
     return httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False)

@@ -1,4 +1,4 @@
-"""What a client and the next one see of each fault in the middle of a picture: with real weights, over HTTP."""
+"""Tests of faults during generation, as this client and the next one see them: with real weights, over HTTP."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from PIL import Image
 from tests.reliability.test_kill import client_of, digests, rows, submit
 from tests.support.server_process import ROOT, Server, completed, serving
 
-FATES = "SELECT status, attempt, strikes FROM jobs ORDER BY sequence"
+SELECT_JOBS = "SELECT status, attempt, strikes FROM jobs ORDER BY sequence"
 NOT_A_NUMBER = "The image came out as not-a-number, so none is returned."
 
 
@@ -21,51 +21,51 @@ def body(prompt: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where it is remembered what happened."""
-    folder = tmp_path_factory.mktemp("seen")
+def faults_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Create the directory in which the faulty model marks the faults that occurred."""
+    directory = tmp_path_factory.mktemp("seen")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAULTS_SEEN", str(folder))
-        yield folder
+        patch.setenv("FAULTS_SEEN", str(directory))
+        yield directory
 
 
 @pytest.fixture(autouse=True)
-def forget(seen: Path) -> None:
-    for mark in seen.iterdir():
+def clear_faults(faults_dir: Path) -> None:
+    for mark in faults_dir.iterdir():
         mark.unlink()
 
 
 def faulty(data_dir: Path) -> Any:
-    """A server of test/faulty whose steps may take two seconds."""
+    """Start a server of test/faulty with a step deadline of two seconds."""
     models = str(ROOT / "tests" / "support" / "faults" / "demo")
     return serving(data_dir, "test/faulty=demo", models_dir=models, step_deadline="2")
 
 
 @pytest.fixture(scope="module")
-def client(seen: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Of a server that lives through everything that is asked of it."""
-    with faulty(tmp_path_factory.mktemp("data")) as server, client_of(server) as asking:
-        yield asking
+def client(faults_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Open a client of a server that survives all requests of this module."""
+    with faulty(tmp_path_factory.mktemp("data")) as server, client_of(server) as client:
+        yield client
         assert server.stop() == 0
 
 
 @pytest.fixture
 def error_of(client: httpx.Client) -> Callable[[str], str | None]:
-    """What its client is told of a request; the next one is painted in any case."""
+    """Return a function that runs a request and returns its error. The request after it must always succeed."""
 
-    def told(prompt: str) -> str | None:
+    def run(prompt: str) -> str | None:
         error: str | None = completed(client, submit(client, body(prompt), "test/faulty")).get("error")
         assert completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
         return error
 
-    return told
+    return run
 
 
 @pytest.mark.parametrize("fault", ["slow once", "out of memory once"])
-def test_what_is_mended_is_not_seen(client: httpx.Client, seen: Path, fault: str) -> None:
-    disturbed = digests(client, submit(client, body(fault), "test/faulty"))
-    assert [mark.name for mark in seen.iterdir()] == [fault.removesuffix(" once")]
-    assert digests(client, submit(client, body(fault), "test/faulty")) == disturbed
+def test_recovered_faults_do_not_change_the_image(client: httpx.Client, faults_dir: Path, fault: str) -> None:
+    with_fault = digests(client, submit(client, body(fault), "test/faulty"))
+    assert [mark.name for mark in faults_dir.iterdir()] == [fault.removesuffix(" once")]
+    assert digests(client, submit(client, body(fault), "test/faulty")) == with_fault
 
 
 def test_out_of_memory(error_of: Callable[[str], str | None]) -> None:
@@ -73,7 +73,7 @@ def test_out_of_memory(error_of: Callable[[str], str | None]) -> None:
 
 
 @pytest.mark.parametrize("fault", ["raises", "exhausts"])
-def test_an_error_of_our_own_says_nothing_of_the_inside(error_of: Callable[[str], str | None], fault: str) -> None:
+def test_internal_errors_reveal_no_details(error_of: Callable[[str], str | None], fault: str) -> None:
     error = error_of(fault) or ""
     assert error
     assert "secret" not in error
@@ -84,53 +84,53 @@ def test_not_a_number(error_of: Callable[[str], str | None]) -> None:
     assert error_of("nan") == NOT_A_NUMBER
 
 
-def test_a_picture_that_is_black_is_a_picture(client: httpx.Client) -> None:
+def test_a_black_image_is_valid(client: httpx.Client) -> None:
     answer = client.post("/test/faulty", json=body("black")).raise_for_status().json()
-    picture = client.get(httpx.URL(answer["images"][0]["url"]).path).content
-    with Image.open(io.BytesIO(picture)) as shown:
-        assert shown.convert("RGB").getextrema() == ((0, 0),) * 3
+    content = client.get(httpx.URL(answer["images"][0]["url"]).path).content
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.convert("RGB").getextrema() == ((0, 0),) * 3
 
 
-def ended(server: Server) -> int:
-    """The exit code of a server that ends by itself."""
+def exit_code(server: Server) -> int:
+    """Wait until the server exits by itself and return its exit code."""
     return server.process.wait(60)
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "fate"),
+    ("fault", "code", "job_row"),
     [("poisoned once", 1, (200, 2, 1)), ("hangs once", 3, (200, 2, 1)), ("exits once", 5, (200, 2, 0))],
 )
-def test_what_ends_the_process_is_painted_by_the_next(
-    tmp_path: Path, fault: str, code: int, fate: tuple[int, int, int]
+def test_a_request_that_ends_the_process_runs_on_the_next(
+    tmp_path: Path, fault: str, code: int, job_row: tuple[int, int, int]
 ) -> None:
     with faulty(tmp_path) as first, client_of(first) as client:
         path = submit(client, body(fault), "test/faulty")
-        assert ended(first) == code
+        assert exit_code(first) == code
     with faulty(tmp_path) as second, client_of(second) as client:
         assert len(digests(client, path)) == 1
         assert second.stop() == 0
-    assert rows(tmp_path, FATES) == [fate]
+    assert rows(tmp_path, SELECT_JOBS) == [job_row]
 
 
 def test_not_a_number_twice_in_a_row_ends_the_process(tmp_path: Path) -> None:
-    """The weights on the device may be spoilt: the next process loads them again."""
+    """End the process, since the weights on the device may be corrupt. The next process loads them again."""
     with faulty(tmp_path) as first, client_of(first) as client:
         paths = [submit(client, body("nan"), "test/faulty") for _ in range(2)]
-        assert ended(first) == 1
+        assert exit_code(first) == 1
         assert "two images in a row came out as not-a-number" in first.output
     with faulty(tmp_path) as second, client_of(second) as client:
         assert [completed(client, path).get("error") for path in paths] == [NOT_A_NUMBER] * 2
         assert second.stop() == 0
-    assert rows(tmp_path, "SELECT status, attempt, strikes FROM jobs ORDER BY sequence") == [(500, 1, 0), (500, 2, 1)]
+    assert rows(tmp_path, SELECT_JOBS) == [(500, 1, 0), (500, 2, 1)]
 
 
-def test_three_times_and_it_fails_alone(tmp_path: Path) -> None:
+def test_only_a_request_that_crashes_three_times_fails(tmp_path: Path) -> None:
     with faulty(tmp_path) as server, client_of(server) as client:
         path = submit(client, body("poisoned"), "test/faulty")
-        assert ended(server) == 1
+        assert exit_code(server) == 1
     for _ in range(2):
         with faulty(tmp_path) as server:
-            assert ended(server) == 1
+            assert exit_code(server) == 1
     with faulty(tmp_path) as server, client_of(server) as client:
         error = completed(client, path).get("error")
         assert error == "The server crashed 3 times while it ran this request."
@@ -139,9 +139,9 @@ def test_three_times_and_it_fails_alone(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_loaded_end_the_process(
-    seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    faults_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULTS_AT_SETUP", "1")
     with faulty(tmp_path) as server:
-        assert ended(server) == 1
+        assert exit_code(server) == 1
         assert "these weights cannot be loaded" in server.output

@@ -1,4 +1,4 @@
-"""Kills and full disks in the middle of uploads and backups; rows and pages that are damaged."""
+"""Tests of kills and full disks during uploads and backups, and of damaged rows and pages."""
 
 import random
 import time
@@ -26,28 +26,28 @@ PARTS = {1: random.Random(1).randbytes(300_000), 2: random.Random(2).randbytes(2
 WHOLE = PARTS[1] + PARTS[2]
 
 
-def some(points: Iterable[str], *first: str) -> list[Any]:
-    """Those at which most could go wrong, and the others in the soak alone."""
+def soak_all_but(points: Iterable[str], *first: str) -> list[Any]:
+    """Return the points at which most can go wrong, and the other points marked as soak tests."""
     return [*first, *(pytest.param(name, marks=pytest.mark.soak) for name in points if name not in first)]
 
 
 @contextmanager
-def started(folder: Path, *weights: str, **settings: Any) -> Iterator[tuple[Server, httpx.Client]]:
+def started(data_dir: Path, *weights: str, **settings: Any) -> Iterator[tuple[Server, httpx.Client]]:
     with (
-        serving(folder, *(weights or (TEST_MODELS,)), **settings) as server,
+        serving(data_dir, *(weights or (TEST_MODELS,)), **settings) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         yield server, client
 
 
-def begun(client: httpx.Client) -> tuple[str, str]:
-    """The addresses of an upload in parts, and of its file."""
-    said = client.post("/storage/upload/initiate-multipart", json={"file_name": "a.bin"}).raise_for_status().json()
-    return httpx.URL(said["upload_url"]).path, httpx.URL(said["file_url"]).path
+def initiate(client: httpx.Client) -> tuple[str, str]:
+    """Initiate a multipart upload and return the paths of the upload and its file."""
+    urls = client.post("/storage/upload/initiate-multipart", json={"file_name": "a.bin"}).raise_for_status().json()
+    return httpx.URL(urls["upload_url"]).path, httpx.URL(urls["file_url"]).path
 
 
-def sent(client: httpx.Client, upload: str, acknowledged: list[int]) -> None:
-    """All parts, then their end; what was answered is noted."""
+def send_parts(client: httpx.Client, upload: str, acknowledged: list[int]) -> None:
+    """Send all missing parts, note each one that is acknowledged, then complete the upload."""
     for number, content in PARTS.items():
         if number not in acknowledged:
             client.put(f"{upload}/{number}", content=content).raise_for_status()
@@ -55,8 +55,8 @@ def sent(client: httpx.Client, upload: str, acknowledged: list[int]) -> None:
     client.post(f"{upload}/complete", json={}).raise_for_status()
 
 
-def in_order(parts: Parts) -> None:
-    """Each file has its row and each row its file; what is counted is what is there."""
+def check_consistency(parts: Parts) -> None:
+    """Check that files and rows match, and that the counts per owner are right."""
     assert parts.rows("PRAGMA integrity_check") == [("ok",)]
     assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
     assert parts.rows("SELECT owner, num_uploads, upload_bytes FROM kept WHERE num_uploads > 0") == parts.rows(
@@ -64,44 +64,44 @@ def in_order(parts: Parts) -> None:
     )
 
 
-@pytest.mark.parametrize("name", some(IN_UPLOAD, "before a part is kept", "before that is committed"))
-def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What was acknowledged is there, nothing half is served, nothing is left that no row lists."""
+@pytest.mark.parametrize("name", soak_all_but(IN_UPLOAD, "before a part is kept", "before that is committed"))
+def test_a_kill_during_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Check that acknowledged parts survive, that no partial file is served, and that no unlisted file remains."""
     monkeypatch.setenv("CRASH_AT", name)
     monkeypatch.setenv("CRASH_MARKER", str(tmp_path / "marker"))
     data, acknowledged = tmp_path / "data", list[int]()
     with started(data, "test/crash=demo", **FAULTS) as (server, client):
-        upload, file = begun(client)
+        upload, file = initiate(client)
         with pytest.raises(httpx.TransportError):
-            sent(client, upload, acknowledged)
+            send_parts(client, upload, acknowledged)
         assert server.process.wait(60) == -9
     with started(data, "test/crash=demo", **FAULTS) as (server, client):
-        left = sorted(path.name for path in (data / "uploads").rglob("*") if path.is_file())
+        part_names = sorted(path.name for path in (data / "uploads").rglob("*") if path.is_file())
         answer = client.get(file)
         if answer.status_code == 404:
-            assert set(map(str, acknowledged)) <= set(left) <= {"1", "2"}
-            sent(client, upload, acknowledged)
+            assert set(map(str, acknowledged)) <= set(part_names) <= {"1", "2"}
+            send_parts(client, upload, acknowledged)
             answer = client.get(file)
         assert answer.content == WHOLE
         assert client.post(f"{upload}/complete", json={}).status_code == 404
         assert server.stop() == 0
     with opened(data) as parts:
-        in_order(parts)
+        check_consistency(parts)
         assert list((data / "uploads").iterdir()) == []
         assert uploads_of(parts)._pending.num_parts.total() == 0
 
 
-@pytest.mark.parametrize("name", some(IN_BACKUP, "after the database is copied"))
-def test_a_kill_in_the_middle_of_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """It has not the name of a whole one, and the server has lost nothing."""
+@pytest.mark.parametrize("name", soak_all_but(IN_BACKUP, "after the database is copied"))
+def test_a_kill_during_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Check that a partial backup does not have the final name, and that the server loses nothing."""
     monkeypatch.setenv("CRASH_AT", name)
     monkeypatch.setenv("CRASH_MARKER", str(tmp_path / "marker"))
     data, copy = tmp_path / "data", tmp_path / "copy"
     with started(data, "test/crash=demo", **FAULTS) as (server, client):
         file = httpx.URL(client.post("/files/upload", content=WHOLE).json()["access_url"]).path
-        done = flux_server(data, "backup", str(copy))
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "ended before it responded" in done.stderr
+        process = flux_server(data, "backup", str(copy))
+        assert (process.returncode, process.stdout) == (1, "")
+        assert "ended before it responded" in process.stderr
         assert server.process.wait(60) == -9
     assert not copy.exists()
     with started(data, "test/crash=demo", **FAULTS) as (server, client):
@@ -110,17 +110,17 @@ def test_a_kill_in_the_middle_of_a_backup(tmp_path: Path, monkeypatch: pytest.Mo
         assert flux_server(data, "backup", str(tmp_path / "other")).returncode == 0
         assert client.get(file).content == WHOLE
         assert server.stop() == 0
-    for folder in (data, tmp_path / "other"):
-        with opened(folder) as parts:
-            in_order(parts)
+    for data_dir in (data, tmp_path / "other"):
+        with opened(data_dir) as parts:
+            check_consistency(parts)
 
 
-def test_a_full_disk_in_the_middle_of_an_upload_and_of_a_backup(tmp_path: Path) -> None:
-    """The parts fit, the whole beside them does not; nor does the copy."""
+def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
+    """Leave room for the parts, but neither for the joined file nor for the backup."""
     with small_disk(tmp_path / "disk", 4 * 2**20) as disk:
         data = disk.folder / "data"
         with started(data, within=disk.within) as (server, client):
-            upload, file = begun(client)
+            upload, file = initiate(client)
             client.put(f"{upload}/1", content=PARTS[1]).raise_for_status()
             disk.fill(room=100_000)
             assert client.put(f"{upload}/2", content=PARTS[2]).status_code == 507
@@ -141,13 +141,13 @@ def test_a_full_disk_in_the_middle_of_an_upload_and_of_a_backup(tmp_path: Path) 
         assert sorted(path.name for path in disk.seen.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):
             with opened(disk.copy(name, tmp_path / name)) as parts:
-                in_order(parts)
+                check_consistency(parts)
                 assert len(parts.on_disk()) == 1
 
 
 # -- damaged rows
 
-#: What a column says that nobody wrote; SQL.
+#: SQL values that the server never writes. The first word of a key is the column.
 DAMAGE = {
     "input": "'nonsense'",
     "input that is a list": "'[]'",
@@ -163,111 +163,111 @@ DAMAGE = {
     "webhook_url": "'ht!tp://[nonsense'",
     "output_size": "-1",
 }
-ANSWERS = {"output": "'nonsense'", "output that is a list": "'[]'", "output cut short": f"'{{{'x' * 20_000}'"}
-RUNNING = "UPDATE jobs SET state = 'IN_PROGRESS', attempt = 1, started_at = ? WHERE request_id = ?"
-ENDED = "UPDATE jobs SET state = 'COMPLETED', finished_at = ?, status = 200, output = '{}' WHERE request_id = ?"
-DUE = (
+OUTPUT_DAMAGE = {"output": "'nonsense'", "output that is a list": "'[]'", "output cut short": f"'{{{'x' * 20_000}'"}
+SET_RUNNING = "UPDATE jobs SET state = 'IN_PROGRESS', attempt = 1, started_at = ? WHERE request_id = ?"
+SET_COMPLETED = "UPDATE jobs SET state = 'COMPLETED', finished_at = ?, status = 200, output = '{}' WHERE request_id = ?"
+INSERT_DELIVERIES = (
     "INSERT INTO deliveries SELECT request_id, coalesce(webhook_url, 'http://127.0.0.1:9/'), 0, 1, NULL, NULL FROM jobs"
 )
 
 
-def damaged(folder: Path) -> dict[tuple[str, str], str]:
-    """A folder with a damaged request of each kind in each state, and one that is whole; their ids."""
+def write_damaged_requests(data_dir: Path) -> dict[tuple[str, str], str]:
+    """Write requests with every kind of damage in every state, and an intact one per state. Return their IDs."""
     now, ids = time.time(), dict[tuple[str, str], str]()
-    with opened(folder) as parts:
+    with opened(data_dir) as parts:
         for state in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED"):
-            for what in ("whole", *DAMAGE, *(ANSWERS if state == "COMPLETED" else ())):
-                url = "http://127.0.0.1:9/" if what in ("whole", "webhook_url") else None
-                given = submission(owner=ANONYMOUS, webhook_url=url)
-                ids[state, what] = request_id = parts.queue.submit(given).request_id
+            for damage in ("whole", *DAMAGE, *(OUTPUT_DAMAGE if state == "COMPLETED" else ())):
+                url = "http://127.0.0.1:9/" if damage in ("whole", "webhook_url") else None
+                request = submission(owner=ANONYMOUS, webhook_url=url)
+                ids[state, damage] = request_id = parts.queue.submit(request).request_id
                 if state != "IN_QUEUE":
-                    parts.rows(RUNNING, now, request_id)
+                    parts.rows(SET_RUNNING, now, request_id)
                 if state == "COMPLETED":
-                    parts.rows(ENDED, now, request_id)
-                if value := {**DAMAGE, **ANSWERS}.get(what):
+                    parts.rows(SET_COMPLETED, now, request_id)
+                if value := {**DAMAGE, **OUTPUT_DAMAGE}.get(damage):
                     parts.rows("PRAGMA ignore_check_constraints = ON")
-                    parts.rows(f"UPDATE jobs SET {what.split()[0]} = {value} WHERE request_id = ?", request_id)
-        parts.rows(f"{DUE} WHERE state = 'COMPLETED'")
+                    parts.rows(f"UPDATE jobs SET {damage.split()[0]} = {value} WHERE request_id = ?", request_id)
+        parts.rows(f"{INSERT_DELIVERIES} WHERE state = 'COMPLETED'")
     return ids
 
 
-def test_damaged_rows_harm_nobody_else(tmp_path: Path) -> None:
-    """The start succeeds; each ends with an error of its own or as it would have, and all can be read."""
-    ids = damaged(tmp_path)
-    fine = {"whole", "logs", "logs that are no list", "base_url", "webhook_url", "output_size"}
+def test_damaged_rows_do_not_affect_other_requests(tmp_path: Path) -> None:
+    """Check that the server starts, that each request fails alone or succeeds, and that all requests are readable."""
+    ids = write_damaged_requests(tmp_path)
+    harmless = {"whole", "logs", "logs that are no list", "base_url", "webhook_url", "output_size"}
     with started(tmp_path, outbound_allow="127.0.0.0/8") as (server, client):
-        for (state, what), request_id in ids.items():
-            path = f"/queue/{'test/gone' if what == 'endpoint' else 'test/null'}/requests/{request_id}"
+        for (state, damage), request_id in ids.items():
+            path = f"/queue/{'test/gone' if damage == 'endpoint' else 'test/null'}/requests/{request_id}"
             status, answer = completed(client, f"{path}/status"), client.get(path)
             assert answer.headers["content-type"] == "application/json"
             if state == "COMPLETED":
-                assert (status["status"], answer.status_code) == ("COMPLETED", 500 if what in ANSWERS else 200)
-            elif what in fine:
-                assert (status.get("error"), answer.status_code) == (None, 200), what
+                assert (status["status"], answer.status_code) == ("COMPLETED", 500 if damage in OUTPUT_DAMAGE else 200)
+            elif damage in harmless:
+                assert (status.get("error"), answer.status_code) == (None, 200), damage
             else:
-                assert status["error"], what
-                assert answer.status_code == (404 if what == "endpoint" else 500), what
+                assert status["error"], damage
+                assert answer.status_code == (404 if damage == "endpoint" else 500), damage
                 assert answer.json()["detail"]
         history: dict[str, Any] = {"endpoint_id": "test/null", "expand": "payloads", "limit": 100}
-        listed = client.get("/v1/models/requests/by-endpoint", params=history).raise_for_status().json()["items"]
-        assert len(listed) == sum(what != "endpoint" for _, what in ids)
+        items = client.get("/v1/models/requests/by-endpoint", params=history).raise_for_status().json()["items"]
+        assert len(items) == sum(damage != "endpoint" for _, damage in ids)
         for page in ("/status.json", "/metrics", "/health"):
             assert client.get(page).status_code == 200
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
-        # Nothing came to an end that it should not have, such as the loop of the webhooks.
+        # No background loop has failed, such as that of the webhooks.
         assert "a webhook's attempt could not be recorded" not in server.output
         assert server.stop() == 0
 
 
-def test_a_webhook_tells_that_its_answer_is_damaged(tmp_path: Path) -> None:
-    ids = damaged(tmp_path)
+def test_a_webhook_reports_a_damaged_output(tmp_path: Path) -> None:
+    ids = write_damaged_requests(tmp_path)
     with opened(tmp_path) as parts:
-        for what in ANSWERS:
-            _, told = webhooks(parts)._payload(ids["COMPLETED", what])
-            assert (told["status"], told["payload"]) == ("OK", [] if "list" in what else None)
-            assert ("payload_error" in told) == ("list" not in what)
+        for damage in OUTPUT_DAMAGE:
+            _, payload = webhooks(parts)._payload(ids["COMPLETED", damage])
+            assert (payload["status"], payload["payload"]) == ("OK", [] if "list" in damage else None)
+            assert ("payload_error" in payload) == ("list" not in damage)
 
 
 # -- damaged pages
 
 
-def noise(file: Path, first: int, last: int) -> None:
-    """Overwrite these pages, counted from 0, in place."""
+def overwrite_pages(file: Path, first: int, last: int) -> None:
+    """Overwrite the pages from first up to, not including, last with noise. Pages count from 0."""
     with file.open("r+b") as opened_file:
         opened_file.seek(4096 * first)
         opened_file.write(random.Random(0).randbytes(4096 * (last - first)))
 
 
-def with_requests(folder: Path) -> int:
-    """Many that wait; returns the number of pages."""
-    with opened(folder) as parts:
+def write_waiting_requests(data_dir: Path) -> int:
+    """Write a data directory with 300 waiting requests. Return the number of its database pages."""
+    with opened(data_dir) as parts:
         for _ in range(300):
             parts.queue.submit(submission(fields={"prompt": "x" * 500}))
         return int(parts.rows("PRAGMA page_count")[0][0])
 
 
-def test_a_page_of_noise_keeps_the_server_from_starting(tmp_path: Path) -> None:
-    """It says so each time, and changes nothing."""
-    num_pages, file = with_requests(tmp_path), tmp_path / "queue.sqlite3"
-    noise(file, 1, num_pages)
+def test_damaged_pages_prevent_the_start(tmp_path: Path) -> None:
+    """Check that each start reports the damage and changes nothing."""
+    num_pages, file = write_waiting_requests(tmp_path), tmp_path / "queue.sqlite3"
+    overwrite_pages(file, 1, num_pages)
     content = file.read_bytes()
     for _ in range(2):
-        done = flux_server(tmp_path, "serve", "--port", "0", "--tls-port", "0")
-        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-        assert "restore it from a backup" in done.stderr
+        process = flux_server(tmp_path, "serve", "--port", "0", "--tls-port", "0")
+        assert (process.returncode, "Traceback" in process.stderr) == (1, False)
+        assert "restore it from a backup" in process.stderr
     assert file.read_bytes() == content
 
 
-def test_a_page_of_noise_ends_a_running_server_with_words(tmp_path: Path) -> None:
-    """Whoever finds it, such as a look at deadlines four times a second, says it once."""
-    num_pages = with_requests(tmp_path)
+def test_damaged_pages_end_a_running_server_with_an_error(tmp_path: Path) -> None:
+    """Check that the error is logged once, whichever query finds it. The deadline check runs four times a second."""
+    num_pages = write_waiting_requests(tmp_path)
     with serving(tmp_path, TEST_MODELS, max_running="1") as server:
         url = server.ready().url
-        noise(tmp_path / "queue.sqlite3", 1, num_pages)
+        overwrite_pages(tmp_path / "queue.sqlite3", 1, num_pages)
         with ThreadPoolExecutor(1) as client:
-            asked = client.submit(httpx.get, f"{url}/status.json", trust_env=False)
+            pending = client.submit(httpx.get, f"{url}/status.json", trust_env=False)
             assert server.process.wait(60) == 1
-            if not asked.exception():
-                assert (asked.result().status_code, asked.result().json()["error_type"]) == (500, "internal_error")
+            if not pending.exception():
+                assert (pending.result().status_code, pending.result().json()["error_type"]) == (500, "internal_error")
     assert server.output.count("restore it from a backup") == 1
     assert "Traceback" not in server.output

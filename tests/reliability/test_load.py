@@ -1,4 +1,4 @@
-"""Many clients at once: no errors, and nothing that was acknowledged is missing. The figures are `bench.load`'s."""
+"""Tests with many clients at once: no errors, and no acknowledged request is missing. `bench.load` sends them."""
 
 import os
 
@@ -15,10 +15,10 @@ from bench.load import under_load
     ],
 )
 def test_under_load(clients: int, seconds: float) -> None:
-    asked, submitted = under_load(clients, seconds)
+    polls, submits = under_load(clients, seconds)
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {clients} clients, {seconds:g} s each")
-    print(f"status, 500 queued: {asked}")
-    print(f"submit: {submitted}")
-    assert (asked.bad, submitted.bad) == (0, 0)
-    # Each client had many of both.
-    assert min(len(asked.seconds), len(submitted.seconds)) >= 2 * clients
+    print(f"status, 500 queued: {polls}")
+    print(f"submit: {submits}")
+    assert (polls.bad, submits.bad) == (0, 0)
+    # Every client made several of both requests.
+    assert min(len(polls.seconds), len(submits.seconds)) >= 2 * clients

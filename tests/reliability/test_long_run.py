@@ -1,4 +1,4 @@
-"""A hundred thousand requests through one server that forgets them soon: neither its memory nor its database grows."""
+"""Test of 100,000 requests on one server with short retention: neither memory nor database grows."""
 
 import json
 import statistics
@@ -13,54 +13,53 @@ from bench.support.load_client import Client, load, request
 from tests.support.components import opened
 from tests.support.server_process import ROOT, Server, serving
 
-NUMBER, CLIENTS = 100_000, 32
-#: Seconds that a result is kept.
-KEPT = 10
-QUEUED, RUN = request("POST", "/queue/test/null", BODY), request("POST", "/test/null", BODY)
+NUM_REQUESTS, NUM_CLIENTS = 100_000, 32
+RETENTION_SECONDS = 10
+SUBMIT, RUN = request("POST", "/queue/test/null", BODY), request("POST", "/test/null", BODY)
 MIB = 2**20
 
 
 @dataclass
-class Watch:
-    """Counts the requests, and looks at the server now and then."""
+class Monitor:
+    """Counter of accepted requests that samples the server's memory and database size."""
 
     server: Server
     process: psutil.Process
     accepted: int = 0
-    #: After so many requests: resident memory and the database's size, in bytes.
-    looks: list[tuple[int, int, int]] = field(default_factory=list)
+    #: Samples of accepted requests, resident memory in bytes and database size in bytes.
+    samples: list[tuple[int, int, int]] = field(default_factory=list)
 
     def count(self) -> None:
-        """One more was accepted."""
+        """Count an accepted request, and take a sample after every 500."""
         self.accepted += 1
         if self.accepted % 500 == 0:
             size = sum(path.stat().st_size for path in self.server.data_dir.glob("queue.sqlite3*"))
-            self.looks.append((self.accepted, self.process.memory_info().rss, size))
+            self.samples.append((self.accepted, self.process.memory_info().rss, size))
 
     def is_enough(self) -> bool:
-        return self.accepted >= NUMBER
+        return self.accepted >= NUM_REQUESTS
 
 
-class Visitor(Client):
-    """Puts one request into the queue, waits for another on the line, then reads what became of the first."""
+class QueueAndRunClient(Client):
+    """Client that submits a request to the queue, runs a second one, then polls the first and fetches its result."""
 
-    def __init__(self, watch: Watch) -> None:
-        super().__init__(QUEUED, watch.is_enough)
-        self.watch = watch
+    def __init__(self, monitor: Monitor) -> None:
+        super().__init__(SUBMIT, monitor.is_enough)
+        self.monitor = monitor
         self.path = ""
 
     def next_request(self, body: bytes) -> bytes:
-        if self.request is QUEUED:
-            self.watch.count()
+        if self.request is SUBMIT:
+            self.monitor.count()
             self.path = "/queue/test/null/requests/" + json.loads(body)["request_id"]
             return RUN
         if self.request is RUN:
-            self.watch.count()
+            self.monitor.count()
             return request("GET", f"{self.path}/status?logs=1")
         if b'"COMPLETED"' in body:
             return request("GET", self.path)
-        # Not done yet, or the answer itself.
-        return QUEUED if b'"images"' in body else self.request
+        # The body is either the result or a status that is not yet COMPLETED.
+        return SUBMIT if b'"images"' in body else self.request
 
 
 @pytest.mark.soak
@@ -68,28 +67,28 @@ class Visitor(Client):
 def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     settings = {
         "models_dir": str(ROOT / "tests" / "support" / "faults" / "forgetful"),
-        "retention_days": str(KEPT / 86_400),
+        "retention_days": str(RETENTION_SECONDS / 86_400),
     }
     with serving(tmp_path / "data", "test/null=demo", **settings) as server:
         port = int(server.ready().url.rsplit(":", 1)[1])
-        watch = Watch(server, psutil.Process(server.process.pid))
-        figures = load(port, CLIENTS, lambda: Visitor(watch))
+        monitor = Monitor(server, psutil.Process(server.process.pid))
+        figures = load(port, NUM_CLIENTS, lambda: QueueAndRunClient(monitor))
         assert server.stop() == 0
     assert figures.bad == 0
-    # Without the beginning, in which caches and the allocator fill up.
-    settled = [look for look in watch.looks if look[0] > NUMBER / 5]
-    slope = statistics.linear_regression([look[0] for look in settled], [look[1] for look in settled]).slope
-    third = max(size for accepted, _, size in watch.looks if accepted <= NUMBER / 3)
-    end = watch.looks[-1][2]
-    print(f"{watch.accepted} requests in {figures.taken:.0f} s, {watch.accepted / figures.taken:.0f} a second")
+    # Skip the first fifth, in which caches and the allocator fill up.
+    settled = [sample for sample in monitor.samples if sample[0] > NUM_REQUESTS / 5]
+    slope = statistics.linear_regression([sample[0] for sample in settled], [sample[1] for sample in settled]).slope
+    third = max(size for accepted, _, size in monitor.samples if accepted <= NUM_REQUESTS / 3)
+    end = monitor.samples[-1][2]
+    print(f"{monitor.accepted} requests in {figures.taken:.0f} s, {monitor.accepted / figures.taken:.0f} a second")
     print(f"resident memory: {settled[0][1] / MIB:.1f} MiB, then {settled[-1][1] / MIB:.1f} MiB;", end=" ")
     print(f"{slope * 10_000 / MIB:+.3f} MiB per 10,000 requests")
     print(f"database: {third / MIB:.1f} MiB at a third, {end / MIB:.1f} MiB at the end")
-    assert slope * 10_000 < MIB, watch.looks
-    assert end <= 1.1 * third, watch.looks
+    assert slope * 10_000 < MIB, monitor.samples
+    assert end <= 1.1 * third, monitor.samples
     with opened(tmp_path / "data") as parts:
-        # Each was painted once, and most are forgotten.
-        assert parts.rows("SELECT sum(requests) FROM usage") == [(watch.accepted,)]
+        # Every request ran once, and retention has deleted most of them.
+        assert parts.rows("SELECT sum(requests) FROM usage") == [(monitor.accepted,)]
         assert parts.rows("SELECT count(*) FROM jobs WHERE status IS NOT 200") == [(0,)]
         assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.on_disk()) < NUMBER / 2
+        assert len(parts.on_disk()) < NUM_REQUESTS / 2

@@ -1,4 +1,4 @@
-"""The queue beside a model of it in a few lines: whatever is done, in whatever order, both say the same."""
+"""Tests that compare the queue with a small model: any actions in any order give the same state."""
 
 import shutil
 import tempfile
@@ -29,7 +29,7 @@ MAX_AGE = 7 * 86_400.0
 PER_OWNER, RUNNING_PER_OWNER = 6, 2
 REQUESTS = st.tuples(
     st.sampled_from(["me", "you", "she"]),
-    # Those of the queue outlive a restart, the others only show that they do not.
+    # Queue requests survive a restart. The others are included to check that they are cancelled.
     st.sampled_from([Mode.QUEUE, Mode.QUEUE, Mode.RUN]),
     st.sampled_from(list(Priority)),
     st.sampled_from([None, None, 1.0, 60.0]),
@@ -41,7 +41,7 @@ JUMPS = (0.0, 0.5, 30.0, 3600.0, -3600.0, 86_400.0, 366 * 86_400.0)
 
 @dataclass
 class Entry:
-    """What the model knows of one request."""
+    """One request in the model."""
 
     rank: tuple[bool, int]
     owner: str
@@ -50,18 +50,18 @@ class Entry:
     key: str | None
     state: State = State.IN_QUEUE
     attempt: int = 0
-    strikes: int = 0
+    crash_count: int = 0
     is_cancelled: bool = False
     status: int | None = None
     finished_at: float = 0.0
 
 
-class QueueBesideModel(RuleBasedStateMachine):
-    """Every act of clients, of the worker, and of time; and the death of the process at any point between them."""
+class QueueAndModel(RuleBasedStateMachine):
+    """State machine of all actions of clients, worker and clock, with a kill of the process between any two."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="queue-model-"))
+        self.data_dir = Path(tempfile.mkdtemp(prefix="queue-model-"))
         self.clock = Clock()
         self.entries: dict[str, Entry] = {}
         self.stack = ExitStack()
@@ -69,10 +69,10 @@ class QueueBesideModel(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        """A server on an empty folder."""
+        """Open the data directory, as a server does when it starts."""
         self.parts: Parts = self.stack.enter_context(
             opened(
-                self.folder,
+                self.data_dir,
                 clock=self.clock,
                 max_length_per_owner=PER_OWNER,
                 max_running_per_owner=RUNNING_PER_OWNER,
@@ -83,46 +83,48 @@ class QueueBesideModel(RuleBasedStateMachine):
         )
 
     def teardown(self) -> None:
-        """Nothing stays."""
+        """Close the server's components and delete the data directory."""
         self.stack.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.data_dir)
 
-    # -- what the model thinks
+    # -- the model
 
-    def of(self, state: State) -> list[str]:
-        """Requests in a state, in the queue's order."""
-        found = [name for name, entry in self.entries.items() if entry.state == state]
-        return sorted(found, key=lambda name: self.entries[name].rank)
+    def in_state(self, state: State) -> list[str]:
+        """Return the requests in this state, in the order of the queue."""
+        names = [name for name, entry in self.entries.items() if entry.state == state]
+        return sorted(names, key=lambda name: self.entries[name].rank)
 
-    def ends(self, name: str, status: int) -> None:
+    def end(self, name: str, status: int) -> None:
         entry = self.entries[name]
         entry.state, entry.status, entry.finished_at = State.COMPLETED, status, self.clock.now
         entry.is_cancelled = False
 
-    def goes_back(self, name: str) -> None:
+    def requeue(self, name: str) -> None:
         if self.entries[name].is_cancelled:
-            self.ends(name, 499)
+            self.end(name, 499)
         else:
             self.entries[name].state = State.IN_QUEUE
 
-    def is_lost(self, name: str) -> None:
-        """With whoever worked at it."""
+    def requeue_or_fail(self, name: str) -> None:
+        """Requeue a request whose worker was lost, or fail it after too many crashes or attempts."""
         entry = self.entries[name]
-        if not entry.is_cancelled and (entry.strikes >= MAX_CRASHES or entry.attempt >= MAX_ATTEMPTS):
-            self.ends(name, 500)
+        if not entry.is_cancelled and (entry.crash_count >= MAX_CRASHES or entry.attempt >= MAX_ATTEMPTS):
+            self.end(name, 500)
         else:
-            self.goes_back(name)
+            self.requeue(name)
 
-    def chosen(self, data: Any, state: State) -> str:
-        return str(data.draw(st.sampled_from(self.of(state))))
+    def draw_request(self, data: Any, state: State) -> str:
+        return str(data.draw(st.sampled_from(self.in_state(state))))
 
-    # -- what clients do
+    # -- actions of clients
 
-    @rule(wanted=st.lists(REQUESTS, min_size=1, max_size=5))
-    def submit(self, wanted: list[tuple[str, Mode, Priority, float | None, str | None]]) -> None:
-        for owner, mode, priority, deadline, key in wanted:
-            ends_at = None if deadline is None else self.clock.now + deadline
-            request = submission(owner=owner, mode=mode, priority=priority, start_deadline=ends_at, idempotency_key=key)
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=5))
+    def submit(self, requests: list[tuple[str, Mode, Priority, float | None, str | None]]) -> None:
+        for owner, mode, priority, deadline, key in requests:
+            start_deadline = None if deadline is None else self.clock.now + deadline
+            request = submission(
+                owner=owner, mode=mode, priority=priority, start_deadline=start_deadline, idempotency_key=key
+            )
             same = [name for name, entry in self.entries.items() if key and (entry.owner, entry.key) == (owner, key)]
             if same:
                 assert [self.parts.queue.submit(request).request_id] == same
@@ -134,7 +136,9 @@ class QueueBesideModel(RuleBasedStateMachine):
                 continue
             job = self.parts.queue.submit(request)
             self.number += 1
-            self.entries[job.request_id] = Entry((priority == Priority.LOW, self.number), owner, mode, ends_at, key)
+            self.entries[job.request_id] = Entry(
+                (priority == Priority.LOW, self.number), owner, mode, start_deadline, key
+            )
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data())
@@ -144,39 +148,39 @@ class QueueBesideModel(RuleBasedStateMachine):
         assert job
         assert self.parts.queue.cancel(job) == entry.state
         if entry.state == State.IN_QUEUE:
-            self.ends(name, 499)
+            self.end(name, 499)
         elif entry.state == State.IN_PROGRESS:
             entry.is_cancelled = True
 
-    # -- what the worker does
+    # -- actions of the worker
 
-    @precondition(lambda self: self.of(State.IN_QUEUE))
+    @precondition(lambda self: self.in_state(State.IN_QUEUE))
     @rule(takes_low=st.booleans(), slots=st.integers(1, 8))
     def claim(self, takes_low: bool, slots: int) -> None:
         claimed = self.parts.queue.claim(include_low_priority=takes_low, slots=slots)
         for is_low in (False, True) if takes_low else (False,):
-            while name := self.next(is_low, slots):
+            while name := self.next_to_claim(is_low, slots):
                 entry = self.entries[name]
                 if entry.deadline is not None and entry.deadline <= self.clock.now:
-                    self.ends(name, 504)
+                    self.end(name, 504)
                     continue
                 assert claimed and claimed[0].request_id == name
                 entry.state, entry.attempt = State.IN_PROGRESS, entry.attempt + 1
                 return
         assert claimed is None
 
-    def next(self, is_low: bool, slots: int) -> str | None:
-        """The first in the queue's order, those last whose owner has a full share of the slots."""
+    def next_to_claim(self, is_low: bool, slots: int) -> str | None:
+        """Return the first claimable request in queue order. Owners with a full share of the slots come last."""
         running = [(entry.rank[0], entry.owner) for entry in self.entries.values() if entry.state == State.IN_PROGRESS]
-        fit = [
+        claimable = [
             name
-            for name in self.of(State.IN_QUEUE)
+            for name in self.in_state(State.IN_QUEUE)
             if self.entries[name].rank[0] == is_low
             if sum(owner == self.entries[name].owner for _, owner in running) < RUNNING_PER_OWNER
         ]
-        owners = {self.entries[name].owner for name in fit} | {owner for low, owner in running if low == is_low}
+        owners = {self.entries[name].owner for name in claimable} | {owner for low, owner in running if low == is_low}
         return min(
-            fit,
+            claimable,
             default=None,
             key=lambda name: (
                 running.count((is_low, self.entries[name].owner)) * len(owners) >= slots,
@@ -184,28 +188,28 @@ class QueueBesideModel(RuleBasedStateMachine):
             ),
         )
 
-    @precondition(lambda self: self.of(State.IN_PROGRESS))
-    @rule(data=st.data(), act=st.sampled_from(["progress", "finish", "give back", "strike", "lose"]))
-    def work(self, data: Any, act: str) -> None:
-        name = self.chosen(data, State.IN_PROGRESS)
+    @precondition(lambda self: self.in_state(State.IN_PROGRESS))
+    @rule(data=st.data(), action=st.sampled_from(["progress", "finish", "release", "record crash", "requeue or fail"]))
+    def work(self, data: Any, action: str) -> None:
+        name = self.draw_request(data, State.IN_PROGRESS)
         entry, job = self.entries[name], self.parts.queue.get_cached(name)
         assert job
-        if act == "progress":
+        if action == "progress":
             self.parts.queue.progress(job, 1, 2)
-        elif act == "strike":
+        elif action == "record crash":
             self.parts.queue.record_crash([job])
-            entry.strikes += 1
-        elif act == "finish":
+            entry.crash_count += 1
+        elif action == "finish":
             assert self.parts.queue.finish(job, painted()) == (not entry.is_cancelled)
-            self.ends(name, 499 if entry.is_cancelled else 200)
-        elif act == "lose":
+            self.end(name, 499 if entry.is_cancelled else 200)
+        elif action == "requeue or fail":
             self.parts.queue.requeue_or_fail(job)
-            self.is_lost(name)
+            self.requeue_or_fail(name)
         else:
             self.parts.queue.release(job)
-            self.goes_back(name)
+            self.requeue(name)
 
-    # -- what time does
+    # -- actions of the clock
 
     @precondition(lambda self: self.entries)
     @rule(seconds=st.sampled_from(JUMPS))
@@ -215,70 +219,74 @@ class QueueBesideModel(RuleBasedStateMachine):
     @precondition(lambda self: self.entries)
     @rule()
     def expire(self) -> None:
-        late = [
+        overdue = [
             name
-            for name in self.of(State.IN_QUEUE)
+            for name in self.in_state(State.IN_QUEUE)
             if (deadline := self.entries[name].deadline) is not None and deadline <= self.clock.now
         ]
-        assert self.parts.queue.fail_expired() == len(late)
-        for name in late:
-            self.ends(name, 504)
+        assert self.parts.queue.fail_expired() == len(overdue)
+        for name in overdue:
+            self.end(name, 504)
 
     @precondition(lambda self: self.entries)
     @rule()
     def sweep(self) -> None:
-        old = [name for name in self.of(State.COMPLETED) if self.entries[name].finished_at <= self.clock.now - MAX_AGE]
+        old = [
+            name
+            for name in self.in_state(State.COMPLETED)
+            if self.entries[name].finished_at <= self.clock.now - MAX_AGE
+        ]
         assert self.retention.sweep() == len(old)
         for name in old:
             del self.entries[name]
 
     @precondition(lambda self: self.entries)
     @rule()
-    def die_and_start_again(self) -> None:
-        """As after kill -9: what is in memory is lost, what was committed is not."""
+    def kill_and_restart(self) -> None:
+        """Restart as after kill -9: memory is lost, commits are kept."""
         self.stack.close()
         self.start()
         for name, entry in self.entries.items():
             if entry.state == State.COMPLETED:
                 continue
             if entry.mode != Mode.QUEUE:
-                self.ends(name, 499)
-            elif entry.state == State.IN_PROGRESS or entry.strikes >= MAX_CRASHES:
-                self.is_lost(name)
-        assert self.parts.queue.recover() == len(self.of(State.IN_QUEUE))
+                self.end(name, 499)
+            elif entry.state == State.IN_PROGRESS or entry.crash_count >= MAX_CRASHES:
+                self.requeue_or_fail(name)
+        assert self.parts.queue.recover() == len(self.in_state(State.IN_QUEUE))
 
-    # -- what always holds
+    # -- invariant
 
     @invariant()
-    def both_say_the_same(self) -> None:
+    def queue_equals_model(self) -> None:
         rows = self.parts.rows("SELECT request_id, state, attempt, strikes, status FROM jobs")
         expected = {
-            (name, entry.state, entry.attempt, entry.strikes, entry.status) for name, entry in self.entries.items()
+            (name, entry.state, entry.attempt, entry.crash_count, entry.status) for name, entry in self.entries.items()
         }
         assert set(rows) == expected
-        assert self.parts.queue.length == len(self.of(State.IN_QUEUE))
-        for place, name in enumerate(self.of(State.IN_QUEUE)):
+        assert self.parts.queue.length == len(self.in_state(State.IN_QUEUE))
+        for position, name in enumerate(self.in_state(State.IN_QUEUE)):
             job = self.parts.queue.get_cached(name)
-            assert job and self.parts.queue.position(job) == place
+            assert job and self.parts.queue.position(job) == position
         for name, entry in self.entries.items():
             job = self.parts.queue.get(name)
             assert job and (job.state, job.attempt) == (entry.state, entry.attempt)
 
 
-def compared(max_examples: int, steps: int) -> None:
-    """So many lives of a queue, of so many acts each."""
+def run_state_machine(max_examples: int, steps: int) -> None:
+    """Run this many examples of the state machine, of this many steps each."""
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     options = settings(
         max_examples=max_examples, stateful_step_count=steps, deadline=None, database=None, suppress_health_check=checks
     )
-    run_state_machine_as_test(QueueBesideModel, settings=options)
+    run_state_machine_as_test(QueueAndModel, settings=options)
 
 
-def test_the_queue_does_what_its_model_does() -> None:
-    compared(100, 30)
+def test_the_queue_equals_its_model() -> None:
+    run_state_machine(100, 30)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_for_long() -> None:
-    compared(3_000, 40)
+def test_the_queue_equals_its_model_in_long_runs() -> None:
+    run_state_machine(3_000, 40)

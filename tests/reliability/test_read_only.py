@@ -1,4 +1,4 @@
-"""A data folder that cannot be written to, and a database that is replaced under a running server."""
+"""Tests of a read-only data directory, and of a database that is replaced while the server runs."""
 
 import shutil
 import subprocess
@@ -17,12 +17,12 @@ READ_ONLY = "The disk of the server cannot be written to: attempt to write a rea
 
 
 def remount(disk: SmallDisk, mode: str) -> None:
-    """As "ro", or as "rw" again; nobody has a file open there to write to."""
+    """Remount the disk as "ro" or "rw". No file on the disk may be open for writing."""
     subprocess.run([*disk.within, "mount", "-o", f"remount,{mode}", str(disk.folder)], check=True)
 
 
-def test_a_read_only_folder_at_the_start(tmp_path: Path) -> None:
-    """It is named, and all is there when it can be written to again."""
+def test_a_read_only_data_directory_at_startup(tmp_path: Path) -> None:
+    """Check that the error names the directory, and that nothing is lost once it is writable again."""
     with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
         data = disk.folder / "data"
         with serving(data, TEST_MODELS, within=disk.within) as server:
@@ -37,12 +37,12 @@ def test_a_read_only_folder_at_the_start(tmp_path: Path) -> None:
             assert "Traceback" not in server.output
         remount(disk, "rw")
         with serving(data, TEST_MODELS, within=disk.within) as server:
-            picture = httpx.URL(answer["images"][0]["url"]).path
-            assert httpx.get(f"{server.ready().url}{picture}", trust_env=False).status_code == 200
+            image_path = httpx.URL(answer["images"][0]["url"]).path
+            assert httpx.get(f"{server.ready().url}{image_path}", trust_env=False).status_code == 200
 
 
-def test_a_folder_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs waits, what comes is refused in fal's shape, and all goes on; nothing is said with a trace."""
+def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that running requests wait, that new ones get fal's 507, and that all continue without a traceback."""
     seal = tmp_path / "seal"
     monkeypatch.setenv("SEAL", str(seal))
     with (
@@ -76,8 +76,8 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["cp", "mv", "rm"])
-def test_a_database_that_is_replaced_under_a_running_server_ends_it(tmp_path: Path, how: str) -> None:
-    """With words, and the next one serves what was put there, not a mixture of both."""
+def test_replacing_the_database_ends_a_running_server(tmp_path: Path, how: str) -> None:
+    """Check that the error is logged, and that the next server serves the new database, not a mixture of both."""
     data, copy = tmp_path / "data", tmp_path / "copy" / "queue.sqlite3"
     with (
         serving(data, TEST_MODELS) as server,
@@ -94,7 +94,7 @@ def test_a_database_that_is_replaced_under_a_running_server_ends_it(tmp_path: Pa
             copy.rename(data / copy.name)
         else:
             (data / copy.name).unlink()
-        # Whoever looks first, such as the one for deadlines, four times a second.
+        # The first query that notices ends the server. The deadline check runs four times a second.
         assert server.process.wait(60) == 1
     assert server.output.count("was replaced or written to by another program while the server ran") == 1
     assert "Traceback" not in server.output

@@ -1,6 +1,6 @@
-"""Data folders of every schema there ever was, with a request in each state: today's server goes on with them.
+"""Tests of upgrades from every earlier schema, with a request in each state: the current server continues the work.
 
-tests/schemas/ has the schemas that came before, each as it was when the next one came.
+tests/support/schemas/ has the earlier schemas, each in its last form before the next version.
 """
 
 import re
@@ -25,16 +25,16 @@ from tests.unit.queue.test_retention import counted, kept
 from tests.unit.webhooks.test_signatures import Receiver, is_fals
 
 SCHEMAS = {int(path.stem[1:]): path for path in (ROOT / "tests" / "support" / "schemas").glob("v*.sql")}
-EVERY = {**SCHEMAS, VERSION: SCHEMA}
-PICTURE, UPLOADED = encoded(noise()), b"uploaded long ago"
-PICTURE_NAME, UPLOADED_NAME = f"{'a' * 32}.png", f"{'b' * 32}.png"
-#: 2026; nothing of it is old enough to be forgotten, for the test says how long things are kept.
+ALL_SCHEMAS = {**SCHEMAS, VERSION: SCHEMA}
+IMAGE, UPLOAD = encoded(noise()), b"uploaded long ago"
+IMAGE_NAME, UPLOAD_NAME = f"{'a' * 32}.png", f"{'b' * 32}.png"
+#: In 2026. Retention deletes nothing this old, since the test sets a long retention_days.
 LONG_AGO = 1_767_225_600.0
 INPUT = {"prompt": "a tiger", "seed": 7, "num_inference_steps": 2}
-ANSWER = {"images": [{"url": f"http://here/files/{PICTURE_NAME}"}], "seed": 7}
-REFUSAL = {"detail": "This cannot be painted."}
-BROUGHT = f"{'c' * 64}.png"
-COMMON = {
+OUTPUT = {"images": [{"url": f"http://here/files/{IMAGE_NAME}"}], "seed": 7}
+FAILURE = {"detail": "This cannot be painted."}
+INPUT_FILE_NAME = f"{'c' * 64}.png"
+COMMON_FIELDS = {
     "endpoint": "test/null",
     "owner": "everybody",
     "mode": "queue",
@@ -46,71 +46,79 @@ COMMON = {
     "is_private": 0,
     "submitted_at": LONG_AGO,
 }
-STARTED = {"attempt": 1, "started_at": LONG_AGO + 1}
-ENDED = {**STARTED, "state": "COMPLETED", "finished_at": LONG_AGO + 2}
-CANCELLED = {"detail": "Request cancelled by the client.", "error_type": "client_cancelled"}
+STARTED_FIELDS = {"attempt": 1, "started_at": LONG_AGO + 1}
+COMPLETED_FIELDS = {**STARTED_FIELDS, "state": "COMPLETED", "finished_at": LONG_AGO + 2}
+CANCELLATION = {"detail": "Request cancelled by the client.", "error_type": "client_cancelled"}
 
 
-def _ended(status: int, output: Any, **more: Any) -> dict[str, Any]:
-    return {**ENDED, "status": status, "output": to_json(output).decode(), **more}
+def _completed(status: int, output: Any, **fields: Any) -> dict[str, Any]:
+    return {**COMPLETED_FIELDS, "status": status, "output": to_json(output).decode(), **fields}
 
 
-def jobs(hook: str) -> dict[str, dict[str, Any]]:
-    """By request id."""
+def jobs(webhook_url: str) -> dict[str, dict[str, Any]]:
+    """Return the job rows by request ID."""
     return {
         "queued": {"state": "IN_QUEUE", "idempotency_key": "once"},
-        "queued-low": {"state": "IN_QUEUE", "priority": "low", "webhook_url": hook},
-        "given-back": {"state": "IN_QUEUE", **STARTED},
-        "running": {"state": "IN_PROGRESS", **STARTED},
-        "running-cancelled": {"state": "IN_PROGRESS", **STARTED, "is_cancelled": 1},
-        # Not before the time when pictures could be brought along.
+        "queued-low": {"state": "IN_QUEUE", "priority": "low", "webhook_url": webhook_url},
+        "given-back": {"state": "IN_QUEUE", **STARTED_FIELDS},
+        "running": {"state": "IN_PROGRESS", **STARTED_FIELDS},
+        "running-cancelled": {"state": "IN_PROGRESS", **STARTED_FIELDS, "is_cancelled": 1},
+        # Only in schemas that support input images.
         "brought": {
             "state": "IN_QUEUE",
             "endpoint": "test/copy",
-            "input": to_json({"prompt": "", "seed": 7, "image_url": BROUGHT}).decode(),
-            "inputs": to_json({"image_url": BROUGHT}).decode(),
+            "input": to_json({"prompt": "", "seed": 7, "image_url": INPUT_FILE_NAME}).decode(),
+            "inputs": to_json({"image_url": INPUT_FILE_NAME}).decode(),
         },
-        "run": {"state": "IN_PROGRESS", "mode": "run", **STARTED},
+        "run": {"state": "IN_PROGRESS", "mode": "run", **STARTED_FIELDS},
         "stream": {"state": "IN_QUEUE", "mode": "stream"},
-        "succeeded": _ended(200, ANSWER, inference_time=1.5, acceleration="none", logs="[]"),
-        "succeeded-due": _ended(200, ANSWER, webhook_url=hook),
-        "succeeded-told": _ended(200, ANSWER, webhook_url=hook),
-        "failed": _ended(500, REFUSAL, error="This cannot be painted.", error_type="internal_server_error"),
-        "cancelled": _ended(499, CANCELLED, is_cancelled=1, error="Request cancelled", error_type="client_cancelled"),
+        "succeeded": _completed(200, OUTPUT, inference_time=1.5, acceleration="none", logs="[]"),
+        "succeeded-due": _completed(200, OUTPUT, webhook_url=webhook_url),
+        "succeeded-told": _completed(200, OUTPUT, webhook_url=webhook_url),
+        "failed": _completed(500, FAILURE, error="This cannot be painted.", error_type="internal_server_error"),
+        "cancelled": _completed(
+            499, CANCELLATION, is_cancelled=1, error="Request cancelled", error_type="client_cancelled"
+        ),
     }
 
 
 def insert(connection: sqlite3.Connection, table: str, row: dict[str, Any]) -> None:
-    """What there is no table or column for yet is left out, and so is a request that could not be without it."""
-    known = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
-    if not known or ("inputs" in row and "inputs" not in known):
+    """Insert a row, without the columns that this schema lacks. Skip rows that need a missing table or input files."""
+    columns = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
+    if not columns or ("inputs" in row and "inputs" not in columns):
         return
-    told = {name: value for name, value in row.items() if name in known}
-    marks = ", ".join(f":{name}" for name in told)
-    connection.execute(f"INSERT INTO {table} ({', '.join(told)}) VALUES ({marks})", told)
+    values = {name: value for name, value in row.items() if name in columns}
+    marks = ", ".join(f":{name}" for name in values)
+    connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})", values)
 
 
-def write(folder: Path, schema: Path, hook: str) -> None:
-    """A data folder as a server of that schema left it when it was killed."""
+def write_data_dir(data_dir: Path, schema: Path, webhook_url: str) -> None:
+    """Write a data directory as a killed server of this schema leaves it."""
     for name in ("files", "inputs"):
-        (folder / name).mkdir(parents=True)
-    (folder / "files" / PICTURE_NAME).write_bytes(PICTURE)
-    (folder / "files" / UPLOADED_NAME).write_bytes(UPLOADED)
-    (folder / "inputs" / BROUGHT).write_bytes(PICTURE)
-    with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as connection:
+        (data_dir / name).mkdir(parents=True)
+    (data_dir / "files" / IMAGE_NAME).write_bytes(IMAGE)
+    (data_dir / "files" / UPLOAD_NAME).write_bytes(UPLOAD)
+    (data_dir / "inputs" / INPUT_FILE_NAME).write_bytes(IMAGE)
+    with closing(sqlite3.connect(data_dir / FILE, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(schema.read_text(encoding="utf-8"))
-        for request_id, row in jobs(hook).items():
-            insert(connection, "jobs", {**COMMON, "request_id": request_id, **row})
+        for request_id, row in jobs(webhook_url).items():
+            insert(connection, "jobs", {**COMMON_FIELDS, "request_id": request_id, **row})
         file = {"owner": "everybody", "content_type": "image/png", "is_private": 0, "created_at": LONG_AGO}
-        insert(connection, "files", {**file, "name": PICTURE_NAME, "request_id": "succeeded", "size": len(PICTURE)})
-        insert(connection, "files", {**file, "name": UPLOADED_NAME, "size": len(UPLOADED), "file_name": "in.png"})
-        due = {"request_id": "succeeded-due", "url": hook, "attempt": 3, "due_at": LONG_AGO, "error": "answered 500"}
+        insert(connection, "files", {**file, "name": IMAGE_NAME, "request_id": "succeeded", "size": len(IMAGE)})
+        insert(connection, "files", {**file, "name": UPLOAD_NAME, "size": len(UPLOAD), "file_name": "in.png"})
+        due = {
+            "request_id": "succeeded-due",
+            "url": webhook_url,
+            "attempt": 3,
+            "due_at": LONG_AGO,
+            "error": "answered 500",
+        }
         insert(connection, "deliveries", due)
-        told = {"request_id": "succeeded-told", "url": hook, "attempt": 1, "delivered_at": LONG_AGO}
-        insert(connection, "deliveries", told)
-        used = {"owner": "everybody", "day": "2026-01-01", "endpoint": "test/null", "requests": 3, "billable_units": 6}
-        insert(connection, "usage", used)
+        delivered = {"request_id": "succeeded-told", "url": webhook_url, "attempt": 1, "delivered_at": LONG_AGO}
+        insert(connection, "deliveries", delivered)
+        usage = {"owner": "everybody", "day": "2026-01-01", "endpoint": "test/null", "requests": 3, "billable_units": 6}
+        insert(connection, "usage", usage)
         insert(connection, "keys", {"hash": "f" * 64, "owner": "f" * 32, "created_at": LONG_AGO})
         insert(connection, "secrets", {"name": "pepper", "value": bytes(32)})
         insert(connection, "signing_keys", {"key_id": "1", "private": bytes(range(32)), "created_at": LONG_AGO})
@@ -118,25 +126,28 @@ def write(folder: Path, schema: Path, hook: str) -> None:
 
 @dataclass(frozen=True)
 class Upgraded:
-    """A folder that today's server was started on."""
+    """A data directory of an earlier version on which the current server runs."""
 
     version: int
-    folder: Path
+    data_dir: Path
     server: Server
     client: httpx.Client
     receiver: Receiver
 
 
-def _in_turn(version: int) -> Any:
-    """The oldest takes every step there is, and the last but one is what most come from; the others take their time."""
-    marks = [] if version in (min(EVERY), VERSION - 1) else [pytest.mark.soak]
+def _version_param(version: int) -> Any:
+    """Mark a version as a soak test, unless it is the oldest or the previous one.
+
+    The oldest version needs every migration, and most upgrades come from the previous version.
+    """
+    marks = [] if version in (min(ALL_SCHEMAS), VERSION - 1) else [pytest.mark.soak]
     return pytest.param(version, marks=marks, id=f"v{version}")
 
 
-@pytest.fixture(params=map(_in_turn, sorted(EVERY)))
+@pytest.fixture(params=map(_version_param, sorted(ALL_SCHEMAS)))
 def upgraded(tmp_path: Path, request: pytest.FixtureRequest, httpserver: HTTPServer) -> Iterator[Upgraded]:
     receiver = Receiver(httpserver)
-    write(tmp_path, EVERY[request.param], receiver.url)
+    write_data_dir(tmp_path, ALL_SCHEMAS[request.param], receiver.url)
     settings = {"outbound_allow": "localhost,127.0.0.0/8", "retention_days": "100000"}
     with (
         serving(tmp_path, TEST_MODELS, **settings) as server,
@@ -145,14 +156,14 @@ def upgraded(tmp_path: Path, request: pytest.FixtureRequest, httpserver: HTTPSer
         yield Upgraded(request.param, tmp_path, server, client, receiver)
 
 
-def test_there_is_a_folder_of_every_version() -> None:
-    assert sorted(EVERY) == list(range(1, VERSION + 1))
+def test_every_version_has_a_schema_and_a_migration() -> None:
+    assert sorted(ALL_SCHEMAS) == list(range(1, VERSION + 1))
     assert sorted(_STEPS) == list(range(2, VERSION + 1))
 
 
-def test_nothing_is_lost_and_the_work_goes_on(upgraded: Upgraded) -> None:
+def test_no_request_is_lost_and_work_continues(upgraded: Upgraded) -> None:
     client = upgraded.client
-    # What waited, and what ran, is painted.
+    # Waiting and running requests complete.
     for name in ("queued", "queued-low", "given-back", "running"):
         assert completed(client, f"requests/{name}/status").get("error") is None
         answer = client.get(f"requests/{name}").raise_for_status().json()
@@ -161,39 +172,39 @@ def test_nothing_is_lost_and_the_work_goes_on(upgraded: Upgraded) -> None:
         url = f"{upgraded.server.url}/queue/test/copy/requests/brought"
         assert completed(client, f"{url}/status").get("error") is None
         assert client.get(url).raise_for_status().json()["images"][0]["width"] == noise().width
-    # What had ended says what it said.
+    # Completed requests keep their results.
     for name in ("succeeded", "succeeded-due", "succeeded-told"):
-        assert client.get(f"requests/{name}").raise_for_status().json() == ANSWER
+        assert client.get(f"requests/{name}").raise_for_status().json() == OUTPUT
     failed, cancelled = client.get("requests/failed"), client.get("requests/cancelled")
-    assert (failed.status_code, failed.json()["detail"]) == (500, REFUSAL["detail"])
+    assert (failed.status_code, failed.json()["detail"]) == (500, FAILURE["detail"])
     assert (cancelled.status_code, cancelled.json()["error_type"]) == (499, "client_cancelled")
     for name in ("running-cancelled", "run", "stream"):
         assert completed(client, f"requests/{name}/status")["error"]
         assert client.get(f"requests/{name}").status_code == 499
-    # The files are served, and the key that stood for a request still does.
-    for name, content in ((PICTURE_NAME, PICTURE), (UPLOADED_NAME, UPLOADED)):
+    # The files are served, and the idempotency key is still known.
+    for name, content in ((IMAGE_NAME, IMAGE), (UPLOAD_NAME, UPLOAD)):
         assert client.get(f"{upgraded.server.url}/files/{name}").raise_for_status().content == content
-    again = {"Idempotency-Key": "once"}
-    assert client.post("", json=INPUT, headers=again).status_code == 422
-    _hold_the_webhooks(upgraded)
+    headers = {"Idempotency-Key": "once"}
+    assert client.post("", json=INPUT, headers=headers).status_code == 422
+    _check_webhooks(upgraded)
     assert upgraded.server.stop() == 0
     assert "Traceback" not in upgraded.server.output
-    _hold_the_rows(upgraded)
+    _check_rows(upgraded)
 
 
-def _hold_the_webhooks(upgraded: Upgraded) -> None:
-    """The one that was due, and the one of the request that was painted, signed with the key that was there."""
+def _check_webhooks(upgraded: Upgraded) -> None:
+    """Check that the due webhook and that of the completed request arrive, signed with the existing key."""
     jwks = httpx.get(f"{upgraded.server.url}/.well-known/jwks.json", trust_env=False).json()
     received = [upgraded.receiver.next() for _ in range(2)]
     assert {from_json(each.body)["request_id"] for each in received} == {"succeeded-due", "queued-low"}
     assert {from_json(each.body)["status"] for each in received} == {"OK"}
     assert all(is_fals(each, jwks) for each in received)
-    # It is old by now: a new one stands beside it, which does not sign yet.
+    # The existing key is old by now. The server publishes a new key first, which does not sign yet.
     assert [key["kid"] for key in jwks["keys"]][-1] == "1"
 
 
-def _hold_the_rows(upgraded: Upgraded) -> None:
-    with opened(upgraded.folder) as parts:
+def _check_rows(upgraded: Upgraded) -> None:
+    with opened(upgraded.data_dir) as parts:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
         assert parts.rows("PRAGMA foreign_key_check") == []
         states = dict(parts.rows("SELECT request_id, status FROM jobs WHERE state = 'COMPLETED'"))
@@ -211,38 +222,38 @@ def _hold_the_rows(upgraded: Upgraded) -> None:
             ("succeeded-due", 4, None, 0),
             ("succeeded-told", 1, None, 0),
         ]
-        used = parts.rows("SELECT requests, billable_units FROM usage WHERE day = '2026-01-01'")
-        assert used == ([(3, 6)] if upgraded.version >= 4 else [])
+        usage = parts.rows("SELECT requests, billable_units FROM usage WHERE day = '2026-01-01'")
+        assert usage == ([(3, 6)] if upgraded.version >= 4 else [])
         assert parts.rows("SELECT owner, name, scope FROM keys") == [("f" * 32, "", "operator")]
         assert parts.rows("SELECT value FROM secrets") == [(bytes(32),)]
-        assert {PICTURE_NAME, UPLOADED_NAME} <= set(parts.on_disk())
-        upgraded_to = shape(parts.database.read("SELECT * FROM sqlite_master"))
-    with opened(upgraded.folder / "new") as parts:
-        assert upgraded_to == shape(parts.database.read("SELECT * FROM sqlite_master"))
+        assert {IMAGE_NAME, UPLOAD_NAME} <= set(parts.on_disk())
+        upgraded_schema = normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
+    with opened(upgraded.data_dir / "new") as parts:
+        assert upgraded_schema == normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
         assert parts.rows("PRAGMA user_version") == [(VERSION,)]
 
 
-def shape(master: list[sqlite3.Row]) -> dict[str, list[str]]:
-    """What makes up each table and index, every CHECK too, whatever the order and the comments."""
-    return {row["name"]: sorted(_parts(re.sub(r"--.*", "", row["sql"] or ""))) for row in master}
+def normalized_schema(master: list[sqlite3.Row]) -> dict[str, list[str]]:
+    """Return the definitions in each table and index, including CHECKs, without comments and in sorted order."""
+    return {row["name"]: sorted(_split_definitions(re.sub(r"--.*", "", row["sql"] or ""))) for row in master}
 
 
-def _parts(sql: str) -> Iterator[str]:
-    """Cut at the outermost brackets, and at the commas between them."""
+def _split_definitions(sql: str) -> Iterator[str]:
+    """Split SQL at the outermost parentheses and at the commas between them."""
     depth, part = 0, ""
-    for sign in sql:
-        depth += {"(": 1, ")": -1}.get(sign, 0)
-        if (sign == "," and depth == 1) or (sign == "(" and depth == 1) or (sign == ")" and depth == 0):
+    for character in sql:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if (character == "," and depth == 1) or (character == "(" and depth == 1) or (character == ")" and depth == 0):
             yield " ".join(part.split())
             part = ""
         else:
-            part += sign
+            part += character
     yield " ".join(part.split())
 
 
 @pytest.mark.parametrize("version", sorted(SCHEMAS))
-def test_what_each_owner_keeps_is_counted(tmp_path: Path, version: int) -> None:
-    write(tmp_path, SCHEMAS[version], "http://here")
+def test_migrations_count_what_each_owner_keeps(tmp_path: Path, version: int) -> None:
+    write_data_dir(tmp_path, SCHEMAS[version], "http://here")
     with opened(tmp_path) as parts:
         assert kept(parts) == counted(parts)
         assert [owner for owner, *_ in kept(parts)] == ["everybody"]
