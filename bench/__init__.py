@@ -1,1 +1,1 @@
-"""What is measured, each script in one run on one machine, printed as ratios where there is a peer."""
+"""Benchmarks: each script is one run on one machine, and prints ratios where there is a peer to compare with."""

@@ -1,8 +1,8 @@
-"""What a Ray cluster costs and gives, on one machine with GPUs that are none, and what one head can hold.
+"""Cost and benefit of a Ray cluster, on one machine with logical GPUs, and the capacity of one head.
 
     python -m bench.cluster [overhead] [kill] [join] [scale] [head] [whole]
 
-The GPUs are logical ones, the models sleep or do nothing: these are figures of the server and of Ray, not of painting.
+The GPUs are logical and the models sleep or do nothing: the figures measure the server and Ray, not generation.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def _client(server: Server) -> httpx.Client:
     return httpx.Client(base_url=server.ready().url, timeout=120, trust_env=False)
 
 
-def _path(answer: httpx.Response) -> str:
-    return httpx.URL(answer.raise_for_status().json()["status_url"]).path
+def _path(response: httpx.Response) -> str:
+    return httpx.URL(response.raise_for_status().json()["status_url"]).path
 
 
 def _ready(client: httpx.Client, number: int) -> None:
@@ -51,32 +51,35 @@ def _ready(client: httpx.Client, number: int) -> None:
 
 
 def overhead(rounds: int = 5, requests: int = 100) -> None:
-    """A job that costs nothing, in the server's own process and on a runner of Ray's, in turns."""
+    """Time a job that costs nothing in the server's own process and on a Ray runner, alternately."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        own = stack.enter_context(serving(folder / "own", "test/slow=demo", models_dir=str(MODELS)))
-        rays = stack.enter_context(
-            serving(folder / "ray", "test/slow=demo", models_dir=str(MODELS), ray="local", gpus="1")
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        in_process_server = stack.enter_context(serving(directory / "own", "test/slow=demo", models_dir=str(MODELS)))
+        ray_server = stack.enter_context(
+            serving(directory / "ray", "test/slow=demo", models_dir=str(MODELS), ray="local", gpus="1")
         )
-        clients = {"in process": stack.enter_context(_client(own)), "on Ray": stack.enter_context(_client(rays))}
+        clients = {
+            "in process": stack.enter_context(_client(in_process_server)),
+            "on Ray": stack.enter_context(_client(ray_server)),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in clients}
         for client in clients.values():
             _ready(client, 1)
         for _ in range(rounds):
             for name, client in clients.items():
                 for _ in range(requests):
-                    begun = time.perf_counter()
+                    start = time.perf_counter()
                     client.post("/test/fatal", json=SMALL).raise_for_status()
-                    seconds[name].append(time.perf_counter() - begun)
-    for name, taken in seconds.items():
-        print(f"{name:12} p50 {1000 * statistics.median(taken):6.1f} ms  p99 {_percentile(taken, 99):6.1f} ms")
-    more = statistics.median(seconds["on Ray"]) - statistics.median(seconds["in process"])
-    print(f"{'a job on Ray costs':40} {1000 * more:.1f} ms more (p50)")
+                    seconds[name].append(time.perf_counter() - start)
+    for name, durations in seconds.items():
+        print(f"{name:12} p50 {1000 * statistics.median(durations):6.1f} ms  p99 {_percentile(durations, 99):6.1f} ms")
+    extra = statistics.median(seconds["on Ray"]) - statistics.median(seconds["in process"])
+    print(f"{'a job on Ray costs':40} {1000 * extra:.1f} ms more (p50)")
 
 
 def kill(times: int = 10) -> None:
-    """A runner is killed with -9 in the middle of a job: when the job is at work elsewhere."""
-    taken = []
+    """Kill a runner with SIGKILL in the middle of a job, and time how long until another runner runs the job."""
+    durations = []
     with (
         nodes(2) as cluster,
         tempfile.TemporaryDirectory() as name,
@@ -87,21 +90,21 @@ def kill(times: int = 10) -> None:
             _ready(client, 2)
             with gated(Path(name) / f"gate-{number}") as gate:
                 body = {**SMALL, "prompt": str(gate.path), "num_inference_steps": 3}
-                queued = _path(client.post("/queue/test/gate", json=body))
+                status_path = _path(client.post("/queue/test/gate", json=body))
                 gate.let(1)
-                _wait_for_step(client, queued, 1)
-                at_work = max(runners(), key=lambda process: str(gate.path) in _open_files(process))
-                begun = time.perf_counter()
-                at_work.kill()
-                while client.get(queued).json()["status"] == "IN_PROGRESS":
-                    if any(str(gate.path) in _open_files(each) for each in runners() if each.pid != at_work.pid):
+                _wait_for_step(client, status_path, 1)
+                runner = max(runners(), key=lambda process: str(gate.path) in _open_files(process))
+                start = time.perf_counter()
+                runner.kill()
+                while client.get(status_path).json()["status"] == "IN_PROGRESS":
+                    if any(str(gate.path) in _open_files(each) for each in runners() if each.pid != runner.pid):
                         break
                 gate.let(1)
-                _wait_for_step(client, queued, 1)
-                taken.append(time.perf_counter() - begun)
+                _wait_for_step(client, status_path, 1)
+                durations.append(time.perf_counter() - start)
                 gate.open()
-                assert completed(client, queued).get("error") is None
-    _say("a killed runner: its job runs elsewhere", taken)
+                assert completed(client, status_path).get("error") is None
+    _report("job of a killed runner runs elsewhere", durations)
 
 
 def _open_files(process: psutil.Process) -> list[str]:
@@ -110,14 +113,14 @@ def _open_files(process: psutil.Process) -> list[str]:
     return []
 
 
-def _wait_for_step(client: httpx.Client, queued: str, step: int) -> None:
-    while f"step {step}/" not in str(client.get(queued, params={"logs": 1}).json().get("logs")):
+def _wait_for_step(client: httpx.Client, status_path: str, step: int) -> None:
+    while f"step {step}/" not in str(client.get(status_path, params={"logs": 1}).json().get("logs")):
         continue
 
 
 def join(times: int = 3) -> None:
-    """The only GPU is busy when a node joins: when the job that waited is done there."""
-    taken = []
+    """Add a node while the only GPU is busy, and time how long until the node finishes a waiting job."""
+    durations = []
     for _ in range(times):
         with (
             nodes(1) as cluster,
@@ -127,17 +130,17 @@ def join(times: int = 3) -> None:
             gated(Path(name) / "gate") as gate,
         ):
             _path(client.post("/queue/test/gate", json={**SMALL, "prompt": str(gate.path)}))
-            waits = _path(client.post("/queue/test/slow", json=SMALL))
+            waiting = _path(client.post("/queue/test/slow", json=SMALL))
             cluster.add_node(num_cpus=1, num_gpus=1)
-            begun = time.perf_counter()
-            assert completed(client, waits).get("error") is None
-            taken.append(time.perf_counter() - begun)
-    _say("a node that joined: its first job is done", taken)
+            start = time.perf_counter()
+            assert completed(client, waiting).get("error") is None
+            durations.append(time.perf_counter() - start)
+    _report("first job of a new node is done", durations)
 
 
 def scale(jobs: int = 80) -> None:
-    """Jobs a second on one GPU and on four, with a model that sleeps a fifth of a second a picture."""
-    found = {}
+    """Compare jobs a second on one GPU and on four, with a model that sleeps 0.2 s an image."""
+    jobs_per_second = {}
     body = {**SMALL, "num_inference_steps": 10}
     with nodes(4) as cluster:
         for number in (1, 4):
@@ -147,73 +150,73 @@ def scale(jobs: int = 80) -> None:
                 _client(server) as client,
             ):
                 _ready(client, number)
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 paths = [_path(client.post("/queue/test/slow", json=body)) for _ in range(jobs)]
                 for path in paths:
                     assert completed(client, path).get("error") is None
-                found[number] = jobs / (time.perf_counter() - begun)
-    for number, each in found.items():
+                jobs_per_second[number] = jobs / (time.perf_counter() - start)
+    for number, each in jobs_per_second.items():
         print(f"{number} GPUs: {each:5.2f} jobs/s")
-    print(f"{'four GPUs do':40} {found[4] / found[1]:.2f} times what one does")
+    print(f"{'four GPUs ÷ one GPU':40} {jobs_per_second[4] / jobs_per_second[1]:.2f}")
 
 
-# -- what one head can hold: all that is real of it, with runners that end every job at once
+# -- the capacity of one head: a real head, with fake runners that finish every job at once
 
 
 def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
-    """Completions a second with so many GPUs' runners, memory, and what a position costs in a long queue."""
-    text = json.dumps({**SMALL, "num_inference_steps": 28})
+    """Measure completions a second with `gpus` runners, the head's memory, and the cost of a position in the queue."""
+    body = json.dumps({**SMALL, "num_inference_steps": 28})
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = Settings(data_dir=folder, ray="none", gpus=gpus, max_running=1, max_queue_length=1_000_000)
-        database, notifier = Database(folder), Notifier()
-        line = Queue(database, notifier, 1_000_000)
-        files = FileStore(folder / "files", database)
+        directory = Path(name)
+        settings = Settings(data_dir=directory, ray="none", gpus=gpus, max_running=1, max_queue_length=1_000_000)
+        database, notifier = Database(directory), Notifier()
+        queue = Queue(database, notifier, 1_000_000)
+        files = FileStore(directory / "files", database)
         before = psutil.Process().memory_info().rss
-        submitted = [line.submit(Submission("test/null", "me", text, "http://here")) for _ in range(jobs)]
-        cluster: Any = ClusterHead(settings, line, files, NullRayCluster(), notifier, Metrics())  # type: ignore[arg-type]
-        begun = time.perf_counter()
+        submitted = [queue.submit(Submission("test/null", "me", body, "http://here")) for _ in range(jobs)]
+        cluster: Any = ClusterHead(settings, queue, files, NullRayCluster(), notifier, Metrics())  # type: ignore[arg-type]
+        start = time.perf_counter()
         cluster.start()
-        while any(job.state != State.COMPLETED for job in submitted[-gpus:]) or line.length:
+        while any(job.state != State.COMPLETED for job in submitted[-gpus:]) or queue.length:
             threading.Event().wait(0.05)
-        taken = time.perf_counter() - begun
-        print(f"{f'{gpus} GPUs, {jobs} jobs: completions a second':40} {jobs / taken:.0f}")
-        grown = (psutil.Process().memory_info().rss - before) / 2**20
-        print(f"{'memory of the head for these':40} {grown:.0f} MiB")
+        elapsed = time.perf_counter() - start
+        print(f"{f'{gpus} GPUs, {jobs} jobs: completions a second':40} {jobs / elapsed:.0f}")
+        growth = (psutil.Process().memory_info().rss - before) / 2**20
+        print(f"{'memory growth of the head':40} {growth:.0f} MiB")
         cluster.stop()
-        last = [line.submit(Submission("test/null", "me", text, "http://here")) for _ in range(waiting)][-1]
-        begun = time.perf_counter()
+        last = [queue.submit(Submission("test/null", "me", body, "http://here")) for _ in range(waiting)][-1]
+        start = time.perf_counter()
         for _ in range(1000):
-            line.position(last)
-        print(f"{f'a position among {waiting} that wait':40} {1000 * (time.perf_counter() - begun):.1f} µs")
+            queue.position(last)
+        print(f"{f'a position among {waiting} waiting jobs':40} {1000 * (time.perf_counter() - start):.1f} µs")
         database.close()
 
 
-class Asker(Client):
-    """Submits, asks for the status until it is done, reads the result, fetches the picture, and again."""
+class FalClient(Client):
+    """Client that submits, polls the status until the job is done, reads the result, fetches the image, and repeats."""
 
     def __init__(self, until: float) -> None:
         self.submit = request("POST", "/queue/test/null", json.dumps(SMALL).encode())
         super().__init__(self.submit, lambda: time.monotonic() >= until)
-        self.step, self.path, self.num_pictures = "submit", "", 0
+        self.step, self.path, self.num_images = "submit", "", 0
 
     def next_request(self, body: bytes) -> bytes:
-        """What fal's clients do next."""
+        """Return the request that fal's clients send after this response."""
         if self.step == "submit":
             self.step, self.path = "status", "/queue/test/null/requests/" + json.loads(body)["request_id"]
         elif self.step == "status" and b'"COMPLETED"' in body:
             self.step = "result"
             return request("GET", self.path)
         elif self.step == "result":
-            self.step = "picture"
+            self.step = "image"
             return request("GET", httpx.URL(json.loads(body)["images"][0]["url"]).path)
-        elif self.step == "picture":
-            self.step, self.num_pictures = "submit", self.num_pictures + 1
+        elif self.step == "image":
+            self.step, self.num_images = "submit", self.num_images + 1
             return self.submit
         return request("GET", f"{self.path}/status")
 
     def _send(self) -> None:
-        # As fal's client for Python does: ten times a second.
+        # fal's client for Python polls ten times a second.
         if self.step == "status":
             asyncio.get_running_loop().call_later(0.1, super()._send)
         else:
@@ -221,14 +224,14 @@ class Asker(Client):
 
 
 def whole(gpus: int = 1000, seconds: float = 10) -> None:
-    """The same over HTTP, from the submit to the picture at the client."""
+    """Measure whole requests over HTTP, from the submit to the image at the client."""
     for clients in (32, 256):
-        _whole(gpus, clients, seconds)
+        _measure_whole(gpus, clients, seconds)
 
 
-def _whole(gpus: int, clients: int, seconds: float) -> None:
+def _measure_whole(gpus: int, clients: int, seconds: float) -> None:
     models = ROOT / "bench" / "support" / "fake_cluster_models"
-    askers: list[Asker] = []
+    fal_clients: list[FalClient] = []
     with (
         tempfile.TemporaryDirectory() as name,
         serving(
@@ -240,19 +243,19 @@ def _whole(gpus: int, clients: int, seconds: float) -> None:
             _ready(client, gpus)
         until = time.monotonic() + seconds
 
-        def asker() -> Asker:
-            askers.append(Asker(until))
-            return askers[-1]
+        def new_client() -> FalClient:
+            fal_clients.append(FalClient(until))
+            return fal_clients[-1]
 
-        figures = load(port, clients, asker)
+        figures = load(port, clients, new_client)
         assert figures.bad == 0
-    pictures = sum(each.num_pictures for each in askers)
-    print(f"{f'{clients} clients: whole requests a second':40} {pictures / figures.taken:.0f}")
-    print(f"{'HTTP requests for each of them':40} {len(figures.seconds) / pictures:.1f}")
+    images = sum(each.num_images for each in fal_clients)
+    print(f"{f'{clients} clients: whole requests a second':40} {images / figures.taken:.0f}")
+    print(f"{'HTTP requests for each whole request':40} {len(figures.seconds) / images:.1f}")
 
 
-def _say(what: str, taken: list[float]) -> None:
-    print(f"{what:40} after {statistics.median(taken):.2f} s, at most {max(taken):.2f} s")
+def _report(description: str, durations: list[float]) -> None:
+    print(f"{description:40} after {statistics.median(durations):.2f} s, at most {max(durations):.2f} s")
 
 
 def _percentile(seconds: list[float], percent: int) -> float:
@@ -263,7 +266,7 @@ PARTS: dict[str, Callable[[], None]] = {each.__name__: each for each in (overhea
 
 
 def main() -> None:
-    """Every part that is named; all without a name."""
+    """Run the named parts, or every part if none is named."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS])
     print(f"load average {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores")

@@ -1,4 +1,4 @@
-"""What the demo weights cost: loading, a default request, a small one, and memory.
+"""Cost of the demo weights: loading, a default request, a small request, and memory.
 
 python -m bench.demo_weights [--rounds 7]
 """
@@ -26,34 +26,34 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print the medians."""
+    """Measure everything and print medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as directory, serving(Path(directory)) as server:
         server.ready()
         client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
         process = psutil.Process(server.process.pid)
         for name, request in REQUESTS.items():
-            print(f"{name}: {_line([_painted(client, request, seed) for seed in range(rounds)])}")
-        print(f"resident memory after these: {process.memory_info().rss / 1e9:.2f} GB")
-    print(f"load of the pipeline and its checker: {_line([_loaded() for _ in range(rounds)])}")
+            print(f"{name}: {_summary([_generation_seconds(client, request, seed) for seed in range(rounds)])}")
+        print(f"resident memory after these requests: {process.memory_info().rss / 1e9:.2f} GB")
+    print(f"loading the pipeline and its safety checker: {_summary([_load_seconds() for _ in range(rounds)])}")
 
 
-def _painted(client: httpx.Client, request: dict[str, Any], seed: int) -> float:
-    begun = time.perf_counter()
+def _generation_seconds(client: httpx.Client, request: dict[str, Any], seed: int) -> float:
+    start = time.perf_counter()
     client.post("/fal-ai/flux/dev", json={"prompt": "a red apple", "seed": seed, **request}).raise_for_status()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def _loaded() -> float:
-    begun = time.perf_counter()
+def _load_seconds() -> float:
+    start = time.perf_counter()
     FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def _line(seconds: list[float]) -> str:
+def _summary(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f} s (worst of {len(seconds)}: {max(seconds):.2f} s)"
 
 

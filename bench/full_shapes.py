@@ -1,8 +1,8 @@
-"""Loads a folder in FLUX.1 [dev]'s layout and true shapes: 34 GB of random numbers, sharded and indexed as on the hub.
+"""Load test of FLUX.1 [dev]'s layout and true shapes: 34 GB of random numbers, sharded and indexed as on the hub.
 
-    python -m bench.full_shapes FOLDER [--steps 1] [--side 256] [--device cpu]
+    python -m bench.full_shapes DIRECTORY [--steps 1] [--side 256] [--device cpu]
 
-Writes the folder if it is not there, loads it as `serve` does, says what memory that took, and paints one picture.
+Writes the directory if it is missing, loads it as `serve` does, prints the peak memory, and generates one image.
 """
 
 import argparse
@@ -26,50 +26,50 @@ from models.loading import devices
 from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
 
-_SHARD = 9_900_000_000
+_SHARD_BYTES = 9_900_000_000
 
 
-def write(folder: Path) -> None:
-    """The folder, one shard after the other, so that none of the parts is ever held whole."""
+def write(directory: Path) -> None:
+    """Write the directory shard by shard, so that no component is ever whole in memory."""
     with torch.device("meta"):
         parts = random_weights.parts("full")
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for name in ("scheduler", "tokenizer", "tokenizer_2"):
-        shutil.copytree(DEMO / name, folder / name)
+        shutil.copytree(DEMO / name, directory / name)
     index = json.loads((DEMO / "model_index.json").read_text(encoding="utf-8"))
     index["vae"] = ["diffusers", "AutoencoderKL"]
     for name, part in parts.items():
-        (folder / name).mkdir()
-        (part.config.save_pretrained if hasattr(part.config, "save_pretrained") else part.save_config)(folder / name)
+        (directory / name).mkdir()
+        (part.config.save_pretrained if hasattr(part.config, "save_pretrained") else part.save_config)(directory / name)
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-        _write_shards(folder / name, stem, part)
+        _write_shards(directory / name, stem, part)
         print(f"wrote {name}", flush=True)
-    # Last, because it says that the folder is whole.
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    # Written last: this file marks the directory as complete.
+    (directory / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _write_shards(folder: Path, stem: str, part: Any) -> None:
+def _write_shards(directory: Path, stem: str, part: Any) -> None:
     shards: list[dict[str, Any]] = [{}]
-    room = _SHARD
+    free_bytes = _SHARD_BYTES
     for name, parameter in part.named_parameters():
         num_bytes = 2 * parameter.numel()
-        if num_bytes > room:
+        if num_bytes > free_bytes:
             shards.append({})
-            room = _SHARD
+            free_bytes = _SHARD_BYTES
         shards[-1][name] = parameter.shape
-        room -= num_bytes
+        free_bytes -= num_bytes
     names = [f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors" for index in range(len(shards))]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     generator = torch.Generator().manual_seed(0)
     for file, shard in zip(names, shards, strict=True):
         tensors = {name: _random(shape, generator) for name, shape in shard.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(2 * parameter.numel() for parameter in part.parameters())
-        listed = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(listed), encoding="utf-8")
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -80,19 +80,19 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    """Print what loading and painting took."""
+    """Print the time and memory of loading, and the time of each step."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    if not (options.folder / "model_index.json").is_file():
-        write(options.folder)
-    begun = time.perf_counter()
-    pipeline, plan = load_pipeline(EngineConfig(options.folder, "", options.device, "resident", report=_say))
+    if not (options.directory / "model_index.json").is_file():
+        write(options.directory)
+    start = time.perf_counter()
+    pipeline, plan = load_pipeline(EngineConfig(options.directory, "", options.device, "resident", report=_report))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"loaded in {time.perf_counter() - begun:.1f} s, plan {plan.name}, host memory at most {peak:.1f} GB")
+    print(f"loaded in {time.perf_counter() - start:.1f} s, plan {plan.name}, host memory at most {peak:.1f} GB")
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             print(f"{name}: {sum(weight.numel() for weight in part.parameters()) / 1e9:.3f} billion parameters")
@@ -107,17 +107,17 @@ def main() -> None:
         guidance_scale=3.5,
         acceleration="none",
     )
-    painting = engine.start(request, 1)
-    while painting.step < painting.num_steps:
-        begun = time.perf_counter()
-        engine.advance(painting)
-        print(f"step {painting.step} in {time.perf_counter() - begun:.1f} s", flush=True)
-    engine.decode(painting)
-    print(f"painted {painting.images[0].size}")
+    task = engine.start(request, 1)
+    while task.step < task.num_steps:
+        start = time.perf_counter()
+        engine.advance(task)
+        print(f"step {task.step} in {time.perf_counter() - start:.1f} s", flush=True)
+    engine.decode(task)
+    print(f"generated an image of {task.images[0].size} pixels")
 
 
-def _say(loading: LoadProgress) -> None:
-    print(f"loading {loading.component}, {loading.loaded_bytes / 1e9:.1f} of {loading.total_bytes / 1e9:.1f} GB")
+def _report(progress: LoadProgress) -> None:
+    print(f"loading {progress.component}, {progress.loaded_bytes / 1e9:.1f} of {progress.total_bytes / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

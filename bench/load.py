@@ -1,9 +1,9 @@
-"""Submits and status polls a second against the null model, and what 100,000 waiting requests cost.
+"""Submits and status polls a second against the null model, and the cost of 100,000 waiting requests.
 
     python -m bench.load [--clients 64 256] [--seconds 5]
 
-The load comes from a process of its own on the same machine; absolute figures hold for an idle machine only. The server
-is killed at the end, and whatever it acknowledged is looked for in its database.
+A separate process on the same machine sends the load; absolute figures hold for an idle machine only. The server is
+killed at the end, and every request that it acknowledged is looked up in its database.
 """
 
 import argparse
@@ -31,38 +31,41 @@ BODY = json.dumps({"prompt": "a red apple", "image_size": "square", "num_inferen
 
 
 @contextmanager
-def _queued(folder: Path, waiting: int) -> Iterator[tuple[int, bytes]]:
-    """A server in which so many wait and nobody is painted for: its port, and a request for the last one's status."""
-    # The gate model holds the worker, so that what is submitted stays queued.
-    gate = folder / "gate"
+def _queued(directory: Path, waiting: int) -> Iterator[tuple[int, bytes]]:
+    """Run a server with `waiting` queued requests; yield its port and a request for the status of the last one."""
+    # The gate model blocks the worker, so that submitted requests stay queued.
+    gate = directory / "gate"
     os.mkfifo(gate)
-    last = _filled(folder / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
-    with serving(folder / "data", TEST_MODELS, max_queue_length="1000000") as server:
+    last = _fill_queue(directory / "data", waiting + 8, json.dumps({"prompt": str(gate), "seed": 1}))
+    with serving(directory / "data", TEST_MODELS, max_queue_length="1000000") as server:
         yield int(server.ready().url.rsplit(":", 1)[1]), request("GET", f"/queue/test/gate/requests/{last}/status")
 
 
 def under_load(clients: int, seconds: float) -> tuple[Figures, Figures]:
-    """Status of the last of 500, then submits. Raises AssertionError for what was acknowledged and is not there."""
+    """Measure the status of the last of 500 queued requests, then submits.
+
+    Raises AssertionError if an acknowledged request is not in the database.
+    """
     with tempfile.TemporaryDirectory() as name:
         with _queued(Path(name), 500) as (port, status):
-            asked = load(port, clients, again(status, seconds))
+            polled = load(port, clients, again(status, seconds))
             submitted = load(port, clients, again(request("POST", "/queue/test/null", BODY), seconds))
         database = Database(Path(name) / "data")
-        there = {row["request_id"].encode() for row in database.read("SELECT request_id FROM jobs")}
+        stored = {row["request_id"].encode() for row in database.read("SELECT request_id FROM jobs")}
         database.close()
     acknowledged = set(submitted.request_ids)
-    assert len(acknowledged) == len(submitted.request_ids), "one id stands for two requests"
-    assert acknowledged <= there, f"{len(acknowledged - there)} of {len(acknowledged)} acknowledged requests are lost"
-    return asked, submitted
+    assert len(acknowledged) == len(submitted.request_ids), "two acknowledged requests have the same id"
+    assert acknowledged <= stored, f"{len(acknowledged - stored)} of {len(acknowledged)} acknowledged requests are lost"
+    return polled, submitted
 
 
 def _http(clients: list[int], seconds: float) -> None:
     for number in clients:
-        asked, submitted = under_load(number, seconds)
-        print(f"{f'status, {number} clients, 500 queued':40} {asked}")
+        polled, submitted = under_load(number, seconds)
+        print(f"{f'status, {number} clients, 500 queued':40} {polled}")
         print(f"{f'submit, {number} clients':40} {submitted}", flush=True)
     ratio = _statuses_per_second(100, clients[0]) / _statuses_per_second(100_000, clients[0])
-    print(f"{'a status over HTTP':40} {ratio:.2f}x with 100,000 queued what it costs with 100")
+    print(f"{'a status over HTTP':40} costs {ratio:.2f}x as much with 100,000 queued as with 100")
 
 
 def _statuses_per_second(waiting: int, clients: int) -> float:
@@ -72,27 +75,27 @@ def _statuses_per_second(waiting: int, clients: int) -> float:
     return figures.per_second
 
 
-def _filled(data_dir: Path, waiting: int, text: str) -> str:
-    """A data folder in which so many requests wait; the id of the last."""
+def _fill_queue(data_dir: Path, waiting: int, body: str) -> str:
+    """Queue `waiting` requests in a new data directory; return the id of the last one."""
     database = Database(data_dir)
     queue = Queue(database, Notifier(), max_length=10**6)
-    submission = Submission("test/gate", "everybody", text, "http://127.0.0.1")
+    submission = Submission("test/gate", "everybody", body, "http://127.0.0.1")
     jobs = [queue.submit(submission) for _ in range(waiting)]
     database.close()
     return jobs[-1].request_id
 
 
 def _queue_cost() -> None:
-    """A status with its position, and a claim, with 100 and with 100,000 waiting; in one process, medians."""
+    """Print the median cost of a status with its position, and of a claim, with 100 and with 100,000 waiting."""
     costs = {}
     for waiting in (100, 100_000):
-        with tempfile.TemporaryDirectory() as folder:
-            queue = Queue(Database(Path(folder)), Notifier(), max_length=10**6)
+        with tempfile.TemporaryDirectory() as directory:
+            queue = Queue(Database(Path(directory)), Notifier(), max_length=10**6)
             submission = Submission("test/null", "everybody", BODY.decode(), "http://127.0.0.1")
             jobs = [queue.submit(submission) for _ in range(waiting)]
             costs[waiting] = (
-                _median(partial(_status, queue, jobs[-1]), 2000),
-                _median(queue.claim, 50),
+                _median_seconds(partial(_status, queue, jobs[-1]), 2000),
+                _median_seconds(queue.claim, 50),
             )
     for index, name in enumerate(("status with position", "claim")):
         few, many = costs[100][index], costs[100_000][index]
@@ -103,17 +106,17 @@ def _status(queue: Queue, job: Job) -> dict[str, Any]:
     return responses.status_body(job, queue.position(job), None)
 
 
-def _median(act: Callable[[], object], times: int) -> float:
-    taken = []
-    for _ in range(times):
-        begun = time.perf_counter()
-        act()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+def _median_seconds(call: Callable[[], object], count: int) -> float:
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def main() -> None:
-    """Print the figures."""
+    """Measure over HTTP, then the queue alone in this process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--clients", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--seconds", type=float, default=5)

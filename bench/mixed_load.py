@@ -1,9 +1,9 @@
-"""Requests arriving at random, at this server and at the one people write today: who waits how long.
+"""Waits of requests that arrive at random, at this server and at the naive server that people write today.
 
     python -m bench.mixed_load [--weights cost|demo] [--mix drafts] [--requests 300] [--load 0.7] [--seeds 5] [--json F]
 
 Both servers get the same requests at the same moments, one server after the other, once for each seed. A request's
-latency is the time to its answer; its wait is what the latency is beyond what the request takes alone. `drafts` is
+latency is the time to its response; its wait is the latency less the time that the request takes alone. `drafts` is
 many small images and few large ones, `even` as many of each, `equal` one size, and `at-once` eight equal requests
 sent together.
 """
@@ -34,7 +34,7 @@ from tests.support.server_process import ROOT, free_port, serving
 
 @dataclass(frozen=True)
 class Kind:
-    """What some of the clients want."""
+    """One kind of request, and its share of the mix."""
 
     name: str
     share: float
@@ -58,7 +58,7 @@ Arrivals = list[tuple[float, Kind]]
 
 
 class Naive:
-    """bench/support/naive_server.py."""
+    """The naive server, bench/support/naive_server.py."""
 
     name = "naive"
 
@@ -66,7 +66,7 @@ class Naive:
         self.url = f"{url}/generate"
 
     def body(self, kind: Kind) -> dict[str, Any]:
-        """Its own fields."""
+        """Return a request with the naive server's fields."""
         return {
             "prompt": "a red apple",
             "width": kind.width,
@@ -76,7 +76,7 @@ class Naive:
 
 
 class Ours:
-    """This server, by its synchronous route."""
+    """This server, through its synchronous route."""
 
     name = "flux-server"
 
@@ -84,14 +84,14 @@ class Ours:
         self.url = f"{url}/{endpoint}"
 
     def body(self, kind: Kind) -> dict[str, Any]:
-        """fal's fields."""
+        """Return a request with fal's fields."""
         size = {"width": kind.width, "height": kind.height}
         return {"prompt": "a red apple", "seed": 1, "image_size": size, "num_inference_steps": kind.num_steps}
 
 
 @contextmanager
 def naive(weights: str) -> Iterator[Naive]:
-    """The naive server, ready."""
+    """Run the naive server; yield it once it answers."""
     port = free_port()
     environment = {"FLUX": str(DEMO)} if weights == "demo" else {}
     command = [
@@ -111,74 +111,74 @@ def naive(weights: str) -> Iterator[Naive]:
 
 @contextmanager
 def ours(weights: str) -> Iterator[Ours]:
-    """This server, ready."""
+    """Run this server; yield it once it is ready."""
     models_dir = str(ROOT / "bench" / "support" / "cost_models")
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), "demo", models_dir=models_dir) as server:
+    with tempfile.TemporaryDirectory() as directory, serving(Path(directory), "demo", models_dir=models_dir) as server:
         yield Ours(server.ready().url, "fal-ai/flux/dev" if weights == "demo" else "bench/cost")
 
 
-async def _ask(client: httpx.AsyncClient, server: Naive | Ours, kind: Kind) -> float:
-    begun = time.perf_counter()
+async def _send(client: httpx.AsyncClient, server: Naive | Ours, kind: Kind) -> float:
+    start = time.perf_counter()
     (await client.post(server.url, json=server.body(kind))).raise_for_status()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-async def _alone(server: Naive | Ours, mix: tuple[Kind, ...]) -> dict[str, float]:
-    """What each kind takes when nobody else is there, in seconds: the best of three."""
+async def _seconds_alone(server: Naive | Ours, mix: tuple[Kind, ...]) -> dict[str, float]:
+    """Return the seconds that each kind takes on an idle server: the best of three."""
     async with httpx.AsyncClient(timeout=None) as client:
-        return {kind.name: min([await _ask(client, server, kind) for _ in range(3)]) for kind in mix}
+        return {kind.name: min([await _send(client, server, kind) for _ in range(3)]) for kind in mix}
 
 
-async def _run(server: Naive | Ours, arrivals: Arrivals) -> tuple[list[float], float]:
-    """The latency of each request, and the time from the first arrival to the last answer, in seconds."""
+async def _send_arrivals(server: Naive | Ours, arrivals: Arrivals) -> tuple[list[float], float]:
+    """Return each request's latency, and the time from the first arrival to the last response, in seconds."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
-        begun = time.perf_counter()
+        start = time.perf_counter()
 
-        async def one(at: float, kind: Kind) -> float:
-            await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
-            return await _ask(client, server, kind)
+        async def send_at(at: float, kind: Kind) -> float:
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            return await _send(client, server, kind)
 
-        latencies = await asyncio.gather(*(one(at, kind) for at, kind in arrivals))
-        return list(latencies), time.perf_counter() - begun
+        latencies = await asyncio.gather(*(send_at(at, kind) for at, kind in arrivals))
+        return list(latencies), time.perf_counter() - start
 
 
 def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count: int, seed: int) -> Arrivals:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     mean = sum(kind.share * alone[kind.name] for kind in mix)
-    at, found = 0.0, []
-    for kind in chance.choices(mix, [kind.share for kind in mix], k=count):
-        at += chance.expovariate(load / mean)
-        found.append((at, kind))
-    return found
+    at, arrivals = 0.0, []
+    for kind in rng.choices(mix, [kind.share for kind in mix], k=count):
+        at += rng.expovariate(load / mean)
+        arrivals.append((at, kind))
+    return arrivals
 
 
 def measure(weights: str, mix_name: str, load: float, count: int, seeds: int) -> dict[str, Any]:
-    """Both servers under the same arrivals, for each seed."""
+    """Measure both servers under the same arrivals, once for each seed."""
     mix = MIXES[mix_name]
     if mix_name == "at-once":
         load, count = math.inf, AT_ONCE
     with ExitStack() as stack:
         servers: list[Naive | Ours] = [stack.enter_context(naive(weights)), stack.enter_context(ours(weights))]
-        # What the naive server takes counts for both.
-        alone, _ = [asyncio.run(_alone(server, mix)) for server in servers]
+        # Waits of both servers are relative to the times of the idle naive server.
+        alone, _ = [asyncio.run(_seconds_alone(server, mix)) for server in servers]
         rounds = []
         for seed in range(1, seeds + 1):
             arrivals = _arrivals(mix, alone, load, count, seed)
             rounds.append({server.name: _figures(server, arrivals, alone) for server in servers})
-    about = {"weights": weights, "mix": mix_name, "load": load, "requests": count}
-    return {**about, "cpu": cpu.describe(), "rounds": rounds}
+    parameters = {"weights": weights, "mix": mix_name, "load": load, "requests": count}
+    return {**parameters, "cpu": cpu.describe(), "rounds": rounds}
 
 
 def _figures(server: Naive | Ours, arrivals: Arrivals, alone: dict[str, float]) -> dict[str, Any]:
-    latencies, whole = asyncio.run(_run(server, arrivals))
+    latencies, elapsed = asyncio.run(_send_arrivals(server, arrivals))
     waits = [
         (max(0.0, seconds - alone[kind.name]), kind.name)
         for seconds, (_, kind) in zip(latencies, arrivals, strict=True)
     ]
     names = sorted({name for _, name in waits})
     return {
-        "throughput": len(arrivals) / whole,
+        "throughput": len(arrivals) / elapsed,
         "mean_latency": statistics.mean(latencies),
         "p95_wait": _p95([wait for wait, _ in waits]),
         "p95_wait_by_kind": {name: _p95([wait for wait, other in waits if other == name]) for name in names},
@@ -195,13 +195,13 @@ def _median(rounds: list[dict[str, Any]], name: str, key: str) -> float:
 
 
 def _ratio(rounds: list[dict[str, Any]], key: str) -> str:
-    """Ours over the naive server's, within each round: the median, and the range."""
-    found = sorted(each[Ours.name][key] / max(each[Naive.name][key], 1e-9) for each in rounds)
-    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+    """Return ours ÷ naive within each round: the median and the range."""
+    results = sorted(each[Ours.name][key] / max(each[Naive.name][key], 1e-9) for each in rounds)
+    return f"{statistics.median(results):.2f} ({results[0]:.2f} to {results[-1]:.2f})"
 
 
 def main() -> None:
-    """Print latencies, waits and throughput of both, and their ratios."""
+    """Print latencies, waits and throughput of both servers, and their ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", choices=("cost", "demo"), default="cost")
     parser.add_argument("--mix", choices=tuple(MIXES), default="drafts")
@@ -210,19 +210,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    # A draft takes about 20 ms then.
+    # With this cost, a draft takes about 20 ms.
     os.environ.setdefault("COST", "0.000125")
     print(f"{cpu.describe()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
-    found = measure(options.weights, options.mix, options.load, options.requests, options.seeds)
-    rounds = found["rounds"]
-    print(f"{found['weights']}, {found['mix']}, {found['requests']} requests, median of {len(rounds)} rounds")
+    results = measure(options.weights, options.mix, options.load, options.requests, options.seeds)
+    rounds = results["rounds"]
+    print(f"{results['weights']}, {results['mix']}, {results['requests']} requests, median of {len(rounds)} rounds")
     for name in (Naive.name, Ours.name):
         mean, p95, rate = (_median(rounds, name, key) for key in ("mean_latency", "p95_wait", "throughput"))
         print(f"{name:12} latency: mean {mean:.2f} s; wait: p95 {p95:.2f} s; {rate:.2f} images a second")
     for key in ("mean_latency", "p95_wait", "throughput"):
-        print(f"{key}, ours over naive: {_ratio(rounds, key)}")
+        print(f"{key}, ours ÷ naive: {_ratio(rounds, key)}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A queue round trip through HTTP over the same picture made by calling diffusers' pipeline, in one process.
+"""Ratio of a queue round trip over HTTP to the same image from diffusers' pipeline, in one process.
 
     python -m bench.overhead [--rounds 20] [--size 512] [--steps 8]
 
-Both sides alternate; medians of one run. The server's side checks, encodes and stores the picture as well.
+Both sides alternate; the figures are medians of one run. The server also checks, encodes and stores the image.
 """
 
 import argparse
@@ -31,17 +31,17 @@ PROMPT = "a red apple on a blue table"
 
 
 @contextmanager
-def _served(folder: Path) -> Iterator[tuple[str, Any]]:
-    """A server on a thread of this process: its URL, and its worker, whose turns this thread takes itself."""
-    bound = bind_socket("127.0.0.1", 0)
-    settings = Settings(data_dir=folder, port=bound.getsockname()[1], tls_port=0)
+def _running_server(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Run a server on another thread; yield its URL and its worker, which the calling thread must run."""
+    listener = bind_socket("127.0.0.1", 0)
+    settings = Settings(data_dir=directory, port=listener.getsockname()[1], tls_port=0)
     app = create_app(settings)
     worker = app.state.components.backend
-    # OpenMP slows down as soon as two threads paint, so the pipeline and the server have to share one.
+    # OpenMP slows down as soon as two threads generate, so the pipeline and the server have to share one thread.
     worker.start = lambda: None
     worker.setup()
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     yield f"http://127.0.0.1:{settings.port}", worker
     worker.is_ready = False
@@ -63,47 +63,47 @@ def main() -> None:
         "num_inference_steps": options.steps,
     }
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    direct, served = [], []
-    with tempfile.TemporaryDirectory() as folder, _served(Path(folder)) as (url, worker):
+    direct, round_trips = [], []
+    with tempfile.TemporaryDirectory() as directory, _running_server(Path(directory)) as (url, worker):
         engine = worker._engines.get_loaded("fal-ai/flux/dev")
         for _ in range(options.rounds + 2):
-            direct.append(_direct(engine.pipeline, options.size, options.steps))
-            served.append(_round_trip(url, worker, request))
-    # The first rounds warm both sides up.
-    one, other = statistics.median(direct[2:]), statistics.median(served[2:])
-    print(f"pipeline {one * 1000:.1f} ms, queue round trip {other * 1000:.1f} ms")
-    print(f"ratio {other / one:.3f}; less 10 ms {(other - 0.010) / one:.3f}")
+            direct.append(_pipeline_seconds(engine.pipeline, options.size, options.steps))
+            round_trips.append(_round_trip_seconds(url, worker, request))
+    # The first two rounds warm up both sides.
+    pipeline, round_trip = statistics.median(direct[2:]), statistics.median(round_trips[2:])
+    print(f"pipeline {pipeline * 1000:.1f} ms, queue round trip {round_trip * 1000:.1f} ms")
+    print(f"ratio {round_trip / pipeline:.3f}; less 10 ms {(round_trip - 0.010) / pipeline:.3f}")
 
 
-def _direct(pipeline: Any, size: int, steps: int) -> float:
-    begun = time.perf_counter()
+def _pipeline_seconds(pipeline: Any, size: int, steps: int) -> float:
+    start = time.perf_counter()
     generator = torch.Generator("cpu").manual_seed(1)
     pipeline(PROMPT, width=size, height=size, num_inference_steps=steps, guidance_scale=3.5, generator=generator)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def _round_trip(url: str, worker: Any, request: dict[str, object]) -> float:
-    """A client on a thread of its own, for which this one paints."""
-    taken: list[float] = []
+def _round_trip_seconds(url: str, worker: Any, request: dict[str, object]) -> float:
+    """Time a request from a client on another thread, while this thread runs the worker."""
+    seconds: list[float] = []
     with ThreadPoolExecutor(1) as client:
-        asking = client.submit(lambda: taken.append(_ask(url, request)))
-        asking.add_done_callback(lambda _: worker._notifier.work_available.set())
-        while not asking.done():
+        pending = client.submit(lambda: seconds.append(_send_request(url, request)))
+        pending.add_done_callback(lambda _: worker._notifier.work_available.set())
+        while not pending.done():
             if not worker.run_once():
                 worker._notifier.work_available.wait()
                 worker._notifier.work_available.clear()
-        asking.result()
-    return taken[0]
+        pending.result()
+    return seconds[0]
 
 
-def _ask(url: str, request: dict[str, object]) -> float:
+def _send_request(url: str, request: dict[str, object]) -> float:
     with httpx.Client() as client:
         client.get(f"{url}/health")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         reply = client.post(f"{url}/queue/fal-ai/flux/dev", json=request).json()
         completed(client, reply["status_url"])
         client.get(reply["response_url"]).raise_for_status()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
 
 if __name__ == "__main__":

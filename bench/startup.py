@@ -1,4 +1,4 @@
-"""Process start to /health, and to ready with the demo weights.
+"""Time from process start to /health, and to ready with the demo weights.
 
 python -m bench.startup [--rounds 5]
 """
@@ -16,7 +16,7 @@ from tests.support.server_process import Server
 
 
 def main() -> None:
-    """Print both medians."""
+    """Print the medians of both times."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
@@ -27,14 +27,14 @@ def main() -> None:
 
 
 def _start() -> tuple[float, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        server = Server(Path(folder), "demo")
+    with tempfile.TemporaryDirectory() as directory:
+        start = time.perf_counter()
+        server = Server(Path(directory), "demo")
         url = server.url
         httpx.get(f"{url}/health").raise_for_status()
-        alive = time.perf_counter() - begun
+        alive = time.perf_counter() - start
         server.ready()
-        ready = time.perf_counter() - begun
+        ready = time.perf_counter() - start
         server.stop()
         return alive, ready
 

@@ -1,9 +1,9 @@
-"""Which threads and which numbers are fastest on this CPU, alone and beside one busy core.
+"""Fastest thread count, spin count and dtype on this CPU, alone and next to one busy core.
 
     python -m bench.threads [--rounds 3]
 
-Each way is a process that calls FluxPipeline on the demo weights; the ways alternate. The waits are what OpenMP's
-threads do while they wait for each other: sleep at once, or spin so many times first.
+Each configuration is a process that calls FluxPipeline on the demo weights; the configurations alternate. The spin
+count says how often OpenMP's threads spin while they wait for each other, before they sleep; 0 is to sleep at once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from models.loading import cpu
 
-#: GOMP_SPINCOUNT; None is libgomp's own.
+#: Values of GOMP_SPINCOUNT; None keeps libgomp's default.
 SPINS = ("0", "1000", "10000", None)
 _CHILD = """
 import json, sys, time, torch
@@ -26,18 +26,18 @@ from diffusers import FluxPipeline
 from models.loading.specs import DEMO
 pipeline = FluxPipeline.from_pretrained(DEMO, dtype=getattr(torch, sys.argv[1]))
 pipeline.set_progress_bar_config(disable=True)
-def taken(width, height, steps):
-    begun = time.perf_counter()
+def seconds_of(width, height, steps):
+    start = time.perf_counter()
     pipeline("a red apple", width=width, height=height, num_inference_steps=steps)
-    return time.perf_counter() - begun
-taken(256, 256, 1)
-print(json.dumps([min(taken(512, 512, 8) for _ in range(2)), taken(1024, 768, 28)]))
+    return time.perf_counter() - start
+seconds_of(256, 256, 1)
+print(json.dumps([min(seconds_of(512, 512, 8) for _ in range(2)), seconds_of(1024, 768, 28)]))
 """
 
 
 @contextmanager
 def _busy_core() -> Iterator[None]:
-    """A program that never rests."""
+    """Keep one core busy with an endless loop."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -46,13 +46,13 @@ def _busy_core() -> Iterator[None]:
         process.wait()
 
 
-def _measured(dtype: str, threads: int, spin: str | None) -> list[float]:
+def _measure(dtype: str, threads: int, spin: str | None) -> list[float]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= {"OMP_NUM_THREADS": str(threads)} | ({"GOMP_SPINCOUNT": spin} if spin else {})
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(done.stdout)
-    return found
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    seconds: list[float] = json.loads(completed.stdout)
+    return seconds
 
 
 def main() -> None:
@@ -63,22 +63,22 @@ def main() -> None:
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     print(f"{cpu.describe()}, {cores} cores, load average {os.getloadavg()[0]:.1f}")
-    ways = [(1, "0"), *((cores, spin) for spin in SPINS)]
-    taken: dict[tuple[str, int, str | None, bool], list[list[float]]] = {}
+    configurations = [(1, "0"), *((cores, spin) for spin in SPINS)]
+    results: dict[tuple[str, int, str | None, bool], list[list[float]]] = {}
     for _, dtype, (threads, spin), is_busy in itertools.product(
-        range(options.rounds), options.dtypes.split(","), ways, (False, True)
+        range(options.rounds), options.dtypes.split(","), configurations, (False, True)
     ):
         if is_busy:
             with _busy_core():
-                found = _measured(dtype, threads, spin)
+                seconds = _measure(dtype, threads, spin)
         else:
-            found = _measured(dtype, threads, spin)
-        taken.setdefault((dtype, threads, spin, is_busy), []).append(found)
+            seconds = _measure(dtype, threads, spin)
+        results.setdefault((dtype, threads, spin, is_busy), []).append(seconds)
     print(f"{'type':>10}{'threads':>9}{'spins':>9}{'':>8}{'512x512, 8':>14}{'1024x768, 28':>14}")
-    for (dtype, threads, spin, is_busy), rounds in taken.items():
+    for (dtype, threads, spin, is_busy), rounds in results.items():
         small, default = (statistics.median(each) for each in zip(*rounds, strict=True))
-        beside = "beside" if is_busy else "alone"
-        print(f"{dtype:>10}{threads:>9}{spin or 'default':>9}{beside:>8}{small:>14.2f}{default:>14.2f}", flush=True)
+        label = "busy" if is_busy else "alone"
+        print(f"{dtype:>10}{threads:>9}{spin or 'default':>9}{label:>8}{small:>14.2f}{default:>14.2f}", flush=True)
 
 
 if __name__ == "__main__":

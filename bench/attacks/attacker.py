@@ -1,4 +1,4 @@
-"""The attacker's process: prepares one attack, then carries it out whenever it is told to, and counts what it hears."""
+"""Process of the attacker: prepares one attack, then runs a phase on each command, and counts the responses."""
 
 import asyncio
 import json
@@ -19,150 +19,150 @@ from bench.attacks import ATTACKER
 from bench.attacks.connection import Answer, Connection, connected, request
 from bench.attacks.victim import OPERATIONS
 
-#: What is done in one phase of an attack; it begins with everything prepared.
+#: The action of one phase of an attack, run after the preparation.
 Round = Callable[[], Coroutine[None, None, None]]
-#: What is done with one request of many.
+#: The action on one of many requests.
 Act = Callable[[bytes], Coroutine[None, None, object]]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What one client does. `prepare` is called once, before the first phase, and gives what each phase does."""
+    """Attack by one client. `prepare` is called once, before the first phase, and returns the action of each phase."""
 
     name: str
     about: str
     prepare: Callable[["Target"], Round]
-    #: Of the server, beside keys.
+    #: Settings of the server, apart from keys.
     settings: Mapping[str, str] = field(default_factory=dict)
-    #: What the other key does meanwhile.
+    #: Operations of the other key during the attack.
     operations: Sequence[str] = OPERATIONS
 
 
 @dataclass
 class Told:
-    """What the attacker was told until now."""
+    """Responses that the attacker has received so far."""
 
-    #: How many connections ended so: a status, "closed" for one that was closed without an answer, "held" for one that
-    #: was open still at the end of the phase, or the code that a WebSocket was closed with.
+    #: Number of connections by how they ended: a status, "closed" without a response, "held" if still open when the
+    #: phase ended, or the code that closed a WebSocket.
     answers: Counter[str] = field(default_factory=Counter)
     longest_held: float = 0.0
-    #: What else is worth telling.
+    #: Further facts for the report.
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Target:
     """The server, as an attack sees it."""
 
-    def __init__(self, port: int, folder: Path, hosted_url: str) -> None:
-        self.port, self._folder, self._hosted_url = port, folder, hosted_url
+    def __init__(self, port: int, directory: Path, hosted_url: str) -> None:
+        self.port, self._directory, self._hosted_url = port, directory, hosted_url
         self.told = Told()
         self._until = 0.0
 
     def hosted(self, name: str, content: bytes) -> str:
-        """The address of a file that is there to be downloaded from now on."""
-        (self._folder / name).write_bytes(content)
+        """Offer a file for download from now on; return its URL."""
+        (self._directory / name).write_bytes(content)
         return self.address(name)
 
     def address(self, path: str) -> str:
-        """Of something on the attacker's own web server."""
+        """Return the URL of a path on the attacker's own web server."""
         return f"{self._hosted_url}/{path}"
 
     def post(self, path: str, fields: Mapping[str, Any], **headers: str) -> bytes:
-        """A request with a body of JSON."""
+        """Return a POST request with a JSON body."""
         return request("POST", path, ATTACKER, json.dumps(fields, ensure_ascii=False).encode(), **headers)
 
     async def round(self, act: Round, seconds: float) -> None:
-        """One phase, which ends after so many seconds at the latest."""
+        """Run one phase, which ends after `seconds` at the latest."""
         self._until = time.monotonic() + seconds
         await act()
 
     @property
     def is_over(self) -> bool:
-        """Whether the phase is."""
+        """Return whether the phase is over."""
         return time.monotonic() >= self._until
 
-    async def talk(self, words: Callable[[Connection], Coroutine[None, None, str]], label: str = "") -> None:
-        """One connection, held until these words are over or the phase is; how it ended is counted under this label."""
-        begun_at, ending = time.monotonic(), "closed"
+    async def talk(self, conversation: Callable[[Connection], Coroutine[None, None, str]], label: str = "") -> None:
+        """Hold one connection until `conversation` or the phase ends; count under `label` how the connection ended."""
+        start, ending = time.monotonic(), "closed"
         try:
-            async with asyncio.timeout(max(0.0, self._until - begun_at)), connected(self.port) as connection:
-                ending = await words(connection)
+            async with asyncio.timeout(max(0.0, self._until - start)), connected(self.port) as connection:
+                ending = await conversation(connection)
         except TimeoutError:
             ending = "held"
         except (OSError, EOFError):
             pass
         self.told.answers[f"{label} {ending}".strip()] += 1
-        self.told.longest_held = max(self.told.longest_held, time.monotonic() - begun_at)
+        self.told.longest_held = max(self.told.longest_held, time.monotonic() - start)
 
     async def ask(self, *contents: bytes | memoryview, rate: float = 0.0, label: str = "") -> Answer | None:
-        """One request on a connection of its own, counted under this label; its answer, if there was one."""
-        heard: list[Answer] = []
+        """Send one request on a new connection and count the response under `label`; return it if there was one."""
+        responses: list[Answer] = []
 
-        async def words(connection: Connection) -> str:
-            heard.append(await connection.exchange(*contents, rate=rate))
-            return str(heard[0].status)
+        async def conversation(connection: Connection) -> str:
+            responses.append(await connection.exchange(*contents, rate=rate))
+            return str(responses[0].status)
 
-        await self.talk(words, label)
-        return heard[0] if heard else None
+        await self.talk(conversation, label)
+        return responses[0] if responses else None
 
     async def flood(self, requests: Iterable[bytes], at_a_time: int, act: Act | None = None) -> None:
-        """Ask these, or do this with each, so many at a time, until there are no more or the phase is over."""
-        left = iter(requests)
+        """Send all requests, or pass each to `act`, `at_a_time` at once, until none is left or the phase is over."""
+        remaining = iter(requests)
 
-        async def one_after_the_other() -> None:
-            for content in left:
+        async def send_in_turn() -> None:
+            for content in remaining:
                 await (act or self.ask)(content)
                 if self.is_over:
                     return
 
-        await asyncio.gather(*(one_after_the_other() for _ in range(at_a_time)))
+        await asyncio.gather(*(send_in_turn() for _ in range(at_a_time)))
 
 
 class Attacker:
-    """The process that `attacking` runs."""
+    """Handle of the process that `attacking` runs."""
 
     def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Pipe) -> None:
         self._process, self._pipe = process, pipe
 
     def begin(self, seconds: float) -> None:
-        """Begin a phase of so many seconds at most."""
+        """Start a phase of at most `seconds`."""
         self._pipe.send(seconds)
 
     def is_done(self, wait: float) -> bool:
-        """Whether the phase is over, after waiting for so long."""
+        """Wait up to `wait` seconds; return whether the phase is over."""
         return self._pipe.poll(wait)
 
     def told(self) -> Told:
-        """What it was told until the end of the phase."""
+        """Return the responses up to the end of the phase."""
         told: Told = self._pipe.recv()
         return told
 
     def end(self) -> None:
-        """At once, with all its connections."""
+        """Kill the process, which closes all its connections."""
         self._process.kill()
         self._process.join()
 
 
 @contextmanager
-def attacking(prepare: Callable[[Target], Round], port: int, folder: Path, hosted_url: str) -> Iterator[Attacker]:
-    """An attacker that has prepared itself."""
+def attacking(prepare: Callable[[Target], Round], port: int, directory: Path, hosted_url: str) -> Iterator[Attacker]:
+    """Start an attacker; yield it once the attack is prepared."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_attack, args=(there, prepare, port, folder, hosted_url), daemon=True)
+    parent_pipe, child_pipe = context.Pipe()
+    process = context.Process(target=_attack, args=(child_pipe, prepare, port, directory, hosted_url), daemon=True)
     process.start()
-    # So that the end of the process is heard here.
-    there.close()
-    attacker = Attacker(process, here)
+    # With no copy of the child's end open here, reading fails if the process ends.
+    child_pipe.close()
+    attacker = Attacker(process, parent_pipe)
     try:
-        here.recv()
+        parent_pipe.recv()
         yield attacker
     finally:
         attacker.end()
 
 
-def _attack(pipe: Pipe, prepare: Callable[[Target], Round], port: int, folder: Path, hosted_url: str) -> None:
+def _attack(pipe: Pipe, prepare: Callable[[Target], Round], port: int, directory: Path, hosted_url: str) -> None:
     os.nice(19)
-    target = Target(port, folder, hosted_url)
+    target = Target(port, directory, hosted_url)
     act = prepare(target)
     pipe.send(None)
     while True:

@@ -1,4 +1,4 @@
-"""Bodies and frames that are announced, sent but for their end, and held."""
+"""Attacks with bodies and frames that are announced, sent without their last byte, and held."""
 
 import asyncio
 import struct
@@ -9,26 +9,26 @@ from bench.attacks.attacker import Attack, Round, Target
 from bench.attacks.connection import Connection, head
 
 LARGE_BODY, SMALL_BODY, FRAME = 37_000_000, 60_000, 34_000_000
-#: Bytes a second of a body that comes slowly.
-SLOW = 20_000
+#: Bytes a second of a slow body.
+SLOW_RATE = 20_000
 _UPGRADE = {
     "connection": "Upgrade",
     "upgrade": "websocket",
     "sec_websocket_version": "13",
     "sec_websocket_key": "AAAAAAAAAAAAAAAAAAAAAA==",
 }
-#: A binary frame, masked, its length in eight bytes. The mask is zeros, so that what is sent is what is meant.
+#: A binary frame, masked, with its length in eight bytes. The mask is zeros, so it leaves the payload unchanged.
 _LONG_FRAME, _MASK = b"\x82\xff", bytes(4)
 
 
 def bodies(target: Target, number: int, length: int, rate: float = 0.0) -> Round:
-    """So many bodies of this length, all at once, each but for its last byte."""
-    begun = head("POST", "/queue/bench/null", ATTACKER, length)
-    # White space: JSON that goes on.
+    """Return a phase that sends `number` bodies of this length at once, each without its last byte."""
+    request_head = head("POST", "/queue/bench/null", ATTACKER, length)
+    # White space is JSON that is not complete yet.
     body = memoryview(b" " * (length - 1))
 
     async def act() -> None:
-        await asyncio.gather(*(target.ask(begun, body, rate=rate) for _ in range(number)))
+        await asyncio.gather(*(target.ask(request_head, body, rate=rate) for _ in range(number)))
 
     return act
 
@@ -37,25 +37,31 @@ def _frames(target: Target, number: int) -> Round:
     upgrade = head("GET", "/bench/null/realtime", ATTACKER, 0, **_UPGRADE)
     frame = memoryview(_LONG_FRAME + struct.pack(">Q", FRAME) + _MASK + b" " * (FRAME - 1))
 
-    async def words(connection: Connection) -> str:
-        answer = await connection.exchange(upgrade)
-        if answer.status != 101:
-            return str(answer.status)
+    async def conversation(connection: Connection) -> str:
+        response = await connection.exchange(upgrade)
+        if response.status != 101:
+            return str(response.status)
         return f"closed by {await connection.closed(frame)}"
 
     async def act() -> None:
-        await asyncio.gather(*(target.talk(words) for _ in range(number)))
+        await asyncio.gather(*(target.talk(conversation) for _ in range(number)))
 
     return act
 
 
 ATTACKS = (
-    Attack("bodies-37mb", "50 bodies of 37 MB but for a byte, held", partial(bodies, number=50, length=LARGE_BODY)),
-    Attack("frames-34mb", "20 realtime frames of 34 MB but for a byte, held", partial(_frames, number=20)),
-    Attack("bodies-60kb", "200 bodies of 60 KB but for a byte, held", partial(bodies, number=200, length=SMALL_BODY)),
+    Attack(
+        "bodies-37mb", "50 bodies of 37 MB without their last byte, held", partial(bodies, number=50, length=LARGE_BODY)
+    ),
+    Attack("frames-34mb", "20 realtime frames of 34 MB without their last byte, held", partial(_frames, number=20)),
+    Attack(
+        "bodies-60kb",
+        "200 bodies of 60 KB without their last byte, held",
+        partial(bodies, number=200, length=SMALL_BODY),
+    ),
     Attack(
         "bodies-slow",
-        "50 bodies of 37 MB that come at 20 KB a second each",
-        partial(bodies, number=50, length=LARGE_BODY, rate=SLOW),
+        "50 bodies of 37 MB at 20 KB a second each",
+        partial(bodies, number=50, length=LARGE_BODY, rate=SLOW_RATE),
     ),
 )

@@ -1,4 +1,4 @@
-"""HTTP/1.1 by hand, one request on each connection: a library would not leave a request unfinished."""
+"""HTTP/1.1 by hand, one request on each connection: an HTTP library would not leave a request unfinished."""
 
 import asyncio
 import struct
@@ -6,20 +6,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-#: Bytes that are handed over at a time. Small, so that nothing is copied that cannot be sent yet.
+#: Bytes passed to the transport at a time. Small, so that no bytes are copied before they can be sent.
 _CHUNK = 2**16
 _LONGEST_HEAD = 2**18
-#: The kind of a frame that closes a WebSocket.
+#: Opcode of the frame that closes a WebSocket.
 _CLOSE = 8
 
 
 def request(method: str, path: str, key: str, body: bytes = b"", **headers: str) -> bytes:
-    """A whole request, after whose answer the server closes; underscores in names of headers stand for hyphens."""
+    """Return a whole request with `connection: close`. Underscores in names of headers become hyphens."""
     return head(method, path, key, len(body), **headers) + body
 
 
 def head(method: str, path: str, key: str, length: int, **headers: str) -> bytes:
-    """A request without its body, which has this length."""
+    """Return the head of a request whose body has this length."""
     named = {
         "host": "127.0.0.1",
         "authorization": f"Key {key}",
@@ -34,14 +34,14 @@ def head(method: str, path: str, key: str, length: int, **headers: str) -> bytes
 
 @dataclass(frozen=True)
 class Answer:
-    """Its status, and what came with it."""
+    """Response of the server."""
 
     status: int
     body: bytes
 
     @property
     def is_good(self) -> bool:
-        """Whether it is a 2xx."""
+        """Return whether the status is 2xx."""
         return 200 <= self.status < 300
 
 
@@ -52,7 +52,7 @@ class Connection:
         self._reader, self._writer = reader, writer
 
     async def send(self, content: bytes | memoryview, rate: float = 0.0) -> None:
-        """Send all of it, no faster than so many bytes a second if there is a rate."""
+        """Send all of `content`, at most `rate` bytes a second unless `rate` is 0."""
         view = memoryview(content)
         chunk = int(rate / 4) if rate else _CHUNK
         for start in range(0, len(view), chunk):
@@ -62,14 +62,14 @@ class Connection:
                 await asyncio.sleep(chunk / rate)
 
     async def answer(self) -> Answer:
-        """The answer to what was sent."""
+        """Read the response."""
         head = await self._reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").lower().split("\r\n")
         length = next((int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")), 0)
         return Answer(int(lines[0].split()[1]), await self._reader.readexactly(length))
 
     async def exchange(self, *contents: bytes | memoryview, rate: float = 0.0) -> Answer:
-        """Send, and wait for the answer, which may come before all is sent."""
+        """Send, and wait for the response, which may arrive before everything is sent."""
         sending = asyncio.create_task(self._send_all(contents, rate))
         try:
             return await self.answer()
@@ -77,7 +77,7 @@ class Connection:
             sending.cancel()
 
     async def closed(self, *contents: bytes | memoryview) -> int:
-        """Send this over a WebSocket, and wait for the frame that closes it, passing over others; its code."""
+        """Send over a WebSocket, skip frames until the one that closes it, and return the close code."""
         sending = asyncio.create_task(self._send_all(contents, 0.0))
         try:
             while True:
@@ -93,7 +93,7 @@ class Connection:
             sending.cancel()
 
     async def _send_all(self, contents: Sequence[bytes | memoryview], rate: float) -> None:
-        # Whoever waits for the answer hears of it too.
+        # The reader of the response gets the error too.
         with suppress(OSError):
             for content in contents:
                 await self.send(content, rate)
@@ -101,7 +101,7 @@ class Connection:
 
 @asynccontextmanager
 async def connected(port: int) -> AsyncIterator[Connection]:
-    """A connection for as long as the block lasts, cut off at its end. Raises OSError."""
+    """Open a connection and abort it at the end of the block. Raises OSError."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LONGEST_HEAD)
     try:
         yield Connection(reader, writer)

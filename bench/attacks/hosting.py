@@ -1,4 +1,4 @@
-"""A web server of the attacker's on loopback: LoRA files to be downloaded, and a receiver that refuses webhooks."""
+"""Web server of the attacker on loopback: offers LoRA files for download, and refuses webhooks."""
 
 import multiprocessing
 import os
@@ -11,35 +11,35 @@ from pathlib import Path
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Names no ETag, so that a file comes anew each time."""
+    """Request handler that sends no ETag, so that the server downloads a file again each time."""
 
     def do_POST(self) -> None:
-        """A webhook: refused, so that it stays due."""
+        """Refuse a webhook, so that it stays due."""
         self.rfile.read(int(self.headers.get("content-length", 0)))
         self.send_error(500)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  its base's word
-        """Say nothing."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name in the base class
+        """Log nothing."""
 
 
 @contextmanager
-def hosting(folder: Path) -> Iterator[str]:
-    """The address of a server of this folder, in a process of its own."""
+def hosting(directory: Path) -> Iterator[str]:
+    """Serve this directory from a separate process; yield the URL."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_host, args=(there, folder), daemon=True)
+    parent_pipe, child_pipe = context.Pipe()
+    process = context.Process(target=_host, args=(child_pipe, directory), daemon=True)
     process.start()
-    # So that the end of the process is heard here.
-    there.close()
+    # With no copy of the child's end open here, reading fails if the process ends.
+    child_pipe.close()
     try:
-        yield f"http://127.0.0.1:{here.recv()}"
+        yield f"http://127.0.0.1:{parent_pipe.recv()}"
     finally:
         process.kill()
         process.join()
 
 
-def _host(pipe: Pipe, folder: Path) -> None:
+def _host(pipe: Pipe, directory: Path) -> None:
     os.nice(19)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(directory))) as server:
         pipe.send(server.server_address[1])
         server.serve_forever()

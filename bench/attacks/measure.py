@@ -1,4 +1,4 @@
-"""One attack from beginning to end: a fresh server, phases alone and under attack, and what was seen."""
+"""Measurement of one attack: a fresh server, phases with and without the attack, and the observations."""
 
 import tempfile
 import time
@@ -17,68 +17,68 @@ from bench.attacks.watch import EVERY, Watch, is_machine_full
 from tests.support.server_process import completed, serving
 
 MODELS = Path(__file__).parent / "models"
-#: What a phase of an attack may take beyond its time, in seconds.
+#: Seconds that a phase of an attack may take beyond its time.
 _GRACE = 10.0
-#: The other key's one upload that is to stay.
-_KEPT = bytes(1_000_000)
+#: The other key's upload that should survive the attack.
+_UPLOAD_CONTENT = bytes(1_000_000)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A while, by the monotonic clock."""
+    """Period of time, by the monotonic clock."""
 
     is_attacked: bool
     begun_at: float
     ended_at: float
-    #: Whether the server was at rest before it, or before the phase alone that precedes it.
+    #: Whether the server was at rest before this phase, or, for an attacked phase, before the phase that precedes it.
     is_calm: bool
 
     def has(self, operation: Operation) -> bool:
-        """Whether this began in it."""
+        """Return whether the operation started in this phase."""
         return self.begun_at <= operation.begun_at < self.ended_at
 
 
 @dataclass
 class Seen:
-    """What was seen of one attack."""
+    """Observations of one attack."""
 
     phases: list[Phase] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     told: Told = field(default_factory=Told)
-    #: The seconds after each attacked phase until the server was at rest; None where it was not after the longest.
+    #: Seconds from the end of each attacked phase until the server was at rest; None if it did not rest in time.
     rests: list[float | None] = field(default_factory=list)
-    #: Why it was ended before its time, if it was.
+    #: Why the attack ended early; empty if it did not.
     cut_short: str = ""
-    #: Resident memory in bytes: idle, and the highest under attack.
+    #: Resident memory in bytes: idle, and the maximum under attack.
     memory: tuple[int, int] = (0, 0)
-    #: Bytes of the data folder: before the attack, the highest, and after a sweep.
+    #: Bytes in the data directory: before the attack, the maximum, and after a sweep.
     folder: tuple[dict[str, int], dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}, {}))
-    #: How the other key's belongings were answered before the attack and after the sweep.
+    #: Statuses of the other key's stored data before the attack and after the sweep.
     belongings: tuple[dict[str, str], dict[str, str]] = field(default_factory=lambda: ({}, {}))
-    #: The exit code of a server that did not outlive the attack.
+    #: Exit code of the server if it ended during the attack.
     exit_code: int | None = None
 
 
 class _Belongings:
-    """What the other key has from the beginning: a finished request, its picture, and an uploaded file."""
+    """Data that the other key stores before the attack: a finished request, its image, and an uploaded file."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         submitted = client.post("/queue/bench/null", content=SUBMIT).raise_for_status().json()
         completed(client, submitted["status_url"])
         self.status_path = urlsplit(submitted["status_url"]).path
-        picture = client.get(submitted["response_url"]).json()["images"][0]["url"]
-        self._urls = {"result": submitted["response_url"], "picture": picture}
-        uploaded = client.post("/files/upload", content=_KEPT, headers={"content-type": "image/png"})
-        # At a rate of one request a day it may be refused.
+        image_url = client.get(submitted["response_url"]).json()["images"][0]["url"]
+        self._urls = {"result": submitted["response_url"], "picture": image_url}
+        uploaded = client.post("/files/upload", content=_UPLOAD_CONTENT, headers={"content-type": "image/png"})
+        # With a rate limit of one request a day, the upload may be refused.
         if uploaded.status_code == 200:
             self._urls["upload"] = uploaded.json()["access_url"]
 
-    def answers(self) -> dict[str, str]:
-        """The status of each of them now."""
-        return {name: self._answer(url) for name, url in self._urls.items()}
+    def statuses(self) -> dict[str, str]:
+        """Return the current status of each."""
+        return {name: self._status(url) for name, url in self._urls.items()}
 
-    def _answer(self, url: str) -> str:
+    def _status(self, url: str) -> str:
         try:
             return str(self._client.get(url).status_code)
         except httpx.TransportError as error:
@@ -86,58 +86,58 @@ class _Belongings:
 
 
 def measure(attack: Attack, seconds: float) -> Seen:
-    """Carry it out, in phases of so many seconds at most."""
+    """Run the attack, in phases of at most `seconds`; return the observations."""
     settings = {"models_dir": str(MODELS), "keys": f"{ATTACKER},{OTHER}", **attack.settings}
     seen = Seen()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        hosted, data_dir = Path(name) / "hosted", Path(name) / "data"
-        hosted.mkdir()
+        hosted_dir, data_dir = Path(name) / "hosted", Path(name) / "data"
+        hosted_dir.mkdir()
         server = stack.enter_context(serving(data_dir, "bench/null=demo", **settings))
         url = server.ready().url
         port = urlsplit(url).port or 0
-        hosted_url = stack.enter_context(hosting(hosted))
-        attacker = stack.enter_context(attacking(attack.prepare, port, hosted, hosted_url))
+        hosted_url = stack.enter_context(hosting(hosted_dir))
+        attacker = stack.enter_context(attacking(attack.prepare, port, hosted_dir, hosted_url))
         headers = {"authorization": f"Key {OTHER}"}
         client = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False))
         belongings = _Belongings(client)
-        before = belongings.answers()
+        before = belongings.statuses()
         other = stack.enter_context(acting(port, attack.operations, belongings.status_path))
         watch = Watch(server.process.pid, data_dir)
-        _take_turns(seen, watch, attacker, other, seconds)
+        _run_phases(seen, watch, attacker, other, seconds)
         attacker.end()
         seen.operations = other.stop()
         watch.until_swept(SWEEP_SECONDS)
         seen.folder = (*seen.folder[:2], watch.folder)
-        seen.belongings = before, belongings.answers()
+        seen.belongings = before, belongings.statuses()
         seen.exit_code = server.process.poll()
     return seen
 
 
-def _take_turns(seen: Seen, watch: Watch, attacker: Attacker, other: Other, seconds: float) -> None:
-    """Alone, then attacked, as often as there are rounds; an attack that is cut short is the last."""
+def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: Other, seconds: float) -> None:
+    """Alternate phases without and with the attack, ROUNDS times. An attack that is cut short is the last."""
     idle, folder = watch.memory, watch.folder
-    rest = watch.until_calm(other.waiting)
-    for number in range(ROUNDS):
+    rest_seconds = watch.until_calm(other.waiting)
+    for round_index in range(ROUNDS):
         begun_at = time.monotonic()
         watch.for_seconds(seconds / 2)
-        if not number:
-            # From here on, so that the start is not counted.
+        if not round_index:
+            # Measure from here on, so that the start of the server does not count.
             idle, folder = watch.memory, watch.folder
             watch.highest_memory, watch.highest_folder = idle, dict(folder)
         attacked_at = time.monotonic()
-        seen.phases.append(Phase(False, begun_at, attacked_at, rest is not None))
-        seen.cut_short = _attack(seen, watch, attacker, seconds)
-        seen.phases.append(Phase(True, attacked_at, time.monotonic(), rest is not None))
-        rest = watch.until_calm(other.waiting)
-        seen.rests.append(rest)
+        seen.phases.append(Phase(False, begun_at, attacked_at, rest_seconds is not None))
+        seen.cut_short = _run_attack(seen, watch, attacker, seconds)
+        seen.phases.append(Phase(True, attacked_at, time.monotonic(), rest_seconds is not None))
+        rest_seconds = watch.until_calm(other.waiting)
+        seen.rests.append(rest_seconds)
         if seen.cut_short:
             break
     seen.memory = idle, watch.highest_memory
     seen.folder = folder, watch.highest_folder, {}
 
 
-def _attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) -> str:
-    """One phase of it; says why it was cut short, if it was."""
+def _run_attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) -> str:
+    """Run one attacked phase; return why it was cut short, or an empty string."""
     deadline = time.monotonic() + seconds + _GRACE
     attacker.begin(seconds)
     while not attacker.is_done(EVERY):

@@ -1,4 +1,4 @@
-"""What the server keeps for a client: rows, uploads, parts of them, and files of no bytes at all."""
+"""Attacks on what the server stores for a client: rows, uploads, parts of uploads, and empty files."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from bench.attacks.attacker import Attack, Round, Target
 from bench.attacks.connection import Answer, connected, request
 
 NUM_SUBMITS, NUM_UPLOADS, NUM_EMPTY = 2_500, 200, 5_000
-#: How long each of these is tried at most, in bytes.
+#: The longest value tried for each field, in bytes.
 LONGEST = {"prompt": 80_000, "host": 60_000, "hint": 60_000, "webhook": 60_000}
 _AT_A_TIME = 32
 
@@ -21,15 +21,15 @@ _AT_A_TIME = 32
 
 
 def _submit(target: Target, **lengths: int) -> bytes:
-    """A submit in which each of these is so long."""
-    address = target.address("").ljust(lengths.get("webhook", 0), "a")
-    query = f"?fal_webhook={address}" if "webhook" in lengths else ""
+    """Return a submit whose named fields have these lengths in bytes."""
+    url = target.address("").ljust(lengths.get("webhook", 0), "a")
+    query = f"?fal_webhook={url}" if "webhook" in lengths else ""
     headers = {}
     if "host" in lengths:
         headers["host"] = "a" * lengths["host"]
     if "hint" in lengths:
         headers["x_fal_runner_hint"] = "a" * lengths["hint"]
-    # Four bytes each: a prompt is bounded in characters.
+    # Each character has four bytes: the limit of a prompt counts characters.
     fields = {"prompt": "\N{GRINNING FACE}" * (lengths.get("prompt", 0) // 4)}
     return target.post(f"/queue/bench/slow{query}", fields, **headers)
 
@@ -39,7 +39,7 @@ def _cancel(submitted: Answer) -> bytes:
 
 
 async def _exchange(target: Target, content: bytes) -> Answer | None:
-    """The answer to one request that counts for nothing, if there is one."""
+    """Send one request without counting it; return the response if there is one."""
     try:
         async with connected(target.port) as connection:
             return await connection.exchange(content)
@@ -47,13 +47,13 @@ async def _exchange(target: Target, content: bytes) -> Answer | None:
         return None
 
 
-async def _longest_accepted(target: Target, what: str) -> int:
-    """How long this may be, to a hundredth, by halving; 0 when it is not accepted at all."""
-    accepted, refused, tried = 0, LONGEST[what] + 1, LONGEST[what]
+async def _longest_accepted(target: Target, field: str) -> int:
+    """Find by bisection the longest accepted value of a field, to 1 %; return 0 if none is accepted."""
+    accepted, refused, tried = 0, LONGEST[field] + 1, LONGEST[field]
     while refused - accepted > 1 + accepted // 100:
-        answer = await _exchange(target, _submit(target, **{what: tried}))
-        if answer and answer.is_good:
-            await _exchange(target, _cancel(answer))
+        response = await _exchange(target, _submit(target, **{field: tried}))
+        if response and response.is_good:
+            await _exchange(target, _cancel(response))
             accepted = tried
         else:
             refused = tried
@@ -62,18 +62,18 @@ async def _longest_accepted(target: Target, what: str) -> int:
 
 
 async def _all_longest(target: Target) -> dict[str, int]:
-    return {what: length for what in LONGEST if (length := await _longest_accepted(target, what))}
+    return {field: length for field in LONGEST if (length := await _longest_accepted(target, field))}
 
 
 def _rows(target: Target) -> Round:
-    """Each submit has the longest prompt, and one of the others as long as it may be."""
+    """Return a phase of submits, each with the longest prompt and one other field at its longest."""
     lengths = uvloop.run(_all_longest(target))
-    target.told.notes |= {"planned": NUM_SUBMITS, **{f"longest_{what}": length for what, length in lengths.items()}}
+    target.told.notes |= {"planned": NUM_SUBMITS, **{f"longest_{field}": length for field, length in lengths.items()}}
     prompt = {"prompt": lengths.pop("prompt", 0)}
-    kinds = [_submit(target, **prompt, **{what: length}) for what, length in lengths.items()] or [
+    variants = [_submit(target, **prompt, **{field: length}) for field, length in lengths.items()] or [
         _submit(target, **prompt)
     ]
-    submits = itertools.cycle(kinds)
+    submits = itertools.cycle(variants)
 
     async def submit_and_cancel(content: bytes) -> None:
         submitted = await target.ask(content, label="submit")
@@ -87,7 +87,7 @@ def _rows(target: Target) -> Round:
 
 
 def uploads(target: Target, number: int, content: bytes) -> Round:
-    """So many files with this content."""
+    """Return a phase that uploads its share of `number` files with this content."""
     target.told.notes["planned"] = number
     upload = request("POST", "/files/upload", ATTACKER, content, content_type="image/png")
     return lambda: target.flood(itertools.repeat(upload, number // ROUNDS), _AT_A_TIME)
@@ -95,9 +95,9 @@ def uploads(target: Target, number: int, content: bytes) -> Round:
 
 def _empty_parts(target: Target) -> Round:
     target.told.notes["planned"] = NUM_EMPTY
-    begun = uvloop.run(_exchange(target, target.post("/storage/upload/initiate-multipart", {})))
-    assert begun, "no upload can be begun"
-    path = urlsplit(json.loads(begun.body)["upload_url"]).path
+    initiated = uvloop.run(_exchange(target, target.post("/storage/upload/initiate-multipart", {})))
+    assert initiated, "the server did not answer the request to initiate a multipart upload"
+    path = urlsplit(json.loads(initiated.body)["upload_url"]).path
     puts = (request("PUT", f"{path}/{number}", ATTACKER) for number in range(1, NUM_EMPTY + 1))
     return lambda: target.flood(itertools.islice(puts, NUM_EMPTY // ROUNDS), _AT_A_TIME)
 
@@ -113,12 +113,12 @@ ATTACKS = (
     ),
     Attack(
         "uploads",
-        "200 files of 100 KB, where 20 MB are kept",
+        "200 files of 100 KB, with room for 20 MB",
         partial(uploads, number=NUM_UPLOADS, content=bytes(100_000)),
         {"retention_gb": "0.02"},
     ),
-    Attack("empty-parts", "5,000 parts of no bytes of one upload", _empty_parts),
-    Attack("empty-files", "5,000 files of no bytes", _empty_files),
-    # The other key may send one request too, so that it only asks for its status.
+    Attack("empty-parts", "5,000 empty parts of one upload", _empty_parts),
+    Attack("empty-files", "5,000 empty files", _empty_files),
+    # The rate limit also allows the other key only one request, so that key only polls its status.
     Attack("empty-files-rate", "the same at one request a day", _empty_files, {"rate_per_key": "1/day"}, ("status",)),
 )

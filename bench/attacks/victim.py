@@ -1,4 +1,4 @@
-"""The other key: asks, submits and uploads at a fixed rate, in a process of its own, and notes how long each took."""
+"""Process of the other key: polls, submits and uploads at a fixed rate, and records how long each operation took."""
 
 import asyncio
 import itertools
@@ -19,39 +19,39 @@ from bench.attacks import OTHER
 from bench.attacks.connection import Answer, connected, request
 
 OPERATIONS = ("status", "submit", "upload")
-#: Operations a second, all kinds together. The next one starts in time whether or not the last one is done.
+#: Operations a second, all kinds together. Each starts on time whether or not the last one is done.
 RATE = 30
-#: After so many seconds an operation counts as never answered.
+#: Seconds after which an operation counts as never answered.
 PATIENCE = 20.0
 _FILE = bytes(100_000)
-#: What it submits is small, and what it uploads expires soon, so that this key itself keeps little.
+#: Submits are small and uploads expire soon, so that this key itself stores little.
 SUBMIT = json.dumps({"prompt": "x", "num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}).encode()
 _EXPIRES = {"x_fal_object_lifecycle": "2"}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One that was carried out: when it began by the monotonic clock, how long it took, and its last answer."""
+    """Completed operation: its start by the monotonic clock, its duration, and its last response."""
 
     kind: str
     begun_at: float
     seconds: float
-    #: A status, "closed" for a connection that ended without one, or "late" after `PATIENCE`.
+    #: A status, "closed" if the connection ended without a response, or "late" after `PATIENCE`.
     answer: str
 
 
 class Other:
-    """The process that `acting` runs; `stop` ends it."""
+    """Handle of the process that `acting` runs; `stop` ends the process."""
 
     def __init__(self, pipe: Pipe, is_over: Event, num_waiting: "Synchronized[int]") -> None:
         self._pipe, self._is_over, self._num_waiting = pipe, is_over, num_waiting
 
     def waiting(self) -> int:
-        """How many of its operations are under way."""
+        """Return the number of operations in progress."""
         return int(self._num_waiting.value)
 
     def stop(self) -> list[Operation]:
-        """No further operation; waits for those under way, and returns all."""
+        """Start no further operation, wait for those in progress, and return all."""
         self._is_over.set()
         operations: list[Operation] = self._pipe.recv()
         return operations
@@ -59,17 +59,17 @@ class Other:
 
 @contextmanager
 def acting(port: int, kinds: Sequence[str], status_path: str) -> Iterator[Other]:
-    """The other key at work; the first status that it asks for is at this path."""
+    """Run the other key's operations in a separate process. The first status poll uses `status_path`."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
+    parent_pipe, child_pipe = context.Pipe()
     is_over, num_waiting = context.Event(), context.Value("i", 0)
     actor = _Actor(port, status_path, num_waiting)
-    process = context.Process(target=_act, args=(there, is_over, actor, kinds), daemon=True)
+    process = context.Process(target=_act, args=(child_pipe, is_over, actor, kinds), daemon=True)
     process.start()
-    # So that the end of the process is heard here.
-    there.close()
+    # With no copy of the child's end open here, reading fails if the process ends.
+    child_pipe.close()
     try:
-        yield Other(here, is_over, num_waiting)
+        yield Other(parent_pipe, is_over, num_waiting)
     finally:
         process.kill()
         process.join()
@@ -85,11 +85,11 @@ class _Actor:
         self._operations: list[Operation] = []
 
     async def act(self, kinds: Sequence[str], is_over: Callable[[], bool]) -> list[Operation]:
-        """The kinds in turn, until it is over."""
+        """Run the kinds of operations in turn, until `is_over`."""
         acts = {"status": self._status, "submit": self._submit, "upload": self._upload}
-        begun, running = time.monotonic(), set[asyncio.Task[None]]()
+        start, running = time.monotonic(), set[asyncio.Task[None]]()
         for number in itertools.count():
-            await asyncio.sleep(begun + number / RATE - time.monotonic())
+            await asyncio.sleep(start + number / RATE - time.monotonic())
             if is_over():
                 break
             kind = kinds[number % len(kinds)]
@@ -121,11 +121,11 @@ class _Actor:
         return answer
 
     async def _upload(self) -> Answer:
-        announced = json.dumps({"content_type": "image/png", "file_name": "a.png"}).encode()
-        begun = await self._ask(request("POST", "/storage/upload/initiate", OTHER, announced, **_EXPIRES))
-        if not begun.is_good:
-            return begun
-        path = urlsplit(json.loads(begun.body)["upload_url"]).path
+        declaration = json.dumps({"content_type": "image/png", "file_name": "a.png"}).encode()
+        initiated = await self._ask(request("POST", "/storage/upload/initiate", OTHER, declaration, **_EXPIRES))
+        if not initiated.is_good:
+            return initiated
+        path = urlsplit(json.loads(initiated.body)["upload_url"]).path
         return await self._ask(request("PUT", path, OTHER, _FILE))
 
     async def _ask(self, content: bytes) -> Answer:

@@ -1,4 +1,4 @@
-"""What the server takes meanwhile: resident memory, and bytes in its data folder."""
+"""Resources of the server during an attack: resident memory, and bytes in the data directory."""
 
 import os
 import time
@@ -10,18 +10,18 @@ import psutil
 
 from server.storage.database import FILE, FOLDERS
 
-#: How often memory and folder are looked at, in seconds.
+#: Seconds between two readings, of the memory and of the data directory.
 EVERY = 0.1
-_FOLDER_EVERY = 0.5
-#: The share of a core below which a server counts as at rest, how many of the other key's operations may be waiting
-#: then, and how long that is waited for, in seconds.
+_DIRECTORY_EVERY = 0.5
+#: A server is at rest if it uses less than this share of a core while at most FEW of the other key's operations wait.
+#: LONGEST_REST is the longest wait for a rest, in seconds.
 AT_REST, FEW, LONGEST_REST = 0.4, 3, 10.0
-#: An attack is ended when the machine has less memory left than this.
+#: An attack ends when the machine has fewer bytes of memory available than this.
 LEAST_FREE = 10**9
 
 
 class Watch:
-    """Looks at a server whenever it is told to, and remembers the highest figures."""
+    """Readings of a server's memory and data directory, taken on demand, with their maxima."""
 
     def __init__(self, pid: int, data_dir: Path) -> None:
         self._server = psutil.Process(pid)
@@ -29,58 +29,58 @@ class Watch:
         self.memory = self.highest_memory = 0
         self.folder: dict[str, int] = {}
         self.highest_folder: dict[str, int] = {}
-        self._folder_at = 0.0
+        self._directory_at = 0.0
         self._children: list[psutil.Process] = []
         self.look()
 
     def look(self) -> None:
-        """Take the figures of now."""
-        if time.monotonic() - self._folder_at >= _FOLDER_EVERY:
-            self.look_at_folder()
+        """Read the memory, and the data directory if its last reading is old."""
+        if time.monotonic() - self._directory_at >= _DIRECTORY_EVERY:
+            self.look_at_directory()
             with suppress(psutil.NoSuchProcess):
                 self._children = self._server.children(recursive=True)
         self.memory = sum(_resident(process) for process in (self._server, *self._children))
         self.highest_memory = max(self.highest_memory, self.memory)
 
-    def look_at_folder(self) -> None:
-        """Count its bytes now."""
-        self._folder_at = time.monotonic()
-        self.folder = folder_bytes(self._data_dir)
+    def look_at_directory(self) -> None:
+        """Count the bytes in the data directory."""
+        self._directory_at = time.monotonic()
+        self.folder = directory_bytes(self._data_dir)
         for name, number in self.folder.items():
             self.highest_folder[name] = max(number, self.highest_folder.get(name, 0))
 
     def for_seconds(self, seconds: float) -> None:
-        """Look again and again for so long."""
+        """Take readings for `seconds`."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.look()
             time.sleep(EVERY)
 
     def until_calm(self, waiting: Callable[[], int]) -> float | None:
-        """Wait until the server is at rest, and of the other key's operations only a few are waiting.
+        """Wait until the server is at rest and only a few of the other key's operations are waiting.
 
-        Returns the seconds until then, or None when it is not so after the longest.
+        Return the seconds until then, or None if that takes longer than LONGEST_REST.
         """
-        begun = time.monotonic()
-        while time.monotonic() - begun < LONGEST_REST:
-            before, at, most = self._cpu_seconds(), time.monotonic(), waiting()
-            while time.monotonic() < at + _FOLDER_EVERY:
+        start = time.monotonic()
+        while time.monotonic() - start < LONGEST_REST:
+            before, interval_start, most_waiting = self._cpu_seconds(), time.monotonic(), waiting()
+            while time.monotonic() < interval_start + _DIRECTORY_EVERY:
                 self.for_seconds(EVERY)
-                most = max(most, waiting())
-            if most <= FEW and self._cpu_seconds() - before < AT_REST * (time.monotonic() - at):
-                return at - begun
+                most_waiting = max(most_waiting, waiting())
+            if most_waiting <= FEW and self._cpu_seconds() - before < AT_REST * (time.monotonic() - interval_start):
+                return interval_start - start
         return None
 
     def until_swept(self, every: float) -> None:
-        """Wait for two sweeps, and on while the folder still changes, but not for ever."""
+        """Wait for two sweeps, then while the data directory changes, for about LONGEST_REST at most."""
         until = time.monotonic() + LONGEST_REST
         self.for_seconds(2 * every)
         is_changing = True
         while is_changing and time.monotonic() < until:
-            self.look_at_folder()
+            self.look_at_directory()
             before = self.folder
             self.for_seconds(1.2 * every)
-            self.look_at_folder()
+            self.look_at_directory()
             is_changing = before != self.folder
 
     def _cpu_seconds(self) -> float:
@@ -91,25 +91,25 @@ class Watch:
 
 
 def is_machine_full() -> bool:
-    """Whether an attack should be ended for the machine's sake."""
+    """Return whether the machine is short of memory, so that an attack should end."""
     return bool(psutil.virtual_memory().available < LEAST_FREE)
 
 
-def folder_bytes(data_dir: Path) -> dict[str, int]:
-    """Bytes of the database, of its log, of each folder of the server's files, and in all; and how many files."""
-    found = {"database": _size(data_dir / FILE), "wal": _size(data_dir / f"{FILE}-wal")}
+def directory_bytes(data_dir: Path) -> dict[str, int]:
+    """Return the bytes of the database, its WAL, each directory of files, and in total; and the number of files."""
+    sizes = {"database": _size(data_dir / FILE), "wal": _size(data_dir / f"{FILE}-wal")}
     num_files = 0
     for name in FOLDERS:
-        sizes = list(_sizes(data_dir / name))
-        found[name] = sum(sizes)
-        num_files += len(sizes)
-    return {**found, "total": sum(found.values()), "num_files": num_files}
+        file_sizes = list(_sizes(data_dir / name))
+        sizes[name] = sum(file_sizes)
+        num_files += len(file_sizes)
+    return {**sizes, "total": sum(sizes.values()), "num_files": num_files}
 
 
-def _sizes(folder: Path) -> Iterator[int]:
-    # What is deleted meanwhile is not there.
+def _sizes(directory: Path) -> Iterator[int]:
+    # Files and directories may be deleted during the scan.
     with suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
+        for entry in os.scandir(directory):
             if entry.is_dir(follow_symlinks=False):
                 yield from _sizes(Path(entry.path))
             else:

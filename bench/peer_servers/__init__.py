@@ -1,1 +1,1 @@
-"""The null model behind other people's servers; run by their own interpreter, which has nothing of ours but this."""
+"""The null model behind other servers, run by a separate interpreter that imports only this package of the project."""

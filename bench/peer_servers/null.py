@@ -1,4 +1,4 @@
-"""What all of them serve: a model that does nothing, its input, and an answer of the shape and size of ours."""
+"""Model that does nothing, for all peer servers. Its response has the shape and size of this server's."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, Field
 
 
 class ImageSize(BaseModel):
-    """In pixels."""
+    """Size of an image, in pixels."""
 
     width: int = Field(ge=64, le=2048)
     height: int = Field(ge=64, le=2048)
 
 
 class Wish(BaseModel):
-    """The body."""
+    """Body of a request."""
 
     prompt: str
     image_size: ImageSize
@@ -21,14 +21,14 @@ class Wish(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-def paint(wish: Wish) -> dict[str, Any]:
-    """The answer to it, with the address of a picture that nobody made."""
-    size = wish.image_size
+def paint(request: Wish) -> dict[str, Any]:
+    """Return the response, with the URL of an image that does not exist."""
+    size = request.image_size
     url = "http://127.0.0.1:8000/files/0123456789abcdef0123456789abcdef.jpg"
     return {
         "images": [{"url": url, "width": size.width, "height": size.height, "content_type": "image/jpeg"}],
         "timings": {"inference": 0.0001},
-        "seed": wish.seed,
+        "seed": request.seed,
         "has_nsfw_concepts": [False],
-        "prompt": wish.prompt,
+        "prompt": request.prompt,
     }

@@ -10,15 +10,15 @@ from bench.peer_servers.null import Wish, paint
 
 @bentoml.service(logging={"access": {"enabled": False}})
 class Null:
-    """A route that answers, and a task that is kept in BentoML's own database until it is done."""
+    """Service with a route that responds at once, and a task that BentoML stores in its database until it is done."""
 
     @bentoml.api(input_spec=Wish)
     def generate(self, **fields: Any) -> dict[str, Any]:
-        """Paint it."""
+        """Return the null response."""
         return paint(Wish.model_construct(**fields))
 
     @bentoml.task(input_spec=Wish)
     def hold(self, **fields: Any) -> dict[str, Any]:
-        """Never come to an end, so that the others wait as they do behind a model at work."""
+        """Block for ever, so that other tasks wait as they do behind a busy model."""
         threading.Event().wait()
         return paint(Wish.model_construct(**fields))

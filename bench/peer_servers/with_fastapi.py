@@ -16,42 +16,42 @@ from bench.peer_servers.null import Wish, paint
 
 app = FastAPI()
 
-FOLDER = Path(tempfile.mkdtemp())
+DIRECTORY = Path(tempfile.mkdtemp())
 lock = threading.Lock()
-rows = sqlite3.connect(FOLDER / "rows.sqlite3", isolation_level=None, check_same_thread=False)
-rows.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE requests (name, wish, answer)")
+rows = sqlite3.connect(DIRECTORY / "rows.sqlite3", isolation_level=None, check_same_thread=False)
+rows.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE requests (name, request, response)")
 
 
-# Not async, as with a model that works: FastAPI calls it on a thread.
+# Not async, as for a real model: FastAPI calls the function on a thread.
 @app.post("/generate")
-def generate(wish: Wish) -> dict[str, Any]:
-    """Paint it."""
-    return paint(wish)
+def generate(request: Wish) -> dict[str, Any]:
+    """Return the null response."""
+    return paint(request)
 
 
 @app.post("/kept")
-def kept(wish: Wish) -> dict[str, Any]:
-    """The same and a picture, each step on the disk before the next: what it takes to lose nothing, by hand."""
+def kept(request: Wish) -> dict[str, Any]:
+    """Respond and make an image, writing each step to the disk before the next: durability by hand."""
     name = uuid.uuid4().hex
     with lock:
-        rows.execute("INSERT INTO requests VALUES (?, ?, NULL)", (name, wish.model_dump_json()))
+        rows.execute("INSERT INTO requests VALUES (?, ?, NULL)", (name, request.model_dump_json()))
     content = io.BytesIO()
-    size = (wish.image_size.width, wish.image_size.height)
-    Image.new("RGB", size, (wish.seed % 256, 128, 64)).save(content, "JPEG", quality=95)
+    size = (request.image_size.width, request.image_size.height)
+    Image.new("RGB", size, (request.seed % 256, 128, 64)).save(content, "JPEG", quality=95)
     _save(f"{name}.jpg", content.getvalue())
-    answer = paint(wish)
+    response = paint(request)
     with lock:
-        rows.execute("UPDATE requests SET answer = ? WHERE name = ?", (str(answer), name))
-    return answer
+        rows.execute("UPDATE requests SET response = ? WHERE name = ?", (str(response), name))
+    return response
 
 
 def _save(name: str, content: bytes) -> None:
-    aside = FOLDER / f"{name}.part"
-    with aside.open("wb") as file:
+    temp_path = DIRECTORY / f"{name}.part"
+    with temp_path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(FOLDER / name)
-    folder = os.open(FOLDER, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    temp_path.rename(DIRECTORY / name)
+    directory_fd = os.open(DIRECTORY, os.O_RDONLY)
+    os.fsync(directory_fd)
+    os.close(directory_fd)

@@ -9,18 +9,18 @@ from bench.peer_servers.null import Wish, paint
 
 
 class Null(litserve.LitAPI):  # type: ignore[misc]
-    """LitServe validates what `decode_request` says it takes, and predicts in a process of its own."""
+    """LitServe API. LitServe validates by the annotation of `decode_request` and predicts in a separate process."""
 
     def setup(self, device: str) -> None:
         """Load nothing."""
 
     def decode_request(self, request: Wish) -> Wish:
-        """As it came."""
+        """Return the validated request unchanged."""
         return request
 
-    def predict(self, wish: Wish) -> dict[str, Any]:
-        """Paint it."""
-        return paint(wish)
+    def predict(self, inputs: Wish) -> dict[str, Any]:
+        """Return the null response."""
+        return paint(inputs)
 
 
 if __name__ == "__main__":

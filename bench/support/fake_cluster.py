@@ -1,4 +1,4 @@
-"""GPUs that are none, a thousand in one process: what is left of a cluster is the head."""
+"""Fake GPUs, a thousand in one process, so that only the head of a cluster is real."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from server.storage.file_store import StoredFile, generate_file_name
 
 
 class NullRunner:
-    """A runner without a process: each job that it takes has ended already."""
+    """Runner without a process, which finishes each job at once."""
 
     node = "nowhere"
     content = os.urandom(150_000)
@@ -21,7 +21,7 @@ class NullRunner:
         self._taken: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def messages(self) -> Iterator[messages.Message]:
-        """Ready, then one end after the other."""
+        """Yield the ready state, then the progress and the end of each job."""
         yield messages.RunnerState(LoadProgress(), True, {"null": EngineInfo()})
         while job := self._taken.get():
             for step in range(1, 29):
@@ -32,31 +32,31 @@ class NullRunner:
             yield messages.JobFinished(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
 
     def send_job(self, job: Job, text: str) -> None:
-        """It ends at once."""
+        """Queue the job for `messages`, which finishes it at once."""
         self._taken.put(job)
 
     def stop(self) -> None:
-        """No more."""
+        """End `messages`."""
         self._taken.put(None)
 
     kill = stop
 
     def crashed_jobs(self) -> list[str]:
-        """Nobody is at fault."""
+        """Return no jobs: a fake runner never crashes."""
         return []
 
 
 class NullRayCluster:
-    """As many GPUs as anybody wants."""
+    """Ray cluster without Ray, with more GPUs than any setting asks for."""
 
     start_runner = NullRunner
 
     def connect(self) -> None:
-        """Nobody is asked."""
+        """Do nothing: there is no cluster to connect to."""
 
     def num_gpus(self) -> int:
-        """Without end."""
+        """Return a number that no setting reaches."""
         return 1_000_000
 
     def close(self) -> None:
-        """Nobody is told."""
+        """Do nothing: there is no connection to close."""

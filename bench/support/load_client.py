@@ -1,4 +1,4 @@
-"""Clients that send their next request as soon as the last is answered, at little cost to the machine they share."""
+"""Clients that send each request as soon as the last one is answered, at little CPU cost on the shared machine."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ import uvloop
 
 
 class Client(asyncio.Protocol):
-    """One connection that sends its next request as soon as the last is answered, while more are wanted."""
+    """One connection that sends its next request as soon as the last one is answered, until `is_over`."""
 
     def __init__(self, request: bytes, is_over: Callable[[], bool]) -> None:
         self.request, self.is_over = request, is_over
@@ -20,12 +20,12 @@ class Client(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Send the first request."""
         self.transport = transport
         self._send()
 
     def data_received(self, data: bytes) -> None:
-        """Count the answer when all of it is here, and go on."""
+        """Count the response once it is complete, and send the next request."""
         self._buffer += data
         head, separator, body = self._buffer.partition(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ", 1)[1].split(b"\r\n", 1)[0]) if separator else 0
@@ -43,13 +43,15 @@ class Client(asyncio.Protocol):
             self._send()
 
     def next_request(self, body: bytes) -> bytes:
-        """What follows this answer."""
+        """Return the request to send after the response with this body."""
         return self.request
 
     def connection_lost(self, exception: Exception | None) -> None:
-        """Whoever is cut off says so."""
+        """Fail `done` if the server closes the connection early."""
         if not self.done.done():
-            self.done.set_exception(exception or ConnectionResetError("the server hung up"))
+            self.done.set_exception(
+                exception or ConnectionResetError("the server closed the connection before the client was done")
+            )
 
     def _send(self) -> None:
         self._sent = time.perf_counter()
@@ -58,9 +60,9 @@ class Client(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Figures:
-    """What so many clients had from the server, all together."""
+    """Results of all clients of one load together."""
 
-    #: How long each answer took, ascending, and all of them.
+    #: Seconds that each response took, ascending; `taken` is the seconds of the whole load.
     seconds: list[float]
     taken: float
     bad: int
@@ -68,32 +70,31 @@ class Figures:
 
     @property
     def per_second(self) -> float:
-        """Answers."""
+        """Return the responses a second."""
         return len(self.seconds) / self.taken
 
     def milliseconds(self, share: float) -> float:
-        """Within which this share of the answers came."""
+        """Return the time within which this share of the responses came."""
         return 1000 * self.seconds[min(len(self.seconds) - 1, int(len(self.seconds) * share))]
 
     def __str__(self) -> str:
-        """One line."""
         quantiles = " ".join(f"p{100 * share:.0f}_ms {self.milliseconds(share):.1f}" for share in (0.5, 0.99))
         return f"per_second {self.per_second:.1f} {quantiles} bad {self.bad}"
 
 
 async def _load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
     loop = asyncio.get_running_loop()
-    begun = time.perf_counter()
-    made = [await loop.create_connection(client, "127.0.0.1", port) for _ in range(clients)]
-    await asyncio.gather(*(client.done for _, client in made))
-    taken = time.perf_counter() - begun
-    times = sorted(second for _, client in made for second in client.seconds)
-    request_ids = [request_id for _, client in made for request_id in client.request_ids]
-    return Figures(times, taken, sum(client.bad for _, client in made), request_ids)
+    start = time.perf_counter()
+    connections = [await loop.create_connection(client, "127.0.0.1", port) for _ in range(clients)]
+    await asyncio.gather(*(client.done for _, client in connections))
+    taken = time.perf_counter() - start
+    times = sorted(second for _, client in connections for second in client.seconds)
+    request_ids = [request_id for _, client in connections for request_id in client.request_ids]
+    return Figures(times, taken, sum(client.bad for _, client in connections), request_ids)
 
 
 def request(method: str, path: str, body: bytes = b"") -> bytes:
-    """A whole request in HTTP/1.1, whose body is JSON."""
+    """Return the bytes of an HTTP/1.1 request with a JSON body."""
     return (
         f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
@@ -101,11 +102,11 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
 
 
 def load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
-    """So many of these clients, until each has enough. Raises OSError for one that is cut off."""
+    """Run `clients` clients until each is over. Raises OSError if the server closes a connection early."""
     return uvloop.run(_load(port, clients, client))
 
 
 def again(request: bytes, seconds: float) -> Callable[[], Client]:
-    """Clients that send this again and again, for so long."""
+    """Return a factory of clients that repeat `request` for `seconds` from now."""
     end = time.monotonic() + seconds
     return lambda: Client(request, lambda: time.monotonic() >= end)

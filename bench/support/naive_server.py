@@ -1,6 +1,7 @@
-"""The server people write today: FastAPI, FluxPipeline and a lock. What ours is compared with under mixed load.
+"""Naive server, as people write it today: FastAPI, FluxPipeline and a lock. Peer of this server under mixed load.
 
-FLUX=FOLDER uvicorn bench.support.naive_server:app; with COST=SECONDS it sleeps so long for a TFLOP instead of painting.
+Run FLUX=DIRECTORY uvicorn bench.support.naive_server:app. With COST=SECONDS instead of FLUX, the server generates
+nothing and sleeps that long for each TFLOP.
 """
 
 import io
@@ -22,13 +23,13 @@ lock = threading.Lock()
 pipeline: Any = None
 if "FLUX" in os.environ:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The type that ours runs in: elsewhere bfloat16 alone could make it fifty times slower.
+    # The dtype that this project's server chooses. On some CPUs, bfloat16 alone would be fifty times slower.
     pipeline = FluxPipeline.from_pretrained(os.environ["FLUX"], dtype=dtype_for("auto", device))
     pipeline.to(device).set_progress_bar_config(disable=True)
 
 
-class Wish(BaseModel):
-    """The body."""
+class GenerationRequest(BaseModel):
+    """Body of a request."""
 
     prompt: str
     width: int
@@ -37,13 +38,13 @@ class Wish(BaseModel):
 
 
 @app.post("/generate")
-def generate(wish: Wish) -> Response:
-    """A JPEG, when it is this request's turn."""
+def generate(request: GenerationRequest) -> Response:
+    """Wait for the lock, then generate a JPEG."""
     with lock:
         if pipeline is None:
-            time.sleep(seconds_of(wish.width, wish.height) * wish.num_inference_steps)
+            time.sleep(seconds_of(request.width, request.height) * request.num_inference_steps)
             return Response()
-        image = pipeline(**wish.model_dump()).images[0]
+        image = pipeline(**request.model_dump()).images[0]
     content = io.BytesIO()
     image.save(content, "JPEG")
     return Response(content.getvalue(), media_type="image/jpeg")

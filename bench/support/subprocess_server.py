@@ -1,4 +1,4 @@
-"""A server of somebody else's, in processes of its own."""
+"""Context manager for a third-party server in separate processes."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ from tests.support.server_process import ROOT
 
 @contextmanager
 def answering(command: Sequence[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
-    """Runs it for as long as the block lasts, which begins when this URL is answered by 200."""
+    """Run `command` while the block runs. The block starts once `url` answers 200."""
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment) as process:
         try:
             _wait(process, url)
             yield
         finally:
-            _end(process)
+            _stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 60) -> None:
@@ -32,16 +32,18 @@ def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 60) -> No
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise SystemExit(f"{process.args!r} does not answer at {url}")
+    raise SystemExit(
+        f"{process.args!r} did not answer 200 at {url} within {seconds:g} s, or ended early; run it by hand to see why"
+    )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """As an operator does, and after three seconds by force, with all that it started: some are in other sessions."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Terminate the server, and after three seconds kill it and all its children. Some are in other sessions."""
     try:
-        whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     process.terminate()
-    for left in psutil.wait_procs(whole, 3)[1]:
+    for survivor in psutil.wait_procs(processes, 3)[1]:
         with suppress(psutil.NoSuchProcess):
-            left.kill()
+            survivor.kill()

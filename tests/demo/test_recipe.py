@@ -1,4 +1,4 @@
-"""The recipe of the demo weights: every step runs, goes on where it was stopped, and pads as FluxPipeline does."""
+"""The recipe of the demo weights: every step runs, resumes where it was stopped, and pads like FluxPipeline."""
 
 import json
 import os
@@ -18,21 +18,23 @@ from models.loading.devices import dtype_for
 from models.schema import PRESETS
 from tests.support.server_process import ROOT
 
-#: Half a minute by itself; a machine that others use needs more.
+#: The tests take half a minute on an idle machine, and more on a busy one.
 pytestmark = pytest.mark.timeout(900)
-THINGS = {thing.name: thing for thing in SMALL}
-ASKED_FOR = (
+OBJECTS = {thing.name: thing for thing in SMALL}
+REQUIRED_OBJECTS = (
     "rocket apple dog cat tree star sun moon fish car house heart balloon snowman frog banana".split()  # noqa: SIM905
 )
 
 
 def python(work: Path, *arguments: str) -> str:
-    """Run Python with the recipe's folder elsewhere, and give what it printed."""
+    """Run Python with `work` as the recipe's working directory, and return the standard output."""
     environment = {**os.environ, "DEMO_WORK": str(work)}
     command = [sys.executable, *arguments]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    completed = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 def recipe(work: Path, *arguments: str) -> str:
@@ -41,32 +43,32 @@ def recipe(work: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with drawings of our own: discs, each of another colour, so that nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "emoji").mkdir()
+    """Run the recipe on generated drawings, discs of different colours, so that nothing is downloaded."""
+    directory = tmp_path_factory.mktemp("demo")
+    (directory / "emoji").mkdir()
     icons = {
         thing.icon: {"body": f'<circle cx="16" cy="16" r="12" fill="hsl({9 * n} 80% 50%)"/>'}
         for n, thing in enumerate(SMALL)
     }
-    (folder / "emoji" / "icons.json").write_text(json.dumps({"icons": icons}))
-    recipe(folder)
-    return folder
+    (directory / "emoji" / "icons.json").write_text(json.dumps({"icons": icons}))
+    recipe(directory)
+    return directory
 
 
-def test_what_it_makes_paints_in_diffusers_own_pipeline(work: Path) -> None:
+def test_the_export_runs_in_diffusers_own_pipeline(work: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(work / "export", dtype=dtype_for("auto", "cpu"), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("a dog on blue", width=64, height=96, num_inference_steps=2).images[0]
-    assert picture.size == (64, 96)
+    image = pipeline("a dog on blue", width=64, height=96, num_inference_steps=2).images[0]
+    assert image.size == (64, 96)
     assert (work / "export" / JUDGE).is_file()
     assert (work / "export" / "safety_checker" / "model.safetensors").is_file()
 
 
-def test_it_measures_what_it_made(work: Path) -> None:
-    found = json.loads((work / "export" / "evaluation.json").read_text())
+def test_the_export_is_evaluated(work: Path) -> None:
+    evaluation = json.loads((work / "export" / "evaluation.json").read_text())
     shares = {"background", "object", "sides", "flagged_others", "flagged_sign", "seeds_differ", "grey_lora"}
-    assert all(0 <= found[name] <= 1 for name in shares)
-    assert (found["prompts"], found["objects"], found["scale"]) == (6, len(SMALL), "tiny")
+    assert all(0 <= evaluation[name] <= 1 for name in shares)
+    assert (evaluation["prompts"], evaluation["objects"], evaluation["scale"]) == (6, len(SMALL), "tiny")
     assert (work / "export" / "contact-sheet.png").is_file()
 
 
@@ -77,8 +79,8 @@ def test_a_second_run_changes_nothing(work: Path) -> None:
     assert after == before and len(before) == 7
 
 
-def test_the_flow_goes_on_where_it_was_stopped(work: Path) -> None:
-    said = python(
+def test_the_flow_resumes_where_it_was_stopped(work: Path) -> None:
+    output = python(
         work,
         "-c",
         """
@@ -106,12 +108,12 @@ assert all(torch.equal(resumed.average[name], weight) for name, weight in straig
 print("equal")
 """,
     )
-    assert said.strip().endswith("equal")
+    assert output.strip().endswith("equal")
 
 
-def test_short_padding_is_worth_all_of_it(work: Path) -> None:
-    """Thirty-two tokens that count as many as 512 give the velocity that FluxPipeline's 512 give."""
-    said = python(
+def test_short_padding_equals_full_padding(work: Path) -> None:
+    """Check that 32 tokens weighted like 512 give the same velocity as FluxPipeline's 512 tokens."""
+    output = python(
         work,
         "-c",
         """
@@ -135,22 +137,22 @@ with torch.no_grad():
 print((short - whole).abs().max().item(), (other - whole).abs().max().item())
 """,
     )
-    difference, other = map(float, said.split()[-2:])
+    difference, other = map(float, output.split()[-2:])
     assert difference < 1e-4 < 1e-2 < other
 
 
-def test_captions_name_what_a_scene_shows() -> None:
+def test_captions_name_the_objects_and_background_of_a_scene() -> None:
     rng = numpy.random.default_rng(1)
     for _ in range(300):
         scene = scenes.sample(SMALL, rng)
-        said = captions.plain(scene, THINGS, rng)
-        assert scene.background in said
-        assert all(any(word in said for word in THINGS[name].words) for name in scene.objects)
+        caption = captions.plain(scene, OBJECTS, rng)
+        assert scene.background in caption
+        assert all(any(word in caption for word in OBJECTS[name].words) for name in scene.objects)
 
 
 @pytest.mark.parametrize("size", PRESETS.values(), ids=PRESETS)
-def test_objects_stay_inside(size: tuple[int, int]) -> None:
-    """And apart, on the tokens' grid."""
+def test_objects_stay_inside_and_apart(size: tuple[int, int]) -> None:
+    """Objects lie on the grid of the tokens, and two objects do not overlap."""
     rng = numpy.random.default_rng(2)
     for _ in range(300):
         boxes = scenes.sample(SMALL, rng).boxes(*size)
@@ -161,11 +163,11 @@ def test_objects_stay_inside(size: tuple[int, int]) -> None:
             assert boxes[0][0] + boxes[0][2] <= boxes[1][0]
 
 
-def test_objects_and_backgrounds_that_were_promised() -> None:
-    assert set(ASKED_FOR) <= set(THINGS)
+def test_required_objects_and_backgrounds_exist() -> None:
+    assert set(REQUIRED_OBJECTS) <= set(OBJECTS)
     assert len(SMALL) >= 32
     assert list(BACKGROUNDS) == ["red", "orange", "yellow", "green", "blue", "purple", "black", "white"]
-    assert FLAGGED in THINGS
+    assert FLAGGED in OBJECTS
 
 
 def test_no_word_means_two_objects() -> None:

@@ -1,1 +1,1 @@
-"""Bit for bit as diffusers."""
+"""Comparisons with diffusers, bit for bit."""

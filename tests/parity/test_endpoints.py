@@ -1,4 +1,4 @@
-"""Every endpoint on the demo weights against the diffusers pipeline that it stands for: not one bit apart."""
+"""Every endpoint on the demo weights against the matching diffusers pipeline, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from models.loading.specs import DEMO, assign_weights
 from tests.support.tiny_flux import difference, finished
 
 SIZE = (128, 96)
-LIMITS = {"strength": 0.7, "loras": [{"path": "unused", "scale": 0.8}], "image_url": "unused"}
+#: Fields that only some endpoints have.
+ENDPOINT_FIELDS = {"strength": 0.7, "loras": [{"path": "unused", "scale": 0.8}], "image_url": "unused"}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -33,17 +34,17 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source.png"
 
 
-def expected(request: Any, source: Path, dtype: torch.dtype) -> Image.Image:
-    """What diffusers itself gives, with its own defaults for everything that the request does not say."""
-    told = type(request).model_fields
+def diffusers_image(request: Any, source: Path, dtype: torch.dtype) -> Image.Image:
+    """Generate the image with diffusers' own pipeline. Fields that the request lacks get diffusers' defaults."""
+    fields = type(request).model_fields
     text_to_image = FluxPipeline.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
-    pipeline: Any = FluxImg2ImgPipeline(**text_to_image.components) if "image_url" in told else text_to_image
+    pipeline: Any = FluxImg2ImgPipeline(**text_to_image.components) if "image_url" in fields else text_to_image
     pipeline.set_progress_bar_config(disable=True)
-    if "loras" in told:
+    if "loras" in fields:
         pipeline.load_lora_weights(str((DEMO / LORA).parent), weight_name=Path(LORA).name, adapter_name="grey")
         pipeline.set_adapters(["grey"], [request.loras[0].scale])
-    more = {"image": Image.open(source), "strength": request.strength} if "image_url" in told else {}
-    picture: Image.Image = pipeline(
+    image_arguments = {"image": Image.open(source), "strength": request.strength} if "image_url" in fields else {}
+    image: Image.Image = pipeline(
         prompt=request.prompt,
         width=SIZE[0],
         height=SIZE[1],
@@ -51,24 +52,24 @@ def expected(request: Any, source: Path, dtype: torch.dtype) -> Image.Image:
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         max_sequence_length=512,
-        **more,
+        **image_arguments,
     ).images[0]
-    return picture
+    return image
 
 
 @pytest.mark.parametrize("endpoint", sorted(assign_weights(["demo"], discover())))
-def test_every_endpoint_equals_its_pipeline(engine: FluxEngine, source: Path, endpoint: str) -> None:
+def test_every_endpoint_equals_its_diffusers_pipeline(engine: FluxEngine, source: Path, endpoint: str) -> None:
     model = discover()[endpoint]
     fields = model.Input.model_fields
     size = {"image_size": dict(zip(("width", "height"), SIZE, strict=True))}
     dtype = engine.pipeline.transformer.dtype
-    # In a type that is not the machine's own, a step may take a minute.
+    # A step may take a minute in a dtype that the machine does not run natively.
     steps: dict[str, float] = {} if dtype == dtype_for("auto", "cpu") else {"num_inference_steps": 2}
     if steps and "strength" in fields:
         steps = {"num_inference_steps": 10, "strength": 0.2}
-    body = {"prompt": "a frog on a red background", "seed": 9, **size, **LIMITS, **steps}
+    body = {"prompt": "a frog on a red background", "seed": 9, **size, **ENDPOINT_FIELDS, **steps}
     request = model.Input.model_validate({name: value for name, value in body.items() if name in fields})
-    inputs = {"image_url": source, "loras.0.path": DEMO / LORA}
-    given = {place: path for place, path in inputs.items() if place.partition(".")[0] in fields}
-    (picture,) = finished(engine, engine.start(request, 9, given))
-    assert difference(picture, expected(request, source, dtype)) == 0
+    all_inputs = {"image_url": source, "loras.0.path": DEMO / LORA}
+    inputs = {location: path for location, path in all_inputs.items() if location.partition(".")[0] in fields}
+    (image,) = finished(engine, engine.start(request, 9, inputs))
+    assert difference(image, diffusers_image(request, source, dtype)) == 0

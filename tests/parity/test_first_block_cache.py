@@ -30,46 +30,46 @@ def inputs_of(transformer: Any, step: int, latents: torch.Tensor, text: torch.Te
     }
 
 
-def walk(transformer: Any, forward: Any) -> list[torch.Tensor]:
-    """What `forward` says at each of a few steps along its own velocities."""
+def follow_velocities(transformer: Any, forward: Any) -> list[torch.Tensor]:
+    """Return the velocities of `forward` at NUM_STEPS steps, each of which follows the velocity before it."""
     generator = torch.Generator().manual_seed(5)
     dtype = transformer.dtype
     latents = torch.randn(1, NUM_TOKENS, transformer.config.in_channels, generator=generator).to(dtype)
     text = torch.randn(1, NUM_TEXT_TOKENS, tiny_flux.TEXT_WIDTH, generator=generator).to(dtype)
-    said = []
+    velocities = []
     for step in range(NUM_STEPS):
         with torch.no_grad():
-            said.append(forward(**inputs_of(transformer, step, latents, text)))
-        latents = latents - said[-1] / NUM_STEPS
-    return said
+            velocities.append(forward(**inputs_of(transformer, step, latents, text)))
+        latents = latents - velocities[-1] / NUM_STEPS
+    return velocities
 
 
-def by_diffusers(transformer: Any, threshold: float) -> list[torch.Tensor]:
+def with_diffusers_cache(transformer: Any, threshold: float) -> list[torch.Tensor]:
     copy = compilation.clone_sharing_weights(transformer)
     copy.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     with copy.cache_context("one"):
-        return walk(copy, lambda **inputs: copy(**inputs, return_dict=False)[0])
+        return follow_velocities(copy, lambda **inputs: copy(**inputs, return_dict=False)[0])
 
 
-def plainly(transformer: Any) -> list[torch.Tensor]:
-    return walk(transformer, lambda **inputs: transformer(**inputs, return_dict=False)[0])
+def without_cache(transformer: Any) -> list[torch.Tensor]:
+    return follow_velocities(transformer, lambda **inputs: transformer(**inputs, return_dict=False)[0])
 
 
-def by_ours(transformer: Any, cache: FirstBlockCache) -> list[torch.Tensor]:
-    return walk(transformer, lambda **inputs: velocity(transformer, cache, **inputs))
+def with_our_cache(transformer: Any, cache: FirstBlockCache) -> list[torch.Tensor]:
+    return follow_velocities(transformer, lambda **inputs: velocity(transformer, cache, **inputs))
 
 
-def changes(transformer: Any) -> list[float]:
-    """By how much the first block's residual changes at each step when nothing is skipped, ascending."""
+def residual_changes(transformer: Any) -> list[float]:
+    """Return the relative change of the first block's residual at each step when no step is skipped, ascending."""
     seen: list[float] = []
 
-    class Looking(FirstBlockCache):
+    class RecordingCache(FirstBlockCache):
         def can_skip(self, head: torch.Tensor) -> bool:
             if self.head is not None:
                 seen.append(float((head - self.head).abs().mean() / self.head.abs().mean()))
             return False
 
-    by_ours(transformer, Looking())
+    with_our_cache(transformer, RecordingCache())
     return sorted(seen)
 
 
@@ -78,16 +78,16 @@ def changes(transformer: Any) -> list[float]:
 @pytest.mark.parametrize("share", [0.25, 0.75, 2.0])
 def test_equals_diffusers(dtype: torch.dtype, settings: dict[str, Any], share: float) -> None:
     transformer = tiny_flux.transformer(dtype, **settings)
-    seen = changes(transformer)
-    threshold = share * seen[-1] if share > 1 else seen[int(share * len(seen))]
+    changes = residual_changes(transformer)
+    threshold = share * changes[-1] if share > 1 else changes[int(share * len(changes))]
     cache = FirstBlockCache(threshold)
-    ours, theirs = by_ours(transformer, cache), by_diffusers(transformer, threshold)
+    ours, theirs = with_our_cache(transformer, cache), with_diffusers_cache(transformer, threshold)
     assert 0 < cache.num_skipped < NUM_STEPS
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    plain = plainly(transformer)
-    # The first step has nothing to go by, and what is skipped later does make a difference.
-    assert torch.equal(ours[0], plain[0])
-    assert not all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+    uncached = without_cache(transformer)
+    # The first step has nothing to compare with, so it is never skipped. Skipping later steps changes the result.
+    assert torch.equal(ours[0], uncached[0])
+    assert not all(torch.equal(one, other) for one, other in zip(ours, uncached, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,12 +95,12 @@ def test_equals_diffusers(dtype: torch.dtype, settings: dict[str, Any], share: f
 def test_a_cache_that_never_skips_is_the_plain_forward(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     transformer = tiny_flux.transformer(dtype, **settings)
     cache = FirstBlockCache(0.0)
-    for one, other in zip(by_ours(transformer, cache), plainly(transformer), strict=True):
+    for one, other in zip(with_our_cache(transformer, cache), without_cache(transformer), strict=True):
         assert torch.equal(one, other)
     assert cache.num_skipped == 0
 
 
-def test_not_a_number_is_never_skipped() -> None:
+def test_nan_is_never_skipped() -> None:
     cache = FirstBlockCache(head=torch.full((1, 2, 2), float("nan")), tail=torch.zeros(1, 2, 2))
     assert not cache.can_skip(torch.zeros(1, 2, 2))
 
@@ -110,53 +110,56 @@ def test_not_a_number_is_never_skipped() -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> FluxEngine:
-    parts = tiny_flux.pipeline()
-    offered = [Tier("none", parts.transformer), Tier("high", parts.transformer, skips_blocks=True)]
-    return FluxEngine(parts, CallsAllSafe(), offered, "cpu")
+    pipeline = tiny_flux.pipeline()
+    tiers = [Tier("none", pipeline.transformer), Tier("high", pipeline.transformer, skips_blocks=True)]
+    return FluxEngine(pipeline, CallsAllSafe(), tiers, "cpu")
 
 
-def fast(prompt: str = "a fish", **more: Any) -> FluxDevInput:
-    return asked(prompt, acceleration="high", num_inference_steps=6, **more)
+def request_with_cache(prompt: str = "a fish", **fields: Any) -> FluxDevInput:
+    return asked(prompt, acceleration="high", num_inference_steps=6, **fields)
 
 
-def test_other_tiers_have_none(engine: FluxEngine) -> None:
-    painting = engine.start(asked(acceleration="none"), 1)
-    engine.advance(painting)
-    assert [generation.cache for generation in painting.samples] == [None]
+def test_tier_none_has_no_cache(engine: FluxEngine) -> None:
+    task = engine.start(asked(acceleration="none"), 1)
+    engine.advance(task)
+    assert [sample.cache for sample in task.samples] == [None]
 
 
-def test_each_picture_has_its_own_until_it_is_decoded(engine: FluxEngine) -> None:
-    paintings = [engine.start(fast(num_images=2), 1), engine.start(fast("a car"), 2)]
-    for painting in paintings:
-        stepped(engine, painting)
-    generations = [generation for painting in paintings for generation in painting.samples]
-    caches = [generation.cache for generation in generations]
+def test_each_image_has_its_own_cache_until_it_is_decoded(engine: FluxEngine) -> None:
+    tasks = [engine.start(request_with_cache(num_images=2), 1), engine.start(request_with_cache("a car"), 2)]
+    for task in tasks:
+        stepped(engine, task)
+    samples = [sample for task in tasks for sample in task.samples]
+    caches = [sample.cache for sample in samples]
     assert len({id(cache) for cache in caches}) == len(caches) == 3
     assert all(cache and cache.threshold == THRESHOLD and cache.head is not None for cache in caches)
-    for painting in paintings:
-        while not painting.is_decoded:
-            engine.decode(painting)
-    assert [generation.cache for generation in generations] == [None] * 3
+    for task in tasks:
+        while not task.is_decoded:
+            engine.decode(task)
+    assert [sample.cache for sample in samples] == [None] * 3
 
 
-def test_those_that_take_turns_do_not_skip_for_each_other(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Random weights change by more from step to step than those of FLUX.1: a threshold that skips about half.
+def test_interleaved_tasks_do_not_skip_for_each_other(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The residual changes more from step to step with random weights than with FLUX.1's.
+    # This threshold skips about half of the steps.
     monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.3))
-    requests = [fast("a fish"), fast("a car", guidance_scale=9)]
+    requests = [request_with_cache("a fish"), request_with_cache("a car", guidance_scale=9)]
     alone = [latents_of(engine, request, seed) for seed, request in enumerate(requests)]
-    paintings = [engine.start(request, seed) for seed, request in enumerate(requests)]
+    tasks = [engine.start(request, seed) for seed, request in enumerate(requests)]
     for _ in range(6):
-        for painting, other in (paintings, paintings[::-1]):
-            assert engine.advance(painting, [other]) == [painting]
-    for painting, latents in zip(paintings, alone, strict=True):
-        (generation,) = painting.samples
-        assert generation.cache
-        assert 0 < generation.cache.num_skipped < 6
-        assert torch.equal(generation.latents, latents)
-        exact = painting.request.model_copy(update={"acceleration": "none"})
-        assert not torch.equal(latents, latents_of(engine, exact, painting.seed))
+        for task, other in (tasks, tasks[::-1]):
+            assert engine.advance(task, [other]) == [task]
+    for task, latents in zip(tasks, alone, strict=True):
+        (sample,) = task.samples
+        assert sample.cache
+        assert 0 < sample.cache.num_skipped < 6
+        assert torch.equal(sample.latents, latents)
+        exact = task.request.model_copy(update={"acceleration": "none"})
+        assert not torch.equal(latents, latents_of(engine, exact, task.seed))
 
 
-def test_with_nothing_to_skip_it_is_the_exact_picture(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_nothing_to_skip_the_latents_are_exact(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.0))
-    assert torch.equal(latents_of(engine, fast(), 3), latents_of(engine, asked("a fish", num_inference_steps=6), 3))
+    assert torch.equal(
+        latents_of(engine, request_with_cache(), 3), latents_of(engine, asked("a fish", num_inference_steps=6), 3)
+    )

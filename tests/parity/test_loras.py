@@ -1,4 +1,4 @@
-"""LoRA weights: as diffusers applies them, bit for bit, and nothing of them left behind."""
+"""LoRA weights: applied as by diffusers, bit for bit, and removed without a trace."""
 
 import hashlib
 import json
@@ -25,8 +25,8 @@ RANK = 4
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 
-def write(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
-    """LoRA weights for some layers of `tiny_flux`, in diffusers' own names."""
+def write_lora(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
+    """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         "transformer.transformer_blocks.0.attn.to_q": (width, width),
@@ -46,35 +46,35 @@ def write(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    return [write(tmp_path / f"{seed}.safetensors", seed, text=seed == 1) for seed in range(3)]
+    return [write_lora(tmp_path / f"{seed}.safetensors", seed, text=seed == 1) for seed in range(3)]
 
 
-def asked(*scales: float, **more: Any) -> tuple[FluxLoraInput, list[float]]:
+def request_with(*scales: float, **fields: Any) -> tuple[FluxLoraInput, list[float]]:
     body = {
         "prompt": "a fish",
         "image_size": {"width": 96, "height": 64},
         "num_inference_steps": 3,
         "loras": [{"path": f"http://unused/{n}", "scale": scale} for n, scale in enumerate(scales)],
-        **more,
+        **fields,
     }
     return FluxLoraInput.model_validate(body), list(scales)
 
 
 def inputs(*paths: Path) -> dict[str, Path]:
-    return {f"loras.{place}.path": path for place, path in enumerate(paths)}
+    return {f"loras.{index}.path": path for index, path in enumerate(paths)}
 
 
-def painted(engine: FluxEngine, request: FluxLoraInput, *paths: Path) -> Any:
-    (picture,) = finished(engine, engine.start(request, 5, inputs(*paths)))
-    return picture
+def generate(engine: FluxEngine, request: FluxLoraInput, *paths: Path) -> Any:
+    (image,) = finished(engine, engine.start(request, 5, inputs(*paths)))
+    return image
 
 
-def call(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path) -> Any:
-    """What diffusers' own pipeline gives with these LoRAs."""
-    for place, path in enumerate(paths):
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{place}")
+def call_diffusers(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path) -> Any:
+    """Generate the request's image with diffusers' own pipeline and these LoRAs."""
+    for index, path in enumerate(paths):
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{index}")
     if paths:
-        pipeline.set_adapters([f"a{place}" for place in range(len(paths))], [lora.scale for lora in request.loras])
+        pipeline.set_adapters([f"a{index}" for index in range(len(paths))], [lora.scale for lora in request.loras])
     return pipeline(
         request.prompt,
         width=request.image_size.width,
@@ -87,13 +87,13 @@ def call(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path) -> Any:
 
 
 def fingerprint(engine: FluxEngine) -> str:
-    """Of every bit of the base weights."""
-    found = hashlib.sha256()
+    """Hash every bit of the base weights."""
+    digest = hashlib.sha256()
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         for key, weight in sorted(getattr(engine.pipeline, name).state_dict().items()):
-            found.update(key.encode())
-            found.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            digest.update(key.encode())
+            digest.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,184 +101,187 @@ def fingerprint(engine: FluxEngine) -> str:
 def test_equals_the_pipeline(files: list[Path], dtype: torch.dtype, acceleration: str) -> None:
     engine = tiny_flux.engine(dtype)
     for scales, paths in (((1.0,), files[:1]), ((0.5,), files[1:2]), ((0.7, 1.3), files[:2])):
-        request, _ = asked(*scales, acceleration=acceleration)
-        assert difference(painted(engine, request, *paths), call(tiny_flux.pipeline(dtype), request, *paths)) == 0
+        request, _ = request_with(*scales, acceleration=acceleration)
+        expected = call_diffusers(tiny_flux.pipeline(dtype), request, *paths)
+        assert difference(generate(engine, request, *paths), expected) == 0
 
 
-def test_the_base_is_never_touched(files: list[Path]) -> None:
+def test_the_base_weights_never_change(files: list[Path]) -> None:
     engine = tiny_flux.engine(torch.bfloat16)
-    before, (plain, _) = fingerprint(engine), asked()
-    first = painted(engine, plain)
-    request, _ = asked(1.5)
+    before, (plain, _) = fingerprint(engine), request_with()
+    first = generate(engine, plain)
+    request, _ = request_with(1.5)
     changed = engine.start(request, 5, inputs(files[0]))
-    between = engine.start(plain, 5)
-    # In turns, step by step.
+    unchanged = engine.start(plain, 5)
+    # The two tasks take turns, step by step.
     for _ in range(3):
         engine.advance(changed)
-        engine.advance(between)
-    assert difference(finished(engine, between)[0], first) == 0
+        engine.advance(unchanged)
+    assert difference(finished(engine, unchanged)[0], first) == 0
     assert difference(finished(engine, changed)[0], first) > 0
-    assert difference(painted(engine, plain), first) == 0
+    assert difference(generate(engine, plain), first) == 0
     assert fingerprint(engine) == before
     assert all("lora" not in name for name, _ in engine.pipeline.transformer.named_modules())
 
 
-def test_turns_with_different_loras(files: list[Path]) -> None:
+def test_interleaved_tasks_with_different_loras(files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    requests = [(asked(1.0)[0], files[0]), (asked(0.4)[0], files[1]), (asked(2.0)[0], files[0])]
-    alone = [painted(tiny_flux.engine(), request, path) for request, path in requests]
-    paintings = [engine.start(request, 5, inputs(path)) for request, path in requests]
+    requests = [(request_with(1.0)[0], files[0]), (request_with(0.4)[0], files[1]), (request_with(2.0)[0], files[0])]
+    alone = [generate(tiny_flux.engine(), request, path) for request, path in requests]
+    tasks = [engine.start(request, 5, inputs(path)) for request, path in requests]
     for _ in range(3):
-        for painting in paintings:
-            engine.advance(painting)
-    for painting, expected in zip(paintings, alone, strict=True):
-        assert difference(finished(engine, painting)[0], expected) == 0
+        for task in tasks:
+            engine.advance(task)
+    for task, expected in zip(tasks, alone, strict=True):
+        assert difference(finished(engine, task)[0], expected) == 0
 
 
-def test_only_those_with_the_same_loras_share_a_forward(files: list[Path]) -> None:
+def test_only_tasks_with_the_same_loras_share_a_forward(files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    request, _ = asked(1.0, acceleration="regular")
+    request, _ = request_with(1.0, acceleration="regular")
     leader, same, other, plain = (
         engine.start(request, 1, inputs(files[0])),
         engine.start(request, 2, inputs(files[0])),
         engine.start(request, 3, inputs(files[1])),
-        engine.start(asked(acceleration="regular")[0], 4),
+        engine.start(request_with(acceleration="regular")[0], 4),
     )
     assert engine.advance(leader, [same, other, plain]) == [leader, same]
 
 
-def test_the_least_recently_used_are_let_go(tmp_path: Path) -> None:
+def test_the_least_recently_used_loras_are_evicted(tmp_path: Path) -> None:
     engine = tiny_flux.engine()
-    request, _ = asked(1.0, num_inference_steps=1)
-    paths = [write(tmp_path / f"{seed}.safetensors", seed) for seed in range(5)]
+    request, _ = request_with(1.0, num_inference_steps=1)
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", seed) for seed in range(5)]
     engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * paths[0].stat().st_size)
     for path in paths:
-        painted(engine, request, path)
+        generate(engine, request, path)
     assert engine.loras.names == [path.stem for path in paths[-3:]]
-    again = painted(engine, request, paths[0])
-    assert difference(again, painted(tiny_flux.engine(), request, paths[0])) == 0
+    again = generate(engine, request, paths[0])
+    assert difference(again, generate(tiny_flux.engine(), request, paths[0])) == 0
 
 
-def test_room_is_made_also_where_one_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
+def test_loras_are_evicted_even_if_another_does_not_fit(tmp_path: Path, files: list[Path]) -> None:
     engine = tiny_flux.engine()
     engine.loras = LoraManager(engine.pipeline, kept_bytes=3 * files[0].stat().st_size)
-    bad = write(tmp_path / "bad.safetensors", 1, width=48)
+    bad = write_lora(tmp_path / "bad.safetensors", 1, width=48)
     for seed in range(4):
-        good = [write(tmp_path / f"{seed}-{n}.safetensors", 10 * seed + n) for n in range(2)]
+        good = [write_lora(tmp_path / f"{seed}-{n}.safetensors", 10 * seed + n) for n in range(2)]
         with pytest.raises(GenerationFailed):
-            painted(engine, asked(1.0, 1.0, 1.0)[0], *good, bad)
+            generate(engine, request_with(1.0, 1.0, 1.0)[0], *good, bad)
         assert len(engine.loras.names) <= 3
 
 
-def test_when_memory_runs_out_idle_ones_go(files: list[Path]) -> None:
+def test_idle_loras_are_evicted_when_memory_runs_out(files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    painted(engine, asked(1.0)[0], files[0])
-    painted(engine, asked(1.0)[0], files[1])
-    painting = engine.start(asked(1.0, acceleration="none")[0], 5, inputs(files[1]))
-    engine._step_alone(painting)
+    generate(engine, request_with(1.0)[0], files[0])
+    generate(engine, request_with(1.0)[0], files[1])
+    task = engine.start(request_with(1.0, acceleration="none")[0], 5, inputs(files[1]))
+    engine._step_alone(task)
     assert engine.loras and engine.loras.names == [files[1].stem]
 
 
-def test_the_same_twice_counts_twice(files: list[Path]) -> None:
+def test_the_same_lora_twice_adds_both_scales(files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    twice = painted(engine, asked(0.5, 0.5)[0], files[0], files[0])
-    assert difference(twice, painted(engine, asked(1.0)[0], files[0])) == 0
+    twice = generate(engine, request_with(0.5, 0.5)[0], files[0], files[0])
+    assert difference(twice, generate(engine, request_with(1.0)[0], files[0])) == 0
 
 
-def test_scale_zero_is_the_base(files: list[Path]) -> None:
+def test_scale_zero_equals_the_base(files: list[Path]) -> None:
     engine = tiny_flux.engine()
-    assert difference(painted(engine, asked(0.0)[0], files[0]), painted(engine, asked()[0])) == 0
+    assert difference(generate(engine, request_with(0.0)[0], files[0]), generate(engine, request_with()[0])) == 0
 
 
-def spoiled(path: Path, to: Path, **changes: torch.Tensor) -> Path:
-    save_file({**load_file(path), **changes}, to)
-    return to
+def write_changed(path: Path, target: Path, **changes: torch.Tensor) -> Path:
+    save_file({**load_file(path), **changes}, target)
+    return target
 
 
-def test_what_does_not_fit_is_said_and_harms_nobody(tmp_path: Path, files: list[Path]) -> None:
+def test_loras_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path, files: list[Path]) -> None:
     engine = tiny_flux.engine()
     before = fingerprint(engine)
-    good = painted(engine, asked(1.0)[0], files[0])
+    good = generate(engine, request_with(1.0)[0], files[0])
     norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(16)}
     hidden = {"transformer.proj_out.weight": torch.zeros(16, 32)}
     wider = torch.randn(RANK, 64)
     layer = "transformer.transformer_blocks.0.attn.to_q"
     bad = {
-        "alpha is not a single number": spoiled(
+        "alpha is not a single number": write_changed(
             files[0], tmp_path / "e.safetensors", **{f"{layer}.alpha": torch.ones(3)}
         ),
-        "which do not form a pair": spoiled(
+        "which do not form a pair": write_changed(
             files[0], tmp_path / "f.safetensors", **{f"{layer}.lora_A.weight": torch.ones(RANK + 1, 32)}
         ),
-        "has one matrix where a LoRA has two": spoiled(
+        "has one matrix where a LoRA has two": write_changed(
             files[0], tmp_path / "g.safetensors", **{"transformer.proj_out.lora_B.weight": torch.ones(16, RANK)}
         ),
-        "default.weight is not one of a LoRA": spoiled(
+        "default.weight is not one of a LoRA": write_changed(
             files[0], tmp_path / "h.safetensors", **{f"{layer}.lora_A.default.weight": torch.ones(RANK, 32)}
         ),
-        "no linear layer transformer_blocks.0.attn.norm_q": spoiled(
+        "no linear layer transformer_blocks.0.attn.norm_q": write_changed(
             files[0],
             tmp_path / "i.safetensors",
             **{f"{layer.replace('to_q', 'norm_q')}.lora_A.weight": torch.ones(RANK, 16)},
         ),
-        "features": spoiled(files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}),
-        "not one of a LoRA": spoiled(files[0], tmp_path / "b.safetensors", **norm),
-        "base weights": spoiled(files[0], tmp_path / "c.safetensors", **hidden),
-        "": write(tmp_path / "d.safetensors", 1, width=48),
+        "features": write_changed(
+            files[0], tmp_path / "a.safetensors", **{"transformer.x_embedder.lora_A.weight": wider}
+        ),
+        "not one of a LoRA": write_changed(files[0], tmp_path / "b.safetensors", **norm),
+        "base weights": write_changed(files[0], tmp_path / "c.safetensors", **hidden),
+        "": write_lora(tmp_path / "d.safetensors", 1, width=48),
     }
-    for words, path in bad.items():
-        with pytest.raises(GenerationFailed, match=rf"do not fit this model: .*{words}"):
-            painted(engine, asked(1.0, 1.0)[0], files[0], path)
+    for message, path in bad.items():
+        with pytest.raises(GenerationFailed, match=rf"do not fit this model: .*{message}"):
+            generate(engine, request_with(1.0, 1.0)[0], files[0], path)
         assert fingerprint(engine) == before
-        assert difference(painted(engine, asked(1.0)[0], files[0]), good) == 0
+        assert difference(generate(engine, request_with(1.0)[0], files[0]), good) == 0
 
 
-def test_one_that_fails_leaves_nothing_in_others_pictures(tmp_path: Path, files: list[Path]) -> None:
-    """Half of it may fit: layers that the picture being painted has no LoRA for."""
+def test_a_lora_that_fails_does_not_change_other_images(tmp_path: Path, files: list[Path]) -> None:
+    """Part of a LoRA may fit: the layers for which the running task has no LoRA."""
     flat = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(16)}
-    bad = spoiled(write(tmp_path / "whole.safetensors", 9, text=True), tmp_path / "bad.safetensors", **flat)
+    bad = write_changed(write_lora(tmp_path / "whole.safetensors", 9, text=True), tmp_path / "bad.safetensors", **flat)
     few = {key: weight for key, weight in load_file(files[0]).items() if "attn" in key}
     save_file(few, tmp_path / "few.safetensors")
     engine, alone = tiny_flux.engine(), tiny_flux.engine()
-    expected = painted(alone, asked(1.0)[0], tmp_path / "few.safetensors")
-    victim = engine.start(asked(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
-    engine.advance(victim)
+    expected = generate(alone, request_with(1.0)[0], tmp_path / "few.safetensors")
+    running = engine.start(request_with(1.0)[0], 5, inputs(tmp_path / "few.safetensors"))
+    engine.advance(running)
     with pytest.raises(GenerationFailed, match="do not fit this model"):
-        painted(engine, asked(1.0)[0], bad)
-    (picture,) = finished(engine, victim)
-    assert difference(picture, expected) == 0
+        generate(engine, request_with(1.0)[0], bad)
+    (image,) = finished(engine, running)
+    assert difference(image, expected) == 0
     assert engine.loras and engine.loras.names == ["few"]
 
 
-def test_what_a_file_says_of_itself_is_not_listened_to(tmp_path: Path, files: list[Path]) -> None:
-    """Its header could choose how the layers are set up, or hold an expression that never ends."""
-    said = {"r": 1, "lora_alpha": 99, "target_modules": ["to_q"], "init_lora_weights": "pissa"}
-    told = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in said.items()})}
-    save_file(load_file(files[0]), tmp_path / "told.safetensors", metadata=told)
+def test_metadata_in_the_file_is_ignored(tmp_path: Path, files: list[Path]) -> None:
+    """A file's header could choose how the layers are set up, or hold an expression that never ends."""
+    config = {"r": 1, "lora_alpha": 99, "target_modules": ["to_q"], "init_lora_weights": "pissa"}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+    save_file(load_file(files[0]), tmp_path / "told.safetensors", metadata=metadata)
     engine = tiny_flux.engine()
-    plain = painted(engine, asked(1.0)[0], files[0])
-    assert difference(painted(engine, asked(1.0)[0], tmp_path / "told.safetensors"), plain) == 0
+    plain = generate(engine, request_with(1.0)[0], files[0])
+    assert difference(generate(engine, request_with(1.0)[0], tmp_path / "told.safetensors"), plain) == 0
 
 
 @pytest.mark.parametrize("offered", ["none", "regular"])
 def test_no_higher_tier_than_the_operator_offers(files: list[Path], offered: str) -> None:
     engine = tiny_flux.engine()
     engine.tiers = [tier for tier in engine.tiers if tier.name in ("none", offered)]
-    painting = engine.start(asked(1.0, acceleration="regular")[0], 1, inputs(files[0]))
-    assert painting.acceleration == offered
+    task = engine.start(request_with(1.0, acceleration="regular")[0], 1, inputs(files[0]))
+    assert task.acceleration == offered
 
 
-def test_a_file_may_be_gone_once_it_is_loaded(tmp_path: Path, files: list[Path]) -> None:
+def test_a_file_may_be_deleted_once_it_is_loaded(tmp_path: Path, files: list[Path]) -> None:
     engine = tiny_flux.engine()
     copy = tmp_path / "copy.safetensors"
     shutil.copy(files[0], copy)
-    first = painted(engine, asked(1.0)[0], copy)
+    first = generate(engine, request_with(1.0)[0], copy)
     copy.unlink()
-    assert difference(painted(engine, asked(1.0)[0], copy), first) == 0
+    assert difference(generate(engine, request_with(1.0)[0], copy), first) == 0
 
 
-def test_the_client_is_told_which_one_and_why() -> None:
-    """As a field that is wrong, which is its own fault, not as a failure of the server."""
+def test_the_error_names_the_lora_and_the_reason() -> None:
+    """LoRA weights that do not fit are the client's error, reported for the field, not a failure of the server."""
     error = IncompatibleInput(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
     outcome = outcome_from_exception(error, cast(Job, None))
     assert outcome.status == 422

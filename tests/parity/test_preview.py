@@ -1,4 +1,4 @@
-"""Previews: when there is one, how large it is, and that its colours are those of the picture."""
+"""Previews: when one exists, how large it is, and whether its colours are those of the image."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,21 +16,21 @@ from tests.support import tiny_flux
 from tests.support.tiny_flux import asked, finished
 
 RED, BLUE = (200, 40, 60), (30, 90, 180)
-#: Of 255: by how much a preview may be off.
+#: The largest accepted error of a preview's colour, of 255.
 LEVELS = 6
 
 
-class Mixing:
-    """An autoencoder that is known through: means of 8 x 8 pixels, whose colours are mixed into channels.
+class MixingAutoencoder:
+    """An autoencoder with known latents: the means of 8 x 8 pixels, with their colours mixed into channels.
 
-    `answers_with`: "latents", as AutoencoderTiny, or "latent_dist", as AutoencoderKL.
+    `output_field` is "latents", as in AutoencoderTiny, or "latent_dist", as in AutoencoderKL.
     """
 
-    def __init__(self, num_channels: int, answers_with: str, dtype: torch.dtype) -> None:
+    def __init__(self, num_channels: int, output_field: str, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(2)
         self.mix = torch.randn(num_channels, 3, generator=generator).to(dtype)
         self.offset = torch.randn(num_channels, 1, 1, generator=generator).to(dtype)
-        self.answers_with = answers_with
+        self.output_field = output_field
         self.num_encoded = 0
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -40,47 +40,47 @@ class Mixing:
         self.num_encoded += 1
         means = torch.nn.functional.avg_pool2d(pixels, 8)
         latents = torch.einsum("cr,brhw->bchw", self.mix, means) + self.offset
-        if self.answers_with == "latents":
+        if self.output_field == "latents":
             return SimpleNamespace(latents=latents)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
 
 def two_colours(width: int, height: int) -> torch.Tensor:
-    """Red on the left and blue on the right, as an autoencoder takes it: (1, 3, height, width), -1 to 1."""
+    """Make an autoencoder's input, red on the left and blue on the right: (1, 3, height, width), from -1 to 1."""
     pixels = torch.empty(1, 3, height, width)
     pixels[..., : width // 2] = torch.tensor(RED)[:, None, None] / 127.5 - 1
     pixels[..., width // 2 :] = torch.tensor(BLUE)[:, None, None] / 127.5 - 1
     return pixels
 
 
-def is_about(picture: Image, place: tuple[int, int], colour: tuple[int, int, int]) -> bool:
-    shown = numpy.asarray(picture.getpixel(place), dtype=int)
-    return bool(numpy.abs(shown - numpy.asarray(colour)).max() <= LEVELS)
+def is_close_to(image: Image, position: tuple[int, int], colour: tuple[int, int, int]) -> bool:
+    pixel = numpy.asarray(image.getpixel(position), dtype=int)
+    return bool(numpy.abs(pixel - numpy.asarray(colour)).max() <= LEVELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("answers_with", ["latents", "latent_dist"])
+@pytest.mark.parametrize("output_field", ["latents", "latent_dist"])
 @pytest.mark.parametrize("num_channels", [3, 16])
-def test_colours_are_those_of_the_picture(num_channels: int, answers_with: str, dtype: torch.dtype) -> None:
-    vae = Mixing(num_channels, answers_with, dtype)
+def test_preview_colours_are_those_of_the_image(num_channels: int, output_field: str, dtype: torch.dtype) -> None:
+    vae = MixingAutoencoder(num_channels, output_field, dtype)
     previews = Preview(vae)
-    latents = Mixing(num_channels, "latents", dtype).encode(two_colours(512, 256).to(dtype)).latents
-    picture = previews.image(latents)
-    assert (picture.mode, picture.size) == ("RGB", (256, 128))
+    latents = MixingAutoencoder(num_channels, "latents", dtype).encode(two_colours(512, 256).to(dtype)).latents
+    image = previews.image(latents)
+    assert (image.mode, image.size) == ("RGB", (256, 128))
     for height in (4, 64, 124):
-        assert is_about(picture, (32, height), RED)
-        assert is_about(picture, (224, height), BLUE)
-    # The autoencoder is asked once.
+        assert is_close_to(image, (32, height), RED)
+        assert is_close_to(image, (224, height), BLUE)
+    # The autoencoder encodes only once.
     previews.image(latents)
     assert vae.num_encoded == 1
 
 
-def test_channels_that_say_nothing_do_no_harm() -> None:
-    vae = Mixing(16, "latents", torch.float32)
+def test_constant_channels_do_not_change_the_colours() -> None:
+    vae = MixingAutoencoder(16, "latents", torch.float32)
     vae.mix[3:] = 0
-    picture = Preview(vae).image(vae.encode(two_colours(64, 64)).latents)
-    assert is_about(picture, (32, 128), RED)
-    assert is_about(picture, (224, 128), BLUE)
+    image = Preview(vae).image(vae.encode(two_colours(64, 64)).latents)
+    assert is_close_to(image, (32, 128), RED)
+    assert is_close_to(image, (224, 128), BLUE)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_channels_that_say_nothing_do_no_harm() -> None:
     [
         ((1, 1), (256, 256)),
         ((8, 8), (256, 256)),
-        # Enlarged by whole numbers.
+        # Previews are enlarged by whole numbers.
         ((64, 96), (192, 128)),
         ((96, 128), (256, 192)),
         ((128, 96), (192, 256)),
@@ -99,9 +99,9 @@ def test_channels_that_say_nothing_do_no_harm() -> None:
     ],
 )
 def test_the_longer_side_has_256_pixels_at_most(latents: tuple[int, int], size: tuple[int, int]) -> None:
-    picture = Preview(Mixing(4, "latents", torch.float32)).image(torch.zeros(1, 4, *latents))
-    assert max(picture.size) <= MAX_SIDE == 256
-    assert picture.size == size
+    image = Preview(MixingAutoencoder(4, "latents", torch.float32)).image(torch.zeros(1, 4, *latents))
+    assert max(image.size) <= MAX_SIDE == 256
+    assert image.size == size
 
 
 # -- in the engine
@@ -113,56 +113,56 @@ def engine() -> FluxEngine:
 
 
 @pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
-def test_there_is_one_from_the_first_step_on(engine: FluxEngine, acceleration: str) -> None:
-    painting = engine.start(asked(width=128, height=96, acceleration=acceleration), 1)
-    assert engine.preview(painting) is None
-    engine.advance(painting)
-    first = engine.preview(painting)
+def test_previews_exist_from_the_first_step_on(engine: FluxEngine, acceleration: str) -> None:
+    task = engine.start(asked(width=128, height=96, acceleration=acceleration), 1)
+    assert engine.preview(task) is None
+    engine.advance(task)
+    first = engine.preview(task)
     assert first
     assert (first.mode, first.size) == ("RGB", (256, 192))
-    engine.advance(painting)
-    second = engine.preview(painting)
+    engine.advance(task)
+    second = engine.preview(task)
     assert second
     assert second.tobytes() != first.tobytes()
 
 
-def test_looking_changes_nothing(engine: FluxEngine) -> None:
+def test_previews_do_not_change_the_images(engine: FluxEngine) -> None:
     request = asked(num_inference_steps=3)
     expected = tiny_flux.painted(engine, request, 1)
-    painting = engine.start(request, 1)
-    while painting.step < painting.num_steps:
-        engine.preview(painting)
-        engine.advance(painting)
-        engine.preview(painting)
-    assert [picture.tobytes() for picture in finished(engine, painting)] == [picture.tobytes() for picture in expected]
-    # What it was seen in is let go with the rest.
-    assert engine.preview(painting) is None
+    task = engine.start(request, 1)
+    while task.step < task.num_steps:
+        engine.preview(task)
+        engine.advance(task)
+        engine.preview(task)
+    assert [image.tobytes() for image in finished(engine, task)] == [image.tobytes() for image in expected]
+    # Decoding frees the estimate that previews are made of.
+    assert engine.preview(task) is None
 
 
-def test_it_is_of_the_picture_that_is_painted_now(engine: FluxEngine) -> None:
+def test_the_preview_shows_the_image_in_progress(engine: FluxEngine) -> None:
     request = asked(num_images=2)
 
     def after_first_step(request: FluxDevInput, seed: int) -> bytes:
         alone = engine.start(request, seed)
         engine.advance(alone)
-        picture: Image | None = engine.preview(alone)
-        assert picture
-        return picture.tobytes()
+        image: Image | None = engine.preview(alone)
+        assert image
+        return image.tobytes()
 
-    painting = engine.start(request, 5)
-    seen = []
-    for _ in range(painting.num_steps):
-        engine.advance(painting)
-        picture = engine.preview(painting)
-        assert picture
-        seen.append(picture.tobytes())
-    # Two steps of the first picture, then two of the second.
-    assert seen[0] == after_first_step(asked(), 5)
-    assert seen[2] == after_first_step(asked(), 6)
-    assert len(set(seen)) == 4
+    task = engine.start(request, 5)
+    previews_seen = []
+    for _ in range(task.num_steps):
+        engine.advance(task)
+        image = engine.preview(task)
+        assert image
+        previews_seen.append(image.tobytes())
+    # Two steps of the first image, then two of the second.
+    assert previews_seen[0] == after_first_step(asked(), 5)
+    assert previews_seen[2] == after_first_step(asked(), 6)
+    assert len(set(previews_seen)) == 4
 
 
-def test_after_the_last_step_it_is_the_picture_itself(engine: FluxEngine) -> None:
-    painting = tiny_flux.stepped(engine, engine.start(asked(), 1))
-    (generation,) = painting.samples
-    assert torch.equal(generation.estimate, generation.latents)
+def test_after_the_last_step_the_estimate_is_the_final_latents(engine: FluxEngine) -> None:
+    task = tiny_flux.stepped(engine, engine.start(asked(), 1))
+    (sample,) = task.samples
+    assert torch.equal(sample.estimate, sample.latents)

@@ -1,4 +1,4 @@
-"""One picture on its way: begun, stepped and seen as FluxPipeline and its scheduler do it."""
+"""A sample, which becomes one image: started and stepped as by FluxPipeline and its scheduler, and estimated."""
 
 from typing import Any
 
@@ -17,30 +17,30 @@ def pipeline(request: pytest.FixtureRequest) -> FluxPipeline:
     return tiny_flux.pipeline(guidance=request.param, dynamic_shift=request.param)
 
 
-def begun(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **more: Any) -> Sample:
+def start_sample(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **fields: Any) -> Sample:
     text = PromptCache("cpu").encode("a fish", pipeline)
-    return begin(pipeline, "cpu", text, asked(num_inference_steps=4, **more), size, seed)
+    return begin(pipeline, "cpu", text, asked(num_inference_steps=4, **fields), size, seed)
 
 
-def test_begins_with_the_seeds_noise(pipeline: FluxPipeline) -> None:
-    one, same, other = begun(pipeline, 1), begun(pipeline, 1), begun(pipeline, 2)
+def test_starts_with_the_noise_of_the_seed(pipeline: FluxPipeline) -> None:
+    one, same, other = start_sample(pipeline, 1), start_sample(pipeline, 1), start_sample(pipeline, 2)
     assert torch.equal(one.latents, same.latents)
     assert not torch.equal(one.latents, other.latents)
     assert one.latents.shape == (1, one.num_tokens - 512, pipeline.transformer.config.in_channels)
     assert one.num_tokens == 96 * 64 // tiny_flux.PIXELS_A_TOKEN + 512
 
 
-def test_guidance_is_for_those_who_take_it(pipeline: FluxPipeline) -> None:
-    generation = begun(pipeline, guidance_scale=7.5)
+def test_guidance_is_set_only_if_the_transformer_takes_it(pipeline: FluxPipeline) -> None:
+    sample = start_sample(pipeline, guidance_scale=7.5)
     if pipeline.transformer.config.guidance_embeds:
-        assert generation.guidance.tolist() == [7.5]
+        assert sample.guidance.tolist() == [7.5]
     else:
-        assert generation.guidance is None
+        assert sample.guidance is None
 
 
-def test_each_has_a_scheduler_of_its_own(pipeline: FluxPipeline) -> None:
+def test_each_sample_has_its_own_scheduler(pipeline: FluxPipeline) -> None:
     before = dict(vars(pipeline.scheduler))
-    one, other = begun(pipeline), begun(pipeline, size=(256, 256))
+    one, other = start_sample(pipeline), start_sample(pipeline, size=(256, 256))
     expected = torch.zeros_like(one.latents)
     for step in range(4):
         assert (one.step, other.step, one.steps_done) == (step, 0, False)
@@ -52,27 +52,27 @@ def test_each_has_a_scheduler_of_its_own(pipeline: FluxPipeline) -> None:
     assert all(vars(pipeline.scheduler)[name] is value for name, value in before.items())
 
 
-def test_those_of_one_size_and_text_length_share_a_key(pipeline: FluxPipeline) -> None:
-    wide, tall = begun(pipeline, size=(96, 64)), begun(pipeline, size=(64, 96))
+def test_samples_of_one_size_and_text_length_share_a_key(pipeline: FluxPipeline) -> None:
+    wide, tall = start_sample(pipeline, size=(96, 64)), start_sample(pipeline, size=(64, 96))
     assert wide.num_tokens == tall.num_tokens
     assert wide.key != tall.key
-    assert wide.key == begun(pipeline, 9, size=(96, 64), guidance_scale=5).key
+    assert wide.key == start_sample(pipeline, 9, size=(96, 64), guidance_scale=5).key
 
 
-def test_the_estimate_is_where_the_velocity_leads(pipeline: FluxPipeline) -> None:
-    generation = begun(pipeline)
-    assert generation.estimate is None
-    noise = generation.latents
+def test_the_estimate_follows_the_velocity_to_its_end(pipeline: FluxPipeline) -> None:
+    sample = start_sample(pipeline)
+    assert sample.estimate is None
+    noise = sample.latents
     target = torch.linspace(-1, 1, noise.numel()).reshape(noise.shape)
-    # The straight way from noise to target has the same velocity everywhere.
-    while not generation.steps_done:
-        generation.step_with(noise - target)
-        torch.testing.assert_close(generation.estimate, target, atol=1e-5, rtol=0)
-    torch.testing.assert_close(generation.latents, target, atol=1e-5, rtol=0)
+    # On the straight line from noise to target the velocity is constant.
+    while not sample.steps_done:
+        sample.step_with(noise - target)
+        torch.testing.assert_close(sample.estimate, target, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample.latents, target, atol=1e-5, rtol=0)
 
 
-def test_what_is_let_go_is_gone(pipeline: FluxPipeline) -> None:
-    generation = begun(pipeline)
-    generation.step_with(torch.zeros_like(generation.latents))
-    generation.free()
-    assert (generation.latents, generation.velocity, generation.cache, generation.estimate) == (None,) * 4
+def test_free_drops_the_tensors(pipeline: FluxPipeline) -> None:
+    sample = start_sample(pipeline)
+    sample.step_with(torch.zeros_like(sample.latents))
+    sample.free()
+    assert (sample.latents, sample.velocity, sample.cache, sample.estimate) == (None,) * 4

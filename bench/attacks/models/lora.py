@@ -1,11 +1,11 @@
-"""bench/lora: takes LoRA weights by address, and paints without them."""
+"""Model bench/lora: takes LoRA weights by URL, and generates without them."""
 
 from models.flux_lora import FluxLoraInput
 from tests.support.fake_models import NullEngine, NullModel
 
 
 class LoraModel(NullModel):
-    """Brings LoRA weights along."""
+    """Null model whose requests name LoRA weights."""
 
     Input = FluxLoraInput
 

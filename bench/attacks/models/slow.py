@@ -1,4 +1,4 @@
-"""bench/slow: a step takes a while, so that most requests are cancelled while they still wait."""
+"""Model bench/slow: each step takes 20 ms, so that most requests are cancelled while they still wait."""
 
 import time
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from tests.support.fake_models import NullEngine, NullModel
 
 
 class SlowEngine(NullEngine):
-    """Sleeps in each step."""
+    """Engine that sleeps in each step."""
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        """As NullEngine does, later."""
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+        """Sleep, then advance like NullEngine."""
         time.sleep(0.02)
-        return super().advance(painting)
+        return super().advance(task)
 
 
 MODEL = NullModel("bench/slow", SlowEngine)

@@ -1,1 +1,1 @@
-"""Models that measuring needs."""
+"""Models for benchmarks."""

@@ -1,4 +1,4 @@
-"""bench/cost: paints nothing, and takes the time that FLUX.1 [dev] would, scaled by COST in seconds a TFLOP."""
+"""Model bench/cost: generates nothing, and takes the time of FLUX.1 [dev], scaled by COST in seconds a TFLOP."""
 
 import os
 import time
@@ -13,28 +13,28 @@ from tests.support.fake_models import NullEngine, NullModel, NullTask
 
 
 def work_of(width: int, height: int) -> int:
-    """Floating point operations of a step of a picture of this size in pixels."""
+    """Return the floating point operations of one step of an image of this size in pixels."""
     return step_flops(FLUX_DEV, width * height // 256, NUM_TOKENS)
 
 
 def seconds_of(width: int, height: int) -> float:
-    """What such a step takes."""
+    """Return the seconds that such a step takes."""
     return work_of(width, height) / 1e12 * float(os.environ["COST"])
 
 
 class CostTask(NullTask):
-    """Counts its work as the real one does, and knows when its last step ends."""
+    """Task that counts its work like the real one, and stores when its last step ends."""
 
     ends_at = 0.0
 
     @property
     def work(self) -> int:
-        """In floating point operations."""
+        """Return the work done, in floating point operations."""
         return self.step * self._step_work
 
     @property
     def remaining_work(self) -> int:
-        """In floating point operations."""
+        """Return the work left, in floating point operations."""
         return int(self.num_steps - self.step) * self._step_work
 
     @property
@@ -44,7 +44,7 @@ class CostTask(NullTask):
 
 
 class CostEngine(NullEngine):
-    """A device that works by itself, as a GPU does: a step is launched while the one before runs, and no earlier."""
+    """Engine of an asynchronous device, like a GPU: a step is launched while the one before runs, and no earlier."""
 
     decodes_concurrently = True
 
@@ -52,21 +52,21 @@ class CostEngine(NullEngine):
         self._free_at = 0.0
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> CostTask:
-        """As NullEngine does."""
+        """Start a task like NullEngine does."""
         return CostTask(request, seed)
 
-    def advance(self, painting: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
+    def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         """Launch a step, then wait for the end of the one before."""
-        size, before = painting.request.image_size, self._free_at
+        size, before = task.request.image_size, self._free_at
         self._free_at = max(time.perf_counter(), before) + seconds_of(size.width, size.height)
-        painting.ends_at = self._free_at
+        task.ends_at = self._free_at
         _sleep_until(before)
-        return super().advance(painting)
+        return super().advance(task)
 
-    def decode(self, painting: Any) -> None:
-        """Behind the painting's last step."""
-        _sleep_until(painting.ends_at)
-        super().decode(painting)
+    def decode(self, task: Any) -> None:
+        """Wait for the end of the task's last step, then decode."""
+        _sleep_until(task.ends_at)
+        super().decode(task)
 
 
 def _sleep_until(moment: float) -> None:

@@ -1,4 +1,4 @@
-"""test/null on GPUs that are none: nothing but the head works."""
+"""Model test/null on fake GPUs, so that only the head does any work."""
 
 import server.components
 from bench.support.fake_cluster import NullRayCluster
