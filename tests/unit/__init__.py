@@ -1,1 +1,1 @@
-"""One file for each source file."""
+"""Unit tests: one file for each source file."""

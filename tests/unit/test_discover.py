@@ -1,4 +1,4 @@
-"""Models are found by looking."""
+"""Tests of model discovery."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ MODEL = NullModel("{endpoint}", NullEngine)
 """
 
 
-def write(folder: Path, name: str, text: str) -> Path:
-    """A file in a folder of models; modules are known by their names, so each test takes its own."""
-    (folder / f"{name}.py").write_text(text)
-    return folder
+def write_module(directory: Path, name: str, source: str) -> Path:
+    """Write a module into a directory of models. Modules are cached by name, so each test uses other names."""
+    (directory / f"{name}.py").write_text(source)
+    return directory
 
 
 def test_the_package_has_flux_dev() -> None:
@@ -27,7 +27,7 @@ def test_the_package_has_flux_dev() -> None:
     assert {endpoint: model.endpoint for endpoint, model in found.items()} == {name: name for name in found}
 
 
-def test_a_folder_adds_its_own() -> None:
+def test_a_directory_adds_its_models() -> None:
     added = {
         f"test/{name}"
         for name in ("null", "gate", "raises", "unsafe", "lost", "memory", "large-previews", "copy", "lora")
@@ -36,42 +36,42 @@ def test_a_folder_adds_its_own() -> None:
 
 
 def test_a_file_without_a_model_is_not_run(tmp_path: Path) -> None:
-    folder = write(tmp_path, "discover_no_model", "raise RuntimError('run')\nNOT_A_MODEL = 1\nMODELS = 2\n")
-    (folder / "notes.txt").write_text("MODEL = 1")
-    assert discover(folder) == discover()
+    directory = write_module(tmp_path, "discover_no_model", "raise RuntimError('run')\nNOT_A_MODEL = 1\nMODELS = 2\n")
+    (directory / "notes.txt").write_text("MODEL = 1")
+    assert discover(directory) == discover()
 
 
-def test_a_model_may_say_its_type(tmp_path: Path) -> None:
-    text = NULL.format(endpoint="test/typed").replace("MODEL =", "MODEL: NullModel =")
-    assert "test/typed" in discover(write(tmp_path, "discover_typed", text))
+def test_a_model_may_have_a_type_annotation(tmp_path: Path) -> None:
+    source = NULL.format(endpoint="test/typed").replace("MODEL =", "MODEL: NullModel =")
+    assert "test/typed" in discover(write_module(tmp_path, "discover_typed", source))
 
 
-def test_two_that_claim_one_endpoint_stop_the_start(tmp_path: Path) -> None:
-    write(tmp_path, "discover_first", NULL.format(endpoint="test/same"))
-    write(tmp_path, "discover_second", NULL.format(endpoint="test/same"))
+def test_two_models_of_one_endpoint_are_an_error(tmp_path: Path) -> None:
+    write_module(tmp_path, "discover_first", NULL.format(endpoint="test/same"))
+    write_module(tmp_path, "discover_second", NULL.format(endpoint="test/same"))
     with pytest.raises(ValueError, match=r"two modules serve test/same; one is .*discover_second\.py"):
         discover(tmp_path)
 
 
-def test_a_folder_cannot_take_an_endpoint_of_the_package(tmp_path: Path) -> None:
-    write(tmp_path, "discover_taken", NULL.format(endpoint="fal-ai/flux/dev"))
+def test_a_directory_cannot_replace_an_endpoint_of_the_package(tmp_path: Path) -> None:
+    write_module(tmp_path, "discover_taken", NULL.format(endpoint="fal-ai/flux/dev"))
     with pytest.raises(ValueError, match="two modules serve fal-ai/flux/dev"):
         discover(tmp_path)
 
 
-def test_a_file_that_fails_is_told_and_not_half_kept(tmp_path: Path) -> None:
-    write(tmp_path, "discover_fails", "import discover_nothing\nMODEL = 1\n")
+def test_a_module_that_fails_raises_its_error_and_is_not_cached(tmp_path: Path) -> None:
+    write_module(tmp_path, "discover_fails", "import discover_nothing\nMODEL = 1\n")
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="discover_nothing"):
             discover(tmp_path)
 
 
-def test_a_file_in_a_folder_is_served_with_no_other_change(tmp_path: Path) -> None:
-    """The endpoint itself, what describes it, and its own fields."""
-    folder = tmp_path / "models"
-    folder.mkdir()
-    write(
-        folder,
+def test_a_file_in_a_directory_is_served_without_other_changes(tmp_path: Path) -> None:
+    """The server serves the endpoint, its descriptions and its own fields."""
+    directory = tmp_path / "models"
+    directory.mkdir()
+    write_module(
+        directory,
         "discover_served",
         """
 from pydantic import Field
@@ -92,13 +92,13 @@ MODEL = Lemon("me/lemon", NullEngine)
 """,
     )
     with (
-        serving(tmp_path / "data", "me/lemon=demo", models_dir=str(folder)) as server,
+        serving(tmp_path / "data", "me/lemon=demo", models_dir=str(directory)) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         assert client.post("/me/lemon", json={"prompt": "a lemon"}).json()["images"]
         entry = client.post("/me/lemon", json={"prompt": "a lemon", "zest": 9}).json()["detail"][0]
         assert (entry["loc"], entry["ctx"]) == (["body", "zest"], {"le": 5})
-        told = client.get("/models/me/lemon/llms.txt").text
-        assert "How much lemon." in told
+        llms_txt = client.get("/models/me/lemon/llms.txt").text
+        assert "How much lemon." in llms_txt
         assert "me/lemon" in [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert "/me/lemon" in client.get("/openapi.json").json()["paths"]

@@ -1,4 +1,4 @@
-"""The fields of fal-ai/flux/dev: the endpoint's page, word for word."""
+"""Tests of the fields of fal-ai/flux/dev, which equal those on fal's page of the endpoint."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from models.flux_dev import FluxDevInput, FluxDevOutput
 from models.schema import MAX_PROMPT_LENGTH, MAX_SEED, PRESETS, Limits
 
-#: The page's fields in the page's order, with default and range, then those of fal's JavaScript types.
+#: The page's fields in the page's order, with default and range, then the fields of fal's JavaScript types.
 FIELDS: dict[str, dict[str, Any]] = {
     "prompt": {"type": "string"},
     "image_size": {"default": "landscape_4_3"},
@@ -24,17 +24,17 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def read(limits: Limits | None = None, **fields: Any) -> FluxDevInput:
-    """What a client's JSON becomes."""
+def parse(limits: Limits | None = None, **fields: Any) -> FluxDevInput:
+    """Parse these fields as a client's JSON."""
     body = json.dumps({"prompt": "x", **fields})
     return FluxDevInput.model_validate_json(body, context={"limits": limits} if limits else None)
 
 
-def problem(limits: Limits | None = None, **fields: Any) -> tuple[str, tuple[int | str, ...]]:
-    """Type and place of the one thing that is wrong."""
-    with pytest.raises(ValidationError) as refused:
-        read(limits, **fields)
-    (error,) = refused.value.errors()
+def only_error(limits: Limits | None = None, **fields: Any) -> tuple[str, tuple[int | str, ...]]:
+    """Return the type and the location of the only validation error."""
+    with pytest.raises(ValidationError) as raised:
+        parse(limits, **fields)
+    (error,) = raised.value.errors()
     return error["type"], error["loc"]
 
 
@@ -48,9 +48,9 @@ def test_the_schema_lists_the_fields_in_the_order_of_the_page() -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_the_schema_tells_type_default_and_range(name: str) -> None:
+def test_the_schema_shows_type_default_and_range(name: str) -> None:
     shown = FluxDevInput.model_json_schema()["properties"][name]
-    assert {word: shown.get(word) for word in FIELDS[name]} == FIELDS[name]
+    assert {key: shown.get(key) for key in FIELDS[name]} == FIELDS[name]
     assert shown["description"]
 
 
@@ -72,11 +72,11 @@ def test_the_output_has_the_fields_of_the_page() -> None:
     assert image["properties"]["content_type"]["default"] == "image/jpeg"
 
 
-# -- what is accepted
+# -- accepted values
 
 
 def test_a_prompt_alone_is_enough() -> None:
-    fields = read()
+    fields = parse()
     assert (fields.image_size.width, fields.image_size.height) == (1024, 768)
     assert (fields.num_inference_steps, fields.guidance_scale, fields.num_images) == (28, 3.5, 1)
     assert (fields.seed, fields.sync_mode, fields.enable_safety_checker) == (None, False, True)
@@ -96,12 +96,12 @@ SIZES = {
 @pytest.mark.parametrize(("preset", "pixels"), SIZES.items())
 def test_presets(preset: str, pixels: tuple[int, int]) -> None:
     assert SIZES == PRESETS
-    size = read(image_size=preset).image_size
+    size = parse(image_size=preset).image_size
     assert (size.width, size.height) == pixels
 
 
 @pytest.mark.parametrize(
-    ("given", "pixels"),
+    ("sent", "pixels"),
     [
         ({"width": 640, "height": 480}, (640, 480)),
         ({"width": 640}, (640, 512)),
@@ -111,13 +111,13 @@ def test_presets(preset: str, pixels: tuple[int, int]) -> None:
         ({"width": 640, "height": 480, "depth": 3}, (640, 480)),
     ],
 )
-def test_sizes_as_objects(given: dict[str, Any], pixels: tuple[int, int]) -> None:
-    size = read(image_size=given).image_size
+def test_sizes_as_objects(sent: dict[str, Any], pixels: tuple[int, int]) -> None:
+    size = parse(image_size=sent).image_size
     assert (size.width, size.height) == pixels
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "value"),
+    ("name", "sent", "value"),
     [
         ("num_inference_steps", "28", 28),
         ("num_inference_steps", 28.0, 28),
@@ -136,25 +136,25 @@ def test_sizes_as_objects(given: dict[str, Any], pixels: tuple[int, int]) -> Non
         ("prompt", "x" * MAX_PROMPT_LENGTH, "x" * MAX_PROMPT_LENGTH),
     ],
 )
-def test_what_has_one_meaonly_is_accepted_as_that(name: str, given: Any, value: object) -> None:
-    found = getattr(read(**{name: given}), name)
+def test_a_value_with_one_meaning_is_converted(name: str, sent: Any, value: object) -> None:
+    found = getattr(parse(**{name: sent}), name)
     assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "prompt"])
-def test_null_stands_for_not_given(name: str) -> None:
-    assert read(**{name: None}) == read()
+def test_null_means_not_given(name: str) -> None:
+    assert parse(**{name: None}) == parse()
 
 
-def test_fields_nobody_knows_are_ignored() -> None:
-    assert read(loras=[], negative_prompt="y", _private=1) == read()
+def test_unknown_fields_are_ignored() -> None:
+    assert parse(loras=[], negative_prompt="y", _private=1) == parse()
 
 
-# -- what is refused
+# -- rejected values
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "kind"),
+    ("name", "sent", "kind"),
     [
         ("prompt", None, "string_type"),
         ("prompt", 5, "string_type"),
@@ -184,28 +184,28 @@ def test_fields_nobody_knows_are_ignored() -> None:
         ("image_size", [512, 512], "model_type"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_field(name: str, given: Any, kind: str) -> None:
-    assert problem(**{name: given}) == (kind, (name,))
+def test_an_error_names_its_field(name: str, sent: Any, kind: str) -> None:
+    assert only_error(**{name: sent}) == (kind, (name,))
 
 
-def test_a_missing_prompt_is_told() -> None:
-    with pytest.raises(ValidationError) as refused:
+def test_a_missing_prompt_is_an_error() -> None:
+    with pytest.raises(ValidationError) as raised:
         FluxDevInput.model_validate_json("{}")
-    assert [(error["type"], error["loc"]) for error in refused.value.errors()] == [("missing", ("prompt",))]
+    assert [(error["type"], error["loc"]) for error in raised.value.errors()] == [("missing", ("prompt",))]
 
 
-def test_a_preset_that_does_not_exist_is_answered_with_those_that_do() -> None:
-    with pytest.raises(ValidationError) as refused:
-        read(image_size="huge")
-    (error,) = refused.value.errors()
+def test_the_error_for_an_unknown_preset_lists_the_presets() -> None:
+    with pytest.raises(ValidationError) as raised:
+        parse(image_size="huge")
+    (error,) = raised.value.errors()
     assert all(f"'{name}'" in error["msg"] for name in PRESETS)
 
 
 @pytest.mark.parametrize("body", ['"x"', "[]", "5", "null"])
-def test_a_body_that_is_no_object_is_told(body: str) -> None:
-    with pytest.raises(ValidationError) as refused:
+def test_a_body_that_is_not_an_object_is_an_error(body: str) -> None:
+    with pytest.raises(ValidationError) as raised:
         FluxDevInput.model_validate_json(body)
-    assert [(error["type"], error["loc"]) for error in refused.value.errors()] == [("model_type", ())]
+    assert [(error["type"], error["loc"]) for error in raised.value.errors()] == [("model_type", ())]
 
 
 # -- limits of the operator
@@ -228,38 +228,38 @@ LIMITS = Limits(min_side=64, max_side=2048, max_pixels=2_000_000)
         ("wide", "int_parsing"),
     ],
 )
-def test_a_side_beyond_the_limits_is_told(side: str, pixels: object, kind: str) -> None:
-    assert problem(LIMITS, image_size={side: pixels}) == (kind, ("image_size", side))
+def test_a_side_beyond_the_limits_is_an_error(side: str, pixels: object, kind: str) -> None:
+    assert only_error(LIMITS, image_size={side: pixels}) == (kind, ("image_size", side))
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (2048, 64), (2000, 1000)])
 def test_sizes_within_the_limits(width: int, height: int) -> None:
-    size = read(LIMITS, image_size={"width": width, "height": height}).image_size
+    size = parse(LIMITS, image_size={"width": width, "height": height}).image_size
     assert (size.width, size.height) == (width, height)
 
 
-def test_an_area_beyond_the_limit_is_told_with_the_limit() -> None:
-    assert problem(LIMITS, image_size={"width": 2000, "height": 1001}) == ("image_too_large", ("image_size",))
+def test_the_error_for_too_large_an_area_names_the_limit() -> None:
+    assert only_error(LIMITS, image_size={"width": 2000, "height": 1001}) == ("image_too_large", ("image_size",))
     with pytest.raises(ValidationError, match="2000000 pixels"):
-        read(LIMITS, image_size={"width": 2000, "height": 1001})
+        parse(LIMITS, image_size={"width": 2000, "height": 1001})
 
 
-def test_a_preset_beyond_the_limits_is_told_too() -> None:
-    assert problem(Limits(max_side=1000), image_size="portrait_4_3") == ("less_than_equal", ("image_size", "height"))
+def test_a_preset_beyond_the_limits_is_an_error_too() -> None:
+    assert only_error(Limits(max_side=1000), image_size="portrait_4_3") == ("less_than_equal", ("image_size", "height"))
 
 
-def test_the_default_size_is_held_to_the_limits_too() -> None:
+def test_the_limits_apply_to_the_default_size_too() -> None:
     with pytest.raises(ValidationError):
-        read(Limits(max_side=512))
+        parse(Limits(max_side=512))
 
 
-def test_what_was_accepted_once_stays_accepted() -> None:
+def test_a_stored_request_is_not_checked_against_the_limits() -> None:
     size = {"width": 2048, "height": 2048}
-    assert read(image_size=size).image_size.width == 2048
+    assert parse(image_size=size).image_size.width == 2048
 
 
 @pytest.mark.parametrize("size", [*PRESETS, {"width": 640, "height": 480}])
-def test_what_is_kept_is_what_was_meant(size: object) -> None:
-    fields = read(image_size=size, seed=7, guidance_scale=2)
+def test_a_stored_request_equals_the_original(size: object) -> None:
+    fields = parse(image_size=size, seed=7, guidance_scale=2)
     assert FluxDevInput.model_validate_json(fields.model_dump_json()) == fields
     assert fields.model_dump()["image_size"] == size

@@ -1,4 +1,4 @@
-"""fal's lifecycle headers: how long a file is kept, and who may read it."""
+"""Tests of fal's lifecycle headers: how long a file is kept, and whether it is private."""
 
 import json
 from typing import Any
@@ -11,39 +11,39 @@ from server.errors import BadRequest
 from server.storage.file_store import Lifecycle
 
 NAMES = ["X-Fal-Object-Lifecycle-Preference", "X-Fal-Object-Lifecycle", "x-fal-object-lifecycle"]
-#: What fal's SDKs make of the words "immediate", "1h", "1d", "7d", "30d" and "1y".
+#: The seconds that fal's SDKs send for "immediate", "1h", "1d", "7d", "30d" and "1y".
 PRESETS = [60, 3600, 86_400, 604_800, 2_592_000, 31_536_000]
 
 
-def asked(preference: Any, name: str = NAMES[0]) -> Lifecycle:
-    """What this preference comes to."""
+def parsed(preference: Any, name: str = NAMES[0]) -> Lifecycle:
+    """Return the lifecycle that the server reads from this preference."""
     return lifecycle(Headers({name: json.dumps(preference)}))
 
 
-def refused(text: str) -> str:
-    """What is said of this header."""
-    with pytest.raises(BadRequest) as problem:
+def rejection(text: str) -> str:
+    """Return the message of the error that this header causes."""
+    with pytest.raises(BadRequest) as error:
         lifecycle(Headers({NAMES[0]: text}))
-    assert (problem.value.status, problem.value.error_type) == (400, "bad_request")
-    return str(problem.value)
+    assert (error.value.status, error.value.error_type) == (400, "bad_request")
+    return str(error.value)
 
 
-def test_nothing_said_is_the_operators_retention_and_no_secret() -> None:
+def test_without_a_header_the_operators_retention_applies_and_files_are_public() -> None:
     assert lifecycle(Headers({})) == Lifecycle(None, False)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_of_the_header_counts(name: str) -> None:
+def test_every_name_of_the_header_is_read(name: str) -> None:
     preference = {"expiration_duration_seconds": 3600, "initial_acl": {"default": "forbid"}}
-    assert asked(preference, name) == Lifecycle(3600.0, True)
+    assert parsed(preference, name) == Lifecycle(3600.0, True)
 
 
-def test_both_headers_with_one_meaning_as_fal_client_sends_them() -> None:
+def test_fal_client_sends_the_same_preference_in_both_headers() -> None:
     text = json.dumps({"expiration_duration_seconds": 3600})
     assert lifecycle(Headers(dict.fromkeys(NAMES[:2], text))) == Lifecycle(3600.0)
 
 
-def test_the_preference_wins_over_the_older_name() -> None:
+def test_the_newer_header_overrides_the_older_one() -> None:
     preference, older = ({"expiration_duration_seconds": seconds} for seconds in (60, 3600))
     headers = {NAMES[0]: json.dumps(preference), NAMES[1]: json.dumps(older)}
     assert lifecycle(Headers(headers)).lifetime == 60
@@ -52,23 +52,23 @@ def test_the_preference_wins_over_the_older_name() -> None:
 
 @pytest.mark.parametrize("seconds", PRESETS)
 def test_presets(seconds: int) -> None:
-    assert asked({"expiration_duration_seconds": seconds}) == Lifecycle(float(seconds))
+    assert parsed({"expiration_duration_seconds": seconds}) == Lifecycle(float(seconds))
 
 
-@pytest.mark.parametrize("given", [3600, 3600.0, "3600", " 3600 ", 3.6e3])
-def test_seconds_in_every_spelling(given: object) -> None:
-    assert asked({"expiration_duration_seconds": given}).lifetime == 3600
-    assert asked(given).lifetime == 3600
+@pytest.mark.parametrize("seconds", [3600, 3600.0, "3600", " 3600 ", 3.6e3])
+def test_seconds_as_a_number_or_a_string(seconds: object) -> None:
+    assert parsed({"expiration_duration_seconds": seconds}).lifetime == 3600
+    assert parsed(seconds).lifetime == 3600
 
 
-@pytest.mark.parametrize("given", [None, 0, 0.0, "0"])
-def test_none_and_zero_are_no_expiry_as_fals_own_client_says(given: object) -> None:
-    assert asked({"expiration_duration_seconds": given}) == Lifecycle()
+@pytest.mark.parametrize("seconds", [None, 0, 0.0, "0"])
+def test_none_and_zero_mean_no_expiry_as_in_fals_client(seconds: object) -> None:
+    assert parsed({"expiration_duration_seconds": seconds}) == Lifecycle()
 
 
 def test_other_fields_are_ignored() -> None:
-    assert asked({"expiration_duration_seconds": 60, "media": {"x": 1}}) == Lifecycle(60.0)
-    assert asked({}) == Lifecycle()
+    assert parsed({"expiration_duration_seconds": 60, "media": {"x": 1}}) == Lifecycle(60.0)
+    assert parsed({}) == Lifecycle()
 
 
 ACLS: list[tuple[Any, bool]] = [
@@ -89,21 +89,21 @@ ACLS: list[tuple[Any, bool]] = [
 @pytest.mark.parametrize(("acl", "is_private"), ACLS)
 @pytest.mark.parametrize("name", NAMES)
 def test_forbid_and_hide_make_a_file_private(name: str, acl: object, is_private: bool) -> None:
-    assert asked({"initial_acl": acl}, name) == Lifecycle(None, is_private)
+    assert parsed({"initial_acl": acl}, name) == Lifecycle(None, is_private)
 
 
 @pytest.mark.parametrize(
     "acl", [{"default": "perhaps"}, {"default": 1}, {"default": ["forbid"]}, "FORBID", 1, ["hide"]]
 )
-def test_an_acl_that_is_not_understood_is_refused_rather_than_open(acl: object) -> None:
-    assert "initial_acl" in refused(json.dumps({"initial_acl": acl}))
+def test_an_unknown_acl_is_rejected_and_not_treated_as_public(acl: object) -> None:
+    assert "initial_acl" in rejection(json.dumps({"initial_acl": acl}))
 
 
 @pytest.mark.parametrize("seconds", ["-1", '"soon"', "true", "[60]", "{}", "NaN", "Infinity", "1e999", '"nan"', '""'])
-def test_seconds_that_are_none_are_refused_by_name(seconds: str) -> None:
-    assert "expiration_duration_seconds" in refused(f'{{"expiration_duration_seconds": {seconds}}}')
+def test_invalid_seconds_are_rejected_by_field_name(seconds: str) -> None:
+    assert "expiration_duration_seconds" in rejection(f'{{"expiration_duration_seconds": {seconds}}}')
 
 
 @pytest.mark.parametrize("text", ["{", "soon", "{'a': 1}", "[" * 100_000, "1" * 5000, "{}{}"])
-def test_what_is_not_json_is_refused(text: str) -> None:
-    assert "JSON" in refused(text)
+def test_a_header_that_is_not_json_is_rejected(text: str) -> None:
+    assert "JSON" in rejection(text)

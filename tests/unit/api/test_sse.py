@@ -1,4 +1,4 @@
-"""Event streams: what they are bound to ends with them, whenever that is."""
+"""Tests of event streams: the context manager of a stream exits when the stream ends, however early."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -8,43 +8,46 @@ from typing import Any
 from server.api.sse import EventStream
 
 
-def streamed(heard: list[str], leaves: bool) -> list[Any]:
-    """The messages of a stream of one object, to a client that stays or that has left already."""
+def sent_messages(events: list[str], disconnects: bool) -> list[Any]:
+    """Return the ASGI messages of a stream of one object.
+
+    The client stays connected, or disconnects before the stream starts.
+    """
     sent: list[Any] = []
 
     @contextmanager
-    def bound() -> Iterator[None]:
+    def context() -> Iterator[None]:
         yield
-        heard.append("ended")
+        events.append("exited")
 
     async def objects() -> AsyncIterator[dict[str, Any] | None]:
-        heard.append("began")
+        events.append("started")
         yield {"step": 1}
 
     async def receive() -> dict[str, str]:
-        if not leaves:
+        if not disconnects:
             await asyncio.Event().wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message)
-        # A socket that takes its time, so that the client's leaving is noticed first.
-        for _ in range(10 if leaves else 0):
+        # A slow socket, so that the stream notices the disconnect first.
+        for _ in range(10 if disconnects else 0):
             await asyncio.sleep(0)
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(EventStream(objects(), context=bound())(scope, receive, send))
+    asyncio.run(EventStream(objects(), context=context())(scope, receive, send))
     return sent
 
 
-def test_a_stream_ends_what_it_is_bound_to() -> None:
-    heard: list[str] = []
-    sent = streamed(heard, leaves=False)
-    assert heard == ["began", "ended"]
+def test_the_context_exits_when_the_stream_ends() -> None:
+    events: list[str] = []
+    sent = sent_messages(events, disconnects=False)
+    assert events == ["started", "exited"]
     assert sent[1]["body"] == b'data: {"step":1}\n\n'
 
 
-def test_a_client_that_leaves_before_the_first_event_ends_it_too() -> None:
-    heard: list[str] = []
-    streamed(heard, leaves=True)
-    assert heard == ["ended"]
+def test_the_context_exits_when_the_client_disconnects_before_the_first_event() -> None:
+    events: list[str] = []
+    sent_messages(events, disconnects=True)
+    assert events == ["exited"]

@@ -1,4 +1,4 @@
-"""`flux-server pull` from a stand-in for the hub, and `serve` of what it brought."""
+"""Tests of `flux-server pull` from a fake hub, and of `serve` with the downloaded weights."""
 
 import os
 import subprocess
@@ -19,10 +19,10 @@ CHECKER = "Falconsai/nsfw_image_detection"
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("hub")
-    write_flux_dev(folder / "flux")
-    write_checker(folder / "checker")
-    return {FLUX_DEV: folder / "flux", CHECKER: folder / "checker"}
+    directory = tmp_path_factory.mktemp("hub")
+    write_flux_dev(directory / "flux")
+    write_checker(directory / "checker")
+    return {FLUX_DEV: directory / "flux", CHECKER: directory / "checker"}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
 
 def environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "FAL_", "FLUX_SERVER_"))}
-    # Xet is the hub's own transport, which a stand-in does not speak.
+    # The fake hub does not support Xet, the hub's transfer protocol.
     return {**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **more}
 
 
@@ -45,90 +45,90 @@ def pull(hub: Hub, cache: Path, hub_id: str = FLUX_DEV, **more: str) -> subproce
 
 
 def snapshot(cache: Path, hub_id: str = FLUX_DEV) -> Path:
-    (folder,) = (cache / "hub" / f"models--{hub_id.replace('/', '--')}" / "snapshots").iterdir()
-    return folder
+    (directory,) = (cache / "hub" / f"models--{hub_id.replace('/', '--')}" / "snapshots").iterdir()
+    return directory
 
 
-def files_of(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+def files_of(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_pull_brings_what_the_pipeline_needs_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
-    done = pull(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "%|" in done.stderr, "no progress bar was shown"
-    brought = files_of(snapshot(tmp_path))
-    assert {name for name in brought if name.startswith("transformer/")} >= {
+def test_pull_downloads_only_the_files_that_the_pipeline_needs(hub: Hub, tmp_path: Path) -> None:
+    completed = pull(hub, tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "%|" in completed.stderr, "no progress bar was shown"
+    downloaded = files_of(snapshot(tmp_path))
+    assert {name for name in downloaded if name.startswith("transformer/")} >= {
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors.index.json",
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
     }
-    assert {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json"} <= brought
+    assert {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json"} <= downloaded
     unwanted = {"flux1-dev.safetensors", "ae.safetensors", "README.md", "LICENSE.md", "dev_grid.jpg"}
-    assert not brought & {*unwanted, "vae/diffusion_pytorch_model.bin"}
+    assert not downloaded & {*unwanted, "vae/diffusion_pytorch_model.bin"}
     assert not {name.rpartition("/")[2] for name in hub.asked} & {*unwanted, "diffusion_pytorch_model.bin"}
     assert hub_module.missing_components(snapshot(tmp_path)) == []
     assert hub_module.missing_components(snapshot(tmp_path, CHECKER)) == []
 
 
-def test_files_that_break_off_come_whole_all_the_same(hub: Hub, tmp_path: Path) -> None:
+def test_interrupted_downloads_are_completed(hub: Hub, tmp_path: Path) -> None:
     hub.breaks_off = 50_000
-    done = pull(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
+    completed = pull(hub, tmp_path)
+    assert completed.returncode == 0, completed.stderr
     assert hub_module.missing_components(snapshot(tmp_path)) == []
-    source, brought = hub.repositories[FLUX_DEV], snapshot(tmp_path)
-    weights = [name for name in files_of(brought) if name.endswith(".safetensors")]
-    assert all((brought / name).read_bytes() == (source / name).read_bytes() for name in weights)
+    source, downloaded = hub.repositories[FLUX_DEV], snapshot(tmp_path)
+    weights = [name for name in files_of(downloaded) if name.endswith(".safetensors")]
+    assert all((downloaded / name).read_bytes() == (source / name).read_bytes() for name in weights)
 
 
-def test_after_a_kill_what_is_whole_does_not_come_again(hub: Hub, tmp_path: Path) -> None:
+def test_complete_files_are_not_downloaded_again_after_a_kill(hub: Hub, tmp_path: Path) -> None:
     hub.stalls_at = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
     command = [sys.executable, "-m", "server", "pull", FLUX_DEV]
     with subprocess.Popen(command, cwd=ROOT, env=environment(hub, tmp_path), stderr=subprocess.DEVNULL) as pulling:
         assert hub.has_stalled.wait(60)
         pulling.kill()
-    # The other files of the first try that came whole before the kill.
-    whole = files_of(snapshot(tmp_path)) - {hub.stalls_at}
+    # The files that the first attempt completed before the kill.
+    complete = files_of(snapshot(tmp_path)) - {hub.stalls_at}
     assert hub_module.missing_components(snapshot(tmp_path)) != []
     hub.stalls_at, hub.asked = None, []
     hub.goes_on.set()
-    done = pull(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
+    completed = pull(hub, tmp_path)
+    assert completed.returncode == 0, completed.stderr
     assert hub_module.missing_components(snapshot(tmp_path)) == []
-    assert whole
-    assert not whole & set(hub.asked)
+    assert complete
+    assert not complete & set(hub.asked)
 
 
-def test_a_licence_that_was_not_accepted_is_said_so(hub: Hub, tmp_path: Path) -> None:
+def test_an_unaccepted_license_is_reported(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add(FLUX_DEV)
-    refused = pull(hub, tmp_path)
-    assert refused.returncode == 1
-    assert "accept its license" in refused.stderr
-    assert f"{hub.url}/{FLUX_DEV}" in refused.stderr
-    assert "HF_TOKEN" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    result = pull(hub, tmp_path)
+    assert result.returncode == 1
+    assert "accept its license" in result.stderr
+    assert f"{hub.url}/{FLUX_DEV}" in result.stderr
+    assert "HF_TOKEN" in result.stderr
+    assert "Traceback" not in result.stderr
     assert pull(hub, tmp_path, HF_TOKEN=hub.token).returncode == 0
 
 
-def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
-    refused = pull(hub, tmp_path, "nobody/nothing")
-    assert refused.returncode == 1
-    assert "nobody/nothing does not exist on the hub" in refused.stderr
+def test_an_unknown_repository_is_reported(hub: Hub, tmp_path: Path) -> None:
+    result = pull(hub, tmp_path, "nobody/nothing")
+    assert result.returncode == 1
+    assert "nobody/nothing does not exist on the hub" in result.stderr
 
 
-def test_no_hub(hub: Hub, tmp_path: Path) -> None:
-    refused = pull(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert refused.returncode == 1
-    assert "could not be reached" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_an_unreachable_hub_is_reported(hub: Hub, tmp_path: Path) -> None:
+    result = pull(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert "could not be reached" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_serve_of_what_was_pulled_opens_no_connection(
+def test_serve_with_pulled_weights_opens_no_connection(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pull(hub, tmp_path).returncode == 0
     hub.close()
-    # Whatever address but loopback the server would connect to, or look up, it dies of it.
+    # The server exits if it connects to, or resolves, any address but loopback.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "def watch(event, arguments):\n"
@@ -145,13 +145,13 @@ def test_serve_of_what_was_pulled_opens_no_connection(
     with serving(tmp_path / "data", FLUX_DEV) as server:
         server.ready()
         body = {"prompt": "a red apple", "image_size": "square", "num_inference_steps": 2, "seed": 1}
-        answer = httpx.post(f"{server.url}/fal-ai/flux/dev", json=body, timeout=60).raise_for_status().json()
-        assert answer["has_nsfw_concepts"] == [False]
-        assert (answer["images"][0]["width"], answer["images"][0]["height"]) == (512, 512)
-        assert httpx.get(answer["images"][0]["url"]).headers["content-type"] == "image/jpeg"
+        response = httpx.post(f"{server.url}/fal-ai/flux/dev", json=body, timeout=60).raise_for_status().json()
+        assert response["has_nsfw_concepts"] == [False]
+        assert (response["images"][0]["width"], response["images"][0]["height"]) == (512, 512)
+        assert httpx.get(response["images"][0]["url"]).headers["content-type"] == "image/jpeg"
 
 
-def test_serve_pulls_what_is_not_here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_pulls_missing_weights(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(hub, tmp_path).items():
         monkeypatch.setenv(name, value)
     with serving(tmp_path / "data", FLUX_DEV) as server:
@@ -159,7 +159,7 @@ def test_serve_pulls_what_is_not_here(hub: Hub, tmp_path: Path, monkeypatch: pyt
     assert hub_module.missing_components(snapshot(tmp_path)) == []
 
 
-def test_doctor_tells_what_is_here(hub: Hub, tmp_path: Path) -> None:
+def test_doctor_shows_which_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "doctor", FLUX_DEV, "--port", "0", "--tls-port", "0"]
     command += ["--retention-gb", "0.001", "--data-dir", str(tmp_path / "data")]
     options = {"cwd": ROOT, "env": environment(hub, tmp_path), "capture_output": True, "text": True, "timeout": 60}

@@ -1,4 +1,4 @@
-"""The head of a cluster, with runners that say what the test says: nothing is lost with them, nobody waits for ever."""
+"""Tests of the cluster head, with fake runners whose messages the tests write: no job is lost or waits forever."""
 
 import queue
 import threading
@@ -24,7 +24,7 @@ TEXT = '{"prompt": "x"}'
 
 
 class FakeRunner:
-    """A runner whose reports the test writes; an exception among them is its end."""
+    """Fake runner whose messages the test writes. An exception among them ends the runner."""
 
     node = "there"
 
@@ -32,9 +32,9 @@ class FakeRunner:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.orders: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.suspects: list[str] = []
-        self.cannot_take: Exception | None = None
-        self.may_take = threading.Event()
-        self.may_take.set()
+        self.send_error: Exception | None = None
+        self.can_send = threading.Event()
+        self.can_send.set()
 
     def messages(self) -> Iterator[messages.Message]:
         while True:
@@ -47,9 +47,9 @@ class FakeRunner:
 
     def send_job(self, job: Job, text: str) -> None:
         if job.input_files:
-            self.may_take.wait(60)
-        if self.cannot_take:
-            raise self.cannot_take
+            self.can_send.wait(60)
+        if self.send_error:
+            raise self.send_error
         self.orders.put(("take", job.request_id))
 
     def cancel(self, request_id: str) -> None:
@@ -81,20 +81,20 @@ class FakeRunner:
 
 
 class FakeRayCluster:
-    """GPUs without end; each new runner is handed to the test."""
+    """Fake Ray cluster with any number of GPUs. Each new runner is handed to the test."""
 
     def __init__(self) -> None:
         self.made: queue.SimpleQueue[FakeRunner] = queue.SimpleQueue()
         self.number = 1
-        #: How often the cluster looked how many GPUs there are.
+        #: How often the head asked for the number of GPUs.
         self.num_looks = 0
 
     def connect(self) -> None: ...
 
     def start_runner(self) -> FakeRunner:
-        made = FakeRunner()
-        self.made.put(made)
-        return made
+        runner = FakeRunner()
+        self.made.put(runner)
+        return runner
 
     def num_gpus(self) -> int:
         self.num_looks += 1
@@ -117,24 +117,24 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeRayCluster:
 
 @pytest.fixture
 def start(parts: Parts, fleet: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
-    """Start a cluster with these settings; it ends with the test."""
+    """Return a function that starts a cluster head with the given settings. The head stops after the test."""
     started: list[ClusterHead] = []
 
-    def begin(**settings: Any) -> ClusterHead:
+    def start_cluster(**settings: Any) -> ClusterHead:
         chosen = Settings(data_dir=tmp_path, ray="nowhere", **{"max_running": 1, "shutdown_grace": 0, **settings})
-        made = ClusterHead(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
-        parts.queue.on_cancel = made.cancel
-        started.append(made)
-        made.start()
-        return made
+        head = ClusterHead(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
+        parts.queue.on_cancel = head.cancel
+        started.append(head)
+        head.start()
+        return head
 
-    yield begin
+    yield start_cluster
     for each in started:
         each.stop()
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for it; the test's own time limit ends it."""
+    """Wait until the condition holds. The timeout of the test ends the wait."""
     while not condition():
         threading.Event().wait(0.005)
 
@@ -149,27 +149,29 @@ def ended(job: Job, content: bytes = b"picture") -> messages.JobFinished:
     return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
 
 
-def test_what_a_runner_painted_is_on_the_disk_of_the_head(
+def test_images_from_a_runner_are_stored_on_the_head(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     job = submit(parts)
-    link = fleet.next()
-    assert link.taken() == job.request_id
-    link.said.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
-    link.said.put(messages.JobLog(job.request_id, "hello", "INFO"))
+    runner = fleet.next()
+    assert runner.taken() == job.request_id
+    runner.said.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
+    runner.said.put(messages.JobLog(job.request_id, "hello", "INFO"))
     until(lambda: [line["message"] for line in job.logs] == ["step 1/2", "hello"])
     assert job.preview == "data:preview"
     (gpu,) = cluster.gpus()
     assert (gpu.state, gpu.node, gpu.num_running, gpu.engines) == ("ready", "there", 1, {"demo": EngineInfo("a GPU")})
-    link.said.put(ended(job))
+    runner.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     (name,) = parts.on_disk()
     assert (parts.folder / "files" / name).read_bytes() == b"picture"
     assert parts.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 
-def test_a_lost_runner_loses_nothing(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_jobs_of_a_lost_runner_are_retried(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     job = submit(parts)
     first = fleet.next()
@@ -177,7 +179,7 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: FakeRayCluster, start:
     first.said.put(RunnerLost("its node is gone"))
     second = fleet.next()
     assert second.taken() == job.request_id
-    # Too late, and of nobody any more.
+    # This message comes too late: the lost runner no longer has a job.
     first.said.put(ended(job, b"old"))
     second.said.put(ended(job, b"new"))
     until(lambda: job.state == State.COMPLETED)
@@ -186,23 +188,23 @@ def test_a_lost_runner_loses_nothing(parts: Parts, fleet: FakeRayCluster, start:
     assert (parts.folder / "files" / name).read_bytes() == b"new"
 
 
-def test_three_strikes_and_a_job_fails_alone(
+def test_a_job_fails_alone_after_three_crashes(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start(max_running=2)
     deadly, other = submit(parts), submit(parts)
     for number in range(3):
-        link = fleet.next()
-        assert {link.taken(), link.taken()} == {deadly.request_id, other.request_id}
+        runner = fleet.next()
+        assert {runner.taken(), runner.taken()} == {deadly.request_id, other.request_id}
         if number == 0:
-            # The watchdog's way: told before the process ends.
-            link.said.put(messages.CrashReported([deadly.request_id]))
-            assert link.orders.get(timeout=20) == ("hear", "")
+            # As the watchdog does, the runner reports the crash before the process ends.
+            runner.said.put(messages.CrashReported([deadly.request_id]))
+            assert runner.orders.get(timeout=20) == ("hear", "")
         else:
-            link.suspects = [deadly.request_id]
-        link.said.put(RunnerLost("a fault of its own"))
-    link = fleet.next()
-    assert link.taken() == other.request_id
+            runner.suspects = [deadly.request_id]
+        runner.said.put(RunnerLost("the process crashed"))
+    runner = fleet.next()
+    assert runner.taken() == other.request_id
     assert (deadly.state, deadly.error) == (
         State.COMPLETED,
         "The server crashed 3 times while it ran this request.",
@@ -210,61 +212,61 @@ def test_three_strikes_and_a_job_fails_alone(
     assert other.crash_count == 0
 
 
-def test_ten_attempts_end_a_job_that_is_nobodys_fault(
+def test_a_job_that_caused_no_crash_fails_after_ten_attempts(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
     for _ in range(10):
-        link = fleet.next()
-        link.taken()
-        link.said.put(RunnerLost("killed"))
+        runner = fleet.next()
+        runner.taken()
+        runner.said.put(RunnerLost("killed"))
     until(lambda: job.state == State.COMPLETED)
     assert job.error == "Gave up after 10 attempts."
 
 
-def test_cancels_and_wishes_for_previews_reach_the_runner(
+def test_cancel_and_preview_requests_reach_the_runner(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
-    link = fleet.next()
-    link.taken()
+    runner = fleet.next()
+    runner.taken()
     job.wants_previews = True
-    link.said.put(messages.JobProgress(job.request_id, 1, 2, None))
-    assert link.orders.get(timeout=20) == ("preview", job.request_id)
+    runner.said.put(messages.JobProgress(job.request_id, 1, 2, None))
+    assert runner.orders.get(timeout=20) == ("preview", job.request_id)
     parts.queue.cancel(job)
-    assert link.orders.get(timeout=20) == ("cancel", job.request_id)
-    # It came to its end all the same, too late to be shown.
-    link.said.put(ended(job))
+    assert runner.orders.get(timeout=20) == ("cancel", job.request_id)
+    # The job finishes anyway, but too late: its images are not stored.
+    runner.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert (job.is_cancelled, parts.on_disk()) == (True, [])
 
 
-def test_a_full_disk_keeps_what_was_painted(
+def test_storing_images_is_retried_when_the_disk_is_full(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
     job = submit(parts)
-    link = fleet.next()
-    link.taken()
+    runner = fleet.next()
+    runner.taken()
     tried = threading.Event()
-    put = parts.files.write
+    write = parts.files.write
 
     def full(*args: Any) -> StoredFile:
         if not tried.is_set():
             tried.set()
             raise DiskFull
-        return put(*args)
+        return write(*args)
 
     monkeypatch.setattr(parts.files, "write", full)
-    link.said.put(ended(job))
+    runner.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert tried.is_set()
     assert len(parts.on_disk()) == 1
 
 
-def test_a_stop_gives_back_what_runs(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_a_stop_requeues_running_jobs(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
     cluster = start()
     running, waiting = submit(parts), submit(parts)
     fleet.next().taken()
@@ -274,48 +276,48 @@ def test_a_stop_gives_back_what_runs(parts: Parts, fleet: FakeRayCluster, start:
     assert not cluster.is_ready
 
 
-def test_low_priority_waits_for_a_gpu_without_keeping_normal_out(
+def test_low_priority_waits_for_a_gpu_without_blocking_normal_priority(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     low = [submit(parts, priority=Priority.LOW) for _ in range(2)]
-    link = fleet.next()
-    assert link.taken() == low[0].request_id
+    runner = fleet.next()
+    assert runner.taken() == low[0].request_id
     normal = submit(parts)
-    assert link.taken() == normal.request_id
+    assert runner.taken() == normal.request_id
     assert low[1].state == State.IN_QUEUE
 
 
-def test_gpus_come_with_the_queue_and_go_when_they_are_idle(
+def test_gpus_are_added_for_the_queue_and_removed_when_idle(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
     assert (cluster.gpus(), cluster.is_ready) == ([], False)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
-    links = [fleet.next(), fleet.next()]
+    runners = [fleet.next(), fleet.next()]
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready", "ready"])
     while any(job.state != State.COMPLETED for job in jobs.values()):
-        for link in links:
-            while not link.orders.empty():
-                link.said.put(ended(jobs[link.taken()]))
+        for runner in runners:
+            while not runner.orders.empty():
+                runner.said.put(ended(jobs[runner.taken()]))
         threading.Event().wait(0.005)
     until(lambda: not cluster.gpus())
 
 
-def test_an_idle_gpu_goes_while_a_later_one_paints_on(
+def test_an_idle_gpu_is_removed_while_a_later_one_is_busy(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
-    painting = first.taken()
+    running_id = first.taken()
     second = fleet.next()
     held = jobs.pop(second.taken())
     while jobs:
-        first.said.put(ended(jobs.pop(painting)))
-        painting = first.taken() if jobs else ""
+        first.said.put(ended(jobs.pop(running_id)))
+        running_id = first.taken() if jobs else ""
     until(lambda: [(gpu.name, gpu.state, gpu.num_running) for gpu in cluster.gpus()] == [("1", "ready", 1)])
     second.said.put(ended(held))
     until(lambda: held.state == State.COMPLETED)
@@ -323,23 +325,23 @@ def test_an_idle_gpu_goes_while_a_later_one_paints_on(
     until(lambda: not cluster.gpus())
 
 
-@pytest.mark.parametrize(("node", "left"), [("there", ["ready", "loading"]), ("", ["ready"])])
-def test_a_queue_that_gets_shorter_takes_back_what_was_asked_for_but_not_what_loads(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, left: list[str]
+@pytest.mark.parametrize(("node", "expected_states"), [("there", ["ready", "loading"]), ("", ["ready"])])
+def test_a_shorter_queue_withdraws_a_requested_gpu_but_not_a_loading_one(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, expected_states: list[str]
 ) -> None:
     cluster = start(max_gpus=2, min_gpus=0)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
-    painting = first.taken()
+    running_id = first.taken()
     fleet.made.get(timeout=20).node = node
-    first.said.put(ended(jobs[painting]))
-    until(lambda: jobs[painting].state == State.COMPLETED)
+    first.said.put(ended(jobs[running_id]))
+    until(lambda: jobs[running_id].state == State.COMPLETED)
     looks = fleet.num_looks
     until(lambda: fleet.num_looks > looks + 3)
-    until(lambda: [gpu.state for gpu in cluster.gpus()] == left)
+    until(lambda: [gpu.state for gpu in cluster.gpus()] == expected_states)
 
 
-def test_as_many_gpus_as_the_cluster_has(
+def test_every_gpu_of_the_cluster_is_used(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
@@ -350,7 +352,7 @@ def test_as_many_gpus_as_the_cluster_has(
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready"] * 3)
 
 
-def test_a_runner_that_cannot_load_is_tried_again(
+def test_a_runner_that_fails_to_load_is_restarted(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
@@ -361,7 +363,7 @@ def test_a_runner_that_cannot_load_is_tried_again(
     assert cluster.gpus()[0].num_restarts == 3
 
 
-def test_a_head_without_ray_ends_and_keeps_its_queue(
+def test_the_head_stops_when_ray_dies_and_keeps_its_queue(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
@@ -374,76 +376,76 @@ def test_a_head_without_ray_ends_and_keeps_its_queue(
     assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",)]
 
 
-@pytest.mark.parametrize("is_refused_there", [False, True])
-def test_what_cannot_be_handed_over_is_tried_elsewhere(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_refused_there: bool
+@pytest.mark.parametrize("is_rejected_by_runner", [False, True])
+def test_a_job_that_a_runner_cannot_receive_goes_to_another(
+    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_rejected_by_runner: bool
 ) -> None:
     fleet.number = 2
     cluster = start()
     first = fleet.made.get(timeout=20)
-    first.cannot_take = None if is_refused_there else RunnerLost("the object store is full")
+    first.send_error = None if is_rejected_by_runner else RunnerLost("the object store is full")
     first.ready()
     until(lambda: cluster.is_ready)
     job = submit(parts)
-    if is_refused_there:
+    if is_rejected_by_runner:
         assert first.taken() == job.request_id
         first.said.put(messages.JobRejected(job.request_id))
     assert fleet.next().taken() == job.request_id
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
-def test_a_job_whose_file_is_gone_fails_alone(
+def test_a_job_whose_input_is_missing_fails_alone(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    link = fleet.next()
-    link.cannot_take = FileNotFoundError("gone")
+    runner = fleet.next()
+    runner.send_error = FileNotFoundError("gone")
     job = submit(parts, input_files={"image_url": "gone"})
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.is_ready) == ("internal_error", True)
 
 
-def test_what_is_long_in_handing_over_holds_up_no_other_gpu(
+def test_a_slow_transfer_to_one_gpu_does_not_delay_another(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     fleet.number = 2
     cluster = start()
-    links = [fleet.next(), fleet.next()]
+    runners = [fleet.next(), fleet.next()]
     until(lambda: all(gpu.state == "ready" for gpu in cluster.gpus()) and len(cluster.gpus()) == 2)
-    for link in links:
-        link.may_take.clear()
+    for runner in runners:
+        runner.can_send.clear()
     large = submit(parts, input_files={"image_url": "0" * 32 + ".png"})
     until(lambda: large.state == State.IN_PROGRESS)
     small = submit(parts)
-    until(lambda: not all(link.orders.empty() for link in links))
-    first, second = sorted(links, key=lambda link: link.orders.empty())
+    until(lambda: not all(runner.orders.empty() for runner in runners))
+    first, second = sorted(runners, key=lambda runner: runner.orders.empty())
     assert first.taken() == small.request_id
-    for link in links:
-        link.may_take.set()
+    for runner in runners:
+        runner.can_send.set()
     assert second.taken() == large.request_id
 
 
-def test_a_head_that_cannot_write_its_rows_ends(
+def test_the_head_stops_when_it_cannot_write_to_the_database(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
-    link = fleet.next()
-    link.taken()
-    monkeypatch.setattr(parts.queue, "finish", lambda *given: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
-    link.said.put(ended(job))
+    runner = fleet.next()
+    runner.taken()
+    monkeypatch.setattr(parts.queue, "finish", lambda *args: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
+    runner.said.put(ended(job))
     until(lambda: cluster.failure is not None)
     assert str(cluster.failure) == "disk I/O error"
 
 
-def test_a_picture_that_cannot_be_written_fails_alone(
+def test_a_job_whose_image_cannot_be_written_fails_alone(
     parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
-    link = fleet.next()
-    link.taken()
-    monkeypatch.setattr(parts.files, "write", lambda *given: (_ for _ in ()).throw(OSError("bad sector")))
-    link.said.put(ended(job))
+    runner = fleet.next()
+    runner.taken()
+    monkeypatch.setattr(parts.files, "write", lambda *args: (_ for _ in ()).throw(OSError("bad sector")))
+    runner.said.put(ended(job))
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.failure) == ("internal_error", None)

@@ -1,4 +1,4 @@
-"""The worker away from the queue, without Ray: what is put in is painted, and told of."""
+"""Tests of a runner without Ray: it runs the jobs it receives, and reports their progress and results."""
 
 import dataclasses
 import io
@@ -32,22 +32,22 @@ def job(endpoint: str = "test/null", **changes: Any) -> Job:
 
 @pytest.fixture
 def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Runner, Iterator[Any]]]:
-    """A runner at work, and its reports, one after the other."""
+    """Yield a runner that is running, and an iterator over its messages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    made = Runner(
+    gpu_runner = Runner(
         Settings(weights=("test/null=demo",), data_dir=tmp_path / "head", models_dir=MODELS, shutdown_grace=5)
     )
-    reports = (report for batch in made.work() for report in batch)
+    reports = (report for batch in gpu_runner.work() for report in batch)
     try:
-        yield made, reports
+        yield gpu_runner, reports
     finally:
-        made.stop()
-        # To its end, so that everything is closed.
+        gpu_runner.stop()
+        # Read all messages, so that everything is closed.
         list(reports)
-        made._worker._thread.join()
-        made._crash_recorder.close()
+        gpu_runner._worker._thread.join()
+        gpu_runner._crash_recorder.close()
         root.handlers[:], root.level = handlers, level
 
 
@@ -55,17 +55,17 @@ def first(reports: Iterator[Any], kind: type[Any]) -> Any:
     return next(report for report in reports if isinstance(report, kind))
 
 
-def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iterator[Any]]) -> None:
-    made, reports = working
+def test_a_job_is_run_and_reported(working: tuple[Runner, Iterator[Any]]) -> None:
+    gpu_runner, reports = working
     assert next(report for report in reports if isinstance(report, messages.RunnerState) and report.is_ready).engines
-    made.take_job(job(), TEXT % "x", {})
-    seen = []
+    gpu_runner.take_job(job(), TEXT % "x", {})
+    earlier = []
     while not isinstance(report := next(reports), messages.JobFinished):
-        seen.append(report)
-    steps = [(each.step, each.num_steps) for each in seen if isinstance(each, messages.JobProgress)]
+        earlier.append(report)
+    steps = [(each.step, each.num_steps) for each in earlier if isinstance(each, messages.JobProgress)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert sum(isinstance(each, messages.StepMeasured) for each in seen) == 4
-    assert [each for each in seen if isinstance(each, messages.ImagesGenerated)] == [
+    assert sum(isinstance(each, messages.StepMeasured) for each in earlier) == 4
+    assert [each for each in earlier if isinstance(each, messages.ImagesGenerated)] == [
         messages.ImagesGenerated("test/null", 2, 0)
     ]
     assert report.outcome.status == 200
@@ -75,86 +75,86 @@ def test_a_job_that_is_put_in_is_painted_and_told_of(working: tuple[Runner, Iter
 
 
 def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
-    made, reports = working
-    made.take_job(job("test/gate"), TEXT % gate.path, {})
+    gpu_runner, reports = working
+    gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
     assert first(reports, messages.JobProgress).step == 1
-    made.cancel("one")
+    gpu_runner.cancel("one")
     gate.let(1)
     ended = first(reports, messages.JobFinished)
     assert (ended.outcome.error_type, ended.contents) == ("client_cancelled", {})
 
 
-def test_previews_come_when_somebody_wants_them(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
-    made, reports = working
-    made.take_job(job("test/gate"), TEXT % gate.path, {})
+def test_previews_are_sent_on_request(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
+    gpu_runner, reports = working
+    gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
     assert first(reports, messages.JobProgress).preview is None
-    made.preview("one")
+    gpu_runner.preview("one")
     gate.open()
     assert any(report.preview for report in iter(lambda: first(reports, messages.JobProgress), None) if report.step > 1)
     assert first(reports, messages.JobFinished)
 
 
-def test_what_came_along_is_there(working: tuple[Runner, Iterator[Any]]) -> None:
-    made, reports = working
+def test_input_files_are_stored(working: tuple[Runner, Iterator[Any]]) -> None:
+    gpu_runner, reports = working
     content = io.BytesIO()
     Image.new("RGB", (64, 64), (1, 2, 250)).save(content, "PNG")
     text = '{"prompt": "x", "seed": 7, "num_inference_steps": 10, "image_url": "x", "image_size": "square"}'
-    aside = made._inputs.temp_path()
-    aside.write_bytes(content.getvalue())
-    name = made._inputs.add(aside, ".png")
-    made._inputs.path(name).unlink()
-    made.take_job(job("test/copy", input_files={"image_url": name}), text, {name: content.getvalue()})
-    (picture,) = first(reports, messages.JobFinished).contents.values()
-    red, green, blue = Image.open(io.BytesIO(picture)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
+    temp_path = gpu_runner._inputs.temp_path()
+    temp_path.write_bytes(content.getvalue())
+    name = gpu_runner._inputs.add(temp_path, ".png")
+    gpu_runner._inputs.path(name).unlink()
+    gpu_runner.take_job(job("test/copy", input_files={"image_url": name}), text, {name: content.getvalue()})
+    (image,) = first(reports, messages.JobFinished).contents.values()
+    red, green, blue = Image.open(io.BytesIO(image)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
     assert blue > 200 > 20 > max(red, green)
 
 
-def test_what_cannot_be_taken_in_is_refused(
+def test_a_job_whose_input_cannot_be_stored_is_rejected(
     working: tuple[Runner, Iterator[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, reports = working
-    monkeypatch.setattr(made, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
-    assert made.missing_inputs(["a.png"]) == ["a.png"]
-    made.take_job(job("test/copy", input_files={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
+    gpu_runner, reports = working
+    monkeypatch.setattr(gpu_runner, "fetch", lambda source: (_ for _ in ()).throw(OSError("no space left")))
+    assert gpu_runner.missing_inputs(["a.png"]) == ["a.png"]
+    gpu_runner.take_job(job("test/copy", input_files={"image_url": "a.png"}), TEXT % "x", {"a.png": b""})
     assert first(reports, messages.JobRejected) == messages.JobRejected("one")
 
 
-def test_what_runs_is_given_back_when_the_grace_is_over(
+def test_running_jobs_are_released_after_the_grace_period(
     working: tuple[Runner, Iterator[Any]], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, reports = working
-    object.__setattr__(made._worker._settings, "shutdown_grace", 0)
-    made.take_job(job("test/gate"), TEXT % gate.path, {})
+    gpu_runner, reports = working
+    object.__setattr__(gpu_runner._worker._settings, "shutdown_grace", 0)
+    gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
     gate.let(1)
     assert first(reports, messages.JobProgress).step == 1
-    stopping = threading.Thread(target=made.stop)
+    stopping = threading.Thread(target=gpu_runner.stop)
     stopping.start()
     gate.let(1)
     assert first(reports, messages.JobReleased) == messages.JobReleased("one")
     stopping.join()
 
 
-def test_a_lost_device_is_heard_of_before_the_process_ends(
+def test_a_lost_device_is_reported_before_the_process_ends(
     working: tuple[Runner, Iterator[Any]], tmp_path: Path
 ) -> None:
-    made, reports = working
+    gpu_runner, reports = working
     present = tmp_path / "present"
     present.touch()
-    made.take_job(job("test/lost"), TEXT % present, {})
+    gpu_runner.take_job(job("test/lost"), TEXT % present, {})
     assert first(reports, messages.CrashReported) == messages.CrashReported(["one"])
-    made.ack_crash()
-    over = first(reports, messages.RunnerStopped)
-    assert over.failure == "an illegal memory access was encountered"
+    gpu_runner.ack_crash()
+    stopped = first(reports, messages.RunnerStopped)
+    assert stopped.failure == "an illegal memory access was encountered"
 
 
-def test_folders_of_dead_runners_go_after_a_while(tmp_path: Path) -> None:
+def test_directories_of_dead_runners_are_deleted_after_a_while(tmp_path: Path) -> None:
     host = socket.gethostname()
     old, young, elsewhere = (tmp_path / name for name in (f"{host}-4194305", f"{host}-4194306", "other-4194305"))
-    for folder in (old, young, elsewhere):
-        folder.mkdir()
-    for folder in (old, elsewhere):
-        os.utime(folder, (0, 0))
+    for directory in (old, young, elsewhere):
+        directory.mkdir()
+    for directory in (old, elsewhere):
+        os.utime(directory, (0, 0))
     mine = runner._new_directory(tmp_path)
     assert {*tmp_path.iterdir()} == {mine, young, elsewhere}

@@ -1,4 +1,4 @@
-"""What goes wrong while one is painted ends that one at most, says why, and leaves nothing behind."""
+"""Tests of faults while an image is generated: a fault ends at most one request, with a reason, and leaks nothing."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ FULL = torch.OutOfMemoryError
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[FluxEngine]:
-    # What is there by now stays: the many collections of these tests need not look through all of PyTorch.
+    # Freeze the objects that exist now, so that the many collections of these tests skip all of PyTorch.
     gc.collect()
     gc.freeze()
     yield tiny_flux.engine()
@@ -33,7 +33,7 @@ def engine() -> Iterator[FluxEngine]:
 
 @pytest.fixture
 def freed(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """One for each time that memory was given back."""
+    """Return a list with one entry for each time that memory is freed."""
     seen: list[None] = []
 
     def free() -> None:
@@ -46,11 +46,11 @@ def freed(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @contextmanager
 def failing(module: Any, *errors: type[Exception] | None) -> Iterator[None]:
-    """Its next calls raise these, one after the other; None lets one through. All of them must come."""
-    left = list(errors)
+    """Make the next calls of the module raise these errors in order. None lets a call pass. All must be used."""
+    remaining = list(errors)
 
     def fail(*_: Any) -> None:
-        if left and (error := left.pop(0)):
+        if remaining and (error := remaining.pop(0)):
             raise error("it was said")
 
     hook = module.register_forward_pre_hook(fail)
@@ -58,11 +58,11 @@ def failing(module: Any, *errors: type[Exception] | None) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    assert not left
+    assert not remaining
 
 
 def parts_of(engine: FluxEngine) -> dict[str, Any]:
-    """What can fail: encoding the prompt, the step and decoding."""
+    """Return the modules that can fail: for encoding the prompt, for the step and for decoding."""
     pipeline = engine.pipeline
     return {"text": pipeline.text_encoder_2, "step": pipeline.transformer, "decode": pipeline.vae.decoder}
 
@@ -71,13 +71,13 @@ PARTS = ("text", "step", "decode")
 
 
 @pytest.fixture(autouse=True)
-def forget(engine: FluxEngine) -> None:
-    """Every test encodes its prompts itself."""
+def clear_prompts(engine: FluxEngine) -> None:
+    """Clear the prompt cache, so that every test encodes its prompts."""
     engine.prompts.evict()
 
 
-def bytes_of(engine: FluxEngine, painting: FluxTask) -> list[bytes]:
-    return [picture.tobytes() for picture in finished(engine, painting)]
+def bytes_of(engine: FluxEngine, task: FluxTask) -> list[bytes]:
+    return [image.tobytes() for image in finished(engine, task)]
 
 
 # -- out of memory
@@ -85,73 +85,77 @@ def bytes_of(engine: FluxEngine, painting: FluxTask) -> list[bytes]:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("acceleration", ["none", "regular"])
-def test_out_of_memory_once_is_tried_again(engine: FluxEngine, freed: list[None], part: str, acceleration: str) -> None:
+def test_one_out_of_memory_error_is_retried(
+    engine: FluxEngine, freed: list[None], part: str, acceleration: str
+) -> None:
     request = asked(num_inference_steps=3, acceleration=acceleration)
-    expected = [picture.tobytes() for picture in painted(engine, request, 1)]
+    expected = [image.tobytes() for image in painted(engine, request, 1)]
     engine.prompts.evict()
-    painting = engine.start(request, 1)
+    task = engine.start(request, 1)
     with failing(parts_of(engine)[part], FULL):
-        assert bytes_of(engine, painting) == expected
+        assert bytes_of(engine, task) == expected
     assert len(freed) == 1
-    assert (painting.step, len(painting.images)) == (3, 1)
+    assert (task.step, len(task.images)) == (3, 1)
 
 
-def test_out_of_memory_at_every_step_is_tried_again_each_time(engine: FluxEngine, freed: list[None]) -> None:
-    expected = [picture.tobytes() for picture in painted(engine, asked(num_inference_steps=3), 1)]
+def test_out_of_memory_at_every_step_is_retried_each_time(engine: FluxEngine, freed: list[None]) -> None:
+    expected = [image.tobytes() for image in painted(engine, asked(num_inference_steps=3), 1)]
     with failing(engine.pipeline.transformer, *[FULL, None] * 3):
         assert bytes_of(engine, engine.start(asked(num_inference_steps=3), 1)) == expected
     assert len(freed) == 3
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_out_of_memory_twice_ends_it_and_names_size_and_what_is_free(
+def test_two_out_of_memory_errors_fail_the_task_and_name_its_size_and_free_memory(
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr("models.loading.devices.free_memory", lambda device: 1_234_000_000)
     others = [engine.start(asked("other", acceleration=acceleration), 2) for acceleration in ("none", "regular")]
-    expected = [[picture.tobytes() for picture in painted(engine, other.request, 2)] for other in others]
+    expected = [[image.tobytes() for image in painted(engine, other.request, 2)] for other in others]
     for other in others:
         engine.advance(other)
-    painting = engine.start(asked(width=96, height=64, acceleration="regular"), 1)
-    with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed) as told:
-        finished(engine, painting)
-    assert "96x64" in str(told.value)
-    assert "1.2 GB are free" in str(told.value)
+    task = engine.start(asked(width=96, height=64, acceleration="regular"), 1)
+    with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed) as error:
+        finished(engine, task)
+    assert "96x64" in str(error.value)
+    assert "1.2 GB are free" in str(error.value)
     assert len(freed) == 1
-    assert painting.images == []
-    # The others go on, and so does the next one.
+    assert task.images == []
+    # The other tasks continue, and a new task succeeds.
     assert [bytes_of(engine, other) for other in others] == expected
     assert painted(engine, asked(), 1)
 
 
-def test_out_of_memory_together_is_tried_again_alone(engine: FluxEngine, freed: list[None]) -> None:
+def test_out_of_memory_in_a_shared_forward_is_retried_alone(engine: FluxEngine, freed: list[None]) -> None:
     requests = [asked(f"picture {seed}", acceleration="regular") for seed in range(3)]
-    alone = [[picture.tobytes() for picture in painted(engine, request, seed)] for seed, request in enumerate(requests)]
+    alone = [[image.tobytes() for image in painted(engine, request, seed)] for seed, request in enumerate(requests)]
     leader, *others = (engine.start(request, seed) for seed, request in enumerate(requests))
     with batches(engine.pipeline.transformer) as sizes, failing(engine.pipeline.transformer, FULL):
         advanced = engine.advance(leader, others)
     assert sizes == [3, 1]
     assert len(freed) == 1
-    assert [painting is leader for painting in advanced] == [True]
-    assert [(painting.step, painting.work > 0) for painting in (leader, *others)] == [(1, True), (0, False), (0, False)]
-    assert [bytes_of(engine, painting) for painting in (leader, *others)] == alone
+    assert [task is leader for task in advanced] == [True]
+    assert [(task.step, task.work > 0) for task in (leader, *others)] == [(1, True), (0, False), (0, False)]
+    assert [bytes_of(engine, task) for task in (leader, *others)] == alone
 
 
-def test_out_of_memory_for_several_pictures_of_one_request_paints_them_one_by_one(
+def test_out_of_memory_for_several_images_of_one_request_generates_them_one_by_one(
     engine: FluxEngine, freed: list[None]
 ) -> None:
-    painting = engine.start(asked(num_images=2, acceleration="regular"), 5)
+    task = engine.start(asked(num_images=2, acceleration="regular"), 5)
     with batches(engine.pipeline.transformer) as sizes, failing(engine.pipeline.transformer, *[FULL, None] * 3):
-        pictures = bytes_of(engine, painting)
-    # The first is stepped alone, twice; then the second.
+        images = bytes_of(engine, task)
+    # The first sample takes two steps alone. The second sample follows.
     assert sizes[:4] == [2, 1, 2, 1]
-    assert painting.step == painting.num_steps == 4
-    assert pictures == [painted(engine, asked(), seed)[0].tobytes() for seed in (5, 6)]
+    assert task.step == task.num_steps == 4
+    assert images == [painted(engine, asked(), seed)[0].tobytes() for seed in (5, 6)]
 
 
-def test_twice_out_of_memory_together_ends_the_leader_alone(engine: FluxEngine, freed: list[None]) -> None:
+def test_two_out_of_memory_errors_in_a_shared_forward_fail_only_the_leader(
+    engine: FluxEngine, freed: list[None]
+) -> None:
     leader, other = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
-    expected = [picture.tobytes() for picture in painted(engine, other.request, 1)]
+    expected = [image.tobytes() for image in painted(engine, other.request, 1)]
     with failing(engine.pipeline.transformer, FULL, FULL), pytest.raises(GenerationFailed):
         engine.advance(leader, [other])
     assert other.step == 0
@@ -159,93 +163,93 @@ def test_twice_out_of_memory_together_ends_the_leader_alone(engine: FluxEngine, 
 
 
 @pytest.mark.parametrize("part", ["step", "decode"])
-def test_what_failed_is_let_go_before_the_second_try(
+def test_tensors_of_a_failed_try_are_freed_before_the_retry(
     engine: FluxEngine, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    deep = {
+    modules = {
         "step": engine.pipeline.transformer.single_transformer_blocks[-1],
         "decode": engine.pipeline.vae.decoder.conv_out,
     }
-    held: list[weakref.ref[torch.Tensor]] = []
-    at_free: list[bool] = []
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    freed_tensors: list[bool] = []
 
-    def look(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        held.append(weakref.ref(named["hidden_states"] if named else inputs[0]))
+    def record_tensor(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors.append(weakref.ref(named["hidden_states"] if named else inputs[0]))
 
     def free() -> None:
         Device.free(engine.device)
-        at_free.extend(tensor() is None for tensor in held)
+        freed_tensors.extend(tensor() is None for tensor in tensors)
 
     monkeypatch.setattr(engine.device, "free", free)
-    painting = engine.start(asked(), 1)
+    task = engine.start(asked(), 1)
     if part == "decode":
-        tiny_flux.stepped(engine, painting)
-    hook = deep[part].register_forward_pre_hook(look, with_kwargs=True)
+        tiny_flux.stepped(engine, task)
+    hook = modules[part].register_forward_pre_hook(record_tensor, with_kwargs=True)
     try:
-        with failing(deep[part], FULL):
-            finished(engine, painting)
+        with failing(modules[part], FULL):
+            finished(engine, task)
     finally:
         hook.remove()
-    assert at_free == [True]
+    assert freed_tensors == [True]
 
 
-def test_one_that_cannot_begin_ends_itself_alone(engine: FluxEngine) -> None:
+def test_a_task_that_cannot_start_fails_alone(engine: FluxEngine) -> None:
     leader, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
-    expected = [picture.tobytes() for picture in painted(engine, leader.request, 0)]
+    expected = [image.tobytes() for image in painted(engine, leader.request, 0)]
     with failing(parts_of(engine)["text"], KeyError, KeyError):
         while leader.step < leader.num_steps:
-            assert [painting is leader for painting in engine.advance(leader, [bad])] == [True]
+            assert [task is leader for task in engine.advance(leader, [bad])] == [True]
     assert bytes_of(engine, leader) == expected
     with failing(parts_of(engine)["text"], KeyError), pytest.raises(KeyError):
         engine.advance(bad, [leader])
 
 
-class Judge:
-    """A safety checker that raises these, one after the other, and then finds one picture in two unsafe."""
+class FakeChecker:
+    """Safety checker that raises the given errors in order, and then finds every second image unsafe."""
 
     def __init__(self, *errors: Exception) -> None:
-        self.left = list(errors)
+        self.errors = list(errors)
 
-    def is_unsafe(self, pictures: Sequence[Image]) -> Sequence[bool]:
-        if self.left:
-            raise self.left.pop(0)
-        return [index % 2 == 1 for index in range(len(pictures))]
+    def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
+        if self.errors:
+            raise self.errors.pop(0)
+        return [index % 2 == 1 for index in range(len(images))]
 
 
 @pytest.mark.parametrize("error", [FULL("full"), RuntimeError("cuDNN error: out of memory, it was said")])
-def test_a_check_that_runs_out_of_memory_is_tried_again(
+def test_a_safety_check_that_runs_out_of_memory_is_retried(
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    pictures = painted(engine, asked(num_images=2), 1)
-    monkeypatch.setattr(engine, "checker", Judge(error))
-    assert engine.is_unsafe(pictures) == [False, True]
+    images = painted(engine, asked(num_images=2), 1)
+    monkeypatch.setattr(engine, "checker", FakeChecker(error))
+    assert engine.is_unsafe(images) == [False, True]
     assert len(freed) == 1
-    monkeypatch.setattr(engine, "checker", Judge(error, error))
+    monkeypatch.setattr(engine, "checker", FakeChecker(error, error))
     with pytest.raises(GenerationFailed, match="GB are free"):
-        engine.is_unsafe(pictures)
-    monkeypatch.setattr(engine, "checker", Judge(torch.AcceleratorError("it was said")))
+        engine.is_unsafe(images)
+    monkeypatch.setattr(engine, "checker", FakeChecker(torch.AcceleratorError("it was said")))
     with pytest.raises(DeviceLost, match="it was said"):
-        engine.is_unsafe(pictures)
+        engine.is_unsafe(images)
 
 
 # -- the device is lost
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_an_error_of_the_device_means_that_it_is_lost(engine: FluxEngine, freed: list[None], part: str) -> None:
-    painting = engine.start(asked(), 1)
+def test_a_device_error_means_that_the_device_is_lost(engine: FluxEngine, freed: list[None], part: str) -> None:
+    task = engine.start(asked(), 1)
     with failing(parts_of(engine)[part], torch.AcceleratorError), pytest.raises(DeviceLost, match="it was said"):
-        finished(engine, painting)
+        finished(engine, task)
     assert freed == []
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_so_does_one_at_the_second_try(engine: FluxEngine, part: str) -> None:
+def test_a_device_error_during_the_retry_means_that_the_device_is_lost(engine: FluxEngine, part: str) -> None:
     with failing(parts_of(engine)[part], FULL, torch.AcceleratorError), pytest.raises(DeviceLost):
         finished(engine, engine.start(asked(), 1))
 
 
-def test_an_error_that_shows_only_when_the_step_is_waited_for(
+def test_a_device_error_that_appears_only_while_waiting_for_the_step(
     engine: FluxEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait() -> None:
@@ -257,8 +261,8 @@ def test_an_error_that_shows_only_when_the_step_is_waited_for(
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_other_errors_are_raised_as_they_are(engine: FluxEngine, freed: list[None], part: str) -> None:
-    expected = [picture.tobytes() for picture in painted(engine, asked("other"), 2)]
+def test_other_errors_are_raised_unchanged(engine: FluxEngine, freed: list[None], part: str) -> None:
+    expected = [image.tobytes() for image in painted(engine, asked("other"), 2)]
     engine.prompts.evict()
     other = engine.start(asked("other"), 2)
     engine.advance(other)
@@ -274,71 +278,71 @@ def test_other_errors_are_raised_as_they_are(engine: FluxEngine, freed: list[Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["step", "decode"])
 @pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
-def test_not_a_number_is_an_error_and_never_a_black_picture(
+def test_not_a_number_is_an_error_and_never_a_black_image(
     engine: FluxEngine, part: str, acceleration: str, value: float
 ) -> None:
     module = engine.pipeline.transformer.proj_out if part == "step" else engine.pipeline.vae.decoder
-    painting = engine.start(asked(acceleration=acceleration), 1)
+    task = engine.start(asked(acceleration=acceleration), 1)
 
-    def spoil(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        spoilt = output.clone()
-        spoilt[0, 0, 0] = value
-        return spoilt
+    def make_non_finite(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        changed = output.clone()
+        changed[0, 0, 0] = value
+        return changed
 
-    hook = module.register_forward_hook(spoil)
+    hook = module.register_forward_hook(make_non_finite)
     try:
         with pytest.raises(GenerationFailed, match="not-a-number"):
-            finished(engine, painting)
+            finished(engine, task)
     finally:
         hook.remove()
-    assert painting.images == []
-    assert not painting.is_decoded
+    assert task.images == []
+    assert not task.is_decoded
     assert painted(engine, asked(), 1)
 
 
-def test_latents_that_are_not_finite_are_an_error_though_the_autoencoder_hides_it(engine: FluxEngine) -> None:
-    painting = tiny_flux.stepped(engine, engine.start(asked(), 1))
-    (generation,) = painting.samples
-    generation.latents = generation.latents * float("inf")
+def test_non_finite_latents_are_an_error_even_if_the_autoencoder_hides_them(engine: FluxEngine) -> None:
+    task = tiny_flux.stepped(engine, engine.start(asked(), 1))
+    (sample,) = task.samples
+    sample.latents = sample.latents * float("inf")
     hook = engine.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
     try:
         with pytest.raises(GenerationFailed, match="not-a-number"):
-            engine.decode(painting)
+            engine.decode(task)
     finally:
         hook.remove()
-    assert painting.images == []
+    assert task.images == []
     assert painted(engine, asked(), 1)
 
 
-def spoilt(engine: FluxEngine, **fields: Any) -> FluxTask:
-    """A painting whose every step was taken, and whose latents are not numbers."""
-    painting = tiny_flux.stepped(engine, engine.start(asked(**fields), 1))
-    for generation in painting.samples:
-        generation.latents = generation.latents * float("nan")
-    return painting
+def non_finite_task(engine: FluxEngine, **fields: Any) -> FluxTask:
+    """Return a task that has taken every step, and whose latents are not numbers."""
+    task = tiny_flux.stepped(engine, engine.start(asked(**fields), 1))
+    for sample in task.samples:
+        sample.latents = sample.latents * float("nan")
+    return task
 
 
-def test_twice_in_a_row_means_that_the_device_is_lost(engine: FluxEngine) -> None:
+def test_two_non_finite_images_in_a_row_mean_that_the_device_is_lost(engine: FluxEngine) -> None:
     for _ in range(3):
         with pytest.raises(NonFiniteOutput):
-            engine.decode(spoilt(engine))
+            engine.decode(non_finite_task(engine))
         assert painted(engine, asked(), 1)
     with pytest.raises(NonFiniteOutput):
-        engine.decode(spoilt(engine))
+        engine.decode(non_finite_task(engine))
     with pytest.raises(DeviceLost, match="two images in a row came out as not-a-number"):
-        engine.decode(spoilt(engine))
+        engine.decode(non_finite_task(engine))
     assert painted(engine, asked(), 1)
 
 
-def test_unless_it_is_somebodys_lora(engine: FluxEngine) -> None:
+def test_non_finite_images_with_a_lora_do_not_mean_that_the_device_is_lost(engine: FluxEngine) -> None:
     for _ in range(3):
-        painting = spoilt(engine)
-        painting.loras = (LoraAdapter(Path("theirs.safetensors"), 1.0),)
+        task = non_finite_task(engine)
+        task.loras = (LoraAdapter(Path("theirs.safetensors"), 1.0),)
         with pytest.raises(NonFiniteOutput):
-            engine.decode(painting)
+            engine.decode(task)
 
 
-def test_the_other_pictures_of_a_shared_forward_are_not_spoilt(engine: FluxEngine) -> None:
+def test_other_images_of_a_shared_forward_stay_finite(engine: FluxEngine) -> None:
     good, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
     engine.advance(good, [bad])
     bad.samples[0].latents = bad.samples[0].latents * float("nan")
@@ -348,29 +352,31 @@ def test_the_other_pictures_of_a_shared_forward_are_not_spoilt(engine: FluxEngin
     assert finished(engine, good)
 
 
-# -- nothing stays
+# -- no leaks
 
 
 def num_tensors() -> int:
     gc.collect()
-    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
-def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What this is about does not depend on how long a text is.
+def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Leaks do not depend on the length of a prompt, so prompts are short here.
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
     request = asked("a fish", num_inference_steps=50)
-    expected = [picture.tobytes() for picture in painted(engine, request, 3)]
+    expected = [image.tobytes() for image in painted(engine, request, 3)]
     one = engine.prompts.encode("a fish", engine.pipeline).num_bytes
     monkeypatch.setattr(engine.prompts, "max_bytes", 4 * one)
     survivor = engine.start(request, 3)
     engine.advance(survivor)
 
     def cancel(number: int) -> None:
-        """One that is dropped before its first step, after it, or after its second, alone or beside others."""
+        """Drop a task after zero, one or two steps, alone or together with others."""
         accelerations = ("none", "regular", "high")
-        asked_for = asked(f"picture {number % 7}", acceleration=accelerations[number % 4 % 3], num_inference_steps=4)
-        first, second = engine.start(asked_for, number), engine.start(asked_for, number + 1)
+        cancelled_request = asked(
+            f"picture {number % 7}", acceleration=accelerations[number % 4 % 3], num_inference_steps=4
+        )
+        first, second = engine.start(cancelled_request, number), engine.start(cancelled_request, number + 1)
         for _ in range(number % 3):
             engine.advance(first, [second, survivor])
             engine.preview(first)
@@ -383,13 +389,13 @@ def test_500_that_are_cancelled_leave_nothing(engine: FluxEngine, monkeypatch: p
         if number % 11 == 0 and survivor.step < survivor.num_steps:
             engine.advance(survivor)
         assert engine.prompts.num_bytes <= 4 * one
-    # The survivor's own are counted before and after.
+    # The tensors of the survivor are counted both before and after.
     assert num_tensors() <= before
     assert survivor.step > 40
     assert bytes_of(engine, survivor) == expected
 
 
-def test_what_fails_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
 
     def fail() -> None:
@@ -405,7 +411,7 @@ def test_what_fails_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
     assert num_tensors() <= before
 
 
-def test_what_is_painted_leaves_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
     painted(engine, asked(acceleration="high"), 1)
     before = num_tensors()

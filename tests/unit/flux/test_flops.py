@@ -1,4 +1,4 @@
-"""The closed form of a step's work against PyTorch's own count, and against the published figures."""
+"""Tests of the formula for the FLOPs of a step, against PyTorch's count and the published figures."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.support.tiny_flux import transformer
         {"num_attention_heads": 3, "joint_attention_dim": 20, "pooled_projection_dim": 12},
     ],
 )
-def test_equals_the_counter(changes: dict[str, Any], num_tokens: int, num_text_tokens: int) -> None:
+def test_the_formula_equals_the_counter(changes: dict[str, Any], num_tokens: int, num_text_tokens: int) -> None:
     model = transformer(**changes)
     config = model.config
     inputs = {
@@ -35,14 +35,14 @@ def test_equals_the_counter(changes: dict[str, Any], num_tokens: int, num_text_t
         "img_ids": torch.zeros(num_tokens, 3),
         "txt_ids": torch.zeros(num_text_tokens, 3),
     }
-    # The counter does not see the CPU's own kernel for attention.
+    # The counter does not count the CPU's attention kernel, so the math kernel runs.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     assert step_flops(config, num_tokens, num_text_tokens) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "tera"), [(512, 512, 21.50), (1024, 768, 55.29), (768, 1024, 55.29), (1024, 1024, 74.39)]
+    ("width", "height", "tflop"), [(512, 512, 21.50), (1024, 768, 55.29), (768, 1024, 55.29), (1024, 1024, 74.39)]
 )
-def test_flux_dev_is_as_published(width: int, height: int, tera: float) -> None:
-    assert step_flops(FLUX_DEV, width * height // 256, 512) / 1e12 == pytest.approx(tera, abs=0.02)
+def test_flux_dev_equals_the_published_figures(width: int, height: int, tflop: float) -> None:
+    assert step_flops(FLUX_DEV, width * height // 256, 512) / 1e12 == pytest.approx(tflop, abs=0.02)

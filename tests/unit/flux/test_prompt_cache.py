@@ -1,4 +1,4 @@
-"""Prompts are encoded once, as FluxPipeline does it, and what is kept of them is bounded."""
+"""Tests of the prompt cache: it encodes each prompt once, as FluxPipeline does, and is bounded in bytes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,44 +20,44 @@ def pipeline() -> FluxPipeline:
 
 @pytest.fixture
 def encoded(pipeline: FluxPipeline) -> Iterator[list[int]]:
-    """A number for each time the large text encoder ran: how many prompts it was given."""
-    seen: list[int] = []
+    """Yield a list with the number of prompts in each run of the large text encoder."""
+    num_prompts: list[int] = []
 
-    def look(_: Any, inputs: Any) -> None:
-        seen.append(len(inputs[0]))
+    def record(_: Any, inputs: Any) -> None:
+        num_prompts.append(len(inputs[0]))
 
-    hook = pipeline.text_encoder_2.register_forward_pre_hook(look)
-    yield seen
+    hook = pipeline.text_encoder_2.register_forward_pre_hook(record)
+    yield num_prompts
     hook.remove()
 
 
 def size_of_one(pipeline: FluxPipeline) -> int:
-    text: PromptEmbeds = PromptCache("cpu").encode("", pipeline)
-    return text.num_bytes
+    embeds: PromptEmbeds = PromptCache("cpu").encode("", pipeline)
+    return embeds.num_bytes
 
 
-def test_equals_the_pipeline(pipeline: FluxPipeline) -> None:
+def test_embeddings_equal_those_of_the_pipeline(pipeline: FluxPipeline) -> None:
     prompt = "a red apple on a blue table"
-    text = PromptCache("cpu").encode(prompt, pipeline)
+    embeds = PromptCache("cpu").encode(prompt, pipeline)
     with torch.no_grad():
         expected = pipeline.encode_prompt(prompt, None, max_sequence_length=512)
-    assert text.prompt_embeds.shape[1] == NUM_TOKENS == 512
-    for one, other in zip((text.prompt_embeds, text.pooled_prompt_embeds, text.ids), expected, strict=True):
+    assert embeds.prompt_embeds.shape[1] == NUM_TOKENS == 512
+    for one, other in zip((embeds.prompt_embeds, embeds.pooled_prompt_embeds, embeds.ids), expected, strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_prompt_is_encoded_once(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = PromptCache("cpu")
-    first = texts.encode("a fish", pipeline)
-    assert texts.encode("a fish", pipeline) is first
+    cache = PromptCache("cpu")
+    first = cache.encode("a fish", pipeline)
+    assert cache.encode("a fish", pipeline) is first
     assert len(encoded) == 1
-    texts.encode("a car", pipeline)
-    texts.encode("a fish", pipeline)
+    cache.encode("a car", pipeline)
+    cache.encode("a fish", pipeline)
     assert len(encoded) == 2
 
 
 @pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
-def test_pictures_and_requests_share_their_prompt(
+def test_images_and_requests_share_an_encoded_prompt(
     pipeline: FluxPipeline, encoded: list[int], acceleration: str
 ) -> None:
     engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
@@ -72,47 +72,45 @@ def test_nothing_is_encoded_before_the_first_step(pipeline: FluxPipeline, encode
     assert encoded == []
 
 
-def test_the_least_recently_used_go_first(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    texts = PromptCache("cpu", max_bytes=3 * size_of_one(pipeline))
+def test_the_least_recently_used_prompts_are_evicted_first(pipeline: FluxPipeline, encoded: list[int]) -> None:
+    cache = PromptCache("cpu", max_bytes=3 * size_of_one(pipeline))
     for prompt in ("one", "two", "three"):
-        texts.encode(prompt, pipeline)
-    texts.encode("one", pipeline)
-    texts.encode("four", pipeline)
+        cache.encode(prompt, pipeline)
+    cache.encode("one", pipeline)
+    cache.encode("four", pipeline)
     encoded.clear()
     for prompt in ("one", "three", "four"):
-        texts.encode(prompt, pipeline)
+        cache.encode(prompt, pipeline)
     assert encoded == []
-    texts.encode("two", pipeline)
+    cache.encode("two", pipeline)
     assert encoded == [1]
 
 
-def test_what_is_kept_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
+def test_the_cache_is_bounded_in_bytes(pipeline: FluxPipeline) -> None:
     one = size_of_one(pipeline)
-    # Not a multiple: what does not fit wholly is not kept.
-    texts = PromptCache("cpu", max_bytes=3 * one + one // 2)
+    # The limit is no multiple of one entry. An entry that fits only in part is not kept.
+    cache = PromptCache("cpu", max_bytes=3 * one + one // 2)
     for number in range(8):
-        texts.encode(f"picture {number}", pipeline)
-        assert texts.num_bytes == min(number + 1, 3) * one <= texts.max_bytes
+        cache.encode(f"picture {number}", pipeline)
+        assert cache.num_bytes == min(number + 1, 3) * one <= cache.max_bytes
 
 
-def test_the_last_one_is_kept_though_it_is_too_large(pipeline: FluxPipeline, encoded: list[int]) -> None:
+def test_the_last_prompt_is_kept_even_if_it_exceeds_the_limit(pipeline: FluxPipeline, encoded: list[int]) -> None:
     one = size_of_one(pipeline)
     encoded.clear()
-    texts = PromptCache("cpu", max_bytes=one - 1)
-    texts.encode("a fish", pipeline)
-    kept = texts.encode("a car", pipeline)
-    assert texts.num_bytes == one
-    assert texts.encode("a car", pipeline) is kept
+    cache = PromptCache("cpu", max_bytes=one - 1)
+    cache.encode("a fish", pipeline)
+    kept = cache.encode("a car", pipeline)
+    assert cache.num_bytes == one
+    assert cache.encode("a car", pipeline) is kept
     assert encoded == [1, 1]
 
 
-def test_what_was_forgotten_can_still_be_painted_with(pipeline: FluxPipeline) -> None:
+def test_a_task_can_use_a_prompt_after_its_eviction(pipeline: FluxPipeline) -> None:
     engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
     expected = painted(engine, asked("a fish"), 1)
     engine.prompts.max_bytes = 1
-    painting = engine.start(asked("a fish"), 1)
-    engine.advance(painting)
+    task = engine.start(asked("a fish"), 1)
+    engine.advance(task)
     painted(engine, asked("a car"), 1)
-    assert [picture.tobytes() for picture in tiny_flux.finished(engine, painting)] == [
-        picture.tobytes() for picture in expected
-    ]
+    assert [image.tobytes() for image in tiny_flux.finished(engine, task)] == [image.tobytes() for image in expected]

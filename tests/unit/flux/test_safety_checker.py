@@ -1,4 +1,4 @@
-"""The two kinds of safety checker, tiny ones made here, loaded as the real ones are."""
+"""Tests of the two kinds of safety checker, with tiny checkers that are loaded as the real ones are."""
 
 import shutil
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from models.loading.specs import DEMO
 
 INFINITY = float("inf")
 NAN = float("nan")
-PICTURES = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
+IMAGES = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
 
 
-def compvis(folder: Path, thresholds: float) -> Any:
-    """A checker of CompVis's class: every concept is found when its threshold is below any cosine."""
+def compvis(directory: Path, thresholds: float) -> Any:
+    """Load a checker of CompVis's class. A threshold below any cosine flags every concept."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -29,83 +29,83 @@ def compvis(folder: Path, thresholds: float) -> Any:
     model = StableDiffusionSafetyChecker(config)
     torch.nn.init.constant_(model.concept_embeds_weights, thresholds)
     torch.nn.init.constant_(model.special_care_embeds_weights, 2.0)
-    model.save_pretrained(folder)
+    model.save_pretrained(directory)
     size = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    return safety_checker.load(EngineConfig(None, safety_checker=str(folder), device="cpu"))
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(directory)
+    return safety_checker.load(EngineConfig(None, safety_checker=str(directory), device="cpu"))
 
 
 @pytest.mark.parametrize(("threshold", "flagged"), [(-2.0, True), (2.0, False)])
 def test_compvis(tmp_path: Path, threshold: float, flagged: bool) -> None:
     checker = compvis(tmp_path, threshold)
     assert isinstance(checker, safety_checker.CompVis)
-    assert checker.is_unsafe(PICTURES) == [flagged] * 2
+    assert checker.is_unsafe(IMAGES) == [flagged] * 2
 
 
-def classifier(folder: Path, bias: list[float]) -> Any:
-    """The demo's checker with another bias: [normal, nsfw]."""
+def classifier(directory: Path, bias: list[float]) -> Any:
+    """Load the demo's checker with another bias: [normal, nsfw]."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     source = DEMO / "safety_checker"
     model = AutoModelForImageClassification.from_pretrained(source)
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor(bias))
-    model.save_pretrained(folder)
-    AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-    return safety_checker.load(EngineConfig(None, safety_checker=str(folder), device="cpu"))
+    model.save_pretrained(directory)
+    AutoImageProcessor.from_pretrained(source).save_pretrained(directory)
+    return safety_checker.load(EngineConfig(None, safety_checker=str(directory), device="cpu"))
 
 
 @pytest.mark.parametrize(("bias", "flagged"), [([4.0, -4.0], False), ([-4.0, 4.0], True)])
 def test_image_classifier(tmp_path: Path, bias: list[float], flagged: bool) -> None:
     checker = classifier(tmp_path, bias)
     assert isinstance(checker, safety_checker.ImageClassifier)
-    assert checker.is_unsafe(PICTURES) == [flagged] * 2
+    assert checker.is_unsafe(IMAGES) == [flagged] * 2
 
 
 @pytest.mark.parametrize("value", [NAN, -INFINITY, INFINITY])
-def test_an_answer_that_is_not_a_number_fails_closed(tmp_path: Path, value: float) -> None:
-    """Also one that says "surely safe" because it ran out of the range of numbers."""
+def test_a_score_that_is_not_a_number_fails_closed(tmp_path: Path, value: float) -> None:
+    """An infinite score fails closed too, even if it means "surely safe"."""
     checker = classifier(tmp_path, [4.0, -4.0])
     with torch.no_grad():
         checker.model.classifier.bias[checker.nsfw] = value
     with pytest.raises(GenerationFailed, match="not a number"):
-        checker.is_unsafe(PICTURES)
+        checker.is_unsafe(IMAGES)
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, 3e38, 0.0])
 def test_an_embedding_without_a_direction_fails_closed(tmp_path: Path, value: float) -> None:
-    """3e38 is a number, and what is counted with it is none. With a usual threshold the model itself flags none."""
+    """3e38 is finite, but results computed with it are not. With a usual threshold the model itself flags no image."""
     checker = compvis(tmp_path, 0.2)
     with torch.no_grad():
         checker.model.visual_projection.weight[:] = value
     with pytest.raises(GenerationFailed, match="not a number"):
-        checker.is_unsafe(PICTURES)
+        checker.is_unsafe(IMAGES)
 
 
-def test_one_picture_without_a_direction_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_without_a_direction_fails_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checker = compvis(tmp_path, 2.0)
     pixels = torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), NAN)])
     monkeypatch.setattr(checker, "processor", lambda **_: BatchFeature({"pixel_values": pixels}))
     with pytest.raises(GenerationFailed, match="not a number"):
-        checker.is_unsafe(PICTURES)
+        checker.is_unsafe(IMAGES)
 
 
 def test_a_checker_that_cannot_be_loaded_fails_closed(tmp_path: Path) -> None:
     checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path / "none"), device="cpu"))
     with pytest.raises(GenerationFailed, match="could not be loaded"):
-        checker.is_unsafe(PICTURES)
+        checker.is_unsafe(IMAGES)
 
 
-def made(folder: Path, kind: str) -> tuple[str, str]:
-    """A checker of this kind in the folder that finds nothing, and the names of two tensors that matter."""
+def save_checker(directory: Path, kind: str) -> tuple[str, str]:
+    """Save a checker of this kind that flags nothing, and return the names of two tensors that matter."""
     if kind == "CompVis":
-        compvis(folder, 2.0)
+        compvis(directory, 2.0)
         return "concept_embeds", "concept_embeds_weights"
-    classifier(folder, [4.0, -4.0])
+    classifier(directory, [4.0, -4.0])
     return "classifier.weight", "classifier.bias"
 
 
-SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
     "missing": lambda tensor: None,
     "of another shape": lambda tensor: tensor[:1].clone(),
     "not a number": lambda tensor: torch.full_like(tensor, NAN),
@@ -113,22 +113,26 @@ SPOILED: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 }
 
 
-@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["CompVis", "ImageClassifier"])
-def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind: str, how: str) -> None:
-    for name in made(tmp_path, kind):
-        whole = load_file(tmp_path / "model.safetensors")
-        spoiled = SPOILED[how](whole[name])
-        left = {**whole, name: spoiled} if spoiled is not None else {key: whole[key] for key in whole if key != name}
-        save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
+def test_a_checker_with_damaged_weights_fails_closed(tmp_path: Path, kind: str, damage: str) -> None:
+    for name in save_checker(tmp_path, kind):
+        complete = load_file(tmp_path / "model.safetensors")
+        damaged = DAMAGE[damage](complete[name])
+        tensors = (
+            {**complete, name: damaged}
+            if damaged is not None
+            else {key: complete[key] for key in complete if key != name}
+        )
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
         checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path), device="cpu"))
-        save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+        save_file(complete, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(GenerationFailed, match=rf"could not be loaded.*{name}\b"):
-            checker.is_unsafe(PICTURES)
+            checker.is_unsafe(IMAGES)
 
 
 @pytest.mark.parametrize(
-    ("file", "said", "words"),
+    ("file", "content", "message"),
     [
         ("config.json", "[]", "config.json is JSON, but not an object"),
         ("config.json", "{", "config.json is not JSON"),
@@ -139,26 +143,26 @@ def test_a_checker_without_all_of_its_weights_fails_closed(tmp_path: Path, kind:
         ("model.safetensors", "x", "model.safetensors is not a safetensors file"),
     ],
 )
-def test_a_malformed_checker_fails_closed(tmp_path: Path, file: str, said: str, words: str) -> None:
+def test_a_malformed_checker_fails_closed(tmp_path: Path, file: str, content: str, message: str) -> None:
     shutil.copytree(DEMO / "safety_checker", tmp_path / "checker")
-    (tmp_path / "checker" / file).write_text(said, encoding="utf-8")
+    (tmp_path / "checker" / file).write_text(content, encoding="utf-8")
     checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path / "checker"), device="cpu"))
-    with pytest.raises(GenerationFailed, match=rf"could not be loaded.*{words}"):
-        checker.is_unsafe(PICTURES)
+    with pytest.raises(GenerationFailed, match=rf"could not be loaded.*{message}"):
+        checker.is_unsafe(IMAGES)
 
 
-def test_the_published_names_of_compvis_are_whole(tmp_path: Path) -> None:
-    """The hub's file is older than transformers' present names for the same tensors."""
-    flags = compvis(tmp_path, -2.0).is_unsafe(PICTURES)
+def test_the_published_tensor_names_of_compvis_are_accepted(tmp_path: Path) -> None:
+    """The hub's file is older than the names that transformers now uses for the same tensors."""
+    flags = compvis(tmp_path, -2.0).is_unsafe(IMAGES)
     old = {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         old[name.replace("vision_model.", "vision_model.vision_model.", 1)] = tensor
     old["vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
     checker = safety_checker.load(EngineConfig(None, safety_checker=str(tmp_path), device="cpu"))
-    assert checker.is_unsafe(PICTURES) == flags == [True, True]
+    assert checker.is_unsafe(IMAGES) == flags == [True, True]
 
 
-def test_weights_bring_their_own(tmp_path: Path) -> None:
+def test_weights_may_include_their_own_checker(tmp_path: Path) -> None:
     checker = safety_checker.load(EngineConfig(DEMO, safety_checker=str(tmp_path / "none"), device="cpu"))
-    assert checker.is_unsafe(PICTURES) == [False, False]
+    assert checker.is_unsafe(IMAGES) == [False, False]

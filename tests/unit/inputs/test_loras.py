@@ -1,4 +1,4 @@
-"""LoRA weights that come in by address: every way in, what is refused, and what does not come twice."""
+"""Tests of LoRA files: every way to send one, rejected files, and files that are not fetched twice."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ GOOD = save({"transformer.x.lora_A.weight": numpy.ones((4, 8), "float32")})
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[HTTPServer]:
-    """A hub of our own, whose address is in the server's environment."""
+    """Yield a fake hub, whose URL is in the server's environment."""
     with HTTPServer() as server:
         yield server
 
@@ -58,61 +58,61 @@ def send(client: httpx.Client, *paths: str) -> httpx.Response:
     return client.post(LORA, json={"prompt": "", "loras": [{"path": path} for path in paths]})
 
 
-def accepted(client: httpx.Client, *paths: str) -> None:
-    answer = send(client, *paths)
-    assert answer.status_code == 200, answer.text
+def assert_accepted(client: httpx.Client, *paths: str) -> None:
+    response = send(client, *paths)
+    assert response.status_code == 200, response.text
 
 
-def refused(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Why the second of two is not accepted."""
-    answer = send(client, data_uri(GOOD), path)
-    assert answer.status_code == 422, answer.text
-    (entry,) = answer.json()["detail"]
+def rejection(client: httpx.Client, path: str) -> dict[str, Any]:
+    """Send a valid file and this one, and return the error for this one."""
+    response = send(client, data_uri(GOOD), path)
+    assert response.status_code == 422, response.text
+    (entry,) = response.json()["detail"]
     assert entry["loc"] == ["body", "loras", 1, "path"]
-    found: dict[str, Any] = entry
-    return found
+    result: dict[str, Any] = entry
+    return result
 
 
 def data_uri(content: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
-def kept(server: Server) -> list[bytes]:
+def stored(server: Server) -> list[bytes]:
     return [path.read_bytes() for path in (server.data_dir / "inputs").glob("*.safetensors")]
 
 
-# -- the ways in
+# -- ways to send a file
 
 
-def test_hosted_comes_once(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
+def test_a_hosted_file_is_fetched_once(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
     content, statuses = save({"x.lora_B.weight": numpy.ones((8, 4), "float16")}), list[int]()
 
-    def give(request: Request) -> Response:
+    def respond(request: Request) -> Response:
         is_known = request.headers.get("if-none-match") == '"1"'
         statuses.append(304 if is_known else 200)
         return Response(b"" if is_known else content, statuses[-1], {"etag": '"1"'})
 
-    httpserver.expect_request("/lora.safetensors").respond_with_handler(give)
+    httpserver.expect_request("/lora.safetensors").respond_with_handler(respond)
     for _ in range(3):
-        accepted(user, httpserver.url_for("/lora.safetensors"))
+        assert_accepted(user, httpserver.url_for("/lora.safetensors"))
     assert statuses == [200, 304, 304]
-    assert content in kept(running)
+    assert content in stored(running)
 
 
-def test_named_eight_times_it_comes_once(user: httpx.Client, httpserver: HTTPServer) -> None:
-    times = []
+def test_a_file_named_eight_times_is_fetched_once(user: httpx.Client, httpserver: HTTPServer) -> None:
+    requested = []
 
-    def give(request: Request) -> Response:
-        times.append(request.path)
+    def respond(request: Request) -> Response:
+        requested.append(request.path)
         return Response(GOOD)
 
-    httpserver.expect_request("/eight").respond_with_handler(give)
-    accepted(user, *[httpserver.url_for("/eight")] * 8)
-    assert times == ["/eight"]
+    httpserver.expect_request("/eight").respond_with_handler(respond)
+    assert_accepted(user, *[httpserver.url_for("/eight")] * 8)
+    assert requested == ["/eight"]
 
 
 def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the server's own it would hold everybody up."""
+    """In the server's process, the check would delay every request."""
 
     def fail(path: Path) -> str:
         raise AssertionError(path)
@@ -125,65 +125,65 @@ def test_a_header_is_read_by_another_process(tmp_path: Path, monkeypatch: pytest
         loras.check(tmp_path / "b")
 
 
-def test_a_header_that_is_too_long_ends_the_download(user: httpx.Client, httpserver: HTTPServer) -> None:
-    """The rest of it never comes, and nobody waits for it."""
-    over = threading.Event()
+def test_too_long_a_header_stops_the_download(user: httpx.Client, httpserver: HTTPServer) -> None:
+    """The server does not wait for the rest of the file, which never arrives."""
+    released = threading.Event()
 
     def endless() -> Iterator[bytes]:
         yield struct.pack("<Q", 9 * 2**20).ljust(2**19, b" ")
-        over.wait(60)
+        released.wait(60)
         yield b""
 
     httpserver.expect_request("/endless").respond_with_handler(lambda request: Response(endless()))
     try:
-        assert "larger than 8 MiB" in refused(user, httpserver.url_for("/endless"))["msg"]
+        assert "larger than 8 MiB" in rejection(user, httpserver.url_for("/endless"))["msg"]
     finally:
-        over.set()
+        released.set()
 
 
-def test_one_that_changed_comes_again(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
+def test_a_changed_file_is_fetched_again(user: httpx.Client, running: Server, httpserver: HTTPServer) -> None:
     versions = [save({"x.lora_A.weight": numpy.full((4, 8), n, "float32")}) for n in range(2)]
     for number, content in enumerate(versions):
         httpserver.expect_ordered_request("/lora").respond_with_data(content, headers={"etag": f'"{number}"'})
     for content in versions:
-        accepted(user, httpserver.url_for("/lora"))
-        assert content in kept(running)
+        assert_accepted(user, httpserver.url_for("/lora"))
+        assert content in stored(running)
 
 
-def test_uploaded(user: httpx.Client) -> None:
-    announced = {"content_type": "application/octet-stream", "file_name": "a.safetensors"}
-    begun = user.post("/storage/upload/initiate", json=announced, headers={"host": "rest.fal.ai"}).json()
-    user.put(begun["upload_url"], content=GOOD).raise_for_status()
-    accepted(user, begun["file_url"], data_uri(GOOD))
+def test_an_uploaded_file_is_accepted(user: httpx.Client) -> None:
+    file_info = {"content_type": "application/octet-stream", "file_name": "a.safetensors"}
+    upload = user.post("/storage/upload/initiate", json=file_info, headers={"host": "rest.fal.ai"}).json()
+    user.put(upload["upload_url"], content=GOOD).raise_for_status()
+    assert_accepted(user, upload["file_url"], data_uri(GOOD))
 
 
-def test_hub_id(user: httpx.Client, hub: HTTPServer, running: Server) -> None:
+def test_a_hub_id_is_accepted(user: httpx.Client, hub: HTTPServer, running: Server) -> None:
     content = save({"hub.lora_A.weight": numpy.ones((4, 8), "float32")})
     siblings = [{"rfilename": name} for name in ("README.md", "lora.safetensors")]
     hub.expect_request("/api/models/owner/style").respond_with_json({"sha": "a1b2", "siblings": siblings})
     hub.expect_request("/owner/style/resolve/a1b2/lora.safetensors").respond_with_data(content)
-    accepted(user, "owner/style")
-    assert content in kept(running)
+    assert_accepted(user, "owner/style")
+    assert content in stored(running)
 
 
-def test_hub_ids_that_mean_nothing(user: httpx.Client, hub: HTTPServer) -> None:
+def test_invalid_hub_ids_are_rejected(user: httpx.Client, hub: HTTPServer) -> None:
     for name, siblings in {"two": ["a.safetensors", "b.safetensors"], "none": ["a.bin"]}.items():
         body = {"sha": "1", "siblings": [{"rfilename": each} for each in siblings]}
         hub.expect_request(f"/api/models/owner/{name}").respond_with_json(body)
     hub.expect_request("/api/models/owner/odd").respond_with_data("[]")
-    assert "has 2 safetensors files" in refused(user, "owner/two")["msg"]
-    assert "has no safetensors file" in refused(user, "owner/none")["msg"]
-    assert "description of owner/odd cannot be read" in refused(user, "owner/odd")["msg"]
-    assert "answered 500" in refused(user, "owner/unknown")["msg"]
+    assert "has 2 safetensors files" in rejection(user, "owner/two")["msg"]
+    assert "has no safetensors file" in rejection(user, "owner/none")["msg"]
+    assert "description of owner/odd cannot be read" in rejection(user, "owner/odd")["msg"]
+    assert "answered 500" in rejection(user, "owner/unknown")["msg"]
 
 
-# -- what is refused
+# -- rejected files
 
 
 def header(content: object, body: bytes = b"") -> bytes:
-    """A safetensors file whose header says this."""
-    said = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return struct.pack("<Q", len(said)) + said + body
+    """Return a safetensors file with this header."""
+    encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + body
 
 
 ONE = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -208,8 +208,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "is not a valid layer name",
     ),
     "too many": (save({f"{n}.lora_A.weight": numpy.ones(1, "float16") for n in range(20_001)}), "holds 20001 tensors"),
-    "a header without end": (header(b" " * (8 * 2**20 + 1)), "larger than 8 MiB"),
-    "metadata without end": (
+    "an oversized header": (header(b" " * (8 * 2**20 + 1)), "larger than 8 MiB"),
+    "too much metadata": (
         header({"__metadata__": {f"{n}": "" for n in range(4097)}, "a.lora_A.weight": ONE}, bytes(16)),
         "more than 4096 entries",
     ),
@@ -218,12 +218,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files(user: httpx.Client, running: Server, httpserver: HTTPServer, name: str) -> None:
-    content, words = HOSTILE[name]
+def test_hostile_files_are_rejected(user: httpx.Client, running: Server, httpserver: HTTPServer, name: str) -> None:
+    content, message = HOSTILE[name]
     httpserver.expect_request("/lora.safetensors").respond_with_data(content)
-    accepted(user, data_uri(GOOD))
+    assert_accepted(user, data_uri(GOOD))
     before = sorted((running.data_dir / "inputs").iterdir())
-    assert words in refused(user, httpserver.url_for("/lora.safetensors"))["msg"]
+    assert message in rejection(user, httpserver.url_for("/lora.safetensors"))["msg"]
     assert sorted((running.data_dir / "inputs").iterdir()) == before
 
 
@@ -231,38 +231,38 @@ def test_hostile_files(user: httpx.Client, running: Server, httpserver: HTTPServ
     "path",
     [*filter(None, FORBIDDEN), "http://0x7f.1/", "/etc/passwd", "../../etc/passwd", "owner/name/../../x", "./a/b"],
 )
-def test_addresses_that_may_not_be_reached(narrow_client: httpx.Client, path: str) -> None:
-    """The whole corpus of the guard that webhooks have, and paths of this machine."""
-    assert refused(narrow_client, path)["type"] == "file_download_error"
+def test_forbidden_urls_are_rejected(narrow_client: httpx.Client, path: str) -> None:
+    """Every URL that the guard rejects for webhooks is rejected here too, and so are paths on this machine."""
+    assert rejection(narrow_client, path)["type"] == "file_download_error"
 
 
 @pytest.mark.parametrize("scale", [-0.1, 4.1, "nan", None])
-def test_scales(user: httpx.Client, scale: Any) -> None:
-    answer = user.post(LORA, json={"prompt": "", "loras": [{"path": data_uri(GOOD), "scale": scale}]})
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["loc"] == ["body", "loras", 0, "scale"]
+def test_invalid_scales_are_rejected(user: httpx.Client, scale: Any) -> None:
+    response = user.post(LORA, json={"prompt": "", "loras": [{"path": data_uri(GOOD), "scale": scale}]})
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["body", "loras", 0, "scale"]
 
 
-def test_how_many(user: httpx.Client) -> None:
-    accepted(user, *[data_uri(GOOD)] * 8)
+def test_the_number_of_loras_is_limited(user: httpx.Client) -> None:
+    assert_accepted(user, *[data_uri(GOOD)] * 8)
     assert send(user, *[data_uri(GOOD)] * 9).json()["detail"][0]["loc"] == ["body", "loras"]
 
 
-# -- how long they stay
+# -- how long files stay
 
 
-def test_they_stay_until_the_room_is_needed(tmp_path: Path) -> None:
+def test_files_stay_until_their_space_is_needed(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
-        folder = parts.folder / "inputs"
+        directory = parts.folder / "inputs"
         names = [f"{number}{'0' * 63}.safetensors" for number in range(4)]
         for number, name in enumerate(names):
-            (folder / name).write_bytes(bytes(1000))
-            os.utime(folder / name, (clock.now + number, clock.now + number))
+            (directory / name).write_bytes(bytes(1000))
+            os.utime(directory / name, (clock.now + number, clock.now + number))
         parts.queue.submit(submission(input_files={"loras.0.path": names[0]}))
         clock.now += 10_000
         parts.inputs.cache.max_kept_bytes = 4000
         assert parts.inputs.sweep() == 0
         parts.inputs.cache.max_kept_bytes = 2500
         assert parts.inputs.sweep() == 2
-        assert sorted(path.name for path in folder.iterdir()) == [names[0], names[3]]
+        assert sorted(path.name for path in directory.iterdir()) == [names[0], names[3]]

@@ -1,4 +1,4 @@
-"""Pictures that come in by address: every way in, every limit, and nothing that should not be fetched."""
+"""Tests of input images: every way to send one, every limit, and URLs that must not be fetched."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def data_uri(content: bytes, content_type: str = "image/png") -> str:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two keys, and the operator's own network allowed."""
+    """Yield a server with two keys, which may fetch from the operator's own network."""
     settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8"}
     with serving(tmp_path_factory.mktemp("inputs"), "test/copy=demo", **settings) as server:
         yield server.ready()
@@ -48,84 +48,86 @@ def alice(running: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def copied(client: httpx.Client, url: str, **more: Any) -> Image.Image:
-    """The picture that the engine was given."""
+def engine_input(client: httpx.Client, url: str, **more: Any) -> Image.Image:
+    """Return the image that the engine receives."""
     body = {"prompt": "", "image_url": url, "output_format": "png", "sync_mode": True, **more}
-    answer = client.post(COPY, json=body)
-    assert answer.status_code == 200, answer.text
-    content = base64.b64decode(answer.json()["images"][0]["url"].partition(",")[2])
+    response = client.post(COPY, json=body)
+    assert response.status_code == 200, response.text
+    content = base64.b64decode(response.json()["images"][0]["url"].partition(",")[2])
     return Image.open(io.BytesIO(content))
 
 
-def refused(client: httpx.Client, url: str, path: str = COPY) -> dict[str, Any]:
-    """Why it was not accepted; it is never more than a 422 that names the field."""
-    answer = client.post(path, json={"prompt": "", "image_url": url})
-    assert answer.status_code == 422, answer.text
-    (entry,) = answer.json()["detail"]
+def rejection(client: httpx.Client, url: str, path: str = COPY) -> dict[str, Any]:
+    """Return the error of a rejected request, which is always a 422 that names the field."""
+    response = client.post(path, json={"prompt": "", "image_url": url})
+    assert response.status_code == 422, response.text
+    (entry,) = response.json()["detail"]
     assert entry["loc"] == ["body", "image_url"]
     assert entry["msg"]
-    found: dict[str, Any] = entry
-    return found
+    result: dict[str, Any] = entry
+    return result
 
 
-def same(one: Image.Image, other: Image.Image) -> bool:
+def are_equal(one: Image.Image, other: Image.Image) -> bool:
     return one.size == other.size and one.tobytes() == other.convert("RGB").tobytes()
 
 
-# -- the ways in
+# -- ways to send an image
 
 
-def test_data_uri(alice: httpx.Client) -> None:
-    assert same(copied(alice, data_uri(encoded(noise()))), noise())
+def test_a_data_uri_is_accepted(alice: httpx.Client) -> None:
+    assert are_equal(engine_input(alice, data_uri(encoded(noise()))), noise())
 
 
-def test_hosted(alice: httpx.Client, httpserver: HTTPServer) -> None:
+def test_a_hosted_file_is_accepted(alice: httpx.Client, httpserver: HTTPServer) -> None:
     httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()), content_type="image/png")
-    assert same(copied(alice, httpserver.url_for("/picture.png")), noise())
+    assert are_equal(engine_input(alice, httpserver.url_for("/picture.png")), noise())
 
 
-def test_uploaded(alice: httpx.Client) -> None:
+def test_an_uploaded_file_is_accepted(alice: httpx.Client) -> None:
     headers = {"host": "rest.fal.ai"}
-    announced = {"content_type": "image/png", "file_name": "in.png"}
-    begun = alice.post("/storage/upload/initiate", json=announced, headers=headers).json()
-    alice.put(begun["upload_url"], content=encoded(noise()), headers={"content-type": "image/png"}).raise_for_status()
-    assert same(copied(alice, begun["file_url"]), noise())
+    file_info = {"content_type": "image/png", "file_name": "in.png"}
+    upload = alice.post("/storage/upload/initiate", json=file_info, headers=headers).json()
+    alice.put(upload["upload_url"], content=encoded(noise()), headers={"content-type": "image/png"}).raise_for_status()
+    assert are_equal(engine_input(alice, upload["file_url"]), noise())
 
 
-def test_an_answer_is_an_input_too(alice: httpx.Client) -> None:
+def test_a_result_can_be_an_input(alice: httpx.Client) -> None:
     url = data_uri(encoded(noise()))
-    answer = alice.post(COPY, json={"prompt": "", "image_url": url, "output_format": "png"}).json()
-    assert same(copied(alice, answer["images"][0]["url"]), noise())
+    response = alice.post(COPY, json={"prompt": "", "image_url": url, "output_format": "png"}).json()
+    assert are_equal(engine_input(alice, response["images"][0]["url"]), noise())
 
 
-def test_a_private_file_is_its_owners_alone(alice: httpx.Client) -> None:
+def test_only_the_owner_can_use_a_private_file(alice: httpx.Client) -> None:
     headers = {"x-fal-object-lifecycle-preference": '{"initial_acl": {"default": "forbid"}}'}
     body = {"prompt": "", "image_url": data_uri(encoded(noise())), "output_format": "png"}
     url = alice.post(COPY, json=body, headers=headers).json()["images"][0]["url"]
-    assert same(copied(alice, url), noise())
-    answer = alice.post(COPY, json={"prompt": "", "image_url": url}, headers=BOB)
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["type"] == "file_download_error"
+    assert are_equal(engine_input(alice, url), noise())
+    response = alice.post(COPY, json={"prompt": "", "image_url": url}, headers=BOB)
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["type"] == "file_download_error"
 
 
-def test_redirects_are_followed_a_few_times(alice: httpx.Client, httpserver: HTTPServer) -> None:
+def test_redirects_are_followed_up_to_a_limit(alice: httpx.Client, httpserver: HTTPServer) -> None:
     httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
     httpserver.expect_request("/moved").respond_with_response(
         Response(status=302, headers={"location": "/picture.png"})
     )
     httpserver.expect_request("/circle").respond_with_response(Response(status=302, headers={"location": "/circle"}))
-    assert same(copied(alice, httpserver.url_for("/moved")), noise())
-    assert "more than 5 times" in refused(alice, httpserver.url_for("/circle"))["msg"]
+    assert are_equal(engine_input(alice, httpserver.url_for("/moved")), noise())
+    assert "more than 5 times" in rejection(alice, httpserver.url_for("/circle"))["msg"]
 
 
-def test_a_redirect_is_judged_like_any_other_address(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    where = {"location": "http://169.254.169.254/latest/meta-data/"}
-    httpserver.expect_request("/away").respond_with_response(Response(status=302, headers=where))
-    assert refused(alice, httpserver.url_for("/away"))["type"] == "file_download_error"
+def test_a_redirect_is_checked_like_any_other_url(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    location = {"location": "http://169.254.169.254/latest/meta-data/"}
+    httpserver.expect_request("/away").respond_with_response(Response(status=302, headers=location))
+    assert rejection(alice, httpserver.url_for("/away"))["type"] == "file_download_error"
 
 
-def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, httpserver: HTTPServer, gate: Gate) -> None:
-    """The bytes of the day of the submit, after a kill and with the host gone."""
+def test_an_accepted_input_survives_a_kill_and_the_loss_of_its_host(
+    tmp_path: Path, httpserver: HTTPServer, gate: Gate
+) -> None:
+    """The request runs with the bytes that were fetched at submit time."""
     httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
     body = {"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"}
     settings = {"outbound_allow": "127.0.0.0/8", "max_running": "1"}
@@ -133,7 +135,7 @@ def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, http
         serving(tmp_path / "data", "test/copy=demo", **settings) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
-        # This one is painted for ever.
+        # This request runs until the gate opens, so the next one waits.
         first = client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
         in_progress(client, first["status_url"])
         path = urlsplit(client.post("/queue/test/copy", json=body).json()["response_url"]).path
@@ -145,21 +147,21 @@ def test_what_was_accepted_is_painted_whatever_became_of_it(tmp_path: Path, http
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
         assert completed(client, f"{path}/status")["status"] == "COMPLETED"
-        found = client.get(urlsplit(client.get(path).json()["images"][0]["url"]).path)
-        assert same(Image.open(io.BytesIO(found.content)), noise())
+        result = client.get(urlsplit(client.get(path).json()["images"][0]["url"]).path)
+        assert are_equal(Image.open(io.BytesIO(result.content)), noise())
 
 
-# -- what is read
+# -- how images are decoded
 
 
 def test_orientation_and_first_frame(alice: httpx.Client) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    turned = copied(alice, data_uri(encoded(noise(96, 80), exif=exif)))
-    assert same(turned, noise(96, 80).transpose(Image.Transpose.ROTATE_270))
+    turned = engine_input(alice, data_uri(encoded(noise(96, 80), exif=exif)))
+    assert are_equal(turned, noise(96, 80).transpose(Image.Transpose.ROTATE_270))
     second = Image.new("RGB", (96, 80))
-    moving = encoded(noise(), "PNG", save_all=True, append_images=[second])
-    assert same(copied(alice, data_uri(moving)), noise())
+    animated = encoded(noise(), "PNG", save_all=True, append_images=[second])
+    assert are_equal(engine_input(alice, data_uri(animated)), noise())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
@@ -167,59 +169,59 @@ def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
     grey = numpy.arange(96 * 80, dtype=numpy.uint16).reshape(80, 96) * 8
     source = Image.fromarray(grey) if mode == "I;16" else noise().convert(mode)
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    found = copied(alice, data_uri(encoded(source, kind)))
-    assert found.mode == "RGB"
+    result = engine_input(alice, data_uri(encoded(source, kind)))
+    assert result.mode == "RGB"
     expected = Image.fromarray((grey // 257).astype(numpy.uint8)) if mode == "I;16" else source
     if mode != "CMYK":
-        assert same(found, expected)
+        assert are_equal(result, expected)
 
 
 def test_large_ones_are_scaled_down_to_the_limit(alice: httpx.Client) -> None:
-    assert copied(alice, data_uri(encoded(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
-    assert copied(alice, data_uri(encoded(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
-    # Whose share of the limit is no exact number.
-    assert copied(alice, data_uri(encoded(Image.new("RGB", (2215, 2215))))).size == (2048, 2048)
+    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
+    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
+    # The scale factor of this size is not exact.
+    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (2215, 2215))))).size == (2048, 2048)
 
 
-# -- what is refused
+# -- rejected inputs
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_hostile_pictures(alice: httpx.Client, name: str) -> None:
+def test_hostile_images_are_rejected(alice: httpx.Client, name: str) -> None:
     content, error_type = REFUSED[name]
-    entry = refused(alice, data_uri(content))
+    entry = rejection(alice, data_uri(content))
     assert entry["type"] == error_type
     assert len(entry["input"]) <= 1000
-    assert same(copied(alice, data_uri(encoded(noise()))), noise())
+    assert are_equal(engine_input(alice, data_uri(encoded(noise()))), noise())
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_odd_pictures(alice: httpx.Client, name: str) -> None:
-    assert same(copied(alice, data_uri(TAKEN[name])), noise())
+def test_odd_images_are_accepted(alice: httpx.Client, name: str) -> None:
+    assert are_equal(engine_input(alice, data_uri(TAKEN[name])), noise())
 
 
-def test_as_many_as_were_promised() -> None:
+def test_at_least_48_images_are_tested() -> None:
     assert len(REFUSED) + len(TAKEN) >= 48
 
 
-def mutate(number: int, folder: Path) -> None:
-    """Change a few bytes of a good picture: what comes of it is RGB within the limits, or is refused."""
+def mutate(number: int, directory: Path) -> None:
+    """Change a few bytes of a valid image, and assert that it decodes to RGB within the limits or is rejected."""
     rng = numpy.random.default_rng(number)
-    good = (PNG, JPEG, WEBP, PROGRESSIVE)[number % 4]
-    content = bytearray(good)
-    for place in rng.integers(len(content) if number % 2 else min(200, len(content)), size=1 + number % 7):
-        content[place] = rng.integers(256)
+    valid = (PNG, JPEG, WEBP, PROGRESSIVE)[number % 4]
+    content = bytearray(valid)
+    for index in rng.integers(len(content) if number % 2 else min(200, len(content)), size=1 + number % 7):
+        content[index] = rng.integers(256)
     if number % 5 == 0:
         del content[int(rng.integers(len(content))) :]
-    path = folder / "mutated"
+    path = directory / "mutated"
     path.write_bytes(content)
     limits = Limits()
     try:
-        found = images.decode_image(path, limits)
+        result = images.decode_image(path, limits)
     except InvalidInputFile:
         return
-    assert found.mode == "RGB"
-    assert limits.min_side <= min(found.size) <= max(found.size) <= limits.max_side
+    assert result.mode == "RGB"
+    assert limits.min_side <= min(result.size) <= max(result.size) <= limits.max_side
 
 
 def test_mutations(tmp_path: Path) -> None:
@@ -237,20 +239,20 @@ def test_many_mutations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["", "nonsense", "data:", "data:image/png;base64,%%%", "data:image/png,abc", "/etc/passwd"]
 )
-def test_what_is_no_address(alice: httpx.Client, url: str) -> None:
-    assert refused(alice, url)["type"] == "file_download_error"
+def test_invalid_urls_are_rejected(alice: httpx.Client, url: str) -> None:
+    assert rejection(alice, url)["type"] == "file_download_error"
 
 
 @pytest.mark.parametrize("url", ["in.png", "/tmp/in.png", "C:\\in.png"])
-def test_a_path_is_told_what_is_accepted(alice: httpx.Client, url: str) -> None:
-    assert "http or https URL, a data URI" in refused(alice, url)["msg"]
+def test_the_error_for_a_path_names_what_is_accepted(alice: httpx.Client, url: str) -> None:
+    assert "http or https URL, a data URI" in rejection(alice, url)["msg"]
 
 
-def test_a_host_that_cannot_be_reached_is_named(alice: httpx.Client) -> None:
-    assert "from 127.0.0.1 failed" in refused(alice, f"http://127.0.0.1:{free_port()}/in.png")["msg"]
+def test_the_error_names_an_unreachable_host(alice: httpx.Client) -> None:
+    assert "from 127.0.0.1 failed" in rejection(alice, f"http://127.0.0.1:{free_port()}/in.png")["msg"]
 
 
-def test_size_is_bounded_before_and_while_it_comes(alice: httpx.Client, httpserver: HTTPServer) -> None:
+def test_the_size_is_limited_before_and_during_the_download(alice: httpx.Client, httpserver: HTTPServer) -> None:
     def dribble(request: Request) -> Response:
         return Response((b"\x00" * 2**20 for _ in range(64)), content_type="image/png")
 
@@ -263,42 +265,42 @@ def test_size_is_bounded_before_and_while_it_comes(alice: httpx.Client, httpserv
     httpserver.expect_request("/endless").respond_with_handler(dribble)
     httpserver.expect_request("/boast").respond_with_handler(boast)
     for path in ("/endless", "/boast"):
-        entry = refused(alice, httpserver.url_for(path))
+        entry = rejection(alice, httpserver.url_for(path))
         assert (entry["type"], entry["ctx"]) == ("file_too_large", {"max_size": 25 * 2**20})
 
 
 @pytest.mark.parametrize("status", [401, 404, 500])
-def test_a_host_that_does_not_have_it(alice: httpx.Client, httpserver: HTTPServer, status: int) -> None:
+def test_the_error_names_the_status_of_the_host(alice: httpx.Client, httpserver: HTTPServer, status: int) -> None:
     httpserver.expect_request("/gone").respond_with_data(b"", status=status)
-    entry = refused(alice, httpserver.url_for("/gone"))
+    entry = rejection(alice, httpserver.url_for("/gone"))
     assert entry["type"] == "file_download_error"
     assert str(status) in entry["msg"]
 
 
-def test_compression_in_transit_is_not_asked_for(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    seen: list[str] = []
+def test_no_compression_is_requested(alice: httpx.Client, httpserver: HTTPServer) -> None:
+    recorded: list[str] = []
 
-    def look(request: Request) -> Response:
-        seen.append(request.headers["accept-encoding"])
+    def record_encoding(request: Request) -> Response:
+        recorded.append(request.headers["accept-encoding"])
         return Response(encoded(noise()), content_type="image/png")
 
-    httpserver.expect_request("/picture.png").respond_with_handler(look)
-    copied(alice, httpserver.url_for("/picture.png"))
-    assert seen == ["identity"]
+    httpserver.expect_request("/picture.png").respond_with_handler(record_encoding)
+    engine_input(alice, httpserver.url_for("/picture.png"))
+    assert recorded == ["identity"]
 
 
 @pytest.mark.parametrize("url", [*FORBIDDEN, "http://0x7f.1/", "http://localhost:8000/health"])
-def test_inner_addresses_are_refused(narrow_client: httpx.Client, url: str) -> None:
-    """The whole corpus of the guard that webhooks have."""
-    assert refused(narrow_client, url)["type"] == "file_download_error"
+def test_internal_addresses_are_rejected(narrow_client: httpx.Client, url: str) -> None:
+    """Every URL that the guard rejects for webhooks is rejected here too."""
+    assert rejection(narrow_client, url)["type"] == "file_download_error"
 
 
-# -- how long it stays
+# -- how long a file stays
 
 NEEDED, STRAY = f"{'1' * 64}.png", f"{'2' * 64}.png"
 
 
-def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None:
+def test_a_file_stays_until_its_request_is_finished(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
         (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
@@ -313,7 +315,7 @@ def test_a_file_stays_as_long_as_its_request_is_not_done(tmp_path: Path) -> None
         assert _names(parts) == []
 
 
-def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
+def test_needed_files_are_known_after_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path) as parts:
         (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
         parts.queue.submit(submission(input_files={"image_url": NEEDED}))
@@ -325,74 +327,74 @@ def test_a_restart_knows_what_is_needed(tmp_path: Path) -> None:
         assert _names(parts) == [NEEDED]
 
 
-def test_what_was_brought_first_stays_while_the_rest_comes(tmp_path: Path) -> None:
-    """However long that takes."""
+def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None:
+    """They stay however long the others take."""
     clock = Clock()
     with opened(tmp_path, clock=clock) as parts:
-        brought = parts.inputs.cache
-        with brought.pin() as hold:
-            ready = brought.temp_path()
-            ready.write_bytes(b"1")
-            name = brought.add(ready, ".png")
-            hold(name)
-            clock.now = brought.path(name).stat().st_mtime + 3600
-            assert brought.sweep() == 0
-        clock.now = brought.path(name).stat().st_mtime + 3600
-        assert brought.sweep() == 1
+        cache = parts.inputs.cache
+        with cache.pin() as pin:
+            temp_path = cache.temp_path()
+            temp_path.write_bytes(b"1")
+            name = cache.add(temp_path, ".png")
+            pin(name)
+            clock.now = cache.path(name).stat().st_mtime + 3600
+            assert cache.sweep() == 0
+        clock.now = cache.path(name).stat().st_mtime + 3600
+        assert cache.sweep() == 1
 
 
-def test_a_file_that_goes_meanwhile_does_not_stop_the_sweep(tmp_path: Path) -> None:
+def test_a_file_that_disappears_does_not_stop_the_sweep(tmp_path: Path) -> None:
     clock = Clock(now=4_000_000_000.0)
     with opened(tmp_path, clock=clock) as parts:
-        brought = parts.inputs.cache
+        cache = parts.inputs.cache
         for name in (f"{'a' * 16}.part", STRAY):
-            brought.path(name).write_bytes(b"1")
-        seen = []
+            cache.path(name).write_bytes(b"1")
+        recorded = []
 
         def needed() -> set[str]:
-            seen.append(True)
+            recorded.append(True)
             return set()
 
-        brought._in_use = needed
+        cache._in_use = needed
         iterdir = Path.iterdir
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "iterdir", lambda folder: [*iterdir(folder), folder / f"{'b' * 16}.part"])
-            assert brought.sweep() == 3
-        assert seen == [True]
+            patch.setattr(Path, "iterdir", lambda directory: [*iterdir(directory), directory / f"{'b' * 16}.part"])
+            assert cache.sweep() == 3
+        assert recorded == [True]
 
 
-def test_the_same_address_as_another_kind_is_looked_at_again(
+def test_the_same_url_is_checked_again_for_another_kind_of_file(
     alice: httpx.Client, httpserver: HTTPServer, running: Server
 ) -> None:
-    """An ETag says that a file is the same, not that it is a picture."""
+    """An ETag says that a file is the same, not that it is an image."""
     lora = save({"x.lora_A.weight": numpy.ones((4, 8), "float32")})
 
-    def answer(request: Request) -> Response:
+    def respond(request: Request) -> Response:
         is_same = request.headers.get("if-none-match") == '"1"'
         return Response(b"" if is_same else lora, status=304 if is_same else 200, headers={"etag": '"1"'})
 
-    httpserver.expect_request("/file").respond_with_handler(answer)
+    httpserver.expect_request("/file").respond_with_handler(respond)
     url = httpserver.url_for("/file")
     assert alice.post("/test/lora", json={"prompt": "", "loras": [{"path": url}]}).status_code == 200
-    assert refused(alice, url)["type"] == "unsupported_image_format"
+    assert rejection(alice, url)["type"] == "unsupported_image_format"
 
 
-def test_a_data_uri_is_not_kept_beside_its_file() -> None:
-    """Nested ones neither; what came from elsewhere is kept as it was said."""
+def test_a_data_uri_is_not_stored_with_its_file() -> None:
+    """This holds for nested data URIs too. Other references are stored unchanged."""
     url = data_uri(encoded(noise()))
     small = data_uri(b"lora")
     fields = {"prompt": "x", "image_url": url, "loras": [{"path": "owner/name"}, {"path": small, "scale": 0.5}]}
     request = FluxLoraImageToImageInput.model_validate(fields)
-    brought = {"image_url": "a.png", "loras.0.path": "b.safetensors", "loras.1.path": "c.safetensors"}
-    kept = json.loads(dump_input(request, brought))
-    assert kept["image_url"] == "a.png"
-    assert kept["loras"] == [{"path": "owner/name", "scale": 1}, {"path": "c.safetensors", "scale": 0.5}]
-    again = FluxLoraImageToImageInput.model_validate_json(dump_input(request, brought))
-    assert again.model_dump(exclude={"image_url", "loras"}) == request.model_dump(exclude={"image_url", "loras"})
+    input_files = {"image_url": "a.png", "loras.0.path": "b.safetensors", "loras.1.path": "c.safetensors"}
+    stored = json.loads(dump_input(request, input_files))
+    assert stored["image_url"] == "a.png"
+    assert stored["loras"] == [{"path": "owner/name", "scale": 1}, {"path": "c.safetensors", "scale": 0.5}]
+    reloaded = FluxLoraImageToImageInput.model_validate_json(dump_input(request, input_files))
+    assert reloaded.model_dump(exclude={"image_url", "loras"}) == request.model_dump(exclude={"image_url", "loras"})
 
 
 def test_one_key_cannot_fill_the_disk(tmp_path: Path, gate: Gate) -> None:
-    """Its waiting requests bring so much along and no more; others are not kept out."""
+    """The inputs of its waiting requests have a size limit. Other keys are not affected."""
     settings = {"keys": "alice:secret,bob:secret", "max_uploads_gb": "0.00005", "max_running": "1"}
     with (
         serving(tmp_path / "data", "test/copy=demo", **settings) as server,
@@ -400,20 +402,20 @@ def test_one_key_cannot_fill_the_disk(tmp_path: Path, gate: Gate) -> None:
     ):
         body = {"prompt": str(gate.path), "num_inference_steps": 1}
         in_progress(client, client.post("/queue/test/gate", json=body).json()["status_url"])
-        pictures_ = [data_uri(encoded(noise(96, 80 + n))) for n in range(3)]
-        answers = [
-            client.post("/queue/test/copy", json={"prompt": "", "image_url": url}, headers=who)
-            for who in (ALICE, BOB)
-            for url in pictures_
+        data_uris = [data_uri(encoded(noise(96, 80 + n))) for n in range(3)]
+        responses = [
+            client.post("/queue/test/copy", json={"prompt": "", "image_url": url}, headers=headers)
+            for headers in (ALICE, BOB)
+            for url in data_uris
         ]
         gate.open()
-    assert [answer.status_code for answer in answers] == [200, 200, 429] * 2
-    assert "--max-uploads-gb" in answers[2].json()["detail"]
+    assert [response.status_code for response in responses] == [200, 200, 429] * 2
+    assert "--max-uploads-gb" in responses[2].json()["detail"]
 
 
-def test_a_refused_one_leaves_nothing(alice: httpx.Client, running: Server) -> None:
+def test_a_rejected_input_leaves_no_file(alice: httpx.Client, running: Server) -> None:
     before = sorted((running.data_dir / "inputs").iterdir())
-    refused(alice, data_uri(b"hello"))
+    rejection(alice, data_uri(b"hello"))
     assert sorted((running.data_dir / "inputs").iterdir()) == before
 
 

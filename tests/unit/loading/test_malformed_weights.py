@@ -1,4 +1,4 @@
-"""Weights that are malformed: each command names the file, says what is wrong, and ends with exit code 1."""
+"""Tests of malformed weights: each command names the file and the problem, and exits with code 1."""
 
 import json
 import os
@@ -21,51 +21,51 @@ from tests.unit.loading.test_verify import add
 
 Change = Callable[[Path], Any]
 UNET = {"unet": ["diffusers", "UNet2DModel"]}
-#: As a clone has it where Git LFS is not installed.
+#: A pointer of Git LFS, as in a clone where Git LFS is not installed.
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 23802947360\n"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The demo, as it may have come."""
+def directory(tmp_path: Path) -> Path:
+    """Return a copy of the demo's weights, for a test to damage."""
     found = tmp_path / "weights"
     shutil.copytree(DEMO, found, ignore=shutil.ignore_patterns("recipe", "judge", "*.png"))
     return found
 
 
-def text(path: str, said: str) -> Change:
-    """This file says something else."""
-    return lambda folder: (folder / path).write_text(said, encoding="utf-8")
+def overwrite(path: str, content: str) -> Change:
+    """Return a change that overwrites this file."""
+    return lambda directory: (directory / path).write_text(content, encoding="utf-8")
 
 
-def named(**more: Any) -> Change:
-    """model_index.json says more."""
-    return lambda folder: add(folder / "model_index.json", **more)
+def add_to_index(**more: Any) -> Change:
+    """Return a change that adds entries to model_index.json."""
+    return lambda directory: add(directory / "model_index.json", **more)
 
 
-def without(path: Path, *names: str) -> None:
-    """A JSON file no longer says this."""
-    said = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({key: value for key, value in said.items() if key not in names}), encoding="utf-8")
+def remove_names(path: Path, *names: str) -> None:
+    """Remove these names from a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in names}), encoding="utf-8")
 
 
-def listed(said: Any, part: str = "transformer") -> Change:
-    """The weights of a component stand in an index, which says this."""
+def put_behind_index(content: Any, part: str = "transformer") -> Change:
+    """Return a change that renames a component's weights to a shard, and writes an index with this content."""
 
-    def change(folder: Path) -> None:
-        (whole,) = (folder / part).glob("*.safetensors")
-        shard = whole.rename(whole.with_name("shard.safetensors"))
+    def change(directory: Path) -> None:
+        (weights,) = (directory / part).glob("*.safetensors")
+        shard = weights.rename(weights.with_name("shard.safetensors"))
         assert shard.is_file()
-        (folder / part / f"{whole.name}.index.json").write_text(json.dumps(said), encoding="utf-8")
+        (directory / part / f"{weights.name}.index.json").write_text(json.dumps(content), encoding="utf-8")
 
     return change
 
 
-def tensors(content: bytes, num_bytes: int | None = None, part: str = "vae") -> Change:
-    """The weights of a component begin so, and are zeros up to so many bytes."""
+def replace_weights(content: bytes, num_bytes: int | None = None, part: str = "vae") -> Change:
+    """Return a change that replaces a component's weights with this content, padded with zeros to `num_bytes`."""
 
-    def change(folder: Path) -> None:
-        (path,) = (folder / part).glob("*.safetensors")
+    def change(directory: Path) -> None:
+        (path,) = (directory / part).glob("*.safetensors")
         path.write_bytes(content)
         if num_bytes is not None:
             os.truncate(path, num_bytes)
@@ -73,217 +73,234 @@ def tensors(content: bytes, num_bytes: int | None = None, part: str = "vae") -> 
     return change
 
 
-def cut_off(folder: Path) -> None:
-    """The last byte of the transformer did not come."""
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+def truncate_transformer(directory: Path) -> None:
+    """Remove the last byte of the transformer's weights."""
+    path = directory / "transformer" / "diffusion_pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
 
 
 def header(length: int) -> bytes:
-    """How a safetensors file begins."""
+    """Return the start of a safetensors file: the length of the header."""
     return length.to_bytes(8, "little")
 
 
-def redux(folder: Path) -> None:
-    """What lies beside for another endpoint."""
-    (folder / "redux").mkdir()
-    (folder / "redux" / "config.json").write_text("[]", encoding="utf-8")
+def add_redux(directory: Path) -> None:
+    """Add an invalid Redux component, which only another endpoint uses."""
+    (directory / "redux").mkdir()
+    (directory / "redux" / "config.json").write_text("[]", encoding="utf-8")
 
 
-#: What is seen before anything is loaded.
-SEEN: dict[str, tuple[Change, str]] = {
-    "index no JSON": (text("model_index.json", "{"), "model_index.json is not JSON"),
-    "index a list": (text("model_index.json", "[]"), "model_index.json is JSON, but not an object"),
-    "index nested deeply": (text("model_index.json", "[" * 100_000), "model_index.json is not JSON"),
+#: Problems that are found before anything is loaded.
+FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
+    "index no JSON": (overwrite("model_index.json", "{"), "model_index.json is not JSON"),
+    "index a list": (overwrite("model_index.json", "[]"), "model_index.json is JSON, but not an object"),
+    "index nested deeply": (overwrite("model_index.json", "[" * 100_000), "model_index.json is not JSON"),
     "index too large": (
-        lambda at: os.truncate(at / "model_index.json", hub.MAX_JSON_BYTES + 1),
+        lambda root: os.truncate(root / "model_index.json", hub.MAX_JSON_BYTES + 1),
         "are allowed for JSON",
     ),
-    "a number for a component": (named(vae=5), "names no library and class for vae"),
-    "a list too short": (named(vae=["diffusers"]), "vae is ['diffusers'], not a library and a class"),
-    "an empty list": (named(vae=[]), "vae is [], not a library and a class"),
-    "a number for a class": (named(vae=["diffusers", 5]), "vae is ['diffusers', 5], not a library and a class"),
-    "a component left out": (named(vae=[None, None]), "names no library and class for vae"),
-    "a component forgotten": (lambda at: without(at / "model_index.json", "vae"), "names no library and class for vae"),
-    "an unknown class": (named(vae=["diffusers", "Stranger"]), "only diffusers.AutoencoderKL or"),
-    "an unknown library": (named(vae=["somebody", "AutoencoderKL"]), "vae is of somebody.AutoencoderKL"),
-    "an unknown component": (named(**UNET), "unet is of diffusers, and is not part"),
-    "no folder": (lambda at: shutil.rmtree(at / "vae"), "vae is not there"),
-    "no weights": (lambda at: (at / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae is not there, or"),
-    "configuration no JSON": (text("transformer/config.json", "{"), "transformer/config.json is not JSON"),
+    "a number for a component": (add_to_index(vae=5), "names no library and class for vae"),
+    "a list too short": (add_to_index(vae=["diffusers"]), "vae is ['diffusers'], not a library and a class"),
+    "an empty list": (add_to_index(vae=[]), "vae is [], not a library and a class"),
+    "a number for a class": (add_to_index(vae=["diffusers", 5]), "vae is ['diffusers', 5], not a library and a class"),
+    "a component left out": (add_to_index(vae=[None, None]), "names no library and class for vae"),
+    "a component missing": (
+        lambda root: remove_names(root / "model_index.json", "vae"),
+        "names no library and class for vae",
+    ),
+    "an unknown class": (add_to_index(vae=["diffusers", "Stranger"]), "only diffusers.AutoencoderKL or"),
+    "an unknown library": (add_to_index(vae=["somebody", "AutoencoderKL"]), "vae is of somebody.AutoencoderKL"),
+    "an unknown component": (add_to_index(**UNET), "unet is of diffusers, and is not part"),
+    "no directory": (lambda root: shutil.rmtree(root / "vae"), "vae is not there"),
+    "no weights": (
+        lambda root: (root / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+        "vae is not there, or",
+    ),
+    "configuration no JSON": (overwrite("transformer/config.json", "{"), "transformer/config.json is not JSON"),
     "configuration a list": (
-        text("text_encoder/config.json", "[]"),
+        overwrite("text_encoder/config.json", "[]"),
         "text_encoder/config.json is JSON, but not an object",
     ),
     "configuration no text": (
-        lambda at: (at / "vae" / "config.json").write_bytes(b"\xff\xfe"),
+        lambda root: (root / "vae" / "config.json").write_bytes(b"\xff\xfe"),
         "vae/config.json is not JSON",
     ),
     "scheduler a number": (
-        text("scheduler/scheduler_config.json", "5"),
+        overwrite("scheduler/scheduler_config.json", "5"),
         "scheduler_config.json is JSON, but not an object",
     ),
-    "tokenizer no JSON": (text("tokenizer/vocab.json", "{"), "tokenizer/vocab.json is not JSON"),
-    "checker no JSON": (text("safety_checker/config.json", "{"), "safety_checker/config.json is not JSON"),
-    "Redux a list": (redux, "redux/config.json is JSON, but not an object"),
-    "shards in a list": (listed({"metadata": {}, "weight_map": ["shard.safetensors"]}), "is not an index of weights"),
-    "no shards": (listed({"metadata": {}, "weight_map": {}}), "is not an index of weights"),
-    "an index of nothing": (listed({}), "is not an index of weights"),
-    "an index that is a list": (listed([]), "index.json is JSON, but not an object"),
-    "a number for a shard": (listed({"metadata": {}, "weight_map": {"x": 5}}), "names 5"),
+    "tokenizer no JSON": (overwrite("tokenizer/vocab.json", "{"), "tokenizer/vocab.json is not JSON"),
+    "checker no JSON": (overwrite("safety_checker/config.json", "{"), "safety_checker/config.json is not JSON"),
+    "Redux a list": (add_redux, "redux/config.json is JSON, but not an object"),
+    "shards in a list": (
+        put_behind_index({"metadata": {}, "weight_map": ["shard.safetensors"]}),
+        "is not an index of weights",
+    ),
+    "no shards": (put_behind_index({"metadata": {}, "weight_map": {}}), "is not an index of weights"),
+    "an index of nothing": (put_behind_index({}), "is not an index of weights"),
+    "an index that is a list": (put_behind_index([]), "index.json is JSON, but not an object"),
+    "a number for a shard": (put_behind_index({"metadata": {}, "weight_map": {"x": 5}}), "names 5"),
     "a shard that is not there": (
-        listed({"metadata": {}, "weight_map": {"x": "other.safetensors"}}, "text_encoder_2"),
+        put_behind_index({"metadata": {}, "weight_map": {"x": "other.safetensors"}}, "text_encoder_2"),
         "names other.safetensors, which is not there",
     ),
-    "weights cut off": (cut_off, "transformer/diffusion_pytorch_model.safetensors is not a complete safetensors file"),
-    "weights empty": (tensors(b""), "is not a safetensors file, or was cut off"),
-    "weights a pointer": (tensors(POINTER), "is not a safetensors file, or was cut off"),
-    "header longer than the file": (tensors(header(1000) + b"{}"), "is not a safetensors file, or was cut off"),
+    "weights cut off": (
+        truncate_transformer,
+        "transformer/diffusion_pytorch_model.safetensors is not a complete safetensors file",
+    ),
+    "weights empty": (replace_weights(b""), "is not a safetensors file, or was cut off"),
+    "weights a pointer": (replace_weights(POINTER), "is not a safetensors file, or was cut off"),
+    "header longer than the file": (replace_weights(header(1000) + b"{}"), "is not a safetensors file, or was cut off"),
     "header longer than is allowed": (
-        tensors(header(100_000_001) + b"{}", 100_000_100),
+        replace_weights(header(100_000_001) + b"{}", 100_000_100),
         "has a header of 100000001 bytes, and 100000000 are allowed",
     ),
-    "header no JSON": (tensors(header(100) + b"{" * 100), "is not a complete safetensors file"),
-    "checker cut off": (tensors(header(1000), part="safety_checker"), "is not a safetensors file, or was cut off"),
+    "header no JSON": (replace_weights(header(100) + b"{" * 100), "is not a complete safetensors file"),
+    "checker cut off": (
+        replace_weights(header(1000), part="safety_checker"),
+        "is not a safetensors file, or was cut off",
+    ),
 }
 
 
-def narrow(folder: Path) -> None:
-    """A text encoder of another pipeline, whole in itself."""
+def replace_text_encoder(directory: Path) -> None:
+    """Replace a text encoder with a valid one of another pipeline."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(vocab_size=683, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    T5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder / "text_encoder_2")
+    T5EncoderModel(config).to(torch.bfloat16).save_pretrained(directory / "text_encoder_2")
 
 
-#: What shows when it is loaded.
-LOADED: dict[str, tuple[Change, str]] = {
+#: Problems that are found during loading.
+FOUND_DURING_LOADING: dict[str, tuple[Change, str]] = {
     "an index too short": (
-        listed({"metadata": {}, "weight_map": {"x_embedder.weight": "shard.safetensors"}}),
+        put_behind_index({"metadata": {}, "weight_map": {"x_embedder.weight": "shard.safetensors"}}),
         "transformer lacks",
     ),
     "an index without metadata": (
-        listed({"weight_map": {"x_embedder.weight": "shard.safetensors"}}),
+        put_behind_index({"weight_map": {"x_embedder.weight": "shard.safetensors"}}),
         "transformer cannot be loaded: KeyError",
     ),
     "other sizes of a transformer": (
-        lambda at: add(at / "transformer" / "config.json", joint_attention_dim=64),
+        lambda root: add(root / "transformer" / "config.json", joint_attention_dim=64),
         "transformer has other shapes than its configuration for 1 of",
     ),
     "other sizes of a text encoder": (
-        lambda at: add(at / "text_encoder" / "config.json", intermediate_size=512),
+        lambda root: add(root / "text_encoder" / "config.json", intermediate_size=512),
         "text_encoder has other shapes than its configuration for",
     ),
-    "more layers": (lambda at: add(at / "text_encoder_2" / "config.json", num_layers=4), "text_encoder_2 lacks"),
+    "more layers": (lambda root: add(root / "text_encoder_2" / "config.json", num_layers=4), "text_encoder_2 lacks"),
     "a word for a number": (
-        lambda at: add(at / "transformer" / "config.json", num_layers="two"),
+        lambda root: add(root / "transformer" / "config.json", num_layers="two"),
         "transformer cannot be loaded: TypeError",
     ),
     "a number for a list": (
-        lambda at: add(at / "vae" / "config.json", decoder_block_out_channels=5),
+        lambda root: add(root / "vae" / "config.json", decoder_block_out_channels=5),
         "vae cannot be loaded: ",
     ),
     "sizes that make no model": (
-        lambda at: add(at / "text_encoder" / "config.json", num_attention_heads=7),
+        lambda root: add(root / "text_encoder" / "config.json", num_attention_heads=7),
         "text_encoder cannot be loaded: ",
     ),
-    "a tokenizer without words": (text("tokenizer_2/tokenizer.json", "{}"), "tokenizer_2 cannot be loaded: "),
-    "words that the encoder has not": (
-        lambda at: add(at / "tokenizer" / "vocab.json", unheard=99_999),
+    "a tokenizer without words": (overwrite("tokenizer_2/tokenizer.json", "{}"), "tokenizer_2 cannot be loaded: "),
+    "tokens that the encoder lacks": (
+        lambda root: add(root / "tokenizer" / "vocab.json", unheard=99_999),
         "tokenizer counts to 100000, and its text encoder to 1665",
     ),
     "texts too long": (
-        lambda at: add(at / "tokenizer" / "tokenizer_config.json", model_max_length=100),
+        lambda root: add(root / "tokenizer" / "tokenizer_config.json", model_max_length=100),
         "tokenizer_config.json counts to 100, and its text encoder to 77",
     ),
-    "parts of other pipelines": (narrow, "text_encoder_2 gives 16 channels, and the transformer takes 128"),
+    "parts of other pipelines": (
+        replace_text_encoder,
+        "text_encoder_2 gives 16 channels, and the transformer takes 128",
+    ),
 }
-ALL = {**SEEN, **LOADED}
+ALL = {**FOUND_BEFORE_LOADING, **FOUND_DURING_LOADING}
 
 
-def run(command: str, folder: Path, *more: str) -> tuple[int, str]:
-    """The exit code of a command, and what it said; an exception that it lets out is the test's."""
-    data = ("--data-dir", str(folder.parent / "data"), "--retention-gb", "0.001")
+def run(command: str, directory: Path, *more: str) -> tuple[int, str]:
+    """Run a command, and return its exit code and output. An exception from the command fails the test."""
+    data = ("--data-dir", str(directory.parent / "data"), "--retention-gb", "0.001")
     ports = ("--port", "0", "--tls-port", "0", "--device", "cpu")
-    done = CliRunner().invoke(cli, [command, str(folder), *data, *ports, *more])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.output
+    result = CliRunner().invoke(cli, [command, str(directory), *data, *ports, *more])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_it_is_seen_before_anything_is_loaded(folder: Path, name: str) -> None:
-    act, words = SEEN[name]
-    act(folder)
+@pytest.mark.parametrize("name", FOUND_BEFORE_LOADING)
+def test_problems_are_found_before_anything_is_loaded(directory: Path, name: str) -> None:
+    damage, message = FOUND_BEFORE_LOADING[name]
+    damage(directory)
     reports = list[LoadProgress]()
-    with pytest.raises(OSError) as refused:
-        load_pipeline(EngineConfig(folder, "", device="cpu", report=reports.append))
-    assert words in str(refused.value)
+    with pytest.raises(OSError) as error:
+        load_pipeline(EngineConfig(directory, "", device="cpu", report=reports.append))
+    assert message in str(error.value)
     assert reports == []
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_the_doctor_sees_it(folder: Path, name: str) -> None:
-    act, words = SEEN[name]
-    assert run("doctor", folder)[0] == 0
-    act(folder)
-    code, said = run("doctor", folder)
+@pytest.mark.parametrize("name", FOUND_BEFORE_LOADING)
+def test_doctor_reports_the_problem(directory: Path, name: str) -> None:
+    damage, message = FOUND_BEFORE_LOADING[name]
+    assert run("doctor", directory)[0] == 0
+    damage(directory)
+    code, output = run("doctor", directory)
     assert code == 1
-    assert any(words in line for line in said.splitlines() if line.startswith("✗")), said
+    assert any(message in line for line in output.splitlines() if line.startswith("✗")), output
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_bench_says_it(folder: Path, name: str) -> None:
-    act, words = ALL[name]
-    act(folder)
+def test_bench_reports_the_problem(directory: Path, name: str) -> None:
+    damage, message = ALL[name]
+    damage(directory)
     before = torch.get_default_dtype()
-    code, said = run("bench", folder, "--sizes", "64x64", "--steps", "1", "--rounds", "1", "--dtype", "bfloat16")
+    code, output = run("bench", directory, "--sizes", "64x64", "--steps", "1", "--rounds", "1", "--dtype", "bfloat16")
     assert code == 1
-    assert words in said
+    assert message in output
     assert torch.get_default_dtype() == before
 
 
 @pytest.mark.parametrize("name", ["a list too short", "weights cut off", "an index too short", "a word for a number"])
-def test_serve_says_it_and_ends(tmp_path: Path, folder: Path, name: str) -> None:
-    act, words = ALL[name]
-    act(folder)
-    with serving(tmp_path / "data", str(folder), device="cpu") as server:
+def test_serve_reports_the_problem_and_exits(tmp_path: Path, directory: Path, name: str) -> None:
+    damage, message = ALL[name]
+    damage(directory)
+    with serving(tmp_path / "data", str(directory), device="cpu") as server:
         assert server.process.wait(60) == 1
-    assert words in server.output
+    assert message in server.output
     assert "Traceback" not in server.output
 
 
-def test_names_that_were_published_are_whole(folder: Path) -> None:
-    """Files on the hub are older than transformers' present names for the same tensors."""
+def test_published_tensor_names_are_accepted(directory: Path) -> None:
+    """Files on the hub are older than the names that transformers now uses for the same tensors."""
     from safetensors.torch import load_file, save_file
 
-    path = folder / "text_encoder" / "model.safetensors"
+    path = directory / "text_encoder" / "model.safetensors"
     old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
     old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(old, path, {"format": "pt"})
-    placement = EngineConfig(folder, "", device="cpu", dtype="bfloat16")
+    config = EngineConfig(directory, "", device="cpu", dtype="bfloat16")
     found, expected = (
-        load_pipeline(each)[0].text_encoder.state_dict()
-        for each in (placement, EngineConfig(DEMO, "", "cpu", "bfloat16"))
+        load_pipeline(each)[0].text_encoder.state_dict() for each in (config, EngineConfig(DEMO, "", "cpu", "bfloat16"))
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("name", ["CLIPTokenizerFast", "T5Tokenizer"])
-def test_a_tokenizer_has_two_names(folder: Path, name: str) -> None:
+def test_both_class_names_of_a_tokenizer_are_accepted(directory: Path, name: str) -> None:
     component = "tokenizer" if "CLIP" in name else "tokenizer_2"
-    add(folder / "model_index.json", **{component: ["transformers", name]})
+    add(directory / "model_index.json", **{component: ["transformers", name]})
     found, expected = (
-        getattr(load_pipeline(EngineConfig(place, "", device="cpu"))[0], component) for place in (folder, DEMO)
+        getattr(load_pipeline(EngineConfig(path, "", device="cpu"))[0], component) for path in (directory, DEMO)
     )
-    words = "a red apple on a blue table"
-    assert found(words).input_ids == expected(words).input_ids
+    prompt = "a red apple on a blue table"
+    assert found(prompt).input_ids == expected(prompt).input_ids
 
 
-def test_what_nobody_loads_may_lie_beside(folder: Path) -> None:
-    """FluxPipeline writes down what IP-Adapters need, whether it has it or not."""
+def test_unused_components_may_be_listed(directory: Path) -> None:
+    """FluxPipeline lists the components that IP-Adapters need, even if it lacks them."""
     missing = {"image_encoder": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
-    add(folder / "model_index.json", **missing)
-    pipeline, _ = load_pipeline(EngineConfig(folder, "", device="cpu"))
+    add(directory / "model_index.json", **missing)
+    pipeline, _ = load_pipeline(EngineConfig(directory, "", device="cpu"))
     assert pipeline.feature_extractor is None

@@ -1,4 +1,4 @@
-"""Where weights come from, and how they are loaded."""
+"""Tests of weights arguments, and of loading the weights that they name."""
 
 import json
 import shutil
@@ -27,20 +27,20 @@ class Schnell(FluxDev):
 MODELS: dict[str, Model] = {DEV: FluxDev(), SCHNELL: Schnell(), NULL: NullModel(NULL, NullEngine)}
 
 
-def complaint(*specs: str) -> str:
-    """What is said of these."""
-    with pytest.raises(ValueError) as refused:
+def problem(*specs: str) -> str:
+    """Return the error message for these arguments."""
+    with pytest.raises(ValueError) as error:
         assign_weights(specs, MODELS)
-    return str(refused.value)
+    return str(error.value)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Looks like a pipeline."""
-    place = tmp_path / "weights"
-    place.mkdir()
-    (place / "model_index.json").write_text("{}")
-    return place
+def directory(tmp_path: Path) -> Path:
+    """Return a directory that looks like a pipeline."""
+    path = tmp_path / "weights"
+    path.mkdir()
+    (path / "model_index.json").write_text("{}")
+    return path
 
 
 def test_demo_serves_every_endpoint() -> None:
@@ -56,63 +56,65 @@ def test_a_hub_id_serves_the_endpoints_that_name_it() -> None:
     assert assign_weights([HUB], MODELS) == {DEV: HUB, NULL: None}
 
 
-def test_a_folder_is_flux_dev(folder: Path) -> None:
-    assert assign_weights([str(folder)], MODELS) == {DEV: folder, NULL: None}
+def test_a_directory_serves_flux_dev(directory: Path) -> None:
+    assert assign_weights([str(directory)], MODELS) == {DEV: directory, NULL: None}
 
 
-def test_a_folder_is_found_from_where_the_server_was_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    assert assign_weights(["weights"], MODELS)[DEV] == assign_weights(["./weights"], MODELS)[DEV] == folder
+def test_a_relative_directory_is_found_from_the_working_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory.parent)
+    assert assign_weights(["weights"], MODELS)[DEV] == assign_weights(["./weights"], MODELS)[DEV] == directory
 
 
-def test_a_folder_is_found_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert assign_weights(["~/weights"], MODELS)[DEV] == folder
+def test_a_directory_is_found_in_the_home_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(directory.parent))
+    assert assign_weights(["~/weights"], MODELS)[DEV] == directory
 
 
-def test_an_endpoint_can_be_bound(folder: Path) -> None:
-    specs = [f"{SCHNELL}={folder}", f"{DEV}=somebody/FLUX.1-dev-finetuned"]
-    assert assign_weights(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: folder, NULL: None}
+def test_weights_can_be_assigned_to_an_endpoint(directory: Path) -> None:
+    specs = [f"{SCHNELL}={directory}", f"{DEV}=somebody/FLUX.1-dev-finetuned"]
+    assert assign_weights(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: directory, NULL: None}
     assert assign_weights([f"{DEV}=demo"], MODELS) == {DEV: DEMO, NULL: None}
 
 
-def test_the_last_word_on_an_endpoint_counts(folder: Path) -> None:
-    assert assign_weights(["demo", f"{DEV}={folder}"], MODELS) == {DEV: folder, SCHNELL: DEMO, NULL: None}
+def test_the_last_weights_of_an_endpoint_are_used(directory: Path) -> None:
+    assert assign_weights(["demo", f"{DEV}={directory}"], MODELS) == {DEV: directory, SCHNELL: DEMO, NULL: None}
 
 
 @pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "somebody/flux.gguf"])
 @pytest.mark.parametrize("endpoint", ["", f"{DEV}="])
-def test_a_single_file_is_refused_with_the_reason(name: str, endpoint: str) -> None:
-    said = complaint(endpoint + name)
-    assert said == f"{name}: single-file checkpoints are not supported; use a directory in diffusers layout"
+def test_a_single_file_is_rejected_with_the_reason(name: str, endpoint: str) -> None:
+    message = problem(endpoint + name)
+    assert message == f"{name}: single-file checkpoints are not supported; use a directory in diffusers layout"
 
 
 @pytest.mark.parametrize(
-    "place", ["", ".", "/nowhere", "./nowhere", "~/nowhere/else", "nowhere", "a/b/c", "https://huggingface.co/a/b"]
+    "path", ["", ".", "/nowhere", "./nowhere", "~/nowhere/else", "nowhere", "a/b/c", "https://huggingface.co/a/b"]
 )
-def test_what_is_neither_folder_nor_hub_id_is_refused(place: str) -> None:
-    said = complaint(f"{DEV}={place}")
-    assert said == f"{place}: neither a directory in diffusers layout (no model_index.json) nor a hub id"
+def test_an_argument_that_is_neither_directory_nor_hub_id_is_rejected(path: str) -> None:
+    message = problem(f"{DEV}={path}")
+    assert message == f"{path}: neither a directory in diffusers layout (no model_index.json) nor a hub id"
 
 
-def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
-    assert "no model_index.json" in complaint(str(tmp_path))
+def test_a_directory_without_a_pipeline_is_rejected(tmp_path: Path) -> None:
+    assert "no model_index.json" in problem(str(tmp_path))
 
 
-def test_an_unknown_hub_id_is_refused_with_what_to_say_instead() -> None:
+def test_an_unknown_hub_id_is_rejected_with_a_suggestion() -> None:
     name = "stabilityai/sdxl-turbo"
-    assert complaint(name) == f"{name}: no known endpoint runs on these weights; use ENDPOINT={name}"
+    assert problem(name) == f"{name}: no known endpoint runs on these weights; use ENDPOINT={name}"
 
 
-def test_an_unknown_endpoint_is_refused_with_those_there_are() -> None:
-    said = complaint("fal-ai/flux/pro=demo")
+def test_an_unknown_endpoint_is_rejected_with_the_known_ones() -> None:
+    message = problem("fal-ai/flux/pro=demo")
     listed = f"{DEV}, {SCHNELL}, {NULL}"
-    assert said == f"fal-ai/flux/pro=demo: fal-ai/flux/pro is not an endpoint here; choose from {listed}"
+    assert message == f"fal-ai/flux/pro=demo: fal-ai/flux/pro is not an endpoint here; choose from {listed}"
 
 
 def test_every_problem_is_listed() -> None:
-    said = complaint("flux.gguf", "demo", "/nowhere", "x=demo").splitlines()
-    assert [line.partition(":")[0] for line in said] == ["flux.gguf", "/nowhere", "x=demo"]
+    lines = problem("flux.gguf", "demo", "/nowhere", "x=demo").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["flux.gguf", "/nowhere", "x=demo"]
 
 
 # -- loading
@@ -120,54 +122,54 @@ def test_every_problem_is_listed() -> None:
 
 @pytest.fixture(scope="module")
 def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FLUX.1-dev's exact layout at tiny dimensions."""
-    folder = tmp_path_factory.mktemp("weights") / "FLUX.1-dev"
-    write_flux_dev(folder)
-    return folder
+    """Return weights in FLUX.1-dev's exact layout with tiny dimensions."""
+    directory = tmp_path_factory.mktemp("weights") / "FLUX.1-dev"
+    write_flux_dev(directory)
+    return directory
 
 
-def placement(where: Path, **changes: Any) -> EngineConfig:
-    """In the type that the files are in, whatever this CPU is fast at."""
-    return EngineConfig(where, safety_checker="", device="cpu", **{"dtype": "bfloat16", **changes})
+def engine_config(weights: Path, **changes: Any) -> EngineConfig:
+    """Return a configuration with the dtype of the files, whichever dtype is fast on this CPU."""
+    return EngineConfig(weights, safety_checker="", device="cpu", **{"dtype": "bfloat16", **changes})
 
 
-def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def bytes_in(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("plan", [plan.name for plan in memory_plans.PLANS])
-def test_what_is_loaded_is_reported_by_component(flux_dev: Path, plan: str) -> None:
+def test_loading_is_reported_for_each_component(flux_dev: Path, plan: str) -> None:
     reports: list[LoadProgress] = []
-    _, taken = load_pipeline(placement(flux_dev, memory=plan, report=reports.append))
-    assert taken.name == plan
-    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
-    sizes = {name: bytes_in(flux_dev / name) for name in parts}
+    _, plan_used = load_pipeline(engine_config(flux_dev, memory=plan, report=reports.append))
+    assert plan_used.name == plan
+    names = ("transformer", "text_encoder", "text_encoder_2", "vae")
+    sizes = {name: bytes_in(flux_dev / name) for name in names}
     assert all(sizes.values())
-    told = [report.component for report in reports]
-    assert told == sorted(parts, key=lambda name: -sizes[name])
+    components = [report.component for report in reports]
+    assert components == sorted(names, key=lambda name: -sizes[name])
     assert [report.loaded_bytes for report in reports] == [
-        sum(sizes[name] for name in told[:index]) for index in range(len(told))
+        sum(sizes[name] for name in components[:index]) for index in range(len(components))
     ]
     assert {report.total_bytes for report in reports} == {sum(sizes.values())}
 
 
-def test_a_sharded_folder_is_loaded_as_the_pipeline_loads_it(flux_dev: Path) -> None:
+def test_sharded_weights_are_loaded_as_the_pipeline_loads_them(flux_dev: Path) -> None:
     import torch
     from diffusers import FluxPipeline
 
     assert (flux_dev / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert len(list((flux_dev / "transformer").glob("*.safetensors"))) > 1
-    ours, plan = load_pipeline(placement(flux_dev))
+    ours, plan = load_pipeline(engine_config(flux_dev))
     theirs = FluxPipeline.from_pretrained(flux_dev, dtype=torch.bfloat16, local_files_only=True)
     assert plan.name == "resident"
     assert ours.scheduler.config == theirs.scheduler.config
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
-        mine, its = getattr(ours, name), getattr(theirs, name)
-        assert type(mine) is type(its)
-        assert not mine.training
-        expected = its.state_dict()
-        assert mine.state_dict().keys() == expected.keys()
-        for key, tensor in mine.state_dict().items():
+        loaded, reference = getattr(ours, name), getattr(theirs, name)
+        assert type(loaded) is type(reference)
+        assert not loaded.training
+        expected = reference.state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        for key, tensor in loaded.state_dict().items():
             assert tensor.dtype == expected[key].dtype
             assert torch.equal(tensor, expected[key])
     for name in ("tokenizer", "tokenizer_2"):
@@ -175,53 +177,55 @@ def test_a_sharded_folder_is_loaded_as_the_pipeline_loads_it(flux_dev: Path) -> 
         assert getattr(ours, name)(text).input_ids == getattr(theirs, name)(text).input_ids
 
 
-def test_a_sharded_folder_paints(flux_dev: Path) -> None:
+def test_sharded_weights_generate_an_image(flux_dev: Path) -> None:
     from models.flux.engine import FluxEngine
     from tests.support.tiny_flux import asked, painted
 
-    (picture,) = painted(FluxEngine.load(placement(flux_dev)), asked(width=96, height=64), 1)
-    assert picture.size == (96, 64)
+    (image,) = painted(FluxEngine.load(engine_config(flux_dev)), asked(width=96, height=64), 1)
+    assert image.size == (96, 64)
 
 
 @pytest.fixture
-def changed(tmp_path: Path) -> Any:
-    """A copy of the demo whose index names another class."""
+def demo_with_class(tmp_path: Path) -> Any:
+    """Return a function that copies the demo and names an unknown class in its index."""
 
-    def change(component: str, library: str) -> Path:
-        folder = tmp_path / "demo"
-        shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("recipe"))
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    def copy_demo(component: str, library: str) -> Path:
+        directory = tmp_path / "demo"
+        shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe"))
+        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         index[component] = [library, "Stranger"]
-        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-        return folder
+        (directory / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        return directory
 
-    return change
+    return copy_demo
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_2", "scheduler", "tokenizer"])
-def test_classes_of_other_libraries_are_refused_before_anything_is_loaded(changed: Any, component: str) -> None:
-    folder, reports = changed(component, "custom_lib"), list[LoadProgress]()
+def test_classes_of_other_libraries_are_rejected_before_anything_is_loaded(
+    demo_with_class: Any, component: str
+) -> None:
+    directory, reports = demo_with_class(component, "custom_lib"), list[LoadProgress]()
     with pytest.raises(OSError, match=f"{component} is of custom_lib"):
-        load_pipeline(placement(folder, report=reports.append))
+        load_pipeline(engine_config(directory, report=reports.append))
     assert reports == []
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_are_rejected_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = list[LoadProgress]()
     monkeypatch.setattr(pipeline, "device_for", lambda name: "cuda")
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
     with pytest.raises(OSError, match="GB free"):
-        load_pipeline(placement(DEMO, report=reports.append))
+        load_pipeline(engine_config(DEMO, report=reports.append))
     assert reports == []
 
 
 def test_pickled_weights_are_not_loaded(flux_dev: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pickled"
-    shutil.copytree(flux_dev, folder)
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert hub.missing_components(folder) == ["vae"]
+    directory = tmp_path / "pickled"
+    shutil.copytree(flux_dev, directory)
+    (directory / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert hub.missing_components(directory) == ["vae"]
     with pytest.raises(OSError, match="safetensors"):
-        load_pipeline(placement(folder))
+        load_pipeline(engine_config(directory))
 
 
 def test_without_weights_there_is_nothing_to_load() -> None:

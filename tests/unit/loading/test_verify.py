@@ -1,4 +1,4 @@
-"""Weights from strangers: nothing in them runs, and nothing outside of them is read."""
+"""Tests of untrusted weights: no code in them runs, and no file outside them is read."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.support.server_process import ROOT
 
 
 class Bomb:
-    """Whoever unpickles it makes a folder."""
+    """Object that creates a directory when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -36,33 +36,33 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """What is there once code of the weights ran."""
+    """Return the path that exists once code from the weights has run."""
     return tmp_path / "it ran"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The demo, as somebody else may have changed it."""
-    found = tmp_path / "weights"
-    shutil.copytree(DEMO, found, ignore=shutil.ignore_patterns("recipe", "judge", "*.png"))
-    return found
+def directory(tmp_path: Path) -> Path:
+    """Return a copy of the demo's weights, for a test to change."""
+    copy = tmp_path / "weights"
+    shutil.copytree(DEMO, copy, ignore=shutil.ignore_patterns("recipe", "judge", "*.png"))
+    return copy
 
 
-def placement(folder: Path) -> EngineConfig:
-    return EngineConfig(folder, safety_checker="", device="cpu")
+def engine_config(directory: Path) -> EngineConfig:
+    return EngineConfig(directory, safety_checker="", device="cpu")
 
 
 def add(path: Path, **more: Any) -> None:
-    """Say more in a JSON file."""
-    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**said, **more}), encoding="utf-8")
+    """Add entries to a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, **more}), encoding="utf-8")
 
 
 def sharded(component: Path, shard: str) -> None:
-    """All weights of a component are said to lie in this file."""
-    (whole,) = component.glob("*.safetensors")
-    whole.unlink()
-    add(component / f"{whole.name}.index.json", metadata={}, weight_map={"x": shard})
+    """Replace the weights of a component with an index that names only this file."""
+    (weights,) = component.glob("*.safetensors")
+    weights.unlink()
+    add(component / f"{weights.name}.index.json", metadata={}, weight_map={"x": shard})
 
 
 def link(path: Path, target: Path) -> None:
@@ -70,166 +70,184 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-#: What transformers finds code by.
+#: The entries by which transformers finds code.
 AUTO_MAP = dict.fromkeys(
     ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoModelForImageClassification"),
     "stranger.Stranger",
 )
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a link to a file": (lambda folder: link(folder / "vae" / "config.json", Path("/etc/hostname")), "leads out"),
-    "a link to a folder": (lambda folder: link(folder / "vae", DEMO / "vae"), "leads out"),
-    "a link to its parent": (lambda folder: link(folder / "up", Path("..")), "leads out"),
-    "a link to nothing": (lambda folder: link(folder / "vae" / "config.json", Path("/nowhere")), "leads out"),
-    "a link in its checker": (lambda folder: link(folder / "safety_checker" / "x", Path("/etc")), "leads out"),
-    "a pickled shard": (lambda folder: sharded(folder / "transformer", "x.bin"), "'x.bin'"),
-    "a shard elsewhere": (lambda folder: sharded(folder / "text_encoder", "../../x.safetensors"), "only safetensors"),
-    "a shard anywhere": (lambda folder: sharded(folder / "vae", "/x.safetensors"), "only safetensors"),
-    "a pickled shard of the checker": (lambda folder: sharded(folder / "safety_checker", "x.pt"), "'x.pt'"),
-    "a shard without a name": (lambda folder: add(folder / "x.safetensors.index.json", weight_map={"x": 5}), "5"),
-    "no index": (lambda folder: add(folder / "x.safetensors.index.json", weight_map=[]), "not an index of weights"),
+    "a link to a file": (lambda directory: link(directory / "vae" / "config.json", Path("/etc/hostname")), "leads out"),
+    "a link to a directory": (lambda directory: link(directory / "vae", DEMO / "vae"), "leads out"),
+    "a link to its parent": (lambda directory: link(directory / "up", Path("..")), "leads out"),
+    "a link to nothing": (lambda directory: link(directory / "vae" / "config.json", Path("/nowhere")), "leads out"),
+    "a link in its checker": (lambda directory: link(directory / "safety_checker" / "x", Path("/etc")), "leads out"),
+    "a pickled shard": (lambda directory: sharded(directory / "transformer", "x.bin"), "'x.bin'"),
+    "a shard elsewhere": (
+        lambda directory: sharded(directory / "text_encoder", "../../x.safetensors"),
+        "only safetensors",
+    ),
+    "a shard anywhere": (lambda directory: sharded(directory / "vae", "/x.safetensors"), "only safetensors"),
+    "a pickled shard of the checker": (lambda directory: sharded(directory / "safety_checker", "x.pt"), "'x.pt'"),
+    "a shard without a name": (lambda directory: add(directory / "x.safetensors.index.json", weight_map={"x": 5}), "5"),
+    "no index": (
+        lambda directory: add(directory / "x.safetensors.index.json", weight_map=[]),
+        "not an index of weights",
+    ),
     "an adapter": (
-        lambda folder: add(folder / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)),
+        lambda directory: add(directory / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)),
         "an adapter is not part",
     ),
-    "a pipe": (lambda folder: os.mkfifo(folder / "vae" / "x.json"), "neither a file nor a directory"),
-    "a link in a circle": (lambda folder: link(folder / "vae" / "x", Path("x")), "neither a file nor a directory"),
-    "code": (lambda folder: (folder / "vae" / "stranger.py").touch(), "stranger.py is code"),
-    "code where nobody looks": (lambda folder: (folder / "pipeline.py").touch(), "pipeline.py is code"),
-    "code of its checker": (lambda folder: (folder / "safety_checker" / "x.py").touch(), "x.py is code"),
-    "attention of the hub": (
-        lambda folder: add(folder / "text_encoder" / "config.json", attn_implementation="somebody/kernel"),
+    "a pipe": (lambda directory: os.mkfifo(directory / "vae" / "x.json"), "neither a file nor a directory"),
+    "a link in a circle": (
+        lambda directory: link(directory / "vae" / "x", Path("x")),
+        "neither a file nor a directory",
+    ),
+    "code": (lambda directory: (directory / "vae" / "stranger.py").touch(), "stranger.py is code"),
+    "code that is never loaded": (lambda directory: (directory / "pipeline.py").touch(), "pipeline.py is code"),
+    "code of its checker": (lambda directory: (directory / "safety_checker" / "x.py").touch(), "x.py is code"),
+    "attention from the hub": (
+        lambda directory: add(directory / "text_encoder" / "config.json", attn_implementation="somebody/kernel"),
         "names code by attn_implementation",
     ),
     "code of a part": (
-        lambda folder: add(folder / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
+        lambda directory: add(directory / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
         "names code by auto_map",
     ),
     "a class that looks for code": (
-        lambda folder: add(folder / "model_index.json", text_encoder=["transformers", "AutoModel"]),
+        lambda directory: add(directory / "model_index.json", text_encoder=["transformers", "AutoModel"]),
         "only transformers.CLIPTextModel",
     ),
     "another class": (
-        lambda folder: add(folder / "model_index.json", vae=["diffusers", "UNet2DModel"]),
+        lambda directory: add(directory / "model_index.json", vae=["diffusers", "UNet2DModel"]),
         "only diffusers.AutoencoderKL or diffusers.AutoencoderTiny",
     ),
     "another part": (
-        lambda folder: add(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]),
+        lambda directory: add(directory / "model_index.json", unet=["diffusers", "UNet2DModel"]),
         "unet is of diffusers, and is not part",
     ),
-    "a pipeline of its own": (lambda folder: add(folder / "model_index.json", _class_name=["x", "X"]), "is of x"),
+    "a custom pipeline class": (
+        lambda directory: add(directory / "model_index.json", _class_name=["x", "X"]),
+        "is of x",
+    ),
     "a component elsewhere": (
-        lambda folder: add(folder / "model_index.json", **{"../x": ["diffusers", "AutoencoderTiny"]}),
+        lambda directory: add(directory / "model_index.json", **{"../x": ["diffusers", "AutoencoderTiny"]}),
         "not a component's name",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_refused_before_anything_is_loaded(folder: Path, name: str) -> None:
-    act, words = CHANGES[name]
-    act(folder)
-    with pytest.raises(OSError, match=words):
-        load_pipeline(placement(folder))
+def test_untrusted_content_is_rejected_before_anything_is_loaded(directory: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    change(directory)
+    with pytest.raises(OSError, match=message):
+        load_pipeline(engine_config(directory))
 
 
-def test_the_doctor_says_so_beforehand(folder: Path, tmp_path: Path) -> None:
-    link(folder / "vae" / "config.json", Path("/etc/hostname"))
-    settings = Settings(data_dir=tmp_path / "data", weights=(str(folder),), device="cpu")
+def test_doctor_reports_the_problem(directory: Path, tmp_path: Path) -> None:
+    link(directory / "vae" / "config.json", Path("/etc/hostname"))
+    settings = Settings(data_dir=tmp_path / "data", weights=(str(directory),), device="cpu")
     assert any("leads out" in finding.message for finding in doctor.run_checks(settings) if not finding.ok)
 
 
-def test_links_within_are_followed(folder: Path) -> None:
-    (folder / "vae").rename(folder / "other")
-    (folder / "vae").symlink_to("other")
-    verify.verify(folder)
+def test_links_within_the_weights_are_followed(directory: Path) -> None:
+    (directory / "vae").rename(directory / "other")
+    (directory / "vae").symlink_to("other")
+    verify.verify(directory)
 
 
-def test_the_hubs_cache_is_loaded_as_it_lies(tmp_path: Path) -> None:
-    """All links into its blobs. The way there may be a link too; those to folders there, or to others' are refused."""
+def test_the_hubs_cache_is_loaded_directly(tmp_path: Path) -> None:
+    """Files in the cache are links to its blobs, and the path to the cache may contain a link too.
+
+    Links to directories among the blobs, and links to the blobs of other repositories, are rejected.
+    """
     snapshot = cached(tmp_path / "real", "somebody/weights", DEMO)
     (tmp_path / "home").symlink_to("real")
-    place = specs.parse_spec(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
-    assert isinstance(place, Path)
-    assert (place / "vae" / "config.json").is_symlink()
-    pipeline, _ = load_pipeline(placement(place))
-    assert hub.components(place) == list(hub.read_model_index(DEMO))
+    path = specs.parse_spec(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
+    assert isinstance(path, Path)
+    assert (path / "vae" / "config.json").is_symlink()
+    pipeline, _ = load_pipeline(engine_config(path))
+    assert hub.components(path) == list(hub.read_model_index(DEMO))
     assert pipeline.vae is not None
-    # A folder within it, on its own.
-    assert safety_checker.load(placement(place)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
+    # The checker, a directory within the snapshot, is loaded separately.
+    assert safety_checker.load(engine_config(path)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
     other = cached(tmp_path / "real", "somebody/else", DEMO / "vae")
     link(snapshot / "vae" / "config.json", (other / "config.json").resolve())
     with pytest.raises(OSError, match="leads out"):
-        load_pipeline(placement(place))
+        load_pipeline(engine_config(path))
     hidden = snapshot.parents[1] / "blobs" / "hidden"
     hidden.mkdir()
     (hidden / "stranger.py").touch()
     link(snapshot / "vae", hidden)
     with pytest.raises(OSError, match="leads out"):
-        load_pipeline(placement(place))
+        load_pipeline(engine_config(path))
 
 
-def test_a_pickle_by_the_name_of_safetensors_is_not_unpickled(folder: Path, mark: Path) -> None:
-    for path in folder.glob("*/*.safetensors"):
+def test_a_pickle_named_safetensors_is_not_unpickled(directory: Path, mark: Path) -> None:
+    for path in directory.glob("*/*.safetensors"):
         path.write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(OSError, match=r"weights cannot be read|safetensors"):
-        load_pipeline(placement(folder))
+        load_pipeline(engine_config(directory))
     with pytest.raises(GenerationFailed):
-        safety_checker.load(placement(folder)).is_unsafe([])
+        safety_checker.load(engine_config(directory)).is_unsafe([])
     assert not mark.exists()
-    pickle.loads((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+    pickle.loads((directory / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
     assert mark.exists()
 
 
 @pytest.fixture
-def stranger(folder: Path, mark: Path) -> Callable[[str], Path]:
-    """Puts code into a component, which its configurations name, and makes model_index.json ask for it."""
+def weights_with_code(directory: Path, mark: Path) -> Callable[[str], Path]:
+    """Return a function that adds code to a component.
 
-    def put(name: str) -> Path:
-        (folder / name / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
-        for path in (folder / name).glob("*config.json"):
+    The configurations of the component name the code, and model_index.json asks for it.
+    """
+
+    def add_code(name: str) -> Path:
+        (directory / name / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
+        for path in (directory / name).glob("*config.json"):
             add(path, auto_map=AUTO_MAP, model_type="stranger", image_processor_type="Stranger")
         if name != "safety_checker":
             kind = "AutoTokenizer" if "tokenizer" in name else "AutoModel"
-            add(folder / "model_index.json", **{name: ["transformers", kind]})
-        return folder
+            add(directory / "model_index.json", **{name: ["transformers", kind]})
+        return directory
 
-    return put
+    return add_code
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "tokenizer", "transformer", "vae", "scheduler"])
-def test_code_beside_the_weights_does_not_run(stranger: Callable[[str], Path], mark: Path, name: str) -> None:
+def test_code_in_the_weights_does_not_run(weights_with_code: Callable[[str], Path], mark: Path, name: str) -> None:
     with pytest.raises(OSError, match=r"names code|is code"):
-        load_pipeline(placement(stranger(name)))
+        load_pipeline(engine_config(weights_with_code(name)))
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("command", ["bench", "doctor", "serve"])
-def test_no_command_runs_it_and_nobody_is_asked(
-    stranger: Callable[[str], Path], mark: Path, tmp_path: Path, command: str
+def test_no_command_runs_the_code_or_asks_a_question(
+    weights_with_code: Callable[[str], Path], mark: Path, tmp_path: Path, command: str
 ) -> None:
-    """Whoever was asked would say yes."""
+    """The input would answer any question with yes."""
     settings = ("--device", "cpu", "--port", "0", "--tls-port", "0", "--data-dir", str(tmp_path / "data"))
-    line = [sys.executable, "-m", "server", command, str(stranger("text_encoder")), *settings]
-    done = subprocess.run(line, cwd=ROOT, input="y\n" * 20, capture_output=True, text=True, timeout=100)
-    said = done.stdout + done.stderr
-    assert done.returncode == 1, said
-    assert "names code by auto_map" in said
-    assert "[y/N]" not in said
-    assert "Traceback" not in said
+    command_line = [sys.executable, "-m", "server", command, str(weights_with_code("text_encoder")), *settings]
+    result = subprocess.run(command_line, cwd=ROOT, input="y\n" * 20, capture_output=True, text=True, timeout=100)
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "names code by auto_map" in output
+    assert "[y/N]" not in output
+    assert "Traceback" not in output
     assert not mark.exists()
 
 
-def test_code_of_a_checker_does_not_run_and_nobody_is_asked(
-    stranger: Callable[[str], Path], mark: Path, capfd: pytest.CaptureFixture[str]
+def test_code_of_a_checker_does_not_run_and_no_question_is_asked(
+    weights_with_code: Callable[[str], Path], mark: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(GenerationFailed, match=r"could not be loaded.*(names code|is code)"):
-        safety_checker.load(placement(stranger("safety_checker"))).is_unsafe([])
+        safety_checker.load(engine_config(weights_with_code("safety_checker"))).is_unsafe([])
     assert not mark.exists()
     assert "[y/N]" not in capfd.readouterr().out
 
 
-def test_a_token_by_the_name_of_code_is_a_token(folder: Path) -> None:
-    words = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    add(folder / "tokenizer" / "vocab.json", auto_map=max(words.values()))
-    verify.verify_pipeline(folder, pipeline.NON_PIPELINE_COMPONENTS)
+def test_a_token_named_like_code_is_accepted(directory: Path) -> None:
+    vocabulary = json.loads((directory / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    add(directory / "tokenizer" / "vocab.json", auto_map=max(vocabulary.values()))
+    verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)

@@ -1,4 +1,4 @@
-"""The guard: what the server may connect to for a client."""
+"""Tests of the guard: which addresses the server may connect to for a client."""
 
 import asyncio
 import socket
@@ -16,11 +16,11 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def post(guard: OutboundClient, url: str, content: bytes = b"{}") -> int:
-    """The status of one POST."""
+    """POST the content, and return the status of the response."""
     return asyncio.run(guard.post(url, content, {"content-type": "application/json"}, 30))
 
 
-#: What no setting can permit.
+#: URLs that no setting can permit.
 NONSENSE = [
     "",
     "nonsense",
@@ -31,27 +31,27 @@ NONSENSE = [
     "http://a..b/",
     "http://example.com:0/",
     "http://example.com:99999/",
-    # Not the web.
+    # Schemes other than HTTP and HTTPS.
     "file:///etc/passwd",
     "ftp://example.com/",
     "gopher://example.com/",
     "unix:///run/docker.sock",
     "javascript:alert(1)",
     "data:text/plain,x",
-    # Credentials, and a host that is not what it seems.
+    # Credentials, and a misleading host.
     "http://user:password@example.com/",
     "http://example.com@127.0.0.1/",
     # Ports of mail, shells and databases below 1024.
     "http://example.com:22/",
     "http://example.com:25/",
-    # This machine, in spellings that hide it.
+    # This machine, in misleading spellings.
     "http://2130706433/",
     "http://0177.0.0.1/",
     "http://127.1/",
     "http://127.0.0.1./",
     "http://%31%32%37.0.0.1/",
 ]
-#: What an operator may have reasons to permit.
+#: URLs that an operator may have reasons to permit.
 INNER = [
     # This machine and this network, in every other spelling.
     "http://127.0.0.1/",
@@ -67,7 +67,7 @@ INNER = [
     "http://[::127.0.0.1]/",
     "http://[64:ff9b::7f00:1]/",
     "http://[2002:7f00:1::]/",
-    # Teredo, by its server and by its client; what is translated on the way; site-local and reserved networks.
+    # Teredo, by server and by client address; translated addresses; site-local and reserved networks.
     "http://[2001:0:7f00:1::]/",
     "http://[2001:0:808:808::80ff:fffe]/",
     "http://[::7f00:1]/",
@@ -90,7 +90,7 @@ INNER = [
     "http://[ff02::1]/",
     "http://224.0.0.1/",
     "http://255.255.255.255/",
-    # Where clouds keep their secrets.
+    # The metadata services of clouds, which hold secrets.
     "http://169.254.169.254/latest/meta-data/",
     "http://[fd00:ec2::254]/",
     "http://[::ffff:169.254.169.254]/",
@@ -100,30 +100,30 @@ FORBIDDEN = [*NONSENSE, *INNER]
 
 
 @pytest.mark.parametrize("url", INNER)
-def test_what_can_be_judged_at_once_is_refused_at_once_and_says_what_can_permit_it(url: str) -> None:
+def test_an_internal_address_is_rejected_at_once_and_the_error_names_the_setting(url: str) -> None:
     with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
         OutboundClient().check(url)
 
 
 @pytest.mark.parametrize("url", NONSENSE)
-def test_what_nothing_can_permit_is_refused_without_naming_the_setting(url: str) -> None:
+def test_a_url_that_no_setting_permits_is_rejected_without_naming_the_setting(url: str) -> None:
     for allow in ((), ("0.0.0.0/0", "::/0", "example.com", "a..b", "127.1", "2130706433")):
-        with pytest.raises(ForbiddenURL) as refused:
+        with pytest.raises(ForbiddenURL) as error:
             OutboundClient(allow).check(url)
-        assert "--outbound-allow" not in str(refused.value)
+        assert "--outbound-allow" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
-def test_what_is_refused_at_once_is_not_posted_to_either(url: str) -> None:
+def test_a_rejected_url_is_not_posted_to_either(url: str) -> None:
     with pytest.raises(ForbiddenURL):
         post(OutboundClient(), url)
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
-def test_a_refusal_is_a_line_not_a_page(url: str) -> None:
-    with pytest.raises(ForbiddenURL) as refused:
+def test_the_error_is_short(url: str) -> None:
+    with pytest.raises(ForbiddenURL) as error:
         OutboundClient().check(url)
-    assert len(str(refused.value)) < 500
+    assert len(str(error.value)) < 500
 
 
 ALLOWED = [
@@ -131,7 +131,7 @@ ALLOWED = [
     "http://example.com:8080/hook?token=1#part",
     "https://93.184.216.34/",
     "https://[2606:2800:220:1:248:1893:25c8:1946]/",
-    # Public addresses of IPv4, carried.
+    # Public IPv4 addresses within IPv6 addresses.
     "https://[::ffff:93.184.216.34]/",
     "https://[64:ff9b::5db8:d822]/",
     "HTTPS://EXAMPLE.COM/",
@@ -146,11 +146,11 @@ def test_the_public_web_is_allowed(url: str) -> None:
 
 
 def names_of_loopback(port: int) -> list[str]:
-    """Names and odd spellings that the resolver turns into 127.0.0.1."""
+    """Return URLs with names and odd spellings that the resolver turns into 127.0.0.1."""
     return [f"http://{name}:{port}/" for name in ("localhost", "0x7f.1", "0x7f000001", "0x7f.0x0.0x0.0x1")]
 
 
-def test_a_name_of_this_machine_is_refused_when_it_is_connected_to(httpserver: HTTPServer, tmp_path: Path) -> None:
+def test_a_name_of_this_machine_is_rejected_on_connecting(httpserver: HTTPServer, tmp_path: Path) -> None:
     httpserver.expect_request("/").respond_with_data("in")
     for url in names_of_loopback(httpserver.port):
         with pytest.raises(ForbiddenURL, match=r"; the setting --outbound-allow can permit it$"):
@@ -168,7 +168,7 @@ def test_an_allowed_network_is_reached_by_address_and_by_name(httpserver: HTTPSe
         assert post(guard, url) == 201
 
 
-def test_an_allowed_host_is_reached_by_that_name_alone(httpserver: HTTPServer) -> None:
+def test_an_allowed_host_is_reached_only_by_its_name(httpserver: HTTPServer) -> None:
     httpserver.expect_request("/").respond_with_data("in")
     guard = OutboundClient(("LOCALHOST",))
     assert post(guard, f"http://localhost:{httpserver.port}/") == 200
@@ -194,7 +194,7 @@ def test_an_allowed_host_is_reached_by_that_name_alone(httpserver: HTTPServer) -
         ("hooks.lan", "ftp://hooks.lan/", False),
     ],
 )
-def test_the_setting_opens_what_it_names_and_nothing_else(allow: str, url: str, is_allowed: bool) -> None:
+def test_the_setting_permits_only_what_it_names(allow: str, url: str, is_allowed: bool) -> None:
     guard = OutboundClient((allow,))
     if is_allowed:
         return guard.check(url)
@@ -204,12 +204,12 @@ def test_the_setting_opens_what_it_names_and_nothing_else(allow: str, url: str, 
 
 
 @pytest.mark.parametrize(("length", "is_kept"), [(MAX_ETAG, True), (MAX_ETAG + 1, False)])
-def test_a_long_etag_is_not_given(httpserver: HTTPServer, tmp_path: Path, length: int, is_kept: bool) -> None:
-    """It would be remembered for each of thousands of addresses."""
+def test_a_long_etag_is_dropped(httpserver: HTTPServer, tmp_path: Path, length: int, is_kept: bool) -> None:
+    """The server remembers the ETags of thousands of URLs."""
     etag = f'"{"x" * (length - 2)}"'
     httpserver.expect_request("/").respond_with_data("in", headers={"etag": etag})
-    given = asyncio.run(OutboundClient(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
-    assert given == (etag if is_kept else "")
+    etag_kept = asyncio.run(OutboundClient(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
+    assert etag_kept == (etag if is_kept else "")
     assert (tmp_path / "file").read_text() == "in"
 
 
@@ -226,25 +226,23 @@ def test_a_proxy_of_the_environment_is_not_used(httpserver: HTTPServer, monkeypa
     assert post(OutboundClient(LOOPBACK), httpserver.url_for("/")) == 200
 
 
-def test_the_public_authorities_are_not_read_anew_for_each_request(
-    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That takes 15 ms, in which the server does nothing else."""
+def test_the_public_authorities_are_loaded_only_once(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading them takes 15 ms, during which the server does nothing else."""
     httpserver.expect_request("/").respond_with_data("in")
     guard = OutboundClient(LOOPBACK)
     monkeypatch.setattr("ssl.create_default_context", None)
     assert [post(guard, httpserver.url_for("/")) for _ in range(2)] == [200, 200]
 
 
-def test_interim_answers_without_end_end_a_download(tmp_path: Path) -> None:
-    """As much as the file may be large twice over, not as much as comes in a minute."""
-    told = pytest.raises(InvalidInputFile, match="the response is longer than 67536 bytes")
-    with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, told:
+def test_endless_interim_responses_stop_a_download(tmp_path: Path) -> None:
+    """The download stops at twice the file's size limit plus 64 KiB, not after a minute."""
+    too_long = pytest.raises(InvalidInputFile, match="the response is longer than 67536 bytes")
+    with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, too_long:
         asyncio.run(OutboundClient(LOOPBACK).download(url, tmp_path / "file", 1000, 30))
 
 
-def test_no_answer_is_an_http_error_not_a_refusal() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+def test_no_response_is_an_http_error_not_a_forbidden_url() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
         with pytest.raises(httpx.HTTPError):
-            post(OutboundClient(LOOPBACK), f"http://127.0.0.1:{taken.getsockname()[1]}/")
+            post(OutboundClient(LOOPBACK), f"http://127.0.0.1:{unused.getsockname()[1]}/")

@@ -1,4 +1,4 @@
-"""The local authority and certificate, judged by the ssl module over real sockets."""
+"""Tests of the local authority and its certificate, which the ssl module verifies over real sockets."""
 
 import datetime
 import socket
@@ -15,72 +15,72 @@ from server.net import tls
 
 
 def handshake(files: tls.CertificateFiles, name: str, trusted: Path) -> None:
-    """One TLS connection to a real listener under this name. Raises ssl.SSLCertVerificationError."""
-    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ours.load_cert_chain(files.certificate, files.key)
-    theirs = ssl.create_default_context(cafile=str(trusted))
-    # Python 3.13 asks for this by itself.
-    theirs.verify_flags |= ssl.VERIFY_X509_STRICT
+    """Make one TLS connection to a real listener under this name. Raises ssl.SSLCertVerificationError."""
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(files.certificate, files.key)
+    client_context = ssl.create_default_context(cafile=str(trusted))
+    # Python 3.13 sets this flag by default.
+    client_context.verify_flags |= ssl.VERIFY_X509_STRICT
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = threading.Thread(target=_answer_once, args=(listener, ours))
+        server = threading.Thread(target=_respond_once, args=(listener, server_context))
         server.start()
         try:
             with (
                 socket.create_connection(listener.getsockname()) as plain,
-                theirs.wrap_socket(plain, server_hostname=name) as secure,
+                client_context.wrap_socket(plain, server_hostname=name) as secure,
             ):
                 assert secure.recv(2) == b"ok"
         finally:
             server.join()
 
 
-def _answer_once(listener: socket.socket, context: ssl.SSLContext) -> None:
+def _respond_once(listener: socket.socket, context: ssl.SSLContext) -> None:
     plain, _ = listener.accept()
     with plain, suppress(OSError), context.wrap_socket(plain, server_side=True) as secure:
         secure.sendall(b"ok")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that was made."""
-    return {path.name: path.read_bytes() for path in (folder / "tls").iterdir()}
+def contents(data_dir: Path) -> dict[str, bytes]:
+    """Return the content of every file, by name."""
+    return {path.name: path.read_bytes() for path in (data_dir / "tls").iterdir()}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="module")
-def files(folder: Path) -> tls.CertificateFiles:
-    return tls.ensure_certificate(folder, "127.0.0.1")
+def files(data_dir: Path) -> tls.CertificateFiles:
+    return tls.ensure_certificate(data_dir, "127.0.0.1")
 
 
 @pytest.mark.parametrize("name", [*tls.NAMES, *tls.ADDRESSES])
-def test_a_client_that_trusts_the_authority_gets_in_under_every_name(files: tls.CertificateFiles, name: str) -> None:
+def test_a_client_that_trusts_the_authority_connects_under_every_name(files: tls.CertificateFiles, name: str) -> None:
     handshake(files, name, files.authority)
 
 
 @pytest.mark.parametrize("name", ["localhost", "queue.localhost", "127.0.0.1", "queue.fal.run"])
-def test_the_bundle_is_as_good_as_the_authority(files: tls.CertificateFiles, name: str) -> None:
+def test_a_client_that_trusts_the_bundle_connects_too(files: tls.CertificateFiles, name: str) -> None:
     handshake(files, name, files.bundle)
 
 
-def test_the_bundle_holds_the_worlds_authorities_too(files: tls.CertificateFiles) -> None:
+def test_the_bundle_includes_the_public_authorities(files: tls.CertificateFiles) -> None:
     assert Path(certifi.where()).read_bytes() in files.bundle.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["example.com", "evil.localhost", "127.0.0.2", "notfal.ai", "a.b.c.fal.ai"])
-def test_no_other_name_is_vouched_for(files: tls.CertificateFiles, name: str) -> None:
+def test_the_certificate_is_not_valid_for_other_names(files: tls.CertificateFiles, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"mismatch|not valid for"):
         handshake(files, name, files.authority)
 
 
-def test_a_client_that_does_not_know_the_authority_is_not_let_in(files: tls.CertificateFiles) -> None:
+def test_a_client_that_does_not_trust_the_authority_does_not_connect(files: tls.CertificateFiles) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(files, "localhost", Path(certifi.where()))
 
 
-def test_all_is_made_once_and_stays(tmp_path: Path) -> None:
+def test_existing_files_stay_unchanged(tmp_path: Path) -> None:
     tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
     tls.ensure_certificate(tmp_path, "127.0.0.1")
@@ -88,10 +88,10 @@ def test_all_is_made_once_and_stays(tmp_path: Path) -> None:
     assert set(before) == {"ca.pem", "ca.key", "bundle.pem", "cert.pem", "key.pem"}
 
 
-def test_keys_are_private(folder: Path, files: tls.CertificateFiles) -> None:
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder / "tls").iterdir()}
+def test_keys_are_private(data_dir: Path, files: tls.CertificateFiles) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (data_dir / "tls").iterdir()}
     assert {name: modes[name] for name in ("ca.key", "key.pem")} == {"ca.key": 0o600, "key.pem": 0o600}
-    assert (folder / "tls").stat().st_mode & 0o777 == 0o700
+    assert (data_dir / "tls").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("host", ["192.168.7.7", "gpu.lan", "2001:db8::7"])
@@ -106,33 +106,33 @@ def test_another_host_gets_a_new_certificate_of_the_same_authority(tmp_path: Pat
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost"])
-def test_a_host_that_stands_for_many_adds_no_name(tmp_path: Path, host: str) -> None:
+def test_a_wildcard_or_known_host_adds_no_name(tmp_path: Path, host: str) -> None:
     tls.ensure_certificate(tmp_path, "127.0.0.1")
     before = contents(tmp_path)
     tls.ensure_certificate(tmp_path, host)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("lost", ["cert.pem", "key.pem", "bundle.pem"])
-def test_what_was_lost_is_made_again(tmp_path: Path, lost: str) -> None:
+@pytest.mark.parametrize("missing", ["cert.pem", "key.pem", "bundle.pem"])
+def test_a_missing_file_is_made_again(tmp_path: Path, missing: str) -> None:
     files = tls.ensure_certificate(tmp_path, "127.0.0.1")
     authority = files.authority.read_bytes()
-    (tmp_path / "tls" / lost).unlink()
+    (tmp_path / "tls" / missing).unlink()
     tls.ensure_certificate(tmp_path, "127.0.0.1")
     assert files.authority.read_bytes() == authority
     handshake(files, "localhost", files.bundle)
 
 
-@pytest.mark.parametrize("lost", ["ca.pem", "ca.key"])
-def test_a_new_authority_signs_a_new_certificate(tmp_path: Path, lost: str) -> None:
+@pytest.mark.parametrize("missing", ["ca.pem", "ca.key"])
+def test_a_new_authority_signs_a_new_certificate(tmp_path: Path, missing: str) -> None:
     tls.ensure_certificate(tmp_path, "127.0.0.1")
-    (tmp_path / "tls" / lost).unlink()
+    (tmp_path / "tls" / missing).unlink()
     files = tls.ensure_certificate(tmp_path, "127.0.0.1")
     handshake(files, "localhost", files.authority)
 
 
 @pytest.mark.parametrize(("days", "is_renewed"), [(0, False), (360, False), (370, True), (500, True)])
-def test_the_certificate_is_renewed_before_it_runs_out(
+def test_the_certificate_is_renewed_before_it_expires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, is_renewed: bool
 ) -> None:
     files = tls.ensure_certificate(tmp_path, "127.0.0.1")
@@ -147,10 +147,10 @@ def test_the_certificate_is_renewed_before_it_runs_out(
     assert certificate.not_valid_after_utc > later + datetime.timedelta(days=29)
 
 
-def test_no_certificate_lives_longer_than_browsers_allow(files: tls.CertificateFiles) -> None:
+def test_the_certificate_is_valid_no_longer_than_browsers_allow(files: tls.CertificateFiles) -> None:
     certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
-    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    assert life <= datetime.timedelta(days=398)
+    validity = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    assert validity <= datetime.timedelta(days=398)
 
 
 @pytest.mark.parametrize("name", ["ca.pem", "ca.key", "cert.pem", "key.pem"])
