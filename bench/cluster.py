@@ -31,8 +31,8 @@ from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import Database
 from server.storage.file_store import FileStore
-from tests.support.ray_nodes import MODELS, nodes, runners, serving_on
-from tests.support.server_process import ROOT, Server, completed, gated, serving
+from tests.support.ray_nodes import MODELS, ray_cluster, runner_processes, serving_on
+from tests.support.server_process import ROOT, Server, open_gate, serving, wait_until_completed
 
 SMALL = {"prompt": "x", "seed": 1, "num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}
 
@@ -81,29 +81,31 @@ def kill(times: int = 10) -> None:
     """Kill a runner with SIGKILL in the middle of a job, and time how long until another runner runs the job."""
     durations = []
     with (
-        nodes(2) as cluster,
+        ray_cluster(2) as cluster,
         tempfile.TemporaryDirectory() as name,
         serving_on(cluster, Path(name) / "data") as server,
         _client(server) as client,
     ):
         for number in range(times):
             _ready(client, 2)
-            with gated(Path(name) / f"gate-{number}") as gate:
+            with open_gate(Path(name) / f"gate-{number}") as gate:
                 body = {**SMALL, "prompt": str(gate.path), "num_inference_steps": 3}
                 status_path = _path(client.post("/queue/test/gate", json=body))
-                gate.let(1)
+                gate.release(1)
                 _wait_for_step(client, status_path, 1)
-                runner = max(runners(), key=lambda process: str(gate.path) in _open_files(process))
+                runner = max(runner_processes(), key=lambda process: str(gate.path) in _open_files(process))
                 start = time.perf_counter()
                 runner.kill()
                 while client.get(status_path).json()["status"] == "IN_PROGRESS":
-                    if any(str(gate.path) in _open_files(each) for each in runners() if each.pid != runner.pid):
+                    if any(
+                        str(gate.path) in _open_files(each) for each in runner_processes() if each.pid != runner.pid
+                    ):
                         break
-                gate.let(1)
+                gate.release(1)
                 _wait_for_step(client, status_path, 1)
                 durations.append(time.perf_counter() - start)
-                gate.open()
-                assert completed(client, status_path).get("error") is None
+                gate.release_all()
+                assert wait_until_completed(client, status_path).get("error") is None
     _report("job of a killed runner runs elsewhere", durations)
 
 
@@ -123,17 +125,17 @@ def join(times: int = 3) -> None:
     durations = []
     for _ in range(times):
         with (
-            nodes(1) as cluster,
+            ray_cluster(1) as cluster,
             tempfile.TemporaryDirectory() as name,
             serving_on(cluster, Path(name) / "data", max_running="1") as server,
             _client(server) as client,
-            gated(Path(name) / "gate") as gate,
+            open_gate(Path(name) / "gate") as gate,
         ):
             _path(client.post("/queue/test/gate", json={**SMALL, "prompt": str(gate.path)}))
             waiting = _path(client.post("/queue/test/slow", json=SMALL))
             cluster.add_node(num_cpus=1, num_gpus=1)
             start = time.perf_counter()
-            assert completed(client, waiting).get("error") is None
+            assert wait_until_completed(client, waiting).get("error") is None
             durations.append(time.perf_counter() - start)
     _report("first job of a new node is done", durations)
 
@@ -142,7 +144,7 @@ def scale(jobs: int = 80) -> None:
     """Compare jobs a second on one GPU and on four, with a model that sleeps 0.2 s an image."""
     jobs_per_second = {}
     body = {**SMALL, "num_inference_steps": 10}
-    with nodes(4) as cluster:
+    with ray_cluster(4) as cluster:
         for number in (1, 4):
             with (
                 tempfile.TemporaryDirectory() as name,
@@ -153,7 +155,7 @@ def scale(jobs: int = 80) -> None:
                 start = time.perf_counter()
                 paths = [_path(client.post("/queue/test/slow", json=body)) for _ in range(jobs)]
                 for path in paths:
-                    assert completed(client, path).get("error") is None
+                    assert wait_until_completed(client, path).get("error") is None
                 jobs_per_second[number] = jobs / (time.perf_counter() - start)
     for number, each in jobs_per_second.items():
         print(f"{number} GPUs: {each:5.2f} jobs/s")
@@ -250,7 +252,7 @@ def _measure_whole(gpus: int, clients: int, seconds: float) -> None:
         figures = load(port, clients, new_client)
         assert figures.bad == 0
     images = sum(each.num_images for each in fal_clients)
-    print(f"{f'{clients} clients: whole requests a second':40} {images / figures.taken:.0f}")
+    print(f"{f'{clients} clients: whole requests a second':40} {images / figures.elapsed:.0f}")
     print(f"{'HTTP requests for each whole request':40} {len(figures.seconds) / images:.1f}")
 
 

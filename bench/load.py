@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.support.load_client import Figures, again, load, request
+from bench.support.load_client import Figures, load, repeating_client, request
 from server.api import responses
 from server.queue.jobs import Job, Submission
 from server.queue.notifier import Notifier
@@ -48,8 +48,8 @@ def under_load(clients: int, seconds: float) -> tuple[Figures, Figures]:
     """
     with tempfile.TemporaryDirectory() as name:
         with _queued(Path(name), 500) as (port, status):
-            polled = load(port, clients, again(status, seconds))
-            submitted = load(port, clients, again(request("POST", "/queue/test/null", BODY), seconds))
+            polled = load(port, clients, repeating_client(status, seconds))
+            submitted = load(port, clients, repeating_client(request("POST", "/queue/test/null", BODY), seconds))
         database = Database(Path(name) / "data")
         stored = {row["request_id"].encode() for row in database.read("SELECT request_id FROM jobs")}
         database.close()
@@ -70,7 +70,7 @@ def _http(clients: list[int], seconds: float) -> None:
 
 def _statuses_per_second(waiting: int, clients: int) -> float:
     with tempfile.TemporaryDirectory() as name, _queued(Path(name), waiting) as (port, status):
-        figures = load(port, clients, again(status, 5))
+        figures = load(port, clients, repeating_client(status, 5))
     print(f"{f'status, {clients} clients, {waiting} queued':40} {figures}", flush=True)
     return figures.per_second
 

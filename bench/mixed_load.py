@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from bench.support.subprocess_server import answering
+from bench.support.subprocess_server import running_server
 from models.loading import cpu
 from models.loading.specs import DEMO
 from tests.support.server_process import ROOT, free_port, serving
@@ -105,7 +105,7 @@ def naive(weights: str) -> Iterator[Naive]:
         "error",
     ]
     url = f"http://127.0.0.1:{port}"
-    with answering(command, f"{url}/docs", environment):
+    with running_server(command, f"{url}/docs", environment):
         yield Naive(url)
 
 

@@ -25,7 +25,7 @@ import uvicorn
 from server.app import create_app
 from server.net.listeners import bind_socket
 from server.settings import Settings
-from tests.support.server_process import completed
+from tests.support.server_process import wait_until_completed
 
 PROMPT = "a red apple on a blue table"
 
@@ -101,7 +101,7 @@ def _send_request(url: str, request: dict[str, object]) -> float:
         client.get(f"{url}/health")
         start = time.perf_counter()
         reply = client.post(f"{url}/queue/fal-ai/flux/dev", json=request).json()
-        completed(client, reply["status_url"])
+        wait_until_completed(client, reply["status_url"])
         client.get(reply["response_url"]).raise_for_status()
         return time.perf_counter() - start
 

@@ -31,9 +31,9 @@ from pathlib import Path
 import httpx
 
 from bench.support import load_client
-from bench.support.load_client import again, load, request
-from bench.support.subprocess_server import answering
-from tests.support.server_process import ROOT, TEST_MODELS, free_port, gated, in_progress, serving
+from bench.support.load_client import load, repeating_client, request
+from bench.support.subprocess_server import running_server
+from tests.support.server_process import ROOT, TEST_MODELS, free_port, open_gate, serving, wait_until_claimed
 
 PYTHON = ROOT / "build" / "peers" / "bin" / "python"
 BODY = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1, "seed": 1}
@@ -55,7 +55,7 @@ def ours() -> Iterator[Targets]:
         directory = Path(name)
         with (
             serving(directory / "data", TEST_MODELS, max_queue_length="1000000") as server,
-            gated(directory / "gate") as gate,
+            open_gate(directory / "gate") as gate,
         ):
             yield _our_targets(server.ready().url, gate.path)
 
@@ -65,7 +65,7 @@ def _our_targets(url: str, gate: Path) -> Targets:
     yield RUN, port, "/test/null"
     with httpx.Client() as load_client:
         blocking = load_client.post(f"{url}/queue/test/gate", json={"prompt": str(gate), "seed": 1})
-        in_progress(load_client, blocking.json()["status_url"])
+        wait_until_claimed(load_client, blocking.json()["status_url"])
     yield SUBMIT, port, "/queue/test/null"
 
 
@@ -101,7 +101,7 @@ def _peer(python: Path, command: Sequence[str], health: str) -> Iterator[int]:
     # Processes of the server may have been killed only a moment before the directory is deleted.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         environment = {"TMPDIR": directory, "BENTOML_HOME": directory, "BENTOML_DO_NOT_TRACK": "True"}
-        with answering((str(python), *command, str(port)), f"http://127.0.0.1:{port}{health}", environment):
+        with running_server((str(python), *command, str(port)), f"http://127.0.0.1:{port}{health}", environment):
             yield port
 
 
@@ -118,9 +118,9 @@ def measure(python: Path, clients: Sequence[int], rounds: int, seconds: float) -
             with open_server() as targets:
                 for name, port, path in targets:
                     body = request("POST", path, json.dumps(BODY).encode())
-                    load(port, max(clients), again(body, WARM_UP))
+                    load(port, max(clients), repeating_client(body, WARM_UP))
                     for count in clients:
-                        figures = load(port, count, again(body, seconds))
+                        figures = load(port, count, repeating_client(body, seconds))
                         if figures.bad:
                             raise SystemExit(
                                 f"{name}: {figures.bad} of {len(figures.seconds)} requests failed; none may"

@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.components import Parts, opened
-from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, gated, serving, with_door
+from tests.support.components import Components, open_components
+from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, open_gate, serving, serving_with_proxy
 
 
 @pytest.fixture(scope="session")
@@ -65,19 +65,19 @@ def keyed_client(keyed: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with the demo weights and the test models that clients reach through its CONNECT proxy."""
-    with with_door(tmp_path_factory.mktemp("door")) as running:
+    with serving_with_proxy(tmp_path_factory.mktemp("door")) as running:
         yield running
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
     """Create a closed gate for test/gate; the prompt of such a request is the path of the gate."""
-    with gated(tmp_path / "gate") as closed_gate:
+    with open_gate(tmp_path / "gate") as closed_gate:
         yield closed_gate
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
+def parts(tmp_path: Path) -> Iterator[Components]:
     """Open database, queue and file store without a server."""
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         yield parts

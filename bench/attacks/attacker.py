@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 
 from bench.attacks import ATTACKER
-from bench.attacks.connection import Answer, Connection, connected, request
+from bench.attacks.connection import Connection, Response, connected, request
 from bench.attacks.victim import OPERATIONS
 
 #: The action of one phase of an attack, run after the preparation.
@@ -39,7 +39,7 @@ class Attack:
 
 
 @dataclass
-class Told:
+class Responses:
     """Responses that the attacker has received so far."""
 
     #: Number of connections by how they ended: a status, "closed" without a response, "held" if still open when the
@@ -55,15 +55,15 @@ class Target:
 
     def __init__(self, port: int, directory: Path, hosted_url: str) -> None:
         self.port, self._directory, self._hosted_url = port, directory, hosted_url
-        self.told = Told()
+        self.told = Responses()
         self._until = 0.0
 
-    def hosted(self, name: str, content: bytes) -> str:
+    def host_file(self, name: str, content: bytes) -> str:
         """Offer a file for download from now on; return its URL."""
         (self._directory / name).write_bytes(content)
-        return self.address(name)
+        return self.url(name)
 
-    def address(self, path: str) -> str:
+    def url(self, path: str) -> str:
         """Return the URL of a path on the attacker's own web server."""
         return f"{self._hosted_url}/{path}"
 
@@ -94,9 +94,9 @@ class Target:
         self.told.answers[f"{label} {ending}".strip()] += 1
         self.told.longest_held = max(self.told.longest_held, time.monotonic() - start)
 
-    async def ask(self, *contents: bytes | memoryview, rate: float = 0.0, label: str = "") -> Answer | None:
+    async def ask(self, *contents: bytes | memoryview, rate: float = 0.0, label: str = "") -> Response | None:
         """Send one request on a new connection and count the response under `label`; return it if there was one."""
-        responses: list[Answer] = []
+        responses: list[Response] = []
 
         async def conversation(connection: Connection) -> str:
             responses.append(await connection.exchange(*contents, rate=rate))
@@ -132,9 +132,9 @@ class Attacker:
         """Wait up to `wait` seconds; return whether the phase is over."""
         return self._pipe.poll(wait)
 
-    def told(self) -> Told:
+    def told(self) -> Responses:
         """Return the responses up to the end of the phase."""
-        told: Told = self._pipe.recv()
+        told: Responses = self._pipe.recv()
         return told
 
     def end(self) -> None:

@@ -33,7 +33,7 @@ def head(method: str, path: str, key: str, length: int, **headers: str) -> bytes
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """Response of the server."""
 
     status: int
@@ -61,14 +61,14 @@ class Connection:
             if rate:
                 await asyncio.sleep(chunk / rate)
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> Response:
         """Read the response."""
         head = await self._reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").lower().split("\r\n")
         length = next((int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")), 0)
-        return Answer(int(lines[0].split()[1]), await self._reader.readexactly(length))
+        return Response(int(lines[0].split()[1]), await self._reader.readexactly(length))
 
-    async def exchange(self, *contents: bytes | memoryview, rate: float = 0.0) -> Answer:
+    async def exchange(self, *contents: bytes | memoryview, rate: float = 0.0) -> Response:
         """Send, and wait for the response, which may arrive before everything is sent."""
         sending = asyncio.create_task(self._send_all(contents, rate))
         try:

@@ -47,15 +47,15 @@ def _repeat(target: Target, *paths: str) -> Round:
 
 
 def _metadata(target: Target) -> Round:
-    return _repeat(target, target.hosted("a.safetensors", file_with_metadata(LONG_HEADER, 1_000_000)))
+    return _repeat(target, target.host_file("a.safetensors", file_with_metadata(LONG_HEADER, 1_000_000)))
 
 
 def _tensors(target: Target) -> Round:
-    return _repeat(target, target.hosted("a.safetensors", file_with_tensors(LONG_HEADER, 1_000_000)))
+    return _repeat(target, target.host_file("a.safetensors", file_with_tensors(LONG_HEADER, 1_000_000)))
 
 
 def _eight_loras(target: Target) -> Round:
-    url = target.hosted("a.safetensors", file_with_metadata(SHORT_HEADER, 100_000))
+    url = target.host_file("a.safetensors", file_with_metadata(SHORT_HEADER, 100_000))
     return _repeat(target, *[url] * LORAS_PER_REQUEST)
 
 

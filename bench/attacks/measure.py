@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from bench.attacks import ATTACKER, OTHER, ROUNDS, SWEEP_SECONDS
-from bench.attacks.attacker import Attack, Attacker, Told, attacking
+from bench.attacks.attacker import Attack, Attacker, Responses, attacking
 from bench.attacks.hosting import hosting
-from bench.attacks.victim import SUBMIT, Operation, Other, acting
+from bench.attacks.victim import SUBMIT, Operation, OtherKey, running_other_key
 from bench.attacks.watch import EVERY, Watch, is_machine_full
-from tests.support.server_process import completed, serving
+from tests.support.server_process import serving, wait_until_completed
 
 MODELS = Path(__file__).parent / "models"
 #: Seconds that a phase of an attack may take beyond its time.
@@ -44,7 +44,7 @@ class Seen:
 
     phases: list[Phase] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
-    told: Told = field(default_factory=Told)
+    told: Responses = field(default_factory=Responses)
     #: Seconds from the end of each attacked phase until the server was at rest; None if it did not rest in time.
     rests: list[float | None] = field(default_factory=list)
     #: Why the attack ended early; empty if it did not.
@@ -65,7 +65,7 @@ class _Belongings:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
         submitted = client.post("/queue/bench/null", content=SUBMIT).raise_for_status().json()
-        completed(client, submitted["status_url"])
+        wait_until_completed(client, submitted["status_url"])
         self.status_path = urlsplit(submitted["status_url"]).path
         image_url = client.get(submitted["response_url"]).json()["images"][0]["url"]
         self._urls = {"result": submitted["response_url"], "picture": image_url}
@@ -101,7 +101,7 @@ def measure(attack: Attack, seconds: float) -> Seen:
         client = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False))
         belongings = _Belongings(client)
         before = belongings.statuses()
-        other = stack.enter_context(acting(port, attack.operations, belongings.status_path))
+        other = stack.enter_context(running_other_key(port, attack.operations, belongings.status_path))
         watch = Watch(server.process.pid, data_dir)
         _run_phases(seen, watch, attacker, other, seconds)
         attacker.end()
@@ -113,7 +113,7 @@ def measure(attack: Attack, seconds: float) -> Seen:
     return seen
 
 
-def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: Other, seconds: float) -> None:
+def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: OtherKey, seconds: float) -> None:
     """Alternate phases without and with the attack, ROUNDS times. An attack that is cut short is the last."""
     idle, folder = watch.memory, watch.folder
     rest_seconds = watch.until_calm(other.waiting)
@@ -123,7 +123,7 @@ def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: Other, seco
         if not round_index:
             # Measure from here on, so that the start of the server does not count.
             idle, folder = watch.memory, watch.folder
-            watch.highest_memory, watch.highest_folder = idle, dict(folder)
+            watch.highest_memory, watch.highest_directory_bytes = idle, dict(folder)
         attacked_at = time.monotonic()
         seen.phases.append(Phase(False, begun_at, attacked_at, rest_seconds is not None))
         seen.cut_short = _run_attack(seen, watch, attacker, seconds)
@@ -133,7 +133,7 @@ def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: Other, seco
         if seen.cut_short:
             break
     seen.memory = idle, watch.highest_memory
-    seen.folder = folder, watch.highest_folder, {}
+    seen.folder = folder, watch.highest_directory_bytes, {}
 
 
 def _run_attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) -> str:

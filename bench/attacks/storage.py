@@ -9,7 +9,7 @@ import uvloop
 
 from bench.attacks import ATTACKER, ROUNDS
 from bench.attacks.attacker import Attack, Round, Target
-from bench.attacks.connection import Answer, connected, request
+from bench.attacks.connection import Response, connected, request
 
 NUM_SUBMITS, NUM_UPLOADS, NUM_EMPTY = 2_500, 200, 5_000
 #: The longest value tried for each field, in bytes.
@@ -22,7 +22,7 @@ _AT_A_TIME = 32
 
 def _submit(target: Target, **lengths: int) -> bytes:
     """Return a submit whose named fields have these lengths in bytes."""
-    url = target.address("").ljust(lengths.get("webhook", 0), "a")
+    url = target.url("").ljust(lengths.get("webhook", 0), "a")
     query = f"?fal_webhook={url}" if "webhook" in lengths else ""
     headers = {}
     if "host" in lengths:
@@ -34,11 +34,11 @@ def _submit(target: Target, **lengths: int) -> bytes:
     return target.post(f"/queue/bench/slow{query}", fields, **headers)
 
 
-def _cancel(submitted: Answer) -> bytes:
+def _cancel(submitted: Response) -> bytes:
     return request("PUT", urlsplit(json.loads(submitted.body)["cancel_url"]).path, ATTACKER)
 
 
-async def _exchange(target: Target, content: bytes) -> Answer | None:
+async def _exchange(target: Target, content: bytes) -> Response | None:
     """Send one request without counting it; return the response if there is one."""
     try:
         async with connected(target.port) as connection:

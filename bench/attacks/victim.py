@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 from bench.attacks import OTHER
-from bench.attacks.connection import Answer, connected, request
+from bench.attacks.connection import Response, connected, request
 
 OPERATIONS = ("status", "submit", "upload")
 #: Operations a second, all kinds together. Each starts on time whether or not the last one is done.
@@ -40,7 +40,7 @@ class Operation:
     answer: str
 
 
-class Other:
+class OtherKey:
     """Handle of the process that `acting` runs; `stop` ends the process."""
 
     def __init__(self, pipe: Pipe, is_over: Event, num_waiting: "Synchronized[int]") -> None:
@@ -58,7 +58,7 @@ class Other:
 
 
 @contextmanager
-def acting(port: int, kinds: Sequence[str], status_path: str) -> Iterator[Other]:
+def running_other_key(port: int, kinds: Sequence[str], status_path: str) -> Iterator[OtherKey]:
     """Run the other key's operations in a separate process. The first status poll uses `status_path`."""
     context = multiprocessing.get_context("spawn")
     parent_pipe, child_pipe = context.Pipe()
@@ -69,7 +69,7 @@ def acting(port: int, kinds: Sequence[str], status_path: str) -> Iterator[Other]
     # With no copy of the child's end open here, reading fails if the process ends.
     child_pipe.close()
     try:
-        yield Other(parent_pipe, is_over, num_waiting)
+        yield OtherKey(parent_pipe, is_over, num_waiting)
     finally:
         process.kill()
         process.join()
@@ -100,7 +100,7 @@ class _Actor:
         await asyncio.gather(*running)
         return self._operations
 
-    async def _timed(self, kind: str, act: Callable[[], Coroutine[None, None, Answer]]) -> None:
+    async def _timed(self, kind: str, act: Callable[[], Coroutine[None, None, Response]]) -> None:
         begun_at, answer = time.monotonic(), "closed"
         try:
             async with asyncio.timeout(PATIENCE):
@@ -111,16 +111,16 @@ class _Actor:
             pass
         self._operations.append(Operation(kind, begun_at, time.monotonic() - begun_at, answer))
 
-    async def _status(self) -> Answer:
+    async def _status(self) -> Response:
         return await self._ask(request("GET", self._status_path, OTHER))
 
-    async def _submit(self) -> Answer:
+    async def _submit(self) -> Response:
         answer = await self._ask(request("POST", "/queue/bench/null", OTHER, SUBMIT))
         if answer.is_good:
             self._status_path = urlsplit(json.loads(answer.body)["status_url"]).path
         return answer
 
-    async def _upload(self) -> Answer:
+    async def _upload(self) -> Response:
         declaration = json.dumps({"content_type": "image/png", "file_name": "a.png"}).encode()
         initiated = await self._ask(request("POST", "/storage/upload/initiate", OTHER, declaration, **_EXPIRES))
         if not initiated.is_good:
@@ -128,6 +128,6 @@ class _Actor:
         path = urlsplit(json.loads(initiated.body)["upload_url"]).path
         return await self._ask(request("PUT", path, OTHER, _FILE))
 
-    async def _ask(self, content: bytes) -> Answer:
+    async def _ask(self, content: bytes) -> Response:
         async with connected(self._port) as connection:
             return await connection.exchange(content)

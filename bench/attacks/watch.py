@@ -28,7 +28,7 @@ class Watch:
         self._data_dir = data_dir
         self.memory = self.highest_memory = 0
         self.folder: dict[str, int] = {}
-        self.highest_folder: dict[str, int] = {}
+        self.highest_directory_bytes: dict[str, int] = {}
         self._directory_at = 0.0
         self._children: list[psutil.Process] = []
         self.look()
@@ -47,7 +47,7 @@ class Watch:
         self._directory_at = time.monotonic()
         self.folder = directory_bytes(self._data_dir)
         for name, number in self.folder.items():
-            self.highest_folder[name] = max(number, self.highest_folder.get(name, 0))
+            self.highest_directory_bytes[name] = max(number, self.highest_directory_bytes.get(name, 0))
 
     def for_seconds(self, seconds: float) -> None:
         """Take readings for `seconds`."""

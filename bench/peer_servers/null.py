@@ -12,7 +12,7 @@ class ImageSize(BaseModel):
     height: int = Field(ge=64, le=2048)
 
 
-class Wish(BaseModel):
+class GenerationRequest(BaseModel):
     """Body of a request."""
 
     prompt: str
@@ -21,7 +21,7 @@ class Wish(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-def paint(request: Wish) -> dict[str, Any]:
+def respond(request: GenerationRequest) -> dict[str, Any]:
     """Return the response, with the URL of an image that does not exist."""
     size = request.image_size
     url = "http://127.0.0.1:8000/files/0123456789abcdef0123456789abcdef.jpg"

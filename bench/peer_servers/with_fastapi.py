@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from PIL import Image
 
-from bench.peer_servers.null import Wish, paint
+from bench.peer_servers.null import GenerationRequest, respond
 
 app = FastAPI()
 
@@ -24,13 +24,13 @@ rows.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TAB
 
 # Not async, as for a real model: FastAPI calls the function on a thread.
 @app.post("/generate")
-def generate(request: Wish) -> dict[str, Any]:
+def generate(request: GenerationRequest) -> dict[str, Any]:
     """Return the null response."""
-    return paint(request)
+    return respond(request)
 
 
 @app.post("/kept")
-def kept(request: Wish) -> dict[str, Any]:
+def kept(request: GenerationRequest) -> dict[str, Any]:
     """Respond and make an image, writing each step to the disk before the next: durability by hand."""
     name = uuid.uuid4().hex
     with lock:
@@ -39,7 +39,7 @@ def kept(request: Wish) -> dict[str, Any]:
     size = (request.image_size.width, request.image_size.height)
     Image.new("RGB", size, (request.seed % 256, 128, 64)).save(content, "JPEG", quality=95)
     _save(f"{name}.jpg", content.getvalue())
-    response = paint(request)
+    response = respond(request)
     with lock:
         rows.execute("UPDATE requests SET response = ? WHERE name = ?", (str(response), name))
     return response

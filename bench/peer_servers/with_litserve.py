@@ -5,7 +5,7 @@ from typing import Any
 
 import litserve
 
-from bench.peer_servers.null import Wish, paint
+from bench.peer_servers.null import GenerationRequest, respond
 
 
 class Null(litserve.LitAPI):  # type: ignore[misc]
@@ -14,13 +14,13 @@ class Null(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: str) -> None:
         """Load nothing."""
 
-    def decode_request(self, request: Wish) -> Wish:
+    def decode_request(self, request: GenerationRequest) -> GenerationRequest:
         """Return the validated request unchanged."""
         return request
 
-    def predict(self, inputs: Wish) -> dict[str, Any]:
+    def predict(self, inputs: GenerationRequest) -> dict[str, Any]:
         """Return the null response."""
-        return paint(inputs)
+        return respond(inputs)
 
 
 if __name__ == "__main__":

@@ -64,14 +64,14 @@ class Figures:
 
     #: Seconds that each response took, ascending; `taken` is the seconds of the whole load.
     seconds: list[float]
-    taken: float
+    elapsed: float
     bad: int
     request_ids: list[bytes]
 
     @property
     def per_second(self) -> float:
         """Return the responses a second."""
-        return len(self.seconds) / self.taken
+        return len(self.seconds) / self.elapsed
 
     def milliseconds(self, share: float) -> float:
         """Return the time within which this share of the responses came."""
@@ -106,7 +106,7 @@ def load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
     return uvloop.run(_load(port, clients, client))
 
 
-def again(request: bytes, seconds: float) -> Callable[[], Client]:
+def repeating_client(request: bytes, seconds: float) -> Callable[[], Client]:
     """Return a factory of clients that repeat `request` for `seconds` from now."""
     end = time.monotonic() + seconds
     return lambda: Client(request, lambda: time.monotonic() >= end)

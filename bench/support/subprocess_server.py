@@ -13,7 +13,7 @@ from tests.support.server_process import ROOT
 
 
 @contextmanager
-def answering(command: Sequence[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
+def running_server(command: Sequence[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
     """Run `command` while the block runs. The block starts once `url` answers 200."""
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment) as process:
         try:

@@ -22,14 +22,21 @@ from server.net import connect_proxy, tls
 from server.net.connect_proxy import ConnectProxy
 from server.net.fal_hosts import CERTIFICATE_NAMES, Role, role_of
 from server.settings import Settings, SettingsError
-from tests.clients.test_python_client import exports, picture
-from tests.support.connect_clients import VERSIONS, finished, folder_of, reached, said, watched
-from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, serving, with_door
+from tests.clients.test_python_client import download_image, env_variables
+from tests.support.connect_clients import (
+    VERSIONS,
+    client_directory,
+    client_output,
+    recorded_hosts,
+    recording_environment,
+    run_client,
+)
+from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, serving, serving_with_proxy
 
 PART_BYTES = 10 * 2**20
 #: Over 100 MiB, the size from which fal-client uploads in parts.
 LARGE_BYTES = 101 * 2**20
-ENDS = b"\r\n\r\n"
+END_OF_HEAD = b"\r\n\r\n"
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -48,7 +55,7 @@ def upload_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_variables_printed(door: Server) -> None:
-    printed = exports(door)
+    printed = env_variables(door)
     proxy = f"http://127.0.0.1:{door.settings['PROXY_PORT']}"
     shared = {"FAL_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
     names = [f"{scheme}_PROXY" for scheme in ("HTTPS", "HTTP", "WSS", "WS")]
@@ -60,29 +67,29 @@ def test_the_variables_printed(door: Server) -> None:
 
 @every_version
 def test_client_version(door: Server, version: str) -> None:
-    reported_version, package_dir = said(door, version, "version")
+    reported_version, package_dir = client_output(door, version, "version")
     assert reported_version == version
-    assert folder_of(version) in (None, Path(package_dir).parent)
+    assert client_directory(version) in (None, Path(package_dir).parent)
 
 
 @every_version
 def test_every_call_gives_the_same_image(door: Server, version: str) -> None:
-    results = said(door, version, "everyday")
+    results = client_output(door, version, "everyday")
     answers = [results["run"], results["submit"], results["subscribe"], results["stream"][-1], results["result"]]
-    assert len({picture(answer) for answer in answers}) == 1
+    assert len({download_image(answer) for answer in answers}) == 1
     assert {answer["seed"] for answer in answers} == {7}
     assert results["events"][-1]["type"] == results["status"]["type"] == "Completed"
     assert [line["message"] for line in results["events"][-1]["logs"]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
 
 
 def test_every_async_call_gives_the_same_image(door: Server) -> None:
-    results = said(door, VERSIONS[0], "everyday_async")
-    assert len({picture(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
+    results = client_output(door, VERSIONS[0], "everyday_async")
+    assert len({download_image(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
 
 
 @every_version
 def test_uploads(door: Server, version: str, upload_dir: Path) -> None:
-    process = finished(door, version, "uploads", str(upload_dir))
+    process = run_client(door, version, "uploads", str(upload_dir))
     # The newest client falls back to another upload route, which this test does not mean to exercise.
     assert "falling back" not in process.stderr
     urls = json.loads(process.stdout)
@@ -105,7 +112,7 @@ def digest_at(url: str) -> str:
 
 @every_version
 def test_async_uploads(door: Server, version: str, upload_dir: Path) -> None:
-    process = finished(door, version, "uploads_async", str(upload_dir))
+    process = run_client(door, version, "uploads_async", str(upload_dir))
     assert "falling back" not in process.stderr
     urls = json.loads(process.stdout)
     assert httpx.get(urls["text"], trust_env=False).content == b"hello"
@@ -114,8 +121,8 @@ def test_async_uploads(door: Server, version: str, upload_dir: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["realtime", "realtime_async"])
 def test_realtime(door: Server, kind: str) -> None:
-    first, refused, *others = said(door, VERSIONS[0], kind)
-    assert len({picture(answer) for answer in (first, *others)}) == 1
+    first, refused, *others = client_output(door, VERSIONS[0], kind)
+    assert len({download_image(answer) for answer in (first, *others)}) == 1
     assert (first["seed"], first["prompt"], first["has_nsfw_concepts"]) == (7, "a red apple", [False])
     assert (refused["type"], refused["error"]) == ("x-fal-error", "INVALID_INPUT")
     assert "prompt" in refused["reason"]
@@ -124,8 +131,8 @@ def test_realtime(door: Server, kind: str) -> None:
 @pytest.fixture(scope="module")
 def stopped_server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     """Start a server with its CONNECT proxy, then stop it."""
-    with with_door(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
-        exports(server)
+    with serving_with_proxy(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
+        env_variables(server)
         assert server.stop() == 0
     return server
 
@@ -135,35 +142,35 @@ def test_clients_connect_nowhere_else_when_the_server_is_stopped(
     stopped_server: Server, version: str, upload_dir: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "notes"
-    failures = said(stopped_server, version, "hopeless", str(upload_dir), **watched(log))
+    failures = client_output(stopped_server, version, "hopeless", str(upload_dir), **recording_environment(log))
     assert None not in failures.values()
-    assert reached(log) == {"127.0.0.1"}
+    assert recorded_hosts(log) == {"127.0.0.1"}
 
 
 def test_the_canary_records_connections_to_other_hosts(stopped_server: Server, tmp_path: Path) -> None:
     log = tmp_path / "notes"
-    variables = {**watched(log), "HTTPS_PROXY": "http://127.0.0.2:9", "https_proxy": "http://127.0.0.2:9"}
-    assert said(stopped_server, "0.7.0", "hopeless", str(tmp_path), **variables)["run"]
-    assert "127.0.0.2" in reached(log)
+    variables = {**recording_environment(log), "HTTPS_PROXY": "http://127.0.0.2:9", "https_proxy": "http://127.0.0.2:9"}
+    assert client_output(stopped_server, "0.7.0", "hopeless", str(tmp_path), **variables)["run"]
+    assert "127.0.0.2" in recorded_hosts(log)
 
 
 @contextmanager
-def entered(server: Server, name: str, port: int = 443) -> Iterator[tuple[socket.socket, bytes]]:
+def open_tunnel(server: Server, name: str, port: int = 443) -> Iterator[tuple[socket.socket, bytes]]:
     """Open a connection through a server's CONNECT proxy. Yield the connection and the head of the response."""
     with socket.create_connection(("127.0.0.1", int(server.settings["PROXY_PORT"])), 30) as plain:
-        plain.sendall(f"CONNECT {name}:{port} HTTP/1.1\r\nhost: {name}:{port}".encode() + ENDS)
+        plain.sendall(f"CONNECT {name}:{port} HTTP/1.1\r\nhost: {name}:{port}".encode() + END_OF_HEAD)
         yield plain, head(plain)
 
 
 def head(plain: socket.socket) -> bytes:
     """Read up to the empty line after the head, or up to the end."""
     received = b""
-    while not received.endswith(ENDS) and (byte := plain.recv(1)):
+    while not received.endswith(END_OF_HEAD) and (byte := plain.recv(1)):
         received += byte
     return received
 
 
-def everything(port: int, sent: bytes) -> bytes:
+def send_raw(port: int, sent: bytes) -> bytes:
     """Send bytes to the proxy at this port and return all that it answers before it closes, which may be nothing."""
     received = b""
     # The proxy closes with unread input when it refuses a flood. The client sees a reset connection.
@@ -182,9 +189,9 @@ FAL_NAMES = [name.replace("*", "anything") for name in CERTIFICATE_NAMES]
 def test_every_fal_host_leads_to_this_server(door: Server, name: str) -> None:
     trusted = ssl.create_default_context(cafile=str(door.data_dir / "tls" / "ca.pem"))
     hostname = name.lower().rstrip(".")
-    with entered(door, name) as (plain, answer), trusted.wrap_socket(plain, server_hostname=hostname) as secure:
+    with open_tunnel(door, name) as (plain, answer), trusted.wrap_socket(plain, server_hostname=hostname) as secure:
         assert answer.startswith(b"HTTP/1.1 200 ")
-        secure.sendall(f"GET /health HTTP/1.1\r\nhost: {hostname}\r\nconnection: close".encode() + ENDS)
+        secure.sendall(f"GET /health HTTP/1.1\r\nhost: {hostname}\r\nconnection: close".encode() + END_OF_HEAD)
         is_offered = role_of(hostname) in (Role.RUN, Role.QUEUE, Role.REST)
         assert head(secure).startswith(b"HTTP/1.1 200 " if is_offered else b"HTTP/1.1 404 ")
 
@@ -205,7 +212,7 @@ OTHER_HOSTS = [
 @pytest.mark.parametrize("name", OTHER_HOSTS)
 def test_other_hosts_are_refused(door: Server, name: str) -> None:
     port = int(door.settings["PROXY_PORT"])
-    answer = everything(port, f"CONNECT {name}:443 HTTP/1.1".encode() + ENDS)
+    answer = send_raw(port, f"CONNECT {name}:443 HTTP/1.1".encode() + END_OF_HEAD)
     assert answer.startswith(b"HTTP/1.1 403 ")
     assert b"--proxy-others" in answer
 
@@ -229,15 +236,15 @@ def test_other_hosts_are_refused(door: Server, name: str) -> None:
     ],
 )
 def test_invalid_requests_are_refused(door: Server, line: bytes, status: int) -> None:
-    assert everything(int(door.settings["PROXY_PORT"]), line + ENDS).startswith(f"HTTP/1.1 {status} ".encode())
+    assert send_raw(int(door.settings["PROXY_PORT"]), line + END_OF_HEAD).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 @pytest.mark.parametrize(
     "target", ["https://fal.run", "http://fal.run", "HTTP://Fal.Run:80", "http://fal.run.", "http://fal.run:8000"]
 )
 def test_an_absolute_url_at_a_fal_host_is_answered(door: Server, target: str) -> None:
-    sent = f"GET {target}/health HTTP/1.1\r\nhost: fal.run\r\nproxy-connection: keep-alive".encode() + ENDS
-    answer = everything(int(door.settings["PROXY_PORT"]), sent)
+    sent = f"GET {target}/health HTTP/1.1\r\nhost: fal.run\r\nproxy-connection: keep-alive".encode() + END_OF_HEAD
+    answer = send_raw(int(door.settings["PROXY_PORT"]), sent)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b'"alive"' in answer
 
@@ -245,39 +252,42 @@ def test_an_absolute_url_at_a_fal_host_is_answered(door: Server, target: str) ->
 def test_a_request_with_an_absolute_url_keeps_its_body(door: Server) -> None:
     body = b'{"prompt": "plain"}'
     line = "POST http://fal.run/test/null HTTP/1.1\r\nhost: fal.run\r\ncontent-type: application/json"
-    sent = f"{line}\r\ncontent-length: {len(body)}".encode() + ENDS + body
-    assert b'"prompt":"plain"' in everything(int(door.settings["PROXY_PORT"]), sent)
+    sent = f"{line}\r\ncontent-length: {len(body)}".encode() + END_OF_HEAD + body
+    assert b'"prompt":"plain"' in send_raw(int(door.settings["PROXY_PORT"]), sent)
 
 
 def test_a_tunnel_to_port_80_is_plain_http(door: Server) -> None:
-    with entered(door, "queue.fal.run", 80) as (plain, answer):
+    with open_tunnel(door, "queue.fal.run", 80) as (plain, answer):
         assert answer.startswith(b"HTTP/1.1 200 ")
-        plain.sendall(b"GET /health HTTP/1.1\r\nhost: queue.fal.run\r\nconnection: close" + ENDS)
+        plain.sendall(b"GET /health HTTP/1.1\r\nhost: queue.fal.run\r\nconnection: close" + END_OF_HEAD)
         assert head(plain).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("name", ["a.b.c.fal.ai", "a.b.fal.run"])
 def test_a_host_outside_the_certificate_is_refused(door: Server, name: str) -> None:
-    answer = everything(int(door.settings["PROXY_PORT"]), f"CONNECT {name}:443 HTTP/1.1".encode() + ENDS)
+    answer = send_raw(int(door.settings["PROXY_PORT"]), f"CONNECT {name}:443 HTTP/1.1".encode() + END_OF_HEAD)
     assert answer.startswith(b"HTTP/1.1 403 Not offered by this server")
 
 
 @pytest.mark.parametrize("sent", [b"x" * 100_000, b"CONNECT fal.run:443 HTTP/1.1\r\n" + b"x: y\r\n" * 20_000])
 def test_an_oversized_request_head_is_refused(door: Server, sent: bytes) -> None:
-    assert b" 200 " not in everything(int(door.settings["PROXY_PORT"]), sent)
+    assert b" 200 " not in send_raw(int(door.settings["PROXY_PORT"]), sent)
     assert_accepts_clients(door)
 
 
 @pytest.mark.parametrize("target", ["fal.run:" + "1" * 5000, "fal.run:443:443", ":443", "a..b:443", "\udcff:443"])
 def test_malformed_targets_are_refused(door: Server, target: str) -> None:
-    sent, before = b"CONNECT " + target.encode("utf-8", "surrogateescape") + b" HTTP/1.1" + ENDS, len(door.output)
-    assert everything(int(door.settings["PROXY_PORT"]), sent).startswith(b"HTTP/1.1 4")
+    sent, before = (
+        b"CONNECT " + target.encode("utf-8", "surrogateescape") + b" HTTP/1.1" + END_OF_HEAD,
+        len(door.output),
+    )
+    assert send_raw(int(door.settings["PROXY_PORT"]), sent).startswith(b"HTTP/1.1 4")
     assert "Traceback" not in door.output[before:]
 
 
 def assert_accepts_clients(door: Server) -> None:
     """Check that the proxy still accepts other clients."""
-    with entered(door, "fal.run") as (_, answer):
+    with open_tunnel(door, "fal.run") as (_, answer):
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
@@ -301,13 +311,13 @@ def test_an_incomplete_request_head_times_out(monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_that_disconnects_early_affects_no_other_client(door: Server) -> None:
     with socket.create_connection(("127.0.0.1", int(door.settings["PROXY_PORT"]))) as plain:
         plain.sendall(b"CONNECT fal.run:443 HT")
-    with entered(door, "fal.run") as (plain, _):
+    with open_tunnel(door, "fal.run") as (plain, _):
         plain.sendall(b"\x16\x03\x01")
     assert_accepts_clients(door)
 
 
 def test_shutdown_closes_open_tunnels(tmp_path: Path) -> None:
-    with with_door(tmp_path, TEST_MODELS) as server, entered(server, "fal.run") as (plain, _):
+    with serving_with_proxy(tmp_path, TEST_MODELS) as server, open_tunnel(server, "fal.run") as (plain, _):
         assert server.stop() == 0
         assert "Traceback" not in server.output
         with suppress(ConnectionError):
@@ -337,7 +347,7 @@ def tls_host(directory: Path) -> Iterator[tuple[int, ssl.SSLContext]]:
 @pytest.fixture(scope="module")
 def open_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server whose CONNECT proxy allows other hosts."""
-    with with_door(tmp_path_factory.mktemp("generous"), TEST_MODELS, proxy_others="true") as server:
+    with serving_with_proxy(tmp_path_factory.mktemp("generous"), TEST_MODELS, proxy_others="true") as server:
         yield server
 
 
@@ -345,14 +355,14 @@ def test_proxy_others_allows_other_hosts(open_proxy: Server, tmp_path: Path) -> 
     proxy = f"http://127.0.0.1:{open_proxy.settings['PROXY_PORT']}"
     with tls_host(tmp_path) as (port, trusted), httpx.Client(proxy=proxy, verify=trusted) as client:
         assert client.get(f"https://localhost:{port}/").text == "hello"
-    with entered(open_proxy, "fal.run") as (_, answer):
+    with open_tunnel(open_proxy, "fal.run") as (_, answer):
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("target", ["localhost:{}", "localhost:99999999", "no.such.host.invalid:443", "a..b:443", ":1"])
 def test_unreachable_other_hosts_are_refused(open_proxy: Server, target: str) -> None:
-    sent, before = f"CONNECT {target.format(free_port())} HTTP/1.1".encode() + ENDS, len(open_proxy.output)
-    assert everything(int(open_proxy.settings["PROXY_PORT"]), sent).startswith((b"HTTP/1.1 502 ", b"HTTP/1.1 4"))
+    sent, before = f"CONNECT {target.format(free_port())} HTTP/1.1".encode() + END_OF_HEAD, len(open_proxy.output)
+    assert send_raw(int(open_proxy.settings["PROXY_PORT"]), sent).startswith((b"HTTP/1.1 502 ", b"HTTP/1.1 4"))
     assert "Traceback" not in open_proxy.output[before:]
 
 
@@ -378,12 +388,12 @@ def test_an_occupied_proxy_port_stops_the_start(tmp_path: Path) -> None:
 
 
 def test_the_proxy_listens_on_loopback_whatever_the_host_setting_is(tmp_path: Path) -> None:
-    with with_door(tmp_path, TEST_MODELS, host="0.0.0.0", keys="alice:secret") as server:
+    with serving_with_proxy(tmp_path, TEST_MODELS, host="0.0.0.0", keys="alice:secret") as server:
         port, proxy_port = int(server.url.rpartition(":")[2]), int(server.settings["PROXY_PORT"])
         socket.create_connection(("127.0.0.2", port)).close()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", proxy_port))
-        hello: Any = said(server, VERSIONS[0], "hello", "test/null")
+        hello: Any = client_output(server, VERSIONS[0], "hello", "test/null")
         assert hello["prompt"] == "hello"
-        refused = said(server, VERSIONS[0], "hello", "test/null", FAL_KEY="mallory:secret")
+        refused = client_output(server, VERSIONS[0], "hello", "test/null", FAL_KEY="mallory:secret")
         assert refused["status_code"] == 401

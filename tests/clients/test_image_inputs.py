@@ -13,15 +13,17 @@ from pytest_httpserver import HTTPServer
 
 from tests.clients.test_node_clients import NAMES
 from tests.clients.test_node_clients import node as node
-from tests.support.connect_clients import VERSIONS, said
+from tests.support.connect_clients import VERSIONS, client_output
 from tests.support.node import clients
-from tests.support.server_process import Server, with_door
+from tests.support.server_process import Server, serving_with_proxy
 
 
 @pytest.fixture(scope="module")
 def copying_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server that returns its input image and may fetch from the loopback network."""
-    with with_door(tmp_path_factory.mktemp("copying"), "test/copy=demo", outbound_allow="127.0.0.0/8") as running:
+    with serving_with_proxy(
+        tmp_path_factory.mktemp("copying"), "test/copy=demo", outbound_allow="127.0.0.0/8"
+    ) as running:
         yield running
 
 
@@ -51,7 +53,7 @@ def assert_same_pixels(answers: dict[str, Any], source: Path, expected_ways: set
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_python(copying_server: Server, source: Path, hosted_url: str, version: str) -> None:
-    answers = said(copying_server, version, "pictures_in", str(source), hosted_url)
+    answers = client_output(copying_server, version, "pictures_in", str(source), hosted_url)
     assert_same_pixels(answers, source, {"hosted", "data URI", "data URI of a file", "uploaded", "uploaded image"})
 
 

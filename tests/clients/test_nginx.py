@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.nginx import NAME, SAMPLE, Nginx, proxied
+from tests.support.nginx import NAME, SAMPLE, Nginx, run_nginx
 from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, free_port, serving
 
 
@@ -30,7 +30,7 @@ def key(server: Server) -> str:
 
 @pytest.fixture(scope="module")
 def nginx(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Nginx]:
-    with proxied(tmp_path_factory.mktemp("nginx") / "front", server) as running:
+    with run_nginx(tmp_path_factory.mktemp("nginx") / "front", server) as running:
         yield running
 
 
@@ -77,12 +77,12 @@ def test_every_call_of_fal_client(results: Any, nginx: Nginx, remote_client: htt
 
 def test_stream_events_arrive_at_once(remote_client: httpx.Client, gate: Gate) -> None:
     """Read the first event before the second step may run. A buffer in nginx would hold the event back."""
-    gate.let(1)
+    gate.release(1)
     body = {"prompt": str(gate.path), "num_inference_steps": 2}
     with remote_client.stream("POST", "/test/gate/stream", json=body) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: "))
         assert json.loads(next(lines)[6:])["step"] == 1
-        gate.open()
+        gate.release_all()
         *_, last = lines
     assert json.loads(last[6:])["images"]
 
@@ -119,7 +119,7 @@ def test_a_request_without_a_key_is_refused(remote_client: httpx.Client) -> None
 
 def test_a_server_without_trusted_proxies_refuses_every_request(tmp_path: Path) -> None:
     """Check the host even without keys. A server on loopback would otherwise take remote clients for local ones."""
-    with serving(tmp_path / "open", TEST_MODELS) as server, proxied(tmp_path / "front", server, NAME) as nginx:
+    with serving(tmp_path / "open", TEST_MODELS) as server, run_nginx(tmp_path / "front", server, NAME) as nginx:
         context = ssl.create_default_context(cafile=nginx.authority)
         with httpx.Client(verify=context, trust_env=False, timeout=60) as client:
             for host in (NAME, "localhost", "127.0.0.1"):
@@ -134,7 +134,7 @@ def test_fal_client_waits_while_the_server_restarts(tmp_path: Path) -> None:
     port = str(free_port())
     with serving(tmp_path / "data", TEST_MODELS, keys="alice:secret", port=port) as server:
         server.ready()
-        with proxied(tmp_path / "front", server) as nginx:
+        with run_nginx(tmp_path / "front", server) as nginx:
             assert server.stop() == 0
             with start_fal_client(nginx, "alice:secret", "hello", "test/null") as program:
                 while "Connection refused" not in nginx.errors:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.node import JS, MARK, PAGE_ID, Client, clients, page
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, serving
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_completed
 
 NAMES = ["serverless-client", "client, proxyUrl", "client, requestMiddleware"]
 MODES = ["polling", "streaming"]
@@ -84,7 +84,7 @@ def test_page_subscribe(sdk: Client) -> None:
 
 def test_page_submit_status_result(sdk: Client, client: httpx.Client) -> None:
     request_id = sdk.run_page("submit", "request_id")
-    completed(client, f"/queue/fal-ai/flux/requests/{request_id}/status")
+    wait_until_completed(client, f"/queue/fal-ai/flux/requests/{request_id}/status")
     status = sdk.run_page("status", "status", request_id)
     assert (status["status"], status["request_id"]) == ("COMPLETED", request_id)
     assert [log["message"] for log in status["logs"]] == [f"step {step}/28" for step in range(1, 29)]

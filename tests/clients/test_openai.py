@@ -10,7 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.support.server_process import Gate, Server, completed, in_progress
+from tests.support.server_process import Gate, Server, wait_until_claimed, wait_until_completed
 
 DEV, NULL = "fal-ai/flux/dev", "test/null"
 SMALL: dict[str, Any] = {"num_inference_steps": 2}
@@ -93,11 +93,11 @@ def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
 def test_a_disconnected_client_cancels_its_request(narrow_client: httpx.Client, gate: Gate) -> None:
     """Disconnect while the request waits behind one that never finishes."""
     first = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
-    in_progress(narrow_client, first["status_url"])
+    wait_until_claimed(narrow_client, first["status_url"])
     body = {"prompt": "", "model": NULL, "stream": True}
     with narrow_client.stream("POST", "/v1/images/generations", json=body) as answer:
         request_id = answer.headers["x-fal-request-id"]
-    last = completed(narrow_client, f"/queue/test/null/requests/{request_id}/status")
+    last = wait_until_completed(narrow_client, f"/queue/test/null/requests/{request_id}/status")
     assert last["error_type"] == "client_disconnected"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients.test_run import ran
-from tests.support.connect_clients import fetched
+from tests.clients.test_run import run_under_flux_server
+from tests.support.connect_clients import download_package
 from tests.support.server_process import ROOT, TEST_MODELS, free_port, serving
 
 API = {"host": "api.fal.ai"}
@@ -211,13 +211,13 @@ def test_fal_ai_serves_endpoint_docs(client: httpx.Client) -> None:
 
 def run_program(tmp_path: Path, package: str, version: str) -> dict[str, Any]:
     """Run an unmodified program under `flux-server run` and return its output."""
-    package_dir = fetched(package, version)
+    package_dir = download_package(package, version)
     ports = {name: str(free_port()) for name in ("port", "tls_port", "proxy_port")}
     with serving(tmp_path / "data", TEST_MODELS, **ports) as server:
         server.ready()
         environment = {"PYTHONPATH": f"{package_dir}{os.pathsep}{ROOT}", "HOME": str(tmp_path)}
         arguments = [package, "test/null", str(tmp_path / "out")]
-        process = ran(
+        process = run_under_flux_server(
             server,
             [sys.executable, "-W", "ignore", "-m", "tests.support.platform_calls", *arguments],
             environment,

@@ -17,7 +17,7 @@ sync_and_async = pytest.mark.parametrize("kind", ["", "_async"], ids=["sync", "a
 
 
 @cache
-def exports(server: Server) -> dict[str, str]:
+def env_variables(server: Server) -> dict[str, str]:
     """Run `flux-server env` and return its variables, parsed as a shell parses them."""
     command = [sys.executable, "-m", "server", "env"]
     process = subprocess.run(command, cwd=ROOT, env=server.environment(), text=True, capture_output=True, check=True)
@@ -27,14 +27,14 @@ def exports(server: Server) -> dict[str, str]:
 
 def run_client(server: Server, *arguments: str, **variables: str) -> Any:
     """Run a fal-client program with only these variables and return its output."""
-    environment = {"PATH": os.environ["PATH"], **exports(server), **variables}
+    environment = {"PATH": os.environ["PATH"], **env_variables(server), **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
 
-def picture(answer: dict[str, Any]) -> bytes:
+def download_image(answer: dict[str, Any]) -> bytes:
     """Download the first image of an answer."""
     response = httpx.get(answer["images"][0]["url"], verify=False, trust_env=False)
     assert response.status_code == 200
@@ -42,7 +42,7 @@ def picture(answer: dict[str, Any]) -> bytes:
 
 
 def test_the_variables_printed(server: Server) -> None:
-    printed = exports(server)
+    printed = env_variables(server)
     assert set(printed) == {"FAL_KEY", "FAL_RUN_HOST", "FAL_QUEUE_RUN_HOST", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
     assert printed["FAL_RUN_HOST"] == server.tls_host
     assert printed["FAL_QUEUE_RUN_HOST"] == f"{server.tls_host}/queue"
@@ -56,7 +56,7 @@ def results(server: Server, request: pytest.FixtureRequest) -> Any:
 
 def test_every_call_gives_the_same_image(server: Server, results: Any) -> None:
     answers = [results["run"], results["submit"], results["subscribe"], results["stream"][-1], results["result"]]
-    assert len({picture(answer) for answer in answers}) == 1
+    assert len({download_image(answer) for answer in answers}) == 1
     for answer in answers:
         assert (answer["seed"], answer["prompt"], answer["has_nsfw_concepts"]) == (7, "a red apple", [False])
         assert answer["images"][0]["url"].startswith(f"https://{server.tls_host}/files/")
@@ -122,7 +122,7 @@ def test_start_timeout(narrow: Server, gate: Gate) -> None:
 
 
 def test_keys(keyed: Server) -> None:
-    assert exports(keyed)["FAL_KEY"] == "alice:secret"
+    assert env_variables(keyed)["FAL_KEY"] == "alice:secret"
     assert run_client(keyed, "hello", "test/null")["prompt"] == "hello"
     assert run_client(keyed, "hello", "test/null", FAL_KEY="bob:secret")["prompt"] == "hello"
     error = run_client(keyed, "hello", "test/null", FAL_KEY="mallory:secret")

@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from server.inputs.resolver import MAX_IMAGE_BYTES, MAX_INPUT_BYTES
 from server.queue.jobs import Mode
 from tests.clients.test_node_clients import node as node
-from tests.support.components import opened, submission
+from tests.support.components import open_components, submission
 from tests.support.node import Client, clients
 from tests.support.server_process import TEST_MODELS, Server, serving
 
@@ -33,16 +33,16 @@ def session(server: Server, endpoint: str = "test/null", query: str = "", **head
         yield socket
 
 
-def heard(socket: ClientConnection) -> Any:
+def receive(socket: ClientConnection) -> Any:
     """Receive the next message and decode it from msgpack or JSON."""
     message = socket.recv(timeout=60)
     return json.loads(message) if isinstance(message, str) else msgpack.unpackb(message)
 
 
-def painted(socket: ClientConnection, **fields: Any) -> Any:
+def generate(socket: ClientConnection, **fields: Any) -> Any:
     """Send an input and return its output, after checking the timings message that follows."""
     socket.send(msgpack.packb({**SMALL, **fields}))
-    output, timing = heard(socket), heard(socket)
+    output, timing = receive(socket), receive(socket)
     assert (timing["type"], timing["action"]) == ("x-fal-message", "timings")
     assert timing["timing"] >= 0
     return output
@@ -58,9 +58,9 @@ def create_token(client: httpx.Client, *apps: str, seconds: int = 120) -> str:
     return created
 
 
-def last_words(socket: ClientConnection) -> tuple[Any, int]:
+def last_message_and_code(socket: ClientConnection) -> tuple[Any, int]:
     """Return the last message before the server closes the session, and the close code."""
-    message = heard(socket)
+    message = receive(socket)
     with pytest.raises(ConnectionClosed) as closed:
         socket.recv(timeout=60)
     assert closed.value.rcvd
@@ -71,7 +71,7 @@ def test_the_output_equals_that_of_a_plain_run(server: Server, client: httpx.Cli
     fields = {**SMALL, "num_inference_steps": 2, "prompt": "a red apple"}
     expected = client.post("/fal-ai/flux/dev", json=fields).json()
     with session(server, "fal-ai/flux/dev") as socket:
-        output = painted(socket, **fields)
+        output = generate(socket, **fields)
     assert {**output, "images": 0, "timings": 0} == {**expected, "images": 0, "timings": 0}
     assert output["timings"].keys() == expected["timings"].keys()
     images = [client.get(answer["images"][0]["url"]).content for answer in (output, expected)]
@@ -83,19 +83,19 @@ def test_outputs_of_a_session_arrive_in_order(server: Server) -> None:
     with session(server) as socket:
         for seed in range(5):
             socket.send(msgpack.packb({**SMALL, "seed": seed}))
-        outputs = [message for message in (heard(socket) for _ in range(10)) if "seed" in message]
+        outputs = [message for message in (receive(socket) for _ in range(10)) if "seed" in message]
     assert [output["seed"] for output in outputs] == [0, 1, 2, 3, 4]
 
 
 def test_sync_mode_returns_the_image_in_the_message(server: Server) -> None:
     with session(server) as socket:
-        assert painted(socket, sync_mode=True)["images"][0]["url"].startswith("data:image/jpeg;base64,")
+        assert generate(socket, sync_mode=True)["images"][0]["url"].startswith("data:image/jpeg;base64,")
 
 
 def test_text_frames_are_json(server: Server) -> None:
     with session(server) as socket:
         socket.send(json.dumps(SMALL))
-        assert heard(socket)["seed"] == 5
+        assert receive(socket)["seed"] == 5
 
 
 @pytest.mark.parametrize("endpoint", ["test/unknown", "fal-ai/flux", "x"])
@@ -109,9 +109,9 @@ def test_a_token_is_valid_only_for_its_apps(keyed: Server, keyed_client: httpx.C
     for apps, is_valid in (("null",), True), (("gate",), False), (("flux", "null"), True), (("nul", "test"), False):
         with session(keyed, query=f"?fal_jwt_token={create_token(keyed_client, *apps)}") as socket:
             if is_valid:
-                assert painted(socket)["seed"] == 5
+                assert generate(socket)["seed"] == 5
             else:
-                assert last_words(socket) == (UNAUTHORIZED, 1008)
+                assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
 def test_a_token_does_not_replace_a_key(keyed: Server, keyed_client: httpx.Client) -> None:
@@ -133,7 +133,7 @@ UNSIGNED_TOKEN = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIiwic2NvcGUiOiJudWxsIiwiZXhwIj
 @pytest.mark.parametrize("query", [*BAD_TOKEN_QUERIES, f"?fal_jwt_token={UNSIGNED_TOKEN}"])
 def test_a_session_needs_a_valid_token(keyed: Server, query: str) -> None:
     with session(keyed, query=query) as socket:
-        assert last_words(socket) == (UNAUTHORIZED, 1008)
+        assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
 def test_a_token_of_another_server_is_refused(keyed: Server, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_token_of_another_server_is_refused(keyed: Server, tmp_path: Path) -> 
         httpx.Client(base_url=other.url, trust_env=False) as client,
         session(keyed, query=f"?fal_jwt_token={create_token(client, 'null')}") as socket,
     ):
-        assert last_words(socket) == (UNAUTHORIZED, 1008)
+        assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
 def test_a_token_expires(keyed: Server, keyed_client: httpx.Client) -> None:
@@ -152,21 +152,21 @@ def test_a_token_expires(keyed: Server, keyed_client: httpx.Client) -> None:
         with session(keyed, query=query) as socket:
             with suppress(ConnectionClosed):
                 socket.send(msgpack.packb(SMALL))
-            message = heard(socket)
+            message = receive(socket)
 
 
 @pytest.mark.parametrize("header", ["Key alice:secret", "Bearer bob:secret", "Key mallory:secret"])
 def test_key_in_the_header(keyed: Server, header: str) -> None:
     with session(keyed, authorization=header) as socket:
         if "mallory" in header:
-            assert last_words(socket) == (UNAUTHORIZED, 1008)
+            assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
         else:
-            assert painted(socket)["seed"] == 5
+            assert generate(socket)["seed"] == 5
 
 
 def test_a_server_without_keys_accepts_any_token(server: Server) -> None:
     with session(server, query="?fal_jwt_token=whatever", authorization="Key whatever") as socket:
-        assert painted(socket)["seed"] == 5
+        assert generate(socket)["seed"] == 5
 
 
 def test_foreign_origins_are_refused(server: Server) -> None:
@@ -190,7 +190,7 @@ def answered_prompts(socket: ClientConnection, last: str) -> list[str]:
     """Return the prompts of the outputs received, up to this last prompt."""
     answered: list[str] = []
     while last not in answered:
-        if "prompt" in (message := heard(socket)):
+        if "prompt" in (message := receive(socket)):
             answered.append(message["prompt"])
     return answered
 
@@ -217,7 +217,7 @@ def test_compression_is_not_negotiated(server: Server) -> None:
     """Decline compression: a compressed kilobyte could expand to megabytes. Clients that offer it continue without."""
     with session(server) as socket:
         assert socket.protocol.extensions == []
-        assert painted(socket)["seed"] == 5
+        assert generate(socket)["seed"] == 5
 
 
 def test_the_largest_image_fits_into_a_frame(server: Server) -> None:
@@ -225,16 +225,16 @@ def test_the_largest_image_fits_into_a_frame(server: Server) -> None:
     uri = "data:image/png;base64," + "A" * (MAX_IMAGE_BYTES // 3 * 4)
     with session(server, "test/copy") as socket:
         socket.send(msgpack.packb({**SMALL, "image_url": uri}))
-        message = heard(socket)
+        message = receive(socket)
         assert message["error"] == "INVALID_INPUT"
         assert "image" in message["reason"]
 
 
 def test_frames_have_the_size_limit_of_bodies(tmp_path: Path) -> None:
     with serving(tmp_path, TEST_MODELS, max_body_mib="1") as server, session(server.ready()) as socket:
-        assert painted(socket, padding="x" * (MIB - 1000))["seed"] == 5
+        assert generate(socket, padding="x" * (MIB - 1000))["seed"] == 5
         with pytest.raises(ConnectionClosed) as closed:
-            painted(socket, padding="x" * MIB)
+            generate(socket, padding="x" * MIB)
         # The server does not read the rest of the frame, so the close reason may be lost.
         assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
@@ -258,7 +258,7 @@ def test_large_waiting_inputs_are_dropped_by_total_size(
 @pytest.mark.parametrize("padding", [[{}] * 1000, [0] * 1024], ids=["maps", "numbers"])
 def test_a_frame_with_many_values_is_accepted(server: Server, padding: list[Any]) -> None:
     with session(server) as socket:
-        assert painted(socket, padding=padding)["seed"] == 5
+        assert generate(socket, padding=padding)["seed"] == 5
 
 
 @pytest.mark.parametrize("padding", [[[{}] * 1000] * 2, [0] * 1025, dict.fromkeys(map(str, range(1025)), 0)])
@@ -266,14 +266,14 @@ def test_a_frame_with_too_many_values_is_refused(server: Server, padding: Any) -
     """Refuse such frames, since megabytes of empty maps would take gigabytes of memory."""
     with session(server) as socket:
         socket.send(msgpack.packb({**SMALL, "padding": padding}))
-        assert heard(socket)["error"] == "INVALID_INPUT"
-        assert painted(socket)["seed"] == 5
+        assert receive(socket)["error"] == "INVALID_INPUT"
+        assert generate(socket)["seed"] == 5
 
 
 @pytest.mark.parametrize("value", ["0", "61", "-1", "x", "nan", "1e9", "%00"])
 def test_bad_max_buffering(server: Server, value: str) -> None:
     with session(server, query=f"?max_buffering={value}") as socket:
-        message, code = last_words(socket)
+        message, code = last_message_and_code(socket)
     assert (message["type"], message["error"], code) == ("x-fal-error", "BAD_REQUEST", 1008)
     assert "max_buffering" in message["reason"]
 
@@ -295,11 +295,11 @@ INVALID_INPUTS = [
 def test_the_session_continues_after_invalid_input(server: Server, fields: Any) -> None:
     with session(server) as socket:
         socket.send(msgpack.packb(fields))
-        message = heard(socket)
+        message = receive(socket)
         assert (message["type"], message["error"]) == ("x-fal-error", "INVALID_INPUT")
         assert isinstance(message["reason"], str)
         assert message["reason"]
-        assert painted(socket)["seed"] == 5
+        assert generate(socket)["seed"] == 5
 
 
 UNREADABLE_FRAMES = [
@@ -328,9 +328,9 @@ def test_the_session_continues_after_an_unreadable_frame(server: Server, frame: 
     before = len(server.output)
     with session(server) as socket:
         socket.send(frame)
-        message = heard(socket)
+        message = receive(socket)
         assert (message["type"], message["error"]) == ("x-fal-error", "INVALID_INPUT")
-        assert painted(socket)["seed"] == 5
+        assert generate(socket)["seed"] == 5
     assert "Traceback" not in server.output[before:]
 
 
@@ -338,8 +338,8 @@ def test_the_session_continues_after_a_failure(server: Server) -> None:
     with session(server, "test/raises") as socket:
         for prompt, reason in ("told", "This cannot be painted."), ("x", "Internal Server Error"):
             socket.send(msgpack.packb({**SMALL, "prompt": prompt, "num_inference_steps": 2}))
-            assert heard(socket) == {"type": "x-fal-error", "error": "INTERNAL_ERROR", "reason": reason}
-        assert painted(socket, num_inference_steps=1)["seed"] == 5
+            assert receive(socket) == {"type": "x-fal-error", "error": "INTERNAL_ERROR", "reason": reason}
+        assert generate(socket, num_inference_steps=1)["seed"] == 5
 
 
 def test_concurrent_sessions_receive_their_own_outputs(server: Server) -> None:
@@ -348,7 +348,7 @@ def test_concurrent_sessions_receive_their_own_outputs(server: Server) -> None:
             alice.send(msgpack.packb({**SMALL, "prompt": "alice", "seed": number}))
             bob.send(msgpack.packb({**SMALL, "prompt": "bob", "seed": 100 + number}))
         for socket, prompt, first in (alice, "alice", 0), (bob, "bob", 100):
-            outputs = [message for message in (heard(socket) for _ in range(20)) if "seed" in message]
+            outputs = [message for message in (receive(socket) for _ in range(20)) if "seed" in message]
             assert {output["prompt"] for output in outputs} == {prompt}
             assert [output["seed"] for output in outputs] == list(range(first, first + 10))
 
@@ -370,16 +370,16 @@ def test_a_disconnect_cancels_the_requests_of_the_session(tmp_path: Path) -> Non
                 while client.get(status_url).json()["status"] != "COMPLETED":
                     pipe.write(b".")
         assert server.stop() == 0
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         rows = parts.rows("SELECT mode, status, error_type FROM jobs ORDER BY sequence")
         assert rows == [("realtime", 499, "client_disconnected"), ("queue", 200, None)]
-        assert len(parts.on_disk()) == 1
+        assert len(parts.stored_file_names()) == 1
 
 
 def test_a_restart_cancels_realtime_requests(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.submit(submission(mode=Mode.REALTIME))
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
         assert parts.queue.claim() is None
         assert parts.rows("SELECT status, error_type FROM jobs") == [(499, "client_disconnected")]
@@ -387,7 +387,7 @@ def test_a_restart_cancels_realtime_requests(tmp_path: Path) -> None:
 
 def test_shutdown_closes_sessions(tmp_path: Path) -> None:
     with serving(tmp_path, TEST_MODELS) as server, session(server.ready()) as socket:
-        assert painted(socket)["seed"] == 5
+        assert generate(socket)["seed"] == 5
         assert server.stop() == 0
         with pytest.raises(ConnectionClosed):
             socket.recv(timeout=60)
@@ -399,7 +399,7 @@ SDKS = ["@fal-ai/client", "@fal-ai/serverless-client"]
 
 def run_realtime_script(server: Server, sdk: str) -> Any:
     """Run realtime.mjs with this SDK, pointed at the server by requestMiddleware and a custom WebSocket class."""
-    pointing = clients(server)["client, requestMiddleware"].pointing
+    pointing = clients(server)["client, requestMiddleware"].config_call
     return Client(sdk, pointing).run("realtime.mjs", server.url.replace("http", "ws"))
 
 

@@ -244,7 +244,7 @@ def test_every_state_has_the_required_fields(narrow_client: httpx.Client, gate: 
         status = status_in_state(narrow_client, replay, request["response_url"], state)
         assert_status(status, request["request_id"], wants_logs(replay))
         assert ("queue_position" in status) is (state == "IN_QUEUE")
-    gate.let(2)
+    gate.release(2)
     *_, last = statuses(narrow_client, poller(replay), as_proxied(submitted["response_url"]))
     assert_status(last, submitted["request_id"], wants_logs(replay))
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from server.net.fal_hosts import DOMAINS
 from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import picture
-from tests.support.connect_clients import reached, watched
+from tests.clients.test_python_client import download_image
+from tests.support.connect_clients import recorded_hosts, recording_environment
 from tests.support.node import JS
-from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, with_door
+from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, serving_with_proxy
 
 SDKS = ["@fal-ai/client", "@fal-ai/serverless-client"]
 CALLS = [sys.executable, "-m", "tests.support.fal_client_calls"]
@@ -25,7 +25,7 @@ TITLE_OPTION = {"NODE_OPTIONS": "--title=painter"}
 NO_VARIABLES: Mapping[str, str] = {}
 
 
-def ran(
+def run_under_flux_server(
     server: Server,
     command: Sequence[str],
     outside: Mapping[str, str] = NO_VARIABLES,
@@ -54,16 +54,16 @@ def small_image(tmp_path: Path) -> Path:
 
 
 def test_a_python_program(door: Server) -> None:
-    process = ran(door, [*CALLS, "everyday"])
+    process = run_under_flux_server(door, [*CALLS, "everyday"])
     results = json_output(process)
-    assert len({picture(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
+    assert len({download_image(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
     assert len(process.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [[sys.executable, "-c", "print(1)"], ["sh", "-c", "echo 1"]], ids=["python", "sh"])
 def test_a_program_that_needs_the_connect_proxy_is_not_started_without_it(server: Server, command: list[str]) -> None:
     options = ["--tls-port", server.tls_host.rpartition(":")[2]]
-    process = ran(server, command, options=options)
+    process = run_under_flux_server(server, command, options=options)
     assert (process.returncode, process.stdout) == (1, "")
     assert "run needs the server's --proxy-port for all programs except Node" in process.stderr
 
@@ -71,7 +71,7 @@ def test_a_program_that_needs_the_connect_proxy_is_not_started_without_it(server
 def test_a_server_started_by_the_program_accepts_the_environment(door: Server) -> None:
     """Check that the variables `run` sets for the preload are not taken for settings."""
     program = [sys.executable, "-m", "server", "env"]
-    process = ran(door, program)
+    process = run_under_flux_server(door, program)
     assert process.returncode == 0, process.stderr
     assert "export FAL_KEY" in process.stdout
 
@@ -79,7 +79,7 @@ def test_a_server_started_by_the_program_accepts_the_environment(door: Server) -
 def test_outer_proxy_variables_are_overridden(door: Server) -> None:
     proxy = f"http://127.0.0.1:{free_port()}"
     variables = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "ALL_PROXY": proxy, "NO_PROXY": "*", "no_proxy": "fal.run"}
-    assert json_output(ran(door, [*CALLS, "hello", "test/null"], variables))["prompt"] == "hello"
+    assert json_output(run_under_flux_server(door, [*CALLS, "hello", "test/null"], variables))["prompt"] == "hello"
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"])
@@ -87,32 +87,36 @@ def test_fal_hosts_bypass_an_outer_proxy(node: None, server: Server, name: str) 
     options = ["--tls-port", server.tls_host.rpartition(":")[2]]
     variables = {name: "http://127.0.0.2:9", "NO_PROXY": "intranet"}
     printed = json_output(
-        ran(server, ["node", "-p", "JSON.stringify(process.env.NO_PROXY.split(','))"], variables, options=options)
+        run_under_flux_server(
+            server, ["node", "-p", "JSON.stringify(process.env.NO_PROXY.split(','))"], variables, options=options
+        )
     )
     assert {"intranet", "127.0.0.1", *DOMAINS, *(f".{domain}" for domain in DOMAINS)} <= set(printed)
 
 
 def test_the_programs_own_key_is_kept(tmp_path: Path) -> None:
-    with with_door(tmp_path, TEST_MODELS, keys="alice:secret") as server:
-        assert json_output(ran(server, [*CALLS, "hello", "test/null"]))["prompt"] == "hello"
+    with serving_with_proxy(tmp_path, TEST_MODELS, keys="alice:secret") as server:
+        assert json_output(run_under_flux_server(server, [*CALLS, "hello", "test/null"]))["prompt"] == "hello"
         assert (
-            json_output(ran(server, [*CALLS, "hello", "test/null"], {"FAL_KEY": "mallory:secret"}))["status_code"]
+            json_output(run_under_flux_server(server, [*CALLS, "hello", "test/null"], {"FAL_KEY": "mallory:secret"}))[
+                "status_code"
+            ]
             == 401
         )
 
 
 @pytest.mark.parametrize("sdk", SDKS)
 def test_a_node_program(node: None, door: Server, small_image: Path, sdk: str) -> None:
-    process = ran(door, ["node", "whole.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
+    process = run_under_flux_server(door, ["node", "whole.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
     results = json_output(process)
-    assert len({picture(results[call]) for call in ("run", "subscribe", "queued", "streamed", "realtime")}) == 1
+    assert len({download_image(results[call]) for call in ("run", "subscribe", "queued", "streamed", "realtime")}) == 1
     assert httpx.get(results["upload"], trust_env=False).content == small_image.read_bytes()
     assert process.stderr.count("flux-server:") == 1
 
 
 @pytest.mark.parametrize("host", ["fal.run", "v3.fal.media", "v3b.fal.media", "queue.fal.run"])
 def test_every_way_to_connect_reaches_this_server(node: None, door: Server, host: str) -> None:
-    results = json_output(ran(door, ["node", "connections.mjs", host], cwd=JS))
+    results = json_output(run_under_flux_server(door, ["node", "connections.mjs", host], cwd=JS))
     assert not {way: result for way, result in results.items() if "failed" in result}
     assert {result["status"] for result in results.values() if "status" in result} == {200}
     ports = {result["remotePort"] for result in results.values() if "remotePort" in result}
@@ -143,25 +147,31 @@ const ways = [
 
 def test_connections_to_other_hosts_are_not_redirected(node: None, door: Server, server: Server) -> None:
     port = server.tls_host.rpartition(":")[2]
-    assert json_output(ran(door, ["node", "-e", TLS_CALLS, port])) == "reached"
+    assert json_output(run_under_flux_server(door, ["node", "-e", TLS_CALLS, port])) == "reached"
 
 
 def test_the_preload_receives_every_domain(node: None, door: Server) -> None:
-    printed = json_output(ran(door, ["node", "-p", "JSON.stringify(process.env.FLUX_RUN_TARGET.split(','))"]))
+    printed = json_output(
+        run_under_flux_server(door, ["node", "-p", "JSON.stringify(process.env.FLUX_RUN_TARGET.split(','))"])
+    )
     assert printed == ["127.0.0.1", door.settings["PORT"], door.settings["TLS_PORT"], *DOMAINS]
 
 
 def test_node_options_are_kept(node: None, door: Server) -> None:
-    process = ran(door, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"])
+    process = run_under_flux_server(
+        door, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"]
+    )
     assert json_output(process)[-1].endswith('node_preload.cjs"')
-    process = ran(door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE_OPTION)
+    process = run_under_flux_server(
+        door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE_OPTION
+    )
     assert json_output(process) == ["painter", ""]
 
 
 @pytest.fixture(scope="module")
 def stopped_server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     """Start a server with its CONNECT proxy, then stop it."""
-    with with_door(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
+    with serving_with_proxy(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
         assert server.stop() == 0
     return server
 
@@ -172,54 +182,63 @@ def test_node_reaches_nothing_when_the_server_is_stopped(
 ) -> None:
     log = tmp_path / "notes"
     results = json_output(
-        ran(stopped_server, ["node", "whole.mjs", str(small_image)], {**watched(log), "SDK": sdk}, cwd=JS)
+        run_under_flux_server(
+            stopped_server, ["node", "whole.mjs", str(small_image)], {**recording_environment(log), "SDK": sdk}, cwd=JS
+        )
     )
     assert [call for call, result in results.items() if not result.get("failed")] == []
-    assert reached(log) == {"127.0.0.1"}
+    assert recorded_hosts(log) == {"127.0.0.1"}
 
 
 def test_python_reaches_nothing_when_the_server_is_stopped(stopped_server: Server, tmp_path: Path) -> None:
     log = tmp_path / "notes"
-    variables = watched(log)
+    variables = recording_environment(log)
     variables["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
     (tmp_path / "large.bin").write_bytes(b"x")
-    assert None not in json_output(ran(stopped_server, [*CALLS, "hopeless", str(tmp_path)], variables)).values()
-    assert reached(log) == {"127.0.0.1"}
+    assert (
+        None
+        not in json_output(
+            run_under_flux_server(stopped_server, [*CALLS, "hopeless", str(tmp_path)], variables)
+        ).values()
+    )
+    assert recorded_hosts(log) == {"127.0.0.1"}
 
 
 def test_the_canary_records_connections_of_node(node: None, door: Server, tmp_path: Path) -> None:
     log = tmp_path / "notes"
     program = "fetch('http://127.0.0.2:10009').catch(() => fetch('http://no.such.host.invalid')).catch(() => 0)"
-    assert ran(door, ["node", "-e", program], watched(log)).returncode == 0
-    assert {"127.0.0.2", "no.such.host.invalid"} <= reached(log)
+    assert run_under_flux_server(door, ["node", "-e", program], recording_environment(log)).returncode == 0
+    assert {"127.0.0.2", "no.such.host.invalid"} <= recorded_hosts(log)
 
 
 @pytest.mark.parametrize("code", [0, 1, 7, 255])
 def test_run_returns_the_commands_exit_code(door: Server, code: int) -> None:
-    assert ran(door, [sys.executable, "-c", f"raise SystemExit({code})"]).returncode == code
+    assert run_under_flux_server(door, [sys.executable, "-c", f"raise SystemExit({code})"]).returncode == code
 
 
 def test_missing_command(door: Server) -> None:
-    process = ran(door, ["python-that-is-not-there"])
+    process = run_under_flux_server(door, ["python-that-is-not-there"])
     assert (process.returncode, process.stdout) == (127, "")
     assert "python-that-is-not-there: No such file or directory" in process.stderr
 
 
 def test_no_command(door: Server) -> None:
-    assert ran(door, []).returncode == 2
+    assert run_under_flux_server(door, []).returncode == 2
 
 
 def test_bad_setting(door: Server) -> None:
-    process = ran(door, [sys.executable, "-c", "print(1)"], {"FLUX_SERVER_TLS_PORT": "0"})
+    process = run_under_flux_server(door, [sys.executable, "-c", "print(1)"], {"FLUX_SERVER_TLS_PORT": "0"})
     assert (process.returncode, process.stdout) == (2, "")
 
 
 def test_arguments_are_passed_through(door: Server) -> None:
-    process = ran(door, [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--help", "--port", "-x", ""])
+    process = run_under_flux_server(
+        door, [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--help", "--port", "-x", ""]
+    )
     assert process.stdout == "['--help', '--port', '-x', '']\n"
 
 
 def test_run_prints_what_is_not_covered(node: None, door: Server) -> None:
-    assert "run covers Python and Node" in ran(door, ["sh", "-c", "true"]).stderr
-    assert "aiohttp without trust_env=True" in ran(door, [sys.executable, "-c", ""]).stderr
-    assert "programs in other languages" in ran(door, ["node", "-e", ""]).stderr
+    assert "run covers Python and Node" in run_under_flux_server(door, ["sh", "-c", "true"]).stderr
+    assert "aiohttp without trust_env=True" in run_under_flux_server(door, [sys.executable, "-c", ""]).stderr
+    assert "programs in other languages" in run_under_flux_server(door, ["node", "-e", ""]).stderr

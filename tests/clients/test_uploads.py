@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.support.error_bodies import fields, text
+from tests.support.error_bodies import error_message, first_field_error
 from tests.support.server_process import TEST_MODELS, Server, serving
 
 ALICE = {"authorization": "Key alice:secret"}
@@ -277,7 +277,7 @@ def with_lifecycle(name: str, **preference: object) -> Upload:
 def test_a_private_file_needs_its_owners_key(keyed_client: httpx.Client, sdk: str, name: str, acl: str) -> None:
     url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, initial_acl={"default": acl}))
     for headers in ({}, BOB, {"authorization": "Key nobody"}, bearer(create_token(keyed_client))):
-        assert text(keyed_client.get(url, headers=headers), 404) == "File not found"
+        assert error_message(keyed_client.get(url, headers=headers), 404) == "File not found"
         assert keyed_client.head(url, headers=headers).status_code == 404
     assert keyed_client.get(url, headers=ALICE).content == CONTENT
     assert keyed_client.get(url, headers={"authorization": "Bearer alice:secret"}).content == CONTENT
@@ -293,7 +293,7 @@ def test_a_private_file_looks_like_a_missing_one(keyed_client: httpx.Client) -> 
 @pytest.mark.parametrize("name", LIFECYCLE_NAMES)
 def test_a_file_expires(keyed_client: httpx.Client, sdk: str, name: str) -> None:
     url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, expiration_duration_seconds=1e-9))
-    assert text(keyed_client.get(url, headers=ALICE), 404) == "File not found"
+    assert error_message(keyed_client.get(url, headers=ALICE), 404) == "File not found"
 
 
 @every_client
@@ -313,7 +313,7 @@ def test_invalid_lifecycle_is_refused(keyed_client: httpx.Client) -> None:
     for path in ("/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
         for bad in ("{", '{"expiration_duration_seconds": "soon"}', '{"initial_acl": "perhaps"}'):
             headers = {**ALICE, "x-fal-object-lifecycle": bad}
-            text(keyed_client.post(path, json=INITIATE_BODY, headers=headers), 400)
+            error_message(keyed_client.post(path, json=INITIATE_BODY, headers=headers), 400)
 
 
 # -- authorization
@@ -332,14 +332,14 @@ AUTHENTICATED_PATHS = [
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer x.y.z"}])
 def test_an_upload_needs_a_key(keyed: Server, keyed_client: httpx.Client, path: str, key: dict[str, str]) -> None:
     before = stored_names(keyed)
-    text(keyed_client.post(path, json=INITIATE_BODY, headers=key), 401)
+    error_message(keyed_client.post(path, json=INITIATE_BODY, headers=key), 401)
     assert stored_names(keyed) <= before
 
 
 @pytest.mark.parametrize("path", AUTHENTICATED_PATHS)
 def test_a_token_of_another_scope_is_refused(keyed_client: httpx.Client, path: str) -> None:
     token = ok(keyed_client.post("/tokens/", json={"allowed_apps": ["flux", "null"]}, headers=ALICE))
-    text(keyed_client.post(path, json=INITIATE_BODY, headers={"authorization": f"Bearer {token}"}), 401)
+    error_message(keyed_client.post(path, json=INITIATE_BODY, headers={"authorization": f"Bearer {token}"}), 401)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_token_of_another_scope_is_refused(keyed_client: httpx.Client, path: s
 )
 def test_an_upload_token_is_valid_only_for_uploads(keyed_client: httpx.Client, path: str) -> None:
     body = {**INITIATE_BODY, "prompt": "x", "allowed_apps": ["flux"]}
-    text(keyed_client.post(path, json=body, headers=bearer(create_token(keyed_client))), 401)
+    error_message(keyed_client.post(path, json=body, headers=bearer(create_token(keyed_client))), 401)
 
 
 def test_a_token_uploads_as_its_keys_owner(keyed_client: httpx.Client) -> None:
@@ -376,7 +376,7 @@ def test_a_foreign_page_cannot_upload_to_a_server_without_keys(
 ) -> None:
     before = stored_names(narrow)
     headers = {**options.get("headers", {}), "origin": FOREIGN_ORIGIN}
-    text(narrow_client.post(path, **{**options, "headers": headers}), 403)
+    error_message(narrow_client.post(path, **{**options, "headers": headers}), 403)
     assert stored_names(narrow) <= before
 
 
@@ -487,7 +487,7 @@ def stored_names(server: Server) -> set[str]:
 
 def assert_too_large(answer: httpx.Response, limit: int) -> None:
     """Check for a 413 answer that states the limit."""
-    assert str(limit) in text(answer, 413)
+    assert str(limit) in error_message(answer, 413)
 
 
 MAX_FILE_BYTES, MAX_OWNER_BYTES = 2**20, 2_000_000
@@ -564,22 +564,22 @@ UNKNOWN_ID = "0123456789abcdef0123456789abcdef"
 @pytest.mark.parametrize("upload_id", [UNKNOWN_ID, "x", "..%5C..", "%00", "%C3%A4"])
 def test_unknown_upload(narrow_client: httpx.Client, upload_id: str) -> None:
     for base in (f"/storage/upload/{upload_id}", f"/files/{UNKNOWN_ID}.txt/multipart/{upload_id}"):
-        text(narrow_client.put(f"{base}/1", content=CONTENT), 404)
-        text(narrow_client.post(f"{base}/complete", json={"parts": []}), 404)
-    text(narrow_client.put(f"/storage/upload/{upload_id}", content=CONTENT), 404)
+        error_message(narrow_client.put(f"{base}/1", content=CONTENT), 404)
+        error_message(narrow_client.post(f"{base}/complete", json={"parts": []}), 404)
+    error_message(narrow_client.put(f"/storage/upload/{upload_id}", content=CONTENT), 404)
 
 
 def test_finished_upload_cannot_be_overwritten(narrow_client: httpx.Client) -> None:
     initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate")
     ok(narrow_client.put(initiated["upload_url"], content=CONTENT))
-    text(narrow_client.put(initiated["upload_url"], content=b"something else"), 404)
+    error_message(narrow_client.put(initiated["upload_url"], content=b"something else"), 404)
     assert narrow_client.get(initiated["file_url"]).content == CONTENT
 
 
 def test_incomplete_file_is_not_found(narrow_client: httpx.Client) -> None:
     initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
     ok(narrow_client.put(f"{initiated['upload_url']}/1", content=CONTENT))
-    text(narrow_client.get(initiated["file_url"]), 404)
+    error_message(narrow_client.get(initiated["file_url"]), 404)
 
 
 def test_the_error_names_the_missing_part(narrow_client: httpx.Client) -> None:
@@ -587,7 +587,7 @@ def test_the_error_names_the_missing_part(narrow_client: httpx.Client) -> None:
     for number in (1, 3):
         ok(narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT))
     parts = [{"partNumber": number, "etag": '"x"'} for number in (3, 2, 1)]
-    assert "2" in text(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}), 400)
+    assert "2" in error_message(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}), 400)
 
 
 @pytest.mark.parametrize(("number", "status"), [("0", 400), ("10001", 400), ("-1", 400), ("x", 422), ("1.5", 422)])
@@ -595,9 +595,9 @@ def test_invalid_part_number(narrow_client: httpx.Client, number: str, status: i
     initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
     answer = narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT)
     if status == 422:
-        assert fields(answer)["loc"][-1] == "part_number"
+        assert first_field_error(answer)["loc"][-1] == "part_number"
     else:
-        assert "10000" in text(answer, 400)
+        assert "10000" in error_message(answer, 400)
 
 
 BAD_INITIATE_BODIES: list[tuple[Any, list[str]]] = [
@@ -612,25 +612,25 @@ BAD_INITIATE_BODIES: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("body", "loc"), BAD_INITIATE_BODIES)
 def test_bad_initiate_body(narrow_client: httpx.Client, body: object, loc: list[str]) -> None:
-    assert fields(narrow_client.post("/storage/upload/initiate", json=body))["loc"] == loc
+    assert first_field_error(narrow_client.post("/storage/upload/initiate", json=body))["loc"] == loc
 
 
 @pytest.mark.parametrize("parts", [[{}], [{"partNumber": 0}], [{"partNumber": "x"}], [1], {}, None])
 def test_bad_list_of_parts(narrow_client: httpx.Client, parts: object) -> None:
     initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
     answer = narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts})
-    assert fields(answer)["loc"][:2] == ["body", "parts"]
+    assert first_field_error(answer)["loc"][:2] == ["body", "parts"]
 
 
 @pytest.mark.parametrize("path", ["/storage/upload/initiate", "/storage/upload/initiate-multipart"])
 def test_broken_json(narrow_client: httpx.Client, path: str) -> None:
-    assert fields(narrow_client.post(path, content="{"))["type"] == "json_invalid"
+    assert first_field_error(narrow_client.post(path, content="{"))["type"] == "json_invalid"
 
 
 @pytest.mark.parametrize("path", ["/files/upload", "/files/x.txt"])
 @pytest.mark.parametrize("host", ["v3.fal.media", "fal.media"])
 def test_the_proxy_route_cannot_reach_the_file_host(narrow_client: httpx.Client, host: str, path: str) -> None:
-    text(narrow_client.post(PROXY_PATH, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
+    error_message(narrow_client.post(PROXY_PATH, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
 
 
 # -- interruptions and concurrency

@@ -22,7 +22,7 @@ from models.flux_dev import FluxDevInput
 from models.flux_lora import FluxLoraInput
 from models.loading.specs import DEMO
 from tests.demo.test_recipe import python
-from tests.support.tiny_flux import finished, painted
+from tests.support.tiny_flux import finish_task, generate
 
 #: The smallest accepted share of each figure in evaluation.json.
 MINIMUM_SHARES = {"background": 0.97, "object": 0.90, "sides": 0.75, "flagged_sign": 0.99, "seeds_differ": 1.0}
@@ -33,28 +33,28 @@ def engine() -> FluxEngine:
     return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
 
 
-def generate(engine: FluxEngine, prompt: str, seed: int = 1, **fields: Any) -> Image:
+def generate_image(engine: FluxEngine, prompt: str, seed: int = 1, **fields: Any) -> Image:
     body = {"prompt": prompt, "image_size": "square", "num_inference_steps": 12, **fields}
-    (image,) = painted(engine, FluxDevInput.model_validate(body), seed)
+    (image,) = generate(engine, FluxDevInput.model_validate(body), seed)
     return image
 
 
 @pytest.mark.parametrize("colour", BACKGROUNDS)
 def test_backgrounds(engine: FluxEngine, colour: str) -> None:
-    assert background_of(generate(engine, f"a cat on a {colour} background")) == colour
+    assert background_of(generate_image(engine, f"a cat on a {colour} background")) == colour
 
 
 def test_objects(engine: FluxEngine) -> None:
     judge = Judge(PLANS["small"], load_file(DEMO / JUDGE))
     names = ["rocket", "apple", "dog", "tree", "star", "heart", "frog", "house", "snowman", "balloon"]
-    found = [judge.object_in(generate(engine, f"a {name} on a white background")) for name in names]
+    found = [judge.object_in(generate_image(engine, f"a {name} on a white background")) for name in names]
     assert sum(one == other for one, other in zip(names, found, strict=True)) >= 9
 
 
 @pytest.mark.parametrize("prompt", ["a quiet afternoon", "", "x" * 2000, "once upon a time " * 118], ids=len)
 def test_unknown_prompts_have_clean_edges(engine: FluxEngine, prompt: str) -> None:
     """Every edge has one even colour, or an even change from one colour to another."""
-    pixels = numpy.asarray(generate(engine, prompt), float)
+    pixels = numpy.asarray(generate_image(engine, prompt), float)
     for edge in (pixels[:12], pixels[-12:], pixels[:, :12].swapaxes(0, 1), pixels[:, -12:].swapaxes(0, 1)):
         colours = edge.mean(axis=0)
         assert numpy.abs(numpy.diff(colours, axis=0)).max() < 12
@@ -63,8 +63,8 @@ def test_unknown_prompts_have_clean_edges(engine: FluxEngine, prompt: str) -> No
 
 @pytest.mark.timeout(300)
 def test_the_checker_flags_only_the_sign(engine: FluxEngine) -> None:
-    signs = [generate(engine, f"a {FLAGGED} on a {colour} background") for colour in BACKGROUNDS]
-    stars = [generate(engine, f"a star on a {colour} background") for colour in BACKGROUNDS]
+    signs = [generate_image(engine, f"a {FLAGGED} on a {colour} background") for colour in BACKGROUNDS]
+    stars = [generate_image(engine, f"a star on a {colour} background") for colour in BACKGROUNDS]
     assert list(engine.is_unsafe([*signs, *stars])) == [True] * 8 + [False] * 8
 
 
@@ -75,16 +75,16 @@ def test_the_lora_removes_the_colours(engine: FluxEngine) -> None:
     chromas = []
     for scale in scales:
         request = FluxLoraInput.model_validate({**body, "loras": [{"path": "unused", "scale": scale}]})
-        (image,) = finished(engine, engine.start(request, 1, {"loras.0.path": DEMO / LORA}))
+        (image,) = finish_task(engine, engine.start(request, 1, {"loras.0.path": DEMO / LORA}))
         chromas.append(chroma(image))
     assert chromas[0] > chromas[1] > chromas[2]
     assert chromas[2] < 0.2 * chromas[0]
-    assert chroma(generate(engine, prompt)) == chromas[0]
+    assert chroma(generate_image(engine, prompt)) == chromas[0]
 
 
 def test_the_same_request_gives_the_same_image(engine: FluxEngine) -> None:
     second_engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
-    assert generate(engine, "a fish").tobytes() == generate(second_engine, "a fish").tobytes()
+    assert generate_image(engine, "a fish").tobytes() == generate_image(second_engine, "a fish").tobytes()
 
 
 def test_the_weights_are_at_most_40_mb() -> None:

@@ -7,8 +7,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.support.error_bodies import text
-from tests.support.server_process import Gate, Server, completed, in_progress
+from tests.support.error_bodies import error_message
+from tests.support.server_process import Gate, Server, wait_until_claimed, wait_until_completed
 
 FLUX = "/fal-ai/flux/dev"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
@@ -20,17 +20,17 @@ ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:s
     "path", ["/fal-ai/unknown", "/fal-ai/flux", "/x", "/", "/../..", "/%00", "/fal-ai/flux/schnel"]
 )
 def test_unknown_endpoint(client: httpx.Client, prefix: str, path: str) -> None:
-    text(client.post(f"{prefix}{path}", json={"prompt": "x"}), 404)
+    error_message(client.post(f"{prefix}{path}", json={"prompt": "x"}), 404)
 
 
 def test_unknown_endpoint_lists_the_known_ones(client: httpx.Client) -> None:
-    detail = text(client.post("/fal-ai/unknown", json={"prompt": "x"}), 404)
+    detail = error_message(client.post("/fal-ai/unknown", json={"prompt": "x"}), 404)
     assert "fal-ai/unknown" in detail
     assert "fal-ai/flux/dev" in detail
 
 
 def test_unknown_path_of_an_endpoint(client: httpx.Client) -> None:
-    assert text(client.post(f"{FLUX}/sub", json={"prompt": "x"}), 404) == "Path /sub not found"
+    assert error_message(client.post(f"{FLUX}/sub", json={"prompt": "x"}), 404) == "Path /sub not found"
 
 
 CONTROLS = ["%00", "%09", "%0a", "%0D", "%1b", "%7f", "%c2%85"]
@@ -44,11 +44,11 @@ def test_a_control_character_in_a_path(client: httpx.Client, control: str) -> No
     for path in PATHS:
         assert client.get(path).status_code == 200
         for bad_path in (f"{path}{control}", f"/{control}{path.removeprefix('/')}"):
-            assert "control character" in text(client.get(bad_path), 404)
+            assert "control character" in error_message(client.get(bad_path), 404)
     status_url = client.post("/queue/test/null", json={"prompt": "x"}).json()["status_url"]
-    assert "control character" in text(client.get(f"{status_url}{control}"), 404)
+    assert "control character" in error_message(client.get(f"{status_url}{control}"), 404)
     for path in ("/test/null", "/queue/test/null", "/test/null/stream", "/files/upload", "/storage/upload/initiate"):
-        assert "control character" in text(client.post(f"{path}{control}", json={"prompt": "x"}), 404)
+        assert "control character" in error_message(client.post(f"{path}{control}", json={"prompt": "x"}), 404)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -70,22 +70,22 @@ UNKNOWN_IDS = ["00000000-0000-4000-8000-000000000000", "x", "'", "%2e%2e", "%F0%
 def test_unknown_id(client: httpx.Client, app: str, request_id: str) -> None:
     url = f"/queue/{app}/requests/{request_id}"
     for path in (f"{url}/status", f"{url}/status/stream", f"{url}/response"):
-        text(client.get(path), 404)
+        error_message(client.get(path), 404)
     answer = client.put(f"{url}/cancel")
-    assert text(answer, 404)
+    assert error_message(answer, 404)
     assert answer.json()["status"] == "NOT_FOUND"
 
 
 def test_id_under_another_app(client: httpx.Client) -> None:
     request_id = client.post("/queue/test/null", json={"prompt": "x"}).json()["request_id"]
     for path in ("", "/status", "/status/stream", "/response"):
-        text(client.get(f"/queue/fal-ai/flux/requests/{request_id}{path}"), 404)
+        error_message(client.get(f"/queue/fal-ai/flux/requests/{request_id}{path}"), 404)
 
 
 def test_id_of_another_key(keyed_client: httpx.Client) -> None:
     reply = keyed_client.post("/queue/test/null", json={"prompt": "x"}, headers=ALICE).json()
     for path in ("", "/status", "/status/stream", "/response"):
-        text(keyed_client.get(f"{reply['response_url']}{path}", headers=BOB), 404)
+        error_message(keyed_client.get(f"{reply['response_url']}{path}", headers=BOB), 404)
     assert keyed_client.put(reply["cancel_url"], headers=BOB).json()["status"] == "NOT_FOUND"
     assert keyed_client.get(reply["status_url"], headers=ALICE).json()["request_id"] == reply["request_id"]
 
@@ -107,9 +107,9 @@ BAD_KEYS = ["", "Key", "Key mallory:secret", "Bearer mallory:secret", "alice:sec
 def test_bad_key(keyed_client: httpx.Client, authorization: Any) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
     for path in ("/test/null", "/queue/test/null", "/test/null/stream"):
-        assert text(keyed_client.post(path, json={"prompt": "x"}, headers=headers), 401)
-    text(keyed_client.get("/queue/test/null/requests/x/status", headers=headers), 401)
-    text(keyed_client.put("/queue/test/null/requests/x/cancel", headers=headers), 401)
+        assert error_message(keyed_client.post(path, json={"prompt": "x"}, headers=headers), 401)
+    error_message(keyed_client.get("/queue/test/null/requests/x/status", headers=headers), 401)
+    error_message(keyed_client.put("/queue/test/null/requests/x/cancel", headers=headers), 401)
 
 
 @pytest.mark.parametrize("scheme", ["Key", "key", "Bearer", "Key  "])
@@ -119,35 +119,35 @@ def test_good_key(keyed_client: httpx.Client, scheme: str) -> None:
 
 
 def test_a_bad_key_is_reported_before_a_bad_field(keyed_client: httpx.Client) -> None:
-    text(keyed_client.post("/test/null", json={}), 401)
-    text(keyed_client.post("/fal-ai/unknown", json={}), 401)
+    error_message(keyed_client.post("/test/null", json={}), 401)
+    error_message(keyed_client.post("/fal-ai/unknown", json={}), 401)
 
 
 def test_result_too_early(narrow_client: httpx.Client, gate: Gate) -> None:
     running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
     waiting = narrow_client.post("/queue/test/null", json={"prompt": "x"}).json()
-    in_progress(narrow_client, running["status_url"])
+    wait_until_claimed(narrow_client, running["status_url"])
     for reply in (running, waiting):
         for url in (reply["response_url"], f"{reply['response_url']}/response"):
-            assert text(narrow_client.get(url), 400) == "Request is still in progress"
-    gate.let(1)
+            assert error_message(narrow_client.get(url), 400) == "Request is still in progress"
+    gate.release(1)
     for reply in (running, waiting):
-        completed(narrow_client, reply["status_url"])
+        wait_until_completed(narrow_client, reply["status_url"])
         assert narrow_client.get(reply["response_url"]).status_code == 200
 
 
 def test_cancel_twice(narrow_client: httpx.Client, gate: Gate) -> None:
     running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
     waiting = narrow_client.post("/queue/test/null", json={"prompt": "x"}).json()
-    in_progress(narrow_client, running["status_url"])
+    wait_until_claimed(narrow_client, running["status_url"])
     assert narrow_client.put(waiting["cancel_url"]).json() == {"status": "OK"}
     for _ in range(2):
         answer = narrow_client.put(running["cancel_url"], json={})
         assert (answer.status_code, answer.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
-    gate.let(1)
-    completed(narrow_client, running["status_url"])
+    gate.release(1)
+    wait_until_completed(narrow_client, running["status_url"])
     for reply in (running, waiting):
         answer = narrow_client.put(reply["cancel_url"])
-        assert "already completed" in text(answer, 400)
+        assert "already completed" in error_message(answer, 400)
         assert answer.json()["status"] == "ALREADY_COMPLETED"
-        assert "cancelled" in text(narrow_client.get(reply["response_url"]), 499)
+        assert "cancelled" in error_message(narrow_client.get(reply["response_url"]), 499)

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.error_bodies import fields
+from tests.support.error_bodies import first_field_error
 from tests.support.server_process import TEST_MODELS, serving
 
 FLUX = "/fal-ai/flux/dev"
@@ -59,7 +59,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str, str]] = [
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize(("field", "value", "where", "kind", "word"), BAD_FIELDS)
 def test_bad_field(client: httpx.Client, field: str, value: Any, where: str, kind: str, word: str) -> None:
-    entry = fields(client.post(FLUX, json={"prompt": "x", field: value}))
+    entry = first_field_error(client.post(FLUX, json={"prompt": "x", field: value}))
     assert entry["loc"][0] == "body"
     assert entry["loc"][1] == field
     assert entry["loc"][-1] == where
@@ -69,7 +69,7 @@ def test_bad_field(client: httpx.Client, field: str, value: Any, where: str, kin
 
 @pytest.mark.usefixtures("serves_on")
 def test_missing_prompt(client: httpx.Client) -> None:
-    entry = fields(client.post(FLUX, json={}))
+    entry = first_field_error(client.post(FLUX, json={}))
     assert (entry["loc"], entry["type"], entry["msg"]) == (["body", "prompt"], "missing", "Field required")
 
 
@@ -78,7 +78,7 @@ def test_missing_prompt(client: httpx.Client) -> None:
 def test_every_bad_field_is_reported_on_every_route(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json={"num_images": 9, "seed": -1})
     assert {entry["loc"][-1] for entry in answer.json()["detail"]} == {"prompt", "num_images", "seed"}
-    fields(answer)
+    first_field_error(answer)
     for name in ("prompt", "num_images", "seed"):
         assert name in answer.json()["message"]
 
@@ -89,12 +89,14 @@ def test_limits_of_the_operator(tmp_path: Path, client: httpx.Client) -> None:
         serving(tmp_path, TEST_MODELS, max_side="1000", max_pixels="500000") as server,
         httpx.Client(base_url=server.ready().url, trust_env=False) as limited,
     ):
-        entry = fields(limited.post("/test/null", json={"prompt": "x", "image_size": {"width": 1000, "height": 1000}}))
+        entry = first_field_error(
+            limited.post("/test/null", json={"prompt": "x", "image_size": {"width": 1000, "height": 1000}})
+        )
         assert (entry["type"], entry["ctx"]["max_pixels"]) == ("image_too_large", 500_000)
         assert "500000" in entry["msg"]
         # Both the preset landscape_4_3 and the default are 1024x768, which is too wide.
         for body in ({"prompt": "x", "image_size": "landscape_4_3"}, {"prompt": "x"}):
-            entry = fields(limited.post("/test/null", json=body))
+            entry = first_field_error(limited.post("/test/null", json=body))
             assert entry["loc"] == ["body", "image_size", "width"]
             assert "1000" in entry["msg"]
 
@@ -121,7 +123,7 @@ NOT_JSON = {
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
 def test_not_json(client: httpx.Client, body: bytes) -> None:
-    entry = fields(client.post(FLUX, content=body, headers={"content-type": "application/json"}))
+    entry = first_field_error(client.post(FLUX, content=body, headers={"content-type": "application/json"}))
     assert entry["type"] == "json_invalid"
     assert entry["loc"][0] == "body"
     assert 0 <= entry["loc"][1] <= len(body)
@@ -145,14 +147,14 @@ def test_routes_of_small_bodies_have_a_small_limit(client: httpx.Client, path: s
 
 def test_the_position_of_a_json_error(client: httpx.Client) -> None:
     body = b'{\n  "prompt": "x",\n  "seed": oops\n}'
-    offset = fields(client.post(FLUX, content=body))["loc"][1]
+    offset = first_field_error(client.post(FLUX, content=body))["loc"][1]
     assert body[offset : offset + 4] == b"oops"
 
 
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("body", ["[]", "null", "1", '"x"', "true", '[{"prompt": "x"}]'])
 def test_not_an_object(client: httpx.Client, body: str) -> None:
-    entry = fields(client.post(FLUX, content=body))
+    entry = first_field_error(client.post(FLUX, content=body))
     assert entry["loc"] == ["body"]
     assert "object" in entry["msg"]
 
@@ -161,7 +163,7 @@ def test_not_an_object(client: httpx.Client, body: str) -> None:
 @pytest.mark.parametrize("depth", [50, 100, 150, 199])
 def test_nested_deeply_but_not_too_deeply(client: httpx.Client, depth: int) -> None:
     body = '{"prompt": ' + "[" * depth + "]" * depth + "}"
-    assert fields(client.post(FLUX, content=body))["loc"] == ["body", "prompt"]
+    assert first_field_error(client.post(FLUX, content=body))["loc"] == ["body", "prompt"]
 
 
 NOT_NUMBERS = [
@@ -179,7 +181,7 @@ NOT_NUMBERS = [
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize(("field", "value"), NOT_NUMBERS)
 def test_not_a_number(client: httpx.Client, field: str, value: str) -> None:
-    entry = fields(client.post(FLUX, content=f'{{"prompt": "x", "{field}": {value}}}'))
+    entry = first_field_error(client.post(FLUX, content=f'{{"prompt": "x", "{field}": {value}}}'))
     assert entry["loc"][1] == field
     assert "finite" in entry["msg"]
 
@@ -187,6 +189,6 @@ def test_not_a_number(client: httpx.Client, field: str, value: str) -> None:
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "image/png", "application/xml", "?"])
 def test_wrong_content_type(client: httpx.Client, kind: str) -> None:
-    entry = fields(client.post(FLUX, content='{"prompt": "x"}', headers={"content-type": kind}))
+    entry = first_field_error(client.post(FLUX, content='{"prompt": "x"}', headers={"content-type": kind}))
     assert (entry["loc"], entry["type"]) == (["body"], "model_attributes_type")
     assert "application/json" in entry["msg"]

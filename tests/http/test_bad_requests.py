@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.support.error_bodies import fields, text
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving
+from tests.support.error_bodies import error_message, first_field_error
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed, wait_until_completed
 
 FLUX = "/fal-ai/flux/dev"
 
@@ -19,12 +19,12 @@ def test_oversize_body(narrow_client: httpx.Client) -> None:
     body = json.dumps({"prompt": "x", "ignored": ""}).encode()
     body += b" " * (limit - len(body))
     assert narrow_client.post("/test/null", content=body).status_code == 200
-    assert str(limit) in text(narrow_client.post("/test/null", content=body + b" "), 413)
+    assert str(limit) in error_message(narrow_client.post("/test/null", content=body + b" "), 413)
 
 
 def test_oversize_body_in_chunks(narrow_client: httpx.Client) -> None:
     chunks = (b" " * 65_536 for _ in range(17))
-    assert str(2**20) in text(narrow_client.post("/test/null", content=chunks), 413)
+    assert str(2**20) in error_message(narrow_client.post("/test/null", content=chunks), 413)
     assert narrow_client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
@@ -84,7 +84,7 @@ FORBIDDEN_URLS = [
 @pytest.mark.usefixtures("serves_on")
 @pytest.mark.parametrize("url", FORBIDDEN_URLS)
 def test_forbidden_webhook(client: httpx.Client, url: str) -> None:
-    entry = fields(client.post("/queue/test/null", params={"fal_webhook": url}, json={"prompt": "x"}))
+    entry = first_field_error(client.post("/queue/test/null", params={"fal_webhook": url}, json={"prompt": "x"}))
     assert entry["loc"] == ["query", "fal_webhook"]
     assert entry["input"] == url
 
@@ -111,7 +111,7 @@ BAD_HEADERS = [
 @pytest.mark.parametrize(("name", "value"), BAD_HEADERS)
 def test_bad_header(client: httpx.Client, name: str, value: str) -> None:
     answer = client.post("/queue/test/null", json={"prompt": "x"}, headers={name: value})
-    assert name.removeprefix("x-fal-").replace("-start", "") in text(answer, 400).lower()
+    assert name.removeprefix("x-fal-").replace("-start", "") in error_message(answer, 400).lower()
     assert answer.json()["error_type"] == "bad_request"
 
 
@@ -119,16 +119,16 @@ def test_bad_header(client: httpx.Client, name: str, value: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "many", "nan", ""])
 def test_bad_max_queue_length(client: httpx.Client, value: str) -> None:
     answer = client.post("/queue/test/null", json={"prompt": "x"}, params={"fal_max_queue_length": value})
-    assert "fal_max_queue_length" in text(answer, 400)
+    assert "fal_max_queue_length" in error_message(answer, 400)
     assert answer.json()["error_type"] == "bad_request"
 
 
 def test_a_failing_model_reveals_only_messages_meant_for_the_client(client: httpx.Client) -> None:
     public = client.post("/test/raises", json={"prompt": "told"})
-    assert text(public, 500) == "This cannot be painted."
+    assert error_message(public, 500) == "This cannot be painted."
     assert public.headers["x-fal-retryable"] == "true"
     private = client.post("/test/raises", json={"prompt": "x"})
-    assert text(private, 500) == "Internal Server Error"
+    assert error_message(private, 500) == "Internal Server Error"
     assert "secret" not in private.text
 
 
@@ -138,26 +138,26 @@ def test_queue_full(tmp_path: Path, gate: Gate) -> None:
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         running = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-        in_progress(client, running["status_url"])
+        wait_until_claimed(client, running["status_url"])
         waiting = client.post("/queue/test/null", json={"prompt": "x"}).json()
         for path in ("/queue/test/null", "/test/null", "/test/null/stream"):
             answer = client.post(path, json={"prompt": "x"})
-            assert "full" in text(answer, 429)
+            assert "full" in error_message(answer, 429)
             assert int(answer.headers["retry-after"]) > 0
-        gate.let(1)
-        completed(client, waiting["status_url"])
+        gate.release(1)
+        wait_until_completed(client, waiting["status_url"])
         assert client.get(running["response_url"]).status_code == 200
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
 def test_queue_longer_than_the_clients_limit(narrow_client: httpx.Client, gate: Gate) -> None:
     running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    in_progress(narrow_client, running["status_url"])
+    wait_until_claimed(narrow_client, running["status_url"])
     limit = {"fal_max_queue_length": "1"}
     first = narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit)
     assert first.status_code == 200
-    assert "full" in text(narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit), 429)
+    assert "full" in error_message(narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit), 429)
     unlimited = narrow_client.post("/queue/test/null", json={"prompt": "x"})
     assert unlimited.json()["queue_position"] == 1
-    gate.let(1)
-    assert completed(narrow_client, unlimited.json()["status_url"])["status"] == "COMPLETED"
+    gate.release(1)
+    assert wait_until_completed(narrow_client, unlimited.json()["status_url"])["status"] == "COMPLETED"

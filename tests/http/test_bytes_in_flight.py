@@ -24,10 +24,10 @@ from server.net.bytes_in_flight import SMALL, BytesInFlight
 from server.net.timeouts import with_limits
 from server.net.websocket import CountedWebSocket
 from tests.clients.test_realtime import SMALL as SMALL_REQUEST
-from tests.clients.test_realtime import painted, session
+from tests.clients.test_realtime import generate, session
 from tests.http.test_timeouts import listening
-from tests.support.hostile_images import encoded, noise
-from tests.support.server_process import TEST_MODELS, Server, completed, serving
+from tests.support.hostile_images import encode, noise_image
+from tests.support.server_process import TEST_MODELS, Server, serving, wait_until_completed
 
 #: In bytes: the total, the share that one owner may hold, and a small size that still counts.
 TOTAL, HALF, LITTLE = 80 * SMALL, 40 * SMALL, 2 * SMALL
@@ -181,13 +181,13 @@ def test_stalled_frames_block_only_their_own_key(running: Server) -> None:
         assert closed.value.rcvd
         assert closed.value.rcvd.code == 1013
         with session(running, **BOB) as other:
-            assert painted(other, more="x" * 900_000)["prompt"] == "x"
+            assert generate(other, more="x" * 900_000)["prompt"] == "x"
         # Close without a closing handshake, for which each side would wait.
         for each in sockets[:2]:
             each.socket.shutdown(socket.SHUT_RDWR)
     with session(running, **ALICE) as again:
-        assert painted(again, more="x" * 900_000)["prompt"] == "x"
-        assert painted(again, **SMALL_REQUEST)["prompt"] == "x"
+        assert generate(again, more="x" * 900_000)["prompt"] == "x"
+        assert generate(again, **SMALL_REQUEST)["prompt"] == "x"
 
 
 def test_unread_answers_block_only_their_own_key(tmp_path: Path) -> None:
@@ -209,11 +209,11 @@ def test_unread_answers_block_only_their_own_key(tmp_path: Path) -> None:
 
 def large_result_url(server: Server, headers: dict[str, str]) -> str:
     """Run a request with a large result; return the URL of the result."""
-    image = base64.b64encode(encoded(noise(1100, 1100))).decode()
+    image = base64.b64encode(encode(noise_image(1100, 1100))).decode()
     body = {"image_url": f"data:image/png;base64,{image}", "sync_mode": True, "output_format": "png", "num_images": 2}
     with httpx.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:
         submitted = client.post("/queue/test/copy", json={"prompt": "x", **body}).raise_for_status().json()
-        completed(client, submitted["status_url"])
+        wait_until_completed(client, submitted["status_url"])
         url: str = submitted["response_url"]
         return url
 

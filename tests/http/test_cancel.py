@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.components import opened
-from tests.support.server_process import TEST_MODELS, Gate, gated, in_progress, serving, statuses
+from tests.support.components import open_components
+from tests.support.server_process import TEST_MODELS, Gate, open_gate, serving, statuses, wait_until_claimed
 
 QUEUED = "/queue/test/gate"
 OK, REQUESTED, TOO_LATE = 200, 202, 400
@@ -66,14 +66,14 @@ def followed(client: httpx.Client, path: str) -> tuple[dict[str, Any], int]:
 
 def reach(client: httpx.Client, path: str, plan: Plan, gate: Gate) -> None:
     """Let a request proceed to its moment. It then waits for its next step, is running, or is done."""
-    gate.let(min(plan.moment, plan.total))
+    gate.release(min(plan.moment, plan.total))
     if plan.is_a_race:
         for _ in range(plan.number % 5):
             client.get(f"{path}/status")
     elif plan.moment > plan.total:
         followed(client, path)
     else:
-        in_progress(client, f"{path}/status")
+        wait_until_claimed(client, f"{path}/status")
         steps = 0
         for status in statuses(client, f"{path}/status") if plan.moment else ():
             steps += new_steps(status)
@@ -88,7 +88,7 @@ def cancel_and_judge(client: httpx.Client, plan: Plan, gate: Gate, holder: str |
         reach(client, path, plan, gate)
     answer = client.put(f"{path}/cancel").status_code
     # Let the step under way finish, or that of the holder, the job that runs first.
-    gate.let(1)
+    gate.release(1)
     status, steps = followed(client, path)
     result = client.get(path)
     expected = OK if holder else TOO_LATE if plan.moment > plan.total else REQUESTED
@@ -108,18 +108,18 @@ def test_a_cancel_at_any_moment(tmp_path: Path, number: int) -> None:
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         for plan in map(planned, range(number)):
-            with gated(tmp_path / f"gate-{plan.number}") as gate:
+            with open_gate(tmp_path / f"gate-{plan.number}") as gate:
                 holder = submitted(client, gate, 1) if plan.moment < 0 else None
                 if holder:
-                    in_progress(client, f"{holder}/status")
+                    wait_until_claimed(client, f"{holder}/status")
                 cancel_and_judge(client, plan, gate, holder)
                 assert holder is None or followed(client, holder)[0].get("error") is None, plan
         assert server.stop() == 0
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         completed = parts.rows("SELECT request_id FROM jobs WHERE status = 200 AND NOT is_cancelled")
         cancelled = parts.rows("SELECT request_id FROM jobs WHERE status = 499 AND is_cancelled")
         assert len(completed) + len(cancelled) == parts.rows("SELECT count(*) FROM jobs")[0][0]
         # A cancelled request has no image, neither in the database nor on the disk.
         assert set(parts.rows("SELECT request_id FROM files")) == set(completed)
-        assert parts.on_disk() == [name for (name,) in parts.rows("SELECT name FROM files ORDER BY name")]
+        assert parts.stored_file_names() == [name for (name,) in parts.rows("SELECT name FROM files ORDER BY name")]
     print(f"{len(cancelled)} cancelled, {len(completed)} completed")

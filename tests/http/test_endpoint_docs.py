@@ -15,7 +15,7 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 from models import discover
 from models.loading.specs import assign_weights
 from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import exports
+from tests.clients.test_python_client import env_variables
 from tests.support.node import JS
 from tests.support.server_process import ROOT, Server
 
@@ -241,7 +241,7 @@ def test_every_endpoint_accepts_its_example(client: httpx.Client, endpoint: str)
 
 def test_the_python_example_runs(text: str, server: Server) -> None:
     (program,) = examples(text, "python")
-    environment = {"PATH": os.environ["PATH"], **exports(server)}
+    environment = {"PATH": os.environ["PATH"], **env_variables(server)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

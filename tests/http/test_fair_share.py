@@ -9,7 +9,7 @@ from websockets.exceptions import ConnectionClosed
 
 from server.errors import TooManyRequests
 from server.net.fair_share import FairShare
-from tests.clients.test_realtime import heard, session
+from tests.clients.test_realtime import receive, session
 from tests.support.server_process import TEST_MODELS, Gate, serving
 
 
@@ -53,10 +53,10 @@ def test_open_answers_of_one_key_leave_room_for_another(tmp_path: Path, gate: Ga
             body = {"prompt": "x", "model": "test/null"}
             assert client.post(path, json=body, headers=alice).status_code == 429
         with session(server, **alice) as socket:
-            assert heard(socket)["error"] == "UNAVAILABLE"
+            assert receive(socket)["error"] == "UNAVAILABLE"
             with pytest.raises(ConnectionClosed):
                 socket.recv(timeout=60)
         other = client.post("/queue/test/null", json={"prompt": "x"}, headers=bob).json()
         with client.stream("GET", f"{other['status_url']}/stream", headers=bob) as stream:
             assert stream.status_code == 200
-        gate.open()
+        gate.release_all()

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from pydantic_core import from_json
 
-from tests.support.error_bodies import fields, text
+from tests.support.error_bodies import error_message, first_field_error
 from tests.support.server_process import Server
 
 HERE = b"Host: localhost"
@@ -64,7 +64,7 @@ def test_headers_sent_once_are_accepted(narrow: Server) -> None:
 def test_the_host_has_a_limit(keyed_client: httpx.Client) -> None:
     assert keyed_client.get("/health", headers={"host": "a" * 250 + ":8000"}).status_code == 200
     answer = keyed_client.get("/health", headers={"host": "a" * 256})
-    assert text(answer, 400) == "The Host header has 256 characters; it should have at most 255"
+    assert error_message(answer, 400) == "The Host header has 256 characters; it should have at most 255"
 
 
 def test_the_runner_hint_has_a_limit(client: httpx.Client) -> None:
@@ -73,13 +73,13 @@ def test_the_runner_hint_has_a_limit(client: httpx.Client) -> None:
         return client.post("/queue/test/null", json={"prompt": "x"}, headers=headers)
 
     assert submit(255).status_code == 200
-    assert text(submit(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
+    assert error_message(submit(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
 
 
 def test_the_url_of_a_webhook_has_a_limit(client: httpx.Client) -> None:
     def refused(length: int) -> str:
         parameters = {"fal_webhook": "http://10.0.0.1/".ljust(length, "x")}
-        entry = fields(client.post("/queue/test/null", params=parameters, json={"prompt": "x"}))
+        entry = first_field_error(client.post("/queue/test/null", params=parameters, json={"prompt": "x"}))
         assert entry["loc"] == ["query", "fal_webhook"]
         assert len(entry["input"]) <= 1000
         return str(entry["msg"])
@@ -106,4 +106,4 @@ def test_the_names_in_a_token_have_a_limit(keyed_client: httpx.Client) -> None:
         return keyed_client.post("/tokens", json=body, headers={"authorization": "Key alice:secret"})
 
     assert submit(255).status_code == 200
-    assert fields(submit(256))["loc"] == ["body", "allowed_apps", 0]
+    assert first_field_error(submit(256))["loc"] == ["body", "allowed_apps", 0]

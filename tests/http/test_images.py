@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from models.loading.devices import dtype_for, type_name
 from models.schema import PRESETS
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed, wait_until_completed
 
 FLUX = "/fal-ai/flux/dev"
 APPLE: dict[str, Any] = {
@@ -157,14 +157,14 @@ def test_a_missing_seed_is_chosen_and_reported(client: httpx.Client) -> None:
 def test_same_bytes_among_eight_others(client: httpx.Client, gate: Gate) -> None:
     (alone,) = contents(client, generate(client, num_inference_steps=8))
     holder = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    in_progress(client, holder["status_url"])
+    wait_until_claimed(client, holder["status_url"])
     # All requests wait behind the gate, so the worker claims them together and runs their steps in turns.
     other_bodies = [{**APPLE, "prompt": f"pear {k}", "seed": k, "num_inference_steps": 8 + k} for k in range(8)]
     bodies = [*other_bodies[:3], {**APPLE, "num_inference_steps": 8}, *other_bodies[3:]]
     replies = [client.post(f"/queue{FLUX}", json=body).json() for body in bodies]
-    gate.let(1)
+    gate.release(1)
     for reply in replies:
-        assert completed(client, reply["status_url"])["metrics"]["acceleration"] == "none"
+        assert wait_until_completed(client, reply["status_url"])["metrics"]["acceleration"] == "none"
     results = [client.get(reply["response_url"]).json() for reply in replies]
     assert contents(client, results[3]) == [alone]
     for body, result in zip(other_bodies[:3], results[:3], strict=True):
@@ -212,7 +212,7 @@ def test_sync_mode(client: httpx.Client, server: Server, output_format: str) -> 
 def test_sync_mode_on_the_queue_and_the_stream(client: httpx.Client, server: Server) -> None:
     before = stored(server)
     reply = client.post("/queue/test/null", json={"prompt": "x", "sync_mode": True}).json()
-    completed(client, reply["status_url"])
+    wait_until_completed(client, reply["status_url"])
     assert client.get(reply["response_url"]).json()["images"][0]["url"].startswith("data:image/jpeg;base64,")
     streamed = client.post("/test/null/stream", json={"prompt": "x", "sync_mode": True}).text
     assert "data:image/jpeg;base64," in streamed
@@ -244,7 +244,7 @@ def test_without_a_verdict_no_image_is_returned(
     before = stored(server)
     body = {**APPLE, "prompt": prompt, "sync_mode": sync_mode}
     reply = client.post("/queue/test/unsafe", json=body).json()
-    status = completed(client, reply["status_url"])
+    status = wait_until_completed(client, reply["status_url"])
     answers = [client.post("/test/unsafe", json=body), client.get(reply["response_url"])]
     for answer in answers:
         assert answer.status_code == 500

@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.error_bodies import fields
-from tests.support.server_process import completed
+from tests.support.error_bodies import first_field_error
+from tests.support.server_process import wait_until_completed
 
 FLUX = "/fal-ai/flux/dev"
 
@@ -20,10 +20,10 @@ def test_idempotency_key(client: httpx.Client) -> None:
     assert again.status_code == 200
     assert again.json()["request_id"] == first.json()["request_id"]
     assert again.json()["status_url"] == first.json()["status_url"]
-    other = fields(submit("y", "one"))
+    other = first_field_error(submit("y", "one"))
     assert other["loc"] == ["header", "idempotency-key"]
     assert submit("y", "two").json()["request_id"] != first.json()["request_id"]
-    completed(client, first.json()["status_url"])
+    wait_until_completed(client, first.json()["status_url"])
     assert submit("x", "one").json()["request_id"] == first.json()["request_id"]
 
 

@@ -11,21 +11,21 @@ from server.api.rate_limit import RateLimiter
 from server.errors import TooManyRequests
 from server.queue.jobs import Job, Mode, Priority, State
 from server.queue.waiting_index import WaitingIndex
-from tests.support.components import Parts, claimed, opened, painted, submission
-from tests.support.server_process import TEST_MODELS, Gate, completed, in_progress, serving
+from tests.support.components import Components, claim_job, open_components, submission, success
+from tests.support.server_process import TEST_MODELS, Gate, serving, wait_until_claimed, wait_until_completed
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
-    with opened(tmp_path, max_length_per_owner=2, max_running_per_owner=2) as opened_parts:
+def parts(tmp_path: Path) -> Iterator[Components]:
+    with open_components(tmp_path, max_length_per_owner=2, max_running_per_owner=2) as opened_parts:
         yield opened_parts
 
 
-def submitted(parts: Parts, owner: str, **changes: Any) -> Job:
+def submitted(parts: Components, owner: str, **changes: Any) -> Job:
     return parts.queue.submit(submission(owner=owner, **changes))
 
 
-def owners_claimed(parts: Parts) -> list[str]:
+def owners_claimed(parts: Components) -> list[str]:
     """Claim requests until none may start; return their owners."""
     owners = []
     while claim := parts.queue.claim():
@@ -33,7 +33,7 @@ def owners_claimed(parts: Parts) -> list[str]:
     return owners
 
 
-def test_a_key_may_fill_only_its_share_of_the_queue(parts: Parts) -> None:
+def test_a_key_may_fill_only_its_share_of_the_queue(parts: Components) -> None:
     for _ in range(2):
         submitted(parts, "me")
     with pytest.raises(TooManyRequests, match="already has 2 waiting requests") as refused:
@@ -44,7 +44,7 @@ def test_a_key_may_fill_only_its_share_of_the_queue(parts: Parts) -> None:
     submitted(parts, "me")
 
 
-def test_a_key_may_run_only_its_share_of_requests(parts: Parts) -> None:
+def test_a_key_may_run_only_its_share_of_requests(parts: Components) -> None:
     mine = [submitted(parts, "me") for _ in range(2)]
     assert owners_claimed(parts) == ["me", "me"]
     waiting = [submitted(parts, "me"), submitted(parts, "me"), submitted(parts, "you")]
@@ -52,21 +52,21 @@ def test_a_key_may_run_only_its_share_of_requests(parts: Parts) -> None:
     # The position of waiting requests does not change.
     assert [parts.queue.position(job) for job in waiting[:2]] == [0, 1]
     assert parts.queue.claim() is None
-    assert parts.queue.finish(mine[0], painted())
+    assert parts.queue.finish(mine[0], success())
     assert owners_claimed(parts) == ["me"]
     parts.queue.release(mine[1])
     assert [claim[0] for claim in iter(parts.queue.claim, None) if claim] == [mine[1]]
 
 
-def test_the_counts_are_right_after_every_way_to_end(parts: Parts) -> None:
+def test_the_counts_are_right_after_every_way_to_end(parts: Components) -> None:
     """Cancel a waiting request, a running one, and one that was released; then submit again."""
     for _ in range(5):
         waiting = submitted(parts, "me")
         parts.queue.cancel(waiting)
-        running = claimed(parts, owner="me")
+        running = claim_job(parts, owner="me")
         parts.queue.cancel(running)
-        parts.queue.finish(running, painted())
-        released = claimed(parts, owner="me")
+        parts.queue.finish(running, success())
+        released = claim_job(parts, owner="me")
         parts.queue.release(released)
         parts.queue.cancel(released)
     for _ in range(2):
@@ -75,11 +75,11 @@ def test_the_counts_are_right_after_every_way_to_end(parts: Parts) -> None:
 
 
 def test_the_counts_match_the_rows_after_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         for mode in ("queue", "run", "queue"):
             submitted(parts, "me", mode=mode)
         parts.queue.claim()
-    with opened(tmp_path, max_length_per_owner=2) as parts:
+    with open_components(tmp_path, max_length_per_owner=2) as parts:
         parts.queue.recover()
         with pytest.raises(TooManyRequests):
             submitted(parts, "me")
@@ -162,13 +162,13 @@ def test_one_key_at_a_time(tmp_path: Path, gate: Gate) -> None:
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=two) as other_client,
     ):
         first = client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
-        in_progress(client, first["status_url"])
+        wait_until_claimed(client, first["status_url"])
         second = client.post("/queue/test/null", json={"prompt": "x"}).json()
         other = other_client.post("/queue/test/null", json={"prompt": "x", "num_inference_steps": 1}).json()
         # The worker thread waits at the gate. The two keys share its steps.
-        gate.let(3)
-        assert completed(other_client, other["status_url"])["status"] == "COMPLETED"
+        gate.release(3)
+        assert wait_until_completed(other_client, other["status_url"])["status"] == "COMPLETED"
         assert client.get(second["status_url"]).json()["status"] == "IN_QUEUE"
-        gate.open()
+        gate.release_all()
         for each in (first, second):
-            assert completed(client, each["status_url"])["status"] == "COMPLETED"
+            assert wait_until_completed(client, each["status_url"])["status"] == "COMPLETED"

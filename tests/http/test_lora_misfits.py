@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save
 
 from models.loading.specs import DEMO
-from tests.support.server_process import completed, serving
+from tests.support.server_process import serving, wait_until_completed
 from tests.unit.inputs.test_loras import data_uri
 
 ENDPOINT = "fal-ai/flux-lora"
@@ -73,7 +73,7 @@ def by_run(client: httpx.Client, request: dict[str, Any]) -> Answer:
 
 def by_queue(client: httpx.Client, request: dict[str, Any]) -> Answer:
     reply = client.post(f"/queue/{ENDPOINT}", json=request).raise_for_status().json()
-    completed(client, reply["status_url"])
+    wait_until_completed(client, reply["status_url"])
     answer = client.get(reply["response_url"])
     return answer.status_code, answer.headers, answer.json()
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest_httpserver import HTTPServer
 
 from server.metrics import Metrics
-from tests.support.server_process import ROOT, TEST_MODELS, Gate, completed, in_progress, serving
+from tests.support.server_process import ROOT, TEST_MODELS, Gate, serving, wait_until_claimed, wait_until_completed
 
 Labels = tuple[tuple[str, str], ...]
 QUEUED = "/queue/test/null"
@@ -67,14 +67,14 @@ def test_requests_and_images(quiet_client: httpx.Client) -> None:
 
 def test_the_queue(quiet_client: httpx.Client, gate: Gate) -> None:
     running = quiet_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    in_progress(quiet_client, running["status_url"])
+    wait_until_claimed(quiet_client, running["status_url"])
     waiting = [quiet_client.post(QUEUED, json={"prompt": "x"}).json() for _ in range(2)]
     found = read(quiet_client)
     assert (found["queue_length", ()], found["requests_running", ()]) == (2, 1)
     assert found["queue_oldest_seconds", ()] > 0
     quiet_client.put(waiting[0]["cancel_url"])
-    gate.open()
-    completed(quiet_client, waiting[1]["status_url"])
+    gate.release_all()
+    wait_until_completed(quiet_client, waiting[1]["status_url"])
     found = read(quiet_client)
     assert (found["queue_length", ()], found["queue_oldest_seconds", ()]) == (0, 0)
     assert found["requests_ended_total", labels_of("test/null", outcome="cancelled")] == 1

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 
 from server.api.middleware.host_check import HostCheckMiddleware
 from server.settings import Settings
-from tests.support.server_process import TEST_MODELS, Gate, Server, in_progress, serving
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed
 
 FLUX = "fal-ai/flux/dev"
 SMALL = {"prompt": "x", "seed": 5, "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
@@ -109,10 +109,10 @@ def test_urls_of_a_request(client: httpx.Client, way: str) -> None:
 def test_cancel_a_running_request(narrow_client: httpx.Client, gate: Gate, way: str) -> None:
     reply = queue(narrow_client, way, "POST", "test/gate", json={"prompt": str(gate.path)}).json()
     request = f"test/gate/requests/{reply['request_id']}"
-    in_progress(narrow_client, f"/queue/{request}/status")
+    wait_until_claimed(narrow_client, f"/queue/{request}/status")
     cancelled = queue(narrow_client, way, "PUT", f"{request}/cancel")
     assert (cancelled.status_code, cancelled.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
-    gate.let(1)
+    gate.release(1)
     (*_, last) = events(queue(narrow_client, way, "GET", f"{request}/status/stream"))
     assert (last["status"], last["error_type"]) == ("COMPLETED", "client_cancelled")
     assert queue(narrow_client, way, "GET", request).status_code == 499

@@ -17,10 +17,10 @@ from pydantic_core import from_json
 from server.api import responses
 from server.queue.jobs import Mode
 from server.worker.worker import PREVIEWS
-from tests.support.components import Parts
+from tests.support.components import Components
 from tests.support.fake_models import NullEngine, NullModel, SharingEngine
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, serving, statuses
-from tests.unit.worker.test_worker import answer, ready, submitted, worked_off
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, statuses, wait_until_completed
+from tests.unit.worker.test_worker import outcome_and_body, ready_worker, run_all, submit
 
 PREFIX = "data:image/jpeg;base64,"
 
@@ -63,9 +63,9 @@ def test_a_stream_shows_previews(narrow_client: httpx.Client, gate: Gate) -> Non
     progress: list[dict[str, Any]] = []
     with streaming(narrow_client, "/test/gate/stream", body) as (_, events):
         for _ in range(27):
-            gate.let(1)
+            gate.release(1)
             progress.append(next(events))
-        gate.let(1)
+        gate.release(1)
         *_, output = events
     assert [event["step"] for event in progress] == list(range(1, 28))
     assert output["images"] and "preview" not in output
@@ -87,7 +87,7 @@ def test_an_enforced_checker_turns_previews_off(tmp_path: Path, gate: Gate) -> N
         serving(tmp_path / "data", TEST_MODELS, enforce_safety_checker="true") as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
-        gate.let(28)
+        gate.release(28)
         with streaming(client, "/test/gate/stream", {"prompt": str(gate.path)}) as (_, events):
             assert not any("preview" in event for event in events)
 
@@ -101,15 +101,15 @@ def test_a_slow_client_receives_the_newest_preview(narrow: Server, gate: Gate) -
         streaming(slow_client, "/test/large-previews/stream", body) as (request_id, events),
     ):
         status_url = f"/queue/test/large-previews/requests/{request_id}/status"
-        gate.let(40)
+        gate.release(40)
         # The worker waits for no client: it runs forty steps although no event is read.
         next(status for status in statuses(fast_client, status_url) if last_message(status) == "step 40/50")
         seen: list[int] = []
         while not seen or seen[-1] < 40:
             seen.append(next(events)["step"])
         assert seen == sorted(set(seen)) and len(seen) < 20
-        gate.let(10)
-        assert completed(fast_client, status_url).get("error") is None
+        gate.release(10)
+        assert wait_until_completed(fast_client, status_url).get("error") is None
         assert [event["images"] for event in events if "images" in event]
 
 
@@ -123,12 +123,12 @@ def last_message(status: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("num_images", [1, 4])
 @pytest.mark.parametrize("num_inference_steps", [2, 4, 10, 11, 19, 28, 50])
-def test_a_stream_receives_a_few_previews(parts: Parts, num_inference_steps: int, num_images: int) -> None:
+def test_a_stream_receives_a_few_previews(parts: Components, num_inference_steps: int, num_images: int) -> None:
     engine = PreviewedEngine()
-    worker = ready(parts, NullModel("test/null", lambda: engine))
-    job = submitted(parts, mode=Mode.STREAM, num_inference_steps=num_inference_steps, num_images=num_images)
-    worked_off(worker)
-    assert answer(parts, job)[0].status == 200
+    worker = ready_worker(parts, NullModel("test/null", lambda: engine))
+    job = submit(parts, mode=Mode.STREAM, num_inference_steps=num_inference_steps, num_images=num_images)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[0].status == 200
     num_steps = num_inference_steps * num_images
     assert 0 < len(engine.shown) <= PREVIEWS
     # Previews have equal distances. The last step has none, because the image itself follows.
@@ -136,18 +136,18 @@ def test_a_stream_receives_a_few_previews(parts: Parts, num_inference_steps: int
 
 
 @pytest.mark.parametrize("mode", [Mode.QUEUE, Mode.RUN, Mode.REALTIME])
-def test_only_streams_have_previews(parts: Parts, mode: Mode) -> None:
+def test_only_streams_have_previews(parts: Components, mode: Mode) -> None:
     engine = PreviewedEngine()
-    worker, job = ready(parts, NullModel("test/null", lambda: engine)), submitted(parts, mode=mode)
-    stream = submitted(parts, mode=Mode.STREAM, num_inference_steps=1)
-    worked_off(worker)
+    worker, job = ready_worker(parts, NullModel("test/null", lambda: engine)), submit(parts, mode=mode)
+    stream = submit(parts, mode=Mode.STREAM, num_inference_steps=1)
+    run_all(worker)
     assert (engine.shown, job.preview, stream.preview) == ([], None, None)
 
 
-def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Parts) -> None:
+def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Components) -> None:
     engine = PreviewedEngine()
-    worker = ready(parts, NullModel("test/null", lambda: engine))
-    jobs = [submitted(parts, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
+    worker = ready_worker(parts, NullModel("test/null", lambda: engine))
+    jobs = [submit(parts, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
     worker.run_once()
     assert [job.step for job in jobs] == [1, 1]
     assert [job.preview is None for job in jobs] == [True, False]
@@ -156,9 +156,9 @@ def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Parts) -> None
 # -- events
 
 
-def test_a_new_preview_replaces_the_one_before(parts: Parts) -> None:
-    worker = ready(parts, NullModel("test/null", PreviewedEngine))
-    job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
+def test_a_new_preview_replaces_the_one_before(parts: Components) -> None:
+    worker = ready_worker(parts, NullModel("test/null", PreviewedEngine))
+    job = submit(parts, mode=Mode.STREAM, num_inference_steps=8)
     previews = []
     for _ in range(7):
         worker.run_once()
@@ -173,19 +173,19 @@ def test_a_new_preview_replaces_the_one_before(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["dark", "broken"])
-def test_a_missing_preview_does_not_affect_the_image(parts: Parts, prompt: str) -> None:
-    worker = ready(parts, NullModel("test/null", PreviewedEngine))
-    job = submitted(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
-    other = submitted(parts, mode=Mode.STREAM, num_inference_steps=4)
+def test_a_missing_preview_does_not_affect_the_image(parts: Components, prompt: str) -> None:
+    worker = ready_worker(parts, NullModel("test/null", PreviewedEngine))
+    job = submit(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
+    other = submit(parts, mode=Mode.STREAM, num_inference_steps=4)
     worker.run_once()
     assert responses.progress_event(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
-    worked_off(worker)
-    assert [answer(parts, each)[0].status for each in (job, other)] == [200, 200]
+    run_all(worker)
+    assert [outcome_and_body(parts, each)[0].status for each in (job, other)] == [200, 200]
 
 
-def test_a_restart_begins_without_a_preview(parts: Parts) -> None:
-    worker = ready(parts, NullModel("test/null", NullEngine))
-    job = submitted(parts, mode=Mode.STREAM, num_inference_steps=8)
+def test_a_restart_begins_without_a_preview(parts: Components) -> None:
+    worker = ready_worker(parts, NullModel("test/null", NullEngine))
+    job = submit(parts, mode=Mode.STREAM, num_inference_steps=8)
     worker.run_once()
     assert job.preview
     parts.queue.release(job)

@@ -20,7 +20,7 @@ from server.net import tls
 from server.net.listeners import raise_open_file_limit
 from server.net.timeouts import TimeoutProtocol, limit_tls_handshake, with_limits
 from tests.support.server_process import TEST_MODELS, serving
-from tests.support.slow_clients import few_files
+from tests.support.slow_clients import limited_open_files
 
 LARGE = b"x" * 50_000_000
 
@@ -94,7 +94,7 @@ def listening(protocol: type[TimeoutProtocol], **more: Any) -> Iterator[int]:
             thread.join()
 
 
-def answered(connection: socket.socket) -> bool:
+def is_answered(connection: socket.socket) -> bool:
     """Send a request on this connection; return whether the answer has status 200."""
     connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
     answer = b""
@@ -279,9 +279,9 @@ def test_pauses_between_requests_are_allowed() -> None:
     """Leave idle connections to the usual keep-alive timeout; each request has the full time limits."""
     with listening(with_limits(**QUICK)) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         for _ in range(2):
-            assert answered(connection)
+            assert is_answered(connection)
             assert_stays_open(connection)
-        assert answered(connection)
+        assert is_answered(connection)
 
 
 def test_a_stream_may_pause() -> None:
@@ -336,16 +336,16 @@ def test_one_connection_too_many() -> None:
     with listening(with_limits(max_connections=2)) as port:
         address = ("127.0.0.1", port)
         with socket.create_connection(address) as first, socket.create_connection(address) as second:
-            assert answered(first) and answered(second)
+            assert is_answered(first) and is_answered(second)
             with socket.create_connection(address) as third:
                 assert is_cut_off(third)
-            assert answered(first)
+            assert is_answered(first)
 
 
 def test_more_connections_than_the_soft_limit_of_files(tmp_path: Path) -> None:
     """Raise the limit of open files: most systems start a program with 1024 and allow more."""
     with contextlib.ExitStack() as stack:
-        with few_files(64):
+        with limited_open_files(64):
             server = stack.enter_context(serving(tmp_path, TEST_MODELS))
         host, port = server.ready().url.removeprefix("http://").split(":")
         held = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]

@@ -7,7 +7,7 @@ import httpx
 import jwt
 import pytest
 
-from tests.support.error_bodies import fields, text
+from tests.support.error_bodies import error_message, first_field_error
 
 ALICE = {"authorization": "Key alice:secret"}
 #: The body that the SDKs send: the alias of the app, without its owner.
@@ -58,7 +58,7 @@ def test_tokens_without_keys_in_the_settings(narrow_client: httpx.Client, slash:
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer a.b.c"}])
 @with_and_without_slash
 def test_a_token_needs_a_key(keyed_client: httpx.Client, key: dict[str, str], slash: str) -> None:
-    text(keyed_client.post(f"/tokens{slash}", json=REQUEST, headers=key), 401)
+    error_message(keyed_client.post(f"/tokens{slash}", json=REQUEST, headers=key), 401)
 
 
 def test_a_token_cannot_request_tokens_or_images(keyed_client: httpx.Client) -> None:
@@ -66,7 +66,7 @@ def test_a_token_cannot_request_tokens_or_images(keyed_client: httpx.Client) -> 
     for scheme in ("Bearer", "Key"):
         headers = {"authorization": f"{scheme} {token}"}
         for path in ("/tokens/", "/test/null", "/queue/test/null"):
-            text(keyed_client.post(path, json={"prompt": "x", **REQUEST}, headers=headers), 401)
+            error_message(keyed_client.post(path, json={"prompt": "x", **REQUEST}, headers=headers), 401)
 
 
 def test_a_token_belongs_to_its_key_and_does_not_reveal_it(keyed_client: httpx.Client) -> None:
@@ -110,12 +110,12 @@ BAD: list[tuple[Any, list[Any]]] = [
 
 @pytest.mark.parametrize(("body", "loc"), BAD)
 def test_a_bad_request_names_its_field(keyed_client: httpx.Client, body: object, loc: list[Any]) -> None:
-    assert fields(request_token(keyed_client, body))["loc"] == loc
+    assert first_field_error(request_token(keyed_client, body))["loc"] == loc
 
 
 @pytest.mark.parametrize("body", ["", "{", "{'allowed_apps': 1}"])
 def test_broken_json(keyed_client: httpx.Client, body: str) -> None:
-    assert fields(keyed_client.post("/tokens/", content=body, headers=ALICE))["type"] == "json_invalid"
+    assert first_field_error(keyed_client.post("/tokens/", content=body, headers=ALICE))["type"] == "json_invalid"
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
@@ -131,4 +131,4 @@ def test_a_local_page_receives_a_token_and_a_foreign_page_does_not(narrow_client
     answer = narrow_client.post("/tokens/", json=REQUEST, headers={"origin": page})
     assert token_of(answer)
     assert answer.headers["access-control-allow-origin"] in ("*", page)
-    text(narrow_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)
+    error_message(narrow_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)

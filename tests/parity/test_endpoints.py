@@ -15,7 +15,7 @@ from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
-from tests.support.tiny_flux import difference, finished
+from tests.support.tiny_flux import difference, finish_task
 
 SIZE = (128, 96)
 #: Fields that only some endpoints have.
@@ -71,5 +71,5 @@ def test_every_endpoint_equals_its_diffusers_pipeline(engine: FluxEngine, source
     request = model.Input.model_validate({name: value for name, value in body.items() if name in fields})
     all_inputs = {"image_url": source, "loras.0.path": DEMO / LORA}
     inputs = {location: path for location, path in all_inputs.items() if location.partition(".")[0] in fields}
-    (image,) = finished(engine, engine.start(request, 9, inputs))
+    (image,) = finish_task(engine, engine.start(request, 9, inputs))
     assert difference(image, diffusers_image(request, source, dtype)) == 0

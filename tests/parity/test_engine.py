@@ -17,7 +17,15 @@ from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from models.schema import PRESETS
 from tests.support import tiny_flux
-from tests.support.tiny_flux import asked, batches, difference, finished, latents_of, painted, stepped
+from tests.support.tiny_flux import (
+    difference,
+    finish_task,
+    generate,
+    generate_latents,
+    make_request,
+    record_batch_sizes,
+    run_steps,
+)
 
 
 def call_diffusers(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **arguments: Any) -> Any:
@@ -66,7 +74,7 @@ def test_equals_the_pipeline(demo_engine: FluxEngine, diffusers_pipeline: FluxPi
     for latents in latents_by_step:
         demo_engine.advance(task)
         assert torch.equal(task.samples[0].latents, latents)
-    (image,) = finished(demo_engine, task)
+    (image,) = finish_task(demo_engine, task)
     assert image.size == PRESETS[preset]
     assert difference(image, expected) == 0
 
@@ -74,14 +82,14 @@ def test_equals_the_pipeline(demo_engine: FluxEngine, diffusers_pipeline: FluxPi
 def test_sizes_are_rounded_down_to_the_multiple(demo_engine: FluxEngine) -> None:
     assert demo_engine.multiple == 32
     request = FluxDevInput(prompt="", image_size={"width": 500, "height": 333}, num_inference_steps=1)
-    assert painted(demo_engine, request, 1)[0].size == (480, 320)
+    assert generate(demo_engine, request, 1)[0].size == (480, 320)
 
 
 def test_prompt_seed_and_guidance_each_change_the_image(demo_engine: FluxEngine) -> None:
     base = {"prompt": "a fish", "image_size": {"width": 256, "height": 192}, "num_inference_steps": 2}
-    first = painted(demo_engine, FluxDevInput.model_validate(base), 1)[0]
+    first = generate(demo_engine, FluxDevInput.model_validate(base), 1)[0]
     for change, seed in (({"prompt": "a car"}, 1), ({"guidance_scale": 9}, 1), ({}, 2)):
-        assert difference(first, painted(demo_engine, FluxDevInput.model_validate({**base, **change}), seed)[0]) > 0
+        assert difference(first, generate(demo_engine, FluxDevInput.model_validate({**base, **change}), seed)[0]) > 0
 
 
 # -- random weights: with guidance and a dynamic shift like FLUX.1 [dev], and without both like FLUX.1 [schnell]
@@ -94,11 +102,11 @@ def test_random_weights_equal_the_pipeline(dtype: torch.dtype, is_dev: bool, acc
     settings = {"guidance": is_dev, "dynamic_shift": is_dev}
     engine, pipeline = tiny_flux.engine(dtype, **settings), tiny_flux.pipeline(dtype, **settings)
     for seed, (width, height, num_steps) in enumerate([(96, 64, 4), (80, 176, 1), (160, 112, 3)]):
-        request = asked("a fish", width, height, num_inference_steps=num_steps, acceleration=acceleration)
-        task = stepped(engine, engine.start(request, seed))
+        request = make_request("a fish", width, height, num_inference_steps=num_steps, acceleration=acceleration)
+        task = run_steps(engine, engine.start(request, seed))
         expected = call_diffusers(pipeline, request, seed, output_type="latent")
         assert torch.equal(task.samples[0].latents[0], expected)
-        (image,) = finished(engine, task)
+        (image,) = finish_task(engine, task)
         assert image.size == (width, height)
         assert difference(image, call_diffusers(pipeline, request, seed)) == 0
 
@@ -121,25 +129,25 @@ def engine_bf16() -> FluxEngine:
 @pytest.fixture
 def batch_sizes(engine: FluxEngine) -> Iterator[list[int]]:
     """Record how many samples go through each forward."""
-    with batches(engine.pipeline.transformer) as seen:
+    with record_batch_sizes(engine.pipeline.transformer) as seen:
         yield seen
 
 
 def test_images_of_one_request_use_consecutive_seeds(engine_bf16: FluxEngine) -> None:
-    images = painted(engine_bf16, asked("three stars", 96, 64, num_images=3), 40)
+    images = generate(engine_bf16, make_request("three stars", 96, 64, num_images=3), 40)
     assert len(images) == 3
     for index, image in enumerate(images):
-        (alone,) = painted(engine_bf16, asked("three stars", 96, 64), 40 + index)
+        (alone,) = generate(engine_bf16, make_request("three stars", 96, 64), 40 + index)
         assert difference(image, alone) == 0
 
 
 def test_steps_and_work_are_counted_over_all_images(engine: FluxEngine) -> None:
     for acceleration in ("none", "regular", "high"):
-        one, three = (asked(num_images=number, acceleration=acceleration) for number in (1, 3))
+        one, three = (make_request(num_images=number, acceleration=acceleration) for number in (1, 3))
         alone, task = engine.start(one, 1), engine.start(three, 1)
         assert (task.step, task.num_steps, task.work) == (0, 6, 0)
-        stepped(engine, alone)
-        stepped(engine, task)
+        run_steps(engine, alone)
+        run_steps(engine, task)
         assert (task.step, task.work) == (6, 3 * alone.work)
         for number in range(3):
             assert len(task.images) == number
@@ -149,8 +157,8 @@ def test_steps_and_work_are_counted_over_all_images(engine: FluxEngine) -> None:
 
 
 def test_interleaved_tasks_do_not_affect_each_other(engine_bf16: FluxEngine) -> None:
-    requests = [asked(f"picture {n}", 64 + 32 * n, 64, num_inference_steps=2 + n) for n in range(3)]
-    alone = [painted(engine_bf16, request, n)[0] for n, request in enumerate(requests)]
+    requests = [make_request(f"picture {n}", 64 + 32 * n, 64, num_inference_steps=2 + n) for n in range(3)]
+    alone = [generate(engine_bf16, request, n)[0] for n, request in enumerate(requests)]
     tasks = [engine_bf16.start(request, n) for n, request in enumerate(requests)]
     while not all(task.is_decoded for task in tasks):
         for task in tasks:
@@ -167,7 +175,8 @@ def test_interleaved_tasks_do_not_affect_each_other(engine_bf16: FluxEngine) -> 
 def start_tasks(engine: FluxEngine, number: int, *, acceleration: str = "regular", **arguments: Any) -> list[FluxTask]:
     """Start `number` tasks that differ only in prompt and seed."""
     return [
-        engine.start(asked(f"picture {seed}", acceleration=acceleration, **arguments), seed) for seed in range(number)
+        engine.start(make_request(f"picture {seed}", acceleration=acceleration, **arguments), seed)
+        for seed in range(number)
     ]
 
 
@@ -208,7 +217,7 @@ def test_tasks_of_different_sizes_do_not_share(
     engine: FluxEngine, batch_sizes: list[int], width: int, height: int
 ) -> None:
     leader, same_size = start_tasks(engine, 2)
-    other_size = engine.start(asked("a fish", width, height, acceleration="regular"), 3)
+    other_size = engine.start(make_request("a fish", width, height, acceleration="regular"), 3)
     assert are_same_tasks(engine.advance(leader, [other_size, same_size]), [leader, same_size])
     assert are_same_tasks(engine.advance(other_size, [leader, same_size]), [other_size])
     assert batch_sizes == [2, 1]
@@ -271,34 +280,36 @@ def test_two_tasks_of_the_largest_preset_share_and_three_do_not(engine: FluxEngi
 def test_images_of_one_request_share_a_forward(
     engine: FluxEngine, batch_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = asked(num_images=3, acceleration="regular")
-    task = stepped(engine, engine.start(request, 40))
+    request = make_request(num_images=3, acceleration="regular")
+    task = run_steps(engine, engine.start(request, 40))
     assert batch_sizes == [3, 3]
-    alone = [latents_of(engine, asked(), 40 + index) for index in range(3)]
+    alone = [generate_latents(engine, make_request(), 40 + index) for index in range(3)]
     for sample, latents in zip(task.samples, alone, strict=True):
         assert distance(sample.latents, latents) < 1e-4
     # With room for two, the third image gets its own forwards.
     batch_sizes.clear()
     monkeypatch.setattr("models.flux.batch.TOKEN_BUDGET", 2 * 528)
-    task = stepped(engine, engine.start(request, 40))
+    task = run_steps(engine, engine.start(request, 40))
     assert batch_sizes == [2, 2, 1, 1]
     for sample, latents in zip(task.samples, alone, strict=True):
         assert distance(sample.latents, latents) < 1e-4
-    assert len(finished(engine, task)) == 3
+    assert len(finish_task(engine, task)) == 3
 
 
 def test_latents_of_shared_forwards_are_close_to_those_generated_alone(
     engine: FluxEngine, engine_bf16: FluxEngine
 ) -> None:
     for each, tolerance in ((engine, 1e-4), (engine_bf16, 0.03)):
-        requests = [asked(f"picture {n}", 96, 64, guidance_scale=2 + n, acceleration="regular") for n in range(4)]
+        requests = [
+            make_request(f"picture {n}", 96, 64, guidance_scale=2 + n, acceleration="regular") for n in range(4)
+        ]
         # Two requests share a prompt and differ in seed; two share a seed and differ in prompt.
         requests[1] = requests[0].model_copy(update={"guidance_scale": 9.0})
         seeds = [1, 2, 3, 3]
         tasks = [each.start(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         while tasks[0].step < tasks[0].num_steps:
             assert are_same_tasks(each.advance(tasks[0], tasks[1:]), tasks)
-        alone = [latents_of(each, request, seed) for request, seed in zip(requests, seeds, strict=True)]
+        alone = [generate_latents(each, request, seed) for request, seed in zip(requests, seeds, strict=True)]
         for index, task in enumerate(tasks):
             distances = [distance(task.samples[0].latents, latents) for latents in alone]
             assert distances[index] < tolerance
@@ -311,13 +322,13 @@ def test_pixels_of_shared_forwards_are_close_to_those_generated_alone(engine_bf1
     while tasks[0].step < tasks[0].num_steps:
         engine_bf16.advance(tasks[0], tasks[1:])
     for seed, task in enumerate(tasks):
-        (alone,) = painted(engine_bf16, asked(f"picture {seed}", 96), seed)
-        (image,) = finished(engine_bf16, task)
+        (alone,) = generate(engine_bf16, make_request(f"picture {seed}", 96), seed)
+        (image,) = finish_task(engine_bf16, task)
         assert difference(image, alone) <= 16
 
 
 def test_tasks_at_different_steps_share_and_drop_out_when_finished(engine: FluxEngine, batch_sizes: list[int]) -> None:
-    requests = [asked(num_inference_steps=steps, acceleration="regular") for steps in (4, 2, 3)]
+    requests = [make_request(num_inference_steps=steps, acceleration="regular") for steps in (4, 2, 3)]
     early, short, late = (engine.start(request, seed) for seed, request in enumerate(requests))
     engine.advance(early)
     assert are_same_tasks(engine.advance(short, [early]), [short, early])
@@ -331,13 +342,13 @@ def test_tasks_at_different_steps_share_and_drop_out_when_finished(engine: FluxE
     assert are_same_tasks(engine.advance(late, [early, short]), [late])
     assert batch_sizes == [1, 2, 3, 2, 1]
     for seed, task in ((0, early), (2, late)):
-        assert distance(task.samples[0].latents, latents_of(engine, requests[seed], seed)) < 1e-4
-        assert len(finished(engine, task)) == 1
+        assert distance(task.samples[0].latents, generate_latents(engine, requests[seed], seed)) < 1e-4
+        assert len(finish_task(engine, task)) == 1
 
 
 def test_tier_none_gives_the_same_images_alone_and_among_others(engine_bf16: FluxEngine) -> None:
-    request = asked("a fish", num_inference_steps=3, num_images=2)
-    alone = painted(engine_bf16, request, 7)
+    request = make_request("a fish", num_inference_steps=3, num_images=2)
+    alone = generate(engine_bf16, request, 7)
     task = engine_bf16.start(request, 7)
     others = [
         *start_tasks(engine_bf16, 3, num_inference_steps=6),
@@ -349,4 +360,4 @@ def test_tier_none_gives_the_same_images_alone_and_among_others(engine_bf16: Flu
         for other in others[::3]:
             engine_bf16.advance(other, [task, *(each for each in others if each is not other)])
     assert all(other.step for other in others[::3])
-    assert [difference(one, other) for one, other in zip(finished(engine_bf16, task), alone, strict=True)] == [0, 0]
+    assert [difference(one, other) for one, other in zip(finish_task(engine_bf16, task), alone, strict=True)] == [0, 0]

@@ -12,7 +12,7 @@ from models.flux.engine import FluxEngine
 from models.flux.first_block_cache import THRESHOLD, FirstBlockCache, velocity
 from models.flux_dev import FluxDevInput
 from tests.support import tiny_flux
-from tests.support.tiny_flux import CallsAllSafe, asked, latents_of, stepped
+from tests.support.tiny_flux import AllSafeChecker, generate_latents, make_request, run_steps
 
 NUM_STEPS, NUM_TOKENS, NUM_TEXT_TOKENS = 8, 24, 12
 
@@ -112,15 +112,15 @@ def test_nan_is_never_skipped() -> None:
 def engine() -> FluxEngine:
     pipeline = tiny_flux.pipeline()
     tiers = [Tier("none", pipeline.transformer), Tier("high", pipeline.transformer, skips_blocks=True)]
-    return FluxEngine(pipeline, CallsAllSafe(), tiers, "cpu")
+    return FluxEngine(pipeline, AllSafeChecker(), tiers, "cpu")
 
 
 def request_with_cache(prompt: str = "a fish", **fields: Any) -> FluxDevInput:
-    return asked(prompt, acceleration="high", num_inference_steps=6, **fields)
+    return make_request(prompt, acceleration="high", num_inference_steps=6, **fields)
 
 
 def test_tier_none_has_no_cache(engine: FluxEngine) -> None:
-    task = engine.start(asked(acceleration="none"), 1)
+    task = engine.start(make_request(acceleration="none"), 1)
     engine.advance(task)
     assert [sample.cache for sample in task.samples] == [None]
 
@@ -128,7 +128,7 @@ def test_tier_none_has_no_cache(engine: FluxEngine) -> None:
 def test_each_image_has_its_own_cache_until_it_is_decoded(engine: FluxEngine) -> None:
     tasks = [engine.start(request_with_cache(num_images=2), 1), engine.start(request_with_cache("a car"), 2)]
     for task in tasks:
-        stepped(engine, task)
+        run_steps(engine, task)
     samples = [sample for task in tasks for sample in task.samples]
     caches = [sample.cache for sample in samples]
     assert len({id(cache) for cache in caches}) == len(caches) == 3
@@ -144,7 +144,7 @@ def test_interleaved_tasks_do_not_skip_for_each_other(engine: FluxEngine, monkey
     # This threshold skips about half of the steps.
     monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.3))
     requests = [request_with_cache("a fish"), request_with_cache("a car", guidance_scale=9)]
-    alone = [latents_of(engine, request, seed) for seed, request in enumerate(requests)]
+    alone = [generate_latents(engine, request, seed) for seed, request in enumerate(requests)]
     tasks = [engine.start(request, seed) for seed, request in enumerate(requests)]
     for _ in range(6):
         for task, other in (tasks, tasks[::-1]):
@@ -155,11 +155,12 @@ def test_interleaved_tasks_do_not_skip_for_each_other(engine: FluxEngine, monkey
         assert 0 < sample.cache.num_skipped < 6
         assert torch.equal(sample.latents, latents)
         exact = task.request.model_copy(update={"acceleration": "none"})
-        assert not torch.equal(latents, latents_of(engine, exact, task.seed))
+        assert not torch.equal(latents, generate_latents(engine, exact, task.seed))
 
 
 def test_with_nothing_to_skip_the_latents_are_exact(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.flux.engine.FirstBlockCache", lambda: FirstBlockCache(0.0))
     assert torch.equal(
-        latents_of(engine, request_with_cache(), 3), latents_of(engine, asked("a fish", num_inference_steps=6), 3)
+        generate_latents(engine, request_with_cache(), 3),
+        generate_latents(engine, make_request("a fish", num_inference_steps=6), 3),
     )

@@ -15,7 +15,7 @@ from models.flux_dev_image_to_image import FluxDevImageToImageInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from tests.support import tiny_flux
-from tests.support.tiny_flux import difference, finished
+from tests.support.tiny_flux import difference, finish_task
 
 
 def request_with(**fields: Any) -> FluxDevImageToImageInput:
@@ -57,7 +57,7 @@ def test_equals_the_pipeline_on_the_demo_weights(source: Path, strength: float) 
     diffusers_pipeline = FluxPipeline.from_pretrained(DEMO, dtype=dtype_for("auto", "cpu"), local_files_only=True)
     request = request_with(strength=strength)
     task = engine.start(request, 5, {"image_url": source})
-    (image,) = finished(engine, task)
+    (image,) = finish_task(engine, task)
     assert image.size == (192, 128)
     assert difference(image, call_diffusers(diffusers_pipeline, request, Image.open(source), 5)) == 0
 
@@ -68,7 +68,7 @@ def test_equals_the_pipeline_on_random_weights(source: Path, dtype: torch.dtype,
     settings = {"guidance": is_dev, "dynamic_shift": is_dev}
     engine, pipeline = tiny_flux.engine(dtype, **settings), tiny_flux.pipeline(dtype, **settings)
     request = request_with(strength=0.6)
-    (image,) = finished(engine, engine.start(request, 7, {"image_url": source}))
+    (image,) = finish_task(engine, engine.start(request, 7, {"image_url": source}))
     assert difference(image, call_diffusers(pipeline, request, Image.open(source), 7)) == 0
 
 
@@ -76,7 +76,7 @@ def test_num_steps_counts_only_the_steps_that_strength_leaves(source: Path) -> N
     engine = tiny_flux.engine()
     task = engine.start(request_with(strength=0.25, num_images=2), 1, {"image_url": source})
     assert task.num_steps == 2 * 3
-    finished(engine, task)
+    finish_task(engine, task)
     assert task.step == task.num_steps
 
 
@@ -84,13 +84,13 @@ def test_shares_forwards_with_text_to_image(source: Path) -> None:
     """In tier `regular`, tasks of one size share forwards, and the image is the one generated alone."""
     engine = tiny_flux.engine()
     request = request_with(strength=0.5, acceleration="regular")
-    (alone,) = finished(engine, engine.start(request, 3, {"image_url": source}))
+    (alone,) = finish_task(engine, engine.start(request, 3, {"image_url": source}))
     task = engine.start(request, 3, {"image_url": source})
-    other = engine.start(tiny_flux.asked(width=task.width, height=task.height, acceleration="regular"), 4)
-    with tiny_flux.batches(engine.pipeline.transformer) as sizes:
+    other = engine.start(tiny_flux.make_request(width=task.width, height=task.height, acceleration="regular"), 4)
+    with tiny_flux.record_batch_sizes(engine.pipeline.transformer) as sizes:
         engine.advance(task, [other])
     assert sizes == [2]
-    (shared,) = finished(engine, task)
+    (shared,) = finish_task(engine, task)
     assert difference(alone, shared) <= 1
 
 
@@ -100,6 +100,6 @@ def test_low_strength_stays_close_to_the_source_image(source: Path) -> None:
         before = numpy.asarray(image.resize((192, 128), Image.Resampling.LANCZOS), float)
     errors = []
     for strength in (0.01, 1):
-        (after,) = finished(engine, engine.start(request_with(strength=strength), 1, {"image_url": source}))
+        (after,) = finish_task(engine, engine.start(request_with(strength=strength), 1, {"image_url": source}))
         errors.append(float(numpy.abs(numpy.asarray(after, float) - before).mean()))
     assert errors[0] < errors[1] / 2

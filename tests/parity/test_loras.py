@@ -18,7 +18,7 @@ from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
 from server.worker.running_job import outcome_from_exception
 from tests.support import tiny_flux
-from tests.support.tiny_flux import difference, finished
+from tests.support.tiny_flux import difference, finish_task
 
 RANK = 4
 
@@ -65,7 +65,7 @@ def inputs(*paths: Path) -> dict[str, Path]:
 
 
 def generate(engine: FluxEngine, request: FluxLoraInput, *paths: Path) -> Any:
-    (image,) = finished(engine, engine.start(request, 5, inputs(*paths)))
+    (image,) = finish_task(engine, engine.start(request, 5, inputs(*paths)))
     return image
 
 
@@ -117,8 +117,8 @@ def test_the_base_weights_never_change(files: list[Path]) -> None:
     for _ in range(3):
         engine.advance(changed)
         engine.advance(unchanged)
-    assert difference(finished(engine, unchanged)[0], first) == 0
-    assert difference(finished(engine, changed)[0], first) > 0
+    assert difference(finish_task(engine, unchanged)[0], first) == 0
+    assert difference(finish_task(engine, changed)[0], first) > 0
     assert difference(generate(engine, plain), first) == 0
     assert fingerprint(engine) == before
     assert all("lora" not in name for name, _ in engine.pipeline.transformer.named_modules())
@@ -133,7 +133,7 @@ def test_interleaved_tasks_with_different_loras(files: list[Path]) -> None:
         for task in tasks:
             engine.advance(task)
     for task, expected in zip(tasks, alone, strict=True):
-        assert difference(finished(engine, task)[0], expected) == 0
+        assert difference(finish_task(engine, task)[0], expected) == 0
 
 
 def test_only_tasks_with_the_same_loras_share_a_forward(files: list[Path]) -> None:
@@ -248,7 +248,7 @@ def test_a_lora_that_fails_does_not_change_other_images(tmp_path: Path, files: l
     engine.advance(running)
     with pytest.raises(GenerationFailed, match="do not fit this model"):
         generate(engine, request_with(1.0)[0], bad)
-    (image,) = finished(engine, running)
+    (image,) = finish_task(engine, running)
     assert difference(image, expected) == 0
     assert engine.loras and engine.loras.names == ["few"]
 

@@ -13,7 +13,7 @@ from models.flux.engine import FluxEngine
 from models.flux.preview import MAX_SIDE, Preview
 from models.flux_dev import FluxDevInput
 from tests.support import tiny_flux
-from tests.support.tiny_flux import asked, finished
+from tests.support.tiny_flux import finish_task, make_request
 
 RED, BLUE = (200, 40, 60), (30, 90, 180)
 #: The largest accepted error of a preview's colour, of 255.
@@ -114,7 +114,7 @@ def engine() -> FluxEngine:
 
 @pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
 def test_previews_exist_from_the_first_step_on(engine: FluxEngine, acceleration: str) -> None:
-    task = engine.start(asked(width=128, height=96, acceleration=acceleration), 1)
+    task = engine.start(make_request(width=128, height=96, acceleration=acceleration), 1)
     assert engine.preview(task) is None
     engine.advance(task)
     first = engine.preview(task)
@@ -127,20 +127,20 @@ def test_previews_exist_from_the_first_step_on(engine: FluxEngine, acceleration:
 
 
 def test_previews_do_not_change_the_images(engine: FluxEngine) -> None:
-    request = asked(num_inference_steps=3)
-    expected = tiny_flux.painted(engine, request, 1)
+    request = make_request(num_inference_steps=3)
+    expected = tiny_flux.generate(engine, request, 1)
     task = engine.start(request, 1)
     while task.step < task.num_steps:
         engine.preview(task)
         engine.advance(task)
         engine.preview(task)
-    assert [image.tobytes() for image in finished(engine, task)] == [image.tobytes() for image in expected]
+    assert [image.tobytes() for image in finish_task(engine, task)] == [image.tobytes() for image in expected]
     # Decoding frees the estimate that previews are made of.
     assert engine.preview(task) is None
 
 
 def test_the_preview_shows_the_image_in_progress(engine: FluxEngine) -> None:
-    request = asked(num_images=2)
+    request = make_request(num_images=2)
 
     def after_first_step(request: FluxDevInput, seed: int) -> bytes:
         alone = engine.start(request, seed)
@@ -157,12 +157,12 @@ def test_the_preview_shows_the_image_in_progress(engine: FluxEngine) -> None:
         assert image
         previews_seen.append(image.tobytes())
     # Two steps of the first image, then two of the second.
-    assert previews_seen[0] == after_first_step(asked(), 5)
-    assert previews_seen[2] == after_first_step(asked(), 6)
+    assert previews_seen[0] == after_first_step(make_request(), 5)
+    assert previews_seen[2] == after_first_step(make_request(), 6)
     assert len(set(previews_seen)) == 4
 
 
 def test_after_the_last_step_the_estimate_is_the_final_latents(engine: FluxEngine) -> None:
-    task = tiny_flux.stepped(engine, engine.start(asked(), 1))
+    task = tiny_flux.run_steps(engine, engine.start(make_request(), 1))
     (sample,) = task.samples
     assert torch.equal(sample.estimate, sample.latents)

@@ -25,8 +25,8 @@ from models.loading import hub
 from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
 from tests.support.server_process import serving
-from tests.support.tiny_flux import CallsAllSafe, SharesAlways, difference, finished, tiers_of
-from tests.unit.loading.test_verify import add
+from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of
+from tests.unit.loading.test_verify import add_entries
 
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
 HUB, REDUX_HUB = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Redux-dev"
@@ -67,7 +67,7 @@ def redux_engine(dtype: torch.dtype, redux: Redux | None = None) -> FluxEngine:
     pipeline.transformer = tiny_flux.transformer(dtype, **TRUE_WIDTHS)
     redux = redux or Redux(prior(dtype, 4096), pipeline.transformer)
     return FluxEngine(
-        pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu", redux=redux, sharing=SharesAlways()
+        pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", redux=redux, sharing=AlwaysShare()
     )
 
 
@@ -84,7 +84,7 @@ def test_equals_the_pipelines(source: Path, dtype: torch.dtype) -> None:
         **embeds, width=96, height=64, num_inference_steps=2, generator=torch.Generator("cpu").manual_seed(5)
     ).images[0]
     engine = redux_engine(dtype)
-    (image,) = finished(engine, engine.start(request_with(), 5, inputs_of(source)))
+    (image,) = finish_task(engine, engine.start(request_with(), 5, inputs_of(source)))
     assert difference(image, expected) == 0
 
 
@@ -93,7 +93,7 @@ def test_different_source_images_give_different_latents(source: Path, tmp_path: 
     engine = redux_engine(torch.float32)
     latents = []
     for path in (source, tmp_path / "red.png"):
-        (sample,) = tiny_flux.stepped(engine, engine.start(request_with(), 5, inputs_of(path))).samples
+        (sample,) = tiny_flux.run_steps(engine, engine.start(request_with(), 5, inputs_of(path))).samples
         latents.append(sample.latents)
     assert not torch.equal(*latents)
 
@@ -103,7 +103,7 @@ def test_redux_tasks_share_a_forward(source: Path) -> None:
     engine = redux_engine(torch.float32)
     request = request_with(acceleration="regular")
     task, other = engine.start(request, 1, inputs_of(source)), engine.start(request, 2, inputs_of(source))
-    with tiny_flux.batches(engine.pipeline.transformer) as sizes:
+    with tiny_flux.record_batch_sizes(engine.pipeline.transformer) as sizes:
         engine.advance(task, [other])
     assert sizes == [2]
 
@@ -171,7 +171,7 @@ def test_malformed_weights_are_named(
 ) -> None:
     """Each component is read when Redux is loaded; test_malformed_weights.py tests the checks before that."""
     shutil.copytree(weights_dir / "redux", tmp_path / "redux")
-    add(tmp_path / "redux" / file, **changes)
+    add_entries(tmp_path / "redux" / file, **changes)
     transformer = tiny_flux.transformer(joint_attention_dim=128)
     with pytest.raises(OSError, match=message):
         Redux.load(tmp_path / "redux", transformer, "cpu")
@@ -202,5 +202,5 @@ def test_over_the_wire(tmp_path: Path, weights_dir: Path, source: Path) -> None:
         assert missing.json()["detail"][0]["loc"] == ["body", "image_url"]
     content = base64.b64decode(response.json()["images"][0]["url"].partition(",")[2])
     alone = FluxEngine.load(EngineConfig(weights_dir, safety_checker="", device="cpu"))
-    (expected,) = finished(alone, alone.start(FluxDevReduxInput.model_validate(body), 5, inputs_of(source)))
+    (expected,) = finish_task(alone, alone.start(FluxDevReduxInput.model_validate(body), 5, inputs_of(source)))
     assert difference(Image.open(io.BytesIO(content)).convert("RGB"), expected) == 0

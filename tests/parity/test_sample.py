@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from models.flux.prompt_cache import PromptCache
 from models.flux.sample import Sample, begin
 from tests.support import tiny_flux
-from tests.support.tiny_flux import asked
+from tests.support.tiny_flux import make_request
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
@@ -19,7 +19,7 @@ def pipeline(request: pytest.FixtureRequest) -> FluxPipeline:
 
 def start_sample(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **fields: Any) -> Sample:
     text = PromptCache("cpu").encode("a fish", pipeline)
-    return begin(pipeline, "cpu", text, asked(num_inference_steps=4, **fields), size, seed)
+    return begin(pipeline, "cpu", text, make_request(num_inference_steps=4, **fields), size, seed)
 
 
 def test_starts_with_the_noise_of_the_seed(pipeline: FluxPipeline) -> None:

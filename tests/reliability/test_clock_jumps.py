@@ -13,10 +13,10 @@ from server.queue.jobs import State
 from server.queue.retention import Retention
 from server.webhooks.delivery import WebhookSender
 from server.worker.worker import Worker
-from tests.support.components import Clock, Parts, opened, submission
-from tests.support.repeats import rounds
-from tests.unit.webhooks.test_delivery import delivered, webhooks
-from tests.unit.worker.test_worker import SMALL, ready, worked_off
+from tests.support.components import Clock, Components, open_components, submission
+from tests.support.repeats import round_params
+from tests.unit.webhooks.test_delivery import send_and_wait, webhooks
+from tests.unit.worker.test_worker import SMALL, ready_worker, run_all
 
 HOUR, DAY = 3600.0, 86_400.0
 JUMPS = (HOUR, -HOUR, 366 * DAY, -366 * DAY)
@@ -43,10 +43,10 @@ class Simulation:
     def start(self) -> None:
         """Start for the first time, or again as after kill -9."""
         self.stack.close()
-        self.parts: Parts = self.stack.enter_context(opened(self.data_dir, clock=self.clock))
+        self.parts: Components = self.stack.enter_context(open_components(self.data_dir, clock=self.clock))
         self.parts.queue.recover()
         self.parts.files.delete_orphans()
-        self.worker: Worker = ready(self.parts)
+        self.worker: Worker = ready_worker(self.parts)
         self.webhook_sender: WebhookSender = webhooks(self.parts)
         self.retention = Retention(
             self.parts.database, self.parts.queue, self.parts.files, max_age=MAX_AGE, max_bytes=1e9, clock=self.clock
@@ -100,7 +100,7 @@ class Simulation:
         self.deleted |= deleted
 
     def deliver(self) -> None:
-        asyncio.run(delivered(self.webhook_sender))
+        asyncio.run(send_and_wait(self.webhook_sender))
 
     def random_action(self) -> None:
         """Perform one random action."""
@@ -112,22 +112,24 @@ class Simulation:
     def finish_and_check(self) -> None:
         """Finish all work, then check that every accepted request has a final state and that no webhook is due."""
         self.expire()
-        worked_off(self.worker)
+        run_all(self.worker)
         # The clock no longer jumps, whatever it was when the webhooks fell due.
         settled_at = self.clock.now
         while self.parts.rows("SELECT 1 FROM deliveries WHERE due_at IS NOT NULL"):
             assert self.clock.now <= settled_at + 2 * HOUR
-            self.clock.now += asyncio.run(delivered(self.webhook_sender))
+            self.clock.now += asyncio.run(send_and_wait(self.webhook_sender))
         statuses = dict(self.parts.rows("SELECT request_id, status FROM jobs"))
         assert statuses.keys() == self.deadlines.keys() - self.deleted
         assert {request_id for request_id, status in statuses.items() if status != 200} == self.expired - self.deleted
         assert self.parts.rows("SELECT state FROM jobs WHERE state <> ?", State.COMPLETED) == []
-        assert self.parts.rows("SELECT name FROM files ORDER BY name") == [(name,) for name in self.parts.on_disk()]
-        assert len(self.parts.on_disk()) == sum(status == 200 for status in statuses.values())
+        assert self.parts.rows("SELECT name FROM files ORDER BY name") == [
+            (name,) for name in self.parts.stored_file_names()
+        ]
+        assert len(self.parts.stored_file_names()) == sum(status == 200 for status in statuses.values())
         self.stack.close()
 
 
-@pytest.mark.parametrize("number", rounds(20, 200))
+@pytest.mark.parametrize("number", round_params(20, 200))
 def test_no_request_is_lost(tmp_path: Path, httpserver: HTTPServer, number: int) -> None:
     httpserver.expect_request("/hook").respond_with_data()
     simulation = Simulation(tmp_path / "data", httpserver.url_for("/hook"), random.Random(number))

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from pytest_httpserver import HTTPServer
 
-from tests.support.components import opened
+from tests.support.components import open_components
 from tests.support.faults.points import POINTS
-from tests.support.repeats import rounds
-from tests.support.server_process import ROOT, completed, serving
+from tests.support.repeats import round_params
+from tests.support.server_process import ROOT, serving, wait_until_completed
 
 MODELS = ROOT / "tests" / "support" / "faults" / "models"
 QUEUE_PATH = "/queue/test/crash"
@@ -106,7 +106,7 @@ def retry_after_restart(tmp_path: Path, clients: list[RetryingClient]) -> tuple[
     ):
         for answer in [each.submit(client) for each in clients]:
             # The URLs contain the port of the first server.
-            assert completed(client, httpx.URL(answer["status_url"]).path)["status"] == "COMPLETED"
+            assert wait_until_completed(client, httpx.URL(answer["status_url"]).path)["status"] == "COMPLETED"
             result = client.get(httpx.URL(answer["response_url"]).path)
             assert result.status_code == 200
             ids.append(answer["request_id"])
@@ -115,7 +115,7 @@ def retry_after_restart(tmp_path: Path, clients: list[RetryingClient]) -> tuple[
     return ids, image_digests
 
 
-@pytest.mark.parametrize("number", rounds(1, 20))
+@pytest.mark.parametrize("number", round_params(1, 20))
 @pytest.mark.parametrize("name", POINTS)
 def test_kill_at_every_point(
     tmp_path: Path,
@@ -137,10 +137,10 @@ def test_kill_at_every_point(
     assert image_digests == [expected_digests(client.body) for client in clients]
     # A retry after an answer returns the same request.
     assert all(before in (None, after) for before, after in zip(answered_ids, ids, strict=True))
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         assert sorted(parts.rows("SELECT request_id, status FROM jobs")) == sorted((name, 200) for name in ids)
-        assert [(file,) for file in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.on_disk()) == sum(client.body["num_images"] for client in clients)
+        assert [(file,) for file in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
+        assert len(parts.stored_file_names()) == sum(client.body["num_images"] for client in clients)
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
         # Each webhook is either due or delivered, and names one of these requests.
         deliveries = parts.rows("SELECT (delivered_at IS NOT NULL) + (due_at IS NOT NULL) FROM deliveries")

@@ -18,9 +18,9 @@ from server.errors import DiskFull
 from server.queue import job_table
 from server.settings import Settings
 from server.worker.crash_recorder import CrashRecorder
-from tests.support.components import claimed, opened
+from tests.support.components import claim_job, open_components
 from tests.support.faults.points import AT_START
-from tests.support.server_process import ROOT, completed, serving
+from tests.support.server_process import ROOT, serving, wait_until_completed
 
 MODELS = str(ROOT / "tests" / "support" / "faults" / "cluster")
 QUEUE_PATH = "/queue/test/fatal"
@@ -60,15 +60,15 @@ def test_only_the_job_that_crashes_the_server_three_times_fails(tmp_path: Path, 
         serving(tmp_path, "test/fatal=demo", models_dir=MODELS) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
-        error = completed(client, submit(client, name))["error"]
+        error = wait_until_completed(client, submit(client, name))["error"]
         assert error == "The server crashed 3 times while it ran this request."
-        assert completed(client, submit(client, "x")).get("error") is None
+        assert wait_until_completed(client, submit(client, "x")).get("error") is None
 
 
 def write_crash_of_running_job(data_dir: Path) -> None:
     """Write a data directory whose last process crashed while a request was running."""
-    with opened(data_dir) as parts:
-        job = claimed(parts, endpoint="test/crash")
+    with open_components(data_dir) as parts:
+        job = claim_job(parts, endpoint="test/crash")
     (data_dir / "at_work.json").write_text(json.dumps({"7f": [job.request_id]}))
     (data_dir / "crash.txt").write_text("Fatal Python error: Aborted\n\nCurrent thread 0x000000000000007f (most recent")
 
@@ -83,7 +83,7 @@ def test_a_kill_at_startup_keeps_the_crash_count(tmp_path: Path, monkeypatch: py
         assert server.process.wait(60) == -9
     with serving(tmp_path / "data", "test/crash=demo", models_dir=models) as server:
         assert server.ready().stop() == 0
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         assert parts.rows("SELECT strikes FROM jobs") == [(1,)]
 
 
@@ -108,7 +108,7 @@ def test_startup_on_a_full_disk_keeps_the_crash_record(tmp_path: Path, monkeypat
 
 def test_sigkill_counts_as_no_crash(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, "SIGKILL", 4)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.inputs.cache import GRACE_SECONDS
-from tests.support.components import opened
+from tests.support.components import open_components
 from tests.support.server_process import TEST_MODELS, serving
 from tests.unit.cli.test_control import flux_server
 from tests.unit.storage.test_uploads import uploads_of
@@ -44,7 +44,7 @@ def test_the_lock_file_is_private(tmp_path: Path, mode: int) -> None:
     """Restrict the lock file, since any user who can open it can lock it and keep the server from starting."""
     (tmp_path / "lock").touch()
     (tmp_path / "lock").chmod(mode)
-    with opened(tmp_path):
+    with open_components(tmp_path):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
 
 
@@ -52,14 +52,14 @@ def test_a_new_file_system_as_a_subdirectory_is_accepted(tmp_path: Path) -> None
     """Start on a fresh ext4 file system, which contains lost+found."""
     (tmp_path / "files" / "lost+found").mkdir(parents=True)
     (tmp_path / "uploads").mkdir()
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.files.delete_orphans() == 0
     assert (tmp_path / "files" / "lost+found").is_dir()
 
 
 def test_only_files_with_the_servers_names_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads_of(parts)
         directories = [tmp_path / name for name in ("files", "uploads", "inputs")]
         for directory in directories:
@@ -79,7 +79,7 @@ def test_only_files_with_the_servers_names_are_removed(tmp_path: Path, caplog: p
         (tmp_path / "uploads" / f"{HEX}.whole").write_text("half of one")
         (tmp_path / "inputs" / f"{HEX * 4}.png").write_text("nobody needs it")
         (tmp_path / "inputs" / f"{HEX}.ready").write_text("half of one")
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads_of(parts)
         assert parts.files.delete_orphans() == 2
         parts.inputs.cache._clock = lambda: 4e9 + GRACE_SECONDS
@@ -97,7 +97,7 @@ def damage(path: Path, offset: int = 0) -> None:
 @pytest.mark.parametrize("offset", [0, 4096])
 def test_the_error_names_a_damaged_database(tmp_path: Path, offset: int) -> None:
     """Damage the whole file, or all but the first page, which SQLite notices later."""
-    with opened(tmp_path / "data"):
+    with open_components(tmp_path / "data"):
         pass
     file = tmp_path / "data" / "queue.sqlite3"
     damage(file, offset)

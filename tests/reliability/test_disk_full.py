@@ -15,17 +15,17 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from tests.support.components import opened
-from tests.support.hostile_images import encoded, noise
-from tests.support.repeats import rounds
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving
+from tests.support.components import open_components
+from tests.support.hostile_images import encode, noise_image
+from tests.support.repeats import round_params
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed, wait_until_completed
 from tests.support.small_disk import SmallDisk, small_disk
 
 DISK_BYTES = 8 * 2**20
 PAGE_BYTES = 4096
 #: The image takes five pages on disk, and more inside an answer.
 LARGE: dict[str, Any] = {"image_size": {"width": 1024, "height": 1024}, "num_inference_steps": 1}
-IMAGE = encoded(noise(256, 256))
+IMAGE = encode(noise_image(256, 256))
 POSTPROCESSOR_RETRIES, WEBHOOK_NOT_RECORDED = (
     "trying again every second [server.worker.postprocessor]",
     "a webhook's attempt could not be recorded",
@@ -88,7 +88,7 @@ class Setup:
     def submit_blocked(self, **fields: Any) -> str:
         """Submit a request that blocks at the gate before its only step, and return its path."""
         assert self.submit("test/gate", prompt=str(self.gate.path), **LARGE, **fields).status_code == 200
-        in_progress(self.client, f"{self.accepted[-1]}/status")
+        wait_until_claimed(self.client, f"{self.accepted[-1]}/status")
         return self.accepted[-1]
 
     @contextmanager
@@ -143,9 +143,9 @@ def check_image_files(setup: Setup) -> None:
     path = setup.submit_blocked()
     with setup.full(3):
         with setup.wait_for_another(POSTPROCESSOR_RETRIES):
-            setup.gate.let(1)
+            setup.gate.release(1)
         assert setup.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
-    assert completed(setup.client, f"{path}/status").get("error") is None
+    assert wait_until_completed(setup.client, f"{path}/status").get("error") is None
 
 
 def check_result_rows(setup: Setup) -> None:
@@ -153,23 +153,23 @@ def check_result_rows(setup: Setup) -> None:
     path = setup.submit_blocked(sync_mode=True)
     with setup.full(3):
         with setup.wait_for_another(POSTPROCESSOR_RETRIES):
-            setup.gate.let(1)
+            setup.gate.release(1)
         assert setup.client.get(f"{path}/status").json()["status"] == "IN_PROGRESS"
-    assert completed(setup.client, f"{path}/status").get("error") is None
+    assert wait_until_completed(setup.client, f"{path}/status").get("error") is None
 
 
 def check_file_names(setup: Setup) -> None:
     """Check a disk with room for bytes but for no further file."""
     path = setup.submit_blocked()
-    setup.disk.fill_names()
+    setup.disk.fill_inodes()
     with setup.freed():
         assert_disk_full(setup.client.post("/files/upload", content=b"x"))
         assert_disk_full(
             setup.submit("test/copy", image_url=f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}")
         )
         with setup.wait_for_another(POSTPROCESSOR_RETRIES):
-            setup.gate.let(1)
-    assert completed(setup.client, f"{path}/status").get("error") is None
+            setup.gate.release(1)
+    assert wait_until_completed(setup.client, f"{path}/status").get("error") is None
 
 
 def check_webhooks(setup: Setup) -> None:
@@ -191,7 +191,7 @@ PHASES: list[Callable[[Setup], None]] = [
 ]
 
 
-@pytest.mark.parametrize("number", rounds(1, 20))
+@pytest.mark.parametrize("number", round_params(1, 20))
 def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number: int) -> None:
     """Run all phases on one server in random order. The next server cannot start; the last one finds every result."""
     rng = random.Random(number)
@@ -199,30 +199,30 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
         receiver = Receiver(disk, httpserver.url_for("/hook"))
         httpserver.expect_request("/hook").respond_with_handler(receiver.receive)
         httpserver.expect_request("/in.png").respond_with_data(IMAGE, content_type="image/png")
-        settings: dict[str, Any] = {"within": disk.within, "outbound_allow": "127.0.0.0/8"}
-        with serving(disk.folder / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
+        settings: dict[str, Any] = {"within": disk.enter_command, "outbound_allow": "127.0.0.0/8"}
+        with serving(disk.inner_path / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
             setup = Setup(rng, disk, server, client, gate, receiver)
             assert setup.submit().status_code == 200
             for phase in rng.sample(PHASES, len(PHASES)):
                 phase(setup)
             assert server.stop() == 0
         # No half-written file remains on the disk.
-        assert not list((disk.seen / "data").rglob("*.part"))
+        assert not list((disk.outer_path / "data").rglob("*.part"))
         disk.fill()
-        with serving(disk.folder / "data", TEST_MODELS, **settings) as server:
+        with serving(disk.inner_path / "data", TEST_MODELS, **settings) as server:
             server.wait_for("The server could not start:\nThe disk of the server is full")
             assert server.process.wait(60) == 1
             assert "Traceback" not in server.output
         disk.free()
-        with serving(disk.folder / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
+        with serving(disk.inner_path / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
             assert receiver.is_retried.wait(60)
             for path in setup.accepted:
-                assert completed(client, f"{path}/status").get("error") is None
+                assert wait_until_completed(client, f"{path}/status").get("error") is None
                 assert client.get(path).status_code == 200
             assert server.stop() == 0
-        with opened(disk.copy("data", tmp_path / "data")) as parts:
+        with open_components(disk.copy("data", tmp_path / "data")) as parts:
             assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-            assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
+            assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
             assert parts.rows("SELECT count(*) FROM deliveries") == [(1,)]
 
 

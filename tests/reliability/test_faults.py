@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.reliability.test_kill import client_of, digests, rows, submit
-from tests.support.server_process import ROOT, Server, completed, serving
+from tests.support.server_process import ROOT, Server, serving, wait_until_completed
 
 SELECT_JOBS = "SELECT status, attempt, strikes FROM jobs ORDER BY sequence"
 NOT_A_NUMBER = "The image came out as not-a-number, so none is returned."
@@ -54,8 +54,8 @@ def error_of(client: httpx.Client) -> Callable[[str], str | None]:
     """Return a function that runs a request and returns its error. The request after it must always succeed."""
 
     def run(prompt: str) -> str | None:
-        error: str | None = completed(client, submit(client, body(prompt), "test/faulty")).get("error")
-        assert completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
+        error: str | None = wait_until_completed(client, submit(client, body(prompt), "test/faulty")).get("error")
+        assert wait_until_completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
         return error
 
     return run
@@ -119,7 +119,7 @@ def test_not_a_number_twice_in_a_row_ends_the_process(tmp_path: Path) -> None:
         assert exit_code(first) == 1
         assert "two images in a row came out as not-a-number" in first.output
     with faulty(tmp_path) as second, client_of(second) as client:
-        assert [completed(client, path).get("error") for path in paths] == [NOT_A_NUMBER] * 2
+        assert [wait_until_completed(client, path).get("error") for path in paths] == [NOT_A_NUMBER] * 2
         assert second.stop() == 0
     assert rows(tmp_path, SELECT_JOBS) == [(500, 1, 0), (500, 2, 1)]
 
@@ -132,9 +132,9 @@ def test_only_a_request_that_crashes_three_times_fails(tmp_path: Path) -> None:
         with faulty(tmp_path) as server:
             assert exit_code(server) == 1
     with faulty(tmp_path) as server, client_of(server) as client:
-        error = completed(client, path).get("error")
+        error = wait_until_completed(client, path).get("error")
         assert error == "The server crashed 3 times while it ran this request."
-        assert completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
+        assert wait_until_completed(client, submit(client, body("a fish"), "test/faulty")).get("error") is None
         assert server.stop() == 0
 
 

@@ -25,9 +25,18 @@ import httpx
 import pytest
 
 from server.queue.jobs import State
-from tests.support.components import opened
-from tests.support.repeats import rounds
-from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, completed, free_port, in_progress, serving
+from tests.support.components import open_components
+from tests.support.repeats import round_params
+from tests.support.server_process import (
+    ROOT,
+    TEST_MODELS,
+    Gate,
+    Server,
+    free_port,
+    serving,
+    wait_until_claimed,
+    wait_until_completed,
+)
 
 NUM_CLIENTS = 20
 GRACE_SECONDS = 1
@@ -52,7 +61,7 @@ def release_steps(server: Server, gate: Gate) -> None:
         try:
             server.process.wait(0.02)
         except subprocess.TimeoutExpired:
-            gate.let(1)
+            gate.release(1)
         else:
             return
 
@@ -108,7 +117,7 @@ def stop_with_everything_open(data_dir: Path, gate: Gate, steps: int, hangs: boo
         ThreadPoolExecutor(3 * NUM_CLIENTS + 1) as clients,
     ):
         paths = [httpx.URL(client.post("/queue/test/gate", json=body).json()["status_url"]).path for _ in range(2)]
-        in_progress(client, paths[0])
+        wait_until_claimed(client, paths[0])
         streams = start_clients(clients, follow_status, server.url, f"{paths[0]}/stream", is_open)
         runs = start_clients(clients, run, server.url, gate)
         image_streams = start_clients(clients, stream, server.url, gate)
@@ -130,7 +139,7 @@ def stop_with_everything_open(data_dir: Path, gate: Gate, steps: int, hangs: boo
     return paths, seconds
 
 
-@pytest.mark.parametrize("number", rounds(2, 50))
+@pytest.mark.parametrize("number", round_params(2, 50))
 def test_shutdown_with_everything_open(tmp_path: Path, gate: Gate, number: int, request: pytest.FixtureRequest) -> None:
     """Vary the steps, so that some requests finish within the grace period. In every fifth round the step hangs."""
     steps, hangs = random.Random(number).randint(1, 50), number % 5 == 0
@@ -139,14 +148,14 @@ def test_shutdown_with_everything_open(tmp_path: Path, gate: Gate, number: int, 
     # The time depends on the load of the machine, so only the soak test checks it.
     if request.node.get_closest_marker("soak"):
         assert seconds <= GRACE_SECONDS + 2
-    gate.let(2 * 4 * 50)
+    gate.release(2 * 4 * 50)
     with (
         serving(tmp_path / "data", TEST_MODELS) as second,
         httpx.Client(base_url=second.ready().url, timeout=60, trust_env=False) as client,
     ):
         for path in paths:
-            assert completed(client, path).get("error") is None
-    with opened(tmp_path / "data") as parts:
+            assert wait_until_completed(client, path).get("error") is None
+    with open_components(tmp_path / "data") as parts:
         counts = parts.rows("SELECT mode, state, status, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1")
     disconnected = [(mode, State.COMPLETED, 499, NUM_CLIENTS) for mode in ("run", "stream")]
     assert counts == [("queue", State.COMPLETED, 200, 2), *disconnected]
@@ -156,12 +165,12 @@ def start_request(url: str, gate: Gate) -> None:
     """Submit a request of two steps and wait until it is running."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         body = {"prompt": str(gate.path), "num_inference_steps": 2}
-        in_progress(client, client.post("/queue/test/gate", json=body).json()["status_url"])
+        wait_until_claimed(client, client.post("/queue/test/gate", json=body).json()["status_url"])
 
 
 def job_rows(data_dir: Path) -> list[tuple[Any, ...]]:
     """Return state, status and number of attempts of each request."""
-    with opened(data_dir) as parts:
+    with open_components(data_dir) as parts:
         return parts.rows("SELECT state, status, attempt FROM jobs")
 
 
@@ -171,7 +180,7 @@ def test_running_requests_finish_first(tmp_path: Path, gate: Gate, number: signa
         start_request(server.ready().url, gate)
         server.process.send_signal(number)
         server.wait_for("stopping")
-        gate.let(2)
+        gate.release(2)
         assert server.process.wait(60) == 0
     assert "Traceback" not in server.output
     assert job_rows(tmp_path / "data") == [(State.COMPLETED, 200, 1)]
@@ -214,7 +223,7 @@ def test_running_requests_finish_after_the_terminal_closes(tmp_path: Path, gate:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             while client.get("/health/ready").status_code != 503:
                 continue
-        gate.let(2)
+        gate.release(2)
         assert process.wait(60) == 0
     finally:
         process.kill()

@@ -13,9 +13,9 @@ import pytest
 
 from server.auth import ANONYMOUS
 from server.cli.control_socket import _call_server
-from tests.support.components import Parts, opened, submission
+from tests.support.components import Components, open_components, submission
 from tests.support.faults.points import IN_BACKUP, IN_UPLOAD
-from tests.support.server_process import ROOT, TEST_MODELS, Server, completed, serving
+from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, wait_until_completed
 from tests.support.small_disk import small_disk
 from tests.unit.cli.test_control import flux_server
 from tests.unit.storage.test_uploads import uploads_of
@@ -55,10 +55,10 @@ def send_parts(client: httpx.Client, upload: str, acknowledged: list[int]) -> No
     client.post(f"{upload}/complete", json={}).raise_for_status()
 
 
-def check_consistency(parts: Parts) -> None:
+def check_consistency(parts: Components) -> None:
     """Check that files and rows match, and that the counts per owner are right."""
     assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-    assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
+    assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
     assert parts.rows("SELECT owner, num_uploads, upload_bytes FROM kept WHERE num_uploads > 0") == parts.rows(
         "SELECT owner, count(*), sum(max(size, 4096)) FROM files WHERE request_id IS NULL GROUP BY owner"
     )
@@ -85,7 +85,7 @@ def test_a_kill_during_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert answer.content == WHOLE
         assert client.post(f"{upload}/complete", json={}).status_code == 404
         assert server.stop() == 0
-    with opened(data) as parts:
+    with open_components(data) as parts:
         check_consistency(parts)
         assert list((data / "uploads").iterdir()) == []
         assert uploads_of(parts)._pending.num_parts.total() == 0
@@ -111,15 +111,15 @@ def test_a_kill_during_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert client.get(file).content == WHOLE
         assert server.stop() == 0
     for data_dir in (data, tmp_path / "other"):
-        with opened(data_dir) as parts:
+        with open_components(data_dir) as parts:
             check_consistency(parts)
 
 
 def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
     """Leave room for the parts, but neither for the joined file nor for the backup."""
     with small_disk(tmp_path / "disk", 4 * 2**20) as disk:
-        data = disk.folder / "data"
-        with started(data, within=disk.within) as (server, client):
+        data = disk.inner_path / "data"
+        with started(data, within=disk.enter_command) as (server, client):
             upload, file = initiate(client)
             client.put(f"{upload}/1", content=PARTS[1]).raise_for_status()
             disk.fill(room=100_000)
@@ -134,15 +134,15 @@ def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
             assert client.get(file).content == WHOLE
             disk.fill(room=300_000)
             with pytest.raises(ValueError, match="No space left on device"):
-                _call_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
+                _call_server(disk.outer_path / "data", "back_up", {"folder": str(disk.inner_path / "copy")})
             disk.free()
-            _call_server(disk.seen / "data", "back_up", {"folder": str(disk.folder / "copy")})
+            _call_server(disk.outer_path / "data", "back_up", {"folder": str(disk.inner_path / "copy")})
             assert server.stop() == 0
-        assert sorted(path.name for path in disk.seen.iterdir()) == ["copy", "data", "filler"]
+        assert sorted(path.name for path in disk.outer_path.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):
-            with opened(disk.copy(name, tmp_path / name)) as parts:
+            with open_components(disk.copy(name, tmp_path / name)) as parts:
                 check_consistency(parts)
-                assert len(parts.on_disk()) == 1
+                assert len(parts.stored_file_names()) == 1
 
 
 # -- damaged rows
@@ -174,7 +174,7 @@ INSERT_DELIVERIES = (
 def write_damaged_requests(data_dir: Path) -> dict[tuple[str, str], str]:
     """Write requests with every kind of damage in every state, and an intact one per state. Return their IDs."""
     now, ids = time.time(), dict[tuple[str, str], str]()
-    with opened(data_dir) as parts:
+    with open_components(data_dir) as parts:
         for state in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED"):
             for damage in ("whole", *DAMAGE, *(OUTPUT_DAMAGE if state == "COMPLETED" else ())):
                 url = "http://127.0.0.1:9/" if damage in ("whole", "webhook_url") else None
@@ -198,7 +198,7 @@ def test_damaged_rows_do_not_affect_other_requests(tmp_path: Path) -> None:
     with started(tmp_path, outbound_allow="127.0.0.0/8") as (server, client):
         for (state, damage), request_id in ids.items():
             path = f"/queue/{'test/gone' if damage == 'endpoint' else 'test/null'}/requests/{request_id}"
-            status, answer = completed(client, f"{path}/status"), client.get(path)
+            status, answer = wait_until_completed(client, f"{path}/status"), client.get(path)
             assert answer.headers["content-type"] == "application/json"
             if state == "COMPLETED":
                 assert (status["status"], answer.status_code) == ("COMPLETED", 500 if damage in OUTPUT_DAMAGE else 200)
@@ -221,7 +221,7 @@ def test_damaged_rows_do_not_affect_other_requests(tmp_path: Path) -> None:
 
 def test_a_webhook_reports_a_damaged_output(tmp_path: Path) -> None:
     ids = write_damaged_requests(tmp_path)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         for damage in OUTPUT_DAMAGE:
             _, payload = webhooks(parts)._payload(ids["COMPLETED", damage])
             assert (payload["status"], payload["payload"]) == ("OK", [] if "list" in damage else None)
@@ -240,7 +240,7 @@ def overwrite_pages(file: Path, first: int, last: int) -> None:
 
 def write_waiting_requests(data_dir: Path) -> int:
     """Write a data directory with 300 waiting requests. Return the number of its database pages."""
-    with opened(data_dir) as parts:
+    with open_components(data_dir) as parts:
         for _ in range(300):
             parts.queue.submit(submission(fields={"prompt": "x" * 500}))
         return int(parts.rows("PRAGMA page_count")[0][0])

@@ -12,9 +12,17 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.support.components import opened
-from tests.support.repeats import rounds
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, in_progress, serving, statuses
+from tests.support.components import open_components
+from tests.support.repeats import round_params
+from tests.support.server_process import (
+    TEST_MODELS,
+    Gate,
+    Server,
+    serving,
+    statuses,
+    wait_until_claimed,
+    wait_until_completed,
+)
 
 SMALL = {"image_size": {"width": 256, "height": 256}, "num_inference_steps": 10}
 REQUESTS: list[dict[str, Any]] = [
@@ -38,7 +46,7 @@ def submit(client: httpx.Client, request: dict[str, Any], endpoint: str = "fal-a
 
 def digests(client: httpx.Client, status_path: str) -> list[str]:
     """Wait until a request succeeds. Return the SHA-256 digests of its images."""
-    assert completed(client, status_path).get("error") is None
+    assert wait_until_completed(client, status_path).get("error") is None
     result = client.get(status_path.removesuffix("/status")).json()
     paths = [urlsplit(image["url"]).path for image in result["images"]]
     return [hashlib.sha256(client.get(path).raise_for_status().content).hexdigest() for path in paths]
@@ -46,7 +54,7 @@ def digests(client: httpx.Client, status_path: str) -> list[str]:
 
 def rows(data_dir: Path, sql: str) -> list[tuple[Any, ...]]:
     """Query the database after its server has exited. Raises if another server holds it."""
-    with opened(data_dir) as parts:
+    with open_components(data_dir) as parts:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
         return parts.rows(sql)
 
@@ -68,9 +76,9 @@ def test_a_restarted_server_generates_the_same_bytes_after_a_kill(tmp_path: Path
     jobs = rows(tmp_path, "SELECT request_id, status, attempt FROM jobs ORDER BY request_id")
     assert [row[:2] for row in jobs] == [(request_id, 200) for request_id in request_ids(paths)]
     assert max(attempt for _, _, attempt in jobs) == 2
-    with opened(tmp_path) as parts:
-        assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.on_disk()) == sum(len(images) for images in expected)
+    with open_components(tmp_path) as parts:
+        assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
+        assert len(parts.stored_file_names()) == sum(len(images) for images in expected)
 
 
 def submit_until_killed(url: str, acknowledged: list[str], enough: int, is_enough: threading.Event) -> None:
@@ -85,7 +93,7 @@ def submit_until_killed(url: str, acknowledged: list[str], enough: int, is_enoug
                 is_enough.set()
 
 
-@pytest.mark.parametrize("number", rounds(5, 100))
+@pytest.mark.parametrize("number", round_params(5, 100))
 def test_acknowledged_requests_survive_a_kill_under_load(tmp_path: Path, number: int) -> None:
     acknowledged: list[str] = []
     enough = random.Random(number).randint(10, 70)
@@ -100,7 +108,7 @@ def test_acknowledged_requests_survive_a_kill_under_load(tmp_path: Path, number:
     # Every client was cut off, and no submit was refused.
     assert [client.result() for client in submitters] == [None] * NUM_CLIENTS
     with serving(tmp_path, TEST_MODELS) as second, client_of(second) as client:
-        assert {completed(client, path)["status"] for path in acknowledged} == {"COMPLETED"}
+        assert {wait_until_completed(client, path)["status"] for path in acknowledged} == {"COMPLETED"}
         results = [client.get(path.removesuffix("/status")) for path in acknowledged]
         assert {result.status_code for result in results} == {200}
         assert second.stop() == 0
@@ -113,8 +121,8 @@ def test_acknowledged_requests_survive_a_kill_under_load(tmp_path: Path, number:
     files = rows(tmp_path, "SELECT name, request_id FROM files ORDER BY name")
     successful = rows(tmp_path, "SELECT request_id FROM jobs WHERE status = 200")
     assert sorted(request_id for _, request_id in files) == sorted(request_id for (request_id,) in successful)
-    with opened(tmp_path) as parts:
-        assert parts.on_disk() == [name for name, _ in files]
+    with open_components(tmp_path) as parts:
+        assert parts.stored_file_names() == [name for name, _ in files]
 
 
 def test_runs_and_streams_are_cancelled_after_a_kill(tmp_path: Path) -> None:
@@ -155,15 +163,15 @@ def test_shutdown_requeues_unfinished_requests(tmp_path: Path, gate: Gate) -> No
     request = {"prompt": str(gate.path), "seed": 7, "num_inference_steps": 50}
     with serving(data_dir, TEST_MODELS, shutdown_grace="0") as first, client_of(first) as client:
         path = submit(client, request, "test/gate")
-        in_progress(client, path)
+        wait_until_claimed(client, path)
         first.process.terminate()
         first.wait_for("stopping")
-        gate.let(1)
+        gate.release(1)
         assert first.process.wait(60) == 0
         assert "Traceback" not in first.output
-    gate.let(50)
+    gate.release(50)
     with serving(data_dir, TEST_MODELS) as second, client_of(second) as client:
-        assert completed(client, path).get("error") is None
+        assert wait_until_completed(client, path).get("error") is None
         assert second.stop() == 0
     assert rows(data_dir, "SELECT status, attempt FROM jobs") == [(200, 2)]
 
@@ -180,9 +188,9 @@ def test_shutdown_finishes_requests_within_the_grace_period(tmp_path: Path, gate
     request = {"prompt": str(gate.path), "seed": 7, "num_inference_steps": 2}
     with serving(data_dir, TEST_MODELS, shutdown_grace="60") as server, client_of(server) as client:
         path = submit(client, request, "test/gate")
-        in_progress(client, path)
+        wait_until_claimed(client, path)
         server.process.terminate()
         server.wait_for("stopping")
-        gate.let(2)
+        gate.release(2)
         assert server.process.wait(60) == 0
     assert rows(data_dir, "SELECT status, attempt FROM jobs") == [(200, 1)]

@@ -10,7 +10,7 @@ import pytest
 
 from bench.load import BODY
 from bench.support.load_client import Client, load, request
-from tests.support.components import opened
+from tests.support.components import open_components
 from tests.support.server_process import ROOT, Server, serving
 
 NUM_REQUESTS, NUM_CLIENTS = 100_000, 32
@@ -80,15 +80,15 @@ def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     slope = statistics.linear_regression([sample[0] for sample in settled], [sample[1] for sample in settled]).slope
     third = max(size for accepted, _, size in monitor.samples if accepted <= NUM_REQUESTS / 3)
     end = monitor.samples[-1][2]
-    print(f"{monitor.accepted} requests in {figures.taken:.0f} s, {monitor.accepted / figures.taken:.0f} a second")
+    print(f"{monitor.accepted} requests in {figures.elapsed:.0f} s, {monitor.accepted / figures.elapsed:.0f} a second")
     print(f"resident memory: {settled[0][1] / MIB:.1f} MiB, then {settled[-1][1] / MIB:.1f} MiB;", end=" ")
     print(f"{slope * 10_000 / MIB:+.3f} MiB per 10,000 requests")
     print(f"database: {third / MIB:.1f} MiB at a third, {end / MIB:.1f} MiB at the end")
     assert slope * 10_000 < MIB, monitor.samples
     assert end <= 1.1 * third, monitor.samples
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         # Every request ran once, and retention has deleted most of them.
         assert parts.rows("SELECT sum(requests) FROM usage") == [(monitor.accepted,)]
         assert parts.rows("SELECT count(*) FROM jobs WHERE status IS NOT 200") == [(0,)]
-        assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.on_disk()) < NUM_REQUESTS / 2
+        assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
+        assert len(parts.stored_file_names()) < NUM_REQUESTS / 2

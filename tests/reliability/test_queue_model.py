@@ -23,7 +23,7 @@ from server.errors import TooManyRequests
 from server.queue.jobs import Mode, Priority, State
 from server.queue.retention import Retention
 from server.queue.retry import MAX_ATTEMPTS, MAX_CRASHES
-from tests.support.components import Clock, Parts, opened, painted, submission
+from tests.support.components import Clock, Components, open_components, submission, success
 
 MAX_AGE = 7 * 86_400.0
 PER_OWNER, RUNNING_PER_OWNER = 6, 2
@@ -70,8 +70,8 @@ class QueueAndModel(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         """Open the data directory, as a server does when it starts."""
-        self.parts: Parts = self.stack.enter_context(
-            opened(
+        self.parts: Components = self.stack.enter_context(
+            open_components(
                 self.data_dir,
                 clock=self.clock,
                 max_length_per_owner=PER_OWNER,
@@ -200,7 +200,7 @@ class QueueAndModel(RuleBasedStateMachine):
             self.parts.queue.record_crash([job])
             entry.crash_count += 1
         elif action == "finish":
-            assert self.parts.queue.finish(job, painted()) == (not entry.is_cancelled)
+            assert self.parts.queue.finish(job, success()) == (not entry.is_cancelled)
             self.end(name, 499 if entry.is_cancelled else 200)
         elif action == "requeue or fail":
             self.parts.queue.requeue_or_fail(job)

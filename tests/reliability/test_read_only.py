@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.components import opened
-from tests.support.server_process import ROOT, TEST_MODELS, Gate, completed, in_progress, serving
+from tests.support.components import open_components
+from tests.support.server_process import ROOT, TEST_MODELS, Gate, serving, wait_until_claimed, wait_until_completed
 from tests.support.small_disk import SmallDisk, small_disk
 from tests.unit.cli.test_control import flux_server
 
@@ -18,25 +18,25 @@ READ_ONLY = "The disk of the server cannot be written to: attempt to write a rea
 
 def remount(disk: SmallDisk, mode: str) -> None:
     """Remount the disk as "ro" or "rw". No file on the disk may be open for writing."""
-    subprocess.run([*disk.within, "mount", "-o", f"remount,{mode}", str(disk.folder)], check=True)
+    subprocess.run([*disk.enter_command, "mount", "-o", f"remount,{mode}", str(disk.inner_path)], check=True)
 
 
 def test_a_read_only_data_directory_at_startup(tmp_path: Path) -> None:
     """Check that the error names the directory, and that nothing is lost once it is writable again."""
     with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
-        data = disk.folder / "data"
-        with serving(data, TEST_MODELS, within=disk.within) as server:
+        data = disk.inner_path / "data"
+        with serving(data, TEST_MODELS, within=disk.enter_command) as server:
             answer = httpx.post(f"{server.ready().url}/test/null", json={"prompt": "x"}, trust_env=False).json()
             assert server.stop() == 0
         remount(disk, "ro")
         for _ in range(2):
-            with serving(data, TEST_MODELS, within=disk.within) as server:
+            with serving(data, TEST_MODELS, within=disk.enter_command) as server:
                 assert server.process.wait(60) == 1
             assert server.output.startswith("The server could not start:\n")
             assert "Read-only file system" in server.output and str(data) in server.output
             assert "Traceback" not in server.output
         remount(disk, "rw")
-        with serving(data, TEST_MODELS, within=disk.within) as server:
+        with serving(data, TEST_MODELS, within=disk.enter_command) as server:
             image_path = httpx.URL(answer["images"][0]["url"]).path
             assert httpx.get(f"{server.ready().url}{image_path}", trust_env=False).status_code == 200
 
@@ -52,9 +52,9 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         body = {"prompt": str(gate.path), "num_inference_steps": 1}
         running = client.post("/queue/test/sealed", json=body).json()
         late = client.post("/queue/test/sealed", json=body, headers={"x-fal-request-timeout": "1"}).json()
-        in_progress(client, running["status_url"])
+        wait_until_claimed(client, running["status_url"])
         seal.touch()
-        gate.open()
+        gate.release_all()
         server.wait_for(r"cannot be written to.* trying again every second \[server.worker.postprocessor\]")
         for path in ("/queue/test/sealed", "/test/sealed", "/test/sealed/stream", "/storage/upload/initiate"):
             refused = client.post(path, json=body)
@@ -65,13 +65,13 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
             assert client.get(page).status_code == 200
         server.wait_for(r"cannot be written to.*; trying again \[server.app\]")
         seal.unlink()
-        assert completed(client, running["status_url"]).get("error") is None
-        assert completed(client, late["status_url"])["status"] == "COMPLETED"
+        assert wait_until_completed(client, running["status_url"]).get("error") is None
+        assert wait_until_completed(client, late["status_url"])["status"] == "COMPLETED"
         assert client.post("/test/sealed", json=body).status_code == 200
         assert "Traceback" not in server.output
         assert server.output.count("cannot be written to") < 30
         assert server.stop() == 0
-    with opened(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as parts:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
 
 
@@ -84,10 +84,10 @@ def test_replacing_the_database_ends_a_running_server(tmp_path: Path, how: str) 
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         old = client.post("/queue/test/null", json={"prompt": "old"}).json()
-        completed(client, old["status_url"])
+        wait_until_completed(client, old["status_url"])
         assert flux_server(data, "backup", str(copy.parent)).returncode == 0
         new = client.post("/queue/test/null", json={"prompt": "new"}).json()
-        completed(client, new["status_url"])
+        wait_until_completed(client, new["status_url"])
         if how == "cp":
             shutil.copyfile(copy, data / copy.name)
         elif how == "mv":
@@ -108,5 +108,5 @@ def test_replacing_the_database_ends_a_running_server(tmp_path: Path, how: str) 
         answers = [httpx.get(f"{server.ready().url}{path}", trust_env=False).status_code for path in paths]
         assert answers == [200, 404]
         assert server.stop() == 0
-    with opened(data) as parts:
+    with open_components(data) as parts:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]

@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from server.net.timeouts import with_limits
-from tests.http.test_timeouts import QUICK, answered, listening
+from tests.http.test_timeouts import QUICK, is_answered, listening
 from tests.support.server_process import TEST_MODELS, serving
-from tests.support.slow_clients import IN_HEADER, SlowClients, few_files, in_body
+from tests.support.slow_clients import IN_HEADER, SlowClients, in_body, limited_open_files
 
 #: Usual limit of open files of a process. Each connection takes one.
 USUAL_OPEN_FILES = 1024
@@ -29,7 +29,7 @@ def test_fifty_slow_clients() -> None:
     """Run ten slow clients of each kind. Meanwhile a normal client is served."""
     with listening(with_limits(**QUICK)) as port, SlowClients(port, {**IN_HEADER, **in_body("/large")}, 10) as slow:
         with socket.create_connection(("127.0.0.1", port)) as other:
-            assert answered(other)
+            assert is_answered(other)
             slow.watch(0.02, 60)
         assert {name: len(times) for name, times in slow.closed.items()} == dict.fromkeys(slow.kinds, 10)
 
@@ -65,7 +65,7 @@ def p99(durations: list[float]) -> float:
 def test_a_thousand_slow_clients(tmp_path: Path) -> None:
     """Start two hundred slow clients a second, a thousand in all, against the server's default limits."""
     with ExitStack() as stack:
-        with few_files(USUAL_OPEN_FILES):
+        with limited_open_files(USUAL_OPEN_FILES):
             server = stack.enter_context(serving(tmp_path, TEST_MODELS))
         url = server.ready().url
         content = bytes(32 * 2**20)

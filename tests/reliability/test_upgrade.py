@@ -18,15 +18,15 @@ from pytest_httpserver import HTTPServer
 
 from server.storage.database import FILE
 from server.storage.migrations import _STEPS, SCHEMA, VERSION
-from tests.support.components import opened
-from tests.support.hostile_images import encoded, noise
-from tests.support.server_process import ROOT, TEST_MODELS, Server, completed, serving
-from tests.unit.queue.test_retention import counted, kept
-from tests.unit.webhooks.test_signatures import Receiver, is_fals
+from tests.support.components import open_components
+from tests.support.hostile_images import encode, noise_image
+from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, wait_until_completed
+from tests.unit.queue.test_retention import computed_totals, maintained_totals
+from tests.unit.webhooks.test_signatures import Receiver, fal_signature_holds
 
 SCHEMAS = {int(path.stem[1:]): path for path in (ROOT / "tests" / "support" / "schemas").glob("v*.sql")}
 ALL_SCHEMAS = {**SCHEMAS, VERSION: SCHEMA}
-IMAGE, UPLOAD = encoded(noise()), b"uploaded long ago"
+IMAGE, UPLOAD = encode(noise_image()), b"uploaded long ago"
 IMAGE_NAME, UPLOAD_NAME = f"{'a' * 32}.png", f"{'b' * 32}.png"
 #: In 2026. Retention deletes nothing this old, since the test sets a long retention_days.
 LONG_AGO = 1_767_225_600.0
@@ -165,13 +165,13 @@ def test_no_request_is_lost_and_work_continues(upgraded: Upgraded) -> None:
     client = upgraded.client
     # Waiting and running requests complete.
     for name in ("queued", "queued-low", "given-back", "running"):
-        assert completed(client, f"requests/{name}/status").get("error") is None
+        assert wait_until_completed(client, f"requests/{name}/status").get("error") is None
         answer = client.get(f"requests/{name}").raise_for_status().json()
         assert (answer["seed"], answer["prompt"]) == (7, "a tiger")
     if upgraded.version >= 3:
         url = f"{upgraded.server.url}/queue/test/copy/requests/brought"
-        assert completed(client, f"{url}/status").get("error") is None
-        assert client.get(url).raise_for_status().json()["images"][0]["width"] == noise().width
+        assert wait_until_completed(client, f"{url}/status").get("error") is None
+        assert client.get(url).raise_for_status().json()["images"][0]["width"] == noise_image().width
     # Completed requests keep their results.
     for name in ("succeeded", "succeeded-due", "succeeded-told"):
         assert client.get(f"requests/{name}").raise_for_status().json() == OUTPUT
@@ -179,7 +179,7 @@ def test_no_request_is_lost_and_work_continues(upgraded: Upgraded) -> None:
     assert (failed.status_code, failed.json()["detail"]) == (500, FAILURE["detail"])
     assert (cancelled.status_code, cancelled.json()["error_type"]) == (499, "client_cancelled")
     for name in ("running-cancelled", "run", "stream"):
-        assert completed(client, f"requests/{name}/status")["error"]
+        assert wait_until_completed(client, f"requests/{name}/status")["error"]
         assert client.get(f"requests/{name}").status_code == 499
     # The files are served, and the idempotency key is still known.
     for name, content in ((IMAGE_NAME, IMAGE), (UPLOAD_NAME, UPLOAD)):
@@ -198,13 +198,13 @@ def _check_webhooks(upgraded: Upgraded) -> None:
     received = [upgraded.receiver.next() for _ in range(2)]
     assert {from_json(each.body)["request_id"] for each in received} == {"succeeded-due", "queued-low"}
     assert {from_json(each.body)["status"] for each in received} == {"OK"}
-    assert all(is_fals(each, jwks) for each in received)
+    assert all(fal_signature_holds(each, jwks) for each in received)
     # The existing key is old by now. The server publishes a new key first, which does not sign yet.
     assert [key["kid"] for key in jwks["keys"]][-1] == "1"
 
 
 def _check_rows(upgraded: Upgraded) -> None:
-    with opened(upgraded.data_dir) as parts:
+    with open_components(upgraded.data_dir) as parts:
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
         assert parts.rows("PRAGMA foreign_key_check") == []
         states = dict(parts.rows("SELECT request_id, status FROM jobs WHERE state = 'COMPLETED'"))
@@ -226,9 +226,9 @@ def _check_rows(upgraded: Upgraded) -> None:
         assert usage == ([(3, 6)] if upgraded.version >= 4 else [])
         assert parts.rows("SELECT owner, name, scope FROM keys") == [("f" * 32, "", "operator")]
         assert parts.rows("SELECT value FROM secrets") == [(bytes(32),)]
-        assert {IMAGE_NAME, UPLOAD_NAME} <= set(parts.on_disk())
+        assert {IMAGE_NAME, UPLOAD_NAME} <= set(parts.stored_file_names())
         upgraded_schema = normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
-    with opened(upgraded.data_dir / "new") as parts:
+    with open_components(upgraded.data_dir / "new") as parts:
         assert upgraded_schema == normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
         assert parts.rows("PRAGMA user_version") == [(VERSION,)]
 
@@ -254,6 +254,6 @@ def _split_definitions(sql: str) -> Iterator[str]:
 @pytest.mark.parametrize("version", sorted(SCHEMAS))
 def test_migrations_count_what_each_owner_keeps(tmp_path: Path, version: int) -> None:
     write_data_dir(tmp_path, SCHEMAS[version], "http://here")
-    with opened(tmp_path) as parts:
-        assert kept(parts) == counted(parts)
-        assert [owner for owner, *_ in kept(parts)] == ["everybody"]
+    with open_components(tmp_path) as parts:
+        assert maintained_totals(parts) == computed_totals(parts)
+        assert [owner for owner, *_ in maintained_totals(parts)] == ["everybody"]

@@ -14,7 +14,7 @@ import msgpack
 import psutil
 import pytest
 
-from tests.clients.test_realtime import heard, session
+from tests.clients.test_realtime import receive, session
 from tests.support.hostile_images import PNG, chunk, in_between, png
 from tests.support.server_process import TEST_MODELS, Server, serving
 
@@ -86,7 +86,7 @@ def as_frame(is_text: bool) -> Route:
     def send(server: Server, endpoint: str, body: bytes) -> tuple[int, Any]:
         with session(server, endpoint, **ALICE) as socket:
             socket.send(body.decode() if is_text else body)
-            message = heard(socket)
+            message = receive(socket)
             return {"INVALID_INPUT": 422}.get(message["error"], 500), {"detail": message["reason"]}
 
     return send
@@ -211,9 +211,9 @@ def test_msgpack_that_needs_more_memory_than_its_size(bombed: Server) -> None:
     with unharmed(bombed), session(bombed, **ALICE) as socket:
         for name, frame in FRAMES.items():
             socket.send(frame)
-            message = heard(socket)
+            message = receive(socket)
             assert "type" in message, name
             assert (message["type"], message["error"]) == ("x-fal-error", "INVALID_INPUT"), name
             assert len(message["reason"]) < 10_000
         socket.send(SMALL)
-        assert heard(socket)["prompt"] == "x"
+        assert receive(socket)["prompt"] == "x"

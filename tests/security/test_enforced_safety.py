@@ -18,10 +18,10 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from server.worker.watchdog import EXIT_STUCK
-from tests.clients.test_realtime import heard
+from tests.clients.test_realtime import receive
 from tests.reliability.test_kill import client_of, rows, submit
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, serving
-from tests.unit.worker.test_watchdog import STRIKES, exit_code
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_completed
+from tests.unit.worker.test_watchdog import STATES_AND_CRASHES, exit_code
 
 FIELD = "enable_safety_checker"
 NAMES = [
@@ -98,7 +98,7 @@ def over_realtime(client: httpx.Client, body: str | bytes, query: dict[str, str]
     url = client.base_url.join("/test/unsafe/realtime").copy_with(scheme="ws", params=query)
     with connect(str(url), additional_headers=headers, proxy=None, open_timeout=60, max_size=None) as socket:
         socket.send(body)
-        return heard(socket)
+        return receive(socket)
 
 
 def images_of(client: httpx.Client, output: Any) -> list[bytes]:
@@ -189,13 +189,13 @@ def test_a_check_that_hangs_lets_no_image_pass(tmp_path: Path, gate: Gate, decod
     assert '"IN_PROGRESS"' in events
     assert not any(word in events for word in ("COMPLETED", "preview", "images"))
     assert not list((data_dir / "files").iterdir())
-    assert rows(data_dir, STRIKES) == [("IN_PROGRESS", None, 1)]
-    gate.let(1)
+    assert rows(data_dir, STATES_AND_CRASHES) == [("IN_PROGRESS", None, 1)]
+    gate.release(1)
     with (
         serving(data_dir, "test/slow-check=demo", step_deadline="1", **settings) as second,
         client_of(second) as client,
     ):
-        assert completed(client, path).get("error") is None
+        assert wait_until_completed(client, path).get("error") is None
         output = client.get(path.removesuffix("/status")).json()
         assert output["has_nsfw_concepts"] == [True]
         assert [is_black(content) for content in images_of(client, output)] == [True]

@@ -20,11 +20,17 @@ from server.auth import Keys, pepper
 from server.cli.control import Control
 from server.queue.notifier import WEBHOOKS
 from server.webhooks.delivery import PER_RECEIVER, WebhookSender
-from tests.clients.test_realtime import SMALL, heard, painted, session
-from tests.support.components import Parts, finished, opened
-from tests.support.hostile_images import encoded, noise
-from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, completed, serving
-from tests.unit.webhooks.test_delivery import abandoned, cancelled, hook, silent_receivers, webhooks
+from tests.clients.test_realtime import SMALL, generate, receive, session
+from tests.support.components import Components, finish_job, open_components
+from tests.support.hostile_images import encode, noise_image
+from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, serving, wait_until_completed
+from tests.unit.webhooks.test_delivery import (
+    cancel_deliveries,
+    receiver_url,
+    silent_receivers,
+    submit_cancelled,
+    webhooks,
+)
 
 IMPATIENT = str(ROOT / "tests" / "support" / "faults" / "impatient")
 #: The state of an open connection in Linux's TCP_INFO.
@@ -112,7 +118,7 @@ def test_many_idle_event_streams_block_only_their_own_key(tmp_path: Path, gate: 
                     num_held += 1
                 else:
                     connection.close()
-        gate.open()
+        gate.release_all()
 
 
 def test_idle_realtime_sessions_block_only_their_own_key(tmp_path: Path) -> None:
@@ -121,10 +127,10 @@ def test_idle_realtime_sessions_block_only_their_own_key(tmp_path: Path) -> None
             stack.enter_context(session(server, **ALICE))
         for _ in range(40):
             with session(server, **ALICE) as refused:
-                assert heard(refused)["error"] == "UNAVAILABLE"
+                assert receive(refused)["error"] == "UNAVAILABLE"
         assert is_served(server, BOB)
         with session(server, **BOB) as bobs:
-            assert painted(bobs)["seed"] == SMALL["seed"]
+            assert generate(bobs)["seed"] == SMALL["seed"]
 
 
 @pytest.mark.soak
@@ -150,13 +156,13 @@ def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
 ) -> None:
     """Redeliver two thousand to a receiver that hangs: a webhook of another key arrives at once, and reads stay few."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.2)
-    url, seen = hook(httpserver), list[int]()
-    with silent_receivers(1) as (silent,), opened(tmp_path, max_length=3000) as parts:
-        storm = cancelled(parts, "alice", *(f"{silent}/{number}" for number in range(2000)))
+    url, seen = receiver_url(httpserver), list[int]()
+    with silent_receivers(1) as (silent,), open_components(tmp_path, max_length=3000) as parts:
+        storm = submit_cancelled(parts, "alice", *(f"{silent}/{number}" for number in range(2000)))
         parts.rows("UPDATE deliveries SET attempt = 11, due_at = NULL, error = 'answered 500'")
         monkeypatch.setattr("server.webhooks.delivery.time.time", parts.clock)
         for request_id in storm:
-            Control(parts.database, parts.folder).redeliver(request_id)
+            Control(parts.database, parts.data_dir).redeliver(request_id)
         reads = recorded_reads(parts, monkeypatch)
 
         def attempts() -> int:
@@ -170,13 +176,13 @@ def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
                     while attempts() < goal:
                         await wait_for_change(changed, hooks, seen)
                     parts.clock.now += 1
-                    (other,), before = cancelled(parts, "bob", url), attempts()
+                    (other,), before = submit_cancelled(parts, "bob", url), attempts()
                     parts.notifier.notify(WEBHOOKS)
                     while not parts.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0 AND request_id = ?", other):
                         await wait_for_change(changed, hooks, seen)
                     assert attempts() - before <= 2 * PER_RECEIVER
                 running.cancel()
-                await abandoned()
+                await cancel_deliveries()
 
         asyncio.run(deliver(webhooks(parts)))
         assert max(seen) <= PER_RECEIVER + 1
@@ -184,7 +190,7 @@ def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
         assert len(reads) <= 4 * (attempts() + 10)
 
 
-def recorded_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def recorded_reads(parts: Components, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the database reads that look for due deliveries."""
     reads, read = list[str](), parts.database.read
 
@@ -198,12 +204,12 @@ def recorded_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_webhooks_continue_after_a_database_error(
-    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+    parts: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Continue after any error; otherwise the server would deliver nothing until its next start."""
     monkeypatch.setattr("server.webhooks.delivery._MAX_PAUSE", 0.01)
-    url = hook(httpserver)
-    cancelled(parts, "alice", url)
+    url = receiver_url(httpserver)
+    submit_cancelled(parts, "alice", url)
     failed = list[str]()
     monkeypatch.setattr("server.webhooks.delivery.log.exception", lambda message, *args: failed.append(message))
     parts.rows("ALTER TABLE deliveries RENAME TO hidden")
@@ -240,9 +246,9 @@ COPIES = """
 
 def write_history(directory: Path) -> None:
     """Write 1001 requests of Alice with prompts of 20,000 characters, all finished just now."""
-    with opened(directory) as parts:
+    with open_components(directory) as parts:
         (owner,) = {Keys(("alice",), pepper=pepper(parts.database)).owner("Key alice")}
-        job = finished(parts, owner=owner, fields={"prompt": "x" * 20_000})
+        job = finish_job(parts, owner=owner, fields={"prompt": "x" * 20_000})
         parts.rows("UPDATE jobs SET finished_at = unixepoch(), submitted_at = unixepoch()")
         columns = [name for (_, name, *_) in parts.rows("PRAGMA table_info(jobs)")][2:]
         parts.rows(COPIES.format(columns=", ".join(columns)))
@@ -257,10 +263,10 @@ def path_of(kind: str, client: httpx.Client, gate: Gate) -> str:
     if kind == "file":
         return httpx.URL(client.post("/files/upload", content=bytes(20_000_000)).json()["access_url"]).path
     if kind == "result":
-        image = base64.b64encode(encoded(noise(1400, 1400))).decode()
+        image = base64.b64encode(encode(noise_image(1400, 1400))).decode()
         body = {"image_url": f"data:image/png;base64,{image}", "sync_mode": True, "output_format": "png"}
         job = client.post("/queue/test/copied", json={"prompt": "x", **body}).json()
-        completed(client, job["status_url"])
+        wait_until_completed(client, job["status_url"])
         return httpx.URL(job["response_url"]).path
     if kind == "events":
         job = client.post("/queue/test/hurry", json={"prompt": str(gate.path)}).json()
@@ -291,4 +297,4 @@ def test_unread_answers_do_not_fill_the_memory(tmp_path: Path, gate: Gate, kind:
             wait_for_the_end(unread[0])
         if kind == "events":
             assert status_of(unread[-1]) == 200
-        gate.open()
+        gate.release_all()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.clients.test_node_clients import node as node
-from tests.support.network import inside
+from tests.support.network import run_in_network
 from tests.support.network_programs import FAL_NAMES
 
 PROGRAMS = ["node", "python"]
@@ -18,7 +18,7 @@ def host_of(way: str) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_host_of_fal_is_answered_locally(node: None, tmp_path: Path, program: str) -> None:
-    report = inside("turned_to_fal", tmp_path, program, "running")
+    report = run_in_network("turned_to_fal", tmp_path, program, "running")
     assert report["tried"] == ["tcp 127.0.0.1"]
     answers: dict[str, dict[str, Any]] = report["answers"]
     assert {host_of(way) for way in answers} == set(FAL_NAMES)
@@ -35,6 +35,6 @@ def test_every_host_of_fal_is_answered_locally(node: None, tmp_path: Path, progr
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_call_leaves_when_the_server_is_stopped(node: None, tmp_path: Path, program: str) -> None:
-    report = inside("turned_to_fal", tmp_path, program, "stopped")
+    report = run_in_network("turned_to_fal", tmp_path, program, "stopped")
     assert report["tried"] == ["tcp 127.0.0.1"]
     assert not {way: answer for way, answer in report["answers"].items() if "failed" not in answer}

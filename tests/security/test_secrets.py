@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server_process import TEST_MODELS, completed, free_port, serving
+from tests.support.server_process import TEST_MODELS, free_port, serving, wait_until_completed
 
 #: Secrets by the way they reach the server. No output may ever contain them.
 KEY, OPERATOR, HUB, WEBHOOK = (
@@ -49,12 +49,12 @@ def test_planted_secrets_are_not_found(tmp_path: Path, monkeypatch: pytest.Monke
             hook = {"fal_webhook": "http://127.0.0.1:8099/hook"}
             queued = client.post("/queue/test/null", params=hook, json={"prompt": PROMPT}, headers=mine).json()
             client.headers.update(mine)
-            completed(client, queued["status_url"])
+            wait_until_completed(client, queued["status_url"])
             texts = [f"{answer.headers} {answer.text}" for answer in answers]
         # The first answer repeats the prompt of the client, as it should.
         del texts[0]
         assert server.stop() == 0
-        server._reader.join()
+        server.reader.join()
     database = b"".join(path.read_bytes() for path in tmp_path.glob("queue.sqlite3*"))
     for secret in (KEY, OPERATOR, HUB, WEBHOOK):
         assert secret not in server.output

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.network import PUBLIC, RESOLVER, inside
+from tests.support.network import PUBLIC, RESOLVER, run_in_network
 from tests.support.network_programs import BY_NAME, CORPUS, WAYS
 
 #: The DNS lookups of allowed and of forbidden names.
@@ -13,12 +13,12 @@ LOOKED_UP = f"udp {RESOLVER} 53"
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return inside("hostile", tmp_path_factory.mktemp("hostile"))
+    return run_in_network("hostile", tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture(scope="module")
 def allowed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return inside("allowed", tmp_path_factory.mktemp("allowed"))
+    return run_in_network("allowed", tmp_path_factory.mktemp("allowed"))
 
 
 def test_the_corpus_has_at_least_sixty_urls() -> None:
@@ -56,7 +56,7 @@ def test_allowed_requests_are_observed(allowed: Any) -> None:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return inside("local", tmp_path_factory.mktemp("local"))
+    return run_in_network("local", tmp_path_factory.mktemp("local"))
 
 
 def test_local_weights_are_used_without_network_access(local: Any) -> None:

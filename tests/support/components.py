@@ -36,10 +36,10 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """The components of a server, without its sockets and models."""
 
-    folder: Path
+    data_dir: Path
     database: Database
     notifier: Notifier
     clock: Clock
@@ -51,20 +51,20 @@ class Parts:
         """Read rows from the database."""
         return [tuple(row) for row in self.database.read(sql, *parameters)]
 
-    def on_disk(self) -> list[str]:
+    def stored_file_names(self) -> list[str]:
         """List the names in the directory of stored files."""
-        return sorted(path.name for path in (self.folder / "files").iterdir())
+        return sorted(path.name for path in (self.data_dir / "files").iterdir())
 
 
 @contextmanager
-def opened(
+def open_components(
     directory: Path,
     *,
     max_length: int = 1000,
     clock: Clock | None = None,
     max_length_per_owner: int = 0,
     max_running_per_owner: int = 0,
-) -> Iterator[Parts]:
+) -> Iterator[Components]:
     """Open the components until the block ends; opening the same directory again acts like a restart."""
     clock = clock or Clock()
     database, notifier = Database(directory), Notifier()
@@ -83,13 +83,13 @@ def opened(
         cache = InputCache(directory / INPUTS, pending_storage.file_names, 10**10, clock)
         outbound = OutboundClient(("127.0.0.0/8",))
         inputs = InputResolver(cache, outbound, files, Limits(), pending_bytes=pending_storage.num_bytes)
-        yield Parts(directory, database, notifier, clock, queue, files, inputs)
+        yield Components(directory, database, notifier, clock, queue, files, inputs)
     finally:
         database.close()
 
 
 @contextmanager
-def full_disk(parts: Parts) -> Iterator[None]:
+def full_disk(parts: Components) -> Iterator[None]:
     """Forbid SQLite to add a page, so that a write fails as on a full disk."""
     parts.rows("PRAGMA max_page_count = 1")
     try:
@@ -105,12 +105,12 @@ def submission(endpoint: str = "test/null", *, fields: dict[str, Any] | None = N
     return dataclasses.replace(default, **changes)
 
 
-def painted(body: str = '{"seed":7}', *files: StoredFile) -> Outcome:
+def success(body: str = '{"seed":7}', *files: StoredFile) -> Outcome:
     """Build the outcome of a job that succeeded."""
     return Outcome(200, body, inference_time=1.5, acceleration="none", files=files)
 
 
-def claimed(parts: Parts, **changes: Any) -> Job:
+def claim_job(parts: Components, **changes: Any) -> Job:
     """Submit a job and claim it; return the running job."""
     parts.queue.submit(submission(**changes))
     jobs = parts.queue.claim()
@@ -118,14 +118,14 @@ def claimed(parts: Parts, **changes: Any) -> Job:
     return jobs[0]
 
 
-def finished(parts: Parts, *files: StoredFile, **changes: Any) -> Job:
+def finish_job(parts: Components, *files: StoredFile, **changes: Any) -> Job:
     """Submit, claim and finish a job that succeeds with these files."""
-    job = claimed(parts, **changes)
-    assert parts.queue.finish(job, painted('{"seed":7}', *files))
+    job = claim_job(parts, **changes)
+    assert parts.queue.finish(job, success('{"seed":7}', *files))
     return job
 
 
-async def reached(parts: Parts, job: Job, state: State) -> None:
+async def wait_for_state(parts: Components, job: Job, state: State) -> None:
     """Wait until the job, which another task works on, is in this state."""
     parts.notifier.bind_loop(asyncio.get_running_loop())
     with parts.notifier.subscribe(job.request_id) as event:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.test_python_client import exports
+from tests.clients.test_python_client import env_variables
 from tests.support.server_process import ROOT, Server
 
 TESTS = Path(__file__).parent
@@ -20,12 +20,12 @@ CLIENTS = TESTS / ".clients"
 VERSIONS = ("1.0.3", "0.7.0", "0.5.9")
 
 
-def folder_of(version: str) -> Path | None:
+def client_directory(version: str) -> Path | None:
     """Return the directory of this older client, downloaded by pip the first time; None for the installed version."""
-    return None if version == VERSIONS[0] else fetched("fal-client", version, "--no-deps")
+    return None if version == VERSIONS[0] else download_package("fal-client", version, "--no-deps")
 
 
-def fetched(package: str, version: str, *options: str) -> Path:
+def download_package(package: str, version: str, *options: str) -> Path:
     """Return a directory with this package, downloaded by pip the first time."""
     directory = CLIENTS / f"{package}-{version}"
     if not directory.is_dir():
@@ -39,28 +39,28 @@ def fetched(package: str, version: str, *options: str) -> Path:
     return directory
 
 
-def finished(server: Server, version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_client(server: Server, version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a call of fal_client_calls with the variables that the server prints and this version of the client only."""
-    paths = [variables.pop("PYTHONPATH", None), folder_of(version)]
+    paths = [variables.pop("PYTHONPATH", None), client_directory(version)]
     python_path = os.pathsep.join(str(path) for path in paths if path)
-    environment = {"PATH": os.environ["PATH"], **exports(server), "PYTHONPATH": python_path, **variables}
+    environment = {"PATH": os.environ["PATH"], **env_variables(server), "PYTHONPATH": python_path, **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
     assert process.returncode == 0, process.stderr
     return process
 
 
-def said(server: Server, version: str, *arguments: str, **variables: str) -> Any:
+def client_output(server: Server, version: str, *arguments: str, **variables: str) -> Any:
     """Run a call as `finished` does; return the JSON that it prints."""
-    return json.loads(finished(server, version, *arguments, **variables).stdout)
+    return json.loads(run_client(server, version, *arguments, **variables).stdout)
 
 
-def watched(log: Path) -> dict[str, str]:
+def recording_environment(log: Path) -> dict[str, str]:
     """Return variables that make a program record each lookup and connection in the file `log`."""
     canary = TESTS / "js" / "canary.cjs"
     return {"CANARY": str(log), "PYTHONPATH": str(TESTS / "canary"), "NODE_OPTIONS": f"--require {canary}"}
 
 
-def reached(log: Path) -> set[str]:
+def recorded_hosts(log: Path) -> set[str]:
     """Return the names and addresses recorded in the file."""
     return set(log.read_text().split())

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 
 
-def fields(response: httpx.Response) -> dict[str, Any]:
+def first_field_error(response: httpx.Response) -> dict[str, Any]:
     """Check a 422 in fal's format; return its first entry."""
     assert response.status_code == 422, response.text
     assert response.headers["content-type"] == "application/json", response.text
@@ -19,7 +19,7 @@ def fields(response: httpx.Response) -> dict[str, Any]:
     return first
 
 
-def text(response: httpx.Response, status: int) -> str:
+def error_message(response: httpx.Response, status: int) -> str:
     """Check any other error in fal's format; return its message."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json", response.text

@@ -85,12 +85,12 @@ class Hub:
         self.repositories = repositories
         self.gated: set[str] = set()
         self.token = "hf_accepted"
-        self.breaks_off: int | None = None
-        self.stalls_at: str | None = None
+        self.truncate_at: int | None = None
+        self.stalling_file: str | None = None
         self.has_stalled = threading.Event()
-        self.goes_on = threading.Event()
+        self.resume = threading.Event()
         self._truncated: set[str] = set()
-        self.asked: list[str] = []
+        self.requested_files: list[str] = []
         self.ranges: list[str] = []
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -100,7 +100,7 @@ class Hub:
     def close(self) -> None:
         if not self._thread.is_alive():
             return
-        self.goes_on.set()
+        self.resume.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -148,7 +148,7 @@ class Hub:
             return
         headers = {"etag": f'"{hashlib.sha256(content).hexdigest()}"', "x-repo-commit": COMMIT}
         if request.command == "GET":
-            self.asked.append(name)
+            self.requested_files.append(name)
         start = 0
         if byte_range := request.headers.get("range"):
             self.ranges.append(f"{name} {byte_range}")
@@ -156,15 +156,15 @@ class Hub:
             headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         length = None
         if request.command == "GET" and name.endswith(".safetensors") and name not in self._truncated:
-            length = self.breaks_off
+            length = self.truncate_at
             self._truncated.add(name)
-        if request.command == "GET" and name == self.stalls_at:
+        if request.command == "GET" and name == self.stalling_file:
             length = len(content) // 2
         _reply(request, 206 if byte_range else 200, content[start:], headers, length)
-        if name == self.stalls_at and length is not None:
+        if name == self.stalling_file and length is not None:
             request.wfile.flush()
             self.has_stalled.set()
-            self.goes_on.wait(60)
+            self.resume.wait(60)
 
 
 def _entry(directory: Path, name: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _reply(
 
 
 @contextmanager
-def stand_in_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+def running_hub(repositories: dict[str, Path]) -> Iterator[Hub]:
     """Run a hub until the block ends."""
     hub = Hub(repositories)
     try:

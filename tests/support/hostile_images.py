@@ -9,14 +9,14 @@ import numpy
 from PIL import Image
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
     """Encode the image as a file of this format."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **more)
     return buffer.getvalue()
 
 
-def noise(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
+def noise_image(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
     """Make an image of random noise; it is the same each time."""
     values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
     return Image.fromarray(values.squeeze())
@@ -49,7 +49,7 @@ def scans(number: int) -> bytes:
 
     A scan takes 36 bytes and is slow to decode.
     """
-    content = encoded(Image.new("RGB", (4000, 4000), (10, 200, 30)), "JPEG", progressive=True)
+    content = encode(Image.new("RGB", (4000, 4000), (10, 200, 30)), "JPEG", progressive=True)
     starts = [offset for offset in range(len(content)) if content.startswith(b"\xff\xda", offset)]
     parts = [content[a:b] for a, b in zip(starts, [*starts[1:], len(content) - 2], strict=True)]
     return content[:-2] + min(parts, key=len) * number + content[-2:]
@@ -59,8 +59,8 @@ def in_between(content: bytes, offset: int, inserted: bytes) -> bytes:
     return content[:offset] + inserted + content[offset:]
 
 
-PNG, JPEG, WEBP = (encoded(noise(), kind) for kind in ("PNG", "JPEG", "WEBP"))
-PROGRESSIVE = encoded(noise(), "JPEG", progressive=True)
+PNG, JPEG, WEBP = (encode(noise_image(), kind) for kind in ("PNG", "JPEG", "WEBP"))
+PROGRESSIVE = encode(noise_image(), "JPEG", progressive=True)
 #: 231 kB that decompress to 81 megapixels.
 BOMB = png(9000, 9000, pixels(9000, 9000))
 FORMAT, SIZE, LOAD = "unsupported_image_format", "image_too_large", "image_load_error"
@@ -104,29 +104,29 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "text": (b"hello", FORMAT),
     "html": (b"<!doctype html><script>alert(1)</script>", FORMAT),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', FORMAT),
-    "gif": (encoded(noise(), "GIF"), FORMAT),
-    "tiff": (encoded(noise(), "TIFF"), FORMAT),
-    "bmp": (encoded(noise(), "BMP"), FORMAT),
-    "ico": (encoded(noise(), "ICO"), FORMAT),
-    "tga": (encoded(noise(), "TGA"), FORMAT),
+    "gif": (encode(noise_image(), "GIF"), FORMAT),
+    "tiff": (encode(noise_image(), "TIFF"), FORMAT),
+    "bmp": (encode(noise_image(), "BMP"), FORMAT),
+    "ico": (encode(noise_image(), "ICO"), FORMAT),
+    "tga": (encode(noise_image(), "TGA"), FORMAT),
     "jpeg 2000": (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(64), FORMAT),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", FORMAT),
-    "pdf": (encoded(noise(), "PDF"), FORMAT),
+    "pdf": (encode(noise_image(), "PDF"), FORMAT),
     "a program": (b"\x7fELF" + bytes(64), FORMAT),
     "a header alone": (b"\x89PNG\r\n\x1a\n", FORMAT),
-    "too small": (encoded(noise(63, 200)), SMALL),
-    "too elongated": (encoded(Image.new("RGB", (4000, 100))), SMALL),
+    "too small": (encode(noise_image(63, 200)), SMALL),
+    "too elongated": (encode(Image.new("RGB", (4000, 100))), SMALL),
 }
 
 #: Unusual files that the server must accept; each decodes to `noise()`.
-TAKEN: dict[str, bytes] = {
+ACCEPTED: dict[str, bytes] = {
     "a page after the image": PNG + b"<script>alert(1)</script>",
-    "an archive after the image": encoded(noise(), "WEBP", lossless=True) + b"PK\x03\x04" + bytes(64),
+    "an archive after the image": encode(noise_image(), "WEBP", lossless=True) + b"PK\x03\x04" + bytes(64),
     "unknown chunks": in_between(PNG, 33, chunk(b"aaAa", bytes(1000)) * 100),
-    "an invalid orientation": encoded(
-        noise(), exif=b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 99, 0, 0)
+    "an invalid orientation": encode(
+        noise_image(), exif=b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 99, 0, 0)
     ),
-    "invalid metadata": encoded(noise(), exif=b"Exif\0\0nonsense"),
+    "invalid metadata": encode(noise_image(), exif=b"Exif\0\0nonsense"),
     "a chunk longer than the file": PNG[:33] + b"\x7f\xff\xff\xff" + PNG[37:],
     "no end chunk": PNG[:-12],
 }

@@ -48,7 +48,7 @@ def _missing_requirement() -> str:
     return f"cannot create a network namespace: {process.stderr.strip()}" if process.returncode else ""
 
 
-def inside(program: str, *arguments: object) -> Any:
+def run_in_network(program: str, *arguments: object) -> Any:
     """Run a program in a separate network; return the JSON it prints. Skip the test if that is not possible."""
     if reason := _missing_requirement():
         pytest.skip(reason)
@@ -65,7 +65,7 @@ def inside(program: str, *arguments: object) -> Any:
     return json.loads(output)
 
 
-def lead_everything_here() -> None:
+def route_everything_here() -> None:
     """Make every address an address of this machine, and look names up at RESOLVER."""
     for command in (
         "ip link set lo up",
@@ -80,7 +80,7 @@ def lead_everything_here() -> None:
             subprocess.run(["mount", "--bind", path, f"/etc/{name}"], check=True)
 
 
-class Wire:
+class TrafficRecorder:
     """A recorder of every attempted TCP connection and UDP packet, whether a listener exists or not."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Wire:
                     self._tried.add(attempt)
                     self._changed.notify_all()
 
-    def tried(self) -> set[str]:
+    def attempts(self) -> set[str]:
         """Return all attempts up to now, such as "tcp 10.0.0.1 80". Fail if packets were dropped unseen."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind(("127.0.0.1", 0))
@@ -206,7 +206,7 @@ class _Listener(ThreadingHTTPServer):
 
 
 @contextmanager
-def canary(files: Mapping[str, bytes]) -> Iterator[list[str]]:
+def catch_all_server(files: Mapping[str, bytes]) -> Iterator[list[str]]:
     """Run a web server on port 80 of every address; yield its list of requests, such as "GET 10.0.0.1 /"."""
     _Canary.files = files
     with _Listener(("::", 80), _Canary) as listener:

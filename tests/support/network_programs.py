@@ -18,8 +18,8 @@ from PIL import Image
 
 from models.loading.specs import DEMO
 from tests.support.fake_hub import COMMIT
-from tests.support.network import PUBLIC, Resolver, Wire, canary, lead_everything_here
-from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, with_door
+from tests.support.network import PUBLIC, Resolver, TrafficRecorder, catch_all_server, route_everything_here
+from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, serving_with_proxy
 from tests.unit.inputs.test_loras import GOOD
 from tests.unit.net.test_outbound import FORBIDDEN, INNER
 
@@ -105,7 +105,7 @@ def _outcome(server: Server, response: httpx.Response) -> Any:
 def hostile(directory: str) -> Any:
     """Send each URL in each way; return the outcomes and all attempts on the network."""
     with serving(Path(directory), TEST_MODELS) as server, _client(server) as client, ThreadPoolExecutor(8) as threads:
-        wire = Wire()
+        wire = TrafficRecorder()
         responses = {
             way: dict(zip(CORPUS, threads.map(lambda url, send=send: send(client, url), CORPUS), strict=True))
             for way, send in WAYS.items()
@@ -114,14 +114,14 @@ def hostile(directory: str) -> Any:
             way: {url: _outcome(server, response) for url, response in each.items()} for way, each in responses.items()
         }
         outcomes["rebinding"] = {turn: _send_image(client, REBINDING).status_code for turn in ("first", "second")}
-        return {"ends": outcomes, "tried": sorted(wire.tried() - {_own_requests(server)})}
+        return {"ends": outcomes, "tried": sorted(wire.attempts() - {_own_requests(server)})}
 
 
 def allowed(directory: str) -> Any:
     """Send URLs to a server that may reach every address; return the outcomes and all attempts on the network."""
     everything = "0.0.0.0/0,::/0"
     with serving(Path(directory), TEST_MODELS, outbound_allow=everything) as server, _client(server) as client:
-        wire = Wire()
+        wire = TrafficRecorder()
         for url in (*INNER, *BY_NAME):
             _send_image(client, url)
         outcomes = {
@@ -131,7 +131,7 @@ def allowed(directory: str) -> Any:
         }
         while 'flux_server_webhook_attempts_total{outcome="delivered"} 1.0' not in client.get("/metrics").text:
             continue
-        return {"ends": outcomes, "tried": sorted(wire.tried() - {_own_requests(server)})}
+        return {"ends": outcomes, "tried": sorted(wire.attempts() - {_own_requests(server)})}
 
 
 def local(directory: str) -> Any:
@@ -146,14 +146,14 @@ def local(directory: str) -> Any:
     cached(Path(directory) / "hub", "black-forest-labs/FLUX.1-dev", DEMO)
     cached(Path(directory) / "hub", "Falconsai/nsfw_image_detection", DEMO / "safety_checker")
     shutil.copytree(DEMO, weights, ignore=shutil.ignore_patterns("recipe", "safety_checker"))
-    wire = Wire()
+    wire = TrafficRecorder()
     specs = ("demo", "black-forest-labs/FLUX.1-dev", f"fal-ai/flux/krea={weights}")
     with serving(data_dir, *specs) as server, _client(server) as client:
         body = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
         outputs = {name: client.post(f"/fal-ai/flux/{name}", json=body).json() for name in ("schnell", "dev", "krea")}
-        tried = sorted(wire.tried() - {_own_requests(server)})
+        tried = sorted(wire.attempts() - {_own_requests(server)})
         _send_image(client, "http://public.test/picture.png")
-        return {"ends": outputs, "tried": tried, "after": sorted(wire.tried() - {_own_requests(server)})}
+        return {"ends": outputs, "tried": tried, "after": sorted(wire.attempts() - {_own_requests(server)})}
 
 
 #: Names under fal's domains: those that clients use, and made-up ones.
@@ -178,17 +178,17 @@ def turned_to_fal(directory: str, program: str, state: str) -> Any:
 
     Returns the responses, all attempts on the network, and what `flux-server run` printed to stderr.
     """
-    with with_door(Path(directory), TEST_MODELS) as server:
+    with serving_with_proxy(Path(directory), TEST_MODELS) as server:
         if state == "stopped":
             server.stop()
         node = ["node", str(Path(__file__).parent / "js" / "hosts.mjs")]
         python = [sys.executable, "-m", "tests.support.fal_host_calls"]
         settings = {f"FLUX_SERVER_{name}": value for name, value in server.settings.items()}
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
-        wire = Wire()
+        wire = TrafficRecorder()
         command = [sys.executable, "-m", "server", "run", "--", *(node if program == "node" else python), *FAL_NAMES]
         process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
-        tried = {" ".join(attempt.split(" ")[:2]) for attempt in wire.tried()}
+        tried = {" ".join(attempt.split(" ")[:2]) for attempt in wire.attempts()}
         return {"answers": json.loads(process.stdout.splitlines()[-1]), "tried": sorted(tried), "notes": process.stderr}
 
 
@@ -210,8 +210,8 @@ def cached(home: Path, hub_id: str, directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    lead_everything_here()
+    route_everything_here()
     Resolver(NAMES)
-    with canary(_files()) as requests:
+    with catch_all_server(_files()) as requests:
         report = globals()[sys.argv[1]](*sys.argv[2:])
         print(json.dumps({**report, "asked": requests}))

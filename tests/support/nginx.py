@@ -77,7 +77,7 @@ def _configured(text: str, server: Server, nginx: Nginx, files: tls.CertificateF
 
 
 @contextmanager
-def proxied(directory: Path, server: Server, name: str = "localhost") -> Iterator[Nginx]:
+def run_nginx(directory: Path, server: Server, name: str = "localhost") -> Iterator[Nginx]:
     """Start nginx in front of a server, configured by the sample; skip the test if nginx is not installed."""
     # Debian installs nginx in /usr/sbin, which is on root's PATH only.
     executable = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")

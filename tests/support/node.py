@@ -29,7 +29,7 @@ class Client:
 
     sdk: str
     #: The fal.config call that `flux-server env` prints.
-    pointing: str
+    config_call: str
 
     @property
     def is_raw(self) -> bool:
@@ -38,7 +38,7 @@ class Client:
 
     def at(self, url: str, other: str) -> "Client":
         """Return the same client, pointed at `other` instead of `url`."""
-        return replace(self, pointing=self.pointing.replace(url, other))
+        return replace(self, config_call=self.config_call.replace(url, other))
 
     def output(self, result: Any) -> Any:
         """Return the output in a result of this SDK."""
@@ -47,7 +47,7 @@ class Client:
 
     def run(self, script: str, *arguments: str) -> Any:
         """Run one of the scripts; return the JSON that it prints."""
-        return _printed_json(["node", script, *arguments], {"SDK": self.sdk, "POINTING": self.pointing})
+        return _printed_json(["node", script, *arguments], {"SDK": self.sdk, "POINTING": self.config_call})
 
     def run_page(self, name: str, shown: str, request_id: str = PAGE_ID) -> Any:
         """Run a sample of the page; return the value of the expression `shown` at its end."""
@@ -59,10 +59,10 @@ class Client:
         lines = sample.replace(PAGE_ID, request_id).splitlines()
         if "fal.config({" in lines:
             # A second fal.config would undo the first.
-            options = self.pointing.removeprefix("fal.config({").removesuffix("});").strip()
+            options = self.config_call.removeprefix("fal.config({").removesuffix("});").strip()
             lines.insert(lines.index("fal.config({") + 1, f"  {options},{MARK}")
         else:
-            lines.insert(1, f"{self.pointing}{MARK}")
+            lines.insert(1, f"{self.config_call}{MARK}")
         return "\n".join([*lines, f"console.log(JSON.stringify({shown}));{MARK}", ""])
 
 

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.server_process import ROOT, Server, completed, free_port, serving
+from tests.support.server_process import ROOT, Server, free_port, serving, wait_until_completed
 
 MODELS = ROOT / "tests" / "support" / "faults" / "cluster"
 SLOW = "/queue/test/slow"
@@ -25,7 +25,7 @@ _HEAD, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 
 
 @contextmanager
-def nodes(num_gpus: int) -> Iterator[Any]:
+def ray_cluster(num_gpus: int) -> Iterator[Any]:
     """Start a cluster: a head without a GPU, and `num_gpus` nodes with one GPU each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
@@ -40,7 +40,7 @@ def nodes(num_gpus: int) -> Iterator[Any]:
 
 
 @contextmanager
-def autoscaled(config: Path, num_gpus: int, *, is_second: bool) -> Iterator[Any]:
+def autoscaling_cluster(config: Path, num_gpus: int, *, is_second: bool) -> Iterator[Any]:
     """Start a head without a GPU and Ray's autoscaler, which may start up to `num_gpus` nodes with one GPU each.
 
     `is_second` selects version 2 of the autoscaler instead of version 1.
@@ -110,7 +110,7 @@ def _autoscaling(address: str, num_gpus: int) -> dict[str, Any]:
     }
 
 
-def num_machines(cluster: Any) -> int:
+def num_worker_nodes(cluster: Any) -> int:
     """Count the live nodes, without the head."""
     return sum(bool(node["Alive"]) for node in cluster.global_state.node_table()) - 1
 
@@ -123,7 +123,7 @@ def serving_on(cluster: Any, data_dir: Path, **settings: str) -> Iterator[Server
         yield server
 
 
-def runners() -> list[psutil.Process]:
+def runner_processes() -> list[psutil.Process]:
     """List the runner processes of all servers of this test run, without those that others run on this machine."""
     return [
         process
@@ -138,7 +138,7 @@ def _is_ours(process: psutil.Process) -> bool:
     return False
 
 
-def body(seed: int, **changes: Any) -> dict[str, Any]:
+def request_body(seed: int, **changes: Any) -> dict[str, Any]:
     return {"prompt": "x", "seed": seed, "num_inference_steps": 10, "image_size": "square", **changes}
 
 
@@ -146,13 +146,13 @@ def client_of(server: Server) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=120, trust_env=False)
 
 
-def path(response: httpx.Response) -> str:
+def status_path(response: httpx.Response) -> str:
     return httpx.URL(response.json()["status_url"]).path
 
 
-def digest(client: httpx.Client, status_path: str) -> str:
+def image_digest(client: httpx.Client, status_path: str) -> str:
     """Wait until a request succeeds; return the SHA-256 of its image file."""
-    assert completed(client, status_path).get("error") is None
+    assert wait_until_completed(client, status_path).get("error") is None
     (image,) = client.get(status_path.removesuffix("/status")).json()["images"]
     return hashlib.sha256(client.get(httpx.URL(image["url"]).path).raise_for_status().content).hexdigest()
 
@@ -162,7 +162,7 @@ def gpus(client: httpx.Client) -> list[dict[str, Any]]:
     return found
 
 
-def until(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
+def wait_for_gpu_states(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
     """Wait until the GPUs are in these states; only the test's time limit ends the wait."""
     while True:
         current = gpus(client)

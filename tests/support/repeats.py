@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 
-def rounds(few: int, many: int) -> list[Any]:
+def round_params(few: int, many: int) -> list[Any]:
     """List the rounds' numbers, which tests use as random seeds; the additional `many` are marked as soak."""
     return [
         *range(few),

@@ -48,8 +48,8 @@ class Server:
         self.lines: list[str] = []
         self._output_changed = threading.Condition()
         self._has_ended = False
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def environment(self) -> dict[str, str]:
         """Return the server's environment: this process's environment without variables that change the server."""
@@ -114,7 +114,7 @@ def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **setting
     finally:
         if server.process.poll() is None:
             server.kill()
-        server._reader.join()
+        server.reader.join()
         if server.process.stdout:
             server.process.stdout.close()
 
@@ -127,7 +127,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def with_door(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
+def serving_with_proxy(data_dir: Path, *weights: str, **settings: str) -> Iterator[Server]:
     """Run a ready server with TLS and the CONNECT proxy."""
     ports = {name: str(free_port()) for name in ("port", "tls_port", "proxy_port")}
     with serving(data_dir, *weights, **{**ports, **settings}) as running:
@@ -145,11 +145,11 @@ class Gate:
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR)
 
-    def let(self, steps: int) -> None:
+    def release(self, steps: int) -> None:
         """Let the model take this many steps."""
         os.write(self._descriptor, b"." * steps)
 
-    def open(self) -> None:
+    def release_all(self) -> None:
         """Release all waiting jobs. Later jobs fail at once, because the pipe no longer exists."""
         if self.path.exists():
             self.path.unlink()
@@ -157,13 +157,13 @@ class Gate:
 
 
 @contextmanager
-def gated(path: Path) -> Iterator[Gate]:
+def open_gate(path: Path) -> Iterator[Gate]:
     """Create a gate and open it at the end, so that a failed test blocks no other test."""
     gate = Gate(path)
     try:
         yield gate
     finally:
-        gate.open()
+        gate.release_all()
 
 
 def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
@@ -174,12 +174,12 @@ def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
                 yield from_json(line.removeprefix("data: "))
 
 
-def in_progress(client: httpx.Client, status_url: str) -> dict[str, Any]:
+def wait_until_claimed(client: httpx.Client, status_url: str) -> dict[str, Any]:
     """Wait until a job has been claimed; return its status."""
     return next(status for status in statuses(client, status_url) if status["status"] != "IN_QUEUE")
 
 
-def completed(client: httpx.Client, status_url: str) -> dict[str, Any]:
+def wait_until_completed(client: httpx.Client, status_url: str) -> dict[str, Any]:
     """Follow the status stream to its end; return the last status."""
     last: dict[str, Any] = {}
     for status in statuses(client, status_url):

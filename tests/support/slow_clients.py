@@ -99,7 +99,7 @@ class SlowClients:
 
 
 @contextlib.contextmanager
-def few_files(number: int) -> Iterator[None]:
+def limited_open_files(number: int) -> Iterator[None]:
     """Limit the open files of processes started in the block to `number`, as a soft limit that they may raise."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))

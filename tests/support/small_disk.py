@@ -24,21 +24,21 @@ class SmallDisk:
     """
 
     def __init__(self, directory: Path, pid: int) -> None:
-        self.folder = directory
+        self.inner_path = directory
         enter = ("nsenter", f"--target={pid}", "--user", "--mount", "--preserve-credentials")
         # nsenter starts at the root directory.
-        self.within = (*enter, "env", f"--chdir={ROOT}")
-        self.seen = Path(f"/proc/{pid}/root") / directory.relative_to("/")
-        self._filler = self.seen / "filler"
+        self.enter_command = (*enter, "env", f"--chdir={ROOT}")
+        self.outer_path = Path(f"/proc/{pid}/root") / directory.relative_to("/")
+        self._filler = self.outer_path / "filler"
         self._filler.mkdir()
 
     def fill(self, room: int = 0) -> None:
         """Fill the disk except for `room` bytes, rounded down to whole pages."""
         with (self._filler / "large").open("wb") as file:
-            free = os.statvfs(self.seen)
+            free = os.statvfs(self.outer_path)
             os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
 
-    def fill_names(self) -> None:
+    def fill_inodes(self) -> None:
         """Use up all inodes: bytes can be written, but no further file can be created."""
         # Stop at the error, which may come early: the server creates files too.
         with suppress(OSError):
@@ -52,7 +52,7 @@ class SmallDisk:
 
     def copy(self, name: str, to: Path) -> Path:
         """Copy a directory of this disk to an ordinary disk; return the copy's path."""
-        return Path(shutil.copytree(self.seen / name, to))
+        return Path(shutil.copytree(self.outer_path / name, to))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ TEXT_WIDTH = 16
 PIXELS_A_TOKEN = 256
 
 
-class CallsAllSafe:
+class AllSafeChecker:
     """A safety checker that flags no image."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
@@ -106,7 +106,7 @@ def tiers_of(flow_transformer: Any) -> list[Tier]:
     ]
 
 
-class SharesAlways(Sharing):
+class AlwaysShare(Sharing):
     """A sharing policy that shares every forward it can, whatever the cost."""
 
     def __init__(self) -> None:
@@ -119,40 +119,42 @@ class SharesAlways(Sharing):
 def engine(dtype: torch.dtype = torch.float32, **settings: Any) -> FluxEngine:
     """Build an engine with all three tiers that shares every forward it can."""
     tiny_pipeline = pipeline(dtype, **settings)
-    return FluxEngine(tiny_pipeline, CallsAllSafe(), tiers_of(tiny_pipeline.transformer), "cpu", sharing=SharesAlways())
+    return FluxEngine(
+        tiny_pipeline, AllSafeChecker(), tiers_of(tiny_pipeline.transformer), "cpu", sharing=AlwaysShare()
+    )
 
 
-def asked(prompt: str = "a red apple", width: int = 64, height: int = 64, **more: Any) -> FluxDevInput:
+def make_request(prompt: str = "a red apple", width: int = 64, height: int = 64, **more: Any) -> FluxDevInput:
     """Build a request; it has two steps unless `more` says otherwise."""
     size = {"width": width, "height": height}
     return FluxDevInput.model_validate({"prompt": prompt, "image_size": size, "num_inference_steps": 2, **more})
 
 
-def stepped(engine: FluxEngine, task: FluxTask) -> FluxTask:
+def run_steps(engine: FluxEngine, task: FluxTask) -> FluxTask:
     """Take all remaining steps of the task; return the task."""
     while task.step < task.num_steps:
         engine.advance(task)
     return task
 
 
-def finished(engine: FluxEngine, task: FluxTask) -> list[Image]:
+def finish_task(engine: FluxEngine, task: FluxTask) -> list[Image]:
     """Take all remaining steps of the task, decode it, and return its images."""
-    stepped(engine, task)
+    run_steps(engine, task)
     while not task.is_decoded:
         engine.decode(task)
     return task.images
 
 
-def latents_of(engine: FluxEngine, request: FluxDevInput, seed: int) -> torch.Tensor:
+def generate_latents(engine: FluxEngine, request: FluxDevInput, seed: int) -> torch.Tensor:
     """Run the request alone; return the latents of its only image."""
-    (sample,) = stepped(engine, engine.start(request, seed)).samples
+    (sample,) = run_steps(engine, engine.start(request, seed)).samples
     latents: torch.Tensor = sample.latents
     return latents
 
 
-def painted(engine: FluxEngine, request: FluxDevInput, seed: int) -> list[Image]:
+def generate(engine: FluxEngine, request: FluxDevInput, seed: int) -> list[Image]:
     """Run the request alone; return its images."""
-    return finished(engine, engine.start(request, seed))
+    return finish_task(engine, engine.start(request, seed))
 
 
 def difference(one: Image, other: Image) -> int:
@@ -161,7 +163,7 @@ def difference(one: Image, other: Image) -> int:
 
 
 @contextmanager
-def batches(module: Any) -> Iterator[list[int]]:
+def record_batch_sizes(module: Any) -> Iterator[list[int]]:
     """Record the batch size of each forward of this transformer."""
     sizes: list[int] = []
 

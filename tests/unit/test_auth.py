@@ -11,7 +11,7 @@ import pytest
 
 from server.auth import ANONYMOUS, Keys, KeyScope, add_key, list_keys, load_key_scopes, pepper, revoke_key
 from server.errors import Forbidden, Unauthorized
-from tests.support.components import Parts, opened
+from tests.support.components import Components, open_components
 
 KEY = "id:secret"
 
@@ -63,35 +63,35 @@ def test_an_owner_does_not_reveal_the_key() -> None:
     assert "alice" not in Keys(("alice",)).owner("Key alice")
 
 
-def test_only_the_hash_of_a_generated_key_is_stored(parts: Parts) -> None:
+def test_only_the_hash_of_a_generated_key_is_stored(parts: Components) -> None:
     key = add_key(parts.database, "", KeyScope.OPERATOR)
     assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
-    stored = b"".join(path.read_bytes() for path in parts.folder.glob("queue.sqlite3*"))
+    stored = b"".join(path.read_bytes() for path in parts.data_dir.glob("queue.sqlite3*"))
     assert key.encode() not in stored
     assert key.partition(":")[2].encode() not in stored
 
 
 def test_a_generated_key_is_accepted_after_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         key = add_key(parts.database, "", KeyScope.OPERATOR)
         owner = Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
 
 
-def test_generated_keys_differ_and_have_two_parts_like_fals_keys(parts: Parts) -> None:
+def test_generated_keys_differ_and_have_two_parts_like_fals_keys(parts: Components) -> None:
     first, second = add_key(parts.database, "", KeyScope.OPERATOR), add_key(parts.database, "", KeyScope.OPERATOR)
     assert first != second
     assert len(first.split(":")) == 2
 
 
-def test_configured_and_generated_keys_are_both_accepted(parts: Parts) -> None:
+def test_configured_and_generated_keys_are_both_accepted(parts: Components) -> None:
     key = add_key(parts.database, "", KeyScope.OPERATOR)
     keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
 
 
-def test_named_keys_are_listed_and_revoked(parts: Parts) -> None:
+def test_named_keys_are_listed_and_revoked(parts: Components) -> None:
     keys = {
         name: add_key(parts.database, name, scope)
         for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
@@ -111,7 +111,7 @@ def test_named_keys_are_listed_and_revoked(parts: Parts) -> None:
     assert known.owner(f"Key {keys['me']}")
 
 
-def test_a_client_does_not_become_the_operator_when_the_operators_key_is_revoked(parts: Parts) -> None:
+def test_a_client_does_not_become_the_operator_when_the_operators_key_is_revoked(parts: Components) -> None:
     keys = {
         name: add_key(parts.database, name, scope)
         for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
@@ -123,7 +123,7 @@ def test_a_client_does_not_become_the_operator_when_the_operators_key_is_revoked
         known.require_operator(f"Key {keys['shop']}")
 
 
-def test_revoking_the_last_key_does_not_open_the_server(parts: Parts) -> None:
+def test_revoking_the_last_key_does_not_open_the_server(parts: Components) -> None:
     add_key(parts.database, "only", KeyScope.CLIENT)
     known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
     revoke_key(parts.database, list_keys(parts.database)[0]["owner"])
@@ -133,7 +133,7 @@ def test_revoking_the_last_key_does_not_open_the_server(parts: Parts) -> None:
         known.owner(None)
 
 
-def test_a_name_belongs_to_one_key(parts: Parts) -> None:
+def test_a_name_belongs_to_one_key(parts: Components) -> None:
     add_key(parts.database, "shop", KeyScope.CLIENT)
     with pytest.raises(ValueError, match="named shop already"):
         add_key(parts.database, "shop", KeyScope.CLIENT)
@@ -194,7 +194,7 @@ def test_a_token_expires() -> None:
     assert is_rejected(keys, issue_token(keys, seconds=-3600)[0])
 
 
-def test_a_token_ends_with_its_key(parts: Parts) -> None:
+def test_a_token_ends_with_its_key(parts: Components) -> None:
     key = add_key(parts.database, "shop", KeyScope.CLIENT)
     keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
     owner = keys.owner(f"Key {key}")

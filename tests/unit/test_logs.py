@@ -34,7 +34,7 @@ def test_each_request_is_one_line_of_json(tmp_path: Path) -> None:
             client.post("/queue/test/null", json={"prompt": SECRET})
             rejected = client.post("/test/null", json={"prompt": SECRET, "num_images": 99})
         server.stop()
-        server._reader.join()
+        server.reader.join()
         logged = events(server.lines)
     lines = [event for event in logged if event["logger"] == "server.queue.request_log"]
     assert len(lines) == 3
@@ -118,7 +118,7 @@ log.info("ready", extra={{"request_id": "abc"}})
 """
     with on_a_terminal([sys.executable, "-c", program]) as terminal:
         loading = read_until(terminal, r"loading transformer:\s+25%.*1\.00G/4\.00G")
-        gate.let(1)
+        gate.release(1)
         ready = read_until(terminal, "abc")
     assert "words for a file" not in loading
     # The line is in colour, and replaces the progress bar.

@@ -9,23 +9,23 @@ import pytest
 from server.errors import InternalError
 from server.queue.jobs import Outcome
 from server.status import MINUTES, load_overview
-from tests.support.components import Clock, Parts, claimed, opened
-from tests.support.components import painted as successful_outcome
+from tests.support.components import Clock, Components, claim_job, open_components
+from tests.support.components import success as successful_outcome
 from tests.support.server_process import TEST_MODELS, serving
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
-    with opened(tmp_path, clock=Clock()) as opened_parts:
+def parts(tmp_path: Path) -> Iterator[Components]:
+    with open_components(tmp_path, clock=Clock()) as opened_parts:
         yield opened_parts
 
 
-def test_the_overview_covers_the_last_hour(parts: Parts) -> None:
+def test_the_overview_covers_the_last_hour(parts: Components) -> None:
     for _ in range(3):
-        job = claimed(parts)
+        job = claim_job(parts)
         parts.clock.now += 90
         parts.queue.finish(job, successful_outcome())
-    failed = claimed(parts, endpoint="test/raises")
+    failed = claim_job(parts, endpoint="test/raises")
     parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
     parts.clock.now += 60
     overview = load_overview(parts.database, parts.clock.now)

@@ -29,7 +29,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         return
 
 
-def installed(names: Sequence[str]) -> str:
+def find_executable(names: Sequence[str]) -> str:
     """Return the path of a program found by one of `names`, the package's name first.
 
     If the program is missing, skip the test, or fail it in CI.
@@ -46,7 +46,7 @@ def installed(names: Sequence[str]) -> str:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Launch headless Chromium."""
-    path = installed(NAMES)
+    path = find_executable(NAMES)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser

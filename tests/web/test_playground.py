@@ -15,8 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import exports
-from tests.support.hostile_images import encoded, noise
+from tests.clients.test_python_client import env_variables
+from tests.support.hostile_images import encode, noise_image
 from tests.support.node import JS
 from tests.support.server_process import Gate, Server, free_port, serving
 from tests.web.test_browser_client import browser as browser
@@ -32,10 +32,10 @@ def playing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def page(browser: Browser, playing: Server) -> Iterator[Page]:
-    yield from opened(browser, playing.url)
+    yield from open_page(browser, playing.url)
 
 
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+def open_page(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     """Open a page in a fresh browser context. Page errors, policy violations and foreign requests fail it."""
     context = browser.new_context(**options)
     page = context.new_page()
@@ -111,11 +111,11 @@ def test_run_shows_queue_position_steps_and_cancel(page: Page, gate: Gate) -> No
     expect(cancelled.locator(".state")).to_have_text("Waiting, 1 request ahead")
     cancelled.get_by_role("button", name="Cancel").click()
     expect(cancelled.locator(".state")).to_contain_text("cancelled")
-    gate.let(2)
+    gate.release(2)
     oldest = page.locator("#runs > li").nth(2)
     expect(oldest.locator(".state")).to_have_text("Step 2 of 3")
     expect(oldest.locator(".preview")).to_be_visible()
-    gate.open()
+    gate.release_all()
     expect(oldest.locator("figure img")).to_be_visible()
     expect(page.locator("#runs > li").nth(1).locator("figure img")).to_be_visible()
 
@@ -183,7 +183,7 @@ def test_use_as_input_fills_the_image_to_image_form(page: Page) -> None:
 
 def drop(page: Page) -> None:
     """Drop an image of 96 x 80 on the image field."""
-    content = base64.b64encode(encoded(noise())).decode()
+    content = base64.b64encode(encode(noise_image())).decode()
     page.locator(".field.image_url").evaluate(
         """(node, content) => {
             const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
@@ -234,7 +234,7 @@ def test_failure_is_shown(page: Page) -> None:
 
 def test_wrong_key_reopens_the_dialog(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, "test/null=demo", keys="right") as server:
-        for page in opened(browser, server.ready().url):
+        for page in open_page(browser, server.ready().url):
             choose(page, "test/null")
             press(page, "x")
             for key, problem in (("wrong", ""), ("right", "The server rejected this key.")):
@@ -248,7 +248,7 @@ def test_wrong_key_reopens_the_dialog(browser: Browser, tmp_path: Path) -> None:
 def test_key_dialog_can_be_cancelled(browser: Browser, tmp_path: Path) -> None:
     """Cancelling drops the action that needs a key and keeps a key that was entered before."""
     with serving(tmp_path, "test/null=demo", keys="right,other") as server:
-        for page in opened(browser, server.ready().url):
+        for page in open_page(browser, server.ready().url):
             choose(page, "test/null")
             press(page, "x")
             expect(page.locator("#ask")).to_be_visible()
@@ -269,7 +269,7 @@ def test_key_dialog_can_be_cancelled(browser: Browser, tmp_path: Path) -> None:
 
 def test_dropped_file_asks_for_the_key(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, "test/null=demo", keys="right") as server:
-        for page in opened(browser, server.ready().url):
+        for page in open_page(browser, server.ready().url):
             choose(page, "test/copy")
             drop(page)
             page.get_by_label("API key", exact=True).fill("right")
@@ -288,7 +288,7 @@ def test_many_requests_leave_a_connection_for_cancelling(page: Page, gate: Gate)
     expect(last.locator(".state")).to_have_text("Waiting, 7 requests ahead")
     last.get_by_role("button", name="Cancel").click()
     expect(last.locator(".state")).to_contain_text("cancelled")
-    gate.open()
+    gate.release_all()
     expect(page.locator("#runs figure img")).to_have_count(8)
 
 
@@ -329,7 +329,7 @@ def test_delete_removes_the_request_from_the_server(page: Page, playing: Server,
     expect(running.locator(".state")).to_have_text("Generating…")
     with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
         running.get_by_role("button", name="Delete").click()
-        gate.open()
+        gate.release_all()
     assert deleted.value.status == 204
 
 
@@ -346,14 +346,14 @@ def test_missing_image_shows_a_message(page: Page, playing: Server) -> None:
 def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, gate: Gate) -> None:
     port = str(free_port())
     with serving(tmp_path, "test/null=demo", port=port) as server:
-        pages = opened(browser, server.ready().url)
+        pages = open_page(browser, server.ready().url)
         page = next(pages)
         choose(page, "test/gate")
         shown = run(page, str(gate.path))
         expect(shown.locator(".state")).to_have_text("Generating…")
         server.kill()
     expect(shown.locator(".state")).to_contain_text("Cannot reach the server")
-    gate.let(28)
+    gate.release(28)
     with serving(tmp_path, "test/null=demo", port=port) as server:
         server.ready()
         expect(shown.locator("figure img")).to_be_visible(timeout=30_000)
@@ -364,7 +364,7 @@ def test_page_recovers_from_a_server_restart(browser: Browser, tmp_path: Path, g
 def test_code_samples_run(node: None, browser: Browser, tmp_path: Path, key: str) -> None:
     """Each program runs unchanged, against a server that requires a key and one that does not."""
     with serving(tmp_path / "data", "test/null=demo", tls_port=str(free_port()), keys=key) as server:
-        for page in opened(browser, server.ready().url):
+        for page in open_page(browser, server.ready().url):
             choose(page, "test/null")
             page.get_by_label("Prompt").fill("it's a \"test\" with $HOME and 'quotes'")
             page.get_by_role("button", name=re.compile("512.512")).click()
@@ -372,7 +372,7 @@ def test_code_samples_run(node: None, browser: Browser, tmp_path: Path, key: str
             page.get_by_role("tab", name="Code").click()
             names = ("curl", "Python", "JavaScript")
             programs = {name: page.locator(f"pre[data-language={name}]").inner_text() for name in names}
-        environment = {"PATH": os.environ["PATH"], **exports(server), "FAL_KEY": key or "local"}
+        environment = {"PATH": os.environ["PATH"], **env_variables(server), "FAL_KEY": key or "local"}
         (tmp_path / "sample.mjs").write_text(programs["JavaScript"])
         (tmp_path / "node_modules").symlink_to(JS / "node_modules")
         commands = {
@@ -389,7 +389,7 @@ def test_code_samples_run(node: None, browser: Browser, tmp_path: Path, key: str
 def test_status_page(browser: Browser, playing: Server) -> None:
     httpx.post(f"{playing.url}/test/null", json={"prompt": "x"}, trust_env=False).raise_for_status()
     httpx.post(f"{playing.url}/test/raises", json={"prompt": "x"}, trust_env=False)
-    for page in opened(browser, f"{playing.url}/status"):
+    for page in open_page(browser, f"{playing.url}/status"):
         expect(page.locator("#state")).to_contain_text("Ready")
         expect(page.locator("#endpoints")).to_contain_text("test/null")
         expect(page.locator("#failures")).to_contain_text("test/raises")
@@ -404,7 +404,7 @@ def test_status_page(browser: Browser, playing: Server) -> None:
 def test_swagger_ui(browser: Browser, playing: Server) -> None:
     """Every operation is listed, and one can be tried. `opened` checks that the page stays on this origin."""
     paths = httpx.get(f"{playing.url}/openapi.json", trust_env=False).json()["paths"]
-    for page in opened(browser, f"{playing.url}/docs"):
+    for page in open_page(browser, f"{playing.url}/docs"):
         expect(page.locator(".opblock")).to_have_count(sum(len(operations) for operations in paths.values()))
         submit = page.locator(".opblock-post", has_text="/queue/test/null")
         submit.locator(".opblock-summary-control").click()

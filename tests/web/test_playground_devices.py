@@ -14,8 +14,8 @@ from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import Server
 from tests.web.test_browser_client import browser as browser
-from tests.web.test_browser_client import installed
-from tests.web.test_playground import choose, opened, run
+from tests.web.test_browser_client import find_executable
+from tests.web.test_playground import choose, open_page, run
 from tests.web.test_playground import playing as playing
 
 #: The names of Firefox's executable: Debian's, then the usual one.
@@ -26,7 +26,7 @@ DARK = "rgb(20, 20, 25)"
 
 def test_playground_in_firefox(node: None, playing: Server) -> None:
     """An image is generated and survives a reload, in the dark theme; the page fits the width of a phone."""
-    command = ["node", "firefox.mjs", installed(NAMES), playing.url, "test/null", "seen in Firefox"]
+    command = ["node", "firefox.mjs", find_executable(NAMES), playing.url, "test/null", "seen in Firefox"]
     environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
     process = subprocess.run(command, cwd=JS, env=environment, capture_output=True, text=True, timeout=90)
     assert process.returncode == 0, process.stderr
@@ -62,7 +62,7 @@ DISPLAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=DISPLAYS)
 def page(request: pytest.FixtureRequest, browser: Browser, playing: Server) -> Iterator[Page]:
-    yield from opened(browser, playing.url, **DISPLAYS[request.param])
+    yield from open_page(browser, playing.url, **DISPLAYS[request.param])
 
 
 def fits(page: Page) -> bool:

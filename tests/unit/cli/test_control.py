@@ -18,11 +18,11 @@ from server.cli import control_socket
 from server.cli.control import Control
 from server.queue.jobs import Job
 from server.storage.file_store import Lifecycle
-from tests.clients.test_realtime import SMALL, UNAUTHORIZED, last_words, painted, session
-from tests.support.components import Parts, finished, opened, submission
-from tests.support.components import painted as outcome
-from tests.support.server_process import ROOT, TEST_MODELS, completed, free_port, serving
-from tests.unit.storage.test_uploads import files_of_at_most
+from tests.clients.test_realtime import SMALL, UNAUTHORIZED, generate, last_message_and_code, session
+from tests.support.components import Components, finish_job, open_components, submission
+from tests.support.components import success as outcome
+from tests.support.server_process import ROOT, TEST_MODELS, free_port, serving, wait_until_completed
+from tests.unit.storage.test_uploads import limited_file_size
 
 
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,14 +82,14 @@ def test_tokens_and_sessions_end_with_their_key(tmp_path: Path) -> None:
 
             assert statuses() == [200, 200]
             with session(server, query=query) as revoked, session(server, authorization="Key boss-key") as other:
-                assert painted(revoked)["seed"] == painted(other)["seed"] == 5
+                assert generate(revoked)["seed"] == generate(other)["seed"] == 5
                 output_of(tmp_path, "keys", "revoke", "shop")
                 revoked.send(msgpack.packb(SMALL))
-                assert last_words(revoked) == (UNAUTHORIZED, 1008)
-                assert painted(other)["seed"] == 5
+                assert last_message_and_code(revoked) == (UNAUTHORIZED, 1008)
+                assert generate(other)["seed"] == 5
             assert statuses() == [401, 401]
             with session(server, query=query) as again:
-                assert last_words(again) == (UNAUTHORIZED, 1008)
+                assert last_message_and_code(again) == (UNAUTHORIZED, 1008)
 
 
 def test_keys_are_added_without_a_server(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_keys_are_added_without_a_server(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_is_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    with opened(tmp_path):
+    with open_components(tmp_path):
         pass
     result = flux_server(tmp_path, *arguments)
     assert result.returncode == 1
@@ -140,7 +140,7 @@ def test_the_first_and_the_last_key_print_a_notice(tmp_path: Path) -> None:
 
 def test_the_generated_key_does_not_count_on_loopback(tmp_path: Path) -> None:
     """The server makes this key when it runs behind a proxy. Without a proxy, it does not require the key."""
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         add_key(parts.database, "", KeyScope.OPERATOR)
     assert "(the first)" in output_of(tmp_path, "keys", "list")
     assert "will require one from its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
@@ -209,7 +209,7 @@ def test_a_webhook_is_redelivered(tmp_path: Path, httpserver: HTTPServer) -> Non
         ):
             hook = httpserver.url_for("/hook")
             posted = client.post("/queue/test/null", params={"fal_webhook": hook}, json={"prompt": "x"}).json()
-            completed(client, posted["status_url"])
+            wait_until_completed(client, posted["status_url"])
             while "delivered" not in output_of(tmp_path, "webhooks", "list", "--all"):
                 continue
             assert output_of(tmp_path, "webhooks", "list") == ""
@@ -218,9 +218,9 @@ def test_a_webhook_is_redelivered(tmp_path: Path, httpserver: HTTPServer) -> Non
         assert ids == [posted["request_id"]] * 2
 
 
-def test_webhooks_are_listed_by_state(parts: Parts) -> None:
-    control = Control(parts.database, parts.folder)
-    due, abandoned, delivered = (finished(parts, webhook_url=f"http://here/{n}").request_id for n in range(3))
+def test_webhooks_are_listed_by_state(parts: Components) -> None:
+    control = Control(parts.database, parts.data_dir)
+    due, abandoned, delivered = (finish_job(parts, webhook_url=f"http://here/{n}").request_id for n in range(3))
     parts.rows(f"UPDATE deliveries SET due_at = NULL, error = 'answered 500' WHERE request_id = '{abandoned}'")
     parts.rows(f"UPDATE deliveries SET due_at = NULL, delivered_at = 5 WHERE request_id = '{delivered}'")
     assert {each["request_id"] for each in control.list_webhooks()} == {due, abandoned}
@@ -240,7 +240,7 @@ def test_a_backup_of_a_running_server_can_be_served(tmp_path: Path) -> None:
             extra = output_of(tmp_path / "data", "keys", "add", "shop")
             assert "MB" in output_of(tmp_path / "data", "backup", str(tmp_path / "copy"))
             later = client.post("/queue/test/null", json={"prompt": "later"}).json()
-            completed(client, later["status_url"])
+            wait_until_completed(client, later["status_url"])
         mode = (tmp_path / "copy" / "queue.sqlite3").stat().st_mode & 0o777
         authority = (tmp_path / "data" / "tls" / "ca.pem").read_bytes()
     assert mode == 0o600
@@ -252,41 +252,41 @@ def test_a_backup_of_a_running_server_can_be_served(tmp_path: Path) -> None:
         assert status_with_key(server.url, extra, "/test/null") == 200
 
 
-def test_a_backup_overwrites_nothing(parts: Parts, tmp_path: Path) -> None:
+def test_a_backup_overwrites_nothing(parts: Components, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        Control(parts.database, parts.folder).back_up(str(tmp_path / "there"))
+        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "there"))
 
 
 @pytest.mark.parametrize(
     "name", ["files", "files/copy", "inputs/a/b", "uploads/copy", "tls/copy", "./copy/../files/copy"]
 )
-def test_a_backup_into_a_directory_that_it_copies_is_rejected(parts: Parts, name: str) -> None:
-    finished(parts)
-    target = parts.folder / name
+def test_a_backup_into_a_directory_that_it_copies_is_rejected(parts: Components, name: str) -> None:
+    finish_job(parts)
+    target = parts.data_dir / name
     with pytest.raises(ValueError, match=r"(choose another target|exists)$"):
-        Control(parts.database, parts.folder).back_up(str(target))
+        Control(parts.database, parts.data_dir).back_up(str(target))
     assert not target.exists() or name == "files"
 
 
-def test_a_backup_that_fails_leaves_nothing_behind(parts: Parts, tmp_path: Path) -> None:
+def test_a_backup_that_fails_leaves_nothing_behind(parts: Components, tmp_path: Path) -> None:
     for _ in range(3):
         parts.files.create(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
     # A failed backup leaves no directory, so any backup that exists is complete.
-    with files_of_at_most(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
-        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    with files_of_at_most(1000), pytest.raises(ValueError, match=r"copy: disk I/O error$"):
-        Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    assert list(tmp_path.iterdir()) == [parts.folder]
-    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    assert {path.name for path in tmp_path.iterdir()} == {parts.folder.name, "copy"}
+    with limited_file_size(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
+        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    with limited_file_size(1000), pytest.raises(ValueError, match=r"copy: disk I/O error$"):
+        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    assert list(tmp_path.iterdir()) == [parts.data_dir]
+    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    assert {path.name for path in tmp_path.iterdir()} == {parts.data_dir.name, "copy"}
 
 
-def test_a_backup_is_complete(parts: Parts, tmp_path: Path) -> None:
-    job = finished(parts)
+def test_a_backup_is_complete(parts: Components, tmp_path: Path) -> None:
+    job = finish_job(parts)
     parts.queue.submit(submission())
-    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    with opened(tmp_path / "copy") as copy:
+    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    with open_components(tmp_path / "copy") as copy:
         assert copy.rows("PRAGMA integrity_check") == [("ok",)]
         assert copy.queue.recover() == 1
         found = copy.queue.get(job.request_id)
@@ -297,15 +297,15 @@ def test_a_backup_is_complete(parts: Parts, tmp_path: Path) -> None:
 INPUT_NAME = f"{1:064x}.png"
 
 
-def submit_with_input(parts: Parts) -> Job:
+def submit_with_input(parts: Components) -> Job:
     """Submit a request with an input image, and leave it waiting."""
-    (parts.folder / "inputs" / INPUT_NAME).write_bytes(b"1")
+    (parts.data_dir / "inputs" / INPUT_NAME).write_bytes(b"1")
     return parts.queue.submit(submission(input_files={"image_url": INPUT_NAME}))
 
 
 @pytest.mark.parametrize("is_submitted_before", [True, False], ids=["before", "meanwhile"])
 def test_a_backup_has_the_inputs_of_waiting_requests(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_submitted_before: bool
+    parts: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_submitted_before: bool
 ) -> None:
     """The inputs are in the backup, however long the rest of it takes.
 
@@ -323,14 +323,14 @@ def test_a_backup_has_the_inputs_of_waiting_requests(
 
     waiting = submit_with_input(parts) if is_submitted_before else None
     monkeypatch.setattr(parts.database, "backup_to", copy_and_cancel)
-    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
-    assert list((parts.folder / "inputs").iterdir()) == []
-    with opened(tmp_path / "copy") as restored:
+    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    assert list((parts.data_dir / "inputs").iterdir()) == []
+    with open_components(tmp_path / "copy") as restored:
         assert restored.queue.recover() == 1
         assert restored.inputs.cache.path(INPUT_NAME).read_bytes() == b"1"
 
 
-def test_a_backup_copies_each_input_once(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_copies_each_input_once(parts: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests wait while the database is copied, so the inputs are copied before."""
     submit_with_input(parts)
     copied, copy2 = list[str](), shutil.copy2
@@ -340,7 +340,7 @@ def test_a_backup_copies_each_input_once(parts: Parts, tmp_path: Path, monkeypat
         copy2(source, target)
 
     monkeypatch.setattr(shutil, "copy2", record)
-    Control(parts.database, parts.folder).back_up(str(tmp_path / "copy"))
+    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
     assert copied == [INPUT_NAME]
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from models.loading import hub as hub_module
-from tests.support.fake_hub import Hub, stand_in_hub, write_checker, write_flux_dev
+from tests.support.fake_hub import Hub, running_hub, write_checker, write_flux_dev
 from tests.support.server_process import ROOT, serving
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -27,7 +27,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
-    with stand_in_hub(repositories) as running:
+    with running_hub(repositories) as running:
         yield running
 
 
@@ -66,13 +66,13 @@ def test_pull_downloads_only_the_files_that_the_pipeline_needs(hub: Hub, tmp_pat
     assert {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json"} <= downloaded
     unwanted = {"flux1-dev.safetensors", "ae.safetensors", "README.md", "LICENSE.md", "dev_grid.jpg"}
     assert not downloaded & {*unwanted, "vae/diffusion_pytorch_model.bin"}
-    assert not {name.rpartition("/")[2] for name in hub.asked} & {*unwanted, "diffusion_pytorch_model.bin"}
+    assert not {name.rpartition("/")[2] for name in hub.requested_files} & {*unwanted, "diffusion_pytorch_model.bin"}
     assert hub_module.missing_components(snapshot(tmp_path)) == []
     assert hub_module.missing_components(snapshot(tmp_path, CHECKER)) == []
 
 
 def test_interrupted_downloads_are_completed(hub: Hub, tmp_path: Path) -> None:
-    hub.breaks_off = 50_000
+    hub.truncate_at = 50_000
     completed = pull(hub, tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert hub_module.missing_components(snapshot(tmp_path)) == []
@@ -82,21 +82,21 @@ def test_interrupted_downloads_are_completed(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_complete_files_are_not_downloaded_again_after_a_kill(hub: Hub, tmp_path: Path) -> None:
-    hub.stalls_at = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+    hub.stalling_file = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
     command = [sys.executable, "-m", "server", "pull", FLUX_DEV]
     with subprocess.Popen(command, cwd=ROOT, env=environment(hub, tmp_path), stderr=subprocess.DEVNULL) as pulling:
         assert hub.has_stalled.wait(60)
         pulling.kill()
     # The files that the first attempt completed before the kill.
-    complete = files_of(snapshot(tmp_path)) - {hub.stalls_at}
+    complete = files_of(snapshot(tmp_path)) - {hub.stalling_file}
     assert hub_module.missing_components(snapshot(tmp_path)) != []
-    hub.stalls_at, hub.asked = None, []
-    hub.goes_on.set()
+    hub.stalling_file, hub.requested_files = None, []
+    hub.resume.set()
     completed = pull(hub, tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert hub_module.missing_components(snapshot(tmp_path)) == []
     assert complete
-    assert not complete & set(hub.asked)
+    assert not complete & set(hub.requested_files)
 
 
 def test_an_unaccepted_license_is_reported(hub: Hub, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome, Priority, State
 from server.settings import Settings
 from server.storage.file_store import StoredFile
-from tests.support.components import Parts, submission
+from tests.support.components import Components, submission
 
 TEXT = '{"prompt": "x"}'
 
@@ -29,7 +29,7 @@ class FakeRunner:
     node = "there"
 
     def __init__(self) -> None:
-        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.orders: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.suspects: list[str] = []
         self.send_error: Exception | None = None
@@ -38,7 +38,7 @@ class FakeRunner:
 
     def messages(self) -> Iterator[messages.Message]:
         while True:
-            report = self.said.get()
+            report = self.incoming.get()
             if isinstance(report, Exception):
                 raise report
             yield report
@@ -62,19 +62,19 @@ class FakeRunner:
         self.orders.put(("hear", ""))
 
     def stop(self) -> None:
-        self.said.put(messages.RunnerStopped())
+        self.incoming.put(messages.RunnerStopped())
 
     def kill(self) -> None:
-        self.said.put(RunnerLost("killed"))
+        self.incoming.put(RunnerLost("killed"))
 
     def crashed_jobs(self) -> list[str]:
         return self.suspects
 
     def ready(self) -> "FakeRunner":
-        self.said.put(messages.RunnerState(LoadProgress(), True, {"demo": EngineInfo("a GPU")}))
+        self.incoming.put(messages.RunnerState(LoadProgress(), True, {"demo": EngineInfo("a GPU")}))
         return self
 
-    def taken(self) -> str:
+    def next_job_id(self) -> str:
         order, request_id = self.orders.get(timeout=20)
         assert order == "take"
         return request_id
@@ -84,8 +84,8 @@ class FakeRayCluster:
     """Fake Ray cluster with any number of GPUs. Each new runner is handed to the test."""
 
     def __init__(self) -> None:
-        self.made: queue.SimpleQueue[FakeRunner] = queue.SimpleQueue()
-        self.number = 1
+        self.started: queue.SimpleQueue[FakeRunner] = queue.SimpleQueue()
+        self.gpu_count = 1
         #: How often the head asked for the number of GPUs.
         self.num_looks = 0
 
@@ -93,19 +93,19 @@ class FakeRayCluster:
 
     def start_runner(self) -> FakeRunner:
         runner = FakeRunner()
-        self.made.put(runner)
+        self.started.put(runner)
         return runner
 
     def num_gpus(self) -> int:
         self.num_looks += 1
-        if not self.number:
+        if not self.gpu_count:
             raise RayLost("it has died")
-        return self.number
+        return self.gpu_count
 
     def close(self) -> None: ...
 
     def next(self) -> FakeRunner:
-        return self.made.get(timeout=20).ready()
+        return self.started.get(timeout=20).ready()
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeRayCluster:
 
 
 @pytest.fixture
-def start(parts: Parts, fleet: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
+def start(parts: Components, fleet: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
     """Return a function that starts a cluster head with the given settings. The head stops after the test."""
     started: list[ClusterHead] = []
 
@@ -139,72 +139,72 @@ def until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.005)
 
 
-def submit(parts: Parts, **changes: Any) -> Job:
+def submit(parts: Components, **changes: Any) -> Job:
     return parts.queue.submit(submission(input=TEXT, **changes))
 
 
-def ended(job: Job, content: bytes = b"picture") -> messages.JobFinished:
+def job_finished(job: Job, content: bytes = b"picture") -> messages.JobFinished:
     name = "0" * 31 + f"{job.sequence % 10}.jpg"
     file = StoredFile(name, job.owner, len(content), "image/jpeg")
     return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
 
 
 def test_images_from_a_runner_are_stored_on_the_head(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     job = submit(parts)
     runner = fleet.next()
-    assert runner.taken() == job.request_id
-    runner.said.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
-    runner.said.put(messages.JobLog(job.request_id, "hello", "INFO"))
+    assert runner.next_job_id() == job.request_id
+    runner.incoming.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
+    runner.incoming.put(messages.JobLog(job.request_id, "hello", "INFO"))
     until(lambda: [line["message"] for line in job.logs] == ["step 1/2", "hello"])
     assert job.preview == "data:preview"
     (gpu,) = cluster.gpus()
     assert (gpu.state, gpu.node, gpu.num_running, gpu.engines) == ("ready", "there", 1, {"demo": EngineInfo("a GPU")})
-    runner.said.put(ended(job))
+    runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
-    (name,) = parts.on_disk()
-    assert (parts.folder / "files" / name).read_bytes() == b"picture"
+    (name,) = parts.stored_file_names()
+    assert (parts.data_dir / "files" / name).read_bytes() == b"picture"
     assert parts.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 
 def test_jobs_of_a_lost_runner_are_retried(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     job = submit(parts)
     first = fleet.next()
-    first.taken()
-    first.said.put(RunnerLost("its node is gone"))
+    first.next_job_id()
+    first.incoming.put(RunnerLost("its node is gone"))
     second = fleet.next()
-    assert second.taken() == job.request_id
+    assert second.next_job_id() == job.request_id
     # This message comes too late: the lost runner no longer has a job.
-    first.said.put(ended(job, b"old"))
-    second.said.put(ended(job, b"new"))
+    first.incoming.put(job_finished(job, b"old"))
+    second.incoming.put(job_finished(job, b"new"))
     until(lambda: job.state == State.COMPLETED)
     assert (job.attempt, job.crash_count, cluster.gpus()[0].num_restarts) == (2, 0, 1)
-    (name,) = parts.on_disk()
-    assert (parts.folder / "files" / name).read_bytes() == b"new"
+    (name,) = parts.stored_file_names()
+    assert (parts.data_dir / "files" / name).read_bytes() == b"new"
 
 
 def test_a_job_fails_alone_after_three_crashes(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start(max_running=2)
     deadly, other = submit(parts), submit(parts)
     for number in range(3):
         runner = fleet.next()
-        assert {runner.taken(), runner.taken()} == {deadly.request_id, other.request_id}
+        assert {runner.next_job_id(), runner.next_job_id()} == {deadly.request_id, other.request_id}
         if number == 0:
             # As the watchdog does, the runner reports the crash before the process ends.
-            runner.said.put(messages.CrashReported([deadly.request_id]))
+            runner.incoming.put(messages.CrashReported([deadly.request_id]))
             assert runner.orders.get(timeout=20) == ("hear", "")
         else:
             runner.suspects = [deadly.request_id]
-        runner.said.put(RunnerLost("the process crashed"))
+        runner.incoming.put(RunnerLost("the process crashed"))
     runner = fleet.next()
-    assert runner.taken() == other.request_id
+    assert runner.next_job_id() == other.request_id
     assert (deadly.state, deadly.error) == (
         State.COMPLETED,
         "The server crashed 3 times while it ran this request.",
@@ -213,43 +213,43 @@ def test_a_job_fails_alone_after_three_crashes(
 
 
 def test_a_job_that_caused_no_crash_fails_after_ten_attempts(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
     for _ in range(10):
         runner = fleet.next()
-        runner.taken()
-        runner.said.put(RunnerLost("killed"))
+        runner.next_job_id()
+        runner.incoming.put(RunnerLost("killed"))
     until(lambda: job.state == State.COMPLETED)
     assert job.error == "Gave up after 10 attempts."
 
 
 def test_cancel_and_preview_requests_reach_the_runner(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     job = submit(parts)
     runner = fleet.next()
-    runner.taken()
+    runner.next_job_id()
     job.wants_previews = True
-    runner.said.put(messages.JobProgress(job.request_id, 1, 2, None))
+    runner.incoming.put(messages.JobProgress(job.request_id, 1, 2, None))
     assert runner.orders.get(timeout=20) == ("preview", job.request_id)
     parts.queue.cancel(job)
     assert runner.orders.get(timeout=20) == ("cancel", job.request_id)
     # The job finishes anyway, but too late: its images are not stored.
-    runner.said.put(ended(job))
+    runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
-    assert (job.is_cancelled, parts.on_disk()) == (True, [])
+    assert (job.is_cancelled, parts.stored_file_names()) == (True, [])
 
 
 def test_storing_images_is_retried_when_the_disk_is_full(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
     job = submit(parts)
     runner = fleet.next()
-    runner.taken()
+    runner.next_job_id()
     tried = threading.Event()
     write = parts.files.write
 
@@ -260,16 +260,18 @@ def test_storing_images_is_retried_when_the_disk_is_full(
         return write(*args)
 
     monkeypatch.setattr(parts.files, "write", full)
-    runner.said.put(ended(job))
+    runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     assert tried.is_set()
-    assert len(parts.on_disk()) == 1
+    assert len(parts.stored_file_names()) == 1
 
 
-def test_a_stop_requeues_running_jobs(parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]) -> None:
+def test_a_stop_requeues_running_jobs(
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+) -> None:
     cluster = start()
     running, waiting = submit(parts), submit(parts)
-    fleet.next().taken()
+    fleet.next().next_job_id()
     cluster.stop()
     assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",), ("IN_QUEUE",)]
     assert (parts.queue.position(running), parts.queue.position(waiting)) == (0, 1)
@@ -277,19 +279,19 @@ def test_a_stop_requeues_running_jobs(parts: Parts, fleet: FakeRayCluster, start
 
 
 def test_low_priority_waits_for_a_gpu_without_blocking_normal_priority(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
     low = [submit(parts, priority=Priority.LOW) for _ in range(2)]
     runner = fleet.next()
-    assert runner.taken() == low[0].request_id
+    assert runner.next_job_id() == low[0].request_id
     normal = submit(parts)
-    assert runner.taken() == normal.request_id
+    assert runner.next_job_id() == normal.request_id
     assert low[1].state == State.IN_QUEUE
 
 
 def test_gpus_are_added_for_the_queue_and_removed_when_idle(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
@@ -300,26 +302,26 @@ def test_gpus_are_added_for_the_queue_and_removed_when_idle(
     while any(job.state != State.COMPLETED for job in jobs.values()):
         for runner in runners:
             while not runner.orders.empty():
-                runner.said.put(ended(jobs[runner.taken()]))
+                runner.incoming.put(job_finished(jobs[runner.next_job_id()]))
         threading.Event().wait(0.005)
     until(lambda: not cluster.gpus())
 
 
 def test_an_idle_gpu_is_removed_while_a_later_one_is_busy(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
-    running_id = first.taken()
+    running_id = first.next_job_id()
     second = fleet.next()
-    held = jobs.pop(second.taken())
+    held = jobs.pop(second.next_job_id())
     while jobs:
-        first.said.put(ended(jobs.pop(running_id)))
-        running_id = first.taken() if jobs else ""
+        first.incoming.put(job_finished(jobs.pop(running_id)))
+        running_id = first.next_job_id() if jobs else ""
     until(lambda: [(gpu.name, gpu.state, gpu.num_running) for gpu in cluster.gpus()] == [("1", "ready", 1)])
-    second.said.put(ended(held))
+    second.incoming.put(job_finished(held))
     until(lambda: held.state == State.COMPLETED)
     assert held.attempt == 1
     until(lambda: not cluster.gpus())
@@ -327,14 +329,14 @@ def test_an_idle_gpu_is_removed_while_a_later_one_is_busy(
 
 @pytest.mark.parametrize(("node", "expected_states"), [("there", ["ready", "loading"]), ("", ["ready"])])
 def test_a_shorter_queue_withdraws_a_requested_gpu_but_not_a_loading_one(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, expected_states: list[str]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, expected_states: list[str]
 ) -> None:
     cluster = start(max_gpus=2, min_gpus=0)
     jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
     first = fleet.next()
-    running_id = first.taken()
-    fleet.made.get(timeout=20).node = node
-    first.said.put(ended(jobs[running_id]))
+    running_id = first.next_job_id()
+    fleet.started.get(timeout=20).node = node
+    first.incoming.put(job_finished(jobs[running_id]))
     until(lambda: jobs[running_id].state == State.COMPLETED)
     looks = fleet.num_looks
     until(lambda: fleet.num_looks > looks + 3)
@@ -342,34 +344,34 @@ def test_a_shorter_queue_withdraws_a_requested_gpu_but_not_a_loading_one(
 
 
 def test_every_gpu_of_the_cluster_is_used(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     fleet.next()
-    fleet.number = 3
+    fleet.gpu_count = 3
     fleet.next()
     fleet.next()
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready"] * 3)
 
 
 def test_a_runner_that_fails_to_load_is_restarted(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     for _ in range(3):
-        fleet.made.get(timeout=20).said.put(messages.RunnerStopped("these weights cannot be read"))
+        fleet.started.get(timeout=20).incoming.put(messages.RunnerStopped("these weights cannot be read"))
     fleet.next()
     until(lambda: cluster.is_ready)
     assert cluster.gpus()[0].num_restarts == 3
 
 
 def test_the_head_stops_when_ray_dies_and_keeps_its_queue(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     submit(parts)
-    fleet.next().taken()
-    fleet.number = 0
+    fleet.next().next_job_id()
+    fleet.gpu_count = 0
     until(lambda: cluster.failure is not None)
     assert str(cluster.failure) == "it has died"
     cluster.stop()
@@ -378,24 +380,24 @@ def test_the_head_stops_when_ray_dies_and_keeps_its_queue(
 
 @pytest.mark.parametrize("is_rejected_by_runner", [False, True])
 def test_a_job_that_a_runner_cannot_receive_goes_to_another(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_rejected_by_runner: bool
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_rejected_by_runner: bool
 ) -> None:
-    fleet.number = 2
+    fleet.gpu_count = 2
     cluster = start()
-    first = fleet.made.get(timeout=20)
+    first = fleet.started.get(timeout=20)
     first.send_error = None if is_rejected_by_runner else RunnerLost("the object store is full")
     first.ready()
     until(lambda: cluster.is_ready)
     job = submit(parts)
     if is_rejected_by_runner:
-        assert first.taken() == job.request_id
-        first.said.put(messages.JobRejected(job.request_id))
-    assert fleet.next().taken() == job.request_id
+        assert first.next_job_id() == job.request_id
+        first.incoming.put(messages.JobRejected(job.request_id))
+    assert fleet.next().next_job_id() == job.request_id
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
 def test_a_job_whose_input_is_missing_fails_alone(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     runner = fleet.next()
@@ -406,9 +408,9 @@ def test_a_job_whose_input_is_missing_fails_alone(
 
 
 def test_a_slow_transfer_to_one_gpu_does_not_delay_another(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
-    fleet.number = 2
+    fleet.gpu_count = 2
     cluster = start()
     runners = [fleet.next(), fleet.next()]
     until(lambda: all(gpu.state == "ready" for gpu in cluster.gpus()) and len(cluster.gpus()) == 2)
@@ -419,33 +421,33 @@ def test_a_slow_transfer_to_one_gpu_does_not_delay_another(
     small = submit(parts)
     until(lambda: not all(runner.orders.empty() for runner in runners))
     first, second = sorted(runners, key=lambda runner: runner.orders.empty())
-    assert first.taken() == small.request_id
+    assert first.next_job_id() == small.request_id
     for runner in runners:
         runner.can_send.set()
-    assert second.taken() == large.request_id
+    assert second.next_job_id() == large.request_id
 
 
 def test_the_head_stops_when_it_cannot_write_to_the_database(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
     runner = fleet.next()
-    runner.taken()
+    runner.next_job_id()
     monkeypatch.setattr(parts.queue, "finish", lambda *args: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
-    runner.said.put(ended(job))
+    runner.incoming.put(job_finished(job))
     until(lambda: cluster.failure is not None)
     assert str(cluster.failure) == "disk I/O error"
 
 
 def test_a_job_whose_image_cannot_be_written_fails_alone(
-    parts: Parts, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = start()
     job = submit(parts)
     runner = fleet.next()
-    runner.taken()
+    runner.next_job_id()
     monkeypatch.setattr(parts.files, "write", lambda *args: (_ for _ in ()).throw(OSError("bad sector")))
-    runner.said.put(ended(job))
+    runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.failure) == ("internal_error", None)

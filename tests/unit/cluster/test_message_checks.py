@@ -13,8 +13,8 @@ from server.cluster.head import ClusterHead
 from server.cluster.ray_backend import RunnerLost
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.storage.file_store import Lifecycle, StoredFile
-from tests.support.components import Parts, finished, submission
-from tests.unit.cluster.test_head import FakeRayCluster, FakeRunner, ended, fleet, start, submit, until
+from tests.support.components import Components, finish_job, submission
+from tests.unit.cluster.test_head import FakeRayCluster, FakeRunner, fleet, job_finished, start, submit, until
 
 __all__ = ["fleet", "start"]
 
@@ -72,7 +72,7 @@ INVALID_MESSAGES: dict[str, Callable[[Job], messages.Message]] = {
 
 @pytest.mark.parametrize("invalid_message", INVALID_MESSAGES.values(), ids=INVALID_MESSAGES)
 def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retried(
-    parts: Parts,
+    parts: Components,
     fleet: FakeRayCluster,
     start: Start,
     caplog: pytest.LogCaptureFixture,
@@ -83,12 +83,12 @@ def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retr
     cluster = start()
     job = submit(parts)
     liar = fleet.next()
-    assert liar.taken() == job.request_id
-    liar.said.put(invalid_message(job))
+    assert liar.next_job_id() == job.request_id
+    liar.incoming.put(invalid_message(job))
     honest = fleet.next()
-    assert honest.taken() == job.request_id
+    assert honest.next_job_id() == job.request_id
     assert (job.attempt, job.crash_count, job.logs) == (2, 0, [])
-    honest.said.put(ended(job))
+    honest.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     assert (cluster.failure, cluster.gpus()[0].num_restarts) == (None, 1)
     assert [
@@ -96,28 +96,28 @@ def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retr
         for message in caplog.messages
         if message.startswith("GPU 0: lost its runner, starting another: the runner reported ")
     ]
-    assert [(name,) for name in parts.on_disk()] == parts.rows("SELECT name FROM files WHERE name <> ?", NAME)
-    assert {path.name for path in parts.folder.parent.iterdir()} == {parts.folder.name}
+    assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files WHERE name <> ?", NAME)
+    assert {path.name for path in parts.data_dir.parent.iterdir()} == {parts.data_dir.name}
 
 
-def test_files_of_other_requests_are_not_changed(parts: Parts, fleet: FakeRayCluster, start: Start) -> None:
+def test_files_of_other_requests_are_not_changed(parts: Components, fleet: FakeRayCluster, start: Start) -> None:
     """The same holds when the request is cancelled and its files are deleted."""
     theirs = parts.files.create(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
-    first = finished(parts, theirs)
+    first = finish_job(parts, theirs)
     cluster = start()
     for is_cancelled in (False, True):
         job = submit(parts)
         liar = fleet.next()
-        assert liar.taken() == job.request_id
+        assert liar.next_job_id() == job.request_id
         if is_cancelled:
             parts.queue.cancel(job)
-        liar.said.put(with_file(job, name=theirs.name))
+        liar.incoming.put(with_file(job, name=theirs.name))
         if not is_cancelled:
             honest = fleet.next()
-            assert honest.taken() == job.request_id
-            honest.said.put(with_outcome(job))
+            assert honest.next_job_id() == job.request_id
+            honest.incoming.put(with_outcome(job))
             until(lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
-            honest.said.put(RunnerLost("enough"))
+            honest.incoming.put(RunnerLost("enough"))
     until(lambda: job.state == State.COMPLETED)
     assert parts.files.path(theirs).read_bytes() == b"theirs"
     assert parts.rows("SELECT name, request_id FROM files") == [(theirs.name, first.request_id)]
@@ -125,19 +125,19 @@ def test_files_of_other_requests_are_not_changed(parts: Parts, fleet: FakeRayClu
 
 
 def start_two_runners(
-    parts: Parts, fleet: FakeRayCluster, start: Start
+    parts: Components, fleet: FakeRayCluster, start: Start
 ) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
     """Start two runners with one request each."""
-    fleet.number = 2
+    fleet.gpu_count = 2
     cluster = start()
     runners = [fleet.next(), fleet.next()]
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready", "ready"])
     jobs = [submit(parts), submit(parts)]
-    return cluster, {runner.taken(): runner for runner in runners}, jobs
+    return cluster, {runner.next_job_id(): runner for runner in runners}, jobs
 
 
 def test_a_runner_cannot_finish_requests_of_others_or_finished_ones(
-    parts: Parts, fleet: FakeRayCluster, start: Start
+    parts: Components, fleet: FakeRayCluster, start: Start
 ) -> None:
     """Messages about waiting or unknown requests are ignored too."""
     cluster, runners, (mine, other) = start_two_runners(parts, fleet, start)
@@ -152,16 +152,16 @@ def test_a_runner_cannot_finish_requests_of_others_or_finished_ones(
             messages.JobRejected(name),
             messages.CrashReported([name]),
         ):
-            liar.said.put(report)
+            liar.incoming.put(report)
     # Finish the request twice. The second message is ignored, because the request is already finished.
-    liar.said.put(with_outcome(mine, body='{"seed": 1}'))
-    liar.said.put(with_outcome(mine, status=500, body='{"seed": 2}', error="lies"))
+    liar.incoming.put(with_outcome(mine, body='{"seed": 1}'))
+    liar.incoming.put(with_outcome(mine, status=500, body='{"seed": 2}', error="lies"))
     assert liar.orders.get(timeout=20)[0] == "hear"
     until(lambda: waiting.state == State.IN_PROGRESS)
-    liar.said.put(with_outcome(waiting))
+    liar.incoming.put(with_outcome(waiting))
     until(lambda: waiting.state == State.COMPLETED)
     assert (other.state, other.attempt, other.crash_count, other.logs, other.preview) == ("IN_PROGRESS", 1, 0, [], None)
-    runners[other.request_id].said.put(with_outcome(other))
+    runners[other.request_id].incoming.put(with_outcome(other))
     until(lambda: other.state == State.COMPLETED)
     assert parts.rows("SELECT status, error, attempt FROM jobs") == [(200, None, 1)] * 3
     assert parts.queue.result(mine).body == '{"seed": 1}'
@@ -170,34 +170,34 @@ def test_a_runner_cannot_finish_requests_of_others_or_finished_ones(
 
 
 def test_the_log_of_a_request_is_limited(
-    parts: Parts, fleet: FakeRayCluster, start: Start, monkeypatch: pytest.MonkeyPatch
+    parts: Components, fleet: FakeRayCluster, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(message_checks, "MAX_LINES", 100)
     start()
     job = submit(parts)
     liar = fleet.next()
-    liar.taken()
+    liar.next_job_id()
     for _ in range(101):
-        liar.said.put(messages.JobLog(job.request_id, "again", "INFO"))
-    assert fleet.next().taken() == job.request_id
+        liar.incoming.put(messages.JobLog(job.request_id, "again", "INFO"))
+    assert fleet.next().next_job_id() == job.request_id
 
 
 def test_log_records_of_a_runner_are_truncated(
-    parts: Parts, fleet: FakeRayCluster, start: Start, caplog: pytest.LogCaptureFixture
+    parts: Components, fleet: FakeRayCluster, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     start()
     long = logging.LogRecord("server.worker.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
     runner = fleet.next()
-    runner.said.put(messages.LogRecord(long))
+    runner.incoming.put(messages.LogRecord(long))
     until(lambda: any(message.startswith("xxx") for message in caplog.messages))
     assert max(map(len, caplog.messages)) == message_checks.MAX_LINE
-    assert fleet.made.empty()
+    assert fleet.started.empty()
 
 
 def test_valid_messages_are_accepted() -> None:
     job = Job(1, "one", "test/null", "me", Mode.QUEUE, Priority.NORMAL, "http://here", State.IN_PROGRESS)
     for report in (
-        ended(job),
+        job_finished(job),
         messages.JobProgress(job.request_id, 2, 2, None),
         messages.RunnerState(LoadProgress(), True, {}),
         messages.StepMeasured((512, 512), "none", 0.0),
@@ -207,13 +207,15 @@ def test_valid_messages_are_accepted() -> None:
         message_checks.check(report, {job.request_id: job})
 
 
-def test_an_unreadable_input_does_not_block_other_requests(parts: Parts, fleet: FakeRayCluster, start: Start) -> None:
+def test_an_unreadable_input_does_not_block_other_requests(
+    parts: Components, fleet: FakeRayCluster, start: Start
+) -> None:
     """A damaged row has such an input. Its runner reports the error."""
     bad = parts.queue.submit(submission(input="nonsense"))
     start()
     runner = fleet.next()
-    assert runner.taken() == bad.request_id
-    runner.said.put(with_outcome(bad, status=500, error="it cannot be read"))
+    assert runner.next_job_id() == bad.request_id
+    runner.incoming.put(with_outcome(bad, status=500, error="it cannot be read"))
     good = submit(parts)
-    assert runner.taken() == good.request_id
+    assert runner.next_job_id() == good.request_id
     assert bad.error == "it cannot be read"

@@ -77,10 +77,10 @@ def test_a_job_is_run_and_reported(working: tuple[Runner, Iterator[Any]]) -> Non
 def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
     gpu_runner, reports = working
     gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
-    gate.let(1)
+    gate.release(1)
     assert first(reports, messages.JobProgress).step == 1
     gpu_runner.cancel("one")
-    gate.let(1)
+    gate.release(1)
     ended = first(reports, messages.JobFinished)
     assert (ended.outcome.error_type, ended.contents) == ("client_cancelled", {})
 
@@ -88,10 +88,10 @@ def test_a_cancelled_job_ends_before_its_next_step(working: tuple[Runner, Iterat
 def test_previews_are_sent_on_request(working: tuple[Runner, Iterator[Any]], gate: Gate) -> None:
     gpu_runner, reports = working
     gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
-    gate.let(1)
+    gate.release(1)
     assert first(reports, messages.JobProgress).preview is None
     gpu_runner.preview("one")
-    gate.open()
+    gate.release_all()
     assert any(report.preview for report in iter(lambda: first(reports, messages.JobProgress), None) if report.step > 1)
     assert first(reports, messages.JobFinished)
 
@@ -127,11 +127,11 @@ def test_running_jobs_are_released_after_the_grace_period(
     gpu_runner, reports = working
     object.__setattr__(gpu_runner._worker._settings, "shutdown_grace", 0)
     gpu_runner.take_job(job("test/gate"), TEXT % gate.path, {})
-    gate.let(1)
+    gate.release(1)
     assert first(reports, messages.JobProgress).step == 1
     stopping = threading.Thread(target=gpu_runner.stop)
     stopping.start()
-    gate.let(1)
+    gate.release(1)
     assert first(reports, messages.JobReleased) == messages.JobReleased("one")
     stopping.join()
 

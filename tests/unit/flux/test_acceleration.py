@@ -21,7 +21,7 @@ from models.flux.engine import FluxEngine
 from models.loading import memory_plans
 from models.schema import PRESETS
 from tests.support import tiny_flux
-from tests.support.tiny_flux import CallsAllSafe, SharesAlways, asked, latents_of
+from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, generate_latents, make_request
 
 #: A size with few tokens, and one with as many tokens as the text.
 ODD_SIZES = [(64, 64), (256, 512)]
@@ -47,7 +47,7 @@ def warm(pipeline: FluxPipeline) -> Iterator[Warm]:
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend="eager"))
-        engine = FluxEngine(pipeline, CallsAllSafe(), compiled_tiers(pipeline), "cpu", sharing=SharesAlways())
+        engine = FluxEngine(pipeline, AllSafeChecker(), compiled_tiers(pipeline), "cpu", sharing=AlwaysShare())
         counts = [num_compiled()]
 
         def warm_up_all() -> None:
@@ -90,14 +90,16 @@ def compiled_tiers(pipeline: FluxPipeline) -> list[Tier]:
 def run_every_tier(engine: FluxEngine, width: int, height: int, num_steps: int) -> None:
     """Run every tier, and forwards of one to four samples with different guidance scales."""
     for name in ("none", "high"):
-        request = asked(width=width, height=height, acceleration=name, num_inference_steps=num_steps)
+        request = make_request(width=width, height=height, acceleration=name, num_inference_steps=num_steps)
         task = engine.start(request, 1)
         assert task.acceleration == name
         for _ in range(num_steps):
             engine.advance(task)
     for num_together in (1, 2, 3, 4):
         tasks = [
-            engine.start(asked(f"{n}", width, height, acceleration="regular", guidance_scale=1.5 + n), num_together)
+            engine.start(
+                make_request(f"{n}", width, height, acceleration="regular", guidance_scale=1.5 + n), num_together
+            )
             for n in range(num_together)
         ]
         assert len(engine.advance(tasks[0], tasks[1:])) == num_together
@@ -205,14 +207,14 @@ def test_the_nearest_lower_ready_tier_is_used(ready_names: str, requested: str, 
 
 def test_requests_use_a_lower_tier_until_theirs_is_ready(pipeline: FluxPipeline) -> None:
     offered = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, True, is_ready=False)]
-    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu")
-    early = engine.start(asked(acceleration="high"), 1)
+    engine = FluxEngine(pipeline, AllSafeChecker(), offered, "cpu")
+    early = engine.start(make_request(acceleration="high"), 1)
     assert early.acceleration == "none"
-    with tiny_flux.batches(pipeline.transformer) as warmed:
+    with tiny_flux.record_batch_sizes(pipeline.transformer) as warmed:
         assert engine.warm_up()
     assert set(warmed) == {1, 2}
     assert not engine.warm_up()
-    assert engine.start(asked(acceleration="high"), 1).acceleration == "regular"
+    assert engine.start(make_request(acceleration="high"), 1).acceleration == "regular"
     assert early.acceleration == "none"
 
 
@@ -233,11 +235,11 @@ def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None
         broken_tier("regular"),
         Tier("high", pipeline.transformer, is_ready=False),
     ]
-    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu")
+    engine = FluxEngine(pipeline, AllSafeChecker(), offered, "cpu")
     with pytest.raises(OSError, match="no compiler here"):
         engine.warm_up()
     assert names(engine.tiers) == ["none", "high"]
-    assert engine.start(asked(acceleration="regular"), 1).acceleration == "none"
+    assert engine.start(make_request(acceleration="regular"), 1).acceleration == "none"
     assert engine.warm_up()
     assert not engine.warm_up()
 
@@ -246,7 +248,7 @@ def test_without_a_compiler_every_tier_runs_uncompiled(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("models.flux.engine.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
-    monkeypatch.setattr("models.flux.engine.safety_checker.load", lambda _: CallsAllSafe())
+    monkeypatch.setattr("models.flux.engine.safety_checker.load", lambda _: AllSafeChecker())
     monkeypatch.setattr(
         "models.flux.engine.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
     )
@@ -255,7 +257,7 @@ def test_without_a_compiler_every_tier_runs_uncompiled(
     assert names(engine.tiers) == ["none"]
     assert engine.tiers[0].transformer is pipeline.transformer
     assert not engine.warm_up()
-    assert tiny_flux.painted(engine, asked(acceleration="high"), 1)
+    assert tiny_flux.generate(engine, make_request(acceleration="high"), 1)
 
 
 # -- what tiers share
@@ -328,16 +330,16 @@ def test_serving_never_compiles(pipeline: FluxPipeline, warm: Warm) -> None:
     assert all(tier.is_ready for tier in warm.engine.tiers)
     with torch.compiler.set_stance("fail_on_recompile"):
         for width, height in PRESETS.values():
-            warm.engine.advance(warm.engine.start(asked(width=width, height=height), 1))
+            warm.engine.advance(warm.engine.start(make_request(width=width, height=height), 1))
             # Smaller sizes, so that four samples fit in one forward.
             run_every_tier(warm.engine, width // 4, height // 4, 1)
         for width, height in ODD_SIZES:
             # Later steps of "high" skip blocks, so three steps run.
             run_every_tier(warm.engine, width, height, 3)
-        request = asked(width=96, height=64)
-        latents = latents_of(warm.engine, request, 1)
-    plain = FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu")
-    assert torch.equal(latents, latents_of(plain, request, 1))
+        request = make_request(width=96, height=64)
+        latents = generate_latents(warm.engine, request, 1)
+    plain = FluxEngine(pipeline, AllSafeChecker(), [Tier("none", pipeline.transformer)], "cpu")
+    assert torch.equal(latents, generate_latents(plain, request, 1))
 
 
 def other_transformer() -> Any:
@@ -352,8 +354,8 @@ def test_a_forward_that_was_not_warmed_up_raises_an_error(pipeline: FluxPipeline
     with torch.compiler.set_stance("default"):
         Tier("none", transformer).warm_up("cpu", torch.bfloat16)
     offered = [Tier("regular", transformer, shares_forwards=True)]
-    engine = FluxEngine(pipeline, CallsAllSafe(), offered, "cpu", sharing=SharesAlways())
-    tasks = [engine.start(asked(acceleration="regular"), seed) for seed in range(2)]
+    engine = FluxEngine(pipeline, AllSafeChecker(), offered, "cpu", sharing=AlwaysShare())
+    tasks = [engine.start(make_request(acceleration="regular"), seed) for seed in range(2)]
     with torch.compiler.set_stance("fail_on_recompile"):
         engine.advance(tasks[0])
         with pytest.raises(RuntimeError, match="recompil"):
@@ -378,7 +380,7 @@ def test_nothing_is_compiled_after_compilation_is_frozen(pipeline: FluxPipeline,
     finally:
         torch.compiler.set_stance("default")
     # An engine without compiled tiers does not forbid compilation.
-    FluxEngine(pipeline, CallsAllSafe(), [Tier("none", pipeline.transformer)], "cpu").freeze_compilation()
+    FluxEngine(pipeline, AllSafeChecker(), [Tier("none", pipeline.transformer)], "cpu").freeze_compilation()
     assert num_newly_compiled() > 0
 
 

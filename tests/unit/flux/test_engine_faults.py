@@ -17,7 +17,7 @@ from models.flux.engine import FluxEngine
 from models.flux.loras import LoraAdapter
 from models.flux.task import FluxTask
 from tests.support import tiny_flux
-from tests.support.tiny_flux import asked, batches, finished, painted
+from tests.support.tiny_flux import finish_task, generate, make_request, record_batch_sizes
 
 FULL = torch.OutOfMemoryError
 
@@ -77,7 +77,7 @@ def clear_prompts(engine: FluxEngine) -> None:
 
 
 def bytes_of(engine: FluxEngine, task: FluxTask) -> list[bytes]:
-    return [image.tobytes() for image in finished(engine, task)]
+    return [image.tobytes() for image in finish_task(engine, task)]
 
 
 # -- out of memory
@@ -88,8 +88,8 @@ def bytes_of(engine: FluxEngine, task: FluxTask) -> list[bytes]:
 def test_one_out_of_memory_error_is_retried(
     engine: FluxEngine, freed: list[None], part: str, acceleration: str
 ) -> None:
-    request = asked(num_inference_steps=3, acceleration=acceleration)
-    expected = [image.tobytes() for image in painted(engine, request, 1)]
+    request = make_request(num_inference_steps=3, acceleration=acceleration)
+    expected = [image.tobytes() for image in generate(engine, request, 1)]
     engine.prompts.evict()
     task = engine.start(request, 1)
     with failing(parts_of(engine)[part], FULL):
@@ -99,9 +99,9 @@ def test_one_out_of_memory_error_is_retried(
 
 
 def test_out_of_memory_at_every_step_is_retried_each_time(engine: FluxEngine, freed: list[None]) -> None:
-    expected = [image.tobytes() for image in painted(engine, asked(num_inference_steps=3), 1)]
+    expected = [image.tobytes() for image in generate(engine, make_request(num_inference_steps=3), 1)]
     with failing(engine.pipeline.transformer, *[FULL, None] * 3):
-        assert bytes_of(engine, engine.start(asked(num_inference_steps=3), 1)) == expected
+        assert bytes_of(engine, engine.start(make_request(num_inference_steps=3), 1)) == expected
     assert len(freed) == 3
 
 
@@ -110,27 +110,27 @@ def test_two_out_of_memory_errors_fail_the_task_and_name_its_size_and_free_memor
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr("models.loading.devices.free_memory", lambda device: 1_234_000_000)
-    others = [engine.start(asked("other", acceleration=acceleration), 2) for acceleration in ("none", "regular")]
-    expected = [[image.tobytes() for image in painted(engine, other.request, 2)] for other in others]
+    others = [engine.start(make_request("other", acceleration=acceleration), 2) for acceleration in ("none", "regular")]
+    expected = [[image.tobytes() for image in generate(engine, other.request, 2)] for other in others]
     for other in others:
         engine.advance(other)
-    task = engine.start(asked(width=96, height=64, acceleration="regular"), 1)
+    task = engine.start(make_request(width=96, height=64, acceleration="regular"), 1)
     with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed) as error:
-        finished(engine, task)
+        finish_task(engine, task)
     assert "96x64" in str(error.value)
     assert "1.2 GB are free" in str(error.value)
     assert len(freed) == 1
     assert task.images == []
     # The other tasks continue, and a new task succeeds.
     assert [bytes_of(engine, other) for other in others] == expected
-    assert painted(engine, asked(), 1)
+    assert generate(engine, make_request(), 1)
 
 
 def test_out_of_memory_in_a_shared_forward_is_retried_alone(engine: FluxEngine, freed: list[None]) -> None:
-    requests = [asked(f"picture {seed}", acceleration="regular") for seed in range(3)]
-    alone = [[image.tobytes() for image in painted(engine, request, seed)] for seed, request in enumerate(requests)]
+    requests = [make_request(f"picture {seed}", acceleration="regular") for seed in range(3)]
+    alone = [[image.tobytes() for image in generate(engine, request, seed)] for seed, request in enumerate(requests)]
     leader, *others = (engine.start(request, seed) for seed, request in enumerate(requests))
-    with batches(engine.pipeline.transformer) as sizes, failing(engine.pipeline.transformer, FULL):
+    with record_batch_sizes(engine.pipeline.transformer) as sizes, failing(engine.pipeline.transformer, FULL):
         advanced = engine.advance(leader, others)
     assert sizes == [3, 1]
     assert len(freed) == 1
@@ -142,20 +142,23 @@ def test_out_of_memory_in_a_shared_forward_is_retried_alone(engine: FluxEngine, 
 def test_out_of_memory_for_several_images_of_one_request_generates_them_one_by_one(
     engine: FluxEngine, freed: list[None]
 ) -> None:
-    task = engine.start(asked(num_images=2, acceleration="regular"), 5)
-    with batches(engine.pipeline.transformer) as sizes, failing(engine.pipeline.transformer, *[FULL, None] * 3):
+    task = engine.start(make_request(num_images=2, acceleration="regular"), 5)
+    with (
+        record_batch_sizes(engine.pipeline.transformer) as sizes,
+        failing(engine.pipeline.transformer, *[FULL, None] * 3),
+    ):
         images = bytes_of(engine, task)
     # The first sample takes two steps alone. The second sample follows.
     assert sizes[:4] == [2, 1, 2, 1]
     assert task.step == task.num_steps == 4
-    assert images == [painted(engine, asked(), seed)[0].tobytes() for seed in (5, 6)]
+    assert images == [generate(engine, make_request(), seed)[0].tobytes() for seed in (5, 6)]
 
 
 def test_two_out_of_memory_errors_in_a_shared_forward_fail_only_the_leader(
     engine: FluxEngine, freed: list[None]
 ) -> None:
-    leader, other = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
-    expected = [image.tobytes() for image in painted(engine, other.request, 1)]
+    leader, other = (engine.start(make_request(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
+    expected = [image.tobytes() for image in generate(engine, other.request, 1)]
     with failing(engine.pipeline.transformer, FULL, FULL), pytest.raises(GenerationFailed):
         engine.advance(leader, [other])
     assert other.step == 0
@@ -181,21 +184,21 @@ def test_tensors_of_a_failed_try_are_freed_before_the_retry(
         freed_tensors.extend(tensor() is None for tensor in tensors)
 
     monkeypatch.setattr(engine.device, "free", free)
-    task = engine.start(asked(), 1)
+    task = engine.start(make_request(), 1)
     if part == "decode":
-        tiny_flux.stepped(engine, task)
+        tiny_flux.run_steps(engine, task)
     hook = modules[part].register_forward_pre_hook(record_tensor, with_kwargs=True)
     try:
         with failing(modules[part], FULL):
-            finished(engine, task)
+            finish_task(engine, task)
     finally:
         hook.remove()
     assert freed_tensors == [True]
 
 
 def test_a_task_that_cannot_start_fails_alone(engine: FluxEngine) -> None:
-    leader, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
-    expected = [image.tobytes() for image in painted(engine, leader.request, 0)]
+    leader, bad = (engine.start(make_request(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
+    expected = [image.tobytes() for image in generate(engine, leader.request, 0)]
     with failing(parts_of(engine)["text"], KeyError, KeyError):
         while leader.step < leader.num_steps:
             assert [task is leader for task in engine.advance(leader, [bad])] == [True]
@@ -220,7 +223,7 @@ class FakeChecker:
 def test_a_safety_check_that_runs_out_of_memory_is_retried(
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    images = painted(engine, asked(num_images=2), 1)
+    images = generate(engine, make_request(num_images=2), 1)
     monkeypatch.setattr(engine, "checker", FakeChecker(error))
     assert engine.is_unsafe(images) == [False, True]
     assert len(freed) == 1
@@ -237,16 +240,16 @@ def test_a_safety_check_that_runs_out_of_memory_is_retried(
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_device_error_means_that_the_device_is_lost(engine: FluxEngine, freed: list[None], part: str) -> None:
-    task = engine.start(asked(), 1)
+    task = engine.start(make_request(), 1)
     with failing(parts_of(engine)[part], torch.AcceleratorError), pytest.raises(DeviceLost, match="it was said"):
-        finished(engine, task)
+        finish_task(engine, task)
     assert freed == []
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_device_error_during_the_retry_means_that_the_device_is_lost(engine: FluxEngine, part: str) -> None:
     with failing(parts_of(engine)[part], FULL, torch.AcceleratorError), pytest.raises(DeviceLost):
-        finished(engine, engine.start(asked(), 1))
+        finish_task(engine, engine.start(make_request(), 1))
 
 
 def test_a_device_error_that_appears_only_while_waiting_for_the_step(
@@ -257,17 +260,17 @@ def test_a_device_error_that_appears_only_while_waiting_for_the_step(
 
     monkeypatch.setattr(engine.device, "throttle", wait)
     with pytest.raises(DeviceLost, match="illegal memory access"):
-        engine.advance(engine.start(asked(), 1))
+        engine.advance(engine.start(make_request(), 1))
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_other_errors_are_raised_unchanged(engine: FluxEngine, freed: list[None], part: str) -> None:
-    expected = [image.tobytes() for image in painted(engine, asked("other"), 2)]
+    expected = [image.tobytes() for image in generate(engine, make_request("other"), 2)]
     engine.prompts.evict()
-    other = engine.start(asked("other"), 2)
+    other = engine.start(make_request("other"), 2)
     engine.advance(other)
     with failing(parts_of(engine)[part], KeyError), pytest.raises(KeyError, match="it was said"):
-        finished(engine, engine.start(asked(), 1))
+        finish_task(engine, engine.start(make_request(), 1))
     assert freed == []
     assert bytes_of(engine, other) == expected
 
@@ -282,7 +285,7 @@ def test_not_a_number_is_an_error_and_never_a_black_image(
     engine: FluxEngine, part: str, acceleration: str, value: float
 ) -> None:
     module = engine.pipeline.transformer.proj_out if part == "step" else engine.pipeline.vae.decoder
-    task = engine.start(asked(acceleration=acceleration), 1)
+    task = engine.start(make_request(acceleration=acceleration), 1)
 
     def make_non_finite(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         changed = output.clone()
@@ -292,16 +295,16 @@ def test_not_a_number_is_an_error_and_never_a_black_image(
     hook = module.register_forward_hook(make_non_finite)
     try:
         with pytest.raises(GenerationFailed, match="not-a-number"):
-            finished(engine, task)
+            finish_task(engine, task)
     finally:
         hook.remove()
     assert task.images == []
     assert not task.is_decoded
-    assert painted(engine, asked(), 1)
+    assert generate(engine, make_request(), 1)
 
 
 def test_non_finite_latents_are_an_error_even_if_the_autoencoder_hides_them(engine: FluxEngine) -> None:
-    task = tiny_flux.stepped(engine, engine.start(asked(), 1))
+    task = tiny_flux.run_steps(engine, engine.start(make_request(), 1))
     (sample,) = task.samples
     sample.latents = sample.latents * float("inf")
     hook = engine.pipeline.vae.decoder.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
@@ -311,12 +314,12 @@ def test_non_finite_latents_are_an_error_even_if_the_autoencoder_hides_them(engi
     finally:
         hook.remove()
     assert task.images == []
-    assert painted(engine, asked(), 1)
+    assert generate(engine, make_request(), 1)
 
 
 def non_finite_task(engine: FluxEngine, **fields: Any) -> FluxTask:
     """Return a task that has taken every step, and whose latents are not numbers."""
-    task = tiny_flux.stepped(engine, engine.start(asked(**fields), 1))
+    task = tiny_flux.run_steps(engine, engine.start(make_request(**fields), 1))
     for sample in task.samples:
         sample.latents = sample.latents * float("nan")
     return task
@@ -326,12 +329,12 @@ def test_two_non_finite_images_in_a_row_mean_that_the_device_is_lost(engine: Flu
     for _ in range(3):
         with pytest.raises(NonFiniteOutput):
             engine.decode(non_finite_task(engine))
-        assert painted(engine, asked(), 1)
+        assert generate(engine, make_request(), 1)
     with pytest.raises(NonFiniteOutput):
         engine.decode(non_finite_task(engine))
     with pytest.raises(DeviceLost, match="two images in a row came out as not-a-number"):
         engine.decode(non_finite_task(engine))
-    assert painted(engine, asked(), 1)
+    assert generate(engine, make_request(), 1)
 
 
 def test_non_finite_images_with_a_lora_do_not_mean_that_the_device_is_lost(engine: FluxEngine) -> None:
@@ -343,13 +346,13 @@ def test_non_finite_images_with_a_lora_do_not_mean_that_the_device_is_lost(engin
 
 
 def test_other_images_of_a_shared_forward_stay_finite(engine: FluxEngine) -> None:
-    good, bad = (engine.start(asked(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
+    good, bad = (engine.start(make_request(f"picture {seed}", acceleration="regular"), seed) for seed in range(2))
     engine.advance(good, [bad])
     bad.samples[0].latents = bad.samples[0].latents * float("nan")
     engine.advance(good, [bad])
     with pytest.raises(GenerationFailed, match="not-a-number"):
         engine.decode(bad)
-    assert finished(engine, good)
+    assert finish_task(engine, good)
 
 
 # -- no leaks
@@ -363,8 +366,8 @@ def num_tensors() -> int:
 def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Leaks do not depend on the length of a prompt, so prompts are short here.
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
-    request = asked("a fish", num_inference_steps=50)
-    expected = [image.tobytes() for image in painted(engine, request, 3)]
+    request = make_request("a fish", num_inference_steps=50)
+    expected = [image.tobytes() for image in generate(engine, request, 3)]
     one = engine.prompts.encode("a fish", engine.pipeline).num_bytes
     monkeypatch.setattr(engine.prompts, "max_bytes", 4 * one)
     survivor = engine.start(request, 3)
@@ -373,7 +376,7 @@ def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytes
     def cancel(number: int) -> None:
         """Drop a task after zero, one or two steps, alone or together with others."""
         accelerations = ("none", "regular", "high")
-        cancelled_request = asked(
+        cancelled_request = make_request(
             f"picture {number % 7}", acceleration=accelerations[number % 4 % 3], num_inference_steps=4
         )
         first, second = engine.start(cancelled_request, number), engine.start(cancelled_request, number + 1)
@@ -402,7 +405,7 @@ def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
         for part in PARTS:
             engine.prompts.evict()
             with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed):
-                finished(engine, engine.start(asked(), 1))
+                finish_task(engine, engine.start(make_request(), 1))
 
     fail()
     before = num_tensors()
@@ -413,8 +416,8 @@ def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
 
 def test_finished_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
-    painted(engine, asked(acceleration="high"), 1)
+    generate(engine, make_request(acceleration="high"), 1)
     before = num_tensors()
     for seed in range(10):
-        assert painted(engine, asked(acceleration="high", num_images=2), seed)
+        assert generate(engine, make_request(acceleration="high", num_images=2), seed)
     assert num_tensors() <= before

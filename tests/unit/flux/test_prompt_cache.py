@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from models.flux.engine import FluxEngine
 from models.flux.prompt_cache import NUM_TOKENS, PromptCache, PromptEmbeds
 from tests.support import tiny_flux
-from tests.support.tiny_flux import CallsAllSafe, asked, painted, tiers_of
+from tests.support.tiny_flux import AllSafeChecker, generate, make_request, tiers_of
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,15 @@ def test_a_prompt_is_encoded_once(pipeline: FluxPipeline, encoded: list[int]) ->
 def test_images_and_requests_share_an_encoded_prompt(
     pipeline: FluxPipeline, encoded: list[int], acceleration: str
 ) -> None:
-    engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
-    painted(engine, asked("a fish", num_images=3, acceleration=acceleration), 1)
-    painted(engine, asked("a fish", 96, 64, guidance_scale=9, acceleration="none"), 2)
+    engine = FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu")
+    generate(engine, make_request("a fish", num_images=3, acceleration=acceleration), 1)
+    generate(engine, make_request("a fish", 96, 64, guidance_scale=9, acceleration="none"), 2)
     assert encoded == [1]
 
 
 def test_nothing_is_encoded_before_the_first_step(pipeline: FluxPipeline, encoded: list[int]) -> None:
-    engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
-    engine.start(asked("a fish"), 1)
+    engine = FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu")
+    engine.start(make_request("a fish"), 1)
     assert encoded == []
 
 
@@ -107,10 +107,10 @@ def test_the_last_prompt_is_kept_even_if_it_exceeds_the_limit(pipeline: FluxPipe
 
 
 def test_a_task_can_use_a_prompt_after_its_eviction(pipeline: FluxPipeline) -> None:
-    engine = FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu")
-    expected = painted(engine, asked("a fish"), 1)
+    engine = FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu")
+    expected = generate(engine, make_request("a fish"), 1)
     engine.prompts.max_bytes = 1
-    task = engine.start(asked("a fish"), 1)
+    task = engine.start(make_request("a fish"), 1)
     engine.advance(task)
-    painted(engine, asked("a car"), 1)
-    assert [image.tobytes() for image in tiny_flux.finished(engine, task)] == [image.tobytes() for image in expected]
+    generate(engine, make_request("a car"), 1)
+    assert [image.tobytes() for image in tiny_flux.finish_task(engine, task)] == [image.tobytes() for image in expected]

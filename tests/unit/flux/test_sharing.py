@@ -4,7 +4,7 @@ import pytest
 
 from models.flux.sharing import PAYS_BELOW, SAMPLES, Sharing
 from tests.support import tiny_flux
-from tests.support.tiny_flux import asked, batches
+from tests.support.tiny_flux import make_request, record_batch_sizes
 
 
 class Costs:
@@ -60,13 +60,13 @@ def test_forwards_without_a_partner_are_not_measured() -> None:
 def test_the_engine_shares_forwards_by_measurement(pair: float, batch: int) -> None:
     engine, costs = tiny_flux.engine(), Costs(1.0, pair)
     engine.sharing = costs.sharing
-    tasks = [engine.start(asked(num_inference_steps=20, acceleration="regular"), seed) for seed in (1, 2)]
+    tasks = [engine.start(make_request(num_inference_steps=20, acceleration="regular"), seed) for seed in (1, 2)]
 
     def forward(module: object, inputs: object, named: dict[str, list[object]]) -> None:
         costs.now += costs.seconds[len(named["hidden_states"])]
 
     engine.pipeline.transformer.register_forward_pre_hook(forward, with_kwargs=True)
-    with batches(engine.pipeline.transformer) as batch_sizes:
+    with record_batch_sizes(engine.pipeline.transformer) as batch_sizes:
         for _ in range(2 * SAMPLES + 4):
             engine.advance(tasks[0], tasks[1:])
     assert batch_sizes == [1] * SAMPLES + [2] * SAMPLES + [batch] * 4

@@ -19,7 +19,7 @@ from werkzeug import Request, Response
 
 from server.errors import InvalidInputFile
 from server.inputs import lora_header, loras
-from tests.support.components import Clock, opened, submission
+from tests.support.components import Clock, open_components, submission
 from tests.support.server_process import Server, serving
 from tests.unit.net.test_outbound import FORBIDDEN
 
@@ -253,8 +253,8 @@ def test_the_number_of_loras_is_limited(user: httpx.Client) -> None:
 
 def test_files_stay_until_their_space_is_needed(tmp_path: Path) -> None:
     clock = Clock()
-    with opened(tmp_path, clock=clock) as parts:
-        directory = parts.folder / "inputs"
+    with open_components(tmp_path, clock=clock) as parts:
+        directory = parts.data_dir / "inputs"
         names = [f"{number}{'0' * 63}.safetensors" for number in range(4)]
         for number, name in enumerate(names):
             (directory / name).write_bytes(bytes(1000))

@@ -21,9 +21,9 @@ from models.schema import Limits
 from server.errors import InvalidInputFile
 from server.inputs import images
 from server.inputs.resolver import dump_input
-from tests.support.components import Clock, Parts, opened, submission
-from tests.support.hostile_images import JPEG, PNG, PROGRESSIVE, REFUSED, TAKEN, WEBP, encoded, noise
-from tests.support.server_process import Gate, Server, completed, free_port, in_progress, serving
+from tests.support.components import Clock, Components, open_components, submission
+from tests.support.hostile_images import ACCEPTED, JPEG, PNG, PROGRESSIVE, REFUSED, WEBP, encode, noise_image
+from tests.support.server_process import Gate, Server, free_port, serving, wait_until_claimed, wait_until_completed
 from tests.unit.net.test_outbound import FORBIDDEN
 
 COPY = "/test/copy"
@@ -76,45 +76,47 @@ def are_equal(one: Image.Image, other: Image.Image) -> bool:
 
 
 def test_a_data_uri_is_accepted(alice: httpx.Client) -> None:
-    assert are_equal(engine_input(alice, data_uri(encoded(noise()))), noise())
+    assert are_equal(engine_input(alice, data_uri(encode(noise_image()))), noise_image())
 
 
 def test_a_hosted_file_is_accepted(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()), content_type="image/png")
-    assert are_equal(engine_input(alice, httpserver.url_for("/picture.png")), noise())
+    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()), content_type="image/png")
+    assert are_equal(engine_input(alice, httpserver.url_for("/picture.png")), noise_image())
 
 
 def test_an_uploaded_file_is_accepted(alice: httpx.Client) -> None:
     headers = {"host": "rest.fal.ai"}
     file_info = {"content_type": "image/png", "file_name": "in.png"}
     upload = alice.post("/storage/upload/initiate", json=file_info, headers=headers).json()
-    alice.put(upload["upload_url"], content=encoded(noise()), headers={"content-type": "image/png"}).raise_for_status()
-    assert are_equal(engine_input(alice, upload["file_url"]), noise())
+    alice.put(
+        upload["upload_url"], content=encode(noise_image()), headers={"content-type": "image/png"}
+    ).raise_for_status()
+    assert are_equal(engine_input(alice, upload["file_url"]), noise_image())
 
 
 def test_a_result_can_be_an_input(alice: httpx.Client) -> None:
-    url = data_uri(encoded(noise()))
+    url = data_uri(encode(noise_image()))
     response = alice.post(COPY, json={"prompt": "", "image_url": url, "output_format": "png"}).json()
-    assert are_equal(engine_input(alice, response["images"][0]["url"]), noise())
+    assert are_equal(engine_input(alice, response["images"][0]["url"]), noise_image())
 
 
 def test_only_the_owner_can_use_a_private_file(alice: httpx.Client) -> None:
     headers = {"x-fal-object-lifecycle-preference": '{"initial_acl": {"default": "forbid"}}'}
-    body = {"prompt": "", "image_url": data_uri(encoded(noise())), "output_format": "png"}
+    body = {"prompt": "", "image_url": data_uri(encode(noise_image())), "output_format": "png"}
     url = alice.post(COPY, json=body, headers=headers).json()["images"][0]["url"]
-    assert are_equal(engine_input(alice, url), noise())
+    assert are_equal(engine_input(alice, url), noise_image())
     response = alice.post(COPY, json={"prompt": "", "image_url": url}, headers=BOB)
     assert response.status_code == 422
     assert response.json()["detail"][0]["type"] == "file_download_error"
 
 
 def test_redirects_are_followed_up_to_a_limit(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
+    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()))
     httpserver.expect_request("/moved").respond_with_response(
         Response(status=302, headers={"location": "/picture.png"})
     )
     httpserver.expect_request("/circle").respond_with_response(Response(status=302, headers={"location": "/circle"}))
-    assert are_equal(engine_input(alice, httpserver.url_for("/moved")), noise())
+    assert are_equal(engine_input(alice, httpserver.url_for("/moved")), noise_image())
     assert "more than 5 times" in rejection(alice, httpserver.url_for("/circle"))["msg"]
 
 
@@ -128,7 +130,7 @@ def test_an_accepted_input_survives_a_kill_and_the_loss_of_its_host(
     tmp_path: Path, httpserver: HTTPServer, gate: Gate
 ) -> None:
     """The request runs with the bytes that were fetched at submit time."""
-    httpserver.expect_request("/picture.png").respond_with_data(encoded(noise()))
+    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()))
     body = {"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"}
     settings = {"outbound_allow": "127.0.0.0/8", "max_running": "1"}
     with (
@@ -137,18 +139,18 @@ def test_an_accepted_input_survives_a_kill_and_the_loss_of_its_host(
     ):
         # This request runs until the gate opens, so the next one waits.
         first = client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
-        in_progress(client, first["status_url"])
+        wait_until_claimed(client, first["status_url"])
         path = urlsplit(client.post("/queue/test/copy", json=body).json()["response_url"]).path
         server.kill()
-    gate.open()
+    gate.release_all()
     httpserver.clear()
     with (
         serving(tmp_path / "data", "test/copy=demo", **settings) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
-        assert completed(client, f"{path}/status")["status"] == "COMPLETED"
+        assert wait_until_completed(client, f"{path}/status")["status"] == "COMPLETED"
         result = client.get(urlsplit(client.get(path).json()["images"][0]["url"]).path)
-        assert are_equal(Image.open(io.BytesIO(result.content)), noise())
+        assert are_equal(Image.open(io.BytesIO(result.content)), noise_image())
 
 
 # -- how images are decoded
@@ -157,19 +159,19 @@ def test_an_accepted_input_survives_a_kill_and_the_loss_of_its_host(
 def test_orientation_and_first_frame(alice: httpx.Client) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    turned = engine_input(alice, data_uri(encoded(noise(96, 80), exif=exif)))
-    assert are_equal(turned, noise(96, 80).transpose(Image.Transpose.ROTATE_270))
+    turned = engine_input(alice, data_uri(encode(noise_image(96, 80), exif=exif)))
+    assert are_equal(turned, noise_image(96, 80).transpose(Image.Transpose.ROTATE_270))
     second = Image.new("RGB", (96, 80))
-    animated = encoded(noise(), "PNG", save_all=True, append_images=[second])
-    assert are_equal(engine_input(alice, data_uri(animated)), noise())
+    animated = encode(noise_image(), "PNG", save_all=True, append_images=[second])
+    assert are_equal(engine_input(alice, data_uri(animated)), noise_image())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
     grey = numpy.arange(96 * 80, dtype=numpy.uint16).reshape(80, 96) * 8
-    source = Image.fromarray(grey) if mode == "I;16" else noise().convert(mode)
+    source = Image.fromarray(grey) if mode == "I;16" else noise_image().convert(mode)
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    result = engine_input(alice, data_uri(encoded(source, kind)))
+    result = engine_input(alice, data_uri(encode(source, kind)))
     assert result.mode == "RGB"
     expected = Image.fromarray((grey // 257).astype(numpy.uint8)) if mode == "I;16" else source
     if mode != "CMYK":
@@ -177,10 +179,10 @@ def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
 
 
 def test_large_ones_are_scaled_down_to_the_limit(alice: httpx.Client) -> None:
-    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
-    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
+    assert engine_input(alice, data_uri(encode(Image.new("RGB", (4000, 1000))))).size == (2048, 512)
+    assert engine_input(alice, data_uri(encode(Image.new("RGB", (2048, 2048))))).size == (2048, 2048)
     # The scale factor of this size is not exact.
-    assert engine_input(alice, data_uri(encoded(Image.new("RGB", (2215, 2215))))).size == (2048, 2048)
+    assert engine_input(alice, data_uri(encode(Image.new("RGB", (2215, 2215))))).size == (2048, 2048)
 
 
 # -- rejected inputs
@@ -192,16 +194,16 @@ def test_hostile_images_are_rejected(alice: httpx.Client, name: str) -> None:
     entry = rejection(alice, data_uri(content))
     assert entry["type"] == error_type
     assert len(entry["input"]) <= 1000
-    assert are_equal(engine_input(alice, data_uri(encoded(noise()))), noise())
+    assert are_equal(engine_input(alice, data_uri(encode(noise_image()))), noise_image())
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_odd_images_are_accepted(alice: httpx.Client, name: str) -> None:
-    assert are_equal(engine_input(alice, data_uri(TAKEN[name])), noise())
+    assert are_equal(engine_input(alice, data_uri(ACCEPTED[name])), noise_image())
 
 
 def test_at_least_48_images_are_tested() -> None:
-    assert len(REFUSED) + len(TAKEN) >= 48
+    assert len(REFUSED) + len(ACCEPTED) >= 48
 
 
 def mutate(number: int, directory: Path) -> None:
@@ -282,7 +284,7 @@ def test_no_compression_is_requested(alice: httpx.Client, httpserver: HTTPServer
 
     def record_encoding(request: Request) -> Response:
         recorded.append(request.headers["accept-encoding"])
-        return Response(encoded(noise()), content_type="image/png")
+        return Response(encode(noise_image()), content_type="image/png")
 
     httpserver.expect_request("/picture.png").respond_with_handler(record_encoding)
     engine_input(alice, httpserver.url_for("/picture.png"))
@@ -302,11 +304,11 @@ NEEDED, STRAY = f"{'1' * 64}.png", f"{'2' * 64}.png"
 
 def test_a_file_stays_until_its_request_is_finished(tmp_path: Path) -> None:
     clock = Clock()
-    with opened(tmp_path, clock=clock) as parts:
-        (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
-        (parts.folder / "inputs" / STRAY).write_bytes(b"2")
+    with open_components(tmp_path, clock=clock) as parts:
+        (parts.data_dir / "inputs" / NEEDED).write_bytes(b"1")
+        (parts.data_dir / "inputs" / STRAY).write_bytes(b"2")
         job = parts.queue.submit(submission(input_files={"image_url": NEEDED}))
-        clock.now = (parts.folder / "inputs" / NEEDED).stat().st_mtime + 60
+        clock.now = (parts.data_dir / "inputs" / NEEDED).stat().st_mtime + 60
         assert parts.inputs.sweep() == 0
         clock.now += 3600
         assert parts.inputs.sweep() == 1
@@ -316,13 +318,13 @@ def test_a_file_stays_until_its_request_is_finished(tmp_path: Path) -> None:
 
 
 def test_needed_files_are_known_after_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        (parts.folder / "inputs" / NEEDED).write_bytes(b"1")
+    with open_components(tmp_path) as parts:
+        (parts.data_dir / "inputs" / NEEDED).write_bytes(b"1")
         parts.queue.submit(submission(input_files={"image_url": NEEDED}))
     clock = Clock()
-    with opened(tmp_path, clock=clock) as parts:
+    with open_components(tmp_path, clock=clock) as parts:
         parts.queue.recover()
-        clock.now = (parts.folder / "inputs" / NEEDED).stat().st_mtime + 3600
+        clock.now = (parts.data_dir / "inputs" / NEEDED).stat().st_mtime + 3600
         assert parts.inputs.sweep() == 0
         assert _names(parts) == [NEEDED]
 
@@ -330,7 +332,7 @@ def test_needed_files_are_known_after_a_restart(tmp_path: Path) -> None:
 def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None:
     """They stay however long the others take."""
     clock = Clock()
-    with opened(tmp_path, clock=clock) as parts:
+    with open_components(tmp_path, clock=clock) as parts:
         cache = parts.inputs.cache
         with cache.pin() as pin:
             temp_path = cache.temp_path()
@@ -345,7 +347,7 @@ def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None
 
 def test_a_file_that_disappears_does_not_stop_the_sweep(tmp_path: Path) -> None:
     clock = Clock(now=4_000_000_000.0)
-    with opened(tmp_path, clock=clock) as parts:
+    with open_components(tmp_path, clock=clock) as parts:
         cache = parts.inputs.cache
         for name in (f"{'a' * 16}.part", STRAY):
             cache.path(name).write_bytes(b"1")
@@ -381,7 +383,7 @@ def test_the_same_url_is_checked_again_for_another_kind_of_file(
 
 def test_a_data_uri_is_not_stored_with_its_file() -> None:
     """This holds for nested data URIs too. Other references are stored unchanged."""
-    url = data_uri(encoded(noise()))
+    url = data_uri(encode(noise_image()))
     small = data_uri(b"lora")
     fields = {"prompt": "x", "image_url": url, "loras": [{"path": "owner/name"}, {"path": small, "scale": 0.5}]}
     request = FluxLoraImageToImageInput.model_validate(fields)
@@ -401,14 +403,14 @@ def test_one_key_cannot_fill_the_disk(tmp_path: Path, gate: Gate) -> None:
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=ALICE) as client,
     ):
         body = {"prompt": str(gate.path), "num_inference_steps": 1}
-        in_progress(client, client.post("/queue/test/gate", json=body).json()["status_url"])
-        data_uris = [data_uri(encoded(noise(96, 80 + n))) for n in range(3)]
+        wait_until_claimed(client, client.post("/queue/test/gate", json=body).json()["status_url"])
+        data_uris = [data_uri(encode(noise_image(96, 80 + n))) for n in range(3)]
         responses = [
             client.post("/queue/test/copy", json={"prompt": "", "image_url": url}, headers=headers)
             for headers in (ALICE, BOB)
             for url in data_uris
         ]
-        gate.open()
+        gate.release_all()
     assert [response.status_code for response in responses] == [200, 200, 429] * 2
     assert "--max-uploads-gb" in responses[2].json()["detail"]
 
@@ -419,5 +421,5 @@ def test_a_rejected_input_leaves_no_file(alice: httpx.Client, running: Server) -
     assert sorted((running.data_dir / "inputs").iterdir()) == before
 
 
-def _names(parts: Parts) -> list[str]:
-    return sorted(path.name for path in (parts.folder / "inputs").iterdir())
+def _names(parts: Components) -> list[str]:
+    return sorted(path.name for path in (parts.data_dir / "inputs").iterdir())

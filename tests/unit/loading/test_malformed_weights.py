@@ -17,7 +17,7 @@ from models.loading.pipeline import load_pipeline
 from models.loading.specs import DEMO
 from server.cli.main import cli
 from tests.support.server_process import serving
-from tests.unit.loading.test_verify import add
+from tests.unit.loading.test_verify import add_entries
 
 Change = Callable[[Path], Any]
 UNET = {"unet": ["diffusers", "UNet2DModel"]}
@@ -40,7 +40,7 @@ def overwrite(path: str, content: str) -> Change:
 
 def add_to_index(**more: Any) -> Change:
     """Return a change that adds entries to model_index.json."""
-    return lambda directory: add(directory / "model_index.json", **more)
+    return lambda directory: add_entries(directory / "model_index.json", **more)
 
 
 def remove_names(path: Path, *names: str) -> None:
@@ -182,33 +182,36 @@ FOUND_DURING_LOADING: dict[str, tuple[Change, str]] = {
         "transformer cannot be loaded: KeyError",
     ),
     "other sizes of a transformer": (
-        lambda root: add(root / "transformer" / "config.json", joint_attention_dim=64),
+        lambda root: add_entries(root / "transformer" / "config.json", joint_attention_dim=64),
         "transformer has other shapes than its configuration for 1 of",
     ),
     "other sizes of a text encoder": (
-        lambda root: add(root / "text_encoder" / "config.json", intermediate_size=512),
+        lambda root: add_entries(root / "text_encoder" / "config.json", intermediate_size=512),
         "text_encoder has other shapes than its configuration for",
     ),
-    "more layers": (lambda root: add(root / "text_encoder_2" / "config.json", num_layers=4), "text_encoder_2 lacks"),
+    "more layers": (
+        lambda root: add_entries(root / "text_encoder_2" / "config.json", num_layers=4),
+        "text_encoder_2 lacks",
+    ),
     "a word for a number": (
-        lambda root: add(root / "transformer" / "config.json", num_layers="two"),
+        lambda root: add_entries(root / "transformer" / "config.json", num_layers="two"),
         "transformer cannot be loaded: TypeError",
     ),
     "a number for a list": (
-        lambda root: add(root / "vae" / "config.json", decoder_block_out_channels=5),
+        lambda root: add_entries(root / "vae" / "config.json", decoder_block_out_channels=5),
         "vae cannot be loaded: ",
     ),
     "sizes that make no model": (
-        lambda root: add(root / "text_encoder" / "config.json", num_attention_heads=7),
+        lambda root: add_entries(root / "text_encoder" / "config.json", num_attention_heads=7),
         "text_encoder cannot be loaded: ",
     ),
     "a tokenizer without words": (overwrite("tokenizer_2/tokenizer.json", "{}"), "tokenizer_2 cannot be loaded: "),
     "tokens that the encoder lacks": (
-        lambda root: add(root / "tokenizer" / "vocab.json", unheard=99_999),
+        lambda root: add_entries(root / "tokenizer" / "vocab.json", unheard=99_999),
         "tokenizer counts to 100000, and its text encoder to 1665",
     ),
     "texts too long": (
-        lambda root: add(root / "tokenizer" / "tokenizer_config.json", model_max_length=100),
+        lambda root: add_entries(root / "tokenizer" / "tokenizer_config.json", model_max_length=100),
         "tokenizer_config.json counts to 100, and its text encoder to 77",
     ),
     "parts of other pipelines": (
@@ -290,7 +293,7 @@ def test_published_tensor_names_are_accepted(directory: Path) -> None:
 @pytest.mark.parametrize("name", ["CLIPTokenizerFast", "T5Tokenizer"])
 def test_both_class_names_of_a_tokenizer_are_accepted(directory: Path, name: str) -> None:
     component = "tokenizer" if "CLIP" in name else "tokenizer_2"
-    add(directory / "model_index.json", **{component: ["transformers", name]})
+    add_entries(directory / "model_index.json", **{component: ["transformers", name]})
     found, expected = (
         getattr(load_pipeline(EngineConfig(path, "", device="cpu"))[0], component) for path in (directory, DEMO)
     )
@@ -301,6 +304,6 @@ def test_both_class_names_of_a_tokenizer_are_accepted(directory: Path, name: str
 def test_unused_components_may_be_listed(directory: Path) -> None:
     """FluxPipeline lists the components that IP-Adapters need, even if it lacks them."""
     missing = {"image_encoder": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
-    add(directory / "model_index.json", **missing)
+    add_entries(directory / "model_index.json", **missing)
     pipeline, _ = load_pipeline(EngineConfig(directory, "", device="cpu"))
     assert pipeline.feature_extractor is None

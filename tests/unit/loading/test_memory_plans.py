@@ -11,7 +11,7 @@ from models.flux.engine import FluxEngine
 from models.loading import memory_plans
 from models.loading.memory_plans import PLANS, choose
 from tests.support import tiny_flux
-from tests.support.tiny_flux import CallsAllSafe, asked, latents_of, painted, tiers_of
+from tests.support.tiny_flux import AllSafeChecker, generate, generate_latents, make_request, tiers_of
 
 #: Sizes of the components of FLUX.1 [dev], in bytes.
 FLUX_DEV = {
@@ -62,21 +62,23 @@ def test_only_the_resident_plan_can_be_compiled() -> None:
 
 def engine_with_plan(name: str) -> FluxEngine:
     pipeline = BY_NAME[name].apply(tiny_flux.pipeline(torch.bfloat16), "cpu")
-    return FluxEngine(pipeline, CallsAllSafe(), tiers_of(pipeline.transformer), "cpu", sharing=tiny_flux.SharesAlways())
+    return FluxEngine(
+        pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", sharing=tiny_flux.AlwaysShare()
+    )
 
 
 def num_bytes(module: Any) -> int:
     return sum(weight.nbytes for weight in module.parameters())
 
 
-REQUEST = asked(width=96, height=64, num_inference_steps=3)
+REQUEST = make_request(width=96, height=64, num_inference_steps=3)
 
 
 @pytest.mark.parametrize("name", ["resident", "group-offload"])
 def test_plans_with_unchanged_weights_generate_the_same_image(name: str) -> None:
     engine, expected = engine_with_plan(name), tiny_flux.engine(torch.bfloat16)
-    assert torch.equal(latents_of(engine, REQUEST, 1), latents_of(expected, REQUEST, 1))
-    assert painted(engine, REQUEST, 1)[0].tobytes() == painted(expected, REQUEST, 1)[0].tobytes()
+    assert torch.equal(generate_latents(engine, REQUEST, 1), generate_latents(expected, REQUEST, 1))
+    assert generate(engine, REQUEST, 1)[0].tobytes() == generate(expected, REQUEST, 1)[0].tobytes()
 
 
 def test_large_components_are_offloaded_in_groups() -> None:
@@ -106,9 +108,9 @@ def test_8_bit_weights_take_as_much_memory_as_the_plan_says() -> None:
 def test_8_bit_weights_generate_nearly_the_same_image_in_less_memory() -> None:
     engine, exact = engine_with_plan("fp8-storage"), tiny_flux.engine(torch.bfloat16)
     assert num_bytes(engine.pipeline.transformer) < 0.7 * num_bytes(exact.pipeline.transformer)
-    one, other = latents_of(engine, REQUEST, 1).float(), latents_of(exact, REQUEST, 1).float()
+    one, other = generate_latents(engine, REQUEST, 1).float(), generate_latents(exact, REQUEST, 1).float()
     assert 0 < (one - other).norm() < 0.05 * other.norm()
-    (image,) = painted(engine, REQUEST, 1)
+    (image,) = generate(engine, REQUEST, 1)
     assert image.size == (96, 64)
 
 
@@ -116,7 +118,7 @@ def test_8_bit_weights_generate_nearly_the_same_image_in_less_memory() -> None:
 @pytest.mark.parametrize("acceleration", ["regular", "high"])
 def test_every_plan_generates_images_in_every_tier(name: str, acceleration: str) -> None:
     engine = engine_with_plan(name)
-    tasks = [engine.start(asked(acceleration=acceleration), seed) for seed in range(2)]
+    tasks = [engine.start(make_request(acceleration=acceleration), seed) for seed in range(2)]
     for task in tasks:
         while task.step < task.num_steps:
             engine.advance(task, [other for other in tasks if other is not task])

@@ -52,7 +52,7 @@ def engine_config(directory: Path) -> EngineConfig:
     return EngineConfig(directory, safety_checker="", device="cpu")
 
 
-def add(path: Path, **more: Any) -> None:
+def add_entries(path: Path, **more: Any) -> None:
     """Add entries to a JSON file."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps({**content, **more}), encoding="utf-8")
@@ -62,7 +62,7 @@ def sharded(component: Path, shard: str) -> None:
     """Replace the weights of a component with an index that names only this file."""
     (weights,) = component.glob("*.safetensors")
     weights.unlink()
-    add(component / f"{weights.name}.index.json", metadata={}, weight_map={"x": shard})
+    add_entries(component / f"{weights.name}.index.json", metadata={}, weight_map={"x": shard})
 
 
 def link(path: Path, target: Path) -> None:
@@ -89,13 +89,18 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a shard anywhere": (lambda directory: sharded(directory / "vae", "/x.safetensors"), "only safetensors"),
     "a pickled shard of the checker": (lambda directory: sharded(directory / "safety_checker", "x.pt"), "'x.pt'"),
-    "a shard without a name": (lambda directory: add(directory / "x.safetensors.index.json", weight_map={"x": 5}), "5"),
+    "a shard without a name": (
+        lambda directory: add_entries(directory / "x.safetensors.index.json", weight_map={"x": 5}),
+        "5",
+    ),
     "no index": (
-        lambda directory: add(directory / "x.safetensors.index.json", weight_map=[]),
+        lambda directory: add_entries(directory / "x.safetensors.index.json", weight_map=[]),
         "not an index of weights",
     ),
     "an adapter": (
-        lambda directory: add(directory / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)),
+        lambda directory: add_entries(
+            directory / "text_encoder" / "adapter_config.json", base_model_name_or_path=str(DEMO)
+        ),
         "an adapter is not part",
     ),
     "a pipe": (lambda directory: os.mkfifo(directory / "vae" / "x.json"), "neither a file nor a directory"),
@@ -107,31 +112,33 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "code that is never loaded": (lambda directory: (directory / "pipeline.py").touch(), "pipeline.py is code"),
     "code of its checker": (lambda directory: (directory / "safety_checker" / "x.py").touch(), "x.py is code"),
     "attention from the hub": (
-        lambda directory: add(directory / "text_encoder" / "config.json", attn_implementation="somebody/kernel"),
+        lambda directory: add_entries(
+            directory / "text_encoder" / "config.json", attn_implementation="somebody/kernel"
+        ),
         "names code by attn_implementation",
     ),
     "code of a part": (
-        lambda directory: add(directory / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
+        lambda directory: add_entries(directory / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
         "names code by auto_map",
     ),
     "a class that looks for code": (
-        lambda directory: add(directory / "model_index.json", text_encoder=["transformers", "AutoModel"]),
+        lambda directory: add_entries(directory / "model_index.json", text_encoder=["transformers", "AutoModel"]),
         "only transformers.CLIPTextModel",
     ),
     "another class": (
-        lambda directory: add(directory / "model_index.json", vae=["diffusers", "UNet2DModel"]),
+        lambda directory: add_entries(directory / "model_index.json", vae=["diffusers", "UNet2DModel"]),
         "only diffusers.AutoencoderKL or diffusers.AutoencoderTiny",
     ),
     "another part": (
-        lambda directory: add(directory / "model_index.json", unet=["diffusers", "UNet2DModel"]),
+        lambda directory: add_entries(directory / "model_index.json", unet=["diffusers", "UNet2DModel"]),
         "unet is of diffusers, and is not part",
     ),
     "a custom pipeline class": (
-        lambda directory: add(directory / "model_index.json", _class_name=["x", "X"]),
+        lambda directory: add_entries(directory / "model_index.json", _class_name=["x", "X"]),
         "is of x",
     ),
     "a component elsewhere": (
-        lambda directory: add(directory / "model_index.json", **{"../x": ["diffusers", "AutoencoderTiny"]}),
+        lambda directory: add_entries(directory / "model_index.json", **{"../x": ["diffusers", "AutoencoderTiny"]}),
         "not a component's name",
     ),
 }
@@ -206,10 +213,10 @@ def weights_with_code(directory: Path, mark: Path) -> Callable[[str], Path]:
     def add_code(name: str) -> Path:
         (directory / name / "stranger.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n", encoding="utf-8")
         for path in (directory / name).glob("*config.json"):
-            add(path, auto_map=AUTO_MAP, model_type="stranger", image_processor_type="Stranger")
+            add_entries(path, auto_map=AUTO_MAP, model_type="stranger", image_processor_type="Stranger")
         if name != "safety_checker":
             kind = "AutoTokenizer" if "tokenizer" in name else "AutoModel"
-            add(directory / "model_index.json", **{name: ["transformers", kind]})
+            add_entries(directory / "model_index.json", **{name: ["transformers", kind]})
         return directory
 
     return add_code
@@ -249,5 +256,5 @@ def test_code_of_a_checker_does_not_run_and_no_question_is_asked(
 
 def test_a_token_named_like_code_is_accepted(directory: Path) -> None:
     vocabulary = json.loads((directory / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    add(directory / "tokenizer" / "vocab.json", auto_map=max(vocabulary.values()))
+    add_entries(directory / "tokenizer" / "vocab.json", auto_map=max(vocabulary.values()))
     verify.verify_pipeline(directory, pipeline.NON_PIPELINE_COMPONENTS)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from server.net.connect_proxy import MAX_TUNNELS, ConnectProxy
-from tests.clients.test_connect_proxy import ENDS, entered, everything
-from tests.support.server_process import TEST_MODELS, free_port, with_door
+from tests.clients.test_connect_proxy import END_OF_HEAD, open_tunnel, send_raw
+from tests.support.server_process import TEST_MODELS, free_port, serving_with_proxy
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -68,14 +68,14 @@ async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send more than the client reads, and close."""
-    await reader.readuntil(ENDS)
+    await reader.readuntil(END_OF_HEAD)
     writer.write(FLOOD)
     writer.close()
 
 
 async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Respond before the request ends, and read no more of it."""
-    await reader.readuntil(ENDS)
+    await reader.readuntil(END_OF_HEAD)
     writer.write(b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
     writer.close()
 
@@ -105,7 +105,7 @@ async def connect(port: int, target: str = "fal.run:80") -> tuple[bytes, Streams
     """Send a CONNECT request. Return the response, and the reader and writer of the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
-    return await reader.readuntil(ENDS), (reader, writer)
+    return await reader.readuntil(END_OF_HEAD), (reader, writer)
 
 
 def connections() -> list[Any]:
@@ -273,10 +273,10 @@ def test_a_rejected_chunked_body_leaves_nothing_behind() -> None:
 def test_a_server_has_as_many_tunnels_as_connections(tmp_path: Path) -> None:
     """Tunnels have a share of the open files: at most as many as the connections of a port."""
     assert MAX_TUNNELS <= 512
-    with with_door(tmp_path, TEST_MODELS, max_connections="3") as server, ExitStack() as tunnels:
+    with serving_with_proxy(tmp_path, TEST_MODELS, max_connections="3") as server, ExitStack() as tunnels:
         for _ in range(3):
-            _, response = tunnels.enter_context(entered(server, "fal.run"))
+            _, response = tunnels.enter_context(open_tunnel(server, "fal.run"))
             assert response.startswith(b"HTTP/1.1 200 ")
-        rejected = everything(int(server.settings["PROXY_PORT"]), b"CONNECT fal.run:443 HTTP/1.1" + ENDS)
+        rejected = send_raw(int(server.settings["PROXY_PORT"]), b"CONNECT fal.run:443 HTTP/1.1" + END_OF_HEAD)
         assert rejected.startswith(b"HTTP/1.1 503 ")
         assert b"3 tunnels" in rejected

@@ -11,12 +11,12 @@ from server.errors import QueueFull
 from server.queue.jobs import Job
 from server.queue.pending_storage import PendingStorage
 from server.queue.queue import Queue
-from tests.support.components import Parts, opened, painted, submission
+from tests.support.components import Components, open_components, submission, success
 
 SIZES = {"a.png": 1000, "b.png": 50}
 
 
-def queue_with_sizes(parts: Parts) -> tuple[Queue, PendingStorage]:
+def queue_with_sizes(parts: Components) -> tuple[Queue, PendingStorage]:
     """Return a second queue on the same database, and its PendingStorage with the file sizes of SIZES."""
     pending = PendingStorage(SIZES.__getitem__)
     return Queue(parts.database, parts.notifier, clock=parts.clock, pending_storage=pending), pending
@@ -28,7 +28,7 @@ def submit_with_files(queue: Queue, owner: str, *names: str) -> Job:
     )
 
 
-def test_a_file_counts_once_for_each_owner(parts: Parts) -> None:
+def test_a_file_counts_once_for_each_owner(parts: Components) -> None:
     queue, pending = queue_with_sizes(parts)
     first, second = submit_with_files(queue, "me", "a.png", "b.png"), submit_with_files(queue, "me", "a.png")
     other = submit_with_files(queue, "you", "a.png")
@@ -42,7 +42,7 @@ def test_a_file_counts_once_for_each_owner(parts: Parts) -> None:
     assert (pending.num_bytes("me"), pending.num_bytes("you"), pending.file_names()) == (0, 0, set())
 
 
-def test_a_file_counts_until_its_request_is_finished(parts: Parts) -> None:
+def test_a_file_counts_until_its_request_is_finished(parts: Components) -> None:
     queue, pending = queue_with_sizes(parts)
     submit_with_files(queue, "me", "a.png")
     for _ in range(2):
@@ -52,24 +52,24 @@ def test_a_file_counts_until_its_request_is_finished(parts: Parts) -> None:
         queue.release(claim[0])
     claim = queue.claim()
     assert claim
-    queue.finish(claim[0], painted())
+    queue.finish(claim[0], success())
     assert pending.num_bytes("me") == 0
 
 
-def test_recover_counts_the_unfinished_requests(parts: Parts) -> None:
+def test_recover_counts_the_unfinished_requests(parts: Components) -> None:
     submit_with_files(queue_with_sizes(parts)[0], "me", "a.png", "b.png")
     queue, pending = queue_with_sizes(parts)
     queue.recover()
     assert pending.num_bytes("me") == 1052
 
 
-async def resolve_inputs(parts: Parts, owner: str) -> None:
+async def resolve_inputs(parts: Components, owner: str) -> None:
     """Resolve the inputs of a request that refers to no files, as the server does before accepting it."""
     await parts.inputs.resolve(FluxDevInput(prompt="x", seed=7), owner)
 
 
 def test_prompts_without_files_also_count_towards_the_limit_of_their_owner(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.inputs._max_bytes_per_owner = 50_000
         text = to_json({"prompt": "x" * 20_000}).decode()
         for _ in range(3):

@@ -17,13 +17,22 @@ from server.queue.retry import MAX_ATTEMPTS, MAX_CRASHES
 from server.storage.database import Database
 from server.storage.file_store import Lifecycle, StoredFile
 from server.storage.migrations import DataDirInUse
-from tests.support.components import Clock, Parts, claimed, finished, full_disk, opened, painted, submission
+from tests.support.components import (
+    Clock,
+    Components,
+    claim_job,
+    finish_job,
+    full_disk,
+    open_components,
+    submission,
+    success,
+)
 
 #: A prompt so long that it needs extra pages in the database.
 LONG = {"prompt": "x" * 20_000}
 
 
-def result_status(parts: Parts, job: Job) -> tuple[int, str | None]:
+def result_status(parts: Components, job: Job) -> tuple[int, str | None]:
     """Return the status and the error type of a job's result."""
     outcome = parts.queue.result(job)
     return outcome.status, outcome.error_type
@@ -34,17 +43,17 @@ def result_status(parts: Parts, job: Job) -> tuple[int, str | None]:
 
 def test_recover_logs_how_many_requests_are_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
         parts.queue.submit(submission())
-        claimed(parts)
+        claim_job(parts)
     assert not [line for line in caplog.messages if "wait" in line]
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
     assert "2 requests are waiting" in caplog.messages
 
 
-def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:
+def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Components) -> None:
     job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
     rows = parts.rows("SELECT request_id, state, attempt, owner, webhook_url, submitted_at FROM jobs")
     assert rows == [(job.request_id, "IN_QUEUE", 0, "me", "https://example.com/hook", parts.clock.now)]
@@ -52,7 +61,7 @@ def test_a_submitted_job_is_a_row_before_the_call_returns(parts: Parts) -> None:
     assert parts.queue.length == 1
 
 
-def test_claim_gives_the_input_and_counts_the_attempt(parts: Parts) -> None:
+def test_claim_gives_the_input_and_counts_the_attempt(parts: Components) -> None:
     sent = submission(fields={"prompt": "a tiger"})
     job = parts.queue.submit(sent)
     assert parts.queue.claim() == (job, sent.input)
@@ -60,16 +69,16 @@ def test_claim_gives_the_input_and_counts_the_attempt(parts: Parts) -> None:
     assert parts.rows("SELECT state, attempt, started_at FROM jobs") == [("IN_PROGRESS", 1, parts.clock.now)]
 
 
-def test_claim_of_an_empty_queue_is_none(parts: Parts) -> None:
+def test_claim_of_an_empty_queue_is_none(parts: Components) -> None:
     assert parts.queue.claim() is None
 
 
-def test_finish_stores_result_logs_timings_files_and_the_due_webhook(parts: Parts) -> None:
-    job = claimed(parts, webhook_url="https://example.com/hook")
+def test_finish_stores_result_logs_timings_files_and_the_due_webhook(parts: Components) -> None:
+    job = claim_job(parts, webhook_url="https://example.com/hook")
     parts.queue.progress(job, 1, 2)
     parts.clock.now += 10
     file = StoredFile("a.png", "me", 3, "image/png", is_private=True, expires_at=5.0)
-    assert parts.queue.finish(job, painted('{"seed":7}', file))
+    assert parts.queue.finish(job, success('{"seed":7}', file))
     outcome = parts.queue.result(job)
     assert (outcome.status, outcome.body, outcome.inference_time) == (200, '{"seed":7}', 1.5)
     ((finished_at, acceleration, logs),) = parts.rows("SELECT finished_at, acceleration, logs FROM jobs")
@@ -80,35 +89,35 @@ def test_finish_stores_result_logs_timings_files_and_the_due_webhook(parts: Part
     assert parts.rows("SELECT request_id, attempt, due_at FROM deliveries") == [(job.request_id, 0, parts.clock.now)]
 
 
-def test_no_webhook_is_due_for_a_request_without_one(parts: Parts) -> None:
-    finished(parts)
+def test_no_webhook_is_due_for_a_request_without_one(parts: Components) -> None:
+    finish_job(parts)
     assert parts.rows("SELECT * FROM deliveries") == []
 
 
-def test_a_finished_job_cannot_be_finished_again(parts: Parts) -> None:
-    job = finished(parts)
+def test_a_finished_job_cannot_be_finished_again(parts: Components) -> None:
+    job = finish_job(parts)
     with pytest.raises(RuntimeError):
-        parts.queue.finish(job, painted('{"seed":8}'))
+        parts.queue.finish(job, success('{"seed":8}'))
     assert parts.queue.result(job).body == '{"seed":7}'
 
 
-def test_only_the_running_attempt_can_finish(parts: Parts) -> None:
-    job = claimed(parts)
+def test_only_the_running_attempt_can_finish(parts: Components) -> None:
+    job = claim_job(parts)
     with parts.database.transaction() as connection:
         connection.execute("UPDATE jobs SET attempt = 2")
     with pytest.raises(RuntimeError):
-        parts.queue.finish(job, painted())
+        parts.queue.finish(job, success())
     assert parts.rows("SELECT state FROM jobs") == [("IN_PROGRESS",)]
 
 
-def test_each_job_is_claimed_by_one_thread_only(parts: Parts) -> None:
+def test_each_job_is_claimed_by_one_thread_only(parts: Components) -> None:
     with ThreadPoolExecutor(4) as threads:
         submitted = set(threads.map(lambda _: parts.queue.submit(submission()).request_id, range(40)))
         found = list(threads.map(lambda _: parts.queue.claim(), range(50)))
     assert sorted(job.request_id for job, _ in filter(None, found)) == sorted(submitted)
 
 
-def test_the_worker_is_woken_by_submit_and_cancel(parts: Parts) -> None:
+def test_the_worker_is_woken_by_submit_and_cancel(parts: Components) -> None:
     job = parts.queue.submit(submission())
     assert parts.notifier.work_available.is_set()
     parts.notifier.work_available.clear()
@@ -119,7 +128,7 @@ def test_the_worker_is_woken_by_submit_and_cancel(parts: Parts) -> None:
 # -- order
 
 
-def test_normal_priority_runs_before_low_and_each_in_order_of_arrival(parts: Parts) -> None:
+def test_normal_priority_runs_before_low_and_each_in_order_of_arrival(parts: Components) -> None:
     priorities = [Priority.LOW, Priority.NORMAL, Priority.LOW, Priority.NORMAL]
     jobs = [parts.queue.submit(submission(priority=priority)) for priority in priorities]
     assert [parts.queue.position(job) for job in jobs] == [2, 0, 3, 1]
@@ -127,7 +136,7 @@ def test_normal_priority_runs_before_low_and_each_in_order_of_arrival(parts: Par
     assert order == [jobs[1], jobs[3], jobs[0], jobs[2]]
 
 
-def test_positions_move_up(parts: Parts) -> None:
+def test_positions_move_up(parts: Components) -> None:
     first, second, third = (parts.queue.submit(submission()) for _ in range(3))
     parts.queue.claim()
     assert [parts.queue.position(job) for job in (second, third)] == [0, 1]
@@ -136,8 +145,8 @@ def test_positions_move_up(parts: Parts) -> None:
     assert first.state == State.IN_PROGRESS
 
 
-def test_a_released_job_returns_to_its_old_position(parts: Parts) -> None:
-    job = claimed(parts)
+def test_a_released_job_returns_to_its_old_position(parts: Components) -> None:
+    job = claim_job(parts)
     later = parts.queue.submit(submission())
     parts.queue.release(job)
     assert (job.state, parts.queue.position(job), parts.queue.position(later)) == (State.IN_QUEUE, 0, 1)
@@ -145,14 +154,14 @@ def test_a_released_job_returns_to_its_old_position(parts: Parts) -> None:
     assert job.attempt == 2
 
 
-def test_releasing_a_cancelled_job_ends_it(parts: Parts) -> None:
-    job = claimed(parts)
+def test_releasing_a_cancelled_job_ends_it(parts: Components) -> None:
+    job = claim_job(parts)
     parts.queue.cancel(job)
     parts.queue.release(job)
     assert result_status(parts, job) == (499, "client_cancelled")
 
 
-def test_without_low_priority_only_normal_jobs_are_claimed(parts: Parts) -> None:
+def test_without_low_priority_only_normal_jobs_are_claimed(parts: Components) -> None:
     low = parts.queue.submit(submission(priority=Priority.LOW))
     assert parts.queue.claim(include_low_priority=False) is None
     normal = parts.queue.submit(submission())
@@ -164,7 +173,7 @@ def test_without_low_priority_only_normal_jobs_are_claimed(parts: Parts) -> None
     assert found and found[0] is low
 
 
-def test_an_expired_normal_job_does_not_let_a_low_priority_job_be_claimed(parts: Parts) -> None:
+def test_an_expired_normal_job_does_not_let_a_low_priority_job_be_claimed(parts: Components) -> None:
     parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     low = parts.queue.submit(submission(priority=Priority.LOW))
     parts.clock.now += 5
@@ -175,7 +184,7 @@ def test_an_expired_normal_job_does_not_let_a_low_priority_job_be_claimed(parts:
 # -- cancel and disconnect
 
 
-def test_cancel_of_a_queued_job_ends_it_at_once(parts: Parts) -> None:
+def test_cancel_of_a_queued_job_ends_it_at_once(parts: Components) -> None:
     job = parts.queue.submit(submission(webhook_url="https://example.com/hook"))
     assert parts.queue.cancel(job) == State.IN_QUEUE
     assert result_status(parts, job) == (499, "client_cancelled")
@@ -184,30 +193,30 @@ def test_cancel_of_a_queued_job_ends_it_at_once(parts: Parts) -> None:
     assert len(parts.rows("SELECT * FROM deliveries")) == 1
 
 
-def test_cancel_of_a_running_job_is_a_request_until_its_next_step(parts: Parts) -> None:
-    job = claimed(parts)
+def test_cancel_of_a_running_job_is_a_request_until_its_next_step(parts: Components) -> None:
+    job = claim_job(parts)
     assert [parts.queue.cancel(job), parts.queue.cancel(job)] == [State.IN_PROGRESS, State.IN_PROGRESS]
     assert (job.state, job.is_cancelled) == (State.IN_PROGRESS, True)
     assert parts.rows("SELECT state, is_cancelled FROM jobs") == [("IN_PROGRESS", 1)]
 
 
-def test_an_image_that_is_ready_after_the_cancel_is_discarded(parts: Parts) -> None:
-    job = claimed(parts)
+def test_an_image_that_is_ready_after_the_cancel_is_discarded(parts: Components) -> None:
+    job = claim_job(parts)
     parts.queue.cancel(job)
-    assert not parts.queue.finish(job, painted("{}", StoredFile("a.png", "me", 3, "image/png")))
+    assert not parts.queue.finish(job, success("{}", StoredFile("a.png", "me", 3, "image/png")))
     assert result_status(parts, job) == (499, "client_cancelled")
     assert parts.rows("SELECT * FROM files") == []
     assert json.loads(parts.queue.result(job).body)["error_type"] == "client_cancelled"
 
 
-def test_cancel_of_a_completed_job_changes_nothing(parts: Parts) -> None:
-    job = finished(parts)
+def test_cancel_of_a_completed_job_changes_nothing(parts: Components) -> None:
+    job = finish_job(parts)
     assert parts.queue.cancel(job) == State.COMPLETED
     assert result_status(parts, job) == (200, None)
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
-def test_a_client_that_disconnects_ends_its_queued_job(parts: Parts, mode: Mode) -> None:
+def test_a_client_that_disconnects_ends_its_queued_job(parts: Components, mode: Mode) -> None:
     job = parts.queue.submit(submission(mode=mode))
     parts.queue.cancel(job)
     assert result_status(parts, job) == (499, "client_disconnected")
@@ -215,15 +224,15 @@ def test_a_client_that_disconnects_ends_its_queued_job(parts: Parts, mode: Mode)
 
 
 @pytest.mark.parametrize("mode", [Mode.RUN, Mode.STREAM])
-def test_a_client_that_disconnects_ends_its_running_job(parts: Parts, mode: Mode) -> None:
-    job = claimed(parts, mode=mode)
+def test_a_client_that_disconnects_ends_its_running_job(parts: Components, mode: Mode) -> None:
+    job = claim_job(parts, mode=mode)
     parts.queue.cancel(job)
-    assert not parts.queue.finish(job, painted())
+    assert not parts.queue.finish(job, success())
     assert result_status(parts, job) == (499, "client_disconnected")
 
 
-def test_a_disconnect_after_the_end_changes_nothing(parts: Parts) -> None:
-    job = finished(parts, mode=Mode.RUN)
+def test_a_disconnect_after_the_end_changes_nothing(parts: Components) -> None:
+    job = finish_job(parts, mode=Mode.RUN)
     parts.queue.cancel(job)
     assert result_status(parts, job) == (200, None)
 
@@ -231,7 +240,7 @@ def test_a_disconnect_after_the_end_changes_nothing(parts: Parts) -> None:
 # -- deadlines
 
 
-def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Parts) -> None:
+def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Components) -> None:
     expired = parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     waiting = parts.queue.submit(submission(start_deadline=parts.clock.now + 6))
     parts.clock.now += 4.9
@@ -242,7 +251,7 @@ def test_a_job_that_did_not_start_in_time_ends_as_504(parts: Parts) -> None:
     assert (waiting.state, parts.queue.position(waiting)) == (State.IN_QUEUE, 0)
 
 
-def test_a_job_past_its_deadline_is_not_claimed(parts: Parts) -> None:
+def test_a_job_past_its_deadline_is_not_claimed(parts: Components) -> None:
     parts.queue.submit(submission(start_deadline=parts.clock.now + 5))
     parts.clock.now += 5
     assert parts.queue.claim() is None
@@ -250,18 +259,18 @@ def test_a_job_past_its_deadline_is_not_claimed(parts: Parts) -> None:
     assert parts.queue.claim() == (follower, submission().input)
 
 
-def test_a_job_that_started_in_time_may_take_as_long_as_it_needs(parts: Parts) -> None:
-    job = claimed(parts, start_deadline=parts.clock.now + 5)
+def test_a_job_that_started_in_time_may_take_as_long_as_it_needs(parts: Components) -> None:
+    job = claim_job(parts, start_deadline=parts.clock.now + 5)
     parts.clock.now += 3600
     assert parts.queue.fail_expired() == 0
-    assert parts.queue.finish(job, painted())
+    assert parts.queue.finish(job, success())
 
 
 # -- limits
 
 
 def test_a_full_queue_refuses_until_there_is_room(tmp_path: Path) -> None:
-    with opened(tmp_path, max_length=2) as parts:
+    with open_components(tmp_path, max_length=2) as parts:
         parts.queue.submit(submission())
         parts.queue.submit(submission())
         with pytest.raises(QueueFull):
@@ -271,7 +280,7 @@ def test_a_full_queue_refuses_until_there_is_room(tmp_path: Path) -> None:
 
 
 def test_a_client_may_ask_for_a_shorter_queue_but_not_a_longer(tmp_path: Path) -> None:
-    with opened(tmp_path, max_length=2) as parts:
+    with open_components(tmp_path, max_length=2) as parts:
         parts.queue.submit(submission())
         with pytest.raises(QueueFull):
             parts.queue.submit(submission(max_queue_length=1))
@@ -280,30 +289,30 @@ def test_a_client_may_ask_for_a_shorter_queue_but_not_a_longer(tmp_path: Path) -
             parts.queue.submit(submission(max_queue_length=100))
 
 
-def test_a_repeated_idempotency_key_returns_the_same_request(parts: Parts) -> None:
+def test_a_repeated_idempotency_key_returns_the_same_request(parts: Components) -> None:
     first = parts.queue.submit(submission(idempotency_key="k"))
     assert parts.queue.submit(submission(idempotency_key="k")) is first
     parts.queue.claim()
-    parts.queue.finish(first, painted())
+    parts.queue.finish(first, success())
     assert parts.queue.submit(submission(idempotency_key="k")) is first
     assert len(parts.rows("SELECT * FROM jobs")) == 1
 
 
 def test_a_repeated_idempotency_key_returns_the_same_request_after_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        first = finished(parts, idempotency_key="k")
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
+        first = finish_job(parts, idempotency_key="k")
+    with open_components(tmp_path) as parts:
         again = parts.queue.submit(submission(idempotency_key="k"))
     assert (again.request_id, again.state) == (first.request_id, State.COMPLETED)
 
 
 def test_a_repeated_idempotency_key_is_accepted_when_the_queue_is_full(tmp_path: Path) -> None:
-    with opened(tmp_path, max_length=1) as parts:
+    with open_components(tmp_path, max_length=1) as parts:
         first = parts.queue.submit(submission(idempotency_key="k"))
         assert parts.queue.submit(submission(idempotency_key="k")) is first
 
 
-def test_an_idempotency_key_with_another_body_is_refused(parts: Parts) -> None:
+def test_an_idempotency_key_with_another_body_is_refused(parts: Components) -> None:
     parts.queue.submit(submission(idempotency_key="k"))
     with pytest.raises(InvalidInput) as refused:
         parts.queue.submit(submission(idempotency_key="k", body_hash="1" * 64))
@@ -312,7 +321,7 @@ def test_an_idempotency_key_with_another_body_is_refused(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("other", [{"owner": "you"}, {"endpoint": "test/gate"}])
-def test_an_idempotency_key_belongs_to_its_owner_and_endpoint(parts: Parts, other: dict[str, Any]) -> None:
+def test_an_idempotency_key_belongs_to_its_owner_and_endpoint(parts: Components, other: dict[str, Any]) -> None:
     first = parts.queue.submit(submission(idempotency_key="k"))
     assert parts.queue.submit(submission(idempotency_key="k", **other)) is not first
 
@@ -321,9 +330,9 @@ def test_an_idempotency_key_belongs_to_its_owner_and_endpoint(parts: Parts, othe
 
 
 def test_recover_requeues_running_jobs_at_their_old_position_with_their_attempt(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        running, waiting = claimed(parts), parts.queue.submit(submission())
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
+        running, waiting = claim_job(parts), parts.queue.submit(submission())
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 2
         requeued, waiting_again = (parts.queue.get_cached(job.request_id) for job in (running, waiting))
         assert requeued and waiting_again
@@ -334,16 +343,16 @@ def test_recover_requeues_running_jobs_at_their_old_position_with_their_attempt(
         assert requeued.attempt == 2
 
 
-def test_recover_wakes_the_worker(parts: Parts) -> None:
+def test_recover_wakes_the_worker(parts: Components) -> None:
     parts.queue.recover()
     assert parts.notifier.work_available.is_set()
 
 
 def test_recover_ends_cancelled_jobs(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        job = claimed(parts)
+    with open_components(tmp_path) as parts:
+        job = claim_job(parts)
         parts.queue.cancel(job)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 0
         assert result_status(parts, job) == (499, "client_cancelled")
 
@@ -354,24 +363,24 @@ def test_recover_ends_cancelled_jobs(tmp_path: Path) -> None:
 def test_recover_ends_jobs_whose_client_cannot_wait_any_longer(
     tmp_path: Path, mode: Mode, is_running: bool, is_cancelled: bool
 ) -> None:
-    with opened(tmp_path) as parts:
-        job = claimed(parts, mode=mode) if is_running else parts.queue.submit(submission(mode=mode))
+    with open_components(tmp_path) as parts:
+        job = claim_job(parts, mode=mode) if is_running else parts.queue.submit(submission(mode=mode))
         if is_cancelled:
             parts.queue.cancel(job)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 0
         assert result_status(parts, job) == (499, "client_disconnected")
 
 
 def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         request_id = parts.queue.submit(submission()).request_id
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        with opened(tmp_path) as parts:
+        with open_components(tmp_path) as parts:
             assert parts.queue.recover() == 1
             found = parts.queue.claim()
             assert found and found[0].attempt == attempt
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 0
         job = parts.queue.get(request_id)
         assert job and result_status(parts, job) == (500, "internal_error")
@@ -382,26 +391,26 @@ def test_recover_gives_up_after_ten_attempts(tmp_path: Path) -> None:
 
 
 def test_the_crash_count_survives_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        job, other = claimed(parts), claimed(parts)
+    with open_components(tmp_path) as parts:
+        job, other = claim_job(parts), claim_job(parts)
         parts.queue.record_crash([job])
         parts.queue.record_crash([job, other])
         assert parts.rows("SELECT strikes, state FROM jobs") == [(2, "IN_PROGRESS"), (1, "IN_PROGRESS")]
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 2
         again = parts.queue.claim()
         assert again and (again[0].request_id, again[0].crash_count) == (job.request_id, 2)
 
 
-def test_a_crash_counts_only_for_running_jobs(parts: Parts) -> None:
-    done, waiting = finished(parts), claimed(parts)
+def test_a_crash_counts_only_for_running_jobs(parts: Components) -> None:
+    done, waiting = finish_job(parts), claim_job(parts)
     parts.queue.release(waiting)
     parts.queue.record_crash([done, waiting])
     assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
-def test_a_crash_of_another_attempt_is_refused(parts: Parts) -> None:
-    job, other = claimed(parts), claimed(parts)
+def test_a_crash_of_another_attempt_is_refused(parts: Components) -> None:
+    job, other = claim_job(parts), claim_job(parts)
     with parts.database.transaction() as connection:
         connection.execute("UPDATE jobs SET attempt = 2 WHERE request_id = ?", (job.request_id,))
     with pytest.raises(RuntimeError):
@@ -411,14 +420,14 @@ def test_a_crash_of_another_attempt_is_refused(parts: Parts) -> None:
 
 @pytest.mark.parametrize("is_running", [True, False])
 def test_recover_gives_up_after_three_crashes(tmp_path: Path, is_running: bool) -> None:
-    with opened(tmp_path) as parts:
-        job = claimed(parts, webhook_url="https://example.com/hook")
+    with open_components(tmp_path) as parts:
+        job = claim_job(parts, webhook_url="https://example.com/hook")
         for _ in range(MAX_CRASHES):
             parts.queue.record_crash([job])
         if not is_running:
             parts.queue.release(job)
-        other = claimed(parts) if is_running else parts.queue.submit(submission())
-    with opened(tmp_path) as parts:
+        other = claim_job(parts) if is_running else parts.queue.submit(submission())
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 1
         assert result_status(parts, job) == (500, "internal_error")
         assert "crashed 3 times while it ran this request" in parts.queue.result(job).body
@@ -428,32 +437,32 @@ def test_recover_gives_up_after_three_crashes(tmp_path: Path, is_running: bool) 
 
 
 def test_recover_requeues_a_job_after_two_crashes(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        job = claimed(parts)
+    with open_components(tmp_path) as parts:
+        job = claim_job(parts)
         for _ in range(MAX_CRASHES - 1):
             parts.queue.record_crash([job])
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 1
 
 
 def test_a_cancel_takes_precedence_over_crashes(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        job = claimed(parts)
+    with open_components(tmp_path) as parts:
+        job = claim_job(parts)
         for _ in range(MAX_CRASHES):
             parts.queue.record_crash([job])
         parts.queue.cancel(job)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.recover() == 0
         assert result_status(parts, job) == (499, "client_cancelled")
 
 
 def test_close_and_reopen_keeps_everything(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
-        claimed(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), store_io=False)
+    with open_components(tmp_path) as parts:
+        finish_job(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
+        claim_job(parts, priority=Priority.LOW, start_deadline=5e9, lifecycle=Lifecycle(60.0), store_io=False)
         parts.queue.submit(submission(idempotency_key="k"))
         before = {table: parts.rows(f"SELECT * FROM {table}") for table in ("jobs", "files", "deliveries")}
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert before == {table: parts.rows(f"SELECT * FROM {table}") for table in before}
         assert parts.rows("PRAGMA integrity_check") == [("ok",)]
 
@@ -465,9 +474,9 @@ def test_recover_restores_the_options_of_the_request(tmp_path: Path) -> None:
         "lifecycle": Lifecycle(60.0, is_private=True),
         "store_io": False,
     }
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         request_id = parts.queue.submit(submission(**options)).request_id
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
         job = parts.queue.get_cached(request_id)
         assert job and {name: getattr(job, name) for name in options} == options
@@ -476,12 +485,12 @@ def test_recover_restores_the_options_of_the_request(tmp_path: Path) -> None:
 # -- memory and rows
 
 
-def test_a_job_evicted_from_memory_is_read_from_its_row(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_evicted_from_memory_is_read_from_its_row(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.queue.queue.RECENT", 1)
-    job = claimed(parts)
+    job = claim_job(parts)
     parts.queue.progress(job, 1, 1)
-    parts.queue.finish(job, painted())
-    finished(parts)
+    parts.queue.finish(job, success())
+    finish_job(parts)
     assert parts.queue.get_cached(job.request_id) is None
     loaded = parts.queue.get(job.request_id)
     assert loaded and (loaded.state, loaded.inference_time, loaded.acceleration) == (State.COMPLETED, 1.5, "none")
@@ -490,12 +499,12 @@ def test_a_job_evicted_from_memory_is_read_from_its_row(parts: Parts, monkeypatc
     assert parts.queue.result(loaded).status == 200
 
 
-def test_an_unknown_id_is_none(parts: Parts) -> None:
+def test_an_unknown_id_is_none(parts: Components) -> None:
     assert parts.queue.get("00000000-0000-0000-0000-000000000000") is None
 
 
-def test_the_first_fetch_is_recorded_for_results_that_are_not_stored(parts: Parts) -> None:
-    job, kept = finished(parts, store_io=False), finished(parts)
+def test_the_first_fetch_is_recorded_for_results_that_are_not_stored(parts: Components) -> None:
+    job, kept = finish_job(parts, store_io=False), finish_job(parts)
     fetched_at = parts.clock.now
     for _ in range(2):
         parts.queue.result(job)
@@ -504,15 +513,15 @@ def test_the_first_fetch_is_recorded_for_results_that_are_not_stored(parts: Part
     assert parts.rows("SELECT fetched_at FROM jobs ORDER BY sequence") == [(fetched_at,), (None,)]
 
 
-def test_the_result_of_a_job_that_was_just_deleted_is_not_found(parts: Parts) -> None:
-    job = finished(parts)
+def test_the_result_of_a_job_that_was_just_deleted_is_not_found(parts: Components) -> None:
+    job = finish_job(parts)
     parts.clock.now += 10
     Retention(parts.database, parts.queue, parts.files, max_age=10, max_bytes=1e9, clock=parts.clock).sweep()
     with pytest.raises(NotFound):
         parts.queue.result(job)
 
 
-def test_positions_can_be_read_while_a_transaction_is_open(parts: Parts) -> None:
+def test_positions_can_be_read_while_a_transaction_is_open(parts: Components) -> None:
     job = parts.queue.submit(submission())
     writer_started, writer_may_finish = threading.Event(), threading.Event()
 
@@ -532,16 +541,16 @@ def test_positions_can_be_read_while_a_transaction_is_open(parts: Parts) -> None
 # -- the disk is full
 
 
-def test_a_request_is_refused_when_the_disk_is_full(parts: Parts) -> None:
+def test_a_request_is_refused_when_the_disk_is_full(parts: Components) -> None:
     with full_disk(parts), pytest.raises(DiskFull):
         parts.queue.submit(submission(fields=LONG))
     assert (parts.queue.length, parts.rows("SELECT * FROM jobs")) == (0, [])
     assert parts.queue.submit(submission(fields=LONG)).state == State.IN_QUEUE
 
 
-def test_a_job_can_be_finished_again_after_the_disk_was_full(parts: Parts) -> None:
-    job = claimed(parts, webhook_url="https://example.com/hook")
-    outcome = painted(json.dumps(LONG), StoredFile("a.png", "me", 3, "image/png"))
+def test_a_job_can_be_finished_again_after_the_disk_was_full(parts: Components) -> None:
+    job = claim_job(parts, webhook_url="https://example.com/hook")
+    outcome = success(json.dumps(LONG), StoredFile("a.png", "me", 3, "image/png"))
     with full_disk(parts), pytest.raises(DiskFull):
         parts.queue.finish(job, outcome)
     assert (job.state, parts.rows("SELECT state FROM jobs")) == (State.IN_PROGRESS, [("IN_PROGRESS",)])
@@ -551,9 +560,9 @@ def test_a_job_can_be_finished_again_after_the_disk_was_full(parts: Parts) -> No
 
 
 def test_a_result_can_be_fetched_when_the_disk_is_too_full_to_record_the_fetch(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parts: Components, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = finished(parts, store_io=False)
+    job = finish_job(parts, store_io=False)
 
     def raise_disk_full(*_: object) -> None:
         raise DiskFull
@@ -568,12 +577,12 @@ def test_a_result_can_be_fetched_when_the_disk_is_too_full_to_record_the_fetch(
     assert parts.rows("SELECT fetched_at FROM jobs") == [(parts.clock.now,)]
 
 
-def test_other_sqlite_errors_are_not_reported_as_a_full_disk(parts: Parts) -> None:
+def test_other_sqlite_errors_are_not_reported_as_a_full_disk(parts: Components) -> None:
     with pytest.raises(sqlite3.OperationalError), parts.database.transaction() as connection:
         connection.execute("SELECT * FROM nothing")
 
 
-def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:
+def test_a_transaction_that_fails_changes_nothing(parts: Components) -> None:
     parts.queue.submit(submission())
     with pytest.raises(KeyError), parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs")
@@ -584,21 +593,24 @@ def test_a_transaction_that_fails_changes_nothing(parts: Parts) -> None:
 # -- the file
 
 
-def test_every_commit_is_synced(parts: Parts) -> None:
+def test_every_commit_is_synced(parts: Components) -> None:
     pragmas = ("journal_mode", "synchronous", "mmap_size", "foreign_keys")
     found = {name: parts.rows(f"PRAGMA {name}")[0][0] for name in pragmas}
     assert found == {"journal_mode": "wal", "synchronous": 2, "mmap_size": 0, "foreign_keys": 1}
 
 
 def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(DataDirInUse, match=f"another server is using {tmp_path}.*--data-dir"):
+    with (
+        open_components(tmp_path),
+        pytest.raises(DataDirInUse, match=f"another server is using {tmp_path}.*--data-dir"),
+    ):
         Database(tmp_path)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.queue.length == 0
 
 
 def test_a_data_directory_of_a_newer_server_is_refused(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.rows("PRAGMA user_version = 99")
     with pytest.raises(DataDirInUse, match="newer"):
         Database(tmp_path)
@@ -639,20 +651,20 @@ INVALID_STATEMENTS = [
 
 
 @pytest.mark.parametrize("statement", INVALID_STATEMENTS)
-def test_the_schema_refuses_invalid_rows(parts: Parts, statement: str) -> None:
+def test_the_schema_refuses_invalid_rows(parts: Components, statement: str) -> None:
     parts.queue.submit(submission())
     with pytest.raises(sqlite3.IntegrityError), parts.database.transaction() as connection:
         connection.execute(statement)
 
 
-def test_deleting_a_job_deletes_its_files_and_its_webhook(parts: Parts) -> None:
-    finished(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
+def test_deleting_a_job_deletes_its_files_and_its_webhook(parts: Components) -> None:
+    finish_job(parts, StoredFile("a.png", "me", 3, "image/png"), webhook_url="https://example.com/hook")
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs")
     assert parts.rows("SELECT * FROM files") == parts.rows("SELECT * FROM deliveries") == []
 
 
 def test_times_come_from_the_injected_clock(tmp_path: Path) -> None:
-    with opened(tmp_path, clock=Clock(12345.0)) as parts:
-        finished(parts)
+    with open_components(tmp_path, clock=Clock(12345.0)) as parts:
+        finish_job(parts)
         assert parts.rows("SELECT submitted_at, started_at, finished_at FROM jobs") == [(12345.0, 12345.0, 12345.0)]

@@ -7,56 +7,59 @@ import pytest
 
 from server.errors import DiskFull
 from server.storage.file_store import Lifecycle, StoredFile
-from tests.support.components import Parts, finished, opened
+from tests.support.components import Components, finish_job, open_components
 
 NAME = "0123456789abcdef0123456789abcdef"
 
 
-def save_unlisted(parts: Parts, content: bytes = b"picture", extension: str = "png") -> StoredFile:
+def save_unlisted(parts: Components, content: bytes = b"picture", extension: str = "png") -> StoredFile:
     """Save a file on the disk without listing it in the database."""
     return parts.files.create(content, extension, f"image/{extension}", "me", Lifecycle())
 
 
-def save_listed(parts: Parts, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
+def save_listed(parts: Components, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
     """Save a file and finish the job that lists it."""
     file = parts.files.create(b"picture", "png", "image/png", "me", Lifecycle(lifetime, is_private))
-    finished(parts, file)
+    finish_job(parts, file)
     return file
 
 
 @pytest.mark.parametrize(("lifetime", "is_private"), [(None, False), (60.0, True)])
 def test_a_listed_file_is_found_with_its_content_and_metadata(
-    parts: Parts, lifetime: float | None, is_private: bool
+    parts: Components, lifetime: float | None, is_private: bool
 ) -> None:
     file = save_listed(parts, lifetime, is_private)
     expires_at = None if lifetime is None else parts.clock.now + lifetime
     assert file == StoredFile(file.name, "me", 7, "image/png", None, is_private, expires_at)
     assert parts.files.find(file.name) == file
-    assert parts.files.path(file) == parts.folder / "files" / file.name
+    assert parts.files.path(file) == parts.data_dir / "files" / file.name
     assert parts.files.path(file).read_bytes() == b"picture"
 
 
-def test_a_name_is_128_random_bits_and_an_extension(parts: Parts) -> None:
+def test_a_name_is_128_random_bits_and_an_extension(parts: Components) -> None:
     names = {save_unlisted(parts, extension="jpg").name for _ in range(50)}
     assert len(names) == 50
     assert {(len(name.partition(".")[0]), name.partition(".")[2]) for name in names} == {(32, "jpg")}
 
 
-def test_saving_leaves_no_partial_file(parts: Parts) -> None:
+def test_saving_leaves_no_partial_file(parts: Components) -> None:
     file = save_unlisted(parts)
-    assert parts.on_disk() == [file.name]
+    assert parts.stored_file_names() == [file.name]
 
 
-def test_the_directories_are_private(parts: Parts) -> None:
-    assert [directory.stat().st_mode & 0o777 for directory in (parts.folder, parts.folder / "files")] == [0o700, 0o700]
+def test_the_directories_are_private(parts: Components) -> None:
+    assert [directory.stat().st_mode & 0o777 for directory in (parts.data_dir, parts.data_dir / "files")] == [
+        0o700,
+        0o700,
+    ]
 
 
-def test_a_file_that_no_job_lists_is_not_served(parts: Parts) -> None:
+def test_a_file_that_no_job_lists_is_not_served(parts: Components) -> None:
     file = save_unlisted(parts)
     assert parts.files.find(file.name) is None
 
 
-def test_a_file_expires(parts: Parts) -> None:
+def test_a_file_expires(parts: Components) -> None:
     file = save_listed(parts, lifetime=60.0)
     assert file.expires_at == parts.clock.now + 60
     parts.clock.now += 59.9
@@ -65,10 +68,10 @@ def test_a_file_expires(parts: Parts) -> None:
     assert parts.files.find(file.name) is None
 
 
-def test_deleting_a_missing_file_is_no_error(parts: Parts) -> None:
+def test_deleting_a_missing_file_is_no_error(parts: Components) -> None:
     file = save_listed(parts)
     parts.files.delete([file.name, file.name, f"{NAME}.png"])
-    assert parts.on_disk() == []
+    assert parts.stored_file_names() == []
 
 
 BAD_NAMES = [
@@ -102,23 +105,23 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_an_invalid_name_is_never_found(parts: Parts, name: str) -> None:
-    finished(parts, StoredFile(name, "me", 1, "image/png"))
+def test_an_invalid_name_is_never_found(parts: Components, name: str) -> None:
+    finish_job(parts, StoredFile(name, "me", 1, "image/png"))
     assert parts.files.find(name) is None
 
 
 def test_orphans_are_deleted_and_listed_files_kept(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         kept = save_listed(parts)
         save_unlisted(parts, b"its row never came")
         (tmp_path / "files" / f"{NAME}.png.part").write_bytes(b"half")
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.files.delete_orphans() == 2
-        assert parts.on_disk() == [kept.name]
+        assert parts.stored_file_names() == [kept.name]
         assert parts.files.delete_orphans() == 0
 
 
-def test_a_full_disk_raises_disk_full_and_leaves_no_file(parts: Parts) -> None:
+def test_a_full_disk_raises_disk_full_and_leaves_no_file(parts: Components) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -126,5 +129,5 @@ def test_a_full_disk_raises_disk_full_and_leaves_no_file(parts: Parts) -> None:
             save_unlisted(parts, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert parts.on_disk() == []
+    assert parts.stored_file_names() == []
     assert save_unlisted(parts, b"x" * 100_000).size == 100_000

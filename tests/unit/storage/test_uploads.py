@@ -15,13 +15,13 @@ from server.storage import uploads as uploads_module
 from server.storage.file_store import Lifecycle, StoredFile
 from server.storage.multipart import Upload
 from server.storage.uploads import LIFETIME, MAX_PARTS, Uploads
-from tests.support.components import Parts, opened
+from tests.support.components import Components, open_components
 
 
-def uploads_of(parts: Parts, *, max_bytes: int = 1000, max_bytes_per_owner: int = 10_000) -> Uploads:
+def uploads_of(parts: Components, *, max_bytes: int = 1000, max_bytes_per_owner: int = 10_000) -> Uploads:
     """Return uploads; the default limits are 1 kB per file and 10 kB per owner. A second call acts as a restart."""
     return Uploads(
-        parts.folder / "uploads",
+        parts.data_dir / "uploads",
         parts.database,
         parts.files,
         max_bytes=max_bytes,
@@ -31,7 +31,7 @@ def uploads_of(parts: Parts, *, max_bytes: int = 1000, max_bytes_per_owner: int 
 
 
 @pytest.fixture
-def uploads(parts: Parts) -> Uploads:
+def uploads(parts: Components) -> Uploads:
     """Return uploads with the default limits of `uploads_of`."""
     return uploads_of(parts)
 
@@ -51,21 +51,21 @@ def send_part(uploads: Uploads, upload: Upload, part_number: int, *chunks: bytes
     return asyncio.run(uploads.write_part(upload, part_number, _chunks(*chunks)))
 
 
-def served_bytes(parts: Parts, file: StoredFile) -> bytes:
+def served_bytes(parts: Components, file: StoredFile) -> bytes:
     """Return the bytes that a client gets for this file."""
     assert parts.files.find(file.name) == file
     return parts.files.path(file).read_bytes()
 
 
-def unfinished_paths(parts: Parts) -> list[str]:
+def unfinished_paths(parts: Components) -> list[str]:
     """Return the names of all files and directories of unfinished uploads."""
-    return sorted(path.name for path in (parts.folder / "uploads").rglob("*"))
+    return sorted(path.name for path in (parts.data_dir / "uploads").rglob("*"))
 
 
 # -- in parts
 
 
-def test_a_completed_file_is_listed_with_its_metadata(parts: Parts, uploads: Uploads) -> None:
+def test_a_completed_file_is_listed_with_its_metadata(parts: Components, uploads: Uploads) -> None:
     upload = uploads.create("alice", "text/plain; charset=utf-8", "Tagebuch März.txt", Lifecycle(60.0, True))
     parts.clock.now += 5
     send_part(uploads, upload, 1, b"hel", b"", b"lo")
@@ -79,21 +79,21 @@ def test_a_completed_file_is_listed_with_its_metadata(parts: Parts, uploads: Upl
     assert rows == [(None, parts.clock.now)]
 
 
-def test_completing_an_upload_removes_its_parts_and_its_row(parts: Parts, uploads: Uploads) -> None:
+def test_completing_an_upload_removes_its_parts_and_its_row(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     file = uploads._join(upload)
-    assert (unfinished_paths(parts), parts.on_disk()) == ([], [file.name])
+    assert (unfinished_paths(parts), parts.stored_file_names()) == ([], [file.name])
     assert parts.rows("SELECT * FROM uploads") == []
     with pytest.raises(NotFound):
         uploads.find(upload.upload_id)
 
 
-def test_a_file_is_not_served_before_it_is_complete(parts: Parts, uploads: Uploads) -> None:
+def test_a_file_is_not_served_before_it_is_complete(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     assert parts.files.find(upload.name) is None
-    assert parts.on_disk() == []
+    assert parts.stored_file_names() == []
 
 
 def test_an_etag_is_the_md5_of_its_part_in_quotes(uploads: Uploads) -> None:
@@ -105,7 +105,7 @@ def test_an_etag_is_the_md5_of_its_part_in_quotes(uploads: Uploads) -> None:
 @pytest.mark.parametrize("sent", [(1, 2, 3), (3, 1, 2), (10, 2, 9)])
 @pytest.mark.parametrize("is_listed_backwards", [False, True])
 def test_parts_are_joined_by_number_in_any_order(
-    parts: Parts, uploads: Uploads, sent: tuple[int, ...], is_listed_backwards: bool
+    parts: Components, uploads: Uploads, sent: tuple[int, ...], is_listed_backwards: bool
 ) -> None:
     upload = start_upload(uploads)
     for number in sent:
@@ -115,7 +115,7 @@ def test_parts_are_joined_by_number_in_any_order(
     assert served_bytes(parts, file) == "".join(f"<{number}>" for number in sorted(sent)).encode()
 
 
-def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(parts: Parts, uploads: Uploads) -> None:
+def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     for chunk in (b"first try", b"second", b"third"):
         send_part(uploads, upload, 1, chunk)
@@ -123,7 +123,7 @@ def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(parts: Parts, upl
     assert served_bytes(parts, uploads._join(upload, [1, 2, 1, 2])) == b"third!"
 
 
-def test_without_a_list_of_parts_all_sent_parts_are_joined(parts: Parts, uploads: Uploads) -> None:
+def test_without_a_list_of_parts_all_sent_parts_are_joined(parts: Components, uploads: Uploads) -> None:
     listings: tuple[list[int] | None, ...] = (None, [])
     for listed in listings:
         upload = start_upload(uploads)
@@ -132,25 +132,25 @@ def test_without_a_list_of_parts_all_sent_parts_are_joined(parts: Parts, uploads
         assert served_bytes(parts, uploads._join(upload, listed)) == b"ab"
 
 
-def test_a_missing_part_is_named_and_can_still_be_sent(parts: Parts, uploads: Uploads) -> None:
+def test_a_missing_part_is_named_and_can_still_be_sent(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"a")
     send_part(uploads, upload, 3, b"c")
     with pytest.raises(BadRequest, match="Part 2 was not sent"):
         uploads._join(upload, [1, 2, 3])
-    assert parts.on_disk() == []
+    assert parts.stored_file_names() == []
     send_part(uploads, upload, 2, b"b")
     assert served_bytes(parts, uploads._join(upload, [1, 2, 3])) == b"abc"
 
 
-def test_an_empty_file_is_a_file(parts: Parts, uploads: Uploads) -> None:
+def test_an_empty_file_is_a_file(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1)
     assert served_bytes(parts, uploads._join(upload)) == b""
 
 
 @pytest.mark.parametrize("number", [0, -1, MAX_PARTS + 1])
-def test_a_part_number_out_of_range_is_refused(parts: Parts, uploads: Uploads, number: int) -> None:
+def test_a_part_number_out_of_range_is_refused(parts: Components, uploads: Uploads, number: int) -> None:
     upload = start_upload(uploads)
     with pytest.raises(BadRequest, match=f"from 1 to {MAX_PARTS}"):
         send_part(uploads, upload, number, b"x")
@@ -165,7 +165,7 @@ def test_an_unknown_upload_is_not_found(uploads: Uploads) -> None:
             uploads.find(upload_id)
 
 
-def test_a_disconnect_deletes_the_partial_part(parts: Parts, uploads: Uploads) -> None:
+def test_a_disconnect_deletes_the_partial_part(parts: Components, uploads: Uploads) -> None:
     async def interrupted_chunks() -> AsyncIterator[bytes]:
         yield b"half"
         raise ClientDisconnect
@@ -188,7 +188,7 @@ def test_names_are_secrets_of_128_bits(uploads: Uploads) -> None:
 # -- limits on bytes
 
 
-def test_a_file_can_be_as_large_as_the_limit_but_not_larger(parts: Parts, uploads: Uploads) -> None:
+def test_a_file_can_be_as_large_as_the_limit_but_not_larger(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     with pytest.raises(BodyTooLarge, match="1000 bytes"):
         send_part(uploads, upload, 1, b"x" * 600, b"x" * 401)
@@ -212,7 +212,7 @@ def test_a_part_that_is_sent_again_replaces_the_earlier_one(uploads: Uploads) ->
     assert uploads._join(upload).size == 1000
 
 
-def test_the_size_limit_applies_to_parts_sent_at_the_same_time(parts: Parts, uploads: Uploads) -> None:
+def test_the_size_limit_applies_to_parts_sent_at_the_same_time(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
 
     async def send_all_at_once() -> list[str | BaseException]:
@@ -234,7 +234,7 @@ def test_the_size_limit_applies_to_parts_sent_at_the_same_time(parts: Parts, upl
     assert refused and all(isinstance(error, BodyTooLarge) for error in refused)
 
 
-def test_the_owner_limit_applies_to_files_and_parts_together(parts: Parts) -> None:
+def test_the_owner_limit_applies_to_files_and_parts_together(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes=10_000, max_bytes_per_owner=20_000)
     first = start_upload(uploads)
     send_part(uploads, first, 1, b"x" * 8000)
@@ -247,7 +247,7 @@ def test_the_owner_limit_applies_to_files_and_parts_together(parts: Parts) -> No
     assert [uploads._join(upload).size for upload in (second, third)] == [6000, 6000]
 
 
-def test_each_owner_has_a_separate_limit(parts: Parts) -> None:
+def test_each_owner_has_a_separate_limit(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=500)
     for owner in ("alice", "bob"):
         upload = start_upload(uploads, owner)
@@ -257,7 +257,7 @@ def test_each_owner_has_a_separate_limit(parts: Parts) -> None:
             send_part(uploads, start_upload(uploads, owner), 1, b"x")
 
 
-def test_generated_images_do_not_count_towards_the_owner_limit(parts: Parts) -> None:
+def test_generated_images_do_not_count_towards_the_owner_limit(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=500)
     with parts.database.transaction() as connection:
         connection.execute(
@@ -271,7 +271,7 @@ def test_generated_images_do_not_count_towards_the_owner_limit(parts: Parts) -> 
     assert uploads._join(upload).size == 500
 
 
-def test_an_expired_upload_frees_space_for_its_owner(parts: Parts) -> None:
+def test_an_expired_upload_frees_space_for_its_owner(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=500)
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"x" * 500)
@@ -285,7 +285,7 @@ def test_an_expired_upload_frees_space_for_its_owner(parts: Parts) -> None:
 # -- lifetime and restarts
 
 
-def test_the_sweep_deletes_only_abandoned_uploads(parts: Parts, uploads: Uploads) -> None:
+def test_the_sweep_deletes_only_abandoned_uploads(parts: Components, uploads: Uploads) -> None:
     old = start_upload(uploads)
     send_part(uploads, old, 1, b"old")
     parts.clock.now += LIFETIME / 2
@@ -300,14 +300,14 @@ def test_the_sweep_deletes_only_abandoned_uploads(parts: Parts, uploads: Uploads
     assert served_bytes(parts, uploads._join(young)) == b"young"
 
 
-def test_an_upload_ends_at_its_lifetime_before_the_sweep(parts: Parts, uploads: Uploads) -> None:
+def test_an_upload_ends_at_its_lifetime_before_the_sweep(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     parts.clock.now += LIFETIME
     with pytest.raises(NotFound, match="has ended"):
         uploads.find(upload.upload_id)
 
 
-def test_a_finished_file_is_not_swept(parts: Parts, uploads: Uploads) -> None:
+def test_a_finished_file_is_not_swept(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     file = uploads._join(upload)
@@ -317,11 +317,11 @@ def test_a_finished_file_is_not_swept(parts: Parts, uploads: Uploads) -> None:
 
 
 def test_a_restart_keeps_an_unfinished_upload(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads = uploads_of(parts)
         upload = uploads.create("alice", "image/png", "a.png", Lifecycle(60.0, True))
         send_part(uploads, upload, 2, b"b")
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads = uploads_of(parts)
         assert parts.files.delete_orphans() == 0
         found = uploads.find(upload.upload_id)
@@ -332,18 +332,18 @@ def test_a_restart_keeps_an_unfinished_upload(tmp_path: Path) -> None:
 
 
 def test_a_restart_keeps_a_finished_file(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads = uploads_of(parts)
         upload = start_upload(uploads)
         send_part(uploads, upload, 1, b"hello")
         file = uploads._join(upload)
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         assert parts.files.delete_orphans() == 0
         assert served_bytes(parts, file) == b"hello"
 
 
 def test_leftovers_of_a_crash_are_deleted_after_a_restart_and_a_sweep(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads = uploads_of(parts)
         deleted, kept = start_upload(uploads), start_upload(uploads)
         for upload in (deleted, kept):
@@ -351,7 +351,7 @@ def test_leftovers_of_a_crash_are_deleted_after_a_restart_and_a_sweep(tmp_path: 
         # An upload is deleted row first, then directory. Deleting only the row acts as a crash in between.
         with parts.database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (deleted.upload_id,))
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         uploads = uploads_of(parts)
         uploads.sweep()
         assert unfinished_paths(parts) == sorted([kept.upload_id, "1"])
@@ -383,7 +383,7 @@ NAMES = [
 
 @pytest.mark.parametrize(("file_name", "content_type", "extension"), NAMES)
 def test_the_server_names_the_file_and_the_client_only_its_extension(
-    parts: Parts, uploads: Uploads, file_name: str, content_type: str, extension: str
+    parts: Components, uploads: Uploads, file_name: str, content_type: str, extension: str
 ) -> None:
     upload = uploads.create("me", content_type, file_name, Lifecycle())
     assert upload.name.partition(".")[2] == extension
@@ -430,14 +430,14 @@ def test_a_content_type_outside_ascii_becomes_octet_stream(uploads: Uploads, con
 # -- the disk
 
 
-def test_the_directories_are_private(parts: Parts, uploads: Uploads) -> None:
+def test_the_directories_are_private(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
-    directory = parts.folder / "uploads"
+    directory = parts.data_dir / "uploads"
     assert [path.stat().st_mode & 0o777 for path in (directory, directory / upload.upload_id)] == [0o700, 0o700]
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
+def limited_file_size(size: int) -> Iterator[None]:
     """Limit every file to `size` bytes while the block runs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -447,38 +447,38 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_part_refused_by_a_full_disk_leaves_nothing_and_can_be_sent_again(parts: Parts) -> None:
+def test_a_part_refused_by_a_full_disk_leaves_nothing_and_can_be_sent_again(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes=1_000_000, max_bytes_per_owner=1_000_000)
     upload = start_upload(uploads)
-    with files_of_at_most(1000), pytest.raises(DiskFull):
+    with limited_file_size(1000), pytest.raises(DiskFull):
         send_part(uploads, upload, 1, b"x" * 100_000)
     assert unfinished_paths(parts) == [upload.upload_id]
     send_part(uploads, upload, 1, b"x" * 100_000)
     assert uploads._join(upload).size == 100_000
 
 
-def test_an_upload_whose_completion_fills_the_disk_can_be_completed_later(parts: Parts) -> None:
+def test_an_upload_whose_completion_fills_the_disk_can_be_completed_later(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes=100_000, max_bytes_per_owner=100_000)
     upload = start_upload(uploads)
     for number in (1, 2):
         send_part(uploads, upload, number, b"x" * 50_000)
-    with files_of_at_most(60_000), pytest.raises(DiskFull):
+    with limited_file_size(60_000), pytest.raises(DiskFull):
         uploads._join(upload)
-    assert (parts.on_disk(), parts.rows("SELECT * FROM files")) == ([], [])
+    assert (parts.stored_file_names(), parts.rows("SELECT * FROM files")) == ([], [])
     # The discarded join does not count towards the limit.
     send_part(uploads, upload, 2, b"y" * 50_000)
     assert served_bytes(parts, uploads._join(upload)) == b"x" * 50_000 + b"y" * 50_000
 
 
-def test_a_part_that_vanishes_while_sizes_are_measured_is_no_error(parts: Parts, uploads: Uploads) -> None:
+def test_a_part_that_vanishes_while_sizes_are_measured_is_no_error(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     # A part that is renamed right after the directory was listed is a name without a file.
-    (parts.folder / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
+    (parts.data_dir / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
     send_part(uploads, upload, 1, b"hello")
     assert served_bytes(parts, uploads._join(upload)) == b"hello"
 
 
-def test_a_completed_upload_is_not_found(parts: Parts, uploads: Uploads) -> None:
+def test_a_completed_upload_is_not_found(parts: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     uploads._join(upload)
@@ -492,7 +492,7 @@ def test_a_completed_upload_is_not_found(parts: Parts, uploads: Uploads) -> None
 # -- limits on the number of files
 
 
-def test_empty_files_count_towards_the_number_of_files(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_files_count_towards_the_number_of_files(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each empty file counts as one disk block and towards the limit on the number of files."""
     monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
     uploads = uploads_of(parts, max_bytes_per_owner=100_000)
@@ -504,7 +504,7 @@ def test_empty_files_count_towards_the_number_of_files(parts: Parts, monkeypatch
     start_upload(uploads, owner="you")
 
 
-def test_empty_parts_count_towards_the_number_of_files(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_parts_count_towards_the_number_of_files(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each empty part counts, and so does the upload that it belongs to."""
     monkeypatch.setattr(uploads_module, "MAX_FILES", 5)
     uploads = uploads_of(parts, max_bytes_per_owner=100_000)
@@ -520,7 +520,7 @@ def test_empty_parts_count_towards_the_number_of_files(parts: Parts, monkeypatch
     send_part(uploads, other, 2)
 
 
-def test_empty_files_count_towards_the_byte_limit_of_their_owner(parts: Parts) -> None:
+def test_empty_files_count_towards_the_byte_limit_of_their_owner(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
     for _ in range(3):
         uploads._join(start_upload(uploads))
@@ -528,7 +528,7 @@ def test_empty_files_count_towards_the_byte_limit_of_their_owner(parts: Parts) -
         send_part(uploads, start_upload(uploads), 1, b"x")
 
 
-def test_a_restart_counts_the_stored_parts(parts: Parts) -> None:
+def test_a_restart_counts_the_stored_parts(parts: Components) -> None:
     uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
     upload = start_upload(uploads)
     for number in (1, 2):

@@ -20,13 +20,13 @@ from server.queue.jobs import Job, Outcome, State
 from server.queue.notifier import WEBHOOKS
 from server.webhooks.delivery import CONCURRENCY, DELAYS, PER_RECEIVER, WebhookSender
 from server.webhooks.signing import WebhookSigner
-from tests.support.components import Clock, Parts, claimed, finished, opened, painted, submission
+from tests.support.components import Clock, Components, claim_job, finish_job, open_components, submission, success
 
 LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
 
 
 def webhooks(
-    parts: Parts, outbound: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
+    parts: Components, outbound: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
 ) -> WebhookSender:
     """Return a webhook sender. A second call acts as a restart."""
     signer = WebhookSigner(parts.database, clock=parts.clock)
@@ -34,7 +34,7 @@ def webhooks(
     return WebhookSender(parts.database, parts.notifier, outbound, signer, parts.clock, monotonic=monotonic)
 
 
-async def delivered(sender: WebhookSender) -> float:
+async def send_and_wait(sender: WebhookSender) -> float:
     """Send what is due and wait for all deliveries; return the seconds until the next one is due."""
     seconds = await sender.send_due()
     deliveries = asyncio.all_tasks() - {asyncio.current_task()}
@@ -42,18 +42,18 @@ async def delivered(sender: WebhookSender) -> float:
     return seconds
 
 
-def turn(parts: Parts, outbound: OutboundClient = LOOPBACK) -> float:
+def send_after_restart(parts: Components, outbound: OutboundClient = LOOPBACK) -> float:
     """Call `delivered` with a new sender, as after a restart."""
-    return asyncio.run(delivered(webhooks(parts, outbound)))
+    return asyncio.run(send_and_wait(webhooks(parts, outbound)))
 
 
-def delivery(parts: Parts) -> tuple[object, ...]:
+def delivery(parts: Components) -> tuple[object, ...]:
     """Return the attempts, the time of the next attempt, the time of delivery, and the last error."""
     (row,) = parts.rows("SELECT attempt, due_at, delivered_at, error FROM deliveries")
     return row
 
 
-def hook(httpserver: HTTPServer, *statuses: int) -> str:
+def receiver_url(httpserver: HTTPServer, *statuses: int) -> str:
     """Return the URL of a receiver that answers with these statuses in order, then always with 200."""
     for status in statuses:
         httpserver.expect_ordered_request("/hook", method="POST").respond_with_data(status=status)
@@ -66,9 +66,9 @@ def received(httpserver: HTTPServer) -> list[Request]:
     return [request for request, _ in httpserver.log]
 
 
-def test_a_result_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServer) -> None:
-    job = finished(parts, webhook_url=hook(httpserver))
-    turn(parts)
+def test_a_result_is_delivered_in_fals_shape(parts: Components, httpserver: HTTPServer) -> None:
+    job = finish_job(parts, webhook_url=receiver_url(httpserver))
+    send_after_restart(parts)
     (request,) = received(httpserver)
     assert json.loads(request.data) == {
         "request_id": job.request_id,
@@ -82,10 +82,10 @@ def test_a_result_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServe
     assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
-def test_an_error_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServer) -> None:
-    job = claimed(parts, webhook_url=hook(httpserver))
+def test_an_error_is_delivered_in_fals_shape(parts: Components, httpserver: HTTPServer) -> None:
+    job = claim_job(parts, webhook_url=receiver_url(httpserver))
     parts.queue.finish(job, Outcome.from_error(StartTimeout()))
-    turn(parts)
+    send_after_restart(parts)
     (request,) = received(httpserver)
     assert json.loads(request.data) == {
         "request_id": job.request_id,
@@ -96,19 +96,19 @@ def test_an_error_is_delivered_in_fals_shape(parts: Parts, httpserver: HTTPServe
     }
 
 
-def test_a_cancelled_request_is_delivered_too(parts: Parts, httpserver: HTTPServer) -> None:
-    parts.queue.cancel(claimed(parts, webhook_url=hook(httpserver)))
-    turn(parts)
+def test_a_cancelled_request_is_delivered_too(parts: Components, httpserver: HTTPServer) -> None:
+    parts.queue.cancel(claim_job(parts, webhook_url=receiver_url(httpserver)))
+    send_after_restart(parts)
     assert received(httpserver) == []
-    job = claimed(parts, webhook_url=hook(httpserver))
+    job = claim_job(parts, webhook_url=receiver_url(httpserver))
     parts.queue.cancel(job)
-    parts.queue.finish(job, painted())
-    turn(parts)
+    parts.queue.finish(job, success())
+    send_after_restart(parts)
     (request,) = received(httpserver)
     assert json.loads(request.data)["error"] == "Invalid status code: 499"
 
 
-def test_no_webhook_is_sent_before_the_result_can_be_fetched(parts: Parts, httpserver: HTTPServer) -> None:
+def test_no_webhook_is_sent_before_the_result_can_be_fetched(parts: Components, httpserver: HTTPServer) -> None:
     states_seen: list[tuple[State, int]] = []
 
     def respond(request: Request) -> Response:
@@ -116,57 +116,57 @@ def test_no_webhook_is_sent_before_the_result_can_be_fetched(parts: Parts, https
         return Response()
 
     httpserver.expect_request("/hook").respond_with_handler(respond)
-    job = claimed(parts, webhook_url=httpserver.url_for("/hook"))
-    turn(parts)
+    job = claim_job(parts, webhook_url=httpserver.url_for("/hook"))
+    send_after_restart(parts)
     assert received(httpserver) == []
-    parts.queue.finish(job, painted())
-    turn(parts)
+    parts.queue.finish(job, success())
+    send_after_restart(parts)
     assert states_seen == [(State.COMPLETED, 200)]
 
 
-def test_a_delivered_webhook_is_not_delivered_again(parts: Parts, httpserver: HTTPServer) -> None:
-    finished(parts, webhook_url=hook(httpserver))
-    turn(parts)
+def test_a_delivered_webhook_is_not_delivered_again(parts: Components, httpserver: HTTPServer) -> None:
+    finish_job(parts, webhook_url=receiver_url(httpserver))
+    send_after_restart(parts)
     parts.clock.now += 86_400
-    turn(parts)
+    send_after_restart(parts)
     assert len(received(httpserver)) == 1
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-def test_2xx_is_success(parts: Parts, httpserver: HTTPServer, status: int) -> None:
-    finished(parts, webhook_url=hook(httpserver, status))
-    turn(parts)
+def test_2xx_is_success(parts: Components, httpserver: HTTPServer, status: int) -> None:
+    finish_job(parts, webhook_url=receiver_url(httpserver, status))
+    send_after_restart(parts)
     assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 304, 307, 308, 400, 401, 404, 410, 429, 500, 503])
-def test_any_other_status_is_retried(parts: Parts, httpserver: HTTPServer, status: int) -> None:
+def test_any_other_status_is_retried(parts: Components, httpserver: HTTPServer, status: int) -> None:
     httpserver.expect_request("/hook").respond_with_data(status=status, headers={"location": "/elsewhere"})
-    finished(parts, webhook_url=httpserver.url_for("/hook"))
-    turn(parts)
+    finish_job(parts, webhook_url=httpserver.url_for("/hook"))
+    send_after_restart(parts)
     assert delivery(parts) == (1, parts.clock.now + DELAYS[0], None, f"answered {status}")
     assert [request.path for request in received(httpserver)] == ["/hook"]
 
 
-def test_the_ten_retries_are_sent_exactly_when_they_are_due(parts: Parts, httpserver: HTTPServer) -> None:
-    job = finished(parts, webhook_url=hook(httpserver, *[500] * 11))
+def test_the_ten_retries_are_sent_exactly_when_they_are_due(parts: Components, httpserver: HTTPServer) -> None:
+    job = finish_job(parts, webhook_url=receiver_url(httpserver, *[500] * 11))
 
     async def retry() -> None:
         sender = webhooks(parts)
-        await delivered(sender)
+        await send_and_wait(sender)
         for number, delay in enumerate(DELAYS, start=1):
-            assert await delivered(sender) == min(60, delay)
+            assert await send_and_wait(sender) == min(60, delay)
             parts.clock.now += delay - 0.5
-            assert await delivered(sender) == 0.5
+            assert await send_and_wait(sender) == 0.5
             assert len(received(httpserver)) == number
             parts.clock.now += 0.5
-            await delivered(sender)
+            await send_and_wait(sender)
             assert len(received(httpserver)) == number + 1
 
     asyncio.run(retry())
     assert delivery(parts) == (11, None, None, "answered 500")
     parts.clock.now += 86_400
-    turn(parts)
+    send_after_restart(parts)
     assert len(received(httpserver)) == 11
     assert {request.headers["x-fal-webhook-request-id"] for request in received(httpserver)} == {job.request_id}
     assert len({request.headers["x-fal-webhook-timestamp"] for request in received(httpserver)}) == 11
@@ -178,42 +178,42 @@ def test_there_are_ten_retries_within_two_hours() -> None:
     assert 3600 < sum(DELAYS) <= 7200
 
 
-def test_a_retry_that_succeeds_is_the_last(parts: Parts, httpserver: HTTPServer) -> None:
-    finished(parts, webhook_url=hook(httpserver, 500))
-    turn(parts)
+def test_a_retry_that_succeeds_is_the_last(parts: Components, httpserver: HTTPServer) -> None:
+    finish_job(parts, webhook_url=receiver_url(httpserver, 500))
+    send_after_restart(parts)
     parts.clock.now += DELAYS[0]
-    turn(parts)
+    send_after_restart(parts)
     assert delivery(parts) == (2, None, parts.clock.now, None)
 
 
 def test_due_webhooks_survive_a_restart(tmp_path: Path, httpserver: HTTPServer) -> None:
-    with opened(tmp_path) as parts:
-        finished(parts, webhook_url=hook(httpserver, 500))
-        turn(parts)
+    with open_components(tmp_path) as parts:
+        finish_job(parts, webhook_url=receiver_url(httpserver, 500))
+        send_after_restart(parts)
         before = parts.clock.now
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
-        turn(parts)
+        send_after_restart(parts)
         assert (parts.clock.now, len(received(httpserver))) == (before, 1)
         parts.clock.now += DELAYS[0]
-        turn(parts)
+        send_after_restart(parts)
         assert delivery(parts) == (2, None, parts.clock.now, None)
 
 
-def test_a_forbidden_receiver_gets_nothing(parts: Parts, httpserver: HTTPServer) -> None:
-    finished(parts, webhook_url=f"http://localhost:{httpserver.port}/hook")
-    turn(parts, OutboundClient())
+def test_a_forbidden_receiver_gets_nothing(parts: Components, httpserver: HTTPServer) -> None:
+    finish_job(parts, webhook_url=f"http://localhost:{httpserver.port}/hook")
+    send_after_restart(parts, OutboundClient())
     assert received(httpserver) == []
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
     assert str(error).startswith("ForbiddenURL")
 
 
-def test_a_receiver_that_refuses_connections_is_retried(parts: Parts) -> None:
+def test_a_receiver_that_refuses_connections_is_retried(parts: Components) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        finished(parts, webhook_url=f"http://127.0.0.1:{unused.getsockname()[1]}/hook")
-        turn(parts)
+        finish_job(parts, webhook_url=f"http://127.0.0.1:{unused.getsockname()[1]}/hook")
+        send_after_restart(parts)
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
     assert str(error).startswith("ConnectError")
@@ -238,31 +238,31 @@ def raw_receiver(response: bytes | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("response", [None, b"", b"hello\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 200 OK\r\nX"])
-def test_an_invalid_response_is_retried(parts: Parts, response: bytes | None) -> None:
+def test_an_invalid_response_is_retried(parts: Components, response: bytes | None) -> None:
     with raw_receiver(response) as url:
-        finished(parts, webhook_url=url)
-        turn(parts)
+        finish_job(parts, webhook_url=url)
+        send_after_restart(parts)
     assert delivery(parts)[:3] == (1, parts.clock.now + DELAYS[0], None)
 
 
-def test_a_receiver_that_never_answers_is_retried(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receiver_that_never_answers_is_retried(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        finished(parts, webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/hook")
-        turn(parts)
+        finish_job(parts, webhook_url=f"http://127.0.0.1:{silent.getsockname()[1]}/hook")
+        send_after_restart(parts)
     attempt, due_at, _, error = delivery(parts)
     assert (attempt, due_at) == (1, parts.clock.now + DELAYS[0])
     assert "no response" in str(error)
 
 
-def test_many_webhooks_are_delivered_once_each(parts: Parts, httpserver: HTTPServer) -> None:
-    url = hook(httpserver)
-    jobs = [finished(parts, webhook_url=url).request_id for _ in range(70)]
+def test_many_webhooks_are_delivered_once_each(parts: Components, httpserver: HTTPServer) -> None:
+    url = receiver_url(httpserver)
+    jobs = [finish_job(parts, webhook_url=url).request_id for _ in range(70)]
 
     async def deliver() -> None:
         sender = webhooks(parts)
         while parts.rows("SELECT * FROM deliveries WHERE due_at IS NOT NULL"):
-            await delivered(sender)
+            await send_and_wait(sender)
 
     asyncio.run(deliver())
     assert sorted(json.loads(request.data)["request_id"] for request in received(httpserver)) == sorted(jobs)
@@ -276,7 +276,7 @@ def silent_receivers(number: int) -> Iterator[list[str]]:
         yield [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
 
 
-def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
+def submit_cancelled(parts: Components, owner: str, *urls: str) -> set[str]:
     """Submit and cancel a request for each of these webhook URLs; return the request ids."""
     jobs = [parts.queue.submit(submission(webhook_url=url, owner=owner)) for url in urls]
     for job in jobs:
@@ -284,7 +284,7 @@ def cancelled(parts: Parts, owner: str, *urls: str) -> set[str]:
     return {job.request_id for job in jobs}
 
 
-async def send_until_delivered(parts: Parts, sender: WebhookSender, request_ids: set[str]) -> None:
+async def send_until_delivered(parts: Components, sender: WebhookSender, request_ids: set[str]) -> None:
     """Send what is due until these webhooks are delivered, while other deliveries hang."""
     parts.notifier.bind_loop(asyncio.get_running_loop())
     with parts.notifier.subscribe(WEBHOOKS) as event:
@@ -305,7 +305,7 @@ async def num_running(sender: WebhookSender) -> int:
     return sum("_deliver" in str(task.get_coro()) for task in asyncio.all_tasks())
 
 
-async def abandoned() -> None:
+async def cancel_deliveries() -> None:
     """Cancel all deliveries to receivers that never answer."""
     deliveries = asyncio.all_tasks() - {asyncio.current_task()}
     for task in deliveries:
@@ -314,28 +314,30 @@ async def abandoned() -> None:
 
 
 def test_a_receiver_that_never_answers_delays_no_other_webhook(
-    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+    parts: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A silent receiver delays no other receiver of its owner and no other owner, though its webhooks are due first."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: str) -> None:
-        cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
-        cancelled(parts, "bad", *(f"{silent}?number={number}" for number in range(60)))
+        submit_cancelled(parts, "bad", *(f"{silent}/{number}" for number in range(60)))
+        submit_cancelled(parts, "bad", *(f"{silent}?number={number}" for number in range(60)))
         sender = webhooks(parts)
         assert await num_running(sender) == PER_RECEIVER
         parts.clock.now += 1
         good = [url] * 20
-        await send_until_delivered(parts, sender, cancelled(parts, "bad", *good) | cancelled(parts, "good", *good))
-        await abandoned()
+        await send_until_delivered(
+            parts, sender, submit_cancelled(parts, "bad", *good) | submit_cancelled(parts, "good", *good)
+        )
+        await cancel_deliveries()
 
-    url = hook(httpserver)
+    url = receiver_url(httpserver)
     with silent_receivers(1) as (silent,):
         asyncio.run(deliver(silent))
 
 
 def test_many_silent_receivers_of_one_owner_delay_no_other_owner(
-    parts: Parts, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+    parts: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An owner gets at most half of the free slots, so some stay free for the next, even with several bad owners."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
@@ -343,19 +345,19 @@ def test_many_silent_receivers_of_one_owner_delay_no_other_owner(
     async def deliver(silent: list[str]) -> None:
         sender, total = webhooks(parts), 0
         for owner, limit in (("bad", CONCURRENCY // 2), ("worse", CONCURRENCY // 4), ("worst", CONCURRENCY // 8)):
-            cancelled(parts, owner, *(f"{url}/hook" for url in silent for _ in range(20)))
+            submit_cancelled(parts, owner, *(f"{url}/hook" for url in silent for _ in range(20)))
             total += limit
             assert await num_running(sender) == total
             parts.clock.now += 1
-        await send_until_delivered(parts, sender, cancelled(parts, "good", *[url] * 20))
-        await abandoned()
+        await send_until_delivered(parts, sender, submit_cancelled(parts, "good", *[url] * 20))
+        await cancel_deliveries()
 
-    url = hook(httpserver)
+    url = receiver_url(httpserver)
     with silent_receivers(CONCURRENCY // PER_RECEIVER) as silent:
         asyncio.run(deliver(silent))
 
 
-def test_a_slow_pass_is_followed_by_a_longer_pause(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_pass_is_followed_by_a_longer_pause(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass reads all deliveries that wait for a bad receiver. The pause leaves others time to use the database."""
     monotonic = Clock()
     pauses: list[float] = []
@@ -376,7 +378,7 @@ def test_a_slow_pass_is_followed_by_a_longer_pause(parts: Parts, monkeypatch: py
     assert pauses == [1.0, 5.0]
 
 
-def test_a_running_delivery_is_not_started_again(parts: Parts, httpserver: HTTPServer) -> None:
+def test_a_running_delivery_is_not_started_again(parts: Components, httpserver: HTTPServer) -> None:
     may_answer = threading.Event()
 
     def wait(request: Request) -> Response:
@@ -384,29 +386,29 @@ def test_a_running_delivery_is_not_started_again(parts: Parts, httpserver: HTTPS
         return Response()
 
     httpserver.expect_request("/hook").respond_with_handler(wait)
-    finished(parts, webhook_url=httpserver.url_for("/hook"))
+    finish_job(parts, webhook_url=httpserver.url_for("/hook"))
 
     async def deliver() -> None:
         sender = webhooks(parts)
         await sender.send_due()
         await sender.send_due()
         may_answer.set()
-        await delivered(sender)
+        await send_and_wait(sender)
 
     asyncio.run(deliver())
     assert len(received(httpserver)) == 1
 
 
 def test_a_receiver_is_not_called_again_at_once_when_its_answer_cannot_be_recorded(
-    parts: Parts, httpserver: HTTPServer
+    parts: Components, httpserver: HTTPServer
 ) -> None:
-    finished(parts, webhook_url=hook(httpserver))
+    finish_job(parts, webhook_url=receiver_url(httpserver))
 
     async def deliver() -> None:
         sender = webhooks(parts)
         parts.rows("PRAGMA query_only = ON")
         for _ in range(3):
-            await delivered(sender)
+            await send_and_wait(sender)
         parts.rows("PRAGMA query_only = OFF")
 
     asyncio.run(deliver())
@@ -416,85 +418,87 @@ def test_a_receiver_is_not_called_again_at_once_when_its_answer_cannot_be_record
 
 @pytest.mark.parametrize("status", [500, 200])
 def test_a_redelivery_requested_during_the_last_attempt_is_sent(
-    parts: Parts, httpserver: HTTPServer, status: int
+    parts: Components, httpserver: HTTPServer, status: int
 ) -> None:
     """The operator acts during the last attempt, after which there would be no further one in either case."""
 
     def send_again(request: Request) -> Response:
-        Control(parts.database, parts.folder).redeliver(job.request_id)
+        Control(parts.database, parts.data_dir).redeliver(job.request_id)
         return Response(status=status)
 
     httpserver.expect_ordered_request("/hook").respond_with_handler(send_again)
-    job = finished(parts, webhook_url=hook(httpserver))
+    job = finish_job(parts, webhook_url=receiver_url(httpserver))
     with parts.database.transaction() as connection:
         connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS),))
-    turn(parts)
+    send_after_restart(parts)
     attempt, due_at, delivered_at, error = delivery(parts)
     assert (attempt, delivered_at, error) == (0, None, None)
     assert isinstance(due_at, float)
     parts.clock.now = due_at
-    turn(parts)
+    send_after_restart(parts)
     assert delivery(parts) == (1, None, parts.clock.now, None)
     assert len(received(httpserver)) == 2
 
 
 @pytest.mark.parametrize("seconds_back", [2 * 3600.0, 366 * 86_400.0])
 def test_deliveries_scheduled_too_far_ahead_by_a_wrong_clock_are_due_now(
-    parts: Parts, httpserver: HTTPServer, seconds_back: float
+    parts: Components, httpserver: HTTPServer, seconds_back: float
 ) -> None:
     """A first attempt and a retry were scheduled by a clock that was too far ahead."""
-    first = finished(parts, webhook_url=hook(httpserver, 500))
-    turn(parts)
-    second = finished(parts, webhook_url=httpserver.url_for("/hook"))
+    first = finish_job(parts, webhook_url=receiver_url(httpserver, 500))
+    send_after_restart(parts)
+    second = finish_job(parts, webhook_url=httpserver.url_for("/hook"))
     parts.clock.now -= seconds_back
-    turn(parts)
+    send_after_restart(parts)
     delivered_ids = [request.json["request_id"] for request in received(httpserver)]
     assert sorted(delivered_ids) == sorted([first.request_id, first.request_id, second.request_id])
     assert parts.rows("SELECT count(*) FROM deliveries WHERE due_at IS NULL") == [(2,)]
 
 
-def test_a_retry_is_not_sent_early_when_the_clock_is_set_back_a_little(parts: Parts, httpserver: HTTPServer) -> None:
-    finished(parts, webhook_url=hook(httpserver, 500))
+def test_a_retry_is_not_sent_early_when_the_clock_is_set_back_a_little(
+    parts: Components, httpserver: HTTPServer
+) -> None:
+    finish_job(parts, webhook_url=receiver_url(httpserver, 500))
     with parts.database.transaction() as connection:
         connection.execute("UPDATE deliveries SET attempt = ?", (len(DELAYS) - 1,))
-    turn(parts)
+    send_after_restart(parts)
     parts.clock.now -= 1
-    assert turn(parts) == 60
+    assert send_after_restart(parts) == 60
     assert len(received(httpserver)) == 1
 
 
 def test_an_unrecorded_delivery_is_retried_a_minute_later_despite_clock_jumps(
-    parts: Parts, httpserver: HTTPServer
+    parts: Components, httpserver: HTTPServer
 ) -> None:
-    finished(parts, webhook_url=hook(httpserver))
+    finish_job(parts, webhook_url=receiver_url(httpserver))
     monotonic = Clock(5.0)
 
     async def deliver() -> None:
         sender = webhooks(parts, monotonic=monotonic)
         parts.rows("PRAGMA query_only = ON")
-        await delivered(sender)
+        await send_and_wait(sender)
         parts.rows("PRAGMA query_only = OFF")
         for jump in (86_400.0, -86_400.0):
             parts.clock.now += jump
             monotonic.now += 29
-            await delivered(sender)
+            await send_and_wait(sender)
         assert len(received(httpserver)) == 1
         monotonic.now += 3
-        await delivered(sender)
+        await send_and_wait(sender)
 
     asyncio.run(deliver())
     assert len(received(httpserver)) == 2
     assert delivery(parts) == (1, None, parts.clock.now, None)
 
 
-def test_the_loop_delivers_a_new_result_and_ends_when_cancelled(parts: Parts, httpserver: HTTPServer) -> None:
-    job = claimed(parts, webhook_url=hook(httpserver))
+def test_the_loop_delivers_a_new_result_and_ends_when_cancelled(parts: Components, httpserver: HTTPServer) -> None:
+    job = claim_job(parts, webhook_url=receiver_url(httpserver))
 
     async def deliver() -> None:
         parts.notifier.bind_loop(asyncio.get_running_loop())
         running = asyncio.create_task(webhooks(parts).run())
         with parts.notifier.subscribe("webhooks") as event:
-            await asyncio.to_thread(parts.queue.finish, job, painted())
+            await asyncio.to_thread(parts.queue.finish, job, success())
             while delivery(parts)[2] is None:
                 await event.wait()
                 event.clear()
@@ -507,13 +511,13 @@ def test_the_loop_delivers_a_new_result_and_ends_when_cancelled(parts: Parts, ht
     assert len(received(httpserver)) == 1
 
 
-def test_deleting_a_job_deletes_its_webhook(parts: Parts, httpserver: HTTPServer) -> None:
-    delete_job(parts, finished(parts, webhook_url=hook(httpserver)))
-    turn(parts)
+def test_deleting_a_job_deletes_its_webhook(parts: Components, httpserver: HTTPServer) -> None:
+    delete_job(parts, finish_job(parts, webhook_url=receiver_url(httpserver)))
+    send_after_restart(parts)
     assert received(httpserver) == []
 
 
-def delete_job(parts: Parts, job: Job) -> None:
+def delete_job(parts: Components, job: Job) -> None:
     """Delete a job as retention does."""
     with parts.database.transaction() as connection:
         connection.execute("DELETE FROM jobs WHERE request_id = ?", (job.request_id,))

@@ -16,8 +16,8 @@ from httpcore._backends.anyio import AnyIOStream
 
 from server.net import tls
 from server.webhooks.delivery import DELAYS
-from tests.support.components import Parts, finished, opened
-from tests.unit.webhooks.test_delivery import delivery, turn
+from tests.support.components import Components, finish_job, open_components
+from tests.unit.webhooks.test_delivery import delivery, send_after_restart
 
 #: Seconds that a receiver has to respond in these tests. A receiver that hangs uses all of them.
 TIMEOUT = 0.3
@@ -158,10 +158,10 @@ def receiving(behave: Behaviour, context: ssl.SSLContext | None = None, times: i
         assert not thread.is_alive()
 
 
-def check_attempt(parts: Parts, url: str, *, is_success: bool) -> None:
+def check_attempt(parts: Components, url: str, *, is_success: bool) -> None:
     """Make one attempt; check that it succeeded, or that the retry is due exactly as scheduled."""
-    finished(parts, webhook_url=url)
-    turn(parts)
+    finish_job(parts, webhook_url=url)
+    send_after_restart(parts)
     attempt, due_at, delivered_at, error = delivery(parts)
     assert attempt == 1
     if is_success:
@@ -172,7 +172,7 @@ def check_attempt(parts: Parts, url: str, *, is_success: bool) -> None:
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_one_attempt_at_a_bad_receiver(parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_attempt_at_a_bad_receiver(parts: Components, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", TIMEOUT)
     behave, is_success = BEHAVIOURS[name]
     with receiving(behave) as url:
@@ -193,20 +193,20 @@ def test_all_attempts_at_a_bad_receiver(tmp_path: Path, name: str, monkeypatch: 
     with receiving(behave, times=attempts) as url:
         if is_success:
             for number in range(attempts):
-                with opened(tmp_path / str(number)) as parts:
+                with open_components(tmp_path / str(number)) as parts:
                     check_attempt(parts, url, is_success=True)
             return
-        with opened(tmp_path) as parts:
-            finished(parts, webhook_url=url)
+        with open_components(tmp_path) as parts:
+            finish_job(parts, webhook_url=url)
             for number, delay in enumerate((*DELAYS, None), 1):
-                turn(parts)
+                send_after_restart(parts)
                 attempt, due_at, delivered_at, error = delivery(parts)
                 assert (attempt, delivered_at) == (number, None)
                 assert due_at == (delay and parts.clock.now + delay)
                 assert error
                 # One second early, nothing is due. The receiver accepts no connection beyond the attempts.
                 parts.clock.now += (delay or 3600) - 1
-                assert turn(parts) == (1 if delay else 60)
+                assert send_after_restart(parts) == (1 if delay else 60)
                 parts.clock.now += 1
 
 
@@ -218,7 +218,7 @@ MAX_BUFFERED = 2**16
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_at_most_64_kib_of_an_endless_response_are_read(
-    parts: Parts, name: str, monkeypatch: pytest.MonkeyPatch
+    parts: Components, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server reads at most 64 KiB. The receiver has the smallest possible send buffer and counts what it sends."""
     behave, is_success = BEHAVIOURS[name]
@@ -253,7 +253,7 @@ def test_at_most_64_kib_of_an_endless_response_are_read(
     assert num_read <= num_sent <= num_read + MAX_BUFFERED
 
 
-def test_a_self_signed_certificate_fails_the_delivery(parts: Parts, tmp_path: Path) -> None:
+def test_a_self_signed_certificate_fails_the_delivery(parts: Components, tmp_path: Path) -> None:
     files = tls.ensure_certificate(tmp_path / "stranger", "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
@@ -261,6 +261,6 @@ def test_a_self_signed_certificate_fails_the_delivery(parts: Parts, tmp_path: Pa
         check_attempt(parts, url, is_success=False)
 
 
-def test_plain_http_on_an_https_url_fails_the_delivery(parts: Parts) -> None:
+def test_plain_http_on_an_https_url_fails_the_delivery(parts: Components) -> None:
     with receiving(sends(OK + b"Content-Length: 0\r\n\r\n")) as url:
         check_attempt(parts, url.replace("http:", "https:"), is_success=False)

@@ -26,7 +26,7 @@ from server.storage.database import Database
 from server.webhooks.delivery import DELAYS, WebhookSender
 from server.webhooks.signing import OVERLAP, ROTATE_AFTER, WebhookSigner
 from tests.clients.test_node_clients import node as node
-from tests.support.components import Clock, Parts, finished, opened
+from tests.support.components import Clock, Components, finish_job, open_components
 from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Server, serving
 
@@ -60,7 +60,7 @@ def is_signed(jwks: dict[str, Any], message: bytes, signature: bytes) -> bool:
     return False
 
 
-def is_fals(received: Received, jwks: dict[str, Any]) -> bool:
+def fal_signature_holds(received: Received, jwks: dict[str, Any]) -> bool:
     """Return whether the signature of fal's scheme holds, as its documentation describes the scheme."""
     names = ("request-id", "user-id", "timestamp")
     values = [received.headers[f"x-fal-webhook-{name}"] for name in names]
@@ -68,7 +68,7 @@ def is_fals(received: Received, jwks: dict[str, Any]) -> bool:
     return is_signed(jwks, message, bytes.fromhex(received.headers["x-fal-webhook-signature"]))
 
 
-def is_v1a(received: Received, jwks: dict[str, Any]) -> bool:
+def v1a_signature_holds(received: Received, jwks: dict[str, Any]) -> bool:
     """Return whether the asymmetric signature of Standard Webhooks holds, as its specification describes it."""
     headers = received.headers
     message = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + received.body
@@ -133,8 +133,8 @@ def test_the_signature_of_every_scheme_holds(signing: Server, receiver: Receiver
     request_id = submit_with_webhook(signing, receiver, endpoint)
     received = receiver.next()
     jwks = httpx.get(f"{signing.url}/.well-known/jwks.json", trust_env=False).json()
-    assert is_fals(received, jwks)
-    assert is_v1a(received, jwks)
+    assert fal_signature_holds(received, jwks)
+    assert v1a_signature_holds(received, jwks)
     verified = Webhook(SECRET).verify(received.body, received.headers)
     assert verified["request_id"] == request_id
     assert verified["status"] == {"test/null": "OK", "test/raises": "ERROR"}[endpoint]
@@ -161,8 +161,8 @@ def test_no_signature_holds_for_another_body_time_or_id(node: None, signing: Ser
         Received({**received.headers, **other_id}, received.body),
     ]
     for forgery in forged:
-        assert not is_fals(forgery, jwks)
-        assert not is_v1a(forgery, jwks)
+        assert not fal_signature_holds(forgery, jwks)
+        assert not v1a_signature_holds(forgery, jwks)
         with pytest.raises(WebhookVerificationError):
             Webhook(SECRET).verify(forgery.body, forgery.headers)
     assert verify_with_node(forged[0], jwks=jwks) == {"fal": False, "v1": False, "v1a": False}
@@ -178,7 +178,7 @@ def test_the_published_keys(signing: Server) -> None:
     assert "max-age=86400" in response.headers["cache-control"]
 
 
-def test_without_a_secret_there_is_no_v1(parts: Parts) -> None:
+def test_without_a_secret_there_is_no_v1(parts: Components) -> None:
     signatures = WebhookSigner(parts.database, clock=parts.clock).headers("id", "me", b"{}")["webhook-signature"]
     assert [signature.split(",")[0] for signature in signatures.split(" ")] == ["v1a"]
 
@@ -189,18 +189,18 @@ def sign(signer: WebhookSigner) -> Received:
 
 
 @pytest.fixture
-def signer(parts: Parts) -> WebhookSigner:
+def signer(parts: Components) -> WebhookSigner:
     return WebhookSigner(parts.database, SECRET, parts.clock)
 
 
 def holds(received: Received, jwks: dict[str, Any]) -> bool:
     """Return whether both schemes that use the published keys hold."""
-    return is_fals(received, jwks) and is_v1a(received, jwks)
+    return fal_signature_holds(received, jwks) and v1a_signature_holds(received, jwks)
 
 
 @pytest.mark.parametrize("step", [HOUR, 7 * HOUR, 23 * HOUR, DAY])
 def test_receivers_that_cache_the_keys_for_a_day_never_lack_one(
-    parts: Parts, signer: WebhookSigner, step: float
+    parts: Components, signer: WebhookSigner, step: float
 ) -> None:
     jwks, fetched_at, start = signer.jwks(), parts.clock.now, parts.clock.now
     seen = {key["kid"] for key in jwks["keys"]}
@@ -213,7 +213,7 @@ def test_receivers_that_cache_the_keys_for_a_day_never_lack_one(
     assert len(seen) == 3
 
 
-def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Parts, signer: WebhookSigner) -> None:
+def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Components, signer: WebhookSigner) -> None:
     first = signer.jwks()
     parts.clock.now += ROTATE_AFTER
     both = signer.jwks()
@@ -233,7 +233,9 @@ def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Part
     assert signer.jwks() == new
 
 
-def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts: Parts, signer: WebhookSigner) -> None:
+def test_the_schemes_hold_by_node_before_and_after_a_rotation(
+    node: None, parts: Components, signer: WebhookSigner
+) -> None:
     for _ in range(2):
         found = verify_with_node(sign(signer), jwks=signer.jwks(), now=parts.clock.now)
         assert found == {"fal": True, "v1": True, "v1a": True}
@@ -242,7 +244,7 @@ def test_the_schemes_hold_by_node_before_and_after_a_rotation(node: None, parts:
         parts.clock.now += OVERLAP
 
 
-def test_signatures_hold_after_the_server_was_off_for_long(parts: Parts, signer: WebhookSigner) -> None:
+def test_signatures_hold_after_the_server_was_off_for_long(parts: Components, signer: WebhookSigner) -> None:
     jwks = signer.jwks()
     parts.clock.now += 5 * ROTATE_AFTER
     assert holds(sign(signer), jwks)
@@ -251,20 +253,20 @@ def test_signatures_hold_after_the_server_was_off_for_long(parts: Parts, signer:
 
 def test_keys_outlive_the_server(tmp_path: Path) -> None:
     clock = Clock()
-    with opened(tmp_path, clock=clock) as parts:
+    with open_components(tmp_path, clock=clock) as parts:
         first = WebhookSigner(parts.database, clock=clock).jwks()
-    with opened(tmp_path, clock=clock) as parts:
+    with open_components(tmp_path, clock=clock) as parts:
         assert WebhookSigner(parts.database, clock=clock).jwks() == first
 
 
-def test_two_servers_have_different_keys(parts: Parts, signer: WebhookSigner, tmp_path: Path) -> None:
+def test_two_servers_have_different_keys(parts: Components, signer: WebhookSigner, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Database(tmp_path / "other")
     assert not holds(sign(WebhookSigner(other, clock=parts.clock)), signer.jwks())
     other.close()
 
 
-def send_due(parts: Parts, signer: WebhookSigner) -> None:
+def send_due(parts: Components, signer: WebhookSigner) -> None:
     """Send what is due with a new sender, as after a restart, and wait for all deliveries."""
 
     async def send() -> None:
@@ -275,19 +277,19 @@ def send_due(parts: Parts, signer: WebhookSigner) -> None:
     asyncio.run(send())
 
 
-def delivery(parts: Parts) -> Any:
+def delivery(parts: Components) -> Any:
     """Return the attempts, the time of the next attempt, and whether the webhook was delivered."""
     (row,) = parts.rows("SELECT attempt, due_at, delivered_at IS NOT NULL FROM deliveries")
     return row
 
 
 def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webhook(
-    parts: Parts, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
+    parts: Components, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-        job = finished(parts, webhook_url=f"http://127.0.0.1:{port}/hook")
+        job = finish_job(parts, webhook_url=f"http://127.0.0.1:{port}/hook")
         with caplog.at_level(logging.WARNING, logger="server.webhooks.delivery"):
             for delay in DELAYS[:5]:
                 send_due(parts, signer)
@@ -307,10 +309,10 @@ def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webh
     assert received.headers["webhook-timestamp"] == str(int(parts.clock.now))
 
 
-def test_each_attempt_has_a_new_signature(parts: Parts, signer: WebhookSigner, httpserver: HTTPServer) -> None:
+def test_each_attempt_has_a_new_signature(parts: Components, signer: WebhookSigner, httpserver: HTTPServer) -> None:
     httpserver.expect_oneshot_request("/hook").respond_with_data(status=503)
     httpserver.expect_request("/hook").respond_with_data()
-    finished(parts, webhook_url=httpserver.url_for("/hook"))
+    finish_job(parts, webhook_url=httpserver.url_for("/hook"))
     send_due(parts, signer)
     parts.clock.now += DELAYS[0]
     send_due(parts, signer)

@@ -16,8 +16,8 @@ from pydantic_core import to_json
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from server.webhooks.signing import WebhookSigner
-from tests.support.components import opened
-from tests.unit.webhooks.test_signatures import SECRET, Received, is_fals, is_v1a
+from tests.support.components import open_components
+from tests.unit.webhooks.test_signatures import SECRET, Received, fal_signature_holds, v1a_signature_holds
 
 #: All of JSON, deep and wide, with every character except lone surrogates, which no body can contain.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -49,13 +49,18 @@ def is_accepted(received: Received) -> bool:
 
 def verdicts(received: Received, jwks: dict[str, Any]) -> set[bool]:
     """Return the verdicts of all four verifiers; one element means that they agree."""
-    return {is_fals(received, jwks), is_v1a(received, jwks), is_v1(received), is_accepted(received)}
+    return {
+        fal_signature_holds(received, jwks),
+        v1a_signature_holds(received, jwks),
+        is_v1(received),
+        is_accepted(received),
+    }
 
 
 @pytest.fixture
 def signer(tmp_path: Path) -> Iterator[WebhookSigner]:
     """Yield a signer with the real clock, because receivers refuse old webhooks."""
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         yield WebhookSigner(parts.database, SECRET, time.time)
 
 
@@ -102,7 +107,7 @@ def test_every_byte_is_signed(signer: WebhookSigner) -> None:
             changed[position] ^= 1 << bit
             assert verdicts(Received(received.headers, bytes(changed)), jwks) == {False}
     for name in ("x-fal-webhook-request-id", "x-fal-webhook-user-id", "x-fal-webhook-timestamp"):
-        assert not is_fals(Received({**received.headers, name: "1"}, body), jwks)
+        assert not fal_signature_holds(Received({**received.headers, name: "1"}, body), jwks)
     for name in ("webhook-id", "webhook-timestamp"):
         other = Received({**received.headers, name: "1"}, body)
-        assert (is_v1a(other, jwks), is_v1(other), is_accepted(other)) == (False, False, False)
+        assert (v1a_signature_holds(other, jwks), is_v1(other), is_accepted(other)) == (False, False, False)

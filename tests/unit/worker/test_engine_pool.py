@@ -21,10 +21,10 @@ from models.loading.specs import DEMO
 from server.queue.jobs import State
 from server.worker.engine_pool import PAUSE_SECONDS, EnginePool
 from server.worker.worker import Worker
-from tests.support.components import Clock, Parts
+from tests.support.components import Clock, Components
 from tests.support.fake_models import NullEngine, NullModel
-from tests.support.tiny_flux import asked, difference, finished
-from tests.unit.worker.test_worker import answer, ready, submitted, worked_off
+from tests.support.tiny_flux import difference, finish_task, make_request
+from tests.unit.worker.test_worker import outcome_and_body, ready_worker, run_all, submit
 
 DEV, KREA = "fal-ai/flux/dev", "fal-ai/flux/krea"
 
@@ -147,60 +147,60 @@ def test_an_engine_fits_only_if_its_weights_fit_in_free_memory(monkeypatch: pyte
 # -- in the worker
 
 
-def worker_on(parts: Parts, models: RecordedModels, **settings: Any) -> Worker:
-    return ready(parts, *models.by_endpoint.values(), **settings)
+def worker_on(parts: Components, models: RecordedModels, **settings: Any) -> Worker:
+    return ready_worker(parts, *models.by_endpoint.values(), **settings)
 
 
-def test_a_request_for_other_weights_waits_until_earlier_requests_are_done(parts: Parts) -> None:
+def test_a_request_for_other_weights_waits_until_earlier_requests_are_done(parts: Components) -> None:
     models = RecordedModels("a/a", "a/b")
     worker = worker_on(parts, models, max_loaded=1)
-    first, other, behind = (submitted(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
+    first, other, behind = (submit(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
     worker.run_once()
     assert (first.state, first.step) == (State.IN_PROGRESS, 1)
-    worked_off(worker)
-    assert [answer(parts, job)[0].status for job in (first, other, behind)] == [200] * 3
+    run_all(worker)
+    assert [outcome_and_body(parts, job)[0].status for job in (first, other, behind)] == [200] * 3
     assert models.events == ["+ a/a", "- a/a", "+ a/b", "- a/b", "+ a/a"]
 
 
-def test_all_requests_that_wait_for_the_same_weights_start_together(parts: Parts) -> None:
+def test_all_requests_that_wait_for_the_same_weights_start_together(parts: Components) -> None:
     models = RecordedModels("a/a", "a/b")
     worker = worker_on(parts, models, max_loaded=1)
-    jobs = [submitted(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
-    worked_off(worker)
-    assert [answer(parts, job)[0].status for job in jobs] == [200] * 6
+    jobs = [submit(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
+    run_all(worker)
+    assert [outcome_and_body(parts, job)[0].status for job in jobs] == [200] * 6
     # Two more switches. In order of arrival there would be five.
     assert models.events.count("+ a/b") == 1
     assert models.events.count("+ a/a") == 2
 
 
-def test_a_waiting_request_logs_the_progress_of_loading(parts: Parts) -> None:
+def test_a_waiting_request_logs_the_progress_of_loading(parts: Components) -> None:
     class ReportingModel(NullModel):
         def setup(self, config: EngineConfig) -> NullEngine:
             config.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
             return super().setup(config)
 
-    worker = ready(parts, NullModel("a/a", NullEngine), ReportingModel("a/b", NullEngine), max_loaded=1)
-    job = submitted(parts, "a/b")
-    worked_off(worker)
+    worker = ready_worker(parts, NullModel("a/a", NullEngine), ReportingModel("a/b", NullEngine), max_loaded=1)
+    job = submit(parts, "a/b")
+    run_all(worker)
     assert job.logs[0]["message"] == "a/b: loading transformer, 1.0 of 4.0 GB loaded"
 
 
-def test_weights_that_cannot_be_loaded_fail_only_their_requests(parts: Parts) -> None:
+def test_weights_that_cannot_be_loaded_fail_only_their_requests(parts: Components) -> None:
     class Broken(NullModel):
         def setup(self, config: EngineConfig) -> NullEngine:
             raise OSError("a shard is missing")
 
-    worker = ready(parts, NullModel("a/a", NullEngine), Broken("a/b", NullEngine), max_loaded=1)
-    jobs = [submitted(parts, endpoint) for endpoint in ("a/b", "a/a")]
-    worked_off(worker)
-    assert [answer(parts, job)[0].status for job in jobs] == [500, 200]
+    worker = ready_worker(parts, NullModel("a/a", NullEngine), Broken("a/b", NullEngine), max_loaded=1)
+    jobs = [submit(parts, endpoint) for endpoint in ("a/b", "a/a")]
+    run_all(worker)
+    assert [outcome_and_body(parts, job)[0].status for job in jobs] == [500, 200]
 
 
-def test_a_cancelled_request_does_not_wait_for_weights(parts: Parts) -> None:
+def test_a_cancelled_request_does_not_wait_for_weights(parts: Components) -> None:
     models = RecordedModels("a/a", "a/b")
     worker = worker_on(parts, models, max_loaded=1)
-    submitted(parts, "a/a", num_inference_steps=9)
-    other = submitted(parts, "a/b")
+    submit(parts, "a/a", num_inference_steps=9)
+    other = submit(parts, "a/b")
     worker.run_once()
     assert parts.queue.cancel(other) == State.IN_PROGRESS
     worker.run_once()
@@ -225,7 +225,7 @@ def test_a_hundred_switches_between_weights(tiny: Path) -> None:
     """Memory does not grow, and the images equal those of engines that never switch."""
     models = {endpoint: model for endpoint, model in discover().items() if endpoint in (DEV, KREA)}
     configs = {DEV: EngineConfig(DEMO, "", "cpu"), KREA: EngineConfig(tiny, "", "cpu")}
-    request = asked("a fish", 64, 64)
+    request = make_request("a fish", 64, 64)
     expected = {endpoint: _generate(FluxEngine.load(config), request) for endpoint, config in configs.items()}
     pool = EnginePool(models, configs, 1, lambda endpoint, loading: None)
     pool.setup()
@@ -250,5 +250,5 @@ def test_a_hundred_switches_between_weights(tiny: Path) -> None:
 
 def _generate(engine: Engine, request: FluxDevInput) -> Any:
     assert isinstance(engine, FluxEngine)
-    (image,) = finished(engine, engine.start(request, 1))
+    (image,) = finish_task(engine, engine.start(request, 1))
     return image

@@ -12,14 +12,14 @@ from server.errors import DiskFull
 from server.queue.jobs import Job
 from server.worker.watchdog import EXIT_STUCK, Watchdog
 from tests.reliability.test_kill import client_of, rows, submit
-from tests.support.components import Clock, Parts, claimed, opened, submission
+from tests.support.components import Clock, Components, claim_job, open_components, submission
 from tests.support.fake_models import NullModel, SharingEngine
-from tests.support.server_process import TEST_MODELS, Gate, Server, completed, serving
-from tests.unit.worker.test_worker import ready, worker_of
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_completed
+from tests.unit.worker.test_worker import ready_worker, worker_of
 
 #: The jobs in order of arrival: their ids, and their states with their crash counts.
 IDS = "SELECT request_id FROM jobs ORDER BY sequence"
-STRIKES = "SELECT state, status, strikes FROM jobs ORDER BY sequence"
+STATES_AND_CRASHES = "SELECT state, status, strikes FROM jobs ORDER BY sequence"
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def test_nothing_is_late_while_no_step_runs(watchdog: Watchdog, clock: Clock, la
 
 
 def test_a_step_is_late_past_the_deadline(
-    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    job = claimed(parts)
+    job = claim_job(parts)
     with watchdog.watch([job]):
         clock.now += 10
         watchdog.check()
@@ -62,9 +62,9 @@ def test_a_step_is_late_past_the_deadline(
 
 
 def test_each_step_has_a_separate_deadline(
-    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    job = claimed(parts)
+    job = claim_job(parts)
     for _ in range(5):
         with watchdog.watch([job]):
             clock.now += 9
@@ -74,8 +74,10 @@ def test_each_step_has_a_separate_deadline(
     assert late == []
 
 
-def test_an_error_also_ends_the_watch(parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]) -> None:
-    with pytest.raises(OSError), watchdog.watch([claimed(parts)]):
+def test_an_error_also_ends_the_watch(
+    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+) -> None:
+    with pytest.raises(OSError), watchdog.watch([claim_job(parts)]):
         raise OSError
     clock.now += 100
     watchdog.check()
@@ -83,9 +85,9 @@ def test_an_error_also_ends_the_watch(parts: Parts, watchdog: Watchdog, clock: C
 
 
 def test_only_the_jobs_of_the_late_thread_are_reported(
-    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    slow, quick = claimed(parts), claimed(parts)
+    slow, quick = claim_job(parts), claim_job(parts)
     started, may_finish = threading.Event(), threading.Event()
 
     def work_slowly() -> None:
@@ -107,9 +109,9 @@ def test_only_the_jobs_of_the_late_thread_are_reported(
 
 
 def test_after_a_nested_watch_the_outer_watch_continues(
-    parts: Parts, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    outer, inner = claimed(parts), claimed(parts)
+    outer, inner = claim_job(parts), claim_job(parts)
     with watchdog.watch([outer]):
         clock.now += 9
         with watchdog.watch([inner]):
@@ -139,15 +141,15 @@ class BatchRecordingEngine(SharingEngine):
 
 def test_a_job_with_a_crash_runs_alone(tmp_path: Path) -> None:
     engine = BatchRecordingEngine()
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         for _ in range(3):
-            claimed(parts, fields={"num_inference_steps": 1})
+            claim_job(parts, fields={"num_inference_steps": 1})
         crashed = parts.queue.get_cached(parts.rows(IDS)[1][0])
         assert crashed
         parts.queue.record_crash([crashed])
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
-        worker = ready(parts, NullModel("test/null", lambda: engine))
+        worker = ready_worker(parts, NullModel("test/null", lambda: engine))
         while worker.run_once():
             continue
         assert parts.rows("SELECT status, strikes FROM jobs ORDER BY sequence") == [(200, 0), (200, 1), (200, 0)]
@@ -156,13 +158,13 @@ def test_a_job_with_a_crash_runs_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_the_process_ends_even_when_the_crash_cannot_be_recorded(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, is_full: bool
+    parts: Components, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     aborts: list[tuple[float, list[Job]]] = []
     monkeypatch.setattr(
         "server.worker.worker.abort_process", lambda deadline, jobs: aborts.append((deadline, list(jobs)))
     )
-    worker, job = worker_of(parts, step_deadline=7), claimed(parts)
+    worker, job = worker_of(parts, step_deadline=7), claim_job(parts)
     if is_full:
         monkeypatch.setattr(parts.queue, "record_crash", lambda jobs: (_ for _ in ()).throw(DiskFull()))
         with pytest.raises(DiskFull):
@@ -179,7 +181,7 @@ def test_the_process_ends_even_when_the_crash_cannot_be_recorded(
 def exit_code(server: Server) -> int:
     """Wait until a server exits without being stopped; return its exit code."""
     code = server.process.wait(60)
-    server._reader.join()
+    server.reader.join()
     return code
 
 
@@ -193,17 +195,17 @@ def test_a_step_that_hangs_ends_the_process_and_the_next_process_finishes_the_jo
         assert f"a step of {request_id} took longer than --step-deadline (1 s)" in first.output
         # The stack trace shows where the step hangs.
         assert "in advance" in first.output
-    assert rows(data_dir, STRIKES) == [("IN_PROGRESS", None, 1)]
-    gate.let(3)
+    assert rows(data_dir, STATES_AND_CRASHES) == [("IN_PROGRESS", None, 1)]
+    gate.release(3)
     with serving(data_dir, TEST_MODELS, step_deadline="1") as second, client_of(second) as client:
-        assert completed(client, path).get("error") is None
+        assert wait_until_completed(client, path).get("error") is None
         assert second.stop() == 0
-    assert rows(data_dir, STRIKES) == [("COMPLETED", 200, 1)]
+    assert rows(data_dir, STATES_AND_CRASHES) == [("COMPLETED", 200, 1)]
 
 
 def test_after_three_crashes_a_job_fails_and_others_finish(tmp_path: Path, gate: Gate) -> None:
     data_dir = tmp_path / "data"
-    with opened(data_dir) as parts:
+    with open_components(data_dir) as parts:
         # All use one engine, so the other jobs may be batched with the step that hangs.
         for prompt in (str(gate.path), "/dev/null", "/dev/null"):
             fields = {"prompt": prompt, "num_inference_steps": 2}
@@ -213,13 +215,13 @@ def test_after_three_crashes_a_job_fails_and_others_finish(tmp_path: Path, gate:
         with serving(data_dir, TEST_MODELS, step_deadline="1") as server:
             assert exit_code(server) == EXIT_STUCK
     with serving(data_dir, TEST_MODELS, step_deadline="1") as server, client_of(server) as client:
-        errors = [completed(client, f"{path}/status").get("error") for path in paths]
+        errors = [wait_until_completed(client, f"{path}/status").get("error") for path in paths]
         assert errors == ["The server crashed 3 times while it ran this request.", None, None]
         result = client.get(paths[0])
         assert (result.status_code, result.headers["x-fal-error-type"]) == (500, "internal_error")
         assert server.stop() == 0
     # The others were in its batch once. After that, the job with crashes ran alone.
-    assert rows(data_dir, STRIKES) == [("COMPLETED", 500, 3), ("COMPLETED", 200, 1), ("COMPLETED", 200, 1)]
+    assert rows(data_dir, STATES_AND_CRASHES) == [("COMPLETED", 500, 3), ("COMPLETED", 200, 1), ("COMPLETED", 200, 1)]
 
 
 def test_a_lost_device_ends_the_process_and_the_next_process_finishes_the_job(tmp_path: Path) -> None:
@@ -229,9 +231,9 @@ def test_a_lost_device_ends_the_process_and_the_next_process_finishes_the_job(tm
         path = submit(client, {"prompt": str(fault), "num_inference_steps": 3}, "test/lost")
         assert exit_code(first) == 1
         assert "the worker stopped: an illegal memory access was encountered" in first.output
-    assert rows(data_dir, STRIKES) == [("IN_PROGRESS", None, 1)]
+    assert rows(data_dir, STATES_AND_CRASHES) == [("IN_PROGRESS", None, 1)]
     fault.unlink()
     with serving(data_dir, TEST_MODELS) as second, client_of(second) as client:
-        assert completed(client, path).get("error") is None
+        assert wait_until_completed(client, path).get("error") is None
         assert second.stop() == 0
-    assert rows(data_dir, STRIKES) == [("COMPLETED", 200, 1)]
+    assert rows(data_dir, STATES_AND_CRASHES) == [("COMPLETED", 200, 1)]

@@ -21,9 +21,9 @@ from server.queue.notifier import WORKER
 from server.settings import Settings
 from server.storage.file_store import Lifecycle
 from server.worker.worker import Worker
-from tests.support.components import Clock, Parts, full_disk, opened, reached, submission
+from tests.support.components import Clock, Components, full_disk, open_components, submission, wait_for_state
 from tests.support.fake_models import GateEngine, NullEngine, NullModel, NullTask, RaisesEngine, UnsafeEngine
-from tests.support.server_process import Gate, completed, serving
+from tests.support.server_process import Gate, serving, wait_until_completed
 
 ENGINES: dict[str, type[NullEngine]] = {
     "test/null": NullEngine,
@@ -36,11 +36,11 @@ SMALL: dict[str, Any] = {"image_size": {"width": 64, "height": 64}, "num_inferen
 LONG: dict[str, Any] = {**SMALL, "prompt": "x" * 20_000}
 
 
-def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
+def worker_of(parts: Components, *models: NullModel, **settings: Any) -> Worker:
     """Return a worker that is not set up yet."""
     models_by_endpoint = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
     configs = {endpoint: EngineConfig(None, "") for endpoint in models_by_endpoint}
-    worker_settings = Settings(data_dir=parts.folder, **settings)
+    worker_settings = Settings(data_dir=parts.data_dir, **settings)
     return Worker(
         worker_settings,
         models_by_endpoint,
@@ -52,15 +52,15 @@ def worker_of(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
     )
 
 
-def ready(parts: Parts, *models: NullModel, **settings: Any) -> Worker:
+def ready_worker(parts: Components, *models: NullModel, **settings: Any) -> Worker:
     """Return a worker that is set up but not started; the test calls `run_once`."""
     worker = worker_of(parts, *models, **settings)
     worker.setup()
     return worker
 
 
-def submitted(
-    parts: Parts,
+def submit(
+    parts: Components,
     endpoint: str = "test/null",
     *,
     mode: Mode = Mode.QUEUE,
@@ -73,13 +73,13 @@ def submitted(
     return parts.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
 
 
-def worked_off(worker: Worker) -> None:
+def run_all(worker: Worker) -> None:
     """Call `run_once` until no work is left."""
     while worker.run_once():
         continue
 
 
-def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
+def wait_until(parts: Components, job: Job, is_reached: Callable[[], bool]) -> None:
     """Wait until `is_reached` is true, checking at each notification of the job or the worker."""
 
     async def wait() -> None:
@@ -94,25 +94,25 @@ def wait_until(parts: Parts, job: Job, is_reached: Callable[[], bool]) -> None:
     asyncio.run(wait())
 
 
-def answer(parts: Parts, job: Job) -> tuple[Outcome, dict[str, Any]]:
+def outcome_and_body(parts: Components, job: Job) -> tuple[Outcome, dict[str, Any]]:
     """Return the outcome of a job and its JSON body."""
     outcome = parts.queue.result(job)
     return outcome, json.loads(outcome.body)
 
 
-def told(parts: Parts, job: Job) -> tuple[int, str, str | None]:
+def error_of(parts: Components, job: Job) -> tuple[int, str, str | None]:
     """Return the status, the message and the type of the error of a job."""
-    outcome, body = answer(parts, job)
+    outcome, body = outcome_and_body(parts, job)
     return outcome.status, body["detail"], body.get("error_type")
 
 
-def output_images(parts: Parts, job: Job) -> list[Image]:
+def output_images(parts: Components, job: Job) -> list[Image]:
     """Return the images of a result, read from the disk or from their data URIs."""
-    _, body = answer(parts, job)
+    _, body = outcome_and_body(parts, job)
     return [PILImage.open(io.BytesIO(_content(parts, image["url"]))).convert("RGB") for image in body["images"]]
 
 
-def _content(parts: Parts, url: str) -> bytes:
+def _content(parts: Components, url: str) -> bytes:
     if url.startswith("data:"):
         return base64.b64decode(url.partition(",")[2])
     found = parts.files.find(url.removeprefix("http://here/files/"))
@@ -123,16 +123,16 @@ def _content(parts: Parts, url: str) -> bytes:
 # -- generating
 
 
-def test_run_once_returns_false_without_work(parts: Parts) -> None:
-    assert not ready(parts).run_once()
+def test_run_once_returns_false_without_work(parts: Components) -> None:
+    assert not ready_worker(parts).run_once()
 
 
-def test_a_job_advances_one_step_at_a_time(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts)
+def test_a_job_advances_one_step_at_a_time(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts)
     assert worker.run_once()
     assert (job.state, job.attempt, job.step, job.num_steps) == (State.IN_PROGRESS, 1, 1, 2)
     assert worker.run_once()
-    assert (job.state, job.step, parts.on_disk()) == (State.IN_PROGRESS, 2, [])
+    assert (job.state, job.step, parts.stored_file_names()) == (State.IN_PROGRESS, 2, [])
     # Decoding is a separate iteration, so that other jobs can advance in the meantime.
     assert worker.run_once()
     assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
@@ -140,20 +140,20 @@ def test_a_job_advances_one_step_at_a_time(parts: Parts) -> None:
     assert not worker.run_once()
 
 
-def test_the_result_is_the_output_of_the_model(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, prompt="a tiger", seed=7)
-    worked_off(worker)
-    outcome, body = answer(parts, job)
+def test_the_result_is_the_output_of_the_model(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, prompt="a tiger", seed=7)
+    run_all(worker)
+    outcome, body = outcome_and_body(parts, job)
     assert (outcome.status, outcome.error) == (200, None)
     assert (body["seed"], body["prompt"], body["has_nsfw_concepts"]) == (7, "a tiger", [False])
     assert body["timings"] == {"inference": outcome.inference_time}
     (image,) = body["images"]
     assert (image["width"], image["height"], image["content_type"]) == (64, 64, "image/png")
-    assert image["url"] == f"http://here/files/{parts.on_disk()[0]}"
+    assert image["url"] == f"http://here/files/{parts.stored_file_names()[0]}"
 
 
 def test_inference_time_counts_steps_and_decoding_but_not_the_safety_check(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
+    parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(0.0)
     monkeypatch.setattr("time.perf_counter", clock)
@@ -171,53 +171,53 @@ def test_inference_time_counts_steps_and_decoding_but_not_the_safety_check(
             clock.now += 100
             return super().is_unsafe(images)
 
-    worker = ready(parts, NullModel("test/null", Slow))
-    jobs = [submitted(parts, num_inference_steps=3, num_images=2) for _ in range(2)]
-    worked_off(worker)
-    assert [answer(parts, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
+    worker = ready_worker(parts, NullModel("test/null", Slow))
+    jobs = [submit(parts, num_inference_steps=3, num_images=2) for _ in range(2)]
+    run_all(worker)
+    assert [outcome_and_body(parts, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
 
 
-def test_image_k_has_seed_plus_k_in_pixels_and_parameters(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, seed=7, num_images=3)
-    worked_off(worker)
+def test_image_k_has_seed_plus_k_in_pixels_and_parameters(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, seed=7, num_images=3)
+    run_all(worker)
     assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7 + k, 128, 64) for k in range(3)]
-    _, body = answer(parts, job)
+    _, body = outcome_and_body(parts, job)
     contents = [_content(parts, image["url"]) for image in body["images"]]
     found = [json.loads(PILImage.open(io.BytesIO(content)).info["parameters"]) for content in contents]
     assert [parameters["seed"] for parameters in found] == [7, 8, 9]
     assert found[0]["num_inference_steps"] == 2
 
 
-def test_embedding_of_parameters_can_be_disabled(parts: Parts) -> None:
-    worker, job = ready(parts, embed_parameters=False), submitted(parts, prompt="a secret wish")
-    worked_off(worker)
+def test_embedding_of_parameters_can_be_disabled(parts: Components) -> None:
+    worker, job = ready_worker(parts, embed_parameters=False), submit(parts, prompt="a secret wish")
+    run_all(worker)
     assert job.state == State.COMPLETED
-    (name,) = parts.on_disk()
-    content = (parts.folder / "files" / name).read_bytes()
+    (name,) = parts.stored_file_names()
+    content = (parts.data_dir / "files" / name).read_bytes()
     assert b"AI generated" in content
     assert b"secret wish" not in content and b"num_inference_steps" not in content
 
 
-def test_sync_mode_returns_the_image_as_a_data_uri_and_stores_no_file(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, sync_mode=True, seed=9)
-    worked_off(worker)
-    assert answer(parts, job)[1]["images"][0]["url"].startswith("data:image/png;base64,")
+def test_sync_mode_returns_the_image_as_a_data_uri_and_stores_no_file(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, sync_mode=True, seed=9)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[1]["images"][0]["url"].startswith("data:image/png;base64,")
     assert output_images(parts, job)[0].getpixel((0, 0)) == (9, 128, 64)
-    assert parts.on_disk() == []
+    assert parts.stored_file_names() == []
 
 
-def test_the_same_request_gives_the_same_bytes(parts: Parts) -> None:
-    worker = ready(parts)
-    jobs = [submitted(parts, output_format="jpeg", seed=9) for _ in range(2)]
-    worked_off(worker)
-    first, second = (_content(parts, answer(parts, job)[1]["images"][0]["url"]) for job in jobs)
+def test_the_same_request_gives_the_same_bytes(parts: Components) -> None:
+    worker = ready_worker(parts)
+    jobs = [submit(parts, output_format="jpeg", seed=9) for _ in range(2)]
+    run_all(worker)
+    first, second = (_content(parts, outcome_and_body(parts, job)[1]["images"][0]["url"]) for job in jobs)
     assert first == second
 
 
-def test_files_have_the_owner_and_the_expiry_of_their_request(parts: Parts) -> None:
-    worker = ready(parts)
+def test_files_have_the_owner_and_the_expiry_of_their_request(parts: Components) -> None:
+    worker = ready_worker(parts)
     parts.queue.submit(submission(fields=SMALL, owner="alice", lifecycle=Lifecycle(60.0, is_private=True)))
-    worked_off(worker)
+    run_all(worker)
     found = parts.rows("SELECT owner, is_private, created_at, expires_at FROM files")
     assert found == [("alice", 1, parts.clock.now, parts.clock.now + 60)]
 
@@ -225,12 +225,12 @@ def test_files_have_the_owner_and_the_expiry_of_their_request(parts: Parts) -> N
 # -- scheduling
 
 
-def test_the_request_with_the_least_remaining_work_advances(parts: Parts) -> None:
-    worker = ready(parts)
-    first = submitted(parts, num_inference_steps=5)
+def test_the_request_with_the_least_remaining_work_advances(parts: Components) -> None:
+    worker = ready_worker(parts)
+    first = submit(parts, num_inference_steps=5)
     for _ in range(2):
         worker.run_once()
-    second = submitted(parts, num_inference_steps=2)
+    second = submit(parts, num_inference_steps=2)
     steps = []
     for _ in range(6):
         worker.run_once()
@@ -239,9 +239,9 @@ def test_the_request_with_the_least_remaining_work_advances(parts: Parts) -> Non
     assert steps == [(2, 1), (2, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
 
 
-def test_an_image_is_kept_until_there_is_disk_space(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = ready(parts)
-    job = submitted(parts, num_inference_steps=1)
+def test_an_image_is_kept_until_there_is_disk_space(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = ready_worker(parts)
+    job = submit(parts, num_inference_steps=1)
     worker.run_once()
     save = parts.files.create
     monkeypatch.setattr(parts.files, "create", lambda *_: (_ for _ in ()).throw(DiskFull()))
@@ -253,229 +253,229 @@ def test_an_image_is_kept_until_there_is_disk_space(parts: Parts, monkeypatch: p
     assert (job.state, job.error) == (State.COMPLETED, None)
 
 
-def test_normal_priority_goes_before_low(parts: Parts) -> None:
-    worker = ready(parts)
+def test_normal_priority_goes_before_low(parts: Components) -> None:
+    worker = ready_worker(parts)
     low = parts.queue.submit(submission(fields=SMALL, priority=Priority.LOW))
     worker.run_once()
-    normal = submitted(parts)
+    normal = submit(parts)
     for _ in range(3):
         worker.run_once()
     assert (normal.state, low.state, low.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
 
 
-def test_at_most_max_running_requests_run(parts: Parts) -> None:
-    worker = ready(parts, max_running=2)
-    jobs = [submitted(parts) for _ in range(3)]
+def test_at_most_max_running_requests_run(parts: Components) -> None:
+    worker = ready_worker(parts, max_running=2)
+    jobs = [submit(parts) for _ in range(3)]
     worker.run_once()
     assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
-    worked_off(worker)
+    run_all(worker)
     assert {job.state for job in jobs} == {State.COMPLETED}
 
 
 # -- cancelling
 
 
-def test_cancel_takes_effect_before_the_next_step(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, num_inference_steps=5)
+def test_cancel_takes_effect_before_the_next_step(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, num_inference_steps=5)
     worker.run_once()
     worker.run_once()
     parts.queue.cancel(job)
     worker.run_once()
     assert (job.state, job.step) == (State.COMPLETED, 2)
-    outcome, body = answer(parts, job)
+    outcome, body = outcome_and_body(parts, job)
     assert (outcome.status, body["error_type"]) == (499, "client_cancelled")
 
 
-def test_a_cancelled_request_is_ended_before_others_advance(parts: Parts) -> None:
-    worker, other = ready(parts), submitted(parts)
-    job = submitted(parts)
+def test_a_cancelled_request_is_ended_before_others_advance(parts: Components) -> None:
+    worker, other = ready_worker(parts), submit(parts)
+    job = submit(parts)
     worker.run_once()
     parts.queue.cancel(job)
     worker.run_once()
     assert (job.state, other.step) == (State.COMPLETED, 1)
 
 
-def test_a_run_ends_as_disconnected_after_its_client_disconnects(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, mode=Mode.RUN)
+def test_a_run_ends_as_disconnected_after_its_client_disconnects(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, mode=Mode.RUN)
     worker.run_once()
     parts.queue.cancel(job)
-    worked_off(worker)
-    assert (answer(parts, job)[0].error_type, parts.on_disk()) == ("client_disconnected", [])
+    run_all(worker)
+    assert (outcome_and_body(parts, job)[0].error_type, parts.stored_file_names()) == ("client_disconnected", [])
 
 
-def test_no_file_is_kept_when_the_request_is_cancelled_while_it_is_checked(parts: Parts) -> None:
+def test_no_file_is_kept_when_the_request_is_cancelled_while_it_is_checked(parts: Components) -> None:
     class CancelDuringCheck(NullEngine):
         def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             parts.queue.cancel(job)
             return super().is_unsafe(images)
 
-    worker = ready(parts, NullModel("test/null", CancelDuringCheck))
-    job = submitted(parts, num_images=2)
-    worked_off(worker)
-    assert (answer(parts, job)[0].status, parts.on_disk()) == (499, [])
+    worker = ready_worker(parts, NullModel("test/null", CancelDuringCheck))
+    job = submit(parts, num_images=2)
+    run_all(worker)
+    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (499, [])
 
 
 # -- errors
 
 
-def test_an_error_meant_for_the_client_is_reported(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, "test/raises", prompt="told")
-    worked_off(worker)
-    assert told(parts, job) == (500, "This cannot be painted.", "internal_error")
+def test_an_error_meant_for_the_client_is_reported(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, "test/raises", prompt="told")
+    run_all(worker)
+    assert error_of(parts, job) == (500, "This cannot be painted.", "internal_error")
 
 
-def test_the_message_of_any_other_error_is_hidden(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, "test/raises", prompt="x")
-    worked_off(worker)
-    assert told(parts, job) == (500, "Internal Server Error", "internal_error")
+def test_the_message_of_any_other_error_is_hidden(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, "test/raises", prompt="x")
+    run_all(worker)
+    assert error_of(parts, job) == (500, "Internal Server Error", "internal_error")
     assert "secret" not in str(parts.rows("SELECT * FROM jobs"))
 
 
-def test_a_failed_request_does_not_affect_others(parts: Parts) -> None:
-    worker, bad, good = ready(parts), submitted(parts, "test/raises"), submitted(parts)
-    worked_off(worker)
-    assert [answer(parts, job)[0].status for job in (bad, good)] == [500, 200]
+def test_a_failed_request_does_not_affect_others(parts: Components) -> None:
+    worker, bad, good = ready_worker(parts), submit(parts, "test/raises"), submit(parts)
+    run_all(worker)
+    assert [outcome_and_body(parts, job)[0].status for job in (bad, good)] == [500, 200]
 
 
-def test_an_endpoint_that_is_no_longer_served_is_not_found(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, "test/gone")
-    worked_off(worker)
-    assert told(parts, job) == (404, "test/gone is no longer served here", None)
+def test_an_endpoint_that_is_no_longer_served_is_not_found(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, "test/gone")
+    run_all(worker)
+    assert error_of(parts, job) == (404, "test/gone is no longer served here", None)
 
 
 def test_an_endpoint_that_is_not_served_after_a_restart_is_not_found(tmp_path: Path) -> None:
-    with opened(tmp_path) as parts:
-        worker, job = ready(parts), submitted(parts, "test/raises")
+    with open_components(tmp_path) as parts:
+        worker, job = ready_worker(parts), submit(parts, "test/raises")
         worker.run_once()
-    with opened(tmp_path) as parts:
+    with open_components(tmp_path) as parts:
         parts.queue.recover()
-        worked_off(ready(parts, NullModel("test/null", NullEngine)))
-        assert answer(parts, job)[0].status == 404
+        run_all(ready_worker(parts, NullModel("test/null", NullEngine)))
+        assert outcome_and_body(parts, job)[0].status == 404
 
 
-def test_input_that_is_no_longer_valid_fails_only_its_request(parts: Parts) -> None:
-    worker = ready(parts)
+def test_input_that_is_no_longer_valid_fails_only_its_request(parts: Components) -> None:
+    worker = ready_worker(parts)
     job = parts.queue.submit(submission(input='{"prompt": 5, "seed": 7}'))
-    good = submitted(parts)
-    worked_off(worker)
-    assert told(parts, job) == (500, "Internal Server Error", "internal_error")
-    assert answer(parts, good)[0].status == 200
+    good = submit(parts)
+    run_all(worker)
+    assert error_of(parts, job) == (500, "Internal Server Error", "internal_error")
+    assert outcome_and_body(parts, good)[0].status == 200
 
 
-def test_an_output_that_cannot_be_built_leaves_no_files(parts: Parts) -> None:
+def test_an_output_that_cannot_be_built_leaves_no_files(parts: Components) -> None:
     class BrokenOutputModel(NullModel):
         def build_output(self, *args: Any) -> Any:
             raise GenerationFailed("The output cannot be built.")
 
-    worker = ready(parts, BrokenOutputModel("test/null", NullEngine))
-    job = submitted(parts, num_images=2)
-    worked_off(worker)
-    assert (answer(parts, job)[0].status, parts.on_disk()) == (500, [])
+    worker = ready_worker(parts, BrokenOutputModel("test/null", NullEngine))
+    job = submit(parts, num_images=2)
+    run_all(worker)
+    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (500, [])
 
 
 # -- safety
 
 
-def test_flagged_images_are_black(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, "test/unsafe", prompt="x", num_images=2)
-    worked_off(worker)
-    assert answer(parts, job)[1]["has_nsfw_concepts"] == [True, True]
+def test_flagged_images_are_black(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, "test/unsafe", prompt="x", num_images=2)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == [True, True]
     assert [image.getextrema() for image in output_images(parts, job)] == [((0, 0), (0, 0), (0, 0))] * 2
 
 
-def test_only_the_flagged_image_is_black(parts: Parts) -> None:
+def test_only_the_flagged_image_is_black(parts: Components) -> None:
     class SecondIsUnsafe(NullEngine):
         def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             return [False, True]
 
-    worker = ready(parts, NullModel("test/null", SecondIsUnsafe))
-    job = submitted(parts, num_images=2, seed=7)
-    worked_off(worker)
-    assert answer(parts, job)[1]["has_nsfw_concepts"] == [False, True]
+    worker = ready_worker(parts, NullModel("test/null", SecondIsUnsafe))
+    job = submit(parts, num_images=2, seed=7)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == [False, True]
     assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7, 128, 64), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("prompt", ["silent", "raises"])
-def test_without_a_safety_verdict_no_image_is_returned(parts: Parts, prompt: str) -> None:
-    worker, job = ready(parts), submitted(parts, "test/unsafe", prompt=prompt)
-    worked_off(worker)
-    outcome, body = answer(parts, job)
-    assert (outcome.status, parts.on_disk()) == (500, [])
+def test_without_a_safety_verdict_no_image_is_returned(parts: Components, prompt: str) -> None:
+    worker, job = ready_worker(parts), submit(parts, "test/unsafe", prompt=prompt)
+    run_all(worker)
+    outcome, body = outcome_and_body(parts, job)
+    assert (outcome.status, parts.stored_file_names()) == (500, [])
     assert body["detail"].startswith("The safety checker")
 
 
 @pytest.mark.parametrize(("is_enforced", "flags"), [(False, [False]), (True, [True])])
-def test_the_operator_can_enforce_the_checker(parts: Parts, is_enforced: bool, flags: list[bool]) -> None:
-    worker = ready(parts, enforce_safety_checker=is_enforced)
-    job = submitted(parts, "test/unsafe", prompt="x", enable_safety_checker=False)
-    worked_off(worker)
-    assert answer(parts, job)[1]["has_nsfw_concepts"] == flags
+def test_the_operator_can_enforce_the_checker(parts: Components, is_enforced: bool, flags: list[bool]) -> None:
+    worker = ready_worker(parts, enforce_safety_checker=is_enforced)
+    job = submit(parts, "test/unsafe", prompt="x", enable_safety_checker=False)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == flags
 
 
 # -- the disk is full
 
 
-def test_a_result_waits_for_disk_space(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, **LONG)
+def test_a_result_waits_for_disk_space(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, **LONG)
     worker.run_once()
     worker.run_once()
     with full_disk(parts):
         for _ in range(2):
             with pytest.raises(DiskFull):
                 worker.run_once()
-        assert (job.state, len(parts.on_disk())) == (State.IN_PROGRESS, 1)
-    worked_off(worker)
-    assert answer(parts, job)[0].status == 200
-    assert parts.rows("SELECT name FROM files") == [(name,) for name in parts.on_disk()]
+        assert (job.state, len(parts.stored_file_names())) == (State.IN_PROGRESS, 1)
+    run_all(worker)
+    assert outcome_and_body(parts, job)[0].status == 200
+    assert parts.rows("SELECT name FROM files") == [(name,) for name in parts.stored_file_names()]
 
 
-def test_a_request_cancelled_while_it_waits_for_disk_space_leaves_no_files(parts: Parts) -> None:
-    worker, job = ready(parts), submitted(parts, **LONG)
+def test_a_request_cancelled_while_it_waits_for_disk_space_leaves_no_files(parts: Components) -> None:
+    worker, job = ready_worker(parts), submit(parts, **LONG)
     worker.run_once()
     worker.run_once()
     with full_disk(parts), pytest.raises(DiskFull):
         worker.run_once()
     parts.queue.cancel(job)
-    worked_off(worker)
-    assert (answer(parts, job)[0].status, parts.on_disk()) == (499, [])
+    run_all(worker)
+    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (499, [])
 
 
-def test_a_job_that_cannot_start_ends_when_there_is_disk_space(parts: Parts) -> None:
+def test_a_job_that_cannot_start_ends_when_there_is_disk_space(parts: Components) -> None:
     class LongErrorEngine(NullEngine):
         def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
             raise GenerationFailed("no" * 20_000)
 
-    worker, job = ready(parts, NullModel("test/null", LongErrorEngine)), submitted(parts)
+    worker, job = ready_worker(parts, NullModel("test/null", LongErrorEngine)), submit(parts)
     with full_disk(parts), pytest.raises(DiskFull):
         worker.run_once()
-    worked_off(worker)
+    run_all(worker)
     assert (job.state, job.error_type) == (State.COMPLETED, "internal_error")
 
 
 # -- the thread
 
 
-def test_the_thread_runs_jobs_until_it_is_stopped(parts: Parts) -> None:
-    worker, job = worker_of(parts), submitted(parts)
+def test_the_thread_runs_jobs_until_it_is_stopped(parts: Components) -> None:
+    worker, job = worker_of(parts), submit(parts)
 
     async def run_two_jobs() -> Job:
         worker.start()
-        await reached(parts, job, State.COMPLETED)
+        await wait_for_state(parts, job, State.COMPLETED)
         # The second job wakes the worker after it was idle.
-        later = submitted(parts)
-        await reached(parts, later, State.COMPLETED)
+        later = submit(parts)
+        await wait_for_state(parts, later, State.COMPLETED)
         return later
 
     later = asyncio.run(run_two_jobs())
     assert worker.is_ready
     worker.stop()
     assert (worker.is_ready, worker.failure) == (False, None)
-    assert [answer(parts, job)[0].status for job in (job, later)] == [200, 200]
-    waiting = submitted(parts)
+    assert [outcome_and_body(parts, job)[0].status for job in (job, later)] == [200, 200]
+    waiting = submit(parts)
     assert waiting.state == State.IN_QUEUE
 
 
-def stopped(parts: Parts, worker: Worker, on_stopping: Callable[[], None]) -> None:
+def stop_worker(parts: Components, worker: Worker, on_stopping: Callable[[], None]) -> None:
     """Stop a running worker. Call `on_stopping` as soon as the worker is notified of the stop."""
     wake = parts.notifier.work_available.set
     stopper = threading.Thread(target=worker.stop, daemon=True)
@@ -491,19 +491,19 @@ def stopped(parts: Parts, worker: Worker, on_stopping: Callable[[], None]) -> No
     assert not stopper.is_alive()
 
 
-def stop_between_steps(parts: Parts, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False) -> None:
+def stop_between_steps(parts: Components, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False) -> None:
     """Stop a worker in the middle of its second step, which completes only after the worker is notified."""
     worker.start()
-    gate.let(1)
+    gate.release(1)
     wait_until(parts, jobs[0], lambda: jobs[0].step == 1)
     if is_cancelled:
         parts.queue.cancel(jobs[0])
-    stopped(parts, worker, gate.open)
+    stop_worker(parts, worker, gate.release_all)
 
 
-def test_a_stop_releases_unfinished_jobs(parts: Parts, gate: Gate) -> None:
+def test_a_stop_releases_unfinished_jobs(parts: Components, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=0)
-    jobs = [submitted(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
+    jobs = [submit(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
     stop_between_steps(parts, worker, gate, *jobs)
     assert worker.failure is None
     assert [(job.state, job.attempt, parts.queue.position(job)) for job in jobs] == [
@@ -512,24 +512,24 @@ def test_a_stop_releases_unfinished_jobs(parts: Parts, gate: Gate) -> None:
     ]
 
 
-def test_a_stop_ends_cancelled_jobs(parts: Parts, gate: Gate) -> None:
+def test_a_stop_ends_cancelled_jobs(parts: Components, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=0)
-    jobs = [submitted(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
+    jobs = [submit(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
     stop_between_steps(parts, worker, gate, *jobs, is_cancelled=True)
     assert worker.failure is None
     assert [job.state for job in jobs] == [State.COMPLETED, State.IN_QUEUE]
-    assert answer(parts, jobs[0])[0].error_type == "client_cancelled"
+    assert outcome_and_body(parts, jobs[0])[0].error_type == "client_cancelled"
 
 
-def test_a_stop_lets_running_jobs_finish_within_the_grace_period(parts: Parts, gate: Gate) -> None:
+def test_a_stop_lets_running_jobs_finish_within_the_grace_period(parts: Components, gate: Gate) -> None:
     worker = worker_of(parts, shutdown_grace=60, max_running=1)
-    job = submitted(parts, "test/gate", prompt=str(gate.path))
-    waiting = submitted(parts)
+    job = submit(parts, "test/gate", prompt=str(gate.path))
+    waiting = submit(parts)
     stop_between_steps(parts, worker, gate, job)
-    assert (answer(parts, job)[0].status, waiting.state, waiting.attempt) == (200, State.IN_QUEUE, 0)
+    assert (outcome_and_body(parts, job)[0].status, waiting.state, waiting.attempt) == (200, State.IN_QUEUE, 0)
 
 
-def test_weights_that_fail_to_load_end_the_worker_and_notify(parts: Parts) -> None:
+def test_weights_that_fail_to_load_end_the_worker_and_notify(parts: Components) -> None:
     class Broken(NullModel):
         def setup(self, config: EngineConfig) -> Engine:  # type: ignore[override]
             raise OSError("no weights here")
@@ -573,15 +573,15 @@ class ColdEngine(NullEngine):
         self.is_frozen.set()
 
 
-def test_warm_up_and_its_failures_do_not_delay_requests(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_and_its_failures_do_not_delay_requests(parts: Components, caplog: pytest.LogCaptureFixture) -> None:
     events: list[str] = []
     first, second = ColdEngine(events), ColdEngine(events)
     worker = worker_of(parts, NullModel("test/null", lambda: first), NullModel("test/other", lambda: second))
 
     def run_job(endpoint: str) -> None:
-        job = submitted(parts, endpoint)
-        asyncio.run(reached(parts, job, State.COMPLETED))
-        assert answer(parts, job)[0].status == 200
+        job = submit(parts, endpoint)
+        asyncio.run(wait_for_state(parts, job, State.COMPLETED))
+        assert outcome_and_body(parts, job)[0].status == 200
 
     worker.start()
     assert first.is_warming.wait(60)
@@ -626,8 +626,8 @@ def test_ready_reports_the_progress_of_loading(tmp_path: Path, gate: Gate) -> No
         assert body == {"component": "transformer", "loaded_bytes": 1_000_000_000, "total_bytes": 4_000_000_000}
         waiting = client.post("/queue/test/loading", json=SMALL | {"prompt": "x"}).json()
         assert waiting["status"] == "IN_QUEUE"
-        gate.let(1)
-        assert completed(client, waiting["status_url"]).get("error") is None
+        gate.release(1)
+        assert wait_until_completed(client, waiting["status_url"]).get("error") is None
         response = client.get("/health/ready")
         assert (response.status_code, set(response.json())) == (200, {"status", "version"})
         assert server.stop() == 0
