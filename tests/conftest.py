@@ -25,7 +25,7 @@ def client(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def serves_on(client: httpx.Client) -> Iterator[None]:
+def server_still_works(client: httpx.Client) -> Iterator[None]:
     """Check after the test that `server` is still alive and still generates."""
     yield
     assert client.get("/health").status_code == 200
@@ -33,22 +33,22 @@ def serves_on(client: httpx.Client) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def constrained_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with the test models only, one request at a time, and bodies up to 1 MiB."""
     settings = {"max_running": "1", "max_body_mib": "1", "tls_port": str(free_port())}
-    with serving(tmp_path_factory.mktemp("narrow"), TEST_MODELS, **settings) as running:
+    with serving(tmp_path_factory.mktemp("constrained"), TEST_MODELS, **settings) as running:
         yield running.ready()
 
 
 @pytest.fixture
-def narrow_client(narrow: Server) -> Iterator[httpx.Client]:
-    """Yield a plain HTTP client of `narrow`."""
-    with httpx.Client(base_url=narrow.url, timeout=60, trust_env=False) as client:
+def constrained_client(constrained_server: Server) -> Iterator[httpx.Client]:
+    """Yield a plain HTTP client of `constrained_server`."""
+    with httpx.Client(base_url=constrained_server.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server_with_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with the test models only that requires the key of Alice or of Bob."""
     settings = {"keys": "alice:secret,bob:secret", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, **settings) as running:
@@ -56,14 +56,14 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def keyed_client(keyed: Server) -> Iterator[httpx.Client]:
-    """Yield a client of `keyed` that sends no key by default."""
-    with httpx.Client(base_url=keyed.url, timeout=60, trust_env=False) as client:
+def keyless_client(server_with_keys: Server) -> Iterator[httpx.Client]:
+    """Yield a client of `server_with_keys` that sends no key by default."""
+    with httpx.Client(base_url=server_with_keys.url, timeout=60, trust_env=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
-def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def proxy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with the demo weights and the test models that clients reach through its CONNECT proxy."""
     with serving_with_proxy(tmp_path_factory.mktemp("door")) as running:
         yield running
@@ -77,7 +77,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Components]:
+def components(tmp_path: Path) -> Iterator[Components]:
     """Open database, queue and file store without a server."""
-    with open_components(tmp_path / "data") as parts:
-        yield parts
+    with open_components(tmp_path / "data") as components:
+        yield components

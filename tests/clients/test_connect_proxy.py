@@ -54,9 +54,9 @@ def upload_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_the_variables_printed(door: Server) -> None:
-    printed = env_variables(door)
-    proxy = f"http://127.0.0.1:{door.settings['PROXY_PORT']}"
+def test_the_variables_printed(proxy_server: Server) -> None:
+    printed = env_variables(proxy_server)
+    proxy = f"http://127.0.0.1:{proxy_server.settings['PROXY_PORT']}"
     shared = {"FAL_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
     names = [f"{scheme}_PROXY" for scheme in ("HTTPS", "HTTP", "WSS", "WS")]
     proxies = {*names, *(name.lower() for name in names)}
@@ -66,15 +66,15 @@ def test_the_variables_printed(door: Server) -> None:
 
 
 @every_version
-def test_client_version(door: Server, version: str) -> None:
-    reported_version, package_dir = client_output(door, version, "version")
+def test_client_version(proxy_server: Server, version: str) -> None:
+    reported_version, package_dir = client_output(proxy_server, version, "version")
     assert reported_version == version
     assert client_directory(version) in (None, Path(package_dir).parent)
 
 
 @every_version
-def test_every_call_gives_the_same_image(door: Server, version: str) -> None:
-    results = client_output(door, version, "everyday")
+def test_every_call_gives_the_same_image(proxy_server: Server, version: str) -> None:
+    results = client_output(proxy_server, version, "everyday")
     answers = [results["run"], results["submit"], results["subscribe"], results["stream"][-1], results["result"]]
     assert len({download_image(answer) for answer in answers}) == 1
     assert {answer["seed"] for answer in answers} == {7}
@@ -82,14 +82,14 @@ def test_every_call_gives_the_same_image(door: Server, version: str) -> None:
     assert [line["message"] for line in results["events"][-1]["logs"]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
 
 
-def test_every_async_call_gives_the_same_image(door: Server) -> None:
-    results = client_output(door, VERSIONS[0], "everyday_async")
+def test_every_async_call_gives_the_same_image(proxy_server: Server) -> None:
+    results = client_output(proxy_server, VERSIONS[0], "everyday_async")
     assert len({download_image(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
 
 
 @every_version
-def test_uploads(door: Server, version: str, upload_dir: Path) -> None:
-    process = run_client(door, version, "uploads", str(upload_dir))
+def test_uploads(proxy_server: Server, version: str, upload_dir: Path) -> None:
+    process = run_client(proxy_server, version, "uploads", str(upload_dir))
     # The newest client falls back to another upload route, which this test does not mean to exercise.
     assert "falling back" not in process.stderr
     urls = json.loads(process.stdout)
@@ -111,8 +111,8 @@ def digest_at(url: str) -> str:
 
 
 @every_version
-def test_async_uploads(door: Server, version: str, upload_dir: Path) -> None:
-    process = run_client(door, version, "uploads_async", str(upload_dir))
+def test_async_uploads(proxy_server: Server, version: str, upload_dir: Path) -> None:
+    process = run_client(proxy_server, version, "uploads_async", str(upload_dir))
     assert "falling back" not in process.stderr
     urls = json.loads(process.stdout)
     assert httpx.get(urls["text"], trust_env=False).content == b"hello"
@@ -120,8 +120,8 @@ def test_async_uploads(door: Server, version: str, upload_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["realtime", "realtime_async"])
-def test_realtime(door: Server, kind: str) -> None:
-    first, refused, *others = client_output(door, VERSIONS[0], kind)
+def test_realtime(proxy_server: Server, kind: str) -> None:
+    first, refused, *others = client_output(proxy_server, VERSIONS[0], kind)
     assert len({download_image(answer) for answer in (first, *others)}) == 1
     assert (first["seed"], first["prompt"], first["has_nsfw_concepts"]) == (7, "a red apple", [False])
     assert (refused["type"], refused["error"]) == ("x-fal-error", "INVALID_INPUT")
@@ -186,10 +186,13 @@ FAL_NAMES = [name.replace("*", "anything") for name in CERTIFICATE_NAMES]
 
 
 @pytest.mark.parametrize("name", [*FAL_NAMES, "FAL.RUN", "fal.run.", "Queue.Fal.Run."])
-def test_every_fal_host_leads_to_this_server(door: Server, name: str) -> None:
-    trusted = ssl.create_default_context(cafile=str(door.data_dir / "tls" / "ca.pem"))
+def test_every_fal_host_leads_to_this_server(proxy_server: Server, name: str) -> None:
+    trusted = ssl.create_default_context(cafile=str(proxy_server.data_dir / "tls" / "ca.pem"))
     hostname = name.lower().rstrip(".")
-    with open_tunnel(door, name) as (plain, answer), trusted.wrap_socket(plain, server_hostname=hostname) as secure:
+    with (
+        open_tunnel(proxy_server, name) as (plain, answer),
+        trusted.wrap_socket(plain, server_hostname=hostname) as secure,
+    ):
         assert answer.startswith(b"HTTP/1.1 200 ")
         secure.sendall(f"GET /health HTTP/1.1\r\nhost: {hostname}\r\nconnection: close".encode() + END_OF_HEAD)
         is_offered = role_of(hostname) in (Role.RUN, Role.QUEUE, Role.REST)
@@ -210,8 +213,8 @@ OTHER_HOSTS = [
 
 
 @pytest.mark.parametrize("name", OTHER_HOSTS)
-def test_other_hosts_are_refused(door: Server, name: str) -> None:
-    port = int(door.settings["PROXY_PORT"])
+def test_other_hosts_are_refused(proxy_server: Server, name: str) -> None:
+    port = int(proxy_server.settings["PROXY_PORT"])
     answer = send_raw(port, f"CONNECT {name}:443 HTTP/1.1".encode() + END_OF_HEAD)
     assert answer.startswith(b"HTTP/1.1 403 ")
     assert b"--proxy-others" in answer
@@ -235,59 +238,61 @@ def test_other_hosts_are_refused(door: Server, name: str) -> None:
         (b"connect fal.run:443 HTTP/1.1", 405),
     ],
 )
-def test_invalid_requests_are_refused(door: Server, line: bytes, status: int) -> None:
-    assert send_raw(int(door.settings["PROXY_PORT"]), line + END_OF_HEAD).startswith(f"HTTP/1.1 {status} ".encode())
+def test_invalid_requests_are_refused(proxy_server: Server, line: bytes, status: int) -> None:
+    assert send_raw(int(proxy_server.settings["PROXY_PORT"]), line + END_OF_HEAD).startswith(
+        f"HTTP/1.1 {status} ".encode()
+    )
 
 
 @pytest.mark.parametrize(
     "target", ["https://fal.run", "http://fal.run", "HTTP://Fal.Run:80", "http://fal.run.", "http://fal.run:8000"]
 )
-def test_an_absolute_url_at_a_fal_host_is_answered(door: Server, target: str) -> None:
+def test_an_absolute_url_at_a_fal_host_is_answered(proxy_server: Server, target: str) -> None:
     sent = f"GET {target}/health HTTP/1.1\r\nhost: fal.run\r\nproxy-connection: keep-alive".encode() + END_OF_HEAD
-    answer = send_raw(int(door.settings["PROXY_PORT"]), sent)
+    answer = send_raw(int(proxy_server.settings["PROXY_PORT"]), sent)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b'"alive"' in answer
 
 
-def test_a_request_with_an_absolute_url_keeps_its_body(door: Server) -> None:
+def test_a_request_with_an_absolute_url_keeps_its_body(proxy_server: Server) -> None:
     body = b'{"prompt": "plain"}'
     line = "POST http://fal.run/test/null HTTP/1.1\r\nhost: fal.run\r\ncontent-type: application/json"
     sent = f"{line}\r\ncontent-length: {len(body)}".encode() + END_OF_HEAD + body
-    assert b'"prompt":"plain"' in send_raw(int(door.settings["PROXY_PORT"]), sent)
+    assert b'"prompt":"plain"' in send_raw(int(proxy_server.settings["PROXY_PORT"]), sent)
 
 
-def test_a_tunnel_to_port_80_is_plain_http(door: Server) -> None:
-    with open_tunnel(door, "queue.fal.run", 80) as (plain, answer):
+def test_a_tunnel_to_port_80_is_plain_http(proxy_server: Server) -> None:
+    with open_tunnel(proxy_server, "queue.fal.run", 80) as (plain, answer):
         assert answer.startswith(b"HTTP/1.1 200 ")
         plain.sendall(b"GET /health HTTP/1.1\r\nhost: queue.fal.run\r\nconnection: close" + END_OF_HEAD)
         assert head(plain).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("name", ["a.b.c.fal.ai", "a.b.fal.run"])
-def test_a_host_outside_the_certificate_is_refused(door: Server, name: str) -> None:
-    answer = send_raw(int(door.settings["PROXY_PORT"]), f"CONNECT {name}:443 HTTP/1.1".encode() + END_OF_HEAD)
+def test_a_host_outside_the_certificate_is_refused(proxy_server: Server, name: str) -> None:
+    answer = send_raw(int(proxy_server.settings["PROXY_PORT"]), f"CONNECT {name}:443 HTTP/1.1".encode() + END_OF_HEAD)
     assert answer.startswith(b"HTTP/1.1 403 Not offered by this server")
 
 
 @pytest.mark.parametrize("sent", [b"x" * 100_000, b"CONNECT fal.run:443 HTTP/1.1\r\n" + b"x: y\r\n" * 20_000])
-def test_an_oversized_request_head_is_refused(door: Server, sent: bytes) -> None:
-    assert b" 200 " not in send_raw(int(door.settings["PROXY_PORT"]), sent)
-    assert_accepts_clients(door)
+def test_an_oversized_request_head_is_refused(proxy_server: Server, sent: bytes) -> None:
+    assert b" 200 " not in send_raw(int(proxy_server.settings["PROXY_PORT"]), sent)
+    assert_accepts_clients(proxy_server)
 
 
 @pytest.mark.parametrize("target", ["fal.run:" + "1" * 5000, "fal.run:443:443", ":443", "a..b:443", "\udcff:443"])
-def test_malformed_targets_are_refused(door: Server, target: str) -> None:
+def test_malformed_targets_are_refused(proxy_server: Server, target: str) -> None:
     sent, before = (
         b"CONNECT " + target.encode("utf-8", "surrogateescape") + b" HTTP/1.1" + END_OF_HEAD,
-        len(door.output),
+        len(proxy_server.output),
     )
-    assert send_raw(int(door.settings["PROXY_PORT"]), sent).startswith(b"HTTP/1.1 4")
-    assert "Traceback" not in door.output[before:]
+    assert send_raw(int(proxy_server.settings["PROXY_PORT"]), sent).startswith(b"HTTP/1.1 4")
+    assert "Traceback" not in proxy_server.output[before:]
 
 
-def assert_accepts_clients(door: Server) -> None:
+def assert_accepts_clients(proxy_server: Server) -> None:
     """Check that the proxy still accepts other clients."""
-    with open_tunnel(door, "fal.run") as (_, answer):
+    with open_tunnel(proxy_server, "fal.run") as (_, answer):
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
@@ -308,12 +313,12 @@ def test_an_incomplete_request_head_times_out(monkeypatch: pytest.MonkeyPatch) -
     assert asyncio.run(send_half_a_head()).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_client_that_disconnects_early_affects_no_other_client(door: Server) -> None:
-    with socket.create_connection(("127.0.0.1", int(door.settings["PROXY_PORT"]))) as plain:
+def test_a_client_that_disconnects_early_affects_no_other_client(proxy_server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", int(proxy_server.settings["PROXY_PORT"]))) as plain:
         plain.sendall(b"CONNECT fal.run:443 HT")
-    with open_tunnel(door, "fal.run") as (plain, _):
+    with open_tunnel(proxy_server, "fal.run") as (plain, _):
         plain.sendall(b"\x16\x03\x01")
-    assert_accepts_clients(door)
+    assert_accepts_clients(proxy_server)
 
 
 def test_shutdown_closes_open_tunnels(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def sdk(sdks: dict[str, Client], request: pytest.FixtureRequest) -> Client:
 
 
 @pytest.fixture
-def narrow_sdk(sdk: Client, server: Server, narrow: Server) -> Client:
+def narrow_sdk(sdk: Client, server: Server, constrained_server: Server) -> Client:
     """Return the SDK pointed at a server that runs one request at a time."""
-    return sdk.at(server.url, narrow.url)
+    return sdk.at(server.url, constrained_server.url)
 
 
 @pytest.fixture(scope="session")

@@ -90,14 +90,14 @@ def test_stream(sdk: openai.OpenAI, num_partial: int) -> None:
     assert decode(base64.b64decode(last.b64_json)).size == (128, 96)
 
 
-def test_a_disconnected_client_cancels_its_request(narrow_client: httpx.Client, gate: Gate) -> None:
+def test_a_disconnected_client_cancels_its_request(constrained_client: httpx.Client, gate: Gate) -> None:
     """Disconnect while the request waits behind one that never finishes."""
-    first = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
-    wait_until_claimed(narrow_client, first["status_url"])
+    first = constrained_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+    wait_until_claimed(constrained_client, first["status_url"])
     body = {"prompt": "", "model": NULL, "stream": True}
-    with narrow_client.stream("POST", "/v1/images/generations", json=body) as answer:
+    with constrained_client.stream("POST", "/v1/images/generations", json=body) as answer:
         request_id = answer.headers["x-fal-request-id"]
-    last = wait_until_completed(narrow_client, f"/queue/test/null/requests/{request_id}/status")
+    last = wait_until_completed(constrained_client, f"/queue/test/null/requests/{request_id}/status")
     assert last["error_type"] == "client_disconnected"
 
 
@@ -130,13 +130,14 @@ def test_errors_raise_the_packages_exceptions(sdk: openai.OpenAI) -> None:
         sdk.images.generate(prompt="told", model="test/raises", extra_body=SMALL)
 
 
-def test_wrong_key(keyed: Server) -> None:
+def test_wrong_key(server_with_keys: Server) -> None:
+    url = f"{server_with_keys.url}/v1"
     with openai.DefaultHttpxClient(trust_env=False, timeout=60) as client:
-        wrong_sdk = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody", http_client=client, max_retries=0)
+        wrong_sdk = openai.OpenAI(base_url=url, api_key="nobody", http_client=client, max_retries=0)
         with pytest.raises(openai.AuthenticationError) as raised:
             wrong_sdk.images.generate(prompt="", model=NULL)
         assert raised.value.code == "invalid_api_key"
-        right_sdk = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="alice:secret", http_client=client, max_retries=0)
+        right_sdk = openai.OpenAI(base_url=url, api_key="alice:secret", http_client=client, max_retries=0)
         assert right_sdk.images.generate(prompt="", model=NULL, extra_body=SMALL).data
 
 

@@ -87,11 +87,11 @@ def test_prices_are_zero(client: httpx.Client) -> None:
     assert answer == {"estimate_type": "unit_price", "total_cost": 0.0, "currency": "USD"}
 
 
-def test_usage_counts_megapixels(keyed_client: httpx.Client) -> None:
+def test_usage_counts_megapixels(keyless_client: httpx.Client) -> None:
     alice, bob = ({**API, "authorization": f"Key {name}:secret"} for name in ("alice", "bob"))
 
     def get_usage(headers: dict[str, str], **query: Any) -> Any:
-        answer = keyed_client.get("/v1/models/usage", params=query, headers=headers)
+        answer = keyless_client.get("/v1/models/usage", params=query, headers=headers)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -103,7 +103,7 @@ def test_usage_counts_megapixels(keyed_client: httpx.Client) -> None:
 
     before = megapixels()
     body = {"prompt": "x", "num_images": 2, "image_size": {"width": 1024, "height": 1024}, "num_inference_steps": 1}
-    response = keyed_client.post("/test/null", json=body, headers={"authorization": alice["authorization"]})
+    response = keyless_client.post("/test/null", json=body, headers={"authorization": alice["authorization"]})
     assert response.status_code == 200
     # 1024x1024 exceeds one megapixel, and each image rounds up to two.
     assert megapixels() == before + 4
@@ -116,7 +116,7 @@ def test_usage_counts_megapixels(keyed_client: httpx.Client) -> None:
     assert (summary["summary"], "time_series" in summary) == ([line], False)
     earlier = {"start": f"{today - timedelta(days=9)}", "end": f"{today - timedelta(days=2)}"}
     assert get_usage(alice, **earlier)["time_series"] == get_usage(bob, endpoint_id="test/unknown")["time_series"] == []
-    assert keyed_client.get("/v1/models/usage", headers=API).status_code == 401
+    assert keyless_client.get("/v1/models/usage", headers=API).status_code == 401
 
 
 @pytest.mark.parametrize(

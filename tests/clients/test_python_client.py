@@ -78,8 +78,8 @@ def test_events_of_every_call(results: Any) -> None:
     assert all(event["type"] == "progress" and event["num_inference_steps"] == 4 for event in progress)
 
 
-def test_logs_while_in_progress(narrow: Server, gate: Gate) -> None:
-    events = run_client(narrow, "watch", str(gate.path))
+def test_logs_while_in_progress(constrained_server: Server, gate: Gate) -> None:
+    events = run_client(constrained_server, "watch", str(gate.path))
     types = [event["type"] for event in events]
     assert types == sorted(types, key=["Queued", "InProgress", "Completed"].index)
     first = events[types.index("InProgress")]
@@ -88,8 +88,8 @@ def test_logs_while_in_progress(narrow: Server, gate: Gate) -> None:
 
 
 @sync_and_async
-def test_cancel(narrow: Server, gate: Gate, kind: str) -> None:
-    results = run_client(narrow, f"cancel{kind}", str(gate.path))
+def test_cancel(constrained_server: Server, gate: Gate, kind: str) -> None:
+    results = run_client(constrained_server, f"cancel{kind}", str(gate.path))
     assert results["places"] == [{"type": "Queued", "position": 0}, {"type": "InProgress", "logs": None}]
     for name in ("running", "waiting"):
         assert results[name]["error"]["status_code"] == 499
@@ -110,8 +110,8 @@ def test_bad_fields(server: Server, kind: str) -> None:
         assert fields["num_images"]["ctx"] == {"le": 4}
 
 
-def test_start_timeout(narrow: Server, gate: Gate) -> None:
-    results = run_client(narrow, "late", str(gate.path))
+def test_start_timeout(constrained_server: Server, gate: Gate) -> None:
+    results = run_client(constrained_server, "late", str(gate.path))
     for error in results["failures"]:
         assert error["status_code"] == 504
         assert error["error_type"] == "request_timeout"
@@ -121,16 +121,16 @@ def test_start_timeout(narrow: Server, gate: Gate) -> None:
     assert results["holder"]["images"]
 
 
-def test_keys(keyed: Server) -> None:
-    assert env_variables(keyed)["FAL_KEY"] == "alice:secret"
-    assert run_client(keyed, "hello", "test/null")["prompt"] == "hello"
-    assert run_client(keyed, "hello", "test/null", FAL_KEY="bob:secret")["prompt"] == "hello"
-    error = run_client(keyed, "hello", "test/null", FAL_KEY="mallory:secret")
+def test_keys(server_with_keys: Server) -> None:
+    assert env_variables(server_with_keys)["FAL_KEY"] == "alice:secret"
+    assert run_client(server_with_keys, "hello", "test/null")["prompt"] == "hello"
+    assert run_client(server_with_keys, "hello", "test/null", FAL_KEY="bob:secret")["prompt"] == "hello"
+    error = run_client(server_with_keys, "hello", "test/null", FAL_KEY="mallory:secret")
     assert error["status_code"] == 401
     assert isinstance(error["message"], str)
 
 
-def test_unknown_endpoint(narrow: Server) -> None:
-    error = run_client(narrow, "hello", "fal-ai/unknown")
+def test_unknown_endpoint(constrained_server: Server) -> None:
+    error = run_client(constrained_server, "hello", "fal-ai/unknown")
     assert error["status_code"] == 404
     assert "fal-ai/unknown" in error["message"]

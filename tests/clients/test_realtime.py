@@ -105,19 +105,19 @@ def test_unknown_endpoint(server: Server, endpoint: str) -> None:
     assert raised.value.response.status_code in (403, 404)
 
 
-def test_a_token_is_valid_only_for_its_apps(keyed: Server, keyed_client: httpx.Client) -> None:
+def test_a_token_is_valid_only_for_its_apps(server_with_keys: Server, keyless_client: httpx.Client) -> None:
     for apps, is_valid in (("null",), True), (("gate",), False), (("flux", "null"), True), (("nul", "test"), False):
-        with session(keyed, query=f"?fal_jwt_token={create_token(keyed_client, *apps)}") as socket:
+        with session(server_with_keys, query=f"?fal_jwt_token={create_token(keyless_client, *apps)}") as socket:
             if is_valid:
                 assert generate(socket)["seed"] == 5
             else:
                 assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
-def test_a_token_does_not_replace_a_key(keyed: Server, keyed_client: httpx.Client) -> None:
-    bearer = {"authorization": f"Bearer {create_token(keyed_client, 'null')}"}
+def test_a_token_does_not_replace_a_key(server_with_keys: Server, keyless_client: httpx.Client) -> None:
+    bearer = {"authorization": f"Bearer {create_token(keyless_client, 'null')}"}
     for path in ("/test/null", "/queue/test/null", "/storage/upload/initiate", "/tokens"):
-        assert keyed_client.post(path, json=SMALL, headers=bearer).status_code == 401
+        assert keyless_client.post(path, json=SMALL, headers=bearer).status_code == 401
 
 
 BAD_TOKEN_QUERIES = [
@@ -131,33 +131,33 @@ UNSIGNED_TOKEN = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIiwic2NvcGUiOiJudWxsIiwiZXhwIj
 
 
 @pytest.mark.parametrize("query", [*BAD_TOKEN_QUERIES, f"?fal_jwt_token={UNSIGNED_TOKEN}"])
-def test_a_session_needs_a_valid_token(keyed: Server, query: str) -> None:
-    with session(keyed, query=query) as socket:
+def test_a_session_needs_a_valid_token(server_with_keys: Server, query: str) -> None:
+    with session(server_with_keys, query=query) as socket:
         assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
-def test_a_token_of_another_server_is_refused(keyed: Server, tmp_path: Path) -> None:
+def test_a_token_of_another_server_is_refused(server_with_keys: Server, tmp_path: Path) -> None:
     with (
         serving(tmp_path, TEST_MODELS, keys="alice:secret") as other,
         httpx.Client(base_url=other.url, trust_env=False) as client,
-        session(keyed, query=f"?fal_jwt_token={create_token(client, 'null')}") as socket,
+        session(server_with_keys, query=f"?fal_jwt_token={create_token(client, 'null')}") as socket,
     ):
         assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
 
 
-def test_a_token_expires(keyed: Server, keyed_client: httpx.Client) -> None:
-    query = f"?fal_jwt_token={create_token(keyed_client, 'null', seconds=1)}"
+def test_a_token_expires(server_with_keys: Server, keyless_client: httpx.Client) -> None:
+    query = f"?fal_jwt_token={create_token(keyless_client, 'null', seconds=1)}"
     message: Any = None
     while message != UNAUTHORIZED:
-        with session(keyed, query=query) as socket:
+        with session(server_with_keys, query=query) as socket:
             with suppress(ConnectionClosed):
                 socket.send(msgpack.packb(SMALL))
             message = receive(socket)
 
 
 @pytest.mark.parametrize("header", ["Key alice:secret", "Bearer bob:secret", "Key mallory:secret"])
-def test_key_in_the_header(keyed: Server, header: str) -> None:
-    with session(keyed, authorization=header) as socket:
+def test_key_in_the_header(server_with_keys: Server, header: str) -> None:
+    with session(server_with_keys, authorization=header) as socket:
         if "mallory" in header:
             assert last_message_and_code(socket) == (UNAUTHORIZED, 1008)
         else:
@@ -196,9 +196,11 @@ def answered_prompts(socket: ClientConnection, last: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("query", "num_kept"), [("?max_buffering=1", 1), ("?max_buffering=3", 3), ("", 60)])
-def test_the_oldest_waiting_inputs_are_dropped(narrow: Server, tmp_path: Path, query: str, num_kept: int) -> None:
+def test_the_oldest_waiting_inputs_are_dropped(
+    constrained_server: Server, tmp_path: Path, query: str, num_kept: int
+) -> None:
     waiting = [f"number {number}" for number in range(65)]
-    with session(narrow, "test/gate", query) as socket:
+    with session(constrained_server, "test/gate", query) as socket:
         with blocked(socket, tmp_path / "gate"):
             for prompt in waiting:
                 # A regular file never blocks the model, so these requests run at once.
@@ -370,19 +372,19 @@ def test_a_disconnect_cancels_the_requests_of_the_session(tmp_path: Path) -> Non
                 while client.get(status_url).json()["status"] != "COMPLETED":
                     pipe.write(b".")
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        rows = parts.rows("SELECT mode, status, error_type FROM jobs ORDER BY sequence")
+    with open_components(tmp_path / "data") as components:
+        rows = components.rows("SELECT mode, status, error_type FROM jobs ORDER BY sequence")
         assert rows == [("realtime", 499, "client_disconnected"), ("queue", 200, None)]
-        assert len(parts.stored_file_names()) == 1
+        assert len(components.stored_file_names()) == 1
 
 
 def test_a_restart_cancels_realtime_requests(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        parts.queue.submit(submission(mode=Mode.REALTIME))
-    with open_components(tmp_path) as parts:
-        parts.queue.recover()
-        assert parts.queue.claim() is None
-        assert parts.rows("SELECT status, error_type FROM jobs") == [(499, "client_disconnected")]
+    with open_components(tmp_path) as components:
+        components.queue.submit(submission(mode=Mode.REALTIME))
+    with open_components(tmp_path) as components:
+        components.queue.recover()
+        assert components.queue.claim() is None
+        assert components.rows("SELECT status, error_type FROM jobs") == [(499, "client_disconnected")]
 
 
 def test_shutdown_closes_sessions(tmp_path: Path) -> None:
@@ -420,5 +422,5 @@ def test_javascript_receives_invalid_input_errors(node: None, server: Server) ->
     assert "prompt" in output["refused"]["reason"]
 
 
-def test_javascript_with_a_key(node: None, keyed: Server) -> None:
-    assert run_realtime_script(keyed, "@fal-ai/client")["results"][0]["prompt"] == "an apple"
+def test_javascript_with_a_key(node: None, server_with_keys: Server) -> None:
+    assert run_realtime_script(server_with_keys, "@fal-ai/client")["results"][0]["prompt"] == "an apple"

@@ -236,16 +236,16 @@ def test_from_request_to_image(client: httpx.Client, replay: Replay) -> None:
 
 
 @queueing_clients
-def test_every_state_has_the_required_fields(narrow_client: httpx.Client, gate: Gate, replay: Replay) -> None:
+def test_every_state_has_the_required_fields(constrained_client: httpx.Client, gate: Gate, replay: Replay) -> None:
     holder = {**SMALL, "prompt": str(gate.path), "num_inference_steps": 2}
-    running = narrow_client.post("/queue/test/gate", json=holder).json()
-    submitted = post(narrow_client, replay, "test/null").json()
+    running = constrained_client.post("/queue/test/gate", json=holder).json()
+    submitted = post(constrained_client, replay, "test/null").json()
     for request, state in (submitted, "IN_QUEUE"), (running, "IN_PROGRESS"):
-        status = status_in_state(narrow_client, replay, request["response_url"], state)
+        status = status_in_state(constrained_client, replay, request["response_url"], state)
         assert_status(status, request["request_id"], wants_logs(replay))
         assert ("queue_position" in status) is (state == "IN_QUEUE")
     gate.release(2)
-    *_, last = statuses(narrow_client, poller(replay), as_proxied(submitted["response_url"]))
+    *_, last = statuses(constrained_client, poller(replay), as_proxied(submitted["response_url"]))
     assert_status(last, submitted["request_id"], wants_logs(replay))
 
 
@@ -302,13 +302,13 @@ def test_not_found_errors_are_readable(client: httpx.Client, replay: Replay) -> 
 
 
 @pytest.mark.parametrize("scheme", ["Key", "Bearer"])
-def test_every_route_requires_a_key(keyed_client: httpx.Client, scheme: str) -> None:
+def test_every_route_requires_a_key(keyless_client: httpx.Client, scheme: str) -> None:
     for send in (by_proxy, by_host, by_base, by_subdomain):
         for role in ("https://fal.run", "https://queue.fal.run"):
             body = {"prompt": "x"}
-            assert send(keyed_client, "POST", f"{role}/test/null", JSON, json=body).status_code == 401
+            assert send(keyless_client, "POST", f"{role}/test/null", JSON, json=body).status_code == 401
             headers = {**JSON, "authorization": f"{scheme} alice:secret"}
-            assert send(keyed_client, "POST", f"{role}/test/null", headers, json=body).status_code == 200
+            assert send(keyless_client, "POST", f"{role}/test/null", headers, json=body).status_code == 200
 
 
 def test_dart_uploads(server: Server, client: httpx.Client) -> None:
@@ -324,11 +324,11 @@ def test_dart_uploads(server: Server, client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("client_name", ["java", "rust"])
-def test_cancel(narrow_client: httpx.Client, gate: Gate, client_name: str) -> None:
+def test_cancel(constrained_client: httpx.Client, gate: Gate, client_name: str) -> None:
     holder = {**SMALL, "prompt": str(gate.path), "num_inference_steps": 1}
-    narrow_client.post("/queue/test/gate", json=holder)
-    submitted = narrow_client.post("/queue/test/null", json=SMALL).json()
+    constrained_client.post("/queue/test/gate", json=holder)
+    submitted = constrained_client.post("/queue/test/null", json=SMALL).json()
     url = as_proxied(submitted["cancel_url"]) if client_name == "java" else submitted["cancel_url"]
-    answer = (by_proxy if client_name == "java" else by_host)(narrow_client, "PUT", url, {**JSON, **KEY})
+    answer = (by_proxy if client_name == "java" else by_host)(constrained_client, "PUT", url, {**JSON, **KEY})
     assert answer.is_success
     assert answer.json()["status"] in ("OK", "CANCELLATION_REQUESTED")

@@ -53,8 +53,8 @@ def small_image(tmp_path: Path) -> Path:
     return tmp_path / "small.png"
 
 
-def test_a_python_program(door: Server) -> None:
-    process = run_under_flux_server(door, [*CALLS, "everyday"])
+def test_a_python_program(proxy_server: Server) -> None:
+    process = run_under_flux_server(proxy_server, [*CALLS, "everyday"])
     results = json_output(process)
     assert len({download_image(results[call]) for call in ("run", "submit", "subscribe", "result")}) == 1
     assert len(process.stderr.splitlines()) == 1
@@ -68,18 +68,20 @@ def test_a_program_that_needs_the_connect_proxy_is_not_started_without_it(server
     assert "run needs the server's --proxy-port for all programs except Node" in process.stderr
 
 
-def test_a_server_started_by_the_program_accepts_the_environment(door: Server) -> None:
+def test_a_server_started_by_the_program_accepts_the_environment(proxy_server: Server) -> None:
     """Check that the variables `run` sets for the preload are not taken for settings."""
     program = [sys.executable, "-m", "server", "env"]
-    process = run_under_flux_server(door, program)
+    process = run_under_flux_server(proxy_server, program)
     assert process.returncode == 0, process.stderr
     assert "export FAL_KEY" in process.stdout
 
 
-def test_outer_proxy_variables_are_overridden(door: Server) -> None:
+def test_outer_proxy_variables_are_overridden(proxy_server: Server) -> None:
     proxy = f"http://127.0.0.1:{free_port()}"
     variables = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "ALL_PROXY": proxy, "NO_PROXY": "*", "no_proxy": "fal.run"}
-    assert json_output(run_under_flux_server(door, [*CALLS, "hello", "test/null"], variables))["prompt"] == "hello"
+    assert (
+        json_output(run_under_flux_server(proxy_server, [*CALLS, "hello", "test/null"], variables))["prompt"] == "hello"
+    )
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"])
@@ -106,8 +108,8 @@ def test_the_programs_own_key_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sdk", SDKS)
-def test_a_node_program(node: None, door: Server, small_image: Path, sdk: str) -> None:
-    process = run_under_flux_server(door, ["node", "whole.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
+def test_a_node_program(node: None, proxy_server: Server, small_image: Path, sdk: str) -> None:
+    process = run_under_flux_server(proxy_server, ["node", "whole.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
     results = json_output(process)
     assert len({download_image(results[call]) for call in ("run", "subscribe", "queued", "streamed", "realtime")}) == 1
     assert httpx.get(results["upload"], trust_env=False).content == small_image.read_bytes()
@@ -115,12 +117,12 @@ def test_a_node_program(node: None, door: Server, small_image: Path, sdk: str) -
 
 
 @pytest.mark.parametrize("host", ["fal.run", "v3.fal.media", "v3b.fal.media", "queue.fal.run"])
-def test_every_way_to_connect_reaches_this_server(node: None, door: Server, host: str) -> None:
-    results = json_output(run_under_flux_server(door, ["node", "connections.mjs", host], cwd=JS))
+def test_every_way_to_connect_reaches_this_server(node: None, proxy_server: Server, host: str) -> None:
+    results = json_output(run_under_flux_server(proxy_server, ["node", "connections.mjs", host], cwd=JS))
     assert not {way: result for way, result in results.items() if "failed" in result}
     assert {result["status"] for result in results.values() if "status" in result} == {200}
     ports = {result["remotePort"] for result in results.values() if "remotePort" in result}
-    assert ports == {int(door.settings["TLS_PORT"])}
+    assert ports == {int(proxy_server.settings["TLS_PORT"])}
     assert {result["issuer"] for result in results.values() if "issuer" in result} == {"flux-server local authority"}
 
 
@@ -145,25 +147,25 @@ const ways = [
 """
 
 
-def test_connections_to_other_hosts_are_not_redirected(node: None, door: Server, server: Server) -> None:
+def test_connections_to_other_hosts_are_not_redirected(node: None, proxy_server: Server, server: Server) -> None:
     port = server.tls_host.rpartition(":")[2]
-    assert json_output(run_under_flux_server(door, ["node", "-e", TLS_CALLS, port])) == "reached"
+    assert json_output(run_under_flux_server(proxy_server, ["node", "-e", TLS_CALLS, port])) == "reached"
 
 
-def test_the_preload_receives_every_domain(node: None, door: Server) -> None:
+def test_the_preload_receives_every_domain(node: None, proxy_server: Server) -> None:
     printed = json_output(
-        run_under_flux_server(door, ["node", "-p", "JSON.stringify(process.env.FLUX_RUN_TARGET.split(','))"])
+        run_under_flux_server(proxy_server, ["node", "-p", "JSON.stringify(process.env.FLUX_RUN_TARGET.split(','))"])
     )
-    assert printed == ["127.0.0.1", door.settings["PORT"], door.settings["TLS_PORT"], *DOMAINS]
+    assert printed == ["127.0.0.1", proxy_server.settings["PORT"], proxy_server.settings["TLS_PORT"], *DOMAINS]
 
 
-def test_node_options_are_kept(node: None, door: Server) -> None:
+def test_node_options_are_kept(node: None, proxy_server: Server) -> None:
     process = run_under_flux_server(
-        door, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"]
+        proxy_server, ["node", "-p", "JSON.stringify(process.execArgv.concat(process.env.NODE_OPTIONS))"]
     )
     assert json_output(process)[-1].endswith('node_preload.cjs"')
     process = run_under_flux_server(
-        door, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE_OPTION
+        proxy_server, ["node", "-p", "JSON.stringify([process.title, require('tls').connect.name])"], TITLE_OPTION
     )
     assert json_output(process) == ["painter", ""]
 
@@ -204,41 +206,41 @@ def test_python_reaches_nothing_when_the_server_is_stopped(stopped_server: Serve
     assert recorded_hosts(log) == {"127.0.0.1"}
 
 
-def test_the_canary_records_connections_of_node(node: None, door: Server, tmp_path: Path) -> None:
+def test_the_canary_records_connections_of_node(node: None, proxy_server: Server, tmp_path: Path) -> None:
     log = tmp_path / "notes"
     program = "fetch('http://127.0.0.2:10009').catch(() => fetch('http://no.such.host.invalid')).catch(() => 0)"
-    assert run_under_flux_server(door, ["node", "-e", program], recording_environment(log)).returncode == 0
+    assert run_under_flux_server(proxy_server, ["node", "-e", program], recording_environment(log)).returncode == 0
     assert {"127.0.0.2", "no.such.host.invalid"} <= recorded_hosts(log)
 
 
 @pytest.mark.parametrize("code", [0, 1, 7, 255])
-def test_run_returns_the_commands_exit_code(door: Server, code: int) -> None:
-    assert run_under_flux_server(door, [sys.executable, "-c", f"raise SystemExit({code})"]).returncode == code
+def test_run_returns_the_commands_exit_code(proxy_server: Server, code: int) -> None:
+    assert run_under_flux_server(proxy_server, [sys.executable, "-c", f"raise SystemExit({code})"]).returncode == code
 
 
-def test_missing_command(door: Server) -> None:
-    process = run_under_flux_server(door, ["python-that-is-not-there"])
+def test_missing_command(proxy_server: Server) -> None:
+    process = run_under_flux_server(proxy_server, ["python-that-is-not-there"])
     assert (process.returncode, process.stdout) == (127, "")
     assert "python-that-is-not-there: No such file or directory" in process.stderr
 
 
-def test_no_command(door: Server) -> None:
-    assert run_under_flux_server(door, []).returncode == 2
+def test_no_command(proxy_server: Server) -> None:
+    assert run_under_flux_server(proxy_server, []).returncode == 2
 
 
-def test_bad_setting(door: Server) -> None:
-    process = run_under_flux_server(door, [sys.executable, "-c", "print(1)"], {"FLUX_SERVER_TLS_PORT": "0"})
+def test_bad_setting(proxy_server: Server) -> None:
+    process = run_under_flux_server(proxy_server, [sys.executable, "-c", "print(1)"], {"FLUX_SERVER_TLS_PORT": "0"})
     assert (process.returncode, process.stdout) == (2, "")
 
 
-def test_arguments_are_passed_through(door: Server) -> None:
+def test_arguments_are_passed_through(proxy_server: Server) -> None:
     process = run_under_flux_server(
-        door, [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--help", "--port", "-x", ""]
+        proxy_server, [sys.executable, "-c", "import sys; print(sys.argv[1:])", "--help", "--port", "-x", ""]
     )
     assert process.stdout == "['--help', '--port', '-x', '']\n"
 
 
-def test_run_prints_what_is_not_covered(node: None, door: Server) -> None:
-    assert "run covers Python and Node" in run_under_flux_server(door, ["sh", "-c", "true"]).stderr
-    assert "aiohttp without trust_env=True" in run_under_flux_server(door, [sys.executable, "-c", ""]).stderr
-    assert "programs in other languages" in run_under_flux_server(door, ["node", "-e", ""]).stderr
+def test_run_prints_what_is_not_covered(node: None, proxy_server: Server) -> None:
+    assert "run covers Python and Node" in run_under_flux_server(proxy_server, ["sh", "-c", "true"]).stderr
+    assert "aiohttp without trust_env=True" in run_under_flux_server(proxy_server, [sys.executable, "-c", ""]).stderr
+    assert "programs in other languages" in run_under_flux_server(proxy_server, ["node", "-e", ""]).stderr

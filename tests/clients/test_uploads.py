@@ -179,31 +179,31 @@ every_client = pytest.mark.parametrize("sdk", UPLOADERS)
 
 
 @every_client
-def test_an_upload_is_served_at_its_url(keyed: Server, keyed_client: httpx.Client, sdk: str) -> None:
+def test_an_upload_is_served_at_its_url(server_with_keys: Server, keyless_client: httpx.Client, sdk: str) -> None:
     content = bytes(range(256)) * 1000
-    url = UPLOADERS[sdk](keyed_client, Upload(content, "image/png", "a.png"))
-    assert url.startswith(f"{keyed.url}/files/")
+    url = UPLOADERS[sdk](keyless_client, Upload(content, "image/png", "a.png"))
+    assert url.startswith(f"{server_with_keys.url}/files/")
     assert url.endswith(".png")
-    answer = keyed_client.get(url)
+    answer = keyless_client.get(url)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     assert answer.content == content
-    part = keyed_client.get(url, headers={"range": "bytes=256-259"})
+    part = keyless_client.get(url, headers={"range": "bytes=256-259"})
     assert (part.status_code, part.content) == (206, bytes(range(4)))
-    head = keyed_client.head(url)
+    head = keyless_client.head(url)
     assert (head.headers["content-length"], head.content) == (str(len(content)), b"")
 
 
 @every_client
-def test_empty_file(keyed_client: httpx.Client, sdk: str) -> None:
-    url = UPLOADERS[sdk](keyed_client, Upload(b""))
-    assert (keyed_client.get(url).status_code, keyed_client.get(url).content) == (200, b"")
+def test_empty_file(keyless_client: httpx.Client, sdk: str) -> None:
+    url = UPLOADERS[sdk](keyless_client, Upload(b""))
+    assert (keyless_client.get(url).status_code, keyless_client.get(url).content) == (200, b"")
 
 
 @every_client
-def test_uploads_to_a_server_without_keys(narrow_client: httpx.Client, sdk: str) -> None:
+def test_uploads_to_a_server_without_keys(constrained_client: httpx.Client, sdk: str) -> None:
     for key in ({}, {"authorization": "Key whatever"}):
-        url = UPLOADERS[sdk](narrow_client, Upload(key=key))
-        assert narrow_client.get(url).content == CONTENT
+        url = UPLOADERS[sdk](constrained_client, Upload(key=key))
+        assert constrained_client.get(url).content == CONTENT
 
 
 REST_ROUTES = ["plain", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media", "rest.localhost", "proxy"]
@@ -227,34 +227,34 @@ def base_url_for(client: httpx.Client, route: str) -> str:
 @pytest.mark.parametrize("route", REST_ROUTES)
 @pytest.mark.parametrize("slash", ["", "/"], ids=["plain", "slash"])
 @pytest.mark.parametrize("form", ["initiate", "initiate-multipart"])
-def test_every_route_to_the_rest_host(narrow_client: httpx.Client, route: str, slash: str, form: str) -> None:
+def test_every_route_to_the_rest_host(constrained_client: httpx.Client, route: str, slash: str, form: str) -> None:
     initiated = ok(
-        post_to_rest_host(narrow_client, route, f"/storage/upload/{form}{slash}{V3_QUERY}", json=INITIATE_BODY)
+        post_to_rest_host(constrained_client, route, f"/storage/upload/{form}{slash}{V3_QUERY}", json=INITIATE_BODY)
     )
-    base = base_url_for(narrow_client, route)
+    base = base_url_for(constrained_client, route)
     assert initiated["upload_url"].startswith(f"{base}/storage/upload/")
     assert initiated["file_url"].startswith(f"{base}/files/")
     upload_path, file_path = (initiated[name].removeprefix(base) for name in ("upload_url", "file_url"))
     if form == "initiate":
-        ok(narrow_client.put(f"{upload_path}{slash}", content=CONTENT))
+        ok(constrained_client.put(f"{upload_path}{slash}", content=CONTENT))
     else:
-        part = ok(narrow_client.put(f"{upload_path}/1{slash}", content=CONTENT))
-        ok(narrow_client.post(f"{upload_path}/complete{slash}", json={"parts": [part]}))
-    assert narrow_client.get(file_path).content == CONTENT
+        part = ok(constrained_client.put(f"{upload_path}/1{slash}", content=CONTENT))
+        ok(constrained_client.post(f"{upload_path}/complete{slash}", json={"parts": [part]}))
+    assert constrained_client.get(file_path).content == CONTENT
 
 
 @pytest.mark.parametrize("route", REST_ROUTES)
-def test_every_route_to_a_token(keyed_client: httpx.Client, route: str) -> None:
-    token = ok(post_to_rest_host(keyed_client, route, f"/storage/auth/token{V3_QUERY}", json={}, headers=ALICE))
+def test_every_route_to_a_token(keyless_client: httpx.Client, route: str) -> None:
+    token = ok(post_to_rest_host(keyless_client, route, f"/storage/auth/token{V3_QUERY}", json={}, headers=ALICE))
     assert token.keys() == {"token", "token_type", "base_url", "expires_at"}
     assert token["token_type"] == "Bearer"
-    assert token["base_url"] == base_url_for(keyed_client, route)
+    assert token["base_url"] == base_url_for(keyless_client, route)
     headers = {**bearer(token), "content-type": "text/plain"}
-    assert ok(keyed_client.post("/files/upload", content=CONTENT, headers=headers))["access_url"]
+    assert ok(keyless_client.post("/files/upload", content=CONTENT, headers=headers))["access_url"]
 
 
-def test_token_expiry_is_readable_by_older_python(keyed_client: httpx.Client) -> None:
-    expires_at = create_token(keyed_client)["expires_at"]
+def test_token_expiry_is_readable_by_older_python(keyless_client: httpx.Client) -> None:
+    expires_at = create_token(keyless_client)["expires_at"]
     # datetime.fromisoformat of Python before 3.11 does not accept "Z".
     assert expires_at.endswith("+00:00")
     assert datetime.fromisoformat(expires_at) - datetime.now(UTC) > timedelta(minutes=2)
@@ -274,46 +274,46 @@ def with_lifecycle(name: str, **preference: object) -> Upload:
 @every_client
 @pytest.mark.parametrize("name", LIFECYCLE_NAMES)
 @pytest.mark.parametrize("acl", ["forbid", "hide"])
-def test_a_private_file_needs_its_owners_key(keyed_client: httpx.Client, sdk: str, name: str, acl: str) -> None:
-    url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, initial_acl={"default": acl}))
-    for headers in ({}, BOB, {"authorization": "Key nobody"}, bearer(create_token(keyed_client))):
-        assert error_message(keyed_client.get(url, headers=headers), 404) == "File not found"
-        assert keyed_client.head(url, headers=headers).status_code == 404
-    assert keyed_client.get(url, headers=ALICE).content == CONTENT
-    assert keyed_client.get(url, headers={"authorization": "Bearer alice:secret"}).content == CONTENT
+def test_a_private_file_needs_its_owners_key(keyless_client: httpx.Client, sdk: str, name: str, acl: str) -> None:
+    url = UPLOADERS[sdk](keyless_client, with_lifecycle(name, initial_acl={"default": acl}))
+    for headers in ({}, BOB, {"authorization": "Key nobody"}, bearer(create_token(keyless_client))):
+        assert error_message(keyless_client.get(url, headers=headers), 404) == "File not found"
+        assert keyless_client.head(url, headers=headers).status_code == 404
+    assert keyless_client.get(url, headers=ALICE).content == CONTENT
+    assert keyless_client.get(url, headers={"authorization": "Bearer alice:secret"}).content == CONTENT
 
 
-def test_a_private_file_looks_like_a_missing_one(keyed_client: httpx.Client) -> None:
-    private = keyed_client.get(by_client(keyed_client, with_lifecycle(LIFECYCLE_NAMES[0], initial_acl="forbid")))
-    missing = keyed_client.get(f"/files/{'0' * 32}.txt")
+def test_a_private_file_looks_like_a_missing_one(keyless_client: httpx.Client) -> None:
+    private = keyless_client.get(by_client(keyless_client, with_lifecycle(LIFECYCLE_NAMES[0], initial_acl="forbid")))
+    missing = keyless_client.get(f"/files/{'0' * 32}.txt")
     assert (private.status_code, private.json()) == (missing.status_code, missing.json())
 
 
 @every_client
 @pytest.mark.parametrize("name", LIFECYCLE_NAMES)
-def test_a_file_expires(keyed_client: httpx.Client, sdk: str, name: str) -> None:
-    url = UPLOADERS[sdk](keyed_client, with_lifecycle(name, expiration_duration_seconds=1e-9))
-    assert error_message(keyed_client.get(url, headers=ALICE), 404) == "File not found"
+def test_a_file_expires(keyless_client: httpx.Client, sdk: str, name: str) -> None:
+    url = UPLOADERS[sdk](keyless_client, with_lifecycle(name, expiration_duration_seconds=1e-9))
+    assert error_message(keyless_client.get(url, headers=ALICE), 404) == "File not found"
 
 
 @every_client
-def test_a_public_file_needs_no_key(keyed_client: httpx.Client, sdk: str) -> None:
+def test_a_public_file_needs_no_key(keyless_client: httpx.Client, sdk: str) -> None:
     preference = {"expiration_duration_seconds": 3600, "initial_acl": {"default": "allow"}}
     upload = with_lifecycle("x-fal-object-lifecycle", **preference)
-    assert keyed_client.get(UPLOADERS[sdk](keyed_client, upload)).content == CONTENT
+    assert keyless_client.get(UPLOADERS[sdk](keyless_client, upload)).content == CONTENT
 
 
-def test_generated_images_can_be_private(keyed_client: httpx.Client) -> None:
+def test_generated_images_can_be_private(keyless_client: httpx.Client) -> None:
     headers = {**ALICE, LIFECYCLE_NAMES[1]: json.dumps({"initial_acl": {"default": "forbid"}})}
-    url = keyed_client.post("/test/null", json={"prompt": "x"}, headers=headers).json()["images"][0]["url"]
-    assert [keyed_client.get(url, headers=key).status_code for key in ({}, BOB, ALICE)] == [404, 404, 200]
+    url = keyless_client.post("/test/null", json={"prompt": "x"}, headers=headers).json()["images"][0]["url"]
+    assert [keyless_client.get(url, headers=key).status_code for key in ({}, BOB, ALICE)] == [404, 404, 200]
 
 
-def test_invalid_lifecycle_is_refused(keyed_client: httpx.Client) -> None:
+def test_invalid_lifecycle_is_refused(keyless_client: httpx.Client) -> None:
     for path in ("/storage/upload/initiate", "/files/upload", "/files/upload/multipart"):
         for bad in ("{", '{"expiration_duration_seconds": "soon"}', '{"initial_acl": "perhaps"}'):
             headers = {**ALICE, "x-fal-object-lifecycle": bad}
-            error_message(keyed_client.post(path, json=INITIATE_BODY, headers=headers), 400)
+            error_message(keyless_client.post(path, json=INITIATE_BODY, headers=headers), 400)
 
 
 # -- authorization
@@ -330,37 +330,39 @@ AUTHENTICATED_PATHS = [
 
 @pytest.mark.parametrize("path", AUTHENTICATED_PATHS)
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer x.y.z"}])
-def test_an_upload_needs_a_key(keyed: Server, keyed_client: httpx.Client, path: str, key: dict[str, str]) -> None:
-    before = stored_names(keyed)
-    error_message(keyed_client.post(path, json=INITIATE_BODY, headers=key), 401)
-    assert stored_names(keyed) <= before
+def test_an_upload_needs_a_key(
+    server_with_keys: Server, keyless_client: httpx.Client, path: str, key: dict[str, str]
+) -> None:
+    before = stored_names(server_with_keys)
+    error_message(keyless_client.post(path, json=INITIATE_BODY, headers=key), 401)
+    assert stored_names(server_with_keys) <= before
 
 
 @pytest.mark.parametrize("path", AUTHENTICATED_PATHS)
-def test_a_token_of_another_scope_is_refused(keyed_client: httpx.Client, path: str) -> None:
-    token = ok(keyed_client.post("/tokens/", json={"allowed_apps": ["flux", "null"]}, headers=ALICE))
-    error_message(keyed_client.post(path, json=INITIATE_BODY, headers={"authorization": f"Bearer {token}"}), 401)
+def test_a_token_of_another_scope_is_refused(keyless_client: httpx.Client, path: str) -> None:
+    token = ok(keyless_client.post("/tokens/", json={"allowed_apps": ["flux", "null"]}, headers=ALICE))
+    error_message(keyless_client.post(path, json=INITIATE_BODY, headers={"authorization": f"Bearer {token}"}), 401)
 
 
 @pytest.mark.parametrize(
     "path", ["/storage/auth/token", "/storage/upload/initiate", "/tokens/", "/test/null", "/queue/test/null"]
 )
-def test_an_upload_token_is_valid_only_for_uploads(keyed_client: httpx.Client, path: str) -> None:
+def test_an_upload_token_is_valid_only_for_uploads(keyless_client: httpx.Client, path: str) -> None:
     body = {**INITIATE_BODY, "prompt": "x", "allowed_apps": ["flux"]}
-    error_message(keyed_client.post(path, json=body, headers=bearer(create_token(keyed_client))), 401)
+    error_message(keyless_client.post(path, json=body, headers=bearer(create_token(keyless_client))), 401)
 
 
-def test_a_token_uploads_as_its_keys_owner(keyed_client: httpx.Client) -> None:
+def test_a_token_uploads_as_its_keys_owner(keyless_client: httpx.Client) -> None:
     upload = Upload(key=BOB, headers={"x-fal-object-lifecycle": '{"initial_acl": {"default": "hide"}}'})
-    url = by_fal_client(keyed_client, upload)
-    assert [keyed_client.get(url, headers=key).status_code for key in (ALICE, BOB)] == [404, 200]
+    url = by_fal_client(keyless_client, upload)
+    assert [keyless_client.get(url, headers=key).status_code for key in (ALICE, BOB)] == [404, 200]
 
 
-def test_the_upload_url_needs_no_key(keyed_client: httpx.Client) -> None:
+def test_the_upload_url_needs_no_key(keyless_client: httpx.Client) -> None:
     for headers in ({}, BOB, {"authorization": "nonsense"}):
-        initiated = initiate(keyed_client, Upload(), "/storage/upload/initiate")
-        ok(keyed_client.put(initiated["upload_url"], content=CONTENT, headers=headers))
-        assert keyed_client.get(initiated["file_url"]).content == CONTENT
+        initiated = initiate(keyless_client, Upload(), "/storage/upload/initiate")
+        ok(keyless_client.put(initiated["upload_url"], content=CONTENT, headers=headers))
+        assert keyless_client.get(initiated["file_url"]).content == CONTENT
 
 
 REQUESTS_BY_PAGES = [
@@ -372,25 +374,27 @@ REQUESTS_BY_PAGES = [
 
 @pytest.mark.parametrize(("path", "options"), REQUESTS_BY_PAGES)
 def test_a_foreign_page_cannot_upload_to_a_server_without_keys(
-    narrow: Server, narrow_client: httpx.Client, path: str, options: dict[str, Any]
+    constrained_server: Server, constrained_client: httpx.Client, path: str, options: dict[str, Any]
 ) -> None:
-    before = stored_names(narrow)
+    before = stored_names(constrained_server)
     headers = {**options.get("headers", {}), "origin": FOREIGN_ORIGIN}
-    error_message(narrow_client.post(path, **{**options, "headers": headers}), 403)
-    assert stored_names(narrow) <= before
+    error_message(constrained_client.post(path, **{**options, "headers": headers}), 403)
+    assert stored_names(constrained_server) <= before
 
 
-def test_a_page_on_this_machine_can_upload(narrow_client: httpx.Client) -> None:
-    initiated = ok(narrow_client.post("/storage/upload/initiate", json=INITIATE_BODY, headers={"origin": LOCAL_ORIGIN}))
+def test_a_page_on_this_machine_can_upload(constrained_client: httpx.Client) -> None:
+    initiated = ok(
+        constrained_client.post("/storage/upload/initiate", json=INITIATE_BODY, headers={"origin": LOCAL_ORIGIN})
+    )
     preflight_headers = {
         "origin": LOCAL_ORIGIN,
         "access-control-request-method": "PUT",
         "access-control-request-headers": "content-type",
     }
-    preflight = narrow_client.options(initiated["upload_url"], headers=preflight_headers)
+    preflight = constrained_client.options(initiated["upload_url"], headers=preflight_headers)
     assert preflight.status_code == 200
     assert "PUT" in preflight.headers["access-control-allow-methods"]
-    answer = narrow_client.put(initiated["upload_url"], content=CONTENT, headers={"origin": LOCAL_ORIGIN})
+    answer = constrained_client.put(initiated["upload_url"], content=CONTENT, headers={"origin": LOCAL_ORIGIN})
     ok(answer)
     assert answer.headers["access-control-allow-origin"] in ("*", LOCAL_ORIGIN)
 
@@ -420,9 +424,9 @@ SVG_WITH_SCRIPT = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</sc
 
 @pytest.mark.parametrize("content_type", [*ATTACHMENTS, *INLINE])
 @pytest.mark.parametrize("sdk", ["@fal-ai/client", "fal-client"])
-def test_only_images_are_served_inline(narrow_client: httpx.Client, sdk: str, content_type: str) -> None:
+def test_only_images_are_served_inline(constrained_client: httpx.Client, sdk: str, content_type: str) -> None:
     upload = Upload(SVG_WITH_SCRIPT, content_type, "my page.png")
-    answer = narrow_client.get(UPLOADERS[sdk](narrow_client, upload))
+    answer = constrained_client.get(UPLOADERS[sdk](constrained_client, upload))
     assert (answer.status_code, answer.content) == (200, SVG_WITH_SCRIPT)
     assert answer.headers["content-type"].startswith(content_type)
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -443,18 +447,18 @@ def test_only_images_are_served_inline(narrow_client: httpx.Client, sdk: str, co
         ("a\r\nb.txt", "ab.txt"),
     ],
 )
-def test_an_attachment_keeps_its_file_name(narrow_client: httpx.Client, file_name: str, encoded_name: str) -> None:
-    answer = narrow_client.get(by_client(narrow_client, Upload(file_name=file_name)))
+def test_an_attachment_keeps_its_file_name(constrained_client: httpx.Client, file_name: str, encoded_name: str) -> None:
+    answer = constrained_client.get(by_client(constrained_client, Upload(file_name=file_name)))
     disposition = answer.headers["content-disposition"]
     assert disposition in (f'attachment; filename="{encoded_name}"', f"attachment; filename*=utf-8''{encoded_name}")
     assert "x" not in answer.headers
 
 
 @pytest.mark.parametrize("content_type", ["image/пнг", "text/plain; name=файл", "text/plain\r\nx: y", "\0", ""])
-def test_odd_content_types_are_served_as_attachments(narrow_client: httpx.Client, content_type: str) -> None:
-    initiated = initiate(narrow_client, Upload(content_type=content_type), "/storage/upload/initiate")
-    ok(narrow_client.put(initiated["upload_url"], content=CONTENT))
-    answer = narrow_client.get(initiated["file_url"])
+def test_odd_content_types_are_served_as_attachments(constrained_client: httpx.Client, content_type: str) -> None:
+    initiated = initiate(constrained_client, Upload(content_type=content_type), "/storage/upload/initiate")
+    ok(constrained_client.put(initiated["upload_url"], content=CONTENT))
+    answer = constrained_client.get(initiated["file_url"])
     assert (answer.status_code, answer.content) == (200, CONTENT)
     assert answer.headers["content-disposition"].startswith("attachment")
     assert "x" not in answer.headers
@@ -562,38 +566,40 @@ UNKNOWN_ID = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.mark.parametrize("upload_id", [UNKNOWN_ID, "x", "..%5C..", "%00", "%C3%A4"])
-def test_unknown_upload(narrow_client: httpx.Client, upload_id: str) -> None:
+def test_unknown_upload(constrained_client: httpx.Client, upload_id: str) -> None:
     for base in (f"/storage/upload/{upload_id}", f"/files/{UNKNOWN_ID}.txt/multipart/{upload_id}"):
-        error_message(narrow_client.put(f"{base}/1", content=CONTENT), 404)
-        error_message(narrow_client.post(f"{base}/complete", json={"parts": []}), 404)
-    error_message(narrow_client.put(f"/storage/upload/{upload_id}", content=CONTENT), 404)
+        error_message(constrained_client.put(f"{base}/1", content=CONTENT), 404)
+        error_message(constrained_client.post(f"{base}/complete", json={"parts": []}), 404)
+    error_message(constrained_client.put(f"/storage/upload/{upload_id}", content=CONTENT), 404)
 
 
-def test_finished_upload_cannot_be_overwritten(narrow_client: httpx.Client) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate")
-    ok(narrow_client.put(initiated["upload_url"], content=CONTENT))
-    error_message(narrow_client.put(initiated["upload_url"], content=b"something else"), 404)
-    assert narrow_client.get(initiated["file_url"]).content == CONTENT
+def test_finished_upload_cannot_be_overwritten(constrained_client: httpx.Client) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate")
+    ok(constrained_client.put(initiated["upload_url"], content=CONTENT))
+    error_message(constrained_client.put(initiated["upload_url"], content=b"something else"), 404)
+    assert constrained_client.get(initiated["file_url"]).content == CONTENT
 
 
-def test_incomplete_file_is_not_found(narrow_client: httpx.Client) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    ok(narrow_client.put(f"{initiated['upload_url']}/1", content=CONTENT))
-    error_message(narrow_client.get(initiated["file_url"]), 404)
+def test_incomplete_file_is_not_found(constrained_client: httpx.Client) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate-multipart")
+    ok(constrained_client.put(f"{initiated['upload_url']}/1", content=CONTENT))
+    error_message(constrained_client.get(initiated["file_url"]), 404)
 
 
-def test_the_error_names_the_missing_part(narrow_client: httpx.Client) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+def test_the_error_names_the_missing_part(constrained_client: httpx.Client) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate-multipart")
     for number in (1, 3):
-        ok(narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT))
+        ok(constrained_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT))
     parts = [{"partNumber": number, "etag": '"x"'} for number in (3, 2, 1)]
-    assert "2" in error_message(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}), 400)
+    assert "2" in error_message(
+        constrained_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}), 400
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [("0", 400), ("10001", 400), ("-1", 400), ("x", 422), ("1.5", 422)])
-def test_invalid_part_number(narrow_client: httpx.Client, number: str, status: int) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    answer = narrow_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT)
+def test_invalid_part_number(constrained_client: httpx.Client, number: str, status: int) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate-multipart")
+    answer = constrained_client.put(f"{initiated['upload_url']}/{number}", content=CONTENT)
     if status == 422:
         assert first_field_error(answer)["loc"][-1] == "part_number"
     else:
@@ -611,26 +617,26 @@ BAD_INITIATE_BODIES: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("body", "loc"), BAD_INITIATE_BODIES)
-def test_bad_initiate_body(narrow_client: httpx.Client, body: object, loc: list[str]) -> None:
-    assert first_field_error(narrow_client.post("/storage/upload/initiate", json=body))["loc"] == loc
+def test_bad_initiate_body(constrained_client: httpx.Client, body: object, loc: list[str]) -> None:
+    assert first_field_error(constrained_client.post("/storage/upload/initiate", json=body))["loc"] == loc
 
 
 @pytest.mark.parametrize("parts", [[{}], [{"partNumber": 0}], [{"partNumber": "x"}], [1], {}, None])
-def test_bad_list_of_parts(narrow_client: httpx.Client, parts: object) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
-    answer = narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts})
+def test_bad_list_of_parts(constrained_client: httpx.Client, parts: object) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate-multipart")
+    answer = constrained_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts})
     assert first_field_error(answer)["loc"][:2] == ["body", "parts"]
 
 
 @pytest.mark.parametrize("path", ["/storage/upload/initiate", "/storage/upload/initiate-multipart"])
-def test_broken_json(narrow_client: httpx.Client, path: str) -> None:
-    assert first_field_error(narrow_client.post(path, content="{"))["type"] == "json_invalid"
+def test_broken_json(constrained_client: httpx.Client, path: str) -> None:
+    assert first_field_error(constrained_client.post(path, content="{"))["type"] == "json_invalid"
 
 
 @pytest.mark.parametrize("path", ["/files/upload", "/files/x.txt"])
 @pytest.mark.parametrize("host", ["v3.fal.media", "fal.media"])
-def test_the_proxy_route_cannot_reach_the_file_host(narrow_client: httpx.Client, host: str, path: str) -> None:
-    error_message(narrow_client.post(PROXY_PATH, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
+def test_the_proxy_route_cannot_reach_the_file_host(constrained_client: httpx.Client, host: str, path: str) -> None:
+    error_message(constrained_client.post(PROXY_PATH, headers={"x-fal-target-url": f"https://{host}{path}"}), 404)
 
 
 # -- interruptions and concurrency
@@ -655,28 +661,32 @@ def test_a_part_cut_off_by_a_disconnect_is_deleted(tmp_path: Path) -> None:
         assert "Traceback" not in server.output
 
 
-def test_concurrent_parts(narrow_client: httpx.Client) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate-multipart")
+def test_concurrent_parts(constrained_client: httpx.Client) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate-multipart")
     chunks = {number: f"<{number}>".encode() * 100 for number in range(1, 101)}
 
     def send_part(number: int) -> dict[str, Any]:
-        answer: dict[str, Any] = ok(narrow_client.put(f"{initiated['upload_url']}/{number}", content=chunks[number]))
+        answer: dict[str, Any] = ok(
+            constrained_client.put(f"{initiated['upload_url']}/{number}", content=chunks[number])
+        )
         return answer
 
     with ThreadPoolExecutor(10) as threads:
         parts = list(threads.map(send_part, reversed(chunks)))
-    ok(narrow_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}))
-    assert narrow_client.get(initiated["file_url"]).content == b"".join(chunks.values())
+    ok(constrained_client.post(f"{initiated['upload_url']}/complete", json={"parts": parts}))
+    assert constrained_client.get(initiated["file_url"]).content == b"".join(chunks.values())
 
 
-def test_concurrent_puts_to_one_url(narrow_client: httpx.Client) -> None:
-    initiated = initiate(narrow_client, Upload(), "/storage/upload/initiate")
+def test_concurrent_puts_to_one_url(constrained_client: httpx.Client) -> None:
+    initiated = initiate(constrained_client, Upload(), "/storage/upload/initiate")
     with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda _: narrow_client.put(initiated["upload_url"], content=CONTENT), range(4)))
+        answers = list(
+            threads.map(lambda _: constrained_client.put(initiated["upload_url"], content=CONTENT), range(4))
+        )
     statuses = {answer.status_code for answer in answers}
     assert 200 in statuses
     assert statuses <= {200, 404}
-    assert narrow_client.get(initiated["file_url"]).content == CONTENT
+    assert constrained_client.get(initiated["file_url"]).content == CONTENT
 
 
 def test_an_upload_continues_after_the_server_was_killed(tmp_path: Path) -> None:

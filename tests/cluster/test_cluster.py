@@ -115,12 +115,14 @@ def test_two_hundred_jobs_survive_thirty_kills_of_runners_and_nodes(three_nodes:
                 kill_a_runner(rng)
         assert [image_digest(client, each) for each in paths] == expected, f"with seed {seed}"
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        counts = parts.rows("SELECT status, count(*), sum(strikes) FROM jobs GROUP BY status")
+    with open_components(tmp_path / "data") as components:
+        counts = components.rows("SELECT status, count(*), sum(strikes) FROM jobs GROUP BY status")
         assert counts == [(200, 200, 0)]
-        assert parts.rows("SELECT count(*) FROM jobs WHERE attempt > 1")[0][0] > 0
-        assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.stored_file_names()) == 200
+        assert components.rows("SELECT count(*) FROM jobs WHERE attempt > 1")[0][0] > 0
+        assert [(name,) for name in components.stored_file_names()] == components.rows(
+            "SELECT name FROM files ORDER BY name"
+        )
+        assert len(components.stored_file_names()) == 200
 
 
 def test_a_job_that_kills_three_runners_fails_alone(three_nodes: Any, tmp_path: Path) -> None:
@@ -153,13 +155,13 @@ def test_the_head_is_killed_and_started_again(three_nodes: Any, tmp_path: Path, 
         while old & {process.pid for process in runner_processes()}:
             continue
         assert server.stop() == 0
-    with open_components(tmp_path) as parts:
-        assert parts.rows("SELECT count(*) FROM jobs WHERE state <> 'COMPLETED'") == [(0,)]
+    with open_components(tmp_path) as components:
+        assert components.rows("SELECT count(*) FROM jobs WHERE state <> 'COMPLETED'") == [(0,)]
         # The held job succeeds only if it reached its gate before the gate was removed. Each job that succeeded has
         # exactly one file.
-        finished = parts.rows("SELECT request_id FROM jobs WHERE status = 200 ORDER BY 1")
+        finished = components.rows("SELECT request_id FROM jobs WHERE status = 200 ORDER BY 1")
         assert len(finished) >= 20
-        assert parts.rows("SELECT request_id FROM files ORDER BY 1") == finished
+        assert components.rows("SELECT request_id FROM files ORDER BY 1") == finished
 
 
 def test_a_node_that_joins_takes_work(tmp_path: Path, gate: Gate) -> None:

@@ -93,9 +93,9 @@ def test_idle_gpus_are_released_while_a_busy_one_continues(
         # The next request scales up from zero GPUs to one.
         assert image_digest(client, status_path(client.post(SLOW, json=request_body(1))))
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        assert parts.rows("SELECT status, attempt, count(*) FROM jobs GROUP BY 1, 2") == [(200, 1, CROWD + 4)]
-        assert len(parts.stored_file_names()) == CROWD + 4
+    with open_components(tmp_path / "data") as components:
+        assert components.rows("SELECT status, attempt, count(*) FROM jobs GROUP BY 1, 2") == [(200, 1, CROWD + 4)]
+        assert len(components.stored_file_names()) == CROWD + 4
 
 
 def test_a_stop_lets_every_gpu_finish_within_the_grace_period(
@@ -115,16 +115,16 @@ def test_a_stop_lets_every_gpu_finish_within_the_grace_period(
             assert wait_until_completed(client, held[number]).get("error") is None
         assert server.process.wait(60) == 0
     assert not runner_processes()
-    with open_components(tmp_path / "data") as parts:
-        rows = parts.rows("SELECT state, status, attempt, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1, 3")
+    with open_components(tmp_path / "data") as components:
+        rows = components.rows("SELECT state, status, attempt, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1, 3")
         assert rows == [("COMPLETED", 200, 1, 2), ("IN_QUEUE", None, 0, CROWD - 3), ("IN_QUEUE", None, 1, 1)]
     # The next server runs the job that did not finish within the grace period.
     gates[2].release(STEPS)
     with serving_on(three_nodes, tmp_path / "data", **settings) as server, client_of(server) as client:
         assert len({image_digest(client, each) for each in (*held, *waiting)}) == CROWD
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        assert len(parts.stored_file_names()) == CROWD
+    with open_components(tmp_path / "data") as components:
+        assert len(components.stored_file_names()) == CROWD
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["v1", "v2"])
@@ -166,9 +166,9 @@ def test_rays_autoscaler_starts_machines_for_waiting_jobs_and_stops_them(
         print(f"{time.monotonic() - start:.1f} s from zero GPUs to an image")
         assert num_worker_nodes(cluster) == 1
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        assert parts.rows("SELECT status, count(*) FROM jobs GROUP BY 1") == [(200, number + 1)]
+    with open_components(tmp_path / "data") as components:
+        assert components.rows("SELECT status, count(*) FROM jobs GROUP BY 1") == [(200, number + 1)]
         # Autoscaler v1 may start a machine beyond its limit. It then stops that machine, even if a job runs there.
         may_restart = not is_second and "lost its runner" in server.output
-        assert may_restart or parts.rows("SELECT max(attempt) FROM jobs") == [(1,)]
-        assert len(parts.stored_file_names()) == number + 1
+        assert may_restart or components.rows("SELECT max(attempt) FROM jobs") == [(1,)]
+        assert len(components.stored_file_names()) == number + 1

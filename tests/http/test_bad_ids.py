@@ -14,7 +14,7 @@ FLUX = "/fal-ai/flux/dev"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("prefix", ["", "/queue"])
 @pytest.mark.parametrize(
     "path", ["/fal-ai/unknown", "/fal-ai/flux", "/x", "/", "/../..", "/%00", "/fal-ai/flux/schnel"]
@@ -37,7 +37,7 @@ CONTROLS = ["%00", "%09", "%0a", "%0D", "%1b", "%7f", "%c2%85"]
 PATHS = ["/", "/health", "/status.json", "/metrics", "/docs", "/openapi.json", "/v1/models", "/static/app.js"]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_control_character_in_a_path(client: httpx.Client, control: str) -> None:
     """Refuse a control character anywhere in a path, above all at the end, where a line feed is easily overlooked."""
@@ -64,7 +64,7 @@ def test_a_control_character_in_the_path_of_a_websocket(server: Server, control:
 UNKNOWN_IDS = ["00000000-0000-4000-8000-000000000000", "x", "'", "%2e%2e", "%F0%9F%8D%8E", "x" * 4000]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("request_id", UNKNOWN_IDS)
 @pytest.mark.parametrize("app", ["fal-ai/flux", "fal-ai/flux/dev", "nobody/nothing"])
 def test_unknown_id(client: httpx.Client, app: str, request_id: str) -> None:
@@ -82,17 +82,17 @@ def test_id_under_another_app(client: httpx.Client) -> None:
         error_message(client.get(f"/queue/fal-ai/flux/requests/{request_id}{path}"), 404)
 
 
-def test_id_of_another_key(keyed_client: httpx.Client) -> None:
-    reply = keyed_client.post("/queue/test/null", json={"prompt": "x"}, headers=ALICE).json()
+def test_id_of_another_key(keyless_client: httpx.Client) -> None:
+    reply = keyless_client.post("/queue/test/null", json={"prompt": "x"}, headers=ALICE).json()
     for path in ("", "/status", "/status/stream", "/response"):
-        error_message(keyed_client.get(f"{reply['response_url']}{path}", headers=BOB), 404)
-    assert keyed_client.put(reply["cancel_url"], headers=BOB).json()["status"] == "NOT_FOUND"
-    assert keyed_client.get(reply["status_url"], headers=ALICE).json()["request_id"] == reply["request_id"]
+        error_message(keyless_client.get(f"{reply['response_url']}{path}", headers=BOB), 404)
+    assert keyless_client.put(reply["cancel_url"], headers=BOB).json()["status"] == "NOT_FOUND"
+    assert keyless_client.get(reply["status_url"], headers=ALICE).json()["request_id"] == reply["request_id"]
 
 
-def test_idempotency_key_of_another_key(keyed_client: httpx.Client) -> None:
+def test_idempotency_key_of_another_key(keyless_client: httpx.Client) -> None:
     replies = [
-        keyed_client.post("/queue/test/null", json={"prompt": "x"}, headers={**key, "idempotency-key": "1"}).json()
+        keyless_client.post("/queue/test/null", json={"prompt": "x"}, headers={**key, "idempotency-key": "1"}).json()
         for key in (ALICE, BOB, ALICE)
     ]
     assert replies[0]["request_id"] == replies[2]["request_id"] != replies[1]["request_id"]
@@ -104,50 +104,52 @@ BAD_KEYS = ["", "Key", "Key mallory:secret", "Bearer mallory:secret", "alice:sec
 @pytest.mark.parametrize(
     "authorization", [None, *BAD_KEYS, "Key alice:secret:", "Key ALICE:SECRET", "Key \u00e9".encode()]
 )
-def test_bad_key(keyed_client: httpx.Client, authorization: Any) -> None:
+def test_bad_key(keyless_client: httpx.Client, authorization: Any) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
     for path in ("/test/null", "/queue/test/null", "/test/null/stream"):
-        assert error_message(keyed_client.post(path, json={"prompt": "x"}, headers=headers), 401)
-    error_message(keyed_client.get("/queue/test/null/requests/x/status", headers=headers), 401)
-    error_message(keyed_client.put("/queue/test/null/requests/x/cancel", headers=headers), 401)
+        assert error_message(keyless_client.post(path, json={"prompt": "x"}, headers=headers), 401)
+    error_message(keyless_client.get("/queue/test/null/requests/x/status", headers=headers), 401)
+    error_message(keyless_client.put("/queue/test/null/requests/x/cancel", headers=headers), 401)
 
 
 @pytest.mark.parametrize("scheme", ["Key", "key", "Bearer", "Key  "])
-def test_good_key(keyed_client: httpx.Client, scheme: str) -> None:
+def test_good_key(keyless_client: httpx.Client, scheme: str) -> None:
     headers = {"authorization": f"{scheme} alice:secret"}
-    assert keyed_client.post("/test/null", json={"prompt": "x"}, headers=headers).status_code == 200
+    assert keyless_client.post("/test/null", json={"prompt": "x"}, headers=headers).status_code == 200
 
 
-def test_a_bad_key_is_reported_before_a_bad_field(keyed_client: httpx.Client) -> None:
-    error_message(keyed_client.post("/test/null", json={}), 401)
-    error_message(keyed_client.post("/fal-ai/unknown", json={}), 401)
+def test_a_bad_key_is_reported_before_a_bad_field(keyless_client: httpx.Client) -> None:
+    error_message(keyless_client.post("/test/null", json={}), 401)
+    error_message(keyless_client.post("/fal-ai/unknown", json={}), 401)
 
 
-def test_result_too_early(narrow_client: httpx.Client, gate: Gate) -> None:
-    running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    waiting = narrow_client.post("/queue/test/null", json={"prompt": "x"}).json()
-    wait_until_claimed(narrow_client, running["status_url"])
+def test_result_too_early(constrained_client: httpx.Client, gate: Gate) -> None:
+    running = constrained_client.post(
+        "/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}
+    ).json()
+    waiting = constrained_client.post("/queue/test/null", json={"prompt": "x"}).json()
+    wait_until_claimed(constrained_client, running["status_url"])
     for reply in (running, waiting):
         for url in (reply["response_url"], f"{reply['response_url']}/response"):
-            assert error_message(narrow_client.get(url), 400) == "Request is still in progress"
+            assert error_message(constrained_client.get(url), 400) == "Request is still in progress"
     gate.release(1)
     for reply in (running, waiting):
-        wait_until_completed(narrow_client, reply["status_url"])
-        assert narrow_client.get(reply["response_url"]).status_code == 200
+        wait_until_completed(constrained_client, reply["status_url"])
+        assert constrained_client.get(reply["response_url"]).status_code == 200
 
 
-def test_cancel_twice(narrow_client: httpx.Client, gate: Gate) -> None:
-    running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
-    waiting = narrow_client.post("/queue/test/null", json={"prompt": "x"}).json()
-    wait_until_claimed(narrow_client, running["status_url"])
-    assert narrow_client.put(waiting["cancel_url"]).json() == {"status": "OK"}
+def test_cancel_twice(constrained_client: httpx.Client, gate: Gate) -> None:
+    running = constrained_client.post("/queue/test/gate", json={"prompt": str(gate.path)}).json()
+    waiting = constrained_client.post("/queue/test/null", json={"prompt": "x"}).json()
+    wait_until_claimed(constrained_client, running["status_url"])
+    assert constrained_client.put(waiting["cancel_url"]).json() == {"status": "OK"}
     for _ in range(2):
-        answer = narrow_client.put(running["cancel_url"], json={})
+        answer = constrained_client.put(running["cancel_url"], json={})
         assert (answer.status_code, answer.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     gate.release(1)
-    wait_until_completed(narrow_client, running["status_url"])
+    wait_until_completed(constrained_client, running["status_url"])
     for reply in (running, waiting):
-        answer = narrow_client.put(reply["cancel_url"])
+        answer = constrained_client.put(reply["cancel_url"])
         assert "already completed" in error_message(answer, 400)
         assert answer.json()["status"] == "ALREADY_COMPLETED"
-        assert "cancelled" in error_message(narrow_client.get(reply["response_url"]), 499)
+        assert "cancelled" in error_message(constrained_client.get(reply["response_url"]), 499)

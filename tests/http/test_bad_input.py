@@ -56,7 +56,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str, str]] = [
 ]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize(("field", "value", "where", "kind", "word"), BAD_FIELDS)
 def test_bad_field(client: httpx.Client, field: str, value: Any, where: str, kind: str, word: str) -> None:
     entry = first_field_error(client.post(FLUX, json={"prompt": "x", field: value}))
@@ -67,13 +67,13 @@ def test_bad_field(client: httpx.Client, field: str, value: Any, where: str, kin
     assert word in entry["msg"]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 def test_missing_prompt(client: httpx.Client) -> None:
     entry = first_field_error(client.post(FLUX, json={}))
     assert (entry["loc"], entry["type"], entry["msg"]) == (["body", "prompt"], "missing", "Field required")
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("path", [FLUX, f"/queue{FLUX}", f"{FLUX}/stream"])
 def test_every_bad_field_is_reported_on_every_route(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json={"num_images": 9, "seed": -1})
@@ -83,7 +83,7 @@ def test_every_bad_field_is_reported_on_every_route(client: httpx.Client, path: 
         assert name in answer.json()["message"]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 def test_limits_of_the_operator(tmp_path: Path, client: httpx.Client) -> None:
     with (
         serving(tmp_path, TEST_MODELS, max_side="1000", max_pixels="500000") as server,
@@ -120,7 +120,7 @@ NOT_JSON = {
 }
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
 def test_not_json(client: httpx.Client, body: bytes) -> None:
     entry = first_field_error(client.post(FLUX, content=body, headers={"content-type": "application/json"}))
@@ -129,7 +129,7 @@ def test_not_json(client: httpx.Client, body: bytes) -> None:
     assert 0 <= entry["loc"][1] <= len(body)
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("path", ["/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", "/v1/images/generations"])
 @pytest.mark.parametrize("value", [f"[{{}}{',{}' * 100_000}]", f"[1{',1' * 100_000}]"])
 def test_too_many_values(client: httpx.Client, path: str, value: str) -> None:
@@ -151,7 +151,7 @@ def test_the_position_of_a_json_error(client: httpx.Client) -> None:
     assert body[offset : offset + 4] == b"oops"
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("body", ["[]", "null", "1", '"x"', "true", '[{"prompt": "x"}]'])
 def test_not_an_object(client: httpx.Client, body: str) -> None:
     entry = first_field_error(client.post(FLUX, content=body))
@@ -159,7 +159,7 @@ def test_not_an_object(client: httpx.Client, body: str) -> None:
     assert "object" in entry["msg"]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("depth", [50, 100, 150, 199])
 def test_nested_deeply_but_not_too_deeply(client: httpx.Client, depth: int) -> None:
     body = '{"prompt": ' + "[" * depth + "]" * depth + "}"
@@ -178,7 +178,7 @@ NOT_NUMBERS = [
 ]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize(("field", "value"), NOT_NUMBERS)
 def test_not_a_number(client: httpx.Client, field: str, value: str) -> None:
     entry = first_field_error(client.post(FLUX, content=f'{{"prompt": "x", "{field}": {value}}}'))
@@ -186,7 +186,7 @@ def test_not_a_number(client: httpx.Client, field: str, value: str) -> None:
     assert "finite" in entry["msg"]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "image/png", "application/xml", "?"])
 def test_wrong_content_type(client: httpx.Client, kind: str) -> None:
     entry = first_field_error(client.post(FLUX, content='{"prompt": "x"}', headers={"content-type": kind}))

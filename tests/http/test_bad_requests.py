@@ -14,18 +14,18 @@ from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wai
 FLUX = "/fal-ai/flux/dev"
 
 
-def test_oversize_body(narrow_client: httpx.Client) -> None:
+def test_oversize_body(constrained_client: httpx.Client) -> None:
     limit = 2**20
     body = json.dumps({"prompt": "x", "ignored": ""}).encode()
     body += b" " * (limit - len(body))
-    assert narrow_client.post("/test/null", content=body).status_code == 200
-    assert str(limit) in error_message(narrow_client.post("/test/null", content=body + b" "), 413)
+    assert constrained_client.post("/test/null", content=body).status_code == 200
+    assert str(limit) in error_message(constrained_client.post("/test/null", content=body + b" "), 413)
 
 
-def test_oversize_body_in_chunks(narrow_client: httpx.Client) -> None:
+def test_oversize_body_in_chunks(constrained_client: httpx.Client) -> None:
     chunks = (b" " * 65_536 for _ in range(17))
-    assert str(2**20) in error_message(narrow_client.post("/test/null", content=chunks), 413)
-    assert narrow_client.post("/test/null", json={"prompt": "x"}).status_code == 200
+    assert str(2**20) in error_message(constrained_client.post("/test/null", content=chunks), 413)
+    assert constrained_client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
 def test_oversize_body_is_refused_before_it_is_read(server: Server) -> None:
@@ -81,7 +81,7 @@ FORBIDDEN_URLS = [
 ]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("url", FORBIDDEN_URLS)
 def test_forbidden_webhook(client: httpx.Client, url: str) -> None:
     entry = first_field_error(client.post("/queue/test/null", params={"fal_webhook": url}, json={"prompt": "x"}))
@@ -107,7 +107,7 @@ BAD_HEADERS = [
 ]
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize(("name", "value"), BAD_HEADERS)
 def test_bad_header(client: httpx.Client, name: str, value: str) -> None:
     answer = client.post("/queue/test/null", json={"prompt": "x"}, headers={name: value})
@@ -115,7 +115,7 @@ def test_bad_header(client: httpx.Client, name: str, value: str) -> None:
     assert answer.json()["error_type"] == "bad_request"
 
 
-@pytest.mark.usefixtures("serves_on")
+@pytest.mark.usefixtures("server_still_works")
 @pytest.mark.parametrize("value", ["0", "-1", "many", "nan", ""])
 def test_bad_max_queue_length(client: httpx.Client, value: str) -> None:
     answer = client.post("/queue/test/null", json={"prompt": "x"}, params={"fal_max_queue_length": value})
@@ -150,14 +150,16 @@ def test_queue_full(tmp_path: Path, gate: Gate) -> None:
         assert client.post("/test/null", json={"prompt": "x"}).status_code == 200
 
 
-def test_queue_longer_than_the_clients_limit(narrow_client: httpx.Client, gate: Gate) -> None:
-    running = narrow_client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}).json()
-    wait_until_claimed(narrow_client, running["status_url"])
+def test_queue_longer_than_the_clients_limit(constrained_client: httpx.Client, gate: Gate) -> None:
+    running = constrained_client.post(
+        "/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 1}
+    ).json()
+    wait_until_claimed(constrained_client, running["status_url"])
     limit = {"fal_max_queue_length": "1"}
-    first = narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit)
+    first = constrained_client.post("/queue/test/null", json={"prompt": "x"}, params=limit)
     assert first.status_code == 200
-    assert "full" in error_message(narrow_client.post("/queue/test/null", json={"prompt": "x"}, params=limit), 429)
-    unlimited = narrow_client.post("/queue/test/null", json={"prompt": "x"})
+    assert "full" in error_message(constrained_client.post("/queue/test/null", json={"prompt": "x"}, params=limit), 429)
+    unlimited = constrained_client.post("/queue/test/null", json={"prompt": "x"})
     assert unlimited.json()["queue_position"] == 1
     gate.release(1)
-    assert wait_until_completed(narrow_client, unlimited.json()["status_url"])["status"] == "COMPLETED"
+    assert wait_until_completed(constrained_client, unlimited.json()["status_url"])["status"] == "COMPLETED"

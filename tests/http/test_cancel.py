@@ -115,11 +115,13 @@ def test_a_cancel_at_any_moment(tmp_path: Path, number: int) -> None:
                 cancel_and_judge(client, plan, gate, holder)
                 assert holder is None or followed(client, holder)[0].get("error") is None, plan
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        completed = parts.rows("SELECT request_id FROM jobs WHERE status = 200 AND NOT is_cancelled")
-        cancelled = parts.rows("SELECT request_id FROM jobs WHERE status = 499 AND is_cancelled")
-        assert len(completed) + len(cancelled) == parts.rows("SELECT count(*) FROM jobs")[0][0]
+    with open_components(tmp_path / "data") as components:
+        completed = components.rows("SELECT request_id FROM jobs WHERE status = 200 AND NOT is_cancelled")
+        cancelled = components.rows("SELECT request_id FROM jobs WHERE status = 499 AND is_cancelled")
+        assert len(completed) + len(cancelled) == components.rows("SELECT count(*) FROM jobs")[0][0]
         # A cancelled request has no image, neither in the database nor on the disk.
-        assert set(parts.rows("SELECT request_id FROM files")) == set(completed)
-        assert parts.stored_file_names() == [name for (name,) in parts.rows("SELECT name FROM files ORDER BY name")]
+        assert set(components.rows("SELECT request_id FROM files")) == set(completed)
+        assert components.stored_file_names() == [
+            name for (name,) in components.rows("SELECT name FROM files ORDER BY name")
+        ]
     print(f"{len(cancelled)} cancelled, {len(completed)} completed")

@@ -169,9 +169,9 @@ def test_unknown_endpoint(client: httpx.Client, endpoint: str) -> None:
     assert client.get("/api/openapi/queue/openapi.json").status_code == 404
 
 
-def test_descriptions_need_no_key(keyed_client: httpx.Client) -> None:
-    assert document_of(keyed_client, "test/null")["info"]["title"] == "Queue OpenAPI for test/null"
-    assert keyed_client.get("/models/test/null/llms.txt").status_code == 200
+def test_descriptions_need_no_key(keyless_client: httpx.Client) -> None:
+    assert document_of(keyless_client, "test/null")["info"]["title"] == "Queue OpenAPI for test/null"
+    assert keyless_client.get("/models/test/null/llms.txt").status_code == 200
 
 
 @pytest.fixture

@@ -35,8 +35,10 @@ def answer_to(server: Server, *headers: bytes) -> bytes:
         ("Authorization", [HERE, b"Authorization: Key a", b"authorization: Key b"]),
     ],
 )
-def test_headers_that_decide_about_access_are_sent_once(narrow: Server, name: str, headers: list[bytes]) -> None:
-    head, _, body = answer_to(narrow, *headers).partition(b"\r\n\r\n")
+def test_headers_that_decide_about_access_are_sent_once(
+    constrained_server: Server, name: str, headers: list[bytes]
+) -> None:
+    head, _, body = answer_to(constrained_server, *headers).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert from_json(body)["detail"] == f"The {name} header was sent 2 times; send it once"
 
@@ -51,19 +53,19 @@ def test_headers_that_decide_about_access_are_sent_once(narrow: Server, name: st
         [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
     ],
 )
-def test_a_body_has_one_length(narrow: Server, headers: list[bytes]) -> None:
+def test_a_body_has_one_length(constrained_server: Server, headers: list[bytes]) -> None:
     """Check the status only: the HTTP parser refuses these requests with its own message."""
-    assert answer_to(narrow, HERE, *headers).startswith(b"HTTP/1.1 400 ")
+    assert answer_to(constrained_server, HERE, *headers).startswith(b"HTTP/1.1 400 ")
 
 
-def test_headers_sent_once_are_accepted(narrow: Server) -> None:
+def test_headers_sent_once_are_accepted(constrained_server: Server) -> None:
     headers = (HERE, b"Origin: http://localhost:3000", b"Authorization: Key a", b"Content-Length: 0")
-    assert answer_to(narrow, *headers).startswith(b"HTTP/1.1 200 ")
+    assert answer_to(constrained_server, *headers).startswith(b"HTTP/1.1 200 ")
 
 
-def test_the_host_has_a_limit(keyed_client: httpx.Client) -> None:
-    assert keyed_client.get("/health", headers={"host": "a" * 250 + ":8000"}).status_code == 200
-    answer = keyed_client.get("/health", headers={"host": "a" * 256})
+def test_the_host_has_a_limit(keyless_client: httpx.Client) -> None:
+    assert keyless_client.get("/health", headers={"host": "a" * 250 + ":8000"}).status_code == 200
+    answer = keyless_client.get("/health", headers={"host": "a" * 256})
     assert error_message(answer, 400) == "The Host header has 256 characters; it should have at most 255"
 
 
@@ -100,10 +102,10 @@ def test_the_name_of_a_model_has_a_limit(client: httpx.Client) -> None:
     assert refused(256) == (400, "string_too_long")
 
 
-def test_the_names_in_a_token_have_a_limit(keyed_client: httpx.Client) -> None:
+def test_the_names_in_a_token_have_a_limit(keyless_client: httpx.Client) -> None:
     def submit(length: int) -> httpx.Response:
         body = {"allowed_apps": ["x" * length]}
-        return keyed_client.post("/tokens", json=body, headers={"authorization": "Key alice:secret"})
+        return keyless_client.post("/tokens", json=body, headers={"authorization": "Key alice:secret"})
 
     assert submit(255).status_code == 200
     assert first_field_error(submit(256))["loc"] == ["body", "allowed_apps", 0]

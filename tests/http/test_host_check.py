@@ -100,18 +100,18 @@ def test_any_page_may_show_an_image(client: httpx.Client, origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", [PAGE, FOREIGN])
-def test_with_keys_any_page_may_send_requests(keyed_client: httpx.Client, origin: str) -> None:
-    assert preflight(keyed_client, PROXY, origin, "POST").headers["access-control-allow-origin"] in ("*", origin)
-    answer = keyed_client.post("/test/null", json=SMALL, headers={"origin": origin, **ALICE})
+def test_with_keys_any_page_may_send_requests(keyless_client: httpx.Client, origin: str) -> None:
+    assert preflight(keyless_client, PROXY, origin, "POST").headers["access-control-allow-origin"] in ("*", origin)
+    answer = keyless_client.post("/test/null", json=SMALL, headers={"origin": origin, **ALICE})
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] in ("*", origin)
     assert tokens(answer.headers["access-control-expose-headers"]) >= READ
-    refused = keyed_client.post("/test/null", json=SMALL, headers={"origin": origin})
+    refused = keyless_client.post("/test/null", json=SMALL, headers={"origin": origin})
     assert (refused.status_code, refused.headers["access-control-allow-origin"] in ("*", origin)) == (401, True)
 
 
-def test_with_keys_any_host_is_answered(keyed_client: httpx.Client) -> None:
-    answer = keyed_client.post("/test/null", json=SMALL, headers={"host": "gpu.example:8000", **ALICE})
+def test_with_keys_any_host_is_answered(keyless_client: httpx.Client) -> None:
+    answer = keyless_client.post("/test/null", json=SMALL, headers={"host": "gpu.example:8000", **ALICE})
     assert answer.json()["images"][0]["url"].startswith("http://gpu.example:8000/files/")
 
 
@@ -132,8 +132,8 @@ UNREADABLE = {403, 421}
 
 
 @pytest.mark.parametrize("status", BY_STATUS)
-def test_every_answer_has_a_request_id_and_is_json(narrow_client: httpx.Client, status: int) -> None:
-    answer = narrow_client.request(**BY_STATUS[status])
+def test_every_answer_has_a_request_id_and_is_json(constrained_client: httpx.Client, status: int) -> None:
+    answer = constrained_client.request(**BY_STATUS[status])
     assert answer.status_code == status
     assert UUID(answer.headers["x-fal-request-id"])
     assert answer.headers["content-type"] == "application/json"
@@ -141,9 +141,9 @@ def test_every_answer_has_a_request_id_and_is_json(narrow_client: httpx.Client, 
 
 
 @pytest.mark.parametrize("status", sorted(BY_STATUS.keys() - UNREADABLE))
-def test_every_answer_can_be_read_by_a_page(narrow_client: httpx.Client, status: int) -> None:
+def test_every_answer_can_be_read_by_a_page(constrained_client: httpx.Client, status: int) -> None:
     request = {**BY_STATUS[status], "headers": {"origin": PAGE}}
-    answer = narrow_client.request(**request)
+    answer = constrained_client.request(**request)
     assert answer.status_code == status
     assert answer.headers.get("access-control-allow-origin") in ("*", PAGE)
 

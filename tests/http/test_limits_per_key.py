@@ -16,73 +16,73 @@ from tests.support.server_process import TEST_MODELS, Gate, serving, wait_until_
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Components]:
+def components(tmp_path: Path) -> Iterator[Components]:
     with open_components(tmp_path, max_length_per_owner=2, max_running_per_owner=2) as opened_parts:
         yield opened_parts
 
 
-def submitted(parts: Components, owner: str, **changes: Any) -> Job:
-    return parts.queue.submit(submission(owner=owner, **changes))
+def submitted(components: Components, owner: str, **changes: Any) -> Job:
+    return components.queue.submit(submission(owner=owner, **changes))
 
 
-def owners_claimed(parts: Components) -> list[str]:
+def owners_claimed(components: Components) -> list[str]:
     """Claim requests until none may start; return their owners."""
     owners = []
-    while claim := parts.queue.claim():
+    while claim := components.queue.claim():
         owners.append(claim[0].owner)
     return owners
 
 
-def test_a_key_may_fill_only_its_share_of_the_queue(parts: Components) -> None:
+def test_a_key_may_fill_only_its_share_of_the_queue(components: Components) -> None:
     for _ in range(2):
-        submitted(parts, "me")
+        submitted(components, "me")
     with pytest.raises(TooManyRequests, match="already has 2 waiting requests") as refused:
-        submitted(parts, "me")
+        submitted(components, "me")
     assert refused.value.headers["retry-after"] == "5"
-    submitted(parts, "you")
-    parts.queue.claim()
-    submitted(parts, "me")
+    submitted(components, "you")
+    components.queue.claim()
+    submitted(components, "me")
 
 
-def test_a_key_may_run_only_its_share_of_requests(parts: Components) -> None:
-    mine = [submitted(parts, "me") for _ in range(2)]
-    assert owners_claimed(parts) == ["me", "me"]
-    waiting = [submitted(parts, "me"), submitted(parts, "me"), submitted(parts, "you")]
-    assert owners_claimed(parts) == ["you"]
+def test_a_key_may_run_only_its_share_of_requests(components: Components) -> None:
+    mine = [submitted(components, "me") for _ in range(2)]
+    assert owners_claimed(components) == ["me", "me"]
+    waiting = [submitted(components, "me"), submitted(components, "me"), submitted(components, "you")]
+    assert owners_claimed(components) == ["you"]
     # The position of waiting requests does not change.
-    assert [parts.queue.position(job) for job in waiting[:2]] == [0, 1]
-    assert parts.queue.claim() is None
-    assert parts.queue.finish(mine[0], success())
-    assert owners_claimed(parts) == ["me"]
-    parts.queue.release(mine[1])
-    assert [claim[0] for claim in iter(parts.queue.claim, None) if claim] == [mine[1]]
+    assert [components.queue.position(job) for job in waiting[:2]] == [0, 1]
+    assert components.queue.claim() is None
+    assert components.queue.finish(mine[0], success())
+    assert owners_claimed(components) == ["me"]
+    components.queue.release(mine[1])
+    assert [claim[0] for claim in iter(components.queue.claim, None) if claim] == [mine[1]]
 
 
-def test_the_counts_are_right_after_every_way_to_end(parts: Components) -> None:
+def test_the_counts_are_right_after_every_way_to_end(components: Components) -> None:
     """Cancel a waiting request, a running one, and one that was released; then submit again."""
     for _ in range(5):
-        waiting = submitted(parts, "me")
-        parts.queue.cancel(waiting)
-        running = claim_job(parts, owner="me")
-        parts.queue.cancel(running)
-        parts.queue.finish(running, success())
-        released = claim_job(parts, owner="me")
-        parts.queue.release(released)
-        parts.queue.cancel(released)
+        waiting = submitted(components, "me")
+        components.queue.cancel(waiting)
+        running = claim_job(components, owner="me")
+        components.queue.cancel(running)
+        components.queue.finish(running, success())
+        released = claim_job(components, owner="me")
+        components.queue.release(released)
+        components.queue.cancel(released)
     for _ in range(2):
-        submitted(parts, "me")
-    assert owners_claimed(parts) == ["me", "me"]
+        submitted(components, "me")
+    assert owners_claimed(components) == ["me", "me"]
 
 
 def test_the_counts_match_the_rows_after_a_restart(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
+    with open_components(tmp_path) as components:
         for mode in ("queue", "run", "queue"):
-            submitted(parts, "me", mode=mode)
-        parts.queue.claim()
-    with open_components(tmp_path, max_length_per_owner=2) as parts:
-        parts.queue.recover()
+            submitted(components, "me", mode=mode)
+        components.queue.claim()
+    with open_components(tmp_path, max_length_per_owner=2) as components:
+        components.queue.recover()
         with pytest.raises(TooManyRequests):
-            submitted(parts, "me")
+            submitted(components, "me")
 
 
 def test_owners_without_requests_use_no_memory() -> None:

@@ -106,16 +106,16 @@ def test_urls_of_a_request(client: httpx.Client, way: str) -> None:
 
 
 @by_every_way
-def test_cancel_a_running_request(narrow_client: httpx.Client, gate: Gate, way: str) -> None:
-    reply = queue(narrow_client, way, "POST", "test/gate", json={"prompt": str(gate.path)}).json()
+def test_cancel_a_running_request(constrained_client: httpx.Client, gate: Gate, way: str) -> None:
+    reply = queue(constrained_client, way, "POST", "test/gate", json={"prompt": str(gate.path)}).json()
     request = f"test/gate/requests/{reply['request_id']}"
-    wait_until_claimed(narrow_client, f"/queue/{request}/status")
-    cancelled = queue(narrow_client, way, "PUT", f"{request}/cancel")
+    wait_until_claimed(constrained_client, f"/queue/{request}/status")
+    cancelled = queue(constrained_client, way, "PUT", f"{request}/cancel")
     assert (cancelled.status_code, cancelled.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
     gate.release(1)
-    (*_, last) = events(queue(narrow_client, way, "GET", f"{request}/status/stream"))
+    (*_, last) = events(queue(constrained_client, way, "GET", f"{request}/status/stream"))
     assert (last["status"], last["error_type"]) == ("COMPLETED", "client_cancelled")
-    assert queue(narrow_client, way, "GET", request).status_code == 499
+    assert queue(constrained_client, way, "GET", request).status_code == 499
 
 
 def test_one_base_url_without_a_prefix(client: httpx.Client) -> None:

@@ -58,10 +58,10 @@ def streaming(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator
 # -- on the wire
 
 
-def test_a_stream_shows_previews(narrow_client: httpx.Client, gate: Gate) -> None:
+def test_a_stream_shows_previews(constrained_client: httpx.Client, gate: Gate) -> None:
     body = {"prompt": str(gate.path), "num_inference_steps": 28, "seed": 200}
     progress: list[dict[str, Any]] = []
-    with streaming(narrow_client, "/test/gate/stream", body) as (_, events):
+    with streaming(constrained_client, "/test/gate/stream", body) as (_, events):
         for _ in range(27):
             gate.release(1)
             progress.append(next(events))
@@ -92,12 +92,12 @@ def test_an_enforced_checker_turns_previews_off(tmp_path: Path, gate: Gate) -> N
             assert not any("preview" in event for event in events)
 
 
-def test_a_slow_client_receives_the_newest_preview(narrow: Server, gate: Gate) -> None:
+def test_a_slow_client_receives_the_newest_preview(constrained_server: Server, gate: Gate) -> None:
     body = {"prompt": str(gate.path), "num_inference_steps": 50}
     transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)])
     with (
-        httpx.Client(base_url=narrow.url, timeout=60, trust_env=False) as fast_client,
-        httpx.Client(base_url=narrow.url, timeout=60, transport=transport) as slow_client,
+        httpx.Client(base_url=constrained_server.url, timeout=60, trust_env=False) as fast_client,
+        httpx.Client(base_url=constrained_server.url, timeout=60, transport=transport) as slow_client,
         streaming(slow_client, "/test/large-previews/stream", body) as (request_id, events),
     ):
         status_url = f"/queue/test/large-previews/requests/{request_id}/status"
@@ -123,12 +123,12 @@ def last_message(status: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("num_images", [1, 4])
 @pytest.mark.parametrize("num_inference_steps", [2, 4, 10, 11, 19, 28, 50])
-def test_a_stream_receives_a_few_previews(parts: Components, num_inference_steps: int, num_images: int) -> None:
+def test_a_stream_receives_a_few_previews(components: Components, num_inference_steps: int, num_images: int) -> None:
     engine = PreviewedEngine()
-    worker = ready_worker(parts, NullModel("test/null", lambda: engine))
-    job = submit(parts, mode=Mode.STREAM, num_inference_steps=num_inference_steps, num_images=num_images)
+    worker = ready_worker(components, NullModel("test/null", lambda: engine))
+    job = submit(components, mode=Mode.STREAM, num_inference_steps=num_inference_steps, num_images=num_images)
     run_all(worker)
-    assert outcome_and_body(parts, job)[0].status == 200
+    assert outcome_and_body(components, job)[0].status == 200
     num_steps = num_inference_steps * num_images
     assert 0 < len(engine.shown) <= PREVIEWS
     # Previews have equal distances. The last step has none, because the image itself follows.
@@ -136,18 +136,18 @@ def test_a_stream_receives_a_few_previews(parts: Components, num_inference_steps
 
 
 @pytest.mark.parametrize("mode", [Mode.QUEUE, Mode.RUN, Mode.REALTIME])
-def test_only_streams_have_previews(parts: Components, mode: Mode) -> None:
+def test_only_streams_have_previews(components: Components, mode: Mode) -> None:
     engine = PreviewedEngine()
-    worker, job = ready_worker(parts, NullModel("test/null", lambda: engine)), submit(parts, mode=mode)
-    stream = submit(parts, mode=Mode.STREAM, num_inference_steps=1)
+    worker, job = ready_worker(components, NullModel("test/null", lambda: engine)), submit(components, mode=mode)
+    stream = submit(components, mode=Mode.STREAM, num_inference_steps=1)
     run_all(worker)
     assert (engine.shown, job.preview, stream.preview) == ([], None, None)
 
 
-def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Components) -> None:
+def test_a_stream_that_shares_a_forward_pass_has_a_preview(components: Components) -> None:
     engine = PreviewedEngine()
-    worker = ready_worker(parts, NullModel("test/null", lambda: engine))
-    jobs = [submit(parts, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
+    worker = ready_worker(components, NullModel("test/null", lambda: engine))
+    jobs = [submit(components, mode=mode, num_inference_steps=4) for mode in (Mode.QUEUE, Mode.STREAM)]
     worker.run_once()
     assert [job.step for job in jobs] == [1, 1]
     assert [job.preview is None for job in jobs] == [True, False]
@@ -156,9 +156,9 @@ def test_a_stream_that_shares_a_forward_pass_has_a_preview(parts: Components) ->
 # -- events
 
 
-def test_a_new_preview_replaces_the_one_before(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", PreviewedEngine))
-    job = submit(parts, mode=Mode.STREAM, num_inference_steps=8)
+def test_a_new_preview_replaces_the_one_before(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", PreviewedEngine))
+    job = submit(components, mode=Mode.STREAM, num_inference_steps=8)
     previews = []
     for _ in range(7):
         worker.run_once()
@@ -173,20 +173,20 @@ def test_a_new_preview_replaces_the_one_before(parts: Components) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["dark", "broken"])
-def test_a_missing_preview_does_not_affect_the_image(parts: Components, prompt: str) -> None:
-    worker = ready_worker(parts, NullModel("test/null", PreviewedEngine))
-    job = submit(parts, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
-    other = submit(parts, mode=Mode.STREAM, num_inference_steps=4)
+def test_a_missing_preview_does_not_affect_the_image(components: Components, prompt: str) -> None:
+    worker = ready_worker(components, NullModel("test/null", PreviewedEngine))
+    job = submit(components, mode=Mode.STREAM, prompt=prompt, num_inference_steps=4)
+    other = submit(components, mode=Mode.STREAM, num_inference_steps=4)
     worker.run_once()
     assert responses.progress_event(job) == {"type": "progress", "step": 1, "num_inference_steps": 4}
     run_all(worker)
-    assert [outcome_and_body(parts, each)[0].status for each in (job, other)] == [200, 200]
+    assert [outcome_and_body(components, each)[0].status for each in (job, other)] == [200, 200]
 
 
-def test_a_restart_begins_without_a_preview(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", NullEngine))
-    job = submit(parts, mode=Mode.STREAM, num_inference_steps=8)
+def test_a_restart_begins_without_a_preview(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", NullEngine))
+    job = submit(components, mode=Mode.STREAM, num_inference_steps=8)
     worker.run_once()
     assert job.preview
-    parts.queue.release(job)
+    components.queue.release(job)
     assert responses.progress_event(job) == {"type": "progress", "step": 0, "num_inference_steps": 0}

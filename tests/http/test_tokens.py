@@ -43,51 +43,51 @@ def claims_of(token: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", WAYS)
 @with_and_without_slash
-def test_a_token_is_a_bare_string(keyed_client: httpx.Client, way: str, slash: str) -> None:
-    token = token_of(request_token(keyed_client, REQUEST, path=f"/tokens{slash}", way=way))
+def test_a_token_is_a_bare_string(keyless_client: httpx.Client, way: str, slash: str) -> None:
+    token = token_of(request_token(keyless_client, REQUEST, path=f"/tokens{slash}", way=way))
     assert len(token.split(".")) == 3
     assert claims_of(token)["scope"].split() == ["flux"]
 
 
 @with_and_without_slash
-def test_tokens_without_keys_in_the_settings(narrow_client: httpx.Client, slash: str) -> None:
-    token_of(narrow_client.post(f"/tokens{slash}", json=REQUEST))
-    token_of(request_token(narrow_client, REQUEST))
+def test_tokens_without_keys_in_the_settings(constrained_client: httpx.Client, slash: str) -> None:
+    token_of(constrained_client.post(f"/tokens{slash}", json=REQUEST))
+    token_of(request_token(constrained_client, REQUEST))
 
 
 @pytest.mark.parametrize("key", [{}, {"authorization": "Key nobody"}, {"authorization": "Bearer a.b.c"}])
 @with_and_without_slash
-def test_a_token_needs_a_key(keyed_client: httpx.Client, key: dict[str, str], slash: str) -> None:
-    error_message(keyed_client.post(f"/tokens{slash}", json=REQUEST, headers=key), 401)
+def test_a_token_needs_a_key(keyless_client: httpx.Client, key: dict[str, str], slash: str) -> None:
+    error_message(keyless_client.post(f"/tokens{slash}", json=REQUEST, headers=key), 401)
 
 
-def test_a_token_cannot_request_tokens_or_images(keyed_client: httpx.Client) -> None:
-    token = token_of(request_token(keyed_client, {"allowed_apps": ["flux", "null"]}))
+def test_a_token_cannot_request_tokens_or_images(keyless_client: httpx.Client) -> None:
+    token = token_of(request_token(keyless_client, {"allowed_apps": ["flux", "null"]}))
     for scheme in ("Bearer", "Key"):
         headers = {"authorization": f"{scheme} {token}"}
         for path in ("/tokens/", "/test/null", "/queue/test/null"):
-            error_message(keyed_client.post(path, json={"prompt": "x", **REQUEST}, headers=headers), 401)
+            error_message(keyless_client.post(path, json={"prompt": "x", **REQUEST}, headers=headers), 401)
 
 
-def test_a_token_belongs_to_its_key_and_does_not_reveal_it(keyed_client: httpx.Client) -> None:
+def test_a_token_belongs_to_its_key_and_does_not_reveal_it(keyless_client: httpx.Client) -> None:
     bob = {"authorization": "Key bob:secret"}
-    answers = [keyed_client.post("/tokens/", json=REQUEST, headers=headers) for headers in (ALICE, ALICE, bob)]
+    answers = [keyless_client.post("/tokens/", json=REQUEST, headers=headers) for headers in (ALICE, ALICE, bob)]
     first, second, other = (claims_of(token_of(answer)) for answer in answers)
     assert first["sub"] == second["sub"] != other["sub"]
     assert not {"alice", "secret"} & set(str(first).replace(":", "'").split("'"))
 
 
 @pytest.mark.parametrize(("expiration", "seconds"), [(None, 120), (1, 1), (120, 120), (3600, 3600), ("60", 60)])
-def test_a_token_expires_as_requested(keyed_client: httpx.Client, expiration: object, seconds: int) -> None:
+def test_a_token_expires_as_requested(keyless_client: httpx.Client, expiration: object, seconds: int) -> None:
     body = {"allowed_apps": ["flux"]} if expiration is None else {**REQUEST, "token_expiration": expiration}
     before = int(time.time())
-    claims = claims_of(token_of(request_token(keyed_client, body)))
+    claims = claims_of(token_of(request_token(keyless_client, body)))
     assert before + seconds <= claims["exp"] <= int(time.time()) + seconds
 
 
-def test_a_token_names_every_requested_app(keyed_client: httpx.Client) -> None:
+def test_a_token_names_every_requested_app(keyless_client: httpx.Client) -> None:
     body = {"allowed_apps": ["flux", "null"], "token_expiration": 120, "ignored": True}
-    assert claims_of(token_of(request_token(keyed_client, body)))["scope"].split() == ["flux", "null"]
+    assert claims_of(token_of(request_token(keyless_client, body)))["scope"].split() == ["flux", "null"]
 
 
 BAD: list[tuple[Any, list[Any]]] = [
@@ -109,26 +109,26 @@ BAD: list[tuple[Any, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("body", "loc"), BAD)
-def test_a_bad_request_names_its_field(keyed_client: httpx.Client, body: object, loc: list[Any]) -> None:
-    assert first_field_error(request_token(keyed_client, body))["loc"] == loc
+def test_a_bad_request_names_its_field(keyless_client: httpx.Client, body: object, loc: list[Any]) -> None:
+    assert first_field_error(request_token(keyless_client, body))["loc"] == loc
 
 
 @pytest.mark.parametrize("body", ["", "{", "{'allowed_apps': 1}"])
-def test_broken_json(keyed_client: httpx.Client, body: str) -> None:
-    assert first_field_error(keyed_client.post("/tokens/", content=body, headers=ALICE))["type"] == "json_invalid"
+def test_broken_json(keyless_client: httpx.Client, body: str) -> None:
+    assert first_field_error(keyless_client.post("/tokens/", content=body, headers=ALICE))["type"] == "json_invalid"
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 @with_and_without_slash
-def test_only_post_makes_tokens(keyed_client: httpx.Client, method: str, slash: str) -> None:
-    answer = keyed_client.request(method, f"/tokens{slash}", headers=ALICE)
+def test_only_post_makes_tokens(keyless_client: httpx.Client, method: str, slash: str) -> None:
+    answer = keyless_client.request(method, f"/tokens{slash}", headers=ALICE)
     assert answer.status_code in (404, 405)
     assert isinstance(answer.json()["detail"], str)
 
 
-def test_a_local_page_receives_a_token_and_a_foreign_page_does_not(narrow_client: httpx.Client) -> None:
+def test_a_local_page_receives_a_token_and_a_foreign_page_does_not(constrained_client: httpx.Client) -> None:
     page, foreign = "http://localhost:3000", "https://evil.example"
-    answer = narrow_client.post("/tokens/", json=REQUEST, headers={"origin": page})
+    answer = constrained_client.post("/tokens/", json=REQUEST, headers={"origin": page})
     assert token_of(answer)
     assert answer.headers["access-control-allow-origin"] in ("*", page)
-    error_message(narrow_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)
+    error_message(constrained_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)

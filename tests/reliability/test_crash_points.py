@@ -137,12 +137,14 @@ def test_kill_at_every_point(
     assert image_digests == [expected_digests(client.body) for client in clients]
     # A retry after an answer returns the same request.
     assert all(before in (None, after) for before, after in zip(answered_ids, ids, strict=True))
-    with open_components(tmp_path / "data") as parts:
-        assert sorted(parts.rows("SELECT request_id, status FROM jobs")) == sorted((name, 200) for name in ids)
-        assert [(file,) for file in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.stored_file_names()) == sum(client.body["num_images"] for client in clients)
-        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+    with open_components(tmp_path / "data") as components:
+        assert sorted(components.rows("SELECT request_id, status FROM jobs")) == sorted((name, 200) for name in ids)
+        assert [(file,) for file in components.stored_file_names()] == components.rows(
+            "SELECT name FROM files ORDER BY name"
+        )
+        assert len(components.stored_file_names()) == sum(client.body["num_images"] for client in clients)
+        assert components.rows("PRAGMA integrity_check") == [("ok",)]
         # Each webhook is either due or delivered, and names one of these requests.
-        deliveries = parts.rows("SELECT (delivered_at IS NOT NULL) + (due_at IS NOT NULL) FROM deliveries")
+        deliveries = components.rows("SELECT (delivered_at IS NOT NULL) + (due_at IS NOT NULL) FROM deliveries")
         assert deliveries == [(1,)] * len(clients)
     assert {request.json["request_id"] for request, _ in httpserver.log} <= set(ids)

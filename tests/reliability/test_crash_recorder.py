@@ -67,8 +67,8 @@ def test_only_the_job_that_crashes_the_server_three_times_fails(tmp_path: Path, 
 
 def write_crash_of_running_job(data_dir: Path) -> None:
     """Write a data directory whose last process crashed while a request was running."""
-    with open_components(data_dir) as parts:
-        job = claim_job(parts, endpoint="test/crash")
+    with open_components(data_dir) as components:
+        job = claim_job(components, endpoint="test/crash")
     (data_dir / "at_work.json").write_text(json.dumps({"7f": [job.request_id]}))
     (data_dir / "crash.txt").write_text("Fatal Python error: Aborted\n\nCurrent thread 0x000000000000007f (most recent")
 
@@ -83,8 +83,8 @@ def test_a_kill_at_startup_keeps_the_crash_count(tmp_path: Path, monkeypatch: py
         assert server.process.wait(60) == -9
     with serving(tmp_path / "data", "test/crash=demo", models_dir=models) as server:
         assert server.ready().stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        assert parts.rows("SELECT strikes FROM jobs") == [(1,)]
+    with open_components(tmp_path / "data") as components:
+        assert components.rows("SELECT strikes FROM jobs") == [(1,)]
 
 
 def test_startup_on_a_full_disk_keeps_the_crash_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +108,8 @@ def test_startup_on_a_full_disk_keeps_the_crash_record(tmp_path: Path, monkeypat
 
 def test_sigkill_counts_as_no_crash(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, "SIGKILL", 4)
-    with open_components(tmp_path) as parts:
-        assert parts.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
+    with open_components(tmp_path) as components:
+        assert components.rows("SELECT state, attempt, strikes FROM jobs") == [("IN_PROGRESS", 4, 0)]
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL", "SIGTERM"])

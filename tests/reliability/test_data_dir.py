@@ -52,15 +52,15 @@ def test_a_new_file_system_as_a_subdirectory_is_accepted(tmp_path: Path) -> None
     """Start on a fresh ext4 file system, which contains lost+found."""
     (tmp_path / "files" / "lost+found").mkdir(parents=True)
     (tmp_path / "uploads").mkdir()
-    with open_components(tmp_path) as parts:
-        assert parts.files.delete_orphans() == 0
+    with open_components(tmp_path) as components:
+        assert components.files.delete_orphans() == 0
     assert (tmp_path / "files" / "lost+found").is_dir()
 
 
 def test_only_files_with_the_servers_names_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with open_components(tmp_path) as parts:
-        uploads_of(parts)
+    with open_components(tmp_path) as components:
+        uploads_of(components)
         directories = [tmp_path / name for name in ("files", "uploads", "inputs")]
         for directory in directories:
             for name in FOREIGN_NAMES:
@@ -79,11 +79,11 @@ def test_only_files_with_the_servers_names_are_removed(tmp_path: Path, caplog: p
         (tmp_path / "uploads" / f"{HEX}.whole").write_text("half of one")
         (tmp_path / "inputs" / f"{HEX * 4}.png").write_text("nobody needs it")
         (tmp_path / "inputs" / f"{HEX}.ready").write_text("half of one")
-    with open_components(tmp_path) as parts:
-        uploads_of(parts)
-        assert parts.files.delete_orphans() == 2
-        parts.inputs.cache._clock = lambda: 4e9 + GRACE_SECONDS
-        assert parts.inputs.sweep() == 2
+    with open_components(tmp_path) as components:
+        uploads_of(components)
+        assert components.files.delete_orphans() == 2
+        components.inputs.cache._clock = lambda: 4e9 + GRACE_SECONDS
+        assert components.inputs.sweep() == 2
     assert {path for directory in directories for path in directory.rglob("*")} == kept
     assert caplog.messages.count("removed 2 files that no row lists") == 2
 

@@ -220,10 +220,12 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
                 assert wait_until_completed(client, f"{path}/status").get("error") is None
                 assert client.get(path).status_code == 200
             assert server.stop() == 0
-        with open_components(disk.copy("data", tmp_path / "data")) as parts:
-            assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-            assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-            assert parts.rows("SELECT count(*) FROM deliveries") == [(1,)]
+        with open_components(disk.copy("data", tmp_path / "data")) as components:
+            assert components.rows("PRAGMA integrity_check") == [("ok",)]
+            assert [(name,) for name in components.stored_file_names()] == components.rows(
+                "SELECT name FROM files ORDER BY name"
+            )
+            assert components.rows("SELECT count(*) FROM deliveries") == [(1,)]
 
 
 def client_of(server: Server) -> httpx.Client:

@@ -155,8 +155,8 @@ def test_shutdown_with_everything_open(tmp_path: Path, gate: Gate, number: int, 
     ):
         for path in paths:
             assert wait_until_completed(client, path).get("error") is None
-    with open_components(tmp_path / "data") as parts:
-        counts = parts.rows("SELECT mode, state, status, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1")
+    with open_components(tmp_path / "data") as components:
+        counts = components.rows("SELECT mode, state, status, count(*) FROM jobs GROUP BY 1, 2, 3 ORDER BY 1")
     disconnected = [(mode, State.COMPLETED, 499, NUM_CLIENTS) for mode in ("run", "stream")]
     assert counts == [("queue", State.COMPLETED, 200, 2), *disconnected]
 
@@ -170,8 +170,8 @@ def start_request(url: str, gate: Gate) -> None:
 
 def job_rows(data_dir: Path) -> list[tuple[Any, ...]]:
     """Return state, status and number of attempts of each request."""
-    with open_components(data_dir) as parts:
-        return parts.rows("SELECT state, status, attempt FROM jobs")
+    with open_components(data_dir) as components:
+        return components.rows("SELECT state, status, attempt FROM jobs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

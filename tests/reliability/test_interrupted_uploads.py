@@ -55,11 +55,15 @@ def send_parts(client: httpx.Client, upload: str, acknowledged: list[int]) -> No
     client.post(f"{upload}/complete", json={}).raise_for_status()
 
 
-def check_consistency(parts: Components) -> None:
+def check_consistency(components: Components) -> None:
     """Check that files and rows match, and that the counts per owner are right."""
-    assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-    assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-    assert parts.rows("SELECT owner, num_uploads, upload_bytes FROM kept WHERE num_uploads > 0") == parts.rows(
+    assert components.rows("PRAGMA integrity_check") == [("ok",)]
+    assert [(name,) for name in components.stored_file_names()] == components.rows(
+        "SELECT name FROM files ORDER BY name"
+    )
+    assert components.rows(
+        "SELECT owner, num_uploads, upload_bytes FROM kept WHERE num_uploads > 0"
+    ) == components.rows(
         "SELECT owner, count(*), sum(max(size, 4096)) FROM files WHERE request_id IS NULL GROUP BY owner"
     )
 
@@ -85,10 +89,10 @@ def test_a_kill_during_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert answer.content == WHOLE
         assert client.post(f"{upload}/complete", json={}).status_code == 404
         assert server.stop() == 0
-    with open_components(data) as parts:
-        check_consistency(parts)
+    with open_components(data) as components:
+        check_consistency(components)
         assert list((data / "uploads").iterdir()) == []
-        assert uploads_of(parts)._pending.num_parts.total() == 0
+        assert uploads_of(components)._pending.num_parts.total() == 0
 
 
 @pytest.mark.parametrize("name", soak_all_but(IN_BACKUP, "after the database is copied"))
@@ -111,8 +115,8 @@ def test_a_kill_during_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert client.get(file).content == WHOLE
         assert server.stop() == 0
     for data_dir in (data, tmp_path / "other"):
-        with open_components(data_dir) as parts:
-            check_consistency(parts)
+        with open_components(data_dir) as components:
+            check_consistency(components)
 
 
 def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
@@ -140,9 +144,9 @@ def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
             assert server.stop() == 0
         assert sorted(path.name for path in disk.outer_path.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):
-            with open_components(disk.copy(name, tmp_path / name)) as parts:
-                check_consistency(parts)
-                assert len(parts.stored_file_names()) == 1
+            with open_components(disk.copy(name, tmp_path / name)) as components:
+                check_consistency(components)
+                assert len(components.stored_file_names()) == 1
 
 
 # -- damaged rows
@@ -174,20 +178,20 @@ INSERT_DELIVERIES = (
 def write_damaged_requests(data_dir: Path) -> dict[tuple[str, str], str]:
     """Write requests with every kind of damage in every state, and an intact one per state. Return their IDs."""
     now, ids = time.time(), dict[tuple[str, str], str]()
-    with open_components(data_dir) as parts:
+    with open_components(data_dir) as components:
         for state in ("IN_QUEUE", "IN_PROGRESS", "COMPLETED"):
             for damage in ("whole", *DAMAGE, *(OUTPUT_DAMAGE if state == "COMPLETED" else ())):
                 url = "http://127.0.0.1:9/" if damage in ("whole", "webhook_url") else None
                 request = submission(owner=ANONYMOUS, webhook_url=url)
-                ids[state, damage] = request_id = parts.queue.submit(request).request_id
+                ids[state, damage] = request_id = components.queue.submit(request).request_id
                 if state != "IN_QUEUE":
-                    parts.rows(SET_RUNNING, now, request_id)
+                    components.rows(SET_RUNNING, now, request_id)
                 if state == "COMPLETED":
-                    parts.rows(SET_COMPLETED, now, request_id)
+                    components.rows(SET_COMPLETED, now, request_id)
                 if value := {**DAMAGE, **OUTPUT_DAMAGE}.get(damage):
-                    parts.rows("PRAGMA ignore_check_constraints = ON")
-                    parts.rows(f"UPDATE jobs SET {damage.split()[0]} = {value} WHERE request_id = ?", request_id)
-        parts.rows(f"{INSERT_DELIVERIES} WHERE state = 'COMPLETED'")
+                    components.rows("PRAGMA ignore_check_constraints = ON")
+                    components.rows(f"UPDATE jobs SET {damage.split()[0]} = {value} WHERE request_id = ?", request_id)
+        components.rows(f"{INSERT_DELIVERIES} WHERE state = 'COMPLETED'")
     return ids
 
 
@@ -221,9 +225,9 @@ def test_damaged_rows_do_not_affect_other_requests(tmp_path: Path) -> None:
 
 def test_a_webhook_reports_a_damaged_output(tmp_path: Path) -> None:
     ids = write_damaged_requests(tmp_path)
-    with open_components(tmp_path) as parts:
+    with open_components(tmp_path) as components:
         for damage in OUTPUT_DAMAGE:
-            _, payload = webhooks(parts)._payload(ids["COMPLETED", damage])
+            _, payload = webhooks(components)._payload(ids["COMPLETED", damage])
             assert (payload["status"], payload["payload"]) == ("OK", [] if "list" in damage else None)
             assert ("payload_error" in payload) == ("list" not in damage)
 
@@ -240,10 +244,10 @@ def overwrite_pages(file: Path, first: int, last: int) -> None:
 
 def write_waiting_requests(data_dir: Path) -> int:
     """Write a data directory with 300 waiting requests. Return the number of its database pages."""
-    with open_components(data_dir) as parts:
+    with open_components(data_dir) as components:
         for _ in range(300):
-            parts.queue.submit(submission(fields={"prompt": "x" * 500}))
-        return int(parts.rows("PRAGMA page_count")[0][0])
+            components.queue.submit(submission(fields={"prompt": "x" * 500}))
+        return int(components.rows("PRAGMA page_count")[0][0])
 
 
 def test_damaged_pages_prevent_the_start(tmp_path: Path) -> None:

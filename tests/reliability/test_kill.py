@@ -54,9 +54,9 @@ def digests(client: httpx.Client, status_path: str) -> list[str]:
 
 def rows(data_dir: Path, sql: str) -> list[tuple[Any, ...]]:
     """Query the database after its server has exited. Raises if another server holds it."""
-    with open_components(data_dir) as parts:
-        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-        return parts.rows(sql)
+    with open_components(data_dir) as components:
+        assert components.rows("PRAGMA integrity_check") == [("ok",)]
+        return components.rows(sql)
 
 
 def request_ids(status_paths: list[str]) -> list[str]:
@@ -76,9 +76,11 @@ def test_a_restarted_server_generates_the_same_bytes_after_a_kill(tmp_path: Path
     jobs = rows(tmp_path, "SELECT request_id, status, attempt FROM jobs ORDER BY request_id")
     assert [row[:2] for row in jobs] == [(request_id, 200) for request_id in request_ids(paths)]
     assert max(attempt for _, _, attempt in jobs) == 2
-    with open_components(tmp_path) as parts:
-        assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.stored_file_names()) == sum(len(images) for images in expected)
+    with open_components(tmp_path) as components:
+        assert [(name,) for name in components.stored_file_names()] == components.rows(
+            "SELECT name FROM files ORDER BY name"
+        )
+        assert len(components.stored_file_names()) == sum(len(images) for images in expected)
 
 
 def submit_until_killed(url: str, acknowledged: list[str], enough: int, is_enough: threading.Event) -> None:
@@ -121,8 +123,8 @@ def test_acknowledged_requests_survive_a_kill_under_load(tmp_path: Path, number:
     files = rows(tmp_path, "SELECT name, request_id FROM files ORDER BY name")
     successful = rows(tmp_path, "SELECT request_id FROM jobs WHERE status = 200")
     assert sorted(request_id for _, request_id in files) == sorted(request_id for (request_id,) in successful)
-    with open_components(tmp_path) as parts:
-        assert parts.stored_file_names() == [name for name, _ in files]
+    with open_components(tmp_path) as components:
+        assert components.stored_file_names() == [name for name, _ in files]
 
 
 def test_runs_and_streams_are_cancelled_after_a_kill(tmp_path: Path) -> None:

@@ -86,9 +86,11 @@ def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     print(f"database: {third / MIB:.1f} MiB at a third, {end / MIB:.1f} MiB at the end")
     assert slope * 10_000 < MIB, monitor.samples
     assert end <= 1.1 * third, monitor.samples
-    with open_components(tmp_path / "data") as parts:
+    with open_components(tmp_path / "data") as components:
         # Every request ran once, and retention has deleted most of them.
-        assert parts.rows("SELECT sum(requests) FROM usage") == [(monitor.accepted,)]
-        assert parts.rows("SELECT count(*) FROM jobs WHERE status IS NOT 200") == [(0,)]
-        assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
-        assert len(parts.stored_file_names()) < NUM_REQUESTS / 2
+        assert components.rows("SELECT sum(requests) FROM usage") == [(monitor.accepted,)]
+        assert components.rows("SELECT count(*) FROM jobs WHERE status IS NOT 200") == [(0,)]
+        assert [(name,) for name in components.stored_file_names()] == components.rows(
+            "SELECT name FROM files ORDER BY name"
+        )
+        assert len(components.stored_file_names()) < NUM_REQUESTS / 2

@@ -71,8 +71,8 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         assert "Traceback" not in server.output
         assert server.output.count("cannot be written to") < 30
         assert server.stop() == 0
-    with open_components(tmp_path / "data") as parts:
-        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+    with open_components(tmp_path / "data") as components:
+        assert components.rows("PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.parametrize("how", ["cp", "mv", "rm"])
@@ -108,5 +108,5 @@ def test_replacing_the_database_ends_a_running_server(tmp_path: Path, how: str) 
         answers = [httpx.get(f"{server.ready().url}{path}", trust_env=False).status_code for path in paths]
         assert answers == [200, 404]
         assert server.stop() == 0
-    with open_components(data) as parts:
-        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
+    with open_components(data) as components:
+        assert components.rows("PRAGMA integrity_check") == [("ok",)]

@@ -204,10 +204,10 @@ def _check_webhooks(upgraded: Upgraded) -> None:
 
 
 def _check_rows(upgraded: Upgraded) -> None:
-    with open_components(upgraded.data_dir) as parts:
-        assert parts.rows("PRAGMA integrity_check") == [("ok",)]
-        assert parts.rows("PRAGMA foreign_key_check") == []
-        states = dict(parts.rows("SELECT request_id, status FROM jobs WHERE state = 'COMPLETED'"))
+    with open_components(upgraded.data_dir) as components:
+        assert components.rows("PRAGMA integrity_check") == [("ok",)]
+        assert components.rows("PRAGMA foreign_key_check") == []
+        states = dict(components.rows("SELECT request_id, status FROM jobs WHERE state = 'COMPLETED'"))
         assert states.pop("brought", 200) == 200
         assert states == {
             **dict.fromkeys(("queued", "queued-low", "given-back", "running"), 200),
@@ -215,22 +215,24 @@ def _check_rows(upgraded: Upgraded) -> None:
             **dict.fromkeys(("running-cancelled", "run", "stream", "cancelled"), 499),
             "failed": 500,
         }
-        attempts = dict(parts.rows("SELECT request_id, attempt FROM jobs"))
+        attempts = dict(components.rows("SELECT request_id, attempt FROM jobs"))
         assert [attempts[name] for name in ("queued", "given-back", "running")] == [1, 2, 2]
-        assert parts.rows("SELECT request_id, attempt, due_at, delivered_at IS NULL FROM deliveries ORDER BY 1") == [
+        assert components.rows(
+            "SELECT request_id, attempt, due_at, delivered_at IS NULL FROM deliveries ORDER BY 1"
+        ) == [
             ("queued-low", 1, None, 0),
             ("succeeded-due", 4, None, 0),
             ("succeeded-told", 1, None, 0),
         ]
-        usage = parts.rows("SELECT requests, billable_units FROM usage WHERE day = '2026-01-01'")
+        usage = components.rows("SELECT requests, billable_units FROM usage WHERE day = '2026-01-01'")
         assert usage == ([(3, 6)] if upgraded.version >= 4 else [])
-        assert parts.rows("SELECT owner, name, scope FROM keys") == [("f" * 32, "", "operator")]
-        assert parts.rows("SELECT value FROM secrets") == [(bytes(32),)]
-        assert {IMAGE_NAME, UPLOAD_NAME} <= set(parts.stored_file_names())
-        upgraded_schema = normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
-    with open_components(upgraded.data_dir / "new") as parts:
-        assert upgraded_schema == normalized_schema(parts.database.read("SELECT * FROM sqlite_master"))
-        assert parts.rows("PRAGMA user_version") == [(VERSION,)]
+        assert components.rows("SELECT owner, name, scope FROM keys") == [("f" * 32, "", "operator")]
+        assert components.rows("SELECT value FROM secrets") == [(bytes(32),)]
+        assert {IMAGE_NAME, UPLOAD_NAME} <= set(components.stored_file_names())
+        upgraded_schema = normalized_schema(components.database.read("SELECT * FROM sqlite_master"))
+    with open_components(upgraded.data_dir / "new") as components:
+        assert upgraded_schema == normalized_schema(components.database.read("SELECT * FROM sqlite_master"))
+        assert components.rows("PRAGMA user_version") == [(VERSION,)]
 
 
 def normalized_schema(master: list[sqlite3.Row]) -> dict[str, list[str]]:
@@ -254,6 +256,6 @@ def _split_definitions(sql: str) -> Iterator[str]:
 @pytest.mark.parametrize("version", sorted(SCHEMAS))
 def test_migrations_count_what_each_owner_keeps(tmp_path: Path, version: int) -> None:
     write_data_dir(tmp_path, SCHEMAS[version], "http://here")
-    with open_components(tmp_path) as parts:
-        assert maintained_totals(parts) == computed_totals(parts)
-        assert [owner for owner, *_ in maintained_totals(parts)] == ["everybody"]
+    with open_components(tmp_path) as components:
+        assert maintained_totals(components) == computed_totals(components)
+        assert [owner for owner, *_ in maintained_totals(components)] == ["everybody"]

@@ -157,75 +157,77 @@ def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
     """Redeliver two thousand to a receiver that hangs: a webhook of another key arrives at once, and reads stay few."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.2)
     url, seen = receiver_url(httpserver), list[int]()
-    with silent_receivers(1) as (silent,), open_components(tmp_path, max_length=3000) as parts:
-        storm = submit_cancelled(parts, "alice", *(f"{silent}/{number}" for number in range(2000)))
-        parts.rows("UPDATE deliveries SET attempt = 11, due_at = NULL, error = 'answered 500'")
-        monkeypatch.setattr("server.webhooks.delivery.time.time", parts.clock)
+    with silent_receivers(1) as (silent,), open_components(tmp_path, max_length=3000) as components:
+        storm = submit_cancelled(components, "alice", *(f"{silent}/{number}" for number in range(2000)))
+        components.rows("UPDATE deliveries SET attempt = 11, due_at = NULL, error = 'answered 500'")
+        monkeypatch.setattr("server.webhooks.delivery.time.time", components.clock)
         for request_id in storm:
-            Control(parts.database, parts.data_dir).redeliver(request_id)
-        reads = recorded_reads(parts, monkeypatch)
+            Control(components.database, components.data_dir).redeliver(request_id)
+        reads = recorded_reads(components, monkeypatch)
 
         def attempts() -> int:
-            return int(parts.rows("SELECT sum(attempt) FROM deliveries WHERE url <> ?", url)[0][0])
+            return int(components.rows("SELECT sum(attempt) FROM deliveries WHERE url <> ?", url)[0][0])
 
         async def deliver(hooks: WebhookSender) -> None:
-            parts.notifier.bind_loop(asyncio.get_running_loop())
-            with parts.notifier.subscribe(WEBHOOKS) as changed:
+            components.notifier.bind_loop(asyncio.get_running_loop())
+            with components.notifier.subscribe(WEBHOOKS) as changed:
                 running = asyncio.create_task(hooks.run())
                 for goal in (0, 5 * PER_RECEIVER):
                     while attempts() < goal:
                         await wait_for_change(changed, hooks, seen)
-                    parts.clock.now += 1
-                    (other,), before = submit_cancelled(parts, "bob", url), attempts()
-                    parts.notifier.notify(WEBHOOKS)
-                    while not parts.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0 AND request_id = ?", other):
+                    components.clock.now += 1
+                    (other,), before = submit_cancelled(components, "bob", url), attempts()
+                    components.notifier.notify(WEBHOOKS)
+                    while not components.rows(
+                        "SELECT 1 FROM deliveries WHERE delivered_at > 0 AND request_id = ?", other
+                    ):
                         await wait_for_change(changed, hooks, seen)
                     assert attempts() - before <= 2 * PER_RECEIVER
                 running.cancel()
                 await cancel_deliveries()
 
-        asyncio.run(deliver(webhooks(parts)))
+        asyncio.run(deliver(webhooks(components)))
         assert max(seen) <= PER_RECEIVER + 1
         # The sender reads twice in each turn, and takes at most one turn for each attempt that ends.
         assert len(reads) <= 4 * (attempts() + 10)
 
 
-def recorded_reads(parts: Components, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def recorded_reads(components: Components, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the database reads that look for due deliveries."""
-    reads, read = list[str](), parts.database.read
+    reads, read = list[str](), components.database.read
 
     def recorded(sql: str, *values: object) -> list[sqlite3.Row]:
         if "passed" in sql:
             reads.append(sql)
         return read(sql, *values)
 
-    monkeypatch.setattr(parts.database, "read", recorded)
+    monkeypatch.setattr(components.database, "read", recorded)
     return reads
 
 
 def test_webhooks_continue_after_a_database_error(
-    parts: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+    components: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Continue after any error; otherwise the server would deliver nothing until its next start."""
     monkeypatch.setattr("server.webhooks.delivery._MAX_PAUSE", 0.01)
     url = receiver_url(httpserver)
-    submit_cancelled(parts, "alice", url)
+    submit_cancelled(components, "alice", url)
     failed = list[str]()
     monkeypatch.setattr("server.webhooks.delivery.log.exception", lambda message, *args: failed.append(message))
-    parts.rows("ALTER TABLE deliveries RENAME TO hidden")
+    components.rows("ALTER TABLE deliveries RENAME TO hidden")
 
     async def deliver(hooks: WebhookSender) -> None:
         running = asyncio.create_task(hooks.run())
         while len(failed) < 2:
             assert not running.done()
             await asyncio.sleep(0.01)
-        parts.rows("ALTER TABLE hidden RENAME TO deliveries")
-        while not parts.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0"):
+        components.rows("ALTER TABLE hidden RENAME TO deliveries")
+        while not components.rows("SELECT 1 FROM deliveries WHERE delivered_at > 0"):
             assert not running.done()
             await asyncio.sleep(0.01)
         running.cancel()
 
-    asyncio.run(deliver(webhooks(parts)))
+    asyncio.run(deliver(webhooks(components)))
 
 
 async def wait_for_change(changed: asyncio.Event, hooks: WebhookSender, seen: list[int]) -> None:
@@ -246,13 +248,13 @@ COPIES = """
 
 def write_history(directory: Path) -> None:
     """Write 1001 requests of Alice with prompts of 20,000 characters, all finished just now."""
-    with open_components(directory) as parts:
-        (owner,) = {Keys(("alice",), pepper=pepper(parts.database)).owner("Key alice")}
-        job = finish_job(parts, owner=owner, fields={"prompt": "x" * 20_000})
-        parts.rows("UPDATE jobs SET finished_at = unixepoch(), submitted_at = unixepoch()")
-        columns = [name for (_, name, *_) in parts.rows("PRAGMA table_info(jobs)")][2:]
-        parts.rows(COPIES.format(columns=", ".join(columns)))
-        assert parts.rows("SELECT count(*) FROM jobs") == [(1001,)], job
+    with open_components(directory) as components:
+        (owner,) = {Keys(("alice",), pepper=pepper(components.database)).owner("Key alice")}
+        job = finish_job(components, owner=owner, fields={"prompt": "x" * 20_000})
+        components.rows("UPDATE jobs SET finished_at = unixepoch(), submitted_at = unixepoch()")
+        columns = [name for (_, name, *_) in components.rows("PRAGMA table_info(jobs)")][2:]
+        components.rows(COPIES.format(columns=", ".join(columns)))
+        assert components.rows("SELECT count(*) FROM jobs") == [(1001,)], job
 
 
 HISTORY = "/v1/models/requests/by-endpoint?endpoint_id=test/null&limit=100&expand=payloads"

@@ -89,13 +89,13 @@ def open_components(
 
 
 @contextmanager
-def full_disk(parts: Components) -> Iterator[None]:
+def full_disk(components: Components) -> Iterator[None]:
     """Forbid SQLite to add a page, so that a write fails as on a full disk."""
-    parts.rows("PRAGMA max_page_count = 1")
+    components.rows("PRAGMA max_page_count = 1")
     try:
         yield
     finally:
-        parts.rows(f"PRAGMA max_page_count = {_NO_LIMIT}")
+        components.rows(f"PRAGMA max_page_count = {_NO_LIMIT}")
 
 
 def submission(endpoint: str = "test/null", *, fields: dict[str, Any] | None = None, **changes: Any) -> Submission:
@@ -110,25 +110,25 @@ def success(body: str = '{"seed":7}', *files: StoredFile) -> Outcome:
     return Outcome(200, body, inference_time=1.5, acceleration="none", files=files)
 
 
-def claim_job(parts: Components, **changes: Any) -> Job:
+def claim_job(components: Components, **changes: Any) -> Job:
     """Submit a job and claim it; return the running job."""
-    parts.queue.submit(submission(**changes))
-    jobs = parts.queue.claim()
+    components.queue.submit(submission(**changes))
+    jobs = components.queue.claim()
     assert jobs
     return jobs[0]
 
 
-def finish_job(parts: Components, *files: StoredFile, **changes: Any) -> Job:
+def finish_job(components: Components, *files: StoredFile, **changes: Any) -> Job:
     """Submit, claim and finish a job that succeeds with these files."""
-    job = claim_job(parts, **changes)
-    assert parts.queue.finish(job, success('{"seed":7}', *files))
+    job = claim_job(components, **changes)
+    assert components.queue.finish(job, success('{"seed":7}', *files))
     return job
 
 
-async def wait_for_state(parts: Components, job: Job, state: State) -> None:
+async def wait_for_state(components: Components, job: Job, state: State) -> None:
     """Wait until the job, which another task works on, is in this state."""
-    parts.notifier.bind_loop(asyncio.get_running_loop())
-    with parts.notifier.subscribe(job.request_id) as event:
+    components.notifier.bind_loop(asyncio.get_running_loop())
+    with components.notifier.subscribe(job.request_id) as event:
         while job.state != state:
             event.clear()
             # Check again: the event may have been set between the first check and the clear.

@@ -63,84 +63,92 @@ def test_an_owner_does_not_reveal_the_key() -> None:
     assert "alice" not in Keys(("alice",)).owner("Key alice")
 
 
-def test_only_the_hash_of_a_generated_key_is_stored(parts: Components) -> None:
-    key = add_key(parts.database, "", KeyScope.OPERATOR)
-    assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
-    stored = b"".join(path.read_bytes() for path in parts.data_dir.glob("queue.sqlite3*"))
+def test_only_the_hash_of_a_generated_key_is_stored(components: Components) -> None:
+    key = add_key(components.database, "", KeyScope.OPERATOR)
+    assert Keys((), load_key_scopes(components.database), pepper(components.database)).owner(f"Key {key}")
+    stored = b"".join(path.read_bytes() for path in components.data_dir.glob("queue.sqlite3*"))
     assert key.encode() not in stored
     assert key.partition(":")[2].encode() not in stored
 
 
 def test_a_generated_key_is_accepted_after_a_restart(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        key = add_key(parts.database, "", KeyScope.OPERATOR)
-        owner = Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Key {key}")
-    with open_components(tmp_path) as parts:
-        assert Keys((), load_key_scopes(parts.database), pepper(parts.database)).owner(f"Bearer {key}") == owner
+    with open_components(tmp_path) as components:
+        key = add_key(components.database, "", KeyScope.OPERATOR)
+        owner = Keys((), load_key_scopes(components.database), pepper(components.database)).owner(f"Key {key}")
+    with open_components(tmp_path) as components:
+        assert (
+            Keys((), load_key_scopes(components.database), pepper(components.database)).owner(f"Bearer {key}") == owner
+        )
 
 
-def test_generated_keys_differ_and_have_two_parts_like_fals_keys(parts: Components) -> None:
-    first, second = add_key(parts.database, "", KeyScope.OPERATOR), add_key(parts.database, "", KeyScope.OPERATOR)
+def test_generated_keys_differ_and_have_two_parts_like_fals_keys(components: Components) -> None:
+    first, second = (
+        add_key(components.database, "", KeyScope.OPERATOR),
+        add_key(components.database, "", KeyScope.OPERATOR),
+    )
     assert first != second
     assert len(first.split(":")) == 2
 
 
-def test_configured_and_generated_keys_are_both_accepted(parts: Components) -> None:
-    key = add_key(parts.database, "", KeyScope.OPERATOR)
-    keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
+def test_configured_and_generated_keys_are_both_accepted(components: Components) -> None:
+    key = add_key(components.database, "", KeyScope.OPERATOR)
+    keys = Keys((KEY,), load_key_scopes(components.database), pepper(components.database))
     assert keys.owner(f"Key {KEY}") != keys.owner(f"Key {key}")
 
 
-def test_named_keys_are_listed_and_revoked(parts: Components) -> None:
+def test_named_keys_are_listed_and_revoked(components: Components) -> None:
     keys = {
-        name: add_key(parts.database, name, scope)
+        name: add_key(components.database, name, scope)
         for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
     }
-    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
+    known = Keys((), load_key_scopes(components.database), pepper(components.database))
     owner = known.owner(f"Key {keys['shop']}")
-    assert {each["name"]: each["scope"] for each in list_keys(parts.database)} == {"shop": "client", "me": "operator"}
-    assert list_keys(parts.database)[0]["owner"] == owner[:9]
-    assert keys["shop"] not in str(list_keys(parts.database))
+    assert {each["name"]: each["scope"] for each in list_keys(components.database)} == {
+        "shop": "client",
+        "me": "operator",
+    }
+    assert list_keys(components.database)[0]["owner"] == owner[:9]
+    assert keys["shop"] not in str(list_keys(components.database))
     known.require_operator(f"Key {keys['me']}")
     with pytest.raises(Forbidden):
         known.require_operator(f"Key {keys['shop']}")
-    revoke_key(parts.database, "shop")
-    known.reload(load_key_scopes(parts.database))
+    revoke_key(components.database, "shop")
+    known.reload(load_key_scopes(components.database))
     with pytest.raises(Unauthorized):
         known.owner(f"Key {keys['shop']}")
     assert known.owner(f"Key {keys['me']}")
 
 
-def test_a_client_does_not_become_the_operator_when_the_operators_key_is_revoked(parts: Components) -> None:
+def test_a_client_does_not_become_the_operator_when_the_operators_key_is_revoked(components: Components) -> None:
     keys = {
-        name: add_key(parts.database, name, scope)
+        name: add_key(components.database, name, scope)
         for name, scope in (("shop", KeyScope.CLIENT), ("me", KeyScope.OPERATOR))
     }
-    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
-    revoke_key(parts.database, "me")
-    known.reload(load_key_scopes(parts.database))
+    known = Keys((), load_key_scopes(components.database), pepper(components.database))
+    revoke_key(components.database, "me")
+    known.reload(load_key_scopes(components.database))
     with pytest.raises(Forbidden):
         known.require_operator(f"Key {keys['shop']}")
 
 
-def test_revoking_the_last_key_does_not_open_the_server(parts: Components) -> None:
-    add_key(parts.database, "only", KeyScope.CLIENT)
-    known = Keys((), load_key_scopes(parts.database), pepper(parts.database))
-    revoke_key(parts.database, list_keys(parts.database)[0]["owner"])
-    known.reload(load_key_scopes(parts.database))
+def test_revoking_the_last_key_does_not_open_the_server(components: Components) -> None:
+    add_key(components.database, "only", KeyScope.CLIENT)
+    known = Keys((), load_key_scopes(components.database), pepper(components.database))
+    revoke_key(components.database, list_keys(components.database)[0]["owner"])
+    known.reload(load_key_scopes(components.database))
     assert not known.allows_anonymous
     with pytest.raises(Unauthorized):
         known.owner(None)
 
 
-def test_a_name_belongs_to_one_key(parts: Components) -> None:
-    add_key(parts.database, "shop", KeyScope.CLIENT)
+def test_a_name_belongs_to_one_key(components: Components) -> None:
+    add_key(components.database, "shop", KeyScope.CLIENT)
     with pytest.raises(ValueError, match="named shop already"):
-        add_key(parts.database, "shop", KeyScope.CLIENT)
+        add_key(components.database, "shop", KeyScope.CLIENT)
     for name in ("", "nobody", "0", "%"):
         with pytest.raises(ValueError, match="There is no key"):
-            revoke_key(parts.database, name)
-    assert len(list_keys(parts.database)) == 1
+            revoke_key(components.database, name)
+    assert len(list_keys(components.database)) == 1
 
 
 # -- tokens
@@ -194,14 +202,14 @@ def test_a_token_expires() -> None:
     assert is_rejected(keys, issue_token(keys, seconds=-3600)[0])
 
 
-def test_a_token_ends_with_its_key(parts: Components) -> None:
-    key = add_key(parts.database, "shop", KeyScope.CLIENT)
-    keys = Keys((KEY,), load_key_scopes(parts.database), pepper(parts.database))
+def test_a_token_ends_with_its_key(components: Components) -> None:
+    key = add_key(components.database, "shop", KeyScope.CLIENT)
+    keys = Keys((KEY,), load_key_scopes(components.database), pepper(components.database))
     owner = keys.owner(f"Key {key}")
     token, other = keys.issue(owner, "flux", 60), issue_token(keys)[0]
     assert keys.owner_of_token(token, "flux") == owner
-    revoke_key(parts.database, "shop")
-    keys.reload(load_key_scopes(parts.database))
+    revoke_key(components.database, "shop")
+    keys.reload(load_key_scopes(components.database))
     assert is_rejected(keys, token)
     assert not keys.is_active(owner)
     assert keys.owner_of_token(other, "flux") == keys.owner(f"Key {KEY}")

@@ -15,28 +15,28 @@ from tests.support.server_process import TEST_MODELS, serving
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Components]:
+def components(tmp_path: Path) -> Iterator[Components]:
     with open_components(tmp_path, clock=Clock()) as opened_parts:
         yield opened_parts
 
 
-def test_the_overview_covers_the_last_hour(parts: Components) -> None:
+def test_the_overview_covers_the_last_hour(components: Components) -> None:
     for _ in range(3):
-        job = claim_job(parts)
-        parts.clock.now += 90
-        parts.queue.finish(job, successful_outcome())
-    failed = claim_job(parts, endpoint="test/raises")
-    parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
-    parts.clock.now += 60
-    overview = load_overview(parts.database, parts.clock.now)
+        job = claim_job(components)
+        components.clock.now += 90
+        components.queue.finish(job, successful_outcome())
+    failed = claim_job(components, endpoint="test/raises")
+    components.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
+    components.clock.now += 60
+    overview = load_overview(components.database, components.clock.now)
     assert len(overview["minutes"]) == MINUTES
     # One request ended 240 seconds ago, one 150 seconds ago, and two 60 seconds ago.
     assert [minute["ended"] for minute in overview["minutes"][-4:]] == [1, 1, 0, 2]
     assert [sum(minute[name] for minute in overview["minutes"]) for name in ("ended", "completed")] == [4, 3]
     assert overview["endpoints"] == [{"endpoint": "test/null", "completed": 3, "wait": 0.0, "inference": 1.5}]
     assert [(each["request_id"], each["error"]) for each in overview["failures"]] == [(failed.request_id, "It broke.")]
-    parts.clock.now += 3600
-    later = load_overview(parts.database, parts.clock.now)
+    components.clock.now += 3600
+    later = load_overview(components.database, components.clock.now)
     assert not any(minute["ended"] for minute in later["minutes"])
     assert later["endpoints"] == []
     assert later["usage"] == [{"owner": "me", "requests": 3, "billable_units": 0}]

@@ -140,8 +140,8 @@ def test_the_first_and_the_last_key_print_a_notice(tmp_path: Path) -> None:
 
 def test_the_generated_key_does_not_count_on_loopback(tmp_path: Path) -> None:
     """The server makes this key when it runs behind a proxy. Without a proxy, it does not require the key."""
-    with open_components(tmp_path) as parts:
-        add_key(parts.database, "", KeyScope.OPERATOR)
+    with open_components(tmp_path) as components:
+        add_key(components.database, "", KeyScope.OPERATOR)
     assert "(the first)" in output_of(tmp_path, "keys", "list")
     assert "will require one from its next start" in flux_server(tmp_path, "keys", "add", "late").stderr
     assert flux_server(tmp_path, "keys", "add", "later").stderr == ""
@@ -218,16 +218,16 @@ def test_a_webhook_is_redelivered(tmp_path: Path, httpserver: HTTPServer) -> Non
         assert ids == [posted["request_id"]] * 2
 
 
-def test_webhooks_are_listed_by_state(parts: Components) -> None:
-    control = Control(parts.database, parts.data_dir)
-    due, abandoned, delivered = (finish_job(parts, webhook_url=f"http://here/{n}").request_id for n in range(3))
-    parts.rows(f"UPDATE deliveries SET due_at = NULL, error = 'answered 500' WHERE request_id = '{abandoned}'")
-    parts.rows(f"UPDATE deliveries SET due_at = NULL, delivered_at = 5 WHERE request_id = '{delivered}'")
+def test_webhooks_are_listed_by_state(components: Components) -> None:
+    control = Control(components.database, components.data_dir)
+    due, abandoned, delivered = (finish_job(components, webhook_url=f"http://here/{n}").request_id for n in range(3))
+    components.rows(f"UPDATE deliveries SET due_at = NULL, error = 'answered 500' WHERE request_id = '{abandoned}'")
+    components.rows(f"UPDATE deliveries SET due_at = NULL, delivered_at = 5 WHERE request_id = '{delivered}'")
     assert {each["request_id"] for each in control.list_webhooks()} == {due, abandoned}
     assert len(control.list_webhooks(with_delivered=True)) == 3
     assert len(control.list_webhooks(with_delivered=True, limit=2)) == 2
     control.redeliver(abandoned)
-    assert parts.rows(f"SELECT attempt, error FROM deliveries WHERE request_id = '{abandoned}'") == [(0, None)]
+    assert components.rows(f"SELECT attempt, error FROM deliveries WHERE request_id = '{abandoned}'") == [(0, None)]
 
 
 def test_a_backup_of_a_running_server_can_be_served(tmp_path: Path) -> None:
@@ -252,40 +252,40 @@ def test_a_backup_of_a_running_server_can_be_served(tmp_path: Path) -> None:
         assert status_with_key(server.url, extra, "/test/null") == 200
 
 
-def test_a_backup_overwrites_nothing(parts: Components, tmp_path: Path) -> None:
+def test_a_backup_overwrites_nothing(components: Components, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "there"))
+        Control(components.database, components.data_dir).back_up(str(tmp_path / "there"))
 
 
 @pytest.mark.parametrize(
     "name", ["files", "files/copy", "inputs/a/b", "uploads/copy", "tls/copy", "./copy/../files/copy"]
 )
-def test_a_backup_into_a_directory_that_it_copies_is_rejected(parts: Components, name: str) -> None:
-    finish_job(parts)
-    target = parts.data_dir / name
+def test_a_backup_into_a_directory_that_it_copies_is_rejected(components: Components, name: str) -> None:
+    finish_job(components)
+    target = components.data_dir / name
     with pytest.raises(ValueError, match=r"(choose another target|exists)$"):
-        Control(parts.database, parts.data_dir).back_up(str(target))
+        Control(components.database, components.data_dir).back_up(str(target))
     assert not target.exists() or name == "files"
 
 
-def test_a_backup_that_fails_leaves_nothing_behind(parts: Components, tmp_path: Path) -> None:
+def test_a_backup_that_fails_leaves_nothing_behind(components: Components, tmp_path: Path) -> None:
     for _ in range(3):
-        parts.files.create(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
+        components.files.create(b"x" * 2_000_000, "png", "image/png", "me", Lifecycle())
     # A failed backup leaves no directory, so any backup that exists is complete.
     with limited_file_size(1_000_000), pytest.raises(ValueError, match=r"copy: File too large \(3 files\)$"):
-        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+        Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
     with limited_file_size(1000), pytest.raises(ValueError, match=r"copy: disk I/O error$"):
-        Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
-    assert list(tmp_path.iterdir()) == [parts.data_dir]
-    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
-    assert {path.name for path in tmp_path.iterdir()} == {parts.data_dir.name, "copy"}
+        Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
+    assert list(tmp_path.iterdir()) == [components.data_dir]
+    Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
+    assert {path.name for path in tmp_path.iterdir()} == {components.data_dir.name, "copy"}
 
 
-def test_a_backup_is_complete(parts: Components, tmp_path: Path) -> None:
-    job = finish_job(parts)
-    parts.queue.submit(submission())
-    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+def test_a_backup_is_complete(components: Components, tmp_path: Path) -> None:
+    job = finish_job(components)
+    components.queue.submit(submission())
+    Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
     with open_components(tmp_path / "copy") as copy:
         assert copy.rows("PRAGMA integrity_check") == [("ok",)]
         assert copy.queue.recover() == 1
@@ -297,42 +297,44 @@ def test_a_backup_is_complete(parts: Components, tmp_path: Path) -> None:
 INPUT_NAME = f"{1:064x}.png"
 
 
-def submit_with_input(parts: Components) -> Job:
+def submit_with_input(components: Components) -> Job:
     """Submit a request with an input image, and leave it waiting."""
-    (parts.data_dir / "inputs" / INPUT_NAME).write_bytes(b"1")
-    return parts.queue.submit(submission(input_files={"image_url": INPUT_NAME}))
+    (components.data_dir / "inputs" / INPUT_NAME).write_bytes(b"1")
+    return components.queue.submit(submission(input_files={"image_url": INPUT_NAME}))
 
 
 @pytest.mark.parametrize("is_submitted_before", [True, False], ids=["before", "meanwhile"])
 def test_a_backup_has_the_inputs_of_waiting_requests(
-    parts: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_submitted_before: bool
+    components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_submitted_before: bool
 ) -> None:
     """The inputs are in the backup, however long the rest of it takes.
 
     The request is submitted before the backup starts, or just before the database is copied. The request is cancelled
     right after the copy.
     """
-    copy = parts.database.backup_to
+    copy = components.database.backup_to
 
     def copy_and_cancel(*args: Any, **kwargs: Any) -> None:
-        job = waiting or submit_with_input(parts)
+        job = waiting or submit_with_input(components)
         copy(*args, **kwargs)
-        parts.queue.cancel(job)
-        parts.clock.now = 4_000_000_000.0
-        assert parts.inputs.sweep() == 1
+        components.queue.cancel(job)
+        components.clock.now = 4_000_000_000.0
+        assert components.inputs.sweep() == 1
 
-    waiting = submit_with_input(parts) if is_submitted_before else None
-    monkeypatch.setattr(parts.database, "backup_to", copy_and_cancel)
-    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
-    assert list((parts.data_dir / "inputs").iterdir()) == []
+    waiting = submit_with_input(components) if is_submitted_before else None
+    monkeypatch.setattr(components.database, "backup_to", copy_and_cancel)
+    Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
+    assert list((components.data_dir / "inputs").iterdir()) == []
     with open_components(tmp_path / "copy") as restored:
         assert restored.queue.recover() == 1
         assert restored.inputs.cache.path(INPUT_NAME).read_bytes() == b"1"
 
 
-def test_a_backup_copies_each_input_once(parts: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_copies_each_input_once(
+    components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests wait while the database is copied, so the inputs are copied before."""
-    submit_with_input(parts)
+    submit_with_input(components)
     copied, copy2 = list[str](), shutil.copy2
 
     def record(source: str, target: str) -> None:
@@ -340,7 +342,7 @@ def test_a_backup_copies_each_input_once(parts: Components, tmp_path: Path, monk
         copy2(source, target)
 
     monkeypatch.setattr(shutil, "copy2", record)
-    Control(parts.database, parts.data_dir).back_up(str(tmp_path / "copy"))
+    Control(components.database, components.data_dir).back_up(str(tmp_path / "copy"))
     assert copied == [INPUT_NAME]
 
 

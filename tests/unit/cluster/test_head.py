@@ -109,21 +109,21 @@ class FakeRayCluster:
 
 
 @pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeRayCluster:
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRayCluster:
     monkeypatch.setattr(gpu_slot, "RESTART_BACKOFF", (0.0,))
     monkeypatch.setattr(cluster_module, "POLL_INTERVAL", 0.01)
     return FakeRayCluster()
 
 
 @pytest.fixture
-def start(parts: Components, fleet: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
+def start(components: Components, ray_cluster: FakeRayCluster, tmp_path: Path) -> Iterator[Callable[..., ClusterHead]]:
     """Return a function that starts a cluster head with the given settings. The head stops after the test."""
     started: list[ClusterHead] = []
 
     def start_cluster(**settings: Any) -> ClusterHead:
         chosen = Settings(data_dir=tmp_path, ray="nowhere", **{"max_running": 1, "shutdown_grace": 0, **settings})
-        head = ClusterHead(chosen, parts.queue, parts.files, fleet, parts.notifier, Metrics())  # type: ignore[arg-type]
-        parts.queue.on_cancel = head.cancel
+        head = ClusterHead(chosen, components.queue, components.files, ray_cluster, components.notifier, Metrics())  # type: ignore[arg-type]
+        components.queue.on_cancel = head.cancel
         started.append(head)
         head.start()
         return head
@@ -139,8 +139,8 @@ def until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.005)
 
 
-def submit(parts: Components, **changes: Any) -> Job:
-    return parts.queue.submit(submission(input=TEXT, **changes))
+def submit(components: Components, **changes: Any) -> Job:
+    return components.queue.submit(submission(input=TEXT, **changes))
 
 
 def job_finished(job: Job, content: bytes = b"picture") -> messages.JobFinished:
@@ -150,11 +150,11 @@ def job_finished(job: Job, content: bytes = b"picture") -> messages.JobFinished:
 
 
 def test_images_from_a_runner_are_stored_on_the_head(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    job = submit(parts)
-    runner = fleet.next()
+    job = submit(components)
+    runner = ray_cluster.next()
     assert runner.next_job_id() == job.request_id
     runner.incoming.put(messages.JobProgress(job.request_id, 1, 2, "data:preview"))
     runner.incoming.put(messages.JobLog(job.request_id, "hello", "INFO"))
@@ -164,37 +164,37 @@ def test_images_from_a_runner_are_stored_on_the_head(
     assert (gpu.state, gpu.node, gpu.num_running, gpu.engines) == ("ready", "there", 1, {"demo": EngineInfo("a GPU")})
     runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
-    (name,) = parts.stored_file_names()
-    assert (parts.data_dir / "files" / name).read_bytes() == b"picture"
-    assert parts.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
+    (name,) = components.stored_file_names()
+    assert (components.data_dir / "files" / name).read_bytes() == b"picture"
+    assert components.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 
 def test_jobs_of_a_lost_runner_are_retried(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    job = submit(parts)
-    first = fleet.next()
+    job = submit(components)
+    first = ray_cluster.next()
     first.next_job_id()
     first.incoming.put(RunnerLost("its node is gone"))
-    second = fleet.next()
+    second = ray_cluster.next()
     assert second.next_job_id() == job.request_id
     # This message comes too late: the lost runner no longer has a job.
     first.incoming.put(job_finished(job, b"old"))
     second.incoming.put(job_finished(job, b"new"))
     until(lambda: job.state == State.COMPLETED)
     assert (job.attempt, job.crash_count, cluster.gpus()[0].num_restarts) == (2, 0, 1)
-    (name,) = parts.stored_file_names()
-    assert (parts.data_dir / "files" / name).read_bytes() == b"new"
+    (name,) = components.stored_file_names()
+    assert (components.data_dir / "files" / name).read_bytes() == b"new"
 
 
 def test_a_job_fails_alone_after_three_crashes(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start(max_running=2)
-    deadly, other = submit(parts), submit(parts)
+    deadly, other = submit(components), submit(components)
     for number in range(3):
-        runner = fleet.next()
+        runner = ray_cluster.next()
         assert {runner.next_job_id(), runner.next_job_id()} == {deadly.request_id, other.request_id}
         if number == 0:
             # As the watchdog does, the runner reports the crash before the process ends.
@@ -203,7 +203,7 @@ def test_a_job_fails_alone_after_three_crashes(
         else:
             runner.suspects = [deadly.request_id]
         runner.incoming.put(RunnerLost("the process crashed"))
-    runner = fleet.next()
+    runner = ray_cluster.next()
     assert runner.next_job_id() == other.request_id
     assert (deadly.state, deadly.error) == (
         State.COMPLETED,
@@ -213,12 +213,12 @@ def test_a_job_fails_alone_after_three_crashes(
 
 
 def test_a_job_that_caused_no_crash_fails_after_ten_attempts(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
-    job = submit(parts)
+    job = submit(components)
     for _ in range(10):
-        runner = fleet.next()
+        runner = ray_cluster.next()
         runner.next_job_id()
         runner.incoming.put(RunnerLost("killed"))
     until(lambda: job.state == State.COMPLETED)
@@ -226,32 +226,35 @@ def test_a_job_that_caused_no_crash_fails_after_ten_attempts(
 
 
 def test_cancel_and_preview_requests_reach_the_runner(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
-    job = submit(parts)
-    runner = fleet.next()
+    job = submit(components)
+    runner = ray_cluster.next()
     runner.next_job_id()
     job.wants_previews = True
     runner.incoming.put(messages.JobProgress(job.request_id, 1, 2, None))
     assert runner.orders.get(timeout=20) == ("preview", job.request_id)
-    parts.queue.cancel(job)
+    components.queue.cancel(job)
     assert runner.orders.get(timeout=20) == ("cancel", job.request_id)
     # The job finishes anyway, but too late: its images are not stored.
     runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
-    assert (job.is_cancelled, parts.stored_file_names()) == (True, [])
+    assert (job.is_cancelled, components.stored_file_names()) == (True, [])
 
 
 def test_storing_images_is_retried_when_the_disk_is_full(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start()
-    job = submit(parts)
-    runner = fleet.next()
+    job = submit(components)
+    runner = ray_cluster.next()
     runner.next_job_id()
     tried = threading.Event()
-    write = parts.files.write
+    write = components.files.write
 
     def full(*args: Any) -> StoredFile:
         if not tried.is_set():
@@ -259,45 +262,48 @@ def test_storing_images_is_retried_when_the_disk_is_full(
             raise DiskFull
         return write(*args)
 
-    monkeypatch.setattr(parts.files, "write", full)
+    monkeypatch.setattr(components.files, "write", full)
     runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     assert tried.is_set()
-    assert len(parts.stored_file_names()) == 1
+    assert len(components.stored_file_names()) == 1
 
 
 def test_a_stop_requeues_running_jobs(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    running, waiting = submit(parts), submit(parts)
-    fleet.next().next_job_id()
+    running, waiting = submit(components), submit(components)
+    ray_cluster.next().next_job_id()
     cluster.stop()
-    assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",), ("IN_QUEUE",)]
-    assert (parts.queue.position(running), parts.queue.position(waiting)) == (0, 1)
+    assert components.rows("SELECT state FROM jobs") == [("IN_QUEUE",), ("IN_QUEUE",)]
+    assert (components.queue.position(running), components.queue.position(waiting)) == (0, 1)
     assert not cluster.is_ready
 
 
 def test_low_priority_waits_for_a_gpu_without_blocking_normal_priority(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     start()
-    low = [submit(parts, priority=Priority.LOW) for _ in range(2)]
-    runner = fleet.next()
+    low = [submit(components, priority=Priority.LOW) for _ in range(2)]
+    runner = ray_cluster.next()
     assert runner.next_job_id() == low[0].request_id
-    normal = submit(parts)
+    normal = submit(components)
     assert runner.next_job_id() == normal.request_id
     assert low[1].state == State.IN_QUEUE
 
 
 def test_gpus_are_added_for_the_queue_and_removed_when_idle(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
     assert (cluster.gpus(), cluster.is_ready) == ([], False)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
-    runners = [fleet.next(), fleet.next()]
+    jobs = {job.request_id: job for job in (submit(components) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
+    runners = [ray_cluster.next(), ray_cluster.next()]
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready", "ready"])
     while any(job.state != State.COMPLETED for job in jobs.values()):
         for runner in runners:
@@ -308,14 +314,17 @@ def test_gpus_are_added_for_the_queue_and_removed_when_idle(
 
 
 def test_an_idle_gpu_is_removed_while_a_later_one_is_busy(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster_module, "IDLE_SECONDS", 0.05)
     cluster = start(max_gpus=2, min_gpus=0)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
-    first = fleet.next()
+    jobs = {job.request_id: job for job in (submit(components) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
+    first = ray_cluster.next()
     running_id = first.next_job_id()
-    second = fleet.next()
+    second = ray_cluster.next()
     held = jobs.pop(second.next_job_id())
     while jobs:
         first.incoming.put(job_finished(jobs.pop(running_id)))
@@ -329,96 +338,100 @@ def test_an_idle_gpu_is_removed_while_a_later_one_is_busy(
 
 @pytest.mark.parametrize(("node", "expected_states"), [("there", ["ready", "loading"]), ("", ["ready"])])
 def test_a_shorter_queue_withdraws_a_requested_gpu_but_not_a_loading_one(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], node: str, expected_states: list[str]
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    node: str,
+    expected_states: list[str],
 ) -> None:
     cluster = start(max_gpus=2, min_gpus=0)
-    jobs = {job.request_id: job for job in (submit(parts) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
-    first = fleet.next()
+    jobs = {job.request_id: job for job in (submit(components) for _ in range(cluster_module.MAX_JOBS_PER_GPU + 1))}
+    first = ray_cluster.next()
     running_id = first.next_job_id()
-    fleet.started.get(timeout=20).node = node
+    ray_cluster.started.get(timeout=20).node = node
     first.incoming.put(job_finished(jobs[running_id]))
     until(lambda: jobs[running_id].state == State.COMPLETED)
-    looks = fleet.num_looks
-    until(lambda: fleet.num_looks > looks + 3)
+    looks = ray_cluster.num_looks
+    until(lambda: ray_cluster.num_looks > looks + 3)
     until(lambda: [gpu.state for gpu in cluster.gpus()] == expected_states)
 
 
 def test_every_gpu_of_the_cluster_is_used(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    fleet.next()
-    fleet.gpu_count = 3
-    fleet.next()
-    fleet.next()
+    ray_cluster.next()
+    ray_cluster.gpu_count = 3
+    ray_cluster.next()
+    ray_cluster.next()
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready"] * 3)
 
 
 def test_a_runner_that_fails_to_load_is_restarted(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
     for _ in range(3):
-        fleet.started.get(timeout=20).incoming.put(messages.RunnerStopped("these weights cannot be read"))
-    fleet.next()
+        ray_cluster.started.get(timeout=20).incoming.put(messages.RunnerStopped("these weights cannot be read"))
+    ray_cluster.next()
     until(lambda: cluster.is_ready)
     assert cluster.gpus()[0].num_restarts == 3
 
 
 def test_the_head_stops_when_ray_dies_and_keeps_its_queue(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    submit(parts)
-    fleet.next().next_job_id()
-    fleet.gpu_count = 0
+    submit(components)
+    ray_cluster.next().next_job_id()
+    ray_cluster.gpu_count = 0
     until(lambda: cluster.failure is not None)
     assert str(cluster.failure) == "it has died"
     cluster.stop()
-    assert parts.rows("SELECT state FROM jobs") == [("IN_QUEUE",)]
+    assert components.rows("SELECT state FROM jobs") == [("IN_QUEUE",)]
 
 
 @pytest.mark.parametrize("is_rejected_by_runner", [False, True])
 def test_a_job_that_a_runner_cannot_receive_goes_to_another(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], is_rejected_by_runner: bool
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead], is_rejected_by_runner: bool
 ) -> None:
-    fleet.gpu_count = 2
+    ray_cluster.gpu_count = 2
     cluster = start()
-    first = fleet.started.get(timeout=20)
+    first = ray_cluster.started.get(timeout=20)
     first.send_error = None if is_rejected_by_runner else RunnerLost("the object store is full")
     first.ready()
     until(lambda: cluster.is_ready)
-    job = submit(parts)
+    job = submit(components)
     if is_rejected_by_runner:
         assert first.next_job_id() == job.request_id
         first.incoming.put(messages.JobRejected(job.request_id))
-    assert fleet.next().next_job_id() == job.request_id
+    assert ray_cluster.next().next_job_id() == job.request_id
     assert (job.attempt, job.crash_count) == (2, 0)
 
 
 def test_a_job_whose_input_is_missing_fails_alone(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
     cluster = start()
-    runner = fleet.next()
+    runner = ray_cluster.next()
     runner.send_error = FileNotFoundError("gone")
-    job = submit(parts, input_files={"image_url": "gone"})
+    job = submit(components, input_files={"image_url": "gone"})
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.is_ready) == ("internal_error", True)
 
 
 def test_a_slow_transfer_to_one_gpu_does_not_delay_another(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead]
+    components: Components, ray_cluster: FakeRayCluster, start: Callable[..., ClusterHead]
 ) -> None:
-    fleet.gpu_count = 2
+    ray_cluster.gpu_count = 2
     cluster = start()
-    runners = [fleet.next(), fleet.next()]
+    runners = [ray_cluster.next(), ray_cluster.next()]
     until(lambda: all(gpu.state == "ready" for gpu in cluster.gpus()) and len(cluster.gpus()) == 2)
     for runner in runners:
         runner.can_send.clear()
-    large = submit(parts, input_files={"image_url": "0" * 32 + ".png"})
+    large = submit(components, input_files={"image_url": "0" * 32 + ".png"})
     until(lambda: large.state == State.IN_PROGRESS)
-    small = submit(parts)
+    small = submit(components)
     until(lambda: not all(runner.orders.empty() for runner in runners))
     first, second = sorted(runners, key=lambda runner: runner.orders.empty())
     assert first.next_job_id() == small.request_id
@@ -428,26 +441,32 @@ def test_a_slow_transfer_to_one_gpu_does_not_delay_another(
 
 
 def test_the_head_stops_when_it_cannot_write_to_the_database(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = start()
-    job = submit(parts)
-    runner = fleet.next()
+    job = submit(components)
+    runner = ray_cluster.next()
     runner.next_job_id()
-    monkeypatch.setattr(parts.queue, "finish", lambda *args: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
+    monkeypatch.setattr(components.queue, "finish", lambda *args: (_ for _ in ()).throw(RuntimeError("disk I/O error")))
     runner.incoming.put(job_finished(job))
     until(lambda: cluster.failure is not None)
     assert str(cluster.failure) == "disk I/O error"
 
 
 def test_a_job_whose_image_cannot_be_written_fails_alone(
-    parts: Components, fleet: FakeRayCluster, start: Callable[..., ClusterHead], monkeypatch: pytest.MonkeyPatch
+    components: Components,
+    ray_cluster: FakeRayCluster,
+    start: Callable[..., ClusterHead],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = start()
-    job = submit(parts)
-    runner = fleet.next()
+    job = submit(components)
+    runner = ray_cluster.next()
     runner.next_job_id()
-    monkeypatch.setattr(parts.files, "write", lambda *args: (_ for _ in ()).throw(OSError("bad sector")))
+    monkeypatch.setattr(components.files, "write", lambda *args: (_ for _ in ()).throw(OSError("bad sector")))
     runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     assert (job.error_type, cluster.failure) == ("internal_error", None)

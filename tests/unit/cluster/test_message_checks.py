@@ -14,9 +14,9 @@ from server.cluster.ray_backend import RunnerLost
 from server.queue.jobs import Job, Mode, Outcome, Priority, State
 from server.storage.file_store import Lifecycle, StoredFile
 from tests.support.components import Components, finish_job, submission
-from tests.unit.cluster.test_head import FakeRayCluster, FakeRunner, fleet, job_finished, start, submit, until
+from tests.unit.cluster.test_head import FakeRayCluster, FakeRunner, job_finished, ray_cluster, start, submit, until
 
-__all__ = ["fleet", "start"]
+__all__ = ["ray_cluster", "start"]
 
 Start = Callable[..., ClusterHead]
 NAME = "a" * 32 + ".jpg"
@@ -72,8 +72,8 @@ INVALID_MESSAGES: dict[str, Callable[[Job], messages.Message]] = {
 
 @pytest.mark.parametrize("invalid_message", INVALID_MESSAGES.values(), ids=INVALID_MESSAGES)
 def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retried(
-    parts: Components,
-    fleet: FakeRayCluster,
+    components: Components,
+    ray_cluster: FakeRayCluster,
     start: Start,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,11 +81,11 @@ def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retr
 ) -> None:
     monkeypatch.setattr(message_checks, "MAX_BODY", 50_000)
     cluster = start()
-    job = submit(parts)
-    liar = fleet.next()
+    job = submit(components)
+    liar = ray_cluster.next()
     assert liar.next_job_id() == job.request_id
     liar.incoming.put(invalid_message(job))
-    honest = fleet.next()
+    honest = ray_cluster.next()
     assert honest.next_job_id() == job.request_id
     assert (job.attempt, job.crash_count, job.logs) == (2, 0, [])
     honest.incoming.put(job_finished(job))
@@ -96,52 +96,56 @@ def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retr
         for message in caplog.messages
         if message.startswith("GPU 0: lost its runner, starting another: the runner reported ")
     ]
-    assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files WHERE name <> ?", NAME)
-    assert {path.name for path in parts.data_dir.parent.iterdir()} == {parts.data_dir.name}
+    assert [(name,) for name in components.stored_file_names()] == components.rows(
+        "SELECT name FROM files WHERE name <> ?", NAME
+    )
+    assert {path.name for path in components.data_dir.parent.iterdir()} == {components.data_dir.name}
 
 
-def test_files_of_other_requests_are_not_changed(parts: Components, fleet: FakeRayCluster, start: Start) -> None:
+def test_files_of_other_requests_are_not_changed(
+    components: Components, ray_cluster: FakeRayCluster, start: Start
+) -> None:
     """The same holds when the request is cancelled and its files are deleted."""
-    theirs = parts.files.create(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
-    first = finish_job(parts, theirs)
+    theirs = components.files.create(b"theirs", "jpg", "image/jpeg", "me", Lifecycle())
+    first = finish_job(components, theirs)
     cluster = start()
     for is_cancelled in (False, True):
-        job = submit(parts)
-        liar = fleet.next()
+        job = submit(components)
+        liar = ray_cluster.next()
         assert liar.next_job_id() == job.request_id
         if is_cancelled:
-            parts.queue.cancel(job)
+            components.queue.cancel(job)
         liar.incoming.put(with_file(job, name=theirs.name))
         if not is_cancelled:
-            honest = fleet.next()
+            honest = ray_cluster.next()
             assert honest.next_job_id() == job.request_id
             honest.incoming.put(with_outcome(job))
             until(lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
             honest.incoming.put(RunnerLost("enough"))
     until(lambda: job.state == State.COMPLETED)
-    assert parts.files.path(theirs).read_bytes() == b"theirs"
-    assert parts.rows("SELECT name, request_id FROM files") == [(theirs.name, first.request_id)]
+    assert components.files.path(theirs).read_bytes() == b"theirs"
+    assert components.rows("SELECT name, request_id FROM files") == [(theirs.name, first.request_id)]
     assert cluster.failure is None
 
 
 def start_two_runners(
-    parts: Components, fleet: FakeRayCluster, start: Start
+    components: Components, ray_cluster: FakeRayCluster, start: Start
 ) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
     """Start two runners with one request each."""
-    fleet.gpu_count = 2
+    ray_cluster.gpu_count = 2
     cluster = start()
-    runners = [fleet.next(), fleet.next()]
+    runners = [ray_cluster.next(), ray_cluster.next()]
     until(lambda: [gpu.state for gpu in cluster.gpus()] == ["ready", "ready"])
-    jobs = [submit(parts), submit(parts)]
+    jobs = [submit(components), submit(components)]
     return cluster, {runner.next_job_id(): runner for runner in runners}, jobs
 
 
 def test_a_runner_cannot_finish_requests_of_others_or_finished_ones(
-    parts: Components, fleet: FakeRayCluster, start: Start
+    components: Components, ray_cluster: FakeRayCluster, start: Start
 ) -> None:
     """Messages about waiting or unknown requests are ignored too."""
-    cluster, runners, (mine, other) = start_two_runners(parts, fleet, start)
-    waiting = submit(parts)
+    cluster, runners, (mine, other) = start_two_runners(components, ray_cluster, start)
+    waiting = submit(components)
     liar = runners[mine.request_id]
     for name in (other.request_id, waiting.request_id, "never"):
         for report in (
@@ -163,35 +167,35 @@ def test_a_runner_cannot_finish_requests_of_others_or_finished_ones(
     assert (other.state, other.attempt, other.crash_count, other.logs, other.preview) == ("IN_PROGRESS", 1, 0, [], None)
     runners[other.request_id].incoming.put(with_outcome(other))
     until(lambda: other.state == State.COMPLETED)
-    assert parts.rows("SELECT status, error, attempt FROM jobs") == [(200, None, 1)] * 3
-    assert parts.queue.result(mine).body == '{"seed": 1}'
+    assert components.rows("SELECT status, error, attempt FROM jobs") == [(200, None, 1)] * 3
+    assert components.queue.result(mine).body == '{"seed": 1}'
     assert cluster.failure is None
     assert [gpu.num_restarts for gpu in cluster.gpus()] == [0, 0]
 
 
 def test_the_log_of_a_request_is_limited(
-    parts: Components, fleet: FakeRayCluster, start: Start, monkeypatch: pytest.MonkeyPatch
+    components: Components, ray_cluster: FakeRayCluster, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(message_checks, "MAX_LINES", 100)
     start()
-    job = submit(parts)
-    liar = fleet.next()
+    job = submit(components)
+    liar = ray_cluster.next()
     liar.next_job_id()
     for _ in range(101):
         liar.incoming.put(messages.JobLog(job.request_id, "again", "INFO"))
-    assert fleet.next().next_job_id() == job.request_id
+    assert ray_cluster.next().next_job_id() == job.request_id
 
 
 def test_log_records_of_a_runner_are_truncated(
-    parts: Components, fleet: FakeRayCluster, start: Start, caplog: pytest.LogCaptureFixture
+    components: Components, ray_cluster: FakeRayCluster, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     start()
     long = logging.LogRecord("server.worker.worker", logging.WARNING, "", 0, "x" * 3_000_000, None, None)
-    runner = fleet.next()
+    runner = ray_cluster.next()
     runner.incoming.put(messages.LogRecord(long))
     until(lambda: any(message.startswith("xxx") for message in caplog.messages))
     assert max(map(len, caplog.messages)) == message_checks.MAX_LINE
-    assert fleet.started.empty()
+    assert ray_cluster.started.empty()
 
 
 def test_valid_messages_are_accepted() -> None:
@@ -208,14 +212,14 @@ def test_valid_messages_are_accepted() -> None:
 
 
 def test_an_unreadable_input_does_not_block_other_requests(
-    parts: Components, fleet: FakeRayCluster, start: Start
+    components: Components, ray_cluster: FakeRayCluster, start: Start
 ) -> None:
     """A damaged row has such an input. Its runner reports the error."""
-    bad = parts.queue.submit(submission(input="nonsense"))
+    bad = components.queue.submit(submission(input="nonsense"))
     start()
-    runner = fleet.next()
+    runner = ray_cluster.next()
     assert runner.next_job_id() == bad.request_id
     runner.incoming.put(with_outcome(bad, status=500, error="it cannot be read"))
-    good = submit(parts)
+    good = submit(components)
     assert runner.next_job_id() == good.request_id
     assert bad.error == "it cannot be read"

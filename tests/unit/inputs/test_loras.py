@@ -231,9 +231,9 @@ def test_hostile_files_are_rejected(user: httpx.Client, running: Server, httpser
     "path",
     [*filter(None, FORBIDDEN), "http://0x7f.1/", "/etc/passwd", "../../etc/passwd", "owner/name/../../x", "./a/b"],
 )
-def test_forbidden_urls_are_rejected(narrow_client: httpx.Client, path: str) -> None:
+def test_forbidden_urls_are_rejected(constrained_client: httpx.Client, path: str) -> None:
     """Every URL that the guard rejects for webhooks is rejected here too, and so are paths on this machine."""
-    assert rejection(narrow_client, path)["type"] == "file_download_error"
+    assert rejection(constrained_client, path)["type"] == "file_download_error"
 
 
 @pytest.mark.parametrize("scale", [-0.1, 4.1, "nan", None])
@@ -253,16 +253,16 @@ def test_the_number_of_loras_is_limited(user: httpx.Client) -> None:
 
 def test_files_stay_until_their_space_is_needed(tmp_path: Path) -> None:
     clock = Clock()
-    with open_components(tmp_path, clock=clock) as parts:
-        directory = parts.data_dir / "inputs"
+    with open_components(tmp_path, clock=clock) as components:
+        directory = components.data_dir / "inputs"
         names = [f"{number}{'0' * 63}.safetensors" for number in range(4)]
         for number, name in enumerate(names):
             (directory / name).write_bytes(bytes(1000))
             os.utime(directory / name, (clock.now + number, clock.now + number))
-        parts.queue.submit(submission(input_files={"loras.0.path": names[0]}))
+        components.queue.submit(submission(input_files={"loras.0.path": names[0]}))
         clock.now += 10_000
-        parts.inputs.cache.max_kept_bytes = 4000
-        assert parts.inputs.sweep() == 0
-        parts.inputs.cache.max_kept_bytes = 2500
-        assert parts.inputs.sweep() == 2
+        components.inputs.cache.max_kept_bytes = 4000
+        assert components.inputs.sweep() == 0
+        components.inputs.cache.max_kept_bytes = 2500
+        assert components.inputs.sweep() == 2
         assert sorted(path.name for path in directory.iterdir()) == [names[0], names[3]]

@@ -292,9 +292,9 @@ def test_no_compression_is_requested(alice: httpx.Client, httpserver: HTTPServer
 
 
 @pytest.mark.parametrize("url", [*FORBIDDEN, "http://0x7f.1/", "http://localhost:8000/health"])
-def test_internal_addresses_are_rejected(narrow_client: httpx.Client, url: str) -> None:
+def test_internal_addresses_are_rejected(constrained_client: httpx.Client, url: str) -> None:
     """Every URL that the guard rejects for webhooks is rejected here too."""
-    assert rejection(narrow_client, url)["type"] == "file_download_error"
+    assert rejection(constrained_client, url)["type"] == "file_download_error"
 
 
 # -- how long a file stays
@@ -304,36 +304,36 @@ NEEDED, STRAY = f"{'1' * 64}.png", f"{'2' * 64}.png"
 
 def test_a_file_stays_until_its_request_is_finished(tmp_path: Path) -> None:
     clock = Clock()
-    with open_components(tmp_path, clock=clock) as parts:
-        (parts.data_dir / "inputs" / NEEDED).write_bytes(b"1")
-        (parts.data_dir / "inputs" / STRAY).write_bytes(b"2")
-        job = parts.queue.submit(submission(input_files={"image_url": NEEDED}))
-        clock.now = (parts.data_dir / "inputs" / NEEDED).stat().st_mtime + 60
-        assert parts.inputs.sweep() == 0
+    with open_components(tmp_path, clock=clock) as components:
+        (components.data_dir / "inputs" / NEEDED).write_bytes(b"1")
+        (components.data_dir / "inputs" / STRAY).write_bytes(b"2")
+        job = components.queue.submit(submission(input_files={"image_url": NEEDED}))
+        clock.now = (components.data_dir / "inputs" / NEEDED).stat().st_mtime + 60
+        assert components.inputs.sweep() == 0
         clock.now += 3600
-        assert parts.inputs.sweep() == 1
-        parts.queue.cancel(job)
-        assert parts.inputs.sweep() == 1
-        assert _names(parts) == []
+        assert components.inputs.sweep() == 1
+        components.queue.cancel(job)
+        assert components.inputs.sweep() == 1
+        assert _names(components) == []
 
 
 def test_needed_files_are_known_after_a_restart(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        (parts.data_dir / "inputs" / NEEDED).write_bytes(b"1")
-        parts.queue.submit(submission(input_files={"image_url": NEEDED}))
+    with open_components(tmp_path) as components:
+        (components.data_dir / "inputs" / NEEDED).write_bytes(b"1")
+        components.queue.submit(submission(input_files={"image_url": NEEDED}))
     clock = Clock()
-    with open_components(tmp_path, clock=clock) as parts:
-        parts.queue.recover()
-        clock.now = (parts.data_dir / "inputs" / NEEDED).stat().st_mtime + 3600
-        assert parts.inputs.sweep() == 0
-        assert _names(parts) == [NEEDED]
+    with open_components(tmp_path, clock=clock) as components:
+        components.queue.recover()
+        clock.now = (components.data_dir / "inputs" / NEEDED).stat().st_mtime + 3600
+        assert components.inputs.sweep() == 0
+        assert _names(components) == [NEEDED]
 
 
 def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None:
     """They stay however long the others take."""
     clock = Clock()
-    with open_components(tmp_path, clock=clock) as parts:
-        cache = parts.inputs.cache
+    with open_components(tmp_path, clock=clock) as components:
+        cache = components.inputs.cache
         with cache.pin() as pin:
             temp_path = cache.temp_path()
             temp_path.write_bytes(b"1")
@@ -347,8 +347,8 @@ def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None
 
 def test_a_file_that_disappears_does_not_stop_the_sweep(tmp_path: Path) -> None:
     clock = Clock(now=4_000_000_000.0)
-    with open_components(tmp_path, clock=clock) as parts:
-        cache = parts.inputs.cache
+    with open_components(tmp_path, clock=clock) as components:
+        cache = components.inputs.cache
         for name in (f"{'a' * 16}.part", STRAY):
             cache.path(name).write_bytes(b"1")
         recorded = []
@@ -421,5 +421,5 @@ def test_a_rejected_input_leaves_no_file(alice: httpx.Client, running: Server) -
     assert sorted((running.data_dir / "inputs").iterdir()) == before
 
 
-def _names(parts: Components) -> list[str]:
-    return sorted(path.name for path in (parts.data_dir / "inputs").iterdir())
+def _names(components: Components) -> list[str]:
+    return sorted(path.name for path in (components.data_dir / "inputs").iterdir())

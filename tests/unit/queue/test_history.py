@@ -21,7 +21,7 @@ PATH = "/v1/models/requests/by-endpoint"
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Components]:
+def components(tmp_path: Path) -> Iterator[Components]:
     with open_components(tmp_path, clock=Clock()) as opened_parts:
         yield opened_parts
 
@@ -31,11 +31,11 @@ def ids(page: Any) -> list[str]:
     return [item["request_id"] for item in page["items"]]
 
 
-def all_pages(parts: Components, **filters: Any) -> list[list[str]]:
+def all_pages(components: Components, **filters: Any) -> list[list[str]]:
     """Return the request ids of every page, by following the cursors."""
     found, cursor = [], None
     while True:
-        page = history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor, **filters))
+        page = history.query_history(components.database, HistoryQuery(owner="me", cursor=cursor, **filters))
         found.append(ids(page))
         cursor = page["next_cursor"]
         assert page["has_more"] == (cursor is not None)
@@ -43,54 +43,54 @@ def all_pages(parts: Components, **filters: Any) -> list[list[str]]:
             return found
 
 
-def test_pages_list_the_newest_request_first(parts: Components) -> None:
+def test_pages_list_the_newest_request_first(components: Components) -> None:
     request_ids = []
     for number in range(7):
         # Pages must also separate two requests that end at the same moment.
-        parts.clock.now += number % 2
-        request_ids.append(finish_job(parts).request_id)
+        components.clock.now += number % 2
+        request_ids.append(finish_job(components).request_id)
     newest = request_ids[::-1]
-    assert all_pages(parts, limit=3) == [newest[:3], newest[3:6], newest[6:]]
-    assert all_pages(parts, limit=7) == [newest]
+    assert all_pages(components, limit=3) == [newest[:3], newest[3:6], newest[6:]]
+    assert all_pages(components, limit=7) == [newest]
 
 
-def test_a_request_that_finishes_between_two_pages_shifts_nothing(parts: Components) -> None:
-    first, second = finish_job(parts).request_id, finish_job(parts).request_id
-    page = history.query_history(parts.database, HistoryQuery(owner="me", limit=1))
-    finish_job(parts)
-    after = history.query_history(parts.database, HistoryQuery(owner="me", limit=1, cursor=page["next_cursor"]))
+def test_a_request_that_finishes_between_two_pages_shifts_nothing(components: Components) -> None:
+    first, second = finish_job(components).request_id, finish_job(components).request_id
+    page = history.query_history(components.database, HistoryQuery(owner="me", limit=1))
+    finish_job(components)
+    after = history.query_history(components.database, HistoryQuery(owner="me", limit=1, cursor=page["next_cursor"]))
     assert (ids(page), ids(after)) == ([second], [first])
 
 
-def test_filters(parts: Components) -> None:
-    started_at = parts.clock.now
-    succeeded = finish_job(parts).request_id
-    parts.clock.now += 10
-    failed = claim_job(parts, endpoint="test/raises")
-    parts.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
-    parts.clock.now += 10
-    cancelled = parts.queue.submit(submission())
-    parts.queue.cancel(cancelled)
-    finish_job(parts, owner="you")
-    finish_job(parts, store_io=False)
-    claim_job(parts)
-    assert all_pages(parts) == [[cancelled.request_id, failed.request_id, succeeded]]
-    assert all_pages(parts, status="success") == [[succeeded]]
-    assert all_pages(parts, status="error") == [[failed.request_id]]
-    assert all_pages(parts, status="user_error") == [[cancelled.request_id]]
-    assert all_pages(parts, endpoints=["test/raises", "test/other"]) == [[failed.request_id]]
-    assert all_pages(parts, request_id=succeeded) == [[succeeded]]
-    assert all_pages(parts, ended_from=started_at + 10, ended_before=started_at + 20) == [[failed.request_id]]
+def test_filters(components: Components) -> None:
+    started_at = components.clock.now
+    succeeded = finish_job(components).request_id
+    components.clock.now += 10
+    failed = claim_job(components, endpoint="test/raises")
+    components.queue.finish(failed, Outcome.from_error(InternalError("It broke.")))
+    components.clock.now += 10
+    cancelled = components.queue.submit(submission())
+    components.queue.cancel(cancelled)
+    finish_job(components, owner="you")
+    finish_job(components, store_io=False)
+    claim_job(components)
+    assert all_pages(components) == [[cancelled.request_id, failed.request_id, succeeded]]
+    assert all_pages(components, status="success") == [[succeeded]]
+    assert all_pages(components, status="error") == [[failed.request_id]]
+    assert all_pages(components, status="user_error") == [[cancelled.request_id]]
+    assert all_pages(components, endpoints=["test/raises", "test/other"]) == [[failed.request_id]]
+    assert all_pages(components, request_id=succeeded) == [[succeeded]]
+    assert all_pages(components, ended_from=started_at + 10, ended_before=started_at + 20) == [[failed.request_id]]
 
 
-def test_the_fields_of_an_item(parts: Components) -> None:
-    sent = parts.clock.now
-    job = claim_job(parts, fields={"prompt": "a cat"})
-    parts.clock.now += 2.5
-    parts.queue.finish(job, success('{"seed":7}'))
-    (item,) = history.query_history(parts.database, HistoryQuery(owner="me"))["items"]
+def test_the_fields_of_an_item(components: Components) -> None:
+    sent = components.clock.now
+    job = claim_job(components, fields={"prompt": "a cat"})
+    components.clock.now += 2.5
+    components.queue.finish(job, success('{"seed":7}'))
+    (item,) = history.query_history(components.database, HistoryQuery(owner="me"))["items"]
     assert "json_input" not in item
-    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
+    (item,) = history.query_history(components.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     assert item["json_input"]["prompt"] == "a cat"
     assert item["json_input"]["seed"] == 7
     assert item["json_output"] == {"seed": 7}
@@ -99,40 +99,40 @@ def test_the_fields_of_an_item(parts: Components) -> None:
     assert times == [sent, sent, sent + 2.5]
 
 
-def test_an_output_with_embedded_images_is_omitted(parts: Components) -> None:
-    job = claim_job(parts)
-    parts.queue.finish(job, success('{"images":["' + "x" * 100_000 + '"]}'))
-    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
+def test_an_output_with_embedded_images_is_omitted(components: Components) -> None:
+    job = claim_job(components)
+    components.queue.finish(job, success('{"images":["' + "x" * 100_000 + '"]}'))
+    (item,) = history.query_history(components.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     assert item["json_output"] is None
 
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "https://example.com/a.png"])
-def test_data_uris_are_omitted_from_the_input_and_urls_are_kept(parts: Components, url: str) -> None:
+def test_data_uris_are_omitted_from_the_input_and_urls_are_kept(components: Components, url: str) -> None:
     """A URL can be fetched again. A data URI is kept only as long as the request needs it."""
     stored = "f.png" if url.startswith("data:") else url
     text = json.dumps({"prompt": "x", "image_url": stored, "loras": [{"path": stored, "scale": 1}]})
     input_files = {"image_url": "f.png", "loras.0.path": "f.png"}
-    job = claim_job(parts, input=text, input_files=input_files)
-    parts.queue.finish(job, success('{"images":[]}'))
-    (item,) = history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))["items"]
+    job = claim_job(components, input=text, input_files=input_files)
+    components.queue.finish(job, success('{"images":[]}'))
+    (item,) = history.query_history(components.database, HistoryQuery(owner="me", include_payloads=True))["items"]
     kept = {} if url.startswith("data:") else {"image_url": url}
     lora = {"scale": 1} if url.startswith("data:") else {"path": url, "scale": 1}
     assert item["json_input"] == {"prompt": "x", **kept, "loras": [lora]}
 
 
 @pytest.mark.parametrize("cursor", ["x", "Mg==", "%", "é" * 8, "A" * 9_999])
-def test_an_invalid_cursor_is_refused(parts: Components, cursor: str) -> None:
+def test_an_invalid_cursor_is_refused(components: Components, cursor: str) -> None:
     with pytest.raises(ValueError, match="next_cursor"):
-        history.query_history(parts.database, HistoryQuery(owner="me", cursor=cursor))
+        history.query_history(components.database, HistoryQuery(owner="me", cursor=cursor))
 
 
-def test_the_query_uses_the_owner_index(parts: Components) -> None:
+def test_the_query_uses_the_owner_index(components: Components) -> None:
     """Finding a page needs no scan of all rows and no sort, for any number of keys."""
     statements: list[str] = []
-    parts.database._connection.set_trace_callback(statements.append)
-    history.query_history(parts.database, HistoryQuery(owner="me", include_payloads=True))
-    parts.database._connection.set_trace_callback(None)
-    (plan,) = [row["detail"] for row in parts.database.read(f"EXPLAIN QUERY PLAN {statements[-1]}")]
+    components.database._connection.set_trace_callback(statements.append)
+    history.query_history(components.database, HistoryQuery(owner="me", include_payloads=True))
+    components.database._connection.set_trace_callback(None)
+    (plan,) = [row["detail"] for row in components.database.read(f"EXPLAIN QUERY PLAN {statements[-1]}")]
     assert plan == "SEARCH jobs USING INDEX jobs_owner (owner=? AND finished_at>?)"
 
 

@@ -16,10 +16,10 @@ from tests.support.components import Components, open_components, submission, su
 SIZES = {"a.png": 1000, "b.png": 50}
 
 
-def queue_with_sizes(parts: Components) -> tuple[Queue, PendingStorage]:
+def queue_with_sizes(components: Components) -> tuple[Queue, PendingStorage]:
     """Return a second queue on the same database, and its PendingStorage with the file sizes of SIZES."""
     pending = PendingStorage(SIZES.__getitem__)
-    return Queue(parts.database, parts.notifier, clock=parts.clock, pending_storage=pending), pending
+    return Queue(components.database, components.notifier, clock=components.clock, pending_storage=pending), pending
 
 
 def submit_with_files(queue: Queue, owner: str, *names: str) -> Job:
@@ -28,8 +28,8 @@ def submit_with_files(queue: Queue, owner: str, *names: str) -> Job:
     )
 
 
-def test_a_file_counts_once_for_each_owner(parts: Components) -> None:
-    queue, pending = queue_with_sizes(parts)
+def test_a_file_counts_once_for_each_owner(components: Components) -> None:
+    queue, pending = queue_with_sizes(components)
     first, second = submit_with_files(queue, "me", "a.png", "b.png"), submit_with_files(queue, "me", "a.png")
     other = submit_with_files(queue, "you", "a.png")
     assert (pending.num_bytes("me"), pending.num_bytes("you")) == (1054, 1002)
@@ -42,8 +42,8 @@ def test_a_file_counts_once_for_each_owner(parts: Components) -> None:
     assert (pending.num_bytes("me"), pending.num_bytes("you"), pending.file_names()) == (0, 0, set())
 
 
-def test_a_file_counts_until_its_request_is_finished(parts: Components) -> None:
-    queue, pending = queue_with_sizes(parts)
+def test_a_file_counts_until_its_request_is_finished(components: Components) -> None:
+    queue, pending = queue_with_sizes(components)
     submit_with_files(queue, "me", "a.png")
     for _ in range(2):
         claim = queue.claim()
@@ -56,25 +56,25 @@ def test_a_file_counts_until_its_request_is_finished(parts: Components) -> None:
     assert pending.num_bytes("me") == 0
 
 
-def test_recover_counts_the_unfinished_requests(parts: Components) -> None:
-    submit_with_files(queue_with_sizes(parts)[0], "me", "a.png", "b.png")
-    queue, pending = queue_with_sizes(parts)
+def test_recover_counts_the_unfinished_requests(components: Components) -> None:
+    submit_with_files(queue_with_sizes(components)[0], "me", "a.png", "b.png")
+    queue, pending = queue_with_sizes(components)
     queue.recover()
     assert pending.num_bytes("me") == 1052
 
 
-async def resolve_inputs(parts: Components, owner: str) -> None:
+async def resolve_inputs(components: Components, owner: str) -> None:
     """Resolve the inputs of a request that refers to no files, as the server does before accepting it."""
-    await parts.inputs.resolve(FluxDevInput(prompt="x", seed=7), owner)
+    await components.inputs.resolve(FluxDevInput(prompt="x", seed=7), owner)
 
 
 def test_prompts_without_files_also_count_towards_the_limit_of_their_owner(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        parts.inputs._max_bytes_per_owner = 50_000
+    with open_components(tmp_path) as components:
+        components.inputs._max_bytes_per_owner = 50_000
         text = to_json({"prompt": "x" * 20_000}).decode()
         for _ in range(3):
-            asyncio.run(resolve_inputs(parts, "me"))
-            parts.queue.submit(submission(input=text, owner="me"))
+            asyncio.run(resolve_inputs(components, "me"))
+            components.queue.submit(submission(input=text, owner="me"))
         with pytest.raises(QueueFull, match="--max-uploads-gb"):
-            asyncio.run(resolve_inputs(parts, "me"))
-        asyncio.run(resolve_inputs(parts, "you"))
+            asyncio.run(resolve_inputs(components, "me"))
+        asyncio.run(resolve_inputs(components, "you"))

@@ -11,7 +11,7 @@ from tests.support.components import Clock, Components, claim_job, finish_job, o
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Components]:
+def components(tmp_path: Path) -> Iterator[Components]:
     with open_components(tmp_path, clock=Clock()) as opened_parts:
         yield opened_parts
 
@@ -39,12 +39,12 @@ def test_refused_and_failed_requests_cost_nothing(client: httpx.Client, body: di
     assert client.post("/test/raises", json={"prompt": "x"}).headers["x-fal-billable-units"] == "0"
 
 
-def test_usage_by_key_and_day_counts_only_successful_requests(parts: Components) -> None:
+def test_usage_by_key_and_day_counts_only_successful_requests(components: Components) -> None:
     for owner, days in (("me", 0), ("me", 0), ("you", 0), ("me", 1)):
-        parts.clock.now += 86_400 * days
-        finish_job(parts, owner=owner)
-    cancelled = claim_job(parts, owner="me")
-    parts.queue.cancel(cancelled)
-    parts.queue.finish(cancelled, success())
-    found = parts.rows("SELECT owner, day, requests FROM usage ORDER BY owner, day")
+        components.clock.now += 86_400 * days
+        finish_job(components, owner=owner)
+    cancelled = claim_job(components, owner="me")
+    components.queue.cancel(cancelled)
+    components.queue.finish(cancelled, success())
+    found = components.rows("SELECT owner, day, requests FROM usage ORDER BY owner, day")
     assert found == [("me", "2027-01-15", 2), ("me", "2027-01-16", 1), ("you", "2027-01-15", 1)]

@@ -18,22 +18,22 @@ from server.storage.uploads import LIFETIME, MAX_PARTS, Uploads
 from tests.support.components import Components, open_components
 
 
-def uploads_of(parts: Components, *, max_bytes: int = 1000, max_bytes_per_owner: int = 10_000) -> Uploads:
+def uploads_of(components: Components, *, max_bytes: int = 1000, max_bytes_per_owner: int = 10_000) -> Uploads:
     """Return uploads; the default limits are 1 kB per file and 10 kB per owner. A second call acts as a restart."""
     return Uploads(
-        parts.data_dir / "uploads",
-        parts.database,
-        parts.files,
+        components.data_dir / "uploads",
+        components.database,
+        components.files,
         max_bytes=max_bytes,
         max_bytes_per_owner=max_bytes_per_owner,
-        clock=parts.clock,
+        clock=components.clock,
     )
 
 
 @pytest.fixture
-def uploads(parts: Components) -> Uploads:
+def uploads(components: Components) -> Uploads:
     """Return uploads with the default limits of `uploads_of`."""
-    return uploads_of(parts)
+    return uploads_of(components)
 
 
 def start_upload(uploads: Uploads, owner: str = "me", lifecycle: Lifecycle | None = None) -> Upload:
@@ -51,49 +51,49 @@ def send_part(uploads: Uploads, upload: Upload, part_number: int, *chunks: bytes
     return asyncio.run(uploads.write_part(upload, part_number, _chunks(*chunks)))
 
 
-def served_bytes(parts: Components, file: StoredFile) -> bytes:
+def served_bytes(components: Components, file: StoredFile) -> bytes:
     """Return the bytes that a client gets for this file."""
-    assert parts.files.find(file.name) == file
-    return parts.files.path(file).read_bytes()
+    assert components.files.find(file.name) == file
+    return components.files.path(file).read_bytes()
 
 
-def unfinished_paths(parts: Components) -> list[str]:
+def unfinished_paths(components: Components) -> list[str]:
     """Return the names of all files and directories of unfinished uploads."""
-    return sorted(path.name for path in (parts.data_dir / "uploads").rglob("*"))
+    return sorted(path.name for path in (components.data_dir / "uploads").rglob("*"))
 
 
 # -- in parts
 
 
-def test_a_completed_file_is_listed_with_its_metadata(parts: Components, uploads: Uploads) -> None:
+def test_a_completed_file_is_listed_with_its_metadata(components: Components, uploads: Uploads) -> None:
     upload = uploads.create("alice", "text/plain; charset=utf-8", "Tagebuch März.txt", Lifecycle(60.0, True))
-    parts.clock.now += 5
+    components.clock.now += 5
     send_part(uploads, upload, 1, b"hel", b"", b"lo")
     file = uploads._join(upload)
-    expires_at = parts.clock.now + 60
+    expires_at = components.clock.now + 60
     assert file == StoredFile(
         upload.name, "alice", 5, "text/plain; charset=utf-8", "Tagebuch März.txt", True, expires_at
     )
-    assert served_bytes(parts, file) == b"hello"
-    rows = parts.rows("SELECT request_id, created_at FROM files")
-    assert rows == [(None, parts.clock.now)]
+    assert served_bytes(components, file) == b"hello"
+    rows = components.rows("SELECT request_id, created_at FROM files")
+    assert rows == [(None, components.clock.now)]
 
 
-def test_completing_an_upload_removes_its_parts_and_its_row(parts: Components, uploads: Uploads) -> None:
+def test_completing_an_upload_removes_its_parts_and_its_row(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     file = uploads._join(upload)
-    assert (unfinished_paths(parts), parts.stored_file_names()) == ([], [file.name])
-    assert parts.rows("SELECT * FROM uploads") == []
+    assert (unfinished_paths(components), components.stored_file_names()) == ([], [file.name])
+    assert components.rows("SELECT * FROM uploads") == []
     with pytest.raises(NotFound):
         uploads.find(upload.upload_id)
 
 
-def test_a_file_is_not_served_before_it_is_complete(parts: Components, uploads: Uploads) -> None:
+def test_a_file_is_not_served_before_it_is_complete(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
-    assert parts.files.find(upload.name) is None
-    assert parts.stored_file_names() == []
+    assert components.files.find(upload.name) is None
+    assert components.stored_file_names() == []
 
 
 def test_an_etag_is_the_md5_of_its_part_in_quotes(uploads: Uploads) -> None:
@@ -105,56 +105,56 @@ def test_an_etag_is_the_md5_of_its_part_in_quotes(uploads: Uploads) -> None:
 @pytest.mark.parametrize("sent", [(1, 2, 3), (3, 1, 2), (10, 2, 9)])
 @pytest.mark.parametrize("is_listed_backwards", [False, True])
 def test_parts_are_joined_by_number_in_any_order(
-    parts: Components, uploads: Uploads, sent: tuple[int, ...], is_listed_backwards: bool
+    components: Components, uploads: Uploads, sent: tuple[int, ...], is_listed_backwards: bool
 ) -> None:
     upload = start_upload(uploads)
     for number in sent:
         send_part(uploads, upload, number, f"<{number}>".encode())
     listed = sorted(sent, reverse=is_listed_backwards)
     file = uploads._join(upload, listed)
-    assert served_bytes(parts, file) == "".join(f"<{number}>" for number in sorted(sent)).encode()
+    assert served_bytes(components, file) == "".join(f"<{number}>" for number in sorted(sent)).encode()
 
 
-def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(parts: Components, uploads: Uploads) -> None:
+def test_a_part_that_is_sent_twice_or_listed_twice_counts_once(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     for chunk in (b"first try", b"second", b"third"):
         send_part(uploads, upload, 1, chunk)
     send_part(uploads, upload, 2, b"!")
-    assert served_bytes(parts, uploads._join(upload, [1, 2, 1, 2])) == b"third!"
+    assert served_bytes(components, uploads._join(upload, [1, 2, 1, 2])) == b"third!"
 
 
-def test_without_a_list_of_parts_all_sent_parts_are_joined(parts: Components, uploads: Uploads) -> None:
+def test_without_a_list_of_parts_all_sent_parts_are_joined(components: Components, uploads: Uploads) -> None:
     listings: tuple[list[int] | None, ...] = (None, [])
     for listed in listings:
         upload = start_upload(uploads)
         send_part(uploads, upload, 2, b"b")
         send_part(uploads, upload, 1, b"a")
-        assert served_bytes(parts, uploads._join(upload, listed)) == b"ab"
+        assert served_bytes(components, uploads._join(upload, listed)) == b"ab"
 
 
-def test_a_missing_part_is_named_and_can_still_be_sent(parts: Components, uploads: Uploads) -> None:
+def test_a_missing_part_is_named_and_can_still_be_sent(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"a")
     send_part(uploads, upload, 3, b"c")
     with pytest.raises(BadRequest, match="Part 2 was not sent"):
         uploads._join(upload, [1, 2, 3])
-    assert parts.stored_file_names() == []
+    assert components.stored_file_names() == []
     send_part(uploads, upload, 2, b"b")
-    assert served_bytes(parts, uploads._join(upload, [1, 2, 3])) == b"abc"
+    assert served_bytes(components, uploads._join(upload, [1, 2, 3])) == b"abc"
 
 
-def test_an_empty_file_is_a_file(parts: Components, uploads: Uploads) -> None:
+def test_an_empty_file_is_a_file(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1)
-    assert served_bytes(parts, uploads._join(upload)) == b""
+    assert served_bytes(components, uploads._join(upload)) == b""
 
 
 @pytest.mark.parametrize("number", [0, -1, MAX_PARTS + 1])
-def test_a_part_number_out_of_range_is_refused(parts: Components, uploads: Uploads, number: int) -> None:
+def test_a_part_number_out_of_range_is_refused(components: Components, uploads: Uploads, number: int) -> None:
     upload = start_upload(uploads)
     with pytest.raises(BadRequest, match=f"from 1 to {MAX_PARTS}"):
         send_part(uploads, upload, number, b"x")
-    assert unfinished_paths(parts) == [upload.upload_id]
+    assert unfinished_paths(components) == [upload.upload_id]
     send_part(uploads, upload, MAX_PARTS, b"x")
 
 
@@ -165,7 +165,7 @@ def test_an_unknown_upload_is_not_found(uploads: Uploads) -> None:
             uploads.find(upload_id)
 
 
-def test_a_disconnect_deletes_the_partial_part(parts: Components, uploads: Uploads) -> None:
+def test_a_disconnect_deletes_the_partial_part(components: Components, uploads: Uploads) -> None:
     async def interrupted_chunks() -> AsyncIterator[bytes]:
         yield b"half"
         raise ClientDisconnect
@@ -173,9 +173,9 @@ def test_a_disconnect_deletes_the_partial_part(parts: Components, uploads: Uploa
     upload = start_upload(uploads)
     with pytest.raises(ClientDisconnect):
         asyncio.run(uploads.write_part(upload, 1, interrupted_chunks()))
-    assert unfinished_paths(parts) == [upload.upload_id]
+    assert unfinished_paths(components) == [upload.upload_id]
     send_part(uploads, upload, 1, b"whole")
-    assert served_bytes(parts, uploads._join(upload)) == b"whole"
+    assert served_bytes(components, uploads._join(upload)) == b"whole"
 
 
 def test_names_are_secrets_of_128_bits(uploads: Uploads) -> None:
@@ -188,11 +188,11 @@ def test_names_are_secrets_of_128_bits(uploads: Uploads) -> None:
 # -- limits on bytes
 
 
-def test_a_file_can_be_as_large_as_the_limit_but_not_larger(parts: Components, uploads: Uploads) -> None:
+def test_a_file_can_be_as_large_as_the_limit_but_not_larger(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     with pytest.raises(BodyTooLarge, match="1000 bytes"):
         send_part(uploads, upload, 1, b"x" * 600, b"x" * 401)
-    assert unfinished_paths(parts) == [upload.upload_id]
+    assert unfinished_paths(components) == [upload.upload_id]
     send_part(uploads, upload, 1, b"x" * 600, b"x" * 400)
     assert uploads._join(upload).size == 1000
 
@@ -212,7 +212,7 @@ def test_a_part_that_is_sent_again_replaces_the_earlier_one(uploads: Uploads) ->
     assert uploads._join(upload).size == 1000
 
 
-def test_the_size_limit_applies_to_parts_sent_at_the_same_time(parts: Components, uploads: Uploads) -> None:
+def test_the_size_limit_applies_to_parts_sent_at_the_same_time(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
 
     async def send_all_at_once() -> list[str | BaseException]:
@@ -230,12 +230,12 @@ def test_the_size_limit_applies_to_parts_sent_at_the_same_time(parts: Components
         uploads._join(upload)
     except BodyTooLarge as error:
         refused.append(error)
-    assert sum(size for (size,) in parts.rows("SELECT size FROM files")) <= 1000
+    assert sum(size for (size,) in components.rows("SELECT size FROM files")) <= 1000
     assert refused and all(isinstance(error, BodyTooLarge) for error in refused)
 
 
-def test_the_owner_limit_applies_to_files_and_parts_together(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes=10_000, max_bytes_per_owner=20_000)
+def test_the_owner_limit_applies_to_files_and_parts_together(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes=10_000, max_bytes_per_owner=20_000)
     first = start_upload(uploads)
     send_part(uploads, first, 1, b"x" * 8000)
     uploads._join(first)
@@ -247,8 +247,8 @@ def test_the_owner_limit_applies_to_files_and_parts_together(parts: Components) 
     assert [uploads._join(upload).size for upload in (second, third)] == [6000, 6000]
 
 
-def test_each_owner_has_a_separate_limit(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=500)
+def test_each_owner_has_a_separate_limit(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes_per_owner=500)
     for owner in ("alice", "bob"):
         upload = start_upload(uploads, owner)
         send_part(uploads, upload, 1, b"x" * 500)
@@ -257,9 +257,9 @@ def test_each_owner_has_a_separate_limit(parts: Components) -> None:
             send_part(uploads, start_upload(uploads, owner), 1, b"x")
 
 
-def test_generated_images_do_not_count_towards_the_owner_limit(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=500)
-    with parts.database.transaction() as connection:
+def test_generated_images_do_not_count_towards_the_owner_limit(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes_per_owner=500)
+    with components.database.transaction() as connection:
         connection.execute(
             "INSERT INTO jobs (request_id, endpoint, owner, mode, priority, input, base_url, body_hash, is_kept,"
             " is_private, state, submitted_at) VALUES ('r', 'e', 'me', 'queue', 'normal', '', '', '', 1, 0,"
@@ -271,11 +271,11 @@ def test_generated_images_do_not_count_towards_the_owner_limit(parts: Components
     assert uploads._join(upload).size == 500
 
 
-def test_an_expired_upload_frees_space_for_its_owner(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=500)
+def test_an_expired_upload_frees_space_for_its_owner(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes_per_owner=500)
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"x" * 500)
-    parts.clock.now += LIFETIME
+    components.clock.now += LIFETIME
     assert uploads.sweep() == 1
     second = start_upload(uploads)
     send_part(uploads, second, 1, b"x" * 500)
@@ -285,77 +285,77 @@ def test_an_expired_upload_frees_space_for_its_owner(parts: Components) -> None:
 # -- lifetime and restarts
 
 
-def test_the_sweep_deletes_only_abandoned_uploads(parts: Components, uploads: Uploads) -> None:
+def test_the_sweep_deletes_only_abandoned_uploads(components: Components, uploads: Uploads) -> None:
     old = start_upload(uploads)
     send_part(uploads, old, 1, b"old")
-    parts.clock.now += LIFETIME / 2
+    components.clock.now += LIFETIME / 2
     young = start_upload(uploads)
     send_part(uploads, young, 1, b"young")
-    parts.clock.now += LIFETIME / 2 - 1
+    components.clock.now += LIFETIME / 2 - 1
     assert uploads.sweep() == 0
     assert uploads.find(old.upload_id) == old
-    parts.clock.now += 1
+    components.clock.now += 1
     assert uploads.sweep() == 1
-    assert unfinished_paths(parts) == sorted([young.upload_id, "1"])
-    assert served_bytes(parts, uploads._join(young)) == b"young"
+    assert unfinished_paths(components) == sorted([young.upload_id, "1"])
+    assert served_bytes(components, uploads._join(young)) == b"young"
 
 
-def test_an_upload_ends_at_its_lifetime_before_the_sweep(parts: Components, uploads: Uploads) -> None:
+def test_an_upload_ends_at_its_lifetime_before_the_sweep(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
-    parts.clock.now += LIFETIME
+    components.clock.now += LIFETIME
     with pytest.raises(NotFound, match="has ended"):
         uploads.find(upload.upload_id)
 
 
-def test_a_finished_file_is_not_swept(parts: Components, uploads: Uploads) -> None:
+def test_a_finished_file_is_not_swept(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     file = uploads._join(upload)
-    parts.clock.now += 2 * LIFETIME
+    components.clock.now += 2 * LIFETIME
     assert uploads.sweep() == 0
-    assert served_bytes(parts, file) == b"hello"
+    assert served_bytes(components, file) == b"hello"
 
 
 def test_a_restart_keeps_an_unfinished_upload(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        uploads = uploads_of(parts)
+    with open_components(tmp_path) as components:
+        uploads = uploads_of(components)
         upload = uploads.create("alice", "image/png", "a.png", Lifecycle(60.0, True))
         send_part(uploads, upload, 2, b"b")
-    with open_components(tmp_path) as parts:
-        uploads = uploads_of(parts)
-        assert parts.files.delete_orphans() == 0
+    with open_components(tmp_path) as components:
+        uploads = uploads_of(components)
+        assert components.files.delete_orphans() == 0
         found = uploads.find(upload.upload_id)
         assert found == upload
         send_part(uploads, found, 1, b"a")
         file = uploads._join(found, [2, 1])
-        assert (served_bytes(parts, file), file.owner, file.is_private) == (b"ab", "alice", True)
+        assert (served_bytes(components, file), file.owner, file.is_private) == (b"ab", "alice", True)
 
 
 def test_a_restart_keeps_a_finished_file(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        uploads = uploads_of(parts)
+    with open_components(tmp_path) as components:
+        uploads = uploads_of(components)
         upload = start_upload(uploads)
         send_part(uploads, upload, 1, b"hello")
         file = uploads._join(upload)
-    with open_components(tmp_path) as parts:
-        assert parts.files.delete_orphans() == 0
-        assert served_bytes(parts, file) == b"hello"
+    with open_components(tmp_path) as components:
+        assert components.files.delete_orphans() == 0
+        assert served_bytes(components, file) == b"hello"
 
 
 def test_leftovers_of_a_crash_are_deleted_after_a_restart_and_a_sweep(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        uploads = uploads_of(parts)
+    with open_components(tmp_path) as components:
+        uploads = uploads_of(components)
         deleted, kept = start_upload(uploads), start_upload(uploads)
         for upload in (deleted, kept):
             send_part(uploads, upload, 1, b"hello")
         # An upload is deleted row first, then directory. Deleting only the row acts as a crash in between.
-        with parts.database.transaction() as connection:
+        with components.database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (deleted.upload_id,))
-    with open_components(tmp_path) as parts:
-        uploads = uploads_of(parts)
+    with open_components(tmp_path) as components:
+        uploads = uploads_of(components)
         uploads.sweep()
-        assert unfinished_paths(parts) == sorted([kept.upload_id, "1"])
-        assert served_bytes(parts, uploads._join(kept)) == b"hello"
+        assert unfinished_paths(components) == sorted([kept.upload_id, "1"])
+        assert served_bytes(components, uploads._join(kept)) == b"hello"
 
 
 # -- names
@@ -383,12 +383,12 @@ NAMES = [
 
 @pytest.mark.parametrize(("file_name", "content_type", "extension"), NAMES)
 def test_the_server_names_the_file_and_the_client_only_its_extension(
-    parts: Components, uploads: Uploads, file_name: str, content_type: str, extension: str
+    components: Components, uploads: Uploads, file_name: str, content_type: str, extension: str
 ) -> None:
     upload = uploads.create("me", content_type, file_name, Lifecycle())
     assert upload.name.partition(".")[2] == extension
     send_part(uploads, upload, 1, b"x")
-    assert served_bytes(parts, uploads._join(upload)) == b"x"
+    assert served_bytes(components, uploads._join(upload)) == b"x"
 
 
 CLEANED_NAMES = [
@@ -430,9 +430,9 @@ def test_a_content_type_outside_ascii_becomes_octet_stream(uploads: Uploads, con
 # -- the disk
 
 
-def test_the_directories_are_private(parts: Components, uploads: Uploads) -> None:
+def test_the_directories_are_private(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
-    directory = parts.data_dir / "uploads"
+    directory = components.data_dir / "uploads"
     assert [path.stat().st_mode & 0o777 for path in (directory, directory / upload.upload_id)] == [0o700, 0o700]
 
 
@@ -447,38 +447,38 @@ def limited_file_size(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_part_refused_by_a_full_disk_leaves_nothing_and_can_be_sent_again(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes=1_000_000, max_bytes_per_owner=1_000_000)
+def test_a_part_refused_by_a_full_disk_leaves_nothing_and_can_be_sent_again(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes=1_000_000, max_bytes_per_owner=1_000_000)
     upload = start_upload(uploads)
     with limited_file_size(1000), pytest.raises(DiskFull):
         send_part(uploads, upload, 1, b"x" * 100_000)
-    assert unfinished_paths(parts) == [upload.upload_id]
+    assert unfinished_paths(components) == [upload.upload_id]
     send_part(uploads, upload, 1, b"x" * 100_000)
     assert uploads._join(upload).size == 100_000
 
 
-def test_an_upload_whose_completion_fills_the_disk_can_be_completed_later(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes=100_000, max_bytes_per_owner=100_000)
+def test_an_upload_whose_completion_fills_the_disk_can_be_completed_later(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes=100_000, max_bytes_per_owner=100_000)
     upload = start_upload(uploads)
     for number in (1, 2):
         send_part(uploads, upload, number, b"x" * 50_000)
     with limited_file_size(60_000), pytest.raises(DiskFull):
         uploads._join(upload)
-    assert (parts.stored_file_names(), parts.rows("SELECT * FROM files")) == ([], [])
+    assert (components.stored_file_names(), components.rows("SELECT * FROM files")) == ([], [])
     # The discarded join does not count towards the limit.
     send_part(uploads, upload, 2, b"y" * 50_000)
-    assert served_bytes(parts, uploads._join(upload)) == b"x" * 50_000 + b"y" * 50_000
+    assert served_bytes(components, uploads._join(upload)) == b"x" * 50_000 + b"y" * 50_000
 
 
-def test_a_part_that_vanishes_while_sizes_are_measured_is_no_error(parts: Components, uploads: Uploads) -> None:
+def test_a_part_that_vanishes_while_sizes_are_measured_is_no_error(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     # A part that is renamed right after the directory was listed is a name without a file.
-    (parts.data_dir / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
+    (components.data_dir / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
     send_part(uploads, upload, 1, b"hello")
-    assert served_bytes(parts, uploads._join(upload)) == b"hello"
+    assert served_bytes(components, uploads._join(upload)) == b"hello"
 
 
-def test_a_completed_upload_is_not_found(parts: Components, uploads: Uploads) -> None:
+def test_a_completed_upload_is_not_found(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
     send_part(uploads, upload, 1, b"hello")
     uploads._join(upload)
@@ -486,28 +486,28 @@ def test_a_completed_upload_is_not_found(parts: Components, uploads: Uploads) ->
         uploads._join(upload)
     with pytest.raises(NotFound):
         send_part(uploads, upload, 1, b"hello")
-    assert len(parts.rows("SELECT * FROM files")) == 1
+    assert len(components.rows("SELECT * FROM files")) == 1
 
 
 # -- limits on the number of files
 
 
-def test_empty_files_count_towards_the_number_of_files(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_files_count_towards_the_number_of_files(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each empty file counts as one disk block and towards the limit on the number of files."""
     monkeypatch.setattr(uploads_module, "MAX_FILES", 3)
-    uploads = uploads_of(parts, max_bytes_per_owner=100_000)
+    uploads = uploads_of(components, max_bytes_per_owner=100_000)
     for _ in range(3):
         uploads._join(start_upload(uploads))
-    assert parts.rows("SELECT num_uploads, upload_bytes FROM kept") == [(3, 3 * 4096)]
+    assert components.rows("SELECT num_uploads, upload_bytes FROM kept") == [(3, 3 * 4096)]
     with pytest.raises(TooManyRequests, match="3 uploaded files"):
         start_upload(uploads)
     start_upload(uploads, owner="you")
 
 
-def test_empty_parts_count_towards_the_number_of_files(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_parts_count_towards_the_number_of_files(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each empty part counts, and so does the upload that it belongs to."""
     monkeypatch.setattr(uploads_module, "MAX_FILES", 5)
-    uploads = uploads_of(parts, max_bytes_per_owner=100_000)
+    uploads = uploads_of(components, max_bytes_per_owner=100_000)
     upload, other = start_upload(uploads), start_upload(uploads)
     for number in (1, 2):
         send_part(uploads, upload, number)
@@ -520,20 +520,20 @@ def test_empty_parts_count_towards_the_number_of_files(parts: Components, monkey
     send_part(uploads, other, 2)
 
 
-def test_empty_files_count_towards_the_byte_limit_of_their_owner(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+def test_empty_files_count_towards_the_byte_limit_of_their_owner(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes_per_owner=3 * 4096)
     for _ in range(3):
         uploads._join(start_upload(uploads))
     with pytest.raises(BodyTooLarge):
         send_part(uploads, start_upload(uploads), 1, b"x")
 
 
-def test_a_restart_counts_the_stored_parts(parts: Components) -> None:
-    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+def test_a_restart_counts_the_stored_parts(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes_per_owner=3 * 4096)
     upload = start_upload(uploads)
     for number in (1, 2):
         send_part(uploads, upload, number, b"x" * 100)
-    uploads = uploads_of(parts, max_bytes_per_owner=3 * 4096)
+    uploads = uploads_of(components, max_bytes_per_owner=3 * 4096)
     send_part(uploads, upload, 3, b"x" * 100)
     with pytest.raises(BodyTooLarge):
         send_part(uploads, upload, 4, b"x" * 100)

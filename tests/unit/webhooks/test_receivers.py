@@ -158,25 +158,25 @@ def receiving(behave: Behaviour, context: ssl.SSLContext | None = None, times: i
         assert not thread.is_alive()
 
 
-def check_attempt(parts: Components, url: str, *, is_success: bool) -> None:
+def check_attempt(components: Components, url: str, *, is_success: bool) -> None:
     """Make one attempt; check that it succeeded, or that the retry is due exactly as scheduled."""
-    finish_job(parts, webhook_url=url)
-    send_after_restart(parts)
-    attempt, due_at, delivered_at, error = delivery(parts)
+    finish_job(components, webhook_url=url)
+    send_after_restart(components)
+    attempt, due_at, delivered_at, error = delivery(components)
     assert attempt == 1
     if is_success:
-        assert (due_at, delivered_at, error) == (None, parts.clock.now, None)
+        assert (due_at, delivered_at, error) == (None, components.clock.now, None)
     else:
-        assert (due_at, delivered_at) == (parts.clock.now + DELAYS[0], None)
+        assert (due_at, delivered_at) == (components.clock.now + DELAYS[0], None)
         assert error
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_one_attempt_at_a_bad_receiver(parts: Components, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_attempt_at_a_bad_receiver(components: Components, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", TIMEOUT)
     behave, is_success = BEHAVIOURS[name]
     with receiving(behave) as url:
-        check_attempt(parts, url, is_success=is_success)
+        check_attempt(components, url, is_success=is_success)
 
 
 def test_there_are_at_least_32_behaviours() -> None:
@@ -193,21 +193,21 @@ def test_all_attempts_at_a_bad_receiver(tmp_path: Path, name: str, monkeypatch: 
     with receiving(behave, times=attempts) as url:
         if is_success:
             for number in range(attempts):
-                with open_components(tmp_path / str(number)) as parts:
-                    check_attempt(parts, url, is_success=True)
+                with open_components(tmp_path / str(number)) as components:
+                    check_attempt(components, url, is_success=True)
             return
-        with open_components(tmp_path) as parts:
-            finish_job(parts, webhook_url=url)
+        with open_components(tmp_path) as components:
+            finish_job(components, webhook_url=url)
             for number, delay in enumerate((*DELAYS, None), 1):
-                send_after_restart(parts)
-                attempt, due_at, delivered_at, error = delivery(parts)
+                send_after_restart(components)
+                attempt, due_at, delivered_at, error = delivery(components)
                 assert (attempt, delivered_at) == (number, None)
-                assert due_at == (delay and parts.clock.now + delay)
+                assert due_at == (delay and components.clock.now + delay)
                 assert error
                 # One second early, nothing is due. The receiver accepts no connection beyond the attempts.
-                parts.clock.now += (delay or 3600) - 1
-                assert send_after_restart(parts) == (1 if delay else 60)
-                parts.clock.now += 1
+                components.clock.now += (delay or 3600) - 1
+                assert send_after_restart(components) == (1 if delay else 60)
+                components.clock.now += 1
 
 
 #: Responses that never end, one for each part that can be endless.
@@ -218,7 +218,7 @@ MAX_BUFFERED = 2**16
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_at_most_64_kib_of_an_endless_response_are_read(
-    parts: Components, name: str, monkeypatch: pytest.MonkeyPatch
+    components: Components, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server reads at most 64 KiB. The receiver has the smallest possible send buffer and counts what it sends."""
     behave, is_success = BEHAVIOURS[name]
@@ -248,19 +248,19 @@ def test_at_most_64_kib_of_an_endless_response_are_read(
 
     monkeypatch.setattr(AnyIOStream, "read", counting_read)
     with receiving(lambda connection: behave(CountingConnection(connection))) as url:  # type: ignore[arg-type]
-        check_attempt(parts, url, is_success=is_success)
+        check_attempt(components, url, is_success=is_success)
     assert 0 < num_read <= 65_536
     assert num_read <= num_sent <= num_read + MAX_BUFFERED
 
 
-def test_a_self_signed_certificate_fails_the_delivery(parts: Components, tmp_path: Path) -> None:
+def test_a_self_signed_certificate_fails_the_delivery(components: Components, tmp_path: Path) -> None:
     files = tls.ensure_certificate(tmp_path / "stranger", "127.0.0.1", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
     with receiving(sends(OK + b"Content-Length: 0\r\n\r\n"), context) as url:
-        check_attempt(parts, url, is_success=False)
+        check_attempt(components, url, is_success=False)
 
 
-def test_plain_http_on_an_https_url_fails_the_delivery(parts: Components) -> None:
+def test_plain_http_on_an_https_url_fails_the_delivery(components: Components) -> None:
     with receiving(sends(OK + b"Content-Length: 0\r\n\r\n")) as url:
-        check_attempt(parts, url.replace("http:", "https:"), is_success=False)
+        check_attempt(components, url.replace("http:", "https:"), is_success=False)

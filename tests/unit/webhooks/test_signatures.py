@@ -178,8 +178,10 @@ def test_the_published_keys(signing: Server) -> None:
     assert "max-age=86400" in response.headers["cache-control"]
 
 
-def test_without_a_secret_there_is_no_v1(parts: Components) -> None:
-    signatures = WebhookSigner(parts.database, clock=parts.clock).headers("id", "me", b"{}")["webhook-signature"]
+def test_without_a_secret_there_is_no_v1(components: Components) -> None:
+    signatures = WebhookSigner(components.database, clock=components.clock).headers("id", "me", b"{}")[
+        "webhook-signature"
+    ]
     assert [signature.split(",")[0] for signature in signatures.split(" ")] == ["v1a"]
 
 
@@ -189,8 +191,8 @@ def sign(signer: WebhookSigner) -> Received:
 
 
 @pytest.fixture
-def signer(parts: Components) -> WebhookSigner:
-    return WebhookSigner(parts.database, SECRET, parts.clock)
+def signer(components: Components) -> WebhookSigner:
+    return WebhookSigner(components.database, SECRET, components.clock)
 
 
 def holds(received: Received, jwks: dict[str, Any]) -> bool:
@@ -200,104 +202,108 @@ def holds(received: Received, jwks: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("step", [HOUR, 7 * HOUR, 23 * HOUR, DAY])
 def test_receivers_that_cache_the_keys_for_a_day_never_lack_one(
-    parts: Components, signer: WebhookSigner, step: float
+    components: Components, signer: WebhookSigner, step: float
 ) -> None:
-    jwks, fetched_at, start = signer.jwks(), parts.clock.now, parts.clock.now
+    jwks, fetched_at, start = signer.jwks(), components.clock.now, components.clock.now
     seen = {key["kid"] for key in jwks["keys"]}
-    while parts.clock.now < start + 2 * ROTATE_AFTER + 3 * OVERLAP:
-        if parts.clock.now - fetched_at >= CACHE_SECONDS:
-            jwks, fetched_at = signer.jwks(), parts.clock.now
+    while components.clock.now < start + 2 * ROTATE_AFTER + 3 * OVERLAP:
+        if components.clock.now - fetched_at >= CACHE_SECONDS:
+            jwks, fetched_at = signer.jwks(), components.clock.now
             seen |= {key["kid"] for key in jwks["keys"]}
         assert holds(sign(signer), jwks)
-        parts.clock.now += step
+        components.clock.now += step
     assert len(seen) == 3
 
 
-def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(parts: Components, signer: WebhookSigner) -> None:
+def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(
+    components: Components, signer: WebhookSigner
+) -> None:
     first = signer.jwks()
-    parts.clock.now += ROTATE_AFTER
+    components.clock.now += ROTATE_AFTER
     both = signer.jwks()
     assert len(both["keys"]) == 2
     assert both["keys"][1] == first["keys"][0]
     new, old = ({"keys": [key]} for key in both["keys"])
-    parts.clock.now += OVERLAP - 1
+    components.clock.now += OVERLAP - 1
     before = sign(signer)
     assert (holds(before, old), holds(before, new)) == (True, False)
-    parts.clock.now += 1
+    components.clock.now += 1
     after = sign(signer)
     assert (holds(after, old), holds(after, new)) == (False, True)
-    parts.clock.now += CACHE_SECONDS
+    components.clock.now += CACHE_SECONDS
     assert signer.jwks() == both
     assert holds(before, signer.jwks())
-    parts.clock.now += OVERLAP
+    components.clock.now += OVERLAP
     assert signer.jwks() == new
 
 
 def test_the_schemes_hold_by_node_before_and_after_a_rotation(
-    node: None, parts: Components, signer: WebhookSigner
+    node: None, components: Components, signer: WebhookSigner
 ) -> None:
     for _ in range(2):
-        found = verify_with_node(sign(signer), jwks=signer.jwks(), now=parts.clock.now)
+        found = verify_with_node(sign(signer), jwks=signer.jwks(), now=components.clock.now)
         assert found == {"fal": True, "v1": True, "v1a": True}
-        parts.clock.now += ROTATE_AFTER
+        components.clock.now += ROTATE_AFTER
         signer.rotate()
-        parts.clock.now += OVERLAP
+        components.clock.now += OVERLAP
 
 
-def test_signatures_hold_after_the_server_was_off_for_long(parts: Components, signer: WebhookSigner) -> None:
+def test_signatures_hold_after_the_server_was_off_for_long(components: Components, signer: WebhookSigner) -> None:
     jwks = signer.jwks()
-    parts.clock.now += 5 * ROTATE_AFTER
+    components.clock.now += 5 * ROTATE_AFTER
     assert holds(sign(signer), jwks)
     assert holds(sign(signer), signer.jwks())
 
 
 def test_keys_outlive_the_server(tmp_path: Path) -> None:
     clock = Clock()
-    with open_components(tmp_path, clock=clock) as parts:
-        first = WebhookSigner(parts.database, clock=clock).jwks()
-    with open_components(tmp_path, clock=clock) as parts:
-        assert WebhookSigner(parts.database, clock=clock).jwks() == first
+    with open_components(tmp_path, clock=clock) as components:
+        first = WebhookSigner(components.database, clock=clock).jwks()
+    with open_components(tmp_path, clock=clock) as components:
+        assert WebhookSigner(components.database, clock=clock).jwks() == first
 
 
-def test_two_servers_have_different_keys(parts: Components, signer: WebhookSigner, tmp_path: Path) -> None:
+def test_two_servers_have_different_keys(components: Components, signer: WebhookSigner, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Database(tmp_path / "other")
-    assert not holds(sign(WebhookSigner(other, clock=parts.clock)), signer.jwks())
+    assert not holds(sign(WebhookSigner(other, clock=components.clock)), signer.jwks())
     other.close()
 
 
-def send_due(parts: Components, signer: WebhookSigner) -> None:
+def send_due(components: Components, signer: WebhookSigner) -> None:
     """Send what is due with a new sender, as after a restart, and wait for all deliveries."""
 
     async def send() -> None:
-        sender = WebhookSender(parts.database, parts.notifier, OutboundClient(("127.0.0.0/8",)), signer, parts.clock)
+        sender = WebhookSender(
+            components.database, components.notifier, OutboundClient(("127.0.0.0/8",)), signer, components.clock
+        )
         await sender.send_due()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
     asyncio.run(send())
 
 
-def delivery(parts: Components) -> Any:
+def delivery(components: Components) -> Any:
     """Return the attempts, the time of the next attempt, and whether the webhook was delivered."""
-    (row,) = parts.rows("SELECT attempt, due_at, delivered_at IS NOT NULL FROM deliveries")
+    (row,) = components.rows("SELECT attempt, due_at, delivered_at IS NOT NULL FROM deliveries")
     return row
 
 
 def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webhook(
-    parts: Components, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
+    components: Components, signer: WebhookSigner, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-        job = finish_job(parts, webhook_url=f"http://127.0.0.1:{port}/hook")
+        job = finish_job(components, webhook_url=f"http://127.0.0.1:{port}/hook")
         with caplog.at_level(logging.WARNING, logger="server.webhooks.delivery"):
             for delay in DELAYS[:5]:
-                send_due(parts, signer)
-                parts.clock.now += delay
+                send_due(components, signer)
+                components.clock.now += delay
     with HTTPServer("127.0.0.1", port) as httpserver:
         receiver = Receiver(httpserver)
-        send_due(parts, signer)
-    assert delivery(parts) == (6, None, 1)
+        send_due(components, signer)
+    assert delivery(components) == (6, None, 1)
     records = [record for record in caplog.records if record.name == "server.webhooks.delivery"]
     assert {vars(record)["request_id"] for record in records} == {job.request_id}
     lines = [record.getMessage() for record in records]
@@ -306,16 +312,18 @@ def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webh
     received = receiver.next()
     assert holds(received, signer.jwks())
     # The timestamp is that of the successful attempt, not of the first.
-    assert received.headers["webhook-timestamp"] == str(int(parts.clock.now))
+    assert received.headers["webhook-timestamp"] == str(int(components.clock.now))
 
 
-def test_each_attempt_has_a_new_signature(parts: Components, signer: WebhookSigner, httpserver: HTTPServer) -> None:
+def test_each_attempt_has_a_new_signature(
+    components: Components, signer: WebhookSigner, httpserver: HTTPServer
+) -> None:
     httpserver.expect_oneshot_request("/hook").respond_with_data(status=503)
     httpserver.expect_request("/hook").respond_with_data()
-    finish_job(parts, webhook_url=httpserver.url_for("/hook"))
-    send_due(parts, signer)
-    parts.clock.now += DELAYS[0]
-    send_due(parts, signer)
+    finish_job(components, webhook_url=httpserver.url_for("/hook"))
+    send_due(components, signer)
+    components.clock.now += DELAYS[0]
+    send_due(components, signer)
     attempts = [
         Received({name.lower(): value for name, value in request.headers.items()}, request.get_data())
         for request, _ in httpserver.log
@@ -334,7 +342,7 @@ def test_the_server_logs_a_failed_attempt(signing: Server, httpserver: HTTPServe
 
 
 def test_receivers_on_this_machine_are_refused_unless_allowed(
-    narrow_client: httpx.Client, httpserver: HTTPServer
+    constrained_client: httpx.Client, httpserver: HTTPServer
 ) -> None:
     query = {"fal_webhook": httpserver.url_for("/hook").replace("localhost", "127.0.0.1")}
-    assert narrow_client.post("/queue/test/null", params=query, json={"prompt": "x"}).status_code == 422
+    assert constrained_client.post("/queue/test/null", params=query, json={"prompt": "x"}).status_code == 422

@@ -60,8 +60,8 @@ def verdicts(received: Received, jwks: dict[str, Any]) -> set[bool]:
 @pytest.fixture
 def signer(tmp_path: Path) -> Iterator[WebhookSigner]:
     """Yield a signer with the real clock, because receivers refuse old webhooks."""
-    with open_components(tmp_path) as parts:
-        yield WebhookSigner(parts.database, SECRET, time.time)
+    with open_components(tmp_path) as components:
+        yield WebhookSigner(components.database, SECRET, time.time)
 
 
 def check_bodies(signer: WebhookSigner, max_examples: int) -> None:

@@ -147,62 +147,62 @@ def test_an_engine_fits_only_if_its_weights_fit_in_free_memory(monkeypatch: pyte
 # -- in the worker
 
 
-def worker_on(parts: Components, models: RecordedModels, **settings: Any) -> Worker:
-    return ready_worker(parts, *models.by_endpoint.values(), **settings)
+def worker_on(components: Components, models: RecordedModels, **settings: Any) -> Worker:
+    return ready_worker(components, *models.by_endpoint.values(), **settings)
 
 
-def test_a_request_for_other_weights_waits_until_earlier_requests_are_done(parts: Components) -> None:
+def test_a_request_for_other_weights_waits_until_earlier_requests_are_done(components: Components) -> None:
     models = RecordedModels("a/a", "a/b")
-    worker = worker_on(parts, models, max_loaded=1)
-    first, other, behind = (submit(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
+    worker = worker_on(components, models, max_loaded=1)
+    first, other, behind = (submit(components, endpoint) for endpoint in ("a/a", "a/b", "a/a"))
     worker.run_once()
     assert (first.state, first.step) == (State.IN_PROGRESS, 1)
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].status for job in (first, other, behind)] == [200] * 3
+    assert [outcome_and_body(components, job)[0].status for job in (first, other, behind)] == [200] * 3
     assert models.events == ["+ a/a", "- a/a", "+ a/b", "- a/b", "+ a/a"]
 
 
-def test_all_requests_that_wait_for_the_same_weights_start_together(parts: Components) -> None:
+def test_all_requests_that_wait_for_the_same_weights_start_together(components: Components) -> None:
     models = RecordedModels("a/a", "a/b")
-    worker = worker_on(parts, models, max_loaded=1)
-    jobs = [submit(parts, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
+    worker = worker_on(components, models, max_loaded=1)
+    jobs = [submit(components, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].status for job in jobs] == [200] * 6
+    assert [outcome_and_body(components, job)[0].status for job in jobs] == [200] * 6
     # Two more switches. In order of arrival there would be five.
     assert models.events.count("+ a/b") == 1
     assert models.events.count("+ a/a") == 2
 
 
-def test_a_waiting_request_logs_the_progress_of_loading(parts: Components) -> None:
+def test_a_waiting_request_logs_the_progress_of_loading(components: Components) -> None:
     class ReportingModel(NullModel):
         def setup(self, config: EngineConfig) -> NullEngine:
             config.report(LoadProgress("transformer", 1_000_000_000, 4_000_000_000))
             return super().setup(config)
 
-    worker = ready_worker(parts, NullModel("a/a", NullEngine), ReportingModel("a/b", NullEngine), max_loaded=1)
-    job = submit(parts, "a/b")
+    worker = ready_worker(components, NullModel("a/a", NullEngine), ReportingModel("a/b", NullEngine), max_loaded=1)
+    job = submit(components, "a/b")
     run_all(worker)
     assert job.logs[0]["message"] == "a/b: loading transformer, 1.0 of 4.0 GB loaded"
 
 
-def test_weights_that_cannot_be_loaded_fail_only_their_requests(parts: Components) -> None:
+def test_weights_that_cannot_be_loaded_fail_only_their_requests(components: Components) -> None:
     class Broken(NullModel):
         def setup(self, config: EngineConfig) -> NullEngine:
             raise OSError("a shard is missing")
 
-    worker = ready_worker(parts, NullModel("a/a", NullEngine), Broken("a/b", NullEngine), max_loaded=1)
-    jobs = [submit(parts, endpoint) for endpoint in ("a/b", "a/a")]
+    worker = ready_worker(components, NullModel("a/a", NullEngine), Broken("a/b", NullEngine), max_loaded=1)
+    jobs = [submit(components, endpoint) for endpoint in ("a/b", "a/a")]
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].status for job in jobs] == [500, 200]
+    assert [outcome_and_body(components, job)[0].status for job in jobs] == [500, 200]
 
 
-def test_a_cancelled_request_does_not_wait_for_weights(parts: Components) -> None:
+def test_a_cancelled_request_does_not_wait_for_weights(components: Components) -> None:
     models = RecordedModels("a/a", "a/b")
-    worker = worker_on(parts, models, max_loaded=1)
-    submit(parts, "a/a", num_inference_steps=9)
-    other = submit(parts, "a/b")
+    worker = worker_on(components, models, max_loaded=1)
+    submit(components, "a/a", num_inference_steps=9)
+    other = submit(components, "a/b")
     worker.run_once()
-    assert parts.queue.cancel(other) == State.IN_PROGRESS
+    assert components.queue.cancel(other) == State.IN_PROGRESS
     worker.run_once()
     assert other.state == State.COMPLETED
     assert "+ a/b" not in models.events

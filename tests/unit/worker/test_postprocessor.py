@@ -91,9 +91,9 @@ def engine() -> Iterator[RecordingEngine]:
 
 
 @contextmanager
-def running_worker(parts: Components, engine: RecordingEngine, **settings: Any) -> Iterator[Worker]:
+def running_worker(components: Components, engine: RecordingEngine, **settings: Any) -> Iterator[Worker]:
     """Run a worker on its threads while the block runs."""
-    worker = worker_of(parts, RecordingModel(engine), **settings)
+    worker = worker_of(components, RecordingModel(engine), **settings)
     worker.start()
     try:
         yield worker
@@ -111,27 +111,27 @@ def join_threads(name: str) -> None:
             assert not thread.is_alive()
 
 
-def final_statuses(parts: Components, *jobs: Job) -> list[int]:
+def final_statuses(components: Components, *jobs: Job) -> list[int]:
     """Wait until these jobs are completed and return their status codes."""
     for job in jobs:
-        wait_until(parts, job, lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
-    return [outcome_and_body(parts, job)[0].status for job in jobs]
+        wait_until(components, job, lambda job=job: job.state == State.COMPLETED)  # type: ignore[misc]
+    return [outcome_and_body(components, job)[0].status for job in jobs]
 
 
 # -- which thread does what
 
 
-def test_other_jobs_advance_while_an_image_is_decoded(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine) as worker:
-        held = submit(parts, prompt="held", num_inference_steps=1)
+def test_other_jobs_advance_while_an_image_is_decoded(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine) as worker:
+        held = submit(components, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         # A job that is being decoded still counts towards the limit of running jobs.
         assert len(worker._postprocessor) == 1
-        other = submit(parts, num_inference_steps=5)
-        wait_until(parts, other, lambda: other.step == 5)
+        other = submit(components, num_inference_steps=5)
+        wait_until(components, other, lambda: other.step == 5)
         assert (held.state, other.state) == (State.IN_PROGRESS, State.IN_PROGRESS)
         engine.may_decode.set()
-        assert final_statuses(parts, held, other) == [200, 200]
+        assert final_statuses(components, held, other) == [200, 200]
     assert (engine.threads_of("step"), engine.threads_of("decode"), engine.threads_of("judge")) == (
         {"worker"},
         {"postprocessor"},
@@ -139,97 +139,97 @@ def test_other_jobs_advance_while_an_image_is_decoded(parts: Components, engine:
     )
 
 
-def test_an_engine_without_concurrent_decoding_is_used_by_one_thread(parts: Components) -> None:
+def test_an_engine_without_concurrent_decoding_is_used_by_one_thread(components: Components) -> None:
     engine = RecordingEngine(decodes_concurrently=False)
-    with running_worker(parts, engine):
-        assert final_statuses(parts, *(submit(parts, num_images=2) for _ in range(3))) == [200] * 3
+    with running_worker(components, engine):
+        assert final_statuses(components, *(submit(components, num_images=2) for _ in range(3))) == [200] * 3
     assert engine.threads_of("step") == engine.threads_of("decode") == engine.threads_of("judge") == {"worker"}
 
 
 @pytest.mark.parametrize("decodes_concurrently", [True, False])
 def test_files_are_encoded_and_written_on_the_postprocessor_thread(
-    parts: Components, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool
+    components: Components, monkeypatch: pytest.MonkeyPatch, decodes_concurrently: bool
 ) -> None:
-    engine, save = RecordingEngine(decodes_concurrently=decodes_concurrently), parts.files.create
+    engine, save = RecordingEngine(decodes_concurrently=decodes_concurrently), components.files.create
 
     def recording_save(*args: Any) -> StoredFile:
         engine.record("write")
         return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", recording_save)
-    with running_worker(parts, engine):
-        assert final_statuses(parts, *(submit(parts, num_images=2) for _ in range(3))) == [200] * 3
+    monkeypatch.setattr(components.files, "create", recording_save)
+    with running_worker(components, engine):
+        assert final_statuses(components, *(submit(components, num_images=2) for _ in range(3))) == [200] * 3
     assert engine.threads_of("encode") == engine.threads_of("write") == {"postprocessor"}
-    assert len(parts.stored_file_names()) == 6
+    assert len(components.stored_file_names()) == 6
 
 
 def test_jobs_that_shared_a_batch_are_decoded_on_the_postprocessor_thread(
-    parts: Components, engine: RecordingEngine
+    components: Components, engine: RecordingEngine
 ) -> None:
-    with running_worker(parts, engine):
-        first = submit(parts, prompt="held", num_inference_steps=1)
+    with running_worker(components, engine):
+        first = submit(components, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
-        jobs = [submit(parts, prompt="shared", num_inference_steps=4) for _ in range(3)]
+        jobs = [submit(components, prompt="shared", num_inference_steps=4) for _ in range(3)]
         # All steps are done, and the jobs wait behind the held one. Otherwise the worker would have decoded them.
         for job in jobs:
-            wait_until(parts, job, lambda job=job: job.step == 4)  # type: ignore[misc]
-        last = submit(parts, prompt="last", num_inference_steps=1)
-        wait_until(parts, last, lambda: last.step == 1)
+            wait_until(components, job, lambda job=job: job.step == 4)  # type: ignore[misc]
+        last = submit(components, prompt="last", num_inference_steps=1)
+        wait_until(components, last, lambda: last.step == 1)
         engine.may_decode.set()
-        assert final_statuses(parts, first, *jobs, last) == [200] * 5
+        assert final_statuses(components, first, *jobs, last) == [200] * 5
     assert engine.threads_of("decode") == {"postprocessor"}
 
 
-def test_a_job_that_shared_the_last_batch_can_be_cancelled(parts: Components, engine: RecordingEngine) -> None:
-    worker = ready_worker(parts, RecordingModel(engine))
-    first, second = (submit(parts, prompt="shared", num_inference_steps=1) for _ in range(2))
+def test_a_job_that_shared_the_last_batch_can_be_cancelled(components: Components, engine: RecordingEngine) -> None:
+    worker = ready_worker(components, RecordingModel(engine))
+    first, second = (submit(components, prompt="shared", num_inference_steps=1) for _ in range(2))
     worker.run_once()
     assert (first.state, second.state, second.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
-    parts.queue.cancel(second)
+    components.queue.cancel(second)
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].status for job in (first, second)] == [200, 499]
+    assert [outcome_and_body(components, job)[0].status for job in (first, second)] == [200, 499]
 
 
 # -- errors
 
 
-def test_an_image_that_cannot_be_decoded_fails_only_its_job(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine) as worker:
-        bad, good = submit(parts, prompt="nothing"), submit(parts)
-        assert final_statuses(parts, bad, good) == [500, 200]
+def test_an_image_that_cannot_be_decoded_fails_only_its_job(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine) as worker:
+        bad, good = submit(components, prompt="nothing"), submit(components)
+        assert final_statuses(components, bad, good) == [500, 200]
         assert worker.failure is None
-    assert error_of(parts, bad)[1] == "The image came out as not-a-number, so none is returned."
+    assert error_of(components, bad)[1] == "The image came out as not-a-number, so none is returned."
 
 
-def test_a_device_lost_while_decoding_ends_the_worker(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine) as worker:
-        job = submit(parts, prompt="lost")
-        wait_until(parts, job, lambda: worker.failure is not None)
+def test_a_device_lost_while_decoding_ends_the_worker(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine) as worker:
+        job = submit(components, prompt="lost")
+        wait_until(components, job, lambda: worker.failure is not None)
     assert isinstance(worker.failure, DeviceLost)
-    assert parts.rows("SELECT strikes FROM jobs") == [(1,)]
+    assert components.rows("SELECT strikes FROM jobs") == [(1,)]
     assert job.state != State.COMPLETED
 
 
-def test_a_device_lost_on_the_worker_thread_also_counts_as_a_crash(parts: Components) -> None:
-    worker = ready_worker(parts, RecordingModel(RecordingEngine(decodes_concurrently=False)))
-    submit(parts, prompt="lost", num_inference_steps=1)
+def test_a_device_lost_on_the_worker_thread_also_counts_as_a_crash(components: Components) -> None:
+    worker = ready_worker(components, RecordingModel(RecordingEngine(decodes_concurrently=False)))
+    submit(components, prompt="lost", num_inference_steps=1)
     worker.run_once()
     with pytest.raises(DeviceLost):
         worker.run_once()
-    assert parts.rows("SELECT strikes, state FROM jobs") == [(1, "IN_PROGRESS")]
+    assert components.rows("SELECT strikes, state FROM jobs") == [(1, "IN_PROGRESS")]
 
 
 def test_jobs_behind_a_lost_device_are_requeued_at_the_next_start(tmp_path: Path, engine: RecordingEngine) -> None:
-    with open_components(tmp_path) as parts, running_worker(parts, engine) as worker:
-        held = submit(parts, prompt="held", num_inference_steps=1)
+    with open_components(tmp_path) as components, running_worker(components, engine) as worker:
+        held = submit(components, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
-        jobs = [submit(parts, prompt=prompt, num_inference_steps=1) for prompt in ("lost", "behind")]
-        wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
+        jobs = [submit(components, prompt=prompt, num_inference_steps=1) for prompt in ("lost", "behind")]
+        wait_until(components, jobs[1], lambda: jobs[1].step == 1)
         engine.may_decode.set()
-        wait_until(parts, held, lambda: worker.failure is not None)
-    with open_components(tmp_path) as parts:
-        assert parts.queue.recover() == 2
-        found = parts.rows("SELECT request_id, state, strikes FROM jobs ORDER BY sequence")
+        wait_until(components, held, lambda: worker.failure is not None)
+    with open_components(tmp_path) as components:
+        assert components.queue.recover() == 2
+        found = components.rows("SELECT request_id, state, strikes FROM jobs ORDER BY sequence")
         assert found == [
             (held.request_id, "COMPLETED", 0),
             (jobs[0].request_id, "IN_QUEUE", 1),
@@ -242,28 +242,28 @@ def test_jobs_behind_a_lost_device_are_requeued_at_the_next_start(tmp_path: Path
 
 @pytest.mark.parametrize("mode", [Mode.QUEUE, Mode.RUN])
 def test_a_cancel_while_the_image_is_decoded_leaves_no_file(
-    parts: Components, engine: RecordingEngine, mode: Mode
+    components: Components, engine: RecordingEngine, mode: Mode
 ) -> None:
-    with running_worker(parts, engine):
-        job = submit(parts, prompt="held", mode=mode)
+    with running_worker(components, engine):
+        job = submit(components, prompt="held", mode=mode)
         assert engine.is_decoding.wait(60)
-        parts.queue.cancel(job)
+        components.queue.cancel(job)
         assert job.state == State.IN_PROGRESS
         engine.may_decode.set()
-        assert final_statuses(parts, job) == [499]
-    assert (parts.stored_file_names(), parts.rows("SELECT * FROM files")) == ([], [])
+        assert final_statuses(components, job) == [499]
+    assert (components.stored_file_names(), components.rows("SELECT * FROM files")) == ([], [])
     assert job.error_type == ("client_cancelled" if mode == Mode.QUEUE else "client_disconnected")
 
 
-def test_a_waiting_job_that_is_cancelled_is_not_decoded(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine):
-        held = submit(parts, prompt="held", num_inference_steps=1)
+def test_a_waiting_job_that_is_cancelled_is_not_decoded(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine):
+        held = submit(components, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
-        job = submit(parts, num_inference_steps=1)
-        wait_until(parts, job, lambda: job.step == 1)
-        parts.queue.cancel(job)
+        job = submit(components, num_inference_steps=1)
+        wait_until(components, job, lambda: job.step == 1)
+        components.queue.cancel(job)
         engine.may_decode.set()
-        assert final_statuses(parts, held, job) == [200, 499]
+        assert final_statuses(components, held, job) == [200, 499]
     assert [action for action, _ in engine.threads].count("decode") == 1
 
 
@@ -271,9 +271,9 @@ def test_a_waiting_job_that_is_cancelled_is_not_decoded(parts: Components, engin
 
 
 def test_other_jobs_advance_while_an_image_waits_for_disk_space(
-    parts: Components, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
+    components: Components, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, jobs, is_full = parts.files.create, list[Job](), threading.Event()
+    save, jobs, is_full = components.files.create, list[Job](), threading.Event()
 
     def save_after_other_steps(*args: Any) -> StoredFile:
         engine.record("write")
@@ -282,29 +282,33 @@ def test_other_jobs_advance_while_an_image_waits_for_disk_space(
             raise DiskFull
         return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", save_after_other_steps)
-    with running_worker(parts, engine):
-        jobs.append(submit(parts))
+    monkeypatch.setattr(components.files, "create", save_after_other_steps)
+    with running_worker(components, engine):
+        jobs.append(submit(components))
         assert is_full.wait(60)
-        jobs.append(submit(parts, num_inference_steps=5))
-        assert final_statuses(parts, *jobs) == [200, 200]
+        jobs.append(submit(components, num_inference_steps=5))
+        assert final_statuses(components, *jobs) == [200, 200]
     actions = [action for action, _ in engine.threads]
     assert (actions.count("step"), actions.count("decode"), actions.count("judge")) == (2 + 5, 2, 2)
     assert actions.count("write") >= 3
-    assert [(name,) for name in parts.stored_file_names()] == parts.rows("SELECT name FROM files ORDER BY name")
+    assert [(name,) for name in components.stored_file_names()] == components.rows(
+        "SELECT name FROM files ORDER BY name"
+    )
 
 
-def test_an_outcome_that_waits_for_disk_space_is_not_built_again(parts: Components, engine: RecordingEngine) -> None:
-    worker = ready_worker(parts, RecordingModel(engine))
-    job = submit(parts, **LONG)
+def test_an_outcome_that_waits_for_disk_space_is_not_built_again(
+    components: Components, engine: RecordingEngine
+) -> None:
+    worker = ready_worker(components, RecordingModel(engine))
+    job = submit(components, **LONG)
     worker.run_once()
-    with full_disk(parts):
+    with full_disk(components):
         for _ in range(3):
             with pytest.raises(DiskFull):
                 worker.run_once()
-        stored = parts.stored_file_names()
+        stored = components.stored_file_names()
     run_all(worker)
-    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (200, stored)
+    assert (outcome_and_body(components, job)[0].status, components.stored_file_names()) == (200, stored)
     actions = [action for action, _ in engine.threads]
     assert (actions.count("decode"), actions.count("encode"), len(stored)) == (1, 1, 1)
 
@@ -312,22 +316,22 @@ def test_an_outcome_that_waits_for_disk_space_is_not_built_again(parts: Componen
 # -- stopping
 
 
-def test_a_stop_lets_decoding_finish_within_the_grace_period(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine, shutdown_grace=60) as worker:
-        jobs = [submit(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
-        wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
+def test_a_stop_lets_decoding_finish_within_the_grace_period(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine, shutdown_grace=60) as worker:
+        jobs = [submit(components, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
+        wait_until(components, jobs[1], lambda: jobs[1].step == 1)
         assert {job.state for job in jobs} == {State.IN_PROGRESS}
-        stop_worker(parts, worker, engine.may_decode.set)
-        assert [outcome_and_body(parts, job)[0].status for job in jobs] == [200, 200]
+        stop_worker(components, worker, engine.may_decode.set)
+        assert [outcome_and_body(components, job)[0].status for job in jobs] == [200, 200]
     assert worker.failure is None
 
 
-def test_a_stop_does_not_wait_for_jobs_on_a_lost_device(parts: Components, engine: RecordingEngine) -> None:
-    with running_worker(parts, engine, shutdown_grace=3600) as worker:
-        jobs = [submit(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held, then lost", "behind")]
-        wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
+def test_a_stop_does_not_wait_for_jobs_on_a_lost_device(components: Components, engine: RecordingEngine) -> None:
+    with running_worker(components, engine, shutdown_grace=3600) as worker:
+        jobs = [submit(components, prompt=prompt, num_inference_steps=1) for prompt in ("held, then lost", "behind")]
+        wait_until(components, jobs[1], lambda: jobs[1].step == 1)
         assert engine.is_decoding.wait(60)
-        stop_worker(parts, worker, engine.may_decode.set)
+        stop_worker(components, worker, engine.may_decode.set)
         assert isinstance(worker.failure, DeviceLost)
         assert jobs[1].state == State.IN_QUEUE
 
@@ -354,17 +358,17 @@ class StopBeforeClear(threading.Event):
         assert not self.stopper.is_alive()
 
 
-def test_the_worker_stops_when_the_stop_comes_right_before_a_clear(parts: Components) -> None:
-    worker = worker_of(parts, shutdown_grace=3600)
-    parts.notifier.work_available = event = StopBeforeClear(worker.stop)
-    job = submit(parts)
+def test_the_worker_stops_when_the_stop_comes_right_before_a_clear(components: Components) -> None:
+    worker = worker_of(components, shutdown_grace=3600)
+    components.notifier.work_available = event = StopBeforeClear(worker.stop)
+    job = submit(components)
     worker.start()
     event.wait_for_stop()
-    assert (worker.failure, outcome_and_body(parts, job)[0].status) == (None, 200)
+    assert (worker.failure, outcome_and_body(components, job)[0].status) == (None, 200)
 
 
-def test_the_postprocessor_stops_when_the_stop_comes_right_before_a_clear(parts: Components) -> None:
-    postprocessor = postprocessor_of(parts)
+def test_the_postprocessor_stops_when_the_stop_comes_right_before_a_clear(components: Components) -> None:
+    postprocessor = postprocessor_of(components)
     postprocessor._wake = event = StopBeforeClear(lambda: postprocessor.stop(time.monotonic() + 3600))
     # Wake the thread although no job waits, as when an earlier pass has already finished the job.
     event.set()
@@ -373,10 +377,10 @@ def test_the_postprocessor_stops_when_the_stop_comes_right_before_a_clear(parts:
 
 
 def test_a_stop_after_the_grace_period_loses_no_job(tmp_path: Path, engine: RecordingEngine) -> None:
-    with open_components(tmp_path) as parts:
-        with running_worker(parts, engine, shutdown_grace=0) as worker:
-            jobs = [submit(parts, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
-            wait_until(parts, jobs[1], lambda: jobs[1].step == 1)
+    with open_components(tmp_path) as components:
+        with running_worker(components, engine, shutdown_grace=0) as worker:
+            jobs = [submit(components, prompt=prompt, num_inference_steps=1) for prompt in ("held", "behind")]
+            wait_until(components, jobs[1], lambda: jobs[1].step == 1)
             assert engine.is_decoding.wait(60)
             worker.stop()
             worker._thread.join()
@@ -384,50 +388,50 @@ def test_a_stop_after_the_grace_period_loses_no_job(tmp_path: Path, engine: Reco
         # The current job finishes on its thread if the process lives long enough.
         assert worker.failure is None
         assert [job.state for job in jobs] == [State.COMPLETED, State.IN_QUEUE]
-    with open_components(tmp_path) as parts:
-        assert parts.queue.recover() == 1
-        found = parts.queue.claim()
+    with open_components(tmp_path) as components:
+        assert components.queue.recover() == 1
+        found = components.queue.claim()
         assert found and (found[0].request_id, found[0].attempt) == (jobs[1].request_id, 2)
-        assert parts.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
+        assert components.rows("SELECT strikes FROM jobs") == [(0,), (0,)]
 
 
 def test_a_stop_without_a_grace_period_lets_an_image_be_written(
-    parts: Components, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
+    components: Components, engine: RecordingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, is_writing, may_write = parts.files.create, threading.Event(), threading.Event()
+    save, is_writing, may_write = components.files.create, threading.Event(), threading.Event()
 
     def save_when_allowed(*args: Any) -> StoredFile:
         is_writing.set()
         assert may_write.wait(60)
         return save(*args)
 
-    monkeypatch.setattr(parts.files, "create", save_when_allowed)
-    with running_worker(parts, engine, shutdown_grace=0) as worker:
-        job = submit(parts, num_inference_steps=1)
+    monkeypatch.setattr(components.files, "create", save_when_allowed)
+    with running_worker(components, engine, shutdown_grace=0) as worker:
+        job = submit(components, num_inference_steps=1)
         assert is_writing.wait(60)
-        stop_worker(parts, worker, may_write.set)
-        assert outcome_and_body(parts, job)[0].status == 200
+        stop_worker(components, worker, may_write.set)
+        assert outcome_and_body(components, job)[0].status == 200
 
 
-def postprocessor_of(parts: Components) -> Postprocessor:
+def postprocessor_of(components: Components) -> Postprocessor:
     """Return a postprocessor whose thread is not started."""
-    results = ResultBuilder(parts.files, embeds_parameters=True)
-    return Postprocessor(parts.queue, results, parts.notifier, Watchdog(600, print), print)
+    results = ResultBuilder(components.files, embeds_parameters=True)
+    return Postprocessor(components.queue, results, components.notifier, Watchdog(600, print), print)
 
 
-def test_a_stop_releases_waiting_jobs_to_the_queue(parts: Components) -> None:
-    postprocessor, jobs = postprocessor_of(parts), [claim_job(parts) for _ in range(2)]
-    later = parts.queue.submit(submission())
+def test_a_stop_releases_waiting_jobs_to_the_queue(components: Components) -> None:
+    postprocessor, jobs = postprocessor_of(components), [claim_job(components) for _ in range(2)]
+    later = components.queue.submit(submission())
     for job in jobs:
         postprocessor.add(job, success())
-    parts.queue.cancel(jobs[1])
+    components.queue.cancel(jobs[1])
     postprocessor.stop(time.monotonic())
     assert [job.state for job in jobs] == [State.IN_QUEUE, State.COMPLETED]
-    assert [parts.queue.position(job) for job in (jobs[0], later)] == [0, 1]
+    assert [components.queue.position(job) for job in (jobs[0], later)] == [0, 1]
 
 
-def test_jobs_finish_in_order_of_arrival(parts: Components) -> None:
-    postprocessor, jobs = postprocessor_of(parts), [claim_job(parts) for _ in range(3)]
+def test_jobs_finish_in_order_of_arrival(components: Components) -> None:
+    postprocessor, jobs = postprocessor_of(components), [claim_job(components) for _ in range(3)]
     for job in reversed(jobs):
         postprocessor.add(job, Outcome(200, "{}"))
     assert len(postprocessor) == 3
@@ -437,9 +441,9 @@ def test_jobs_finish_in_order_of_arrival(parts: Components) -> None:
     assert (postprocessor.run_once(), len(postprocessor)) == (False, 0)
 
 
-def test_a_finished_job_wakes_the_worker(parts: Components) -> None:
-    postprocessor, job = postprocessor_of(parts), claim_job(parts)
-    parts.notifier.work_available.clear()
+def test_a_finished_job_wakes_the_worker(components: Components) -> None:
+    postprocessor, job = postprocessor_of(components), claim_job(components)
+    components.notifier.work_available.clear()
     postprocessor.add(job, success())
     postprocessor.run_once()
-    assert parts.notifier.work_available.is_set()
+    assert components.notifier.work_available.is_set()

@@ -58,9 +58,9 @@ def run_until(worker: Worker, is_reached: Callable[[], bool]) -> None:
         assert worker.run_once(), "the worker has no work left and the condition is still false"
 
 
-def submit_many(parts: Components, number: int, **fields: Any) -> list[Job]:
+def submit_many(components: Components, number: int, **fields: Any) -> list[Job]:
     """Submit equal requests, of 50 steps unless `fields` says otherwise."""
-    return [submit(parts, **{"num_inference_steps": 50, **fields}) for _ in range(number)]
+    return [submit(components, **{"num_inference_steps": 50, **fields}) for _ in range(number)]
 
 
 def total_steps(*jobs: Job) -> int:
@@ -71,7 +71,7 @@ def total_steps(*jobs: Job) -> int:
 # -- least remaining work
 
 
-def ranks(parts: Components, worker: Worker, *jobs: Job) -> list[int]:
+def ranks(components: Components, worker: Worker, *jobs: Job) -> list[int]:
     """Run all work; return the rank in which each of these jobs ended."""
     order: list[Job] = []
     while worker.run_once():
@@ -79,160 +79,160 @@ def ranks(parts: Components, worker: Worker, *jobs: Job) -> list[int]:
     return [order.index(job) for job in jobs]
 
 
-def test_equal_requests_finish_one_after_the_other(parts: Components) -> None:
-    worker, jobs = ready_worker(parts, NullModel("test/null", SingleEngine)), submit_many(parts, 8)
+def test_equal_requests_finish_one_after_the_other(components: Components) -> None:
+    worker, jobs = ready_worker(components, NullModel("test/null", SingleEngine)), submit_many(components, 8)
     for number in range(8):
         run_until(worker, lambda job=jobs[number]: job.step == 50)  # type: ignore[misc]
         assert [job.step for job in jobs] == [50] * (number + 1) + [0] * (7 - number)
-    assert ranks(parts, worker, *jobs) == list(range(8))
+    assert ranks(components, worker, *jobs) == list(range(8))
 
 
 @pytest.mark.parametrize("owner", ["me", "you"])
 @pytest.mark.parametrize("num_steps", [4, 60])
-def test_a_short_request_overtakes_long_ones(parts: Components, owner: str, num_steps: int) -> None:
-    worker, long = ready_worker(parts, NullModel("test/null", SingleEngine)), submit_many(parts, 4)
+def test_a_short_request_overtakes_long_ones(components: Components, owner: str, num_steps: int) -> None:
+    worker, long = ready_worker(components, NullModel("test/null", SingleEngine)), submit_many(components, 4)
     run_until(worker, lambda: total_steps(*long) == num_steps)
-    short = submit(parts, owner=owner, num_inference_steps=4)
+    short = submit(components, owner=owner, num_inference_steps=4)
     run_until(worker, lambda: short.state == State.COMPLETED)
     assert total_steps(*long) == num_steps
 
 
-def test_a_request_that_is_nearly_done_is_not_overtaken(parts: Components) -> None:
-    worker, (long,) = ready_worker(parts), submit_many(parts, 1)
+def test_a_request_that_is_nearly_done_is_not_overtaken(components: Components) -> None:
+    worker, (long,) = ready_worker(components), submit_many(components, 1)
     run_until(worker, lambda: long.step == 47)
-    short = submit(parts, num_inference_steps=4)
+    short = submit(components, num_inference_steps=4)
     run_until(worker, lambda: long.step == 50)
     assert short.step == 0
 
 
-def test_all_images_of_a_request_count_as_remaining(parts: Components) -> None:
-    worker = ready_worker(parts)
-    four = submit(parts, num_inference_steps=5, num_images=4)
+def test_all_images_of_a_request_count_as_remaining(components: Components) -> None:
+    worker = ready_worker(components)
+    four = submit(components, num_inference_steps=5, num_images=4)
     run_until(worker, lambda: four.step == 4)
-    one = submit(parts, num_inference_steps=10)
-    assert ranks(parts, worker, four, one) == [1, 0]
+    one = submit(components, num_inference_steps=10)
+    assert ranks(components, worker, four, one) == [1, 0]
 
 
-def test_remaining_work_is_compared_and_not_steps(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", SingleEngine))
-    large = submit(parts, num_inference_steps=5, image_size={"width": 1024, "height": 1024})
+def test_remaining_work_is_compared_and_not_steps(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", SingleEngine))
+    large = submit(components, num_inference_steps=5, image_size={"width": 1024, "height": 1024})
     run_until(worker, lambda: large.step == 4)
     # One step of the large image costs as much as 256 of the small one.
-    small = submit(parts, num_inference_steps=50)
-    assert ranks(parts, worker, large, small) == [1, 0]
+    small = submit(components, num_inference_steps=50)
+    assert ranks(components, worker, large, small) == [1, 0]
 
 
 # -- keys
 
 
-def test_two_keys_alternate_request_by_request(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", SingleEngine))
-    jobs = [job for _ in range(4) for owner in ("alice", "bob") for job in submit_many(parts, 1, owner=owner)]
+def test_two_keys_alternate_request_by_request(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", SingleEngine))
+    jobs = [job for _ in range(4) for owner in ("alice", "bob") for job in submit_many(components, 1, owner=owner)]
     for number in range(8):
         run_until(worker, lambda job=jobs[number]: job.step == 50)  # type: ignore[misc]
         assert [job.step for job in jobs] == [50] * (number + 1) + [0] * (7 - number)
 
 
-def test_two_keys_get_half_each_for_any_number_of_requests(parts: Components) -> None:
-    worker, fields = ready_worker(parts), {"num_inference_steps": 5}
-    two, six = submit_many(parts, 2, owner="alice", **fields), submit_many(parts, 6, owner="bob", **fields)
+def test_two_keys_get_half_each_for_any_number_of_requests(components: Components) -> None:
+    worker, fields = ready_worker(components), {"num_inference_steps": 5}
+    two, six = submit_many(components, 2, owner="alice", **fields), submit_many(components, 6, owner="bob", **fields)
     run_until(worker, lambda: total_steps(*two) == 10)
     assert abs(total_steps(*six) - 10) <= 5
 
 
-def test_keys_share_the_work_and_not_the_steps(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", SingleEngine))
-    large = submit_many(parts, 4, owner="alice", num_inference_steps=2, image_size={"width": 128, "height": 128})
-    small = submit_many(parts, 4, owner="bob", num_inference_steps=8, image_size={"width": 64, "height": 64})
+def test_keys_share_the_work_and_not_the_steps(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", SingleEngine))
+    large = submit_many(components, 4, owner="alice", num_inference_steps=2, image_size={"width": 128, "height": 128})
+    small = submit_many(components, 4, owner="bob", num_inference_steps=8, image_size={"width": 64, "height": 64})
     run_until(worker, lambda: total_steps(*small) == 32)
     # Eight small steps cost as much as two large ones.
     assert abs(total_steps(*large) - 8) <= 2
 
 
-def test_a_key_with_long_requests_gets_its_half(parts: Components) -> None:
-    worker, (long,) = ready_worker(parts, max_running=4), submit_many(parts, 1, owner="alice")
+def test_a_key_with_long_requests_gets_its_half(components: Components) -> None:
+    worker, (long,) = ready_worker(components, max_running=4), submit_many(components, 1, owner="alice")
     short: list[Job] = []
     while long.state != State.COMPLETED:
-        while parts.queue.length < 4:
-            short.append(submit(parts, owner="bob", num_inference_steps=5))
+        while components.queue.length < 4:
+            short.append(submit(components, owner="bob", num_inference_steps=5))
         assert worker.run_once()
     # Bob gets ahead by at most the work of Alice's request.
     assert total_steps(*short) <= 50 + 5
 
 
-def test_a_key_that_starts_late_gets_no_credit(parts: Components) -> None:
-    worker, alice_jobs = ready_worker(parts), submit_many(parts, 3, owner="alice")
+def test_a_key_that_starts_late_gets_no_credit(components: Components) -> None:
+    worker, alice_jobs = ready_worker(components), submit_many(components, 3, owner="alice")
     run_until(worker, lambda: total_steps(*alice_jobs) == 60)
-    bob_jobs = submit_many(parts, 2, owner="bob")
+    bob_jobs = submit_many(components, 2, owner="bob")
     run_until(worker, lambda: total_steps(*bob_jobs) == 50)
     # Alice's running request finishes first, at 100 steps in total. Bob starts level with her 60.
     assert total_steps(*alice_jobs) == 100
 
 
-def test_a_key_that_was_idle_gets_no_credit(parts: Components) -> None:
-    worker, alice_jobs = ready_worker(parts), submit_many(parts, 4, owner="alice", num_inference_steps=10)
-    bob_job = submit(parts, owner="bob", num_inference_steps=2)
+def test_a_key_that_was_idle_gets_no_credit(components: Components) -> None:
+    worker, alice_jobs = ready_worker(components), submit_many(components, 4, owner="alice", num_inference_steps=10)
+    bob_job = submit(components, owner="bob", num_inference_steps=2)
     run_until(worker, lambda: bob_job.state == State.COMPLETED)
     run_until(worker, lambda: total_steps(*alice_jobs) == 20)
-    bob_jobs = submit_many(parts, 2, owner="bob", num_inference_steps=10)
+    bob_jobs = submit_many(components, 2, owner="bob", num_inference_steps=10)
     run_until(worker, lambda: total_steps(*bob_jobs) == 20)
     assert total_steps(*alice_jobs) in (30, 40)
 
 
-def test_a_key_that_ran_alone_is_not_penalised(parts: Components) -> None:
-    worker = ready_worker(parts)
-    early = submit(parts, owner="bob", num_inference_steps=50)
+def test_a_key_that_ran_alone_is_not_penalised(components: Components) -> None:
+    worker = ready_worker(components)
+    early = submit(components, owner="bob", num_inference_steps=50)
     run_until(worker, lambda: early.state == State.COMPLETED)
-    alice_jobs = submit_many(parts, 4, owner="alice", num_inference_steps=10)
+    alice_jobs = submit_many(components, 4, owner="alice", num_inference_steps=10)
     run_until(worker, lambda: total_steps(*alice_jobs) == 10)
-    bob_jobs = submit_many(parts, 2, owner="bob", num_inference_steps=10)
+    bob_jobs = submit_many(components, 2, owner="bob", num_inference_steps=10)
     run_until(worker, lambda: total_steps(*bob_jobs) == 20)
     assert total_steps(*alice_jobs) <= 30
 
 
-def test_sending_one_request_after_the_other_gains_nothing(parts: Components) -> None:
-    worker, (alice_job,) = ready_worker(parts), submit_many(parts, 1, owner="alice", num_inference_steps=20)
+def test_sending_one_request_after_the_other_gains_nothing(components: Components) -> None:
+    worker, (alice_job,) = ready_worker(components), submit_many(components, 1, owner="alice", num_inference_steps=20)
     bob_jobs: list[Job] = []
     while alice_job.state != State.COMPLETED:
-        bob_jobs.append(submit(parts, owner="bob", num_inference_steps=4))
+        bob_jobs.append(submit(components, owner="bob", num_inference_steps=4))
         run_until(worker, lambda: bob_jobs[-1].state == State.COMPLETED)
     # The work of a key is remembered when its request ends. Bob gets at most as much as Alice, plus one request.
     assert total_steps(*bob_jobs) <= 20 + 4
 
 
 @pytest.mark.parametrize("num_steps", [3, 25, 48])
-def test_a_hundred_queued_requests_of_one_key_do_not_delay_another_key(parts: Components, num_steps: int) -> None:
-    worker, alice_jobs = ready_worker(parts, max_running=8), submit_many(parts, 100, owner="alice")
+def test_a_hundred_queued_requests_of_one_key_do_not_delay_another_key(components: Components, num_steps: int) -> None:
+    worker, alice_jobs = ready_worker(components, max_running=8), submit_many(components, 100, owner="alice")
     run_until(worker, lambda: total_steps(*alice_jobs) == num_steps)
     before = total_steps(*alice_jobs)
-    (bob_job,) = submit_many(parts, 1, owner="bob")
+    (bob_job,) = submit_many(components, 1, owner="bob")
     run_until(worker, lambda: bob_job.step == 50)
     # At most twice the time of the request, plus the rest of the one that was running.
     assert total_steps(*alice_jobs, bob_job) - before <= 2 * 50 + (50 - num_steps)
 
 
-def test_a_key_with_its_share_of_the_slots_is_passed_over(parts: Components) -> None:
+def test_a_key_with_its_share_of_the_slots_is_passed_over(components: Components) -> None:
     for owner in ("alice", "alice", "alice", "bob", "alice", "bob", "carol"):
-        submit(parts, owner=owner)
-    found = [parts.queue.claim(slots=4) for _ in range(7)]
+        submit(components, owner=owner)
+    found = [components.queue.claim(slots=4) for _ in range(7)]
     # Four slots for three keys: a key with two slots waits while a key with fewer slots waits.
     assert [job.owner for job, _ in filter(None, found)] == ["alice", "alice", "bob", "bob", "carol", "alice", "alice"]
 
 
-def test_passing_over_never_puts_low_priority_first(parts: Components) -> None:
+def test_passing_over_never_puts_low_priority_first(components: Components) -> None:
     for _ in range(3):
-        submit(parts, owner="alice")
-    submit(parts, owner="bob", priority=Priority.LOW)
-    found = [parts.queue.claim(slots=2) for _ in range(4)]
+        submit(components, owner="alice")
+    submit(components, owner="bob", priority=Priority.LOW)
+    found = [components.queue.claim(slots=2) for _ in range(4)]
     assert [job.owner for job, _ in filter(None, found)] == ["alice", "alice", "alice", "bob"]
 
 
-def test_a_position_never_rises_when_others_are_passed_over(parts: Components) -> None:
-    waiting = submit_many(parts, 6, owner="alice")
-    waiting += submit_many(parts, 2, owner="bob")
-    before = {job.request_id: parts.queue.position(job) for job in waiting}
-    while claimed := parts.queue.claim(slots=2):
-        after = {job.request_id: parts.queue.position(job) for job in waiting if job.state == State.IN_QUEUE}
+def test_a_position_never_rises_when_others_are_passed_over(components: Components) -> None:
+    waiting = submit_many(components, 6, owner="alice")
+    waiting += submit_many(components, 2, owner="bob")
+    before = {job.request_id: components.queue.position(job) for job in waiting}
+    while claimed := components.queue.claim(slots=2):
+        after = {job.request_id: components.queue.position(job) for job in waiting if job.state == State.IN_QUEUE}
         assert all(after[name] <= before[name] for name in after)
         assert claimed[0].request_id not in after
         before |= after
@@ -244,14 +244,14 @@ def test_a_position_never_rises_when_others_are_passed_over(parts: Components) -
 @pytest.mark.parametrize("max_running", [2, 4, 8])
 @pytest.mark.parametrize("every", [0, 3, 6], ids=["always", "above full load", "below full load"])
 def test_an_endless_stream_of_short_requests_does_not_starve_a_long_one(
-    parts: Components, max_running: int, every: int
+    components: Components, max_running: int, every: int
 ) -> None:
     """A short request of 4 steps arrives every `every` worker steps; with 0, always as many wait as can run."""
-    worker, short, num_iterations = ready_worker(parts, max_running=max_running), list[Job](), 0
-    long = submit(parts, num_inference_steps=12)
+    worker, short, num_iterations = ready_worker(components, max_running=max_running), list[Job](), 0
+    long = submit(components, num_inference_steps=12)
     while long.state != State.COMPLETED:
-        while parts.queue.length < max_running if every == 0 else len(short) * every < num_iterations:
-            short.append(submit(parts, num_inference_steps=4))
+        while components.queue.length < max_running if every == 0 else len(short) * every < num_iterations:
+            short.append(submit(components, num_inference_steps=4))
         assert worker.run_once()
         num_iterations += 1
     # At any load, only short requests claimed before AGEING times the difference in work was done can overtake.
@@ -263,65 +263,65 @@ def test_an_endless_stream_of_short_requests_does_not_starve_a_long_one(
 # -- priority
 
 
-def test_low_priority_waits_until_no_normal_request_can_advance(parts: Components) -> None:
-    worker = ready_worker(parts)
-    low = submit(parts, num_inference_steps=5, priority=Priority.LOW)
+def test_low_priority_waits_until_no_normal_request_can_advance(components: Components) -> None:
+    worker = ready_worker(components)
+    low = submit(components, num_inference_steps=5, priority=Priority.LOW)
     worker.run_once()
-    normal = submit_many(parts, 2, num_inference_steps=20)
+    normal = submit_many(components, 2, num_inference_steps=20)
     run_until(worker, lambda: {job.state for job in normal} == {State.COMPLETED})
     assert (low.state, low.step) == (State.IN_PROGRESS, 1)
     run_all(worker)
-    assert outcome_and_body(parts, low)[0].status == 200
+    assert outcome_and_body(components, low)[0].status == 200
 
 
-def test_low_priority_takes_no_slots_from_normal(parts: Components) -> None:
-    worker = ready_worker(parts, max_running=2)
-    low = [submit(parts, priority=Priority.LOW) for _ in range(3)]
+def test_low_priority_takes_no_slots_from_normal(components: Components) -> None:
+    worker = ready_worker(components, max_running=2)
+    low = [submit(components, priority=Priority.LOW) for _ in range(3)]
     worker.run_once()
     assert [job.state for job in low] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
-    normal = submit_many(parts, 3, num_inference_steps=3)
+    normal = submit_many(components, 3, num_inference_steps=3)
     worker.run_once()
     assert [job.state for job in normal] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
     run_until(worker, lambda: {job.state for job in normal} == {State.COMPLETED})
     assert (total_steps(*low), low[2].state) == (1, State.IN_QUEUE)
     run_all(worker)
-    assert {outcome_and_body(parts, job)[0].status for job in (*low, *normal)} == {200}
+    assert {outcome_and_body(components, job)[0].status for job in (*low, *normal)} == {200}
 
 
-def test_a_waiting_low_priority_request_gives_its_key_no_advantage(parts: Components) -> None:
-    worker = ready_worker(parts)
-    waiting = submit(parts, owner="carol", priority=Priority.LOW)
+def test_a_waiting_low_priority_request_gives_its_key_no_advantage(components: Components) -> None:
+    worker = ready_worker(components)
+    waiting = submit(components, owner="carol", priority=Priority.LOW)
     run_until(worker, lambda: waiting.state == State.IN_PROGRESS)
-    (alice_job,) = submit_many(parts, 1, owner="alice")
+    (alice_job,) = submit_many(components, 1, owner="alice")
     run_until(worker, lambda: alice_job.step == 20)
-    (bob_job,), (carol_job,) = submit_many(parts, 1, owner="bob"), submit_many(parts, 1, owner="carol")
+    (bob_job,), (carol_job,) = submit_many(components, 1, owner="bob"), submit_many(components, 1, owner="carol")
     run_until(worker, lambda: total_steps(bob_job, carol_job) == 100)
     # Carol's waiting low-priority request neither put her ahead of Bob nor delayed Alice.
     assert (alice_job.step, bob_job.sequence < carol_job.sequence) == (50, True)
 
 
-def test_low_priority_is_not_batched_with_normal(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", CostlyEngine))
-    normal, low = submit(parts), submit(parts, priority=Priority.LOW)
+def test_low_priority_is_not_batched_with_normal(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", CostlyEngine))
+    normal, low = submit(components), submit(components, priority=Priority.LOW)
     worker.run_once()
     assert (normal.step, low.state, low.step) == (1, State.IN_PROGRESS, 0)
 
 
-def test_a_key_is_charged_for_batched_steps(parts: Components) -> None:
-    worker = ready_worker(parts, NullModel("test/null", CostlyEngine))
+def test_a_key_is_charged_for_batched_steps(components: Components) -> None:
+    worker = ready_worker(components, NullModel("test/null", CostlyEngine))
     large, larger = ({"width": side, "height": side} for side in (128, 256))
-    shared = [submit(parts, owner=owner, num_inference_steps=1) for owner in ("alice", "bob")]
-    alice_job = submit(parts, owner="alice", image_size=large)
-    bob_job = submit(parts, owner="bob", image_size=larger)
+    shared = [submit(components, owner=owner, num_inference_steps=1) for owner in ("alice", "bob")]
+    alice_job = submit(components, owner="alice", image_size=large)
+    bob_job = submit(components, owner="bob", image_size=larger)
     run_until(worker, lambda: total_steps(alice_job, bob_job) > 0)
     # Each key was charged one small step, so the older request is next.
     assert ([job.step for job in shared], alice_job.step, bob_job.step) == ([1, 1], 1, 0)
 
 
-def test_low_priority_requests_of_two_keys_share_fairly(parts: Components) -> None:
-    worker = ready_worker(parts)
-    two = submit_many(parts, 2, owner="alice", priority=Priority.LOW)
-    six = submit_many(parts, 6, owner="bob", priority=Priority.LOW)
+def test_low_priority_requests_of_two_keys_share_fairly(components: Components) -> None:
+    worker = ready_worker(components)
+    two = submit_many(components, 2, owner="alice", priority=Priority.LOW)
+    six = submit_many(components, 6, owner="bob", priority=Priority.LOW)
     run_until(worker, lambda: total_steps(*two) == 100)
     assert total_steps(*six) in (50, 100)
 
@@ -329,35 +329,35 @@ def test_low_priority_requests_of_two_keys_share_fairly(parts: Components) -> No
 # -- decoding and cancelled requests go first
 
 
-def test_an_image_is_decoded_before_any_request_advances(parts: Components) -> None:
-    worker = ready_worker(parts)
-    decoding = submit(parts, num_inference_steps=1, num_images=2)
+def test_an_image_is_decoded_before_any_request_advances(components: Components) -> None:
+    worker = ready_worker(components)
+    decoding = submit(components, num_inference_steps=1, num_images=2)
     run_until(worker, lambda: decoding.step == 2)
-    waiting = submit(parts, owner="you")
+    waiting = submit(components, owner="you")
     worker.run_once()
     worker.run_once()
     assert (decoding.state, waiting.step) == (State.COMPLETED, 0)
 
 
-def test_a_low_priority_image_is_decoded_when_no_normal_request_waits(parts: Components) -> None:
-    worker = ready_worker(parts)
-    decoding = submit(parts, num_inference_steps=1, priority=Priority.LOW)
+def test_a_low_priority_image_is_decoded_when_no_normal_request_waits(components: Components) -> None:
+    worker = ready_worker(components)
+    decoding = submit(components, num_inference_steps=1, priority=Priority.LOW)
     run_until(worker, lambda: decoding.step == 1)
-    waiting = submit(parts, num_inference_steps=3)
+    waiting = submit(components, num_inference_steps=3)
     run_until(worker, lambda: decoding.state == State.COMPLETED)
     assert waiting.state == State.COMPLETED
 
 
-def test_a_cancelled_request_is_ended_before_any_image_is_decoded(parts: Components) -> None:
-    worker = ready_worker(parts)
-    cancelled = submit(parts, priority=Priority.LOW)
+def test_a_cancelled_request_is_ended_before_any_image_is_decoded(components: Components) -> None:
+    worker = ready_worker(components)
+    cancelled = submit(components, priority=Priority.LOW)
     run_until(worker, lambda: cancelled.step == 1)
-    decoding, waiting = submit(parts, num_inference_steps=1), submit(parts)
+    decoding, waiting = submit(components, num_inference_steps=1), submit(components)
     run_until(worker, lambda: decoding.step == 1)
-    parts.queue.cancel(cancelled)
+    components.queue.cancel(cancelled)
     worker.run_once()
     assert (cancelled.state, decoding.state, waiting.step) == (State.COMPLETED, State.IN_PROGRESS, 0)
-    assert outcome_and_body(parts, cancelled)[0].error_type == "client_cancelled"
+    assert outcome_and_body(components, cancelled)[0].error_type == "client_cancelled"
 
 
 # -- random requests
@@ -378,13 +378,13 @@ def random_fields(rng: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("engine_type", [CostlyEngine, SingleEngine])
 @pytest.mark.parametrize("seed", range(6))
 def test_all_work_is_counted_and_every_request_ends(
-    parts: Components, seed: int, engine_type: type[CostlyEngine]
+    components: Components, seed: int, engine_type: type[CostlyEngine]
 ) -> None:
     rng, engine, jobs, cancelled = random.Random(seed), engine_type(), list[Job](), list[Job]()
     max_running = rng.randint(1, 4)
-    worker = ready_worker(parts, NullModel("test/null", lambda: engine), max_running=max_running)
+    worker = ready_worker(components, NullModel("test/null", lambda: engine), max_running=max_running)
     while len(jobs) < 20:
-        jobs.extend(submit(parts, **random_fields(rng)) for _ in range(rng.choice([0, 1, 4])))
+        jobs.extend(submit(components, **random_fields(rng)) for _ in range(rng.choice([0, 1, 4])))
         for _ in range(rng.choice([1, 5, 20])):
             worker.run_once()
             running = [job for job in jobs if job.state == State.IN_PROGRESS]
@@ -392,17 +392,17 @@ def test_all_work_is_counted_and_every_request_ends(
             assert len(normal) <= max_running and len(running) <= 2 * max_running
         if running and rng.random() < 0.2:
             cancelled.append(rng.choice(running))
-            parts.queue.cancel(cancelled[-1])
+            components.queue.cancel(cancelled[-1])
     run_all(worker)
-    assert {job.request_id: outcome_and_body(parts, job)[0].status for job in jobs} == {
+    assert {job.request_id: outcome_and_body(components, job)[0].status for job in jobs} == {
         job.request_id: 499 if job in cancelled else 200 for job in jobs
     }
     assert worker._scheduler.total == sum(task.work for task in engine.started) > 0
 
 
-def test_requests_on_different_engines_are_not_batched(parts: Components) -> None:
+def test_requests_on_different_engines_are_not_batched(components: Components) -> None:
     one, two = CostlyEngine(), CostlyEngine()
-    worker = ready_worker(parts, NullModel("test/null", lambda: one), NullModel("test/gate", lambda: two))
-    jobs = [submit(parts, endpoint) for endpoint in ("test/null", "test/gate")]
+    worker = ready_worker(components, NullModel("test/null", lambda: one), NullModel("test/gate", lambda: two))
+    jobs = [submit(components, endpoint) for endpoint in ("test/null", "test/gate")]
     worker.run_once()
     assert total_steps(*jobs) == 1

@@ -49,9 +49,9 @@ def test_nothing_is_late_while_no_step_runs(watchdog: Watchdog, clock: Clock, la
 
 
 def test_a_step_is_late_past_the_deadline(
-    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    components: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    job = claim_job(parts)
+    job = claim_job(components)
     with watchdog.watch([job]):
         clock.now += 10
         watchdog.check()
@@ -62,9 +62,9 @@ def test_a_step_is_late_past_the_deadline(
 
 
 def test_each_step_has_a_separate_deadline(
-    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    components: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    job = claim_job(parts)
+    job = claim_job(components)
     for _ in range(5):
         with watchdog.watch([job]):
             clock.now += 9
@@ -75,9 +75,9 @@ def test_each_step_has_a_separate_deadline(
 
 
 def test_an_error_also_ends_the_watch(
-    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    components: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    with pytest.raises(OSError), watchdog.watch([claim_job(parts)]):
+    with pytest.raises(OSError), watchdog.watch([claim_job(components)]):
         raise OSError
     clock.now += 100
     watchdog.check()
@@ -85,9 +85,9 @@ def test_an_error_also_ends_the_watch(
 
 
 def test_only_the_jobs_of_the_late_thread_are_reported(
-    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    components: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    slow, quick = claim_job(parts), claim_job(parts)
+    slow, quick = claim_job(components), claim_job(components)
     started, may_finish = threading.Event(), threading.Event()
 
     def work_slowly() -> None:
@@ -109,9 +109,9 @@ def test_only_the_jobs_of_the_late_thread_are_reported(
 
 
 def test_after_a_nested_watch_the_outer_watch_continues(
-    parts: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
+    components: Components, watchdog: Watchdog, clock: Clock, late: list[list[Job]]
 ) -> None:
-    outer, inner = claim_job(parts), claim_job(parts)
+    outer, inner = claim_job(components), claim_job(components)
     with watchdog.watch([outer]):
         clock.now += 9
         with watchdog.watch([inner]):
@@ -141,38 +141,38 @@ class BatchRecordingEngine(SharingEngine):
 
 def test_a_job_with_a_crash_runs_alone(tmp_path: Path) -> None:
     engine = BatchRecordingEngine()
-    with open_components(tmp_path) as parts:
+    with open_components(tmp_path) as components:
         for _ in range(3):
-            claim_job(parts, fields={"num_inference_steps": 1})
-        crashed = parts.queue.get_cached(parts.rows(IDS)[1][0])
+            claim_job(components, fields={"num_inference_steps": 1})
+        crashed = components.queue.get_cached(components.rows(IDS)[1][0])
         assert crashed
-        parts.queue.record_crash([crashed])
-    with open_components(tmp_path) as parts:
-        parts.queue.recover()
-        worker = ready_worker(parts, NullModel("test/null", lambda: engine))
+        components.queue.record_crash([crashed])
+    with open_components(tmp_path) as components:
+        components.queue.recover()
+        worker = ready_worker(components, NullModel("test/null", lambda: engine))
         while worker.run_once():
             continue
-        assert parts.rows("SELECT status, strikes FROM jobs ORDER BY sequence") == [(200, 0), (200, 1), (200, 0)]
+        assert components.rows("SELECT status, strikes FROM jobs ORDER BY sequence") == [(200, 0), (200, 1), (200, 0)]
     assert engine.batch_sizes == [2, 1]
 
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_the_process_ends_even_when_the_crash_cannot_be_recorded(
-    parts: Components, monkeypatch: pytest.MonkeyPatch, is_full: bool
+    components: Components, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     aborts: list[tuple[float, list[Job]]] = []
     monkeypatch.setattr(
         "server.worker.worker.abort_process", lambda deadline, jobs: aborts.append((deadline, list(jobs)))
     )
-    worker, job = worker_of(parts, step_deadline=7), claim_job(parts)
+    worker, job = worker_of(components, step_deadline=7), claim_job(components)
     if is_full:
-        monkeypatch.setattr(parts.queue, "record_crash", lambda jobs: (_ for _ in ()).throw(DiskFull()))
+        monkeypatch.setattr(components.queue, "record_crash", lambda jobs: (_ for _ in ()).throw(DiskFull()))
         with pytest.raises(DiskFull):
             worker._on_step_timeout([job])
     else:
         worker._on_step_timeout([job])
     assert aborts == [(7, [job])]
-    assert parts.rows("SELECT strikes FROM jobs") == [(0 if is_full else 1,)]
+    assert components.rows("SELECT strikes FROM jobs") == [(0 if is_full else 1,)]
 
 
 # -- the process
@@ -205,12 +205,12 @@ def test_a_step_that_hangs_ends_the_process_and_the_next_process_finishes_the_jo
 
 def test_after_three_crashes_a_job_fails_and_others_finish(tmp_path: Path, gate: Gate) -> None:
     data_dir = tmp_path / "data"
-    with open_components(data_dir) as parts:
+    with open_components(data_dir) as components:
         # All use one engine, so the other jobs may be batched with the step that hangs.
         for prompt in (str(gate.path), "/dev/null", "/dev/null"):
             fields = {"prompt": prompt, "num_inference_steps": 2}
-            parts.queue.submit(submission("test/gate", owner=ANONYMOUS, fields=fields))
-        paths = [f"/queue/test/gate/requests/{name}" for (name,) in parts.rows(IDS)]
+            components.queue.submit(submission("test/gate", owner=ANONYMOUS, fields=fields))
+        paths = [f"/queue/test/gate/requests/{name}" for (name,) in components.rows(IDS)]
     for _ in range(3):
         with serving(data_dir, TEST_MODELS, step_deadline="1") as server:
             assert exit_code(server) == EXIT_STUCK

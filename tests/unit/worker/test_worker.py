@@ -36,31 +36,31 @@ SMALL: dict[str, Any] = {"image_size": {"width": 64, "height": 64}, "num_inferen
 LONG: dict[str, Any] = {**SMALL, "prompt": "x" * 20_000}
 
 
-def worker_of(parts: Components, *models: NullModel, **settings: Any) -> Worker:
+def worker_of(components: Components, *models: NullModel, **settings: Any) -> Worker:
     """Return a worker that is not set up yet."""
     models_by_endpoint = {model.endpoint: model for model in models or [NullModel(*item) for item in ENGINES.items()]}
     configs = {endpoint: EngineConfig(None, "") for endpoint in models_by_endpoint}
-    worker_settings = Settings(data_dir=parts.data_dir, **settings)
+    worker_settings = Settings(data_dir=components.data_dir, **settings)
     return Worker(
         worker_settings,
         models_by_endpoint,
         configs,
-        parts.queue,
-        parts.files,
-        parts.inputs.cache.path,
-        parts.notifier,
+        components.queue,
+        components.files,
+        components.inputs.cache.path,
+        components.notifier,
     )
 
 
-def ready_worker(parts: Components, *models: NullModel, **settings: Any) -> Worker:
+def ready_worker(components: Components, *models: NullModel, **settings: Any) -> Worker:
     """Return a worker that is set up but not started; the test calls `run_once`."""
-    worker = worker_of(parts, *models, **settings)
+    worker = worker_of(components, *models, **settings)
     worker.setup()
     return worker
 
 
 def submit(
-    parts: Components,
+    components: Components,
     endpoint: str = "test/null",
     *,
     mode: Mode = Mode.QUEUE,
@@ -70,7 +70,7 @@ def submit(
 ) -> Job:
     """Submit a small request."""
     fields = {**SMALL, **fields}
-    return parts.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
+    return components.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
 
 
 def run_all(worker: Worker) -> None:
@@ -79,12 +79,12 @@ def run_all(worker: Worker) -> None:
         continue
 
 
-def wait_until(parts: Components, job: Job, is_reached: Callable[[], bool]) -> None:
+def wait_until(components: Components, job: Job, is_reached: Callable[[], bool]) -> None:
     """Wait until `is_reached` is true, checking at each notification of the job or the worker."""
 
     async def wait() -> None:
-        parts.notifier.bind_loop(asyncio.get_running_loop())
-        with parts.notifier.subscribe(job.request_id, WORKER) as event:
+        components.notifier.bind_loop(asyncio.get_running_loop())
+        with components.notifier.subscribe(job.request_id, WORKER) as event:
             while not is_reached():
                 event.clear()
                 # Check again: a notification may have come between the check and `clear`.
@@ -94,45 +94,45 @@ def wait_until(parts: Components, job: Job, is_reached: Callable[[], bool]) -> N
     asyncio.run(wait())
 
 
-def outcome_and_body(parts: Components, job: Job) -> tuple[Outcome, dict[str, Any]]:
+def outcome_and_body(components: Components, job: Job) -> tuple[Outcome, dict[str, Any]]:
     """Return the outcome of a job and its JSON body."""
-    outcome = parts.queue.result(job)
+    outcome = components.queue.result(job)
     return outcome, json.loads(outcome.body)
 
 
-def error_of(parts: Components, job: Job) -> tuple[int, str, str | None]:
+def error_of(components: Components, job: Job) -> tuple[int, str, str | None]:
     """Return the status, the message and the type of the error of a job."""
-    outcome, body = outcome_and_body(parts, job)
+    outcome, body = outcome_and_body(components, job)
     return outcome.status, body["detail"], body.get("error_type")
 
 
-def output_images(parts: Components, job: Job) -> list[Image]:
+def output_images(components: Components, job: Job) -> list[Image]:
     """Return the images of a result, read from the disk or from their data URIs."""
-    _, body = outcome_and_body(parts, job)
-    return [PILImage.open(io.BytesIO(_content(parts, image["url"]))).convert("RGB") for image in body["images"]]
+    _, body = outcome_and_body(components, job)
+    return [PILImage.open(io.BytesIO(_content(components, image["url"]))).convert("RGB") for image in body["images"]]
 
 
-def _content(parts: Components, url: str) -> bytes:
+def _content(components: Components, url: str) -> bytes:
     if url.startswith("data:"):
         return base64.b64decode(url.partition(",")[2])
-    found = parts.files.find(url.removeprefix("http://here/files/"))
+    found = components.files.find(url.removeprefix("http://here/files/"))
     assert found
-    return parts.files.path(found).read_bytes()
+    return components.files.path(found).read_bytes()
 
 
 # -- generating
 
 
-def test_run_once_returns_false_without_work(parts: Components) -> None:
-    assert not ready_worker(parts).run_once()
+def test_run_once_returns_false_without_work(components: Components) -> None:
+    assert not ready_worker(components).run_once()
 
 
-def test_a_job_advances_one_step_at_a_time(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts)
+def test_a_job_advances_one_step_at_a_time(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components)
     assert worker.run_once()
     assert (job.state, job.attempt, job.step, job.num_steps) == (State.IN_PROGRESS, 1, 1, 2)
     assert worker.run_once()
-    assert (job.state, job.step, parts.stored_file_names()) == (State.IN_PROGRESS, 2, [])
+    assert (job.state, job.step, components.stored_file_names()) == (State.IN_PROGRESS, 2, [])
     # Decoding is a separate iteration, so that other jobs can advance in the meantime.
     assert worker.run_once()
     assert (job.state, job.step, job.acceleration) == (State.COMPLETED, 2, "none")
@@ -140,20 +140,20 @@ def test_a_job_advances_one_step_at_a_time(parts: Components) -> None:
     assert not worker.run_once()
 
 
-def test_the_result_is_the_output_of_the_model(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, prompt="a tiger", seed=7)
+def test_the_result_is_the_output_of_the_model(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, prompt="a tiger", seed=7)
     run_all(worker)
-    outcome, body = outcome_and_body(parts, job)
+    outcome, body = outcome_and_body(components, job)
     assert (outcome.status, outcome.error) == (200, None)
     assert (body["seed"], body["prompt"], body["has_nsfw_concepts"]) == (7, "a tiger", [False])
     assert body["timings"] == {"inference": outcome.inference_time}
     (image,) = body["images"]
     assert (image["width"], image["height"], image["content_type"]) == (64, 64, "image/png")
-    assert image["url"] == f"http://here/files/{parts.stored_file_names()[0]}"
+    assert image["url"] == f"http://here/files/{components.stored_file_names()[0]}"
 
 
 def test_inference_time_counts_steps_and_decoding_but_not_the_safety_check(
-    parts: Components, monkeypatch: pytest.MonkeyPatch
+    components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(0.0)
     monkeypatch.setattr("time.perf_counter", clock)
@@ -171,66 +171,66 @@ def test_inference_time_counts_steps_and_decoding_but_not_the_safety_check(
             clock.now += 100
             return super().is_unsafe(images)
 
-    worker = ready_worker(parts, NullModel("test/null", Slow))
-    jobs = [submit(parts, num_inference_steps=3, num_images=2) for _ in range(2)]
+    worker = ready_worker(components, NullModel("test/null", Slow))
+    jobs = [submit(components, num_inference_steps=3, num_images=2) for _ in range(2)]
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
+    assert [outcome_and_body(components, job)[0].inference_time for job in jobs] == [2 * (3 + 10)] * 2
 
 
-def test_image_k_has_seed_plus_k_in_pixels_and_parameters(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, seed=7, num_images=3)
+def test_image_k_has_seed_plus_k_in_pixels_and_parameters(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, seed=7, num_images=3)
     run_all(worker)
-    assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7 + k, 128, 64) for k in range(3)]
-    _, body = outcome_and_body(parts, job)
-    contents = [_content(parts, image["url"]) for image in body["images"]]
+    assert [image.getpixel((0, 0)) for image in output_images(components, job)] == [(7 + k, 128, 64) for k in range(3)]
+    _, body = outcome_and_body(components, job)
+    contents = [_content(components, image["url"]) for image in body["images"]]
     found = [json.loads(PILImage.open(io.BytesIO(content)).info["parameters"]) for content in contents]
     assert [parameters["seed"] for parameters in found] == [7, 8, 9]
     assert found[0]["num_inference_steps"] == 2
 
 
-def test_embedding_of_parameters_can_be_disabled(parts: Components) -> None:
-    worker, job = ready_worker(parts, embed_parameters=False), submit(parts, prompt="a secret wish")
+def test_embedding_of_parameters_can_be_disabled(components: Components) -> None:
+    worker, job = ready_worker(components, embed_parameters=False), submit(components, prompt="a secret wish")
     run_all(worker)
     assert job.state == State.COMPLETED
-    (name,) = parts.stored_file_names()
-    content = (parts.data_dir / "files" / name).read_bytes()
+    (name,) = components.stored_file_names()
+    content = (components.data_dir / "files" / name).read_bytes()
     assert b"AI generated" in content
     assert b"secret wish" not in content and b"num_inference_steps" not in content
 
 
-def test_sync_mode_returns_the_image_as_a_data_uri_and_stores_no_file(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, sync_mode=True, seed=9)
+def test_sync_mode_returns_the_image_as_a_data_uri_and_stores_no_file(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, sync_mode=True, seed=9)
     run_all(worker)
-    assert outcome_and_body(parts, job)[1]["images"][0]["url"].startswith("data:image/png;base64,")
-    assert output_images(parts, job)[0].getpixel((0, 0)) == (9, 128, 64)
-    assert parts.stored_file_names() == []
+    assert outcome_and_body(components, job)[1]["images"][0]["url"].startswith("data:image/png;base64,")
+    assert output_images(components, job)[0].getpixel((0, 0)) == (9, 128, 64)
+    assert components.stored_file_names() == []
 
 
-def test_the_same_request_gives_the_same_bytes(parts: Components) -> None:
-    worker = ready_worker(parts)
-    jobs = [submit(parts, output_format="jpeg", seed=9) for _ in range(2)]
+def test_the_same_request_gives_the_same_bytes(components: Components) -> None:
+    worker = ready_worker(components)
+    jobs = [submit(components, output_format="jpeg", seed=9) for _ in range(2)]
     run_all(worker)
-    first, second = (_content(parts, outcome_and_body(parts, job)[1]["images"][0]["url"]) for job in jobs)
+    first, second = (_content(components, outcome_and_body(components, job)[1]["images"][0]["url"]) for job in jobs)
     assert first == second
 
 
-def test_files_have_the_owner_and_the_expiry_of_their_request(parts: Components) -> None:
-    worker = ready_worker(parts)
-    parts.queue.submit(submission(fields=SMALL, owner="alice", lifecycle=Lifecycle(60.0, is_private=True)))
+def test_files_have_the_owner_and_the_expiry_of_their_request(components: Components) -> None:
+    worker = ready_worker(components)
+    components.queue.submit(submission(fields=SMALL, owner="alice", lifecycle=Lifecycle(60.0, is_private=True)))
     run_all(worker)
-    found = parts.rows("SELECT owner, is_private, created_at, expires_at FROM files")
-    assert found == [("alice", 1, parts.clock.now, parts.clock.now + 60)]
+    found = components.rows("SELECT owner, is_private, created_at, expires_at FROM files")
+    assert found == [("alice", 1, components.clock.now, components.clock.now + 60)]
 
 
 # -- scheduling
 
 
-def test_the_request_with_the_least_remaining_work_advances(parts: Components) -> None:
-    worker = ready_worker(parts)
-    first = submit(parts, num_inference_steps=5)
+def test_the_request_with_the_least_remaining_work_advances(components: Components) -> None:
+    worker = ready_worker(components)
+    first = submit(components, num_inference_steps=5)
     for _ in range(2):
         worker.run_once()
-    second = submit(parts, num_inference_steps=2)
+    second = submit(components, num_inference_steps=2)
     steps = []
     for _ in range(6):
         worker.run_once()
@@ -239,33 +239,33 @@ def test_the_request_with_the_least_remaining_work_advances(parts: Components) -
     assert steps == [(2, 1), (2, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
 
 
-def test_an_image_is_kept_until_there_is_disk_space(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = ready_worker(parts)
-    job = submit(parts, num_inference_steps=1)
+def test_an_image_is_kept_until_there_is_disk_space(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = ready_worker(components)
+    job = submit(components, num_inference_steps=1)
     worker.run_once()
-    save = parts.files.create
-    monkeypatch.setattr(parts.files, "create", lambda *_: (_ for _ in ()).throw(DiskFull()))
+    save = components.files.create
+    monkeypatch.setattr(components.files, "create", lambda *_: (_ for _ in ()).throw(DiskFull()))
     with pytest.raises(DiskFull):
         worker.run_once()
     assert job.state == State.IN_PROGRESS
-    monkeypatch.setattr(parts.files, "create", save)
+    monkeypatch.setattr(components.files, "create", save)
     worker.run_once()
     assert (job.state, job.error) == (State.COMPLETED, None)
 
 
-def test_normal_priority_goes_before_low(parts: Components) -> None:
-    worker = ready_worker(parts)
-    low = parts.queue.submit(submission(fields=SMALL, priority=Priority.LOW))
+def test_normal_priority_goes_before_low(components: Components) -> None:
+    worker = ready_worker(components)
+    low = components.queue.submit(submission(fields=SMALL, priority=Priority.LOW))
     worker.run_once()
-    normal = submit(parts)
+    normal = submit(components)
     for _ in range(3):
         worker.run_once()
     assert (normal.state, low.state, low.step) == (State.COMPLETED, State.IN_PROGRESS, 1)
 
 
-def test_at_most_max_running_requests_run(parts: Components) -> None:
-    worker = ready_worker(parts, max_running=2)
-    jobs = [submit(parts) for _ in range(3)]
+def test_at_most_max_running_requests_run(components: Components) -> None:
+    worker = ready_worker(components, max_running=2)
+    jobs = [submit(components) for _ in range(3)]
     worker.run_once()
     assert [job.state for job in jobs] == [State.IN_PROGRESS, State.IN_PROGRESS, State.IN_QUEUE]
     run_all(worker)
@@ -275,178 +275,181 @@ def test_at_most_max_running_requests_run(parts: Components) -> None:
 # -- cancelling
 
 
-def test_cancel_takes_effect_before_the_next_step(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, num_inference_steps=5)
+def test_cancel_takes_effect_before_the_next_step(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, num_inference_steps=5)
     worker.run_once()
     worker.run_once()
-    parts.queue.cancel(job)
+    components.queue.cancel(job)
     worker.run_once()
     assert (job.state, job.step) == (State.COMPLETED, 2)
-    outcome, body = outcome_and_body(parts, job)
+    outcome, body = outcome_and_body(components, job)
     assert (outcome.status, body["error_type"]) == (499, "client_cancelled")
 
 
-def test_a_cancelled_request_is_ended_before_others_advance(parts: Components) -> None:
-    worker, other = ready_worker(parts), submit(parts)
-    job = submit(parts)
+def test_a_cancelled_request_is_ended_before_others_advance(components: Components) -> None:
+    worker, other = ready_worker(components), submit(components)
+    job = submit(components)
     worker.run_once()
-    parts.queue.cancel(job)
+    components.queue.cancel(job)
     worker.run_once()
     assert (job.state, other.step) == (State.COMPLETED, 1)
 
 
-def test_a_run_ends_as_disconnected_after_its_client_disconnects(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, mode=Mode.RUN)
+def test_a_run_ends_as_disconnected_after_its_client_disconnects(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, mode=Mode.RUN)
     worker.run_once()
-    parts.queue.cancel(job)
+    components.queue.cancel(job)
     run_all(worker)
-    assert (outcome_and_body(parts, job)[0].error_type, parts.stored_file_names()) == ("client_disconnected", [])
+    assert (outcome_and_body(components, job)[0].error_type, components.stored_file_names()) == (
+        "client_disconnected",
+        [],
+    )
 
 
-def test_no_file_is_kept_when_the_request_is_cancelled_while_it_is_checked(parts: Components) -> None:
+def test_no_file_is_kept_when_the_request_is_cancelled_while_it_is_checked(components: Components) -> None:
     class CancelDuringCheck(NullEngine):
         def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-            parts.queue.cancel(job)
+            components.queue.cancel(job)
             return super().is_unsafe(images)
 
-    worker = ready_worker(parts, NullModel("test/null", CancelDuringCheck))
-    job = submit(parts, num_images=2)
+    worker = ready_worker(components, NullModel("test/null", CancelDuringCheck))
+    job = submit(components, num_images=2)
     run_all(worker)
-    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (499, [])
+    assert (outcome_and_body(components, job)[0].status, components.stored_file_names()) == (499, [])
 
 
 # -- errors
 
 
-def test_an_error_meant_for_the_client_is_reported(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, "test/raises", prompt="told")
+def test_an_error_meant_for_the_client_is_reported(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, "test/raises", prompt="told")
     run_all(worker)
-    assert error_of(parts, job) == (500, "This cannot be painted.", "internal_error")
+    assert error_of(components, job) == (500, "This cannot be painted.", "internal_error")
 
 
-def test_the_message_of_any_other_error_is_hidden(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, "test/raises", prompt="x")
+def test_the_message_of_any_other_error_is_hidden(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, "test/raises", prompt="x")
     run_all(worker)
-    assert error_of(parts, job) == (500, "Internal Server Error", "internal_error")
-    assert "secret" not in str(parts.rows("SELECT * FROM jobs"))
+    assert error_of(components, job) == (500, "Internal Server Error", "internal_error")
+    assert "secret" not in str(components.rows("SELECT * FROM jobs"))
 
 
-def test_a_failed_request_does_not_affect_others(parts: Components) -> None:
-    worker, bad, good = ready_worker(parts), submit(parts, "test/raises"), submit(parts)
+def test_a_failed_request_does_not_affect_others(components: Components) -> None:
+    worker, bad, good = ready_worker(components), submit(components, "test/raises"), submit(components)
     run_all(worker)
-    assert [outcome_and_body(parts, job)[0].status for job in (bad, good)] == [500, 200]
+    assert [outcome_and_body(components, job)[0].status for job in (bad, good)] == [500, 200]
 
 
-def test_an_endpoint_that_is_no_longer_served_is_not_found(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, "test/gone")
+def test_an_endpoint_that_is_no_longer_served_is_not_found(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, "test/gone")
     run_all(worker)
-    assert error_of(parts, job) == (404, "test/gone is no longer served here", None)
+    assert error_of(components, job) == (404, "test/gone is no longer served here", None)
 
 
 def test_an_endpoint_that_is_not_served_after_a_restart_is_not_found(tmp_path: Path) -> None:
-    with open_components(tmp_path) as parts:
-        worker, job = ready_worker(parts), submit(parts, "test/raises")
+    with open_components(tmp_path) as components:
+        worker, job = ready_worker(components), submit(components, "test/raises")
         worker.run_once()
-    with open_components(tmp_path) as parts:
-        parts.queue.recover()
-        run_all(ready_worker(parts, NullModel("test/null", NullEngine)))
-        assert outcome_and_body(parts, job)[0].status == 404
+    with open_components(tmp_path) as components:
+        components.queue.recover()
+        run_all(ready_worker(components, NullModel("test/null", NullEngine)))
+        assert outcome_and_body(components, job)[0].status == 404
 
 
-def test_input_that_is_no_longer_valid_fails_only_its_request(parts: Components) -> None:
-    worker = ready_worker(parts)
-    job = parts.queue.submit(submission(input='{"prompt": 5, "seed": 7}'))
-    good = submit(parts)
+def test_input_that_is_no_longer_valid_fails_only_its_request(components: Components) -> None:
+    worker = ready_worker(components)
+    job = components.queue.submit(submission(input='{"prompt": 5, "seed": 7}'))
+    good = submit(components)
     run_all(worker)
-    assert error_of(parts, job) == (500, "Internal Server Error", "internal_error")
-    assert outcome_and_body(parts, good)[0].status == 200
+    assert error_of(components, job) == (500, "Internal Server Error", "internal_error")
+    assert outcome_and_body(components, good)[0].status == 200
 
 
-def test_an_output_that_cannot_be_built_leaves_no_files(parts: Components) -> None:
+def test_an_output_that_cannot_be_built_leaves_no_files(components: Components) -> None:
     class BrokenOutputModel(NullModel):
         def build_output(self, *args: Any) -> Any:
             raise GenerationFailed("The output cannot be built.")
 
-    worker = ready_worker(parts, BrokenOutputModel("test/null", NullEngine))
-    job = submit(parts, num_images=2)
+    worker = ready_worker(components, BrokenOutputModel("test/null", NullEngine))
+    job = submit(components, num_images=2)
     run_all(worker)
-    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (500, [])
+    assert (outcome_and_body(components, job)[0].status, components.stored_file_names()) == (500, [])
 
 
 # -- safety
 
 
-def test_flagged_images_are_black(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, "test/unsafe", prompt="x", num_images=2)
+def test_flagged_images_are_black(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, "test/unsafe", prompt="x", num_images=2)
     run_all(worker)
-    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == [True, True]
-    assert [image.getextrema() for image in output_images(parts, job)] == [((0, 0), (0, 0), (0, 0))] * 2
+    assert outcome_and_body(components, job)[1]["has_nsfw_concepts"] == [True, True]
+    assert [image.getextrema() for image in output_images(components, job)] == [((0, 0), (0, 0), (0, 0))] * 2
 
 
-def test_only_the_flagged_image_is_black(parts: Components) -> None:
+def test_only_the_flagged_image_is_black(components: Components) -> None:
     class SecondIsUnsafe(NullEngine):
         def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
             return [False, True]
 
-    worker = ready_worker(parts, NullModel("test/null", SecondIsUnsafe))
-    job = submit(parts, num_images=2, seed=7)
+    worker = ready_worker(components, NullModel("test/null", SecondIsUnsafe))
+    job = submit(components, num_images=2, seed=7)
     run_all(worker)
-    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == [False, True]
-    assert [image.getpixel((0, 0)) for image in output_images(parts, job)] == [(7, 128, 64), (0, 0, 0)]
+    assert outcome_and_body(components, job)[1]["has_nsfw_concepts"] == [False, True]
+    assert [image.getpixel((0, 0)) for image in output_images(components, job)] == [(7, 128, 64), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("prompt", ["silent", "raises"])
-def test_without_a_safety_verdict_no_image_is_returned(parts: Components, prompt: str) -> None:
-    worker, job = ready_worker(parts), submit(parts, "test/unsafe", prompt=prompt)
+def test_without_a_safety_verdict_no_image_is_returned(components: Components, prompt: str) -> None:
+    worker, job = ready_worker(components), submit(components, "test/unsafe", prompt=prompt)
     run_all(worker)
-    outcome, body = outcome_and_body(parts, job)
-    assert (outcome.status, parts.stored_file_names()) == (500, [])
+    outcome, body = outcome_and_body(components, job)
+    assert (outcome.status, components.stored_file_names()) == (500, [])
     assert body["detail"].startswith("The safety checker")
 
 
 @pytest.mark.parametrize(("is_enforced", "flags"), [(False, [False]), (True, [True])])
-def test_the_operator_can_enforce_the_checker(parts: Components, is_enforced: bool, flags: list[bool]) -> None:
-    worker = ready_worker(parts, enforce_safety_checker=is_enforced)
-    job = submit(parts, "test/unsafe", prompt="x", enable_safety_checker=False)
+def test_the_operator_can_enforce_the_checker(components: Components, is_enforced: bool, flags: list[bool]) -> None:
+    worker = ready_worker(components, enforce_safety_checker=is_enforced)
+    job = submit(components, "test/unsafe", prompt="x", enable_safety_checker=False)
     run_all(worker)
-    assert outcome_and_body(parts, job)[1]["has_nsfw_concepts"] == flags
+    assert outcome_and_body(components, job)[1]["has_nsfw_concepts"] == flags
 
 
 # -- the disk is full
 
 
-def test_a_result_waits_for_disk_space(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, **LONG)
+def test_a_result_waits_for_disk_space(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, **LONG)
     worker.run_once()
     worker.run_once()
-    with full_disk(parts):
+    with full_disk(components):
         for _ in range(2):
             with pytest.raises(DiskFull):
                 worker.run_once()
-        assert (job.state, len(parts.stored_file_names())) == (State.IN_PROGRESS, 1)
+        assert (job.state, len(components.stored_file_names())) == (State.IN_PROGRESS, 1)
     run_all(worker)
-    assert outcome_and_body(parts, job)[0].status == 200
-    assert parts.rows("SELECT name FROM files") == [(name,) for name in parts.stored_file_names()]
+    assert outcome_and_body(components, job)[0].status == 200
+    assert components.rows("SELECT name FROM files") == [(name,) for name in components.stored_file_names()]
 
 
-def test_a_request_cancelled_while_it_waits_for_disk_space_leaves_no_files(parts: Components) -> None:
-    worker, job = ready_worker(parts), submit(parts, **LONG)
+def test_a_request_cancelled_while_it_waits_for_disk_space_leaves_no_files(components: Components) -> None:
+    worker, job = ready_worker(components), submit(components, **LONG)
     worker.run_once()
     worker.run_once()
-    with full_disk(parts), pytest.raises(DiskFull):
+    with full_disk(components), pytest.raises(DiskFull):
         worker.run_once()
-    parts.queue.cancel(job)
+    components.queue.cancel(job)
     run_all(worker)
-    assert (outcome_and_body(parts, job)[0].status, parts.stored_file_names()) == (499, [])
+    assert (outcome_and_body(components, job)[0].status, components.stored_file_names()) == (499, [])
 
 
-def test_a_job_that_cannot_start_ends_when_there_is_disk_space(parts: Components) -> None:
+def test_a_job_that_cannot_start_ends_when_there_is_disk_space(components: Components) -> None:
     class LongErrorEngine(NullEngine):
         def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
             raise GenerationFailed("no" * 20_000)
 
-    worker, job = ready_worker(parts, NullModel("test/null", LongErrorEngine)), submit(parts)
-    with full_disk(parts), pytest.raises(DiskFull):
+    worker, job = ready_worker(components, NullModel("test/null", LongErrorEngine)), submit(components)
+    with full_disk(components), pytest.raises(DiskFull):
         worker.run_once()
     run_all(worker)
     assert (job.state, job.error_type) == (State.COMPLETED, "internal_error")
@@ -455,29 +458,29 @@ def test_a_job_that_cannot_start_ends_when_there_is_disk_space(parts: Components
 # -- the thread
 
 
-def test_the_thread_runs_jobs_until_it_is_stopped(parts: Components) -> None:
-    worker, job = worker_of(parts), submit(parts)
+def test_the_thread_runs_jobs_until_it_is_stopped(components: Components) -> None:
+    worker, job = worker_of(components), submit(components)
 
     async def run_two_jobs() -> Job:
         worker.start()
-        await wait_for_state(parts, job, State.COMPLETED)
+        await wait_for_state(components, job, State.COMPLETED)
         # The second job wakes the worker after it was idle.
-        later = submit(parts)
-        await wait_for_state(parts, later, State.COMPLETED)
+        later = submit(components)
+        await wait_for_state(components, later, State.COMPLETED)
         return later
 
     later = asyncio.run(run_two_jobs())
     assert worker.is_ready
     worker.stop()
     assert (worker.is_ready, worker.failure) == (False, None)
-    assert [outcome_and_body(parts, job)[0].status for job in (job, later)] == [200, 200]
-    waiting = submit(parts)
+    assert [outcome_and_body(components, job)[0].status for job in (job, later)] == [200, 200]
+    waiting = submit(components)
     assert waiting.state == State.IN_QUEUE
 
 
-def stop_worker(parts: Components, worker: Worker, on_stopping: Callable[[], None]) -> None:
+def stop_worker(components: Components, worker: Worker, on_stopping: Callable[[], None]) -> None:
     """Stop a running worker. Call `on_stopping` as soon as the worker is notified of the stop."""
-    wake = parts.notifier.work_available.set
+    wake = components.notifier.work_available.set
     stopper = threading.Thread(target=worker.stop, daemon=True)
 
     def wake_and_continue() -> None:
@@ -485,60 +488,62 @@ def stop_worker(parts: Components, worker: Worker, on_stopping: Callable[[], Non
         if threading.current_thread() is stopper:
             on_stopping()
 
-    parts.notifier.work_available.set = wake_and_continue  # type: ignore[method-assign]
+    components.notifier.work_available.set = wake_and_continue  # type: ignore[method-assign]
     stopper.start()
     stopper.join(60)
     assert not stopper.is_alive()
 
 
-def stop_between_steps(parts: Components, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False) -> None:
+def stop_between_steps(
+    components: Components, worker: Worker, gate: Gate, *jobs: Job, is_cancelled: bool = False
+) -> None:
     """Stop a worker in the middle of its second step, which completes only after the worker is notified."""
     worker.start()
     gate.release(1)
-    wait_until(parts, jobs[0], lambda: jobs[0].step == 1)
+    wait_until(components, jobs[0], lambda: jobs[0].step == 1)
     if is_cancelled:
-        parts.queue.cancel(jobs[0])
-    stop_worker(parts, worker, gate.release_all)
+        components.queue.cancel(jobs[0])
+    stop_worker(components, worker, gate.release_all)
 
 
-def test_a_stop_releases_unfinished_jobs(parts: Components, gate: Gate) -> None:
-    worker = worker_of(parts, shutdown_grace=0)
-    jobs = [submit(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
-    stop_between_steps(parts, worker, gate, *jobs)
+def test_a_stop_releases_unfinished_jobs(components: Components, gate: Gate) -> None:
+    worker = worker_of(components, shutdown_grace=0)
+    jobs = [submit(components, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
+    stop_between_steps(components, worker, gate, *jobs)
     assert worker.failure is None
-    assert [(job.state, job.attempt, parts.queue.position(job)) for job in jobs] == [
+    assert [(job.state, job.attempt, components.queue.position(job)) for job in jobs] == [
         (State.IN_QUEUE, 1, 0),
         (State.IN_QUEUE, 1, 1),
     ]
 
 
-def test_a_stop_ends_cancelled_jobs(parts: Components, gate: Gate) -> None:
-    worker = worker_of(parts, shutdown_grace=0)
-    jobs = [submit(parts, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
-    stop_between_steps(parts, worker, gate, *jobs, is_cancelled=True)
+def test_a_stop_ends_cancelled_jobs(components: Components, gate: Gate) -> None:
+    worker = worker_of(components, shutdown_grace=0)
+    jobs = [submit(components, "test/gate", prompt=str(gate.path), num_inference_steps=5) for _ in range(2)]
+    stop_between_steps(components, worker, gate, *jobs, is_cancelled=True)
     assert worker.failure is None
     assert [job.state for job in jobs] == [State.COMPLETED, State.IN_QUEUE]
-    assert outcome_and_body(parts, jobs[0])[0].error_type == "client_cancelled"
+    assert outcome_and_body(components, jobs[0])[0].error_type == "client_cancelled"
 
 
-def test_a_stop_lets_running_jobs_finish_within_the_grace_period(parts: Components, gate: Gate) -> None:
-    worker = worker_of(parts, shutdown_grace=60, max_running=1)
-    job = submit(parts, "test/gate", prompt=str(gate.path))
-    waiting = submit(parts)
-    stop_between_steps(parts, worker, gate, job)
-    assert (outcome_and_body(parts, job)[0].status, waiting.state, waiting.attempt) == (200, State.IN_QUEUE, 0)
+def test_a_stop_lets_running_jobs_finish_within_the_grace_period(components: Components, gate: Gate) -> None:
+    worker = worker_of(components, shutdown_grace=60, max_running=1)
+    job = submit(components, "test/gate", prompt=str(gate.path))
+    waiting = submit(components)
+    stop_between_steps(components, worker, gate, job)
+    assert (outcome_and_body(components, job)[0].status, waiting.state, waiting.attempt) == (200, State.IN_QUEUE, 0)
 
 
-def test_weights_that_fail_to_load_end_the_worker_and_notify(parts: Components) -> None:
+def test_weights_that_fail_to_load_end_the_worker_and_notify(components: Components) -> None:
     class Broken(NullModel):
         def setup(self, config: EngineConfig) -> Engine:  # type: ignore[override]
             raise OSError("no weights here")
 
-    worker = worker_of(parts, Broken("test/null", NullEngine))
+    worker = worker_of(components, Broken("test/null", NullEngine))
 
     async def wait_for_failure() -> None:
-        parts.notifier.bind_loop(asyncio.get_running_loop())
-        with parts.notifier.subscribe(WORKER) as event:
+        components.notifier.bind_loop(asyncio.get_running_loop())
+        with components.notifier.subscribe(WORKER) as event:
             worker.start()
             await event.wait()
 
@@ -573,15 +578,17 @@ class ColdEngine(NullEngine):
         self.is_frozen.set()
 
 
-def test_warm_up_and_its_failures_do_not_delay_requests(parts: Components, caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_and_its_failures_do_not_delay_requests(
+    components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
     events: list[str] = []
     first, second = ColdEngine(events), ColdEngine(events)
-    worker = worker_of(parts, NullModel("test/null", lambda: first), NullModel("test/other", lambda: second))
+    worker = worker_of(components, NullModel("test/null", lambda: first), NullModel("test/other", lambda: second))
 
     def run_job(endpoint: str) -> None:
-        job = submit(parts, endpoint)
-        asyncio.run(wait_for_state(parts, job, State.COMPLETED))
-        assert outcome_and_body(parts, job)[0].status == 200
+        job = submit(components, endpoint)
+        asyncio.run(wait_for_state(components, job, State.COMPLETED))
+        assert outcome_and_body(components, job)[0].status == 200
 
     worker.start()
     assert first.is_warming.wait(60)
@@ -636,12 +643,12 @@ def test_ready_reports_the_progress_of_loading(tmp_path: Path, gate: Gate) -> No
 # -- out of memory
 
 
-def test_out_of_memory_is_reported_as_retryable(narrow_client: httpx.Client) -> None:
-    response = narrow_client.post("/test/memory", json={"prompt": "x"})
+def test_out_of_memory_is_reported_as_retryable(constrained_client: httpx.Client) -> None:
+    response = constrained_client.post("/test/memory", json={"prompt": "x"})
     assert (response.status_code, response.headers["x-fal-retryable"]) == (500, "true")
     assert response.json() == {
         "detail": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
         "message": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
         "error_type": "internal_error",
     }
-    assert narrow_client.post("/test/null", json={"prompt": "x"}).status_code == 200
+    assert constrained_client.post("/test/null", json={"prompt": "x"}).status_code == 200
