@@ -26,7 +26,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-pip \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv --without-pip /opt/flux-server
-# pip reads PIP_FIND_LINKS by itself: a folder of wheels that is mounted while building, or the address of a page.
+# pip reads PIP_FIND_LINKS by itself: a directory of wheels that is mounted while building, or the URL of a page.
 ARG TORCH_INDEX=""
 ARG PIP_FIND_LINKS=""
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1

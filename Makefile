@@ -1,7 +1,7 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
 # make cluster a cluster of Ray's on this machine, with runners and nodes that die
-# make peers   this server beside FastAPI, LitServe and BentoML, in four minutes
+# make peers   this server next to FastAPI, LitServe and BentoML, in four minutes
 # make demo-eval   what the demo weights can do, measured
 #
 # CPU=avx2 computes as a CPU of 2013 to 2020 does, without AVX-512 and bfloat16; CONTRIBUTING.md says how far.
@@ -50,6 +50,7 @@ test-all: lint tests/support/js/node_modules
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo bench docs models server tests)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -35,7 +35,7 @@ EXAMPLE_PROMPT = (
 )
 EXAMPLE_LORA = "XLabs-AI/flux-RealismLora"
 #: An orange square as a data URI, so that the example needs no other server.
-EXAMPLE_PICTURE = (
+EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
     "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
@@ -147,7 +147,7 @@ ImageURL = Annotated[
     InputURL("image"),
     Field(
         description="The URL of the image to generate an image from: http, https or a data URI.",
-        examples=[EXAMPLE_PICTURE],
+        examples=[EXAMPLE_IMAGE],
     ),
 ]
 Strength = Annotated[

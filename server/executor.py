@@ -17,7 +17,7 @@ class FairExecutor:
         """Create the pool; one owner may use up to `num_each` of its threads."""
         self._threads = ThreadPoolExecutor(num_threads, name)
         self._of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, num_each))
-        self._begun: set[asyncio.Future[object]] = set()
+        self._running: set[asyncio.Future[object]] = set()
 
     async def run(self, owner: str, func: Callable[..., Result], *args: object) -> Result:
         """Run `func` for an owner as soon as the owner has a free thread. Raises what `func` raises.
@@ -37,5 +37,5 @@ class FairExecutor:
     def submit(self, owner: str, func: Callable[..., object], *args: object) -> None:
         """Schedule `run` without waiting for the result."""
         task: asyncio.Future[object] = asyncio.ensure_future(self.run(owner, func, *args))
-        self._begun.add(task)
-        task.add_done_callback(self._begun.discard)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)

@@ -65,7 +65,7 @@ def keyless_client(server_with_keys: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def proxy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Start a server with the demo weights and the test models that clients reach through its CONNECT proxy."""
-    with serving_with_proxy(tmp_path_factory.mktemp("door")) as running:
+    with serving_with_proxy(tmp_path_factory.mktemp("proxy")) as running:
         yield running
 
 

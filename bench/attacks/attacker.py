@@ -55,7 +55,7 @@ class Target:
 
     def __init__(self, port: int, directory: Path, hosted_url: str) -> None:
         self.port, self._directory, self._hosted_url = port, directory, hosted_url
-        self.told = Responses()
+        self.responses = Responses()
         self._until = 0.0
 
     def host_file(self, name: str, content: bytes) -> str:
@@ -91,8 +91,8 @@ class Target:
             ending = "held"
         except (OSError, EOFError):
             pass
-        self.told.answers[f"{label} {ending}".strip()] += 1
-        self.told.longest_held = max(self.told.longest_held, time.monotonic() - start)
+        self.responses.answers[f"{label} {ending}".strip()] += 1
+        self.responses.longest_held = max(self.responses.longest_held, time.monotonic() - start)
 
     async def ask(self, *contents: bytes | memoryview, rate: float = 0.0, label: str = "") -> Response | None:
         """Send one request on a new connection and count the response under `label`; return it if there was one."""
@@ -132,10 +132,10 @@ class Attacker:
         """Wait up to `wait` seconds; return whether the phase is over."""
         return self._pipe.poll(wait)
 
-    def told(self) -> Responses:
+    def responses(self) -> Responses:
         """Return the responses up to the end of the phase."""
-        told: Responses = self._pipe.recv()
-        return told
+        responses: Responses = self._pipe.recv()
+        return responses
 
     def end(self) -> None:
         """Kill the process, which closes all its connections."""
@@ -167,4 +167,4 @@ def _attack(pipe: Pipe, prepare: Callable[[Target], Round], port: int, directory
     pipe.send(None)
     while True:
         uvloop.run(target.round(act, pipe.recv()))
-        pipe.send(target.told)
+        pipe.send(target.responses)

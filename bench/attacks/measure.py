@@ -44,7 +44,7 @@ class Seen:
 
     phases: list[Phase] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
-    told: Responses = field(default_factory=Responses)
+    responses: Responses = field(default_factory=Responses)
     #: Seconds from the end of each attacked phase until the server was at rest; None if it did not rest in time.
     rests: list[float | None] = field(default_factory=list)
     #: Why the attack ended early; empty if it did not.
@@ -52,7 +52,7 @@ class Seen:
     #: Resident memory in bytes: idle, and the maximum under attack.
     memory: tuple[int, int] = (0, 0)
     #: Bytes in the data directory: before the attack, the maximum, and after a sweep.
-    folder: tuple[dict[str, int], dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}, {}))
+    directory_bytes: tuple[dict[str, int], dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}, {}))
     #: Statuses of the other key's stored data before the attack and after the sweep.
     belongings: tuple[dict[str, str], dict[str, str]] = field(default_factory=lambda: ({}, {}))
     #: Exit code of the server if it ended during the attack.
@@ -68,7 +68,7 @@ class _Belongings:
         wait_until_completed(client, submitted["status_url"])
         self.status_path = urlsplit(submitted["status_url"]).path
         image_url = client.get(submitted["response_url"]).json()["images"][0]["url"]
-        self._urls = {"result": submitted["response_url"], "picture": image_url}
+        self._urls = {"result": submitted["response_url"], "image": image_url}
         uploaded = client.post("/files/upload", content=_UPLOAD_CONTENT, headers={"content-type": "image/png"})
         # With a rate limit of one request a day, the upload may be refused.
         if uploaded.status_code == 200:
@@ -107,7 +107,7 @@ def measure(attack: Attack, seconds: float) -> Seen:
         attacker.end()
         seen.operations = other.stop()
         watch.until_swept(SWEEP_SECONDS)
-        seen.folder = (*seen.folder[:2], watch.folder)
+        seen.directory_bytes = (*seen.directory_bytes[:2], watch.directory_bytes)
         seen.belongings = before, belongings.statuses()
         seen.exit_code = server.process.poll()
     return seen
@@ -115,15 +115,15 @@ def measure(attack: Attack, seconds: float) -> Seen:
 
 def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: OtherKey, seconds: float) -> None:
     """Alternate phases without and with the attack, ROUNDS times. An attack that is cut short is the last."""
-    idle, folder = watch.memory, watch.folder
+    idle, directory_bytes = watch.memory, watch.directory_bytes
     rest_seconds = watch.until_calm(other.waiting)
     for round_index in range(ROUNDS):
         begun_at = time.monotonic()
         watch.for_seconds(seconds / 2)
         if not round_index:
             # Measure from here on, so that the start of the server does not count.
-            idle, folder = watch.memory, watch.folder
-            watch.highest_memory, watch.highest_directory_bytes = idle, dict(folder)
+            idle, directory_bytes = watch.memory, watch.directory_bytes
+            watch.highest_memory, watch.highest_directory_bytes = idle, dict(directory_bytes)
         attacked_at = time.monotonic()
         seen.phases.append(Phase(False, begun_at, attacked_at, rest_seconds is not None))
         seen.cut_short = _run_attack(seen, watch, attacker, seconds)
@@ -133,7 +133,7 @@ def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: OtherKey, s
         if seen.cut_short:
             break
     seen.memory = idle, watch.highest_memory
-    seen.folder = folder, watch.highest_directory_bytes, {}
+    seen.directory_bytes = directory_bytes, watch.highest_directory_bytes, {}
 
 
 def _run_attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) -> str:
@@ -146,5 +146,5 @@ def _run_attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) ->
             attacker.end()
             return "the machine's memory was nearly full" if is_machine_full() else "the attack did not end in time"
     watch.look()
-    seen.told = attacker.told()
+    seen.responses = attacker.responses()
     return ""

@@ -14,7 +14,7 @@ _MB = 1e6
 
 def figures(attack: Attack, seen: Seen) -> dict[str, Any]:
     """Return all observations in milliseconds, MB and bytes, ready for JSON."""
-    before, highest, after = seen.folder
+    before, highest, after = seen.directory_bytes
     idle, highest_memory = seen.memory
     during = [each for each in seen.operations if any(phase.has(each) for phase in seen.phases)]
     return {
@@ -26,10 +26,10 @@ def figures(attack: Attack, seen: Seen) -> dict[str, Any]:
         "phases": [_of_phase(phase, attack.operations, seen.operations) for phase in seen.phases],
         "rest_s": seen.rests,
         "memory_mb": {"idle": idle / _MB, "highest": highest_memory / _MB, "growth": (highest_memory - idle) / _MB},
-        "folder_bytes": {"before": before, "highest": highest, "after_sweep": after},
-        "attacker_answers": dict(seen.told.answers),
-        "longest_held_s": seen.told.longest_held,
-        "notes": seen.told.notes,
+        "directory_bytes": {"before": before, "highest": highest, "after_sweep": after},
+        "attacker_answers": dict(seen.responses.answers),
+        "longest_held_s": seen.responses.longest_held,
+        "notes": seen.responses.notes,
         "belongings": {"before": seen.belongings[0], "after": seen.belongings[1]},
         "cut_short": seen.cut_short,
         "server_exit_code": seen.exit_code,
@@ -38,7 +38,7 @@ def figures(attack: Attack, seen: Seen) -> dict[str, Any]:
 
 def line(results: dict[str, Any]) -> str:
     """Return the figures as one readable line."""
-    sizes = [results["folder_bytes"][when] for when in ("before", "highest", "after_sweep")]
+    sizes = [results["directory_bytes"][when] for when in ("before", "highest", "after_sweep")]
     in_mb = ", ".join(f"{each['total'] / _MB:.1f}" for each in sizes)
     files = ", ".join(str(each["num_files"]) for each in sizes)
     memory = results["memory_mb"]

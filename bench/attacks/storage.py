@@ -68,7 +68,10 @@ async def _all_longest(target: Target) -> dict[str, int]:
 def _rows(target: Target) -> Round:
     """Return a phase of submits, each with the longest prompt and one other field at its longest."""
     lengths = uvloop.run(_all_longest(target))
-    target.told.notes |= {"planned": NUM_SUBMITS, **{f"longest_{field}": length for field, length in lengths.items()}}
+    target.responses.notes |= {
+        "planned": NUM_SUBMITS,
+        **{f"longest_{field}": length for field, length in lengths.items()},
+    }
     prompt = {"prompt": lengths.pop("prompt", 0)}
     variants = [_submit(target, **prompt, **{field: length}) for field, length in lengths.items()] or [
         _submit(target, **prompt)
@@ -88,13 +91,13 @@ def _rows(target: Target) -> Round:
 
 def uploads(target: Target, number: int, content: bytes) -> Round:
     """Return a phase that uploads its share of `number` files with this content."""
-    target.told.notes["planned"] = number
+    target.responses.notes["planned"] = number
     upload = request("POST", "/files/upload", ATTACKER, content, content_type="image/png")
     return lambda: target.flood(itertools.repeat(upload, number // ROUNDS), _AT_A_TIME)
 
 
 def _empty_parts(target: Target) -> Round:
-    target.told.notes["planned"] = NUM_EMPTY
+    target.responses.notes["planned"] = NUM_EMPTY
     initiated = uvloop.run(_exchange(target, target.post("/storage/upload/initiate-multipart", {})))
     assert initiated, "the server did not answer the request to initiate a multipart upload"
     path = urlsplit(json.loads(initiated.body)["upload_url"]).path

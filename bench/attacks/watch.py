@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from server.storage.database import FILE, FOLDERS
+from server.storage.database import DIRECTORIES, FILE
 
 #: Seconds between two readings, of the memory and of the data directory.
 EVERY = 0.1
@@ -27,7 +27,7 @@ class Watch:
         self._server = psutil.Process(pid)
         self._data_dir = data_dir
         self.memory = self.highest_memory = 0
-        self.folder: dict[str, int] = {}
+        self.directory_bytes: dict[str, int] = {}
         self.highest_directory_bytes: dict[str, int] = {}
         self._directory_at = 0.0
         self._children: list[psutil.Process] = []
@@ -45,8 +45,8 @@ class Watch:
     def look_at_directory(self) -> None:
         """Count the bytes in the data directory."""
         self._directory_at = time.monotonic()
-        self.folder = directory_bytes(self._data_dir)
-        for name, number in self.folder.items():
+        self.directory_bytes = directory_bytes(self._data_dir)
+        for name, number in self.directory_bytes.items():
             self.highest_directory_bytes[name] = max(number, self.highest_directory_bytes.get(name, 0))
 
     def for_seconds(self, seconds: float) -> None:
@@ -78,10 +78,10 @@ class Watch:
         is_changing = True
         while is_changing and time.monotonic() < until:
             self.look_at_directory()
-            before = self.folder
+            before = self.directory_bytes
             self.for_seconds(1.2 * every)
             self.look_at_directory()
-            is_changing = before != self.folder
+            is_changing = before != self.directory_bytes
 
     def _cpu_seconds(self) -> float:
         with suppress(psutil.NoSuchProcess):
@@ -99,7 +99,7 @@ def directory_bytes(data_dir: Path) -> dict[str, int]:
     """Return the bytes of the database, its WAL, each directory of files, and in total; and the number of files."""
     sizes = {"database": _size(data_dir / FILE), "wal": _size(data_dir / f"{FILE}-wal")}
     num_files = 0
-    for name in FOLDERS:
+    for name in DIRECTORIES:
         file_sizes = list(_sizes(data_dir / name))
         sizes[name] = sum(file_sizes)
         num_files += len(file_sizes)

@@ -52,15 +52,11 @@ async def parse_submission(
     # Invalid requests do not count towards the rate limit. Fetching inputs is expensive, so the limit comes first.
     rate_limiter.acquire(owner)
     input_files = await inputs.resolve(fields, owner, body)
-    text = dump_input(fields, input_files)
-    if body.is_in(text):
-        message = "Long base64 data is only accepted in the URLs of images and LoRAs"
-        raise InvalidInput([{"type": "value_error", "loc": ["body"], "msg": message, "input": ""}])
     is_queued = mode == Mode.QUEUE
     return Submission(
         endpoint=model.endpoint,
         owner=owner,
-        input=text,
+        input=dump_input(fields, input_files, body),
         input_files=input_files,
         base_url=request.state.base_url,
         mode=mode,

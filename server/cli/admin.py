@@ -110,7 +110,7 @@ def back_up(
 
     To restore, start the server with --data-dir DIRECTORY.
     """
-    num_bytes = _ask(data_dir, "back_up", folder=str(directory.absolute()))
+    num_bytes = _ask(data_dir, "back_up", directory=str(directory.absolute()))
     typer.echo(f"{directory}: {num_bytes / 1e6:.1f} MB")
 
 

@@ -75,6 +75,6 @@ class Control:
         delivery.redeliver(self._database, request_id)
         self._on_webhooks()
 
-    def back_up(self, folder: str) -> int:
+    def back_up(self, directory: str) -> int:
         """Copy the data directory to a new one while the server runs; returns the number of bytes."""
-        return backup.back_up(self._database, self._data_dir, Path(folder))
+        return backup.back_up(self._database, self._data_dir, Path(directory))

@@ -202,8 +202,11 @@ class InputResolver:
             ready.unlink(missing_ok=True)
 
 
-def dump_input(request: ImageInput, input_files: Mapping[str, str]) -> str:
-    """Serialize a request for its row. File names replace data URIs, which may be large."""
+def dump_input(request: ImageInput, input_files: Mapping[str, str], received: SpooledBody | None = None) -> str:
+    """Serialize a request for its row. File names replace data URIs, which may be large.
+
+    Raises InvalidInput if long base64 data is anywhere else.
+    """
     body = request.model_dump(mode="json")
     for loc, _, url in input_urls(request):
         if url[:5].lower() == "data:":
@@ -211,7 +214,11 @@ def dump_input(request: ImageInput, input_files: Mapping[str, str]) -> str:
             for step in loc[:-1]:
                 holder = holder[step]
             holder[loc[-1]] = input_files[".".join(map(str, loc))]
-    return str(to_json(body), "utf-8")
+    text = str(to_json(body), "utf-8")
+    if received and received.is_in(text):
+        message = "Long base64 data is accepted only as data URIs of images and LoRAs"
+        raise InvalidInput([{"type": "value_error", "loc": ["body"], "msg": message, "input": ""}])
+    return text
 
 
 def _store_image(temp_path: Path, ready: Path, limits: Limits) -> str:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from server.errors import DiskFails, DiskFull
-from server.storage.database import FOLDERS, Database
+from server.storage.database import DIRECTORIES, Database
 
 #: Directories copied in addition to the database and its inputs: images and uploads, and certificates.
-_FOLDERS = ("files", "tls")
+_DIRECTORIES = ("files", "tls")
 
 
 def back_up(database: Database, data_dir: Path, target: Path) -> int:
@@ -30,7 +30,7 @@ def back_up(database: Database, data_dir: Path, target: Path) -> int:
         try:
             _copy(data_dir, "inputs", temp_path)
             database.backup_to(temp_path, extra_copy=partial(_copy, data_dir, "inputs", temp_path))
-            for name in _FOLDERS:
+            for name in _DIRECTORIES:
                 _copy(data_dir, name, temp_path)
             temp_path.rename(target)
         finally:
@@ -50,7 +50,7 @@ def _copy(data_dir: Path, name: str, target: Path) -> None:
 
 
 def _check(data_dir: Path, target: Path, temp_path: Path) -> None:
-    for name in {*_FOLDERS, *FOLDERS}:
+    for name in {*_DIRECTORIES, *DIRECTORIES}:
         if target.resolve().is_relative_to((data_dir / name).resolve()):
             raise ValueError(f"{target} is inside a directory that is backed up; choose another target")
     for path in (target, temp_path):

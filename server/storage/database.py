@@ -14,7 +14,7 @@ from server.storage.migrations import DataDirInUse, migrate
 
 FILE = "queue.sqlite3"
 #: Directories next to the database, with the files that its rows list. A start removes files that no row lists.
-FOLDERS = ("files", "uploads", "inputs")
+DIRECTORIES = ("files", "uploads", "inputs")
 #: SQLite's codes for a full disk: for a table, and for the index of its write-ahead log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 #: SQLite's codes for a read-only or broken disk. They are the low byte of the error code.
@@ -93,7 +93,7 @@ def check_data_dir(directory: Path) -> None:
     """Refuse a directory with files but no database: a start would delete them all as orphans. Raises OSError."""
     if (directory / FILE).is_file() and (directory / FILE).stat().st_size:
         return
-    for name in FOLDERS:
+    for name in DIRECTORIES:
         # A file system that is mounted here has lost+found from the beginning.
         if (directory / name).is_dir() and any(path.name != "lost+found" for path in (directory / name).iterdir()):
             raise OSError(

@@ -96,7 +96,7 @@ def test_uploads(proxy_server: Server, version: str, upload_dir: Path) -> None:
     with httpx.Client(trust_env=False) as client:
         assert client.get(urls["text"]).content == b"hello"
         assert client.get(urls["small"]).content == (upload_dir / "small.png").read_bytes()
-        with Image.open(io.BytesIO(client.get(urls["picture"]).content)) as image:
+        with Image.open(io.BytesIO(client.get(urls["image"]).content)) as image:
             assert (image.format, image.getpixel((0, 0))) == ("PNG", (200, 30, 30))
     assert digest_at(urls["large"]) == hashlib.sha256((upload_dir / "large.bin").read_bytes()).hexdigest()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support.server_process import ROOT, Server
 
-README_IMAGE = ROOT / "docs" / "first-picture.jpg"
+README_IMAGE = ROOT / "docs" / "first-image.jpg"
 EXPIRED = 'X-Fal-Object-Lifecycle-Preference: {"expiration_duration_seconds": 1e-9}'
 
 

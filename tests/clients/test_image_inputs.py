@@ -53,11 +53,11 @@ def assert_same_pixels(answers: dict[str, Any], source: Path, expected_ways: set
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_python(copying_server: Server, source: Path, hosted_url: str, version: str) -> None:
-    answers = client_output(copying_server, version, "pictures_in", str(source), hosted_url)
+    answers = client_output(copying_server, version, "image_inputs", str(source), hosted_url)
     assert_same_pixels(answers, source, {"hosted", "data URI", "data URI of a file", "uploaded", "uploaded image"})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_node(node: None, copying_server: Server, source: Path, hosted_url: str, name: str) -> None:
-    answers = clients(copying_server)[name].run("pictures_in.mjs", str(source), hosted_url)
+    answers = clients(copying_server)[name].run("image_inputs.mjs", str(source), hosted_url)
     assert_same_pixels(answers, source, {"hosted", "data URI", "uploaded", "a Blob"})

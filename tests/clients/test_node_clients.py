@@ -56,8 +56,8 @@ def narrow_sdk(sdk: Client, server: Server, constrained_server: Server) -> Clien
 
 @pytest.fixture(scope="session")
 def generated(sdks: dict[str, Client]) -> dict[str, Any]:
-    """Run paint.mjs with each SDK and return its output."""
-    return {name: client.run("paint.mjs") for name, client in sdks.items()}
+    """Run generate.mjs with each SDK and return its output."""
+    return {name: client.run("generate.mjs") for name, client in sdks.items()}
 
 
 def test_installed_sdks_match_package_json(node: None) -> None:
@@ -317,4 +317,4 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_private_files_and_images(sdks: dict[str, Client], server: Server, keyed_server: Server, name: str) -> None:
     statuses = sdks[name].at(server.url, keyed_server.url).run("upload_private.mjs")
     assert statuses["open"] == {"stranger": 200, "owner": 200}
-    assert statuses["upload"] == statuses["picture"] == {"stranger": 404, "owner": 200}
+    assert statuses["upload"] == statuses["image"] == {"stranger": 404, "owner": 200}

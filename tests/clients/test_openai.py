@@ -66,7 +66,7 @@ def test_b64_responses_omit_url(client: httpx.Client) -> None:
 
 def test_openai_only_parameters_are_ignored(sdk: openai.OpenAI) -> None:
     answer = sdk.images.generate(
-        prompt="", model=NULL, size="auto", quality="hd", style="vivid", user="somebody", background="opaque",
+        prompt="", model=NULL, size="auto", quality="hd", style="vivid", user="alice", background="opaque",
         moderation="low", extra_body=SMALL,
     )  # fmt: skip
     assert answer.data is not None

@@ -109,7 +109,7 @@ def test_the_programs_own_key_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sdk", SDKS)
 def test_a_node_program(node: None, proxy_server: Server, small_image: Path, sdk: str) -> None:
-    process = run_under_flux_server(proxy_server, ["node", "whole.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
+    process = run_under_flux_server(proxy_server, ["node", "user_program.mjs", str(small_image)], {"SDK": sdk}, cwd=JS)
     results = json_output(process)
     assert len({download_image(results[call]) for call in ("run", "subscribe", "queued", "streamed", "realtime")}) == 1
     assert httpx.get(results["upload"], trust_env=False).content == small_image.read_bytes()
@@ -185,7 +185,10 @@ def test_node_reaches_nothing_when_the_server_is_stopped(
     log = tmp_path / "notes"
     results = json_output(
         run_under_flux_server(
-            stopped_server, ["node", "whole.mjs", str(small_image)], {**recording_environment(log), "SDK": sdk}, cwd=JS
+            stopped_server,
+            ["node", "user_program.mjs", str(small_image)],
+            {**recording_environment(log), "SDK": sdk},
+            cwd=JS,
         )
     )
     assert [call for call, result in results.items() if not result.get("failed")] == []

@@ -28,7 +28,7 @@ def test_empty_files_are_counted() -> None:
     found = figures(attack, measure(attack, SECONDS))
     assert sum(found["attacker_answers"].values()) == NUM_FILES
     accepted = found["attacker_answers"].get("200", 0)
-    directory = found["folder_bytes"]
+    directory = found["directory_bytes"]
     # Uploads of the other key are created and deleted meanwhile, so the counts are lower bounds.
     assert directory["highest"]["num_files"] >= directory["before"]["num_files"]
     assert directory["after_sweep"]["num_files"] >= accepted
@@ -44,4 +44,4 @@ def test_held_requests_are_counted_and_the_other_key_is_served() -> None:
     for kind in attack.operations:
         assert found["other"][kind]["alone"]["number"] > 0
         assert found["other"][kind]["attacked"]["number"] > 0
-    assert found["belongings"]["before"] == dict.fromkeys(("result", "picture", "upload"), "200")
+    assert found["belongings"]["before"] == dict.fromkeys(("result", "image", "upload"), "200")

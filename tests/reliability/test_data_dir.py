@@ -68,12 +68,12 @@ def test_only_files_with_the_servers_names_are_removed(tmp_path: Path, caplog: p
             (directory / "sub").mkdir()
             (directory / "sub" / f"{HEX * 2}.png").write_text("precious")
         kept = {path for directory in directories for path in directory.rglob("*")}
-        (tmp_path / "files" / f"{HEX * 2}.png").write_text("a picture without a row")
+        (tmp_path / "files" / f"{HEX * 2}.png").write_text("an image without a row")
         (tmp_path / "files" / f"{HEX * 2}.png.part").write_text("half of one")
         # A directory and a symbolic link whose names resemble the server's. The server follows no link.
-        (tmp_path / "files" / f"{HEX * 2}.folder").mkdir()
+        (tmp_path / "files" / f"{HEX * 2}.directory").mkdir()
         (tmp_path / "uploads" / (HEX * 2)[::-1]).symlink_to(tmp_path / "files" / "sub")
-        kept |= {tmp_path / "files" / f"{HEX * 2}.folder", tmp_path / "uploads" / (HEX * 2)[::-1]}
+        kept |= {tmp_path / "files" / f"{HEX * 2}.directory", tmp_path / "uploads" / (HEX * 2)[::-1]}
         (tmp_path / "uploads" / (HEX * 2)).mkdir()
         (tmp_path / "uploads" / (HEX * 2) / "1").write_text("a part")
         (tmp_path / "uploads" / f"{HEX}.whole").write_text("half of one")

@@ -138,9 +138,9 @@ def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
             assert client.get(file).content == WHOLE
             disk.fill(room=300_000)
             with pytest.raises(ValueError, match="No space left on device"):
-                _call_server(disk.outer_path / "data", "back_up", {"folder": str(disk.inner_path / "copy")})
+                _call_server(disk.outer_path / "data", "back_up", {"directory": str(disk.inner_path / "copy")})
             disk.free()
-            _call_server(disk.outer_path / "data", "back_up", {"folder": str(disk.inner_path / "copy")})
+            _call_server(disk.outer_path / "data", "back_up", {"directory": str(disk.inner_path / "copy")})
             assert server.stop() == 0
         assert sorted(path.name for path in disk.outer_path.iterdir()) == ["copy", "data", "filler"]
         for name in ("data", "copy"):

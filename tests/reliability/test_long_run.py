@@ -66,7 +66,7 @@ class QueueAndRunClient(Client):
 @pytest.mark.timeout(1800)
 def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     settings = {
-        "models_dir": str(ROOT / "tests" / "support" / "faults" / "forgetful"),
+        "models_dir": str(ROOT / "tests" / "support" / "faults" / "fast_expiry"),
         "retention_days": str(RETENTION_SECONDS / 86_400),
     }
     with serving(tmp_path / "data", "test/null=demo", **settings) as server:

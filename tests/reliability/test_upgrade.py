@@ -64,7 +64,7 @@ def jobs(webhook_url: str) -> dict[str, dict[str, Any]]:
         "running": {"state": "IN_PROGRESS", **STARTED_FIELDS},
         "running-cancelled": {"state": "IN_PROGRESS", **STARTED_FIELDS, "is_cancelled": 1},
         # Only in schemas that support input images.
-        "brought": {
+        "fetched": {
             "state": "IN_QUEUE",
             "endpoint": "test/copy",
             "input": to_json({"prompt": "", "seed": 7, "image_url": INPUT_FILE_NAME}).decode(),
@@ -169,7 +169,7 @@ def test_no_request_is_lost_and_work_continues(upgraded: Upgraded) -> None:
         answer = client.get(f"requests/{name}").raise_for_status().json()
         assert (answer["seed"], answer["prompt"]) == (7, "a tiger")
     if upgraded.version >= 3:
-        url = f"{upgraded.server.url}/queue/test/copy/requests/brought"
+        url = f"{upgraded.server.url}/queue/test/copy/requests/fetched"
         assert wait_until_completed(client, f"{url}/status").get("error") is None
         assert client.get(url).raise_for_status().json()["images"][0]["width"] == noise_image().width
     # Completed requests keep their results.
@@ -208,7 +208,7 @@ def _check_rows(upgraded: Upgraded) -> None:
         assert components.rows("PRAGMA integrity_check") == [("ok",)]
         assert components.rows("PRAGMA foreign_key_check") == []
         states = dict(components.rows("SELECT request_id, status FROM jobs WHERE state = 'COMPLETED'"))
-        assert states.pop("brought", 200) == 200
+        assert states.pop("fetched", 200) == 200
         assert states == {
             **dict.fromkeys(("queued", "queued-low", "given-back", "running"), 200),
             **dict.fromkeys(("succeeded", "succeeded-due", "succeeded-told"), 200),

@@ -32,7 +32,7 @@ from tests.unit.webhooks.test_delivery import (
     webhooks,
 )
 
-IMPATIENT = str(ROOT / "tests" / "support" / "faults" / "impatient")
+SHORT_WRITE_TIMEOUT = str(ROOT / "tests" / "support" / "faults" / "short_write_timeout")
 #: The state of an open connection in Linux's TCP_INFO.
 ESTABLISHED = 1
 ALICE, BOB = {"authorization": "Key alice"}, {"authorization": "Key bob"}
@@ -280,7 +280,7 @@ def path_of(kind: str, client: httpx.Client, gate: Gate) -> str:
 def test_unread_answers_do_not_fill_the_memory(tmp_path: Path, gate: Gate, kind: str) -> None:
     """Cut off clients that read nothing; until then the memory held for them is bounded."""
     write_history(tmp_path)
-    settings = {"keys": "alice,bob", "operator_keys": "boss", "models_dir": IMPATIENT, "max_body_mib": "8"}
+    settings = {"keys": "alice,bob", "operator_keys": "boss", "models_dir": SHORT_WRITE_TIMEOUT, "max_body_mib": "8"}
     with (
         serving(tmp_path, "test/hurry=demo", "test/copied=demo", **settings) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=ALICE) as client,

@@ -50,7 +50,7 @@ def test_allowed_requests_are_observed(allowed: Any) -> None:
     tried = {line.split()[1] for line in allowed["tried"]} - {PUBLIC, RESOLVER}
     private = {"127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "192.0.0.192"}
     assert tried >= {*private, "::1", "fd00::1", "fec0::1", "fd00:ec2::254", "64:ff9b::7f00:1", "2002:7f00:1::"}
-    files = {"GET 10.0.0.1 /picture.png", "GET 192.168.0.1 /lora.safetensors", "POST 169.254.169.254 /hook"}
+    files = {"GET 10.0.0.1 /image.png", "GET 192.168.0.1 /lora.safetensors", "POST 169.254.169.254 /hook"}
     assert set(allowed["asked"]) > files
 
 

@@ -102,7 +102,7 @@ class MemoryEngine(NullEngine):
     """An engine that has too little memory for any image."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        raise GenerationFailed("Out of memory: a picture of 512x512 did not fit, also when tried alone.")
+        raise GenerationFailed("Out of memory: an image of 512x512 did not fit, also when tried alone.")
 
 
 class LostEngine(NullEngine):

@@ -159,7 +159,7 @@ def uploads(directory: str) -> Any:
         image.load()
     return {
         "text": fal_client.upload(b"hello", "text/plain"),
-        "picture": fal_client.upload_image(image, "png"),
+        "image": fal_client.upload_image(image, "png"),
         "small": fal_client.upload_file(Path(directory) / "small.png"),
         "large": fal_client.upload_file(Path(directory) / "large.bin"),
     }
@@ -173,7 +173,7 @@ async def uploads_async(directory: str) -> Any:
     }
 
 
-def pictures_in(path: str, hosted: str) -> Any:
+def image_inputs(path: str, hosted: str) -> Any:
     """Send an image to test/copy in each possible form; return each output."""
     with Image.open(path) as image:
         image.load()

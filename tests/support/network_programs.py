@@ -48,7 +48,7 @@ NAMES = {
 #: URLs that show only when their name is looked up that they lead to a forbidden address.
 BY_NAME = [f"http://{name}/" for name in NAMES if name not in ("public.test", "rebinding.test")]
 BY_NAME += ["http://localhost/", "http://0x7f.1/", "http://0x7f000001/"]
-REBINDING = "http://rebinding.test/picture.png"
+REBINDING = "http://rebinding.test/image.png"
 CORPUS = [*filter(None, FORBIDDEN), *BY_NAME]
 
 
@@ -56,7 +56,7 @@ def _files() -> dict[str, bytes]:
     """Return the files of the web server at every address."""
     image = io.BytesIO()
     Image.new("RGB", (64, 64)).save(image, "PNG")
-    return {"/picture.png": image.getvalue(), "/lora.safetensors": GOOD}
+    return {"/image.png": image.getvalue(), "/lora.safetensors": GOOD}
 
 
 def _send_image(client: httpx.Client, url: str) -> httpx.Response:
@@ -77,10 +77,10 @@ def _by_redirect(send: Callable[[httpx.Client, str], httpx.Response]) -> Callabl
 
 
 WAYS: Mapping[str, Callable[[httpx.Client, str], httpx.Response]] = {
-    "picture": _send_image,
+    "image": _send_image,
     "lora": _send_lora,
     "webhook": _send_webhook,
-    "picture by redirect": _by_redirect(_send_image),
+    "image by redirect": _by_redirect(_send_image),
     "lora by redirect": _by_redirect(_send_lora),
 }
 
@@ -125,7 +125,7 @@ def allowed(directory: str) -> Any:
         for url in (*INNER, *BY_NAME):
             _send_image(client, url)
         outcomes = {
-            "picture": _send_image(client, "http://10.0.0.1/picture.png").status_code,
+            "image": _send_image(client, "http://10.0.0.1/image.png").status_code,
             "lora by redirect": WAYS["lora by redirect"](client, "http://192.168.0.1/lora.safetensors").status_code,
             "webhook": _send_webhook(client, "http://metadata.test/hook").status_code,
         }
@@ -152,7 +152,7 @@ def local(directory: str) -> Any:
         body = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1}
         outputs = {name: client.post(f"/fal-ai/flux/{name}", json=body).json() for name in ("schnell", "dev", "krea")}
         tried = sorted(wire.attempts() - {_own_requests(server)})
-        _send_image(client, "http://public.test/picture.png")
+        _send_image(client, "http://public.test/image.png")
         return {"ends": outputs, "tried": tried, "after": sorted(wire.attempts() - {_own_requests(server)})}
 
 

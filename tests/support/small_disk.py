@@ -20,7 +20,7 @@ _NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 class SmallDisk:
     """A small disk; a server started `within` its namespace can use it.
 
-    `folder` is the path of the disk inside the namespace, `seen` its path outside.
+    `inner_path` is the path of the disk inside the namespace, `outer_path` its path outside.
     """
 
     def __init__(self, directory: Path, pid: int) -> None:

@@ -74,7 +74,7 @@ def test_playground_is_accessible(node: None, page: Page) -> None:
     """Check the empty form, all settings with images and invalid fields, the code tab and the key dialog."""
     choose(page, "test/null")
     assert violations(page) == []
-    expect(run(page, "a picture").locator("figure img")).to_be_visible()
+    expect(run(page, "an image").locator("figure img")).to_be_visible()
     choose(page, "test/lora")
     page.get_by_text("More settings").click()
     page.get_by_role("button", name="Add").click()

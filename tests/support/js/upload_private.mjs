@@ -7,7 +7,7 @@ const result = await fal.run("test/null", { input: instantInput, storageSettings
 const urls = {
   open: await fal.storage.upload(file),
   upload: await fal.storage.upload(file, { lifecycle }),
-  picture: result.data.images[0].url,
+  image: result.data.images[0].url,
 };
 const found = {};
 for (const [name, url] of Object.entries(urls)) {

@@ -75,7 +75,7 @@ ACLS: list[tuple[Any, bool]] = [
     ({"default": "forbid"}, True),
     ({"default": "hide"}, True),
     ({"default": "allow"}, False),
-    ({"default": "forbid", "rules": [{"user": "somebody", "decision": "allow"}]}, True),
+    ({"default": "forbid", "rules": [{"user": "someone", "decision": "allow"}]}, True),
     ({"default": "allow", "rules": []}, False),
     ({"rules": []}, False),
     ({}, False),

@@ -143,7 +143,7 @@ def submit(components: Components, **changes: Any) -> Job:
     return components.queue.submit(submission(input=TEXT, **changes))
 
 
-def job_finished(job: Job, content: bytes = b"picture") -> messages.JobFinished:
+def job_finished(job: Job, content: bytes = b"an image") -> messages.JobFinished:
     name = "0" * 31 + f"{job.sequence % 10}.jpg"
     file = StoredFile(name, job.owner, len(content), "image/jpeg")
     return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {name: content})
@@ -165,7 +165,7 @@ def test_images_from_a_runner_are_stored_on_the_head(
     runner.incoming.put(job_finished(job))
     until(lambda: job.state == State.COMPLETED)
     (name,) = components.stored_file_names()
-    assert (components.data_dir / "files" / name).read_bytes() == b"picture"
+    assert (components.data_dir / "files" / name).read_bytes() == b"an image"
     assert components.rows("SELECT name, request_id FROM files") == [(name, job.request_id)]
 
 

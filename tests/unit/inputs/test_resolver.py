@@ -80,8 +80,8 @@ def test_a_data_uri_is_accepted(alice: httpx.Client) -> None:
 
 
 def test_a_hosted_file_is_accepted(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()), content_type="image/png")
-    assert are_equal(engine_input(alice, httpserver.url_for("/picture.png")), noise_image())
+    httpserver.expect_request("/image.png").respond_with_data(encode(noise_image()), content_type="image/png")
+    assert are_equal(engine_input(alice, httpserver.url_for("/image.png")), noise_image())
 
 
 def test_an_uploaded_file_is_accepted(alice: httpx.Client) -> None:
@@ -111,10 +111,8 @@ def test_only_the_owner_can_use_a_private_file(alice: httpx.Client) -> None:
 
 
 def test_redirects_are_followed_up_to_a_limit(alice: httpx.Client, httpserver: HTTPServer) -> None:
-    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()))
-    httpserver.expect_request("/moved").respond_with_response(
-        Response(status=302, headers={"location": "/picture.png"})
-    )
+    httpserver.expect_request("/image.png").respond_with_data(encode(noise_image()))
+    httpserver.expect_request("/moved").respond_with_response(Response(status=302, headers={"location": "/image.png"}))
     httpserver.expect_request("/circle").respond_with_response(Response(status=302, headers={"location": "/circle"}))
     assert are_equal(engine_input(alice, httpserver.url_for("/moved")), noise_image())
     assert "more than 5 times" in rejection(alice, httpserver.url_for("/circle"))["msg"]
@@ -130,8 +128,8 @@ def test_an_accepted_input_survives_a_kill_and_the_loss_of_its_host(
     tmp_path: Path, httpserver: HTTPServer, gate: Gate
 ) -> None:
     """The request runs with the bytes that were fetched at submit time."""
-    httpserver.expect_request("/picture.png").respond_with_data(encode(noise_image()))
-    body = {"prompt": "", "image_url": httpserver.url_for("/picture.png"), "output_format": "png"}
+    httpserver.expect_request("/image.png").respond_with_data(encode(noise_image()))
+    body = {"prompt": "", "image_url": httpserver.url_for("/image.png"), "output_format": "png"}
     settings = {"outbound_allow": "127.0.0.0/8", "max_running": "1"}
     with (
         serving(tmp_path / "data", "test/copy=demo", **settings) as server,
@@ -286,8 +284,8 @@ def test_no_compression_is_requested(alice: httpx.Client, httpserver: HTTPServer
         recorded.append(request.headers["accept-encoding"])
         return Response(encode(noise_image()), content_type="image/png")
 
-    httpserver.expect_request("/picture.png").respond_with_handler(record_encoding)
-    engine_input(alice, httpserver.url_for("/picture.png"))
+    httpserver.expect_request("/image.png").respond_with_handler(record_encoding)
+    engine_input(alice, httpserver.url_for("/image.png"))
     assert recorded == ["identity"]
 
 

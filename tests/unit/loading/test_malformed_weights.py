@@ -109,7 +109,7 @@ FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
         "names no library and class for vae",
     ),
     "an unknown class": (add_to_index(vae=["diffusers", "Stranger"]), "only diffusers.AutoencoderKL or"),
-    "an unknown library": (add_to_index(vae=["somebody", "AutoencoderKL"]), "vae is of somebody.AutoencoderKL"),
+    "an unknown library": (add_to_index(vae=["someone", "AutoencoderKL"]), "vae is of someone.AutoencoderKL"),
     "an unknown component": (add_to_index(**UNET), "unet is of diffusers, and is not part"),
     "no directory": (lambda root: shutil.rmtree(root / "vae"), "vae is not there"),
     "no weights": (

@@ -73,8 +73,8 @@ def test_a_directory_is_found_in_the_home_directory(directory: Path, monkeypatch
 
 
 def test_weights_can_be_assigned_to_an_endpoint(directory: Path) -> None:
-    specs = [f"{SCHNELL}={directory}", f"{DEV}=somebody/FLUX.1-dev-finetuned"]
-    assert assign_weights(specs, MODELS) == {DEV: "somebody/FLUX.1-dev-finetuned", SCHNELL: directory, NULL: None}
+    specs = [f"{SCHNELL}={directory}", f"{DEV}=someone/FLUX.1-dev-finetuned"]
+    assert assign_weights(specs, MODELS) == {DEV: "someone/FLUX.1-dev-finetuned", SCHNELL: directory, NULL: None}
     assert assign_weights([f"{DEV}=demo"], MODELS) == {DEV: DEMO, NULL: None}
 
 
@@ -82,7 +82,7 @@ def test_the_last_weights_of_an_endpoint_are_used(directory: Path) -> None:
     assert assign_weights(["demo", f"{DEV}={directory}"], MODELS) == {DEV: directory, SCHNELL: DEMO, NULL: None}
 
 
-@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "somebody/flux.gguf"])
+@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "flux1-dev-Q4.gguf", "flux.ckpt", "someone/flux.gguf"])
 @pytest.mark.parametrize("endpoint", ["", f"{DEV}="])
 def test_a_single_file_is_rejected_with_the_reason(name: str, endpoint: str) -> None:
     message = problem(endpoint + name)

@@ -112,9 +112,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "code that is never loaded": (lambda directory: (directory / "pipeline.py").touch(), "pipeline.py is code"),
     "code of its checker": (lambda directory: (directory / "safety_checker" / "x.py").touch(), "x.py is code"),
     "attention from the hub": (
-        lambda directory: add_entries(
-            directory / "text_encoder" / "config.json", attn_implementation="somebody/kernel"
-        ),
+        lambda directory: add_entries(directory / "text_encoder" / "config.json", attn_implementation="someone/kernel"),
         "names code by attn_implementation",
     ),
     "code of a part": (
@@ -169,7 +167,7 @@ def test_the_hubs_cache_is_loaded_directly(tmp_path: Path) -> None:
 
     Links to directories among the blobs, and links to the blobs of other repositories, are rejected.
     """
-    snapshot = cached(tmp_path / "real", "somebody/weights", DEMO)
+    snapshot = cached(tmp_path / "real", "someone/weights", DEMO)
     (tmp_path / "home").symlink_to("real")
     path = specs.parse_spec(str(tmp_path / "home" / snapshot.relative_to(tmp_path / "real")))
     assert isinstance(path, Path)
@@ -179,7 +177,7 @@ def test_the_hubs_cache_is_loaded_directly(tmp_path: Path) -> None:
     assert pipeline.vae is not None
     # The checker, a directory within the snapshot, is loaded separately.
     assert safety_checker.load(engine_config(path)).is_unsafe([Image.new("RGB", (64, 64))]) == [False]
-    other = cached(tmp_path / "real", "somebody/else", DEMO / "vae")
+    other = cached(tmp_path / "real", "someone/else", DEMO / "vae")
     link(snapshot / "vae" / "config.json", (other / "config.json").resolve())
     with pytest.raises(OSError, match="leads out"):
         load_pipeline(engine_config(path))

@@ -12,14 +12,14 @@ from tests.support.components import Components, finish_job, open_components
 NAME = "0123456789abcdef0123456789abcdef"
 
 
-def save_unlisted(components: Components, content: bytes = b"picture", extension: str = "png") -> StoredFile:
+def save_unlisted(components: Components, content: bytes = b"an image", extension: str = "png") -> StoredFile:
     """Save a file on the disk without listing it in the database."""
     return components.files.create(content, extension, f"image/{extension}", "me", Lifecycle())
 
 
 def save_listed(components: Components, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
     """Save a file and finish the job that lists it."""
-    file = components.files.create(b"picture", "png", "image/png", "me", Lifecycle(lifetime, is_private))
+    file = components.files.create(b"an image", "png", "image/png", "me", Lifecycle(lifetime, is_private))
     finish_job(components, file)
     return file
 
@@ -33,7 +33,7 @@ def test_a_listed_file_is_found_with_its_content_and_metadata(
     assert file == StoredFile(file.name, "me", 7, "image/png", None, is_private, expires_at)
     assert components.files.find(file.name) == file
     assert components.files.path(file) == components.data_dir / "files" / file.name
-    assert components.files.path(file).read_bytes() == b"picture"
+    assert components.files.path(file).read_bytes() == b"an image"
 
 
 def test_a_name_is_128_random_bits_and_an_extension(components: Components) -> None:

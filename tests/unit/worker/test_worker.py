@@ -647,8 +647,8 @@ def test_out_of_memory_is_reported_as_retryable(constrained_client: httpx.Client
     response = constrained_client.post("/test/memory", json={"prompt": "x"})
     assert (response.status_code, response.headers["x-fal-retryable"]) == (500, "true")
     assert response.json() == {
-        "detail": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
-        "message": "Out of memory: a picture of 512x512 did not fit, also when tried alone.",
+        "detail": "Out of memory: an image of 512x512 did not fit, also when tried alone.",
+        "message": "Out of memory: an image of 512x512 did not fit, also when tried alone.",
         "error_type": "internal_error",
     }
     assert constrained_client.post("/test/null", json={"prompt": "x"}).status_code == 200
