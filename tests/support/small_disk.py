@@ -1,5 +1,6 @@
 """A file system of a few MiB that tests can fill: a tmpfs in a separate namespace, which needs no root."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -35,8 +36,15 @@ class SmallDisk:
     def fill(self, room: int = 0) -> None:
         """Fill the disk except for `room` bytes, rounded down to whole pages."""
         with (self._filler / "large").open("wb") as file:
-            free = os.statvfs(self.outer_path)
-            os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
+            while True:
+                free = os.statvfs(self.outer_path)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
+                    return
+                except OSError as error:
+                    # The server wrote in the meantime, so there is less room now.
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def fill_inodes(self) -> None:
         """Use up all inodes: bytes can be written, but no further file can be created."""
@@ -46,7 +54,7 @@ class SmallDisk:
                 (self._filler / str(number)).touch()
 
     def free(self) -> None:
-        """Free all space and inodes that `fill` and `fill_names` took."""
+        """Free all space and inodes that `fill` and `fill_inodes` took."""
         for path in self._filler.iterdir():
             path.unlink()
 
