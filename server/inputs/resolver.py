@@ -1,7 +1,6 @@
 """Files that a request refers to, fetched and validated before it is accepted. Files are content-addressed."""
 
 import asyncio
-import base64
 import errno
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pybase64
 from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, input_urls
@@ -271,6 +271,6 @@ def _decode(url: str, temp_path: Path, kind: InputType) -> None:
         # In parts, because decoding holds Python's global lock.
         with temp_path.open("wb") as file:
             for start in starts:
-                file.write(base64.b64decode(url[start : start + _PART], validate=True))
+                file.write(pybase64.b64decode(url[start : start + _PART], validate=True))
     except ValueError as error:
         raise InvalidInputFile("file_download_error", f"The data URI is not base64: {error}") from None

@@ -1,11 +1,12 @@
 """A JSON body as it arrives: long base64 data goes to temporary files, and the rest stays in memory."""
 
-import base64
 import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+import pybase64
 
 from server.errors import InvalidInput, InvalidInputFile
 
@@ -18,7 +19,7 @@ _NUM_QUOTED = 1024
 #: The start of base64 data. A semicolon is not part of JSON's syntax, so this is always inside a string.
 _START = b";base64,"
 #: Base64, with the escapes that JSON encoders write into it for "/", "+" and "=".
-_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]++|\\/|\\u00(?:2[BbFf]|3[Dd]))*+")
+_ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]++|\\/|\\u00(?:2[BbFf]|3[Dd]))*+")
 #: An escape whose end has not arrived yet.
 _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
@@ -67,7 +68,7 @@ class SpooledData:
         if self._problem:
             return
         try:
-            decoded = base64.b64decode(data, validate=True)
+            decoded = pybase64.b64decode(data, validate=True)
         except ValueError as error:
             self._problem = str(error)
         else:
@@ -93,6 +94,8 @@ class SpooledBody:
         self._current: SpooledData | None = None
         #: The end of the last part, if it may be the beginning of something.
         self._rest = b""
+        #: The next backslash of the part that is being read.
+        self._backslash = -1
 
     @property
     def hash(self) -> str:
@@ -102,7 +105,7 @@ class SpooledBody:
     def write(self, part: bytes) -> None:
         """Read the next part of the body. Raises InvalidInput for more than MAX_TEXT of other text, and OSError."""
         self._body_hash.update(part)
-        part, self._rest = self._rest + part, b""
+        part, self._rest, self._backslash = self._rest + part, b"", -1
         position = 0
         while position < len(part):
             position = self._read_data(part, position) if self._is_data else self._read_text(part, position)
@@ -142,8 +145,15 @@ class SpooledBody:
 
     def _read_data(self, part: bytes, position: int) -> int:
         """Read base64 data up to its end; return the position after it."""
-        match = _DATA.match(part, position)
-        end = match.end() if match else position
+        if self._backslash < position:
+            found = part.find(b"\\", position)
+            self._backslash = found if found >= 0 else len(part)
+        # Most data has no escapes, and needs no closer look.
+        end = part.find(b'"', position, self._backslash)
+        if end < 0:
+            end = len(part)
+            if self._backslash < len(part) and (match := _ESCAPED_DATA.match(part, position)):
+                end = match.end()
         self._append_data(part[position:end])
         if end == len(part):
             return end

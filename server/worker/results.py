@@ -1,11 +1,11 @@
 """Conversion of images to the client's answer: black out unsafe ones, encode, store, list."""
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pybase64
 from PIL.Image import Image
 
 from models.base import Model
@@ -68,7 +68,7 @@ class ResultBuilder:
         parameters = self._parameters(model, request, generated, index) if self._embeds_parameters else None
         content = image_encoder.encode(image, request.output_format, parameters)
         if request.sync_mode:
-            url = f"data:{content_type};base64,{base64.b64encode(content).decode()}"
+            url = f"data:{content_type};base64,{pybase64.b64encode(content).decode()}"
         else:
             extension = image_encoder.EXTENSIONS[request.output_format]
             files.append(self._files.create(content, extension, content_type, job.owner, job.lifecycle))

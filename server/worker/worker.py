@@ -1,6 +1,5 @@
 """The worker loop: one thread owns the models, claims jobs, and advances one task by one step at a time."""
 
-import base64
 import io
 import logging
 import math
@@ -9,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import pybase64
 
 from models.base import DeviceLost, EngineConfig, LoadProgress, Model
 from server.errors import ClientCancelled, DiskFull
@@ -276,4 +277,4 @@ def _preview(running: RunningJob) -> str | None:
         return None
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{pybase64.b64encode(content.getvalue()).decode()}"
