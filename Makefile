@@ -1,21 +1,21 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
-# make cluster a cluster of Ray's on this machine, with runners and nodes that die
-# make peers   this server next to FastAPI, LitServe and BentoML, in four minutes
-# make demo-eval   what the demo weights can do, measured
+# make cluster tests with a Ray cluster on this machine, whose runners and nodes die
+# make peers   this server compared with FastAPI, LitServe and BentoML, in four minutes
+# make demo-eval   measures what the demo weights can draw
 #
-# CPU=avx2 computes as a CPU of 2013 to 2020 does, without AVX-512 and bfloat16; CONTRIBUTING.md says how far.
-# TORCH_INDEX=URL takes PyTorch from there, such as PyTorch's own index of CPU builds.
+# CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
+# TORCH_INDEX=URL installs PyTorch from that index, such as PyTorch's own index of CPU builds.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
-# Much of a test is waiting for a process to start: two files at a time take hardly more than half as long.
+# Two files at a time take little more than half as long, because many tests wait for a process to start.
 TWICE := -n 2 --dist loadfile
-# As the server does for itself: OpenMP's threads spin less while they wait, which two programs at a time would pay for.
+# OpenMP's threads spin less while they wait, as in the server. Otherwise two programs at a time slow each other down.
 export GOMP_SPINCOUNT ?= 1000
-# On the command line only: some systems have a variable of this name.
+# Read CPU from the command line only, because some systems set an environment variable of this name.
 ifeq ($(origin CPU),command line)
 ifneq ($(CPU),avx2)
 $(error CPU=$(CPU): only CPU=avx2 can be imitated)
@@ -33,11 +33,11 @@ serve: .venv/serve.done
 test: lint tests/support/js/node_modules
 	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval" $(ARGS)
 
-# Long runs, more than an hour on two cores; -rP shows the figures that they print.
+# Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint
 	$(BIN)/pytest -m soak -rP $(ARGS)
 
-# Then what the SDKs do, on one runner in a process of Ray's.
+# `make cluster` also runs the SDK tests, on one runner in a Ray process.
 SDK_TESTS := $(addprefix tests/clients/test_,python_client.py node_clients.py replayed_clients.py curl.py realtime.py \
 	openai.py uploads.py)
 cluster: lint tests/support/js/node_modules
@@ -64,15 +64,15 @@ bench: .venv/dev.done
 	$(BIN)/python -m bench.mixed_load --weights cost
 	$(BIN)/python -m bench.mixed_load --weights demo --requests 60
 
-# Needs an environment of its own, where nothing of theirs meets what the server runs on.
+# The other servers run in a separate environment, so that their packages cannot change this server's.
 peers: .venv/dev.done build/peers/installed.done
 	$(BIN)/python -m bench.peers $(ARGS)
 
-# Trains the demo weights anew, into build/demo/export; hours on two cores. Stopped, it goes on where it was.
+# Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
 
-# What the demo weights can do: models/demo/evaluation.json and its contact sheet.
+# Measure what the demo weights can draw: writes models/demo/evaluation.json and its contact sheet.
 demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
@@ -82,7 +82,7 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# PyTorch by itself first: asked for together, the other packages would be looked up at that index too.
+# Install PyTorch first and alone: otherwise pip would look for the other packages at TORCH_INDEX too.
 .venv/serve.done: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing; PyTorch alone is a large download, this may take minutes."
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
@@ -98,7 +98,7 @@ build/peers/installed.done: bench/peer_servers/requirements.txt
 	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peer_servers/requirements.txt
 	touch $@
 
-# Without npm the tests of the Node SDKs are skipped, and say so.
+# Without npm, pytest skips the tests of the Node SDKs and says why.
 tests/support/js/node_modules: tests/support/js/package.json
 	if command -v npm > /dev/null; then cd tests/support/js && npm install --no-package-lock --no-audit --no-fund --loglevel=error; fi
 	mkdir -p $@ && touch $@

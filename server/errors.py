@@ -163,13 +163,16 @@ class DiskFull(ServerError):
     """A full disk: the request was not accepted, and requests accepted earlier are safe."""
 
     status = 507
-    message = "The disk of the server is full"
+    message = "The server's disk is full: its operator must free space"
 
 
 class DiskFails(DiskFull):
     """A disk that cannot be written to for another reason; the guarantees of DiskFull hold."""
 
-    message = "The disk of the server cannot be written to"
+    @classmethod
+    def because(cls, reason: object) -> "DiskFails":
+        """Build the error from the system's or SQLite's reason."""
+        return cls(f"The server cannot write to its disk ({reason}): its operator must repair the disk")
 
 
 class RequestError(ServerError):

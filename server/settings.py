@@ -75,7 +75,8 @@ class Settings(BaseModel):
         description="Hub id or directory of the safety checker, for weights that include none.",
     )
     memory: Literal["auto", "resident", "fp8-storage", "group-offload"] = Field(
-        "auto", description="Placement of weights: resident, fp8-storage, group-offload, or auto for what fits."
+        "auto",
+        description="Placement of weights: resident, fp8-storage, group-offload, or auto for the fastest that fits.",
     )
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."
@@ -106,7 +107,7 @@ class Settings(BaseModel):
     )
     max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; more get 429.")
     max_queue_length_per_key: int = Field(
-        0, ge=0, description="Maximum waiting requests of one key; more get 429. 0: the same as for all keys."
+        0, ge=0, description="Maximum waiting requests of one key; more get 429. 0: only --max-queue-length applies."
     )
     max_running_per_key: int = Field(
         0, ge=0, description="Maximum concurrent requests of one key; the others wait. 0: no limit."
@@ -142,7 +143,7 @@ class Settings(BaseModel):
     models_dir: Path | None = Field(None, description="Directory of additional model files, run as code.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     log_format: Literal["text", "json"] = Field(
-        "text", description="Log format: text, in color on a terminal, or json."
+        "text", description="Log format: text, in colour on a terminal, or json."
     )
 
     @field_validator("weights")

@@ -63,7 +63,7 @@ class _Timing:
 
 
 class EngineBenchmark:
-    """The ways to generate images with one pipeline; the tiers share its weights."""
+    """A benchmark of diffusers' pipeline against each tier of the engine. All of them share one set of weights."""
 
     def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_resident: bool = True) -> None:
         self.pipeline = pipeline

@@ -75,7 +75,11 @@ class FluxEngine:
 
     @classmethod
     def load(cls, config: EngineConfig) -> "FluxEngine":
-        """Load the weights and the safety checker, and warm up the tier "none". Raises OSError if that fails."""
+        """Load the weights and the safety checker, and warm up the tier "none".
+
+        If the warm-up fails, the engine runs uncompiled. If the checker cannot be loaded, the requests that need it
+        fail. Raises OSError if the weights cannot be loaded.
+        """
         device = devices.device_for(config.device)
         try:
             return cls._load(config, device)
@@ -97,7 +101,10 @@ class FluxEngine:
             try:
                 engine.warm_up()
             except Exception:
-                log.exception("compiling failed, so every tier runs uncompiled; check that a C compiler is installed")
+                log.exception(
+                    "compiling failed, so only the tier none is offered, uncompiled;"
+                    " check that a C compiler is installed"
+                )
                 engine.tiers = [Tier("none", pipeline.transformer)]
         return engine
 

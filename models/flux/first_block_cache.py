@@ -1,8 +1,8 @@
-"""First-block cache: when the first block's output changes little between two steps, the other blocks are skipped.
+"""First-block cache: skips the other blocks when the first block's output changes little between two steps.
 
-diffusers implements this cache as hooks on a transformer's blocks. Their state is kept by name, and they prevent
-compiling whole blocks. Here, the state belongs to one image and the compiled blocks stay unchanged.
-`tests/parity/test_first_block_cache.py` compares this cache with diffusers', difference 0.
+diffusers implements this cache as hooks on a transformer's blocks. The hooks keep their state by name and prevent
+compiling whole blocks. Here, each image has its own state and the compiled blocks stay unchanged.
+`tests/parity/test_first_block_cache.py` checks that both caches give identical images.
 """
 
 from dataclasses import dataclass

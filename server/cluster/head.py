@@ -148,7 +148,11 @@ class ClusterHead:
         if self.failure is not None:
             return
         explains_itself = isinstance(error, RayLost | CorruptDatabase)
-        log.error("the cluster head stopped: %s", error, exc_info=None if explains_itself else error)
+        log.error(
+            "the cluster head stopped, so the server exits with code 1: %s",
+            error,
+            exc_info=None if explains_itself else error,
+        )
         self.failure = error
         self._notifier.notify(WORKER)
 

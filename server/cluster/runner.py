@@ -101,11 +101,11 @@ class Runner:
         self._notifier.work_available.set()
 
     def missing_inputs(self, names: Sequence[str]) -> Sequence[str]:
-        """Return which of these files are not cached here; the others are kept for a while."""
+        """Return the names of the files that are not cached here; the cache keeps the other files for a while."""
         return [name for name in names if not self._inputs.touch(name)]
 
     def fetch(self, source: Any) -> bytes:
-        """Return the content of an input file; `source` is what the head passed for the file."""
+        """Return the content of an input file, which the head passes as `source`."""
         return bytes(source)
 
     def cancel(self, request_id: str) -> None:

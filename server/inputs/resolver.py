@@ -141,7 +141,8 @@ class InputResolver:
         try:
             is_data = url[:5].lower() == "data:"
             if not is_data and (len(url) > MAX_URL or (body and body.is_in(url))):
-                raise InvalidInputFile("file_download_error", f"The URL is longer than {MAX_URL} characters")
+                message = f"The URL is longer than {MAX_URL} characters; upload the file and send its URL"
+                raise InvalidInputFile("file_download_error", message)
             if is_data and body and (data := body.find(url)):
                 await self._executor.run(owner, data.link, temp_path)
             elif is_data:

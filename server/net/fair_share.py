@@ -20,7 +20,7 @@ class FairShare:
 
     @property
     def free(self) -> int:
-        """Return how much no owner holds."""
+        """The amount that is free."""
         return self._total - self._held.total()
 
     def acquire(self, owner: str, number: int = 1) -> None:

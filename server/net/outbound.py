@@ -133,7 +133,9 @@ class OutboundClient:
             if response.has_redirect_location or (etag and response.status_code == 304):
                 return response
             if response.status_code != 200:
-                raise InvalidInputFile("file_download_error", f"The download was answered {response.status_code}")
+                host = urlsplit(url).hostname
+                message = f"The download from {host} failed: the host responded {response.status_code}; check the URL"
+                raise InvalidInputFile("file_download_error", message)
             too_large = InvalidInputFile(
                 "file_too_large", f"The file is larger than {max_bytes} bytes", max_size=max_bytes
             )

@@ -102,7 +102,10 @@ def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submissi
 
 
 def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
-    """Set a waiting job IN_PROGRESS; return its attempt, input and submitted_at. Raises RuntimeError for other jobs."""
+    """Set a waiting job IN_PROGRESS; return its attempt, input and submitted_at.
+
+    Raises RuntimeError if the job is not waiting.
+    """
     row: sqlite3.Row | None = connection.execute(_CLAIM, {"now": now, "sequence": job.sequence}).fetchone()
     if row is None:
         raise RuntimeError(f"{job.request_id} is not waiting in the queue")

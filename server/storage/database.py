@@ -83,7 +83,7 @@ def _translate_errors(file: Path) -> Iterator[None]:
         if code in _FULL:
             raise DiskFull from error
         if code & 0xFF in _FAILING:
-            raise DiskFails(f"{DiskFails.message}: {error}") from error
+            raise DiskFails.because(error) from error
         if code & 0xFF in _DAMAGED:
             raise CorruptDatabase(f"{file} is not a database of this server; restore it from a backup") from error
         raise
@@ -193,9 +193,9 @@ class Database:
             return self._connection.execute(sql, parameters).fetchall()
 
     def backup_to(self, directory: Path, extra_copy: Callable[[], None]) -> None:
-        """Write the whole database to a new file in this directory, and run `extra_copy` while nothing can change.
+        """Copy the database into a new file in `directory`, then call `extra_copy`. The database is locked throughout.
 
-        Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase, and what `extra_copy` raises.
+        Raises DiskFull, DiskFails, CorruptDatabase, ReplacedDatabase and the errors of `extra_copy`.
         """
         with self._held():
             self._connection.execute("VACUUM INTO ?", (str(directory / FILE),))

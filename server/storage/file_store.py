@@ -55,7 +55,7 @@ class StoredFile:
 
 def disk_error(error: OSError) -> DiskFull:
     """Convert a system error into the error for the client."""
-    return DiskFull() if error.errno in DISK_FULL_ERRNOS else DiskFails(f"{DiskFails.message}: {error.strerror}")
+    return DiskFull() if error.errno in DISK_FULL_ERRNOS else DiskFails.because(error.strerror)
 
 
 def counted_size(size: int) -> int:

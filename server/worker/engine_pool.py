@@ -152,7 +152,11 @@ class EnginePool:
         try:
             return engine is not None and engine.warm_up()
         except Exception:
-            log.exception("%s: a tier could not be made ready; its requests use the next lower tier", key[1])
+            log.exception(
+                "a tier of the weights %s could not be made ready, so requests for the tier use the next lower one;"
+                " a restart tries again",
+                key[1],
+            )
             return True
         finally:
             with self._lock:

@@ -250,9 +250,8 @@ class Worker:
         if self.failure is not None:
             return
         # One line is enough for errors that the operator can fix; others need the stack trace.
-        log.error(
-            "the worker stopped: %s", error, exc_info=None if isinstance(error, OSError | CorruptDatabase) else error
-        )
+        explains_itself = isinstance(error, OSError | CorruptDatabase)
+        log.error("the worker stopped, so its process ends: %s", error, exc_info=None if explains_itself else error)
         self.failure = error
         self._notifier.work_available.set()
         self._notifier.notify(WORKER)

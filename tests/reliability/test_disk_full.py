@@ -15,6 +15,7 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from server.errors import DiskFull
 from tests.support.components import open_components
 from tests.support.hostile_images import encode, noise_image
 from tests.support.repeats import round_params
@@ -102,7 +103,7 @@ class Setup:
 def assert_disk_full(answer: httpx.Response) -> None:
     """Check for the 507 answer of a full disk."""
     assert (answer.status_code, answer.headers["content-type"]) == (507, "application/json"), answer.text
-    assert answer.json()["detail"] == "The disk of the server is full"
+    assert answer.json()["detail"] == DiskFull.message
 
 
 def check_submits(setup: Setup) -> None:
@@ -210,7 +211,7 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
         assert not list((disk.outer_path / "data").rglob("*.part"))
         disk.fill()
         with serving(disk.inner_path / "data", TEST_MODELS, **settings) as server:
-            server.wait_for("The server could not start:\nThe disk of the server is full")
+            server.wait_for("The server could not start:\nThe server's disk is full")
             assert server.process.wait(60) == 1
             assert "Traceback" not in server.output
         disk.free()

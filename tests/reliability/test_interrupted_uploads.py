@@ -13,6 +13,7 @@ import pytest
 
 from server.auth import ANONYMOUS
 from server.cli.control_socket import _call_server
+from server.errors import DiskFull
 from tests.support.components import Components, open_components, submission
 from tests.support.faults.points import IN_BACKUP, IN_UPLOAD
 from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, wait_until_completed
@@ -131,7 +132,7 @@ def test_a_full_disk_during_an_upload_and_a_backup(tmp_path: Path) -> None:
             disk.fill(room=300_000)
             client.put(f"{upload}/2", content=PARTS[2]).raise_for_status()
             refused = client.post(f"{upload}/complete", json={})
-            assert (refused.status_code, refused.json()["detail"]) == (507, "The disk of the server is full")
+            assert (refused.status_code, refused.json()["detail"]) == (507, DiskFull.message)
             assert client.get(file).status_code == 404
             disk.free()
             client.post(f"{upload}/complete", json={}).raise_for_status()

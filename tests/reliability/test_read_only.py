@@ -7,13 +7,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.errors import DiskFails
 from tests.support.components import open_components
 from tests.support.server_process import ROOT, TEST_MODELS, Gate, serving, wait_until_claimed, wait_until_completed
 from tests.support.small_disk import SmallDisk, small_disk
 from tests.unit.cli.test_control import flux_server
 
 FAULTS = str(ROOT / "tests" / "support" / "faults" / "read_only")
-READ_ONLY = "The disk of the server cannot be written to: attempt to write a readonly database"
+READ_ONLY = str(DiskFails.because("attempt to write a readonly database"))
 
 
 def remount(disk: SmallDisk, mode: str) -> None:
@@ -55,7 +56,7 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         wait_until_claimed(client, running["status_url"])
         seal.touch()
         gate.release_all()
-        server.wait_for(r"cannot be written to.* trying again every second \[server.worker.postprocessor\]")
+        server.wait_for(r"cannot write to its disk.* trying again every second \[server.worker.postprocessor\]")
         for path in ("/queue/test/sealed", "/test/sealed", "/test/sealed/stream", "/storage/upload/initiate"):
             refused = client.post(path, json=body)
             assert (refused.status_code, refused.json()["detail"]) == (507, READ_ONLY)
@@ -63,13 +64,13 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         assert client.get(running["status_url"]).json()["status"] == "IN_PROGRESS"
         for page in ("/health", "/status.json", "/metrics"):
             assert client.get(page).status_code == 200
-        server.wait_for(r"cannot be written to.*; trying again \[server.app\]")
+        server.wait_for(r"cannot write to its disk.*; trying again \[server.app\]")
         seal.unlink()
         assert wait_until_completed(client, running["status_url"]).get("error") is None
         assert wait_until_completed(client, late["status_url"])["status"] == "COMPLETED"
         assert client.post("/test/sealed", json=body).status_code == 200
         assert "Traceback" not in server.output
-        assert server.output.count("cannot be written to") < 30
+        assert server.output.count("cannot write to its disk") < 30
         assert server.stop() == 0
     with open_components(tmp_path / "data") as components:
         assert components.rows("PRAGMA integrity_check") == [("ok",)]

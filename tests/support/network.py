@@ -114,7 +114,7 @@ class TrafficRecorder:
 
 
 def _attempt(packet: bytes) -> str | None:
-    """Describe the attempt that a packet begins; None for a packet that belongs to an earlier one."""
+    """Describe the TCP connection or UDP exchange that a packet starts; return None for every other packet."""
     is_ipv4 = packet[0] >> 4 == 4
     protocol, start = (packet[9], (packet[0] & 15) * 4) if is_ipv4 else (packet[6], 40)
     address = ipaddress.ip_address(packet[16:20] if is_ipv4 else packet[24:40])

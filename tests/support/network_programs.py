@@ -72,7 +72,7 @@ def _send_webhook(client: httpx.Client, url: str) -> httpx.Response:
 
 
 def _by_redirect(send: Callable[[httpx.Client, str], httpx.Response]) -> Callable[[httpx.Client, str], httpx.Response]:
-    """Wrap a request so that its URL is a redirect from an allowed host."""
+    """Wrap a sender: it sends a URL on an allowed host that redirects to the given URL."""
     return lambda client, url: send(client, f"http://public.test/to?{quote(url, safe='')}")
 
 
@@ -90,7 +90,7 @@ def _client(server: Server) -> httpx.Client:
 
 
 def _own_requests(server: Server) -> str:
-    """Return the entry that this program's own requests leave in `Wire.tried`."""
+    """Return the entry that this program's own requests leave in `TrafficRecorder.attempts`."""
     return f"tcp 127.0.0.1 {urlsplit(server.url).port}"
 
 

@@ -19,6 +19,7 @@ from server.settings import Settings
 MAX_PREFIX = 255
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
+_VALID_TARGET = f"an https URL under {', '.join(DOMAINS)}"
 #: Paths of this server that do not depend on the roles of fal's hosts.
 _OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/platform/")
 #: Pages for the operator and the playground, which are not part of fal's API.
@@ -110,14 +111,14 @@ def _proxy_target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
     """Parse path, query and host of the proxied URL, which is never fetched. Raises BadRequest."""
     target = headers.get(_TARGET, b"").decode("latin-1")
     if not target:
-        raise BadRequest("The x-fal-target-url header is missing")
+        raise BadRequest("The x-fal-target-url header is missing; set it to the fal URL that the request is for")
     try:
         parts = urlsplit(target)
         hostname = (parts.hostname or "").rstrip(".")
     except ValueError:
-        raise BadRequest("The x-fal-target-url header is not a URL") from None
+        raise BadRequest(f"The x-fal-target-url header is not a valid URL; send {_VALID_TARGET}") from None
     if parts.scheme != "https" or not is_fal(hostname):
-        raise BadRequest(f"x-fal-target-url should be an https URL under {', '.join(DOMAINS)}")
+        raise BadRequest(f"The x-fal-target-url header is not {_VALID_TARGET}")
     return parts.path, parts.query.encode("latin-1"), hostname
 
 

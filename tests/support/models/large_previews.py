@@ -1,4 +1,4 @@
-"""test/large-previews: test/gate with previews of several megabytes."""
+"""The endpoint test/large-previews: the model of test/gate, with previews of several megabytes."""
 
 from tests.support.fake_models import LargePreviewEngine, NullModel
 

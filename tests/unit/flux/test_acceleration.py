@@ -244,7 +244,7 @@ def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None
     assert not engine.warm_up()
 
 
-def test_without_a_compiler_every_tier_runs_uncompiled(
+def test_without_a_compiler_only_the_tier_none_is_offered(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("models.flux.engine.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
@@ -253,7 +253,7 @@ def test_without_a_compiler_every_tier_runs_uncompiled(
         "models.flux.engine.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
     )
     engine = FluxEngine.load(engine_config(device="cpu"))
-    assert "every tier runs uncompiled" in caplog.text
+    assert "only the tier none is offered, uncompiled" in caplog.text
     assert names(engine.tiers) == ["none"]
     assert engine.tiers[0].transformer is pipeline.transformer
     assert not engine.warm_up()

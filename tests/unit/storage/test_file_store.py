@@ -30,7 +30,7 @@ def test_a_listed_file_is_found_with_its_content_and_metadata(
 ) -> None:
     file = save_listed(components, lifetime, is_private)
     expires_at = None if lifetime is None else components.clock.now + lifetime
-    assert file == StoredFile(file.name, "me", 7, "image/png", None, is_private, expires_at)
+    assert file == StoredFile(file.name, "me", 8, "image/png", None, is_private, expires_at)
     assert components.files.find(file.name) == file
     assert components.files.path(file) == components.data_dir / "files" / file.name
     assert components.files.path(file).read_bytes() == b"an image"

@@ -230,7 +230,7 @@ def test_a_lost_device_ends_the_process_and_the_next_process_finishes_the_job(tm
     with serving(data_dir, TEST_MODELS) as first, client_of(first) as client:
         path = submit(client, {"prompt": str(fault), "num_inference_steps": 3}, "test/lost")
         assert exit_code(first) == 1
-        assert "the worker stopped: an illegal memory access was encountered" in first.output
+        assert "the worker stopped, so its process ends: an illegal memory access was encountered" in first.output
     assert rows(data_dir, STATES_AND_CRASHES) == [("IN_PROGRESS", None, 1)]
     fault.unlink()
     with serving(data_dir, TEST_MODELS) as second, client_of(second) as client:
