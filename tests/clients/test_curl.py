@@ -25,9 +25,12 @@ def curl(*arguments: str) -> bytes:
 
 
 def run_readme_command(server: Server) -> Any:
-    """Run the README's curl command with this server's port."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    (command,) = [line for line in lines if line.startswith("curl http://127.0.0.1:8000/fal-ai/flux/dev")]
+    """Run the curl command of the README and of the quickstart with this server's port."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md")]
+    start = "curl http://127.0.0.1:8000/fal-ai/flux/dev"
+    commands = [line for text in texts for line in text.splitlines() if line.startswith(start)]
+    assert len(commands) == 2
+    (command,) = set(commands)
     program, *arguments = shlex.split(command.replace("http://127.0.0.1:8000", server.url))
     assert program == "curl"
     return json.loads(curl(*arguments))

@@ -1,7 +1,9 @@
-"""References in the documents: files, headings, settings and metrics that they name must exist."""
+"""References in the documents: files, headings, settings, metrics and tests that they name must exist."""
 
+import ast
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,25 @@ def test_settings_exist(document: Path) -> None:
     known |= {f"--no-{name[2:]}" for name in known} | FOREIGN
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z\-]+", document.read_text(encoding="utf-8")))
     assert options <= known
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_name_the_test_that_runs_them(document: Path) -> None:
+    """Check that a comment before each block of commands names a test, or says why no test runs the block."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    for before, line in pairwise(["", *lines]):
+        if not line.lstrip().startswith("```bash"):
+            assert not re.match(r"\s*```(sh|shell|console)\b", line), "blocks of commands begin with ```bash"
+            continue
+        comment = re.fullmatch(r"<!-- (?:run by (tests/\S+\.py)::(test_\w+)|not run by a test: \w.*) -->", before)
+        assert comment, f"write <!-- run by TEST --> or <!-- not run by a test: REASON -->, not {before!r}"
+        assert not comment[1] or comment[2] in functions(ROOT / comment[1]), before
+
+
+def functions(file: Path) -> set[str]:
+    """Return the names of the functions of a Python file."""
+    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def test_metrics_exist() -> None:
