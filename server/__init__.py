@@ -1,1 +1,1 @@
-"""The server: fal's API in front of a durable queue and a worker."""
+"""The server: fal's API, a durable queue of requests, and the workers that generate images."""

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, middleware and background tasks around the components."""
+"""The FastAPI application: the components of the server with routes, middleware and background tasks."""
 
 import asyncio
 import logging
@@ -41,16 +41,19 @@ from server.worker.crash_recorder import CrashRecorder
 
 log = logging.getLogger(__name__)
 
-#: Seconds between checks of start deadlines, and between deletions of old results.
+#: Seconds between checks for requests whose start deadline has passed.
 EXPIRE_EVERY = 0.25
+#: Seconds between deletions of old results, unfinished uploads and unneeded input files.
 SWEEP_EVERY = 60.0
+#: Response headers that scripts of other origins may read.
 _EXPOSED = (request_id.HEADER, "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Build the server; nothing runs before its lifespan begins.
+    """Build the application. Its background tasks start with its lifespan.
 
-    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is in use.
+    Raises ValueError for weights that cannot be served, and DataDirInUse if the data directory belongs to another
+    server.
     """
     components = build(settings)
     services = components.services
@@ -60,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         description="fal's API for FLUX.1 [dev] on your own machine.",
         lifespan=partial(_lifespan, components=components),
         redirect_slashes=False,
-        # FastAPI's own pages load their scripts from a public network.
+        # FastAPI's own documentation pages load scripts from other hosts; the playground's routes replace them.
         docs_url=None,
         redoc_url=None,
     )
@@ -137,23 +140,24 @@ def _record_crash(crash_recorder: CrashRecorder, queue: Queue) -> None:
     trace, request_ids = crash_recorder.read()
     if trace:
         jobs = ", ".join(request_ids) or "no request"
-        log.error("the last process crashed while it was running %s:\n%s", jobs, trace)
+        log.error("the last process crashed while it was running %s; its stack trace:\n%s", jobs, trace)
         queue.record_crash_at_startup(request_ids)
-    # Opening erases the last record, so it comes after counting. A kill in between counts the crash twice, which is
-    # better than not at all.
+    # `open` erases the record, so the crash is counted first. If the process is killed between the two, the next start
+    # counts the crash again, which is better than missing it.
     crash_recorder.open()
 
 
 async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
+    name = getattr(func, "__qualname__", func)
     while True:
         try:
             await asyncio.to_thread(func)
         except CorruptDatabase:
-            # `Database.on_corruption` has already stopped the backend, and the server ends with this error.
+            # `Database.on_corruption` has already told the backend to fail, so the server is about to stop.
             return
         except DiskFull as error:
-            log.error("%s; trying again", error)
+            log.error("%s failed: %s; trying again", name, error)
             await asyncio.sleep(RETRY_SECONDS)
         except Exception:
-            log.exception("%s failed; trying again", func)
+            log.exception("%s failed; trying again", name)
         await asyncio.sleep(seconds)

@@ -20,21 +20,21 @@ _ALGORITHM = "HS256"
 
 
 class KeyScope(StrEnum):
-    """The rights of a key: sending requests, or in addition reading /status and /metrics."""
+    """The rights of a key. A client's key may send requests; an operator's key may also read /status and /metrics."""
 
     CLIENT = "client"
     OPERATOR = "operator"
 
 
-#: The scope of each key that this server created, by the key's hash.
+#: The scopes of keys, by the keys' hashes.
 KeyScopes = Mapping[str, KeyScope]
 _NONE: KeyScopes = MappingProxyType({})
 
 
 class Keys:
-    """The keys that clients may send; without any, all clients are one owner.
+    """The valid keys. Without any, no key is required and all clients are one owner.
 
-    A token stands for a key for a limited time and scope. Tokens become invalid when the process ends, because their
+    A token stands for a key, for a limited time and scope. Tokens become invalid when the process ends, because their
     signing secret exists only in memory.
     """
 
@@ -45,27 +45,32 @@ class Keys:
         pepper: bytes = b"",
         operators: tuple[str, ...] = (),
     ) -> None:
+        """Hash the settings' keys for clients (`keys`) and operators. `stored` are keys that this server created."""
         self._pepper = pepper
         self._configured = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
         self._configured |= {_hash(key, pepper): KeyScope.OPERATOR for key in operators}
         self._scopes = {**self._configured, **stored}
         self._secret = secrets.token_bytes(32)
-        #: Whether no key is required. Decided at the start, so that revoking the last key does not open the server.
+        #: Whether no key is required. Decided once, when the server starts, so that revoking the last key does not open
+        #: the server.
         self.allows_anonymous = not self._scopes
 
     def reload(self, stored: KeyScopes) -> None:
-        """Replace the keys that this server created."""
+        """Replace the keys that this server created. Keys from the settings stay."""
         self._scopes = {**self._configured, **stored}
 
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
-        """Return the owner of a "Key ..." or "Bearer ..." header; tokens must have `scope`. Raises Unauthorized."""
+        """Return the owner of the key or token in an Authorization header, "Key ..." or "Bearer ...".
+
+        A token is accepted only if it has `scope`. Raises Unauthorized.
+        """
         if self.allows_anonymous:
             return ANONYMOUS
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() not in ("key", "bearer"):
             raise Unauthorized
         hashed = _hash(key.strip(), self._pepper)
-        # Comparing every hash keeps the duration from revealing anything.
+        # Compare with every hash, so that the duration reveals nothing about the keys.
         matches = [known for known in self._scopes if hmac.compare_digest(known, hashed)]
         if matches:
             return matches[0][:32]
@@ -74,7 +79,10 @@ class Keys:
         return self.owner_of_token(key.strip(), scope)
 
     def require_operator(self, authorization: str | None) -> None:
-        """Check that the caller is an operator. Raises Unauthorized, and Forbidden for a client's key."""
+        """Check that the caller has an operator's key, unless no key is required.
+
+        Raises Unauthorized for an invalid key, and Forbidden for a client's key.
+        """
         owner = self.owner(authorization)
         operators = [known[:32] for known, scope in self._scopes.items() if scope == KeyScope.OPERATOR]
         # Without an operator key, a single key in the settings is the operator's. Keys that this server created do not
@@ -82,20 +90,21 @@ class Keys:
         lone = [known[:32] for known in self._configured] if len(self._configured) == 1 else []
         if not self.allows_anonymous and owner not in (operators or lone):
             raise Forbidden(
-                "This key is a client's; use one of --operator-keys, or create one with `keys add --scope operator`"
+                "Only an operator's key may see this: use one of --operator-keys, or create one with"
+                " `flux-server keys add NAME --scope operator`"
             )
 
     def issue(self, owner: str, scope: str, seconds: float) -> str:
-        """Issue a token for this owner and scope."""
+        """Issue a token for this owner that expires after `seconds`. Spaces in `scope` separate several scopes."""
         claims = {"sub": owner, "scope": scope, "exp": int(time.time() + seconds)}
         return jwt.encode(claims, self._secret, _ALGORITHM)
 
     def is_active(self, owner: str) -> bool:
-        """Check that this owner's key has not been revoked; open connections of a revoked key must end."""
+        """Return whether this owner's key is still valid. Open connections of a revoked key must end."""
         return self.allows_anonymous or any(known[:32] == owner for known in self._scopes)
 
     def owner_of_token(self, token: str, scope: str) -> str:
-        """Return the owner that the token was issued to.
+        """Return the owner that the token was issued to; without keys, return ANONYMOUS for any token.
 
         Raises Unauthorized for a token that has another scope, is expired or forged, or whose key was revoked.
         """
@@ -114,7 +123,8 @@ class Keys:
 def pepper(database: Database) -> bytes:
     """Load or create the secret for hashing keys.
 
-    Webhook receivers learn the owner, which is part of a hash. Without the secret they cannot guess the key from it.
+    Webhook receivers learn the owner, which is part of the key's hash. Without the secret, they cannot find the key by
+    hashing guesses.
     """
     with database.transaction() as connection:
         connection.execute("INSERT OR IGNORE INTO secrets VALUES ('pepper', ?)", (secrets.token_bytes(32),))
@@ -123,15 +133,15 @@ def pepper(database: Database) -> bytes:
 
 
 def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str, KeyScope]:
-    """Load the keys that this server created; `with_first` includes the automatic key of its first start."""
+    """Load the scopes of the keys that this server created; `with_first` includes the key of its first start."""
     rows = database.read("SELECT hash, scope FROM keys WHERE name <> '' OR ?", with_first)
     return {row["hash"]: KeyScope(row["scope"]) for row in rows}
 
 
 def add_key(database: Database, name: str, scope: KeyScope) -> str:
-    """Create a key, store its hash, and return the key, which cannot be read again. The automatic key has no name.
+    """Create a key and return it. Only its hash is stored, so the key cannot be shown again.
 
-    Raises ValueError when the name is in use.
+    The key that the first start creates has an empty name. Raises ValueError when the name is in use.
     """
     key = f"{secrets.token_hex(8)}:{secrets.token_hex(16)}"
     hashed = _hash(key, pepper(database))
@@ -146,19 +156,24 @@ def add_key(database: Database, name: str, scope: KeyScope) -> str:
 
 
 def list_keys(database: Database) -> list[dict[str, Any]]:
-    """List name, scope, creation time and owner, shortened as in logs and /status; never the key."""
+    """List each key's name, scope, creation time and owner, oldest first. Owners are short as in logs and /status."""
     rows = database.read("SELECT name, scope, created_at, substr(owner, 1, 9) AS owner FROM keys ORDER BY created_at")
     return [dict(row) for row in rows]
 
 
 def revoke_key(database: Database, name: str) -> None:
-    """Delete a key by its name or a prefix of its owner. Raises ValueError when no or several keys match."""
+    """Delete a key by its name, or by the first 9 or more characters of its owner.
+
+    Raises ValueError when no key or more than one key matches.
+    """
     with database.transaction() as connection:
         rows = connection.execute(
             "SELECT hash FROM keys WHERE name = ?1 OR (length(?1) >= 9 AND substr(owner, 1, length(?1)) = ?1)", (name,)
         ).fetchall()
-        if len(rows) != 1:
-            raise ValueError(f"There is no key {name}" if not rows else f"Several keys begin with {name}")
+        if not rows:
+            raise ValueError(f"There is no key {name}")
+        if len(rows) > 1:
+            raise ValueError(f"Several keys match {name}; use a longer prefix of the owner")
         connection.execute("DELETE FROM keys WHERE hash = ?", (rows[0]["hash"],))
 
 

@@ -1,4 +1,4 @@
-"""The components of a server: this is the only module that builds all of them and connects them."""
+"""The construction of a server: the only module that builds all components and connects them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,16 +52,16 @@ class Backend(Protocol):
 
     @property
     def loading(self) -> LoadProgress:
-        """The progress of loading."""
+        """The progress of loading the weights."""
 
     def gpus(self) -> Sequence[GpuStatus]:
         """Return the state of each GPU; safe to call from any thread."""
 
     def start(self) -> None:
-        """Start loading, then generating. Raises RuntimeError if the backend cannot start."""
+        """Start loading weights and generating images, in the background. Raises RuntimeError if that cannot start."""
 
     def stop(self) -> None:
-        """Stop claiming jobs, finish running ones within the grace period, release the rest, then return."""
+        """Stop claiming jobs, let running ones finish within --shutdown-grace, release the rest, then return."""
 
     def fail(self, error: BaseException) -> None:
         """Stop because of an error that the server cannot recover from; safe to call from any thread."""
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a server that its lifespan starts and stops."""
+    """The components that the application's lifespan starts and stops."""
 
     services: Services
     backend: Backend
@@ -79,9 +79,10 @@ class Components:
 
 
 def build(settings: Settings) -> Components:
-    """Build everything; nothing runs yet.
+    """Build all components and connect them, without starting the backend.
 
-    Raises ValueError for weights that cannot be served and DataDirInUse for a data directory that is in use.
+    Raises ValueError for weights that cannot be served, and DataDirInUse if the data directory belongs to another
+    server.
     """
     known = discover(settings.models_dir)
     weights_by_endpoint = specs.assign_weights(settings.weights, known)
@@ -130,7 +131,7 @@ def _add_gauges(metrics: Metrics, database: Database, settings: Settings, backen
 
 
 def _queries(database: Database) -> dict[str, Any]:
-    """What routes read from the database, past the queue."""
+    """Build the queries that routes run on the database directly, without the queue."""
     return {
         "history": partial(query_history, database),
         "usage": partial(query_usage, database),
@@ -139,11 +140,11 @@ def _queries(database: Database) -> dict[str, Any]:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    """Build the limiters and threads that all keys share."""
+    """Build the limits and the threads that all keys share."""
     return {
         "rate_limiter": RateLimiter(settings.rate_per_key),
         "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
-        # A refused client must also lose its connection. Otherwise it could occupy all of them.
+        # Close the connections of refused clients. Otherwise a client could keep all of --max-connections open.
         "open_answers": FairShare(settings.max_connections, TOO_MANY_OPEN, closes=True),
         "executor": FairExecutor("requests", 8, 2),
     }
@@ -195,7 +196,7 @@ def _required_weights(model: Model) -> str:
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """Load the operator's keys. A server that is reachable remotely and has none creates one and prints it."""
+    """Load all keys. If the server is reachable remotely and has no key, create an operator's key and print it."""
     if settings.has_automatic_key and not auth.load_key_scopes(database):
         key = auth.add_key(database, "", KeyScope.OPERATOR)
         print(f"\n  The key of this server, shown only this once:\n\n      FAL_KEY={key}\n", flush=True)

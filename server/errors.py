@@ -1,18 +1,18 @@
 """All errors that a client can receive, as one tree.
 
 ServerError
-├── InvalidInput            422  fields of the body, with pydantic's messages
+├── InvalidInput            422  invalid fields or parameters, with pydantic's messages
 ├── Unauthorized            401
 ├── Forbidden               403
 ├── NotFound                404  unknown, or owned by another key
 ├── MethodNotAllowed        405
-├── StillInProgress         400  the result is not ready
-├── AlreadyCompleted        400  cancelled too late
+├── StillInProgress         400  the request has not finished yet
+├── AlreadyCompleted        400  a finished request cannot be cancelled
 ├── BodyTooLarge            413
 ├── UnsatisfiableRange      416  a Range outside the file
 ├── MisdirectedRequest      421  a Host that is not this server's
-├── QueueFull               429
-├── TooManyRequests         429  more than one key's share
+├── QueueFull               429  too many requests wait
+├── TooManyRequests         429  one key exceeds its limit or share
 ├── DiskFull                507
 │   └── DiskFails           507  read-only or broken
 └── RequestError                 fal's "request errors", with error_type in body and header
@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 
 class ServerError(Exception):
-    """An error that is sent to a client. Statuses and shapes are fal's."""
+    """The base class of errors that are sent to clients, with fal's statuses and shapes."""
 
     status: ClassVar[int] = 500
     headers: ClassVar[dict[str, str]] = {}
@@ -39,17 +39,17 @@ class ServerError(Exception):
 
     @property
     def error_type(self) -> str | None:
-        """fal's error type, for request errors only."""
+        """fal's error type; None for all but request errors."""
         return None
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON body; JavaScript's SDKs show `message`, never `detail`."""
+        """The JSON body. `message` repeats `detail`, because fal's JavaScript SDKs show only `message`."""
         return {"detail": str(self), "message": str(self)}
 
 
 class InvalidInputFile(Exception):
-    """An invalid file behind a URL in a request; the caller that knows the field turns it into InvalidInput.
+    """An unusable file that a request refers to. The caller, which knows the field, raises InvalidInput instead.
 
     `type` and `ctx` are those of fal's documented errors.
     """
@@ -60,10 +60,10 @@ class InvalidInputFile(Exception):
 
 
 class InvalidInput(ServerError):
-    """Invalid fields of a request; `detail` lists {loc, msg, type, input, ctx}."""
+    """Invalid fields or parameters of a request. `detail` has one entry for each: {loc, msg, type, input, ctx}."""
 
     status = 422
-    # fal bills nothing for these.
+    # As at fal, invalid requests cost nothing.
     headers: ClassVar[dict[str, str]] = {"x-fal-billable-units": "0"}
 
     def __init__(self, detail: Sequence[dict[str, Any]]) -> None:
@@ -72,17 +72,17 @@ class InvalidInput(ServerError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The list of errors, and the same list as one line."""
+        """The list of errors as `detail`, and the same errors in one line as `message`."""
         return {"detail": self.detail, "message": str(self)}
 
 
 class Unauthorized(ServerError):
-    """A missing or wrong key."""
+    """A missing, wrong or revoked key, or an invalid token."""
 
     status = 401
     message = (
-        'This server requires a valid key: send "Authorization: Key ..." with one of --keys, its FAL_KEY, '
-        "or a key that `flux-server keys add` created"
+        'This server requires a valid key: send "Authorization: Key ..." with a key from its --keys or FAL_KEY, '
+        "or with a key that `flux-server keys add` created"
     )
 
 
@@ -107,21 +107,24 @@ class MethodNotAllowed(ServerError):
 
 
 class StillInProgress(ServerError):
-    """A request for a result that is not ready. Not 408, 409 or 429, which fal-client retries."""
+    """A request that has not finished yet, so it has no result and cannot be deleted.
+
+    The status is 400, because fal-client retries 408, 409 and 429.
+    """
 
     status = 400
     message = "Request is still in progress"
 
 
 class AlreadyCompleted(ServerError):
-    """A cancellation that came too late. Not 409, which fal-client retries."""
+    """A cancellation of a finished request. The status is 400, because fal-client retries 409."""
 
     status = 400
     message = "The request is already completed and cannot be cancelled"
 
 
 class BodyTooLarge(ServerError):
-    """A body with more bytes than the operator allows."""
+    """A request body or upload with more bytes than the operator allows."""
 
     status = 413
 
@@ -134,13 +137,16 @@ class UnsatisfiableRange(ServerError):
 
 
 class MisdirectedRequest(ServerError):
-    """A Host header that names another server: refused to prevent DNS rebinding."""
+    """A Host header with a name that is not this server's, which is refused to prevent DNS rebinding."""
 
     status = 421
 
 
 class QueueFull(ServerError):
-    """A full queue. 429 rather than 503, which some clients retry immediately and forever."""
+    """A full queue, or one key's limit on unfinished uploads or on disk space for input files.
+
+    The status is 429, because some clients retry 503 immediately and forever.
+    """
 
     status = 429
     headers: ClassVar[dict[str, str]] = {"retry-after": "5", "x-fal-needs-retry": "1"}
@@ -148,7 +154,7 @@ class QueueFull(ServerError):
 
 
 class TooManyRequests(ServerError):
-    """A key that exceeds its share. `retry_after` is in seconds; `closes` also closes the connection."""
+    """A key that exceeds its limit or share. `retry_after` is in seconds; `closes` also closes the connection."""
 
     status = 429
 
@@ -176,7 +182,7 @@ class DiskFails(DiskFull):
 
 
 class RequestError(ServerError):
-    """One of fal's request errors, which carry an error type in body and header."""
+    """The base class of fal's request errors, which have an error type in the body and in x-fal-error-type."""
 
     type: ClassVar[str] = "internal_error"
 
@@ -192,7 +198,7 @@ class RequestError(ServerError):
 
 
 class BadRequest(RequestError):
-    """A header or parameter that is invalid."""
+    """An invalid header, parameter or body."""
 
     status = 400
     type = "bad_request"
@@ -230,10 +236,10 @@ class InternalError(RequestError):
     type = "internal_error"
 
 
-#: Headers that are replayed with a stored error, by its type.
+#: Headers that a stored error is sent with, by its type.
 HEADERS_BY_TYPE = {StartTimeout.type: StartTimeout.headers}
 
 
 def not_offered(url: str) -> NotFound:
-    """Build the error for a request to fal that this server does not serve and must not forward."""
+    """Build the error for a URL of fal's that this server does not serve. The request is never forwarded to fal."""
     return NotFound(f"{url} is not offered by this server")

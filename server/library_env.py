@@ -15,9 +15,10 @@ def disable_telemetry_and_warnings() -> None:
 def limit_openmp_spinning() -> None:
     """Let OpenMP's threads sleep soon while they wait for each other.
 
-    By default they spin for a long time first. With one of two cores busy, an image then takes more than three times
-    as long. With 1000 spins it takes less than twice as long, and no longer on an idle machine (`bench/threads.py`).
-    PyTorch's default of one thread per core stays; OMP_NUM_THREADS and OMP_WAIT_POLICY override both.
+    By default they spin for a long time before they sleep. If another program uses one of two cores, an image then
+    takes more than three times as long. With 1000 spins it takes less than twice as long, and on an idle machine the
+    time does not change (`bench/threads.py`). PyTorch still uses one thread per core. Operators change the number of
+    threads with OMP_NUM_THREADS, and the spinning with OMP_WAIT_POLICY or GOMP_SPINCOUNT.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

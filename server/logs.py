@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from models.base import LoadProgress
 
-#: uvicorn logs this as an error. Here it is intended: a failed stream ends without its last chunk.
+#: uvicorn's error for a response without a last chunk. The server ends failed streams like this on purpose.
 _CUT_OFF = "ASGI callable returned without completing response."
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -21,13 +21,13 @@ def set_up(level: str, style: Literal["text", "json"]) -> None:
     handler = _Handler(draws_bars=style == "text" and sys.stderr.isatty())
     handler.setFormatter(_formatter(style, has_colours=sys.stderr.isatty()))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
     # At lower levels these libraries log URLs and prompts.
     for name in ("httpx", "httpx2", "httpcore", "httpcore2", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return record.msg != _CUT_OFF
 
 
@@ -61,9 +61,9 @@ def _formatter(style: str, *, has_colours: bool) -> ProcessorFormatter:
 
 
 def _without_progress(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Drop the progress bar's data, which the message repeats."""
+    """Drop the progress bar's data, which the message repeats, and Ray's timestamp."""
     event.pop("loading", None)
-    # Ray adds this to every record of the process.
+    # Ray adds its timestamp to every record of a process.
     event.pop("_ray_timestamp_ns", None)
     return event
 

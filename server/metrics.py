@@ -17,13 +17,15 @@ from server.status import GpuStatus
 from server.storage.database import Database
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: Description and current value.
+#: A gauge's description and current value.
 Gauge = tuple[str, float]
-#: Values by the names of the GPU and its node.
+#: The values of one gauge, by the names of the GPU and its node.
 GpuValues = Mapping[tuple[str, str], float]
 _PREFIX = "flux_server_"
+#: Upper bounds of the histograms' buckets, in seconds.
 _STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WAITS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
+#: When the oldest waiting request of low (1) or normal (0) priority was submitted.
 _FIRST = "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' AND (priority = 'low') = ? ORDER BY sequence LIMIT 1"
 
 
@@ -36,17 +38,19 @@ class Metrics:
         self.http_requests = self._counter("http_requests", "HTTP responses sent.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that finished.", "endpoint", "outcome")
-        self.retried = self._counter("requests_retried", "Requests started again.", "endpoint")
+        self.retried = self._counter("requests_retried", "Starts of requests after their first.", "endpoint")
         self.images = self._counter("pictures", "Images generated.", "endpoint")
         self.flagged = self._counter("pictures_flagged", "Images withheld by the safety checker.", "endpoint")
         self.webhooks = self._counter("webhook_attempts", "Attempts to deliver a webhook.", "outcome")
-        self.wait = self._histogram("queue_wait_seconds", "Time from submit to first start.", _WAITS, "endpoint")
+        self.wait = self._histogram(
+            "queue_wait_seconds", "Seconds from the submit to the first start.", _WAITS, "endpoint"
+        )
         self.step = self._histogram(
-            "step_seconds", "Time of one forward pass, single or batched.", _STEPS, "size", "acceleration"
+            "step_seconds", "Seconds for one forward pass, batched or not.", _STEPS, "size", "acceleration"
         )
 
     def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
-        """Record one forward pass. All custom sizes share one label, so that clients cannot fill the memory."""
+        """Record one forward pass. Sizes without a preset share one label, so that clients cannot fill the memory."""
         name = f"{size[0]}x{size[1]}" if size in PRESETS.values() else "other"
         self.step.labels(name, acceleration).observe(seconds)
 
@@ -56,7 +60,7 @@ class Metrics:
         self.flagged.labels(endpoint).inc(num_flagged)
 
     def steps(self) -> list[dict[str, Any]]:
-        """Return the number of forward passes since the start and their mean in seconds, by size and tier."""
+        """Return the number and the mean seconds of forward passes since the start, by size and acceleration."""
         totals: dict[tuple[str, str], dict[str, float]] = {}
         for sample in (sample for metric in self.step.collect() for sample in metric.samples):
             kind = sample.name.rpartition("_")[2]
@@ -68,7 +72,7 @@ class Metrics:
         ]
 
     def observe_start(self, endpoint: str, attempt: int, waited: float) -> None:
-        """Record that a request was claimed, `waited` seconds after its submit."""
+        """Record that a request was claimed `waited` seconds after its submit. Later attempts count as retries only."""
         if attempt > 1:
             self.retried.labels(endpoint).inc()
         else:
@@ -82,7 +86,7 @@ class Metrics:
     def add_gauges(
         self, gauges: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
     ) -> None:
-        """Register gauges, which are called each time the metrics are read: of the server, and by GPU."""
+        """Register the functions that return the server's gauges, and each GPU's, whenever metrics are read."""
         self.gauges = gauges
         self.registry.register(_Gauges(gauges, by_gpu))
 
@@ -132,13 +136,13 @@ def collect_gauges(
     return {
         "ready": ("Whether the models can generate images.", float(is_ready())),
         "queue_length": ("Waiting requests.", float(waiting["number"])),
-        "queue_oldest_seconds": ("Time that the oldest waiting request has waited.", oldest),
+        "queue_oldest_seconds": ("Seconds that the oldest waiting request has waited.", oldest),
         "requests_running": ("Running requests.", float(running["number"])),
         "webhooks_due": ("Webhooks waiting for delivery, including retries.", float(due["number"])),
         "files_bytes": ("Size of stored images and uploads.", float(stored["size"])),
         "disk_free_bytes": ("Free space on the disk of the data directory.", float(disk.free)),
         "memory_resident_bytes": ("Resident memory of this process.", float(psutil.Process().memory_info().rss)),
-        "engines_loaded": ("Sets of weights in memory.", float(sum(len(gpu.engines) for gpu in gpus()))),
+        "engines_loaded": ("Sets of weights in memory, on all GPUs.", float(sum(len(gpu.engines) for gpu in gpus()))),
     }
 
 

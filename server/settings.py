@@ -1,4 +1,4 @@
-"""All settings, read once from a mapping that is passed in."""
+"""All settings, read once from environment variables and command-line options."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from models.loading.specs import parse_spec
 
 PREFIX = "FLUX_SERVER_"
-#: The key that clients send to a server that requires none: fal's SDKs refuse to run without one.
+#: The key that clients of a server without keys send, because fal's SDKs refuse to run without a key.
 OPEN_KEY = "local"
 _SECRETS = ("keys", "webhook_secret")
 
@@ -36,31 +36,31 @@ def _default_data_dir(environment: Mapping[str, str]) -> Path:
 
 
 class Settings(BaseModel):
-    """The operator's settings. `--help` and docs/settings.md list them in this order, with these descriptions."""
+    """The operator's settings. `serve --help` and docs/settings.md list them in this order, with these descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: CommaSeparated = Field(
         ("demo",),
-        description="Weights to serve: demo, a hub id, a directory in diffusers layout, or ENDPOINT=DIRECTORY.",
+        description="Weights to serve: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 picks a free one.")
     tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
     proxy_port: int = Field(
-        0, ge=0, le=65535, description="Loopback port of the CONNECT proxy, for clients of any age; 0 turns it off."
+        0, ge=0, le=65535, description="Loopback port of the CONNECT proxy, which old clients need; 0 turns it off."
     )
     proxy_others: bool = Field(False, description="Let the CONNECT proxy connect to hosts that are not fal's.")
-    data_dir: Path = Field(description="Directory for the queue, the images and the certificates.")
+    data_dir: Path = Field(description="Directory for the queue, images, uploads, LoRA files and certificates.")
     keys: CommaSeparated = Field(
-        (), description="API keys that clients must send, separated by commas; FAL_KEY counts as one."
+        (), description="API keys, separated by commas; clients must send one of them. FAL_KEY counts as one."
     )
     operator_keys: CommaSeparated = Field(
         (), description="API keys that may also see /status and /metrics; without any, a single key in --keys may."
     )
     public_url: str = Field("", description="Base of URLs in responses to clients that use a fal host name.")
     trusted_proxies: CommaSeparated = Field(
-        (), description="Addresses of proxies whose X-Forwarded-* headers are trusted; requires a key."
+        (), description="Proxies (addresses or networks) whose X-Forwarded-* headers are trusted; requires a key."
     )
     cors_origin: CommaSeparated = Field(
         (), description="Web origins allowed in addition to loopback when the server has no keys."
@@ -84,19 +84,17 @@ class Settings(BaseModel):
     max_loaded: int = Field(
         0, ge=0, description="Maximum sets of weights in memory at the same time; 0: as many as fit."
     )
-    eager: bool = Field(
-        False, description="Compile nothing: slower on a GPU, but bit for bit the same as diffusers' pipeline."
-    )
+    eager: bool = Field(False, description="Compile nothing: slower on a GPU, but images equal diffusers' bit for bit.")
     ray: str = Field(
         "", description="Generate on a Ray cluster: local, auto or its address; empty: in the server's process."
     )
     gpus: int = Field(0, ge=0, description="With --ray: number of GPUs; 0: all GPUs of the cluster.")
     min_gpus: int = Field(1, ge=0, description="With --ray and --max-gpus: number of GPUs to keep even when idle.")
-    max_gpus: int = Field(0, ge=0, description="With --ray: maximum GPUs to request as the queue grows.")
+    max_gpus: int = Field(0, ge=0, description="With --ray: maximum number of GPUs to request as the queue grows.")
     step_deadline: float = Field(
         600,
         gt=0,
-        description="Maximum seconds for one step; a longer one ends the process, so its supervisor restarts it.",
+        description="Maximum seconds for one step; after that, the process ends and its supervisor restarts it.",
     )
     enforce_safety_checker: bool = Field(
         False, description="Check every image, even if the request disables the checker."
@@ -114,33 +112,33 @@ class Settings(BaseModel):
     )
     rate_per_key: str = Field(
         "",
-        description="Maximum rate of requests of one key, such as 60/minute, and separately of uploads; more get 429.",
+        description="Maximum rate per key, such as 60/minute, for requests and separately for uploads; more get 429.",
     )
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of an image, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of an image, in pixels.")
-    max_connections: int = Field(4096, ge=1, description="Maximum connections per port; more are closed.")
+    max_connections: int = Field(4096, ge=1, description="Maximum connections per port; further ones are closed.")
     max_body_mib: int = Field(
-        40, ge=1, description="Largest request body, in MiB; up to four times as much may be in memory at once."
+        40, ge=1, description="Largest request body, in MiB; all bodies together may take four times as much memory."
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="Maximum GB of uploads per key, and of input files for its waiting requests."
+        5, gt=0, description="Maximum GB of one key's uploads, and of its unfinished requests' input files."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
-    loras_gb: float = Field(10, gt=0, description="Disk space for LoRA files, in GB; the oldest are deleted first.")
+    loras_gb: float = Field(10, gt=0, description="Disk space for LoRA files, in GB; the longest unused go first.")
     retention_days: float = Field(7, gt=0, description="Days to keep results and images.")
     retention_gb: float = Field(
         10,
         gt=0,
-        description="Disk space for results and files, in GB; the oldest of the key that uses most are deleted first.",
+        description="Disk space for results and files, in GB; keys with more than an equal share lose the oldest.",
     )
     outbound_allow: CommaSeparated = Field(
         (),
-        description="Private hosts and networks open to webhooks and downloads, such as 10.0.0.0/8 or hooks.lan.",
+        description="Private hosts and networks that webhooks and downloads may reach, like 10.0.0.0/8 or hooks.lan.",
     )
-    webhook_secret: str = Field("", description="Shared secret for Standard Webhooks, whsec_..., if any.")
-    shutdown_grace: float = Field(30, ge=0, description="Seconds that a stop waits for running requests.")
-    models_dir: Path | None = Field(None, description="Directory of additional model files, run as code.")
+    webhook_secret: str = Field("", description="Shared secret, whsec_..., for an extra Standard Webhooks signature.")
+    shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests may still take during a stop.")
+    models_dir: Path | None = Field(None, description="Directory of Python files with more models; they run as code.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     log_format: Literal["text", "json"] = Field(
         "text", description="Log format: text, in colour on a terminal, or json."
@@ -236,7 +234,7 @@ class Settings(BaseModel):
 
     @property
     def has_automatic_key(self) -> bool:
-        """Whether the first start creates a key, because the server is reachable remotely and has none."""
+        """Whether the first start creates a key, because the server is reachable remotely and no key is set."""
         return self.is_reachable_remotely and not (self.keys or self.operator_keys)
 
     @property
@@ -258,16 +256,17 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
-        """Read FLUX_SERVER_* and FAL_KEY, which `options` override. Raises SettingsError with every problem."""
+        """Read FLUX_SERVER_*, which `options` override, and FAL_KEY. Raises SettingsError with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
-        # An empty variable means that it is not set, as in .env files.
+        # An empty variable counts as not set, as in .env files.
         values |= {
             name.removeprefix(PREFIX).lower(): value
             for name, value in environment.items()
             if name.startswith(PREFIX) and value
         }
         values.update({name: value for name, value in (options or {}).items() if value is not None})
-        # `env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the server.
+        # `flux-server env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the
+        # server, so this value is no key.
         if environment.get("FAL_KEY", OPEN_KEY) not in ("", OPEN_KEY):
             values["keys"] = (*_entries(values.get("keys", ())), environment["FAL_KEY"])
         try:

@@ -1,4 +1,4 @@
-"""The data of /status: GPUs, the last hour, recent failures, and usage by key."""
+"""The data of /status: the type for GPUs, and queries for the last hour, recent failures, and usage by key."""
 
 import time
 from collections.abc import Mapping
@@ -39,15 +39,15 @@ _NOTHING = {"ended": 0, "completed": 0, "billable_units": 0, "pictures": 0, "wai
 
 @dataclass(frozen=True)
 class GpuStatus:
-    """One worker and its device.
+    """The state of one worker and its GPU.
 
     Attributes:
         name: the number of the worker.
         state: "waiting" for a free GPU in the cluster, "loading", "ready" or "leaving".
         node: the address of the machine; empty for the server's own process.
         num_running: the number of requests assigned to the worker.
-        num_restarts: how often the worker was restarted after its runner died.
-        engines: information about the engines, by their weights.
+        num_restarts: how often the runner was restarted.
+        engines: information about the loaded engines, by their weights.
         failure: why the last runner ended, until the next one is ready.
     """
 
@@ -61,7 +61,10 @@ class GpuStatus:
 
 
 def load_overview(database: Database, now: float | None = None) -> dict[str, Any]:
-    """Load plain values; blocks on the disk. Owners are shown by a prefix of their key's hash."""
+    """Load the data of /status from the database; blocks on the disk. Owners are shortened to 9 characters.
+
+    `now` is in seconds since 1970.
+    """
     now = time.time() if now is None else now
     return {
         "minutes": _minutes(database, now),
@@ -72,23 +75,26 @@ def load_overview(database: Database, now: float | None = None) -> dict[str, Any
 
 
 def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
-    """Summarize the requests that finished in each of the last minutes, oldest first; times are means in seconds."""
+    """Summarize the requests that finished in each of the last MINUTES minutes, oldest first.
+
+    `wait` and `inference` are means in seconds.
+    """
     rows = database.read(_MINUTES, now - 60 * MINUTES)
     by_minute = {row["minute"]: {name: row[name] for name in _NOTHING} for row in rows}
     return [by_minute.get(minute, _NOTHING) for minute in range(MINUTES)]
 
 
 def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
-    """Average the waiting and inference times of the last hour's requests by endpoint, in seconds."""
+    """Average the waiting and inference times of the last hour's successful requests by endpoint, in seconds."""
     return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
 
 
 def _failures(database: Database) -> list[dict[str, Any]]:
-    """Load the last failures of the server (status 500 and above), newest first."""
+    """Load the last _FAILURES requests that failed with status 500 or above, newest first."""
     return [dict(row) for row in database.read(_LAST_FAILURES, _FAILURES)]
 
 
 def _usage(database: Database, now: float) -> list[dict[str, Any]]:
-    """Sum the requests and billable units of the last USAGE_DAYS days by key."""
+    """Sum the requests and billable units of the last USAGE_DAYS days by key, most units first."""
     first = datetime.fromtimestamp(now, UTC).date() - timedelta(days=USAGE_DAYS - 1)
     return [dict(row) for row in database.read(_USAGE, first.isoformat())]

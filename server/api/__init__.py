@@ -1,1 +1,1 @@
-"""HTTP: requests in, responses out."""
+"""The HTTP API: routes, middleware, and the parsing of requests and building of responses."""

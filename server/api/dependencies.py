@@ -1,4 +1,4 @@
-"""Dependencies of the routes: the server's services, the caller, the model of an endpoint, and its jobs."""
+"""Functions that routes share: finding services, callers, models and jobs; reading bodies; building responses."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,7 +35,7 @@ TOO_MANY_OPEN = (
     "Limit of open responses reached: one key may use half of --max-connections, and less while other keys are active; "
     "close some responses first"
 )
-#: How much of a long body is read at a time.
+#: Bytes of a body that are collected before a thread writes them.
 _BODY_PART = 2**18
 
 
@@ -48,10 +48,11 @@ class Services:
     unavailable_endpoints: Mapping[str, str]
     keys: Keys
     inputs: InputResolver
+    #: Limits the memory of request and response bodies, in total and per key.
     in_flight: BytesInFlight
-    #: Responses that stay open as long as a request runs.
+    #: Limits each key's responses that stay open while a request runs.
     open_answers: FairShare
-    #: Threads for database access.
+    #: Threads for database access and for large bodies.
     executor: FairExecutor
     rate_limiter: RateLimiter
     queue: Queue
@@ -61,15 +62,15 @@ class Services:
     signer: WebhookSigner
     notifier: Notifier
     metrics: Metrics
-    #: Finished requests of a key; blocks on the disk.
+    #: Returns a page of a key's finished requests; blocks on the disk.
     history: Callable[[HistoryQuery], Mapping[str, Any]]
-    #: Usage of a key; blocks on the disk.
+    #: Returns a key's usage; blocks on the disk.
     usage: Callable[[UsageFilter], Sequence[UsageRow]]
-    #: Data of /status; blocks on the disk.
+    #: Returns the data of /status; blocks on the disk.
     overview: Callable[[], Mapping[str, Any]]
-    #: Whether the models can generate images, and the progress of loading.
+    #: Returns whether the models can generate images, and the progress of loading.
     readiness: Callable[[], tuple[bool, LoadProgress]]
-    #: The state of each GPU and of the engines in its memory.
+    #: Returns the state of each GPU and of the engines in its memory.
     gpus: Callable[[], Sequence[GpuStatus]]
 
 
@@ -79,12 +80,15 @@ def get_services(request: Request) -> Services:
 
 
 def authenticate(request: Request, scope: str | None = None) -> str:
-    """Return the owner of the request's key, or of its token with this scope. Raises Unauthorized."""
+    """Return the owner of the request's key, or of a token that has `scope`. Raises Unauthorized."""
     return get_services(request).keys.owner(request.headers.get("authorization"), scope)
 
 
 def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
-    """Return the caller of an endpoint that also accepts `?fal_jwt_token=`, for browsers. Raises Unauthorized."""
+    """Return the owner of the connection's key, or of a token for the endpoint's app. Raises Unauthorized.
+
+    Browsers send a token as `?fal_jwt_token=`, because they cannot set headers of a WebSocket.
+    """
     keys = cast(Services, connection.app.state.services).keys
     token = connection.query_params.get("fal_jwt_token")
     if token:
@@ -93,12 +97,12 @@ def authenticate_with_token(connection: HTTPConnection, endpoint: str) -> str:
 
 
 def app_alias(endpoint: str) -> str:
-    """Return the name of an endpoint's app in a token's scope: "flux" for fal-ai/flux/dev."""
+    """Return the name that an endpoint's app has in the scope of a token: "flux" for fal-ai/flux/dev."""
     return endpoint.split("/")[1]
 
 
 def get_model(request: Request, endpoint: str) -> Model:
-    """Return the model served under this id. Raises NotFound with fal's messages."""
+    """Return the model that serves this endpoint. Raises NotFound, with a message that says why there is none."""
     models = get_services(request).models
     if endpoint in models:
         return models[endpoint]
@@ -118,7 +122,10 @@ def get_model(request: Request, endpoint: str) -> Model:
 
 
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
-    """Return the job if it belongs to this owner and app (two-segment or full id). Raises NotFound."""
+    """Return the job if it belongs to this owner and app. Raises NotFound.
+
+    `app` is the full endpoint id or its first two segments.
+    """
     if job is None or job.owner != owner:
         raise NotFound
     if app != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
@@ -128,7 +135,7 @@ def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
 
 @asynccontextmanager
 async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBody]:
-    """Read the body of a request for images; its temporary files exist until the block ends.
+    """Read a request's JSON body. Its temporary files, which hold long base64 data, exist until the block ends.
 
     Raises InvalidInput, TooManyRequests, BodyTooLarge and DiskFull.
     """
@@ -186,10 +193,10 @@ async def parse_request_body(
 async def read_when_room(
     services: Services, owner: str, num_bytes: int, read: Callable[[], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
-    """Build a response once there is room in memory for it; it counts towards its owner's share until it is sent.
+    """Wait for `num_bytes` of the owner's share of memory, call `read` in a thread, and return its response.
 
-    A client that does not read its responses therefore cannot fill the memory. `read` is called in a thread. Without
-    room, raises TooManyRequests, or waits if `is_patient`.
+    The bytes are held until the response is sent, so that a client that does not read its responses cannot fill the
+    memory. Raises TooManyRequests after a few seconds without room; with `is_patient`, waits without a limit.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(services.in_flight.room(owner, num_bytes, is_patient=is_patient))
@@ -201,7 +208,10 @@ async def read_when_room(
 async def result_response_of(
     services: Services, job: Job, render: Callable[[Outcome], FalJSONResponse], *, is_patient: bool = False
 ) -> FalJSONResponse:
-    """Build the response of a completed job. Raises as `read_when_room`, and NotFound if the job was deleted."""
+    """Call `render` for the outcome of a completed job, and return its response.
+
+    Raises NotFound if the job was deleted; otherwise as `read_when_room`.
+    """
 
     def read() -> FalJSONResponse:
         return render(services.queue.result(job))
@@ -211,9 +221,9 @@ async def result_response_of(
 
 @asynccontextmanager
 async def open_output(services: Services, job: Job) -> AsyncIterator[tuple[Outcome, Any]]:
-    """Yield the outcome of a completed job and its parsed body, which count towards the owner's share of memory.
+    """Wait for memory, and yield the outcome of a completed job and the outcome's parsed body.
 
-    Waits until there is room. Raises NotFound if the job was deleted in the meantime.
+    Both count towards the owner's share of memory until the block ends. Raises NotFound if the job was deleted.
     """
 
     def read() -> tuple[Outcome, Any]:

@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from models.base import Model
 
 _REFERENCE = "#/components/schemas/{model}"
-#: The schema in fal's own document.
+#: The schema of a request's status, copied from fal's own document.
 QUEUE_STATUS: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -27,7 +27,7 @@ QUEUE_STATUS: dict[str, Any] = {
 
 
 def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
-    """Build OpenAPI 3.0.4 in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
+    """Build an OpenAPI 3.0.4 document in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
     schemas = component_schemas(model)
     endpoint = model.endpoint
     request = f"/{endpoint}/requests/{{request_id}}"
@@ -72,12 +72,12 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
 
 
 def category(model: Model) -> str:
-    """Return fal's category, which names the kinds of input and output."""
+    """Return fal's category of the model: "image-to-image" if it takes an image, otherwise "text-to-image"."""
     return "image-to-image" if "image_url" in model.Input.model_fields else "text-to-image"
 
 
 def component_schemas(model: Model) -> dict[str, Any]:
-    """Build the schemas of Input, Output and their references, in OpenAPI 3.0 with fal's x-fal-order-properties."""
+    """Build OpenAPI 3.0 schemas of Input, Output and the types in them, with fal's x-fal-order-properties."""
     pairs = [(model.Input, "validation"), (model.Output, "serialization")]
     _, definitions = models_json_schema(pairs, ref_template=_REFERENCE)  # type: ignore[arg-type]
     schemas: dict[str, Any] = _in_openapi_3_0(definitions["$defs"])
@@ -87,7 +87,7 @@ def component_schemas(model: Model) -> dict[str, Any]:
 
 
 def _in_openapi_3_0(value: Any) -> Any:
-    """Convert a JSON schema to OpenAPI 3.0, which has no null type, and a flag for exclusive bounds."""
+    """Convert a JSON schema to OpenAPI 3.0, which has no null type, and marks exclusive minimums with a flag."""
     if isinstance(value, list):
         return [_in_openapi_3_0(item) for item in value]
     if not isinstance(value, dict):
@@ -102,7 +102,7 @@ def _in_openapi_3_0(value: Any) -> Any:
 
 
 def summary(model: Model) -> str:
-    """Describe the endpoint in one line."""
+    """Return the docstring of the model's class in one line, or the endpoint id if there is none."""
     return re.sub(r"\s+", " ", (type(model).__doc__ or model.endpoint).strip())
 
 

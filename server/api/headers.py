@@ -11,36 +11,41 @@ from server.net.outbound import ForbiddenURL, OutboundClient
 from server.queue.jobs import Priority
 from server.storage.file_store import Lifecycle
 
-#: fal's smallest start deadline, in seconds.
+#: Start timeouts must be longer than this, as at fal. In seconds.
 MIN_START_TIMEOUT = 0.1
 MAX_IDEMPOTENCY_KEY = 255
 MAX_RUNNER_HINT = 255
 MAX_WEBHOOK_URL = 2048
-#: The newer name first. fal's Python client sends both, the JavaScript clients one of them.
+#: The two names of one header, the newer first. fal's Python client sends both, the JavaScript clients one of them.
 _NAMES = ("x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
 #: Values in fal's access lists for a file that only its owner may read.
 _PRIVATE = ("forbid", "hide")
 
 
 def priority(headers: Mapping[str, str]) -> Priority:
-    """Parse X-Fal-Queue-Priority. As at fal, unknown values are ignored, and the header can only lower priority."""
+    """Parse X-Fal-Queue-Priority. As at fal, "low" lowers the priority, and all other values are ignored."""
     is_low = headers.get("x-fal-queue-priority", "").strip().lower() == Priority.LOW
     return Priority.LOW if is_low else Priority.NORMAL
 
 
 def start_deadline(headers: Mapping[str, str]) -> float | None:
-    """Parse the start deadline, in seconds since 1970; the newer header wins. Raises BadRequest."""
-    text = headers.get("x-fal-request-start-timeout") or headers.get("x-fal-request-timeout")
+    """Parse the start timeout, and return the deadline in seconds since 1970, or None. Raises BadRequest.
+
+    X-Fal-Request-Start-Timeout, the newer header, overrides X-Fal-Request-Timeout.
+    """
+    newer = headers.get("x-fal-request-start-timeout")
+    text = newer or headers.get("x-fal-request-timeout")
     if text is None:
         return None
-    seconds = number(text, "X-Fal-Request-Timeout")
+    name = "X-Fal-Request-Start-Timeout" if newer else "X-Fal-Request-Timeout"
+    seconds = number(text, name)
     if seconds <= MIN_START_TIMEOUT:
-        raise BadRequest(f"X-Fal-Request-Timeout should be greater than {MIN_START_TIMEOUT} seconds")
+        raise BadRequest(f"{name} should be greater than {MIN_START_TIMEOUT} seconds, not {seconds:g}")
     return time.time() + seconds
 
 
 def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str | None:
-    """Parse the query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or forbidden."""
+    """Parse the query parameter `fal_webhook`. Raises InvalidInput for a URL that is too long or that is forbidden."""
     url = parameters.get("fal_webhook")
     if not url:
         return None
@@ -59,7 +64,7 @@ def idempotency_key(headers: Mapping[str, str]) -> str | None:
     """Parse Idempotency-Key. Raises BadRequest if it is empty or too long."""
     key = headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY:
-        raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters")
+        raise BadRequest(f"Idempotency-Key should have 1 to {MAX_IDEMPOTENCY_KEY} characters, not {len(key)}")
     return key
 
 
@@ -67,30 +72,30 @@ def runner_hint(headers: Mapping[str, str]) -> str | None:
     """Parse X-Fal-Runner-Hint. Raises BadRequest if it is too long."""
     hint = headers.get("x-fal-runner-hint")
     if hint is not None and len(hint) > MAX_RUNNER_HINT:
-        raise BadRequest(f"X-Fal-Runner-Hint should have at most {MAX_RUNNER_HINT} characters")
+        raise BadRequest(f"X-Fal-Runner-Hint should have at most {MAX_RUNNER_HINT} characters, not {len(hint)}")
     return hint
 
 
 def max_queue_length(parameters: Mapping[str, str]) -> int | None:
-    """Parse the query parameter `fal_max_queue_length`. Raises BadRequest if it is less than 1."""
+    """Parse the query parameter `fal_max_queue_length`. Raises BadRequest if it is not a number of 1 or more."""
     text = parameters.get("fal_max_queue_length")
     if text is None:
         return None
     length = number(text, "fal_max_queue_length")
     if length < 1:
-        raise BadRequest("fal_max_queue_length should be at least 1")
+        raise BadRequest(f"fal_max_queue_length should be at least 1, not {length:g}")
     return int(length)
 
 
 def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
-    """Parse X-Fal-Object-Lifecycle: how long files are kept and who may read them. Raises BadRequest."""
+    """Parse X-Fal-Object-Lifecycle-Preference: how long files are kept and who may read them. Raises BadRequest."""
     text = next((headers[name] for name in _NAMES if headers.get(name)), None)
     if text is None:
         return Lifecycle()
     try:
         preference = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRequest("X-Fal-Object-Lifecycle-Preference is not JSON") from None
+        raise BadRequest("X-Fal-Object-Lifecycle-Preference should be JSON") from None
     if not isinstance(preference, dict):
         preference = {"expiration_duration_seconds": preference}
     return Lifecycle(_seconds(preference.get("expiration_duration_seconds")), _is_private(preference))
@@ -109,16 +114,16 @@ def _is_private(preference: dict[str, Any]) -> bool:
         return False
     default = acl.get("default") if isinstance(acl, dict) else acl
     if default not in (*_PRIVATE, "allow", None):
-        raise BadRequest("initial_acl's default should be allow, hide or forbid")
+        raise BadRequest("X-Fal-Object-Lifecycle-Preference's initial_acl should be allow, hide or forbid")
     return default in _PRIVATE
 
 
 def number(value: object, name: str) -> float:
-    """Parse a header or parameter that is a number of 0 or more. Raises BadRequest, which names it."""
+    """Parse the number in the header or parameter `name`. Raises BadRequest unless it is finite and 0 or more."""
     try:
         result = float(str(value))
     except ValueError:
         result = math.nan
     if not math.isfinite(result) or result < 0:
-        raise BadRequest(f"{name} should be a positive number, not {str(value)[:50]!r}")
+        raise BadRequest(f"{name} should be a number of 0 or more, not {str(value)[:50]!r}")
     return result

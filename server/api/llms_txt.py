@@ -1,4 +1,4 @@
-"""llms.txt of one endpoint: Markdown for language models, in fal's form, generated from the model."""
+"""The llms.txt of an endpoint: Markdown for language models, in fal's form, generated from the model."""
 
 import json
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ _REFERENCE = "#/components/schemas/{model}"
 
 
 def document(app: FastAPI, models: Mapping[str, Model]) -> dict[str, Any]:
-    """Build OpenAPI 3.1 for the whole server."""
+    """Build the OpenAPI 3.1 document of the whole server, with the models' own paths first."""
     schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     inputs = [(model.Input, "validation") for model in models.values()]
     outputs = [(model.Output, "serialization") for model in models.values()]
@@ -53,8 +53,8 @@ def _operation(model: Model, name: str, summary: str, content: dict[str, Any]) -
         "summary": summary,
         "requestBody": {"required": True, "content": _json(body)},
         "responses": {
-            "200": {"description": "Done", "content": content},
-            **{code: {"description": "Refused", "content": _json(problem)} for code in codes},
+            "200": {"description": "Success", "content": content},
+            **{code: {"description": "Error", "content": _json(problem)} for code in codes},
         },
     }
 

@@ -11,15 +11,15 @@ from server.errors import TooManyRequests
 
 
 class RateLimiter:
-    """A limit on each key's requests across all endpoints. The counts are in memory, so a restart resets them."""
+    """A limit on each key's requests, and separately on its uploads. A restart resets the counts."""
 
     def __init__(self, rate: str) -> None:
-        """Parse `rate`, which has the form "60/minute"; an empty rate means no limit."""
+        """Parse a rate, such as "60/minute"; an empty rate means no limit."""
         self._item: RateLimitItem | None = parse(rate) if rate else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def acquire(self, owner: str, what: str = "requests") -> None:
-        """Count one request or upload. Raises TooManyRequests, whose `retry_after` says when to retry."""
+        """Count one request, or one upload if `what` is "uploads". Raises TooManyRequests with the seconds to wait."""
         if self._item is None or self._limiter.hit(self._item, what, owner):
             return
         wait = self._limiter.get_window_stats(self._item, what, owner).reset_time - time.time()

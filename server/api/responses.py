@@ -1,4 +1,4 @@
-"""Response bodies: submit, status, result, errors, events, and the URLs of a request."""
+"""Responses and their bodies: submit, status, result, errors, events, and the URLs of a request."""
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -12,42 +12,42 @@ from server.api.middleware.request_id import HEADER
 from server.errors import HEADERS_BY_TYPE, ServerError
 from server.queue.jobs import Job, Outcome, State
 
-#: fal responds with 202 while a request is pending and 200 when it is done; `fal.apps` relies on the code alone.
+#: HTTP statuses of status responses. As at fal, 202 means unfinished and 200 finished; `fal.apps` relies on this alone.
 STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
-
-
+#: Bytes of a part of a response.
 _CHUNK = 2**16
 
 
 class FalJSONResponse(Response):
-    """A JSON response with NaN as null. The JavaScript SDKs parse it only if its type is application/json."""
+    """A JSON response; NaN becomes null. The JavaScript SDKs parse only responses of type application/json."""
 
     media_type = "application/json"
-    #: The memory reservation of a response that may be large, held until the response is sent.
+    #: The memory that is held for a large response until the response is sent; None for small ones.
     room: AbstractAsyncContextManager[object, bool | None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response in parts, then release its memory reservation."""
+        """Send the response, in parts if memory is held for it; then release the memory."""
         if self.room is None:
             await super().__call__(scope, receive, send)
             return
         async with self.room:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            # Send in parts: uvicorn buffers each part whole, and waits for the client before it accepts the next.
+            # uvicorn buffers a whole part, and waits for the client before it accepts the next one.
             for start in range(0, len(self.body), _CHUNK):
                 part = self.body[start : start + _CHUNK]
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body"})
 
     def render(self, content: object) -> bytes:
-        """Serialize the content; bytes are JSON already and pass through."""
+        """Serialize the content; bytes already are JSON and stay as they are."""
         return content if isinstance(content, bytes) else to_json(content, inf_nan_mode="null")
 
 
 def urls(job: Job) -> dict[str, str]:
-    """Build a request's three URLs: absolute, and under the two-segment id as at fal."""
+    """Build the absolute URLs of a request. As at fal, they contain only the first two segments of the endpoint id."""
     app = "/".join(job.endpoint.split("/")[:2])
-    # A host named `queue.*` implies the queue. With other hosts, the path says so: some clients rebuild URLs from it.
+    # Under a host named `queue.*`, all paths belong to the queue. Under other hosts, the path must start with /queue,
+    # because some clients build further URLs from it.
     host = job.base_url.split("://", 1)[-1]
     prefix = "" if host.startswith("queue.") else "/queue"
     url = f"{job.base_url}{prefix}/{app}/requests/{job.request_id}"
@@ -55,7 +55,7 @@ def urls(job: Job) -> dict[str, str]:
 
 
 def submit_body(job: Job, position: int) -> dict[str, Any]:
-    """Build the response to a submit, with the fields that any SDK reads."""
+    """Build the body of the response to a submit, with every field that one of fal's SDKs reads."""
     return {
         "status": State.IN_QUEUE,
         "request_id": job.request_id,
@@ -67,7 +67,7 @@ def submit_body(job: Job, position: int) -> dict[str, Any]:
 
 
 def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """Build a status object. `logs` is None unless the client requested logs; then a list, even if empty."""
+    """Build the body of a status response. `logs` is None if the client did not request logs."""
     body: dict[str, Any] = {
         "status": job.state,
         "request_id": job.request_id,
@@ -90,7 +90,7 @@ def status_body(job: Job, position: int, logs: Sequence[dict[str, Any]] | None) 
 
 
 def progress_event(job: Job) -> dict[str, Any]:
-    """Build a progress event of /stream."""
+    """Build a progress event of /stream, with the preview if there is one."""
     body: dict[str, Any] = {"type": "progress", "step": job.step, "num_inference_steps": job.num_steps}
     return body if job.preview is None else {**body, "preview": job.preview}
 
@@ -115,6 +115,6 @@ def error_response(problem: ServerError) -> Response:
 
 
 def with_request_id(response: Response, job: Job) -> Response:
-    """Add the header with the job's request id to a response."""
+    """Set the x-fal-request-id header to the job's id; return the response."""
     response.headers[HEADER] = job.request_id
     return response

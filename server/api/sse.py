@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 #: Seconds between comments, as at fal, so that no proxy closes a silent stream.
 HEARTBEAT = 15.0
+#: Bytes of a part of an event.
 _PART = 2**16
 
 
@@ -21,8 +22,8 @@ class AbortStream(Exception):
 class EventStream(StreamingResponse):
     """A response that sends each object as one `data:` event, and each None as a heartbeat.
 
-    Based on Starlette rather than sse-starlette, which replaces a method of uvicorn's server for the whole process.
-    It also cuts streams when the server stops, whereas this class sends a last event.
+    The package sse-starlette is not used, because it replaces a method of uvicorn's server for the whole process, and
+    cuts streams when the server stops. With this class, a stream can send a last event.
     """
 
     media_type = "text/event-stream"
@@ -35,13 +36,13 @@ class EventStream(StreamingResponse):
         self._within = context or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream inside the context, which also exits when the client disconnects before the first event."""
+        """Stream inside the context. The context exits even if the client disconnects before the first event."""
         with self._within:
             await super().__call__(scope, receive, send)
 
 
 async def wait_or_heartbeat(event: asyncio.Event) -> bool:
-    """Wait for the event; return False if a heartbeat is due first."""
+    """Wait for the event up to HEARTBEAT seconds; return False if a heartbeat is due."""
     try:
         async with asyncio.timeout(HEARTBEAT):
             await event.wait()
@@ -53,6 +54,6 @@ async def wait_or_heartbeat(event: asyncio.Event) -> bool:
 async def _encoded(objects: AsyncIterator[Mapping[str, Any] | None]) -> AsyncIterator[bytes]:
     async for item in objects:
         event = b": heartbeat\n\n" if item is None else b"data: " + to_json(item, inf_nan_mode="null") + b"\n\n"
-        # Send in parts: uvicorn buffers each part whole, and waits for the client before it accepts the next.
+        # uvicorn buffers a whole part, and waits for the client before it accepts the next one.
         for start in range(0, len(event), _PART):
             yield event[start : start + _PART]

@@ -1,4 +1,4 @@
-"""Submissions from HTTP requests: the body's fields, and fal's headers and parameters."""
+"""The parsing of HTTP requests into submissions: the body's fields, and fal's headers and parameters."""
 
 import secrets
 
@@ -24,7 +24,7 @@ from server.inputs.spool import SpooledBody
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
-#: Content types of JSON bodies. `curl -d` sends the second, and some clients send none.
+#: Accepted content types of JSON bodies. `curl -d` sends the second, and some clients send none.
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
@@ -43,13 +43,14 @@ async def parse_submission(
     """Parse the request and its body, and fetch the files that its URLs refer to.
 
     `content_type` overrides the request's header. Raises InvalidInput and BadRequest, naming the field and the limit,
-    TooManyRequests, and DiskFull.
+    TooManyRequests, QueueFull and DiskFull.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
     args = (model, body.text, content_type, inputs.limits)
-    # Large bodies take long to parse, so a thread does it while the event loop serves other requests.
+    # A thread parses large bodies, because the event loop must serve other requests meanwhile.
     fields = await executor.run(owner, validate, *args) if len(body.text) > SMALL else validate(*args)
-    # Invalid requests do not count towards the rate limit. Fetching inputs is expensive, so the limit comes first.
+    # The rate limit comes after validation, because invalid requests do not count, and before the fetching of inputs,
+    # because that is expensive.
     rate_limiter.acquire(owner)
     input_files = await inputs.resolve(fields, owner, body)
     is_queued = mode == Mode.QUEUE
@@ -73,12 +74,12 @@ async def parse_submission(
 
 
 def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:
-    """Validate the body and choose a missing seed now, so that a retry makes the same image. Raises InvalidInput."""
+    """Validate the body. Choose a missing seed now, so that a retry makes the same image. Raises InvalidInput."""
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
     fields = validation.parse_body(model.Input, body, {"limits": limits})
-    # Below 2**32, because JavaScript may round larger numbers.
+    # Below 2**32, because JavaScript rounds large integers (from 2**53).
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
     return fields.model_copy(update={"seed": seed})
 

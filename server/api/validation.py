@@ -11,16 +11,18 @@ from server.errors import InvalidInput
 
 Body = TypeVar("Body", bound=BaseModel)
 
-#: Maximum values in one body. A body of empty maps takes seconds to parse, and forty times its size in memory.
+#: Maximum values in one body. A large body of empty maps would take seconds to parse, and forty times its size in
+#: memory.
 MAX_VALUES = 100_000
+#: Bytes of a body in which values are counted at a time.
 _PART = 2**20
 #: Maximum lines of a body to count when locating a JSON error.
 _MAX_LINES = 10_000
 
 
 def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None = None) -> Body:
-    """Parse a JSON body. Raises InvalidInput, which lists every wrong field."""
-    # The count is an upper bound on the values. Long base64 strings, which valid bodies may contain, add nothing to it.
+    """Parse a JSON body; pydantic's validators receive `context`. Raises InvalidInput, listing every wrong field."""
+    # Characters inside strings count too, but the long base64 strings of valid bodies contain none of these.
     if _count_values(body) > MAX_VALUES:
         message = f"Body should have at most {MAX_VALUES} values"
         raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
@@ -32,13 +34,16 @@ def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None 
 
 
 def _count_values(body: bytes) -> int:
-    """Count the values part by part, so that a thread releases the interpreter lock in between."""
+    """Count `{`, `[` and commas, of which a body has about one for each value.
+
+    Counting part by part lets a thread release the interpreter lock in between.
+    """
     starts = range(0, len(body), _PART)
     return sum(body.count(mark, start, start + _PART) for mark in (b"{", b"[", b",") for start in starts)
 
 
 def validation_detail(errors: Sequence[ErrorDetails], body: bytes) -> list[dict[str, Any]]:
-    """Convert pydantic's errors to fal's form: `loc` starts with "body", and there is no `url`."""
+    """Convert pydantic's errors to fal's form: `loc` starts with "body", and long inputs are shortened."""
     return [_entry(entry, body) for entry in errors]
 
 
@@ -58,7 +63,7 @@ def _entry(entry: ErrorDetails, body: bytes) -> dict[str, Any]:
 
 
 def _offset(message: str, body: bytes) -> int:
-    """Compute the byte offset of a JSON error from pydantic's "... at line L column C"."""
+    """Return the byte offset of a JSON error, from pydantic's "... at line L column C"; 0 if that is missing."""
     words = message.split()
     try:
         line, column = int(words[words.index("line") + 1]), int(words[words.index("column") + 1])

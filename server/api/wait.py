@@ -12,7 +12,11 @@ from server.queue.jobs import Job, State
 
 
 async def wait_for_outcome(request: Request, services: Services, job: Job) -> None:
-    """Wait until the job ends, and cancel it if its client disconnects. Raises InternalError if the server stops."""
+    """Wait until the job ends. Cancel the job if its client disconnects.
+
+    Raises InternalError if the job has not ended, because the server stops or the client has disconnected, and
+    TooManyRequests if its owner has too many open responses.
+    """
     with cancel_on_disconnect(services, job), services.notifier.subscribe(job.request_id) as event:
         disconnect = asyncio.create_task(_disconnected(request))
         disconnect.add_done_callback(lambda _: event.set())
@@ -28,12 +32,15 @@ async def wait_for_outcome(request: Request, services: Services, job: Job) -> No
 
 @contextmanager
 def cancel_on_disconnect(services: Services, job: Job) -> Iterator[None]:
-    """Cancel the job when its connection ends for any reason before the job does. Raises TooManyRequests."""
+    """Cancel the job if the block ends before the job does, for any reason.
+
+    Raises TooManyRequests, and cancels the job, if its owner has too many open responses.
+    """
     try:
         with services.open_answers.held(job.owner):
             yield
     finally:
-        # When the server stops, the next start ends the job, because the database may be closed by now.
+        # When the server stops, the database may be closed by now. The next start ends the job instead.
         if job.state != State.COMPLETED and not services.notifier.is_closing:
             # Not awaited, because this may run while the connection's task is being cancelled.
             services.executor.submit(job.owner, services.queue.cancel, job)

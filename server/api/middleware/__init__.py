@@ -1,5 +1,5 @@
 """ASGI middleware.
 
-A request passes through it in this order: metrics, request_id, host_check, Starlette's CORS, errors, rewrite,
-body_limit.
+A request passes through these middlewares in this order: metrics, request_id, host_check, Starlette's CORS, errors,
+rewrite, body_limit.
 """

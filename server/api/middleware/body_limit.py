@@ -6,14 +6,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge
 
-#: Uploads, which have their own limit.
+#: Requests whose body is an uploaded file. --max-upload-mib limits these.
 _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 
 
 class BodyLimitMiddleware:
-    """Middleware that receives at most `max_bytes` of a body. Raises BodyTooLarge.
+    """Middleware that raises BodyTooLarge for a body of more than `max_bytes`.
 
-    FastAPI's built-in limit runs outside CORS and responds in plain text.
+    FastAPI's built-in limit is not used, because it runs outside CORS and responds in plain text.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -21,7 +21,7 @@ class BodyLimitMiddleware:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a body whose Content-Length exceeds the limit, or that exceeds it while being received."""
+        """Call the application. Raises BodyTooLarge for Content-Length, or as soon as too much is received."""
         is_bounded = scope["type"] in ("http", "websocket") and not _UPLOADS.fullmatch(
             f"{scope.get('method')} {scope['path']}"
         )

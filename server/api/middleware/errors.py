@@ -1,4 +1,4 @@
-"""Exceptions as responses in fal's shape: the server's errors, the framework's, and all others."""
+"""Error responses in fal's shape, for the server's exceptions, the framework's, and all others."""
 
 import logging
 
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class ErrorMiddleware:
-    """Middleware that handles errors raised outside of routes, and errors without an exception handler."""
+    """Middleware that handles errors raised by other middleware, and errors without an exception handler."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application, and send an error response if it fails."""
+        """Call the application. Send an error response if it fails before the response has started."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -41,10 +41,12 @@ class ErrorMiddleware:
             # The client disconnected while it sent the body, so a response would reach no one.
             return
         except AbortStream:
-            # The response has no last chunk, which every client treats as an error.
+            # The response ends without its last chunk, which every client treats as an error.
             return
         except Exception:
-            log.exception("%s %s failed", scope.get("method"), scope["path"])
+            # Not the path, which may contain the secret name of a file.
+            route = getattr(scope.get("route"), "path", "a request")
+            log.exception("%s %s failed", scope.get("method"), route)
             if has_started:
                 raise
             await responses.error_response(InternalError())(scope, receive, send)
@@ -63,12 +65,12 @@ async def _server_error(request: Request, error: Exception) -> Response:
 
 
 async def _damaged(request: Request, error: Exception) -> Response:
-    """Respond with a generic error. The database has logged the reason, and the server ends."""
+    """Respond with a generic error. The backend has logged the reason, and the server is about to stop."""
     return responses.error_response(InternalError())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Turn Starlette's errors into fal's."""
+    """Convert an error of Starlette's, such as 404 or 405, to fal's shape."""
     assert isinstance(error, HTTPException)
     path = request.url.path
     # Some routes match any endpoint, so Starlette reports 405 instead of 404 for an unknown path.

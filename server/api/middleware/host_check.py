@@ -12,8 +12,8 @@ from server.errors import BadRequest, Forbidden, MisdirectedRequest, NotFound, S
 from server.net.fal_hosts import is_fal
 from server.settings import Settings
 
-#: Headers that decide about access and must not be repeated: one part of the server would read the first value, and
-#: another the last. The HTTP parser itself refuses a second Content-Length.
+#: Headers that decide about access and must not be repeated, because one part of the server would read the first value
+#: and another part the last. The HTTP parser itself refuses a second Content-Length.
 _ONCE = (b"host", b"origin", b"authorization")
 #: Maximum length of Host, in characters: the host becomes part of stored URLs.
 MAX_HOST = 255
@@ -23,9 +23,9 @@ LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1
 
 
 class HostCheckMiddleware:
-    """Middleware that refuses foreign hosts and web pages when the server has no keys.
+    """Middleware that refuses malformed headers and, if the server has no keys, foreign hosts and web pages.
 
-    Otherwise a foreign web page or a rebound DNS name could use the GPU or read the history.
+    Otherwise a foreign web page or a rebound DNS name could use the GPU or read the history of such a server.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, is_open: bool) -> None:
@@ -44,22 +44,22 @@ class HostCheckMiddleware:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        headers, numbers = dict(scope["headers"]), Counter(name for name, _ in scope["headers"])
+        headers, counts = dict(scope["headers"]), Counter(name for name, _ in scope["headers"])
         for name in _ONCE:
-            if numbers[name] > 1:
-                raise BadRequest(f"The {name.decode().title()} header was sent {numbers[name]} times; send it once")
+            if counts[name] > 1:
+                raise BadRequest(f"The {name.decode().title()} header was sent {counts[name]} times; send it once")
         host = headers.get(b"host", b"").decode("latin-1")
         if len(host) > MAX_HOST:
             raise BadRequest(f"The Host header has {len(host)} characters; it should have at most {MAX_HOST}")
         if not HOST.fullmatch(host):
-            raise BadRequest("The Host header is missing or malformed")
+            raise BadRequest("The Host header is missing, or is not a host name or address with an optional port")
         # Routes are regular expressions, whose `$` also matches before a line feed.
         if _CONTROL.search(scope["path"]):
             raise NotFound(f"Path {scope['path']!r} not found: it contains a control character")
         if not self._is_open:
             return
         if not self._is_allowed_host(hostname_of(host)):
-            raise MisdirectedRequest(f"{host} is not a name of this server; set --public-url to allow it")
+            raise MisdirectedRequest(f"The Host {host} is not this server's; set --public-url to allow it")
         origin = headers.get(b"origin", b"").decode("latin-1")
         # Any web page that knows the name of an image may show it.
         is_file = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")
@@ -81,7 +81,7 @@ class HostCheckMiddleware:
 
 
 def allowed_origins(settings: Settings) -> tuple[str, ...]:
-    """List the web origins, besides loopback, that may call a server without keys: scheme and host, without a path."""
+    """List the web origins, besides loopback, that may call a server without keys: scheme, host and port."""
     if not settings.public_url:
         return settings.cors_origin
     parts = urlsplit(settings.public_url)

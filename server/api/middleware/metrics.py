@@ -1,4 +1,4 @@
-"""Middleware that counts HTTP responses by route, including those without a route."""
+"""Middleware that counts HTTP responses by method, route and status."""
 
 import logging
 
@@ -12,7 +12,7 @@ _METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
 class MetricsMiddleware:
-    """The outermost middleware. All paths without a route share one label, so that clients cannot fill the memory."""
+    """The outermost middleware. Paths without a route share one label, so that clients cannot fill the memory."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -27,7 +27,7 @@ class MetricsMiddleware:
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # The router stores the route in the scope, and all middleware passes the same dictionary on.
+                # The router has stored the route in this scope, because all middleware passes on the same dictionary.
                 route = getattr(scope.get("route"), "path", "none")
                 self._metrics.http_requests.labels(method, route, str(message["status"])).inc()
                 # The path is not logged, because it may contain the secret name of a file.

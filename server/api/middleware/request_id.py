@@ -9,7 +9,7 @@ HEADER = "x-fal-request-id"
 
 
 class RequestIdMiddleware:
-    """Middleware that adds the header that @fal-ai/client reads `requestId` from, unless a route set a job's id."""
+    """Middleware that adds x-fal-request-id unless a route has set it. @fal-ai/client reads `requestId` from it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -20,9 +20,9 @@ MAX_PREFIX = 255
 PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 _VALID_TARGET = f"an https URL under {', '.join(DOMAINS)}"
-#: Paths of this server that do not depend on the roles of fal's hosts.
+#: Paths that mean the same under every host name, so they never get the prefix /queue.
 _OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/platform/")
-#: Pages for the operator and the playground, which are not part of fal's API.
+#: Paths that are not part of fal's API, so they are not offered under fal's host names.
 _PAGES = ("/status", "/metrics", "/playground", "/static/", "/platform/")
 #: Prefix of fal's platform API. Without it, /v1/models would collide with OpenAI's path.
 PLATFORM = "/platform"
@@ -31,7 +31,7 @@ _SITE_PATHS = ("/api/openapi/", "/models/")
 
 
 class RewriteMiddleware:
-    """Middleware that rewrites each request's path to its normalized form."""
+    """Middleware that rewrites each request's path to its normalized form, which the routes match."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -45,7 +45,10 @@ class RewriteMiddleware:
         await self.app(scope, receive, send)
 
     def _rewrite(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Normalize the path, and store `base_url` and `fal_url` in the state. Raises BadRequest and NotFound."""
+        """Normalize the path, and store `base_url` and `fal_url` in the state. Raises BadRequest and NotFound.
+
+        `base_url` is the base of URLs in responses. `fal_url` is the URL that was requested from fal, otherwise "".
+        """
         scheme, host, prefix = self._origin(scope, headers)
         path, query, is_queue = scope["path"], scope["query_string"], False
         hostname, original_path = hostname_of(host), path
@@ -80,7 +83,9 @@ class RewriteMiddleware:
             host = _first(headers, b"x-forwarded-host", host)
             prefix = _first(headers, b"x-forwarded-prefix", "").rstrip("/")
             if not HOST.fullmatch(host) or scheme not in ("http", "https"):
-                raise BadRequest("The X-Forwarded headers are malformed")
+                raise BadRequest(
+                    "X-Forwarded-Proto should be http or https, and X-Forwarded-Host a host name or address"
+                )
             if len(host) > MAX_HOST or len(prefix) > MAX_PREFIX:
                 limits = f"X-Forwarded-Host at most {MAX_HOST} characters, X-Forwarded-Prefix at most {MAX_PREFIX}"
                 raise BadRequest(f"The X-Forwarded headers are too long: {limits}")
@@ -123,6 +128,6 @@ def _proxy_target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
 
 
 def _first(headers: Mapping[bytes, bytes], name: bytes, default: str) -> str:
-    """Return the first of a list of forwarded values, which is the one nearest to the client."""
+    """Return the first value of a header, which is the nearest to the client; `default` without the header."""
     value = headers.get(name)
     return value.decode("latin-1").split(",")[0].strip() if value else default

@@ -19,6 +19,6 @@ async def queue_openapi(request: Request, endpoint_id: str = "") -> Response:
 
 @router.get("/models/{endpoint:path}/llms.txt")
 async def llms_txt(request: Request, endpoint: str) -> Response:
-    """Return a description of the endpoint for language models."""
+    """Return a Markdown description of the endpoint for language models."""
     text = render_llms_txt(get_model(request, endpoint), request.state.base_url)
     return PlainTextResponse(text, media_type="text/markdown")

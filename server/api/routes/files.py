@@ -34,14 +34,14 @@ class _File(FileResponse):
             await response(scope, receive, send)
 
 
-#: Types that a browser may show. An uploaded HTML page or SVG could contain a script.
+#: Types that a browser may show. Other files are sent as downloads, because HTML or SVG could contain a script.
 _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 
 
 @router.head("/{name}", include_in_schema=False)
 @router.get("/{name}", response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
-    """Return an image or upload; supports Range. Private files require their owner's key."""
+    """Return an image or upload, or a Range of it. Private files are found only with their owner's key."""
     files = get_services(request).files
     stored = await asyncio.to_thread(files.find, name)
     if stored is None or (stored.is_private and not _is_owner(request, stored.owner)):

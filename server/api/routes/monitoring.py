@@ -22,7 +22,7 @@ async def health() -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Return 200 when a model can generate images, 503 while loading or stopping. Requests are accepted anyway."""
+    """Return 200 when a model can generate images, 503 while loading or stopping. Requests can be queued meanwhile."""
     if get_services(request).notifier.is_stopping:
         return FalJSONResponse({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = get_services(request).readiness()
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/status.json")
 async def status(request: Request) -> Response:
-    """Return the last hour, recent failures, and usage by key. With keys configured, only for the operator."""
+    """Return the data of the status page. If the server has keys, this requires an operator's key."""
     services = get_services(request)
     services.keys.require_operator(request.headers.get("authorization"))
     is_ready, loading = services.readiness()
@@ -48,7 +48,7 @@ async def status(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Return the metrics for Prometheus. With keys configured, only for the operator."""
+    """Return the metrics for Prometheus. If the server has keys, this requires an operator's key."""
     services = get_services(request)
     services.keys.require_operator(request.headers.get("authorization"))
     return Response(await asyncio.to_thread(services.metrics.text), media_type=CONTENT_TYPE)

@@ -34,9 +34,7 @@ DEFAULT_MODEL = "fal-ai/flux/dev"
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 #: OpenAI's names for fal's fields, so that an error names the field that the client sent.
 _THEIR_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
-
-
-#: Token counts, which OpenAI's package requires.
+#: Token counts of zero, because OpenAI's package requires some.
 _NO_USAGE = {
     "total_tokens": 0,
     "input_tokens": 0,
@@ -46,7 +44,7 @@ _NO_USAGE = {
 
 
 class ImagesRequest(BaseModel):
-    """The fields of OpenAI's API; other fields, such as seed or num_inference_steps, go to the model."""
+    """A request with OpenAI's fields. All other fields, such as seed or num_inference_steps, go to the model."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -61,9 +59,9 @@ class ImagesRequest(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request in the model's fields. Raises InvalidInput for an invalid size."""
+        """The request, translated to the model's fields. Raises InvalidInput for an invalid size."""
         translated = {"prompt": self.prompt, "num_images": self.n, "image_size": _size(self.size)}
-        # Streams contain the images themselves, as OpenAI's do.
+        # As at OpenAI, streams contain the images themselves instead of URLs.
         translated["sync_mode"] = bool(self.stream) or self.response_format == "b64_json"
         fields = {name: value for name, value in translated.items() if value is not None}
         return {**(self.model_extra or {}), **fields}
@@ -71,7 +69,7 @@ class ImagesRequest(BaseModel):
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """List the endpoints that are served."""
+    """List the endpoints that are served, as OpenAI lists models."""
     try:
         authenticate(request)
         return FalJSONResponse(
@@ -83,7 +81,7 @@ async def models(request: Request) -> Response:
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """Describe one endpoint."""
+    """Describe one endpoint, as OpenAI describes a model."""
     try:
         authenticate(request)
         return FalJSONResponse(_model(_model_for(request, name).endpoint))
@@ -93,7 +91,7 @@ async def model(request: Request, name: str) -> Response:
 
 @router.post("/images/generations")
 async def generations(request: Request) -> Response:
-    """Generate images and wait for them; with `stream`, send partial images first."""
+    """Generate images and return them; with `stream`, send events with previews and then the images."""
     services = get_services(request)
     try:
         body, submission = await _parse_generation(request)
@@ -108,7 +106,7 @@ async def generations(request: Request) -> Response:
 
 
 async def _parse_generation(request: Request) -> tuple[ImagesRequest, Submission]:
-    """Parse the request into OpenAI's fields and a submission."""
+    """Parse the request into OpenAI's fields and a submission. Raises ServerError."""
     owner = authenticate(request)
     async with receive_body(request, owner) as body:
         fields = await get_services(request).executor.run(owner, _translate, body)
@@ -118,14 +116,14 @@ async def _parse_generation(request: Request) -> tuple[ImagesRequest, Submission
 
 
 def _translate(body: SpooledBody) -> ImagesRequest:
-    """Parse a body into OpenAI's fields, and translate its text into the model's. Raises InvalidInput."""
+    """Parse the body into OpenAI's fields, and replace its text by the model's fields. Raises InvalidInput."""
     fields = validation.parse_body(ImagesRequest, body.text)
     body.text = to_json(fields.fields)
     return fields
 
 
 def problem(error: ServerError) -> Response:
-    """Build an error response in OpenAI's shape."""
+    """Build an error response in OpenAI's shape, with 400 instead of 422 for invalid fields."""
     return FalJSONResponse(_problem(error), 400 if isinstance(error, InvalidInput) else error.status, error.headers)
 
 
@@ -142,7 +140,7 @@ def _problem(error: ServerError) -> dict[str, Any]:
 
 
 def _first(detail: list[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the first of the wrong fields, because OpenAI's shape names only one."""
+    """Describe the first of the wrong fields, because OpenAI's error names only one field."""
     entry = detail[0]
     names = [str(part) for part in entry["loc"] if part != "body"]
     names = [_THEIR_NAMES.get(name, name) for name in names[:1]] + names[1:]
@@ -184,7 +182,7 @@ def _answer(outcome: Outcome) -> FalJSONResponse:
 
 
 def _datum(url: str) -> dict[str, str]:
-    """Return an image as URL or as base64, never both, and never null."""
+    """Build an image's entry, with either `url` or `b64_json`; the other field is absent, not null."""
     return {"b64_json": _base64(url)} if url.startswith("data:") else {"url": url}
 
 
@@ -193,7 +191,10 @@ def _base64(data_uri: str) -> str:
 
 
 async def _events(services: Services, job: Job, num_partial: int) -> AsyncIterator[Mapping[str, Any] | None]:
-    """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image."""
+    """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image.
+
+    None stands for a heartbeat. After a failure, yields an error and raises AbortStream.
+    """
     num_sent, last_preview = 0, None
     with services.notifier.subscribe(job.request_id) as event:
         while job.state != State.COMPLETED:

@@ -24,12 +24,12 @@ from server.queue.usage import UsageFilter, UsageRow
 
 router = APIRouter(tags=["platform"])
 
-#: The default period of queries, as at fal, and the longer one for a single request.
+#: How far back queries look by default, and for a single request; both as at fal.
 DEFAULT_WINDOW, SINGLE_REQUEST_WINDOW = timedelta(days=1), timedelta(days=90)
 #: Unit and currency of prices, which are all zero.
 UNIT, CURRENCY = "megapixels", "USD"
 _MODELS = f"{PLATFORM}/v1/models"
-#: Bytes of one request in a list with payloads: the prompt is in the input and in the output.
+#: Estimated bytes of one request in a list with payloads, where the prompt is in the input and in the output.
 _ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
 #: The update time of all models: the start of the server.
 _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -45,7 +45,7 @@ Endpoints = Annotated[list[str], BeforeValidator(_separated)]
 
 
 class RequestsQuery(BaseModel):
-    """fal's parameters; endpoint_id, which fal requires, defaults to all endpoints."""
+    """fal's parameters for finished requests. Unlike at fal, endpoint_id is optional; the default is all."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     limit: int = Field(50, ge=1, le=100)
@@ -59,7 +59,7 @@ class RequestsQuery(BaseModel):
 
 
 class ModelsQuery(BaseModel):
-    """fal's parameters for its model search. A cursor is the index of the page's first model."""
+    """fal's parameters for its model search. `cursor` is the index of the page's first model."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     q: str = ""
@@ -77,7 +77,7 @@ class PricingQuery(BaseModel):
 
 
 class UsageQuery(BaseModel):
-    """fal's parameters; usage is counted by day, in UTC."""
+    """fal's parameters for usage. This server counts usage by day, in UTC."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     start: datetime | None = None
@@ -97,7 +97,7 @@ class Estimate(BaseModel):
 
 @router.get(_MODELS)
 async def models(request: Request) -> Response:
-    """List the endpoints that are served, filtered by a search or by name."""
+    """Return a page of the endpoints that are served, filtered by id, search words, category and status."""
     authenticate(request)
     query = _read(request, ModelsQuery)
     by_name = get_services(request).models
@@ -110,7 +110,7 @@ async def models(request: Request) -> Response:
 
 @router.get(f"{_MODELS}/pricing")
 async def pricing(request: Request) -> Response:
-    """Return the price of a unit, which is zero."""
+    """Return the price of a megapixel for each endpoint, which is always zero."""
     authenticate(request)
     names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
     prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
@@ -119,7 +119,7 @@ async def pricing(request: Request) -> Response:
 
 @router.post(f"{_MODELS}/pricing/estimate")
 async def estimate(request: Request) -> Response:
-    """Estimate the cost of calls or units, which is zero."""
+    """Estimate the cost of calls or units, which is always zero."""
     async with get_services(request).in_flight.body(request, authenticate(request), SMALL) as body:
         plan = validation.parse_body(Estimate, body)
     for name in plan.endpoints:
@@ -129,7 +129,7 @@ async def estimate(request: Request) -> Response:
 
 @router.get(f"{_MODELS}/usage")
 async def usage(request: Request) -> Response:
-    """Return this key's usage by day and endpoint, in megapixels; `expand=summary` returns the totals."""
+    """Return this key's usage in megapixels, by day and endpoint; `expand=summary` returns totals by endpoint."""
     owner = authenticate(request)
     query = _read(request, UsageQuery)
     end = query.end or datetime.now(UTC)
@@ -155,7 +155,7 @@ async def workflows(request: Request) -> Response:
 @router.get(f"{_MODELS}/requests/by-endpoint")
 @router.get("/v1/models/requests/by-endpoint", include_in_schema=False)
 async def by_endpoint(request: Request) -> Response:
-    """Return a page of this key's finished requests, newest first; `expand=payloads` adds input and output."""
+    """Return a page of this key's finished requests, newest first. `expand=payloads` adds their inputs and outputs."""
     owner = authenticate(request)
     query = _read(request, RequestsQuery)
     start = query.start or datetime.now(UTC) - (SINGLE_REQUEST_WINDOW if query.request_id else DEFAULT_WINDOW)
@@ -234,7 +234,7 @@ def _paging(next_cursor: str | None = None) -> dict[str, Any]:
 def _read(request: Request, kind: type[Q]) -> Q:
     """Parse the query parameters. Raises InvalidInput in fal's shape."""
     parameters: dict[str, Any] = dict(request.query_params)
-    # Clients may repeat these parameters.
+    # Clients may send these parameters more than once.
     parameters |= {name: request.query_params.getlist(name) for name in ("endpoint_id", "expand") if name in parameters}
     try:
         return kind.model_validate(parameters)
@@ -249,5 +249,5 @@ def _seconds(time: datetime) -> float:
 
 
 def _utc(time: datetime) -> datetime:
-    """Convert to UTC; a time without a zone already is in UTC."""
+    """Convert to UTC. A time without a zone counts as UTC."""
     return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)

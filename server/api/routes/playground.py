@@ -12,7 +12,7 @@ from server.api.responses import FalJSONResponse
 
 router = APIRouter(include_in_schema=False)
 STATIC = Path(__file__).parents[2] / "static"
-#: The pages load nothing from other hosts, and send nothing to them.
+#: Headers of the pages. They keep the pages from loading anything from other hosts, and from sending anything there.
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self';"
@@ -53,7 +53,10 @@ async def status() -> Response:
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 async def docs() -> Response:
-    """Return Swagger UI for /openapi.json. Its script is local, because it can read the playground's stored key."""
+    """Return Swagger UI for /openapi.json.
+
+    Swagger UI's script is served locally, because it can read the key that the playground stores in the browser.
+    """
     return FileResponse(STATIC / "docs.html", headers=_HEADERS)
 
 

@@ -48,7 +48,7 @@ async def status_stream(request: Request, app: str, request_id: str) -> Response
 @router.get("/{app:path}/requests/{request_id}")
 @router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
 async def result(request: Request, app: str, request_id: str) -> Response:
-    """Return the model's output, or the error that ended the request; 400 while it is in progress."""
+    """Return the model's output, or the error that ended the request; 400 while the request is unfinished."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     if job.state != State.COMPLETED:
@@ -58,7 +58,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
 
 @router.delete("/{app:path}/requests/{request_id}")
 async def delete(request: Request, app: str, request_id: str) -> Response:
-    """Delete a finished request with its prompt and its images; 400 while it is in progress."""
+    """Delete a finished request with its prompt and its images; 400 while the request is unfinished."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     await services.executor.run(job.owner, services.retention.delete, job)
@@ -79,7 +79,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
 
 @router.post("/{endpoint:path}", include_in_schema=False)
 async def submit(request: Request, endpoint: str) -> Response:
-    """Submit a request to the queue; it is on the disk before the response is sent."""
+    """Submit a request to the queue. The request is on the disk before the response is sent."""
     if "/requests/" in endpoint:
         raise MethodNotAllowed
     services = get_services(request)
@@ -98,7 +98,7 @@ _CANCELLED = {
 
 
 async def _job(request: Request, services: Services, app: str, request_id: str) -> Job:
-    """Return this caller's job, from memory if possible, otherwise from the database."""
+    """Return this caller's job, from memory if possible, otherwise from the database. Raises NotFound."""
     owner = authenticate(request)
     job = services.queue.get_cached(request_id) or await services.executor.run(owner, services.queue.get, request_id)
     return require_owned_job(job, owner, app)
@@ -113,7 +113,7 @@ async def _status_events(services: Services, job: Job, wants_logs: bool) -> Asyn
             logs = job.logs[num_logs:]
             body = _status(services, job, logs if wants_logs else None)
             preview = job.preview if job.wants_previews and job.preview is not last_preview else None
-            # A stream that the server closes also ends with an event.
+            # When the server closes the stream, one last event is sent even if nothing has changed.
             if body != last_sent or preview or services.notifier.is_closing:
                 num_logs += len(logs)
                 last_sent = _status(services, job, [] if wants_logs else None)

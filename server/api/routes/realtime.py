@@ -42,7 +42,7 @@ _MAX_PARTS = 1024
 
 @router.websocket("/{endpoint:path}/realtime")
 async def realtime(socket: WebSocket, endpoint: str) -> None:
-    """Run one session: inputs are generated one after the other, and new inputs replace the oldest waiting ones.
+    """Run one session, which generates from one input after the other. A full buffer of inputs drops its oldest.
 
     The session ends with the first input after its key was revoked.
     """
@@ -75,14 +75,14 @@ async def _serve(socket: WebSocket, session: "_Session", open_answers: FairShare
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame as sent by the client, parsed only when its turn comes because many are dropped before."""
+    """A frame as the client sent it. Frames are parsed only when their turn comes, because many are dropped before."""
 
     content: bytes
     is_text: bool
 
     @property
     def size(self) -> int:
-        """The number of bytes."""
+        """The number of bytes in the frame."""
         return len(self.content)
 
     def to_json(self) -> bytes:
@@ -105,7 +105,7 @@ class _Frame:
 
 
 class _Session:
-    """A connection with a short buffer: one task fills it with inputs, and another generates from it."""
+    """A connection with a short buffer of inputs: one task fills the buffer, and another generates from it."""
 
     def __init__(self, socket: WebSocket, services: Services, model: Model, owner: str, max_buffering: int) -> None:
         self._socket = socket
@@ -148,12 +148,12 @@ class _Session:
                 await _reject(self._socket)
                 return
             try:
-                self._wait(_frame(message))
+                self._buffer(_frame(message))
             except TooManyRequests as error:
                 await _send_error(self._socket, "UNAVAILABLE", str(error))
 
-    def _wait(self, frame: _Frame) -> None:
-        """Add a frame to the buffer; drop the oldest ones while it exceeds its length or MAX_INPUT_BYTES in total.
+    def _buffer(self, frame: _Frame) -> None:
+        """Add a frame to the buffer. Drop the oldest frames if the buffer is full or would exceed MAX_INPUT_BYTES.
 
         Raises TooManyRequests if the key has too many bytes in flight.
         """
@@ -190,7 +190,7 @@ class _Session:
         except ServerError as error:
             await _send_error(self._socket, "UNAVAILABLE", str(error))
         except (WebSocketDisconnect, RuntimeError):
-            # The client disconnected during the response; `_read` detects that too and ends the session.
+            # The client disconnected during the response. `_read` also notices this, and ends the session.
             return
         except Exception:
             log.exception("a realtime request failed")
@@ -248,7 +248,7 @@ def _max_buffering(parameters: Mapping[str, str]) -> int:
         return MAX_BUFFERING
     count = number(text, "max_buffering")
     if not 1 <= count <= MAX_BUFFERING:
-        raise BadRequest(f"max_buffering should be from 1 to {MAX_BUFFERING}")
+        raise BadRequest(f"max_buffering should be from 1 to {MAX_BUFFERING}, not {count:g}")
     return int(count)
 
 

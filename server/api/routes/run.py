@@ -26,7 +26,7 @@ router = APIRouter(tags=["run"])
 
 @router.post("/{endpoint:path}/stream", include_in_schema=False)
 async def stream(request: Request, endpoint: str) -> Response:
-    """Stream the progress as events, with the output as the last one."""
+    """Stream the progress as events; the last event is the output."""
     services = get_services(request)
     job = await _submit(request, services, endpoint, Mode.STREAM)
     response = EventStream(_progress(services, job), context=cancel_on_disconnect(services, job))
@@ -40,7 +40,7 @@ async def run(request: Request, endpoint: str) -> Response:
     job = await _submit(request, services, endpoint, Mode.RUN)
     try:
         await wait_for_outcome(request, services, job)
-        # `is_patient`, because a finished output should not be refused.
+        # `is_patient` waits for memory, because a finished output should not be refused.
         response: Response = await result_response_of(services, job, responses.result_response, is_patient=True)
     except InternalError as error:
         response = responses.error_response(error)

@@ -15,7 +15,7 @@ router = APIRouter(tags=["tokens"])
 
 
 class TokenRequest(BaseModel):
-    """A request for a token. fal's SDKs name apps by their alias: "flux" for fal-ai/flux/dev."""
+    """A request for a token that is valid for some apps. fal's SDKs send aliases: "flux" for fal-ai/flux/dev."""
 
     allowed_apps: list[Annotated[str, Field(max_length=255)]] = Field(min_length=1, max_length=100)
     token_expiration: int = Field(120, ge=1, le=3600, description="Seconds until the token expires.")
@@ -23,7 +23,7 @@ class TokenRequest(BaseModel):
 
 @router.post("/tokens")
 async def issue(request: Request) -> Response:
-    """Issue a token as a bare JSON string, the only form that all SDKs read."""
+    """Issue a token, and return it as a bare JSON string, the only form that all SDKs read."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
         token_request = validation.parse_body(TokenRequest, body)

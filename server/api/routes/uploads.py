@@ -19,7 +19,7 @@ router = APIRouter(tags=["storage"])
 #: Scope of an upload token, and seconds until it expires.
 UPLOADS = "uploads"
 TOKEN_SECONDS = 3600
-#: Maximum bytes of the list of an upload's parts, each with its ETag.
+#: Maximum bytes of a body that lists an upload's parts, each with its ETag.
 MAX_LIST = 2 * 2**20
 
 
@@ -49,7 +49,7 @@ async def token(request: Request) -> Response:
     """Issue a token for uploads, which fal-client requests before it sends a file."""
     expires_at = datetime.now(UTC) + timedelta(seconds=TOKEN_SECONDS)
     issued = get_services(request).keys.issue(authenticate(request), UPLOADS, TOKEN_SECONDS)
-    # Python before 3.11 cannot parse "Z", so the offset is written out.
+    # The offset is written as +00:00, because Python before 3.11 cannot parse "Z".
     stamp = expires_at.isoformat(timespec="seconds")
     return FalJSONResponse(
         {"token": issued, "token_type": "Bearer", "base_url": request.state.base_url, "expires_at": stamp}
@@ -71,7 +71,7 @@ async def initiate(request: Request) -> Response:
 
 @router.put("/storage/upload/{upload_id}")
 async def put(request: Request, upload_id: str) -> Response:
-    """Receive the whole file at once; the URL is a secret, so no key is required."""
+    """Receive the whole file at once. No key is required, because the URL is a secret."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, 1, request.stream())
@@ -92,7 +92,7 @@ async def put_part(request: Request, upload_id: str, part_number: int) -> Respon
 @router.post("/storage/upload/{upload_id}/complete")
 @router.post("/files/{name}/multipart/{upload_id}/complete")
 async def complete(request: Request, upload_id: str) -> Response:
-    """Join the parts into the file."""
+    """Join the parts into the file, and return the file's URL."""
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     async with get_services(request).in_flight.body(request, upload.owner, MAX_LIST) as body:
@@ -105,7 +105,7 @@ async def complete(request: Request, upload_id: str) -> Response:
 
 @router.post("/files/upload")
 async def upload_at_once(request: Request) -> Response:
-    """Receive a file in one request, as fal-client sends small files."""
+    """Receive a whole file in one request, as fal-client sends small files."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
     uploads = get_services(request).uploads
@@ -114,7 +114,8 @@ async def upload_at_once(request: Request) -> Response:
         await uploads.write_part(upload, 1, request.stream())
         file = await uploads.complete(upload)
     except BaseException:
-        # The client never learns the upload's id, so it cannot continue. Not awaited, because it may have disconnected.
+        # The client never learns the upload's id, so it cannot continue the upload. Not awaited, because this task may
+        # be cancelled after a disconnect.
         asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
         raise
     return FalJSONResponse({"access_url": f"{request.state.base_url}/files/{file.name}"})
