@@ -18,7 +18,11 @@ webhooks = typer.Typer(help="List and redeliver webhooks.", **_PLAIN)
 
 DataDir = Annotated[
     str | None,
-    typer.Option("--data-dir", help="Directory of the queue. [env: FLUX_SERVER_DATA_DIR]", show_default=False),
+    typer.Option(
+        "--data-dir",
+        help="Directory for the queue, the images and the certificates. [env: FLUX_SERVER_DATA_DIR]",
+        show_default=False,
+    ),
 ]
 
 
@@ -43,17 +47,20 @@ def _data_dir(data_dir: str | None) -> Path:
 
 @keys.command("add")
 def add_key(
-    name: Annotated[str, typer.Argument(help="Name of the key's owner, such as shop.")],
+    name: Annotated[str, typer.Argument(help="Name for the key, such as shop.")],
     scope: Annotated[
         str, typer.Option(help="client, or operator, which may also see /status and /metrics.")
     ] = "client",
     data_dir: DataDir = None,
 ) -> None:
-    """Create a key and print it, only this once. It is valid immediately; a server without keys needs a restart."""
+    """Create a key and print it; it cannot be shown again.
+
+    A running server accepts the key immediately. A server that required no key until now needs a restart.
+    """
     from server.storage.database import FILE
 
     is_new = not (_data_dir(data_dir) / FILE).is_file()
-    # Check this first: without a running server, `is_open` changes once a key exists.
+    # Ask before the key exists: without a running server, the answer depends on the keys.
     is_open = is_new or _ask(data_dir, "is_open")
     typer.echo(_ask(data_dir, "add_key", name=name, scope=scope))
     if is_new:
@@ -79,7 +86,9 @@ def revoke_key(
     """Revoke a key and its tokens immediately. Its requests continue."""
     _ask(data_dir, "revoke_key", name=name)
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
-        message = "No named key is left. On loopback, and without --keys, the server requires no key"
+        message = (
+            "No named key is left. On loopback, and without --keys and --operator-keys, the server requires no key"
+        )
         typer.echo(f"{message} from its next start.", err=True)
 
 

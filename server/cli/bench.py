@@ -27,7 +27,7 @@ def run(
     num_waiting: int,
     cap_gb: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield lines to print, each with the report so far. Raises OSError and ValueError for unusable settings."""
+    """Measure; yield texts to print, each with the report so far. Raises OSError and ValueError for bad settings."""
     import torch
 
     device = devices.device_for(settings.device)
@@ -74,7 +74,7 @@ def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_
     dtype = devices.dtype_for(settings.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
     plan = memory_plans.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
-    # A plan that does not keep all weights on the device starts in host memory, as loading does.
+    # For a plan that does not keep all weights on the device, build them in host memory, as loading does.
     pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)
     return plan.apply(pipeline, device), plan
 

@@ -35,14 +35,15 @@ _BY_HOST = (
     "# Uploads and realtime still go to fal unless you set --proxy-port."
 )
 _BY_PROXY = "fal-client of any version, including uploads and realtime: set these variables."
+#: Hosts that clients reach without a proxy, so that they download images directly.
 _DIRECT = "127.0.0.1,localhost"
-#: Proxy variables; each library reads some of them, in one of two spellings. Images are downloaded without a proxy.
+#: Proxy variables. Each library reads some of them, in upper case or in lower case.
 _PROXIES = [
     variable for name in ("HTTPS", "HTTP", "WSS", "WS") for variable in (f"{name}_PROXY", f"{name.lower()}_proxy")
 ]
 #: Proxy variables that some libraries prefer to the ones above.
 _OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
-#: Programs that `run` supports: Python with environment variables, Node with the preload script.
+#: Beginnings of the names of programs that `run` supports: Python with environment variables, Node with PRELOAD.
 _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn", "pnpm")
 _OTHERS = "programs in other languages that this program starts"
 
@@ -50,7 +51,7 @@ _OTHERS = "programs in other languages that this program starts"
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
     """Build shell exports, with all other advice in comments, for `eval "$(flux-server env)"`.
 
-    `needs_key` means that the server requires a key that the settings do not contain.
+    `needs_key` says that the server requires a key that the settings do not contain.
     """
     host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
@@ -117,7 +118,7 @@ class UnsupportedProgram(Exception):
 
 
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Check that all fal calls of this command reach this server. Raises UnsupportedProgram."""
+    """Check that `run` can redirect this command's fal calls with these settings. Raises UnsupportedProgram if not."""
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it the program's calls would go to the real cloud")
     if not settings.proxy_port and not _is_node(command):
@@ -132,12 +133,12 @@ def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -
 
 
 def run(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Replace this process with the command, in an environment for this server. Raises OSError if it is not found."""
+    """Replace this process with the command, in an environment for this server. Raises OSError if it cannot start."""
     os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  the user's command
 
 
 def run_limitations(command: Sequence[str]) -> str:
-    """Describe the calls of the command that would not reach this server."""
+    """Describe, for the user, which calls of the command do not reach this server."""
     if _is_node(command):
         return f"calls still go to fal from {_OTHERS}."
     if not PurePath(command[0]).name.startswith(_PYTHON):

@@ -16,7 +16,10 @@ def _nothing() -> None:
 
 
 class Control:
-    """Actions on one data directory. They use plain values, block on the disk, and raise ValueError."""
+    """The operator's actions on one data directory. Arguments and results are plain values, as in JSON.
+
+    The actions wait for the disk. They raise ValueError with a message for the operator, DiskFull and CorruptDatabase.
+    """
 
     def __init__(
         self,
@@ -27,7 +30,10 @@ class Control:
         on_webhook_redelivered: Callable[[], None] = _nothing,
         is_open: Callable[[], bool] | None = None,
     ) -> None:
-        """Set the callbacks: `on_keys` and `on_webhooks` run after changes; `is_open` describes the running server."""
+        """Set up the actions. The `on_...` callbacks run after a change.
+
+        `is_open` says whether the running server requires no key; None means that no server is running.
+        """
         self._database = database
         self._data_dir = data_dir
         self._on_keys = on_keys_changed
@@ -44,7 +50,10 @@ class Control:
         }
 
     def add_key(self, name: str, scope: str) -> str:
-        """Create a key, which cannot be read again. Raises ValueError for an invalid name or scope."""
+        """Create a key and return it; it cannot be read again.
+
+        Raises ValueError for an invalid name or scope, and for a name in use.
+        """
         if not name or len(name) > 100 or not name.isprintable():
             raise ValueError("A key's name should have 1 to 100 printable characters")
         if scope not in set(KeyScope):
@@ -58,7 +67,10 @@ class Control:
         return auth.list_keys(self._database)
 
     def is_open(self) -> bool:
-        """Check whether no key is required, by the running server or by the next one on loopback without --keys."""
+        """Return whether the running server requires no key.
+
+        Without a running server: whether the next one requires none, if it is on loopback and has no --keys.
+        """
         return self._is_open() if self._is_open else not auth.load_key_scopes(self._database, with_first=False)
 
     def revoke_key(self, name: str) -> None:
@@ -67,14 +79,17 @@ class Control:
         self._on_keys()
 
     def list_webhooks(self, *, with_delivered: bool = False, limit: int = 100) -> list[dict[str, Any]]:
-        """List webhooks that are waiting or were given up, newest first; `with_delivered` includes the others."""
+        """List webhooks that are waiting or were given up, newest first; `with_delivered` adds the delivered ones."""
         return delivery.list_deliveries(self._database, with_delivered=with_delivered, limit=limit)
 
     def redeliver(self, request_id: str) -> None:
-        """Send a webhook again now, with all its retries, even if it was delivered or given up."""
+        """Send a request's webhook again now, with all its retries. Raises ValueError if there is none."""
         delivery.redeliver(self._database, request_id)
         self._on_webhooks()
 
     def back_up(self, directory: str) -> int:
-        """Copy the data directory to a new one while the server runs; returns the number of bytes."""
+        """Copy the data directory to a new one, even while the server runs; return the number of bytes.
+
+        Raises ValueError if the copy fails.
+        """
         return backup.back_up(self._database, self._data_dir, Path(directory))

@@ -19,8 +19,9 @@ from server.storage.migrations import DataDirInUse
 log = logging.getLogger(__name__)
 
 NAME = "control"
+#: Maximum bytes of a request.
 _MAX_LINE = 1 << 20
-#: Seconds to wait for a response, because a backup may take long.
+#: Maximum seconds to wait for a response: a backup may take long.
 _TIMEOUT = 3600.0
 
 
@@ -59,14 +60,14 @@ def _run_command(control: Control, request: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, DiskFull) as error:
         return {"error": str(error)}
     except Exception:
-        log.exception("%s failed", request.get("act"))
+        log.exception("the operator's command %s failed", request.get("act"))
         return {"error": "The command failed in the server; see the server's log"}
 
 
 def call(data_dir: Path, command: str, **arguments: Any) -> Any:
-    """Run a command in the running server, or in this process if there is none. Raises ValueError and OSError.
+    """Run a command of `Control` in the running server, or in this process if there is none; return its result.
 
-    Only `add_key` may create a new data directory.
+    Only `add_key` may create a new data directory. Raises ValueError, OSError, DiskFull and CorruptDatabase.
     """
     if command != "add_key" and not (data_dir / FILE).is_file():
         raise OSError(f"there is no data directory of a server at {data_dir}; select another with --data-dir")
@@ -109,7 +110,7 @@ def _call_server(data_dir: Path, command: str, arguments: dict[str, Any]) -> Any
 
 @contextmanager
 def _reachable(data_dir: Path) -> Iterator[str]:
-    """Yield the socket's address; a path that is too long for one is replaced by a file descriptor's path."""
+    """Yield the socket's path; one that is too long for a Unix socket is replaced by a short path in /proc."""
     path = str(data_dir / NAME)
     if len(os.fsencode(path)) < 100:
         yield path

@@ -36,7 +36,7 @@ class Check:
 
 
 def run_checks(settings: Settings) -> Iterator[Check]:
-    """Yield the results of all checks, the basic ones first."""
+    """Yield the result of each check. Checks that depend on a failed one are left out."""
     yield _python()
     yield _ports(settings)
     yield _disk(settings)
@@ -69,7 +69,7 @@ def _python() -> Check:
 def _ports(settings: Settings) -> Check:
     ports = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
     busy = [str(port) for host, port in ports if port and not _is_free(host, port)]
-    message = f"{', '.join(busy)} in use, perhaps by a running server" if busy else "free"
+    message = f"cannot listen on {', '.join(busy)}; perhaps a server is running" if busy else "free"
     return Check("ports", not busy, message)
 
 
@@ -85,19 +85,19 @@ def _is_free(host: str, port: int) -> bool:
 
 def _disk(settings: Settings) -> Check:
     directory = settings.data_dir
-    # Not Path.exists, which raises without permission.
+    # Path.exists would raise without permission.
     while not os.path.exists(directory):  # noqa: PTH110
         directory = directory.parent
     if problem := _unusable(directory):
         return Check("disk", False, problem)
     free = shutil.disk_usage(directory).free
     needed = settings.retention_gb * 1e9
-    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; images may use {settings.retention_gb:g} GB"
+    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; results may use {settings.retention_gb:g} GB"
     return Check("disk", free > needed, message)
 
 
 def _unusable(directory: Path) -> str:
-    """Explain why the server cannot use the data directory or its nearest existing parent; empty if it can."""
+    """Return why the server cannot use its data directory, or the nearest existing parent; empty if it can."""
     if not directory.is_dir():
         return f"{directory} is not a directory"
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
@@ -163,7 +163,7 @@ def _name(where: str | Path) -> str:
 
 
 def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
-    """Describe the number type on a CPU, and for full-size weights the time of a step."""
+    """Describe the number type on a CPU; for full-size weights, estimate the time of a step too."""
     from models.flux.device import FULL_SIZE, Device
 
     message = devices.type_name(dtype)
@@ -177,7 +177,7 @@ def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
 
 
 def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Check:
-    """Check which memory plan is chosen, and list the memory that each plan requires."""
+    """Check that the chosen memory plan fits; the message lists the memory that each plan requires."""
     # With `auto`, a CPU always uses the first plan.
     plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
     needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
@@ -194,16 +194,16 @@ def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: 
     )
 
 
-def _checker(settings: Settings, weights_by_endpoint: list[str | Path]) -> Check:
+def _checker(settings: Settings, weights: list[str | Path]) -> Check:
     try:
-        return _found_checker(settings.safety_checker, weights_by_endpoint)
+        return _found_checker(settings.safety_checker, weights)
     except OSError as error:
         return Check("safety checker", False, str(error))
 
 
-def _found_checker(name: str, weights_by_endpoint: list[str | Path]) -> Check:
+def _found_checker(name: str, weights: list[str | Path]) -> Check:
     """Check the safety checkers included in the weights, or the configured one. Raises OSError for a malformed one."""
-    directories = [place if isinstance(place, Path) else hub.cached_path(place) for place in weights_by_endpoint]
+    directories = [place if isinstance(place, Path) else hub.cached_path(place) for place in weights]
     included = [directory / "safety_checker" for directory in directories if directory is not None]
     if included and len(included) == len(directories) and all(directory.is_dir() for directory in included):
         checkers, message = included, "comes with the weights"

@@ -34,7 +34,7 @@ def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=DIRECTORY."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
-    # Imported late, because `env` and `--help` do not need it.
+    # Import the server late, because `env` and `--help` do not need it.
     from server import logs
     from server.cli.serve import serve_until_stopped
 
@@ -52,9 +52,10 @@ def serve(settings: Settings) -> None:
 @cli.command()
 @with_settings_options
 def pull(
-    settings: Settings, hub_id: Annotated[str, typer.Argument(help="Such as black-forest-labs/FLUX.1-dev.")]
+    settings: Settings,
+    hub_id: Annotated[str, typer.Argument(help="Id on the hub, such as black-forest-labs/FLUX.1-dev.")],
 ) -> None:
-    """Download weights and the safety checker from the hub into its cache; HF_TOKEN is used if set."""
+    """Download weights and the safety checker from the hub into its cache, with the token in HF_TOKEN if set."""
     disable_telemetry_and_warnings()
     from models.loading import hub
 
@@ -89,16 +90,17 @@ def doctor(settings: Settings) -> None:
 def bench(
     settings: Settings,
     random_weights: Annotated[
-        str, typer.Option(help="Use random weights of this shape: tiny, or full, which is the shape of FLUX.1 [dev].")
+        str,
+        typer.Option(help="Measure random weights of this shape instead of WEIGHTS: tiny, or full as in FLUX.1 [dev]."),
     ] = "",
-    sizes: Annotated[str, typer.Option(help="Width x height in pixels, separated by commas.")] = "1024x768",
+    sizes: Annotated[str, typer.Option(help="Image sizes in pixels, such as 512x512,1024x768.")] = "1024x768",
     steps: Annotated[int, typer.Option(min=1, max=50, help="Steps per image.")] = 28,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure; the table shows the medians.")] = 3,
-    waiting: Annotated[int, typer.Option(min=1, help="Number of requests that wait at the same time.")] = 1,
-    cap_gb: Annotated[float, typer.Option(min=0, help="Limit of GPU memory to use, in GB; 0 means all.")] = 0,
+    waiting: Annotated[int, typer.Option(min=1, help="Number of requests that arrive at the same time.")] = 1,
+    cap_gb: Annotated[float, typer.Option(min=0, help="Maximum GPU memory to use, in GB; 0 means no limit.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")] = None,
 ) -> None:
-    """Compare the engine's tiers with diffusers' pipeline on this machine."""
+    """Compare the speed of the engine's tiers with that of diffusers' pipeline on this machine."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
     from server.cli import bench as measuring
@@ -130,7 +132,7 @@ def _one_of(known: tuple[str, ...], word: str, option: str) -> str:
 def _size(word: str) -> tuple[int, int]:
     width, _, height = word.strip().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise typer.BadParameter(f"--sizes: {word} is not WIDTHxHEIGHT")
+        raise typer.BadParameter(f"--sizes: {word} is not WIDTHxHEIGHT, such as 1024x768")
     return int(width), int(height)
 
 

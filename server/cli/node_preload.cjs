@@ -37,12 +37,14 @@ net.Socket.prototype.connect = function (...args) {
   return connectSocket.call(this, { ...options, host: address, port, lookup: undefined }, listenerOf(args));
 };
 
-// The TLS server name decides. The caller's own socket or path is dropped, because it would still lead to fal.
+// The TLS server name decides whether a connection is redirected. The caller's own socket or path is dropped, because
+// it would still lead to fal.
 tls.connect = function (...args) {
   const { socket, path, ...options } = optionsOf(args);
   const name = options.servername || options.host;
   if (!isFal(name)) return connectTls.apply(this, args);
-  // No certificate covers names of any depth, but this server's certificate always includes localhost.
+  // A wildcard in a certificate covers one level of subdomains only, but fal's names may be deeper. This server's
+  // certificate always includes localhost, so check that name.
   const checkServerIdentity = (_, certificate) => tls.checkServerIdentity("localhost", certificate);
   const here = { ...options, host: address, port: Number(tlsPort), servername: name, checkServerIdentity };
   return connectTls.call(this, here, listenerOf(args));

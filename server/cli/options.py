@@ -11,12 +11,15 @@ from server.settings import PREFIX, Settings, SettingsError
 
 #: The exit code for invalid settings.
 BAD_SETTINGS = 2
-#: The exit code of a command that failed, and of a server that could not start or stopped by itself.
+#: The exit code of a command that failed, and of a server that could not start or stopped because of an error.
 FAILED = 1
 
 
 def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
-    """Add one option per setting to a command, and WEIGHTS as its arguments unless it has arguments already."""
+    """Add one option per setting to a command, and WEIGHTS as its arguments unless it has arguments already.
+
+    The command gets the loaded Settings. If they are invalid, it exits with BAD_SETTINGS instead.
+    """
     own = [parameter for name, parameter in inspect.signature(func).parameters.items() if name != "settings"]
 
     def wrapped(**options: Any) -> None:
@@ -29,7 +32,7 @@ def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BAD_SETTINGS) from None
         func(settings, **arguments)
 
-    # A parameter without a default is an argument, which leaves no place for WEIGHTS.
+    # A parameter without a default is an argument. Such a command cannot take WEIGHTS too.
     has_arguments = any(parameter.default is inspect.Parameter.empty for parameter in own)
     settings = [_parameter(name) for name in Settings.model_fields if name != "weights" or not has_arguments]
     wrapped.__name__, wrapped.__doc__ = func.__name__, func.__doc__

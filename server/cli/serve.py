@@ -25,14 +25,14 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-#: Threads of asyncio's default executor, whose default on two cores is only six.
+#: Threads of asyncio's default executor. asyncio itself would start only six on two cores.
 _OTHER_THREADS = 32
 
 
 def serve_until_stopped(settings: Settings) -> BaseException | None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; returns the error if the worker failed.
+    """Serve until SIGINT, SIGTERM or SIGHUP, or until the worker fails; return its error, or None.
 
-    Raises OSError when a port is in use, ValueError and RuntimeError from create_app.
+    Raises OSError if a port is in use, and ValueError, OSError, RuntimeError and DiskFull if the server cannot start.
     """
     sockets = [bind_socket(settings.host, settings.port)]
     if settings.tls_port:
@@ -54,7 +54,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     certificate = _certificate(settings)
     listeners = build_listeners(app, max_connections=room, ws_max_size=ws_max_size, certificate=certificate)
     stopping = asyncio.Event()
-    # DNS lookups run in the default executor, up to eight at a time for one key, and some never finish.
+    # This executor needs many threads for DNS lookups: one key may run eight at a time, and some never finish.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "default"))
     limit_tls_handshake(asyncio.get_running_loop())
     _install_signal_handlers(stopping)
@@ -79,7 +79,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
                 wait.cancel()
         services.notifier.is_stopping = True
         log.info("stopping")
-        # Stop the worker first, while clients are connected, so that they receive what it finishes within the grace.
+        # Stop the worker first, while clients are connected, so that they get the results of the grace period.
         await asyncio.to_thread(backend.stop)
         services.notifier.close()
         for listener in listeners:
@@ -108,7 +108,7 @@ def _control(components: Components, settings: Settings) -> Control:
 
 
 def _certificate(settings: Settings) -> tls.CertificateFiles | None:
-    """Return the certificate's files, created if missing; None without a TLS port."""
+    """Return the certificate's files, which are created if necessary; None without a TLS port."""
     if not settings.tls_port:
         return None
     return tls.ensure_certificate(settings.data_dir, settings.host, urlsplit(settings.public_url).hostname or "")
@@ -125,7 +125,7 @@ def _install_signal_handlers(stopping: asyncio.Event) -> None:
 async def _open_connect_proxy(
     settings: Settings, sockets: list[socket.socket], max_tunnels: int
 ) -> ConnectProxy | None:
-    """Open the CONNECT proxy. It always binds to loopback, because its clients count as local."""
+    """Open the CONNECT proxy, if it is turned on. It binds to loopback only, because its clients count as local."""
     if not settings.proxy_port:
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)

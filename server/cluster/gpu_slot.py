@@ -30,7 +30,8 @@ _INPUT_TRANSFER_LOCK = threading.Lock()
 class GpuSlot:
     """One GPU slot of the cluster, with its own thread.
 
-    The slot calls `on_change` from any thread when its jobs, its runner or its readiness change.
+    The slot calls `on_change` from any thread when its jobs, its runner or its readiness change. It calls `on_failure`
+    when the head itself fails.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class GpuSlot:
         self._num_restarts, self._failure = 0, ""
         #: Number of runners started so far.
         self.incarnation = 0
+        #: Monotonic time when the runner became ready, or when its last job left it.
         self.idle_since = time.monotonic()
         # Guards the jobs and the runner handle, so that no job goes to a runner that is being dropped.
         self._lock = threading.Lock()
@@ -67,7 +69,7 @@ class GpuSlot:
         self._thread.start()
 
     def close(self) -> None:
-        """Release the GPU: after its current jobs if the runner is ready, immediately otherwise."""
+        """Start to release the GPU: after its current jobs if the runner is ready, immediately otherwise."""
         self.is_closing = True
         self._stopped.set()
         self._on_change(self)
@@ -114,7 +116,7 @@ class GpuSlot:
         return len(jobs), sum(job.priority == Priority.LOW for job in jobs)
 
     def assign(self, job: Job, text: str) -> None:
-        """Assign a job to the runner. If the runner dies, the job returns to the queue or fails."""
+        """Assign a job to the runner. If the runner dies, the job is requeued, or fails after too many attempts."""
         with self._lock:
             runner = self._runner
             if runner:
@@ -122,7 +124,7 @@ class GpuSlot:
         if runner is None:
             self._retry(lambda: self._queue.release(job))
         elif job.input_files:
-            # Input files may total a gigabyte, and jobs for other GPUs must not wait for the transfer.
+            # Use another thread: input files may total a gigabyte, and jobs for other GPUs must not wait for them.
             threading.Thread(target=self._send, args=(runner, job, text), daemon=True).start()
         else:
             self._send(runner, job, text)
@@ -132,7 +134,7 @@ class GpuSlot:
             with _INPUT_TRANSFER_LOCK if job.input_files else contextlib.nullcontext():
                 runner.send_job(job, text)
         except RunnerLost as error:
-            # The runner goes with all its jobs, which are requeued: a retry on the same runner would fail again.
+            # Replace the runner and requeue all its jobs, because a retry on the same runner would fail again.
             log.error("GPU %d: a request could not be sent to the runner, which is restarted: %s", self.number, error)
             runner.kill()
         except Exception as error:
@@ -141,12 +143,12 @@ class GpuSlot:
                 outcome = outcome_from_exception(error, job)
                 self._retry(lambda: self._queue.finish(job, outcome))
                 self._remove(job)
-        # The client may have cancelled after the claim, before the runner had the job.
+        # The client may have cancelled before the runner had the job, so tell the runner now.
         if job.is_cancelled:
             runner.cancel(job.request_id)
 
     def cancel(self, job: Job) -> None:
-        """Cancel one of the slot's jobs; returns once the runner has been notified, or is gone."""
+        """Have the runner cancel a job before its next step; return once it confirms, or does not answer in time."""
         with self._lock:
             runner = self._runner
         if runner:
@@ -203,7 +205,7 @@ class GpuSlot:
         return was_ready
 
     def _requeue_all(self, runner: RunnerHandle) -> None:
-        """Requeue the runner's jobs; a job that was requeued too often fails instead."""
+        """Requeue the runner's jobs, or fail those with too many attempts. First count a crash, if there was one."""
         if self.jobs and not self._stopped.is_set() and (crashed := runner.crashed_jobs()):
             jobs = [job for job in self.jobs.values() if job.request_id in crashed]
             log.error("GPU %d: its runner crashed while running %s", self.number, ", ".join(crashed))
@@ -230,7 +232,7 @@ class GpuSlot:
                 self._retry(lambda: self._queue.release(job))
                 self._remove(job)
             case messages.JobRejected() if job:
-                raise RunnerLost("the runner could not store the input files of a request")
+                raise RunnerLost("the runner could not store the input files of a request; the log says why")
             case messages.CrashReported():
                 self._queue.record_crash([self.jobs[name] for name in message.request_ids if name in self.jobs])
                 runner.ack_crash()
@@ -260,7 +262,8 @@ class GpuSlot:
     def _finish(self, job: Job, ended: messages.JobFinished) -> None:
         """Write the job's files on the head, then commit its outcome. A retry writes the same files.
 
-        Raises DiskFull; ImplausibleMessage for a file that already exists, which belongs to another request.
+        Raises DiskFull; ImplausibleMessage for a file that already exists, which belongs to another request. If a file
+        cannot be written for another reason, the job fails.
         """
         if any(self._files.is_listed(each.name) for each in ended.outcome.files):
             raise message_checks.ImplausibleMessage("the runner reported a file that already exists")
@@ -281,7 +284,7 @@ class GpuSlot:
         self._on_change(self)
 
     def _retry(self, func: Callable[[], object]) -> None:
-        """Call `func` until the disk has room for its writes."""
+        """Call `func`; while the disk is full, try again every second."""
         while True:
             try:
                 func()

@@ -1,4 +1,4 @@
-"""The head of a Ray cluster: runs jobs on one Ray actor per GPU; queue, routes and files stay on the head."""
+"""The head of a Ray cluster: jobs run on one Ray actor per GPU; the queue, the HTTP API and the files stay here."""
 
 import logging
 import math
@@ -49,13 +49,13 @@ class ClusterHead:
         self._ray = ray_cluster
         self._slots: list[GpuSlot] = []
         self._num_slots = 0
-        #: When there were last no more slots than needed.
+        #: Monotonic time when there were last no more slots than needed.
         self._all_wanted_at = -math.inf
         self._router = Router[GpuSlot](min(settings.max_running, MAX_JOBS_PER_GPU))
         #: Slots whose runner or jobs changed, to be updated in the router.
         self._changed: deque[GpuSlot] = deque()
         self._is_stopping = False
-        #: Why the head stopped, unless `stop` was called.
+        #: The error that stopped the head; None if there was none.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cluster-head", daemon=True)
 
@@ -66,7 +66,7 @@ class ClusterHead:
 
     @property
     def loading(self) -> LoadProgress:
-        """The progress of the runner that has loaded most."""
+        """The progress of the runner that has loaded the most bytes."""
         progress = [slot.loading for slot in list(self._slots)]
         return max(progress, key=lambda loading: loading.loaded_bytes, default=LoadProgress())
 
@@ -75,12 +75,12 @@ class ClusterHead:
         return [slot.gpu() for slot in list(self._slots)]
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job before its next step; returns once its runner has been notified, or is gone."""
+        """Have a job's runner cancel it before its next step; return once the runner confirms, or does not answer."""
         for slot in [slot for slot in list(self._slots) if job.request_id in slot.jobs]:
             slot.cancel(job)
 
     def start(self) -> None:
-        """Connect to Ray and start requesting GPUs. Raises RuntimeError if Ray cannot be reached."""
+        """Connect to Ray and start to request GPUs. Raises RuntimeError if Ray is missing or cannot be reached."""
         self._ray.connect()
         self._thread.start()
 
@@ -115,7 +115,7 @@ class ClusterHead:
                 self.fail(error)
                 return
             except Exception:
-                log.exception("the cluster could not be scaled or given jobs; retrying in a second")
+                log.exception("requesting GPUs or assigning a job failed; retrying in a second")
             self._notifier.work_available.wait(POLL_INTERVAL)
             self._notifier.work_available.clear()
 
@@ -139,12 +139,12 @@ class ClusterHead:
         return True
 
     def _on_slot_changed(self, slot: GpuSlot) -> None:
-        """Note that a slot's runner or jobs changed; called from any thread."""
+        """Schedule the router's update of a slot whose runner or jobs changed. May be called from any thread."""
         self._changed.append(slot)
         self._notifier.work_available.set()
 
     def fail(self, error: BaseException) -> None:
-        """Stop the head because of `error`; the next process resumes the queue. Called from any thread."""
+        """Stop the head because of `error`; the next process resumes the queue. May be called from any thread."""
         if self.failure is not None:
             return
         explains_itself = isinstance(error, RayLost | CorruptDatabase)
@@ -159,7 +159,7 @@ class ClusterHead:
     # -- scaling
 
     def _scale(self) -> None:
-        """Request the GPUs that are needed and release the others, the newest first."""
+        """Request GPUs if more are needed; release idle ones if fewer are needed."""
         for slot in [slot for slot in self._slots if slot.is_stopped]:
             self._slots.remove(slot)
             self._router.remove(slot)
@@ -180,19 +180,20 @@ class ClusterHead:
             slot.start()
         if len(staying) <= wanted:
             self._all_wanted_at = time.monotonic()
-        # Release slots without a GPU first, then the newest. A slot with jobs is never released.
+        # Release slots without a GPU first, then loading ones, then the newest. A slot with jobs is never released.
         spare = sorted(filter(self._is_idle, staying), key=lambda slot: (slot.has_gpu, slot.is_ready, -slot.number))
         for slot in spare[: max(0, len(staying) - wanted)]:
             log.info("GPU %d is not needed; releasing it", slot.number)
             slot.close()
 
     def _is_idle(self, slot: GpuSlot) -> bool:
-        """Return whether a surplus slot may be released. A slot that is loading stays as long as an idle one.
+        """Return whether a surplus slot may be released: without jobs, and without a GPU or after IDLE_SECONDS.
 
-        Otherwise, a queue whose length fluctuates would never get its weights loaded.
+        The wait applies to a slot that is loading too. Otherwise, a queue whose length fluctuates would never get its
+        weights loaded.
         """
-        is_long = time.monotonic() > max(slot.idle_since, self._all_wanted_at) + IDLE_SECONDS
-        return not slot.jobs and (is_long or not slot.has_gpu)
+        is_overdue = time.monotonic() > max(slot.idle_since, self._all_wanted_at) + IDLE_SECONDS
+        return not slot.jobs and (is_overdue or not slot.has_gpu)
 
     def _num_wanted(self) -> int:
         settings, num_gpus = self._settings, self._ray.num_gpus()

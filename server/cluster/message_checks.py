@@ -20,7 +20,7 @@ MAX_PREVIEW = 2**23
 MAX_LINE, MAX_LINES = 2**16, 10_000
 #: Maximum characters of a name, such as a log level or a tier.
 _MAX_WORD = 255
-#: Images of one request, with room: an endpoint may allow more than fal's four.
+#: Maximum images of one request. Far above fal's four, because an endpoint may allow more.
 _MAX_IMAGES = 255
 #: The largest integer that SQLite stores.
 _MAX_UNITS = 2**63 - 1
@@ -30,11 +30,14 @@ _OK, _ERRORS = 200, range(400, 600)
 
 
 class ImplausibleMessage(Exception):
-    """A message that no healthy runner sends; the text says what is wrong."""
+    """A message that no healthy runner sends; the error's text says what is wrong with it."""
 
 
 def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
-    """Return the job that a message is about, if the runner has it. Raises ImplausibleMessage."""
+    """Check a message; return the job that it is about, or None if the runner has no such job.
+
+    Raises ImplausibleMessage.
+    """
     request_id = getattr(message, "request_id", "")
     _require(isinstance(request_id, str), "a request id that is not text")
     job = jobs.get(request_id)
@@ -85,12 +88,14 @@ def _check_log(message: messages.JobLog, job: Job) -> None:
 
 def _check_outcome(outcome: Outcome) -> None:
     _require(isinstance(outcome, Outcome), "an invalid outcome")
-    _require(_is_count(outcome.status, _ERRORS[-1]), "a status that is not a number")
+    _require(_is_count(outcome.status, _ERRORS[-1]), f"a status that is not a number up to {_ERRORS[-1]}")
     _require(outcome.status == _OK or outcome.status in _ERRORS, f"status {outcome.status}, which no request ends with")
     _require(_is_text(outcome.body, MAX_BODY), f"an answer that is not text, or has more than {MAX_BODY} characters")
     _require(_is_object(outcome.body), "an answer that is not a JSON object")
     texts = (outcome.error, outcome.error_type, outcome.acceleration)
-    _require(all(text is None or _is_text(text, MAX_LINE) for text in texts), "an error that is not text")
+    _require(
+        all(text is None or _is_text(text, MAX_LINE) for text in texts), "an error or tier that is not a short text"
+    )
     _require(outcome.inference_time is None or _is_time(outcome.inference_time), "an invalid inference time")
     _require(_is_count(outcome.billable_units, _MAX_UNITS), "invalid billable units")
 
@@ -105,7 +110,7 @@ def _check_files(message: messages.JobFinished, job: Job) -> None:
         _require(file.size == len(content or b""), "a file whose size does not match its content")
         _require(
             file.owner == job.owner and file.is_private == job.lifecycle.is_private,
-            "a file that belongs to another request",
+            "a file whose owner or privacy is not that of its request",
         )
         _require(file.content_type in _CONTENT_TYPES and file.file_name is None, "a file that is not an image")
     _require(len({file.name for file in files}) == len(files), "two files with the same name")

@@ -10,7 +10,7 @@ from server.queue.jobs import Outcome
 
 @dataclass(frozen=True)
 class JobProgress:
-    """One completed step, with a preview if there is one."""
+    """One completed step, with a preview as a data URI if there is one."""
 
     request_id: str
     step: int
@@ -38,28 +38,28 @@ class JobFinished:
 
 @dataclass(frozen=True)
 class JobReleased:
-    """A job that this runner will not finish."""
+    """A job that this runner will not finish, so the head requeues it."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class JobRejected:
-    """A job whose input files the runner could not store."""
+    """A job whose input files the runner could not store, so the head replaces the runner."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class CrashReported:
-    """A process that must exit while running these jobs."""
+    """The jobs to charge with a crash, because the runner's process must exit while it runs them."""
 
     request_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
 class StepMeasured:
-    """The duration of one forward, for one request or shared by several."""
+    """The duration of one forward, which several requests may share, and the size of its images in pixels."""
 
     size: tuple[int, int]
     acceleration: str
@@ -77,7 +77,7 @@ class ImagesGenerated:
 
 @dataclass(frozen=True)
 class RunnerState:
-    """The loading progress, whether the runner is ready, and its engines by their weights."""
+    """A runner's state: its loading progress, whether it is ready, and the status of each engine by its weights."""
 
     loading: LoadProgress
     is_ready: bool
@@ -86,14 +86,14 @@ class RunnerState:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """A record for the log of the head."""
+    """A log record of the runner, for the head's log."""
 
     record: logging.LogRecord
 
 
 @dataclass(frozen=True)
 class RunnerStopped:
-    """The last message of a runner, with the reason if the runner was not asked to stop."""
+    """The last message of a runner; `failure` is the reason if the runner stopped unasked."""
 
     failure: str | None = None
 

@@ -1,4 +1,4 @@
-"""Runners as Ray actors, and the head's handles to them. Ray is imported only where a cluster is used."""
+"""Runners as Ray actors, and the head's handles to them. Ray is imported only if a cluster is used."""
 
 import contextlib
 import logging
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds to wait for the crash report from the node of a dead runner; a dead node never answers.
 CRASH_REPORT_TIMEOUT = 3.0
-#: Seconds to wait until a runner confirms a cancel; the client gets its answer then in any case.
+#: Maximum seconds to wait for a runner's reply. After that, a client whose cancel waits gets its answer anyway, and a
+#: runner that was asked which input files it lacks counts as lost.
 CALL_TIMEOUT = 2.0
 #: Concurrency group of the short calls, which run while the long `work` call is active.
 _CONTROL = "control"
@@ -38,7 +39,7 @@ class RayRunner(Runner):
     """A runner in a Ray actor process."""
 
     def about(self) -> Mapping[str, Any]:
-        """Return what the base class does, and the node."""
+        """Return what the base class does, and the id and address of the node."""
         import ray
 
         return {
@@ -55,7 +56,7 @@ class RayRunner(Runner):
 
 
 class RunnerHandle:
-    """The head's handle to one runner. Creating one returns at once; Ray may take a while to find a GPU."""
+    """The head's handle to one runner. It exists at once, even if Ray takes a while to find a GPU for the runner."""
 
     def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
         import ray
@@ -83,7 +84,7 @@ class RunnerHandle:
             raise RunnerLost(" ... ".join(dict.fromkeys((lines[0], lines[-1])))) from None
 
     def send_job(self, job: Job, text: str) -> None:
-        """Send a job, with the input files that the runner lacks. Raises RunnerLost, and OSError for a file."""
+        """Send a job and the input files that the runner lacks. Raises RunnerLost, and OSError for a missing file."""
         names = sorted(set(job.input_files.values()))
         try:
             missing = self._ray.get(self._control("missing_inputs")(names), timeout=CALL_TIMEOUT) if names else []
@@ -93,16 +94,16 @@ class RunnerHandle:
             raise RunnerLost(str(error)) from None
 
     def cancel(self, request_id: str) -> None:
-        """Cancel a job before its next step; returns once the runner has been notified, or cannot be."""
+        """Have the runner cancel a job before its next step; return once it confirms, or does not answer in time."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.get(self._control("cancel")(request_id), timeout=CALL_TIMEOUT)
 
     def preview(self, request_id: str) -> None:
-        """Turn on previews for a job."""
+        """Ask the runner for previews of a job."""
         self._control("preview")(request_id)
 
     def ack_crash(self) -> None:
-        """Acknowledge that the crash was recorded, so that the runner can exit."""
+        """Tell the runner that its crash is recorded, so that it can exit."""
         self._control("ack_crash")()
 
     def stop(self) -> None:
@@ -115,7 +116,10 @@ class RunnerHandle:
             self._ray.kill(self._actor)
 
     def crashed_jobs(self) -> list[str]:
-        """Return the requests that a runner was running when it crashed, as recorded on its node; else none."""
+        """Return the ids of the requests that may have crashed the runner, and log its stack trace.
+
+        Empty if the runner did not crash, or if its node does not answer.
+        """
         if not self._about:
             return []
         nearby = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(self._about["node_id"], soft=False)
@@ -133,9 +137,10 @@ class RunnerHandle:
 
 
 class RayCluster:
-    """The GPUs that Ray offers: those of this machine ("local"), or of the cluster at an address.
+    """The GPUs that Ray offers.
 
-    "auto" is the cluster that this machine belongs to.
+    The setting `ray` selects them: "local" means this machine, "auto" the cluster that this machine belongs to, and any
+    other value is a cluster's address.
     """
 
     def __init__(self, settings: Settings, input_path: Callable[[str], Path]) -> None:
@@ -164,23 +169,23 @@ class RayCluster:
             raise RuntimeError(f"--ray {where}: {error}") from None
         self._ray = ray
         address = ray.get_runtime_context().gcs_address
-        log.info(
-            "connected to Ray at %s, with %d GPUs; runners wait for GPUs in use elsewhere", address, self.num_gpus()
-        )
+        log.info("connected to Ray at %s, with %d GPUs; a runner waits until one is free", address, self.num_gpus())
 
     def start_runner(self) -> RunnerHandle:
-        """Request a runner on the next free GPU."""
+        """Request a runner on the next free GPU; return at once."""
         return RunnerHandle(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
         """Return the number of GPUs in the cluster, busy or not. Raises RayLost if this process's node is gone."""
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         if self._ray.get_runtime_context().get_node_id() not in nodes:
-            raise RayLost("Ray on this machine has stopped")
+            raise RayLost(
+                "Ray on this machine has stopped; restart the server, and unless --ray is local, Ray before it"
+            )
         return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 
     def close(self) -> None:
-        """Disconnect from Ray, and stop a Ray that `connect` started."""
+        """Disconnect from Ray, and stop it if `connect` started it."""
         self._ray.shutdown()
 
 

@@ -7,9 +7,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from server.queue.jobs import Job, Priority
 
-#: How many prompts, and how many sizes, a runner is assumed to have cached.
+#: How many prompts, and how many sizes, the router assumes that a runner has cached.
 KNOWN = 64
-#: How many runner hints are remembered.
+#: Maximum runner hints that the router remembers.
 HINTS = 10_000
 
 
@@ -45,7 +45,7 @@ class CacheAffinity:
 
     @classmethod
     def of(cls, text: str) -> "CacheAffinity":
-        """Read the affinity from a request's input; empty if the input is malformed, which the worker reports."""
+        """Read the affinity from a request's input as JSON; empty if that is malformed, which the worker reports."""
         try:
             fields: dict[str, Any] = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -54,7 +54,7 @@ class CacheAffinity:
 
 
 class _AffinityIndex(Generic[R]):
-    """An index of which slots have cached which keys; each slot keeps its newest ones."""
+    """An index of the keys, such as prompts, that each slot has cached: its newest KNOWN keys."""
 
     def __init__(self) -> None:
         self._keys_by_slot: dict[R, OrderedDict[str, None]] = {}
@@ -65,7 +65,7 @@ class _AffinityIndex(Generic[R]):
         return self._slots_by_key.get(key, set())
 
     def add(self, slot: R, key: str) -> None:
-        """Record that a slot has this key, as its newest."""
+        """Record that a slot has this key, as its newest one."""
         keys = self._keys_by_slot.setdefault(slot, OrderedDict())
         keys[key] = None
         keys.move_to_end(key)
@@ -87,7 +87,8 @@ class _AffinityIndex(Generic[R]):
 class Router(Generic[R]):
     """A router that chooses a slot for each job; used by one thread.
 
-    `limit` is how many normal-priority requests a GPU may have; low priority has its own equal limit.
+    `limit` is how many normal-priority jobs a GPU may have. A GPU gets a low-priority job only while it has fewer than
+    `limit` jobs in total.
     """
 
     def __init__(self, limit: int) -> None:
@@ -106,12 +107,12 @@ class Router(Generic[R]):
 
     @property
     def accepts_low_priority(self) -> bool:
-        """Whether any slot has room for a low-priority job, which must not block normal ones."""
+        """Whether any slot has room for a low-priority job, which needs fewer than `limit` jobs in total there."""
         return any(load < self._limit for load in self._by_load)
 
     @property
     def num_slots(self) -> int:
-        """How many requests of one priority all GPUs together may have."""
+        """The number of jobs of one priority that all GPUs together may have."""
         return self._limit * len(self._incarnation_of)
 
     def update(self, slot: R) -> None:
@@ -132,9 +133,10 @@ class Router(Generic[R]):
         self._remove_load(slot)
 
     def route(self, job: Job, affinity: CacheAffinity) -> R:
-        """Choose a slot: the hinted one if it has room, else the least loaded one with the most in its caches.
+        """Choose a slot for a job. At least one slot must have room.
 
-        At least one slot must have room.
+        The slot of the last job with the same runner hint is chosen if it has room. Otherwise it is one of the least
+        loaded slots, by preference one that has cached both size and prompt, or the size, or the prompt.
         """
         chosen = self._hinted(job) or self._best(affinity)
         if job.runner_hint:

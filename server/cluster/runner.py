@@ -31,23 +31,24 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two state reports: while the worker loads, and once it is ready.
 STATE_INTERVALS = (0.1, 2.0)
-#: Seconds that the directory of a dead runner is kept, so that the head can read its crash record.
+#: Seconds that a dead runner's directory is kept after its last change, so that the head can read the crash record;
+#: also the seconds between two sweeps of the input cache.
 KEEP_SECONDS = 60.0
 
 
 def node_directory() -> Path:
-    """Return the node's directory, which outlives runners: compiled code, and a directory for each runner."""
+    """Return the node's directory, which outlives runners. It holds compiled code, and a directory for each runner."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "flux-server"
 
 
 class Runner:
-    """A runner, which the head creates, calls and ends. This class is independent of Ray, so tests run it alone."""
+    """A runner, which the head creates, calls and ends. It does not depend on Ray, so tests run it alone."""
 
     def __init__(self, settings: Settings) -> None:
         disable_telemetry_and_warnings()
         limit_openmp_spinning()
-        # Ray sets one thread for actors that request no CPU. Without the variable, PyTorch uses all cores.
+        # Ray sets this to one thread for actors that request no CPU. Without the variable, PyTorch uses all cores.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._directory = _new_directory(node_directory() / "runners")
         settings = settings.model_copy(update={"data_dir": node_directory()})
@@ -76,7 +77,7 @@ class Runner:
         return {"pid": os.getpid(), "directory": str(self._directory)}
 
     def work(self) -> Iterator[Sequence[Message]]:
-        """Load the weights, then run the jobs put in; yield batches of messages until the runner stops."""
+        """Load the weights and run jobs, on other threads; yield batches of messages until the runner stops."""
         self._crash_recorder.open()
         self._worker.start()
         threading.Thread(target=self._report_state, name="report-state", daemon=True).start()
@@ -87,14 +88,20 @@ class Runner:
             is_over = any(isinstance(message, RunnerStopped) for message in messages)
 
     def take_job(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
-        """Store a job's input files and enqueue the job; `contents` holds what `fetch` needs for each file."""
+        """Store the input files in `contents`, by name and as `fetch` takes them, then enqueue the job.
+
+        If a file cannot be stored, send JobRejected instead.
+        """
         try:
             for name, source in contents.items():
                 temp_path = self._inputs.temp_path()
                 temp_path.write_bytes(self.fetch(source))
                 self._inputs.add(temp_path, Path(name).suffix)
         except Exception:
-            log.exception("the input files of a request could not be stored", extra={"request_id": job.request_id})
+            extra = {"request_id": job.request_id}
+            log.exception(
+                "the input files of a request could not be stored; the head replaces this runner", extra=extra
+            )
             self._queue.send(JobRejected(job.request_id))
             return
         self._queue.enqueue(job, text)
@@ -109,13 +116,13 @@ class Runner:
         return bytes(source)
 
     def cancel(self, request_id: str) -> None:
-        """Cancel a job before its next step."""
+        """Cancel a job if it is still here; the job ends before its next step."""
         if job := self._queue.find(request_id):
             job.is_cancelled = True
             self._notifier.work_available.set()
 
     def preview(self, request_id: str) -> None:
-        """Turn on previews for a job."""
+        """Turn on previews for a job, if it is still here."""
         if job := self._queue.find(request_id):
             job.wants_previews = True
 
@@ -124,7 +131,7 @@ class Runner:
         self._queue.ack_crash()
 
     def stop(self) -> None:
-        """Finish running jobs within the grace period and release the rest."""
+        """Finish running jobs within the grace period, release the rest, and send RunnerStopped."""
         self._is_stopping.set()
         self._worker.stop()
         self._queue.send(RunnerStopped())
@@ -148,7 +155,7 @@ class Runner:
 
 
 class _FailureNotifier(Notifier):
-    """A notifier for the worker, which notifies only when it fails."""
+    """The worker's notifier. The worker notifies listeners only when it fails."""
 
     def __init__(self, on_failure: Any) -> None:
         super().__init__()
@@ -163,7 +170,7 @@ class _Handler(logging.handlers.QueueHandler):
     """A handler that sends log records to the head."""
 
     def __init__(self, queue: RunnerQueue) -> None:
-        # No standard queue: records go to the runner queue.
+        # Without a standard queue: records go to the runner queue.
         super().__init__(None)  # type: ignore[arg-type]
         self.setFormatter(logging.Formatter("%(message)s"))
         self._queue = queue
@@ -176,7 +183,7 @@ class _Handler(logging.handlers.QueueHandler):
 
 
 def _new_directory(runners: Path) -> Path:
-    """Create a directory for this process; delete those of runners that died a while ago."""
+    """Create and return this process's directory; delete those of dead runners without a change for KEEP_SECONDS."""
     runners.mkdir(parents=True, exist_ok=True, mode=0o700)
     # The host name comes first, because machines may share a home directory.
     here = f"{socket.gethostname()}-"

@@ -19,12 +19,12 @@ from server.metrics import Metrics
 from server.queue.jobs import Job, Outcome
 from server.storage.file_store import Lifecycle, StoredFile, generate_file_name
 
-#: Seconds that a process about to exit waits until the head acknowledges its crash report.
+#: Maximum seconds that a process about to exit waits for the head to acknowledge its crash report.
 ACK_TIMEOUT = 5.0
 
 
 class RunnerQueue:
-    """The jobs and messages of one runner. One thread enqueues jobs; both of the worker's threads report on them."""
+    """The jobs and outgoing messages of one runner. One thread adds jobs; the worker's threads report on them."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Job, str]] = deque()
@@ -36,12 +36,12 @@ class RunnerQueue:
     # -- called for the head
 
     def enqueue(self, job: Job, text: str) -> None:
-        """Add a job for the worker to claim."""
+        """Add a job for the worker to claim; `text` is its input as JSON."""
         self._jobs_here[job.request_id] = job
         self._waiting.append((job, text))
 
     def find(self, request_id: str) -> Job | None:
-        """Return a job that has not ended here, if there is one with this id."""
+        """Return the unfinished job with this id; None if it is not here."""
         return self._jobs_here.get(request_id)
 
     def messages(self) -> list[Message]:
@@ -54,7 +54,7 @@ class RunnerQueue:
                 return messages
 
     def ack_crash(self) -> None:
-        """Confirm that the head recorded the crash."""
+        """End the wait of `record_crash`, because the head has recorded the crash."""
         self._crash_acked.set()
 
     def send(self, message: Message) -> None:
@@ -63,17 +63,17 @@ class RunnerQueue:
 
     @property
     def input_names(self) -> set[str]:
-        """The input files of all jobs on this runner."""
+        """The names of the input files of all unfinished jobs here."""
         return {name for job in list(self._jobs_here.values()) for name in job.input_files.values()}
 
     # -- called by the worker: `JobSource`
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """Return the next job and its input; the head has already applied the limits."""
+        """Return the next job and its input as JSON, or None. The arguments are unused: the head applied the limits."""
         return self._waiting.popleft() if self._waiting else None
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """Report a completed step."""
+        """Report a completed step, with the job's preview if there is one."""
         preview, job.preview = job.preview, None
         self.send(JobProgress(job.request_id, step, num_steps, preview))
 
@@ -82,14 +82,14 @@ class RunnerQueue:
         self.send(JobLog(job.request_id, message, level))
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """Send the outcome and its files to the head, which decides whether to keep them."""
+        """Send the outcome and its files to the head, which decides whether to keep them; return True."""
         contents = {file.name: self._contents.pop(file.name) for file in outcome.files}
         self._jobs_here.pop(job.request_id, None)
         self.send(JobFinished(job.request_id, outcome, contents))
         return True
 
     def record_crash(self, jobs: Sequence[Job]) -> None:
-        """Report the crash and wait until the head acknowledges it, because the process exits next."""
+        """Report the crash; wait up to ACK_TIMEOUT for the head to acknowledge it, because the process exits next."""
         self.send(CrashReported([job.request_id for job in jobs]))
         self._crash_acked.wait(ACK_TIMEOUT)
 
@@ -101,19 +101,19 @@ class RunnerQueue:
     # -- called by the worker: `FileSink`
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Hold bytes until their job ends. The head sets their expiry, by its own clock."""
+        """Hold a file in memory until its job ends. The head writes it and sets its expiry, by the head's clock."""
         name = generate_file_name(extension)
         self._contents[name] = content
         return StoredFile(name, owner, len(content), content_type, is_private=lifecycle.is_private)
 
     def delete(self, names: list[str]) -> None:
-        """Delete files of a discarded outcome."""
+        """Drop files of a discarded outcome from memory."""
         for name in names:
             self._contents.pop(name, None)
 
 
 class RunnerMetrics(Metrics):
-    """Metrics of a runner, sent to the head, which counts them."""
+    """The metrics of a runner, which are sent to the head and counted there."""
 
     def __init__(self, queue: RunnerQueue) -> None:
         super().__init__()
@@ -124,5 +124,5 @@ class RunnerMetrics(Metrics):
         self._queue.send(StepMeasured(size, acceleration, seconds))
 
     def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:
-        """Report the images of one request."""
+        """Report the images of one request, and how many of them are flagged as unsafe."""
         self._queue.send(ImagesGenerated(endpoint, num_images, num_flagged))

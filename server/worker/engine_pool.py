@@ -49,12 +49,16 @@ class EnginePool:
         on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Set up an empty pool. The warm-up thread calls `on_idle` when an engine can be evicted again."""
+        """Set up an empty pool for at most `max_loaded` engines, or as many as fit if that is 0.
+
+        `report` gets the endpoint and the progress of a load. The warm-up thread calls `on_idle` when an engine can
+        be evicted again.
+        """
         self._models = models
         self._configs = configs
         self._max_loaded = max_loaded
         self._report = report
-        #: Least recently used first.
+        #: The engines in memory, least recently used first.
         self._loaded: OrderedDict[Key, Engine] = OrderedDict()
         self._on_idle = on_idle
         self._clock = clock
@@ -62,9 +66,9 @@ class EnginePool:
         self._warms_up = False
         #: The engine that is being warmed up, which cannot be evicted.
         self._warming: Key | None = None
-        #: Held while warming up: one thread at a time.
+        #: Held while engines are warmed up, by one thread at a time.
         self._warm_up_lock = threading.Lock()
-        #: Guards the loaded engines, and which of them is being warmed up.
+        #: Guards `_loaded` and `_warming`, which another thread uses too.
         self._lock = threading.Lock()
 
     def __contains__(self, endpoint: str) -> bool:
@@ -93,7 +97,11 @@ class EnginePool:
         return pipeline.has_room(self._configs[endpoint])
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
-        """Load an endpoint's engine; return None while only evicting an engine `in_use` would help. Raises OSError."""
+        """Evict engines until an endpoint's engine fits, and load it. Raises OSError if the load fails.
+
+        Return None while it would fit only in place of an engine that is `in_use` or being warmed up. For PAUSE_SECONDS
+        after a failure, the same error is raised without a further try.
+        """
         self._raise_recent_failure(self._key(endpoint))
         while self._loaded and not self.has_room(endpoint):
             with self._lock:
@@ -125,14 +133,14 @@ class EnginePool:
         return engine
 
     def info(self) -> Mapping[str, EngineInfo]:
-        """Return the info of each loaded engine by its weights; called from any thread."""
+        """Return the status of each loaded engine, by its weights. May be called from any thread."""
         with self._lock:
             loaded = dict(self._loaded)
         names = {str(specs.DEMO): "demo"}
         return {names.get(where, where): engine.info() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:
-        """Warm up further tiers on a separate thread, for engines loaded now and later."""
+        """Warm up the further tiers of all engines on another thread; engines loaded later are warmed up too."""
         self._warms_up = True
         threading.Thread(target=self._warm_up, args=(list(self._loaded),), name="warm-up", daemon=True).start()
 
@@ -146,7 +154,7 @@ class EnginePool:
                     engine.freeze_compilation()
 
     def _warm_up_one(self, key: Key) -> bool:
-        """Warm up one tier; return False when none is left or the engine was evicted. Blocks eviction meanwhile."""
+        """Warm up one tier; return False if none is left or the engine is gone. The engine is not evicted meanwhile."""
         with self._lock:
             engine, self._warming = self._loaded.get(key), key
         try:

@@ -17,7 +17,8 @@ EXTENSIONS: dict[OutputFormat, str] = {"jpeg": "jpg", "png": "png"}
 MARK = "AI generated"
 #: IPTC's term for media made by a trained algorithm (cv.iptc.org/newscodes/digitalsourcetype).
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-#: Longer prompts are cut: an EXIF block holds 64 KiB at two bytes a character, and other fields need room too.
+#: Maximum length of an embedded prompt as JSON, in UTF-16 units; longer ones are cut. An EXIF block holds 64 KiB, a
+#: unit takes two bytes, and the other fields need room too.
 MAX_PROMPT_CHARACTERS = 24_000
 
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -36,7 +37,7 @@ def black(image: Image) -> Image:
 
 
 def encode(image: Image, output_format: OutputFormat, parameters: Mapping[str, Any] | None) -> bytes:
-    """Encode an image as a file. The same image and parameters give the same bytes.
+    """Encode an image as a file, with `parameters` inside it unless they are None. Equal arguments give equal bytes.
 
     JPEG quality 95 and PNG level 1 are what fal's own toolkit uses.
     """
@@ -65,13 +66,13 @@ def _exif(image: Image, parameters: str | None) -> bytes:
     exif[ExifTags.Base.ImageDescription] = MARK
     exif[ExifTags.Base.Software] = "flux-server"
     if parameters:
-        # EXIF marks a Unicode comment by this prefix.
+        # In EXIF, this prefix marks a comment in Unicode.
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + parameters.encode("utf-16-be")
     return exif.tobytes()
 
 
 def _shorten(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut the prompt to the limit as JSON, where a control character takes six characters."""
+    """Return the parameters with the prompt cut to MAX_PROMPT_CHARACTERS."""
     shortened = dict(parameters)
     prompt = shortened.get("prompt")
     while isinstance(prompt, str) and _length(prompt) > MAX_PROMPT_CHARACTERS:
@@ -81,5 +82,5 @@ def _shorten(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _length(text: str) -> int:
-    """Return the number of UTF-16 units of a text as JSON."""
+    """Return the length of a text as JSON, in UTF-16 units. A control character takes six of them."""
     return len(json.dumps(text, ensure_ascii=False).encode("utf-16-be")) // 2

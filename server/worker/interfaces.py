@@ -1,4 +1,4 @@
-"""Interfaces of a worker to its jobs and files, which are local or behind the head of a cluster."""
+"""The worker's interfaces for jobs and files: local ones on a single machine, or those of the head in a cluster."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,32 +11,33 @@ class JobSource(Protocol):
     """The source of a worker's jobs and the receiver of their outcomes: the queue, or a runner queue."""
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """Claim the next job and its input; None if none waits. Skip low priority unless `include_low_priority`.
+        """Claim the next job; return the job and its input as JSON, or None if there is none. Raises DiskFull.
 
-        `slots` is how many requests of one priority run at a time; owners get equal shares of them.
+        Low priority is skipped unless `include_low_priority`. `slots` is how many requests of one priority run at a
+        time; owners get equal shares of them.
         """
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """Report a completed step; `job.preview` holds its preview, if there is one."""
+        """Report a completed step, of `num_steps` in total; `job.preview` holds its preview, if there is one."""
 
     def log(self, job: Job, message: str, level: str = "INFO") -> None:
         """Add a line to the job's log."""
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """Finish a running job; return False if its outcome is discarded. Raises DiskFull."""
+        """Finish a running job; return False if it was cancelled, so that the outcome is discarded. Raises DiskFull."""
 
     def record_crash(self, jobs: Sequence[Job]) -> None:
-        """Add one to the crash count of these jobs, before the process exits while running them."""
+        """Add one to the crash count of these jobs, because this process must exit while it runs them."""
 
     def release(self, job: Job) -> None:
-        """Return a running job to its old place in the queue, because this process will not finish it."""
+        """Return a running job, which this process will not finish, to its old place in the queue. Raises DiskFull."""
 
 
 class FileSink(Protocol):
-    """The destination of a worker's images: the file store, or a stand-in on another machine."""
+    """The destination of a worker's images: the file store, or a runner queue, which sends them to the head."""
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Store bytes durably. Raises DiskFull."""
+        """Store bytes under a new name. Raises DiskFull."""
 
     def delete(self, names: list[str]) -> None:
         """Delete files of a discarded outcome."""

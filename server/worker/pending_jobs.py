@@ -14,7 +14,7 @@ from server.worker.running_job import RunningJob, outcome_from_exception
 
 
 class PendingJobs:
-    """A first-in, first-out list of claimed jobs, so that jobs waiting for other weights get their turn too."""
+    """A first-in, first-out list of claimed jobs, so that jobs that need other weights than those loaded get a turn."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class PendingJobs:
         engines: EnginePool,
         input_path: Callable[[str], Path],
     ) -> None:
-        """Set up an empty list. `input_path` returns the path of a request's input file by its name."""
+        """Set up an empty list. `input_path` returns the path of an input file with the given name."""
         self._settings = settings
         self._models = models
         self._queue = queue
@@ -38,7 +38,10 @@ class PendingJobs:
         return [job for job, _ in self._waiting]
 
     def claim(self, running: Sequence[RunningJob], num_ending: int) -> None:
-        """Claim jobs up to the limit. Low priority does not count against normal's limit, so it cannot block normal."""
+        """Claim jobs up to the limit; `num_ending` jobs are with the postprocessor. Raises DiskFull.
+
+        Jobs of low priority do not count against the limit for normal priority, so they cannot block it.
+        """
         while True:
             jobs = [*(each.job for each in running), *self.jobs]
             num_low = sum(job.priority == Priority.LOW for job in jobs)
@@ -52,9 +55,10 @@ class PendingJobs:
             self._waiting.append(claimed)
 
     def start_ready(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, RunningJob | Outcome]]:
-        """Yield jobs that can run now, and the outcomes of jobs that cannot run at all. Raises DeviceLost.
+        """Yield each job that can run now, and the outcome of each job that cannot run at all. Raises DeviceLost.
 
-        Weights are loaded here. While only evicting an engine `in_use` would make room, all jobs wait.
+        Missing weights are loaded first. If the next job's weights would fit only in place of an engine `in_use`, all
+        jobs wait.
         """
         for each in [each for each in self._waiting if each[0].is_cancelled]:
             self._waiting.remove(each)
@@ -72,7 +76,7 @@ class PendingJobs:
                 continue
             if engine is None:
                 return
-            # After a load, start every job that waited for these weights, to get the most out of each switch.
+            # After a load, start every job that waits for these weights, so that they are loaded as seldom as possible.
             alike = [each for each in self._waiting if self._engines.get_loaded(each[0].endpoint) is engine]
             busy.add(engine)
             for claimed in alike if is_new else alike[:1]:
@@ -80,7 +84,10 @@ class PendingJobs:
                 yield claimed[0], self._start(*claimed, engine)
 
     def _engine_for(self, job: Job, in_use: Collection[Engine]) -> tuple[Engine | None, bool]:
-        """Return a job's engine and whether it was just loaded; no engine while running jobs block the memory."""
+        """Return a job's engine and whether it was just loaded; no engine while engines `in_use` leave no room.
+
+        Raises NotFound if the endpoint is no longer served, and the errors of a load.
+        """
         if job.endpoint not in self._engines:
             raise NotFound(f"{job.endpoint} is no longer served here")
         if engine := self._engines.get_loaded(job.endpoint):
@@ -90,7 +97,7 @@ class PendingJobs:
     def _start(self, job: Job, text: str, engine: Engine) -> RunningJob | Outcome:
         try:
             model = self._models[job.endpoint]
-            # Validated without limits: an accepted request stays valid even if the settings have changed.
+            # Validate without limits: an accepted request stays valid even if the settings have changed.
             request = model.Input.model_validate_json(text)
             inputs = {place: self._resolve_input(name) for place, name in job.input_files.items()}
             needs_safety_check = bool(request.enable_safety_checker or self._settings.enforce_safety_checker)

@@ -20,12 +20,12 @@ from server.worker.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-#: Seconds beyond the grace period: enough to encode and write an image, so that only decoding is abandoned.
+#: Seconds that `stop` waits beyond the grace period, to encode and write an image: only decoding is abandoned.
 SHUTDOWN_MARGIN = 1.0
 
 
 class Postprocessor:
-    """A queue of jobs to finish, in order of arrival, on a separate thread from the worker's steps."""
+    """A queue of jobs to finish in order of arrival, on a thread that runs in parallel to the worker's steps."""
 
     def __init__(
         self,
@@ -49,17 +49,17 @@ class Postprocessor:
         self._thread = threading.Thread(target=self._run, name="postprocessor", daemon=True)
 
     def __len__(self) -> int:
-        """Return how many jobs are not finished yet."""
+        """Return the number of unfinished jobs, including the current one."""
         return len(self._pending) + (self._current is not None)
 
     @property
     def engines(self) -> set[Engine]:
-        """Engines that still have images to decode or check here."""
+        """The engines of the jobs whose outcome is not known yet. They must not be evicted."""
         ends = [self._current, *(end for _, end in tuple(self._pending))]
         return {end.engine for end in ends if isinstance(end, RunningJob)}
 
     def add(self, job: Job, end: RunningJob | Outcome) -> None:
-        """Add a job with all steps done, or one whose outcome is known."""
+        """Add a job. `end` is its RunningJob once all steps are done, or its outcome if that is known already."""
         self._pending.append((job, end))
         self._wake.set()
 
@@ -68,22 +68,28 @@ class Postprocessor:
         self._thread.start()
 
     def stop(self, stop_at: float) -> None:
-        """Finish the current job, or give up soon after `stop_at`; release the rest to the queue."""
+        """Finish the current job, and release all other jobs to the queue.
+
+        The current job gets until SHUTDOWN_MARGIN seconds after `stop_at`, a time of the monotonic clock.
+        """
         self._is_stopping = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(max(0.0, stop_at - time.monotonic()) + SHUTDOWN_MARGIN)
-        # A job that is still in progress is requeued at the next start.
+        # If the current job is not finished by now, the next start of the server requeues it.
         while self._pending:
             self._queue.release(self._pending.popleft()[0])
 
     def run_once(self) -> bool:
-        """Finish one job; return False when none waits. Raises DiskFull; the next call retries the same job."""
+        """Finish one job; return False if none waits.
+
+        Raises DeviceLost, and DiskFull, after which the next call retries the same job.
+        """
         try:
             job, end = self._pending[0]
         except IndexError:
             return False
-        # Set first, so that the job's engine never looks idle.
+        # Set this before the job leaves the queue, so that `engines` includes its engine at all times.
         self._current = end
         self._pending.popleft()
         try:
@@ -91,19 +97,22 @@ class Postprocessor:
                 end = self._outcome(end)
             is_accepted = self._queue.finish(job, end)
         except DiskFull:
-            # Keep a finished outcome, so that the retry does not build it again.
+            # `end` may be an outcome by now. The retry then does not build it again.
             self._pending.appendleft((job, end))
             raise
         finally:
             self._current = None
         if not is_accepted:
             self._results.discard(end.files)
-        # The worker can claim another job.
+        # The worker can claim another job now.
         self._notifier.work_available.set()
         return True
 
     def _outcome(self, running: RunningJob) -> Outcome:
-        """Decode and check what is left to this thread, then encode and store the images."""
+        """Decode and check the images that the worker left to this thread, then encode and store all images.
+
+        Raises DiskFull and DeviceLost; any other error becomes the outcome.
+        """
         try:
             with self._watchdog.watch([running.job]):
                 while not running.is_decoded:
@@ -126,7 +135,7 @@ class Postprocessor:
             while not self._is_stopping:
                 if not self._try_run_once():
                     self._wake.wait()
-                # Clear before checking again, so that a later `set` ends the next wait.
+                # Clear before the next check: a job that is added after that check sets the event again.
                 self._wake.clear()
         except BaseException as error:
             self._on_failure(error)

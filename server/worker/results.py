@@ -1,4 +1,4 @@
-"""Conversion of images to the client's answer: black out unsafe ones, encode, store, list."""
+"""The outcome of a job with images: unsafe ones are blacked out, then all are encoded, stored and listed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from server.worker.interfaces import FileSink
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The result of a finished task; `flags` tells for each image whether it is unsafe."""
+    """The result of a finished task; `flags` tells for each image whether it is unsafe, `seconds` how long all took."""
 
     images: Sequence[Image]
     flags: Sequence[bool]
@@ -27,14 +27,14 @@ class GeneratedImages:
 
 
 class ResultBuilder:
-    """Builder of the outcome of a job whose images are generated and checked."""
+    """A builder of outcomes, for jobs whose images are generated and checked."""
 
     def __init__(self, files: FileSink, *, embeds_parameters: bool) -> None:
         self._files = files
         self._embeds_parameters = embeds_parameters
 
     def outcome(self, job: Job, model: Model, request: Any, generated: GeneratedImages) -> Outcome:
-        """Build the outcome and store its files. Raises DiskFull, leaving no file behind."""
+        """Store the images and build the outcome. Raises DiskFull; no error leaves a file behind."""
         files: list[StoredFile] = []
         try:
             images = [
@@ -76,7 +76,7 @@ class ResultBuilder:
         return {"url": url, "width": image.width, "height": image.height, "content_type": content_type}
 
     def _parameters(self, model: Model, request: Any, generated: GeneratedImages, index: int) -> Mapping[str, Any]:
-        """Return only what the image depends on: no time, no request id, no host."""
+        """Return the parameters to embed: only those that the image depends on, so no time, request id or host."""
         image = generated.images[index]
         return {
             **model.metadata(request, request.seed + index),

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RunningJob:
-    """One job in progress. `needs_safety_check` tells whether its images go to the safety checker."""
+    """A job in progress. `needs_safety_check` tells whether its images go to the safety checker."""
 
     job: Job
     model: Model
@@ -28,6 +28,7 @@ class RunningJob:
     seconds: float = 0.0
     #: Total work of the scheduler when this job was added.
     claimed_at: int = 0
+    #: For each image whether it is unsafe; None until all images are decoded and checked.
     flags: Sequence[bool] | None = None
 
     @property
@@ -41,7 +42,7 @@ class RunningJob:
         return self.flags is not None
 
     def decode_next(self) -> None:
-        """Decode the next image; after the last one, check them all. Raises GenerationFailed."""
+        """Decode the next image; after the last one, check all images. Raises GenerationFailed and DeviceLost."""
         started = time.perf_counter()
         if not self.task.is_decoded:
             self.engine.decode(self.task)
@@ -52,7 +53,7 @@ class RunningJob:
     def _check_safety(self) -> Sequence[bool]:
         flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.images)]
         if len(flags) != len(self.task.images):
-            raise GenerationFailed("The safety checker did not answer for every image, so none is returned.")
+            raise GenerationFailed("The safety checker did not check every image, so no image is returned.")
         return flags
 
     @property
@@ -64,7 +65,7 @@ class RunningJob:
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:
-    """Return the outcome that the client sees for an error; details go to the operator's log."""
+    """Convert an error into the outcome for the client. Failures are logged; details of unexpected ones only there."""
     if isinstance(error, ServerError):
         return Outcome.from_error(error)
     if isinstance(error, IncompatibleInput):

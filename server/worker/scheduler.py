@@ -13,9 +13,9 @@ class FairScheduler:
     """A fair queue over keys, which counts the work done for each key in floating point operations.
 
     Within a key, the request with the least remaining work goes first. Equal requests finish one after the other, and
-    a short request goes before a long one that has more left to do. Ageing bounds how long the long one waits: with R
-    work remaining, it is overtaken only by requests of r work claimed before AGEING * (R - r) work was done after its
-    own claim.
+    a short request goes before a long one that has more left to do. Ageing bounds how long the long one waits: a
+    request with r work remaining overtakes one with R work remaining only if less than AGEING * (R - r) work was done
+    between their claims.
 
     Between keys, the lowest score goes first: the work done for the key, plus the remaining work of its next request.
     This score is the virtual finish time of fair queueing. It stays the same while a request advances, so equal keys
@@ -24,29 +24,30 @@ class FairScheduler:
 
     def __init__(self) -> None:
         self._done: dict[Priority, dict[str, int]] = {priority: {} for priority in Priority}
+        #: All work done so far.
         self.total = 0
 
     def add(self, running: RunningJob, others: Sequence[RunningJob]) -> None:
-        """Add a request that starts. Its key gets no credit for the time it was idle."""
+        """Add a request that starts; `others` are running. Its key gets no credit for the time without requests."""
         running.claimed_at = self.total
-        # Priorities are counted separately, because low priority has no claim to the work done for normal.
+        # Work is counted for each priority separately: work at normal priority must not delay a key's low priority.
         priority, done = running.job.priority, self._done[running.job.priority]
         active = {other.job.owner for other in others if other.job.priority == priority}
         least = min((done[owner] for owner in active), default=None)
-        # Idle keys that have fallen behind start level with the others. Keys that are ahead stay ahead.
+        # A key that was idle starts level with the active key that got the least work, unless its own count is higher.
         remembered = {} if least is None else {key: work for key, work in done.items() if key in active or work > least}
         remembered.setdefault(running.job.owner, least or 0)
         self._done[priority] = remembered
 
     def charge(self, running: RunningJob, work: int) -> None:
-        """Add work that was done for a request."""
+        """Count work done for a request, in floating point operations."""
         self._done[running.job.priority][running.job.owner] += work
         self.total += work
 
     def in_turn(self, running: Sequence[RunningJob]) -> list[RunningJob]:
-        """Sort requests by turn: cancelled ones first, then normal priority before low.
+        """Sort requests into the order of their turns: cancelled ones, then normal priority, then low priority.
 
-        Within a priority: requests waiting to decode, then by score, then by remaining work.
+        Within a priority, requests with all steps done come first. The others follow by score, then by remaining work.
         """
         firsts: dict[tuple[Priority, str], RunningJob] = {}
         for each in filter(lambda each: not each.steps_done, running):
@@ -54,9 +55,9 @@ class FairScheduler:
             firsts[key] = min(firsts.get(key, each), each, key=self._aged)
 
         def turn(each: RunningJob) -> tuple[int, ...]:
-            job, is_waiting = each.job, not each.steps_done
-            group = (not job.is_cancelled, job.priority == Priority.LOW, is_waiting)
-            if not is_waiting:
+            job, has_steps = each.job, not each.steps_done
+            group = (not job.is_cancelled, job.priority == Priority.LOW, has_steps)
+            if not has_steps:
                 return (*group, job.sequence)
             first = firsts[job.priority, job.owner]
             remaining = first.task.remaining_work
@@ -67,6 +68,6 @@ class FairScheduler:
         return sorted(running, key=turn)
 
     def _aged(self, running: RunningJob) -> tuple[int, int]:
-        """Return the sort key within an owner's requests: remaining work less ageing."""
+        """Return the sort key among the requests of one key: remaining work minus ageing, then arrival."""
         age = (self.total - running.claimed_at) // AGEING
         return running.task.remaining_work - age, running.job.sequence

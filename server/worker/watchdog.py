@@ -1,4 +1,4 @@
-"""A watchdog that ends the process when a step hangs: a hung device answers no signal; only a new process helps."""
+"""A watchdog that ends the process when a step hangs, because nothing can interrupt a thread inside a GPU driver."""
 
 import faulthandler
 import logging
@@ -12,14 +12,15 @@ from server.queue.jobs import Job
 
 log = logging.getLogger(__name__)
 
-#: The exit code after a hung step; a supervisor restarts the process.
+#: The exit code after a hung step. The process's supervisor, such as systemd, restarts it.
 EXIT_STUCK = 3
 
 
 class Watchdog:
-    """A deadline on what each thread is working on.
+    """A watchdog over threads that work on jobs: each watched block may take `deadline` seconds.
 
-    `on_timeout` gets the jobs of a thread past the deadline. `on_change` gets the jobs of all threads at each change.
+    The watchdog calls `on_timeout` with the jobs of a thread past the deadline. It calls `on_change` with the jobs of
+    all watched threads, by thread id, whenever a block begins or ends.
     """
 
     def __init__(
@@ -34,22 +35,22 @@ class Watchdog:
         self._on_change = on_change
         self._clock = clock
         self._watched: dict[int, tuple[float, Sequence[Job]]] = {}
-        # Held while a change is made and reported, so that reports arrive in order.
+        # Held while a change is made and reported, so that `on_change` gets the changes in order.
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Start checking every second."""
+        """Start a thread that calls `check` every second."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop checking."""
+        """Stop the checks; do not wait for their thread."""
         self._is_stopped.set()
 
     @contextmanager
     def watch(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Register this thread as working on these jobs during the block."""
+        """Watch the block as this thread's work on these jobs. During a nested block, only the inner one is watched."""
         me = threading.get_ident()
         outer = self._watched.get(me)
         try:
@@ -59,7 +60,7 @@ class Watchdog:
             self._put(me, outer)
 
     def check(self) -> None:
-        """Report each thread that is past the deadline."""
+        """Call `on_timeout` once for each thread that is past the deadline."""
         now = self._clock()
         for started, jobs in list(self._watched.values()):
             if now - started > self._deadline:
@@ -80,9 +81,10 @@ class Watchdog:
 
 
 def abort_process(deadline: float, jobs: Sequence[Job]) -> None:
-    """Log what hangs and exit at once: no code can stop a thread inside a driver."""
+    """Log the jobs whose step hangs and all stack traces, then exit at once with EXIT_STUCK."""
     names = ", ".join(job.request_id for job in jobs)
-    log.critical("a step of %s took longer than --step-deadline (%g s); the process ends", names, deadline)
+    message = "a step of %s took longer than --step-deadline (%g s); the process ends and needs a restart"
+    log.critical(message, names, deadline)
     faulthandler.dump_traceback()
     logging.shutdown()
     os._exit(EXIT_STUCK)

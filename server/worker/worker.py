@@ -1,4 +1,4 @@
-"""The worker loop: one thread owns the models, claims jobs, and advances one task by one step at a time."""
+"""The worker: a thread that owns the engines of one GPU, claims jobs, and takes one step at a time."""
 
 import io
 import logging
@@ -32,14 +32,14 @@ from server.worker.watchdog import Watchdog, abort_process
 
 log = logging.getLogger(__name__)
 
-#: Maximum previews per image.
+#: Maximum previews per request.
 PREVIEWS = 10
-#: Seconds beyond the grace period until `stop` returns anyway: the postprocessor's margin, and time to release jobs.
+#: Seconds that `stop` waits beyond the grace period: the postprocessor's margin, and time to release jobs.
 _STOP_MARGIN = SHUTDOWN_MARGIN + 0.5
 
 
 class Worker:
-    """The worker of one GPU. `run_once` does one round of work, so tests need no thread."""
+    """The worker of one GPU, or of the CPU. Tests call `run_once` instead of starting its thread."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Worker:
         metrics: Metrics | None = None,
         crash_recorder: CrashRecorder | None = None,
     ) -> None:
-        """Set up the worker. `input_path` returns the path of a request's input file by its name."""
+        """Set up the worker. `input_path` returns the path of an input file with the given name."""
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._queue = queue
@@ -74,12 +74,12 @@ class Worker:
         self._stop_at: float | None = None
         self.is_ready = False
         self.loading = LoadProgress()
-        #: Why the worker stopped, unless `stop` was called.
+        #: The error that stopped the worker; None if there was none.
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which loads the models and then runs jobs."""
+        """Start the thread, which loads the weights and then runs jobs."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -87,28 +87,34 @@ class Worker:
         was_ready, self.is_ready = self.is_ready, False
         self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
         self._notifier.work_available.set()
-        # Loading cannot be interrupted, and interrupting it loses nothing. The job of a step that does not end is
-        # requeued at the next start.
+        # A worker that is still loading is not waited for: loading takes long, and nothing is lost if the process ends
+        # meanwhile. If a step does not end in time, the next start of the server requeues its job.
         if was_ready:
             self._thread.join(self._settings.shutdown_grace + _STOP_MARGIN)
 
     def setup(self) -> None:
-        """Load the engines that fit. Raises the first error of a load."""
+        """Load as many engines as fit; the worker is ready then. Raises the first error of a load."""
         self._engines.setup()
         self.is_ready = True
 
     def gpus(self) -> Sequence[GpuStatus]:
-        """Return the status of this worker's GPU; called from any thread."""
+        """Return the status of this worker's GPU, as a list of one. May be called from any thread."""
         num_running = len(self._running) + len(self._pending.jobs) + len(self._postprocessor)
         return [GpuStatus("0", "ready" if self.is_ready else "loading", "", num_running, 0, self._engines.info())]
 
     def run_once(self) -> bool:
-        """Do one round of all threads' work on this thread; return False when idle. Raises DiskFull."""
+        """Take a step and finish a job, both on the calling thread; return False if there is nothing to do.
+
+        Raises DiskFull and DeviceLost.
+        """
         has_stepped = self.step_once()
         return self._postprocessor.run_once() or has_stepped
 
     def step_once(self) -> bool:
-        """Claim jobs up to the limit, then take one step of one task; return False when idle."""
+        """Claim jobs up to the limit, then advance one job by one step or image; return False if no job runs.
+
+        Raises DiskFull and DeviceLost.
+        """
         self._start_jobs()
         if not self._running:
             return False
@@ -127,7 +133,7 @@ class Worker:
     # -- steps
 
     def _start_jobs(self) -> None:
-        """Claim jobs up to the limit, and start those whose weights are in memory."""
+        """Claim jobs up to the limit, and start those that can run now. This may load weights first."""
         if self._stop_at is None:
             self._pending.claim(self._running, len(self._postprocessor))
         in_use = {running.engine for running in self._running} | self._postprocessor.engines
@@ -139,7 +145,10 @@ class Worker:
                 self._postprocessor.add(job, started)
 
     def _advance(self, running: RunningJob) -> RunningJob | Outcome | None:
-        """Advance a job; once the worker is done with the job, return what the postprocessor needs to finish it."""
+        """Advance a job by one step or one image. Return None while this thread has more to do for the job.
+
+        Otherwise, return what the postprocessor needs to finish it: the job itself, or the outcome of a cancelled one.
+        """
         if running.job.is_cancelled:
             return Outcome.from_error(ClientCancelled())
         if not running.steps_done:
@@ -153,7 +162,10 @@ class Worker:
         return running if running.is_decoded or is_left else None
 
     def _batch_candidates(self, running: RunningJob) -> list[RunningJob]:
-        """Return jobs that may share the forward. Jobs with crashes run alone, so that only the culprit is charged."""
+        """Return the other jobs that may share the next forward of this one.
+
+        A job with a crash count runs alone, so that a further crash is charged to no other job.
+        """
         return [
             other
             for other in self._scheduler.in_turn(self._running)
@@ -187,7 +199,7 @@ class Worker:
                 self._report_progress(member)
 
     def _report_progress(self, running: RunningJob) -> None:
-        """Report progress; every few steps with a preview, if the client wants previews."""
+        """Report a completed step, every few steps with a preview, if previews are wanted and allowed."""
         job, task = running.job, running.task
         every = math.ceil(task.num_steps / PREVIEWS)
         is_wanted = job.mode == Mode.STREAM or job.wants_previews
@@ -209,7 +221,7 @@ class Worker:
             while self._is_wanted():
                 if not self._try_step():
                     self._notifier.work_available.wait(self._grace_left())
-                # Clear before checking again, so that a later `set` ends the next wait.
+                # Clear before the next check: work that arrives after that check sets the event again.
                 self._notifier.work_available.clear()
             for job in (*(running.job for running in self._running), *self._pending.jobs):
                 self._queue.release(job)
@@ -236,7 +248,7 @@ class Worker:
         return None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
 
     def _report_loading(self, endpoint: str, loading: LoadProgress) -> None:
-        """Report loading progress to the log, /health/ready, and the waiting jobs."""
+        """Report loading progress: to the log, to /health/ready, and to the logs of the jobs that wait for weights."""
         self.loading = loading
         unit, name = (1e9, "GB") if loading.total_bytes >= 1e9 else (1e6, "MB")
         done, total = loading.loaded_bytes / unit, loading.total_bytes / unit
@@ -246,7 +258,7 @@ class Worker:
             self._queue.log(job, f"{endpoint}: {message}")
 
     def fail(self, error: BaseException) -> None:
-        """Stop the worker because of `error`; only the first error counts. Called from any thread."""
+        """Stop the worker because of `error`; do nothing after an earlier error. May be called from any thread."""
         if self.failure is not None:
             return
         # One line is enough for errors that the operator can fix; others need the stack trace.
@@ -265,7 +277,7 @@ class Worker:
 
 
 def _preview(running: RunningJob) -> str | None:
-    """Return a small JPEG as a data URI, or None; a failed preview does not fail the request."""
+    """Return a preview as a JPEG in a data URI; None if there is none yet or if it fails, which is logged."""
     try:
         image = running.engine.preview(running.task)
     except Exception:

@@ -90,7 +90,7 @@ def open_components(
 
 @contextmanager
 def full_disk(components: Components) -> Iterator[None]:
-    """Forbid SQLite to add a page, so that a write fails as on a full disk."""
+    """Forbid SQLite to add a page during the block, so that a write fails as on a full disk."""
     components.rows("PRAGMA max_page_count = 1")
     try:
         yield
@@ -126,7 +126,7 @@ def finish_job(components: Components, *files: StoredFile, **changes: Any) -> Jo
 
 
 async def wait_for_state(components: Components, job: Job, state: State) -> None:
-    """Wait until the job, which another task works on, is in this state."""
+    """Wait until the job is in this state, which another thread or task brings about."""
     components.notifier.bind_loop(asyncio.get_running_loop())
     with components.notifier.subscribe(job.request_id) as event:
         while job.state != state:

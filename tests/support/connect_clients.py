@@ -1,4 +1,4 @@
-"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and their connections."""
+"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and the hosts they reach."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.server_process import ROOT, Server
 TESTS = Path(__file__).parent
 #: The directory of older clients, with a subdirectory for each.
 CLIENTS = TESTS / ".clients"
-#: The first version is installed in the environment of the server.
+#: Versions of fal-client. The first one is installed in this environment.
 VERSIONS = ("1.0.3", "0.7.0", "0.5.9")
 
 
@@ -40,7 +40,7 @@ def download_package(package: str, version: str, *options: str) -> Path:
 
 
 def run_client(server: Server, version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a call of fal_client_calls with the variables that the server prints and this version of the client only."""
+    """Run a call of fal_client_calls with this version of the client and the variables of `flux-server env`."""
     paths = [variables.pop("PYTHONPATH", None), client_directory(version)]
     python_path = os.pathsep.join(str(path) for path in paths if path)
     environment = {"PATH": os.environ["PATH"], **env_variables(server), "PYTHONPATH": python_path, **variables}
@@ -51,7 +51,7 @@ def run_client(server: Server, version: str, *arguments: str, **variables: str) 
 
 
 def client_output(server: Server, version: str, *arguments: str, **variables: str) -> Any:
-    """Run a call as `finished` does; return the JSON that it prints."""
+    """Run a call as `run_client` does; return the JSON that it prints."""
     return json.loads(run_client(server, version, *arguments, **variables).stdout)
 
 

@@ -16,7 +16,7 @@ SHARD = "600KB"
 
 
 def write_flux_dev(directory: Path) -> None:
-    """Write sharded safetensors with index files, both tokenizers, the scheduler, and files not to be downloaded."""
+    """Write the repository: sharded weights with index files, tokenizers, scheduler, and files not to be downloaded."""
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
@@ -60,7 +60,7 @@ def write_flux_dev(directory: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(directory / name)
         shutil.copytree(DEMO / name, directory / name)
-    # Files that the real repository has besides the pipeline: single-file checkpoints, documents and images.
+    # The real repository has more than the pipeline: single-file checkpoints, documents and images.
     for name in ("flux1-dev.safetensors", "ae.safetensors"):
         shutil.copy(DEMO / "vae" / "diffusion_pytorch_model.safetensors", directory / name)
     for name in ("README.md", "LICENSE.md", "dev_grid.jpg", "vae/diffusion_pytorch_model.bin"):
@@ -75,10 +75,11 @@ def write_checker(directory: Path) -> None:
 
 
 class Hub:
-    """A server of repositories, found by id. Those in `gated` are refused without the token.
+    """A server of repositories, by their ids. Those in `gated` are refused without the token.
 
-    `breaks_off`: the first response for each weight file ends after that many bytes.
-    `stalls_at`: the response for this file stops halfway until `goes_on` is set.
+    `truncate_at`: the first response for each weight file ends after that many bytes.
+    `stalling_file`: the response for this file stops halfway. `has_stalled` is set then, and the connection stays open
+    until `resume` is set, for 60 seconds at most.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:

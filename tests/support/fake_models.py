@@ -78,7 +78,7 @@ class NullEngine:
 
 
 class GateEngine(NullEngine):
-    """An engine that takes a step for each byte written to the named pipe in the prompt, and all once it is closed."""
+    """An engine that takes a step for each byte written to the named pipe in the prompt, or at once if it is closed."""
 
     def __init__(self) -> None:
         self._gates: dict[str, int] = {}
@@ -92,14 +92,14 @@ class GateEngine(NullEngine):
 
 
 class SharingEngine(NullEngine):
-    """An engine that advances all other tasks in each step too."""
+    """An engine whose forwards are shared: each step advances all given tasks."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         return [advanced for each in (task, *others) for advanced in super(SharingEngine, self).advance(each)]
 
 
 class MemoryEngine(NullEngine):
-    """An engine that has too little memory for any image."""
+    """An engine that runs out of memory in each step."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         raise GenerationFailed("Out of memory: an image of 512x512 did not fit, also when tried alone.")
@@ -140,7 +140,7 @@ class CopyEngine(NullEngine):
 
 
 class RaisesEngine(NullEngine):
-    """An engine that fails in the second step, with a message for the client only if the prompt is "told"."""
+    """An engine that fails in the second step. The error has a message for the client only if the prompt is "told"."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         if task.step == 1:
@@ -149,7 +149,7 @@ class RaisesEngine(NullEngine):
 
 
 class UnsafeEngine(NullEngine):
-    """An engine whose safety checker flags, returns too few results or raises, as the prompt says."""
+    """An engine whose safety checker flags all images, raises for the prompt "raises", or omits them for "silent"."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._prompt = request.prompt
@@ -162,7 +162,7 @@ class UnsafeEngine(NullEngine):
 
 
 class SlowCheckEngine(NullEngine):
-    """An engine whose safety checker waits for a byte from the named pipe in the prompt, then flags."""
+    """An engine whose safety checker waits for a byte from the named pipe in the prompt, then flags every image."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._gate = request.prompt

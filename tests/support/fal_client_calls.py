@@ -74,7 +74,7 @@ def watch(gate: str) -> Any:
 
 
 def cancel(gate: str) -> Any:
-    """Cancel one running request and one that waits behind it; return the error and the last status of each."""
+    """Cancel a running request and one that waits behind it; return their statuses before and after, and all errors."""
     running = fal_client.submit("test/gate", arguments={"prompt": gate})
     waiting = fal_client.submit("test/null", arguments={"prompt": "x"})
     next(event for event in running.iter_events() if isinstance(event, fal_client.InProgress))
@@ -116,7 +116,7 @@ async def cancel_async(gate: str) -> Any:
 
 
 def bad(endpoint: str) -> Any:
-    """Return how a request with two bad fields fails, for each call."""
+    """Send a request with two invalid fields by each call; return the errors."""
     arguments = {"prompt": 5, "num_images": 9}
     return [
         _failure(lambda: fal_client.run(endpoint, arguments=arguments)),
@@ -136,7 +136,7 @@ async def bad_async(endpoint: str) -> Any:
 
 
 def late(gate: str) -> Any:
-    """Send requests that cannot start before their timeout, because another request occupies the model."""
+    """Send two requests that cannot start in time, because another one occupies the server; return their errors."""
     holder = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 1})
     next(event for event in holder.iter_events() if isinstance(event, fal_client.InProgress))
     handle = fal_client.submit("test/null", arguments={"prompt": "x"}, start_timeout=1.01)
@@ -193,7 +193,7 @@ def _copied(url: str) -> Any:
 
 
 def realtime() -> Any:
-    """Generate two images and one error in one session, and one image in a session opened with the key itself."""
+    """Send three requests in one session, the second invalid, and one in a session opened without a token."""
     with fal_client.realtime(FLUX, max_buffering=5) as session:
         answers = [_received(session, APPLE), _received(session, {"prompt": 5}), _received(session, APPLE)]
     with fal_client.realtime(FLUX, use_jwt=False) as session:
@@ -209,7 +209,7 @@ async def realtime_async() -> Any:
 
 
 def by_host(endpoint: str) -> Any:
-    """Make each call that FAL_RUN_HOST and FAL_QUEUE_RUN_HOST redirect, and one refused call.
+    """Make each call that FAL_RUN_HOST and FAL_QUEUE_RUN_HOST redirect, and one call with an invalid field.
 
     Uploads and realtime tokens are not covered: fal-client redirects them in another way.
     """
@@ -227,7 +227,7 @@ def by_host(endpoint: str) -> Any:
 
 
 def hopeless(directory: str) -> Any:
-    """Return the class name of the error of each call when there is no server."""
+    """Make each call while no server runs; return the class names of the errors."""
     calls = {
         "run": lambda: fal_client.run(FLUX, arguments=APPLE),
         "submit": lambda: fal_client.submit(FLUX, arguments=APPLE),

@@ -1,4 +1,4 @@
-"""Hostile files that an image URL may lead to, with the expected outcome of each."""
+"""Hostile and unusual files that an image URL may lead to, with the expected outcome of each."""
 
 import io
 import struct
@@ -17,7 +17,7 @@ def encode(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
 
 
 def noise_image(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
-    """Make an image of random noise; it is the same each time."""
+    """Make an image of noise, which is the same each time for the same size."""
     values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
     return Image.fromarray(values.squeeze())
 
@@ -39,7 +39,7 @@ def pixels(width: int, height: int) -> bytes:
 
 
 def jpeg_size(content: bytes, width: int, height: int) -> bytes:
-    """Change the size in the header of a JPEG."""
+    """Return the JPEG with another size in its header and the same pixels."""
     offset = content.index(b"\xff\xc0") + 5
     return content[:offset] + struct.pack(">HH", height, width) + content[offset + 4 :]
 
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "too elongated": (encode(Image.new("RGB", (4000, 100))), SMALL),
 }
 
-#: Unusual files that the server must accept; each decodes to `noise()`.
+#: Unusual files that the server must accept; each decodes to `noise_image()`.
 ACCEPTED: dict[str, bytes] = {
     "a page after the image": PNG + b"<script>alert(1)</script>",
     "an archive after the image": encode(noise_image(), "WEBP", lossless=True) + b"PK\x03\x04" + bytes(64),

@@ -1,6 +1,6 @@
 """A separate network in which every address leads to this machine and each attempt to connect is recorded.
 
-`inside` runs a program of tests/support/network_programs.py there; everything else is for such programs.
+`run_in_network` runs a program of tests/support/network_programs.py there; all else here is for these programs.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tests.support.server_process import ROOT
 
 #: A user namespace with rights over the new network and mount namespaces only, so it needs no root.
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount", "--")
-#: Two reserved documentation addresses (RFC 5737 and 5735): of the DNS resolver, and of packets that mark an end.
+#: Two addresses reserved for documentation (RFC 5737 and 5735): of the DNS resolver, and of packets used as marks.
 RESOLVER, _MARK = "192.0.2.53", "192.0.2.9"
 #: An address that the server takes for a public host.
 PUBLIC = "93.184.216.34"
@@ -39,7 +39,7 @@ _A, _AAAA = 1, 28
 
 @functools.cache
 def _missing_requirement() -> str:
-    """Say what this machine lacks for such a network; empty if nothing."""
+    """Return what this machine lacks for a separate network; empty if it lacks nothing."""
     for name in ("unshare", "ip"):
         if not shutil.which(name):
             return f"{name} is not installed"
@@ -66,7 +66,7 @@ def run_in_network(program: str, *arguments: object) -> Any:
 
 
 def route_everything_here() -> None:
-    """Make every address an address of this machine, and look names up at RESOLVER."""
+    """Make every address lead to this machine, and make programs look names up at RESOLVER."""
     for command in (
         "ip link set lo up",
         "ip route add local 0.0.0.0/0 dev lo",
@@ -99,7 +99,7 @@ class TrafficRecorder:
                     self._changed.notify_all()
 
     def attempts(self) -> set[str]:
-        """Return all attempts up to now, such as "tcp 10.0.0.1 80". Fail if packets were dropped unseen."""
+        """Return all attempts up to now, such as "tcp 10.0.0.1 80". Fail if the recorder missed packets."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.bind(("127.0.0.1", 0))
             port = sender.getsockname()[1]
@@ -164,7 +164,7 @@ def _record_type(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 
 
 class _Canary(BaseHTTPRequestHandler):
-    """A handler of all requests, whatever the address."""
+    """A handler that records and answers all requests, whatever their address."""
 
     requests: ClassVar[list[str]] = []
     files: ClassVar[Mapping[str, bytes]] = {}

@@ -45,7 +45,7 @@ NAMES = {
     # The first lookup returns a public address, later lookups a private one.
     "rebinding.test": [[PUBLIC], ["10.0.0.1"]],
 }
-#: URLs that show only when their name is looked up that they lead to a forbidden address.
+#: URLs that lead to a forbidden address, which shows only once their name is looked up.
 BY_NAME = [f"http://{name}/" for name in NAMES if name not in ("public.test", "rebinding.test")]
 BY_NAME += ["http://localhost/", "http://0x7f.1/", "http://0x7f000001/"]
 REBINDING = "http://rebinding.test/image.png"
@@ -118,7 +118,7 @@ def hostile(directory: str) -> Any:
 
 
 def allowed(directory: str) -> Any:
-    """Send URLs to a server that may reach every address; return the outcomes and all attempts on the network."""
+    """Send URLs to a server that may connect to every address; return the outcomes and all attempts on the network."""
     everything = "0.0.0.0/0,::/0"
     with serving(Path(directory), TEST_MODELS, outbound_allow=everything) as server, _client(server) as client:
         wire = TrafficRecorder()
@@ -193,7 +193,7 @@ def turned_to_fal(directory: str, program: str, state: str) -> Any:
 
 
 def cached(home: Path, hub_id: str, directory: Path) -> Path:
-    """Copy a directory into the layout of the hub client's cache, links to blobs; return the snapshot's path."""
+    """Copy a directory into the hub client's cache, as links to blobs; return the snapshot's path."""
     repository = home / "hub" / f"models--{hub_id.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     # Skip Python files: the server downloads no code.

@@ -17,7 +17,7 @@ from tests.support.server_process import ROOT, Server, free_port
 
 SAMPLE = ROOT / "docs" / "nginx.conf"
 NAME = "flux.example.com"
-#: nginx's main file: only the settings that these tests need and a distribution's file does not have.
+#: nginx's main configuration file. It keeps nginx in the foreground and all files that nginx writes in one directory.
 _MAIN = """
 daemon off;
 worker_processes 1;
@@ -38,7 +38,7 @@ http {{
 
 @dataclass(frozen=True)
 class Nginx:
-    """A running nginx: its ports, and the certificate authority that its clients trust."""
+    """A running nginx: its ports, the certificate authority that its clients trust, and its error log."""
 
     port: int
     plain_port: int

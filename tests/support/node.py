@@ -15,7 +15,7 @@ from tests.support.server_process import ROOT, Server
 JS = Path(__file__).parent / "js"
 #: The request id in the samples of the endpoint's page.
 PAGE_ID = "764cabcf-b745-4b3e-ae38-1200304cf45b"
-#: The end of each line of a program that is not from the page.
+#: A comment at the end of each line that `program` adds to a sample.
 MARK = " // not of the page"
 _IMPORTS = {
     "@fal-ai/serverless-client": 'import * as fal from "@fal-ai/serverless-client";',
@@ -41,7 +41,7 @@ class Client:
         return replace(self, config_call=self.config_call.replace(url, other))
 
     def output(self, result: Any) -> Any:
-        """Return the output in a result of this SDK."""
+        """Return the endpoint's output from a result of this SDK."""
         assert self.is_raw or result.keys() == {"data", "requestId"}
         return result if self.is_raw else result["data"]
 
@@ -91,7 +91,7 @@ def clients(server: Server) -> dict[str, Client]:
 
 def _printed_json(command: list[str], environment: Mapping[str, str], program: str = "") -> Any:
     """Run Node; return the JSON in the last line that it prints."""
-    # The page requires FAL_KEY. Of this machine's variables only PATH is passed on; others could set a proxy.
+    # The page's samples require FAL_KEY. Only PATH is passed on, because other variables could set a proxy.
     variables = {"PATH": os.environ["PATH"], "FAL_KEY": "local", **environment}
     process = subprocess.run(command, cwd=JS, env=variables, input=program, capture_output=True, text=True, timeout=90)
     assert process.returncode == 0, f"{' '.join(command)} failed:\n{process.stdout}{process.stderr}"

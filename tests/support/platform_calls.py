@@ -1,4 +1,4 @@
-"""Calls of each command of released programs that use fal's platform API; prints the results as JSON.
+"""A program that calls each command of genvoy or falgen, which use fal's platform API, and prints the results as JSON.
 
 `python -m tests.support.platform_calls genvoy|falgen ENDPOINT DIRECTORY`
 """
@@ -15,7 +15,7 @@ PROMPT = "a red apple"
 
 
 def genvoy(endpoint: str, directory: str) -> dict[str, Any]:
-    """Call genvoy's tools and read its resources through its own MCP server."""
+    """Call genvoy's tools and read its resources, through the MCP server that genvoy contains."""
     client_of, server = import_module("fastmcp").Client, import_module("genvoy.server").mcp
 
     async def run() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tests.support.server_process import ROOT, Server, free_port, serving, wait_
 
 MODELS = ROOT / "tests" / "support" / "faults" / "cluster"
 SLOW = "/queue/test/slow"
-#: An environment variable that every process started here inherits; it tells our processes from those of others.
+#: An environment variable that every process started by this test run inherits, and processes of others lack.
 _MARK = "TESTS_OF_PROCESS"
 os.environ[_MARK] = str(os.getpid())
 #: The head's node id and node type in the autoscaler's configuration.
@@ -117,14 +117,14 @@ def num_worker_nodes(cluster: Any) -> int:
 
 @contextmanager
 def serving_on(cluster: Any, data_dir: Path, **settings: str) -> Iterator[Server]:
-    """Start a server that generates on this cluster, with the models that fail on purpose."""
+    """Start a server that generates on this cluster, with the models in tests/support/faults/cluster."""
     options = {"ray": cluster.address, "models_dir": str(MODELS), "max_running": "2", **settings}
     with serving(data_dir, "test/slow=demo", **options) as server:
         yield server
 
 
 def runner_processes() -> list[psutil.Process]:
-    """List the runner processes of all servers of this test run, without those that others run on this machine."""
+    """List the runner processes of this test run's servers, without those of other programs on this machine."""
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -163,7 +163,7 @@ def gpus(client: httpx.Client) -> list[dict[str, Any]]:
 
 
 def wait_for_gpu_states(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
-    """Wait until the GPUs are in these states; only the test's time limit ends the wait."""
+    """Wait until the GPUs are in these states, in any order; return them. Only the test's time limit ends the wait."""
     while True:
         current = gpus(client)
         if sorted(gpu["state"] for gpu in current) == sorted(states):

@@ -6,7 +6,7 @@ import pytest
 
 
 def round_params(few: int, many: int) -> list[Any]:
-    """List the rounds' numbers, which tests use as random seeds; the additional `many` are marked as soak."""
+    """List the numbers of `few` rounds, and of `many` more that are marked as soak. Tests use them as random seeds."""
     return [
         *range(few),
         *(pytest.param(number, marks=pytest.mark.soak, id=f"soak-{number}") for number in range(many)),

@@ -20,12 +20,12 @@ MODELS = Path(__file__).parent / "models"
 
 #: `TEST_RAY=local pytest ...` runs the same tests with runners on Ray.
 CLUSTER = {"RAY": os.environ["TEST_RAY"], "GPUS": "1"} if "TEST_RAY" in os.environ else {}
-#: A value of WEIGHTS: the test models only. Without torch a server starts at once.
+#: A value of WEIGHTS that serves the test models only. Such a server starts at once, because it does not load torch.
 TEST_MODELS = "test/null=demo"
 
 
 class Server:
-    """A running `flux-server serve`; `within` is a command to run it in another environment, such as nsenter."""
+    """A running `flux-server serve`. `within` is a command put before it, such as nsenter with its arguments."""
 
     def __init__(self, data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> None:
         self.data_dir = data_dir
@@ -52,7 +52,7 @@ class Server:
         self.reader.start()
 
     def environment(self) -> dict[str, str]:
-        """Return the server's environment: this process's environment without variables that change the server."""
+        """Return the server's environment: that of this process, but with the settings of this server only."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
         return {**inherited, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
 
@@ -90,7 +90,7 @@ class Server:
         return "localhost:" + self.wait_for(r"and https://[^:]+:(\d+)")[1]
 
     def ready(self) -> "Server":
-        """Wait until the server can generate images."""
+        """Wait until the server can generate images; return the server."""
         self.wait_for(r"ready \[server\.worker\.worker\]|\"message\": \"ready\"")
         return self
 
@@ -137,7 +137,7 @@ def serving_with_proxy(data_dir: Path, *weights: str, **settings: str) -> Iterat
 class Gate:
     """The named pipe that test/gate reads from.
 
-    It is held open here, so neither side ever blocks in opening it.
+    This object holds the pipe open, so that no process waits for the other side when it opens the pipe.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,7 +158,7 @@ class Gate:
 
 @contextmanager
 def open_gate(path: Path) -> Iterator[Gate]:
-    """Create a gate and open it at the end, so that a failed test blocks no other test."""
+    """Create a gate. At the end, release all jobs, so that a failed test blocks no other test."""
     gate = Gate(path)
     try:
         yield gate
@@ -167,7 +167,7 @@ def open_gate(path: Path) -> Iterator[Gate]:
 
 
 def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
-    """Yield each event of the status stream, with the new log lines."""
+    """Yield each event of the status stream, a status with the new log lines."""
     with client.stream("GET", f"{status_url}/stream", params={"logs": "1"}, timeout=60) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -175,7 +175,7 @@ def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
 
 
 def wait_until_claimed(client: httpx.Client, status_url: str) -> dict[str, Any]:
-    """Wait until a job has been claimed; return its status."""
+    """Wait until a job has been claimed; return its first status after that."""
     return next(status for status in statuses(client, status_url) if status["status"] != "IN_QUEUE")
 
 

@@ -1,4 +1,4 @@
-"""Many concurrent clients that are too slow, with the time until the server closes each connection."""
+"""Many concurrent clients that are too slow; the time until the server closes each connection is recorded."""
 
 import contextlib
 import resource
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of slow client: what it sends first, whether it then sends single bytes, and whether it reads."""
+    """A kind of slow client: the bytes it sends first, whether it then sends single bytes, and whether it reads."""
 
     first: bytes
     drips: bool = False
     reads: bool = True
 
 
-#: Clients that do not finish their request header. `in_body` has those that do, but stop later.
+#: Clients that do not finish their request header. `in_body` returns clients that finish it, but are slow later.
 IN_HEADER: Mapping[str, Kind] = {
     "silent": Kind(b""),
     "half a header": Kind(b"GET / HTTP/1.1\r\nHost: he"),
@@ -43,7 +43,7 @@ def in_body(large: str) -> dict[str, Kind]:
 
 @dataclass
 class SlowClients:
-    """`number` connections of each of these kinds, open until the block ends."""
+    """Slow clients: `number` connections of each of these kinds, open until the block ends."""
 
     port: int
     kinds: Mapping[str, Kind]
@@ -77,7 +77,7 @@ class SlowClients:
         self._poller.close()
 
     def watch(self, drip_seconds: float, seconds: float) -> None:
-        """Send bytes and record closed connections until all are closed or `seconds` have passed."""
+        """Drip bytes every `drip_seconds`; record closed connections. End after `seconds`, or when all are closed."""
         deadline, next_drip = time.monotonic() + seconds, 0.0
         while self._open and time.monotonic() < deadline:
             for descriptor, _ in self._poller.poll(drip_seconds):

@@ -19,7 +19,7 @@ _NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 
 
 class SmallDisk:
-    """A small disk; a server started `within` its namespace can use it.
+    """A small disk in a namespace. `enter_command`, put before a program's command, runs the program there.
 
     `inner_path` is the path of the disk inside the namespace, `outer_path` its path outside.
     """
@@ -48,7 +48,7 @@ class SmallDisk:
 
     def fill_inodes(self) -> None:
         """Use up all inodes: bytes can be written, but no further file can be created."""
-        # Stop at the error, which may come early: the server creates files too.
+        # Stop at the error. It may come early, because the server creates files too.
         with suppress(OSError):
             for number in range(_MAX_FILES):
                 (self._filler / str(number)).touch()

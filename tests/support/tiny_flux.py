@@ -47,7 +47,7 @@ def transformer(dtype: torch.dtype = torch.float32, **changes: Any) -> FluxTrans
 
 
 def autoencoder() -> AutoencoderKL:
-    """Build FLUX's autoencoder with small dimensions."""
+    """Build FLUX's autoencoder with small dimensions and random weights."""
     return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -164,7 +164,7 @@ def difference(one: Image, other: Image) -> int:
 
 @contextmanager
 def record_batch_sizes(module: Any) -> Iterator[list[int]]:
-    """Record the batch size of each forward of this transformer."""
+    """Yield a list to which each forward of this transformer adds its batch size, until the block ends."""
     sizes: list[int] = []
 
     def record(_: Any, __: Any, inputs: dict[str, Any]) -> None:

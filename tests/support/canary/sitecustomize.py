@@ -23,7 +23,7 @@ _log = os.open(os.environ["CANARY"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
     if event in _EVENTS:
         address = arguments[_EVENTS[event]]
-        # The string that a Unix socket connects to is a path; no other machine is reached.
+        # A string to connect to is the path of a Unix socket, which reaches no other machine.
         if not isinstance(address, str) or event != "socket.connect":
             host = address[0] if isinstance(address, tuple) else address
             os.write(_log, f"{host}\n".encode())

@@ -77,7 +77,7 @@ IN_BACKUP = {
 
 
 def arm(name: str, marker: Path) -> None:
-    """Make this process die the first time it reaches the point; the file `marker` records that it has died."""
+    """Make this process die when it reaches the point. It does so only once: the file `marker` records that it died."""
     point = {**POINTS, **AT_START, **IN_UPLOAD, **IN_BACKUP}[name]
     holder: Any = importlib.import_module(point.module)
     *path, last = point.name.split(".")
@@ -92,7 +92,7 @@ def arm(name: str, marker: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def dying(*arguments: Any, **options: Any) -> Any:
-        # Take the number of this call now: other calls may start before it returns.
+        # Number this call now, because other calls may start before this one returns.
         number = next(calls)
         if point.is_before and number == point.number:
             die()

@@ -1,4 +1,4 @@
-"""test/gate: the model of tests/support/models, for servers that serve this directory."""
+"""test/gate: the same model as in tests/support/models, for servers with this models directory."""
 
 from tests.support.fake_models import GateEngine, NullModel
 

@@ -1,4 +1,4 @@
-"""test/null, in a server that deletes old data every second, not every minute: minutes of a test stand for days."""
+"""test/null, for a server that deletes old data every second, not every minute, so that minutes stand for days."""
 
 import server.app
 from tests.support.fake_models import NullEngine, NullModel
