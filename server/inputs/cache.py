@@ -1,4 +1,4 @@
-"""Input files of requests: content-addressed, and kept while a request needs them."""
+"""Input files of requests: named by the hash of their content, and kept while an unfinished request needs them."""
 
 import hashlib
 import os
@@ -24,7 +24,11 @@ _SERVER_FILE = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|
 
 
 class InputCache:
-    """A directory of input files. Files appear whole or not at all, and the same content is stored once."""
+    """A directory of input files. Files appear whole or not at all, and the same content is stored once.
+
+    `in_use` returns the names of the files that unfinished requests need. Unused LoRAs are kept while
+    all LoRAs take at most `max_kept_bytes`.
+    """
 
     def __init__(
         self,
@@ -37,14 +41,14 @@ class InputCache:
         self._in_use = in_use
         self.max_kept_bytes = max_kept_bytes
         self._clock = clock
-        #: Names of the files that are pinned, and how often.
+        #: How many requests pin each file, by name.
         self._pinned: Counter[str] = Counter()
-        # Held while a file is checked and then touched or deleted, so that a new file is not swept away.
+        # Held while a file is checked and then touched or deleted, so that a sweep spares a file that was just touched.
         self._lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, name: str) -> Path:
-        """Return a file's path."""
+        """Return the path of the input file with this name."""
         return self._directory / name
 
     def temp_path(self) -> Path:
@@ -52,19 +56,22 @@ class InputCache:
         return self._directory / f"{secrets.token_hex(8)}.part"
 
     def add(self, ready: Path, extension: str) -> str:
-        """Store a complete file durably under the hash of its content; return the name."""
+        """Move a complete file into the cache, durably; return its name, the SHA-256 of its content and the extension.
+
+        Raises OSError.
+        """
         with ready.open("rb") as file:
             name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{extension}"
             os.fsync(file.fileno())
         with self._lock:
-            # A linked upload may have an old time, and the sweep goes by the time.
+            # The file may be a link to an old upload, and a sweep deletes files whose time is old.
             os.utime(ready)
             ready.rename(self.path(name))
         sync_directory(self._directory)
         return name
 
     def touch(self, name: str) -> bool:
-        """Mark a file as used now; return whether it exists."""
+        """Set a file's time to now, so that no sweep deletes it soon; return whether the file exists."""
         with self._lock:
             try:
                 os.utime(self.path(name))
@@ -74,7 +81,7 @@ class InputCache:
 
     @contextmanager
     def pin(self) -> Iterator[Callable[[str], None]]:
-        """Keep files from being swept while a request is being accepted. Yields a function that pins a name."""
+        """Yield a function that pins a file by name: no sweep deletes the file until GRACE_SECONDS after the block."""
         names: list[str] = []
 
         def hold(name: str) -> None:
@@ -92,9 +99,9 @@ class InputCache:
                 self._pinned += Counter()
 
     def sweep(self) -> int:
-        """Delete files that no unfinished request needs; return how many.
+        """Delete files that no unfinished request needs, unless they are pinned or were just used; return how many.
 
-        Images go at once. LoRAs go, least recently used first, until they fit the limit.
+        All such images are deleted; LoRAs, the least recently used first, only until the rest fits the limit.
         """
         needed = self._in_use()
         paths = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))
@@ -111,7 +118,7 @@ class InputCache:
         return num_deleted
 
     def _delete(self, path: Path) -> bool:
-        """Delete a file, unless it is pinned or was used recently; return whether it was deleted."""
+        """Delete a file, unless it is pinned or was used within GRACE_SECONDS; return whether it was deleted."""
         with self._lock:
             if path.name in self._pinned or _used_at(path) >= self._clock() - GRACE_SECONDS:
                 return False
@@ -123,7 +130,7 @@ class InputCache:
 
 
 def size_of(directory: Path, name: str) -> int:
-    """Return the bytes of an input file; 0 if it does not exist."""
+    """Return the size of an input file in bytes; 0 if it does not exist."""
     try:
         return (directory / name).stat().st_size
     except FileNotFoundError:

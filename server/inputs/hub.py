@@ -1,4 +1,4 @@
-"""Hub ids (`owner/name`), resolved to the URL of the weights file."""
+"""Ids of Hugging Face repositories (`owner/name`), resolved to the URL of the weights file."""
 
 import asyncio
 import re
@@ -10,6 +10,7 @@ from server.errors import InvalidInputFile
 from server.net.outbound import OutboundClient
 
 _ID = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}")
+#: Limits on the download of the hub's description of a repository.
 MAX_ANSWER_BYTES = 4 * 2**20
 SECONDS = 30.0
 
@@ -26,9 +27,10 @@ class _Repository(BaseModel):
 
 
 async def resolve_hub_id(reference: str, outbound: OutboundClient, temp_path: Path) -> str:
-    """Return a URL unchanged; for `owner/name`, return the URL of its weights, which must be a single file.
+    """Return the URL of the single safetensors file in the repository `owner/name`; return any other text unchanged.
 
-    The hub's response is written to `temp_path`. Raises InvalidInputFile, and ForbiddenURL.
+    The hub's response is written to `temp_path`. Raises InvalidInputFile for no such file or several, and the errors of
+    `OutboundClient.download`.
     """
     if not _ID.fullmatch(reference):
         return reference

@@ -1,8 +1,8 @@
 """Images that clients send: checked, and decoded as RGB. All are untrusted.
 
-The structure of a file is checked before it is decoded, because small files can keep a decoder busy for hours.
-Measured with Pillow 12 on one core: a JPEG's scans of 36 bytes take 11 ms each at 16 megapixels; two million empty
-PNG chunks, or JPEG segments, take several seconds in which no other thread runs.
+The structure of a file is checked before it is decoded, because a small file can keep a decoder busy for hours.
+Measured with Pillow 12 on one core: each scan of a 16-megapixel JPEG takes 11 ms and needs only 36 bytes; two million
+empty PNG chunks, or JPEG segments, take several seconds in which no other thread runs.
 """
 
 import io
@@ -22,11 +22,11 @@ from server.errors import InvalidInputFile
 #: The formats that are accepted.
 SOURCE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SOURCE_PIXELS = 16_000_000
-# Pillow warns of each bad metadata entry: one image of less than a megabyte would write thirteen megabytes of log.
+# Pillow warns of each bad metadata entry: an image of less than a megabyte could write thirteen megabytes of log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-#: Real encoders write a dozen scans at most.
+#: The most scans of a JPEG. Real encoders write a dozen at most.
 MAX_SCANS = 100
-#: Enough for a PNG of 25 MiB in chunks of 4 KiB, which some encoders write, with room to spare.
+#: The most chunks of a PNG or segments of a JPEG. A PNG of 25 MiB has 6400 chunks of 4 KiB, which some encoders write.
 MAX_PARTS = 10_000
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
@@ -35,12 +35,15 @@ _ALONE = (0x01, *range(0xD0, 0xDA))
 
 
 def decode_image(path: Path, limits: Limits) -> Image:
-    """Decode a client's image as RGB: upright, first frame, scaled down to the limits. Raises InvalidInputFile."""
+    """Decode the first frame of a client's image as RGB, upright, and scaled down to the limits.
+
+    Raises InvalidInputFile, and OSError when the file cannot be read.
+    """
     content = path.read_bytes()
     _check_parts(content)
     try:
         with PIL.Image.open(io.BytesIO(content), formats=SOURCE_FORMATS) as source:
-            # The header's size is checked before anything is unpacked: a few hundred kilobytes can hold gigabytes.
+            # The size in the header is checked before decoding: a few hundred kilobytes can decode to gigabytes.
             if source.width * source.height > MAX_SOURCE_PIXELS:
                 raise _too_many_pixels_error(source.width, source.height)
             source.load()
@@ -84,7 +87,7 @@ def _too_many_pixels_error(*size: int) -> InvalidInputFile:
 
 
 def _upright(image: Image) -> Image:
-    """Rotate an image as its metadata says. Unreadable metadata is ignored, because many programs write it."""
+    """Rotate an image as its metadata says. Ignore unreadable metadata, because many programs write such metadata."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -92,19 +95,19 @@ def _upright(image: Image) -> Image:
 
 
 def _rgb(image: Image) -> Image:
-    """Convert to RGB, eight bits a channel. Pillow alone would clip sixteen-bit values instead of scaling them."""
+    """Convert to RGB with eight bits per channel. Pillow alone clips sixteen-bit values instead of scaling them."""
     if image.mode.startswith("I"):
         return PIL.Image.fromarray((numpy.asarray(image).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 def _check_parts(content: bytes) -> None:
-    """Check the number of parts of a JPEG or PNG. Raises InvalidInputFile for more than a real encoder writes."""
+    """Count the scans and parts of a JPEG or PNG. Raises InvalidInputFile for more than a real encoder writes."""
     parts: Iterator[int] = iter(())
     if content.startswith(_PNG):
         parts = _chunks(content)
     elif content.startswith(_JPEG):
-        # In compressed data 0xFF is always followed by 0, so each match is a marker of the image or of a thumbnail.
+        # Compressed data never contains 0xFF 0xDA, so each match is a marker of the image or of a thumbnail.
         if content.count(_START_OF_SCAN) > MAX_SCANS:
             raise InvalidInputFile(
                 "image_load_error", f"The image has more than {MAX_SCANS} scans; save it as a baseline JPEG"
@@ -117,7 +120,7 @@ def _check_parts(content: bytes) -> None:
 
 
 def _chunks(content: bytes) -> Iterator[int]:
-    """Yield where a PNG's chunks begin: four bytes of length, four of name, the content, four of checksum."""
+    """Yield the offset of each chunk of a PNG: four bytes of length, four of name, the content, four of checksum."""
     place = len(_PNG)
     while place + 8 <= len(content):
         yield place
@@ -125,7 +128,7 @@ def _chunks(content: bytes) -> Iterator[int]:
 
 
 def _segments(content: bytes) -> Iterator[int]:
-    """Yield where a JPEG's segments begin, up to its first scan. A byte outside any segment counts as a segment."""
+    """Yield the offset of each segment of a JPEG before its first scan. A byte outside segments counts as a segment."""
     place = len(_JPEG)
     while place + 4 <= len(content) and content[place : place + 2] != _START_OF_SCAN:
         yield place

@@ -1,7 +1,8 @@
 """Checks on the header of a LoRA file, run as a separate program: `python -I lora_header.py FILE`.
 
-Reading a large header holds Python's global lock, for seconds if the file is malicious, so another process reads it.
-This module imports nothing of the server, so that the process starts quickly. It prints why a file is refused.
+Reading a header holds Python's global lock, for seconds if the file is malicious, so a separate process reads it.
+This module imports nothing of the server, so that the process starts quickly. The program prints why the file is
+refused, and nothing if it is usable.
 """
 
 import os
@@ -12,19 +13,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 MAX_TENSORS = 20_000
-#: Metadata entries. Training programs write a few hundred.
+#: The most metadata entries. Training programs write a few hundred.
 MAX_METADATA = 4096
 #: The longest side of a matrix; FLUX.1's widest layer has 15,360.
 MAX_SIDE = 65_536
 MAX_RANK = 1024
-#: Tensor names. Libraries use them as regular expressions, and one with nested repetitions never ends.
+#: Valid tensor names. Libraries use names as regular expressions, and matching nested repetitions could take forever.
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,300}")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _MATRICES = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
 def problem(path: Path) -> str:
-    """Return why the file is not a usable LoRA; empty if it is usable."""
+    """Return why the file is not a usable LoRA; an empty string if it is usable."""
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
@@ -35,12 +36,16 @@ def problem(path: Path) -> str:
             if not any(kind in name for name in names for kind in _MATRICES):
                 return "it holds no LoRA weights"
             tensors = ((name, file.get_slice(name)) for name in names)
-            return next(filter(None, (_of_one(name, each.get_dtype(), each.get_shape()) for name, each in tensors)), "")
-    except (SafetensorError, OSError, ValueError) as error:
+            problems = (_tensor_problem(name, each.get_dtype(), each.get_shape()) for name, each in tensors)
+            return next(filter(None, problems), "")
+    except OSError as error:
+        # Not the error's text, which names a path of the server.
+        return f"it cannot be read: {error.strerror}"
+    except (SafetensorError, ValueError) as error:
         return f"it is not a safetensors file: {str(error)[:500]}"
 
 
-def _of_one(name: str, dtype: str, shape: list[int]) -> str:
+def _tensor_problem(name: str, dtype: str, shape: list[int]) -> str:
     if not _NAME.fullmatch(name):
         return f"{name[:200]!r} is not a valid layer name"
     if dtype not in _FLOATS:
@@ -53,6 +58,6 @@ def _of_one(name: str, dtype: str, shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    # Requests that are being served have priority.
+    # A lower priority, so that running requests are not delayed.
     os.nice(10)
     sys.stdout.buffer.write(problem(Path(sys.argv[1])).encode("utf-8", "replace"))

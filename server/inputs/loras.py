@@ -1,4 +1,4 @@
-"""Checks on LoRA files from clients, made before anything else reads them. All are untrusted."""
+"""Checks on LoRA files from clients, made before other code reads the files. All are untrusted."""
 
 import struct
 import subprocess
@@ -10,13 +10,13 @@ from server.inputs import lora_header
 
 #: The header holds names, types and shapes. Real LoRAs for FLUX.1 have headers of a few hundred KiB.
 MAX_HEADER_BYTES = 8 * 2**20
-#: How long reading a header may take, on a busy machine.
+#: How long the other process may take, in seconds; enough for a busy machine.
 _SECONDS = 60.0
 _LENGTH = struct.Struct("<Q")
 
 
 def check(path: Path) -> None:
-    """Check a LoRA file's header in another process, and wait for the result.
+    """Check a LoRA file's header in another process. Blocks until the process ends.
 
     Raises InvalidInputFile with the reason, and InternalError when the process fails or takes too long.
     """
@@ -28,7 +28,7 @@ def check(path: Path) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        # The machine is at fault, not the file.
+        # The program prints why it refuses a bad file, so this is a fault of the machine, not of the file.
         raise InternalError("The header of the LoRA file could not be checked; try again") from error
     if done.stdout:
         raise _bad(done.stdout.decode("utf-8", "replace"))
@@ -41,7 +41,7 @@ def check_start(start: bytes) -> None:
 
 
 def _check_length(path: Path) -> None:
-    """Check the header's length, which the first eight bytes give. Raises InvalidInputFile."""
+    """Check that the header's length, in the first eight bytes, fits the file. Raises InvalidInputFile."""
     with path.open("rb") as file:
         first = file.read(_LENGTH.size)
     check_start(first)

@@ -1,4 +1,4 @@
-"""Files that a request refers to, fetched and validated before it is accepted. Files are content-addressed."""
+"""The images and LoRAs that a request refers to, fetched and checked before the request is accepted."""
 
 import asyncio
 import errno
@@ -25,16 +25,17 @@ from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
 MAX_IMAGE_BYTES = 25 * 2**20
-#: Enough for an input that holds the largest image as a data URI; the rest of an input is small.
+#: Enough bytes for an input that holds the largest image as a data URI; the rest of an input is small.
 MAX_INPUT_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
 #: How many downloads run at a time, in total and per owner.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
-#: How many URLs are remembered with the ETags of their files, and the longest such URL.
+#: How many URLs are remembered with the ETags of their files, and the longest of these URLs, in characters.
 MAX_KNOWN = 10_000
 MAX_CACHED_URL = 1024
 _OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
+#: The longest URL of a file, in characters; data URIs may be longer.
 MAX_URL = 8192
-#: Characters of base64 that are decoded at a time; four of them are three bytes.
+#: Characters of base64 that are decoded at a time: a multiple of four, because four characters are three bytes.
 _PART = 2**20
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -45,30 +46,30 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class InputType:
-    """A type of input file: its size limit, its time limit, and how it is checked and stored.
+    """A type of input file: the limits of its download in bytes and seconds, and how it is checked and stored.
 
-    `store` checks the first file, writes the version to keep to the second path, and returns its extension.
+    `store` checks the file at the first path, writes the version to keep to the second path, and returns its extension.
     """
 
     max_bytes: int
     max_seconds: float
     store: Callable[[Path, Path, Limits], str]
-    #: Checks the first bytes before the others arrive.
+    #: Checks the first bytes of a download, so that a bad file is refused before the rest arrives.
     accepts: Callable[[bytes], None] = lambda start: None
 
 
 @dataclass(frozen=True)
 class _CachedDownload:
-    """A file that was downloaded, and its ETag."""
+    """The ETag of a downloaded file, and the file's name in the cache."""
 
     etag: str
     name: str
 
 
 class InputResolver:
-    """A resolver of images, stored as RGB within the limits, and LoRA weights.
+    """A resolver that stores the images and LoRA weights of requests in the cache; images as RGB within the limits.
 
-    A retried job reads exactly the bytes that were accepted.
+    So a retried job reads exactly the bytes that were accepted.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class InputResolver:
         max_lora_bytes: int = 2**30,
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
-        """Start empty. `pending_bytes` returns the bytes that an owner's unfinished requests need with these files."""
+        """Start empty. `pending_bytes` returns the bytes of an owner's unfinished requests and of the named files."""
         self.cache = cache
         self.outbound = outbound
         self._files = files
@@ -96,14 +97,15 @@ class InputResolver:
         self._known: OrderedDict[tuple[str, str], _CachedDownload] = OrderedDict()
         self._downloads = asyncio.Semaphore(MAX_DOWNLOADS)
         self._downloads_of = defaultdict[str, asyncio.Semaphore](partial(asyncio.Semaphore, MAX_DOWNLOADS_PER_OWNER))
-        # Separate threads, so that large files do not delay submits.
+        # Separate threads, so that large files do not delay requests without files.
         self._executor = FairExecutor("inputs", 4, 1)
 
     async def resolve(self, request: ImageInput, owner: str, body: SpooledBody | None = None) -> dict[str, str]:
-        """Fetch every file that the request refers to; return the file names by the paths of their fields.
+        """Fetch every file that the request refers to; return the file names by field path, such as "loras.0.path".
 
-        `body` holds the long data of the request's data URIs.
-        Raises InvalidInput, naming the field, QueueFull for an owner whose requests need too much, and DiskFull.
+        `body` holds the long data of the request's data URIs. Raises InvalidInput, naming the field, QueueFull if the
+        owner's unfinished requests would need too much disk space, InternalError if a LoRA could not be checked, and
+        DiskFull.
         """
         # A file that the request refers to twice is fetched once.
         names: dict[tuple[str, str], str] = {}
@@ -121,7 +123,7 @@ class InputResolver:
         return input_files
 
     async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: SpooledBody | None) -> str:
-        """Fetch one file; convert its errors to fal's format."""
+        """Fetch one file and return its name; convert errors to InvalidInput in fal's format, or DiskFull."""
         try:
             return await self._resolve(url, owner, kind, body)
         except InvalidInputFile as error:
@@ -156,7 +158,7 @@ class InputResolver:
             temp_path.unlink(missing_ok=True)
 
     async def _download(self, url: str, owner: str, temp_path: Path, kind_name: str) -> str:
-        """Download a file from another server, unless it is stored already and has not changed there."""
+        """Return the name of a file from another server. Download it only if it changed since an earlier download."""
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:
@@ -164,7 +166,7 @@ class InputResolver:
                     url = await hub.resolve_hub_id(url, self.outbound, temp_path)
                 if not _SCHEME.match(url[:100]):
                     raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
-                # By kind, because a file that was fetched as an image was not checked as a LoRA.
+                # The key has the kind, because a file that was fetched as an image was not checked as a LoRA.
                 cached = self._known.get((kind_name, url))
                 is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)
                 etag = cached.etag if cached and is_here else ""
@@ -183,7 +185,7 @@ class InputResolver:
         return name
 
     def _link(self, name: str, owner: str, to: Path) -> None:
-        """Link a file of this server's store. A link keeps the content if the file is deleted meanwhile."""
+        """Link a file of this server's store to `to`. The link keeps the content if the file is deleted meanwhile."""
         file = self._files.find(name)
         try:
             if file is None or (file.is_private and file.owner != owner):
@@ -193,7 +195,7 @@ class InputResolver:
             raise InvalidInputFile("file_download_error", "There is no such file on this server") from None
 
     def _keep(self, temp_path: Path, kind: InputType) -> str:
-        """Check a file and store it under the hash of its content; return the name."""
+        """Check a file and move it into the cache; return its name. Raises InvalidInputFile."""
         if temp_path.stat().st_size > kind.max_bytes:
             raise _too_large(kind)
         ready = temp_path.with_suffix(".ready")
@@ -204,9 +206,9 @@ class InputResolver:
 
 
 def dump_input(request: ImageInput, input_files: Mapping[str, str], received: SpooledBody | None = None) -> str:
-    """Serialize a request for its row. File names replace data URIs, which may be large.
+    """Return a request as JSON for its row, with file names in place of data URIs, which may be large.
 
-    Raises InvalidInput if long base64 data is anywhere else.
+    Raises InvalidInput if the request has long base64 data in any other field.
     """
     body = request.model_dump(mode="json")
     for loc, _, url in input_urls(request):
@@ -235,7 +237,10 @@ def _store_lora(temp_path: Path, ready: Path, limits: Limits) -> str:
 
 
 def _own_name(url: str) -> str | None:
-    """Return the name of a file in this server's store. Any host is accepted, because the name has 128 random bits."""
+    """Return the name of the file if the URL's path is that of a file in this server's store, otherwise None.
+
+    Any host is accepted, because the name has 128 random bits.
+    """
     try:
         path = urlsplit(url).path
     except ValueError:
@@ -245,7 +250,7 @@ def _own_name(url: str) -> str | None:
 
 
 def _what_is_accepted(kind: str) -> str:
-    """Describe the accepted inputs, above all for clients that sent a path."""
+    """Return the error message for an input that is neither a URL nor a data URI, such as a path."""
     more = ", or a hub id such as owner/name" if kind == "lora" else ""
     return (
         "This should be an http or https URL, a data URI, or the URL of a file uploaded to this server"
@@ -259,7 +264,7 @@ def _too_large(kind: InputType) -> InvalidInputFile:
 
 
 def _decode(url: str, temp_path: Path, kind: InputType) -> None:
-    """Write the bytes of a data URI to a file. Raises InvalidInputFile."""
+    """Decode a data URI into a file. Raises InvalidInputFile for invalid base64 or too many bytes, and OSError."""
     match = _DATA.match(url)
     if not match:
         raise InvalidInputFile("file_download_error", "A data URI should be data:TYPE;base64,...")
@@ -269,7 +274,7 @@ def _decode(url: str, temp_path: Path, kind: InputType) -> None:
     if 0 <= url.find("=", match.end()) < len(url) - 2:
         raise InvalidInputFile("file_download_error", "The data URI is not base64: data follows its padding")
     try:
-        # In parts, because decoding holds Python's global lock.
+        # In parts, because decoding holds Python's global lock, and other threads must run in between.
         with temp_path.open("wb") as file:
             for start in starts:
                 file.write(pybase64.b64decode(url[start : start + _PART], validate=True))

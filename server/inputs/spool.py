@@ -10,13 +10,13 @@ import pybase64
 
 from server.errors import InvalidInput, InvalidInputFile
 
-#: Longer base64 data goes to a file.
+#: Base64 data with more characters than this goes to a file.
 MAX_IN_MEMORY = 64 * 2**10
-#: The most that a body may hold besides that data. Everything that a valid body contains is much shorter.
+#: The most bytes that a body may have besides the data in files. Valid bodies have much less.
 MAX_TEXT = 2**20
-#: How much of the data stays in the body, for error messages that quote it.
+#: How many characters of the data stay in the text, for error messages that quote them.
 _NUM_QUOTED = 1024
-#: The start of base64 data. A semicolon is not part of JSON's syntax, so this is always inside a string.
+#: The start of base64 data. JSON's syntax has no semicolon, so this can only be inside a string.
 _START = b";base64,"
 #: Base64, with the escapes that JSON encoders write into it for "/", "+" and "=".
 _ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]++|\\/|\\u00(?:2[BbFf]|3[Dd]))*+")
@@ -36,7 +36,7 @@ class SpooledData:
         self._problem = ""
 
     def write(self, data: bytes) -> None:
-        """Decode the next characters. Raises OSError."""
+        """Decode the next characters. Raises OSError. For invalid base64, `link` raises the error later."""
         self._hash.update(data)
         data = self._rest + data
         # Four characters are three bytes.
@@ -48,13 +48,13 @@ class SpooledData:
         self._rest = data[end:]
 
     def finish(self) -> str:
-        """Close the file; return a name for the data, which depends on nothing but its content. Raises OSError."""
+        """Decode the rest and close the file; return the data's name, the SHA-256 of its characters. Raises OSError."""
         self._decode(self._rest)
         self._file.close()
         return self._hash.hexdigest()
 
     def link(self, path: Path) -> None:
-        """Link the file to this path. Raises InvalidInputFile for data that is not base64, and OSError."""
+        """Hard-link the decoded file to `path`. Raises InvalidInputFile for data that is not base64, and OSError."""
         if self._problem:
             raise InvalidInputFile("file_download_error", f"The data URI is not base64: {self._problem}")
         path.hardlink_to(self._path)
@@ -78,7 +78,8 @@ class SpooledData:
 class SpooledBody:
     """A JSON body whose long base64 data is in temporary files.
 
-    In the text, the start of such data and its name, `#<hash>`, stand for it. No base64 contains a number sign.
+    In `text`, such data is cut after its first characters, and its name follows as `#<hash>`. Base64 never contains a
+    number sign.
     """
 
     def __init__(self, temp_path: Callable[[], Path]) -> None:
@@ -92,18 +93,18 @@ class SpooledBody:
         self._is_data = False
         self._head = bytearray()
         self._current: SpooledData | None = None
-        #: The end of the last part, if it may be the beginning of something.
+        #: The end of the last part, if it may be the beginning of `_START` or of an escape.
         self._rest = b""
-        #: The next backslash of the part that is being read.
+        #: The position of the next backslash in the part that is being read; its length if there is none.
         self._backslash = -1
 
     @property
     def hash(self) -> str:
-        """Return the hash of the whole body as it was received."""
+        """The SHA-256 of the whole body as it was received, in hexadecimal."""
         return self._body_hash.hexdigest()
 
     def write(self, part: bytes) -> None:
-        """Read the next part of the body. Raises InvalidInput for more than MAX_TEXT of other text, and OSError."""
+        """Read the next part of the body. Raises InvalidInput for more than MAX_TEXT bytes of text, and OSError."""
         self._body_hash.update(part)
         part, self._rest, self._backslash = self._rest + part, b"", -1
         position = 0
@@ -111,7 +112,7 @@ class SpooledBody:
             position = self._read_data(part, position) if self._is_data else self._read_text(part, position)
 
     def finish(self) -> None:
-        """End the body, and set `text`. Raises as `write` does."""
+        """Read the end of the body, and set `text`. Raises as `write` does."""
         if self._is_data:
             self._end_data()
         self._append(self._rest)
@@ -119,11 +120,11 @@ class SpooledBody:
         self._texts.clear()
 
     def find(self, url: str) -> SpooledData | None:
-        """Return the data that this data URI stands for, unless it is in the URI itself."""
+        """Return the data in a file that this data URI names; None if the URI contains its data."""
         return self._data.get(url.rpartition("#")[2])
 
     def is_in(self, text: str) -> bool:
-        """Whether the name of any of the data is in this text."""
+        """Return whether this text contains the name of data that is in a file."""
         return any(name in text for name in self._data)
 
     def close(self) -> None:
@@ -132,9 +133,9 @@ class SpooledBody:
             data.close()
 
     def _read_text(self, part: bytes, position: int) -> int:
-        """Read text up to the start of data; return the position after it."""
+        """Read text up to the start of data or the end of the part; return the position after it."""
         start = part.find(_START, position)
-        # The last bytes may be the beginning of a start.
+        # The last bytes may be the beginning of `_START`.
         end = max(position, len(part) - len(_START) + 1) if start < 0 else start + len(_START)
         self._append(part[position:end])
         self._is_data = start >= 0
@@ -148,7 +149,7 @@ class SpooledBody:
         if self._backslash < position:
             found = part.find(b"\\", position)
             self._backslash = found if found >= 0 else len(part)
-        # Most data has no escapes, and needs no closer look.
+        # Most data has no escapes, and ends at the next quotation mark.
         end = part.find(b'"', position, self._backslash)
         if end < 0:
             end = len(part)
@@ -171,7 +172,7 @@ class SpooledBody:
         self._texts.append(text)
 
     def _append_data(self, data: bytes) -> None:
-        # Without its escapes, the data means the same in JSON.
+        # The data means the same in JSON without its escapes.
         data = json.loads(b'"%s"' % data).encode() if b"\\" in data else data
         if self._current is not None:
             self._current.write(data)
@@ -186,7 +187,7 @@ class SpooledBody:
         self._is_data = False
         if self._current is not None:
             name = self._current.finish()
-            # The same data a second time has the same name.
+            # Data that occurs twice has the same name, and is kept once.
             self._data.setdefault(name, self._current)
             if self._data[name] is not self._current:
                 self._current.close()

@@ -1,4 +1,4 @@
-"""Memory of request and response bodies in flight: limited in total and per owner."""
+"""The memory of request and response bodies in flight, limited in total and per owner."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,14 +9,14 @@ from starlette.requests import Request
 from server.errors import BodyTooLarge
 from server.net.fair_share import FairShare
 
-#: Smaller bodies are not counted: the buffers of any connection hold as much.
+#: Bodies up to this many bytes are not counted: the buffers of any connection hold as much.
 SMALL = 65_536
 #: Seconds that a request waits for memory before it is refused.
 WAIT_SECONDS = 5.0
 
 
 class BytesInFlight(FairShare):
-    """Bytes of request and response bodies, divided between owners. Only for the event loop's thread."""
+    """The limit on bytes of request and response bodies, divided between owners. Only for the event loop's thread."""
 
     def __init__(self, max_bytes: int, wait_seconds: float = WAIT_SECONDS) -> None:
         super().__init__(
@@ -34,9 +34,9 @@ class BytesInFlight(FairShare):
 
     @asynccontextmanager
     async def room(self, owner: str, num_bytes: int, *, is_patient: bool = False) -> AsyncIterator[None]:
-        """Wait for memory, then hold it until the block ends. With `is_patient`, wait without a time limit.
+        """Wait for memory, then hold it until the block ends.
 
-        Raises TooManyRequests.
+        Raises TooManyRequests after `wait_seconds`; with `is_patient`, wait without a time limit.
         """
         held = await self._wait_for(owner, num_bytes, None if is_patient else self._wait_seconds)
         try:
@@ -48,9 +48,9 @@ class BytesInFlight(FairShare):
     async def stream(
         self, request: Request, owner: str, max_bytes: int | None = None
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Read a request's body part by part; it counts as the owner's until the block ends.
+        """Yield the parts of a request's body as they arrive; the body counts as the owner's until the block ends.
 
-        The parts raise TooManyRequests, and BodyTooLarge for more than `max_bytes`.
+        Reading a part raises BodyTooLarge for more than `max_bytes`, and TooManyRequests when no memory becomes free.
         """
         length = held = 0
 
@@ -62,11 +62,11 @@ class BytesInFlight(FairShare):
                 if max_bytes is not None and length > max_bytes:
                     raise BodyTooLarge(f"The body is larger than {max_bytes} bytes")
                 if length > SMALL and not held:
-                    # A body of unknown length may be as long as any.
+                    # A body without a content-length could be of any length.
                     expected = int(request.headers.get("content-length", self._total))
                     held = await self._wait_for(owner, expected, self._wait_seconds)
                 yield part
-            # Release the bytes that were expected and did not arrive.
+            # Release the bytes that were expected but did not arrive.
             self.release(owner, held - min(held, length))
             held = min(held, length)
 
@@ -77,13 +77,13 @@ class BytesInFlight(FairShare):
 
     @asynccontextmanager
     async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
-        """Read a request's whole body, which counts as the owner's until the block ends. Raises as `stream` does."""
+        """Yield a request's whole body, which counts as the owner's until the block ends. Raises as `stream` does."""
         async with self.stream(request, owner, max_bytes) as parts:
             yield b"".join([part async for part in parts])
 
     async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
         """Wait until the bytes can be held; return how many are held, 0 for a small body. Raises TooManyRequests."""
-        # At most a quarter of the total, because no owner can ever hold more than half.
+        # At most a quarter of the total: an owner can never hold more than half, so more might never be free.
         num_bytes = min(num_bytes, self._total // 4) if num_bytes > SMALL else 0
         try:
             async with asyncio.timeout(seconds):
@@ -91,5 +91,6 @@ class BytesInFlight(FairShare):
                     self._freed.clear()
                     await self._freed.wait()
         except TimeoutError:
+            # Raises TooManyRequests, unless memory became free at the last moment.
             self.acquire(owner, num_bytes)
         return num_bytes

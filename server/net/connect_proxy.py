@@ -1,9 +1,9 @@
-"""The CONNECT proxy: listens on loopback and leads fal's host names to this server. Other hosts are refused by default.
+"""The CONNECT proxy on loopback: connects fal's host names to this server, and refuses other hosts by default.
 
 A client that uses the proxy as HTTPS_PROXY opens tunnels to fal's hosts. Each tunnel ends at this server's TLS port,
 whose certificate has those names. As HTTP_PROXY, the proxy receives complete requests and sends them to the plain port.
-So every fal-client works fully with environment variables alone. When the server is down, there is nothing to connect
-to, and no request can reach the real cloud.
+So every fal-client works fully with environment variables alone. When the server is down, so is the proxy, and no
+request reaches the real fal.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 #: How many tunnels may be open at a time. Each holds two sockets.
 MAX_TUNNELS = 512
+#: The longest head of a request, in bytes: its first line and headers.
 _MAX_HEAD = 16_384
 #: The longest host name, in characters.
 _MAX_HOST = 255
@@ -41,11 +42,11 @@ _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class ConnectProxy:
-    """A proxy that leads fal's hosts to this server's ports. Other hosts are refused unless the operator allows it."""
+    """A proxy from fal's hosts to this server's ports. Other hosts are refused unless the operator allows them."""
 
-    #: Seconds without data from either side after which a tunnel is closed, also while its client waits for a run.
+    #: A tunnel is closed after this many seconds without data in either direction, even if its client waits for a run.
     idle_seconds = 600.0
-    #: Seconds that connecting to the other side may take.
+    #: Seconds that connecting to the target may take.
     connect_seconds = 10.0
 
     def __init__(
@@ -58,7 +59,7 @@ class ConnectProxy:
         self._server: asyncio.Server | None = None
 
     async def open(self, host: str, port: int) -> None:
-        """Listen. Raises OSError when the port is taken."""
+        """Listen on this host and port. Raises OSError when the port is taken."""
         self._server = await asyncio.start_server(self._enter, host, port, limit=_MAX_HEAD)
 
     async def close(self) -> None:
@@ -78,23 +79,23 @@ class ConnectProxy:
             writer.write(_response("503 Service Unavailable", message))
             writer.close()
             return
-        # A separate task, because asyncio's own would print a traceback when `close` cancels it.
+        # A separate task, because asyncio prints a traceback when the task that it creates itself is cancelled.
         tunnel = asyncio.create_task(self._serve(reader, writer))
         self._tunnels.add(tunnel)
         tunnel.add_done_callback(self._tunnels.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one client connection from its first line to its end."""
+        """Serve one client connection until it ends."""
         try:
-            await self._lead(reader, writer)
+            await self._connect_client(reader, writer)
             await self._sent(writer)
         except TimeoutError:
             log.debug("a tunnel was idle for %.0f seconds", self.idle_seconds)
         finally:
             writer.transport.abort()
 
-    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Connect a client to its target, or tell it why not. Raises TimeoutError for an idle tunnel."""
+    async def _connect_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Connect a client to its target, or send the reason for a refusal. Raises TimeoutError for an idle tunnel."""
         try:
             target = await _target_of(reader)
             there = await self._connect(target)
@@ -110,9 +111,9 @@ class ConnectProxy:
             there[1].transport.abort()
 
     async def _tunnel(self, here: _Stream, there: _Stream, target: "_Target") -> None:
-        """Carry bytes both ways until both sides are done. Of a complete request, carry no more than its length.
+        """Copy data in both directions until both connections end. After an absolute URL, copy no second request.
 
-        Raises TimeoutError when no data arrives for too long.
+        Raises TimeoutError after `idle_seconds` without data.
         """
         now = asyncio.get_running_loop().time
         there[1].write(target.request)
@@ -127,20 +128,21 @@ class ConnectProxy:
                     sending = ways.create_task(_pipe(here[0], there[1], restart_timer, target.length))
                     answering = ways.create_task(_pipe(there[0], here[1], restart_timer))
                     if target.request:
-                        # Data after a complete request and its response is the next request, perhaps for another host.
+                        # Data after the request is the next request, perhaps for another host.
                         await answering
                         sending.cancel()
             except* OSError:
                 log.debug("a tunnel's connection broke")
 
     async def _sent(self, writer: asyncio.StreamWriter) -> None:
-        """Close a connection and wait until its data is sent, at most `idle_seconds` if the client does not read it."""
+        """Close a connection after its data is sent; wait at most `idle_seconds` for a peer that does not read."""
         writer.close()
         with contextlib.suppress(OSError):
             async with asyncio.timeout(self.idle_seconds):
                 await writer.wait_closed()
 
     async def _connect(self, target: "_Target") -> _Stream:
+        """Connect to the target, or to this server for a host of fal. Raises _Refused."""
         host, port = target.host, target.port
         if is_fal(host):
             is_plain = port == _PLAIN_PORT or bool(target.request)
@@ -160,16 +162,17 @@ class ConnectProxy:
         except TimeoutError:
             message = f"{host}:{port} did not respond within {self.connect_seconds:.0f} seconds."
             raise _Refused("504 Gateway Timeout", message) from None
-        # ValueError: a name that cannot be looked up.
+        # ValueError, OverflowError: a name that cannot be looked up.
         except (OSError, ValueError, OverflowError):
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
 
 
 @dataclass(frozen=True)
 class _Target:
-    """The target of a client. For a complete request, also its head and the length of its body.
+    """The host and port that a client wants to reach.
 
-    A length of None stands for a body, or a conversation, of unknown length.
+    For a request with an absolute URL, `request` is its head and `length` the bytes of its body: None for a body in
+    chunks, and for a connection that the request upgrades. For CONNECT, `request` is empty.
     """
 
     host: str
@@ -179,6 +182,8 @@ class _Target:
 
 
 class _Refused(Exception):
+    """A refused request: `line` is the status line of the response."""
+
     def __init__(self, line: str, reason: str) -> None:
         super().__init__(reason)
         self.line = line
@@ -189,7 +194,7 @@ def _not_understood() -> _Refused:
 
 
 async def _target_of(reader: asyncio.StreamReader) -> _Target:
-    """Read the client's target. Raises _Refused."""
+    """Read the head of a request, and return its target. Raises _Refused."""
     try:
         async with asyncio.timeout(_HEAD_TIMEOUT):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -213,14 +218,15 @@ async def _target_of(reader: asyncio.StreamReader) -> _Target:
 
 
 def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
-    is_secure, is_conversation = match[1].lower() in (b"https", b"wss"), bool(_UPGRADE.search(head))
+    is_secure, is_upgrade = match[1].lower() in (b"https", b"wss"), bool(_UPGRADE.search(head))
     port = int(match[3] or (_TLS_PORT if is_secure else _PLAIN_PORT))
     # One request per connection, because the next one may be for another host.
-    request = head if is_conversation else _HOP.sub(b"", head[:-2]) + b"connection: close\r\n\r\n"
+    request = head if is_upgrade else _HOP.sub(b"", head[:-2]) + b"connection: close\r\n\r\n"
     length = _LENGTH.search(head)
-    is_open = is_conversation or bool(_CHUNKED.search(head))
-    target = _target(match[2].decode("latin-1"), port, request, None if is_open else int(length[1]) if length else 0)
-    # A request for another host over TLS must not be sent on in clear text.
+    is_unlimited = is_upgrade or bool(_CHUNKED.search(head))
+    num_bytes = None if is_unlimited else int(length[1]) if length else 0
+    target = _target(match[2].decode("latin-1"), port, request, num_bytes)
+    # An https request for a host that is not fal's would leave this machine unencrypted.
     if is_secure and not is_fal(target.host):
         raise _not_understood()
     return target
@@ -243,7 +249,7 @@ def _response(line: str, reason: str = "") -> bytes:
 async def _pipe(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_chunk: Callable[[], None], length: int | None = None
 ) -> None:
-    """Copy all data, or `length` bytes; call `on_chunk` for each chunk. Raises OSError when a connection breaks."""
+    """Copy `length` bytes, None for all; call `on_chunk` for each chunk. Raises OSError when a connection breaks."""
     while length != 0 and (chunk := await reader.read(_CHUNK if length is None else min(length, _CHUNK))):
         on_chunk()
         writer.write(chunk)

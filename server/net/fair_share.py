@@ -24,19 +24,19 @@ class FairShare:
         return self._total - self._held.total()
 
     def acquire(self, owner: str, number: int = 1) -> None:
-        """Hold `number` more. Raises TooManyRequests."""
+        """Hold `number` more for an owner. Raises TooManyRequests if they exceed the owner's share."""
         if not self._try_acquire(owner, number):
             raise TooManyRequests(self._refusal, closes=self._closes)
 
     def release(self, owner: str, number: int = 1) -> None:
-        """Release `number`."""
+        """Release `number` that an owner held."""
         self._held[owner] -= number
         if not self._held[owner]:
             del self._held[owner]
 
     @contextmanager
     def held(self, owner: str) -> Iterator[None]:
-        """Hold one more until the block ends. Raises TooManyRequests."""
+        """Hold one more for an owner until the block ends. Raises TooManyRequests as `acquire` does."""
         self.acquire(owner)
         try:
             yield

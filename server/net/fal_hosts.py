@@ -1,7 +1,7 @@
 """fal's host names and their roles.
 
-Every name under fal's domains counts as fal's, known or not, so that a program that is pointed at this server cannot
-reach fal by any of them. The roles are known for the names that clients use.
+Every name under fal's domains counts as fal's, so that a program that is redirected to this server cannot reach the
+real fal by any of them. Only the names that clients use have a role.
 """
 
 from enum import StrEnum
@@ -38,20 +38,20 @@ _ROLES = {
     "api.fal.ai": Role.PLATFORM,
     "fal.ai": Role.SITE,
 }
-#: Names in the certificate. A wildcard covers one label, so the deeper names that clients use are listed too.
+#: Names of fal in the certificate. A wildcard covers one level only, so the deeper names that clients use are added.
 CERTIFICATE_NAMES = tuple(
     sorted({*DOMAINS, *_ROLES, *(f"*.{domain}" for domain in (*DOMAINS, "alpha.fal.ai", "gateway.alpha.fal.ai"))})
 )
 
 
 def is_fal(hostname: str) -> bool:
-    """Return whether a lower-case name without a port is under fal's domains."""
+    """Return whether a lower-case name without a port is one of fal's domains or under one."""
     name = hostname.rstrip(".")
     return any(name == domain or name.endswith(f".{domain}") for domain in DOMAINS)
 
 
 def role_of(hostname: str) -> Role | None:
-    """Return the role of a name under fal's domains; None if this server offers nothing under the name."""
+    """Return the role of a host name; None if this server offers nothing under the name."""
     return _ROLES.get(hostname.rstrip("."))
 
 

@@ -18,18 +18,18 @@ from server.net.websocket import CountedWebSocket
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-#: Seconds that open responses have to end once the worker has stopped.
+#: Seconds that open responses have to end after the worker has stopped.
 _GRACEFUL_TIMEOUT = 5
 #: Open files apart from connections and the files sent over them: the database, weights, webhook connections.
 _OTHER_FILES = 512
 
 
 class Listener(uvicorn.Server):
-    """One of several servers on one event loop. Signals are handled by the process, not by a server."""
+    """One of several uvicorn servers on one event loop. The process handles signals, so no server does."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signal handlers alone."""
+        """Install no signal handlers, unlike uvicorn."""
         yield
 
 
@@ -88,10 +88,10 @@ def build_listeners(
 def bind_socket(host: str, port: int) -> socket.socket:
     """Open a listening socket. Raises OSError, naming host and port.
 
-    Sockets are bound before anything else, so that a port in use stops the start.
+    Call before anything else at startup, so that a port in use ends the program at once.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is set because asyncio turns Nagle's algorithm off only then. Otherwise each event takes 40 ms.
+    # asyncio turns Nagle's algorithm off only if the protocol is set. With the algorithm, each event takes 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,4 +1,4 @@
-"""The guard on every URL that comes from a request: which addresses this server may connect to."""
+"""An HTTP client for URLs that come from requests, and the rules for the addresses that it may connect to."""
 
 import asyncio
 import ipaddress
@@ -15,17 +15,18 @@ from ssrfguard.httpx import AsyncClient
 
 from server.errors import InvalidInputFile
 
-#: The ports of web servers. Other low ports belong to mail, shells and similar services.
+#: The allowed ports. Other low ports belong to mail, shells and similar services.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
 MAX_REDIRECTS = 5
-#: In characters. A longer ETag is not remembered, and its file is downloaded again.
+#: In characters. A longer ETag is not returned, so its file is downloaded again each time.
 MAX_ETAG = 255
 #: Seconds without data after which a download fails.
 _QUIET_SECONDS = 20.0
 _CHUNK = 2**18
-#: Limit on the response to a POST, of which only the status counts, and on the overhead of a downloaded file.
+#: The most bytes of a response to a POST, of which only the status is used, and of what a download adds to its file.
 MAX_ANSWER_BYTES = 2**16
-#: The system's receive buffer for such a response. It is set after connecting; data already in flight may double it.
+#: The system's receive buffer for a response to a POST. It is set after connecting; data already in flight may double
+#: it.
 _SMALL_BUFFER = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 #: ssrfguard's table, which also judges the IPv4 address inside an IPv6 address. Of IPv6, only global unicast addresses
@@ -42,11 +43,14 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class ForbiddenURL(Exception):
-    """A URL that a request must not reach."""
+    """A URL that this server must not connect to, or that is not a URL."""
 
 
 class OutboundClient:
-    """A client for public addresses and those the operator allows. Each name is resolved once, then connected to."""
+    """A client for public addresses and those that the operator allows.
+
+    Each name is resolved once, and the client connects to the address that was checked.
+    """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         networks, self._hosts = _parse_allowlist(allow)
@@ -63,9 +67,9 @@ class OutboundClient:
             raise self._refusal(url, error) from None
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str], seconds: float) -> int:
-        """Send a POST and return the status. Redirects are not followed and the body is not read.
+        """Send a POST request; return the status. Redirects are not followed, and the response's body is not read.
 
-        Raises ForbiddenURL, or httpx.HTTPError when there is no response.
+        Raises ForbiddenURL, and httpx.HTTPError when there is no response.
         """
         try:
             client, bounded = (
@@ -88,14 +92,14 @@ class OutboundClient:
         etag: str = "",
         accepts: Callable[[bytes], None] = lambda start: None,
     ) -> str | None:
-        """Download into a file; return its ETag, or "" if it has none or a long one.
+        """Download a file to the path `to`; return its ETag, or "" if it has none or one longer than MAX_ETAG.
 
-        If the file still has this `etag`, return None and write no file.
+        If the server's file still has this `etag`, return None and write nothing.
 
-        Each redirect is checked like the first URL; `seconds` limits the whole download. `accepts` checks the start of
-        the file, and raises InvalidInputFile to stop the download.
+        Each redirect is checked like the first URL; `seconds` limits the whole download. `accepts` checks the first
+        bytes, and raises InvalidInputFile to stop the download.
 
-        Raises ForbiddenURL for addresses that may not be reached, and InvalidInputFile.
+        Raises ForbiddenURL for a URL that must not be reached, InvalidInputFile for a download that fails, and OSError.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -121,7 +125,7 @@ class OutboundClient:
     async def _get(
         self, url: str, to: Path, max_bytes: int, etag: str, accepts: Callable[[bytes], None]
     ) -> httpx.Response:
-        """Send one request; write a body with status 200 to the file."""
+        """Send one request. If its status is 200, write the body to the file. Raises InvalidInputFile."""
         self.check(url)
         # Not compressed, so that the bytes counted are the bytes stored.
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
@@ -158,7 +162,7 @@ class OutboundClient:
         return AsyncClient(policy=policy, timeout=seconds, verify=self._tls, trust_env=False, **options)
 
     def _refusal(self, url: str, error: Exception) -> ForbiddenURL:
-        """Explain why a URL is refused, and how the operator can allow it if that is possible."""
+        """Build the error for a refused URL. The message names the setting, if the operator can allow the URL."""
         try:
             self._open_policy.check_url(url)
         except (SSRFGuardError, ValueError):
@@ -179,7 +183,7 @@ def _etag(response: httpx.Response) -> str:
 
 
 def _limit_response_bytes(max_bytes: int) -> dict[str, Any]:
-    """Return request extensions that limit the bytes read: interim responses could otherwise go on forever."""
+    """Return request extensions that limit the bytes read, because a server could send interim responses forever."""
     left = max_bytes
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:

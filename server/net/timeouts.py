@@ -1,4 +1,4 @@
-"""Time limits for clients. uvicorn has none, so a slow client could hold a connection's resources forever."""
+"""Time limits for clients. uvicorn has none, so a slow client could occupy a connection forever."""
 
 import asyncio
 import logging
@@ -16,17 +16,17 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 class TimeoutProtocol(HttpToolsProtocol):
     """uvicorn's protocol with time limits, in seconds.
 
-    A client that exceeds a limit is cut off without a response, because some clients repeat at once after a 408. A body
-    may arrive slowly but steadily, and a response may be read so. A fast start does not allow a long pause later.
+    A client that exceeds a limit is disconnected without a response, because some clients retry at once after a 408.
+    A slow body is accepted as long as it arrives steadily, and a slow reader as long as it reads.
     """
 
     # The documented limits are 10 s, 20 s and 60 s. Timers fire late in a busy process, so these are a little shorter.
     header_timeout = 9.5
-    #: Limit on a request line with its headers, on trailers, and on the data between two chunks of a body. Data that
-    #: arrives together with the start of each does not count. httptools has no limit.
+    #: The most bytes of a request line with its headers, of trailers, and of the data between two chunks of a body.
+    #: The count starts after the read in which each of them begins. httptools has no limit.
     header_bytes = 65_536
     body_timeout = 59.0
-    #: The longest pause within a body, however fast it came before.
+    #: The longest pause within a body, however fast the body came before.
     gap_seconds = 19.5
     #: Bytes of a body that extend its limit by one second.
     body_rate = 16_384
@@ -34,7 +34,7 @@ class TimeoutProtocol(HttpToolsProtocol):
     max_connections = 4096
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer of a new connection. Close it at once if there are too many."""
+        """Start the timer of a new connection, or close the connection at once if there are too many."""
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -53,7 +53,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count received bytes, and cut off headers or trailers that are too long."""
+        """Count received bytes, and disconnect a client whose headers or trailers are too long."""
         self._non_body_bytes += len(data)
         super().data_received(data)
         if self._non_body_bytes > self.header_bytes:
@@ -74,7 +74,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         self._arm_timer(min(self.body_timeout, self.gap_seconds))
 
     def on_body(self, body: bytes) -> None:
-        """Count a piece of the body. Each one resets the header limit, so a body may come in chunks of any size."""
+        """Count a piece of the body. Each piece resets the header limit, so a body may have any number of chunks."""
         self._non_body_bytes = 0
         self._received += len(body)
         self._last_data_at = self.loop.time()
@@ -129,18 +129,19 @@ class TimeoutProtocol(HttpToolsProtocol):
             self._reset()
 
     def _reset(self) -> None:
-        # With a reset. Otherwise the system would keep the unsent data and wait for the client to read it.
+        # A linger time of 0 makes the system reset the connection. Otherwise it would keep the unsent data and wait for
+        # the client to read it.
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.transport.abort()
 
 
 def with_limits(**limits: Any) -> type[TimeoutProtocol]:
-    """Return the protocol class with other limits."""
+    """Return the protocol class with these class attributes changed."""
     return type("TimeoutProtocol", (TimeoutProtocol,), limits)
 
 
 def limit_tls_handshake(loop: asyncio.AbstractEventLoop, seconds: float = TimeoutProtocol.header_timeout) -> None:
-    """Limit TLS handshakes, which precede the protocol. uvicorn has no option, and asyncio's default is a minute."""
+    """Limit the seconds of TLS handshakes. uvicorn has no option for this, and asyncio's default is a minute."""
     create_server = loop.create_server
 
     def create_limited_server(*arguments: Any, ssl: Any = None, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from server.net.fal_hosts import CERTIFICATE_NAMES
 
 #: Host names in the certificate: the server's own, and fal's for clients that are redirected here. OpenSSL and Node
-#: refuse a wildcard below localhost, so each of those names is listed.
+#: refuse the wildcard *.localhost, so each name under localhost is listed.
 NAMES = (
     "localhost",
     "queue.localhost",
@@ -36,9 +36,9 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class CertificateFiles:
-    """The paths of the certificate files.
+    """The paths of the certificate files, all in PEM format.
 
-    `bundle` holds the public authorities and the local one, because SSL_CERT_FILE replaces the usual list.
+    `bundle` holds the public authorities and the local one, because SSL_CERT_FILE replaces a client's usual list.
     """
 
     authority: Path
@@ -48,7 +48,7 @@ class CertificateFiles:
 
 
 def certificate_files(data_dir: Path) -> CertificateFiles:
-    """Return the paths of the files, whether they exist or not."""
+    """Return the paths of the certificate files, whether the files exist or not."""
     directory = data_dir / "tls"
     return CertificateFiles(
         directory / "ca.pem", directory / "bundle.pem", directory / "cert.pem", directory / "key.pem"
@@ -56,10 +56,10 @@ def certificate_files(data_dir: Path) -> CertificateFiles:
 
 
 def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
-    """Create the authority at the first start. Create the certificate when missing, near its expiry or out of date.
+    """Create the authority if it is missing, and the certificate if it is missing, expires soon or has other names.
 
     `hosts` are names and addresses that the certificate covers in addition to the usual ones. Raises ValueError for a
-    file that cannot be read.
+    damaged file, naming the file, and OSError.
     """
     files = certificate_files(data_dir)
     directory = files.authority.parent
@@ -77,7 +77,7 @@ def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
 
 
 def _usual_authorities() -> Sequence[Path]:
-    """Return the files of the public authorities, and of this machine's, which often has a company's authority."""
+    """Return the file of the public authorities, and that of this machine, which often has a company's authority."""
     here = ssl.get_default_verify_paths().cafile
     return [Path(certifi.where()), *([Path(here)] if here else [])]
 
@@ -90,7 +90,7 @@ def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
         except ValueError:
             names.append(host)
         else:
-            # An unspecified address such as 0.0.0.0 is for listening; no client connects to it.
+            # A server listens on an unspecified address such as 0.0.0.0, but no client connects to one.
             addresses += [] if address.is_unspecified else [address]
     entries = [*map(x509.DNSName, dict.fromkeys(names)), *map(x509.IPAddress, dict.fromkeys(addresses))]
     return x509.SubjectAlternativeName(entries)
@@ -105,13 +105,14 @@ def _read(path: Path, load: Callable[[bytes], Loaded]) -> Loaded:
 
 def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
     key = serialization.load_pem_private_key(content, None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not a key of an elliptic curve")
     return key
 
 
 def _is_current(files: CertificateFiles, names: x509.SubjectAlternativeName) -> bool:
     certificate = _read(files.certificate, x509.load_pem_x509_certificate)
-    # Only to raise an error that names the file. The server that uses the key later would not name it.
+    # Only to raise an error that names the file; when a listener loads a damaged key, its error does not.
     _read(files.key, _load_key)
     covered = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and covered == names
@@ -191,7 +192,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file with this mode from its first byte; the file appears whole or not at all."""
+    """Write a file that has `mode` from its first byte on, and appears whole or not at all."""
     temp_path = path.with_suffix(".part")
     temp_path.unlink(missing_ok=True)
     with os.fdopen(os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:

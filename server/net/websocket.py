@@ -1,4 +1,4 @@
-"""WebSockets with counted messages. uvicorn collects whole messages, so large unfinished ones would fill the memory."""
+"""WebSockets with counted bytes. uvicorn collects whole messages, so large unfinished ones would fill the memory."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -9,16 +9,16 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from server.errors import TooManyRequests
 from server.net.bytes_in_flight import SMALL, BytesInFlight
 
-#: The ASGI extension through which the app sets the owner of a connection's messages.
+#: The ASGI extension with which the app sets the owner of a connection's messages.
 EXTENSION = "flux_server.counted"
 _TRY_AGAIN_LATER, _POLICY = 1013, 1008
 
 
 class CountedWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, which counts the received bytes of a message as its owner's, once the app sets the owner.
+    """uvicorn's protocol, which counts the received bytes of a message as its owner's. The app sets the owner.
 
-    Messages have time limits. Within a frame, uvicorn's pings are the limit, because a client cannot answer a ping in
-    the middle of a frame. Between two frames of a message, `gap_seconds` is the limit.
+    Until then, a message may have at most SMALL bytes. Messages have time limits. Between two frames of a message, the
+    limit is `gap_seconds`. Within a frame, it is uvicorn's ping timeout, because a client cannot answer a ping there.
     """
 
     gap_seconds = 19.5
@@ -30,14 +30,14 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
     _gap: asyncio.TimerHandle | None = None
 
     def handle_connect(self, event: Any) -> None:
-        """Connect, and add the extension to the scope."""
+        """Connect, and add EXTENSION to the ASGI scope."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self._set_owner
 
     def data_received(self, data: bytes) -> None:
-        """Count received bytes, and close the connection if they are too many."""
+        """Count received bytes, and close the connection if they exceed the owner's share."""
         self._num_bytes += len(data)
         super().data_received(data)
         num_counted = self._num_bytes if self._num_bytes > SMALL else 0
@@ -54,17 +54,17 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
             self._num_held = num_counted
 
     def handle_events(self) -> None:
-        """Handle frames, then start the timer for the next frame of an incomplete message."""
+        """Handle frames, and restart the timer for the next frame of an incomplete message."""
         num_frames = len(self.frames)
         super().handle_events()
         if self.frames and len(self.frames) != num_frames:
             self._cancel_gap_timer()
             self._gap = self.loop.call_later(
-                self.gap_seconds, self._close_with, _POLICY, "the message did not continue"
+                self.gap_seconds, self._close_with, _POLICY, "the next frame of the message did not arrive in time"
             )
 
     def send_receive_event_to_app(self) -> None:
-        """Release a complete message's bytes; the app counts them from here on."""
+        """Pass a complete message to the app and release its bytes; the app counts them from here on."""
         super().send_receive_event_to_app()
         self._cancel_gap_timer()
         self._num_bytes = 0
@@ -96,7 +96,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
 
 
 def count_messages(scope: Mapping[str, Any], owner: str, in_flight: BytesInFlight) -> None:
-    """Count this connection's messages as this owner's from now on."""
+    """Count the messages of the scope's WebSocket as this owner's from now on."""
     set_owner: Callable[[str, BytesInFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
     if set_owner:
         set_owner(owner, in_flight)

@@ -1,4 +1,4 @@
-"""A key's finished requests, newest first and paginated, for as long as they are kept."""
+"""Pages of a key's finished requests that are still stored, newest first."""
 
 import base64
 import binascii
@@ -18,12 +18,17 @@ STATUSES = {
     "user_error": "status BETWEEN 400 AND 499",
     "error": "status >= 500",
 }
+#: A cursor: `finished_at` and `sequence` of the last item of a page.
 _CURSOR = struct.Struct(">dq")
 
 
 @dataclass(frozen=True)
 class HistoryQuery:
-    """One page. Times are seconds since 1970; `ended_before` is exclusive. `cursor` comes from the previous page."""
+    """The filters and size of one page.
+
+    Times are seconds since 1970: `ended_from` is inclusive, `ended_before` exclusive. `status` is a key of STATUSES.
+    `cursor` is the `next_cursor` of the previous page.
+    """
 
     owner: str
     limit: int = 50
@@ -37,9 +42,10 @@ class HistoryQuery:
 
 
 def query_history(database: Database, query: HistoryQuery) -> dict[str, Any]:
-    """Return one page of items and the next page's cursor; reads the disk. Raises ValueError for an invalid cursor.
+    """Read one page: its `items`, `next_cursor` (None on the last page) and `has_more`.
 
-    Requests sent with X-Fal-Store-IO: 0 are not listed. Outputs with inline images are left out.
+    Requests sent with X-Fal-Store-IO: 0 are not listed. `json_output` is None for a large output, which holds inline
+    images. Raises ValueError for an invalid cursor.
     """
     conditions, values = _conditions(query)
     columns = "sequence, request_id, endpoint, submitted_at, started_at, finished_at, status, inference_time"
@@ -113,11 +119,14 @@ def _parsed(text: str) -> Any:
 
 
 def _strip_inline_inputs(body: Any, input_files: Any) -> Any:
-    """Remove inputs that were sent inline. They are not kept; the row has only an internal file name for each."""
+    """Remove from `body` each input that was sent inline: the row holds only the name of an internal file for it.
+
+    Returns the body, unchanged if the row is damaged.
+    """
     if not (isinstance(body, dict) and isinstance(input_files, dict)):
         return body
-    for place, name in input_files.items():
-        *path, last = place.split(".")
+    for field_path, name in input_files.items():
+        *path, last = field_path.split(".")
         inner = body
         for step in path:
             inner = inner[int(step) if step.isdecimal() else step]

@@ -1,4 +1,4 @@
-"""SQL for the jobs table. Each change of state is one guarded UPDATE."""
+"""SQL for the jobs table. Each change of state is one UPDATE that matches only a row in the expected state."""
 
 import json
 import sqlite3
@@ -12,9 +12,9 @@ from server.errors import InternalError, InvalidInput
 from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.storage.file_store import Lifecycle, insert_file_row
 
-#: Responses up to this size, in bytes, hold no inline image.
+#: Responses larger than this, in bytes, count as holding inline images, which are slow to parse.
 SMALL_OUTPUT = 16_384
-#: Bytes that a row takes in addition to its texts, indexes included.
+#: Bytes that a finished row counts as in addition to its texts: the other columns and the indexes.
 _ROW_BYTES = 1024
 
 _CLAIM = """
@@ -23,7 +23,7 @@ _CLAIM = """
     RETURNING attempt, input, submitted_at
 """
 
-_END = """
+_COMPLETE = """
     UPDATE jobs SET state = 'COMPLETED', finished_at = :now, status = :status, output = :output,
         output_size = :output_size,
         input = CASE WHEN :is_cancelled THEN '{}' ELSE input END,
@@ -38,14 +38,14 @@ _INSERT_DELIVERY = """
     SELECT request_id, webhook_url, ? FROM jobs WHERE request_id = ? AND webhook_url IS NOT NULL
 """
 
-_USED = """
+_ADD_USAGE = """
     INSERT INTO usage VALUES (?, ?, ?, 1, ?) ON CONFLICT DO UPDATE
     SET requests = requests + 1, billable_units = billable_units + excluded.billable_units
 """
 
 
 def insert(connection: sqlite3.Connection, submission: Submission, now: float) -> Job:
-    """Insert a new job, IN_QUEUE."""
+    """Insert a job IN_QUEUE with a new request id; return its in-memory copy."""
     request_id = str(uuid.uuid4())
     values = {
         "request_id": request_id,
@@ -88,7 +88,10 @@ def insert(connection: sqlite3.Connection, submission: Submission, now: float) -
 
 
 def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submission) -> sqlite3.Row | None:
-    """Return the row that already has this Idempotency-Key, or None. Raises InvalidInput if its body was different."""
+    """Return the row of this owner and endpoint that has the same Idempotency-Key, or None.
+
+    Raises InvalidInput if the body of that request was different.
+    """
     if submission.idempotency_key is None:
         return None
     row: sqlite3.Row | None = connection.execute(
@@ -113,9 +116,9 @@ def claim(connection: sqlite3.Connection, job: Job, now: float) -> sqlite3.Row:
 
 
 def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: float, *, is_cancelled: bool) -> None:
-    """Set a job COMPLETED with its response and files, and make its webhook due. Clear the input of a cancelled job.
+    """Set a job COMPLETED: store its response and files, count its usage, and make its webhook due.
 
-    Raises RuntimeError when the row's state or attempt differs from `job`'s, because another claim took it.
+    A cancelled job's input is cleared. Raises RuntimeError when the row's state or attempt differs from `job`'s.
     """
     logs, num_bytes = json.dumps(job.logs), len(outcome.body.encode())
     values = {
@@ -134,20 +137,20 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
         "state": job.state,
         "attempt": job.attempt,
     }
-    if connection.execute(_END, values).rowcount != 1:
-        raise _row_is_gone(job)
+    if connection.execute(_COMPLETE, values).rowcount != 1:
+        raise _stale_job_error(job)
     row_bytes = _ROW_BYTES + num_bytes + len(logs) + (0 if is_cancelled else job.input_size)
     connection.execute("INSERT INTO row_sizes VALUES (?, ?, ?, ?)", (job.request_id, job.owner, row_bytes, now))
     for file in outcome.files:
         insert_file_row(connection, file, job.request_id, now)
     if outcome.status == 200:
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
-        connection.execute(_USED, (job.owner, day, job.endpoint, outcome.billable_units))
+        connection.execute(_ADD_USAGE, (job.owner, day, job.endpoint, outcome.billable_units))
     connection.execute(_INSERT_DELIVERY, (now, job.request_id))
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
-    """Mark a running job as cancelled, so that it ends even after a restart."""
+    """Mark a running job as cancelled, so that it ends as cancelled even after a restart. Raises RuntimeError."""
     _guarded(
         connection,
         "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -156,7 +159,7 @@ def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
 
 
 def count_crash(connection: sqlite3.Connection, job: Job) -> None:
-    """Count one crash of the process while it ran this job."""
+    """Count one crash of the process while it ran this job. Raises RuntimeError when the job is not running."""
     _guarded(
         connection,
         "UPDATE jobs SET strikes = strikes + 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -165,7 +168,7 @@ def count_crash(connection: sqlite3.Connection, job: Job) -> None:
 
 
 def release(connection: sqlite3.Connection, job: Job) -> None:
-    """Set a running job IN_QUEUE again. Its sequence stays, and so does its position."""
+    """Set a running job IN_QUEUE again, with the same sequence number and so the same rank. Raises RuntimeError."""
     _guarded(
         connection,
         "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -175,15 +178,15 @@ def release(connection: sqlite3.Connection, job: Job) -> None:
 
 def _guarded(connection: sqlite3.Connection, sql: str, job: Job) -> None:
     if connection.execute(sql, (job.request_id, job.attempt)).rowcount != 1:
-        raise _row_is_gone(job)
+        raise _stale_job_error(job)
 
 
-def _row_is_gone(job: Job) -> RuntimeError:
-    return RuntimeError(f"{job.request_id} is not {job.state} in attempt {job.attempt}")
+def _stale_job_error(job: Job) -> RuntimeError:
+    return RuntimeError(f"the row of {job.request_id} is not {job.state} in attempt {job.attempt}")
 
 
 def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
-    """Record when the result was first read."""
+    """Record when a client first fetched the result; a later fetch changes nothing."""
     connection.execute(
         "UPDATE jobs SET fetched_at = ? WHERE request_id = ? AND state = 'COMPLETED' AND fetched_at IS NULL",
         (now, job.request_id),
@@ -191,8 +194,11 @@ def mark_fetched(connection: sqlite3.Connection, job: Job, now: float) -> None:
 
 
 def job_from_row(row: sqlite3.Row) -> Job:
-    """Build the in-memory job from a full row; from a damaged row, use the fields that can be read."""
-    logs, names = _parsed(row["logs"] or "[]"), _names_in(row["inputs"])
+    """Build the in-memory job from a row with all columns.
+
+    Unreadable logs become an empty list. Unreadable input file names set `is_damaged`.
+    """
+    logs, names = _parse_json(row["logs"] or "[]"), _parse_input_files(row["inputs"])
     return Job(
         sequence=row["sequence"],
         request_id=row["request_id"],
@@ -221,8 +227,11 @@ def job_from_row(row: sqlite3.Row) -> Job:
 
 
 def outcome_from_row(row: sqlite3.Row) -> Outcome:
-    """Return the outcome of the job in a full row, without its files."""
-    if not _is_answer(row["output"]):
+    """Return how a completed job ended, from a row with all columns; without its files and `acceleration`.
+
+    For a damaged response, return the outcome of an InternalError.
+    """
+    if not _is_response(row["output"]):
         return Outcome.from_error(InternalError("The stored response of this request is damaged; submit it again."))
     return Outcome(
         row["status"],
@@ -234,20 +243,20 @@ def outcome_from_row(row: sqlite3.Row) -> Outcome:
     )
 
 
-def _is_answer(text: str) -> bool:
-    # A response with inline images takes long to parse, so only its two ends are checked.
+def _is_response(text: str) -> bool:
+    # A response with inline images takes long to parse, so only its first and last characters are checked.
     if len(text) > SMALL_OUTPUT:
         return text.startswith("{") and text.endswith("}")
-    return isinstance(_parsed(text), dict)
+    return isinstance(_parse_json(text), dict)
 
 
-def _names_in(text: str) -> dict[str, str] | None:
-    names = _parsed(text)
+def _parse_input_files(text: str) -> dict[str, str] | None:
+    names = _parse_json(text)
     is_whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     return names if is_whole else None
 
 
-def _parsed(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     """Parse JSON; return None for invalid text."""
     try:
         return from_json(text)

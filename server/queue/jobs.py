@@ -29,7 +29,7 @@ class Mode(StrEnum):
 
 
 class Priority(StrEnum):
-    """fal's X-Fal-Queue-Priority."""
+    """The values of fal's header X-Fal-Queue-Priority."""
 
     NORMAL = "normal"
     LOW = "low"
@@ -37,7 +37,11 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True)
 class Submission:
-    """A client's validated request."""
+    """A client's validated request.
+
+    `input` is JSON. `start_deadline` is in seconds since 1970. With `store_io` False, the result is
+    deleted soon after its first fetch. `max_queue_length` is a limit that the client sets for this request.
+    """
 
     endpoint: str
     owner: str
@@ -49,7 +53,8 @@ class Submission:
     webhook_url: str | None = None
     idempotency_key: str | None = None
     body_hash: str = ""
-    #: Files that the input refers to: the path of the field, and the file's name in the inputs directory.
+    #: The files that the input refers to: the path of each field, such as "loras.0.path", and the name of its file in
+    #: the inputs directory.
     input_files: Mapping[str, str] = field(default_factory=dict)
     store_io: bool = True
     lifecycle: Lifecycle = DEFAULT_LIFECYCLE
@@ -57,15 +62,15 @@ class Submission:
     runner_hint: str | None = None
 
 
-#: Larger than any sequence number.
+#: Added to the rank of low-priority jobs: larger than any sequence number.
 LOW_PRIORITY_OFFSET = 1 << 62
 
 
 @dataclass(slots=True)
 class Job:
-    """The in-memory copy of a row. It changes only after the same change is committed.
+    """The in-memory copy of a row. The copy changes only after the same change to the row is committed.
 
-    Logs, progress and the newest preview exist only here until the job is finished.
+    The row gets the logs when the job finishes. Progress and previews are never stored.
     """
 
     sequence: int
@@ -85,9 +90,9 @@ class Job:
     input_files: Mapping[str, str] = field(default_factory=dict)
     #: Size of the input's JSON in bytes.
     input_size: int = 0
-    #: Size of the response in bytes once the job is completed. May be 0 for a small response.
+    #: Size of the response in bytes once the job is completed; may be 0 for a small response.
     output_size: int = 0
-    #: Whether the row no longer tells which files the input refers to.
+    #: Whether the row's list of input files is unreadable.
     is_damaged: bool = False
     error: str | None = None
     error_type: str | None = None
@@ -95,7 +100,7 @@ class Job:
     acceleration: str | None = None
     step: int = 0
     num_steps: int = 0
-    #: The newest preview of the image as a data URI, for streams and for clients whose status requests ask for it.
+    #: The newest preview of the image as a data URI, for streams and for status requests that ask for previews.
     preview: str | None = None
     wants_previews: bool = False
     #: fal's X-Fal-Runner-Hint: requests with the same hint prefer the same GPU. Not kept over a restart.
@@ -104,13 +109,13 @@ class Job:
 
     @property
     def rank(self) -> int:
-        """Return the sort key in the queue: normal priority first, then order of arrival. One integer, for speed."""
+        """The sort key in the queue: normal priority first, then order of arrival. A single integer sorts fast."""
         return self.sequence + LOW_PRIORITY_OFFSET if self.priority == Priority.LOW else self.sequence
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a job: the response's status and body, and the files that belong to it."""
+    """The end of a job: the status and JSON body of the response, and the files that the response names."""
 
     status: int
     body: str

@@ -5,20 +5,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Topic: the queue moved, so positions changed.
+#: Topic: a job left or re-entered the queue, so positions may have changed.
 QUEUE = "queue"
-#: Topic: a webhook is due.
+#: Topic: a webhook may be due.
 WEBHOOKS = "webhooks"
 #: Topic: the worker ended unexpectedly.
 WORKER = "worker"
 
 
 class Notifier:
-    """A notifier for any thread to call. Listeners wait on the event loop, the worker on `work_available`."""
+    """A notifier that any thread may call. Listeners wait on the event loop; the worker waits for `work_available`."""
 
     def __init__(self) -> None:
         self.work_available = threading.Event()
-        #: While stopping, the server finishes what it can. While closing, no client waits any longer.
+        #: `is_stopping`: the server shuts down and finishes what it can. `is_closing`: no response waits any longer.
         self.is_stopping, self.is_closing = False, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: dict[str, set[asyncio.Event]] = {}
@@ -29,19 +29,22 @@ class Notifier:
 
     def notify(self, *topics: str) -> None:
         """Wake the listeners of these topics. A topic is a request id or one of this module's constants."""
-        # Without a listener there is nothing to do. A later listener reads the row first.
+        # Without a listener there is nothing to do: a client that subscribes later reads the row first.
         if self._loop and any(topic in self._listeners for topic in topics):
             self._loop.call_soon_threadsafe(self._notify, topics)
 
     def close(self) -> None:
-        """Wake all listeners for the last time, because the server shuts down."""
+        """Wake the worker and all listeners for the last time, because the server shuts down."""
         self.is_closing = True
         self.work_available.set()
         self.notify(*list(self._listeners))
 
     @contextmanager
     def subscribe(self, *topics: str) -> Iterator[asyncio.Event]:
-        """Subscribe to these topics, on the event loop only. Clear the event before reading the row."""
+        """Yield an event that is set when one of these topics is notified. Call on the event loop only.
+
+        Clear the event before reading the row; otherwise a change in between goes unnoticed.
+        """
         event = asyncio.Event()
         for topic in topics:
             self._listeners.setdefault(topic, set()).add(event)

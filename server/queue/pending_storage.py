@@ -1,4 +1,4 @@
-"""Disk space that unfinished requests need for their inputs and files, counted per owner."""
+"""The disk space that unfinished requests need for their inputs and input files, counted per owner."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
@@ -7,13 +7,15 @@ from server.queue.jobs import Job
 
 
 class PendingStorage:
-    """Running totals, so that reading one costs the same for any number of requests.
+    """Running totals per owner: reading a total takes the same time for any number of requests.
+
+    A file counts once per owner, however many requests of the owner use it.
 
     Only one thread at a time may change them; any thread may read them.
     """
 
     def __init__(self, size_of: Callable[[str], int]) -> None:
-        """Start empty. `size_of` returns the bytes of a file by its name."""
+        """Start empty. `size_of` returns the size of the input file with this name, in bytes."""
         self._size_of = size_of
         #: For each owner, how many requests use each file.
         self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -41,10 +43,10 @@ class PendingStorage:
                     del self._sizes[name]
 
     def file_names(self) -> set[str]:
-        """Return the names of all files that unfinished requests need."""
+        """Return the names of all input files that unfinished requests need."""
         return {name for names in list(self._names.values()) for name in list(names)}
 
     def num_bytes(self, owner: str, more: Collection[str] = ()) -> int:
-        """Return the bytes that an owner needs, plus those of the files in `more` that are not counted yet."""
+        """Return the bytes that an owner's requests need; adds the files in `more` that are not counted yet."""
         own = self._names.get(owner, Counter[str]())
         return self._num_bytes[owner] + sum(self._size_of(name) for name in more if name not in own)

@@ -1,4 +1,4 @@
-"""The durable queue. The row is the truth; the in-memory job follows each commit and serves status requests."""
+"""The durable queue. The row is authoritative; the in-memory job is updated after each commit and serves statuses."""
 
 import logging
 import threading
@@ -33,7 +33,7 @@ RECENT = 2048
 class Queue:
     """The queue: submit, claim, progress, finish, cancel. Every method may be called from any thread.
 
-    The methods that change rows wait for the disk: keep them off the event loop.
+    Methods that read or change rows wait for the disk: do not call them on the event loop.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class Queue:
         max_running_per_owner: int = 0,
         pending_storage: PendingStorage | None = None,
     ) -> None:
-        """Start empty. Per-owner limits of 0 mean no limit. `pending_storage` counts each request until it is done."""
+        """Start empty. A per-owner limit of 0 means no limit. `pending_storage` counts each unfinished request."""
         self._database = database
         self._metrics = metrics or Metrics()
         self._notifier = notifier
         self._max_length, self._max_length_per_owner = max_length, max_length_per_owner
         self._max_running_per_owner = max_running_per_owner
         self._clock = clock
-        # Held over a commit and the in-memory change that follows, so that both happen in the same order.
+        # Held during each commit and its in-memory change, so that these changes happen in the order of the commits.
         self._lock = threading.RLock()
-        #: Called when a running job is cancelled. Returns once the runner of the job, local or remote, knows.
+        #: Called when a running job is cancelled. Returns once the job's runner, local or remote, has been told.
         self.on_cancel: Callable[[Job], None] = lambda job: None
         self._waiting = WaitingIndex()
         self._pending_storage = pending_storage or PendingStorage(lambda name: 0)
@@ -67,9 +67,9 @@ class Queue:
     # -- for clients
 
     def submit(self, submission: Submission) -> Job:
-        """Accept a request. Once this returns, the request survives a crash.
+        """Add a job, or return the earlier one with the same Idempotency-Key. The returned job survives a crash.
 
-        Raises QueueFull, TooManyRequests, InvalidInput, DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase.
+        Raises QueueFull, TooManyRequests, InvalidInput for a reused key, and the errors of `Database.transaction`.
         """
         with self._lock:
             with self._database.transaction() as connection:
@@ -91,9 +91,9 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> State:
-        """Cancel a job for its client, or because the client left; return its previous state.
+        """Cancel a job because its client cancelled it or disconnected; return its previous state.
 
-        A job IN_PROGRESS ends before its next step.
+        A waiting job ends now, a running one before its next step. A completed one stays as it is.
         """
         with self._lock:
             state = job.state
@@ -109,20 +109,20 @@ class Queue:
         return state
 
     def get_cached(self, request_id: str) -> Job | None:
-        """Return a live or recent job from memory, without reading the disk."""
+        """Return an unfinished or recent job from memory, without reading the disk; None if it is not in memory."""
         return self._live.get(request_id) or self._recent.get(request_id)
 
     def get(self, request_id: str) -> Job | None:
-        """Return any job, read from its row when it is no longer in memory."""
+        """Return a job, read from its row when it is not in memory; None if there is no such job."""
         if job := self.get_cached(request_id):
             return job
         rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", request_id)
         return job_table.job_from_row(rows[0]) if rows else None
 
     def result(self, job: Job) -> Outcome:
-        """Return how a completed job ended. Raises NotFound when it was deleted meanwhile.
+        """Return how a completed job ended. Raises NotFound when the job was deleted meanwhile.
 
-        For a client that wants nothing kept, record in the row that the result was fetched.
+        For a job with `store_io` False, record in the row when its result was first fetched.
         """
         rows = self._database.read("SELECT * FROM jobs WHERE request_id = ?", job.request_id)
         if not rows:
@@ -133,7 +133,7 @@ class Queue:
                 with self._database.transaction() as connection:
                     job_table.mark_fetched(connection, job, self._clock())
             except DiskFull:
-                # The result is stored and needs no more space.
+                # The client still gets the result; only the record of the fetch is missing.
                 log.warning(
                     "the disk is full: cannot record that this result was fetched; the next fetch tries again",
                     extra={"request_id": job.request_id},
@@ -141,20 +141,20 @@ class Queue:
         return job_table.outcome_from_row(row)
 
     def position(self, job: Job) -> int:
-        """Return how many requests are ahead of this job."""
+        """Return how many waiting jobs are ahead of this one."""
         return self._waiting.position(job)
 
     @property
     def length(self) -> int:
-        """Return how many requests wait."""
+        """The number of waiting jobs."""
         return len(self._waiting)
 
     # -- for the worker
 
     def claim(self, *, include_low_priority: bool = True, slots: int = 1) -> tuple[Job, str] | None:
-        """Claim the next job: set it IN_PROGRESS, count the attempt, and return it with its input.
+        """Claim the next job: set it IN_PROGRESS, count the attempt, and return it with its input as JSON.
 
-        Returns None when no job waits. See `JobSource`.
+        Returns None when no waiting job may start. `JobSource.claim` explains the arguments.
         """
         with self._lock:
             job = self._next_job(include_low_priority=include_low_priority, slots=slots)
@@ -169,18 +169,18 @@ class Queue:
         return job, row["input"]
 
     def progress(self, job: Job, step: int, num_steps: int) -> None:
-        """Record a finished step in memory and notify listeners."""
+        """Record a completed step in memory and in the job's log, and notify listeners."""
         job.step, job.num_steps = step, num_steps
         self.log(job, f"step {step}/{num_steps}")
 
     def log(self, job: Job, message: str, level: str = "INFO") -> None:
-        """Add one line to the job's log."""
+        """Add one line to the job's log, and notify listeners."""
         timestamp = datetime.fromtimestamp(self._clock(), UTC).isoformat()
         job.logs.append(jobs.log_line(message, level, timestamp))
         self._notifier.notify(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """Finish a running job. Returns False when it was cancelled meanwhile and ends as cancelled instead."""
+        """Finish a running job with this outcome. Returns False if it was cancelled, and finishes it as cancelled."""
         with self._lock:
             if job.is_cancelled:
                 self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
@@ -189,17 +189,17 @@ class Queue:
             return True
 
     def record_crash(self, crashed_jobs: Sequence[Job]) -> None:
-        """Count a crash for each of these crashed_jobs that still runs, because the process has to end."""
+        """Count a crash for each of these jobs that still runs, before a fault ends the process."""
         try:
             self._count_crash(crashed_jobs)
         except DiskFull:
-            # The reason why the process ends is worse, and this error must not hide it.
-            log.error("the disk is full: cannot record which crashed_jobs ran when the process had to end")
+            # Not raised, because the caller must report the fault itself.
+            log.error("the disk is full: cannot record which jobs ran when the process crashed")
 
     def release(self, job: Job) -> None:
-        """Release a running job to its old position, because this process will not finish it.
+        """Put a running job back at its old place in the queue, because this process will not finish it.
 
-        A cancelled job ends instead.
+        A cancelled job is finished as cancelled instead.
         """
         with self._lock:
             if job.is_cancelled:
@@ -214,7 +214,7 @@ class Queue:
         self._notifier.notify(job.request_id, QUEUE)
 
     def requeue_or_fail(self, job: Job) -> None:
-        """Requeue a job at its old position after its process is gone, or fail it after too many attempts."""
+        """Release a job whose process is gone, or fail it if `retry.retry_or_fail` says so."""
         with self._lock:
             outcome = retry.retry_or_fail(job)
             if outcome and not job.is_cancelled:
@@ -228,14 +228,14 @@ class Queue:
     def record_crash_at_startup(self, request_ids: Sequence[str]) -> None:
         """Count a crash for each job that ran when the last process crashed. Call at startup, before `recover`.
 
-        Raises DiskFull; the next start can still count the crash.
+        Raises DiskFull. The crash can then be counted at the next start.
         """
         self._count_crash([job for request_id in request_ids if (job := self.get(request_id))])
 
     def recover(self) -> int:
-        """Load unfinished jobs at startup; requeue those that were running. Returns how many wait.
+        """Load unfinished jobs at startup, and requeue those that were running. Returns how many jobs wait.
 
-        Jobs end here if their client is gone, or if they are cancelled, damaged or were tried too often.
+        A job ends here if it is not a queue job, or if it is cancelled, damaged or was tried too often.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
@@ -256,7 +256,7 @@ class Queue:
         return self.length
 
     def fail_expired(self) -> int:
-        """Fail the waiting jobs whose start deadline has passed. Returns how many."""
+        """Fail the waiting jobs whose start deadline has passed; return their number."""
         with self._lock:
             late = self._database.read(
                 "SELECT request_id FROM jobs WHERE state = 'IN_QUEUE' AND start_deadline <= ?", self._clock()
@@ -266,7 +266,7 @@ class Queue:
         return len(late)
 
     def evict(self, request_ids: list[str]) -> None:
-        """Evict finished jobs from memory, after their rows are deleted."""
+        """Remove finished jobs from memory, after their rows are deleted."""
         with self._lock:
             for request_id in request_ids:
                 self._recent.pop(request_id, None)
@@ -274,7 +274,7 @@ class Queue:
     # -- internals
 
     def _next_job(self, *, include_low_priority: bool, slots: int) -> Job | None:
-        """Return the next job to claim. Jobs whose start deadline has passed fail here."""
+        """Return the next job to claim, or None; fail the jobs before it whose start deadline has passed."""
         busy = self._waiting.owners_at_limit(self._max_running_per_owner)
         for priority in (Priority.NORMAL, Priority.LOW) if include_low_priority else (Priority.NORMAL,):
             while job := self._waiting.first(priority, busy, slots):
@@ -303,7 +303,7 @@ class Queue:
         job.is_cancelled, job.output_size = is_cancelled, len(outcome.body)
         job.error, job.error_type = outcome.error, outcome.error_type
         job.inference_time, job.acceleration = outcome.inference_time, outcome.acceleration
-        # Last, because the event loop reads without the lock: once it sees COMPLETED, all fields are set.
+        # Set last, because the event loop reads without the lock: once it sees COMPLETED, all other fields are set.
         job.state = State.COMPLETED
         self._recent[job.request_id] = job
         if len(self._recent) > RECENT:

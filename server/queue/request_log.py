@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 def log_finished(job: Job, outcome: Outcome, *, is_cancelled: bool) -> None:
-    """Log how a request ended. Only the first characters of the owner's id are logged."""
+    """Log how a request ended, with the first 9 characters of the owner's id."""
     how = "cancelled" if is_cancelled else "completed" if outcome.status == 200 else f"failed, {outcome.error}"
     seconds = f" in {outcome.inference_time:.2f} s" if outcome.inference_time else ""
     about = {"request_id": job.request_id, "endpoint": job.endpoint, "owner": job.owner[:9], "status": outcome.status}

@@ -1,4 +1,4 @@
-"""Deletion of old results and files: by age, by their expiry, and by disk space."""
+"""Deletion of old results and files: by age, by expiry, and to save disk space."""
 
 import math
 import time
@@ -10,11 +10,12 @@ from server.queue.queue import Queue
 from server.storage.database import Database
 from server.storage.file_store import FileStore
 
-#: Seconds after the first fetch in which a client that wants nothing kept can fetch again: its retries need this.
+#: Seconds for which a result that must not be kept stays after its first fetch, because clients retry a broken fetch.
 GRACE_SECONDS = 600.0
+#: How many jobs are deleted in one transaction.
 _BATCH = 500
-#: Results whose webhook is still due are kept, because the webhook needs the result. A corrected clock may make them
-#: old at once.
+#: Results whose webhook is still due are kept, because the webhook sends them. Such a result can be old: a clock that
+#: was slow and is corrected makes every result older at once.
 _WEBHOOK_DONE = """NOT EXISTS (
     SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
 )"""
@@ -22,7 +23,7 @@ _EXPIRED = f"""
     SELECT request_id FROM jobs AS results
     WHERE state = 'COMPLETED' AND ((is_kept = 0 AND fetched_at <= ?) OR finished_at <= ?) AND {_WEBHOOK_DONE}
 """  # noqa: S608  no client input in the SQL
-#: Everything of an owner that takes disk space, as the table `kept` counts it.
+#: All files and rows of an owner with their bytes, as the table `kept` counts them.
 _STORED_BYTES = """
     SELECT name, request_id, max(size, 4096) AS size, created_at FROM files WHERE owner = ?1
     UNION ALL
@@ -31,7 +32,7 @@ _STORED_BYTES = """
 
 
 class Retention:
-    """The retention policy. Deletes rows before files, so that a row never lists a missing file."""
+    """The retention policy. It deletes rows before files, so that no row lists a missing file."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Retention:
         self._clock = clock
 
     def sweep(self) -> int:
-        """Run one pass; return how many jobs were deleted."""
+        """Delete what is expired, too old or over the disk limit; return how many jobs were deleted."""
         now = self._clock()
         self._expire_files(now)
         old = self._database.read(
@@ -62,7 +63,7 @@ class Retention:
         return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
 
     def delete(self, job: Job) -> None:
-        """Delete one finished job and its images now. Raises StillInProgress."""
+        """Delete one finished job and its images now. Raises StillInProgress for an unfinished job."""
         if job.state != State.COMPLETED:
             raise StillInProgress("Request is still in progress; cancel it first")
         self._delete([job.request_id])
@@ -73,29 +74,35 @@ class Retention:
         self._files.delete([row["name"] for row in rows])
 
     def _fit_budget(self) -> int:
-        """Shrink the owners that exceed an equal share until all fits. Space that an owner does not use is shared."""
+        """Delete the oldest data of the owners that exceed their share, until all data fits the disk limit.
+
+        Shares are equal; space that an owner does not use goes to the others. Returns how many jobs were deleted.
+        """
         sizes = {row["owner"]: row["num_bytes"] for row in self._database.read("SELECT owner, num_bytes FROM kept")}
         share = _share(sizes.values(), self._max_bytes)
         return sum(self._shrink(owner, size - share) for owner, size in sizes.items() if size > share)
 
     def _shrink(self, owner: str, excess: float) -> int:
-        """Delete an owner's oldest results and uploads until the excess is gone. Results with a due webhook stay."""
-        doomed: list[str] = []
+        """Delete an owner's oldest results and uploads, `excess` bytes or more; return how many jobs were deleted.
+
+        Results with a due webhook stay.
+        """
+        request_ids: list[str] = []
         uploads: list[str] = []
         rows = self._database.read(
             f"SELECT * FROM ({_STORED_BYTES}) AS results WHERE {_WEBHOOK_DONE} ORDER BY created_at, request_id",  # noqa: S608
             owner,
         )
         for row in rows:
-            if excess <= 0 and row["request_id"] not in doomed[-1:]:
+            if excess <= 0 and row["request_id"] not in request_ids[-1:]:
                 break
             excess -= row["size"]
             if row["request_id"] is None:
                 uploads.append(row["name"])
-            elif row["request_id"] not in doomed[-1:]:
-                doomed.append(row["request_id"])
+            elif row["request_id"] not in request_ids[-1:]:
+                request_ids.append(row["request_id"])
         self._delete_uploads(uploads)
-        return self._delete(doomed)
+        return self._delete(request_ids)
 
     def _delete_uploads(self, names: list[str]) -> None:
         with self._database.transaction() as connection:
@@ -117,7 +124,10 @@ class Retention:
 
 
 def _share(sizes: Collection[float], room: float) -> float:
-    """Return the most that each owner may keep so that all fit. Owners below this limit keep everything."""
+    """Return the most bytes that each owner may keep so that all data fits `room`; infinity if it fits already.
+
+    Owners below this limit keep everything.
+    """
     for num_left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
         if size * num_left > room:
             return room / num_left

@@ -3,14 +3,14 @@
 from server.errors import ClientCancelled, ClientDisconnected, InternalError, ServerError
 from server.queue.jobs import Job, Mode, Outcome
 
-#: fal's limit on the attempts of a job whose runners are lost.
+#: fal's limit on the attempts of a job whose process ends each time.
 MAX_ATTEMPTS = 10
-#: After this many crashes the job counts as their cause and fails, so that other jobs can run.
+#: After this many crashes of its process, a job counts as the cause and fails, so that other jobs can run.
 MAX_CRASHES = 3
 
 
 def retry_or_fail(job: Job) -> Outcome | None:
-    """Return how the job ends if it was tried too often or is damaged; None if it may be retried."""
+    """Return how the job ends if it is damaged, crashed too often or was tried too often; None if it may be retried."""
     if job.is_damaged:
         message = "The stored request is damaged, so its input files cannot be found; submit it again."
         return Outcome.from_error(InternalError(message))
@@ -19,10 +19,12 @@ def retry_or_fail(job: Job) -> Outcome | None:
             InternalError(f"The server crashed {job.crash_count} times while it ran this request.")
         )
     if job.attempt >= MAX_ATTEMPTS:
-        return Outcome.from_error(InternalError(f"Gave up after {job.attempt} attempts."))
+        return Outcome.from_error(
+            InternalError(f"Gave up after {job.attempt} attempts: the process ended each time; submit it again.")
+        )
     return None
 
 
 def cancellation_error(job: Job) -> ServerError:
-    """Return the error for the client of a cancelled job: the client cancelled it, or it disconnected."""
+    """Return the error of a cancelled job: ClientCancelled for a queue job, otherwise ClientDisconnected."""
     return ClientCancelled() if job.mode == Mode.QUEUE else ClientDisconnected()

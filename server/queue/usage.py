@@ -1,4 +1,4 @@
-"""A key's usage per day and endpoint, from the table `usage`, which outlives the requests."""
+"""A key's usage per day and endpoint, from the table `usage`, whose rows stay when requests are deleted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from server.storage.database import Database
 
 @dataclass(frozen=True)
 class UsageFilter:
-    """Days from `first` to `last`, both included, in UTC; all endpoints when none is named."""
+    """A filter for one owner's usage: the UTC days from `first` to `last`, both included. No endpoints means all."""
 
     owner: str
     first: date
@@ -19,7 +19,7 @@ class UsageFilter:
 
 @dataclass(frozen=True)
 class UsageRow:
-    """One endpoint on one day: finished requests, and megapixels, rounded up for each image."""
+    """The successful requests of one endpoint on one day, and their megapixels, rounded up for each image."""
 
     day: date
     endpoint: str

@@ -10,7 +10,7 @@ from server.queue.jobs import Job, Priority
 
 
 class WaitingIndex:
-    """An index with a short-held lock, so that the event loop can read positions while a commit waits for the disk."""
+    """An index with its own lock, never held during a commit, so that the event loop can always read positions."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,14 +25,14 @@ class WaitingIndex:
         return len(self._ranks)
 
     def add_waiting(self, job: Job) -> None:
-        """Add a waiting job at its position."""
+        """Add a waiting job at the place that its rank gives."""
         with self._lock:
             self._ranks.add(job.rank)
             self._jobs[job.rank] = job
             self._waiting[job.priority].setdefault(job.owner, SortedList()).add(job.rank)
 
     def remove_waiting(self, job: Job) -> None:
-        """Remove a job that no longer waits."""
+        """Remove a job that no longer waits; do nothing if it is not in the index."""
         with self._lock:
             if self._jobs.pop(job.rank, None) is None:
                 return
@@ -43,7 +43,7 @@ class WaitingIndex:
                 del self._waiting[job.priority][job.owner]
 
     def start(self, job: Job) -> None:
-        """Count a waiting job as running."""
+        """Remove a waiting job and count it as running."""
         self.remove_waiting(job)
         with self._lock:
             self._running[job.priority][job.owner] += 1
@@ -73,11 +73,11 @@ class WaitingIndex:
             return {owner for owner, number in running.items() if 0 < limit <= number}
 
     def first(self, priority: Priority, excluded_owners: Collection[str], slots: int) -> Job | None:
-        """Return the next job of this priority in queue order, with one exception; None when none waits.
+        """Return the next job of this priority, skipping `excluded_owners`; None if no other job waits.
 
-        An owner with a full share of the slots is passed over while an owner below its share waits. Otherwise an owner
-        with a hundred queued requests would delay the first request of every other owner. `excluded_owners` are
-        always passed over.
+        Jobs come in queue order, with one exception: an owner that already runs an equal share of `slots` is skipped
+        while an owner below its share waits. Otherwise an owner with a hundred queued requests would delay the first
+        request of every other owner.
         """
         with self._lock:
             waiting = {owner: own[0] for owner, own in self._waiting[priority].items() if owner not in excluded_owners}

@@ -15,14 +15,15 @@ _DIRECTORIES = ("files", "tls")
 
 
 def back_up(database: Database, data_dir: Path, target: Path) -> int:
-    """Copy the data directory into a new one while the server runs; return its bytes.
+    """Copy the data directory into a new one while the server runs; return the size of the copy in bytes.
 
-    Inputs are deleted soon after their request ends, so they are copied before the database. Inputs that arrive after
-    that are copied together with the database, while no request can end. Images are kept longer, so they come last.
+    Inputs are deleted soon after their request ends, so they are copied before the database. Inputs that arrive
+    meanwhile are copied together with the database, while no request can end. Images are kept longer, so they come
+    last. Parts of unfinished uploads are not copied.
 
-    Raises ValueError, naming the target and why it cannot be written.
+    Raises ValueError, naming the target and the reason, and CorruptDatabase.
     """
-    # An incomplete backup has another name.
+    # An incomplete backup has another name, so that it is not restored by mistake.
     temp_path = Path(f"{target}.part")
     _check(data_dir, target, temp_path)
     try:
@@ -44,7 +45,7 @@ def back_up(database: Database, data_dir: Path, target: Path) -> int:
 
 
 def _copy(data_dir: Path, name: str, target: Path) -> None:
-    """Copy the files of a directory that the target does not have yet."""
+    """Copy the directory `name` into the target, except files that the target already has."""
     if (data_dir / name).is_dir():
         shutil.copytree(data_dir / name, target / name, copy_function=_copy_if_new, dirs_exist_ok=True)
 
@@ -59,7 +60,7 @@ def _check(data_dir: Path, target: Path, temp_path: Path) -> None:
 
 
 def _brief(error: Exception) -> str:
-    """Return the system's message; for several files, the first message and the number of files."""
+    """Return the system's message; if files could not be copied, the first file's message and the number of files."""
     if not isinstance(error, shutil.Error):
         return getattr(error, "strerror", None) or str(error)
     reasons = [str(reason) for _, _, reason in error.args[0]]
@@ -68,7 +69,7 @@ def _brief(error: Exception) -> str:
 
 
 def _copy_if_new(source: str, target: str) -> str:
-    """Copy one file that the target does not have. Skip it if it expired meanwhile."""
+    """Copy one file, unless the target exists or the source was deleted meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         if not Path(target).exists():
             shutil.copy2(source, target)

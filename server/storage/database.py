@@ -1,4 +1,4 @@
-"""The SQLite file of the data directory, and the only connection to it."""
+"""The SQLite file of the data directory, and the server's only connection to it."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ from server.errors import DiskFails, DiskFull
 from server.storage.migrations import DataDirInUse, migrate
 
 FILE = "queue.sqlite3"
-#: Directories next to the database, with the files that its rows list. A start removes files that no row lists.
+#: Directories next to the database, for the files that its rows list. The server deletes files that no row lists.
 DIRECTORIES = ("files", "uploads", "inputs")
-#: SQLite's codes for a full disk: for a table, and for the index of its write-ahead log.
+#: SQLite's codes for a full disk: while it writes the database, and while it writes the index of the write-ahead log.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 #: SQLite's codes for a read-only or broken disk. They are the low byte of the error code.
 _FAILING = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
@@ -34,14 +34,14 @@ class ReplacedDatabase(CorruptDatabase):
 class _FileIdentity:
     """The identity and last known size of the database file, to notice changes by another program.
 
-    The file is not opened for this, because SQLite would lose its locks. The modification time is not compared,
-    because it can change while the file stays the same.
+    The file is not opened for this, because closing it would release SQLite's locks. The modification time is not
+    compared, because it can change although the content does not.
     """
 
     def __init__(self, file: Path) -> None:
         self._file, self._log = file, file.with_name(f"{FILE}-wal")
         self.is_lost = False
-        self._is, self._log_is = _identity(file), _identity(self._log)
+        self._file_id, self._log_id = _identity(file), _identity(self._log)
         self.remember_size()
 
     def remember_size(self) -> None:
@@ -50,13 +50,13 @@ class _FileIdentity:
             self._size = self._file.stat().st_size
 
     def check(self) -> None:
-        """Check that the file is unchanged. Raises ReplacedDatabase.
+        """Raise ReplacedDatabase if another program replaced the file or changed its size.
 
-        A replaced file's log is renamed, because SQLite would write the log's content into the new file.
+        The log of a replaced file is renamed, because SQLite would write its content into the new file.
         """
-        if not self.is_lost and _identity(self._file) == self._is and self._file.stat().st_size == self._size:
+        if not self.is_lost and _identity(self._file) == self._file_id and self._file.stat().st_size == self._size:
             return
-        if not self.is_lost and _identity(self._log) == self._log_is:
+        if not self.is_lost and _identity(self._log) == self._log_id:
             self._log.rename(f"{self._log}.replaced")
         self.is_lost = True
         problem = f"{self._file} was replaced or written to by another program while the server ran"
@@ -78,23 +78,23 @@ def _translate_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        # Errors raised by Python's sqlite3 module itself have no code.
+        # Only errors from SQLite have a code; those from Python's sqlite3 module itself have none.
         code = getattr(error, "sqlite_errorcode", 0)
         if code in _FULL:
             raise DiskFull from error
         if code & 0xFF in _FAILING:
             raise DiskFails.because(error) from error
         if code & 0xFF in _DAMAGED:
-            raise CorruptDatabase(f"{file} is not a database of this server; restore it from a backup") from error
+            raise CorruptDatabase(f"{file} is damaged or is not a database; restore it from a backup") from error
         raise
 
 
 def check_data_dir(directory: Path) -> None:
-    """Refuse a directory with files but no database: a start would delete them all as orphans. Raises OSError."""
+    """Raise OSError for a directory with files but no database: the server would delete the files as orphans."""
     if (directory / FILE).is_file() and (directory / FILE).stat().st_size:
         return
     for name in DIRECTORIES:
-        # A file system that is mounted here has lost+found from the beginning.
+        # A new file system that is mounted here contains lost+found.
         if (directory / name).is_dir() and any(path.name != "lost+found" for path in (directory / name).iterdir()):
             raise OSError(
                 f"{directory} has {name}/ but no {FILE}: it is not a data directory of this server, or its database is"
@@ -103,19 +103,20 @@ def check_data_dir(directory: Path) -> None:
 
 
 def read_only_query(directory: Path, sql: str) -> list[sqlite3.Row]:
-    """Return the rows of one query; a server may use the database meanwhile. Raises sqlite3.Error, also for no file."""
+    """Return the rows of one query, even while a server runs. Raises sqlite3.Error, also for a missing database."""
     file = (directory / FILE).absolute()
-    # Without a log, no process has the database open. SQLite would create a log, perhaps as the wrong user.
+    # Without a log, no process has the database open. Then `immutable` keeps SQLite from creating a log, which might
+    # belong to the wrong user.
     mode = "ro" if file.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
     with closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True)) as connection:
         return connection.execute(sql).fetchall()
 
 
 class Database:
-    """SQLite in WAL mode, with every commit on disk before its caller continues.
+    """An SQLite database in WAL mode. Every commit is on the disk before its caller continues.
 
-    One process owns the file and one connection does all the work: two connections that write or checkpoint at once
-    can corrupt a WAL database before SQLite 3.51.3 (sqlite.org/wal.html, "the WAL-reset bug").
+    One process owns the file and one connection does all the work: before SQLite 3.51.3, two connections that write or
+    checkpoint at once can corrupt a WAL database (sqlite.org/wal.html, "the WAL-reset bug").
     """
 
     def __init__(self, directory: Path) -> None:
@@ -124,11 +125,11 @@ class Database:
         except OSError as error:
             raise OSError(f"--data-dir {directory} cannot be created: {error.strerror}") from None
         check_data_dir(directory)
-        # Prompts and keys are private, also in a directory that existed before.
+        # Prompts and key hashes are private, even if the directory existed before and others may read it.
         # SQLite gives its other files the mode of this one.
         (directory / FILE).touch(mode=0o600)
         (directory / FILE).chmod(0o600)
-        # Private too, because another user who locks the file would keep the server from starting.
+        # Private too, because any user who can open this file could lock it, and the server would not start.
         self._lock_file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
         os.fchmod(self._lock_file.fileno(), 0o600)
         try:
@@ -142,31 +143,31 @@ class Database:
         # Invalid text in a damaged row must not keep the other rows from being read.
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
-        self._place: _FileIdentity | None = None
-        #: Called when the file turns out to be damaged or replaced, because the server cannot go on.
+        self._identity: _FileIdentity | None = None
+        #: Called when the file is found to be damaged or replaced, because the server must stop.
         self.on_corruption: Callable[[CorruptDatabase], None] = lambda error: None
         try:
             with _translate_errors(self._file):
                 for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON"):
                     self._connection.execute(f"PRAGMA {pragma}")
                 migrate(self._connection)
-            self._place = _FileIdentity(self._file)
+            self._identity = _FileIdentity(self._file)
         except BaseException:
             self.close()
             raise
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the connection, one thread at a time. Raises DiskFull, DiskFails, CorruptDatabase, ReplacedDatabase."""
-        place = self._place
-        assert place
+        """Lock the connection for this thread. Raises DiskFull, DiskFails, CorruptDatabase and ReplacedDatabase."""
+        identity = self._identity
+        assert identity
         try:
             with self._lock, _translate_errors(self._file):
-                place.check()
+                identity.check()
                 try:
                     yield
                 finally:
-                    place.remember_size()
+                    identity.remember_size()
         except CorruptDatabase as error:
             self.on_corruption(error)
             raise
@@ -203,9 +204,9 @@ class Database:
         (directory / FILE).chmod(0o600)
 
     def close(self) -> None:
-        """Close the file and release the directory for other processes."""
+        """Close the database and unlock the data directory for other processes."""
         with self._lock:
             # If the file was replaced, closing would make SQLite write its log into the new file.
-            if not (self._place and self._place.is_lost):
+            if not (self._identity and self._identity.is_lost):
                 self._connection.close()
         self._lock_file.close()

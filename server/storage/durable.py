@@ -7,11 +7,12 @@ from pathlib import Path
 
 from server.errors import DiskFull
 
+#: The pause between two tries on a full disk, in seconds.
 RETRY_SECONDS = 1.0
 
 
 def sync_directory(directory: Path) -> None:
-    """Make new names in a directory survive a power cut. Raises OSError."""
+    """Write a directory's new file names to the disk, so that they survive a power cut. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,6 +21,6 @@ def sync_directory(directory: Path) -> None:
 
 
 def wait_for_room(error: DiskFull, log: logging.Logger, wait: Callable[[float], object]) -> None:
-    """Log that the disk is full, and wait before the next try."""
+    """Log that the disk is full, and call `wait` with RETRY_SECONDS. Then the caller tries again."""
     log.error("%s; nothing is lost, trying again every second", error)
     wait(RETRY_SECONDS)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: The system's error numbers for a full disk.
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: The smallest number of bytes that a file counts as, for its disk block and its row.
+#: A file counts as at least this many bytes, because it takes a disk block and a row.
 _BLOCK = 4096
 _NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 #: Also matches a file that is being written.
@@ -30,7 +30,10 @@ _SERVER_FILE = re.compile(rf"{_NAME.pattern}(\.part)?")
 
 @dataclass(frozen=True)
 class Lifecycle:
-    """The lifetime of a file, in seconds (None: as long as the operator keeps results), and whether it is private."""
+    """The lifetime of a file in seconds, and whether it is private, so that only its owner may read it.
+
+    A lifetime of None means as long as the operator keeps results.
+    """
 
     lifetime: float | None = None
     is_private: bool = False
@@ -42,7 +45,10 @@ DEFAULT_LIFECYCLE = Lifecycle()
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file in the store. Its name is 128 random bits and an extension; `file_name` is the name its owner gave it."""
+    """A file in the store. `name` is 128 random bits and an extension; `file_name` is the name that the owner gave.
+
+    `size` is in bytes, `expires_at` in seconds since 1970.
+    """
 
     name: str
     owner: str
@@ -54,7 +60,7 @@ class StoredFile:
 
 
 def disk_error(error: OSError) -> DiskFull:
-    """Convert a system error into the error for the client."""
+    """Convert a system error: DiskFull if the disk is full, otherwise DiskFails with the system's message."""
     return DiskFull() if error.errno in DISK_FULL_ERRNOS else DiskFails.because(error.strerror)
 
 
@@ -69,12 +75,12 @@ def is_file_name(name: str) -> bool:
 
 
 def generate_file_name(extension: str) -> str:
-    """Generate a name of 128 random bits, which only clients that were told the name can know."""
+    """Generate a name that cannot be guessed: 128 random bits and the extension."""
     return f"{secrets.token_hex(16)}.{extension}"
 
 
 def insert_file_row(connection: sqlite3.Connection, file: StoredFile, request_id: str | None, now: float) -> None:
-    """Insert a file's row, in the caller's transaction."""
+    """Insert a file's row, in the caller's transaction. An upload has no `request_id`."""
     connection.execute(
         "INSERT INTO files (name, request_id, owner, size, content_type, file_name, is_private, created_at, expires_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -93,14 +99,17 @@ def insert_file_row(connection: sqlite3.Connection, file: StoredFile, request_id
 
 
 def is_server_file(path: Path, names: re.Pattern[str]) -> bool:
-    """Return whether this server can have made the path, by its name. A directory's name is matched with a slash."""
+    """Return whether the path's name matches `names`, the pattern of names that this server gives.
+
+    A directory is matched with a slash after its name. A symbolic link never matches.
+    """
     return bool(names.fullmatch(f"{path.name}/" if path.is_dir() else path.name)) and not path.is_symlink()
 
 
 def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[str]) -> int:
-    """Delete the server's files that no row lists, left by a crash before their row was written; return how many.
+    """Delete the files and directories that match `names` but are not listed; return how many.
 
-    Call at startup only.
+    A crash leaves such files when their row was not written yet. Call at startup only.
     """
     orphans = [path for path in directory.iterdir() if path.name not in listed and is_server_file(path, names)]
     for path in orphans:
@@ -114,7 +123,7 @@ def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[st
 
 
 class FileStore:
-    """Files in one directory, each listed in the database. Other files are not served."""
+    """A directory of files that are listed in the database. Other files in the directory are not served."""
 
     def __init__(self, directory: Path, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._directory = directory
@@ -123,14 +132,17 @@ class FileStore:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Write bytes durably under a new name; the caller lists the file when the job finishes. Raises DiskFull."""
+        """Write bytes durably under a new name. The caller must insert the row. Raises as `write` does."""
         file = StoredFile(
             generate_file_name(extension), owner, len(content), content_type, is_private=lifecycle.is_private
         )
         return self.write(file, content, lifecycle)
 
     def write(self, file: StoredFile, content: bytes, lifecycle: Lifecycle) -> StoredFile:
-        """Write bytes durably under the file's name. Its lifetime counts from now. Raises DiskFull."""
+        """Write bytes durably under the file's name; return the file with its expiry, counted from now.
+
+        Raises DiskFull, also for a read-only disk, and OSError for other faults.
+        """
         temp_path = self._directory / f"{file.name}.part"
         try:
             with temp_path.open("wb") as stream:
@@ -147,12 +159,12 @@ class FileStore:
         return dataclasses.replace(file, expires_at=expires_at)
 
     def move_in(self, path: Path, name: str) -> None:
-        """Move a file that is already on the disk into the store, durably."""
+        """Move a file whose content is already on the disk into the store, durably. Raises OSError."""
         path.rename(self._directory / name)
         sync_directory(self._directory)
 
     def find(self, name: str) -> StoredFile | None:
-        """Return a listed file that has not expired, or None."""
+        """Return the listed file of this name, or None if there is none or it has expired."""
         if not _NAME.fullmatch(name):
             return None
         rows = self._database.read(
@@ -167,7 +179,7 @@ class FileStore:
         return bool(self._database.read("SELECT 1 FROM files WHERE name = ?", name))
 
     def path(self, file: StoredFile) -> Path:
-        """Return a file's path."""
+        """Return the path of a file on the disk."""
         return self._directory / file.name
 
     def delete(self, names: list[str]) -> None:
@@ -176,6 +188,6 @@ class FileStore:
             (self._directory / name).unlink(missing_ok=True)
 
     def delete_orphans(self) -> int:
-        """Delete this store's files that no row lists; return how many."""
+        """Delete files in the store that no row lists; return how many. Call at startup only."""
         listed = {row["name"] for row in self._database.read("SELECT name FROM files")}
         return delete_orphans(self._directory, _SERVER_FILE, listed)

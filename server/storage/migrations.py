@@ -5,7 +5,7 @@ from pathlib import Path
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 VERSION = 7
-#: SQL that migrates a database from the previous version to this one.
+#: SQL by version: each entry migrates a database from the version before it.
 _STEPS = {
     2: "ALTER TABLE jobs ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0 CHECK (strikes >= 0)",
     3: "ALTER TABLE jobs ADD COLUMN inputs TEXT NOT NULL DEFAULT '{}'",
@@ -85,11 +85,11 @@ _STEPS = {
 
 
 class DataDirInUse(RuntimeError):
-    """A data directory that belongs to another server: a running one, or a newer version."""
+    """A data directory that this server must not use: another server is running on it, or a newer version wrote it."""
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Create the schema, or migrate an older one, each step in a transaction. Raises DataDirInUse for a newer one."""
+    """Create the schema, or migrate an older one, one transaction per step. Raises DataDirInUse for a newer schema."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
         raise DataDirInUse(

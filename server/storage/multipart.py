@@ -1,4 +1,4 @@
-"""The parts of unfinished uploads: how many and how large, counted as they arrive."""
+"""Parts of unfinished uploads: their number and sizes, kept in memory, and the file that they are joined into."""
 
 import errno
 import os
@@ -13,8 +13,7 @@ from pathlib import Path
 from server.storage.file_store import Lifecycle, counted_size
 
 #: A part that was being received when the server crashed.
-_HALF = re.compile(r"[0-9a-f]{16}\.part")
-
+_INCOMPLETE = re.compile(r"[0-9a-f]{16}\.part")
 
 #: Error numbers of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
@@ -22,7 +21,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that its owner is about to send."""
+    """An upload that is not finished. `name` is the file's future name in the store."""
 
     upload_id: str
     name: str
@@ -42,7 +41,10 @@ class _Parts:
 
 
 class PendingUploads:
-    """In-memory totals, so that each part costs the same. Only one thread at a time may change them."""
+    """In-memory totals of unfinished uploads, so that no check has to read all parts.
+
+    Only one thread at a time may change the totals.
+    """
 
     def __init__(self) -> None:
         self._uploads: dict[str, _Parts] = {}
@@ -71,7 +73,7 @@ class PendingUploads:
         self.num_bytes[parts.upload.owner] += counted_size(size)
 
     def end(self, upload_id: str) -> None:
-        """Remove an upload that has ended. Does nothing if it is already removed."""
+        """Remove an upload that has ended. Do nothing if it is already removed."""
         parts = self._uploads.pop(upload_id, None)
         if parts is None:
             return
@@ -80,11 +82,11 @@ class PendingUploads:
         self.num_uploads[parts.upload.owner] -= 1
 
     def parts(self, upload_id: str) -> list[int]:
-        """Return the numbers of the stored parts, in order."""
+        """Return the numbers of the stored parts, in ascending order; empty if there is no such upload."""
         return sorted(self._uploads[upload_id].sizes) if upload_id in self._uploads else []
 
     def size(self, upload_id: str, number: int | None = None) -> int:
-        """Return the bytes of a part, or of the whole upload; 0 if it is not stored."""
+        """Return the bytes of one part, or of all parts if `number` is None; 0 if nothing is stored."""
         parts = self._uploads.get(upload_id)
         if parts is None:
             return 0
@@ -102,21 +104,44 @@ class PendingUploads:
             self.num_bytes[parts.upload.owner] -= counted_size(size)
 
 
+class PartsInFlight:
+    """Bytes of the parts that are being received, by upload and by owner."""
+
+    def __init__(self) -> None:
+        self._of_upload, self._of_owner = Counter[str](), Counter[str]()
+
+    def add(self, upload: Upload, num_bytes: int) -> tuple[int, int]:
+        """Add received bytes; return the totals of the upload and of its owner."""
+        self._of_upload[upload.upload_id] += num_bytes
+        self._of_owner[upload.owner] += num_bytes
+        return self._of_upload[upload.upload_id], self._of_owner[upload.owner]
+
+    def subtract(self, upload: Upload, num_bytes: int) -> None:
+        """Subtract the bytes of a part that has ended."""
+        for counter, key in ((self._of_upload, upload.upload_id), (self._of_owner, upload.owner)):
+            counter[key] -= num_bytes
+            if not counter[key]:
+                del counter[key]
+
+
 def sizes_in(directory: Path) -> dict[int, int]:
-    """Return the bytes of each part in an upload's directory, by number. Deletes incomplete parts: at startup only."""
+    """Return the size in bytes of each part in an upload's directory, by number; empty if there is no directory.
+
+    Deletes incomplete parts, so call it at startup only.
+    """
     sizes: dict[int, int] = {}
     with suppress(FileNotFoundError):
         for entry in os.scandir(directory):
             with suppress(FileNotFoundError):
                 if entry.name.isdecimal():
                     sizes[int(entry.name)] = entry.stat().st_size
-                elif _HALF.fullmatch(entry.name):
+                elif _INCOMPLETE.fullmatch(entry.name):
                     Path(entry).unlink()
     return sizes
 
 
 def join(parts: Sequence[Path], whole: Path) -> int:
-    """Join the parts into one file, durably; return its size. The parts stay. Raises OSError."""
+    """Join the parts into one file, durably; return its size in bytes. The parts stay. Raises OSError."""
     if len(parts) == 1:
         # Most files come in one part. A hard link, where the file system has them, saves the copy.
         try:

@@ -1,4 +1,4 @@
--- The queue's tables. Times are seconds since 1970. The constraints refuse inconsistent rows.
+-- All tables of the server. Times are seconds since 1970. The constraints refuse inconsistent rows.
 
 CREATE TABLE jobs (
     sequence        INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -8,7 +8,7 @@ CREATE TABLE jobs (
     mode            TEXT NOT NULL CHECK (mode IN ('queue', 'run', 'stream', 'realtime')),
     priority        TEXT NOT NULL CHECK (priority IN ('normal', 'low')),
     input           TEXT NOT NULL,
-    -- The files that the input refers to: {"image_url": "<SHA-256>.png"}.
+    -- The files that the input refers to, by the path of the field: {"image_url": "<SHA-256>.png"}.
     inputs          TEXT NOT NULL DEFAULT '{}',
     base_url        TEXT NOT NULL,
     webhook_url     TEXT,
@@ -29,7 +29,7 @@ CREATE TABLE jobs (
     fetched_at      REAL,
     status          INTEGER,
     output          TEXT,
-    -- Bytes of a response with inline images; 0 for responses that only name their images.
+    -- Bytes of a large response, which holds inline images; 0 for a small one.
     output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
     error           TEXT,
     error_type      TEXT,
@@ -95,7 +95,7 @@ CREATE INDEX row_sizes_of ON row_sizes (owner, finished_at);
 CREATE INDEX files_of ON files (owner, created_at);
 
 -- Storage used by each owner: finished rows and files, and the uploads among the files. A file counts as at least one
--- block.
+-- disk block of 4096 bytes.
 CREATE TABLE kept (
     owner        TEXT PRIMARY KEY,
     num_bytes    INTEGER NOT NULL CHECK (num_bytes >= 0),
@@ -143,6 +143,7 @@ CREATE TABLE uploads (
     created_at   REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 
+-- Webhooks of finished requests.
 CREATE TABLE deliveries (
     request_id   TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,
     url          TEXT NOT NULL,

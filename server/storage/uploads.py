@@ -1,4 +1,4 @@
-"""Unfinished uploads: parts on the disk that become one file in the store."""
+"""Uploads in parts: the parts of a file are stored on the disk, then joined into one file in the store."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path, PurePath
 
@@ -25,9 +24,9 @@ from server.storage.file_store import (
     generate_file_name,
     insert_file_row,
 )
-from server.storage.multipart import PendingUploads, Upload, join, sizes_in
+from server.storage.multipart import PartsInFlight, PendingUploads, Upload, join, sizes_in
 
-#: How long an upload may take from start to end, in seconds.
+#: How long an upload may take from its creation to its completion, in seconds.
 LIFETIME = 86_400.0
 #: Amazon S3's limit on the number of parts, which fal's clients respect.
 MAX_PARTS = 10_000
@@ -41,7 +40,10 @@ _SERVER_FILE = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
 
 class Uploads:
-    """Uploads, limited per file and per owner. A part that is sent twice counts once; parts may come in any order."""
+    """The unfinished uploads, limited in bytes per file, and in bytes and number per owner.
+
+    Parts may come in any order. A part that is sent again replaces the earlier one.
+    """
 
     def __init__(
         self,
@@ -60,11 +62,11 @@ class Uploads:
         self._max_bytes_per_owner = max_bytes_per_owner
         self._clock = clock
         self._pending = PendingUploads()
-        # Held over each change of `_pending` and the matching change on the disk.
+        # Held during each change of `_pending` and the matching change on the disk.
         self._lock = threading.Lock()
-        #: Bytes of the parts being received, by owner. Only the event loop uses it.
-        self._in_flight: Counter[str] = Counter()
-        # Separate threads, so that large files do not delay submits.
+        #: Only the event loop uses it.
+        self._in_flight = PartsInFlight()
+        # Separate threads, so that large files do not delay new requests.
         self.executor = FairExecutor("uploads", 8, 2)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = database.read("SELECT * FROM uploads")
@@ -73,7 +75,10 @@ class Uploads:
             self._pending.add(_upload(row), sizes_in(directory / row["upload_id"]))
 
     def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Start an upload and name its file in the store. Raises QueueFull, TooManyRequests and DiskFull."""
+        """Start an upload and choose the name of its file in the store.
+
+        Raises QueueFull for too many unfinished uploads, TooManyRequests for too many files, and DiskFull.
+        """
         upload = Upload(
             upload_id=secrets.token_hex(16),
             name=generate_file_name(_extension(file_name, content_type)),
@@ -99,21 +104,21 @@ class Uploads:
         return upload
 
     def find(self, upload_id: str) -> Upload:
-        """Return an unfinished upload. Raises NotFound."""
+        """Return an unfinished upload. Raises NotFound if it has ended, is too old or never existed."""
         upload = self._pending.find(upload_id)
         if upload is None or upload.created_at <= self._clock() - LIFETIME:
             raise NotFound("There is no such upload, or it has ended")
         return upload
 
     async def write_part(self, upload: Upload, part_number: int, chunks: AsyncIterator[bytes]) -> str:
-        """Write one part as it arrives; return its ETag.
+        """Write one part as it arrives; return its ETag, the MD5 hash in quotation marks.
 
-        Raises BodyTooLarge and TooManyRequests, naming the limit, BadRequest, NotFound for an upload that has ended,
-        and DiskFull.
+        Raises BadRequest for an invalid part number, BodyTooLarge for too many bytes, TooManyRequests for too many
+        parts, NotFound for an upload that has ended, and DiskFull.
         """
         if not 1 <= part_number <= MAX_PARTS:
             raise BadRequest(f"The part number should be from 1 to {MAX_PARTS}")
-        room = await self.executor.run(upload.owner, self._room, upload, part_number)
+        file_room, owner_room = await self.executor.run(upload.owner, self._rooms, upload, part_number)
         temp_path = self._parts(upload) / f"{secrets.token_hex(8)}.part"
         digest, size = hashlib.md5(usedforsecurity=False), 0
         try:
@@ -121,8 +126,8 @@ class Uploads:
             try:
                 async for chunk in chunks:
                     size += len(chunk)
-                    self._in_flight[upload.owner] += len(chunk)
-                    if self._in_flight[upload.owner] > room:
+                    of_file, of_owner = self._in_flight.add(upload, len(chunk))
+                    if of_file > file_room or of_owner > owner_room:
                         raise BodyTooLarge(self._limit_message())
                     digest.update(chunk)
                     await self.executor.run(upload.owner, file.write, chunk)
@@ -134,19 +139,18 @@ class Uploads:
         except OSError as error:
             raise disk_error(error) from error
         finally:
-            self._in_flight[upload.owner] -= size
+            self._in_flight.subtract(upload, size)
             temp_path.unlink(missing_ok=True)
         return f'"{digest.hexdigest()}"'
 
     async def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """Run `complete` off the event loop."""
-        return await self.executor.run(upload.owner, self._join, upload, part_numbers)
-
-    def _join(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """Join the parts, sorted by number, into a file that is served from now on.
+        """Join the parts, sorted by number, into a file that is served from now on. Without part numbers, join all.
 
         Raises BadRequest when a listed part was not sent, NotFound for an upload that has ended, and DiskFull.
         """
+        return await self.executor.run(upload.owner, self._join, upload, part_numbers)
+
+    def _join(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
         directory = self._parts(upload)
         stored = self._pending.parts(upload.upload_id)
         numbers = sorted(set(part_numbers)) if part_numbers else stored
@@ -155,7 +159,7 @@ class Uploads:
         whole = self._directory / f"{secrets.token_hex(8)}.whole"
         try:
             size = join([directory / str(number) for number in numbers], whole)
-            file = self._listed(upload, whole, size)
+            file = self._add_to_store(upload, whole, size)
         except FileNotFoundError:
             raise NotFound("There is no such upload, or it has ended") from None
         except OSError as error:
@@ -166,13 +170,13 @@ class Uploads:
         return file
 
     def abort(self, upload: Upload) -> None:
-        """Abort an upload that cannot be finished. On a full disk, `sweep` removes the rest later."""
+        """End an upload and delete its parts. If the disk is full, `sweep` deletes its row later."""
         with contextlib.suppress(DiskFull), self._database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,))
         self._end(upload.upload_id)
 
     def sweep(self) -> int:
-        """Delete uploads that were not finished in time; return how many."""
+        """Delete uploads that were not finished within LIFETIME; return how many."""
         with self._database.transaction() as connection:
             rows = connection.execute(
                 "DELETE FROM uploads WHERE created_at <= ? RETURNING upload_id", (self._clock() - LIFETIME,)
@@ -195,7 +199,7 @@ class Uploads:
         with self._database.transaction() as connection:
             connection.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
-    def _listed(self, upload: Upload, whole: Path, size: int) -> StoredFile:
+    def _add_to_store(self, upload: Upload, whole: Path, size: int) -> StoredFile:
         now = self._clock()
         lifetime = upload.lifecycle.lifetime
         file = StoredFile(
@@ -207,7 +211,7 @@ class Uploads:
             upload.lifecycle.is_private,
             None if lifetime is None else now + lifetime,
         )
-        # Under one lock, so that the bytes are not counted twice.
+        # Under one lock, so that the bytes do not count as parts and as a file at the same time.
         with self._lock:
             with self._database.transaction() as connection:
                 if connection.execute("DELETE FROM uploads WHERE upload_id = ?", (upload.upload_id,)).rowcount != 1:
@@ -217,8 +221,11 @@ class Uploads:
             self._pending.end(upload.upload_id)
         return file
 
-    def _room(self, upload: Upload, part_number: int) -> int:
-        """Return how many bytes this part may have. Raises TooManyRequests."""
+    def _rooms(self, upload: Upload, part_number: int) -> tuple[int, int]:
+        """Return how many bytes this part may have in its file, and among all files of its owner.
+
+        Raises TooManyRequests for too many files and parts.
+        """
         if not self._pending.has(upload.upload_id, part_number):
             self._check_number(upload.owner)
         old_size = self._pending.size(upload.upload_id, part_number)
@@ -226,17 +233,17 @@ class Uploads:
         of_owner = (
             self._max_bytes_per_owner - self._stored_totals(upload.owner)[1] - self._pending.num_bytes[upload.owner]
         )
-        return min(of_this, of_owner) + old_size
+        return of_this + old_size, of_owner + old_size
 
     def _take(self, upload: Upload, part_number: int, temp_path: Path, size: int) -> None:
-        """Store a received part; concurrent parts are checked one at a time.
+        """Check the limits again, and store a received part. Other parts may have been stored meanwhile.
 
         Raises BodyTooLarge, TooManyRequests, and FileNotFoundError for an upload that has ended.
         """
         with self._lock:
             if self._pending.find(upload.upload_id) is None:
                 raise FileNotFoundError
-            if size > self._room(upload, part_number):
+            if size > min(self._rooms(upload, part_number)):
                 raise BodyTooLarge(self._limit_message())
             temp_path.rename(self._parts(upload) / str(part_number))
             self._pending.put(upload.upload_id, part_number, size)
@@ -282,7 +289,7 @@ def _extension(file_name: str, content_type: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Remove characters that would break a header."""
+    """Remove unprintable characters, which would break a header."""
     return "".join(character for character in text if character.isprintable()).strip()
 
 

@@ -1,1 +1,1 @@
-"""Callbacks to clients."""
+"""Webhooks: results that the server posts to clients."""

@@ -21,18 +21,20 @@ from server.webhooks.signing import WebhookSigner
 
 log = logging.getLogger(__name__)
 
-#: Seconds a receiver has to respond.
+#: Seconds that a receiver has to respond.
 TIMEOUT = 15.0
 #: Seconds to wait before each of the ten retries, all within two hours, as at fal.
 DELAYS = (5, 15, 30, 60, 120, 300, 600, 1200, 1800, 2700)
-#: How many deliveries run at once. An owner may have at most as many as stay free: half of what others leave.
+#: How many deliveries run at once. An owner may use at most half of the slots that other owners leave free.
 CONCURRENCY = 64
 #: How many deliveries of one owner run at once to one receiver.
 PER_RECEIVER = 8
+#: The longest sleep until deliveries are read again, and the pause after an attempt that could not be recorded.
 _LONGEST_WAIT = 60.0
+#: The longest pause between two passes, and the pause after a failed pass.
 _MAX_PAUSE = 5.0
-#: A delivery that is due later than any retry can be was scheduled by a wrong clock, so it is due now. One minute of
-#: tolerance, because clocks are often set back a little.
+#: A delivery that is due later than this from now was scheduled while the clock was wrong, so it is sent at once. The
+#: extra minute is because clocks are often set back a little.
 _FARTHEST = DELAYS[-1] + 60.0
 #: Receivers are counted per owner, so that an owner whose receiver hangs does not delay other owners' webhooks to it.
 _SELECT_DUE = """
@@ -64,7 +66,10 @@ _LIST = """
 
 
 class WebhookSender:
-    """A sender that reads due deliveries from rows, so they survive a restart. At least once; only 2xx is success."""
+    """A sender of due deliveries. They are rows, so they survive a restart.
+
+    Each is sent at least once, and again until the receiver responds with a 2xx status or no retry is left.
+    """
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class WebhookSender:
         self._clock = clock
         self._monotonic = monotonic
         self._in_flight: dict[str, _Slot] = {}
-        #: Deliveries whose outcome could not be recorded, and when to try again by the monotonic clock.
+        #: Deliveries whose outcome could not be recorded, by request id, and when to try again on the monotonic clock.
         self._backoff_until: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -95,8 +100,8 @@ class WebhookSender:
                 event.clear()
                 began = self._monotonic()
                 wait = await self._try_send_due()
-                # Each pass reads all deliveries that wait for a bad receiver. The pause leaves others time to use the
-                # database.
+                # A pass is slow when many deliveries wait for a slow receiver, because each pass reads them all. The
+                # pause leaves the database to other work.
                 await asyncio.sleep(min(_MAX_PAUSE, 4 * (self._monotonic() - began)))
                 # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
@@ -107,14 +112,14 @@ class WebhookSender:
         try:
             return await self.send_due()
         except CorruptDatabase:
-            # The server ends and logs the reason.
+            # `Database.on_corruption` has already stopped the backend, and the server ends with this error.
             return _LONGEST_WAIT
         except Exception:
             log.exception("sending webhooks failed; trying again in %.0f seconds", _MAX_PAUSE)
             return _MAX_PAUSE
 
     async def send_due(self) -> float:
-        """Start the deliveries that are due; return the seconds until the next one is due."""
+        """Start the deliveries that are due; return the seconds until the next one, at most a minute."""
         now, moment = self._clock(), self._monotonic()
         self._backoff_until = {request_id: until for request_id, until in self._backoff_until.items() if until > moment}
         await self._begin(-math.inf, now)
@@ -122,7 +127,7 @@ class WebhookSender:
         return await asyncio.to_thread(self._wait, now)
 
     async def _begin(self, after: float, until: float) -> None:
-        """Start the deliveries that are due between these times, as far as there are free slots."""
+        """Start deliveries that are due after `after` and until `until`, as long as there are free slots."""
         while len(self._in_flight) < CONCURRENCY:
             passed = json.dumps([*self._in_flight, *self._backoff_until, *self._saturated()])
             rows = await asyncio.to_thread(self._database.read, _SELECT_DUE, passed, after, until, CONCURRENCY)
@@ -144,7 +149,7 @@ class WebhookSender:
         }
 
     def _wait(self, now: float) -> float:
-        """Return the seconds until the next delivery is due."""
+        """Return the seconds until the next delivery is due, at most _LONGEST_WAIT."""
         ((due_at,),) = self._database.read("SELECT min(due_at) FROM deliveries WHERE due_at > ?", now)
         return _LONGEST_WAIT if due_at is None else min(_LONGEST_WAIT, float(due_at) - now)
 
@@ -154,7 +159,8 @@ class WebhookSender:
             await asyncio.to_thread(self._record, request_id, attempt, error)
             self._backoff_until.pop(request_id, None)
         except Exception:
-            # The row says that the delivery is still due. A pause keeps a full disk from flooding the receiver.
+            # The row still says that the delivery is due. The pause keeps the server from sending the webhook again and
+            # again while the disk is full.
             self._backoff_until[request_id] = self._monotonic() + _LONGEST_WAIT
             log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
         finally:
@@ -162,7 +168,7 @@ class WebhookSender:
         self._notifier.notify(WEBHOOKS)
 
     async def _send(self, request_id: str, url: str) -> str | None:
-        """Make one attempt; return None on success, otherwise the error."""
+        """Make one attempt; return None on success, otherwise the error as text."""
         owner, payload = await asyncio.to_thread(self._payload, request_id)
         body = to_json(payload)
         headers = {
@@ -177,7 +183,7 @@ class WebhookSender:
             return f"no response within {TIMEOUT:.0f} s"
         except (ForbiddenURL, httpx.HTTPError, OSError) as error:
             return f"{type(error).__name__}: {error}"
-        return None if 200 <= status < 300 else f"answered {status}"
+        return None if 200 <= status < 300 else f"the receiver answered {status}"
 
     def _payload(self, request_id: str) -> tuple[str, dict[str, Any]]:
         (row,) = self._database.read("SELECT owner, status, output FROM jobs WHERE request_id = ?", request_id)
@@ -198,7 +204,7 @@ class WebhookSender:
         is_over = error is None or attempt > len(DELAYS)
         due_at = None if is_over else now + DELAYS[before]
         with self._database.transaction() as connection:
-            # A delivery that the operator sends again meanwhile starts over at its first attempt, and stays due.
+            # If the operator redelivers meanwhile, the row's attempt is 0: no row matches, and the delivery stays due.
             connection.execute(
                 "UPDATE deliveries SET attempt = ?, due_at = ?, delivered_at = ?, error = ?"
                 " WHERE request_id = ? AND attempt = ?",
@@ -206,7 +212,7 @@ class WebhookSender:
             )
         self._metrics.webhooks.labels("failed" if error else "delivered").inc()
         if error is not None:
-            log.warning("webhook, attempt %d: %s", attempt, error, extra={"request_id": request_id})
+            log.warning("webhook attempt %d failed: %s", attempt, error, extra={"request_id": request_id})
 
 
 def list_deliveries(database: Database, *, with_delivered: bool, limit: int) -> list[dict[str, Any]]:

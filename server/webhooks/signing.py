@@ -13,15 +13,15 @@ from standardwebhooks import Webhook
 
 from server.storage.database import Database
 
-#: A key signs for this long before the next one is made, in seconds.
+#: The age in seconds of the newest key at which the next one is created.
 ROTATE_AFTER = 90 * 86_400.0
-#: Receivers may cache the published keys for a day. So a new key is published longer than that before it signs, and an
-#: old key stays published longer than that, and as long as retries last, after its last signature.
+#: Seconds for which a new key is published before it signs, and an old key after it last signed. Receivers may cache
+#: the published keys for a day, and retries last two hours.
 OVERLAP = 2 * 86_400.0
 
 
 class WebhookSigner:
-    """A signer that uses the newest key that every receiver can know, and publishes all keys still needed."""
+    """A signer that uses the newest key published for OVERLAP or longer, and publishes all keys still needed."""
 
     def __init__(self, database: Database, secret: str = "", clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -29,7 +29,7 @@ class WebhookSigner:
         self._clock = clock
 
     def headers(self, request_id: str, owner: str, body: bytes) -> dict[str, str]:
-        """Return the headers of one attempt. The id is the same for all attempts, the time is the attempt's."""
+        """Return the headers of one attempt, which starts now. The id is the same for all attempts."""
         now = int(self._clock())
         key = self._signing_key()
         message = "\n".join((request_id, owner, str(now), hashlib.sha256(body).hexdigest())).encode()
@@ -49,12 +49,12 @@ class WebhookSigner:
         }
 
     def jwks(self) -> dict[str, Any]:
-        """Return the public keys as a JWK set, newest first."""
+        """Return the public keys as a JSON Web Key Set, newest first. Rotates keys that are old enough."""
         self.rotate()
         return {"keys": [_jwk(key_id, key) for key_id, key, _ in self._keys()]}
 
     def rotate(self) -> None:
-        """Create the first key, or the next one when the newest is old enough; delete keys no longer needed."""
+        """Create a key if there is none or the newest is as old as ROTATE_AFTER; delete keys no longer needed."""
         now = self._clock()
         ages = [now - created_at for _, _, created_at in self._keys()]
         if not ages or ages[0] >= ROTATE_AFTER:
@@ -63,7 +63,7 @@ class WebhookSigner:
             key_id = hashlib.sha256(_public(key)).hexdigest()[:16]
             with self._database.transaction() as connection:
                 connection.execute("INSERT INTO signing_keys VALUES (?, ?, ?)", (key_id, raw, now))
-        # A key begins to sign OVERLAP after its creation. Another OVERLAP later, the keys before it are not needed.
+        # A key begins to sign OVERLAP after its creation. Another OVERLAP later, older keys are not needed any more.
         settled = [age for age in ages if age >= 2 * OVERLAP]
         if settled and min(settled) < max(ages):
             with self._database.transaction() as connection:
@@ -73,6 +73,7 @@ class WebhookSigner:
         self.rotate()
         keys = self._keys()
         published = [key for _, key, created_at in keys if self._clock() - created_at >= OVERLAP]
+        # The very first key signs at once, because there is no older one.
         return published[0] if published else keys[-1][1]
 
     def _keys(self) -> list[tuple[str, Ed25519PrivateKey, float]]:

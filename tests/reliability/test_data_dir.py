@@ -105,7 +105,7 @@ def test_the_error_names_a_damaged_database(tmp_path: Path, offset: int) -> None
     for command in (["serve", "--port", "0", "--tls-port", "0"], ["keys", "list"], ["backup", "copy"]):
         process = flux_server(tmp_path / "data", *command)
         assert (process.returncode, process.stdout) == (1, "")
-        assert f"{file} is not a database of this server" in process.stderr
+        assert f"{file} is damaged or is not a database" in process.stderr
         assert "restore it from a backup" in process.stderr
         assert "Traceback" not in process.stderr
     assert file.read_bytes() == content

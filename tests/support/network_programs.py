@@ -98,7 +98,7 @@ def _outcome(server: Server, response: httpx.Response) -> Any:
     """Return the status of a refusal; for an accepted webhook, the outcome of its first attempt."""
     if response.status_code != 200 or "request_id" not in response.json():
         return response.status_code
-    match = server.wait_for(rf"webhook, attempt 1: (\w+).*request_id={response.json()['request_id']}")
+    match = server.wait_for(rf"webhook attempt 1 failed: (\w+).*request_id={response.json()['request_id']}")
     return match[1]
 
 

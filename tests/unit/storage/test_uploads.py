@@ -234,6 +234,27 @@ def test_the_size_limit_applies_to_parts_sent_at_the_same_time(components: Compo
     assert refused and all(isinstance(error, BodyTooLarge) for error in refused)
 
 
+def test_parallel_files_do_not_count_towards_the_limit_of_one_file(components: Components) -> None:
+    uploads = uploads_of(components, max_bytes=10_000, max_bytes_per_owner=19_000)
+
+    async def send_two() -> list[str | BaseException]:
+        arrived = asyncio.Barrier(2)
+
+        async def halves() -> AsyncIterator[bytes]:
+            yield b"x" * 3000
+            await arrived.wait()
+            yield b"x" * 3000
+
+        parts = (uploads.write_part(start_upload(uploads), 1, halves()) for _ in range(2))
+        return await asyncio.gather(*parts, return_exceptions=True)
+
+    results = asyncio.run(send_two())
+    assert all(isinstance(result, str) for result in results), results
+    # With both stored, two more exceed the limit of their owner.
+    refused = [result for result in asyncio.run(send_two()) if not isinstance(result, str)]
+    assert refused and all(isinstance(error, BodyTooLarge) for error in refused)
+
+
 def test_the_owner_limit_applies_to_files_and_parts_together(components: Components) -> None:
     uploads = uploads_of(components, max_bytes=10_000, max_bytes_per_owner=20_000)
     first = start_upload(uploads)

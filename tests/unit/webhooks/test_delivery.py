@@ -146,7 +146,7 @@ def test_any_other_status_is_retried(components: Components, httpserver: HTTPSer
     httpserver.expect_request("/hook").respond_with_data(status=status, headers={"location": "/elsewhere"})
     finish_job(components, webhook_url=httpserver.url_for("/hook"))
     send_after_restart(components)
-    assert delivery(components) == (1, components.clock.now + DELAYS[0], None, f"answered {status}")
+    assert delivery(components) == (1, components.clock.now + DELAYS[0], None, f"the receiver answered {status}")
     assert [request.path for request in received(httpserver)] == ["/hook"]
 
 
@@ -166,7 +166,7 @@ def test_the_ten_retries_are_sent_exactly_when_they_are_due(components: Componen
             assert len(received(httpserver)) == number + 1
 
     asyncio.run(retry())
-    assert delivery(components) == (11, None, None, "answered 500")
+    assert delivery(components) == (11, None, None, "the receiver answered 500")
     components.clock.now += 86_400
     send_after_restart(components)
     assert len(received(httpserver)) == 11

@@ -307,7 +307,7 @@ def test_a_receiver_that_is_down_for_the_first_five_attempts_still_gets_the_webh
     records = [record for record in caplog.records if record.name == "server.webhooks.delivery"]
     assert {vars(record)["request_id"] for record in records} == {job.request_id}
     lines = [record.getMessage() for record in records]
-    assert [line.partition(": ")[0] for line in lines] == [f"webhook, attempt {number}" for number in range(1, 6)]
+    assert [line.partition(": ")[0] for line in lines] == [f"webhook attempt {number} failed" for number in range(1, 6)]
     assert all("ConnectError" in line for line in lines)
     received = receiver.next()
     assert holds(received, signer.jwks())
@@ -338,7 +338,7 @@ def test_the_server_logs_a_failed_attempt(signing: Server, httpserver: HTTPServe
     httpserver.expect_request("/hook").respond_with_data(status=500)
     query = {"fal_webhook": httpserver.url_for("/hook")}
     response = httpx.post(f"{signing.url}/queue/test/null", params=query, json={"prompt": "x"}, trust_env=False)
-    signing.wait_for(f"webhook, attempt 1: answered 500.*request_id={response.json()['request_id']}")
+    signing.wait_for(f"webhook attempt 1 failed: the receiver answered 500.*request_id={response.json()['request_id']}")
 
 
 def test_receivers_on_this_machine_are_refused_unless_allowed(
