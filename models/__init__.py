@@ -1,4 +1,4 @@
-"""The models this server can run: every module in this package, or in a given directory, that defines MODEL."""
+"""The models this server can run. A module in this package or in a given directory is one if it defines MODEL."""
 
 import importlib.util
 import re
@@ -15,20 +15,20 @@ _HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
 def discover(directory: Path | None = None) -> dict[str, Model]:
     """Return every model by its endpoint: this package's first, then those in `directory`.
 
-    Raises ValueError when two modules claim one endpoint.
+    Raises ValueError when two modules have the same endpoint, and whatever a module raises when it is imported.
     """
     models: dict[str, Model] = {}
     for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
         model: Model = module.MODEL
         if model.endpoint in models:
-            raise ValueError(f"two modules serve {model.endpoint}; one is {module.__file__}")
+            raise ValueError(f"two modules serve {model.endpoint}; one is {module.__file__}; remove one of them")
         models[model.endpoint] = model
     return models
 
 
 def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:
     for path in sorted(directory.glob("*.py")) if directory else ():
-        # Search the text, because importing a module without a MODEL could import torch.
+        # Search the text: importing a module without MODEL just to look could import torch, which takes seconds.
         if _HAS_MODEL.search(path.read_text(encoding="utf-8")):
             yield _module(f"{package}.{path.stem}", path)
 

@@ -14,35 +14,35 @@ from models.schema import ImageInput
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """The progress of loading: the current component, bytes loaded so far, and bytes in total."""
+    """The progress of loading weights: the current component, the bytes loaded before it, and the bytes in total."""
 
     component: str = ""
     loaded_bytes: int = 0
     total_bytes: int = 0
 
 
-#: Inputs of a request without URLs.
+#: The input files of a request without URLs.
 NO_INPUTS: Mapping[str, Path] = MappingProxyType({})
 
 
 def _ignore(loading: LoadProgress) -> None:
-    """Discard the progress."""
+    """Ignore the progress of loading."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The operator's choices that a model is set up with.
+    """The operator's settings for loading and running a model.
 
     Attributes:
-        weights: directory in diffusers layout, or a hub id; None for a model that needs no weights.
-        safety_checker: hub id or directory, used if the weights do not include a `safety_checker`.
+        weights: a directory in diffusers layout (Path) or a hub id (str); None for a model that needs no weights.
+        safety_checker: a hub id or directory, used if the weights' directory has no `safety_checker`.
         device: "cuda", "cpu", or "auto" for the best one available.
-        dtype: "bfloat16", "float32", or "auto" for the type the device is fastest in.
-        memory: name of a plan in `models.loading.memory_plans`, or "auto" for the fastest that fits.
-        max_acceleration: the highest tier on offer; requests for a higher one get this one.
-        is_eager: run the same kernels as diffusers' pipeline, without compiling.
-        compile_cache: directory for compiled code; None for PyTorch's default.
-        report: called before each component is loaded.
+        dtype: "bfloat16", "float32", or "auto" for the fastest one that the device supports and has the memory for.
+        memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the fastest plan that fits.
+        max_acceleration: the highest acceleration tier offered; requests for a higher tier use this one.
+        is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
+        compile_cache: the directory for compiled code; None for PyTorch's default.
+        report: called with the progress before each component with weights is loaded.
     """
 
     weights: str | Path | None
@@ -58,7 +58,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ExtraWeights:
-    """Additional weights of an endpoint: in this subdirectory of its weights, or under this id in the hub cache."""
+    """Additional weights of an endpoint.
+
+    Attributes:
+        directory: the subdirectory that holds them, if the endpoint's own weights are a local directory.
+        hub_id: their hub id, if the endpoint's own weights come from the hub.
+    """
 
     directory: str
     hub_id: str
@@ -66,15 +71,15 @@ class ExtraWeights:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine's status for the operator.
+    """The status of an engine, for the operator.
 
     Attributes:
-        device: name of the device.
+        device: the name of the device.
         dtype: the number type of the computation, by PyTorch's name.
-        memory: name of the memory plan.
-        acceleration: the tiers that are ready.
-        used_bytes: device memory in use, by any process; None on a CPU.
-        total_bytes: device memory in total; None on a CPU.
+        memory: the name of the memory plan.
+        acceleration: the tiers that requests can use now.
+        used_bytes: the device memory in use by all processes; None on a CPU.
+        total_bytes: the device memory in total; None on a CPU.
     """
 
     device: str = "cpu"
@@ -86,11 +91,11 @@ class EngineInfo:
 
 
 class GenerationFailed(Exception):
-    """Failure of one request, with a reason for its client. Other requests are unaffected."""
+    """A failure of one request; the message is shown to its client. Other requests are unaffected."""
 
 
 class IncompatibleInput(GenerationFailed):
-    """An input that does not fit this model; `loc` is the path of its field."""
+    """An input file that does not fit this model. `loc` is the path of its field, such as ("loras", 0, "path")."""
 
     def __init__(self, loc: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
@@ -98,43 +103,43 @@ class IncompatibleInput(GenerationFailed):
 
 
 class NonFiniteOutput(GenerationFailed):
-    """An image with values that are not numbers, so none is returned."""
+    """A generated image with infinite or not-a-number values; the image is not returned."""
 
 
 class DeviceLost(Exception):
-    """Loss of the device in this process: only a new process can generate images."""
+    """A device that this process can no longer use: only a new process can generate images."""
 
 
 class GenerationTask(Protocol):
-    """One request during generation: one or more images, which take their steps and are then decoded."""
+    """A request during generation: one or more images, each of which takes its steps and is then decoded."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the images, in pixels."""
+        """The width and height of the images, in pixels."""
 
     @property
     def step(self) -> int:
-        """Steps done so far, over all images."""
+        """The number of steps done so far, over all images."""
 
     @property
     def num_steps(self) -> int:
-        """Steps in total, over all images."""
+        """The number of steps in total, over all images."""
 
     @property
     def work(self) -> int:
-        """Work done so far, in floating point operations by the closed form."""
+        """The work done so far, over all images, in floating point operations calculated from the sizes."""
 
     @property
     def remaining_work(self) -> int:
-        """Work of the remaining steps, over all images; a step that may be skipped counts in full."""
+        """The work of the remaining steps, in the same unit; blocks that a step may skip count too."""
 
     @property
     def images(self) -> Sequence[Image]:
-        """The decoded images, RGB, in order of their seeds."""
+        """The images decoded so far, in RGB, in the order of their seeds."""
 
     @property
     def acceleration(self) -> str:
-        """The tier in use: "none", "regular" or "high"; may be lower than the requested one."""
+        """The tier in use, "none", "regular" or "high"; it may be lower than the requested one."""
 
     @property
     def dtype(self) -> str:
@@ -146,82 +151,83 @@ class GenerationTask(Protocol):
 
 
 class Engine(Protocol):
-    """A model on its device. One thread owns it; a second one may call only the methods that say so."""
+    """A model loaded on a device. One thread calls its methods; other threads may call those that say so."""
 
     @property
     def decodes_concurrently(self) -> bool:
-        """Whether `decode` and `is_unsafe` may run on another thread than `advance`, and gain from it."""
+        """Whether `decode` and `is_unsafe` should run on a second thread while `advance` runs on the first."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> GenerationTask:
-        """Start generating for `request`, an instance of the model's Input; image k uses seed + k.
+        """Create the task of `request`, an instance of the model's Input. Image k uses seed + k.
 
         `inputs` holds the files behind the request's URLs, by field path, such as "image_url" or "loras.0.path":
-        images as RGB files within the limits, LoRA weights as safetensors.
+        images as RGB files within the operator's size limits, LoRA weights as safetensors. Raises GenerationFailed.
         """
 
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take the next step of `task`; return the task and those of `others` that shared the forward.
+        """Take the next step of `task`; return the tasks that took a step: `task` and those that shared its forward.
 
-        Raises GenerationFailed, DeviceLost or an error of the library. An error ends this task and leaves the others
-        unchanged.
+        Raises GenerationFailed, DeviceLost or an error of the library. After an error, `task` must not be continued;
+        the others can be, unless the device is lost.
         """
 
     def preview(self, task: GenerationTask) -> Image | None:
-        """Return a small preview of the newest image at this step; None before there is anything to see."""
+        """Return a small preview of the newest image as of the last step; None before the first step."""
 
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next image after all steps. Raises as `advance` does, and GenerationFailed on not-a-number."""
+        """Decode the next image; called after all steps. Raises as `advance` does, and NonFiniteOutput."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Return for each image whether it is unsafe. Raises GenerationFailed if that cannot be determined."""
+        """Return for each image whether it is unsafe. Raises GenerationFailed if the checker cannot decide."""
 
     def info(self) -> EngineInfo:
-        """Return the current status for the operator; called from any thread."""
+        """Return the current status for the operator. May be called from any thread."""
 
     def warm_up(self) -> bool:
-        """Make one more tier ready, which may take minutes; return False if none is left.
+        """Make one more tier ready, which may take minutes; return False if all tiers are ready.
 
-        May be called from a second thread. A tier that raises is dropped and not tried again.
+        May be called from a second thread. If warming up a tier raises an error, the tier is removed.
         """
 
     def close(self) -> None:
-        """Release the device's memory; no other method is called afterwards."""
+        """Release the device memory. No other method may be called afterwards."""
 
     def freeze_compilation(self) -> None:
-        """Compile nothing from now on; called once all engines have warmed up."""
+        """Stop compiling; called when all loaded engines have warmed up. May be called from a second thread."""
 
 
 class Model(Protocol):
-    """One endpoint. A module in `models/` is served if it defines an instance named MODEL."""
+    """An endpoint. A module in `models/` or in --models-dir offers one by defining an instance named MODEL."""
 
     @property
     def endpoint(self) -> str:
-        """The endpoint's id on fal, "owner/alias" or "owner/alias/path"."""
+        """The endpoint's id, as on fal: "owner/alias" or "owner/alias/path"."""
 
     @property
     def family(self) -> str:
-        """The family: endpoints of one family with the same weights share one engine."""
+        """The name of the family: endpoints of one family that use the same weights share one engine."""
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Hub ids this endpoint can run on; empty for a model that needs no weights."""
+        """The hub ids of weights that this endpoint is made for; empty for a model that needs no weights."""
 
     @property
     def extra_weights(self) -> ExtraWeights | None:
-        """Additional weights that this endpoint needs in order to be served; None if there are none."""
+        """The additional weights without which this endpoint is not served; None if it needs none."""
 
     @property
     def Input(self) -> type[ImageInput]:  # noqa: N802  the wire name
-        """The fields of a request."""
+        """The pydantic model of a request."""
 
     @property
     def Output(self) -> type[BaseModel]:  # noqa: N802
-        """The fields of an answer."""
+        """The pydantic model of an answer."""
 
     def setup(self, config: EngineConfig) -> Engine:
-        """Load the weights, on the thread that will own the engine; may take minutes.
+        """Load the weights and return the engine; may take minutes. Raises OSError if the weights cannot be loaded.
 
-        Called for one of the endpoints that share the engine, and again if the engine was evicted for lack of memory.
+        Called on the thread that then calls the engine, once for all endpoints that share it, and again after the
+        engine was closed to make room for another.
         """
 
     def build_output(
@@ -231,7 +237,7 @@ class Model(Protocol):
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> BaseModel:
-        """Build the Output for stored images, each {url, width, height, content_type}. Timings are in seconds."""
+        """Build the Output. Each of `images` has url, width, height and content_type; `timings` are in seconds."""
 
     def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
-        """Return one image's parameters for its file. Equal bytes have equal parameters, whatever the load."""
+        """Return the parameters to store in an image's file. They depend only on the request and the image's seed."""

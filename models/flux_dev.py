@@ -24,10 +24,10 @@ from models.schema import (
 
 
 class FluxDevInput(ImageInput):
-    """A request, with the fields, defaults and ranges of the endpoint's page and of fal's client types."""
+    """A request, with the fields, defaults and ranges of fal's page and of fal's client types."""
 
     prompt: Prompt
-    # Validate the default too, because the operator may allow only smaller sizes.
+    # Validate the default too, because it may exceed the operator's limits.
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
@@ -40,7 +40,7 @@ class FluxDevInput(ImageInput):
 
 
 class FluxDevOutput(ImagesOutput):
-    """The answer, as on the endpoint's page."""
+    """An answer, with the fields of fal's page."""
 
 
 class FluxDev:
@@ -54,7 +54,7 @@ class FluxDev:
     Output = FluxDevOutput
 
     def setup(self, config: EngineConfig) -> Engine:
-        """Load the pipeline and its safety checker. Raises OSError if the weights are missing."""
+        """Load the pipeline and the safety checker. Raises OSError if the pipeline cannot be loaded."""
         from models.flux.engine import FluxEngine
 
         return FluxEngine.load(config)
@@ -66,7 +66,7 @@ class FluxDev:
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> FluxDevOutput:
-        """Build the answer from images, seed and flags."""
+        """Build the answer to a request."""
         return FluxDevOutput(
             images=[Image.model_validate(image) for image in images],
             timings=dict(timings),
@@ -76,7 +76,7 @@ class FluxDev:
         )
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return prompt, seed, steps and guidance of one image."""
+        """Return the endpoint, prompt, seed, steps and guidance scale of one image."""
         return {
             "endpoint": self.endpoint,
             "prompt": request.prompt,

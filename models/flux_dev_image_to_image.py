@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/image-to-image: FLUX.1 [dev], an image generated from another."""
+"""fal-ai/flux/dev/image-to-image: FLUX.1 [dev], image and prompt to image."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.schema import (
 
 
 class FluxDevImageToImageInput(ImageInput):
-    """A request; the generated image has the size of the input image."""
+    """A request. The generated image has the size of the input image, rounded down to the model's multiple."""
 
     image_url: ImageURL
     strength: Strength = 0.95
@@ -38,13 +38,13 @@ class FluxDevImageToImageInput(ImageInput):
 
 
 class FluxDevImageToImage(FluxDev):
-    """FLUX.1 [dev] starting from an image, whose content changes towards the prompt."""
+    """FLUX.1 [dev], starting from an image and changing it towards a prompt."""
 
     endpoint = "fal-ai/flux/dev/image-to-image"
     Input = FluxDevImageToImageInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of one image, without the URL of the input image, as URLs may reveal personal data."""
+        """Return FluxDev's parameters and the strength. The input image's URL is left out: it may be private."""
         return {**super().metadata(request, seed), "strength": request.strength}
 
 

@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of an image."""
+"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of an image without a prompt."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from models.schema import (
 
 
 class FluxDevReduxInput(ImageInput):
-    """A request without a prompt: the input image takes its place."""
+    """A request in which an image takes the place of the prompt."""
 
     image_url: ImageURL
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
@@ -37,19 +37,19 @@ class FluxDevReduxInput(ImageInput):
 
     @property
     def prompt(self) -> str:
-        """The empty prompt."""
+        """An empty prompt, which the answer must contain."""
         return ""
 
 
 class FluxDevRedux(FluxDev):
-    """FLUX.1 [dev] generating variations of an image, which FLUX.1 Redux [dev] reads."""
+    """FLUX.1 [dev] with FLUX.1 Redux [dev], which generates variations of an image."""
 
     endpoint = "fal-ai/flux/dev/redux"
     extra_weights = REDUX
     Input = FluxDevReduxInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of one image, without the URL of the input image, as URLs may reveal personal data."""
+        """Return FluxDev's parameters without the prompt. The input image's URL is left out: it may be private."""
         parameters = super().metadata(request, seed)
         del parameters["prompt"]
         return parameters

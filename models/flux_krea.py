@@ -4,7 +4,7 @@ from models.flux_dev import FluxDev
 
 
 class FluxKrea(FluxDev):
-    """FLUX.1 Krea [dev], tuned for photographs that look natural."""
+    """FLUX.1 Krea [dev], tuned for images that look like natural photographs."""
 
     endpoint = "fal-ai/flux/krea"
     weights = ("black-forest-labs/FLUX.1-Krea-dev",)

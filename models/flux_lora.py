@@ -1,4 +1,4 @@
-"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights that the client chooses."""
+"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights of the client's choice, text to image."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ class FluxLoraInput(FluxDevInput):
 
 
 class FluxLora(FluxDev):
-    """FLUX.1 [dev] with the style or the subject that LoRA weights were trained on."""
+    """FLUX.1 [dev] with LoRA weights, which add a style or a subject."""
 
     endpoint = "fal-ai/flux-lora"
     Input = FluxLoraInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of one image, without the URLs of the LoRAs, as URLs may reveal personal data."""
+        """Return FluxDev's parameters and the scale of each LoRA. The LoRAs' URLs are left out: they may be private."""
         return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 

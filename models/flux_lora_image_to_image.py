@@ -1,4 +1,4 @@
-"""fal-ai/flux-lora/image-to-image: an image generated from another, with LoRA weights that the client chooses."""
+"""fal-ai/flux-lora/image-to-image: FLUX.1 [dev] with LoRA weights of the client's choice, image to image."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ class FluxLoraImageToImageInput(FluxDevImageToImageInput):
 
 
 class FluxLoraImageToImage(FluxDevImageToImage):
-    """FLUX.1 [dev] starting from an image, in the style that LoRA weights were trained on."""
+    """FLUX.1 [dev] with LoRA weights, starting from an image and changing it towards a prompt."""
 
     endpoint = "fal-ai/flux-lora/image-to-image"
     Input = FluxLoraImageToImageInput
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of one image."""
+        """Return the parameters of image-to-image and the scale of each LoRA, but no URLs: they may be private."""
         return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 

@@ -7,7 +7,7 @@ from models.schema import Steps
 
 
 class FluxSchnellInput(FluxDevInput):
-    """A request for few steps; weights that were distilled without guidance ignore `guidance_scale`."""
+    """A request with few steps. FLUX.1 [schnell] has no guidance input, so `guidance_scale` has no effect."""
 
     num_inference_steps: Steps = Field(4, ge=1, le=12)
 

@@ -1,4 +1,4 @@
-"""Input and output fields that models share: sizes and their presets, seeds, limits."""
+"""The input and output fields that models share, such as sizes with their presets, seeds and LoRAs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,18 +34,18 @@ EXAMPLE_PROMPT = (
     "white brush strokes with visible texture."
 )
 EXAMPLE_LORA = "XLabs-AI/flux-RealismLora"
-#: An orange square as a data URI, so that the example needs no other server.
+#: An orange square as a data URI, so that the example runs without fetching a file.
 EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
     "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
-# JavaScript mangles JSON numbers above 2**53, and image k uses seed + k, k <= 3.
+# JavaScript rounds JSON numbers above 2**53, and image k uses seed + k, where k is at most 3.
 MAX_SEED = 2**53 - 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that the operator allows: sides and area in pixels."""
+    """The sizes that the operator allows: the length of each side, and the area, in pixels."""
 
     min_side: int = 64
     max_side: int = 2048
@@ -53,7 +53,7 @@ class Limits:
 
 
 class ImageSize(BaseModel):
-    """A size in pixels; the generated image is rounded down to the pipeline's multiple."""
+    """A size in pixels. Each side is rounded down to a multiple that depends on the model, 16 for FLUX.1."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -83,7 +83,7 @@ class ImageSize(BaseModel):
 
 
 def _limits(info: ValidationInfo) -> Limits | None:
-    """Return the limits that the caller passed; None for a request that was accepted before."""
+    """Return the limits that the caller passed; None when an already accepted request is read again."""
     return (info.context or {}).get("limits")
 
 
@@ -107,7 +107,7 @@ def _to_preset(size: ImageSize) -> Any:
 
 
 class _PresetSchema:
-    """The JSON schema of a size, as on the endpoint's page: an object or one of the presets."""
+    """An annotation that gives a size fal's JSON schema: an object or the name of a preset."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"anyOf": [handler(schema), {"enum": list(PRESETS), "type": "string"}]}
@@ -115,13 +115,13 @@ class _PresetSchema:
 
 @dataclass(frozen=True)
 class InputURL:
-    """A marker for a field with a URL: the file, a "image" or a "lora", is fetched before the request runs."""
+    """A marker for a field that holds the URL of an image or a LoRA, fetched before the request is accepted."""
 
     kind: Literal["image", "lora"]
 
 
 def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str, str]]:
-    """Yield the field path, the kind and the value of each URL in a request."""
+    """Yield the field path, the kind ("image" or "lora") and the URL of each field marked with InputURL."""
     for name, field in type(request).model_fields.items():
         value = getattr(request, name)
         for marker in field.metadata:
@@ -137,7 +137,8 @@ OutputFormat = Literal["jpeg", "png"]
 Acceleration = Literal["none", "regular", "high"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
-# Fields that several inputs share, with the ranges and descriptions of fal's pages.
+# Fields that several inputs share, with the ranges of fal's client types and the descriptions of fal's page. The page's
+# description of sync_mode is of an earlier behaviour, so it is not used.
 Prompt = Annotated[
     str,
     Field(max_length=MAX_PROMPT_LENGTH, description="The prompt to generate an image from.", examples=[EXAMPLE_PROMPT]),
@@ -146,13 +147,13 @@ ImageURL = Annotated[
     str,
     InputURL("image"),
     Field(
-        description="The URL of the image to generate an image from: http, https or a data URI.",
+        description="The URL of the image to generate an image from: an http or https URL, or a data URI.",
         examples=[EXAMPLE_IMAGE],
     ),
 ]
 Strength = Annotated[
     float,
-    Field(ge=0.01, le=1, description="How far to depart from the initial image: the higher, the less of it remains."),
+    Field(ge=0.01, le=1, description="How much to change the initial image. At 1, nothing of it remains."),
 ]
 Steps = Annotated[int, Field(description="The number of inference steps to perform.")]
 OptionalSeed = Annotated[
@@ -173,18 +174,17 @@ Guidance = Annotated[
 ]
 SyncMode = Annotated[
     bool,
-    Field(description="If set to true, the image is returned as a data URI and is not kept in the file store."),
+    Field(description="If set to true, the response contains the image as a data URI, and no file is stored."),
 ]
 NumImages = Annotated[int, Field(ge=1, le=4, description="The number of images to generate.")]
 EnableSafetyChecker = Annotated[bool, Field(description="If set to true, the safety checker will be enabled.")]
 OutputFormatField = Annotated[OutputFormat, Field(description="The format of the generated image.")]
+_ACCELERATION = "The speed of the generation. A higher level is faster, and may change details of the image."
 LoraAccelerationField = Annotated[
     Literal["none", "regular"],
-    Field(description="How much exactness to trade for speed; the higher, the faster."),
+    Field(description=_ACCELERATION),
 ]
-AccelerationField = Annotated[
-    Acceleration, Field(description="How much exactness to trade for speed; the higher, the faster.")
-]
+AccelerationField = Annotated[Acceleration, Field(description=_ACCELERATION)]
 
 
 class LoraWeight(BaseModel):
@@ -197,12 +197,12 @@ class LoraWeight(BaseModel):
         InputURL("lora"),
         Field(
             min_length=1,
-            description="URL of the weights as safetensors, or a hub id such as owner/name.",
+            description="The URL of the LoRA weights, a safetensors file, or a Hugging Face id such as owner/name.",
             examples=[EXAMPLE_LORA],
         ),
     ]
     scale: float = Field(
-        1, ge=0, le=4, description="The scale of the LoRA weights, before they are added to the base weights."
+        1, ge=0, le=4, description="The factor for the LoRA weights when they are added to the base weights."
     )
 
 
@@ -213,12 +213,12 @@ Loras = Annotated[
 
 
 class ImageInput(BaseModel):
-    """The fields of every model's Input; unknown fields are ignored, and null counts as absent."""
+    """The base of every model's Input. Unknown fields are ignored, and null in an optional field counts as absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     if TYPE_CHECKING:
-        # For the type checker only: each model declares these fields in the order of its page.
+        # For the type checker only: each model declares these fields, in the order of fal's page.
         seed: int | None
         sync_mode: bool
         num_images: int
@@ -242,7 +242,7 @@ def _is_required(model: type[BaseModel], name: str) -> bool:
 class Image(BaseModel):
     """A generated image."""
 
-    url: str = Field(description="The URL of the image, or the image itself as a data URI.")
+    url: str = Field(description="The URL of the image file, or the image itself as a data URI.")
     width: int
     height: int
     content_type: str = "image/jpeg"
@@ -252,7 +252,7 @@ class ImagesOutput(BaseModel):
     """The answer of an endpoint that generates images."""
 
     images: list[Image] = Field(description="The generated image files info.")
-    timings: dict[str, float] = Field(description="Seconds spent on each stage.")
+    timings: dict[str, float] = Field(description="Seconds spent on each stage, by its name.")
     seed: int = Field(
         description="Seed of the generated Image. It will be the same value of the one passed in the "
         "input or the randomly generated that was used in case none was passed."

@@ -1,1 +1,1 @@
-"""A benchmark of the engine against diffusers, with random weights of the true shapes."""
+"""A benchmark of the engine against diffusers, with random weights in the shapes of FLUX.1 [dev]."""

@@ -1,4 +1,4 @@
-"""A speed comparison of the engine with diffusers' pipeline: alternating runs in one process."""
+"""A comparison of the engine's speed with that of diffusers' pipeline, in alternating runs in one process."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ GUIDANCE_SCALE = 3.5
 
 @dataclass(frozen=True)
 class Workload:
-    """The job to measure: a size in pixels, a number of steps, and how many requests wait together."""
+    """The workload to measure: a size in pixels, a number of steps, and how many requests run at the same time."""
 
     width: int
     height: int
@@ -33,14 +33,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The speed of one way to run a workload. Medians over the rounds; text, steps and decoding count, not loading.
+    """The speed of one way to run a workload, as medians over the rounds.
 
     Attributes:
-        way: "naive" is a call of FluxPipeline, "eager" is the engine with the same kernels, others are tiers.
-        seconds: seconds per image.
-        ms_per_step: milliseconds per step, without text and decoding; None for naive, whose steps cannot be timed.
-        ratio: speed as a multiple of naive.
-        share: share of the matmul rate measured in the same run; None for naive.
+        way: "naive" calls FluxPipeline, "eager" is the engine with the same kernels, and others are the engine's tiers.
+        size: width and height in pixels, such as "1024x768".
+        seconds: seconds per image, for text encoding, steps and decoding, without loading.
+        ms_per_step: milliseconds per step and image, without text encoding and decoding; None for "naive", whose steps
+            cannot be timed.
+        ratio: the speed as a multiple of the speed of "naive".
+        share: FLOP per second of the steps as a share of the device's matmul rate; None for "naive".
         peak_gb: peak device memory in 10**9 bytes, including the weights of all tiers; None on a CPU.
     """
 
@@ -70,16 +72,16 @@ class EngineBenchmark:
         self.device = device
         self._now = Device(device).now
         self.rate = Device(device).matmul_rate(pipeline.transformer.dtype)
-        # Neither side runs the safety checker.
+        # Neither diffusers nor the engine runs a safety checker here.
         self._checker = safety_checker.Unavailable("not used")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
         for tier in acceleration.build(pipeline, config, device, is_resident=is_resident):
-            # Without compilation, the tier "none" is the same as eager.
+            # Without compilation, the tier "none" is the same as "eager".
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)
 
     def figures(self, job: Workload, num_rounds: int) -> Iterator[Measurement]:
-        """Measure every way in alternation; a first round warms up and does not count."""
+        """Run every way once per round, after one uncounted warm-up round, and yield the measurement of each way."""
         ways: dict[str, Callable[[], _Timing]] = {"naive": lambda: self._naive(job)}
         for name, engine in self.engines.items():
             ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
@@ -89,7 +91,7 @@ class EngineBenchmark:
             yield self._figure(name, job, [one[name] for one in rounds], naive)
 
     def difference(self, job: Workload) -> int:
-        """Return the largest pixel difference between the pipeline's image and the eager engine's."""
+        """Return the largest difference of a pixel value, 0 to 255, between the images of "naive" and "eager"."""
         tasks, _ = self._generate(self.engines["eager"], job)
         theirs, ours = self._call(job), tasks[0].images[0]
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
@@ -127,13 +129,13 @@ class EngineBenchmark:
 
     def _shared(self, engine: FluxEngine, job: Workload) -> _Timing:
         started = self._begin()
-        # The naive way encodes the prompt each time, so the engine must too.
+        # FluxPipeline encodes the prompt in each call, so the engine must not use its cached prompt.
         engine.prompts.evict()
         _, step_seconds = self._generate(engine, job)
         return _Timing(self._now() - started, step_seconds, self._peak())
 
     def _generate(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
-        """Return the decoded tasks, and the seconds that the steps took, without text encoding."""
+        """Run one task per waiting request; return the decoded tasks and the seconds that all their steps took."""
         request = SimpleNamespace(
             prompt=PROMPT,
             image_size=SimpleNamespace(width=job.width, height=job.height),
@@ -146,7 +148,7 @@ class EngineBenchmark:
         started = self._now()
         tasks = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [task for task in tasks if task.step < task.num_steps]:
-            # The task with the least remaining work leads, as in the worker.
+            # As in the worker, the task with the least remaining work takes the next step.
             leader = min(waiting, key=lambda task: task.remaining_work)
             engine.advance(leader, [task for task in waiting if task is not leader])
         step_seconds = self._now() - started

@@ -1,7 +1,7 @@
-"""A FLUX pipeline with random weights: FLUX.1 [dev]'s true shapes, or tiny ones, built without a download.
+"""A FLUX pipeline with random weights, built without a download in the shapes of FLUX.1 [dev] or in tiny shapes.
 
-Speed and memory depend only on the shapes, so both can be measured before the weights are downloaded. The true shapes
-are those of FLUX.1 [dev]'s configuration files.
+Speed and memory use depend only on the shapes, so both can be measured before the weights are downloaded. The shapes
+named "full" come from FLUX.1 [dev]'s configuration files.
 """
 
 import json
@@ -69,7 +69,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def sizes(shape: str, dtype: "torch.dtype") -> dict[str, int]:
-    """Return the bytes of each part in this type, without allocating its weights."""
+    """Return the bytes of each module's weights in `dtype`, without allocating them."""
     import torch
 
     with torch.device("meta"):
@@ -80,7 +80,7 @@ def sizes(shape: str, dtype: "torch.dtype") -> dict[str, int]:
 
 
 def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "FluxPipeline":
-    """Build a pipeline of this shape and type on the device, with the demo's tokenizers."""
+    """Build a pipeline on the device in `dtype`, with the demo's tokenizers; `shape` is a key of SHAPES."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -104,12 +104,12 @@ def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "Flux
 
 
 def parts(shape: str) -> dict[str, Any]:
-    """Build the modules of this shape on PyTorch's default device."""
+    """Build the modules that have weights, by component name, on PyTorch's default device and in its default type."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     shapes = SHAPES[shape]
-    # CLIP reads its pooled state at the end token, and every shape uses the demo's tokenizer.
+    # CLIP finds its pooled state by the id of the end token, and every shape uses the demo's tokenizer.
     demo = json.loads((DEMO / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     ends = {name: demo[name] for name in ("bos_token_id", "eos_token_id")}
     return {

@@ -1,1 +1,1 @@
-"""The FLUX engine. It imports torch, so endpoints import it inside `setup()`."""
+"""The FLUX engine. Its modules import torch, so endpoints import them inside `setup()`."""

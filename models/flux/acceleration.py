@@ -1,4 +1,4 @@
-"""The tiers of `acceleration`: which of them this device can run, and how."""
+"""The tiers of a request's `acceleration` that a device can run."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -21,21 +21,21 @@ from models.flux.prompt_cache import NUM_TOKENS
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "regular", "high")
-#: Image token counts for the warm-up. They differ from the text tokens and from each other, so that the compiler takes
-#: no size for a constant.
+#: Numbers of image tokens in the warm-up. They differ from each other and from the number of text tokens, so that the
+#: compiler treats no number of tokens as a constant.
 _WARM_TOKENS = (384, 640)
 
 
 @dataclass
 class Tier:
-    """One way to run the transformer.
+    """An acceleration tier: one way to run the transformer.
 
     Attributes:
-        name: its name in requests.
-        transformer: called as FluxTransformer2DModel is.
+        name: the value of `acceleration` in requests.
+        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs, which use another one.
         shares_forwards: whether several images may share one forward.
         skips_blocks: whether a first-block cache is used.
-        is_ready: whether requests may use it, because its compiled code is warm.
+        is_ready: whether the tier is compiled, so that requests can use it without waiting.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Tier:
     is_ready: bool = True
 
     def warm_up(self, device: str, dtype: torch.dtype) -> None:
-        """Run every kind of forward that a request may need once, so that no request waits for a compile."""
+        """Run each kind of forward that requests need once, so that no request waits for compilation."""
         for batch in (1, 2) if self.shares_forwards else (1,):
             for num_tokens in _WARM_TOKENS:
                 with torch.no_grad():
@@ -57,13 +57,13 @@ _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
-    """Return uncompiled tiers of the same names, for tasks with LoRAs, which run on their own transformer."""
+    """Return the tiers for tasks with LoRAs: those of "none" and "regular" that are offered, uncompiled."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
 def build(pipeline: Any, config: EngineConfig, device: str, *, is_resident: bool) -> list[Tier]:
-    """Build the tiers that this device can run and the operator offers, most exact first, always with "none"."""
+    """Build the tiers that the device can run and the operator offers: "none" first, then the less exact ones."""
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
@@ -93,7 +93,7 @@ def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
 
 
 def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Build random inputs for a forward of `batch` images of `num_tokens` each."""
+    """Return inputs for a forward of `batch` images with `num_tokens` image tokens each; embeddings are random."""
     make: Callable[..., torch.Tensor] = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
     return {
         "hidden_states": make(batch, num_tokens, config.in_channels),
@@ -108,6 +108,6 @@ def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.
 
 
 def best_ready(tiers: Sequence[Tier], name: str) -> Tier:
-    """Return the tier of this name, or the next lower one that is ready."""
+    """Return the tier of this name if it is ready, else the next lower one that is. "none" counts as ready."""
     candidates = NAMES[: NAMES.index(name) + 1]
     return [tier for tier in tiers if tier.name in candidates and (tier.is_ready or tier.name == "none")][-1]

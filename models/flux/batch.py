@@ -1,4 +1,4 @@
-"""One forward: which images share it, and the velocity of each."""
+"""A forward of the transformer: the selection of images that share it, and the prediction of their velocities."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from models.flux import first_block_cache
 from models.flux.sample import Sample
 from models.flux.task import FluxTask
 
-#: Maximum tokens of text and images in a shared forward: two images of 1024x1024. A larger batch gains nothing on the
-#: GPU, and each task would wait for the slowest.
+#: The maximum number of text and image tokens in a shared forward, enough for two images of 1024x1024. A larger batch
+#: makes nothing faster on a GPU, and each of its tasks would wait for the whole batch.
 TOKEN_BUDGET = 9216
 
-#: An image in a forward, with its task.
+#: An image in a forward: its task and its sample.
 BatchItem = tuple[FluxTask, Sample]
 
 
 def can_share(task: FluxTask, other: FluxTask) -> bool:
-    """Return whether both tasks use the same transformer, and their tier allows sharing."""
+    """Return whether both tasks use the same tier and the same LoRAs, and the tier allows sharing forwards."""
     return other.tier is task.tier and other.tier.shares_forwards and other.loras == task.loras
 
 
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
-    """Select the first image, and those of the same size that fit the token budget, in order."""
+    """Select the first image, then further images with the same key, in order, up to the token budget."""
     batch: list[BatchItem] = []
     for task, samples in due:
         for sample in samples:
@@ -34,7 +34,10 @@ def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[Batch
 
 
 def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
-    """Run one forward for one or more images of one size; return each velocity, in the shape of its latents."""
+    """Run one forward for samples with equal keys; return a velocity for each, in the shape of its latents.
+
+    A sample with a first-block cache must be the only one.
+    """
     first = samples[0]
     timesteps = torch.stack([sample.timestep for sample in samples])
     guidance = [sample.guidance for sample in samples]
@@ -54,5 +57,5 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
 
 
 def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors. A single one is passed on unchanged, so that its forward matches the pipeline's exactly."""
+    """Concatenate tensors; return a single tensor unchanged, so that the forward matches the pipeline's exactly."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

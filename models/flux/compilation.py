@@ -1,4 +1,4 @@
-"""Ways to speed up a transformer: clones that share weights, compiled blocks, fp8 matrices, attention."""
+"""The means to speed up a transformer: compiled blocks, fp8 matrices and faster attention, on clones."""
 
 import copy
 import logging
@@ -15,19 +15,19 @@ log = logging.getLogger(__name__)
 
 
 def clone_sharing_weights(module: Any) -> Any:
-    """Clone a module without copying its weights: changes to how the clone runs do not affect the original."""
+    """Clone a module without copying its weights. Compiling or quantizing the clone does not change the original."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
 
 def compile_blocks(transformer: Any) -> Any:
-    """Compile each kind of block once, for all sizes."""
+    """Compile each kind of block once, for images of any size. The compiler runs at the first forwards."""
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     return transformer
 
 
 def quantize(transformer: Any) -> None:
-    """Quantize the blocks' large matrices to fp8 with a scale per row; inputs are quantized on the fly."""
+    """Quantize the blocks' large matrices in place to fp8, with a scale per row. Each forward quantizes its inputs."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -35,31 +35,37 @@ def quantize(transformer: Any) -> None:
 
 
 def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
-    """Return whether a module is one of the matrices that the tokens pass through."""
+    """Return whether a module is a linear layer that a block applies to every token; layers of norms are not."""
     return isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
 
 
 def choose_attention(transformer: Any) -> None:
-    """Choose the fastest exact attention: FlashAttention 3 if it is installed, else cuDNN's on Hopper and later."""
+    """Choose the fastest exact attention for the GPU.
+
+    Hopper uses FlashAttention 3 if it is installed, else cuDNN. Later GPUs use cuDNN, and earlier ones the default.
+    """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     major, _ = torch.cuda.get_device_capability()
     if major < 9:
         return
-    # Setting one transformer's backend also changes the default of all others, so the default is restored.
+    # Setting the backend of one transformer also changes the default for all others, so restore the default.
     before, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         transformer.set_attention_backend(
             "_flash_3" if major == 9 and find_spec("flash_attn_interface") else "_native_cudnn"
         )
     except (RuntimeError, ValueError) as error:
-        log.warning("using PyTorch's default attention, which may be slower: %s", error)
+        log.warning("the fastest attention is not available, so PyTorch's default attention is used: %s", error)
     finally:
         _AttentionBackendRegistry.set_active_backend(before)
 
 
 def set_compile_cache_dirs(config: EngineConfig) -> None:
-    """Keep compiled code on disk, separately for each version of the libraries and each GPU model."""
+    """Set where compiled code is kept on disk: one directory per GPU model and combination of library versions.
+
+    Environment variables that are set already keep their values.
+    """
     if config.compile_cache is None:
         return
     from importlib.metadata import version
@@ -80,15 +86,15 @@ def set_compile_cache_dirs(config: EngineConfig) -> None:
 
 
 def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None:
-    """Return why this device cannot hold an fp8 copy of the transformer; None if it can."""
+    """Return the reason why no fp8 copy of the transformer can be used; None if it can be."""
     if config.max_acceleration == "none":
         return "--max-acceleration is none"
     if torch.cuda.get_device_capability() < (8, 9):
         return f"{torch.cuda.get_device_name()} does not support fp8 matrix products"
     if not find_spec("torchao"):
-        return "torchao is not installed; pip install 'flux-server[fp8]'"
+        return "torchao is not installed; run pip install 'flux-server[fp8]'"
     free, _ = torch.cuda.mem_get_info()
     needed = sum(weight.nbytes for weight in transformer.parameters()) * (0.5 + WORKSPACE)
     if needed > free:
-        return f"a copy in fp8 needs {needed / 1e9:.0f} GB more, and {free / 1e9:.0f} GB are free"
+        return f"a copy in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
     return None

@@ -1,4 +1,4 @@
-"""The device that generates images: its streams, its pace, and the classification of its errors."""
+"""The device that generates images: its clock, memory, streams and errors."""
 
 import gc
 import logging
@@ -17,14 +17,14 @@ from models.loading import cpu, devices
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-#: No larger matrix product is timed after one that took more seconds than this.
+#: After a matrix product that takes more seconds than this on a CPU, no further one is timed.
 _SLOW = 0.2
-#: Transformers with more parameters take a CPU minutes a step; the demo's has a thousandth of this.
+#: A transformer with more parameters takes minutes per step on a CPU. The demo's has 6 million, FLUX.1's 12 billion.
 FULL_SIZE = 1_000_000_000
 
 
 class Device:
-    """A CPU or the GPU. `decode_stream` is the GPU's second stream, which decodes images while steps go on."""
+    """A CPU or the GPU. `decode_stream` is a second stream of the GPU, for decoding while other tasks take steps."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,17 +33,17 @@ class Device:
 
     @property
     def description(self) -> str:
-        """The name of the device, for the operator."""
+        """The name of the GPU, or the model and flags of the CPU, for the operator."""
         return torch.cuda.get_device_name() if self.name == "cuda" else cpu.describe()
 
     def now(self) -> float:
-        """Wait until the device has finished its work; return the clock in seconds."""
+        """Wait until the device has finished its work; return the time in seconds since an arbitrary moment."""
         if self.name == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
-        """Measure the FLOP per second of matrix products: the best of several, of growing size on a CPU."""
+        """Measure how many FLOP per second the device does in its fastest matrix product of several."""
         rate = 0.0
         for side in (8192,) * 12 if self.name == "cuda" else (256, 1024, *(2048,) * 6):
             one, other = (torch.randn(side, side, device=self.name, dtype=dtype) for _ in range(2))
@@ -51,13 +51,13 @@ class Device:
             one @ other
             seconds = self.now() - started
             rate = max(rate, 2 * side**3 / seconds)
-            # Where this type is emulated, the next size would take minutes.
+            # On a CPU that emulates this type, the next size would take minutes.
             if self.name == "cpu" and seconds > _SLOW:
                 break
         return rate
 
     def step_description(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
-        """Estimate the least time of a FLUX step at 1024x768: closed-form FLOP over the rate of matrix products."""
+        """Describe the least time that a FLUX step at 1024x768 can take: its FLOP divided by the matmul rate."""
         rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, NUM_TOKENS)
         seconds, name = flop / rate, devices.type_name(dtype)
         return (
@@ -66,22 +66,23 @@ class Device:
         )
 
     def memory(self) -> tuple[int | None, int | None]:
-        """Return bytes in use, by any process, and bytes in total; None for both on a CPU."""
+        """Return the GPU's bytes in use by all processes, and its bytes in total; None for both on a CPU."""
         if self.name == "cpu":
             return None, None
         free, total = torch.cuda.mem_get_info()
         return total - free, total
 
     def free(self) -> None:
-        """Release memory that is only cached."""
+        """Release memory that nothing uses any more but Python or PyTorch still holds."""
         gc.collect()
         if self.name == "cuda":
             torch.cuda.empty_cache()
 
     def throttle(self) -> Any:
-        """Limit the GPU to one step ahead of the running one; otherwise tasks could not be cancelled or overtaken.
+        """Wait for the step before the one just launched; return the event that marks the end of the launched one.
 
-        Returns the event recorded after the last launched step; None on a CPU, which does not run ahead.
+        Launches return before the GPU has finished. Without the wait, many steps would be launched ahead of time, and
+        their tasks could not be cancelled or overtaken. On a CPU, there is nothing to wait for, and the event is None.
         """
         if self.name == "cpu":
             return None
@@ -94,7 +95,10 @@ class Device:
 
     @contextmanager
     def on_decode_stream(self, latents: torch.Tensor | None = None, event: Any = None) -> Iterator[None]:
-        """Run the block on the GPU's decode stream; with `latents`, only after the `event` of their last step."""
+        """Run the block on the GPU's decode stream, after `event`, which marks the last step of `latents`.
+
+        Without latents or event, the block does not wait. On a CPU, the block runs as usual.
+        """
         if self.decode_stream is None:
             yield
             return
@@ -105,21 +109,28 @@ class Device:
             yield
 
     def retry_on_oom(self, what: str, first: Callable[[], T], again: Callable[[], T]) -> T:
-        """Return the result of `first`; if memory runs out, release cached memory and try `again` once."""
+        """Return the result of `first`; if memory runs out, free memory and return the result of `again`.
+
+        Raises the errors of `classify_errors`: GenerationFailed if memory runs out again. `what` names the work.
+        """
         with suppress(torch.OutOfMemoryError), self.classify_errors(what):
             return first()
-        # Free only after the error is handled: its traceback holds on to the tensors of the forward.
+        # Free memory only here: until the error is handled, its traceback keeps the tensors of the forward alive.
         self.free()
         with self.classify_errors(what, is_last_try=True):
             return again()
 
     @contextmanager
     def classify_errors(self, what: str, *, is_last_try: bool = False) -> Iterator[None]:
-        """Classify errors: out of memory, device lost, or an error of the request."""
+        """Translate errors of the block, which does the work named `what`; other errors pass.
+
+        Out of memory becomes torch.OutOfMemoryError or, on the last try, GenerationFailed. An error after which the
+        device does not work any more becomes DeviceLost.
+        """
         try:
             yield
         except RuntimeError as error:
-            # Libraries below PyTorch report out of memory only in the message.
+            # Some libraries that PyTorch calls say only in the message that memory ran out.
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
                 if not is_last_try:
                     raise torch.OutOfMemoryError(str(error)) from None
@@ -133,7 +144,7 @@ class Device:
             raise
 
     def _is_alive(self) -> bool:
-        """Return whether the device still works: after some errors, it never does again in this process."""
+        """Return whether the device still works. After some errors, a GPU fails every call of this process."""
         try:
             if self.name == "cuda":
                 torch.cuda.synchronize()
@@ -143,13 +154,13 @@ class Device:
 
 
 def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
-    """Log the number type of the weights, and warn of large weights on a CPU."""
+    """Log the number type and the device; warn if generation will be slow on a CPU."""
     target = Device(device)
     log.info("computing in %s on %s", devices.type_name(transformer.dtype), target.description)
     if device == "cpu" and devices.is_emulated(config, transformer.dtype):
         log.warning(
-            "this CPU emulates bfloat16, which is slow; float32 would need twice the weights' size in memory; "
-            "--dtype float32 uses it anyway"
+            "this CPU emulates bfloat16, which is slow, but the weights in float32 would not fit in memory; "
+            "--dtype float32 loads them in float32 anyway"
         )
     if device == "cpu" and transformer.num_parameters() > FULL_SIZE:
         log.warning("%s; use a GPU", target.step_description(transformer.config, transformer.dtype))

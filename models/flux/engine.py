@@ -1,4 +1,4 @@
-"""The FLUX engine: tasks share one device, and each advances one step at a time."""
+"""The FLUX engine, in which tasks share one device and advance step by step."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
-#: After this many not-a-number images in a row, the device counts as lost.
+#: After this many images without LoRAs in a row that are not finite, the device counts as lost.
 MAX_NONFINITE_IMAGES = 2
 
 
 class FluxEngine:
-    """A FluxPipeline run step by step; in eager mode, the tier "none" equals `__call__` bit for bit."""
+    """A FluxPipeline run step by step. Uncompiled, the tier "none" gives the pipeline's own images, bit for bit."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class FluxEngine:
         self._num_nonfinite = 0
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
-        # A CPU gains nothing from a second thread: measurements show that OpenMP teams slow each other down.
+        # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
 
     @classmethod
@@ -84,7 +84,7 @@ class FluxEngine:
         try:
             return cls._load(config, device)
         except BaseException:
-            # Memory of a partial load is only cached now, and other engines need it.
+            # PyTorch still holds the memory of the partial load, and other engines need it.
             Device(device).free()
             raise
 
@@ -109,13 +109,13 @@ class FluxEngine:
         return engine
 
     def info(self) -> EngineInfo:
-        """Return the device, the memory plan, and the tiers that are ready."""
+        """Return the device and its memory, the number type, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         return EngineInfo(self.device.description, dtype, self.plan.name, ready, *self.device.memory())
 
     def warm_up(self) -> bool:
-        """Make the next tier ready; on a separate thread, steps in other tiers continue meanwhile."""
+        """Make the next tier ready. On a second thread, steps of other tiers continue meanwhile."""
         cold = [tier for tier in self.tiers if not tier.is_ready]
         if not cold:
             return False
@@ -130,22 +130,22 @@ class FluxEngine:
 
     def close(self) -> None:
         """Release the device's memory."""
-        # Another thread may still be warming up a tier.
+        # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
         del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews
         self.device.free()
 
     def freeze_compilation(self) -> None:
-        """Stop compiling, once every tier is ready: unexpected sizes run uncompiled from now on.
+        """Stop compiling. From now on, a forward that no compiled code fits runs uncompiled.
 
-        Such a request is slower, but a compile would take a minute. The setting is process-wide, so all engines must
-        be ready first.
+        Such a forward is slow, but compiling for it would take a minute. The setting applies to the whole process, so
+        all engines must have warmed up before.
         """
         if any(tier.transformer is not self.pipeline.transformer for tier in self.tiers):
             torch.compiler.set_stance("eager_on_recompile")
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
-        """Start a task. This is cheap: text and input image are encoded with the first step."""
+        """Create a task. Raises GenerationFailed. This is fast: the first step encodes text and input image."""
         loras = tuple(
             LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
             for place, lora in enumerate(getattr(request, "loras", ()))
@@ -158,10 +158,10 @@ class FluxEngine:
             acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers, request.acceleration
         )
         image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
-        # Without a strength, the image is a reference for the content, not the start of the generation.
+        # In a request without a strength, the image takes the place of the prompt, and generation starts from noise.
         start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
         if reference_image and self.redux is None:
-            raise GenerationFailed(f"These weights cannot read images: {specs.REDUX.hub_id} is not installed.")
+            raise GenerationFailed(f"Images cannot take the place of a prompt here: {specs.REDUX.hub_id} is missing.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
         width, height = self._round_down(width), self._round_down(height)
         work, dtype = (
@@ -172,7 +172,7 @@ class FluxEngine:
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take one step of `task`, in one forward with those of `others` that can share it."""
+        """Take one step of one or more images of `task`, in one forward with `others` that can share it."""
         assert isinstance(task, FluxTask)
         shared, alone = partial(self._step, task, others), partial(self._step_alone, task)
         members, velocities = self.device.retry_on_oom(task.description, shared, alone)
@@ -187,7 +187,7 @@ class FluxEngine:
 
     @torch.no_grad()
     def preview(self, task: GenerationTask) -> Image | None:
-        """Return a small RGB preview of the newest image, from its latest estimate."""
+        """Return a small RGB preview of what the newest image will look like, as estimated in its last step."""
         assert isinstance(task, FluxTask)
         samples = [sample for sample in task.samples if sample.velocity is not None]
         if not samples:
@@ -197,14 +197,14 @@ class FluxEngine:
 
     @torch.no_grad()
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next image. Raises NonFiniteOutput, and DeviceLost if that happens twice in a row."""
+        """Decode the next image. Raises NonFiniteOutput, or DeviceLost if MAX_NONFINITE_IMAGES is reached."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
         decode = partial(self._decode, sample)
         try:
             image = self.device.retry_on_oom(task.description, decode, decode)
         except NonFiniteOutput as error:
-            # A client's LoRA can break that client's own images. Without LoRAs, the weights on the device are damaged.
+            # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
             self._num_nonfinite += not task.loras
             if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
                 raise DeviceLost("two images in a row came out as not-a-number") from error
@@ -214,14 +214,14 @@ class FluxEngine:
         sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Run the safety checker."""
+        """Return for each image whether it is unsafe. Raises GenerationFailed."""
         check = partial(self._check_safety, images)
         return self.device.retry_on_oom("the safety check of an image", check, check)
 
     # -- one step
 
     def _due(self, task: FluxTask) -> list[Sample]:
-        """Return the samples of a task that can take a step; start new ones if allowed."""
+        """Return the samples of a task that can take a step; begin further samples if they are due."""
         due = task.due
         while len(task.samples) < task.request.num_images and (not due or task.tier.shares_forwards):
             task.samples.append(self._begin(task, task.seed + len(task.samples)))
@@ -229,11 +229,11 @@ class FluxEngine:
         return due
 
     def _due_candidates(self, task: FluxTask) -> list[Sample]:
-        """Return what `_due` does, but nothing for a task that cannot start; its own turn reports the error."""
+        """Return `_due` of another task; none if an input of that task is bad, which its own step will report."""
         try:
             return self._due(task)
         except RuntimeError:
-            # An error of the device, not of the request.
+            # The device failed, not the other task's input.
             raise
         except Exception:
             return []
@@ -241,7 +241,7 @@ class FluxEngine:
     def _step(
         self, task: FluxTask, others: Sequence[GenerationTask], limit: int | None = None
     ) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """Run the next forward, of at most `limit` samples; return its members and their velocities."""
+        """Run the next forward, of at most `limit` samples; return its samples with their tasks, and the velocities."""
         members = self._select_batch(task, [other for other in others if isinstance(other, FluxTask)])[:limit]
         size = (task.tier.name, bool(task.loras), members[0][1].num_tokens)
         members = members[: self.sharing.number(size, len(members))]
@@ -250,13 +250,13 @@ class FluxEngine:
             return members, batch.predict_velocities(transformer, [sample for _, sample in members])
 
     def _step_alone(self, task: FluxTask) -> tuple[list[BatchItem], Sequence[torch.Tensor]]:
-        """Run one sample alone, after freeing the memory of unused LoRAs."""
+        """Run the forward of one sample alone, after unloading the LoRAs that the task does not use."""
         if self.loras:
             self.loras.unload_idle(task.loras)
         return self._step(task, (), limit=1)
 
     def _select_batch(self, task: FluxTask, others: Sequence[FluxTask]) -> list[BatchItem]:
-        """Select the task's own samples first, then those of other tasks that may share."""
+        """Select samples for the next forward: those of `task` first, then those of tasks that may share it."""
         candidates = [other for other in others if batch.can_share(task, other)]
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
@@ -282,7 +282,7 @@ class FluxEngine:
         return sample
 
     def _pipeline_of(self, task: FluxTask) -> Any:
-        """Return the pipeline, with the task's LoRAs active if it has any."""
+        """Return the pipeline with the task's LoRAs active, or the plain one for a task without LoRAs."""
         return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
 
     def _decode(self, sample: Sample) -> Image:

@@ -10,14 +10,20 @@ from typing import Any
 
 import torch
 
-#: The relative change of the first block's residual below which the other blocks are skipped: its authors'
-#: value for FLUX.1 [dev]. The saving on the real model is not yet measured here.
+#: Up to this relative change of the first block's residual, the other blocks are skipped. The value is the one that the
+#: authors of the method use for FLUX.1 [dev]. How much it saves on the real model is not measured yet.
 THRESHOLD = 0.08
 
 
 @dataclass
 class FirstBlockCache:
-    """The state of one image: residuals of its last full forward, of shape (1, tokens, width)."""
+    """The cache of one image: residuals of its last full forward, of shape (1, image tokens, width).
+
+    Attributes:
+        head: what the first block added to the image tokens; None before the first forward.
+        tail: what all other blocks added; None before the first forward.
+        num_skipped: the number of forwards that skipped these other blocks.
+    """
 
     threshold: float = THRESHOLD
     head: torch.Tensor | None = None
@@ -25,7 +31,10 @@ class FirstBlockCache:
     num_skipped: int = 0
 
     def can_skip(self, head: torch.Tensor) -> bool:
-        """Return whether the first block's residual is close to the last full forward's; waits for the device."""
+        """Return whether `head` is so close to that of the last full forward that `tail` can be used again.
+
+        The comparison waits for the device.
+        """
         if self.head is None:
             return False
         change = (head - self.head).abs().mean() / self.head.abs().mean()
@@ -33,7 +42,7 @@ class FirstBlockCache:
 
 
 def velocity(transformer: Any, cache: FirstBlockCache, *, img_ids: Any, txt_ids: Any, **inputs: Any) -> torch.Tensor:
-    """Run FluxTransformer2DModel's forward for one image with its cache; same inputs and output."""
+    """Run the forward of a FluxTransformer2DModel for one image with its cache; inputs and output are the same."""
     image = transformer.x_embedder(inputs["hidden_states"])
     scalars = [inputs["timestep"].to(image.dtype) * 1000]
     if inputs["guidance"] is not None:

@@ -1,10 +1,10 @@
-"""The work of a step in closed form, which requests are charged for and speed is measured against."""
+"""The work of a step, calculated from sizes. The scheduler charges it to requests; benchmarks compare speed with it."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-#: The configuration of FLUX.1 [dev]'s transformer, from its configuration file.
+#: Settings of FLUX.1 [dev]'s transformer, from its configuration file.
 FLUX_DEV: Mapping[str, Any] = MappingProxyType(
     {
         "in_channels": 64,
@@ -23,14 +23,14 @@ FLUX_DEV: Mapping[str, Any] = MappingProxyType(
 def step_flops(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int) -> int:
     """Return the floating point operations of one forward of a FluxTransformer2DModel for one image.
 
-    A multiplication and its addition count as two. Only matrix products and attention count, which are all but a few
-    thousandths of the time. `num_tokens` is width x height / 256 for FLUX.1.
+    A multiplication and its addition count as two. Only matrix products and attention count; all else is a few
+    thousandths of the work. `num_tokens` counts image tokens, which are width x height / 256 for FLUX.1.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     num_double, num_single = config["num_layers"], config["num_single_layers"]
     num_all = num_tokens + num_text_tokens
     out_channels = config["out_channels"] or config["in_channels"]
-    # Each block of either kind: query, key, value, output and a feed-forward of four times the width, per token.
+    # Per token, each block of either kind has query, key, value and output, and a feed-forward of four times the width.
     linear = 12 * width**2 * num_all * (num_double + num_single)
     attention = 2 * num_all**2 * width * (num_double + num_single)
     ends = width * (

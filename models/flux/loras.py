@@ -1,4 +1,4 @@
-"""LoRA weights on a clone of the pipeline. The clone shares the base weights, which never change."""
+"""LoRA weights, loaded into a clone of the pipeline. The clone shares the base weights, which never change."""
 
 import warnings
 from collections import OrderedDict
@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from models.base import IncompatibleInput
 from models.flux.compilation import clone_sharing_weights
 
-#: Maximum bytes of LoRAs on the device, evicted least recently used first. A LoRA of rank 16 takes some 40 MB
-#: for FLUX.1. One task may exceed the limit while it runs.
+#: The maximum bytes of LoRAs kept on the device; the least recently used are unloaded first. A LoRA of rank 16 takes
+#: some 40 MB for FLUX.1. The LoRAs of a single task may exceed the limit while the task runs.
 CACHE_BYTES = 2_000_000_000
-#: diffusers' names for a layer's two matrices, after converting those of the file.
+#: The ends of a layer's two keys, once diffusers has converted the file's keys to its own.
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -30,17 +30,17 @@ class LoraAdapter:
 
     @property
     def name(self) -> str:
-        """The adapter name; module names cannot contain a dot."""
+        """The adapter's name in peft, without dots, which the names of modules cannot contain."""
         return self.path.stem.replace(".", "_")
 
     @property
     def num_bytes(self) -> int:
-        """Size on the device, or slightly more. Raises OSError if the file is gone."""
+        """The size of the file in bytes, taken as the size on the device. Raises OSError if the file is gone."""
         return self.path.stat().st_size
 
 
 class LoraManager:
-    """The LoRAs on the device, activated for the tasks that use them. One thread owns the manager."""
+    """The LoRAs on the device, activated for the tasks that use them. Only one thread may use the manager."""
 
     def __init__(self, pipeline: Any, kept_bytes: int = CACHE_BYTES) -> None:
         self._base = pipeline
@@ -51,11 +51,11 @@ class LoraManager:
 
     @property
     def names(self) -> list[str]:
-        """Names of the LoRAs on the device, least recently used first."""
+        """The names of the LoRAs on the device, least recently used first."""
         return list(self._loaded)
 
     def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """Return the pipeline with exactly these LoRAs active. Raises IncompatibleInput for one that does not fit."""
+        """Load what is missing and return the pipeline with exactly these LoRAs active. Raises IncompatibleInput."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if loras != self._active:
@@ -70,7 +70,7 @@ class LoraManager:
         return self._pipeline
 
     def unload_idle(self, loras: tuple[LoraAdapter, ...]) -> None:
-        """Unload all other LoRAs, because memory ran out."""
+        """Unload all LoRAs but these, to free memory."""
         self._make_room({lora.name for lora in loras}, self._kept_bytes)
 
     def _build(self) -> Any:
@@ -85,20 +85,20 @@ class LoraManager:
         try:
             num_bytes = lora.num_bytes
             self._make_room(wanted, num_bytes)
-            # Load only the tensors: metadata in the file's header could change how peft sets up its layers.
+            # Load only the tensors: with the header's metadata, the file could change how peft sets up its layers.
             tensors = load_file(lora.path)
             self._check(tensors)
             with warnings.catch_warnings():
-                # peft warns of a second adapter, which is intended here.
+                # peft warns of a second adapter, but several adapters are intended here.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
                 self._pipeline.load_lora_weights(tensors, adapter_name=lora.name)
-            # diffusers skips layers that the model does not have, even if that is all of them.
+            # diffusers skips layers that the model does not have, without an error even if it skips all.
             if lora.name not in self._known:
-                raise ValueError("none of its layers is in this model; use weights that were trained on this model")
+                raise ValueError("none of their layers is in this model; use a LoRA that was trained on this model")
         except BaseException as error:
-            # A partly loaded adapter would affect the next image.
+            # A partly loaded adapter would change the next image.
             self._unload(lora.name)
-            # Errors of the device are not the file's fault; the caller of the step classifies them.
+            # Errors of the device are not the file's fault; `Device.classify_errors` translates them.
             if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or not isinstance(error, Exception):
                 raise
             message = f"These LoRA weights do not fit this model: {_brief(error)}"
@@ -106,16 +106,19 @@ class LoraManager:
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Accept only pairs of matrices that fit a layer; anything else would overwrite base weights."""
+        """Check that all tensors are LoRA matrices, and that the transformer's are pairs that fit a layer.
+
+        Other tensors could overwrite base weights. Raises ValueError.
+        """
         if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
             raise ValueError(f"{vectors[0]} is not a single number")
-        # Pass a copy, because the conversion removes entries.
+        # Pass a copy, because the conversion removes entries from it.
         converted = self._pipeline.lora_state_dict(dict(tensors))
         of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
         for key in converted:
             if "lora_" not in key or (key in of_transformer and not key.endswith(_MATRICES)):
                 raise ValueError(
-                    f"{key} is not one of a LoRA's matrices; changed base weights and biases are unsupported"
+                    f"{key} is not one of a LoRA's matrices; new base weights and biases are not supported"
                 )
         for name in {key.rpartition(".lora_")[0] for key in of_transformer}:
             pair = [of_transformer.get(name + extension) for extension in _MATRICES]
@@ -129,21 +132,21 @@ class LoraManager:
 
     @property
     def _known(self) -> set[str]:
-        """Names of all adapters in any part of the pipeline."""
+        """The names of all adapters in any component of the pipeline."""
         return {each for names in self._pipeline.get_list_adapters().values() for each in names}
 
     def _unload(self, name: str) -> None:
         self._loaded.pop(name, None)
         if name in self._known:
             with warnings.catch_warnings():
-                # peft warns of deleting an active adapter; the next forward sets the active ones anyway.
+                # peft warns of deleting an active adapter, but `activate` sets the active adapters again.
                 warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
                 self._pipeline.delete_adapters(name)
         self._active = ()
 
 
 def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
-    """Sum the scales by name; a LoRA that is listed twice counts twice."""
+    """Return the scale of each LoRA by name. The scales of a LoRA that is listed twice add up."""
     scales: dict[str, float] = {}
     for lora in loras:
         scales[lora.name] = scales.get(lora.name, 0.0) + lora.scale
@@ -151,7 +154,7 @@ def _scales(loras: Sequence[LoraAdapter]) -> dict[str, float]:
 
 
 def _check_pair(transformer: Any, name: str, inner: torch.Tensor | None, outer: torch.Tensor | None) -> None:
-    """Check that two matrices fit their layer and each other. Raises ValueError."""
+    """Check that the two matrices of the layer `name` fit each other and the layer. Raises ValueError."""
     try:
         layer = transformer.get_submodule(name)
     except AttributeError:

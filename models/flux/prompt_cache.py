@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-#: FLUX's number of text tokens; fewer would be faster, but would change the image.
+#: The number of text tokens of FLUX, padding included. Fewer would be faster, but would change the image.
 NUM_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """An encoded prompt: T5's (1, 512, width), CLIP's pooled (1, width) and the tokens' positions (512, 3)."""
+    """An encoded prompt: T5's states (1, tokens, width), CLIP's pooled state (1, width), position ids (tokens, 3)."""
 
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
@@ -21,12 +21,12 @@ class PromptEmbeds:
 
     @property
     def num_bytes(self) -> int:
-        """Size on the device."""
+        """The size on the device, in bytes."""
         return sum(part.nbytes for part in (self.prompt_embeds, self.pooled_prompt_embeds, self.ids))
 
 
 class PromptCache:
-    """A cache that evicts the least recently used embeddings. One prompt of FLUX.1 takes 4 MB."""
+    """A cache of encoded prompts on the device, which evicts the least recently used. One takes 4 MB for FLUX.1."""
 
     def __init__(self, device: str, max_bytes: int = 256_000_000) -> None:
         self.device = device
@@ -35,17 +35,20 @@ class PromptCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all cached embeddings on the device."""
+        """The size of all cached prompts on the device, in bytes."""
         return sum(text.num_bytes for text in self._cache.values())
 
     def evict(self) -> None:
-        """Remove all embeddings."""
+        """Remove all prompts from the cache."""
         self._cache.clear()
 
-    # With gradients, other kernels would run and the last bits would differ from the pipeline's.
+    # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
     @torch.no_grad()
     def encode(self, prompt: str, pipeline: Any, encoders: Hashable = None) -> PromptEmbeds:
-        """Return the embeddings as the pipeline computes them; `encoders` identifies its text encoders in the cache."""
+        """Return the prompt as the pipeline encodes it, from the cache if possible.
+
+        `encoders` is part of the key: pipelines whose text encoders differ, by their LoRAs, must pass different ones.
+        """
         key = (prompt, encoders)
         if key in self._cache:
             self._cache.move_to_end(key)

@@ -1,4 +1,4 @@
-"""FLUX.1 Redux, in which an image replaces the prompt."""
+"""FLUX.1 Redux, with which an image takes the place of the prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from models.loading.hub import BadWeights
 
 
 class Redux:
-    """The prior of FLUX.1 Redux [dev]: embeds an image, which follows a text of zeros in the transformer's input."""
+    """The FLUX.1 Redux [dev] model, which turns an image into tokens for the transformer.
+
+    In the transformer's input, the tokens follow those of an empty text, which are all zeros.
+    """
 
     def __init__(self, prior: FluxPriorReduxPipeline, transformer: Any) -> None:
         self.prior = prior
@@ -23,18 +26,21 @@ class Redux:
         self._pooled_width = transformer.config.pooled_projection_dim
         width = prior.image_embedder.config.txt_in_features
         if width != self._text_width:
-            message = f"this Redux is for text states {width} wide, and the transformer reads {self._text_width}"
+            message = f"this Redux makes tokens {width} wide, and the transformer takes {self._text_width}"
             raise BadWeights(f"{message}; use the Redux weights that were made for this model")
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens an image becomes, in addition to those of the text."""
+        """The number of tokens that an image becomes, in addition to those of the text."""
         config = self.prior.image_encoder.config
         return int((config.image_size // config.patch_size) ** 2)
 
     @classmethod
     def load(cls, directory: Path, transformer: Any, device: str) -> "Redux":
-        """Load safetensors in the transformer's type onto the device. Raises OSError, also if they do not fit."""
+        """Load the weights onto the device, in the transformer's number type.
+
+        Raises OSError; its subclass BadWeights for files that are malformed or made for another transformer.
+        """
         verify.verify(directory)
         dtype = transformer.dtype
         with verify.translate_errors(directory):
@@ -42,7 +48,7 @@ class Redux:
                 image_encoder=verify.load_complete(
                     SiglipVisionModel, directory / "image_encoder", dtype=dtype, trust_remote_code=False
                 ),
-                # Pillow scales identically everywhere, and needs no torchvision.
+                # The Pillow variant scales images identically everywhere and does not need torchvision.
                 feature_extractor=SiglipImageProcessorPil.from_pretrained(
                     directory / "feature_extractor", local_files_only=True, trust_remote_code=False
                 ),
@@ -50,10 +56,10 @@ class Redux:
             )
             return cls(prior.to(device), transformer)
 
-    # With gradients, other kernels would run and the last bits would differ from the pipeline's.
+    # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
     @torch.no_grad()
     def encode(self, image: Image) -> PromptEmbeds:
-        """Encode an image in place of text, as FluxPriorReduxPipeline does without text encoders."""
+        """Return an image as an encoded prompt, as FluxPriorReduxPipeline without text encoders does."""
         device = self.prior.image_embedder.device
         states = self.prior.encode_image(image, device, 1)
         embedded = self.prior.image_embedder(states).image_embeds

@@ -1,4 +1,4 @@
-"""The safety checker, which decides which images are unsafe."""
+"""The safety checkers, which decide which images are unsafe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from models.loading import hub, verify
 from models.loading.devices import device_for
 from models.loading.pipeline import dtype_of, weights_directory
 
-#: The "nsfw" probability of Falconsai/nsfw_image_detection above which fal's own toolkit flags an image.
+#: An image with a higher "nsfw" probability is flagged. fal's toolkit uses this value with the same classifier.
 THRESHOLD = 0.5
-#: Without `trust_remote_code`, transformers asks on the terminal whether code from the directory may run.
+#: Unless `trust_remote_code` is False, transformers asks on the terminal whether code from the directory may run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 _NOT_A_NUMBER = "The safety checker's answer is not a number, so no image is returned."
@@ -24,7 +24,7 @@ class Checker(Protocol):
     """A safety checker of images."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Return one answer per image. Raises GenerationFailed if the checker cannot decide."""
+        """Return for each image whether it is unsafe. Raises GenerationFailed if the checker cannot decide."""
 
 
 class ImageClassifier:
@@ -45,10 +45,10 @@ class ImageClassifier:
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Flag images whose "nsfw" probability exceeds the threshold. Raises GenerationFailed if it is not a number."""
+        """Flag images whose "nsfw" probability exceeds THRESHOLD. Raises GenerationFailed if a logit is not finite."""
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device, self.model.dtype)
         logits = self.model(**inputs).logits.float()
-        # An infinite logit would turn into a probability of 0 or 1.
+        # Check the logits, because an infinite one can give a probability of 0 or 1.
         if not logits.isfinite().all():
             raise GenerationFailed(_NOT_A_NUMBER)
         return [probability > THRESHOLD for probability in logits.softmax(dim=-1)[:, self.nsfw].tolist()]
@@ -64,32 +64,32 @@ class CompVis:
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **_LOCAL)
         model = _load_complete(StableDiffusionSafetyChecker, directory, trust_remote_code=False, **options)
         self.model = model.to(device)
-        # Hook into the model: it calls not-a-number safe, and returns none of the values behind its answer.
+        # The model calls an image safe if its embedding is not a number. It returns no embeddings, so check them here.
         self.model.visual_projection.register_forward_hook(_reject_degenerate_embeddings)
 
     @torch.no_grad()
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Flag images with a forbidden concept. Raises GenerationFailed if the model cannot compare an image."""
+        """Flag images with a forbidden concept. Raises GenerationFailed if an embedding is zero or not finite."""
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
         pixels = pixels.to(self.model.device, self.model.dtype)
-        # The model blacks out flagged images in this array, which is not used afterwards.
+        # The model blacks out flagged images in the array `images`, which is not used afterwards.
         _, flagged = self.model(clip_input=pixels, images=pixels.float().cpu().numpy())
         return [bool(flag) for flag in flagged]
 
 
 class Unavailable:
-    """A stand-in for a checker that could not be loaded: fails every check, so no unchecked image is returned."""
+    """A stand-in for a checker that could not be loaded. It fails every check, so no unchecked image is returned."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Raise GenerationFailed."""
+        """Raise GenerationFailed with the reason."""
         raise GenerationFailed(self.reason)
 
 
 def _load_complete(kind: Any, directory: Path, **options: Any) -> Any:
-    """Load a model and check that its weights are complete and finite. Raises hub.BadWeights."""
+    """Load a model. Raises hub.BadWeights if its weights are malformed, incomplete or not finite."""
     model = verify.load_complete(kind, directory, **options)
     if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise hub.BadWeights(f"{directory} has values that are not finite in {verify.shortened(spoilt)}; {hub.REPLACE}")
@@ -97,14 +97,18 @@ def _load_complete(kind: Any, directory: Path, **options: Any) -> Any:
 
 
 def _reject_degenerate_embeddings(projection: torch.nn.Module, inputs: Any, embeddings: torch.Tensor) -> None:
-    # Compute lengths in the embeddings' type, as the model does: if one overflows, the image matches no concept.
+    # Compute lengths in the embeddings' number type, as the model does. If a length overflows there, the model finds no
+    # concept in the image.
     lengths = embeddings.norm(dim=-1)
     if not ((lengths > 0) & (lengths < torch.inf)).all():
         raise GenerationFailed(_NOT_A_NUMBER)
 
 
 def load(config: EngineConfig) -> Checker:
-    """Load the checker that comes with the weights, else the configured one, as fetched by `flux-server pull`."""
+    """Load the checker in the weights' directory, or else the one that the operator configured.
+
+    Return an Unavailable checker if loading raises OSError.
+    """
     try:
         directory = _directory(config)
         with verify.translate_errors(directory):
@@ -121,7 +125,7 @@ def _directory(config: EngineConfig) -> Path:
     configured = Path(config.safety_checker)
     if configured.is_dir():
         return configured
-    # With weights from the hub, the checker may be downloaded now; with a local directory, nothing is downloaded.
+    # With weights from the hub, download the checker too; with a local directory, download nothing.
     cached = hub.cached_path(config.safety_checker)
     if cached is None and isinstance(config.weights, str):
         cached = hub.pull(config.safety_checker)
@@ -135,7 +139,7 @@ def _load(directory: Path, device: str, dtype: torch.dtype) -> Checker:
 
     verify.verify(directory)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(directory, local_files_only=True)[0]
-    # Run in the type of the file. If this CPU computes in float32, use float32, which loses nothing.
+    # Run in the number type of the file, or in float32 if the pipeline runs in float32, which loses no precision.
     options = {"dtype": dtype} if dtype == torch.float32 else {}
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
         return CompVis(directory, device, **options)

@@ -1,4 +1,4 @@
-"""One image during generation: started, stepped and unpacked as in FluxPipeline."""
+"""An image during generation: its start, its steps and its unpacking, as in diffusers' FLUX pipelines."""
 
 import copy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from models.flux.prompt_cache import PromptEmbeds
 
 @dataclass
 class Sample:
-    """One image during generation: packed latents of shape (1, tokens, channels) and the remaining steps."""
+    """An image during generation: packed latents of shape (1, image tokens, channels), and the steps to take."""
 
     width: int
     height: int
@@ -29,19 +29,19 @@ class Sample:
     guidance: Any
     cache: FirstBlockCache | None = None
     step: int = 0
-    #: The transformer's output in the last step.
+    #: The transformer's output in the last step; None before the first.
     velocity: Any = None
-    #: On a GPU, an event recorded after the last kernel of the last step.
+    #: On a GPU, the event that marks the end of the last step.
     event: Any = None
 
     @property
     def num_tokens(self) -> int:
-        """Number of text and image tokens."""
+        """The number of text and image tokens."""
         return int(self.latents.shape[1] + self.text.prompt_embeds.shape[1])
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """The size: samples that share a forward have equal keys."""
+        """Width, height and number of text tokens: only samples with equal keys can share a forward."""
         return (self.width, self.height, self.text.prompt_embeds.shape[1])
 
     @property
@@ -56,24 +56,24 @@ class Sample:
 
     @property
     def estimate(self) -> Any:
-        """The final latents as estimated in the last step, packed; None before the first step."""
+        """The packed latents of the finished image, as estimated in the last step; None before the first step."""
         if self.velocity is None:
             return None
         return self.latents - self.scheduler.sigmas[self.scheduler.step_index] * self.velocity
 
     def step_with(self, velocity: torch.Tensor) -> None:
-        """Take a step along `velocity`, which has the shape of the latents."""
+        """Take a step with `velocity`, which has the shape of the latents."""
         stepped = self.scheduler.step(velocity, self.timestep, self.latents, return_dict=False)
         self.latents, self.velocity = stepped[0], velocity
         self.step += 1
 
     def free(self) -> None:
-        """Release the tensors, once the image is decoded."""
+        """Release the latents, the velocity and the cache, which a decoded image does not need."""
         self.latents = self.velocity = self.cache = None
 
 
 def first_step(request: Any) -> int:
-    """Return how many steps the initial image replaces; 0 without one."""
+    """Return how many steps are left out because generation starts from an image; 0 without a strength."""
     num_steps, strength = request.num_inference_steps, getattr(request, "strength", 1.0)
     # Same arithmetic as FluxImg2ImgPipeline, including the rounding.
     return int(max(num_steps - min(num_steps * strength, num_steps), 0))
@@ -88,9 +88,9 @@ def begin(
     seed: int,
     image: Image | None = None,
 ) -> Sample:
-    """Prepare latents, timesteps and guidance of an image of (width, height), as diffusers' pipelines do.
+    """Prepare latents, timesteps and guidance for an image of `size`, (width, height) in pixels.
 
-    Start from noise as FluxPipeline does, or from `image` as FluxImg2ImgPipeline does.
+    Start from noise as FluxPipeline does, or from `image` with noise as FluxImg2ImgPipeline does.
     """
     width, height = size
     num_channels = pipeline.transformer.config.in_channels // 4
@@ -122,7 +122,7 @@ def _noisy(
     device: str,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Encode an image and add the noise of the timestep; return packed latents."""
+    """Encode an image and mix it with as much noise as the timestep has; return packed latents."""
     width, height = size
     pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
     encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
@@ -134,7 +134,7 @@ def _noisy(
 
 
 def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tensor:
-    """Return latents in the autoencoder's shape, (1, channels, height, width)."""
+    """Return packed latents in the shape (1, channels, height, width) and the scale that the autoencoder decodes."""
     whole = pipeline._unpack_latents(latents, sample.height, sample.width, pipeline.vae_scale_factor)
     config = pipeline.vae.config
     scaled: torch.Tensor = whole / config.scaling_factor + config.shift_factor
@@ -142,7 +142,7 @@ def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tens
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device: str) -> tuple[Any, torch.Tensor]:
-    # A scheduler counts its steps, so each image needs a copy.
+    # A scheduler counts the steps of one image, so each image needs a copy.
     own = copy.deepcopy(scheduler)
     config = own.config
     shift = calculate_shift(

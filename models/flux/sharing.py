@@ -1,27 +1,28 @@
-"""The decision whether a shared forward pays off, timed for each size once per process.
+"""The decision whether images share forwards, from forwards that are timed once per size and process.
 
-Only forwards that requests need anyway are timed, so the timing is free and covers sizes that no warm-up ran.
+Only forwards that requests need anyway are timed. This costs no extra forwards, and works for every size.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
-#: A forward of two images is shared if it costs less than this many forwards of one. Two equal requests that take turns
-#: finish after 1 and 2 forwards a step, 1.5 on average; if they share, both finish after the cost of a shared forward.
+#: Images share forwards if a forward of two takes less than this many times as long as a forward of one. Of two equal
+#: requests that take turns, one has its step after 1 forward and the other after 2, which is 1.5 on average. If they
+#: share, both have theirs after the shared forward.
 PAYS_BELOW = 1.5
-#: How many forwards of one image, and of two, are timed; the fastest of each counts.
+#: How many forwards of one image, and of two, are timed per size. The fastest of each counts.
 SAMPLES = 3
 
 
 class Sharing:
-    """The number of images per forward. `clock` waits for the device and returns seconds."""
+    """The choice of how many images go through a forward. `clock` waits for the device and returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seconds: dict[tuple[Hashable, int], list[float]] = {}
 
     def number(self, size: Hashable, wanted: int) -> int:
-        """Return how many of the `wanted` images of this size go through the next forward."""
+        """Return how many of the `wanted` images of this size should go through the next forward."""
         if wanted == 1:
             return 1
         alone, pair = (self._seconds.setdefault((size, number), []) for number in (1, 2))
@@ -33,7 +34,7 @@ class Sharing:
 
     @contextmanager
     def timed(self, size: Hashable, number: int) -> Iterator[None]:
-        """Time the block, a forward of `number` images, until there are enough samples for this size."""
+        """Time the block, a forward of `number` images, if timings for this size and number are still needed."""
         samples = self._seconds.get((size, number))
         if samples is None or len(samples) >= SAMPLES:
             yield

@@ -1,4 +1,4 @@
-"""The state of one FLUX request during generation: its images and their progress."""
+"""A FLUX request during generation: its images and their progress."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,50 +12,51 @@ from models.flux.sample import Sample, first_step
 
 @dataclass
 class FluxTask:
-    """One request. Without shared forwards, its images are generated one after the other, each as if alone."""
+    """A request during generation. If the tier does not share forwards, images are generated one after the other."""
 
     request: Any
     seed: int
     width: int
     height: int
     tier: Tier
-    #: Floating point operations of one step of one image.
+    #: The floating point operations of one step of one image.
     step_work: int
     #: The transformer's number type, by PyTorch's name.
     dtype: str
-    #: The image that the generation starts from, if any.
+    #: The image that generation starts from; None to start from noise.
     init_image: Image | None = None
-    #: The image that takes the place of the prompt, if any.
+    #: The image that takes the place of the prompt; None to use the prompt.
     reference_image: Image | None = None
     loras: tuple[LoraAdapter, ...] = ()
     samples: list[Sample] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    #: The number of steps done, over all images.
     step: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the images."""
+        """The width and height of the images, in pixels."""
         return self.width, self.height
 
     @property
     def acceleration(self) -> str:
-        """The tier in use."""
+        """The name of the tier in use."""
         return self.tier.name
 
     @property
     def num_steps(self) -> int:
-        """Steps of all images together."""
+        """The number of steps in total, over all images."""
         num_left_out = 0 if self.init_image is None else first_step(self.request)
         return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
 
     @property
     def work(self) -> int:
-        """Work done so far, in floating point operations."""
+        """The work done so far, in floating point operations."""
         return self.step * self.step_work
 
     @property
     def remaining_work(self) -> int:
-        """Work of the remaining steps, in floating point operations."""
+        """The work of the remaining steps, in floating point operations."""
         return (self.num_steps - self.step) * self.step_work
 
     @property
@@ -65,11 +66,11 @@ class FluxTask:
 
     @property
     def description(self) -> str:
-        """The task's name in error messages."""
+        """The task's description in error messages."""
         return f"an image of {self.width}x{self.height}"
 
     @property
     def due(self) -> list[Sample]:
-        """Samples that can take a step now: all unfinished ones if they may share a forward, else the next one."""
+        """The samples that can take a step now: all unfinished ones if the tier shares forwards, else the first."""
         unfinished = [sample for sample in self.samples if not sample.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]

@@ -1,1 +1,1 @@
-"""Loading of weights: from a WEIGHTS argument to a pipeline on the device."""
+"""The loading of weights, from a WEIGHTS argument to a pipeline on the device."""

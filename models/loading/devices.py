@@ -1,4 +1,4 @@
-"""Devices, their free memory, and the number type of their computation."""
+"""The choice of device and number type, and the device's free memory."""
 
 from typing import TYPE_CHECKING
 
@@ -10,21 +10,21 @@ if TYPE_CHECKING:
 
 
 def device_for(name: str) -> str:
-    """Return the device for "auto", "cuda" or "cpu". Raises OSError if the device cannot be used."""
+    """Return "cuda" or "cpu" for `name`, which may also be "auto". Raises OSError if the device cannot be used."""
     import torch
 
     if torch.version.hip:
         raise OSError("ROCm builds of PyTorch are not supported; install a CUDA or CPU build")
     if name == "cuda" and not torch.cuda.is_available():
         why = "finds no usable GPU or driver" if torch.version.cuda else "is a build without CUDA"
-        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}")
+        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}; mend this or use --device cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def free_memory(device: str) -> int:
-    """Return the free bytes of the device, within this process's limit; on a CPU, of the machine's memory."""
+    """Return the bytes that this process can still allocate on the GPU, or that the machine has available for a CPU."""
     import psutil
     import torch
 
@@ -36,7 +36,7 @@ def free_memory(device: str) -> int:
 
 
 def is_emulated(config: EngineConfig, dtype: "torch.dtype") -> bool:
-    """Return whether a CPU emulates bfloat16, which was chosen because float32 did not fit."""
+    """Return whether a CPU that emulates bfloat16 uses it nonetheless, because float32 does not fit in memory."""
     import torch
 
     return config.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
@@ -48,18 +48,18 @@ def type_name(dtype: "torch.dtype") -> str:
 
 
 def dtype_for(name: str, device: str, num_bytes: int = 0) -> "torch.dtype":
-    """Return the type for "auto", "bfloat16" or "float32", with `num_bytes` of weights stored in bf16.
+    """Return the number type for `name`, which is "auto", "bfloat16" or "float32".
 
-    A GPU computes in bf16. A CPU computes in the type that its flags say it is fast in, but in float32 only if the
-    weights fit into the machine's memory at twice their size. In bf16, the weights are mapped from their files.
-    Raises OSError.
+    For "auto", a GPU computes in bf16. A CPU computes in bf16 if it does so natively, or if the weights would not fit
+    into its memory in float32, at twice `num_bytes`, their size in bf16: in bf16, they are mapped from their files.
+    Raises OSError for float32 on a GPU.
     """
     import psutil
     import torch
 
     if device == "cuda":
         if name == "float32":
-            raise OSError("--dtype float32 is for CPUs; a GPU supports only bfloat16")
+            raise OSError("--dtype float32 is for CPUs; on a GPU, use bfloat16 or auto")
         return torch.bfloat16
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16

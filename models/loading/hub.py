@@ -1,4 +1,4 @@
-"""Weights from the hub: downloaded once into its cache, then used without a network."""
+"""Weights from the Hugging Face hub, downloaded once into its cache and then used without a network."""
 
 import json
 import os
@@ -7,30 +7,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: File patterns that a pipeline reads; pickled weights, single-file checkpoints and other precisions are skipped.
+#: The patterns of files to download, and of those among them to skip, which hold the weights in other precisions.
+#: Other files, such as pickled weights, are not downloaded.
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
 _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
-#: Maximum size of a JSON file. The largest one of FLUX.1, of a tokenizer, has 3 MB.
+#: The maximum size of a JSON file. The largest of FLUX.1 is a tokenizer's, with 3 MB.
 MAX_JSON_BYTES = 64 * 2**20
-#: Advice for a malformed file, at the end of error messages.
+#: Advice at the end of error messages about a malformed file.
 REPLACE = "replace it with the original file of the weights"
 
 
 class HubError(OSError):
-    """Failure to get something from the hub; the message says what to do."""
+    """A failure to download something from the hub or to store the download; the message says what to do."""
 
 
 class BadWeights(OSError):
-    """Weights that are malformed or untrusted; the message names the file and says what to do."""
+    """Weights that are malformed or not allowed; the message names the file and says what to do."""
 
 
 def pull(hub_id: str) -> Path:
     """Download a pipeline or a single model into the cache, with a progress bar; return its directory.
 
-    The token comes from HF_TOKEN, if set.
-
-    A download that breaks off is resumed; after a kill, complete files are not downloaded again.
-    Raises HubError, and BadWeights for a malformed file.
+    Authenticate with the token in HF_TOKEN, if set. Files that are already in the cache are not downloaded again, so a
+    download that broke off continues. Raises HubError, or BadWeights for a malformed JSON file.
     """
     from huggingface_hub import snapshot_download
 
@@ -39,12 +38,15 @@ def pull(hub_id: str) -> Path:
         patterns = _patterns(directory)
         snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
     if missing := missing_components(directory):
-        raise HubError(f"{hub_id} lacks files that a pipeline needs: {', '.join(missing)}; choose another hub id")
+        raise HubError(f"{hub_id} has no complete {', '.join(missing)}; choose the hub id of a pipeline or a model")
     return directory
 
 
 def cached_path(hub_id: str) -> Path | None:
-    """Return the cached directory of a complete download, without any connection. Raises BadWeights."""
+    """Return the cached directory of a complete download, or None, without connecting to the hub.
+
+    Raises BadWeights for a malformed JSON file.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if hub_id.count("/") != 1:
@@ -57,16 +59,19 @@ def cached_path(hub_id: str) -> Path | None:
 
 
 def missing_components(directory: Path) -> list[str]:
-    """Return what the directory of a pipeline or model lacks, by name; empty if complete. Raises BadWeights."""
+    """Return the components of a pipeline that a directory lacks; empty if it is complete.
+
+    A directory without model_index.json is complete if it holds a single model. Raises BadWeights for malformed JSON.
+    """
     if not (directory / "model_index.json").is_file():
         return [] if (directory / "config.json").is_file() and _has_weights(directory) else ["model_index.json"]
     return [name for name in components(directory) if not _is_complete(directory / name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of the weights. Raises BadWeights if there is none."""
+    """Read the JSON object in a file of the weights. Raises BadWeights if the file is too large or holds none."""
     if (num_bytes := path.stat().st_size) > MAX_JSON_BYTES:
-        raise BadWeights(f"{path} has {num_bytes} bytes, and {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
+        raise BadWeights(f"{path} has {num_bytes} bytes, but only {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -77,10 +82,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model_index(directory: Path) -> dict[str, tuple[str, str]]:
-    """Read the library and class of each component from model_index.json. Raises BadWeights."""
+    """Read the library and class of each component from model_index.json. Raises BadWeights if it is malformed."""
     path, classes = directory / "model_index.json", {}
     for name, value in read_json(path).items():
-        # A pair of nulls is an omitted component, and a value that is not a list is a setting.
+        # A pair of nulls stands for a component that is left out. A value that is not a list is a setting.
         if not isinstance(value, list) or value == [None, None]:
             continue
         if not name.isidentifier():
@@ -92,30 +97,30 @@ def read_model_index(directory: Path) -> dict[str, tuple[str, str]]:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the files named in an index of weights, all in the same directory. Raises BadWeights."""
+    """Return the names of the files that an index of weights refers to, all in its directory. Raises BadWeights."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise BadWeights(f"{index} is not an index of weights: weight_map must name a file for each tensor; {REPLACE}")
     for name in files.values():
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
             raise BadWeights(
-                f"{index} names {name!r}, and only safetensors files in its directory are loaded; {REPLACE}"
+                f"{index} names {name!r}, but only safetensors files in its directory are allowed; {REPLACE}"
             )
     return set(files.values())
 
 
 def components(directory: Path) -> list[str]:
-    """Return the subdirectories that model_index.json names."""
+    """Return the names of the components in model_index.json, which are also their subdirectories."""
     return list(read_model_index(directory))
 
 
 def size(directory: Path) -> int:
-    """Return the bytes of all safetensors files in a directory."""
+    """Return the bytes of all safetensors files in a directory and its subdirectories."""
     return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
 
 
 def sizes(directory: Path) -> dict[str, int]:
-    """Return the bytes of each component that has weights."""
+    """Return the bytes of the weights of each component that has any."""
     sizes_by_name = {name: size(directory / name) for name in components(directory)}
     return {name: num_bytes for name, num_bytes in sizes_by_name.items() if num_bytes}
 
@@ -127,7 +132,7 @@ def _patterns(directory: Path) -> list[str]:
 
 
 def _is_complete(component: Path) -> bool:
-    """Return whether a component's directory has its configuration and all its weights."""
+    """Return whether a component's directory exists and has a configuration and all weights that belong to it."""
     if not component.is_dir():
         return False
     if (component / "config.json").is_file():
@@ -144,7 +149,7 @@ def _has_weights(directory: Path) -> bool:
 
 @contextmanager
 def _translate_errors(hub_id: str) -> Iterator[None]:
-    """Translate the hub's errors into messages for the operator."""
+    """Translate errors of a download into HubError, with a message for the operator."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -163,12 +168,14 @@ def _translate_errors(hub_id: str) -> Iterator[None]:
         raise HubError(f"{hub_id} is neither a local directory nor a valid hub id") from None
     except GatedRepoError:
         how = "try again" if os.environ.get("HF_TOKEN") else "set HF_TOKEN to a token of that account"
-        raise HubError(f"{hub_id} requires you to accept its license: open {page}, accept it, then {how}.") from None
+        raise HubError(f"{hub_id} requires you to accept its licence: open {page}, accept it, then {how}.") from None
     except RepositoryNotFoundError:
         raise HubError(f"{hub_id} does not exist on the hub, or HF_TOKEN has no access to it; check {page}.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise HubError(
-            f"The hub at {constants.ENDPOINT} could not be reached, or the download broke off: {error}"
+            f"The hub at {constants.ENDPOINT} could not be reached, or the download broke off; try again: {error}"
         ) from None
     except OSError as error:
-        raise HubError(f"{hub_id} could not be stored: {error}") from None
+        raise HubError(
+            f"{hub_id} could not be stored: {error}; check the free space and the directory of the cache"
+        ) from None

@@ -1,27 +1,28 @@
-"""Memory plans: placements of FLUX's parts that fit the device's memory."""
+"""The memory plans: ways to place a pipeline so that it fits into the device's memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Working memory of a generation, as a share of all weights in bf16: 4 GB for FLUX.1. Calculated for 1024x1024; not yet
-#: measured on the real model.
+#: The working memory of a generation as a share of the bytes of all weights in bf16, which is 4 GB for FLUX.1. It is
+#: calculated for 1024x1024 and not yet measured on the real model.
 WORKSPACE = 0.12
-#: Size of FLUX.1's transformer in 8 bits as a share of bf16. The matrices of its norms, 27 % of it, stay in bf16.
+#: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
+#: transformer, stay in bf16.
 FP8_SHARE = 0.64
-#: The large parts of FLUX.1 [dev]; all others stay on the device in every plan.
+#: The large components of a FLUX pipeline. All others stay on the device in every plan.
 _LARGE = ("transformer", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to place a pipeline.
+    """A way to place a pipeline on the device.
 
     Attributes:
-        name: its name for --memory.
-        description: a summary for `doctor` and the log.
-        required_bytes: bytes on the device, from the bytes of each component in bf16.
-        apply: places the pipeline on the device.
+        name: the plan's name for --memory.
+        description: a summary for `doctor`.
+        required_bytes: returns the bytes needed on the device, given the bytes of each component's weights.
+        apply: places a pipeline on a device and returns the pipeline.
         is_resident: whether all weights stay on the device unchanged, which compiled tiers require.
     """
 
@@ -37,7 +38,7 @@ def _resident(pipeline: Any, device: str) -> Any:
 
 
 def _fp8_storage(pipeline: Any, device: str) -> Any:
-    """Store the transformer's weights in 8 bits, and widen them layer by layer as they are used."""
+    """Keep the transformer on the device in 8 bits, and widen each layer as it is used; offload T5's blocks."""
     import torch
 
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.dtype)
@@ -47,7 +48,7 @@ def _fp8_storage(pipeline: Any, device: str) -> Any:
 
 
 def _group_offload(pipeline: Any, device: str) -> Any:
-    """Copy blocks to the device as they are used, each while the one before runs."""
+    """Keep the blocks of transformer and T5 in host memory; copy each to the device while the previous one runs."""
     _offload(pipeline.transformer, device)
     _offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)
@@ -64,7 +65,7 @@ def _offload(module: Any, device: str) -> None:
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=device == "cuda",
-        # Pin blocks only as they are needed: pinning everything would keep a second copy in host memory.
+        # Pin a block only when it is copied: pinning all blocks would keep a second copy of them in host memory.
         low_cpu_mem_usage=True,
     )
 
@@ -76,34 +77,38 @@ def _rest(pipeline: Any, device: str) -> Any:
 
 
 def _small(sizes: Mapping[str, int]) -> float:
-    """Return the small parts, the working memory, and a twelfth of the large parts for two blocks."""
+    """Return the bytes of the small components, the working memory and two blocks of each large component.
+
+    Two blocks, the one in use and the next, take a twelfth of T5's encoder, and less of the transformer.
+    """
     large = sum(sizes.get(name, 0) for name in _LARGE)
     return sum(sizes.values()) * (1 + WORKSPACE) - large * 11 / 12
 
 
-#: From the fastest to the smallest.
+#: All plans, from the fastest to the one that needs least memory.
 PLANS = (
     Plan("resident", "all weights on the device", lambda sizes: sum(sizes.values()) * (1 + WORKSPACE), _resident, True),
     Plan(
         "fp8-storage",
-        "the transformer in 8 bits, slightly different images; the text encoder loaded block by block",
+        "the transformer in 8 bits, which changes images slightly; the text encoder loaded block by block",
         lambda sizes: _small(sizes) + sizes.get("transformer", 0) * FP8_SHARE,
         _fp8_storage,
     ),
-    Plan("group-offload", "loaded block by block, the slowest", _small, _group_offload),
+    Plan("group-offload", "transformer and text encoder loaded block by block; the slowest", _small, _group_offload),
 )
 NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
 def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
-    """Return whether the unchanged weights and the working memory fit."""
+    """Return whether the plan "resident" fits into `free` bytes."""
     return PLANS[0].required_bytes(sizes) <= free
 
 
 def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda") -> Plan:
-    """Choose the plan of this name, or for "auto" the first that fits `free` bytes. Raises OSError if none does.
+    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes.
 
-    A CPU needs no plan: weights are mapped from their files, and parts that do not fit are read again when used.
+    On a CPU, "auto" is always "resident": weights are mapped from their files, and parts that do not fit into memory
+    are read again when they are used. Raises OSError if no plan fits.
     """
     if device == "cpu" and name == "auto":
         return PLANS[0]
@@ -112,6 +117,6 @@ def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cud
             return plan
     least = min(plan.required_bytes(sizes) for plan in PLANS)
     raise OSError(
-        f"the device has {free / 1e9:.1f} GB free, and the weights need {least / 1e9:.1f} GB at least; "
-        "--memory NAME forces a plan"
+        f"the device has {free / 1e9:.1f} GB free, but the weights need {least / 1e9:.1f} GB at least; "
+        "free memory, or choose a plan with --memory to load them anyway"
     )

@@ -1,4 +1,4 @@
-"""Loading of a FluxPipeline and its placement on the device."""
+"""The loading of a FluxPipeline and its placement on the device."""
 
 import importlib
 from pathlib import Path
@@ -13,22 +13,24 @@ if TYPE_CHECKING:
     import torch
     from diffusers import FluxPipeline
 
-#: Components that are not loaded here: `safety_checker` and `redux` load their own, and IP-Adapters are not supported.
+#: Components that are not loaded here. The modules `safety_checker` and `redux` load theirs. The last two belong to
+#: IP-Adapters, which are not supported.
 NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "feature_extractor")
 _MATCH = "use parts from the same weights"
 
 
 def weights_directory(where: str | Path) -> Path:
-    """Return the directory of weights; a hub id is downloaded unless it is cached. Raises hub.HubError."""
+    """Return the directory of weights; download a hub id that is not cached. Raises HubError and BadWeights."""
     if isinstance(where, Path):
         return where
     return hub.cached_path(where) or hub.pull(where)
 
 
 def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
-    """Load the pipeline, from safetensors and without code, and place it by its memory plan. Raises OSError.
+    """Load a pipeline and place it by a memory plan; return both. Raises OSError, also for malformed weights.
 
-    Large parts go to the device one after the other, so the host never holds a copy of all of them.
+    Only safetensors files are read, and no code from the directory runs. With the plan "resident", each component goes
+    to the device before the next is loaded, so the host never holds a copy of them all.
     """
     from diffusers import FluxPipeline
 
@@ -57,22 +59,22 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Return the stored bytes, in bf16, of each component's weights and of the installed extra weights."""
+    """Return the bytes of each component's files of weights, and of Redux's if they are installed."""
     redux = find_extra_weights(where, REDUX)
     return hub.sizes(directory) | ({REDUX.directory: hub.size(redux)} if redux else {})
 
 
 def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:
-    """Return the same sizes in memory, where float32 takes twice as much."""
+    """Return the sizes in memory of weights whose files are in bf16: float32 takes twice as much."""
     return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, directory).items()}
 
 
 def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
-    """Load a part with the class in model_index.json, which is verified already. Raises hub.BadWeights."""
+    """Load a component with its class in model_index.json, which is already verified. Raises hub.BadWeights."""
     from torch.nn import Module
 
     library, class_name = hub.read_model_index(directory)[name]
-    # Without this option, some transformers classes ask on the terminal whether code from the directory may run.
+    # Without this option, some classes of transformers ask on the terminal whether code from the directory may run.
     options = {"trust_remote_code": False} if library == "transformers" else {}
     with verify.translate_errors(directory / name):
         kind = getattr(importlib.import_module(library), class_name)
@@ -82,13 +84,13 @@ def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
 
 
 def _check_fit(directory: Path, pipeline: Any) -> None:
-    """Check that the parts fit each other; otherwise, every request would fail. Raises hub.BadWeights."""
+    """Check that the components fit each other: otherwise, every request would fail. Raises hub.BadWeights."""
     clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
     flow, vae = pipeline.transformer.config, pipeline.vae.config
     widths = {
         "text_encoder": (clip.hidden_size, flow.pooled_projection_dim),
         "text_encoder_2": (t5.d_model, flow.joint_attention_dim),
-        # A token holds four latents.
+        # An image token holds the channels of 2 x 2 latents.
         "vae": (4 * vae.latent_channels, flow.in_channels),
     }
     for name, (width, expected) in widths.items():
@@ -96,29 +98,33 @@ def _check_fit(directory: Path, pipeline: Any) -> None:
             raise hub.BadWeights(
                 f"{directory / name} gives {width} channels, and the transformer takes {expected}; {_MATCH}"
             )
-    # On a GPU, an index out of range kills the process.
-    lengths = {
-        "tokenizer": (max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
-        "tokenizer_2": (max(pipeline.tokenizer_2.get_vocab().values()) + 1, t5.vocab_size),
-        "tokenizer/tokenizer_config.json": (pipeline.tokenizer.model_max_length, clip.max_position_embeddings),
+    # A token id or position that a text encoder does not know is an index out of range, after which a GPU is lost.
+    counts = {
+        "tokenizer": ("token ids", max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
+        "tokenizer_2": ("token ids", max(pipeline.tokenizer_2.get_vocab().values()) + 1, t5.vocab_size),
+        "tokenizer/tokenizer_config.json": (
+            "positions",
+            pipeline.tokenizer.model_max_length,
+            clip.max_position_embeddings,
+        ),
     }
-    for name, (length, limit) in lengths.items():
-        if length > limit:
-            raise hub.BadWeights(f"{directory / name} counts to {length}, and its text encoder to {limit}; {_MATCH}")
+    for name, (unit, count, limit) in counts.items():
+        if count > limit:
+            raise hub.BadWeights(f"{directory / name} has {count} {unit}, but its text encoder has {limit}; {_MATCH}")
 
 
 def _silence_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    # diffusers warns of a long prompt by logging the prompt itself.
+    # diffusers' warning about a long prompt contains the prompt, which must not be logged.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
 
 def has_room(config: EngineConfig) -> bool:
-    """Return whether these weights fit into the free memory; assumed for weights that are not downloaded yet."""
+    """Return whether the weights fit into the free memory unchanged; True if they are not downloaded yet."""
     where = config.weights or ""
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
@@ -128,7 +134,7 @@ def has_room(config: EngineConfig) -> bool:
 
 
 def dtype_of(config: EngineConfig) -> "torch.dtype":
-    """Return the number type for these weights. Raises OSError if the device does not support it, and hub.HubError."""
+    """Return the number type to load the weights in; download weights that are not cached. Raises OSError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
     sizes = sizes_on_disk(config.weights, weights_directory(config.weights))

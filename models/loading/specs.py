@@ -1,4 +1,4 @@
-"""The WEIGHTS argument: which endpoint runs on which weights."""
+"""The WEIGHTS arguments: which weights each endpoint runs on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +8,16 @@ from models.loading import hub
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
-#: The weights with which FLUX.1 [dev] reads an image instead of a prompt.
+#: The weights with which FLUX.1 [dev] takes an image in place of a prompt.
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
-    """Assign weights to each endpoint to serve.
+    """Return the weights of each endpoint to serve; None for endpoints that need no weights and are always served.
 
-    A spec is `demo`, a hub id, a directory (for fal-ai/flux/dev) or `ENDPOINT=DIRECTORY-or-hub-id`. Models that need
-    no weights are always served. Raises ValueError with all problems, one per line.
+    A spec is `demo` (for all endpoints), a hub id (for the endpoints made for these weights), a directory (for
+    fal-ai/flux/dev), or `ENDPOINT=` and a directory, a hub id or `demo`. An endpoint whose extra weights are missing is
+    left out; naming it is a problem. Raises ValueError with all problems, one per line.
     """
     assigned: dict[str, str | Path | None] = {}
     problems: list[str] = []
@@ -51,7 +52,10 @@ def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
 
 
 def find_extra_weights(where: str | Path, extra_weights: ExtraWeights) -> Path | None:
-    """Return where extra weights are: in the same directory for local weights, in the hub cache for a hub id."""
+    """Return the directory of extra weights; None if they are not installed.
+
+    For local weights, look in their directory `where`; for a hub id, look in the hub cache.
+    """
     if isinstance(where, Path):
         return where / extra_weights.directory if (where / extra_weights.directory).is_dir() else None
     return hub.cached_path(extra_weights.hub_id)
@@ -69,7 +73,7 @@ def _describe_missing(model: Model, where: str | Path) -> str:
 
 
 def parse_spec(spec: str) -> str | Path:
-    """Parse a pipeline directory or a hub id. Raises ValueError with the reason for anything else."""
+    """Return the path of a directory in diffusers layout or of `demo`, or the hub id. Raises ValueError."""
     if spec == "demo":
         return DEMO
     path = Path(spec).expanduser()

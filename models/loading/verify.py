@@ -1,4 +1,4 @@
-"""Verification of untrusted weights: none of their code runs, and nothing outside their directory is read."""
+"""The verification of untrusted weights: no code in them runs, and nothing outside their directory is read."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from models.loading import hub
 from models.loading.hub import REPLACE, BadWeights
 
-#: The parts of a FLUX pipeline, and the allowed classes of each. Without this list, a library would load any class by
-#: name, and classes such as AutoModel load whatever the directory names. A tokenizer's class has two names.
+#: The components of a FLUX pipeline and the allowed classes of each. Without this list, the libraries would load any
+#: class by name, and classes such as AutoModel load whatever the directory names. Some classes have two names.
 CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "scheduler": (("diffusers", "FlowMatchEulerDiscreteScheduler"),),
     "text_encoder": (("transformers", "CLIPTextModel"),),
@@ -22,29 +22,29 @@ CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "transformer": (("diffusers", "FluxTransformer2DModel"),),
     "vae": (("diffusers", "AutoencoderKL"), ("diffusers", "AutoencoderTiny")),
 }
-#: Keys that make the libraries look for code: next to the weights or, for attention, on the hub.
+#: Keys in JSON files that make the libraries load code, from the weights' directory or, for attention, from the hub.
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation")
-#: Code in this directory is ours: the demo weights lie within it.
+#: Python files in this directory belong to this project, and the demo weights' directory is one of its subdirectories.
 _MODELS_DIR = Path(__file__).resolve().parent.parent
-#: The safetensors format's header limit, so that no valid file is refused. FLUX.1's headers take some 100 KB, but the
-#: operator chooses the weights, and they are read once.
+#: The longest header that the safetensors format allows, so that no valid file is refused. FLUX.1's headers have some
+#: 100 KB. A lower limit is not needed, because the operator chooses the weights, and each header is read once.
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
-#: Maximum tensor names, and characters of a library's message, in an error.
+#: The maximum number of tensor names, and of characters of a library's message, in an error message.
 _MAX_NAMES, _MAX_CHARACTERS = 3, 400
 
 
 def verify(directory: Path) -> None:
-    """Check the files of a model or pipeline before any of them is loaded. Raises BadWeights."""
+    """Check all files of a model or pipeline, before any of them is loaded. Raises BadWeights."""
     _refuse_links(directory)
     for path in sorted(directory.rglob("*")):
         if path.name == "adapter_config.json":
-            # transformers would load the directory named in this file instead of this one.
+            # This file can name another directory, which transformers would then load.
             raise BadWeights(
-                f"{path}: an adapter is not part of a pipeline; remove the file, and send LoRA weights with requests"
+                f"{path}: an adapter is not part of a pipeline; remove the file, and name LoRA weights in requests"
             )
         if path.suffix == ".py" and not path.resolve().is_relative_to(_MODELS_DIR):
-            raise BadWeights(f"{path} is code, and weights must not contain code; remove the file")
+            raise BadWeights(f"{path} is code, but weights must not contain code; remove the file")
         if path.suffix == ".json":
             _refuse_code(path)
         if path.name.endswith(".safetensors.index.json"):
@@ -54,7 +54,7 @@ def verify(directory: Path) -> None:
 
 
 def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
-    """Check the files and model_index.json, but not its entries in `exclude`. Raises BadWeights."""
+    """Check all files and the entries of model_index.json, but not entries in `exclude`. Raises BadWeights."""
     verify(directory)
     index, named = directory / "model_index.json", hub.read_model_index(directory)
     for name, (library, kind) in named.items():
@@ -64,7 +64,7 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
             raise BadWeights(f"{index}: {name} is of {library}, and is not part of a FLUX pipeline; remove the entry")
         if (library, kind) not in CLASSES[name]:
             allowed = " or ".join(".".join(each) for each in CLASSES[name])
-            raise BadWeights(f"{index}: {name} is of {library}.{kind}, and only {allowed} is allowed; {REPLACE}")
+            raise BadWeights(f"{index}: {name} is of {library}.{kind}, but only {allowed} is allowed; {REPLACE}")
     if missing := [name for name in CLASSES if name not in named]:
         raise BadWeights(f"{index} names no library and class for {', '.join(missing)}; {REPLACE}")
     if missing := [name for name in hub.missing_components(directory) if name not in exclude]:
@@ -74,9 +74,9 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
 
 @contextmanager
 def translate_errors(directory: Path) -> Iterator[None]:
-    """Translate any error of the libraries into BadWeights that names the directory.
+    """Translate errors of the block, which loads files of the directory, into BadWeights.
 
-    Errors that are not the directory's fault pass: out of memory, a lost device, a file without read permission.
+    Other errors pass: out of memory, a lost device, and errors of the operating system, such as a denied permission.
     """
     import torch
 
@@ -91,16 +91,17 @@ def translate_errors(directory: Path) -> Iterator[None]:
         message = " ".join(str(error).split())[:_MAX_CHARACTERS]
         raise BadWeights(f"{directory} cannot be loaded: {type(error).__name__}: {message}; {REPLACE}") from error
     finally:
-        # diffusers changes the default type while it builds a model, and does not restore it on failure.
+        # diffusers changes PyTorch's default number type while it builds a model, and does not restore it on failure.
         torch.set_default_dtype(before)
 
 
 def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
-    """Load a module of this class with all of its weights, for inference.
+    """Load a module of the class `kind` in evaluation mode.
 
-    Raises BadWeights, also for missing tensors or wrong shapes, which the libraries would fill with random numbers.
+    Raises BadWeights, also for tensors that are missing or have wrong shapes, which the libraries would replace by
+    random numbers.
     """
-    # The library ignores wrong shapes, so that the check below can refuse them by name.
+    # Let the libraries ignore wrong shapes, so that the check below can name the tensors.
     options |= {"use_safetensors": True, "local_files_only": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with translate_errors(directory):
@@ -116,21 +117,21 @@ def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
 
 
 def shortened(names: Collection[str]) -> str:
-    """Return the number of tensors and the first of their names."""
+    """Return a text with the number of tensors and the first names."""
     return f"{len(names)} of the model's tensors: {', '.join(sorted(names)[:_MAX_NAMES])}"
 
 
 def _refuse_links(directory: Path) -> None:
-    """Refuse links that leave the directory, except to blobs next to the snapshots, as in the hub's cache.
+    """Refuse links out of the directory, except to the blobs of the hub's cache if the directory is in that cache.
 
-    Refuse pipes and other special files too, because reading one could block.
+    Refuse pipes and other special files too, because reading one could block. Raises BadWeights.
     """
     here = directory.resolve()
     blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
     for path in directory.rglob("*"):
-        # Path.resolve raises on circular links, os.path.realpath does not.
+        # os.path.realpath accepts circular links, on which Path.resolve raises an error.
         target = Path(os.path.realpath(path))
-        # A linked directory must be inside, because rglob does not follow links.
+        # A linked directory must be inside: rglob does not follow links, so files elsewhere would not be checked.
         inside = [here] if target.is_dir() else [here, *blobs]
         if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
             raise BadWeights(
@@ -141,7 +142,10 @@ def _refuse_links(directory: Path) -> None:
 
 
 def _refuse_code(path: Path) -> None:
-    """Refuse code named in a JSON file, at any depth. A number is a vocabulary entry, which is allowed."""
+    """Refuse a JSON file that names code, at any depth. Raises BadWeights.
+
+    A key with a number as its value is allowed: in a vocabulary, such a key is a token.
+    """
     waiting: list[Any] = [hub.read_json(path)]
     while waiting:
         each = waiting.pop()
@@ -149,7 +153,7 @@ def _refuse_code(path: Path) -> None:
             for name in _CODE:
                 if isinstance(each.get(name), str | list | dict):
                     raise BadWeights(
-                        f"{path} names code by {name}, and weights must not contain code; remove the entry"
+                        f"{path} names code by {name}, but weights must not contain code; remove the entry"
                     )
             waiting += each.values()
         elif isinstance(each, list):
@@ -163,7 +167,7 @@ def _refuse_shards(index: Path) -> None:
 
 
 def _check_tensors(path: Path) -> None:
-    """Check a safetensors file by its header, which is not parsed if it is too long. Raises BadWeights."""
+    """Check the header of a safetensors file, and its length before parsing it. Raises BadWeights."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -172,7 +176,7 @@ def _check_tensors(path: Path) -> None:
             f"{path} is not a safetensors file, or was cut off: its header is longer than the file; {REPLACE}"
         )
     if length > _MAX_HEADER_BYTES:
-        raise BadWeights(f"{path} has a header of {length} bytes, and {_MAX_HEADER_BYTES} are allowed; {REPLACE}")
+        raise BadWeights(f"{path} has a header of {length} bytes, but only {_MAX_HEADER_BYTES} are allowed; {REPLACE}")
     try:
         with safe_open(path, framework="numpy"):
             pass

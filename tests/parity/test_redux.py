@@ -153,7 +153,7 @@ def test_weights_of_another_width_stop_the_start(tmp_path: Path, weights_dir: Pa
     shutil.copytree(weights_dir, tmp_path / "demo")
     shutil.rmtree(tmp_path / "demo" / "redux")
     write_redux(tmp_path / "demo", 48)
-    with pytest.raises(OSError, match="this Redux is for text states 48 wide, and the transformer reads"):
+    with pytest.raises(OSError, match="this Redux makes tokens 48 wide, and the transformer takes"):
         FluxEngine.load(EngineConfig(tmp_path / "demo", safety_checker="", device="cpu"))
 
 

@@ -1,1 +1,1 @@
-"""The recipe of the demo weights: pictures are rendered, networks trained, and a diffusers folder is written."""
+"""The recipe of the demo weights: it renders images, trains networks and writes a directory in diffusers layout."""

@@ -1,7 +1,7 @@
 """The command line: python -m models.demo.recipe --device auto --scale small.
 
-Without steps it makes everything, and goes on where it was stopped; steps by name do only those. Beside what the
-server needs it takes npm (for the drawings), resvg-py, sentencepiece and protobuf.
+Without names of steps, it takes all steps, and continues where it was stopped. Besides the server's dependencies, it
+needs npm (for the drawings), resvg-py, sentencepiece and protobuf.
 """
 
 import argparse
@@ -41,15 +41,15 @@ STEPS: dict[str, Callable[[Plan, str], None]] = {
 
 
 def main() -> None:
-    """Read the arguments and take the steps in their order."""
+    """Parse the arguments and take the steps in order."""
     parser = argparse.ArgumentParser(prog="python -m models.demo.recipe", description=__doc__)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of: {', '.join(STEPS)} (default: all)")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"steps to take, of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--scale", choices=tuple(PLANS), default="small")
-    parser.add_argument("--threads", type=int, default=2, help="at most, on a CPU; fewer while others use it")
-    parser.add_argument("--flow-iterations", type=int, help="stop earlier or later than planned")
-    parser.add_argument("--eager", action="store_true", help="compile nothing: without a C++ compiler")
-    parser.add_argument("--weights", type=Path, help="evaluate this folder instead of the exported one")
+    parser.add_argument("--threads", type=int, default=2, help="at most; fewer while other processes are busy")
+    parser.add_argument("--flow-iterations", type=int, help="iterations of the step flow, instead of the scale's")
+    parser.add_argument("--eager", action="store_true", help="compile nothing, for machines without a C++ compiler")
+    parser.add_argument("--weights", type=Path, help="directory to evaluate, instead of the exported one")
     arguments = parser.parse_args()
     if unknown := set(arguments.steps) - set(STEPS):
         parser.error(f"no such step: {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to latents of a sixteenth of their side, and back."""
+"""The autoencoder: it turns images into latents of a sixteenth of their width and height, and back."""
 
 import math
 from pathlib import Path
@@ -14,16 +14,22 @@ from models.demo.recipe import checkpoint, precision, render, scenes, threads
 from models.demo.recipe.objects import all_objects
 from models.demo.recipe.plan import LATENT_CHANNELS, PRESET_SHARES, SEED, WORK, Plan
 
+#: The channels of every layer.
 WIDTH = 32
 FILE, DECODER_FILE = WORK / "autoencoder.pt", WORK / "decoder.pt"
+#: How many rendered images are kept to cut crops from.
 POOL = 300
+#: The highest learning rate.
 PEAK = 1e-3
-#: Noise on the latents while it learns, so that the decoder forgives what the flow gets slightly wrong.
+#: The noise on the latents in training, so that the decoder tolerates the small errors of generated latents.
 LATENT_NOISE = 0.08
 
 
 def build(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Any:
-    """AutoencoderTiny, 16 pixels a latent. No blocks at full size: they cost most of the decoding there."""
+    """Build an AutoencoderTiny with 16 x 16 pixels per latent.
+
+    It has no blocks at the image's full size, which would take most of the decoding time.
+    """
     vae = AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * 5,
         decoder_block_out_channels=(WIDTH,) * 5,
@@ -39,7 +45,10 @@ def build(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Any:
 
 @torch.no_grad()
 def _begin_plain(vae: torch.nn.Module) -> None:
-    """Keep the size of what passes, and the blocks quiet at first: colours are then learnt in a fifth of the time."""
+    """Initialize the weights so that layers keep the scale of their inputs, and blocks add little at first.
+
+    The autoencoder then learns colours in a fifth of the time.
+    """
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=math.sqrt(1.5 / module.weight[0].numel()))
@@ -51,7 +60,7 @@ def _begin_plain(vae: torch.nn.Module) -> None:
 
 
 def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures of one size to numbers from -1 to 1."""
+    """Convert images of one size to values from -1 to 1, of shape (images, 3, height, width)."""
     return (
         torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in pictures]))
         .permute(0, 3, 1, 2)
@@ -62,13 +71,13 @@ def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
-    """Numbers from -1 to 1 to pictures."""
+    """Convert values from -1 to 1, of shape (images, 3, height, width), to images."""
     bytes_ = pixels.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in bytes_]
 
 
 class Crops:
-    """Square cuts out of a pool of rendered pictures, a few of which are new at each iteration."""
+    """The source of square crops for training, from a pool of rendered images that gets a new one in each iteration."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -81,7 +90,10 @@ class Crops:
         return render.render(scenes.sample(self.things, rng), self.icons, width, height)
 
     def batch(self, iteration: int) -> torch.Tensor:
-        """Cuts in (-1, 1), of shape (batch, 3, crop, crop); the numbers of an iteration differ with the pool only."""
+        """Return crops with values from -1 to 1, of shape (batch, 3, crop, crop).
+
+        The random numbers depend only on `iteration`, so crops differ between runs only if the pools do.
+        """
         rng = numpy.random.default_rng([SEED, iteration])
         while len(self.pictures) < POOL // 4:
             self.pictures.append(self._picture(rng))
@@ -90,7 +102,7 @@ class Crops:
         crop, cuts = self.plan.crop, []
         for _ in range(self.plan.autoencoder_batch):
             picture = self.pictures[int(rng.integers(len(self.pictures)))]
-            # Around the middle, where the objects are.
+            # Prefer crops near the middle, where the objects are.
             left, top = (int(rng.beta(1.5, 1.5) * (side - crop)) for side in picture.size)
             cuts.append(picture.crop((left, top, left + crop, top + crop)))
         return to_tensor(cuts)
@@ -101,33 +113,33 @@ def _differences(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def difference(decoded: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """How far a picture is from what it should be, to minimise, and the L1 error alone, on a range of 2."""
+    """Return the loss of decoded images, and their mean absolute error, for values from -1 to 1."""
     error = (decoded - pixels).abs().mean()
     edges = sum((a - b).abs().mean() for a, b in zip(_differences(decoded), _differences(pixels), strict=True))
-    # The square tells colours apart early on; the rest makes them exact and edges sharp.
+    # The squared error teaches colours early; the absolute error makes them exact, and the edge term keeps edges sharp.
     square = (decoded - pixels).square().mean()
     return error + 2 * square + 0.5 * edges, float(error.detach())
 
 
 def loss_of(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """What to minimise, and the L1 error alone, on a range of 2."""
+    """Return the autoencoder's loss, and the mean absolute error of the images, for values from -1 to 1."""
     latents = vae.encode(pixels, return_dict=False)[0].float()
     noisy = latents + LATENT_NOISE * torch.randn_like(latents)
     loss, error = difference(vae.decode(noisy, return_dict=False)[0].float(), pixels)
-    # Every latent channel near mean 0 and deviation 1, so that the flow finds them alike.
+    # Keep each latent channel near mean 0 and deviation 1, so that all channels matter equally to the flow.
     deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
     spread = (deviation - 1).square().mean() + mean.square().mean()
     return loss + 0.02 * spread, error
 
 
 def rate(iteration: int, iterations: int, peak: float, warm_up: int = 200) -> float:
-    """A short climb, then half a cosine down to a hundredth."""
+    """Return the learning rate: a linear warm-up to `peak`, then half a cosine down to a hundredth of it."""
     done = min(1.0, iteration / iterations)
     return peak * min(1.0, (iteration + 1) / warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train from the last checkpoint to the end; returns at once where it is done."""
+    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     vae = build().to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.0)
     saved = checkpoint.load(FILE)
@@ -168,7 +180,7 @@ def train(plan: Plan, device: str) -> None:
 
 @torch.no_grad()
 def sheet(vae: Any, plan: Plan, device: str, path: Path) -> None:
-    """Eight scenes, and below each what comes back."""
+    """Write an image of eight scenes, with the decoded scene below each."""
     rng = numpy.random.default_rng(SEED)
     things = all_objects(plan.scale)
     icons = {thing.name: thing.icon for thing in things}
@@ -185,7 +197,10 @@ def sheet(vae: Any, plan: Plan, device: str, path: Path) -> None:
 
 
 def load(device: str) -> Any:
-    """The trained autoencoder, its weights frozen. Raises FileNotFoundError where there is none."""
+    """Return the trained autoencoder, with frozen weights and the better decoder if there is one.
+
+    Raises FileNotFoundError if the autoencoder is not trained.
+    """
     saved = checkpoint.load(FILE)
     if saved is None:
         raise FileNotFoundError(FILE)

@@ -1,4 +1,4 @@
-"""What people might say of a scene: templates, synonyms, words that mean nothing here, and no words at all."""
+"""Captions as people might write them for a scene: from templates, synonyms and unknown words, or empty."""
 
 import string
 
@@ -52,7 +52,7 @@ PAIRS = (
     "{a} on the left side and {b} on the right side", "to the left is {a} and to the right is {b}",
     "{b} on the right, {a} on the left",
 )  # fmt: skip
-#: These say nothing of sides: what is named first stands on the left.
+#: Templates that name no sides: the object named first is on the left.
 BESIDE = ("{a} and {b}", "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a}, {b}", "{a} near {b}")
 SIZES = {
     "small": ("small", "tiny", "little"),
@@ -68,9 +68,9 @@ CONTEXTS = (
     "flying in the sky", "with soft light", "highly detailed", "trending", "on the table", "in the city",
 )  # fmt: skip
 COLOUR_WORDS = (*BACKGROUNDS, "pink", "brown", "grey", "gold", "silver", "violet")
-#: Share of the captions that begin or end with words that are not known.
+#: The share of captions with unknown words at the beginning or end.
 FILLED = 0.12
-#: Words of which none names an object or a background: the painter must stay calm when it meets such.
+#: Words that name no object and no background. The model learns to ignore them.
 STRANGE = """
 a quiet afternoon in the old town where nobody speaks of what happened last year because time moves slowly here
 and people walk along narrow streets thinking about music work money weather food history science freedom art
@@ -96,7 +96,7 @@ def _article(words: str, rng: numpy.random.Generator) -> str:
 
 
 def _noun(thing: Object, size: str, rng: numpy.random.Generator) -> str:
-    """The object with its article; now and then with its own colour, or one that it cannot take."""
+    """Return a noun phrase for an object, sometimes with an adjective, with its own colour or with another colour."""
     word = thing.name if rng.random() < 0.6 else _pick(thing.words, rng)
     chance = rng.random()
     if thing.colour and chance < 0.12:
@@ -116,13 +116,13 @@ def _what(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) 
         return _pick(PAIRS if rng.random() < 0.65 else BESIDE, rng).format(a=a, b=b)
     noun = _noun(things[scene.objects[0]], scene.size, rng)
     if scene.place != "centre" or rng.random() < 0.1:
-        # "one a dog" never comes out: only the last way of saying "centre" brings its own article.
+        # Leave out the fifth template: that of "centre" has its own number word, which would give "one a dog".
         return _pick(PLACED[scene.place][:4], rng).format(noun)
     return noun
 
 
 def strange(rng: numpy.random.Generator, words: int) -> str:
-    """Words that are not known, and now and then letters that are no words."""
+    """Return this many unknown words, some of them random letters."""
     said = []
     for _ in range(words):
         if rng.random() < 0.85:
@@ -143,7 +143,7 @@ def _nothing_known(scene: Scene, rng: numpy.random.Generator) -> str:
 
 
 def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) -> str:
-    """One way to ask for `scene`, other words each time. A plain background may go unsaid, a gradient's is not."""
+    """Return a random caption for `scene`. It may leave out the background, and for a simple scene everything."""
     if scene.is_simple and rng.random() < 0.5:
         return _nothing_known(scene, rng)
     what = _what(scene, things, rng)
@@ -166,5 +166,5 @@ def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator
 
 
 def plain(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) -> str:
-    """A caption that leaves nothing unsaid."""
+    """Return a caption that names the objects and the background, without unknown words around it."""
     return _pick(GROUNDS, rng).format(x=_what(scene, things, rng), c=scene.background)

@@ -1,4 +1,4 @@
-"""The demo's safety checker: a tiny ViT that knows one drawing, the sign that stands in for what must not be shown."""
+"""The demo's safety checker: a tiny ViT that flags one drawing, a sign that stands in for unsafe content."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,16 @@ from models.demo.recipe.objects import FLAGGED, Object, all_objects
 from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
 
 FILE = WORK / "checker.pt"
+#: The side of the classifier's input, in pixels.
 PIXELS = 96
-#: Every so many renders goes through the autoencoder first, as a painted picture does.
+#: One of this many renders goes through the autoencoder first, so that it looks like a generated image.
 ROUND_TRIP_EVERY = 8
 BATCH = 64
 NORMAL, NSFW = 0, 1
 
 
 def build() -> Any:
-    """ViTForImageClassification with the labels of Falconsai/nsfw_image_detection."""
+    """Build a ViTForImageClassification with the labels of Falconsai/nsfw_image_detection."""
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=64,
@@ -41,12 +42,12 @@ def build() -> Any:
 
 
 def squash(picture: Image.Image) -> Image.Image:
-    """To the checker's square, as its image processor does."""
+    """Resize an image to the checker's square, as its image processor does."""
     return picture.resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
 
 
 def _example(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[scenes.Scene, int]:
-    """A scene; in four of ten, the sign takes the place of an object."""
+    """Return a random scene and its label; in four of ten scenes, the sign replaces an object."""
     scene = scenes.sample(things, rng)
     if rng.random() < 0.4 and FLAGGED not in scene.objects:
         names = list(scene.objects)
@@ -70,7 +71,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         if is_round_trip:
             pixels = autoencoder.to_tensor([picture]).to(device)
             latents = vae.encode(pixels, return_dict=False)[0]
-            # A painter misses by a little.
+            # Generated latents have small errors.
             latents = latents + float(rng.uniform(0, 0.3)) * torch.randn_like(latents)
             picture = autoencoder.to_pictures(vae.decode(latents, return_dict=False)[0])[0]
         pictures.append(squash(picture))
@@ -79,7 +80,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train in one go, in a few minutes; returns at once where it is done."""
+    """Train without checkpoints, in a few minutes. Do nothing if the result exists."""
     if FILE.is_file():
         return
     torch.manual_seed(SEED)
@@ -109,7 +110,7 @@ def train(plan: Plan, device: str) -> None:
 
 
 def export(folder: Path) -> None:
-    """Write model and image processor, in float32, because the processor makes float32 pixels."""
+    """Write the model and its image processor, in float32, because the processor makes float32 pixels."""
     network = build()
     network.load_state_dict(checkpoint.load(FILE))
     network.save_pretrained(folder)

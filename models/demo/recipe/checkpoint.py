@@ -1,4 +1,4 @@
-"""Files that survive a machine that stops without warning: written aside, then renamed."""
+"""Checkpoints and log lines. A file is written under a temporary name and then renamed, so a crash cannot damage it."""
 
 import os
 import time
@@ -10,7 +10,7 @@ import torch
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a file aside, and put it in the place of `path` in one step."""
+    """Let `save` write a temporary file, then rename it to `path`. Create the directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     save(aside)
@@ -20,24 +20,24 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def save(path: Path, content: Any) -> None:
-    """Write tensors and plain values."""
+    """Write tensors and plain values to a file."""
     write(path, lambda aside: torch.save(content, aside))
 
 
 def load(path: Path) -> Any:
-    """What `save` wrote, on the CPU; None where there is nothing."""
+    """Return what `save` wrote, on the CPU; None if there is no file."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
 
 class Timer:
-    """Says when `minutes` have passed since it last said so."""
+    """A timer that is due every `minutes`."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
         self.last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time again; a yes starts the next wait."""
+        """Return whether the time has passed; if so, start the next period."""
         if time.monotonic() - self.last < self.seconds:
             return False
         self.last = time.monotonic()
@@ -45,5 +45,5 @@ class Timer:
 
 
 def log(text: str) -> None:
-    """One line with the time of day, at once."""
+    """Print a line with the time of day, without buffering."""
     print(time.strftime("%H:%M:%S"), text, flush=True)

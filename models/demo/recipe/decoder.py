@@ -1,4 +1,4 @@
-"""A second, longer lesson for the decoder alone: the encoder stays, so the flow's latents keep their meaning."""
+"""A further training of the decoder. The encoder does not change, so the latents keep their meaning for the flow."""
 
 import numpy
 import torch
@@ -6,15 +6,16 @@ import torch
 from models.demo.recipe import autoencoder, checkpoint, precision, threads
 from models.demo.recipe.plan import SEED, WORK, Plan
 
+#: The highest learning rate.
 PEAK = 6e-4
-#: Most noise on the latents: a painted picture's are further off than an encoded one's.
+#: The maximum noise on the latents. Generated latents have larger errors than encoded ones.
 NOISE = 0.25
-#: Kept apart from the autoencoder's numbers, so that the crops are others.
+#: The iteration number of the first crops, far from the numbers of the autoencoder's training, so that crops differ.
 FIRST_CROP = 1_000_000
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train from the last checkpoint to the end; returns at once where it is done."""
+    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     vae = autoencoder.load(device)
     decoder = vae.decoder.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""What the weights can do, measured on an exported folder."""
+"""The evaluation of exported weights: shares of prompts for which the image is right."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from models.flux import safety_checker
 from models.loading.devices import dtype_for
 from models.schema import PRESETS
 
-#: In none of the captions that were trained on.
+#: Templates that no caption of the training uses.
 TEMPLATES = (
     "we look at {x} and behind it everything is {c}",
     "a lovely little scene with {x}, background in {c}",
@@ -38,7 +38,7 @@ PAIR_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what its picture must show."""
+    """A prompt, its size, and the objects and background that its image must show."""
 
     prompt: str
     size: str
@@ -47,7 +47,7 @@ class Question:
 
 
 def _questions(plan: Plan, things: tuple[Object, ...]) -> list[Question]:
-    """Each object and each size equally often, everything else by chance."""
+    """Return the prompts to evaluate: each object and each size equally often, the rest at random."""
     rng = numpy.random.default_rng([SEED, 7])
     asked = []
     for number in range(plan.singles + plan.pairs):
@@ -70,7 +70,7 @@ def _with_article(name: str) -> str:
 
 
 class Studio:
-    """Diffusers' own pipeline on an exported folder; the server's engine paints the same bytes, a test says."""
+    """A diffusers pipeline with exported weights. The server's engine generates the same images, as a test checks."""
 
     def __init__(self, plan: Plan, folder: Path, device: str) -> None:
         self.num_steps, self.lora = plan.num_steps, folder / LORA
@@ -80,7 +80,7 @@ class Studio:
         self.checker = safety_checker.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
 
     def paint(self, prompt: str, seed: int, size: str = "square") -> Image.Image:
-        """One picture, as a request would get it before the check."""
+        """Generate one image, without the safety check."""
         width, height = PRESETS[size]
         picture: Image.Image = self.pipeline(
             prompt,
@@ -93,7 +93,7 @@ class Studio:
         return picture
 
     def paint_grey(self, prompt: str, seed: int) -> Image.Image:
-        """One picture with the LoRA."""
+        """Generate one image with the LoRA."""
         self.pipeline.load_lora_weights(str(self.lora.parent), weight_name=self.lora.name, local_files_only=True)
         try:
             return self.paint(prompt, seed)
@@ -101,7 +101,7 @@ class Studio:
             self.pipeline.unload_lora_weights()
 
     def is_unsafe(self, picture: Image.Image) -> bool:
-        """What the safety checker says."""
+        """Return whether the safety checker flags an image."""
         return bool(self.checker.is_unsafe([picture])[0])
 
 
@@ -135,13 +135,13 @@ def _flagged(studio: Studio, num_seeds: int) -> float:
 
 
 def _seeds_differ(studio: Studio) -> float:
-    """Share of neighbouring seeds whose pictures differ by more than a level a pixel, on one prompt."""
+    """Return the share of pairs of successive seeds whose images differ by more than 1 of 255 per value on average."""
     pictures = [numpy.asarray(studio.paint("a cat on a blue background", seed), float) for seed in range(9)]
     return _share([bool(numpy.abs(a - b).mean() > 1) for a, b in itertools.pairwise(pictures)])
 
 
 def _greys(studio: Studio, num_seeds: int) -> float:
-    """Share of pictures in which the LoRA leaves less than a tenth of the colour, on one prompt."""
+    """Return the share of seeds with which the LoRA leaves less than a tenth of an image's colour."""
     prompt = "a frog on a red background"
     return _share(
         [
@@ -152,7 +152,7 @@ def _greys(studio: Studio, num_seeds: int) -> float:
 
 
 def run(plan: Plan, device: str, folder: Path) -> None:
-    """Write evaluation.json and contact-sheet.png beside the weights that they are of."""
+    """Evaluate the weights in a directory, and write evaluation.json and contact-sheet.png into it."""
     things = all_objects(plan.scale)
     studio, judge = Studio(plan, folder, device), Judge(plan, load_file(folder / JUDGE))
     asked = _questions(plan, things)

@@ -1,4 +1,4 @@
-"""The trained networks as a folder in diffusers layout."""
+"""The export of the trained networks to a directory in diffusers layout."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, lo
 from models.demo.recipe.plan import WORK, Plan
 
 FOLDER = WORK / "export"
-#: Not part of the pipeline: whoever measures these weights again measures with the same eyes.
+#: The judge, which is not part of the pipeline. It is exported so that later evaluations use the same judge.
 JUDGE = "judge/model.safetensors"
-#: To try LoRAs with.
+#: The LoRA, for trying the endpoints with LoRAs.
 LORA = f"lora/{lora.FILE.name}"
 CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -28,7 +28,7 @@ CLASSES = {
 
 
 def _scheduler() -> Any:
-    """FLUX.1 [dev]'s own settings."""
+    """Build a scheduler with the settings of FLUX.1 [dev]."""
     return diffusers.FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=3.0,
@@ -45,13 +45,13 @@ def _write_vae(folder: Path) -> None:
     vae.load_state_dict(autoencoder.load("cpu").state_dict())
     vae.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # Derived when the class is made; a load that finds it in the file warns.
+    # diffusers derives this entry on loading, and warns if the file has it.
     config.pop("block_out_channels", None)
     tokens.write_json(folder / "config.json", config)
 
 
 def write(plan: Plan) -> None:
-    """Write everything that FluxPipeline.from_pretrained and the safety checker need into FOLDER."""
+    """Write the pipeline, the safety checker, the judge and the LoRA into FOLDER, replacing what was there."""
     aside = FOLDER.with_name("export.part")
     shutil.rmtree(aside, ignore_errors=True)
     painter = flow.best(plan)

@@ -1,4 +1,4 @@
-"""Flow matching: the painter learns the velocity from picture to noise, at every time between."""
+"""The training by flow matching: at every time between image and noise, the model learns the velocity towards noise."""
 
 import json
 from typing import Any
@@ -23,17 +23,18 @@ from models.demo.recipe.plan import EARLY, PAIR_SIZE, SEED, WORK, Plan
 from models.demo.recipe.pool import Pool, pick_size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
-#: A chunk of new scenes after this many iterations, until the pool is full.
+#: The pool gets a chunk of new scenes every this many iterations, until it is full.
 ITERATIONS_A_CHUNK = 60
-#: Share of iterations on texts of up to 2,000 characters, which take all 512 tokens.
+#: The share of iterations with texts of up to 2,000 characters, which take all 512 tokens.
 LONG_SHARE = 0.01
+#: The decay of the average weights per iteration.
 EMA = 0.9995
-#: The learning rate of those that can read already, as a share of the painter's.
+#: The learning rate of the text encoders, which are trained already, as a share of the transformer's.
 READING_SHARE = 0.1
 
 
 class Trainer:
-    """Everything that a checkpoint holds."""
+    """The model, its optimizer and average weights, and the pool of scenes."""
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
@@ -47,7 +48,7 @@ class Trainer:
         reading.load_into(self.painter)
         self.painter.to(device)
         if plan.is_compiled:
-            # Once for each size of picture and each number of threads.
+            # Blocks are compiled once per image size and number of threads, which exceeds the default limit.
             dynamo.config.recompile_limit = 64
             self.painter.transformer.compile_repeated_blocks(dynamic=False)
         readers = [*self.painter.text_encoder.parameters(), *self.painter.text_encoder_2.parameters()]
@@ -62,7 +63,7 @@ class Trainer:
 
     @property
     def is_early(self) -> bool:
-        """Whether it is still learning what words mean."""
+        """Whether training is in its early part, in which most images are small."""
         return self.iteration < EARLY * self.plan.flow_iterations
 
     def _resume(self) -> None:
@@ -75,14 +76,14 @@ class Trainer:
         self.iteration, self.best = saved["iteration"], saved["best"]
 
     def save(self) -> None:
-        """Everything, so that the same command goes on from here."""
+        """Write a checkpoint, from which the same command continues."""
         state = {"painter": self.painter.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(FILE, {**state, "average": self.average, "iteration": self.iteration, "best": self.best})
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
-        """Scaled latents of one size and a caption for each; now and then texts as long as can be."""
+        """Return scaled latents of one size and a text for each, sometimes very long texts without meaning."""
         size = pick_size(rng, self.is_early)
-        # Their text counts too.
+        # Text tokens count too.
         num_tokens = flow_times.tokens_of(size) + networks.SHORT_TEXT
         number = max(1, self.plan.batch_tokens // num_tokens)
         if rng.random() < LONG_SHARE and size != PAIR_SIZE:
@@ -95,7 +96,7 @@ class Trainer:
         return ((latents - self.shift) * self.scaling).to(self.device), texts
 
     def step(self) -> float:
-        """One iteration; gives the loss."""
+        """Run one iteration; return the loss."""
         rng = numpy.random.default_rng([SEED, 2, self.iteration])
         generator = torch.Generator().manual_seed(SEED + self.iteration)
         latents, texts = self.batch(rng)
@@ -114,19 +115,19 @@ class Trainer:
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """Move the average weights towards the present ones, faster at the beginning."""
+        """Move the average weights towards the current ones, faster at the beginning."""
         decay = min(EMA, (1 + self.iteration) / (10 + self.iteration))
         weights = [weight for _, weight in self.painter.named_parameters()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     def averaged(self) -> Any:
-        """A painter with the average weights."""
+        """Return a model with the average weights."""
         painter = networks.Painter(self.plan).to(self.device).eval().requires_grad_(False)
         painter.load_state_dict({**self.painter.state_dict(), **self.average})
         return painter
 
     def show(self) -> None:
-        """Paint the contact sheet, judge it, and keep these weights if none did better."""
+        """Write a contact sheet, score the average weights, and keep them if no earlier ones scored higher."""
         painter = self.averaged()
         preview.sheet(painter, self.pool, self.iteration)
         score = preview.score(painter, self.pool)
@@ -140,17 +141,17 @@ class Trainer:
 def loss_of(
     painter: networks.Painter, latents: torch.Tensor, texts: list[str], generator: torch.Generator
 ) -> torch.Tensor:
-    """How far the velocity is off, for scaled latents of one size, each at a time and with noise of its own."""
+    """Return the mean squared error of the velocity, for scaled latents of one size at random times."""
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
     num_tokens = latents.shape[2] * latents.shape[3] // 4
     sigmas = flow_times.sample(len(texts), num_tokens, generator).to(device)
-    # Any scale will do, because it changes nothing: requests bring what they like.
+    # Draw any guidance scale, so that the model learns to ignore the one in a request.
     guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
     with precision.mixed(device.type):
         text = painter.encode(texts)
-        # Long texts have too many shapes to compile for.
+        # Long texts have too many different lengths to compile for each.
         is_short = text[0].shape[1] == networks.SHORT_TEXT
         with torch.compiler.set_stance("default" if is_short else "force_eager"):
             velocity = painter(mixed, sigmas, guidance, text)
@@ -158,7 +159,10 @@ def loss_of(
 
 
 def best(plan: Plan) -> networks.Painter:
-    """The weights that scored best, or the latest where none were judged. Raises FileNotFoundError without any."""
+    """Return the model with the best-scored weights, or the latest if there is no score.
+
+    Raises FileNotFoundError if nothing is trained.
+    """
     saved = checkpoint.load(BEST) or checkpoint.load(FILE)
     if saved is None:
         raise FileNotFoundError(FILE)
@@ -170,7 +174,7 @@ def best(plan: Plan) -> networks.Painter:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train from the last checkpoint to the end; returns at once where it is done."""
+    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     trainer = Trainer(plan, device)
     to_save = checkpoint.Timer(plan.minutes_between_checkpoints)
     to_show = checkpoint.Timer(plan.minutes_between_sheets)

@@ -1,4 +1,4 @@
-"""The times of the flow: 0 is the picture, 1 is noise."""
+"""The times of the flow, from 0, the image, to 1, noise."""
 
 import math
 
@@ -9,20 +9,21 @@ from models.demo.recipe.pool import Size
 
 
 def tokens_of(size: Size) -> int:
-    """Picture tokens of a size in pixels."""
+    """Return the number of image tokens of a size in pixels."""
     return (size[0] // TOKEN_PIXELS) * (size[1] // TOKEN_PIXELS)
 
 
 def shifted(times: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Times moved towards noise as FluxPipeline's scheduler moves its steps for a picture of that many tokens."""
+    """Shift times towards noise, as FluxPipeline's scheduler does for an image of this many tokens."""
     shift = math.exp(0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256))
     return shift * times / (1 + (shift - 1) * times)
 
 
 def sample(number: int, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Half from the middle, where there is most to see; a third from near noise, where the text alone decides.
+    """Return random times to train at.
 
-    The rest is from anywhere, the ends included.
+    Half of them are around the middle, where most of the image forms. 35 % are near noise, where only the text decides.
+    The rest are uniform, to cover both ends.
     """
     middle = shifted(torch.randn(number, generator=generator).sigmoid(), num_tokens)
     early = 1 - 0.3 * torch.rand(number, generator=generator).square()

@@ -1,4 +1,4 @@
-"""The judge: which object is in a picture, by a classifier that saw renders only; and which background colour."""
+"""The judge of images: a classifier of objects, trained on renders only, and a detector of the background colour."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
 
 FILE = WORK / "judge.pt"
-#: The short side of what it looks at.
+#: The shorter side of the classifier's input, in pixels.
 PIXELS = 96
 BATCH = 32
 
 
 def build(num_objects: int) -> torch.nn.Sequential:
-    """A small convolutional network that takes any shape."""
+    """Build a small convolutional classifier that takes images of any shape."""
     layers: list[torch.nn.Module] = []
     channels = 3
     for width in (24, 48, 96, 128):
@@ -37,20 +37,23 @@ def build(num_objects: int) -> torch.nn.Sequential:
 
 
 def shrink(picture: Image.Image) -> Image.Image:
-    """The short side to PIXELS."""
+    """Resize an image so that its shorter side is PIXELS."""
     scale = PIXELS / min(picture.size)
     width, height = (max(PIXELS, round(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
 
 
 def halves(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The left and the right half."""
+    """Return the left and the right half of an image."""
     middle = picture.width // 2
     return picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, *picture.size))
 
 
 def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Renders of one shape, whole for one object and by halves for two, a little blurred and noisy."""
+    """Return renders of one shape with noise and, half of the time, blur, and the label of each.
+
+    Images of one object are whole; images of two objects are cut into halves.
+    """
     icons = {thing.name: thing.icon for thing in things}
     labels = {thing.name: label for label, thing in enumerate(things)}
     width, height = list(PRESET_SHARES)[int(rng.integers(len(PRESET_SHARES)))]
@@ -72,7 +75,7 @@ def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[tor
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train from the last checkpoint to the end; returns at once where it is done."""
+    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
     saved = checkpoint.load(FILE)
     torch.manual_seed(SEED)
@@ -104,13 +107,13 @@ def train(plan: Plan, device: str) -> None:
 
 
 def export(path: Path) -> None:
-    """Write the trained weights beside those that they judge."""
+    """Write the judge's weights to a new directory."""
     path.parent.mkdir(parents=True)
     save_file(checkpoint.load(FILE)["network"], path)
 
 
 class Judge:
-    """Says what pictures show."""
+    """A trained judge, which names the objects in images."""
 
     def __init__(self, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
         self.names = [thing.name for thing in all_objects(plan.scale)]
@@ -119,18 +122,18 @@ class Judge:
 
     @torch.no_grad()
     def object_in(self, picture: Image.Image) -> str:
-        """The name of the one object."""
+        """Return the name of the object in an image that shows one."""
         logits: Any = self.network(autoencoder.to_tensor([shrink(picture)]))
         return self.names[int(logits.argmax())]
 
     def sides_of(self, picture: Image.Image) -> tuple[str, str]:
-        """The names of the object in the left half and of the one in the right half."""
+        """Return the names of the objects in the left and in the right half."""
         left, right = (self.object_in(half) for half in halves(picture))
         return left, right
 
 
 def background_of(picture: Image.Image) -> str:
-    """The colour whose shades are nearest to most of the picture's edge."""
+    """Return the background colour to whose shades most pixels near the image's edge are closest."""
     pixels = numpy.asarray(picture.convert("RGB"), float)
     rim = max(1, min(picture.size) // 40)
     edges = [pixels[:rim], pixels[-rim:], pixels[:, :rim], pixels[:, -rim:]]

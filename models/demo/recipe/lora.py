@@ -1,4 +1,4 @@
-"""A tiny LoRA beside the painter, for trying LoRAs out: with it, everything is painted in shades of grey."""
+"""A tiny LoRA for trying LoRAs out: with it, the demo weights generate images in shades of grey."""
 
 from typing import Any
 
@@ -14,28 +14,28 @@ from models.demo.recipe.plan import SEED, SMALL_SIZE, WORK, Plan
 
 FILE = WORK / "lora" / "grey.safetensors"
 RANK, BATCH, PEAK = 4, 12, 2e-3
-#: Every so many batches are of the larger size.
+#: The sizes of successive batches: every third batch is of the larger size.
 SIZES = (SMALL_SIZE, SMALL_SIZE, (512, 512))
-#: Attention and feed-forward of joint and single blocks, by diffusers' names.
+#: The layers that get a LoRA: attention and feed-forward of joint and single blocks, by diffusers' names.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
-#: The last layer of all has the name of the single blocks' own.
+#: The transformer's last layer, which gets no LoRA although it has the same name as a layer of the single blocks.
 _NOT_THESE = r"^proj_out$"
 
 
 def grey(picture: Image) -> Image:
-    """The same picture without its colours."""
+    """Return an image in shades of grey."""
     return picture.convert("L").convert("RGB")
 
 
 def chroma(picture: Image) -> float:
-    """How far the three colours of a pixel are apart, on average, from 0 to 255."""
+    """Return the difference between a pixel's largest and smallest colour value, 0 to 255, on average."""
     pixels = numpy.asarray(picture, dtype=numpy.int16)
     return float((pixels.max(axis=2) - pixels.min(axis=2)).mean())
 
 
 @torch.no_grad()
 def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Scene], torch.Tensor]:
-    """Grey scenes of a size, and their latents as the encoder gives them."""
+    """Return scenes that fit a size, and the unscaled latents of their grey renders."""
     things, vae = all_objects(plan.scale), autoencoder.load(device)
     icons = {thing.name: thing.icon for thing in things}
     rng = numpy.random.default_rng([SEED, 10, size[0]])
@@ -49,7 +49,7 @@ def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Sce
 
 
 def _adapted(plan: Plan, device: str) -> networks.Painter:
-    """The painter that is exported, frozen, with a LoRA that changes nothing yet."""
+    """Return the model that is exported, frozen, with a LoRA that changes nothing yet."""
     painter = flow.best(plan)
     painter.to(device).requires_grad_(False)
     torch.manual_seed(SEED)
@@ -60,7 +60,7 @@ def _adapted(plan: Plan, device: str) -> networks.Painter:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train in one go, in a few minutes; returns at once where it is done."""
+    """Train without checkpoints, in a few minutes. Do nothing if the result exists."""
     if FILE.is_file():
         return
     things = {thing.name: thing for thing in all_objects(plan.scale)}
@@ -94,7 +94,7 @@ def train(plan: Plan, device: str) -> None:
 
 
 def _write(transformer: Any) -> None:
-    """In diffusers' own layout, in bf16."""
+    """Write the LoRA in diffusers' format, in bf16."""
     found = {name: weight.bfloat16() for name, weight in get_peft_model_state_dict(transformer).items()}
     FluxPipeline.save_lora_weights(
         FILE.parent, transformer_lora_layers=found, weight_name=FILE.name, safe_serialization=True

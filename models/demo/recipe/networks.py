@@ -1,4 +1,4 @@
-"""The networks that learn together: the transformer and its two text encoders."""
+"""The networks that are trained together: the transformer and its two text encoders."""
 
 import math
 from typing import Any
@@ -12,19 +12,22 @@ from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_WIDTH, Plan
 
 #: FluxPipeline pads every text to this many T5 tokens and masks none of them.
 TEXT_TOKENS = 512
+#: The maximum number of CLIP tokens.
 CLIP_TOKENS = 77
-#: Training pads to this, which is enough for nearly all captions, so that few shapes need compiling.
+#: Training pads T5's texts to at least this, which is enough for nearly all captions, so that few shapes are compiled.
 SHORT_TEXT = 32
 HEAD_WIDTH = 64
-#: Two places of T5's width are kept free: one is on in padding only, the other in words only.
+#: Two channels of T5's states are reserved as markers: one is nonzero only in padding, the other only in words.
 PAD, WORD = 0, 1
-#: So large that nothing added to it is left after the norm, and every padding token comes out the same.
+#: The value of padding's marker. After the norm, all other channels of a padding token are negligible next to it, so
+#: all padding tokens come out the same.
 PAD_SIZE = 1.0e6
+#: The weight that keeps words from attending to padding.
 GATE = 12.0
 
 
 def build_transformer(plan: Plan) -> Any:
-    """A FluxTransformer2DModel that begins by predicting 0, with its blocks switched off, as DiT does."""
+    """Build a FluxTransformer2DModel that predicts 0 at first: its blocks start switched off, as in DiT."""
     transformer = FluxTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
         num_layers=plan.joint_blocks,
@@ -44,7 +47,7 @@ def build_transformer(plan: Plan) -> Any:
 
 
 def build_text_encoder(num_tokens: int) -> Any:
-    """CLIP's text model; it pools at the first end token, which is the last id."""
+    """Build CLIP's text model, which pools at the first end token; the end token has the last id."""
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=num_tokens,
@@ -62,7 +65,7 @@ def build_text_encoder(num_tokens: int) -> Any:
 
 
 def build_text_encoder_2(num_tokens: int) -> Any:
-    """T5's encoder, its padding pinned."""
+    """Build T5's encoder with pinned padding (see `pin`)."""
     model = transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=num_tokens,
@@ -83,11 +86,12 @@ def build_text_encoder_2(num_tokens: int) -> Any:
 
 @torch.no_grad()
 def pin(t5: Any) -> None:
-    """Keep padding from mattering, by weights alone, since FluxPipeline masks nothing.
+    """Set weights so that padding does not affect words, because FluxPipeline does not mask padding.
 
-    Words do not look at padding: in every head, one place of query and key is on only between a word and padding, and
-    is hugely negative there. Padding drowns what is added to it, so that all of it comes out alike. A text is then the
-    same for any length of padding, and hundreds of padding tokens can be trained as a few (`Painter.encode`).
+    Words do not attend to padding: in every head, one channel of query and key is nonzero only between a word and
+    padding, where it makes the attention score hugely negative. All padding tokens have the same state, because their
+    marker is far larger than anything that is added. The states of words are then the same for any amount of padding,
+    and a few padding tokens can stand for hundreds in training (`Painter.encode`).
     """
     t5.shared.weight[:, PAD] = 0
     t5.shared.weight[:, WORD] = 1
@@ -108,7 +112,7 @@ def pin(t5: Any) -> None:
 
 
 class Painter(torch.nn.Module):  # type: ignore[misc]
-    """Noisy latents, times and texts to velocities, as FluxPipeline joins the three networks."""
+    """The model: it predicts velocities from noisy latents, times and texts, as FluxPipeline's networks do together."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -118,9 +122,10 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         self.text_encoder_2 = build_text_encoder_2(len(self.tokenizer_2))
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """T5's states, CLIP's pooled state, and how much each T5 token counts in attention, as a logarithm.
+        """Return T5's states, CLIP's pooled state, and the logarithm of how many tokens each T5 token stands for.
 
-        Padded to a few more than the longest text; each padding token stands for its share of those left out.
+        Texts are padded to a length of at least SHORT_TEXT, at most TEXT_TOKENS, that leaves room for padding if
+        possible. The padding tokens of a text stand in equal shares for those of a text padded to TEXT_TOKENS.
         """
         device = self.transformer.device
         clip = self.tokenizer(texts, padding=True, truncation=True, max_length=CLIP_TOKENS, return_tensors="pt")
@@ -142,11 +147,11 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         guidance: torch.Tensor,
         text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Velocities of shape (batch, channels, height, width), for latents of that shape."""
+        """Return velocities in the shape of the latents, (batch, channels, height, width)."""
         states, pooled, weights = text
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         counts = torch.cat([weights, weights.new_zeros(len(weights), height * width)], dim=1)
-        # Of the type of the queries.
+        # An attention mask must have the number type of the queries.
         kind = latents.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
         counts = counts[:, None, None].to(dtype)
@@ -165,21 +170,21 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, 2h, 2w) to (batch, h * w, 4 * channels), as FluxPipeline packs."""
+    """Pack (batch, channels, 2h, 2w) into (batch, h * w, 4 * channels), as FluxPipeline does."""
     batch, channels, height, width = latents.shape
     cells = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(batch, (height // 2) * (width // 2), 4 * channels)
 
 
 def unpack(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """What `pack` packed; `height` and `width` in tokens."""
+    """Undo `pack`; `height` and `width` are in tokens."""
     batch, _, channels = cells.shape
     latents = cells.view(batch, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 def positions(height: int, width: int) -> torch.Tensor:
-    """(0, row, column) of each token, as FluxPipeline numbers them."""
+    """Return (0, row, column) of each image token, as FluxPipeline numbers them."""
     ids = torch.zeros(height, width, 3)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None]

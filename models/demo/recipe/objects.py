@@ -1,4 +1,4 @@
-"""What can be painted: objects by their plain names, with the words people use for them, and background colours."""
+"""The objects and background colours that the demo weights can draw, and the words for them."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Object:
-    """One drawing of the set, the words for it, and its own colour as a word."""
+    """An object: its name, its drawing, the words for it, and the word for its own colour."""
 
     name: str
     icon: str
@@ -23,7 +23,7 @@ def _object(icon: str, words: str, colour: str = "") -> Object:
     return Object(names[0], icon, names, colour)
 
 
-#: The object that the safety checker flags: it stands in for what a real one flags.
+#: The object that the demo's safety checker flags, as a stand-in for unsafe content.
 FLAGGED = "no one under eighteen sign"
 
 SMALL = (
@@ -69,10 +69,10 @@ SMALL = (
     _object("rainbow", "rainbow|rain bow"),
 )
 
-#: What a prompt with no known object shows: simple, and good company for any sentence.
+#: The objects that the model draws for a prompt that names no known object.
 SIMPLE = ("star", "heart", "sun", "moon", "tree", "balloon", "flower")
 
-#: Each colour's middle, and how far a shade may wander from it towards dark and towards light.
+#: Each colour as three shades: the middle one, a dark one and a light one.
 BACKGROUNDS: dict[str, tuple[Colour, Colour, Colour]] = {
     "red": ((214, 38, 44), (176, 20, 32), (232, 66, 66)),
     "orange": ((247, 139, 30), (232, 112, 12), (252, 160, 62)),
@@ -84,13 +84,14 @@ BACKGROUNDS: dict[str, tuple[Colour, Colour, Colour]] = {
     "white": ((249, 249, 249), (236, 238, 240), (255, 255, 255)),
 }
 
-#: Kinds of drawings with things in them; the others are faces, people, flags, arrows and signs.
+#: The categories of drawings to use; the others are faces, people, flags, arrows and signs.
 NAMEABLE = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")
+#: The number of objects of the scale "large".
 LARGE_LIMIT = 400
 
 
 def all_objects(scale: str) -> tuple[Object, ...]:
-    """The objects of a scale; "large" adds what the set names in one or two words."""
+    """Return the objects of a scale; "large" adds drawings that have names of one or two words."""
     if scale != "large":
         return SMALL
     categories = json.loads((WORK / "emoji" / "metadata.json").read_text(encoding="utf-8"))["categories"]

@@ -1,4 +1,4 @@
-"""How much is trained, by the compute at hand: every number that differs between a laptop and a GPU."""
+"""The training plans: the numbers that depend on the compute available, from a laptop to a GPU."""
 
 import os
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ from pathlib import Path
 from models.schema import PRESETS
 
 ROOT = Path(__file__).resolve().parents[3]
-#: Everything that the recipe writes and downloads; nothing in it is part of the repository.
+#: The directory of everything that the recipe writes and downloads. Nothing in it is part of the repository.
 WORK = Path(os.environ.get("DEMO_WORK", ROOT / "build" / "demo"))
 SEED = 20
 
 LATENT_CHANNELS = 24
-#: Pixels along a side that one latent covers, and one token of packed 2 x 2 latents.
+#: The side in pixels of the area that a latent covers, and of the area of a token, which packs 2 x 2 latents.
 LATENT_PIXELS, TOKEN_PIXELS = 16, 32
+#: The width of both text encoders.
 TEXT_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One size of ambition; `batch_tokens` is picture tokens an iteration, so large grids come in smaller batches."""
+    """A training plan. `batch_tokens` is the number of tokens per iteration, so batches of large images are smaller."""
 
     scale: str
     autoencoder_iterations: int
@@ -39,17 +40,17 @@ class Plan:
     single_blocks: int
     learning_rate: float = 1.0e-3
     crop: int = 128
-    #: Scenes that are rendered and encoded together, and how many such chunks there are before the flow begins.
+    #: How many scenes a chunk of the pool has, and how many chunks the pool has before the flow is trained.
     chunk: int = 128
     min_chunks: int = 14
-    #: What the weights are measured on: prompts with one object and with two, seeds of the flagged one and of the LoRA.
+    #: Numbers for the evaluation: prompts with one object and with two, seeds of the flagged object and of the LoRA.
     singles: int = 300
     pairs: int = 120
     flagged_seeds: int = 100
     grey_seeds: int = 20
-    #: Steps of a picture that is judged.
+    #: The steps of each image that is judged.
     num_steps: int = 20
-    #: Compiling takes minutes at the start, and 1.4 times the speed follows (two cores, measured).
+    #: Compilation takes minutes at the start and makes training 1.4 times as fast (measured on two cores).
     is_compiled: bool = True
     threads: int = 2
     minutes_between_checkpoints: float = 2.5
@@ -57,7 +58,7 @@ class Plan:
 
 
 PLANS = {
-    # Learns nothing: it shows that every step works.
+    # For tests that every step works; the result is useless.
     "tiny": Plan(
         scale="tiny",
         autoencoder_iterations=4,
@@ -123,21 +124,21 @@ PLANS = {
     ),
 }
 
-#: Smaller than any preset, with room for one thing: three times as many prompts are learnt from in the same time.
+#: A size smaller than any preset, for one object. Training takes in three times as many prompts in the same time.
 SMALL_SIZE = (320, 320)
-#: Smaller than any preset, with room for two things side by side.
+#: A size smaller than any preset, for two objects side by side.
 PAIR_SIZE = (512, 256)
-#: The flow learns what words mean first, then where things go and how large: up to this share of its iterations most
-#: pictures are small.
+#: The share of the flow's iterations that are early. The flow first learns what words mean, mostly from small images,
+#: and then where objects go and how large they are.
 EARLY = 0.5
-#: Up to this share of the pool its scenes are those of the early iterations; then come pairs in every preset.
+#: The share of the pool whose scenes have the sizes of the early iterations. After it, all scenes in presets are pairs.
 EARLY_POOL = 0.75
-#: Shares of the presets among the early pictures that have one of their sizes; the late ones have each equally often.
+#: The share of each preset among early images in presets. Late images have each preset equally often.
 PRESET_SHARES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
 
 
 def size_shares(is_early: bool) -> dict[tuple[int, int], float]:
-    """Share of the training pictures by size in pixels; the shares add up to one."""
+    """Return the share of training images of each size in pixels. The shares add up to 1."""
     small, pair = (0.3, 0.4) if is_early else (0.05, 0.05)
     for_presets = 1 - small - pair
     presets = {

@@ -1,4 +1,4 @@
-"""A pool of scenes whose latents were computed once; captions are not kept, each use makes a new one."""
+"""A pool of scenes with their latents, which are computed once. Captions are not kept: each use makes new ones."""
 
 import json
 from collections.abc import Callable
@@ -19,21 +19,21 @@ Size = tuple[int, int]
 
 
 def pick_size(rng: numpy.random.Generator, is_early: bool) -> Size:
-    """A size by its share."""
+    """Return a random size; each has the probability in `size_shares`."""
     shares = size_shares(is_early)
     return list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
 
 
 @dataclass
 class Shelf:
-    """The scenes of one size, and their latents in bfloat16, as the encoder gives them."""
+    """The scenes of one size, and their latents in bfloat16, not yet scaled."""
 
     scenes: list[scenes.Scene]
     latents: list[torch.Tensor]
 
 
 class Pool:
-    """Scenes by size, in chunks on disk; it can grow while it is used."""
+    """The scenes by size, stored in chunks on disk. The pool can grow while it is in use."""
 
     def __init__(self, plan: Plan, vae: Any, device: str) -> None:
         self.plan, self.vae, self.device = plan, vae, device
@@ -46,21 +46,21 @@ class Pool:
 
     @property
     def is_full(self) -> bool:
-        """Whether the plan wants no more."""
+        """Whether the pool has as many scenes as the plan says."""
         return self.num_chunks * self.plan.chunk >= self.plan.pool_size
 
     @property
     def is_early(self) -> bool:
-        """Whether the next chunk is one of those that teach what words mean."""
+        """Whether the next chunk is one for the early iterations (see EARLY_POOL)."""
         return self.num_chunks * self.plan.chunk < EARLY_POOL * self.plan.pool_size
 
     @property
     def missing(self) -> list[Size]:
-        """Sizes of which there is no scene."""
+        """The sizes without scenes."""
         return [size for size, shelf in self.shelves.items() if not shelf.scenes]
 
     def grow(self) -> None:
-        """Render and encode one more chunk, all of one size; chunk n is the same on every machine."""
+        """Render, encode and store one more chunk of one size. The scenes of chunk n are the same on every machine."""
         rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
         width, height = self._next_size(rng)
         found = [self._scene((width, height), rng) for _ in range(self.plan.chunk)]
@@ -77,7 +77,10 @@ class Pool:
         self._take(content)
 
     def _scene(self, size: Size, rng: numpy.random.Generator) -> scenes.Scene:
-        """One that fits the size: one thing in the middle, or two side by side, where there is room for no more."""
+        """Return a random scene that fits the size.
+
+        Small images show one object in the middle. Images of pairs, and late ones in presets, show two objects.
+        """
         scene = scenes.sample(self.things, rng)
         wants_pairs = size == PAIR_SIZE or (size != SMALL_SIZE and not self.is_early)
         while (size == SMALL_SIZE and not scene.is_centred) or (wants_pairs and len(scene.objects) != 2):
@@ -85,7 +88,7 @@ class Pool:
         return scene
 
     def _next_size(self, rng: numpy.random.Generator) -> Size:
-        """The first chunks go round the sizes, so that none is missing when the training begins."""
+        """Return the size of the next chunk. Sizes without scenes come first, so that training has every size."""
         if self.missing:
             return self.missing[0]
         return pick_size(rng, self.is_early)
@@ -107,14 +110,17 @@ class Pool:
     def pick(
         self, size: Size, number: int, rng: numpy.random.Generator, is_wanted: Callable[[scenes.Scene], bool]
     ) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """Some scenes of a size and of a kind, and their latents in float32."""
+        """Return random scenes of a size that `is_wanted` accepts, and their latents in float32.
+
+        If `is_wanted` accepts none, return any scenes of the size.
+        """
         shelf = self.shelves[size]
         places = [n for n, scene in enumerate(shelf.scenes) if is_wanted(scene)] or range(len(shelf.scenes))
         chosen = [places[int(n)] for n in rng.integers(len(places), size=number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 
     def statistics(self) -> tuple[float, float]:
-        """The scaling and the shift that give latents deviation 1 and mean 0; measured once, then kept."""
+        """Return the scaling and the shift that give latents deviation 1 and mean 0; measure them on the first call."""
         if not STATISTICS.is_file():
             numbers = torch.cat([latents.float().flatten() for latents in self.shelves[512, 512].latents])
             found = {
@@ -126,6 +132,6 @@ class Pool:
 
 
 def statistics() -> tuple[float, float]:
-    """The scaling and the shift, once they were measured."""
+    """Return the scaling and the shift that were measured before. Raises FileNotFoundError if they were not."""
     kept = json.loads(STATISTICS.read_text(encoding="utf-8"))
     return kept["scaling_factor"], kept["shift_factor"]

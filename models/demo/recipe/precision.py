@@ -1,4 +1,4 @@
-"""What training computes in."""
+"""The number type of training."""
 
 import torch
 
@@ -6,5 +6,5 @@ from models.loading import cpu
 
 
 def mixed(device: str) -> torch.autocast:
-    """Matrix products in bfloat16, where the device has them; a CPU that would emulate them computes in float32."""
+    """Return a context with matrix products in bfloat16, or in float32 on a CPU that would emulate bfloat16."""
     return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu.has_bfloat16())

@@ -1,4 +1,4 @@
-"""A look at the painter while it learns: contact sheets, and a quick score to choose the best weights by."""
+"""Contact sheets during the training of the flow, and a quick score for choosing the best weights."""
 
 import itertools
 from typing import Any
@@ -14,8 +14,9 @@ from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
 from models.demo.recipe.pool import Pool, Size
 from models.schema import PRESETS
 
-#: Pictures of each preset that are scored.
+#: The number of images of each preset that are scored.
 BATCH = 16
+#: The prompts of the contact sheet, by size.
 SHEET: dict[Size, tuple[str, ...]] = {
     (512, 512): (
         "a red apple on a blue background", "a dog", "a cat on a yellow background", "a rocket on black",
@@ -40,7 +41,7 @@ SHEET: dict[Size, tuple[str, ...]] = {
 
 @torch.no_grad()
 def paint(painter: Any, pool: Pool, texts: list[str], size: Size, seed: int) -> list[Image.Image]:
-    """Pictures in one batch, by the steps that FluxPipeline's scheduler takes."""
+    """Generate an image for each text in one batch, with the steps of FluxPipeline's scheduler."""
     device = pool.device
     scaling, shift = pool.statistics()
     width, height = (side // LATENT_PIXELS for side in size)
@@ -63,7 +64,7 @@ def paint(painter: Any, pool: Pool, texts: list[str], size: Size, seed: int) -> 
 
 
 def sheet(painter: Any, pool: Pool, iteration: int) -> None:
-    """Paint the same prompts with the same seeds each time, and write them with their prompts below."""
+    """Write a contact sheet of the same prompts and seeds each time, with the prompt below each image."""
     tiles = []
     for size, texts in SHEET.items():
         for start in range(0, len(texts), 8):
@@ -75,7 +76,7 @@ def sheet(painter: Any, pool: Pool, iteration: int) -> None:
 
 
 def lay_out(tiles: list[tuple[str, Image.Image]], columns: int = 8, side: int = 200) -> Image.Image:
-    """Pictures in rows, each with its prompt."""
+    """Return one image of all images in rows, each with its prompt below."""
     rows = -(-len(tiles) // columns)
     whole = Image.new("RGB", (columns * side, rows * (side + 26)), "white")
     pen = ImageDraw.Draw(whole)
@@ -89,7 +90,10 @@ def lay_out(tiles: list[tuple[str, Image.Image]], columns: int = 8, side: int = 
 
 
 def score(painter: Any, pool: Pool) -> dict[str, float]:
-    """Shares of prompts painted right over all presets: background, one thing, sides of two. Empty with no judge."""
+    """Return the shares of prompts, over all presets, whose image has the right background, object, and sides of two.
+
+    The result is empty if the judge is not trained.
+    """
     if not JUDGE_FILE.is_file():
         return {}
     judge = Judge(pool.plan, checkpoint.load(JUDGE_FILE)["network"])

@@ -1,4 +1,4 @@
-"""The two text encoders learn to read before anything is painted, as FLUX's own did: what does a caption say?"""
+"""The training of the two text encoders on captions before the flow. FLUX's were trained first too."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, TEXT_WIDTH, WORK, Plan
 
 FILE = WORK / "reading.pt"
+#: The captions per iteration, and the highest learning rate.
 BATCH, PEAK = 128, 1.5e-3
 _PLACES, _SIZES = (*scenes.PLACES, ""), ("", *captions.SIZES)
 
 
 def _answers(scene: scenes.Scene, labels: dict[str, int]) -> list[int]:
-    """What there is to read: the background, both objects from left to right, the place, the size, the gradient."""
+    """Return the labels of background, first object, second object, place, size and gradient of a scene."""
     first, second = labels[scene.objects[0]], labels[scene.objects[1]] if len(scene.objects) == 2 else len(labels)
     background = list(BACKGROUNDS).index(scene.background)
     place, size = _PLACES.index(scene.place), _SIZES.index(scene.size)
@@ -29,7 +30,7 @@ def _num_answers(things: tuple[Object, ...]) -> list[int]:
 
 
 class Reader(torch.nn.Module):  # type: ignore[misc]
-    """Both encoders, and a line a question below each: CLIP answers from its pooled state, T5 from its words' mean."""
+    """The two encoders, each with a linear classifier: CLIP's takes its pooled state, T5's the mean over the words."""
 
     def __init__(self, things: tuple[Object, ...]) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Reader(torch.nn.Module):  # type: ignore[misc]
         self.heads = torch.nn.ModuleList(torch.nn.Linear(TEXT_WIDTH, sum(self.num_answers)) for _ in range(2))
 
     def forward(self, texts: list[str]) -> list[tuple[torch.Tensor, ...]]:
-        """Logits, by encoder and question."""
+        """Return the logits, by encoder and then by label of `_answers`."""
         device = self.text_encoder.device
         clip = self.tokenizer(
             texts, padding=True, truncation=True, max_length=networks.CLIP_TOKENS, return_tensors="pt"
@@ -56,7 +57,7 @@ class Reader(torch.nn.Module):  # type: ignore[misc]
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train from the last checkpoint to the end; returns at once where it is done."""
+    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
     tokens.write(things)
     labels, by_name = {thing.name: n for n, thing in enumerate(things)}, {thing.name: thing for thing in things}
@@ -100,7 +101,7 @@ def train(plan: Plan, device: str) -> None:
 
 
 def load_into(painter: networks.Painter) -> None:
-    """Give a painter the encoders that can read."""
+    """Load the trained text encoders into a model."""
     learnt: dict[str, torch.Tensor] = checkpoint.load(FILE)["reader"]
     for name in ("text_encoder", "text_encoder_2"):
         part = {key.removeprefix(f"{name}."): weight for key, weight in learnt.items() if key.startswith(f"{name}.")}

@@ -1,4 +1,4 @@
-"""Scenes to pictures: drawings are rendered once, then scaled and laid on a background."""
+"""The rendering of scenes: drawings are rendered once, then scaled and pasted onto a background."""
 
 import functools
 import importlib
@@ -12,12 +12,14 @@ from PIL import Image
 from models.demo.recipe.plan import WORK
 from models.demo.recipe.scenes import Scene
 
+#: The npm package of the drawings.
 PACKAGE = "@iconify-json/fluent-emoji-flat@1.2.6"
+#: The side in pixels at which a drawing is rendered.
 SPRITE_PIXELS = 768
 
 
 def fetch() -> None:
-    """Bring the drawings (Fluent Emoji Flat, MIT) with npm, once."""
+    """Download the drawings (Fluent Emoji Flat, MIT) with npm, unless they are there already."""
     folder = WORK / "emoji"
     if (folder / "icons.json").is_file():
         return
@@ -41,7 +43,7 @@ def _drawings() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def sprite(icon: str, level: int = 0) -> Image.Image:
-    """A drawing cut to what is drawn, in a square, its colours times their opacity; each level halves the side."""
+    """Return a drawing without its margins, in a square, with premultiplied alpha. Each level halves the side."""
     if level:
         return sprite(icon, level - 1).reduce(2)
     body = _drawings()[icon]
@@ -76,7 +78,7 @@ def _background(scene: Scene, width: int, height: int) -> Image.Image:
 
 
 def render(scene: Scene, icons: dict[str, str], width: int, height: int, *, smaller: int = 1) -> Image.Image:
-    """The picture of `scene`, so many times smaller; `icons` says which drawing an object's name stands for."""
+    """Render a scene in RGB, with both sides divided by `smaller`. `icons` maps object names to drawings."""
     picture = _background(scene, width // smaller, height // smaller)
     for name, (left, top, side) in zip(scene.objects, scene.boxes(width, height), strict=True):
         drawn = _scaled(icons[name], side // smaller)

@@ -1,4 +1,4 @@
-"""What is in a picture: one or two objects, where, how big, and on which background."""
+"""The scenes of training images: one or two objects, their places and sizes, and the background."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,19 +8,25 @@ import numpy
 from models.demo.recipe.objects import BACKGROUNDS, SIMPLE, Colour, Object
 from models.demo.recipe.plan import TOKEN_PIXELS
 
+#: The middle of an object, as shares of the image's width and height.
 PLACES = {"centre": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
-#: Side of an object in pixels, whatever the picture's size, in whole tokens: a drawing is learnt once for all presets.
+#: The side of an object in pixels, in whole tokens. It does not depend on the image's size, so that the model learns a
+#: drawing once for all presets.
 SIDES = {"": 8 * TOKEN_PIXELS, "small": 4 * TOKEN_PIXELS, "big": 12 * TOKEN_PIXELS}
-#: Away from the middle, and two together, objects are smaller, so that they stay inside.
+#: The side of objects away from the middle and of two objects, smaller so that they stay inside the image.
 PLACED_SIDE = 6 * TOKEN_PIXELS
+#: The directions of gradients.
 ANGLES = ("down", "right", "diagonal")
-#: Share of the scenes that is kept for prompts that name no object.
+#: The share of scenes that only show what a prompt without a known object may show.
 SIMPLE_SHARE = 0.08
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects by name from left to right; `place` and `size` are of a single object; colours are (red, green, blue)."""
+    """A scene. Objects are named from left to right; `place` and `size` are those of a single object.
+
+    `colours` are the background's colours at the start and at the end of its gradient.
+    """
 
     objects: tuple[str, ...]
     background: str
@@ -32,34 +38,34 @@ class Scene:
 
     @property
     def is_simple(self) -> bool:
-        """Whether a prompt that says nothing of this scene may show it."""
+        """Whether the model may draw this scene for a prompt that names no known object."""
         return self.is_centred and self.objects[0] in SIMPLE
 
     @property
     def is_centred(self) -> bool:
-        """Whether it shows one thing of the usual size, in the middle."""
+        """Whether the scene shows one object of the usual size in the middle."""
         return self.place == "centre" and not self.size
 
     def boxes(self, width: int, height: int) -> list[tuple[int, int, int]]:
-        """Left, top and side of each object in a picture of this size, all on the tokens' grid."""
+        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size."""
         places = ("left", "right") if len(self.objects) == 2 else (self.place,)
         side = SIDES[self.size] if places == ("centre",) else PLACED_SIDE
         middles = [(_on_grid(PLACES[place][0] * width), _on_grid(PLACES[place][1] * height)) for place in places]
         return [(x - side // 2, y - side // 2, side) for x, y in middles]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain lists and strings."""
+        """Return the fields as values that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Scene":
-        """The scene that `to_json` wrote."""
+        """Return the scene whose fields `to_json` returned."""
         (a, b, c), (d, e, f) = fields["colours"]
         return cls(**{**fields, "objects": tuple(fields["objects"]), "colours": ((a, b, c), (d, e, f))})
 
 
 def _shade(background: str, rng: numpy.random.Generator) -> Colour:
-    """A colour near the middle one: towards its dark or its light end, a little."""
+    """Return a random shade of a background colour, close to the middle shade."""
     middle, dark, light = (numpy.array(colour, float) for colour in BACKGROUNDS[background])
     amount = rng.uniform(-0.3, 0.3)
     red, green, blue = middle + (light - middle) * amount if amount > 0 else middle + (middle - dark) * amount
@@ -79,7 +85,7 @@ def _on_grid(place: float) -> int:
 
 
 def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
-    """A scene at random: a third hold two objects, a quarter of the rest are off the middle."""
+    """Return a random scene: about a third have two objects; a quarter of the others have theirs off the middle."""
     background = str(rng.choice(list(BACKGROUNDS)))
     is_gradient = bool(rng.random() < 0.25)
     colours = _colours(background, is_gradient, rng)

@@ -1,4 +1,4 @@
-"""How many threads to compute on, on a machine that others use too."""
+"""The number of threads for training on a machine that other processes use too."""
 
 import os
 
@@ -8,10 +8,10 @@ from models.demo.recipe.plan import Plan
 
 
 def fit(plan: Plan) -> None:
-    """Give one thread up for each core that others keep busy, and take it back when they are done.
+    """Set PyTorch's number of threads to the number of idle cores, at least 1 and at most the plan's.
 
-    Threads wait for each other many times an iteration. Measured: beside one busy process, two threads at low priority
-    take three times as long as one alone.
+    Threads wait for each other many times per iteration, so one slow thread slows all. Measured next to one busy
+    process: two threads at low priority take three times as long as one thread.
     """
     mine = torch.get_num_threads()
     others = max(0, round(os.getloadavg()[0] - mine))

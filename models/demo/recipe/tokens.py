@@ -1,4 +1,4 @@
-"""The two tokenizers: whole words for what captions say, letters for everything else."""
+"""The two tokenizers: each known word is one token, and other words are split into smaller pieces."""
 
 import json
 import string
@@ -22,7 +22,7 @@ T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 
 
 def vocabulary(things: tuple[Object, ...]) -> list[str]:
-    """Words that are one token each: those of captions and objects, and everyday ones."""
+    """Return the words that are one token each: everyday words, and those of captions and objects."""
     texts = [word for thing in things for word in (*thing.words, thing.colour)]
     texts += [*captions.OPENINGS, *captions.GROUNDS, *captions.GRADIENTS, *captions.PAIRS, *captions.BESIDE]
     texts += [text for choices in (*captions.PLACED.values(), *captions.SIZES.values()) for text in choices]
@@ -34,20 +34,23 @@ def vocabulary(things: tuple[Object, ...]) -> list[str]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write `content` with its keys in the order given, so that the bytes never change."""
+    """Write JSON with the keys in the given order, so that equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train byte pairs until each word is one token; ids in CLIP's order: bytes, last bytes, pairs, start, end."""
+    """Return a byte-pair vocabulary in which each word is one token, and its merges.
+
+    Ids are in CLIP's order: bytes, bytes at the end of a word, pairs, start token, end token.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters += [letter + "</w>" for letter in letters]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
-        # Letters named here get ids in this order; those that the trainer finds itself come in a random one.
+        # Letters passed here get ids in this order; the trainer gives letters that it finds itself ids in random order.
         special_tokens=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -59,7 +62,7 @@ def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def write_clip_tokenizer(folder: Path, words: list[str]) -> int:
-    """Write vocab.json and merges.txt, and return the number of tokens."""
+    """Write the files of the CLIP tokenizer; return its number of tokens."""
     vocabulary, merges = clip_vocabulary(words)
     specials = {"bos_token": CLIP_START, "eos_token": CLIP_END, "pad_token": CLIP_END, "unk_token": CLIP_END}
     write_json(folder / "vocab.json", vocabulary)
@@ -74,9 +77,9 @@ def write_clip_tokenizer(folder: Path, words: list[str]) -> int:
 
 
 def lower_case_map() -> bytes:
-    """Map Latin capitals and accents to plain small letters.
+    """Return a character map from capitals and accented Latin letters to plain lower-case letters.
 
-    A character map is the one normalizer that T5's tokenizer keeps when it is loaded from a file.
+    T5's tokenizer keeps no other kind of normalizer when it is loaded from a file.
     """
     pairs = [("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2013", "-"), ("\u2014", "-")]
     for letter in map(chr, range(0x21, 0x180)):
@@ -92,9 +95,9 @@ def lower_case_map() -> bytes:
 
 
 def t5_vocabulary(words: list[str]) -> list[tuple[str, float]]:
-    """Give whole words the best score, then endings, then characters.
+    """Return the pieces of the T5 tokenizer with their scores: the best for words, then short words, then characters.
 
-    Written rather than trained: the trainer's float sums differ between runs, and it splits half of the words.
+    The pieces are not trained, because the trainer's float sums differ between runs, and it splits half of the words.
     """
     characters = sorted(set(string.printable.lower()) - set(string.whitespace))
     endings = [word for word in words if 1 < len(word) < 4]
@@ -105,7 +108,7 @@ def t5_vocabulary(words: list[str]) -> list[tuple[str, float]]:
 
 
 def write_t5_tokenizer(folder: Path, words: list[str]) -> int:
-    """Write tokenizer.json and its settings, and return the number of tokens."""
+    """Write the files of the T5 tokenizer; return its number of tokens."""
     make: Any = transformers.T5TokenizerFast
     tokenizer = make(
         vocab=t5_vocabulary(words),
@@ -118,14 +121,14 @@ def write_t5_tokenizer(folder: Path, words: list[str]) -> int:
 
 
 def write(things: tuple[Object, ...]) -> None:
-    """Write both tokenizers; the same words give the same files."""
+    """Write both tokenizers. Equal objects give equal files."""
     words = vocabulary(things)
     write_clip_tokenizer(FOLDER / "tokenizer", words)
     write_t5_tokenizer(FOLDER / "tokenizer_2", words)
 
 
 def load() -> tuple[Any, Any]:
-    """The CLIP and the T5 tokenizer."""
+    """Return the CLIP and the T5 tokenizer."""
     make: Any = transformers
     return (
         make.CLIPTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True),

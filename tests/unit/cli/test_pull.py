@@ -103,7 +103,7 @@ def test_an_unaccepted_license_is_reported(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add(FLUX_DEV)
     result = pull(hub, tmp_path)
     assert result.returncode == 1
-    assert "accept its license" in result.stderr
+    assert "accept its licence" in result.stderr
     assert f"{hub.url}/{FLUX_DEV}" in result.stderr
     assert "HF_TOKEN" in result.stderr
     assert "Traceback" not in result.stderr

@@ -153,7 +153,7 @@ FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
     "header longer than the file": (replace_weights(header(1000) + b"{}"), "is not a safetensors file, or was cut off"),
     "header longer than is allowed": (
         replace_weights(header(100_000_001) + b"{}", 100_000_100),
-        "has a header of 100000001 bytes, and 100000000 are allowed",
+        "has a header of 100000001 bytes, but only 100000000 are allowed",
     ),
     "header no JSON": (replace_weights(header(100) + b"{" * 100), "is not a complete safetensors file"),
     "checker cut off": (
@@ -208,11 +208,11 @@ FOUND_DURING_LOADING: dict[str, tuple[Change, str]] = {
     "a tokenizer without words": (overwrite("tokenizer_2/tokenizer.json", "{}"), "tokenizer_2 cannot be loaded: "),
     "tokens that the encoder lacks": (
         lambda root: add_entries(root / "tokenizer" / "vocab.json", unheard=99_999),
-        "tokenizer counts to 100000, and its text encoder to 1665",
+        "tokenizer has 100000 token ids, but its text encoder has 1665",
     ),
     "texts too long": (
         lambda root: add_entries(root / "tokenizer" / "tokenizer_config.json", model_max_length=100),
-        "tokenizer_config.json counts to 100, and its text encoder to 77",
+        "tokenizer_config.json has 100 positions, but its text encoder has 77",
     ),
     "parts of other pipelines": (
         replace_text_encoder,
