@@ -1,5 +1,6 @@
 """The safety checkers, which decide which images are unsafe."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from models.loading.pipeline import dtype_of, weights_directory
 THRESHOLD = 0.5
 #: Unless `trust_remote_code` is False, transformers asks on the terminal whether code from the directory may run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+log = logging.getLogger(__name__)
 
 _NOT_A_NUMBER = "The safety checker's answer is not a number, so no image is returned."
 
@@ -81,11 +84,14 @@ class Unavailable:
     """A stand-in for a checker that could not be loaded. It fails every check, so no unchecked image is returned."""
 
     def __init__(self, reason: str) -> None:
+        """Keep the reason for the operator. It may name paths, so clients do not get it."""
         self.reason = reason
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Raise GenerationFailed with the reason."""
-        raise GenerationFailed(self.reason)
+        """Raise GenerationFailed."""
+        raise GenerationFailed(
+            "The safety checker could not be loaded, so no image is returned; the log of the server's start says why."
+        )
 
 
 def _load_complete(kind: Any, directory: Path, **options: Any) -> Any:
@@ -114,7 +120,8 @@ def load(config: EngineConfig) -> Checker:
         with verify.translate_errors(directory):
             return _load(directory, device_for(config.device), dtype_of(config))
     except OSError as error:
-        return Unavailable(f"The safety checker could not be loaded, so no image is returned: {error}")
+        log.error("the safety checker could not be loaded, so every request that asks for it fails: %s", error)
+        return Unavailable(str(error))
 
 
 def _directory(config: EngineConfig) -> Path:
