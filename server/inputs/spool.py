@@ -19,7 +19,7 @@ _NUM_QUOTED = 1024
 #: The start of base64 data. JSON's syntax has no semicolon, so this can only be inside a string.
 _START = b";base64,"
 #: Base64, with the escapes that JSON encoders write into it for "/", "+" and "=".
-_ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]++|\\/|\\u00(?:2[BbFf]|3[Dd]))*+")
+_ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]+|\\/|\\u00(?:2[BbFf]|3[Dd]))*")
 #: An escape whose end has not arrived yet.
 _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
