@@ -140,7 +140,7 @@ def _record_crash(crash_recorder: CrashRecorder, queue: Queue) -> None:
     trace, request_ids = crash_recorder.read()
     if trace:
         jobs = ", ".join(request_ids) or "no request"
-        log.error("the last process crashed while it was running %s; its stack trace:\n%s", jobs, trace)
+        log.error("the last process crashed while it was running %s. Its stack trace:\n%s", jobs, trace)
         queue.record_crash_at_startup(request_ids)
     # `open` erases the record, so the crash is counted first. If the process is killed between the two, the next start
     # counts the crash again, which is better than missing it.

@@ -90,7 +90,7 @@ class Keys:
         lone = [known[:32] for known in self._configured] if len(self._configured) == 1 else []
         if not self.allows_anonymous and owner not in (operators or lone):
             raise Forbidden(
-                "Only an operator's key may see this: use one of --operator-keys, or create one with"
+                "Only an operator's key gives access to this: use one of --operator-keys, or create one with"
                 " `flux-server keys add NAME --scope operator`"
             )
 
@@ -147,7 +147,7 @@ def add_key(database: Database, name: str, scope: KeyScope) -> str:
     hashed = _hash(key, pepper(database))
     with database.transaction() as connection:
         if name and connection.execute("SELECT 1 FROM keys WHERE name = ?", (name,)).fetchone():
-            raise ValueError(f"A key named {name} already exists; choose another name or revoke it first")
+            raise ValueError(f"A key named {name} already exists; choose another name, or revoke that key first")
         connection.execute(
             "INSERT INTO keys (hash, owner, created_at, name, scope) VALUES (?, ?, ?, ?, ?)",
             (hashed, hashed[:32], time.time(), name, scope),
@@ -171,7 +171,7 @@ def revoke_key(database: Database, name: str) -> None:
             "SELECT hash FROM keys WHERE name = ?1 OR (length(?1) >= 9 AND substr(owner, 1, length(?1)) = ?1)", (name,)
         ).fetchall()
         if not rows:
-            raise ValueError(f"There is no key {name}")
+            raise ValueError(f"There is no key {name}; `flux-server keys list` lists all")
         if len(rows) > 1:
             raise ValueError(f"Several keys match {name}; use a longer prefix of the owner")
         connection.execute("DELETE FROM keys WHERE hash = ?", (rows[0]["hash"],))

@@ -81,8 +81,8 @@ class Unauthorized(ServerError):
 
     status = 401
     message = (
-        'This server requires a valid key: send "Authorization: Key ..." with a key from its --keys or FAL_KEY, '
-        "or with a key that `flux-server keys add` created"
+        'This server requires a valid key: send "Authorization: Key ..." with a key from --keys, --operator-keys '
+        "or FAL_KEY, from `flux-server keys add`, or from the server's first start"
     )
 
 
@@ -150,7 +150,7 @@ class QueueFull(ServerError):
 
     status = 429
     headers: ClassVar[dict[str, str]] = {"retry-after": "5", "x-fal-needs-retry": "1"}
-    message = "The queue is full; try again later"
+    message = "The queue is full: --max-queue-length or fal_max_queue_length allows no more; try again later"
 
 
 class TooManyRequests(ServerError):
@@ -169,7 +169,7 @@ class DiskFull(ServerError):
     """A full disk: the request was not accepted, and requests accepted earlier are safe."""
 
     status = 507
-    message = "The server's disk is full: its operator must free space"
+    message = "The server's disk is full; the operator must free space on it"
 
 
 class DiskFails(DiskFull):
@@ -178,7 +178,7 @@ class DiskFails(DiskFull):
     @classmethod
     def because(cls, reason: object) -> "DiskFails":
         """Build the error from the system's or SQLite's reason."""
-        return cls(f"The server cannot write to its disk ({reason}): its operator must repair the disk")
+        return cls(f"The server cannot use its disk ({reason}); the operator must repair the disk")
 
 
 class RequestError(ServerError):

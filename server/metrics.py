@@ -38,9 +38,9 @@ class Metrics:
         self.http_requests = self._counter("http_requests", "HTTP responses sent.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that finished.", "endpoint", "outcome")
-        self.retried = self._counter("requests_retried", "Starts of requests after their first.", "endpoint")
+        self.retried = self._counter("requests_retried", "Starts of requests that had started before.", "endpoint")
         self.images = self._counter("pictures", "Images generated.", "endpoint")
-        self.flagged = self._counter("pictures_flagged", "Images withheld by the safety checker.", "endpoint")
+        self.flagged = self._counter("pictures_flagged", "Images blacked out after the safety check.", "endpoint")
         self.webhooks = self._counter("webhook_attempts", "Attempts to deliver a webhook.", "outcome")
         self.wait = self._histogram(
             "queue_wait_seconds", "Seconds from the submit to the first start.", _WAITS, "endpoint"

@@ -5,6 +5,7 @@ import binascii
 import ipaddress
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,73 +43,82 @@ class Settings(BaseModel):
 
     weights: CommaSeparated = Field(
         ("demo",),
-        description="Weights to serve: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS.",
+        description="Weights to serve: demo, a Hugging Face id, a directory in diffusers layout, or ENDPOINT=WEIGHTS.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for plain HTTP; 0 picks a free one.")
     tls_port: int = Field(8443, ge=0, le=65535, description="Port for HTTPS; 0 turns it off.")
     proxy_port: int = Field(
-        0, ge=0, le=65535, description="Loopback port of the CONNECT proxy, which old clients need; 0 turns it off."
+        0, ge=0, le=65535, description="Loopback port of the CONNECT proxy, which old fal clients need; 0 turns it off."
     )
     proxy_others: bool = Field(False, description="Let the CONNECT proxy connect to hosts that are not fal's.")
     data_dir: Path = Field(description="Directory for the queue, images, uploads, LoRA files and certificates.")
     keys: CommaSeparated = Field(
-        (), description="API keys, separated by commas; clients must send one of them. FAL_KEY counts as one."
+        (), description="API keys, separated by commas; if set, clients must send a key. FAL_KEY counts as one."
     )
     operator_keys: CommaSeparated = Field(
-        (), description="API keys that may also see /status and /metrics; without any, a single key in --keys may."
+        (),
+        description="API keys that may also see /status and /metrics. If no operator key exists and --keys has exactly"
+        " one key, that key may see them.",
     )
     public_url: str = Field("", description="Base of URLs in responses to clients that use a fal host name.")
     trusted_proxies: CommaSeparated = Field(
-        (), description="Proxies (addresses or networks) whose X-Forwarded-* headers are trusted; requires a key."
+        (), description="Proxies (addresses or networks) with trusted X-Forwarded-* headers; clients then need a key."
     )
     cors_origin: CommaSeparated = Field(
-        (), description="Web origins allowed in addition to loopback when the server has no keys."
+        (), description="Web origins that may use a server without keys, in addition to loopback and --public-url."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Device to generate on: auto, cuda or cpu.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="Number type on a CPU: bfloat16, float32, or auto for the faster one; a GPU uses bfloat16.",
+        description="Number type on a CPU: bfloat16, float32, or auto for the faster one that fits; GPUs use bfloat16.",
     )
     safety_checker: str = Field(
         "Falconsai/nsfw_image_detection",
-        description="Hub id or directory of the safety checker, for weights that include none.",
+        description="Hugging Face id or directory of the safety checker, for weights that include none.",
     )
     memory: Literal["auto", "resident", "fp8-storage", "group-offload"] = Field(
         "auto",
-        description="Placement of weights: resident, fp8-storage, group-offload, or auto for the fastest that fits.",
+        description="How to fit the weights into GPU memory: resident (all on the GPU), fp8-storage (8 bits),"
+        " group-offload (most in main memory), or auto for the fastest that fits.",
     )
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."
     )
-    max_loaded: int = Field(
-        0, ge=0, description="Maximum sets of weights in memory at the same time; 0: as many as fit."
+    max_loaded: int = Field(0, ge=0, description="Maximum sets of weights in memory, per GPU; 0: as many as fit.")
+    eager: bool = Field(
+        False,
+        description="Compile nothing: slower on a GPU, but with acceleration none, images equal diffusers' bit for bit"
+        " (except with --memory fp8-storage).",
     )
-    eager: bool = Field(False, description="Compile nothing: slower on a GPU, but images equal diffusers' bit for bit.")
     ray: str = Field(
-        "", description="Generate on a Ray cluster: local, auto or its address; empty: in the server's process."
+        "",
+        description="Ray cluster to generate on: local (start Ray on this machine), auto (this machine's cluster), or"
+        " an address; empty: generate in the server's process.",
     )
-    gpus: int = Field(0, ge=0, description="With --ray: number of GPUs; 0: all GPUs of the cluster.")
+    gpus: int = Field(0, ge=0, description="With --ray: fixed number of GPUs; 0: all GPUs, or as --max-gpus says.")
     min_gpus: int = Field(1, ge=0, description="With --ray and --max-gpus: number of GPUs to keep even when idle.")
-    max_gpus: int = Field(0, ge=0, description="With --ray: maximum number of GPUs to request as the queue grows.")
+    max_gpus: int = Field(
+        0, ge=0, description="With --ray: maximum GPUs as the queue grows; 0: the number does not follow the queue."
+    )
     step_deadline: float = Field(
-        600,
-        gt=0,
-        description="Maximum seconds for one step; after that, the process ends and its supervisor restarts it.",
+        600, gt=0, description="Maximum seconds for one step; then the process exits, and its supervisor restarts it."
     )
-    enforce_safety_checker: bool = Field(
-        False, description="Check every image, even if the request disables the checker."
-    )
+    enforce_safety_checker: bool = Field(False, description="Check every image, even if a request disables the check.")
     embed_parameters: bool = Field(True, description="Write prompt, seed and steps into the image files.")
     max_running: int = Field(
-        8, ge=1, le=64, description="Maximum concurrent requests; low priority has its own equal limit."
+        8,
+        ge=1,
+        le=64,
+        description="Maximum concurrent requests of normal priority; with --ray, per GPU and at most 4. Requests of low"
+        " priority start only while fewer requests run in all.",
     )
-    max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; more get 429.")
+    max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; further ones get 429.")
     max_queue_length_per_key: int = Field(
-        0, ge=0, description="Maximum waiting requests of one key; more get 429. 0: only --max-queue-length applies."
+        0, ge=0, description="Maximum waiting requests of one key; further ones get 429. 0: only --max-queue-length."
     )
     max_running_per_key: int = Field(
-        0, ge=0, description="Maximum concurrent requests of one key; the others wait. 0: no limit."
+        0, ge=0, description="Maximum concurrent requests of one key; its further requests wait. 0: no limit."
     )
     rate_per_key: str = Field(
         "",
@@ -118,31 +128,29 @@ class Settings(BaseModel):
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of an image, in pixels.")
     max_connections: int = Field(4096, ge=1, description="Maximum connections per port; further ones are closed.")
     max_body_mib: int = Field(
-        40, ge=1, description="Largest request body, in MiB; all bodies together may take four times as much memory."
+        40, ge=1, description="Largest request body, in MiB; bodies and responses together may take four times that."
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="Maximum GB of one key's uploads, and of its unfinished requests' input files."
+        5, gt=0, description="Maximum GB of one key's uploads, and separately of its unfinished requests' input files."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
-    loras_gb: float = Field(10, gt=0, description="Disk space for LoRA files, in GB; the longest unused go first.")
-    retention_days: float = Field(7, gt=0, description="Days to keep results and images.")
+    loras_gb: float = Field(10, gt=0, description="GB on disk for LoRAs; the least recently used are deleted first.")
+    retention_days: float = Field(7, gt=0, description="Days to keep results, images and uploads.")
     retention_gb: float = Field(
         10,
         gt=0,
-        description="Disk space for results and files, in GB; keys with more than an equal share lose the oldest.",
+        description="GB on disk for results and files; if exceeded, keys above an equal share lose their oldest ones.",
     )
     outbound_allow: CommaSeparated = Field(
         (),
         description="Private hosts and networks that webhooks and downloads may reach, like 10.0.0.0/8 or hooks.lan.",
     )
-    webhook_secret: str = Field("", description="Shared secret, whsec_..., for an extra Standard Webhooks signature.")
-    shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests may still take during a stop.")
-    models_dir: Path | None = Field(None, description="Directory of Python files with more models; they run as code.")
+    webhook_secret: str = Field("", description="Secret, whsec_..., for an additional Standard Webhooks signature.")
+    shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
+    models_dir: Path | None = Field(None, description="Directory of Python files with more models, run by the server.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    log_format: Literal["text", "json"] = Field(
-        "text", description="Log format: text, in colour on a terminal, or json."
-    )
+    log_format: Literal["text", "json"] = Field("text", description="Log format: text (coloured on terminals) or json.")
 
     @field_validator("weights")
     @classmethod
@@ -155,7 +163,7 @@ class Settings(BaseModel):
     @classmethod
     def _is_secret(cls, secret: str) -> str:
         if secret and not _is_whsec(secret):
-            raise ValueError("should be whsec_ and 24 to 64 bytes in base64")
+            raise ValueError("should be whsec_ followed by 24 to 64 bytes in base64")
         return secret
 
     @field_validator("cors_origin")
@@ -189,7 +197,7 @@ class Settings(BaseModel):
     @classmethod
     def _is_directory(cls, directory: Path | None) -> Path | None:
         if directory is not None and not directory.is_dir():
-            raise ValueError("should be a directory")
+            raise ValueError("should be an existing directory")
         return directory
 
     @field_validator("trusted_proxies")
@@ -214,7 +222,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _proxy_needs_tls(self) -> "Settings":
         if self.proxy_port and not self.tls_port:
-            raise ValueError("--proxy-port needs --tls-port: the CONNECT proxy forwards to it")
+            raise ValueError("--proxy-port needs --tls-port, to which the CONNECT proxy forwards HTTPS")
         ports = [port for port in (self.port, self.tls_port, self.proxy_port) if port]
         if len(set(ports)) < len(ports):
             raise ValueError("--port, --tls-port and --proxy-port should differ")
@@ -240,12 +248,9 @@ class Settings(BaseModel):
     @property
     def is_loopback(self) -> bool:
         """Whether the server listens on this machine only."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        with suppress(ValueError):
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        return False
 
     @property
     def local_address(self) -> str:
@@ -259,11 +264,8 @@ class Settings(BaseModel):
         """Read FLUX_SERVER_*, which `options` override, and FAL_KEY. Raises SettingsError with every problem."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
         # An empty variable counts as not set, as in .env files.
-        values |= {
-            name.removeprefix(PREFIX).lower(): value
-            for name, value in environment.items()
-            if name.startswith(PREFIX) and value
-        }
+        given = {name: value for name, value in environment.items() if name.startswith(PREFIX) and value}
+        values |= {name.removeprefix(PREFIX).lower(): value for name, value in given.items()}
         values.update({name: value for name, value in (options or {}).items() if value is not None})
         # `flux-server env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the
         # server, so this value is no key.
@@ -285,7 +287,7 @@ def _problem(entry: Any) -> str:
         return str(entry["msg"]).removeprefix("Value error, ")
     name = str(entry["loc"][0])
     if entry["type"] == "extra_forbidden":
-        return f"{PREFIX}{name.upper()}: unknown setting; `flux-server serve --help` lists all"
+        return f"{PREFIX}{name.upper()}: unknown setting; `flux-server serve --help` lists all settings"
     text = ",".join(entry["input"]) if isinstance(entry["input"], tuple) else entry["input"]
     value = "" if name in _SECRETS else f"; the value is {str(text)!r}"
     option = "WEIGHTS" if name == "weights" else f"--{name.replace('_', '-')}"
@@ -293,7 +295,6 @@ def _problem(entry: Any) -> str:
 
 
 def _is_whsec(secret: str) -> bool:
-    try:
+    with suppress(binascii.Error):
         return secret.startswith("whsec_") and 24 <= len(base64.b64decode(secret[6:], validate=True)) <= 64
-    except binascii.Error:
-        return False
+    return False

@@ -80,7 +80,7 @@ def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
     choose_attention(exact)
     tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
     if reason := fp8_unavailable_reason(transformer, config):
-        log.info("the tiers regular and high are unavailable, so their requests run as none: %s", reason)
+        log.info("acceleration regular and high are unavailable, so requests for them run with none: %s", reason)
         return tiers
     quantized = clone_sharing_weights(exact)
     quantize(quantized)

@@ -96,5 +96,5 @@ def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None
     free, _ = torch.cuda.mem_get_info()
     needed = sum(weight.nbytes for weight in transformer.parameters()) * (0.5 + WORKSPACE)
     if needed > free:
-        return f"a copy in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
+        return f"a copy of the transformer in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
     return None

@@ -61,7 +61,7 @@ class Device:
         rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, NUM_TOKENS)
         seconds, name = flop / rate, devices.type_name(dtype)
         return (
-            f"a step at 1024x768 takes {seconds:,.0f} s or more here, an image of 28 steps {28 * seconds / 60:,.0f} min"
+            f"a step at 1024x768 takes at least {seconds:,.0f} s, and an image of 28 steps {28 * seconds / 60:,.0f} min"
             f" ({flop / 1e12:.1f} TFLOP at {rate / 1e12:.4f} TFLOP/s in {name}, plus the time to read from disk)"
         )
 
@@ -159,7 +159,7 @@ def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
     log.info("computing in %s on %s", devices.type_name(transformer.dtype), target.description)
     if device == "cpu" and devices.is_emulated(config, transformer.dtype):
         log.warning(
-            "this CPU emulates bfloat16, which is slow, but the weights in float32 would not fit in memory; "
+            "this CPU emulates bfloat16, which is slow, because the weights in float32 would not fit into memory; "
             "--dtype float32 loads them in float32 anyway"
         )
     if device == "cpu" and transformer.num_parameters() > FULL_SIZE:

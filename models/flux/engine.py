@@ -102,7 +102,7 @@ class FluxEngine:
                 engine.warm_up()
             except Exception:
                 log.exception(
-                    "compiling failed, so only the tier none is offered, uncompiled;"
+                    "compiling failed, so all requests run uncompiled, with acceleration none;"
                     " check that a C compiler is installed"
                 )
                 engine.tiers = [Tier("none", pipeline.transformer)]
@@ -125,7 +125,7 @@ class FluxEngine:
         except Exception:
             self.tiers.remove(cold[0])
             raise
-        log.info("the tier %s is ready", cold[0].name)
+        log.info("acceleration %s is ready", cold[0].name)
         return True
 
     def close(self) -> None:
@@ -151,23 +151,18 @@ class FluxEngine:
             for place, lora in enumerate(getattr(request, "loras", ()))
         )
         if loras and self.loras is None:
-            raise GenerationFailed(
-                "LoRA weights need the whole model on the device; start the server with --memory resident."
-            )
-        tier = acceleration.best_ready(
-            acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers, request.acceleration
-        )
+            raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
+        offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
+        tier = acceleration.best_ready(offered, request.acceleration)
         image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
         # In a request without a strength, the image takes the place of the prompt, and generation starts from noise.
         start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
         if reference_image and self.redux is None:
-            raise GenerationFailed(f"Images cannot take the place of a prompt here: {specs.REDUX.hub_id} is missing.")
+            raise GenerationFailed(f"An image cannot replace the prompt, because {specs.REDUX.hub_id} is missing here.")
         width, height = start.size if start else (request.image_size.width, request.image_size.height)
         width, height = self._round_down(width), self._round_down(height)
-        work, dtype = (
-            self._step_work(width, height, reference_image),
-            devices.type_name(self.pipeline.transformer.dtype),
-        )
+        work = self._step_work(width, height, reference_image)
+        dtype = devices.type_name(self.pipeline.transformer.dtype)
         return FluxTask(request, seed, width, height, tier, work, dtype, start, reference_image, loras)
 
     @torch.no_grad()
@@ -207,7 +202,7 @@ class FluxEngine:
             # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
             self._num_nonfinite += not task.loras
             if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
-                raise DeviceLost("two images in a row came out as not-a-number") from error
+                raise DeviceLost("two images in a row had values that are not finite") from error
             raise
         self._num_nonfinite = 0
         task.images.append(image)
@@ -290,7 +285,7 @@ class FluxEngine:
             latents = unpacked(self.pipeline, sample, sample.latents)
             decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise NonFiniteOutput("The image came out as not-a-number, so none is returned.")
+                raise NonFiniteOutput("The image has values that are not finite, so no image is returned.")
             image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return image
 

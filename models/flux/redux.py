@@ -26,8 +26,10 @@ class Redux:
         self._pooled_width = transformer.config.pooled_projection_dim
         width = prior.image_embedder.config.txt_in_features
         if width != self._text_width:
-            message = f"this Redux makes tokens {width} wide, and the transformer takes {self._text_width}"
-            raise BadWeights(f"{message}; use the Redux weights that were made for this model")
+            message = (
+                f"the Redux weights make tokens of width {width}, but the transformer takes width {self._text_width}"
+            )
+            raise BadWeights(f"{message}; use the Redux weights for this transformer")
 
     @property
     def num_tokens(self) -> int:

@@ -20,7 +20,7 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 log = logging.getLogger(__name__)
 
-_NOT_A_NUMBER = "The safety checker's answer is not a number, so no image is returned."
+_INVALID_OUTPUT = "The safety checker's output is invalid, so no image is returned."
 
 
 class Checker(Protocol):
@@ -53,7 +53,7 @@ class ImageClassifier:
         logits = self.model(**inputs).logits.float()
         # Check the logits, because an infinite one can give a probability of 0 or 1.
         if not logits.isfinite().all():
-            raise GenerationFailed(_NOT_A_NUMBER)
+            raise GenerationFailed(_INVALID_OUTPUT)
         return [probability > THRESHOLD for probability in logits.softmax(dim=-1)[:, self.nsfw].tolist()]
 
 
@@ -90,7 +90,7 @@ class Unavailable:
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         """Raise GenerationFailed."""
         raise GenerationFailed(
-            "The safety checker could not be loaded, so no image is returned; the log of the server's start says why."
+            "The safety checker could not be loaded, so no image is returned; the server's log says why."
         )
 
 
@@ -107,7 +107,7 @@ def _reject_degenerate_embeddings(projection: torch.nn.Module, inputs: Any, embe
     # concept in the image.
     lengths = embeddings.norm(dim=-1)
     if not ((lengths > 0) & (lengths < torch.inf)).all():
-        raise GenerationFailed(_NOT_A_NUMBER)
+        raise GenerationFailed(_INVALID_OUTPUT)
 
 
 def load(config: EngineConfig) -> Checker:
@@ -120,7 +120,7 @@ def load(config: EngineConfig) -> Checker:
         with verify.translate_errors(directory):
             return _load(directory, device_for(config.device), dtype_of(config))
     except OSError as error:
-        log.error("the safety checker could not be loaded, so every request that asks for it fails: %s", error)
+        log.error("the safety checker could not be loaded, so every request that needs it fails: %s", error)
         return Unavailable(str(error))
 
 
@@ -137,7 +137,7 @@ def _directory(config: EngineConfig) -> Path:
     if cached is None and isinstance(config.weights, str):
         cached = hub.pull(config.safety_checker)
     if cached is None:
-        raise OSError(f"{config.safety_checker} is not in the cache; run `flux-server pull {config.safety_checker}`")
+        raise OSError(f"{config.safety_checker} is not downloaded; run `flux-server pull {config.safety_checker}`")
     return cached
 
 

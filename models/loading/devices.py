@@ -16,8 +16,8 @@ def device_for(name: str) -> str:
     if torch.version.hip:
         raise OSError("ROCm builds of PyTorch are not supported; install a CUDA or CPU build")
     if name == "cuda" and not torch.cuda.is_available():
-        why = "finds no usable GPU or driver" if torch.version.cuda else "is a build without CUDA"
-        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}; mend this or use --device cpu")
+        why = "finds no usable GPU; check the driver" if torch.version.cuda else "lacks CUDA; install a build with CUDA"
+        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}, or use --device cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

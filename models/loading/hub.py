@@ -38,7 +38,8 @@ def pull(hub_id: str) -> Path:
         patterns = _patterns(directory)
         snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
     if missing := missing_components(directory):
-        raise HubError(f"{hub_id} has no complete {', '.join(missing)}; choose the hub id of a pipeline or a model")
+        names = ", ".join(missing)
+        raise HubError(f"{hub_id} lacks these parts or has only some of their files: {names}; choose another hub id")
     return directory
 
 
@@ -167,7 +168,7 @@ def _translate_errors(hub_id: str) -> Iterator[None]:
     except HFValidationError:
         raise HubError(f"{hub_id} is neither a local directory nor a valid hub id") from None
     except GatedRepoError:
-        how = "try again" if os.environ.get("HF_TOKEN") else "set HF_TOKEN to a token of that account"
+        how = "try again" if os.environ.get("HF_TOKEN") else "set HF_TOKEN to a token of the account that accepted it"
         raise HubError(f"{hub_id} requires you to accept its licence: open {page}, accept it, then {how}.") from None
     except RepositoryNotFoundError:
         raise HubError(f"{hub_id} does not exist on the hub, or HF_TOKEN has no access to it; check {page}.") from None

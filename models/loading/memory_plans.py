@@ -117,6 +117,6 @@ def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cud
             return plan
     least = min(plan.required_bytes(sizes) for plan in PLANS)
     raise OSError(
-        f"the device has {free / 1e9:.1f} GB free, but the weights need {least / 1e9:.1f} GB at least; "
+        f"the device has {free / 1e9:.1f} GB free, but the weights need at least {least / 1e9:.1f} GB; "
         "free memory, or choose a plan with --memory to load them anyway"
     )

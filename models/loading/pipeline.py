@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Components that are not loaded here. The modules `safety_checker` and `redux` load theirs. The last two belong to
 #: IP-Adapters, which are not supported.
 NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "feature_extractor")
-_MATCH = "use parts from the same weights"
+_MATCH = "use components from the same weights"
 
 
 def weights_directory(where: str | Path) -> Path:
@@ -96,7 +96,7 @@ def _check_fit(directory: Path, pipeline: Any) -> None:
     for name, (width, expected) in widths.items():
         if width != expected:
             raise hub.BadWeights(
-                f"{directory / name} gives {width} channels, and the transformer takes {expected}; {_MATCH}"
+                f"{directory / name} gives {width} channels, but the transformer takes {expected}; {_MATCH}"
             )
     # A token id or position that a text encoder does not know is an index out of range, after which a GPU is lost.
     counts = {

@@ -68,7 +68,7 @@ def _has_all(model: Model, where: str | Path) -> bool:
 def _describe_missing(model: Model, where: str | Path) -> str:
     assert model.extra_weights is not None
     if isinstance(where, Path):
-        return f"the directory {model.extra_weights.directory} in {where}, with {model.extra_weights.hub_id}"
+        return f"{model.extra_weights.hub_id} in the directory {where / model.extra_weights.directory}"
     return f"{model.extra_weights.hub_id}; run `flux-server pull {model.extra_weights.hub_id}`"
 
 

@@ -68,7 +68,7 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
     if missing := [name for name in CLASSES if name not in named]:
         raise BadWeights(f"{index} names no library and class for {', '.join(missing)}; {REPLACE}")
     if missing := [name for name in hub.missing_components(directory) if name not in exclude]:
-        problem = "is not there, or lacks its configuration or its safetensors"
+        problem = "is missing, or lacks its configuration or a safetensors file"
         raise BadWeights(f"{directory / missing[0]} {problem}; restore the original directory of the weights")
 
 
@@ -135,7 +135,7 @@ def _refuse_links(directory: Path) -> None:
         inside = [here] if target.is_dir() else [here, *blobs]
         if path.is_symlink() and not any(target.is_relative_to(place) for place in inside):
             raise BadWeights(
-                f"{path} leads out of the directory of the weights, to {target}; replace the link with a copy"
+                f"{path} links to {target}, outside the directory of the weights; replace the link with a copy"
             )
         if not (path.is_file() or path.is_dir()):
             raise BadWeights(f"{path} is neither a file nor a directory; {REPLACE}")
@@ -153,7 +153,7 @@ def _refuse_code(path: Path) -> None:
             for name in _CODE:
                 if isinstance(each.get(name), str | list | dict):
                     raise BadWeights(
-                        f"{path} names code by {name}, but weights must not contain code; remove the entry"
+                        f"{path} names code under {name}, but weights must not contain code; remove the entry"
                     )
             waiting += each.values()
         elif isinstance(each, list):
@@ -163,7 +163,7 @@ def _refuse_code(path: Path) -> None:
 def _refuse_shards(index: Path) -> None:
     for name in sorted(hub.shards(index)):
         if not (index.parent / name).is_file():
-            raise BadWeights(f"{index} names {name}, which is not there; {REPLACE}")
+            raise BadWeights(f"{index} names {name}, which is missing; {REPLACE}")
 
 
 def _check_tensors(path: Path) -> None:

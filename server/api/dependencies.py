@@ -107,9 +107,8 @@ def get_model(request: Request, endpoint: str) -> Model:
     if endpoint in models:
         return models[endpoint]
     if endpoint in get_services(request).unavailable_endpoints:
-        raise NotFound(
-            f"{endpoint} is not served here: it needs {get_services(request).unavailable_endpoints[endpoint]}"
-        )
+        weights = get_services(request).unavailable_endpoints[endpoint]
+        raise NotFound(f"{endpoint} is not served here: it needs the weights {weights}")
     if request.state.fal_url and endpoint.startswith("platform/"):
         raise not_offered(request.state.fal_url)
     if endpoint.startswith("v1/"):
@@ -118,7 +117,7 @@ def get_model(request: Request, endpoint: str) -> Model:
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")
     offered = ", ".join(sorted(models))
-    raise NotFound(f"Application {endpoint!r} not found: it is not offered by this server, which has {offered}")
+    raise NotFound(f"Application {endpoint!r} not found; this server offers: {offered}")
 
 
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:

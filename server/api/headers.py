@@ -81,10 +81,7 @@ def max_queue_length(parameters: Mapping[str, str]) -> int | None:
     text = parameters.get("fal_max_queue_length")
     if text is None:
         return None
-    length = number(text, "fal_max_queue_length")
-    if length < 1:
-        raise BadRequest(f"fal_max_queue_length should be at least 1, not {length:g}")
-    return int(length)
+    return int(number(text, "fal_max_queue_length", 1))
 
 
 def lifecycle(headers: Mapping[str, str]) -> Lifecycle:
@@ -114,16 +111,18 @@ def _is_private(preference: dict[str, Any]) -> bool:
         return False
     default = acl.get("default") if isinstance(acl, dict) else acl
     if default not in (*_PRIVATE, "allow", None):
-        raise BadRequest("X-Fal-Object-Lifecycle-Preference's initial_acl should be allow, hide or forbid")
+        raise BadRequest(
+            "X-Fal-Object-Lifecycle-Preference's initial_acl, or its default, should be allow, hide or forbid"
+        )
     return default in _PRIVATE
 
 
-def number(value: object, name: str) -> float:
-    """Parse the number in the header or parameter `name`. Raises BadRequest unless it is finite and 0 or more."""
+def number(value: object, name: str, minimum: float = 0) -> float:
+    """Parse a number from the header or parameter `name`. Raises BadRequest unless finite and at least `minimum`."""
     try:
         result = float(str(value))
     except ValueError:
         result = math.nan
-    if not math.isfinite(result) or result < 0:
-        raise BadRequest(f"{name} should be a number of 0 or more, not {str(value)[:50]!r}")
+    if not math.isfinite(result) or result < minimum:
+        raise BadRequest(f"{name} should be a finite number of at least {minimum:g}, not {str(value)[:50]!r}")
     return result

@@ -13,14 +13,18 @@ from server.settings import Settings, SettingsError
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 
-keys = typer.Typer(help="Manage the keys that this server creates, in addition to those of --keys.", **_PLAIN)
+keys = typer.Typer(
+    help="Manage the keys stored in the data directory."
+    " Keys in --keys and --operator-keys are separate and not listed.",
+    **_PLAIN,
+)
 webhooks = typer.Typer(help="List and redeliver webhooks.", **_PLAIN)
 
 DataDir = Annotated[
     str | None,
     typer.Option(
         "--data-dir",
-        help="Directory for the queue, the images and the certificates. [env: FLUX_SERVER_DATA_DIR]",
+        help="The server's data directory, with its queue, keys and images. [env: FLUX_SERVER_DATA_DIR]",
         show_default=False,
     ),
 ]
@@ -49,7 +53,7 @@ def _data_dir(data_dir: str | None) -> Path:
 def add_key(
     name: Annotated[str, typer.Argument(help="Name for the key, such as shop.")],
     scope: Annotated[
-        str, typer.Option(help="client, or operator, which may also see /status and /metrics.")
+        str, typer.Option(help="Rights of the key: client, or operator, which may also see /status and /metrics.")
     ] = "client",
     data_dir: DataDir = None,
 ) -> None:
@@ -86,10 +90,8 @@ def revoke_key(
     """Revoke a key and its tokens immediately. Its requests continue."""
     _ask(data_dir, "revoke_key", name=name)
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
-        message = (
-            "No named key is left. On loopback, and without --keys and --operator-keys, the server requires no key"
-        )
-        typer.echo(f"{message} from its next start.", err=True)
+        message = "No named key is left. After its next start, a server on loopback requires no key,"
+        typer.echo(f"{message} unless it has --keys, --operator-keys, FAL_KEY or --trusted-proxies.", err=True)
 
 
 @webhooks.command("list")

@@ -56,7 +56,7 @@ def run(
     smallest = min(sizes)
     difference = bench.difference(Workload(*smallest, num_steps))
     report["eager_difference"] = difference
-    yield f"largest pixel difference between eager and naive, {smallest[0]}x{smallest[1]}: {difference}", report
+    yield f"largest pixel difference of eager from naive (diffusers), {smallest[0]}x{smallest[1]}: {difference}", report
     yield "".join(f"{head:>16}" for head in _HEADS), report
     for size in sizes:
         for figure in bench.figures(Workload(*size, num_steps, num_waiting), num_rounds):

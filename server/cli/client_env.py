@@ -31,7 +31,7 @@ _LINES = """\
 #   curl {url}/fal-ai/flux/dev {authorization}-H 'Content-Type: application/json' -d '{{"prompt": "a red apple"}}'"""
 
 _BY_HOST = (
-    "fal-client 0.11 or newer, and fal: set these variables.\n"
+    "fal-client 0.11 or newer, and the package fal: set these variables.\n"
     "# Uploads and realtime still go to fal unless you set --proxy-port."
 )
 _BY_PROXY = "fal-client of any version, including uploads and realtime: set these variables."
@@ -120,11 +120,11 @@ class UnsupportedProgram(Exception):
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
     """Check that `run` can redirect this command's fal calls with these settings. Raises UnsupportedProgram if not."""
     if not settings.tls_port:
-        raise UnsupportedProgram("run needs --tls-port: without it the program's calls would go to the real cloud")
+        raise UnsupportedProgram("run needs --tls-port: without it, the program's calls would go to the real fal")
     if not settings.proxy_port and not _is_node(command):
         raise UnsupportedProgram(
-            "run needs the server's --proxy-port for all programs except Node: "
-            "without it their calls would go to the real cloud"
+            "run needs the server's --proxy-port for all programs except Node's: "
+            "without it, their calls would go to the real fal"
         )
     if not files.bundle.exists():
         raise UnsupportedProgram(
@@ -140,11 +140,11 @@ def run(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> 
 def run_limitations(command: Sequence[str]) -> str:
     """Describe, for the user, which calls of the command do not reach this server."""
     if _is_node(command):
-        return f"calls still go to fal from {_OTHERS}."
+        return f"{_OTHERS} still send their calls to the real fal."
     if not PurePath(command[0]).name.startswith(_PYTHON):
-        return "run covers Python and Node; for other programs set the client's proxy URL, see `flux-server env`."
+        return "run covers Python and Node. For other programs, set the client's proxy URL; see `flux-server env`."
     ignoring = "code that ignores proxy variables (aiohttp without trust_env=True, bare sockets)"
-    return f"calls still go to fal from {ignoring} and from {_OTHERS}."
+    return f"{ignoring}, and {_OTHERS}, still send their calls to the real fal."
 
 
 def _is_node(command: Sequence[str]) -> bool:

@@ -42,7 +42,9 @@ async def serve_control_socket(control: Control, data_dir: Path) -> AsyncIterato
             writer.write(json.dumps(await asyncio.to_thread(_run_command, control, request)).encode() + b"\n")
             await writer.drain()
         except (ValueError, ConnectionError):
-            log.warning("the control socket received an invalid request; use the flux-server command to send requests")
+            log.warning(
+                "a request on the control socket was invalid or broke off; send requests with the flux-server command"
+            )
         finally:
             writer.close()
 

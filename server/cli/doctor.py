@@ -69,7 +69,7 @@ def _python() -> Check:
 def _ports(settings: Settings) -> Check:
     ports = [(settings.host, settings.port), (settings.host, settings.tls_port), ("127.0.0.1", settings.proxy_port)]
     busy = [str(port) for host, port in ports if port and not _is_free(host, port)]
-    message = f"cannot listen on {', '.join(busy)}; perhaps a server is running" if busy else "free"
+    message = f"cannot listen on {', '.join(busy)}; perhaps a server is running already" if busy else "free"
     return Check("ports", not busy, message)
 
 
@@ -92,7 +92,8 @@ def _disk(settings: Settings) -> Check:
         return Check("disk", False, problem)
     free = shutil.disk_usage(directory).free
     needed = settings.retention_gb * 1e9
-    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; results may use {settings.retention_gb:g} GB"
+    use = f"results and files may use {settings.retention_gb:g} GB (--retention-gb)"
+    message = f"{free / 1e9:.0f} GB free at {settings.data_dir}; {use}"
     return Check("disk", free > needed, message)
 
 
@@ -214,5 +215,7 @@ def _found_checker(name: str, weights: list[str | Path]) -> Check:
     for directory in checkers:
         verify.verify(directory)
         if hub.missing_components(directory):
-            return Check("safety checker", False, f"{directory} lacks its configuration or its safetensors file")
+            return Check(
+                "safety checker", False, f"{directory} lacks its configuration or its safetensors file; restore them"
+            )
     return Check("safety checker", True, message)

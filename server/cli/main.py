@@ -53,7 +53,7 @@ def serve(settings: Settings) -> None:
 @with_settings_options
 def pull(
     settings: Settings,
-    hub_id: Annotated[str, typer.Argument(help="Id on the hub, such as black-forest-labs/FLUX.1-dev.")],
+    hub_id: Annotated[str, typer.Argument(help="Id on the Hugging Face hub, such as black-forest-labs/FLUX.1-dev.")],
 ) -> None:
     """Download weights and the safety checker from the hub into its cache, with the token in HF_TOKEN if set."""
     disable_telemetry_and_warnings()
@@ -91,7 +91,7 @@ def bench(
     settings: Settings,
     random_weights: Annotated[
         str,
-        typer.Option(help="Measure random weights of this shape instead of WEIGHTS: tiny, or full as in FLUX.1 [dev]."),
+        typer.Option(help="Measure random weights instead of WEIGHTS: tiny, or full, shaped like FLUX.1 [dev]."),
     ] = "",
     sizes: Annotated[str, typer.Option(help="Image sizes in pixels, such as 512x512,1024x768.")] = "1024x768",
     steps: Annotated[int, typer.Option(min=1, max=50, help="Steps per image.")] = 28,

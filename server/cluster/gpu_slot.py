@@ -208,7 +208,7 @@ class GpuSlot:
         """Requeue the runner's jobs, or fail those with too many attempts. First count a crash, if there was one."""
         if self.jobs and not self._stopped.is_set() and (crashed := runner.crashed_jobs()):
             jobs = [job for job in self.jobs.values() if job.request_id in crashed]
-            log.error("GPU %d: its runner crashed while running %s", self.number, ", ".join(crashed))
+            log.error("GPU %d: its runner crashed while it ran the requests %s", self.number, ", ".join(crashed))
             self._queue.record_crash(jobs)
         for job in sorted(self.jobs.values(), key=lambda job: job.rank):
             self._retry(lambda job=job: self._queue.requeue_or_fail(job))  # type: ignore[misc]
@@ -232,7 +232,7 @@ class GpuSlot:
                 self._retry(lambda: self._queue.release(job))
                 self._remove(job)
             case messages.JobRejected() if job:
-                raise RunnerLost("the runner could not store the input files of a request; the log says why")
+                raise RunnerLost("the runner could not store the input files of a request; its log says why")
             case messages.CrashReported():
                 self._queue.record_crash([self.jobs[name] for name in message.request_ids if name in self.jobs])
                 runner.ack_crash()

@@ -110,7 +110,7 @@ class ClusterHead:
                 while self._dispatch():
                     continue
             except DiskFull as error:
-                log.error("%s; no job is lost, retrying every second", error)
+                log.error("the head cannot claim jobs: %s. No job is lost; retrying every second", error)
             except RayLost as error:
                 self.fail(error)
                 return

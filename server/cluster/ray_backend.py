@@ -157,7 +157,7 @@ class RayCluster:
             import ray
             import ray.util.scheduling_strategies
         except ImportError:
-            raise RuntimeError("--ray needs Ray: pip install 'flux-server[ray]'") from None
+            raise RuntimeError("--ray needs Ray; run pip install 'flux-server[ray]'") from None
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
         try:
             if where == "local":
@@ -166,10 +166,12 @@ class RayCluster:
             else:
                 ray.init(where, **quiet)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise RuntimeError(f"--ray {where}: {error}") from None
+            raise RuntimeError(f"--ray {where}: Ray cannot be started or reached: {error}") from None
         self._ray = ray
         address = ray.get_runtime_context().gcs_address
-        log.info("connected to Ray at %s, with %d GPUs; a runner waits until one is free", address, self.num_gpus())
+        log.info(
+            "connected to Ray at %s, with %d GPUs; each runner starts when a GPU is free", address, self.num_gpus()
+        )
 
     def start_runner(self) -> RunnerHandle:
         """Request a runner on the next free GPU; return at once."""
@@ -180,7 +182,7 @@ class RayCluster:
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
         if self._ray.get_runtime_context().get_node_id() not in nodes:
             raise RayLost(
-                "Ray on this machine has stopped; restart the server, and unless --ray is local, Ray before it"
+                "Ray on this machine has stopped. With --ray local, restart the server; otherwise, restart Ray first"
             )
         return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 

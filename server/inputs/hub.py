@@ -40,7 +40,7 @@ async def resolve_hub_id(reference: str, outbound: OutboundClient, temp_path: Pa
     try:
         repository = _Repository.model_validate_json(await asyncio.to_thread(temp_path.read_bytes))
     except ValidationError:
-        message = f"The hub's description of {reference} cannot be read; give the URL of a file instead"
+        message = f"Hugging Face's description of {reference} cannot be read; give the URL of a file instead"
         raise InvalidInputFile("file_download_error", message) from None
     names = [sibling.rfilename for sibling in repository.siblings if sibling.rfilename.endswith(".safetensors")]
     if len(names) != 1:

@@ -68,8 +68,8 @@ def decode_image(path: Path, limits: Limits) -> Image:
     if min(width, height) < limits.min_side:
         raise InvalidInputFile(
             "image_too_small",
-            f"The image should be at least {limits.min_side} pixels wide and high"
-            f" after scaling to at most {limits.max_side} pixels on its longer side",
+            f"The image should be at least {limits.min_side} pixels wide and high, also after it is scaled down to"
+            f" sides of at most {limits.max_side} pixels and an area of at most {limits.max_pixels} pixels",
             min_width=limits.min_side,
             min_height=limits.min_side,
         )
@@ -115,7 +115,7 @@ def _check_parts(content: bytes) -> None:
         parts = _segments(content)
     for number, _ in enumerate(parts):
         if number == MAX_PARTS:
-            message = f"The image file has more than {MAX_PARTS} parts; save it again with another program"
+            message = f"The image file has more than {MAX_PARTS} chunks or segments; save it again with another program"
             raise InvalidInputFile("image_load_error", message)
 
 

@@ -47,11 +47,11 @@ def problem(path: Path) -> str:
 
 def _tensor_problem(name: str, dtype: str, shape: list[int]) -> str:
     if not _NAME.fullmatch(name):
-        return f"{name[:200]!r} is not a valid layer name"
+        return f"{name[:200]!r} is not a valid tensor name"
     if dtype not in _FLOATS:
         return f"{name[:200]} is of type {dtype}, which is not a floating-point type"
     if len(shape) > 4 or max(shape, default=1) > MAX_SIDE:
-        return f"{name[:200]} has the shape {shape[:8]}; at most 4 sides of at most {MAX_SIDE} are allowed"
+        return f"{name[:200]} has the shape {shape[:8]}; at most 4 dimensions of at most {MAX_SIDE} are allowed"
     if any(kind in name for kind in _MATRICES) and len(shape) >= 2 and min(shape[:2]) > MAX_RANK:
         return f"{name[:200]} has the rank {min(shape[:2])}; at most {MAX_RANK} is allowed"
     return ""

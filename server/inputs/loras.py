@@ -47,7 +47,9 @@ def _check_length(path: Path) -> None:
     check_start(first)
     length = _LENGTH.unpack(first)[0] if len(first) == _LENGTH.size else 0
     if length == 0 or length > path.stat().st_size - _LENGTH.size:
-        raise _bad("it is not a safetensors file: its header does not have the length that it states")
+        raise _bad(
+            "it is not a complete safetensors file: the header length in its first eight bytes does not fit the file"
+        )
 
 
 def _bad(reason: str) -> InvalidInputFile:

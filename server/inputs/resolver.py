@@ -118,7 +118,8 @@ class InputResolver:
                 input_files[".".join(map(str, loc))] = names[kind, url]
         if self._pending_bytes(owner, set(names.values())) > self._max_bytes_per_owner:
             raise QueueFull(
-                "The waiting requests of this key need more disk space than --max-uploads-gb allows; try again later"
+                "The input files of this key's unfinished requests need more disk space than --max-uploads-gb allows;"
+                " try again when some requests have finished"
             )
         return input_files
 
@@ -267,7 +268,7 @@ def _decode(url: str, temp_path: Path, kind: InputType) -> None:
     """Decode a data URI into a file. Raises InvalidInputFile for invalid base64 or too many bytes, and OSError."""
     match = _DATA.match(url)
     if not match:
-        raise InvalidInputFile("file_download_error", "A data URI should be data:TYPE;base64,...")
+        raise InvalidInputFile("file_download_error", "A data URI should have the form data:TYPE;base64,...")
     if (len(url) - match.end()) * 3 // 4 > kind.max_bytes:
         raise _too_large(kind)
     starts = range(match.end(), len(url), _PART)

@@ -21,7 +21,7 @@ class BytesInFlight(FairShare):
     def __init__(self, max_bytes: int, wait_seconds: float = WAIT_SECONDS) -> None:
         super().__init__(
             max_bytes,
-            f"The requests and responses of this key in flight would take more than its share of"
+            "This key's requests and responses in flight would take more than the key's share of the server's"
             f" {max_bytes // 2**20} MiB (four times --max-body-mib); send fewer at a time",
         )
         self._wait_seconds = wait_seconds

@@ -90,7 +90,7 @@ class ConnectProxy:
             await self._connect_client(reader, writer)
             await self._sent(writer)
         except TimeoutError:
-            log.debug("a tunnel was idle for %.0f seconds", self.idle_seconds)
+            log.debug("the CONNECT proxy closed a tunnel that was idle for %.0f seconds", self.idle_seconds)
         finally:
             writer.transport.abort()
 
@@ -131,8 +131,8 @@ class ConnectProxy:
                         # Data after the request is the next request, perhaps for another host.
                         await answering
                         sending.cancel()
-            except* OSError:
-                log.debug("a tunnel's connection broke")
+            except* OSError as group:
+                log.debug("the tunnel to %s:%d broke: %s", target.host, target.port, group.exceptions[0])
 
     async def _sent(self, writer: asyncio.StreamWriter) -> None:
         """Close a connection after its data is sent; wait at most `idle_seconds` for a peer that does not read."""
@@ -190,7 +190,10 @@ class _Refused(Exception):
 
 
 def _not_understood() -> _Refused:
-    return _Refused("405 Method Not Allowed", "This proxy understands CONNECT host:port and http:// URLs only.")
+    return _Refused(
+        "405 Method Not Allowed",
+        "This proxy accepts CONNECT host:port and http:// URLs; https:// URLs only for fal's hosts.",
+    )
 
 
 async def _target_of(reader: asyncio.StreamReader) -> _Target:

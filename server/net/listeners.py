@@ -47,7 +47,7 @@ def raise_open_file_limit(max_connections: int, ports: int) -> int:
         return max_connections
     room = max(1, (limit - _OTHER_FILES) // (2 * ports))
     log.warning(
-        "only %d open files are allowed (ulimit -Hn), so a port holds %d connections; raise the limit", hard, room
+        "only %d open files are allowed (ulimit -Hn), so each port accepts %d connections; raise the limit", hard, room
     )
     return room
 
@@ -97,7 +97,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except OSError as error:
-        hint = "; another flux-server may be running, choose other ports with --port and --tls-port"
+        hint = "; another flux-server may be running there; choose other ports with --port and --tls-port"
         raise OSError(
             f"cannot listen on {host}:{port}: {error.strerror}{hint if error.errno == errno.EADDRINUSE else ''}"
         ) from None

@@ -41,7 +41,8 @@ class TimeoutProtocol(HttpToolsProtocol):
         self._body_started_at, self._last_data_at, self._received = 0.0, 0.0, 0
         self._non_body_bytes = 0
         if len(self.connections) > self.max_connections:
-            log.warning("the limit of %d open connections is reached; another one is refused", self.max_connections)
+            message = "a port has %d connections, its limit by --max-connections or ulimit; another one is refused"
+            log.warning(message, self.max_connections)
             self._reset()
         else:
             self._arm_timer(self.header_timeout)

@@ -100,7 +100,7 @@ def _read(path: Path, load: Callable[[bytes], Loaded]) -> Loaded:
     try:
         return load(path.read_bytes())
     except ValueError:
-        raise ValueError(f"{path} cannot be read; delete it and a new one is made") from None
+        raise ValueError(f"{path} is malformed; delete it, and the server makes a new one") from None
 
 
 def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:

@@ -90,7 +90,7 @@ def _parse_cursor(cursor: str) -> tuple[float, int]:
     try:
         ended_at, sequence = _CURSOR.unpack(base64.b64decode(cursor, altchars=b"-_", validate=True))
     except (binascii.Error, struct.error, ValueError):
-        raise ValueError("should be a next_cursor of an earlier page") from None
+        raise ValueError("should be the next_cursor of an earlier page") from None
     return ended_at, sequence
 
 

@@ -79,8 +79,8 @@ class Queue:
                     raise QueueFull
                 if 0 < self._max_length_per_owner <= self._waiting.num_waiting(submission.owner):
                     raise TooManyRequests(
-                        f"Queue limit reached: this key already has {self._max_length_per_owner} waiting requests;"
-                        " try again when one has started"
+                        f"Queue limit reached: this key already has {self._max_length_per_owner} waiting requests,"
+                        " the most that --max-queue-length-per-key allows; try again when one has started"
                     )
                 job = job_table.insert(connection, submission, self._clock())
             self._live[job.request_id] = job
@@ -135,7 +135,7 @@ class Queue:
             except DiskFull:
                 # The client still gets the result; only the record of the fetch is missing.
                 log.warning(
-                    "the disk is full: cannot record that this result was fetched; the next fetch tries again",
+                    "the disk is full or broken: cannot record that this result was fetched; the next fetch retries",
                     extra={"request_id": job.request_id},
                 )
         return job_table.outcome_from_row(row)
@@ -194,7 +194,7 @@ class Queue:
             self._count_crash(crashed_jobs)
         except DiskFull:
             # Not raised, because the caller must report the fault itself.
-            log.error("the disk is full: cannot record which jobs ran when the process crashed")
+            log.error("the disk is full or broken: cannot record which jobs ran when the process crashed")
 
     def release(self, job: Job) -> None:
         """Put a running job back at its old place in the queue, because this process will not finish it.

@@ -20,7 +20,9 @@ def retry_or_fail(job: Job) -> Outcome | None:
         )
     if job.attempt >= MAX_ATTEMPTS:
         return Outcome.from_error(
-            InternalError(f"Gave up after {job.attempt} attempts: the process ended each time; submit it again.")
+            InternalError(
+                f"Gave up after {job.attempt} attempts: the server's process ended each time; submit the request again."
+            )
         )
     return None
 

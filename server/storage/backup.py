@@ -56,7 +56,7 @@ def _check(data_dir: Path, target: Path, temp_path: Path) -> None:
             raise ValueError(f"{target} is inside a directory that is backed up; choose another target")
     for path in (target, temp_path):
         if path.exists():
-            raise ValueError(f"{path}: File exists")
+            raise ValueError(f"{path} already exists; choose another target")
 
 
 def _brief(error: Exception) -> str:

@@ -118,7 +118,9 @@ def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[st
         else:
             path.unlink()
     if orphans:
-        log.info("removed %d files that no row lists", len(orphans))
+        log.info(
+            "removed %d files from %s that no row lists; a crash or a backup leaves such files", len(orphans), directory
+        )
     return len(orphans)
 
 

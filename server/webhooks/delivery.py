@@ -162,7 +162,11 @@ class WebhookSender:
             # The row still says that the delivery is due. The pause keeps the server from sending the webhook again and
             # again while the disk is full.
             self._backoff_until[request_id] = self._monotonic() + _LONGEST_WAIT
-            log.exception("a webhook's attempt could not be recorded", extra={"request_id": request_id})
+            log.exception(
+                "a webhook could not be sent, or its attempt could not be recorded; trying again in %.0f seconds",
+                _LONGEST_WAIT,
+                extra={"request_id": request_id},
+            )
         finally:
             del self._in_flight[request_id]
         self._notifier.notify(WEBHOOKS)

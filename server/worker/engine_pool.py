@@ -108,7 +108,7 @@ class EnginePool:
                 idle = [key for key, engine in self._loaded.items() if engine not in in_use and key != self._warming]
                 if not idle:
                     return None
-                log.info("%s: evicting %s to make room", endpoint, idle[0][1])
+                log.info("evicting the weights %s to make room for those of %s", idle[0][1], endpoint)
                 engine = self._loaded.pop(idle[0])
             engine.close()
         return self._load(endpoint)
@@ -162,7 +162,7 @@ class EnginePool:
         except Exception:
             log.exception(
                 "a tier of the weights %s could not be made ready, so requests for the tier use the next lower one;"
-                " a restart tries again",
+                " a restart of the server tries again",
                 key[1],
             )
             return True

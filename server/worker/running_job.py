@@ -74,5 +74,5 @@ def outcome_from_exception(error: Exception, job: Job) -> Outcome:
     if isinstance(error, GenerationFailed):
         log.warning("the request failed: %s", error, extra={"request_id": job.request_id})
         return Outcome.from_error(InternalError(str(error)))
-    log.error("the request failed", exc_info=error, extra={"request_id": job.request_id})
+    log.error("the request failed with an unexpected error", exc_info=error, extra={"request_id": job.request_id})
     return Outcome.from_error(InternalError())

@@ -122,7 +122,7 @@ def test_stalled_bodies_block_only_their_own_key(running: Server) -> None:
         held = [stack.enter_context(stalled(running, ALICE["authorization"])) for _ in range(4)]
         refused = submitted(running, ALICE)
         assert refused.status_code == 429, refused.text
-        assert "more than its share of 4 MiB (four times --max-body-mib)" in refused.json()["detail"]
+        assert "more than the key's share of the server's 4 MiB (four times --max-body-mib)" in refused.json()["detail"]
         assert refused.headers["retry-after"]
         # A small body needs no room.
         assert submitted(running, ALICE, b'{"prompt": "x"}').status_code == 200

@@ -363,7 +363,7 @@ def test_the_hard_limit_of_files_reduces_connections(
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: limits_set.append(limits))
     assert raise_open_file_limit(4096, 2) == 128
     assert limits_set == [(1024, 1024)]
-    assert "a port holds 128 connections" in caplog.text
+    assert "each port accepts 128 connections" in caplog.text
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
     assert raise_open_file_limit(4096, 2) == 4096
     assert limits_set[1:] == [(16_896, resource.RLIM_INFINITY)]

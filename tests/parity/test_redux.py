@@ -126,14 +126,14 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_served_only_with_its_weights(weights_dir: Path) -> None:
     assert assign_weights(["demo"], MODELS) == {DEV: DEMO}
     assert assign_weights([f"{REDUX}={weights_dir}"], MODELS) == {REDUX: weights_dir}
-    with pytest.raises(ValueError, match=r"/redux also needs the directory redux in .*, with black-forest-labs"):
+    with pytest.raises(ValueError, match=r"/redux also needs black-forest-labs/\S+ in the directory .*redux"):
         assign_weights([f"{REDUX}=demo"], MODELS)
 
 
 def test_a_request_without_weights_gets_404_naming_them(client: httpx.Client) -> None:
     response = client.post(f"/{REDUX}", json={"image_url": "x"})
     assert response.status_code == 404
-    assert response.json()["detail"] == f"{REDUX} is not served here: it needs {HUB} with {REDUX_HUB}"
+    assert response.json()["detail"] == f"{REDUX} is not served here: it needs the weights {HUB} with {REDUX_HUB}"
 
 
 def test_hub_weights_find_redux_in_the_hub_cache(monkeypatch: pytest.MonkeyPatch, weights_dir: Path) -> None:
@@ -153,7 +153,7 @@ def test_weights_of_another_width_stop_the_start(tmp_path: Path, weights_dir: Pa
     shutil.copytree(weights_dir, tmp_path / "demo")
     shutil.rmtree(tmp_path / "demo" / "redux")
     write_redux(tmp_path / "demo", 48)
-    with pytest.raises(OSError, match="this Redux makes tokens 48 wide, and the transformer takes"):
+    with pytest.raises(OSError, match="the Redux weights make tokens of width 48, but the transformer takes width"):
         FluxEngine.load(EngineConfig(tmp_path / "demo", safety_checker="", device="cpu"))
 
 

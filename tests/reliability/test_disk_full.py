@@ -29,7 +29,7 @@ LARGE: dict[str, Any] = {"image_size": {"width": 1024, "height": 1024}, "num_inf
 IMAGE = encode(noise_image(256, 256))
 POSTPROCESSOR_RETRIES, WEBHOOK_NOT_RECORDED = (
     "trying again every second [server.worker.postprocessor]",
-    "a webhook's attempt could not be recorded",
+    "a webhook could not be sent, or its attempt could not be recorded",
 )
 
 

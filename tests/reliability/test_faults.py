@@ -13,7 +13,7 @@ from tests.reliability.test_kill import client_of, digests, rows, submit
 from tests.support.server_process import ROOT, Server, serving, wait_until_completed
 
 SELECT_JOBS = "SELECT status, attempt, strikes FROM jobs ORDER BY sequence"
-NOT_A_NUMBER = "The image came out as not-a-number, so none is returned."
+NOT_A_NUMBER = "The image has values that are not finite, so no image is returned."
 
 
 def body(prompt: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_not_a_number_twice_in_a_row_ends_the_process(tmp_path: Path) -> None:
     with faulty(tmp_path) as first, client_of(first) as client:
         paths = [submit(client, body("nan"), "test/faulty") for _ in range(2)]
         assert exit_code(first) == 1
-        assert "two images in a row came out as not-a-number" in first.output
+        assert "two images in a row had values that are not finite" in first.output
     with faulty(tmp_path) as second, client_of(second) as client:
         assert [wait_until_completed(client, path).get("error") for path in paths] == [NOT_A_NUMBER] * 2
         assert second.stop() == 0

@@ -56,7 +56,7 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         wait_until_claimed(client, running["status_url"])
         seal.touch()
         gate.release_all()
-        server.wait_for(r"cannot write to its disk.* trying again every second \[server.worker.postprocessor\]")
+        server.wait_for(r"cannot use its disk.* trying again every second \[server.worker.postprocessor\]")
         for path in ("/queue/test/sealed", "/test/sealed", "/test/sealed/stream", "/storage/upload/initiate"):
             refused = client.post(path, json=body)
             assert (refused.status_code, refused.json()["detail"]) == (507, READ_ONLY)
@@ -64,13 +64,13 @@ def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, mon
         assert client.get(running["status_url"]).json()["status"] == "IN_PROGRESS"
         for page in ("/health", "/status.json", "/metrics"):
             assert client.get(page).status_code == 200
-        server.wait_for(r"cannot write to its disk.*; trying again \[server.app\]")
+        server.wait_for(r"cannot use its disk.*; trying again \[server.app\]")
         seal.unlink()
         assert wait_until_completed(client, running["status_url"]).get("error") is None
         assert wait_until_completed(client, late["status_url"])["status"] == "COMPLETED"
         assert client.post("/test/sealed", json=body).status_code == 200
         assert "Traceback" not in server.output
-        assert server.output.count("cannot write to its disk") < 30
+        assert server.output.count("cannot use its disk") < 30
         assert server.stop() == 0
     with open_components(tmp_path / "data") as components:
         assert components.rows("PRAGMA integrity_check") == [("ok",)]

@@ -45,8 +45,8 @@ class ErrorMiddleware:
             return
         except Exception:
             # Not the path, which may contain the secret name of a file.
-            route = getattr(scope.get("route"), "path", "a request")
-            log.exception("%s %s failed", scope.get("method"), route)
+            route = getattr(scope.get("route"), "path", "request")
+            log.exception("%s %s failed", scope.get("method", "WebSocket"), route)
             if has_started:
                 raise
             await responses.error_response(InternalError())(scope, receive, send)

@@ -59,7 +59,9 @@ class HostCheckMiddleware:
         if not self._is_open:
             return
         if not self._is_allowed_host(hostname_of(host)):
-            raise MisdirectedRequest(f"The Host {host} is not this server's; set --public-url to allow it")
+            raise MisdirectedRequest(
+                f"The Host header names {host}, which is not this server; set --public-url to allow it"
+            )
         origin = headers.get(b"origin", b"").decode("latin-1")
         # Any web page that knows the name of an image may show it.
         is_file = scope["path"].startswith("/files/") and scope.get("method") in ("GET", "HEAD")

@@ -87,8 +87,10 @@ class RewriteMiddleware:
                     "X-Forwarded-Proto should be http or https, and X-Forwarded-Host a host name or address"
                 )
             if len(host) > MAX_HOST or len(prefix) > MAX_PREFIX:
-                limits = f"X-Forwarded-Host at most {MAX_HOST} characters, X-Forwarded-Prefix at most {MAX_PREFIX}"
-                raise BadRequest(f"The X-Forwarded headers are too long: {limits}")
+                raise BadRequest(
+                    f"X-Forwarded-Host should have at most {MAX_HOST} characters,"
+                    f" and X-Forwarded-Prefix at most {MAX_PREFIX}"
+                )
         return scheme, host, prefix
 
     def _public_base(self, scope: Scope) -> str:

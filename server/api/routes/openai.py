@@ -162,7 +162,7 @@ def _size(size: str | None) -> str | dict[str, int] | None:
 def _model_for(request: Request, name: str) -> Model:
     models = get_services(request).models
     if name not in models:
-        raise NotFound(f"The model {name!r} does not exist; this server has {', '.join(sorted(models))}")
+        raise NotFound(f"The model {name!r} does not exist; this server offers: {', '.join(sorted(models))}")
     return models[name]
 
 

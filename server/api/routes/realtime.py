@@ -246,9 +246,9 @@ def _max_buffering(parameters: Mapping[str, str]) -> int:
     text = parameters.get("max_buffering")
     if text is None:
         return MAX_BUFFERING
-    count = number(text, "max_buffering")
-    if not 1 <= count <= MAX_BUFFERING:
-        raise BadRequest(f"max_buffering should be from 1 to {MAX_BUFFERING}, not {count:g}")
+    count = number(text, "max_buffering", 1)
+    if count > MAX_BUFFERING:
+        raise BadRequest(f"max_buffering should be at most {MAX_BUFFERING}, not {count:g}")
     return int(count)
 
 

@@ -64,7 +64,7 @@ def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path: Path) -> Non
         assert status_with_key(url, key, "/test/null") == 401
         assert status_with_key(url, "boss-key", "/test/null") == 200
         again = flux_server(tmp_path, "keys", "revoke", "shop")
-        assert (again.returncode, again.stderr) == (1, "There is no key shop\n")
+        assert (again.returncode, again.stderr) == (1, "There is no key shop; `flux-server keys list` lists all\n")
 
 
 def test_tokens_and_sessions_end_with_their_key(tmp_path: Path) -> None:

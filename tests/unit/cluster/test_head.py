@@ -222,7 +222,7 @@ def test_a_job_that_caused_no_crash_fails_after_ten_attempts(
         runner.next_job_id()
         runner.incoming.put(RunnerLost("killed"))
     until(lambda: job.state == State.COMPLETED)
-    assert job.error == "Gave up after 10 attempts: the process ended each time; submit it again."
+    assert job.error == "Gave up after 10 attempts: the server's process ended each time; submit the request again."
 
 
 def test_cancel_and_preview_requests_reach_the_runner(

@@ -165,7 +165,7 @@ def test_only_offered_tiers_are_quantized(pipeline: FluxPipeline, fp8_gpu: list[
     ("name", "value", "reason"),
     [
         ("get_device_capability", (8, 0), "a card does not support fp8"),
-        ("mem_get_info", (1000, 10**12), "a copy in fp8 needs"),
+        ("mem_get_info", (1000, 10**12), "a copy of the transformer in fp8 needs"),
         ("find_spec", None, "torchao is not installed"),
     ],
 )
@@ -253,7 +253,7 @@ def test_without_a_compiler_only_the_tier_none_is_offered(
         "models.flux.engine.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
     )
     engine = FluxEngine.load(engine_config(device="cpu"))
-    assert "only the tier none is offered, uncompiled" in caplog.text
+    assert "all requests run uncompiled, with acceleration none" in caplog.text
     assert names(engine.tiers) == ["none"]
     assert engine.tiers[0].transformer is pipeline.transformer
     assert not engine.warm_up()

@@ -205,7 +205,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a side too long": (save({"x.lora_A.weight": numpy.ones((1, 65_537), "float16")}), "has the shape"),
     "a name that is an expression": (
         save({"x.lora_A.weight": numpy.ones((2, 2), "float32"), "(?:[a-z]+)+!.alpha": numpy.ones(1, "float32")}),
-        "is not a valid layer name",
+        "is not a valid tensor name",
     ),
     "too many": (save({f"{n}.lora_A.weight": numpy.ones(1, "float16") for n in range(20_001)}), "holds 20001 tensors"),
     "an oversized header": (header(b" " * (8 * 2**20 + 1)), "larger than 8 MiB"),

@@ -93,7 +93,7 @@ def test_the_time_of_a_step_with_full_size_weights_is_described(monkeypatch: pyt
     monkeypatch.setattr(Device, "matmul_rate", lambda self, dtype: 0.5e12)
     description = Device("cpu").step_description(FLUX_DEV, torch.float32)
     seconds = step_flops(FLUX_DEV, 1024 * 768 // 256, 512) / 0.5e12
-    assert description.startswith(f"a step at 1024x768 takes {seconds:.0f} s or more here, an image of 28 steps 52 min")
+    assert description.startswith(f"a step at 1024x768 takes at least {seconds:.0f} s, and an image of 28 steps 52 min")
     assert "0.5000 TFLOP/s in float32" in description
 
 

@@ -142,7 +142,7 @@ FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
     "a number for a shard": (put_behind_index({"metadata": {}, "weight_map": {"x": 5}}), "names 5"),
     "a shard that is not there": (
         put_behind_index({"metadata": {}, "weight_map": {"x": "other.safetensors"}}, "text_encoder_2"),
-        "names other.safetensors, which is not there",
+        "names other.safetensors, which is missing",
     ),
     "weights cut off": (
         truncate_transformer,
@@ -216,7 +216,7 @@ FOUND_DURING_LOADING: dict[str, tuple[Change, str]] = {
     ),
     "parts of other pipelines": (
         replace_text_encoder,
-        "text_encoder_2 gives 16 channels, and the transformer takes 128",
+        "text_encoder_2 gives 16 channels, but the transformer takes 128",
     ),
 }
 ALL = {**FOUND_BEFORE_LOADING, **FOUND_DURING_LOADING}

@@ -45,7 +45,7 @@ def test_a_plan_that_just_fits_is_chosen() -> None:
 
 
 def test_when_no_plan_fits_the_error_names_free_and_required_memory() -> None:
-    with pytest.raises(OSError, match=r"has 2\.0 GB free.* need 7\.2 GB at least.*--memory"):
+    with pytest.raises(OSError, match=r"has 2\.0 GB free.* need at least 7\.2 GB.*--memory"):
         choose("auto", FLUX_DEV, 2 * 10**9)
 
 

@@ -159,7 +159,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
     path = tmp_path / "tls" / name
     tls.ensure_certificate(tmp_path)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path} cannot be read; delete it and a new one is made"):
+    with pytest.raises(ValueError, match=rf"{path} is malformed; delete it, and the server makes a new one"):
         tls.ensure_certificate(tmp_path)
     path.unlink()
     handshake(tls.ensure_certificate(tmp_path), "localhost", tmp_path / "tls" / "ca.pem")

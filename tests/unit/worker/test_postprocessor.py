@@ -62,7 +62,7 @@ class RecordingEngine(SharingEngine):
         if "lost" in task.request.prompt:
             raise DeviceLost("an illegal memory access was encountered")
         if task.request.prompt == "nothing":
-            raise GenerationFailed("The image came out as not-a-number, so none is returned.")
+            raise GenerationFailed("The image has values that are not finite, so no image is returned.")
         super().decode(task)
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
@@ -198,7 +198,7 @@ def test_an_image_that_cannot_be_decoded_fails_only_its_job(components: Componen
         bad, good = submit(components, prompt="nothing"), submit(components)
         assert final_statuses(components, bad, good) == [500, 200]
         assert worker.failure is None
-    assert error_of(components, bad)[1] == "The image came out as not-a-number, so none is returned."
+    assert error_of(components, bad)[1] == "The image has values that are not finite, so no image is returned."
 
 
 def test_a_device_lost_while_decoding_ends_the_worker(components: Components, engine: RecordingEngine) -> None:
