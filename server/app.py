@@ -50,10 +50,9 @@ _EXPOSED = (request_id.HEADER, "x-fal-request-timeout-type", "x-fal-error-type",
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Build the application. Its background tasks start with its lifespan.
+    """Build the application. Its lifespan starts and stops the backend and the background tasks.
 
-    Raises ValueError for weights that cannot be served, and DataDirInUse if the data directory belongs to another
-    server.
+    Raises as `components.build` does.
     """
     components = build(settings)
     services = components.services
@@ -136,7 +135,7 @@ async def _lifespan(app: FastAPI, components: Components) -> AsyncIterator[None]
 
 
 def _record_crash(crash_recorder: CrashRecorder, queue: Queue) -> None:
-    """Charge a crash to the jobs that were running, then start recording for this process."""
+    """If the last process crashed, count a crash for the jobs that it was running. Then start this process's record."""
     trace, request_ids = crash_recorder.read()
     if trace:
         jobs = ", ".join(request_ids) or "no request"

@@ -32,7 +32,7 @@ _NONE: KeyScopes = MappingProxyType({})
 
 
 class Keys:
-    """The valid keys. Without any, no key is required and all clients are one owner.
+    """The valid keys. If there are none when the server starts, no key is required and all clients are one owner.
 
     A token stands for a key, for a limited time and scope. Tokens become invalid when the process ends, because their
     signing secret exists only in memory.
@@ -45,7 +45,10 @@ class Keys:
         pepper: bytes = b"",
         operators: tuple[str, ...] = (),
     ) -> None:
-        """Hash the settings' keys for clients (`keys`) and operators. `stored` are keys that this server created."""
+        """Hash `keys` (for clients) and `operators`, which come from the settings, with the secret `pepper`.
+
+        `stored` holds the keys that this server created, which are hashed already.
+        """
         self._pepper = pepper
         self._configured = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
         self._configured |= {_hash(key, pepper): KeyScope.OPERATOR for key in operators}
@@ -62,7 +65,7 @@ class Keys:
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
         """Return the owner of the key or token in an Authorization header, "Key ..." or "Bearer ...".
 
-        A token is accepted only if it has `scope`. Raises Unauthorized.
+        A token is accepted only if it has `scope`; if `scope` is None, no token is. Raises Unauthorized.
         """
         if self.allows_anonymous:
             return ANONYMOUS
@@ -79,7 +82,7 @@ class Keys:
         return self.owner_of_token(key.strip(), scope)
 
     def require_operator(self, authorization: str | None) -> None:
-        """Check that the caller has an operator's key, unless no key is required.
+        """Check that the caller's key has the rights of an operator, unless no key is required.
 
         Raises Unauthorized for an invalid key, and Forbidden for a client's key.
         """
@@ -100,7 +103,10 @@ class Keys:
         return jwt.encode(claims, self._secret, _ALGORITHM)
 
     def is_active(self, owner: str) -> bool:
-        """Return whether this owner's key is still valid. Open connections of a revoked key must end."""
+        """Return whether this owner's key is still valid, or no key is required.
+
+        Open connections of a revoked key must end.
+        """
         return self.allows_anonymous or any(known[:32] == owner for known in self._scopes)
 
     def owner_of_token(self, token: str, scope: str) -> str:
@@ -133,7 +139,10 @@ def pepper(database: Database) -> bytes:
 
 
 def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str, KeyScope]:
-    """Load the scopes of the keys that this server created; `with_first` includes the key of its first start."""
+    """Load the scopes of the keys that this server created.
+
+    `with_first` includes the automatic key: the key without a name that `components.build` creates.
+    """
     rows = database.read("SELECT hash, scope FROM keys WHERE name <> '' OR ?", with_first)
     return {row["hash"]: KeyScope(row["scope"]) for row in rows}
 
@@ -141,7 +150,7 @@ def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str,
 def add_key(database: Database, name: str, scope: KeyScope) -> str:
     """Create a key and return it. Only its hash is stored, so the key cannot be shown again.
 
-    The key that the first start creates has an empty name. Raises ValueError when the name is in use.
+    The automatic key has an empty name. Raises ValueError when the name is in use.
     """
     key = f"{secrets.token_hex(8)}:{secrets.token_hex(16)}"
     hashed = _hash(key, pepper(database))
@@ -156,7 +165,10 @@ def add_key(database: Database, name: str, scope: KeyScope) -> str:
 
 
 def list_keys(database: Database) -> list[dict[str, Any]]:
-    """List each key's name, scope, creation time and owner, oldest first. Owners are short as in logs and /status."""
+    """List the name, scope, creation time and owner of each key, oldest first.
+
+    Owners are cut to 9 characters, as in logs and /status.
+    """
     rows = database.read("SELECT name, scope, created_at, substr(owner, 1, 9) AS owner FROM keys ORDER BY created_at")
     return [dict(row) for row in rows]
 

@@ -81,8 +81,8 @@ class Components:
 def build(settings: Settings) -> Components:
     """Build all components and connect them, without starting the backend.
 
-    Raises ValueError for weights that cannot be served, and DataDirInUse if the data directory belongs to another
-    server.
+    Raises ValueError for weights that cannot be served, DataDirInUse if another server uses the data directory or a
+    newer version wrote it, OSError if the directory cannot be used, DiskFull, and CorruptDatabase.
     """
     known = discover(settings.models_dir)
     weights_by_endpoint = specs.assign_weights(settings.weights, known)
@@ -140,7 +140,7 @@ def _queries(database: Database) -> dict[str, Any]:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    """Build the limits and the threads that all keys share."""
+    """Build the limits that are divided between keys, and the threads that all keys share."""
     return {
         "rate_limiter": RateLimiter(settings.rate_per_key),
         "in_flight": BytesInFlight(4 * settings.max_body_mib * 2**20),
@@ -196,7 +196,11 @@ def _required_weights(model: Model) -> str:
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """Load all keys. If the server is reachable remotely and has no key, create an operator's key and print it."""
+    """Load the valid keys. If the server needs an automatic key and no key is stored, create one and print it.
+
+    The automatic key is an operator's key. It is loaded only while the settings contain no key and the server is
+    reachable remotely.
+    """
     if settings.has_automatic_key and not auth.load_key_scopes(database):
         key = auth.add_key(database, "", KeyScope.OPERATOR)
         print(f"\n  The key of this server, shown only this once:\n\n      FAL_KEY={key}\n", flush=True)

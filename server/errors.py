@@ -51,7 +51,7 @@ class ServerError(Exception):
 class InvalidInputFile(Exception):
     """An unusable file that a request refers to. The caller, which knows the field, raises InvalidInput instead.
 
-    `type` and `ctx` are those of fal's documented errors.
+    `type` and `ctx` have the form of fal's documented errors.
     """
 
     def __init__(self, error_type: str, message: str, **ctx: Any) -> None:
@@ -87,7 +87,7 @@ class Unauthorized(ServerError):
 
 
 class Forbidden(ServerError):
-    """A request from a foreign web page, or a client's request for data that only the operator may see."""
+    """A request from a web page that may not use this server, or a client's request for the operator's data."""
 
     status = 403
 
@@ -213,7 +213,7 @@ class ClientCancelled(RequestError):
 
 
 class ClientDisconnected(RequestError):
-    """A run or stream whose client disconnected."""
+    """A run, stream or realtime request whose client disconnected."""
 
     status = 499
     type = "client_disconnected"
@@ -236,10 +236,10 @@ class InternalError(RequestError):
     type = "internal_error"
 
 
-#: Headers that a stored error is sent with, by its type.
+#: Additional response headers of stored errors, by error type.
 HEADERS_BY_TYPE = {StartTimeout.type: StartTimeout.headers}
 
 
 def not_offered(url: str) -> NotFound:
-    """Build the error for a URL of fal's that this server does not serve. The request is never forwarded to fal."""
+    """Build the error for a fal URL that this server does not serve. The request is never forwarded to fal."""
     return NotFound(f"{url} is not offered by this server")

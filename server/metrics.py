@@ -25,7 +25,7 @@ _PREFIX = "flux_server_"
 #: Upper bounds of the histograms' buckets, in seconds.
 _STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WAITS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
-#: When the oldest waiting request of low (1) or normal (0) priority was submitted.
+#: Reads when the oldest waiting request was submitted. The parameter is 1 for low priority and 0 for normal priority.
 _FIRST = "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' AND (priority = 'low') = ? ORDER BY sequence LIMIT 1"
 
 
@@ -86,7 +86,10 @@ class Metrics:
     def add_gauges(
         self, gauges: Callable[[], Mapping[str, Gauge]], by_gpu: Callable[[], Mapping[str, tuple[str, GpuValues]]]
     ) -> None:
-        """Register the functions that return the server's gauges, and each GPU's, whenever metrics are read."""
+        """Register two functions that are called whenever metrics are read.
+
+        `gauges` returns the gauges of the server, `by_gpu` those of each GPU.
+        """
         self.gauges = gauges
         self.registry.register(_Gauges(gauges, by_gpu))
 
@@ -147,7 +150,7 @@ def collect_gauges(
 
 
 def collect_gpu_gauges(gpus: Callable[[], Sequence[GpuStatus]]) -> Mapping[str, tuple[str, GpuValues]]:
-    """Return each gauge's description and its values for the GPUs that report one."""
+    """Return each gauge's description, and its value on every GPU that reports the value."""
     statuses = gpus()
     # All engines of one GPU report the same device memory.
     info = {gpu.name: next(iter(gpu.engines.values()), EngineInfo()) for gpu in statuses}

@@ -16,7 +16,7 @@ from models.loading.specs import parse_spec
 PREFIX = "FLUX_SERVER_"
 #: The key that clients of a server without keys send, because fal's SDKs refuse to run without a key.
 OPEN_KEY = "local"
-_SECRETS = ("keys", "webhook_secret")
+_SECRETS = ("keys", "operator_keys", "webhook_secret")
 
 
 class SettingsError(Exception):
@@ -242,7 +242,7 @@ class Settings(BaseModel):
 
     @property
     def has_automatic_key(self) -> bool:
-        """Whether the first start creates a key, because the server is reachable remotely and no key is set."""
+        """Whether the automatic key is valid: the server is reachable remotely, and the settings contain no key."""
         return self.is_reachable_remotely and not (self.keys or self.operator_keys)
 
     @property
@@ -261,7 +261,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
-        """Read FLUX_SERVER_*, which `options` override, and FAL_KEY. Raises SettingsError with every problem."""
+        """Read FLUX_SERVER_*, which `options` override, and add FAL_KEY to the keys. Raises SettingsError."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
         # An empty variable counts as not set, as in .env files.
         given = {name: value for name, value in environment.items() if name.startswith(PREFIX) and value}

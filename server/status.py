@@ -1,4 +1,4 @@
-"""The data of /status: the type for GPUs, and queries for the last hour, recent failures, and usage by key."""
+"""The data of /status: the state of a GPU, and queries for the last hour, recent failures, and usage by key."""
 
 import time
 from collections.abc import Mapping
@@ -43,12 +43,12 @@ class GpuStatus:
 
     Attributes:
         name: the number of the worker.
-        state: "waiting" for a free GPU in the cluster, "loading", "ready" or "leaving".
+        state: "waiting" for a free GPU in the cluster, "loading" weights, "ready", or "leaving" after its last jobs.
         node: the address of the machine; empty for the server's own process.
         num_running: the number of requests assigned to the worker.
-        num_restarts: how often the runner was restarted.
+        num_restarts: how often the worker's process was lost and replaced; 0 without a cluster.
         engines: information about the loaded engines, by their weights.
-        failure: why the last runner ended, until the next one is ready.
+        failure: why the last process of the worker was lost; empty once the next one is ready.
     """
 
     name: str
@@ -61,7 +61,7 @@ class GpuStatus:
 
 
 def load_overview(database: Database, now: float | None = None) -> dict[str, Any]:
-    """Load the data of /status from the database; blocks on the disk. Owners are shortened to 9 characters.
+    """Load the data of /status from the database; blocks on the disk. Owners are cut to 9 characters.
 
     `now` is in seconds since 1970.
     """
@@ -85,7 +85,7 @@ def _minutes(database: Database, now: float) -> list[dict[str, Any]]:
 
 
 def _endpoints(database: Database, now: float) -> list[dict[str, Any]]:
-    """Average the waiting and inference times of the last hour's successful requests by endpoint, in seconds."""
+    """Count the successful requests of the last hour by endpoint, and average their times in seconds."""
     return [dict(row) for row in database.read(_ENDPOINTS, now - 60 * MINUTES)]
 
 

@@ -1,5 +1,6 @@
 """Functions that routes share: finding services, callers, models and jobs; reading bodies; building responses."""
 
+import errno
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def get_services(request: Request) -> Services:
 
 
 def authenticate(request: Request, scope: str | None = None) -> str:
-    """Return the owner of the request's key, or of a token that has `scope`. Raises Unauthorized."""
+    """Return the owner of the request's key or, if `scope` is given, of a token that has it. Raises Unauthorized."""
     return get_services(request).keys.owner(request.headers.get("authorization"), scope)
 
 
@@ -155,7 +156,7 @@ async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBod
             body.finish()
             yield body
     except OSError as error:
-        if error.errno in DISK_FULL_ERRNOS:
+        if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
             raise disk_error(error) from error
         raise
     finally:
@@ -209,7 +210,7 @@ async def result_response_of(
 ) -> FalJSONResponse:
     """Call `render` for the outcome of a completed job, and return its response.
 
-    Raises NotFound if the job was deleted; otherwise as `read_when_room`.
+    Raises NotFound if the job was deleted, and as `read_when_room` does.
     """
 
     def read() -> FalJSONResponse:

@@ -1,4 +1,4 @@
-"""fal's OpenAPI document of one endpoint's queue, generated from the model."""
+"""An OpenAPI document of one endpoint's queue, in fal's form, generated from the model."""
 
 import re
 from collections.abc import Mapping

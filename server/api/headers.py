@@ -11,7 +11,7 @@ from server.net.outbound import ForbiddenURL, OutboundClient
 from server.queue.jobs import Priority
 from server.storage.file_store import Lifecycle
 
-#: Start timeouts must be longer than this, as at fal. In seconds.
+#: Start timeouts must be longer than this many seconds, as at fal.
 MIN_START_TIMEOUT = 0.1
 MAX_IDEMPOTENCY_KEY = 255
 MAX_RUNNER_HINT = 255

@@ -12,9 +12,10 @@ from server.api.middleware.request_id import HEADER
 from server.errors import HEADERS_BY_TYPE, ServerError
 from server.queue.jobs import Job, Outcome, State
 
-#: HTTP statuses of status responses. As at fal, 202 means unfinished and 200 finished; `fal.apps` relies on this alone.
+#: HTTP statuses of status responses. As at fal, 202 means unfinished and 200 finished. The Python module `fal.apps`
+#: reads only this status.
 STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
-#: Bytes of a part of a response.
+#: The size in bytes of the parts in which a large response is sent.
 _CHUNK = 2**16
 
 
@@ -39,7 +40,7 @@ class FalJSONResponse(Response):
             await send({"type": "http.response.body"})
 
     def render(self, content: object) -> bytes:
-        """Serialize the content; bytes already are JSON and stay as they are."""
+        """Serialize the content as JSON. Content of type bytes is JSON already, and stays as it is."""
         return content if isinstance(content, bytes) else to_json(content, inf_nan_mode="null")
 
 
@@ -96,7 +97,7 @@ def progress_event(job: Job) -> dict[str, Any]:
 
 
 def result_response(outcome: Outcome) -> FalJSONResponse:
-    """Build the response of a finished job, with its stored status and headers."""
+    """Build the response of a finished job from its outcome, with fal's headers."""
     headers = dict(HEADERS_BY_TYPE.get(outcome.error_type or "", {}))
     if outcome.error_type:
         headers["x-fal-error-type"] = outcome.error_type

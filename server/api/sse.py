@@ -11,12 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 #: Seconds between comments, as at fal, so that no proxy closes a silent stream.
 HEARTBEAT = 15.0
-#: Bytes of a part of an event.
+#: The size in bytes of the parts in which a long event is sent.
 _PART = 2**16
 
 
 class AbortStream(Exception):
-    """A failure after the response has started: cutting the connection is the only way left to signal it."""
+    """A failure after the response has started: the only way left to signal the failure is to cut the connection."""
 
 
 class EventStream(StreamingResponse):
@@ -36,7 +36,7 @@ class EventStream(StreamingResponse):
         self._within = context or nullcontext()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream inside the context. The context exits even if the client disconnects before the first event."""
+        """Stream inside `context`, which ends even if the client disconnects before the first event."""
         with self._within:
             await super().__call__(scope, receive, send)
 

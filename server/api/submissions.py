@@ -24,7 +24,8 @@ from server.inputs.spool import SpooledBody
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
-#: Accepted content types of JSON bodies. `curl -d` sends the second, and some clients send none.
+#: Accepted content types of JSON bodies, in addition to all that end in +json. `curl -d` sends the second, and some
+#: clients send none.
 _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
@@ -43,7 +44,7 @@ async def parse_submission(
     """Parse the request and its body, and fetch the files that its URLs refer to.
 
     `content_type` overrides the request's header. Raises InvalidInput and BadRequest, naming the field and the limit,
-    TooManyRequests, QueueFull and DiskFull.
+    TooManyRequests, QueueFull, DiskFull, and InternalError if a LoRA could not be checked.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
     args = (model, body.text, content_type, inputs.limits)
@@ -79,7 +80,7 @@ def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> Im
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
     fields = validation.parse_body(model.Input, body, {"limits": limits})
-    # Below 2**32, because JavaScript rounds large integers (from 2**53).
+    # The seed is below 2**32, because JavaScript rounds integers above 2**53.
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)
     return fields.model_copy(update={"seed": seed})
 

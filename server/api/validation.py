@@ -11,10 +11,10 @@ from server.errors import InvalidInput
 
 Body = TypeVar("Body", bound=BaseModel)
 
-#: Maximum values in one body. A large body of empty maps would take seconds to parse, and forty times its size in
-#: memory.
+#: Maximum values in one body. Without this limit, a large body of empty maps would take seconds to parse, and memory of
+#: forty times its size.
 MAX_VALUES = 100_000
-#: Bytes of a body in which values are counted at a time.
+#: How many bytes of a body are searched at a time when its values are counted.
 _PART = 2**20
 #: Maximum lines of a body to count when locating a JSON error.
 _MAX_LINES = 10_000
@@ -22,7 +22,7 @@ _MAX_LINES = 10_000
 
 def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None = None) -> Body:
     """Parse a JSON body; pydantic's validators receive `context`. Raises InvalidInput, listing every wrong field."""
-    # Characters inside strings count too, but the long base64 strings of valid bodies contain none of these.
+    # The count includes characters inside strings, but the long base64 strings of valid bodies contain none of these.
     if _count_values(body) > MAX_VALUES:
         message = f"Body should have at most {MAX_VALUES} values"
         raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
@@ -36,7 +36,7 @@ def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None 
 def _count_values(body: bytes) -> int:
     """Count `{`, `[` and commas, of which a body has about one for each value.
 
-    Counting part by part lets a thread release the interpreter lock in between.
+    The body is counted part by part, so that other threads can run in between.
     """
     starts = range(0, len(body), _PART)
     return sum(body.count(mark, start, start + _PART) for mark in (b"{", b"[", b",") for start in starts)

@@ -14,8 +14,8 @@ from server.queue.jobs import Job, State
 async def wait_for_outcome(request: Request, services: Services, job: Job) -> None:
     """Wait until the job ends. Cancel the job if its client disconnects.
 
-    Raises InternalError if the job has not ended, because the server stops or the client has disconnected, and
-    TooManyRequests if its owner has too many open responses.
+    Raises InternalError if the server stops or the client disconnects before the job ends, and TooManyRequests if the
+    job's owner has too many open responses.
     """
     with cancel_on_disconnect(services, job), services.notifier.subscribe(job.request_id) as event:
         disconnect = asyncio.create_task(_disconnected(request))
@@ -40,9 +40,9 @@ def cancel_on_disconnect(services: Services, job: Job) -> Iterator[None]:
         with services.open_answers.held(job.owner):
             yield
     finally:
-        # When the server stops, the database may be closed by now. The next start ends the job instead.
+        # While the server stops, the database may already be closed. The next start ends the job instead.
         if job.state != State.COMPLETED and not services.notifier.is_closing:
-            # Not awaited, because this may run while the connection's task is being cancelled.
+            # Do not await the cancellation, because this may run while the connection's own task is being cancelled.
             services.executor.submit(job.owner, services.queue.cancel, job)
 
 

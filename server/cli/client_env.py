@@ -92,7 +92,7 @@ def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
 
 
 def environment(settings: Settings, files: CertificateFiles, outside: Mapping[str, str]) -> dict[str, str]:
-    """Extend the environment `outside` so that a Python or Node program's fal calls reach this server."""
+    """Return the environment `outside`, extended so that a Python or Node program's fal calls reach this server."""
     # Node accepts only double quotes in NODE_OPTIONS.
     preload = str(PRELOAD).replace("\\", "\\\\").replace('"', '\\"')
     options = f'{outside.get("NODE_OPTIONS", "")} --require "{preload}"'.strip()

@@ -69,7 +69,8 @@ class Control:
     def is_open(self) -> bool:
         """Return whether the running server requires no key.
 
-        Without a running server: whether the next one requires none, if it is on loopback and has no --keys.
+        Without a running server, return whether no named key is stored. The next server then requires no key, if only
+        this machine can reach it and its settings contain no keys.
         """
         return self._is_open() if self._is_open else not auth.load_key_scopes(self._database, with_first=False)
 

@@ -1,4 +1,4 @@
-"""Access to `Control` from other processes: a Unix socket in the data directory that only its owner can open."""
+"""Access to `Control` from other processes: a Unix socket in the data directory, for the user of the server only."""
 
 import asyncio
 import json
@@ -84,7 +84,10 @@ def call(data_dir: Path, command: str, **arguments: Any) -> Any:
 
 
 def requires_key(data_dir: Path) -> bool:
-    """Check whether the running or next server of this directory requires a key, without locking the directory."""
+    """Return whether the running server requires a key; without a running server, whether a named key is stored.
+
+    The directory is not locked.
+    """
     with suppress(OSError, ValueError):
         return not _call_server(data_dir, "is_open", {})
     with suppress(sqlite3.Error):

@@ -31,7 +31,7 @@ NOT_FOUND = 127
 @cli.command()
 @with_settings_options
 def serve(settings: Settings) -> None:
-    """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=DIRECTORY."""
+    """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
     # Import the server late, because `env` and `--help` do not need it.

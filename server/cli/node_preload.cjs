@@ -37,8 +37,8 @@ net.Socket.prototype.connect = function (...args) {
   return connectSocket.call(this, { ...options, host: address, port, lookup: undefined }, listenerOf(args));
 };
 
-// The TLS server name decides whether a connection is redirected. The caller's own socket or path is dropped, because
-// it would still lead to fal.
+// The TLS server name decides whether a connection is redirected. A socket or path from the caller is dropped,
+// because it would still lead to fal.
 tls.connect = function (...args) {
   const { socket, path, ...options } = optionsOf(args);
   const name = options.servername || options.host;

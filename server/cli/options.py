@@ -18,7 +18,7 @@ FAILED = 1
 def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
     """Add one option per setting to a command, and WEIGHTS as its arguments unless it has arguments already.
 
-    The command gets the loaded Settings. If they are invalid, it exits with BAD_SETTINGS instead.
+    The command gets the loaded Settings. If the settings are invalid, the process exits with BAD_SETTINGS instead.
     """
     own = [parameter for name, parameter in inspect.signature(func).parameters.items() if name != "settings"]
 

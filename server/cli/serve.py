@@ -30,7 +30,7 @@ _OTHER_THREADS = 32
 
 
 def serve_until_stopped(settings: Settings) -> BaseException | None:
-    """Serve until SIGINT, SIGTERM or SIGHUP, or until the worker fails; return its error, or None.
+    """Serve until SIGINT, SIGTERM or SIGHUP, or until the backend fails; return the backend's error, or None.
 
     Raises OSError if a port is in use, and ValueError, OSError, RuntimeError and DiskFull if the server cannot start.
     """
@@ -48,7 +48,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     app = create_app(settings)
     components: Components = app.state.components
     services, backend = components.services, components.backend
-    # The CONNECT proxy counts as a port, because it holds two sockets per tunnel.
+    # The CONNECT proxy counts as one more port, because it too holds two open files per connection.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
     certificate = _certificate(settings)
@@ -79,13 +79,13 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
                 wait.cancel()
         services.notifier.is_stopping = True
         log.info("stopping")
-        # Stop the worker first, while clients are connected, so that they get the results of the grace period.
+        # Stop the backend first. Clients are still connected, so they get the results of the grace period.
         await asyncio.to_thread(backend.stop)
         services.notifier.close()
         for listener in listeners:
             listener.should_exit = True
         await asyncio.gather(*servers, return_exceptions=True)
-        # Close the proxy after the listeners, because it carries some of their responses.
+        # Close the proxy after the listeners, because some of their responses pass through the proxy.
         if proxy:
             await proxy.close()
     return backend.failure

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds to wait before a start, by how many runners in a row ended before they were ready.
 RESTART_BACKOFF = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-#: Shared by all slots, so that the head holds the input files of only one request in memory at a time.
+#: Held while input files are sent. All slots share it, so that the head has the files of only one request in memory.
 _INPUT_TRANSFER_LOCK = threading.Lock()
 
 
@@ -69,7 +69,7 @@ class GpuSlot:
         self._thread.start()
 
     def close(self) -> None:
-        """Start to release the GPU: after its current jobs if the runner is ready, immediately otherwise."""
+        """Begin to release the GPU: after its current jobs if the runner is ready, otherwise immediately."""
         self.is_closing = True
         self._stopped.set()
         self._on_change(self)
@@ -148,7 +148,7 @@ class GpuSlot:
             runner.cancel(job.request_id)
 
     def cancel(self, job: Job) -> None:
-        """Have the runner cancel a job before its next step; return once it confirms, or does not answer in time."""
+        """Have the runner cancel a job before its next step; return when it confirms, or after a timeout."""
         with self._lock:
             runner = self._runner
         if runner:
@@ -262,8 +262,8 @@ class GpuSlot:
     def _finish(self, job: Job, ended: messages.JobFinished) -> None:
         """Write the job's files on the head, then commit its outcome. A retry writes the same files.
 
-        Raises DiskFull; ImplausibleMessage for a file that already exists, which belongs to another request. If a file
-        cannot be written for another reason, the job fails.
+        If a file cannot be written for another reason than a full disk, the job fails. Raises DiskFull, and
+        ImplausibleMessage for a file that already exists, because that file belongs to another request.
         """
         if any(self._files.is_listed(each.name) for each in ended.outcome.files):
             raise message_checks.ImplausibleMessage("the runner reported a file that already exists")

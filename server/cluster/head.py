@@ -23,8 +23,8 @@ from server.storage.file_store import FileStore
 
 log = logging.getLogger(__name__)
 
-#: Maximum jobs per GPU at a time, so that a GPU that joins later finds work. With --max-gpus, the head requests one GPU
-#: for each group of this many jobs.
+#: Maximum jobs of one priority per GPU at a time. The limit is low, so that a GPU that joins later finds work. With
+#: --max-gpus, the head requests one GPU for each group of this many jobs.
 MAX_JOBS_PER_GPU = 4
 #: Seconds after which an idle GPU is released, while there are more GPUs than needed.
 IDLE_SECONDS = 60.0
@@ -49,7 +49,7 @@ class ClusterHead:
         self._ray = ray_cluster
         self._slots: list[GpuSlot] = []
         self._num_slots = 0
-        #: Monotonic time when there were last no more slots than needed.
+        #: The last time, on the monotonic clock, when there were no more slots than needed.
         self._all_wanted_at = -math.inf
         self._router = Router[GpuSlot](min(settings.max_running, MAX_JOBS_PER_GPU))
         #: Slots whose runner or jobs changed, to be updated in the router.
@@ -75,7 +75,7 @@ class ClusterHead:
         return [slot.gpu() for slot in list(self._slots)]
 
     def cancel(self, job: Job) -> None:
-        """Have a job's runner cancel it before its next step; return once the runner confirms, or does not answer."""
+        """Have a job's runner cancel the job before its next step; return when it confirms, or after a timeout."""
         for slot in [slot for slot in list(self._slots) if job.request_id in slot.jobs]:
             slot.cancel(job)
 
@@ -187,9 +187,9 @@ class ClusterHead:
             slot.close()
 
     def _is_idle(self, slot: GpuSlot) -> bool:
-        """Return whether a surplus slot may be released: without jobs, and without a GPU or after IDLE_SECONDS.
+        """Return whether a surplus slot may be released: it has no jobs, and has no GPU or was idle for IDLE_SECONDS.
 
-        The wait applies to a slot that is loading too. Otherwise, a queue whose length fluctuates would never get its
+        A slot that loads weights gets the same time. Otherwise, a queue whose length fluctuates would never get its
         weights loaded.
         """
         is_overdue = time.monotonic() > max(slot.idle_since, self._all_wanted_at) + IDLE_SECONDS

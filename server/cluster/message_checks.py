@@ -12,7 +12,7 @@ from server.cluster import messages
 from server.queue.jobs import Job, Outcome
 from server.storage.file_store import StoredFile, is_file_name
 
-#: Maximum characters of an answer; SQLite holds up to 10**9 bytes.
+#: Maximum characters of an outcome's body; SQLite holds up to 10**9 bytes.
 MAX_BODY = 2**28
 #: Maximum characters of a preview, as a data URI.
 MAX_PREVIEW = 2**23
@@ -34,7 +34,7 @@ class ImplausibleMessage(Exception):
 
 
 def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
-    """Check a message; return the job that it is about, or None if the runner has no such job.
+    """Check a message; return the runner's job that the message is about, or None if there is none.
 
     Raises ImplausibleMessage.
     """

@@ -59,7 +59,7 @@ class CrashReported:
 
 @dataclass(frozen=True)
 class StepMeasured:
-    """The duration of one forward, which several requests may share, and the size of its images in pixels."""
+    """The duration of one forward pass, which several requests may share, and the size of its images in pixels."""
 
     size: tuple[int, int]
     acceleration: str

@@ -39,7 +39,7 @@ class RayRunner(Runner):
     """A runner in a Ray actor process."""
 
     def about(self) -> Mapping[str, Any]:
-        """Return what the base class does, and the id and address of the node."""
+        """Return what the base class returns, and the id and address of the node."""
         import ray
 
         return {
@@ -94,7 +94,7 @@ class RunnerHandle:
             raise RunnerLost(str(error)) from None
 
     def cancel(self, request_id: str) -> None:
-        """Have the runner cancel a job before its next step; return once it confirms, or does not answer in time."""
+        """Have the runner cancel a job before its next step; return when it confirms, or after CALL_TIMEOUT."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.get(self._control("cancel")(request_id), timeout=CALL_TIMEOUT)
 
@@ -116,9 +116,9 @@ class RunnerHandle:
             self._ray.kill(self._actor)
 
     def crashed_jobs(self) -> list[str]:
-        """Return the ids of the requests that may have crashed the runner, and log its stack trace.
+        """Return the ids of the requests that may have crashed the runner, and log the runner's stack trace.
 
-        Empty if the runner did not crash, or if its node does not answer.
+        The list is empty if the runner did not crash, or if its node does not answer.
         """
         if not self._about:
             return []
@@ -192,5 +192,5 @@ class RayCluster:
 
 
 def _has_gpus() -> bool:
-    """Return whether this machine has GPUs that Ray can detect."""
+    """Return whether this machine has NVIDIA GPUs, which Ray detects."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -45,7 +45,7 @@ class CacheAffinity:
 
     @classmethod
     def of(cls, text: str) -> "CacheAffinity":
-        """Read the affinity from a request's input as JSON; empty if that is malformed, which the worker reports."""
+        """Read the affinity from a request's input as JSON; empty for malformed JSON, which the worker reports."""
         try:
             fields: dict[str, Any] = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -135,8 +135,8 @@ class Router(Generic[R]):
     def route(self, job: Job, affinity: CacheAffinity) -> R:
         """Choose a slot for a job. At least one slot must have room.
 
-        The slot of the last job with the same runner hint is chosen if it has room. Otherwise it is one of the least
-        loaded slots, by preference one that has cached both size and prompt, or the size, or the prompt.
+        The slot of the last job with the same runner hint is chosen if it has room. Otherwise, one of the least loaded
+        slots is chosen: by preference one that has cached both size and prompt, then the size, then the prompt.
         """
         chosen = self._hinted(job) or self._best(affinity)
         if job.runner_hint:

@@ -43,12 +43,12 @@ def node_directory() -> Path:
 
 
 class Runner:
-    """A runner, which the head creates, calls and ends. It does not depend on Ray, so tests run it alone."""
+    """A runner, which the head creates, calls and ends. This class does not depend on Ray, so tests use it alone."""
 
     def __init__(self, settings: Settings) -> None:
         disable_telemetry_and_warnings()
         limit_openmp_spinning()
-        # Ray sets this to one thread for actors that request no CPU. Without the variable, PyTorch uses all cores.
+        # Ray sets this variable to 1 for actors that request no CPU. Without the variable, PyTorch uses all cores.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._directory = _new_directory(node_directory() / "runners")
         settings = settings.model_copy(update={"data_dir": node_directory()})
@@ -88,9 +88,10 @@ class Runner:
             is_over = any(isinstance(message, RunnerStopped) for message in messages)
 
     def take_job(self, job: Job, text: str, contents: Mapping[str, Any]) -> None:
-        """Store the input files in `contents`, by name and as `fetch` takes them, then enqueue the job.
+        """Store the input files that were missing here, then enqueue the job; its input is `text`.
 
-        If a file cannot be stored, send JobRejected instead.
+        `contents` maps the name of each file to the argument that `fetch` takes. If a file cannot be stored, send
+        JobRejected instead.
         """
         try:
             for name, source in contents.items():
@@ -155,7 +156,7 @@ class Runner:
 
 
 class _FailureNotifier(Notifier):
-    """The worker's notifier. The worker notifies listeners only when it fails."""
+    """The worker's notifier. On a runner, the only call of `notify` comes from a worker that fails."""
 
     def __init__(self, on_failure: Any) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class _Handler(logging.handlers.QueueHandler):
     """A handler that sends log records to the head."""
 
     def __init__(self, queue: RunnerQueue) -> None:
-        # Without a standard queue: records go to the runner queue.
+        # No standard queue, because records go to the runner queue.
         super().__init__(None)  # type: ignore[arg-type]
         self.setFormatter(logging.Formatter("%(message)s"))
         self._queue = queue

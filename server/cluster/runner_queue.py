@@ -120,7 +120,7 @@ class RunnerMetrics(Metrics):
         self._queue = queue
 
     def observe_step(self, size: tuple[int, int], acceleration: str, seconds: float) -> None:
-        """Report the duration of one forward."""
+        """Report the duration of one forward pass."""
         self._queue.send(StepMeasured(size, acceleration, seconds))
 
     def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:

@@ -1,4 +1,7 @@
-"""Input files of requests: named by the hash of their content, and kept while an unfinished request needs them."""
+"""Input files of requests, named by the hash of their content.
+
+Images are kept while an unfinished request needs them. LoRA files are kept longer, as long as they fit --loras-gb.
+"""
 
 import hashlib
 import os
@@ -19,15 +22,15 @@ GRACE_SECONDS = 600.0
 LORA = ".safetensors"
 #: The directory of input files in the data directory.
 INPUTS = "inputs"
-#: Complete files, and files that are being written.
+#: The names of complete files, and of files that are being written.
 _SERVER_FILE = re.compile(r"[0-9a-f]{64}\.(png|safetensors)|[0-9a-f]{16}\.(part|ready)")
 
 
 class InputCache:
     """A directory of input files. Files appear whole or not at all, and the same content is stored once.
 
-    `in_use` returns the names of the files that unfinished requests need. Unused LoRAs are kept while
-    all LoRAs take at most `max_kept_bytes`.
+    `in_use` returns the names of the files that unfinished requests need. LoRAs that no request needs are kept too,
+    while all LoRAs together take at most `max_kept_bytes`.
     """
 
     def __init__(
@@ -56,9 +59,9 @@ class InputCache:
         return self._directory / f"{secrets.token_hex(8)}.part"
 
     def add(self, ready: Path, extension: str) -> str:
-        """Move a complete file into the cache, durably; return its name, the SHA-256 of its content and the extension.
+        """Move a complete file into the cache, durably, and return its name. Raises OSError.
 
-        Raises OSError.
+        The name is the SHA-256 of the content, followed by `extension`.
         """
         with ready.open("rb") as file:
             name = f"{hashlib.file_digest(file, 'sha256').hexdigest()}{extension}"
@@ -81,7 +84,10 @@ class InputCache:
 
     @contextmanager
     def pin(self) -> Iterator[Callable[[str], None]]:
-        """Yield a function that pins a file by name: no sweep deletes the file until GRACE_SECONDS after the block."""
+        """Yield a function that pins a file by name.
+
+        No sweep deletes a pinned file during the block, or within GRACE_SECONDS after it.
+        """
         names: list[str] = []
 
         def hold(name: str) -> None:
@@ -101,7 +107,7 @@ class InputCache:
     def sweep(self) -> int:
         """Delete files that no unfinished request needs, unless they are pinned or were just used; return how many.
 
-        All such images are deleted; LoRAs, the least recently used first, only until the rest fits the limit.
+        LoRAs are deleted only while all LoRAs together exceed `max_kept_bytes`, the least recently used first.
         """
         needed = self._in_use()
         paths = (path for path in self._directory.iterdir() if is_server_file(path, _SERVER_FILE))

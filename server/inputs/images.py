@@ -107,7 +107,8 @@ def _check_parts(content: bytes) -> None:
     if content.startswith(_PNG):
         parts = _chunks(content)
     elif content.startswith(_JPEG):
-        # Compressed data never contains 0xFF 0xDA, so each match is a marker of the image or of a thumbnail.
+        # Compressed data never contains 0xFF 0xDA. So each match is a scan of the image, or lies in its metadata, for
+        # example in a thumbnail.
         if content.count(_START_OF_SCAN) > MAX_SCANS:
             raise InvalidInputFile(
                 "image_load_error", f"The image has more than {MAX_SCANS} scans; save it as a baseline JPEG"

@@ -39,7 +39,7 @@ def problem(path: Path) -> str:
             problems = (_tensor_problem(name, each.get_dtype(), each.get_shape()) for name, each in tensors)
             return next(filter(None, problems), "")
     except OSError as error:
-        # Not the error's text, which names a path of the server.
+        # Leave out the rest of the error's text, which names a path of the server.
         return f"it cannot be read: {error.strerror}"
     except (SafetensorError, ValueError) as error:
         return f"it is not a safetensors file: {str(error)[:500]}"
@@ -58,6 +58,6 @@ def _tensor_problem(name: str, dtype: str, shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    # A lower priority, so that running requests are not delayed.
+    # Lower the priority of this process, so that it does not delay running requests.
     os.nice(10)
     sys.stdout.buffer.write(problem(Path(sys.argv[1])).encode("utf-8", "replace"))

@@ -8,9 +8,10 @@ from pathlib import Path
 from server.errors import InternalError, InvalidInputFile
 from server.inputs import lora_header
 
-#: The header holds names, types and shapes. Real LoRAs for FLUX.1 have headers of a few hundred KiB.
+#: The longest header, which holds the names, types and shapes of the tensors. Real LoRAs for FLUX.1 have headers of a
+#: few hundred KiB.
 MAX_HEADER_BYTES = 8 * 2**20
-#: How long the other process may take, in seconds; enough for a busy machine.
+#: Seconds that the process that checks a header may take; enough on a busy machine.
 _SECONDS = 60.0
 _LENGTH = struct.Struct("<Q")
 
@@ -21,14 +22,14 @@ def check(path: Path) -> None:
     Raises InvalidInputFile with the reason, and InternalError when the process fails or takes too long.
     """
     _check_length(path)
-    # -I: Python uses nothing from the environment or the working directory.
+    # With -I, Python uses nothing from the environment or the working directory.
     command = [sys.executable, "-I", lora_header.__file__, str(path)]
     try:
         done = subprocess.run(  # noqa: S603  a fixed program, and a path that the server made
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        # The program prints why it refuses a bad file, so this is a fault of the machine, not of the file.
+        # For a bad file, the program prints the reason and exits normally. So this is a fault of the machine.
         raise InternalError("The header of the LoRA file could not be checked; try again") from error
     if done.stdout:
         raise _bad(done.stdout.decode("utf-8", "replace"))

@@ -25,7 +25,7 @@ from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
 MAX_IMAGE_BYTES = 25 * 2**20
-#: Enough bytes for an input that holds the largest image as a data URI; the rest of an input is small.
+#: The most bytes of a realtime input: enough for the largest image as a data URI, and for the other fields.
 MAX_INPUT_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 2**20
 #: How many downloads run at a time, in total and per owner.
 MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
@@ -46,9 +46,10 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class InputType:
-    """A type of input file: the limits of its download in bytes and seconds, and how it is checked and stored.
+    """A type of input file: the largest size in bytes, the most seconds of a download, and how to check and store it.
 
-    `store` checks the file at the first path, writes the version to keep to the second path, and returns its extension.
+    `store` checks the file at the first path, writes the version to keep to the second path, and returns the extension
+    of that version.
     """
 
     max_bytes: int
@@ -67,9 +68,10 @@ class _CachedDownload:
 
 
 class InputResolver:
-    """A resolver that stores the images and LoRA weights of requests in the cache; images as RGB within the limits.
+    """A resolver that stores the images and LoRA files of requests in the cache.
 
-    So a retried job reads exactly the bytes that were accepted.
+    Images are stored as RGB, scaled down to the limits. A job reads only the stored files, so a retry reads the same
+    bytes.
     """
 
     def __init__(
@@ -83,7 +85,11 @@ class InputResolver:
         max_lora_bytes: int = 2**30,
         max_bytes_per_owner: int = 5 * 10**9,
     ) -> None:
-        """Start empty. `pending_bytes` returns the bytes of an owner's unfinished requests and of the named files."""
+        """Start empty.
+
+        `pending_bytes` takes an owner and names of files. It returns the bytes that these files and the unfinished
+        requests of the owner need together.
+        """
         self.cache = cache
         self.outbound = outbound
         self._files = files
@@ -136,7 +142,7 @@ class InputResolver:
             raise
 
     def sweep(self) -> int:
-        """Delete files that no unfinished request needs; return how many."""
+        """Delete input files that are no longer needed, as `InputCache.sweep` does; return how many."""
         return self.cache.sweep()
 
     async def _resolve(self, url: str, owner: str, kind_name: str, body: SpooledBody | None) -> str:
@@ -167,7 +173,7 @@ class InputResolver:
                     url = await hub.resolve_hub_id(url, self.outbound, temp_path)
                 if not _SCHEME.match(url[:100]):
                     raise InvalidInputFile("file_download_error", _what_is_accepted(kind_name))
-                # The key has the kind, because a file that was fetched as an image was not checked as a LoRA.
+                # The key contains the kind, because a file that was fetched as an image was not checked as a LoRA.
                 cached = self._known.get((kind_name, url))
                 is_here = cached is not None and await self._executor.run(owner, self.cache.touch, cached.name)
                 etag = cached.etag if cached and is_here else ""
@@ -186,7 +192,7 @@ class InputResolver:
         return name
 
     def _link(self, name: str, owner: str, to: Path) -> None:
-        """Link a file of this server's store to `to`. The link keeps the content if the file is deleted meanwhile."""
+        """Hard-link a file of this server's store to `to`. The link keeps the content if the store deletes the file."""
         file = self._files.find(name)
         try:
             if file is None or (file.is_private and file.owner != owner):
@@ -238,7 +244,7 @@ def _store_lora(temp_path: Path, ready: Path, limits: Limits) -> str:
 
 
 def _own_name(url: str) -> str | None:
-    """Return the name of the file if the URL's path is that of a file in this server's store, otherwise None.
+    """Return the name of the file if the URL's path has the form of a file in this server's store, otherwise None.
 
     Any host is accepted, because the name has 128 random bits.
     """
@@ -275,7 +281,7 @@ def _decode(url: str, temp_path: Path, kind: InputType) -> None:
     if 0 <= url.find("=", match.end()) < len(url) - 2:
         raise InvalidInputFile("file_download_error", "The data URI is not base64: data follows its padding")
     try:
-        # In parts, because decoding holds Python's global lock, and other threads must run in between.
+        # Decode in parts, because decoding holds Python's global lock, and other threads must run in between.
         with temp_path.open("wb") as file:
             for start in starts:
                 file.write(pybase64.b64decode(url[start : start + _PART], validate=True))

@@ -1,4 +1,4 @@
-"""A JSON body as it arrives: long base64 data goes to temporary files, and the rest stays in memory."""
+"""Reading a JSON body as it arrives: long base64 data goes to temporary files, and the rest stays in memory."""
 
 import hashlib
 import json
@@ -10,17 +10,18 @@ import pybase64
 
 from server.errors import InvalidInput, InvalidInputFile
 
-#: Base64 data with more characters than this goes to a file.
+#: A piece of base64 data with more characters than this goes to a file.
 MAX_IN_MEMORY = 64 * 2**10
-#: The most bytes that a body may have besides the data in files. Valid bodies have much less.
+#: The most bytes of a body that stay in memory: everything except the data in files. Real requests have much less.
 MAX_TEXT = 2**20
-#: How many characters of the data stay in the text, for error messages that quote them.
+#: How many characters of the data in a file also stay in the text, for error messages that quote them.
 _NUM_QUOTED = 1024
 #: The start of base64 data. JSON's syntax has no semicolon, so this can only be inside a string.
 _START = b";base64,"
-#: Base64, with the escapes that JSON encoders write into it for "/", "+" and "=".
+#: Base64 data, in which JSON encoders may have escaped "/", "+" and "=". Possessive quantifiers, which Python 3.11.2
+#: matches wrongly, are not needed: nothing after the data can fail.
 _ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]+|\\/|\\u00(?:2[BbFf]|3[Dd]))*")
-#: An escape whose end has not arrived yet.
+#: The beginning of an escape at the end of a part, whose remaining characters have not arrived yet.
 _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 
 
@@ -36,10 +37,10 @@ class SpooledData:
         self._problem = ""
 
     def write(self, data: bytes) -> None:
-        """Decode the next characters. Raises OSError. For invalid base64, `link` raises the error later."""
+        """Decode the next characters into the file. Raises OSError. For invalid base64, `link` raises an error."""
         self._hash.update(data)
         data = self._rest + data
-        # Four characters are three bytes.
+        # Decode whole groups of four characters, which stand for three bytes.
         end = len(data) // 4 * 4
         if self._is_padded and data:
             self._problem = self._problem or "data follows its padding"
@@ -48,13 +49,16 @@ class SpooledData:
         self._rest = data[end:]
 
     def finish(self) -> str:
-        """Decode the rest and close the file; return the data's name, the SHA-256 of its characters. Raises OSError."""
+        """Decode the last characters, close the file, and return the name of the data. Raises OSError.
+
+        The name is the SHA-256 of the base64 characters, in hexadecimal.
+        """
         self._decode(self._rest)
         self._file.close()
         return self._hash.hexdigest()
 
     def link(self, path: Path) -> None:
-        """Hard-link the decoded file to `path`. Raises InvalidInputFile for data that is not base64, and OSError."""
+        """Hard-link the decoded file to `path`. Raises InvalidInputFile if the data is not base64, and OSError."""
         if self._problem:
             raise InvalidInputFile("file_download_error", f"The data URI is not base64: {self._problem}")
         path.hardlink_to(self._path)
@@ -78,8 +82,8 @@ class SpooledData:
 class SpooledBody:
     """A JSON body whose long base64 data is in temporary files.
 
-    In `text`, such data is cut after its first characters, and its name follows as `#<hash>`. Base64 never contains a
-    number sign.
+    `write` takes the parts of the body as they arrive. `finish` then sets `text`: the body, in which only the first
+    characters of long data are left, followed by `#` and the name of the data. Base64 itself never contains `#`.
     """
 
     def __init__(self, temp_path: Callable[[], Path]) -> None:
@@ -93,9 +97,9 @@ class SpooledBody:
         self._is_data = False
         self._head = bytearray()
         self._current: SpooledData | None = None
-        #: The end of the last part, if it may be the beginning of `_START` or of an escape.
+        #: The last bytes of the previous part, if they may be the beginning of `_START` or of an escape.
         self._rest = b""
-        #: The position of the next backslash in the part that is being read; its length if there is none.
+        #: The position of the next backslash in the part that is being read; the length of the part if there is none.
         self._backslash = -1
 
     @property
@@ -104,7 +108,7 @@ class SpooledBody:
         return self._body_hash.hexdigest()
 
     def write(self, part: bytes) -> None:
-        """Read the next part of the body. Raises InvalidInput for more than MAX_TEXT bytes of text, and OSError."""
+        """Read the next part of the body. Raises InvalidInput if over MAX_TEXT bytes stay in memory, and OSError."""
         self._body_hash.update(part)
         part, self._rest, self._backslash = self._rest + part, b"", -1
         position = 0
@@ -120,11 +124,11 @@ class SpooledBody:
         self._texts.clear()
 
     def find(self, url: str) -> SpooledData | None:
-        """Return the data in a file that this data URI names; None if the URI contains its data."""
+        """Return the data that a data URI from `text` names; None if the URI contains all of its data."""
         return self._data.get(url.rpartition("#")[2])
 
     def is_in(self, text: str) -> bool:
-        """Return whether this text contains the name of data that is in a file."""
+        """Return whether this text contains the name of any data that is in a file."""
         return any(name in text for name in self._data)
 
     def close(self) -> None:
@@ -133,7 +137,7 @@ class SpooledBody:
             data.close()
 
     def _read_text(self, part: bytes, position: int) -> int:
-        """Read text up to the start of data or the end of the part; return the position after it."""
+        """Read text up to the start of base64 data or the end of the part; return the position after the text."""
         start = part.find(_START, position)
         # The last bytes may be the beginning of `_START`.
         end = max(position, len(part) - len(_START) + 1) if start < 0 else start + len(_START)
@@ -145,11 +149,11 @@ class SpooledBody:
         return len(part)
 
     def _read_data(self, part: bytes, position: int) -> int:
-        """Read base64 data up to its end; return the position after it."""
+        """Read base64 data up to its end or the end of the part; return the position after the data."""
         if self._backslash < position:
             found = part.find(b"\\", position)
             self._backslash = found if found >= 0 else len(part)
-        # Most data has no escapes, and ends at the next quotation mark.
+        # Without escapes, which is the usual case, the data ends at the next quotation mark.
         end = part.find(b'"', position, self._backslash)
         if end < 0:
             end = len(part)
@@ -172,7 +176,7 @@ class SpooledBody:
         self._texts.append(text)
 
     def _append_data(self, data: bytes) -> None:
-        # The data means the same in JSON without its escapes.
+        # Replace the escapes, which does not change what the JSON means.
         data = json.loads(b'"%s"' % data).encode() if b"\\" in data else data
         if self._current is not None:
             self._current.write(data)
@@ -187,7 +191,7 @@ class SpooledBody:
         self._is_data = False
         if self._current is not None:
             name = self._current.finish()
-            # Data that occurs twice has the same name, and is kept once.
+            # If the same data occurs twice, it has the same name both times, and only one file is kept.
             self._data.setdefault(name, self._current)
             if self._data[name] is not self._current:
                 self._current.close()

@@ -1,1 +1,1 @@
-"""Sockets: listeners, time limits, TLS, the CONNECT proxy, outbound requests."""
+"""Sockets: listeners, limits on time and memory, TLS, the CONNECT proxy, outbound requests."""

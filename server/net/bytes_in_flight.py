@@ -34,9 +34,10 @@ class BytesInFlight(FairShare):
 
     @asynccontextmanager
     async def room(self, owner: str, num_bytes: int, *, is_patient: bool = False) -> AsyncIterator[None]:
-        """Wait for memory, then hold it until the block ends.
+        """Wait for `num_bytes` of memory, then hold it until the block ends.
 
-        Raises TooManyRequests after `wait_seconds`; with `is_patient`, wait without a time limit.
+        A small body holds no memory, and a large body at most a quarter of the total. Raises TooManyRequests after
+        `wait_seconds`; with `is_patient`, wait without a time limit.
         """
         held = await self._wait_for(owner, num_bytes, None if is_patient else self._wait_seconds)
         try:
@@ -48,25 +49,26 @@ class BytesInFlight(FairShare):
     async def stream(
         self, request: Request, owner: str, max_bytes: int | None = None
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Yield the parts of a request's body as they arrive; the body counts as the owner's until the block ends.
+        """Yield an iterator over the parts of a request's body, which returns them as they arrive.
 
-        Reading a part raises BodyTooLarge for more than `max_bytes`, and TooManyRequests when no memory becomes free.
+        The body counts towards the owner's share of memory until the block ends. The iterator raises BodyTooLarge for
+        more than `max_bytes`, and TooManyRequests if no memory becomes free in time.
         """
         length = held = 0
 
         async def parts() -> AsyncIterator[bytes]:
             nonlocal length, held
-            # Not `Request.body`, which keeps the body for as long as the request exists.
+            # Do not use `Request.body`, which keeps the body for as long as the request exists.
             async for part in request.stream():
                 length += len(part)
                 if max_bytes is not None and length > max_bytes:
                     raise BodyTooLarge(f"The body is larger than {max_bytes} bytes")
                 if length > SMALL and not held:
-                    # A body without a content-length could be of any length.
+                    # A body without a content-length could have any length, so hold as much as a body may hold.
                     expected = int(request.headers.get("content-length", self._total))
                     held = await self._wait_for(owner, expected, self._wait_seconds)
                 yield part
-            # Release the bytes that were expected but did not arrive.
+            # The body may be shorter than expected. Release the bytes that did not arrive.
             self.release(owner, held - min(held, length))
             held = min(held, length)
 
@@ -77,13 +79,13 @@ class BytesInFlight(FairShare):
 
     @asynccontextmanager
     async def body(self, request: Request, owner: str, max_bytes: int | None = None) -> AsyncIterator[bytes]:
-        """Yield a request's whole body, which counts as the owner's until the block ends. Raises as `stream` does."""
+        """Yield a request's whole body. Counts the body, and raises, as `stream` does."""
         async with self.stream(request, owner, max_bytes) as parts:
             yield b"".join([part async for part in parts])
 
     async def _wait_for(self, owner: str, num_bytes: int, seconds: float | None) -> int:
         """Wait until the bytes can be held; return how many are held, 0 for a small body. Raises TooManyRequests."""
-        # At most a quarter of the total: an owner can never hold more than half, so more might never be free.
+        # At most a quarter of the total, because an owner cannot get more while another owner holds half of the total.
         num_bytes = min(num_bytes, self._total // 4) if num_bytes > SMALL else 0
         try:
             async with asyncio.timeout(seconds):

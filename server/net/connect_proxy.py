@@ -1,9 +1,9 @@
 """The CONNECT proxy on loopback: connects fal's host names to this server, and refuses other hosts by default.
 
 A client that uses the proxy as HTTPS_PROXY opens tunnels to fal's hosts. Each tunnel ends at this server's TLS port,
-whose certificate has those names. As HTTP_PROXY, the proxy receives complete requests and sends them to the plain port.
-So every fal-client works fully with environment variables alone. When the server is down, so is the proxy, and no
-request reaches the real fal.
+whose certificate has the names of these hosts. From a client that uses the proxy as HTTP_PROXY, the proxy receives
+complete requests and sends them to the plain port. So every fal-client works fully with environment variables alone.
+When the server is down, so is the proxy, and no request reaches the real fal.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _TARGET = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):(\d{1,5})")
 _FORWARDED = re.compile(
     rb"[A-Z]+ (https?|wss?)://(\[[0-9a-fA-F:.]+\]|[^:/?#\s@]+)(?::(\d{1,5}))?(?=[/?# ])", re.IGNORECASE
 )
-#: Headers about a single connection, which the proxy sets itself.
+#: Headers that apply to a single connection. The proxy removes them and sends its own.
 _HOP = re.compile(rb"(?im)^(proxy-)?connection:.*\r\n")
 _LENGTH = re.compile(rb"(?im)^content-length:\s*(\d{1,18})\s*\r$")
 _UPGRADE = re.compile(rb"(?im)^upgrade:")
@@ -111,9 +111,10 @@ class ConnectProxy:
             there[1].transport.abort()
 
     async def _tunnel(self, here: _Stream, there: _Stream, target: "_Target") -> None:
-        """Copy data in both directions until both connections end. After an absolute URL, copy no second request.
+        """Copy data in both directions until both connections end.
 
-        Raises TimeoutError after `idle_seconds` without data.
+        For a request with an absolute URL, stop when the response ends. Raises TimeoutError if no data comes for
+        `idle_seconds`.
         """
         now = asyncio.get_running_loop().time
         there[1].write(target.request)
@@ -128,7 +129,7 @@ class ConnectProxy:
                     sending = ways.create_task(_pipe(here[0], there[1], restart_timer, target.length))
                     answering = ways.create_task(_pipe(there[0], here[1], restart_timer))
                     if target.request:
-                        # Data after the request is the next request, perhaps for another host.
+                        # Any data after the request is the next request, perhaps for another host, so it is not copied.
                         await answering
                         sending.cancel()
             except* OSError as group:
@@ -142,11 +143,11 @@ class ConnectProxy:
                 await writer.wait_closed()
 
     async def _connect(self, target: "_Target") -> _Stream:
-        """Connect to the target, or to this server for a host of fal. Raises _Refused."""
+        """Connect to the target, or to this server if the target is one of fal's hosts. Raises _Refused."""
         host, port = target.host, target.port
         if is_fal(host):
             is_plain = port == _PLAIN_PORT or bool(target.request)
-            # A certificate's wildcard covers one level only, so deeper names have no certificate.
+            # A wildcard in a certificate covers one level only, so the certificate does not cover every deeper name.
             if not is_plain and not is_certified(host):
                 raise _Refused("403 Not offered by this server", f"{host} is not offered by this server.")
             host, port = self._address, self._port if is_plain else self._tls_port
@@ -162,7 +163,7 @@ class ConnectProxy:
         except TimeoutError:
             message = f"{host}:{port} did not respond within {self.connect_seconds:.0f} seconds."
             raise _Refused("504 Gateway Timeout", message) from None
-        # ValueError, OverflowError: a name that cannot be looked up.
+        # ValueError and OverflowError mean a name that cannot be looked up.
         except (OSError, ValueError, OverflowError):
             raise _Refused("502 Bad Gateway", f"{host}:{port} could not be reached.") from None
 
@@ -171,8 +172,8 @@ class ConnectProxy:
 class _Target:
     """The host and port that a client wants to reach.
 
-    For a request with an absolute URL, `request` is its head and `length` the bytes of its body: None for a body in
-    chunks, and for a connection that the request upgrades. For CONNECT, `request` is empty.
+    For a request with an absolute URL, `request` is its head, and `length` the number of bytes in its body. `length` is
+    None for a body in chunks, and for a request that upgrades the connection. For CONNECT, `request` is empty.
     """
 
     host: str
@@ -223,7 +224,7 @@ async def _target_of(reader: asyncio.StreamReader) -> _Target:
 def _forwarded(head: bytes, match: re.Match[bytes]) -> _Target:
     is_secure, is_upgrade = match[1].lower() in (b"https", b"wss"), bool(_UPGRADE.search(head))
     port = int(match[3] or (_TLS_PORT if is_secure else _PLAIN_PORT))
-    # One request per connection, because the next one may be for another host.
+    # One request per connection, because the next request may be for another host.
     request = head if is_upgrade else _HOP.sub(b"", head[:-2]) + b"connection: close\r\n\r\n"
     length = _LENGTH.search(head)
     is_unlimited = is_upgrade or bool(_CHUNKED.search(head))
@@ -252,7 +253,7 @@ def _response(line: str, reason: str = "") -> bytes:
 async def _pipe(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_chunk: Callable[[], None], length: int | None = None
 ) -> None:
-    """Copy `length` bytes, None for all; call `on_chunk` for each chunk. Raises OSError when a connection breaks."""
+    """Copy `length` bytes, or all if None; call `on_chunk` for each chunk. Raises OSError if a connection breaks."""
     while length != 0 and (chunk := await reader.read(_CHUNK if length is None else min(length, _CHUNK))):
         on_chunk()
         writer.write(chunk)

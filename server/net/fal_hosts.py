@@ -6,7 +6,7 @@ real fal by any of them. Only the names that clients use have a role.
 
 from enum import StrEnum
 
-#: Every name at or under these is fal's. fal-client falls back to falrun.com when fal.run does not respond.
+#: These names, and all names under them, are fal's. fal-client falls back to falrun.com when fal.run does not respond.
 DOMAINS = ("fal.ai", "fal.dev", "fal.media", "fal.run", "falrun.com")
 
 
@@ -38,7 +38,7 @@ _ROLES = {
     "api.fal.ai": Role.PLATFORM,
     "fal.ai": Role.SITE,
 }
-#: Names of fal in the certificate. A wildcard covers one level only, so the deeper names that clients use are added.
+#: fal's names in the certificate. A wildcard covers one level only, so deeper names that clients use are listed too.
 CERTIFICATE_NAMES = tuple(
     sorted({*DOMAINS, *_ROLES, *(f"*.{domain}" for domain in (*DOMAINS, "alpha.fal.ai", "gateway.alpha.fal.ai"))})
 )

@@ -25,7 +25,7 @@ _OTHER_FILES = 512
 
 
 class Listener(uvicorn.Server):
-    """One of several uvicorn servers on one event loop. The process handles signals, so no server does."""
+    """One of several uvicorn servers on one event loop. The process handles signals itself, so no listener does."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ def build_listeners(
         "http": with_limits(max_connections=max_connections),
         "ws": CountedWebSocket,
         "ws_max_size": ws_max_size,
-        # A compressed message that is small on the wire could be large in memory.
+        # No compression, because a message that is small on the wire could be large in memory.
         "ws_per_message_deflate": False,
         # uvicorn logs through the server's own logging configuration.
         "log_config": None,

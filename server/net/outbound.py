@@ -18,19 +18,21 @@ from server.errors import InvalidInputFile
 #: The allowed ports. Other low ports belong to mail, shells and similar services.
 PORTS = frozenset({80, 443, *range(1024, 65536)})
 MAX_REDIRECTS = 5
-#: In characters. A longer ETag is not returned, so its file is downloaded again each time.
+#: The longest ETag that is returned, in characters. A file with a longer ETag is downloaded again each time.
 MAX_ETAG = 255
 #: Seconds without data after which a download fails.
 _QUIET_SECONDS = 20.0
 _CHUNK = 2**18
-#: The most bytes of a response to a POST, of which only the status is used, and of what a download adds to its file.
+#: The most bytes that are read of a response to a POST, of which only the status is used. For a download, the room for
+#: the headers of the response.
 MAX_ANSWER_BYTES = 2**16
-#: The system's receive buffer for a response to a POST. It is set after connecting; data already in flight may double
-#: it.
+#: A small receive buffer of the system for the response to a POST, whose body is not read. The option is set after
+#: connecting, so data that is already in flight may take as much again.
 _SMALL_BUFFER = (socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)
 _EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
-#: ssrfguard's table, which also judges the IPv4 address inside an IPv6 address. Of IPv6, only global unicast addresses
-#: are allowed, because others can contain IPv4 addresses in ways that the table does not list (::ffff:0:127.0.0.1).
+#: ssrfguard's table, which also judges the IPv4 address inside an IPv6 address. Of the IPv6 addresses, only global
+#: unicast ones are allowed: others can contain IPv4 addresses in ways that the table does not list
+#: (::ffff:0:127.0.0.1).
 _ADDRESSES = AddressTable(
     (
         *DEFAULT_DENIED.blocks,
@@ -47,7 +49,7 @@ class ForbiddenURL(Exception):
 
 
 class OutboundClient:
-    """A client for public addresses and those that the operator allows.
+    """A client for public addresses, and for the private ones that the operator allows.
 
     Each name is resolved once, and the client connects to the address that was checked.
     """
@@ -56,7 +58,7 @@ class OutboundClient:
         networks, self._hosts = _parse_allowlist(allow)
         self._policy = Policy(denied_networks=_ADDRESSES, allowed_networks=networks, allowed_ports=PORTS)
         self._open_policy = Policy(allowed_networks=_EVERYWHERE, allowed_ports=PORTS)
-        # Created once, because reading the public authorities blocks the event loop for 15 ms.
+        # Created once, because reading the list of certificate authorities blocks the event loop for 15 ms.
         self._tls = httpx.create_ssl_context(trust_env=False)
 
     def check(self, url: str) -> None:
@@ -94,9 +96,9 @@ class OutboundClient:
     ) -> str | None:
         """Download a file to the path `to`; return its ETag, or "" if it has none or one longer than MAX_ETAG.
 
-        If the server's file still has this `etag`, return None and write nothing.
+        If the file at the URL still has this `etag`, return None and write nothing.
 
-        Each redirect is checked like the first URL; `seconds` limits the whole download. `accepts` checks the first
+        Each redirect is checked like the first URL. `seconds` limits the whole download. `accepts` checks the first
         bytes, and raises InvalidInputFile to stop the download.
 
         Raises ForbiddenURL for a URL that must not be reached, InvalidInputFile for a download that fails, and OSError.
@@ -127,11 +129,11 @@ class OutboundClient:
     ) -> httpx.Response:
         """Send one request. If its status is 200, write the body to the file. Raises InvalidInputFile."""
         self.check(url)
-        # Not compressed, so that the bytes counted are the bytes stored.
+        # Ask for no compression, so that the bytes counted are the bytes stored.
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}
         headers |= {"if-none-match": etag} if etag else {}
         client = self._client(url, _QUIET_SECONDS)
-        # Twice the size, because the body may come in small chunks, each with overhead.
+        # Allow twice the size, because the body may come in small chunks, each with overhead.
         bounded = _limit_response_bytes(2 * max_bytes + MAX_ANSWER_BYTES)
         async with client, client.stream("GET", url, headers=headers, extensions=bounded) as response:
             if response.has_redirect_location or (etag and response.status_code == 304):
@@ -183,7 +185,10 @@ def _etag(response: httpx.Response) -> str:
 
 
 def _limit_response_bytes(max_bytes: int) -> dict[str, Any]:
-    """Return request extensions that limit the bytes read, because a server could send interim responses forever."""
+    """Return request extensions of httpx that make reading fail after `max_bytes` of the response.
+
+    Without this limit, a server could send interim responses forever.
+    """
     left = max_bytes
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:

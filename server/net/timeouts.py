@@ -17,13 +17,14 @@ class TimeoutProtocol(HttpToolsProtocol):
     """uvicorn's protocol with time limits, in seconds.
 
     A client that exceeds a limit is disconnected without a response, because some clients retry at once after a 408.
-    A slow body is accepted as long as it arrives steadily, and a slow reader as long as it reads.
+    A body may take `body_timeout` seconds, plus one second for each `body_rate` bytes, and may pause for `gap_seconds`.
+    A client may read its response slowly, as long as it keeps reading.
     """
 
     # The documented limits are 10 s, 20 s and 60 s. Timers fire late in a busy process, so these are a little shorter.
     header_timeout = 9.5
-    #: The most bytes of a request line with its headers, of trailers, and of the data between two chunks of a body.
-    #: The count starts after the read in which each of them begins. httptools has no limit.
+    #: The most bytes of a request line with its headers, of trailers, and of the framing between two pieces of a body.
+    #: httptools itself has no limit. A read in which a request begins, or a piece of the body arrives, is not counted.
     header_bytes = 65_536
     body_timeout = 59.0
     #: The longest pause within a body, however fast the body came before.
@@ -75,7 +76,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         self._arm_timer(min(self.body_timeout, self.gap_seconds))
 
     def on_body(self, body: bytes) -> None:
-        """Count a piece of the body. Each piece resets the header limit, so a body may have any number of chunks."""
+        """Count a piece of the body. Each piece resets the count of `header_bytes`, so a body may have many chunks."""
         self._non_body_bytes = 0
         self._received += len(body)
         self._last_data_at = self.loop.time()
@@ -92,7 +93,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
-        """Start the response timer, because the client does not read its response."""
+        """Start the response timer, because the client does not read its response fast enough."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self.write_timeout, self._reset)

@@ -1,4 +1,4 @@
-"""A local certificate authority and the server's certificate, because Python's fal-client speaks HTTPS only."""
+"""A local certificate authority and the server's certificate, because the Python package fal-client requires HTTPS."""
 
 import datetime
 import ipaddress
@@ -77,7 +77,7 @@ def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
 
 
 def _usual_authorities() -> Sequence[Path]:
-    """Return the file of the public authorities, and that of this machine, which often has a company's authority."""
+    """Return the file of the public authorities, and this machine's own file, which often has a company's authority."""
     here = ssl.get_default_verify_paths().cafile
     return [Path(certifi.where()), *([Path(here)] if here else [])]
 
@@ -112,7 +112,7 @@ def _load_key(content: bytes) -> ec.EllipticCurvePrivateKey:
 
 def _is_current(files: CertificateFiles, names: x509.SubjectAlternativeName) -> bool:
     certificate = _read(files.certificate, x509.load_pem_x509_certificate)
-    # Only to raise an error that names the file; when a listener loads a damaged key, its error does not.
+    # Read the key only to check it: the error names a damaged file, but the error of a listener would not.
     _read(files.key, _load_key)
     covered = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return certificate.not_valid_after_utc > _now() + datetime.timedelta(days=_RENEW_DAYS) and covered == names
@@ -161,7 +161,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # Clients whose clock is a little behind still accept the certificate.
+        # Valid from an hour ago, so that clients whose clock is a little behind accept the certificate.
         .not_valid_before(_now() - datetime.timedelta(hours=1))
         .not_valid_after(_now() + datetime.timedelta(days=days))
     )

@@ -1,4 +1,4 @@
-"""WebSockets with counted bytes. uvicorn collects whole messages, so large unfinished ones would fill the memory."""
+"""WebSockets with counted bytes. uvicorn collects whole messages, so large incomplete ones could fill the memory."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,10 +15,11 @@ _TRY_AGAIN_LATER, _POLICY = 1013, 1008
 
 
 class CountedWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, which counts the received bytes of a message as its owner's. The app sets the owner.
+    """uvicorn's protocol, extended to count the bytes of incomplete messages towards their owner's share of memory.
 
-    Until then, a message may have at most SMALL bytes. Messages have time limits. Between two frames of a message, the
-    limit is `gap_seconds`. Within a frame, it is uvicorn's ping timeout, because a client cannot answer a ping there.
+    The app sets the owner. Until then, a message may have at most SMALL bytes. The next frame of a message must arrive
+    within `gap_seconds`. A frame that arrives slowly ends with uvicorn's ping timeout, because a client cannot answer a
+    ping in the middle of a frame.
     """
 
     gap_seconds = 19.5
@@ -37,7 +38,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
             extensions[EXTENSION] = self._set_owner
 
     def data_received(self, data: bytes) -> None:
-        """Count received bytes, and close the connection if they exceed the owner's share."""
+        """Count received bytes. Close the connection if they exceed the owner's share, or SMALL without an owner."""
         self._num_bytes += len(data)
         super().data_received(data)
         num_counted = self._num_bytes if self._num_bytes > SMALL else 0
@@ -96,7 +97,7 @@ class CountedWebSocket(WebSocketsSansIOProtocol):
 
 
 def count_messages(scope: Mapping[str, Any], owner: str, in_flight: BytesInFlight) -> None:
-    """Count the messages of the scope's WebSocket as this owner's from now on."""
+    """Count the messages of the scope's WebSocket towards this owner's share from now on."""
     set_owner: Callable[[str, BytesInFlight], None] | None = scope.get("extensions", {}).get(EXTENSION)
     if set_owner:
         set_owner(owner, in_flight)

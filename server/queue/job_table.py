@@ -12,7 +12,7 @@ from server.errors import InternalError, InvalidInput
 from server.queue.jobs import Job, Mode, Outcome, Priority, State, Submission
 from server.storage.file_store import Lifecycle, insert_file_row
 
-#: Responses larger than this, in bytes, count as holding inline images, which are slow to parse.
+#: Responses larger than this, in bytes, are taken to hold inline images, which makes them slow to parse.
 SMALL_OUTPUT = 16_384
 #: Bytes that a finished row counts as in addition to its texts: the other columns and the indexes.
 _ROW_BYTES = 1024

@@ -12,7 +12,7 @@ from server.storage.file_store import DEFAULT_LIFECYCLE, Lifecycle, StoredFile
 
 
 class State(StrEnum):
-    """fal's three statuses; COMPLETED stands for success, failure and cancellation alike."""
+    """fal's three statuses. COMPLETED means that the job has ended: by success, failure or cancellation."""
 
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
@@ -39,8 +39,8 @@ class Priority(StrEnum):
 class Submission:
     """A client's validated request.
 
-    `input` is JSON. `start_deadline` is in seconds since 1970. With `store_io` False, the result is
-    deleted soon after its first fetch. `max_queue_length` is a limit that the client sets for this request.
+    `input` is JSON. `start_deadline` is in seconds since 1970. With `store_io` False, the result is deleted soon after
+    its first fetch. `max_queue_length` is the client's own limit: with so many waiting requests, this one is refused.
     """
 
     endpoint: str

@@ -18,7 +18,7 @@ class Notifier:
 
     def __init__(self) -> None:
         self.work_available = threading.Event()
-        #: `is_stopping`: the server shuts down and finishes what it can. `is_closing`: no response waits any longer.
+        #: `is_stopping`: the server is shutting down and finishes running jobs. `is_closing`: responses must end now.
         self.is_stopping, self.is_closing = False, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners: dict[str, set[asyncio.Event]] = {}
@@ -34,7 +34,7 @@ class Notifier:
             self._loop.call_soon_threadsafe(self._notify, topics)
 
     def close(self) -> None:
-        """Wake the worker and all listeners for the last time, because the server shuts down."""
+        """Set `is_closing`, and wake the worker and all listeners, because the server shuts down."""
         self.is_closing = True
         self.work_available.set()
         self.notify(*list(self._listeners))

@@ -11,7 +11,7 @@ class PendingStorage:
 
     A file counts once per owner, however many requests of the owner use it.
 
-    Only one thread at a time may change them; any thread may read them.
+    Only one thread at a time may change the totals; any thread may read them.
     """
 
     def __init__(self, size_of: Callable[[str], int]) -> None:
@@ -47,6 +47,6 @@ class PendingStorage:
         return {name for names in list(self._names.values()) for name in list(names)}
 
     def num_bytes(self, owner: str, more: Collection[str] = ()) -> int:
-        """Return the bytes that an owner's requests need; adds the files in `more` that are not counted yet."""
+        """Return the bytes that an owner's unfinished requests need together with the files named in `more`."""
         own = self._names.get(owner, Counter[str]())
         return self._num_bytes[owner] + sum(self._size_of(name) for name in more if name not in own)

@@ -1,4 +1,4 @@
-"""The durable queue. The row is authoritative; the in-memory job is updated after each commit and serves statuses."""
+"""The durable queue. The row is authoritative. The in-memory job is updated after each commit, for status requests."""
 
 import logging
 import threading
@@ -69,7 +69,7 @@ class Queue:
     def submit(self, submission: Submission) -> Job:
         """Add a job, or return the earlier one with the same Idempotency-Key. The returned job survives a crash.
 
-        Raises QueueFull, TooManyRequests, InvalidInput for a reused key, and the errors of `Database.transaction`.
+        Raises QueueFull, TooManyRequests, InvalidInput for an Idempotency-Key of another body, and DiskFull.
         """
         with self._lock:
             with self._database.transaction() as connection:
@@ -91,9 +91,9 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> State:
-        """Cancel a job because its client cancelled it or disconnected; return its previous state.
+        """Cancel a job because its client cancelled it or disconnected; return the state before.
 
-        A waiting job ends now, a running one before its next step. A completed one stays as it is.
+        A waiting job ends now, and a running job before its next step. A completed job stays as it is.
         """
         with self._lock:
             state = job.state
@@ -180,7 +180,7 @@ class Queue:
         self._notifier.notify(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """Finish a running job with this outcome. Returns False if it was cancelled, and finishes it as cancelled."""
+        """Finish a running job with this outcome. If the job was cancelled, finish it as cancelled and return False."""
         with self._lock:
             if job.is_cancelled:
                 self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)
@@ -189,11 +189,11 @@ class Queue:
             return True
 
     def record_crash(self, crashed_jobs: Sequence[Job]) -> None:
-        """Count a crash for each of these jobs that still runs, before a fault ends the process."""
+        """Count a crash for each of these jobs that still runs, because a fault ends the process that runs them."""
         try:
             self._count_crash(crashed_jobs)
         except DiskFull:
-            # Not raised, because the caller must report the fault itself.
+            # Do not raise the error, because the caller must report the fault itself.
             log.error("the disk is full or broken: cannot record which jobs ran when the process crashed")
 
     def release(self, job: Job) -> None:
@@ -235,7 +235,7 @@ class Queue:
     def recover(self) -> int:
         """Load unfinished jobs at startup, and requeue those that were running. Returns how many jobs wait.
 
-        A job ends here if it is not a queue job, or if it is cancelled, damaged or was tried too often.
+        A job ends here if it is not a queue job, if it was cancelled or is damaged, or after too many crashes or tries.
         """
         with self._lock:
             for row in self._database.read("SELECT * FROM jobs WHERE state <> 'COMPLETED' ORDER BY sequence"):
@@ -293,7 +293,7 @@ class Queue:
                 job.crash_count += 1
 
     def _complete(self, job: Job, outcome: Outcome, *, is_cancelled: bool = False) -> None:
-        """Commit first, then update memory, then notify."""
+        """Set a job COMPLETED: commit first, then update memory, then notify."""
         with self._database.transaction() as connection:
             job_table.complete(connection, job, outcome, self._clock(), is_cancelled=is_cancelled)
         if job.state == State.IN_QUEUE:

@@ -10,12 +10,12 @@ from server.queue.queue import Queue
 from server.storage.database import Database
 from server.storage.file_store import FileStore
 
-#: Seconds for which a result that must not be kept stays after its first fetch, because clients retry a broken fetch.
+#: Seconds for which a result with `store_io` False stays after its first fetch, because clients retry a broken fetch.
 GRACE_SECONDS = 600.0
 #: How many jobs are deleted in one transaction.
 _BATCH = 500
-#: Results whose webhook is still due are kept, because the webhook sends them. Such a result can be old: a clock that
-#: was slow and is corrected makes every result older at once.
+#: Results whose webhook is still due are kept, because the webhook sends them. Such a result can seem old: when a slow
+#: clock is corrected, every result becomes older at once.
 _WEBHOOK_DONE = """NOT EXISTS (
     SELECT 1 FROM deliveries WHERE deliveries.request_id = results.request_id AND due_at IS NOT NULL
 )"""

@@ -5,7 +5,7 @@ from server.queue.jobs import Job, Mode, Outcome
 
 #: fal's limit on the attempts of a job whose process ends each time.
 MAX_ATTEMPTS = 10
-#: After this many crashes of its process, a job counts as the cause and fails, so that other jobs can run.
+#: After this many crashes of the process that ran it, a job counts as the cause and fails, so that other jobs can run.
 MAX_CRASHES = 3
 
 

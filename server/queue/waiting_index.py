@@ -10,7 +10,7 @@ from server.queue.jobs import Job, Priority
 
 
 class WaitingIndex:
-    """An index with its own lock, never held during a commit, so that the event loop can always read positions."""
+    """An index of waiting jobs. Its lock is never held during a commit, so the event loop can always read positions."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class WaitingIndex:
             return {owner for owner, number in running.items() if 0 < limit <= number}
 
     def first(self, priority: Priority, excluded_owners: Collection[str], slots: int) -> Job | None:
-        """Return the next job of this priority, skipping `excluded_owners`; None if no other job waits.
+        """Return the next job of this priority that does not belong to `excluded_owners`; None if there is none.
 
         Jobs come in queue order, with one exception: an owner that already runs an equal share of `slots` is skipped
         while an owner below its share waits. Otherwise an owner with a hundred queued requests would delay the first

@@ -11,7 +11,7 @@ export class ApiError extends Error {
     super(entries[0]?.msg ?? (typeof body?.detail === "string" ? body.detail : `The server returned status ${status}.`));
     this.status = status;
     this.body = body;
-    // Tells this server's errors from those of a proxy in front: a request can end with status 500, too.
+    // Whether the error comes from this server. A proxy in front of it also sends statuses of 500 and above.
     this.isFromServer = body?.detail !== undefined;
     // The invalid fields and their messages: [["prompt", "Field required"], ...].
     this.problems = entries.map(({ loc, msg }) => [loc.slice(1).join("."), msg]);
@@ -53,7 +53,8 @@ export const cancel = (request) => json(`${requestPath(request)}/cancel`, { meth
 
 export const deleteRequest = (request) => call(requestPath(request), { method: "DELETE" }).catch(() => null);
 
-// A browser opens six connections to one server, shared by all its tabs. The others are for images and cancelling.
+// A browser opens six connections to one server, shared by all its tabs. The streams leave some of them for images and
+// other requests.
 const MAX_STREAMS = 3;
 const POLL_INTERVAL_MS = 1500;
 const MAX_RETRY_DELAY_MS = 15_000;
@@ -61,7 +62,7 @@ let streams = 0;
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const retryDelay = (failures) => Math.min(MAX_RETRY_DELAY_MS, 500 * 2 ** failures);
-// While the server restarts, a proxy in front answers with 5xx.
+// While the server restarts, a proxy in front of it responds with 5xx, so such an error is not final.
 const isFinal = (error) => error instanceof ApiError && error.status < 500;
 
 // Yield each status of a request until it completes; `logs` holds all logs so far. Streams the status, or polls it when

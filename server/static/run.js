@@ -38,7 +38,7 @@ export class Run {
     this.node.dataset.requestId = request.requestId;
   }
 
-  // Return the input that reproduces the images. If the server chose the seed, it is known once the request completes.
+  // Return the input that reproduces the images. A seed that the server chose is known once the request completes.
   settings() {
     return { ...this.request.input, seed: this.seed ?? this.request.input.seed };
   }

@@ -36,7 +36,7 @@ const PLOTS = [
   ["Mean generation time", (minute) => minute.inference, seconds],
 ];
 
-// The columns of each table: the label and the format of a value, by the name of the value.
+// The columns of each table: for each value's name, the label of its column and its format.
 const CLUSTER_COLUMNS = {
   name: ["GPU", String],
   node: ["Machine", String],
@@ -143,7 +143,7 @@ for (;;) {
     isRefused = false;
   } catch (error) {
     byId("state").textContent = error.message;
-    // Ask once: do not ask again after the user cancels.
+    // Ask for a key only once, so that the dialog does not return after the user cancels it.
     isRefused = [401, 403].includes(error.status);
   }
   await new Promise((resolve) => setTimeout(resolve, REFRESH_INTERVAL_MS));

@@ -10,16 +10,16 @@ from pathlib import Path
 from server.errors import DiskFails, DiskFull
 from server.storage.database import DIRECTORIES, Database
 
-#: Directories copied in addition to the database and its inputs: images and uploads, and certificates.
+#: Directories copied in addition to the database and the inputs: images and uploads, and certificates.
 _DIRECTORIES = ("files", "tls")
 
 
 def back_up(database: Database, data_dir: Path, target: Path) -> int:
     """Copy the data directory into a new one while the server runs; return the size of the copy in bytes.
 
-    Inputs are deleted soon after their request ends, so they are copied before the database. Inputs that arrive
-    meanwhile are copied together with the database, while no request can end. Images are kept longer, so they come
-    last. Parts of unfinished uploads are not copied.
+    Input files may be deleted soon after their request ends, so they are copied before the database. Input files that
+    arrive meanwhile are copied while the database is locked, when no request can end. Images are kept longer, so they
+    are copied last. Parts of unfinished uploads are not copied.
 
     Raises ValueError, naming the target and the reason, and CorruptDatabase.
     """

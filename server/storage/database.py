@@ -32,10 +32,10 @@ class ReplacedDatabase(CorruptDatabase):
 
 
 class _FileIdentity:
-    """The identity and last known size of the database file, to notice changes by another program.
+    """The identity and last known size of the database file, which show when another program has changed the file.
 
-    The file is not opened for this, because closing it would release SQLite's locks. The modification time is not
-    compared, because it can change although the content does not.
+    The file is not opened for these checks, because closing it would release SQLite's locks. The modification time is
+    not compared, because it can change although the content does not.
     """
 
     def __init__(self, file: Path) -> None:
@@ -52,7 +52,7 @@ class _FileIdentity:
     def check(self) -> None:
         """Raise ReplacedDatabase if another program replaced the file or changed its size.
 
-        The log of a replaced file is renamed, because SQLite would write its content into the new file.
+        The write-ahead log of a replaced file is renamed, because SQLite would copy the log into the new file.
         """
         if not self.is_lost and _identity(self._file) == self._file_id and self._file.stat().st_size == self._size:
             return
@@ -105,8 +105,8 @@ def check_data_dir(directory: Path) -> None:
 def read_only_query(directory: Path, sql: str) -> list[sqlite3.Row]:
     """Return the rows of one query, even while a server runs. Raises sqlite3.Error, also for a missing database."""
     file = (directory / FILE).absolute()
-    # Without a log, no process has the database open. Then `immutable` keeps SQLite from creating a log, which might
-    # belong to the wrong user.
+    # Without a write-ahead log, no process has the database open. Then `immutable` keeps SQLite from creating a log,
+    # which might belong to the wrong user.
     mode = "ro" if file.with_name(f"{FILE}-wal").exists() else "ro&immutable=1"
     with closing(sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True)) as connection:
         return connection.execute(sql).fetchall()
@@ -129,7 +129,7 @@ class Database:
         # SQLite gives its other files the mode of this one.
         (directory / FILE).touch(mode=0o600)
         (directory / FILE).chmod(0o600)
-        # Private too, because any user who can open this file could lock it, and the server would not start.
+        # The lock file is private too: any user who can open it could lock it, and the server would not start.
         self._lock_file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w")
         os.fchmod(self._lock_file.fileno(), 0o600)
         try:
@@ -144,7 +144,7 @@ class Database:
         self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
         self._lock = threading.Lock()
         self._identity: _FileIdentity | None = None
-        #: Called when the file is found to be damaged or replaced, because the server must stop.
+        #: Called when the database file is found to be damaged or replaced: the server must stop then.
         self.on_corruption: Callable[[CorruptDatabase], None] = lambda error: None
         try:
             with _translate_errors(self._file):
@@ -206,7 +206,7 @@ class Database:
     def close(self) -> None:
         """Close the database and unlock the data directory for other processes."""
         with self._lock:
-            # If the file was replaced, closing would make SQLite write its log into the new file.
+            # If the file was replaced, closing would make SQLite copy its write-ahead log into the new file.
             if not (self._identity and self._identity.is_lost):
                 self._connection.close()
         self._lock_file.close()

@@ -21,6 +21,6 @@ def sync_directory(directory: Path) -> None:
 
 
 def wait_for_room(error: DiskFull, log: logging.Logger, wait: Callable[[float], object]) -> None:
-    """Log that the disk is full, and call `wait` with RETRY_SECONDS. Then the caller tries again."""
+    """Log that the disk is full, and call `wait` with RETRY_SECONDS, after which the caller should try again."""
     log.error("%s. Nothing is lost; trying again every second", error)
     wait(RETRY_SECONDS)

@@ -30,9 +30,9 @@ _SERVER_FILE = re.compile(rf"{_NAME.pattern}(\.part)?")
 
 @dataclass(frozen=True)
 class Lifecycle:
-    """The lifetime of a file in seconds, and whether it is private, so that only its owner may read it.
+    """The lifetime of a file in seconds, and whether the file is private. Only its owner may read a private file.
 
-    A lifetime of None means as long as the operator keeps results.
+    A file whose lifetime is None is kept as long as the operator keeps results.
     """
 
     lifetime: float | None = None
@@ -45,7 +45,7 @@ DEFAULT_LIFECYCLE = Lifecycle()
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file in the store. `name` is 128 random bits and an extension; `file_name` is the name that the owner gave.
+    """A file in the store. `name` is 128 random bits and an extension; `file_name` is the name that an uploader gave.
 
     `size` is in bytes, `expires_at` in seconds since 1970.
     """
@@ -109,7 +109,7 @@ def is_server_file(path: Path, names: re.Pattern[str]) -> bool:
 def delete_orphans(directory: Path, names: re.Pattern[str], listed: Container[str]) -> int:
     """Delete the files and directories that match `names` but are not listed; return how many.
 
-    A crash leaves such files when their row was not written yet. Call at startup only.
+    A crash leaves such files if it happens before their row is written. Call at startup only.
     """
     orphans = [path for path in directory.iterdir() if path.name not in listed and is_server_file(path, names)]
     for path in orphans:

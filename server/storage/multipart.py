@@ -12,7 +12,7 @@ from pathlib import Path
 
 from server.storage.file_store import Lifecycle, counted_size
 
-#: A part that was being received when the server crashed.
+#: The name of a part that is being received. After a crash, such parts are left over.
 _INCOMPLETE = re.compile(r"[0-9a-f]{16}\.part")
 
 #: Error numbers of file systems without hard links.
@@ -41,7 +41,7 @@ class _Parts:
 
 
 class PendingUploads:
-    """In-memory totals of unfinished uploads, so that no check has to read all parts.
+    """The unfinished uploads and their totals, kept in memory, so that no check has to read all parts from the disk.
 
     Only one thread at a time may change the totals.
     """
@@ -117,7 +117,7 @@ class PartsInFlight:
         return self._of_upload[upload.upload_id], self._of_owner[upload.owner]
 
     def subtract(self, upload: Upload, num_bytes: int) -> None:
-        """Subtract the bytes of a part that has ended."""
+        """Subtract the bytes of a part that is no longer being received."""
         for counter, key in ((self._of_upload, upload.upload_id), (self._of_owner, upload.owner)):
             counter[key] -= num_bytes
             if not counter[key]:

@@ -29,7 +29,7 @@ CREATE TABLE jobs (
     fetched_at      REAL,
     status          INTEGER,
     output          TEXT,
-    -- Bytes of a large response, which holds inline images; 0 for a small one.
+    -- Bytes of a large response, which is taken to hold inline images; 0 for a small response.
     output_size     INTEGER NOT NULL DEFAULT 0 CHECK (output_size >= 0),
     error           TEXT,
     error_type      TEXT,
@@ -83,7 +83,8 @@ CREATE INDEX files_uploaded ON files (owner, size) WHERE request_id IS NULL;
 CREATE INDEX files_age ON files (created_at);
 CREATE INDEX files_expiry ON files (expires_at) WHERE expires_at IS NOT NULL;
 
--- Bytes that each finished row counts as. A separate table, because a job's row may hold images and is slow to read.
+-- Bytes that each finished row of `jobs` counts as. They have their own table, because a row of `jobs` may hold images
+-- and is then slow to read.
 CREATE TABLE row_sizes (
     request_id  TEXT PRIMARY KEY REFERENCES jobs (request_id) ON DELETE CASCADE,
     owner       TEXT NOT NULL,
@@ -173,7 +174,7 @@ CREATE TABLE keys (
     hash       TEXT PRIMARY KEY CHECK (length(hash) = 64),
     owner      TEXT NOT NULL,
     created_at REAL NOT NULL,
-    -- The key that the server makes at its first start has no name.
+    -- The automatic key, which the server itself creates when it needs a key and has none, has no name.
     name       TEXT NOT NULL DEFAULT '',
     scope      TEXT NOT NULL DEFAULT 'operator' CHECK (scope IN ('client', 'operator'))
 ) STRICT, WITHOUT ROWID;

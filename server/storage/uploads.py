@@ -35,7 +35,7 @@ MAX_PENDING_UPLOADS = 1_000
 #: How many uploaded files and parts of unfinished uploads one owner may have.
 MAX_FILES = 20_000
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
-#: The directory of an upload's parts, and the file that they are joined into.
+#: The names of the directory of an upload's parts, and of the file that the parts are joined into.
 _SERVER_FILE = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
 
@@ -64,7 +64,7 @@ class Uploads:
         self._pending = PendingUploads()
         # Held during each change of `_pending` and the matching change on the disk.
         self._lock = threading.Lock()
-        #: Only the event loop uses it.
+        #: Only the event loop's thread uses this object.
         self._in_flight = PartsInFlight()
         # Separate threads, so that large files do not delay new requests.
         self.executor = FairExecutor("uploads", 8, 2)
@@ -144,9 +144,10 @@ class Uploads:
         return f'"{digest.hexdigest()}"'
 
     async def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """Join the parts, sorted by number, into a file that is served from now on. Without part numbers, join all.
+        """Join the listed parts, or all if none are listed, into a file that is served from now on.
 
-        Raises BadRequest when a listed part was not sent, NotFound for an upload that has ended, and DiskFull.
+        The parts are joined in the order of their numbers. Raises BadRequest when a listed part was not sent, NotFound
+        for an upload that has ended, and DiskFull.
         """
         return await self.executor.run(upload.owner, self._join, upload, part_numbers)
 
@@ -222,7 +223,7 @@ class Uploads:
         return file
 
     def _rooms(self, upload: Upload, part_number: int) -> tuple[int, int]:
-        """Return how many bytes this part may have in its file, and among all files of its owner.
+        """Return the most bytes that this part may have: by the limit for one file, and by the limit for its owner.
 
         Raises TooManyRequests for too many files and parts.
         """

@@ -1,4 +1,4 @@
-"""Webhook delivery: posts results to clients' URLs, with retries and signatures."""
+"""Webhook delivery: results are posted to clients' URLs, with retries and signatures."""
 
 import asyncio
 import contextlib
@@ -66,9 +66,9 @@ _LIST = """
 
 
 class WebhookSender:
-    """A sender of due deliveries. They are rows, so they survive a restart.
+    """A sender of due deliveries. Deliveries are rows of the database, so they survive a restart.
 
-    Each is sent at least once, and again until the receiver responds with a 2xx status or no retry is left.
+    Each delivery is sent at least once, and again until the receiver responds with a 2xx status or no retry is left.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class WebhookSender:
         self._clock = clock
         self._monotonic = monotonic
         self._in_flight: dict[str, _Slot] = {}
-        #: Deliveries whose outcome could not be recorded, by request id, and when to try again on the monotonic clock.
+        #: Deliveries whose outcome could not be recorded: when to try again, on the monotonic clock, by request id.
         self._backoff_until: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -103,7 +103,7 @@ class WebhookSender:
                 # A pass is slow when many deliveries wait for a slow receiver, because each pass reads them all. The
                 # pause leaves the database to other work.
                 await asyncio.sleep(min(_MAX_PAUSE, 4 * (self._monotonic() - began)))
-                # Not wait_for, which in Python 3.11 can swallow the cancellation that stops this loop.
+                # Not `asyncio.wait_for`: in Python 3.11, it can swallow the cancellation that stops this loop.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await event.wait()

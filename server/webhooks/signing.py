@@ -13,7 +13,7 @@ from standardwebhooks import Webhook
 
 from server.storage.database import Database
 
-#: The age in seconds of the newest key at which the next one is created.
+#: When the newest key is this old, in seconds, the next key is created.
 ROTATE_AFTER = 90 * 86_400.0
 #: Seconds for which a new key is published before it signs, and an old key after it last signed. Receivers may cache
 #: the published keys for a day, and retries last two hours.
@@ -21,7 +21,10 @@ OVERLAP = 2 * 86_400.0
 
 
 class WebhookSigner:
-    """A signer that uses the newest key published for OVERLAP or longer, and publishes all keys still needed."""
+    """A signer that uses the newest key that was published at least OVERLAP ago, and publishes all keys still needed.
+
+    The very first key signs at once.
+    """
 
     def __init__(self, database: Database, secret: str = "", clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -29,7 +32,7 @@ class WebhookSigner:
         self._clock = clock
 
     def headers(self, request_id: str, owner: str, body: bytes) -> dict[str, str]:
-        """Return the headers of one attempt, which starts now. The id is the same for all attempts."""
+        """Return the headers of one attempt, which starts now. All attempts of a webhook have the same `webhook-id`."""
         now = int(self._clock())
         key = self._signing_key()
         message = "\n".join((request_id, owner, str(now), hashlib.sha256(body).hexdigest())).encode()
@@ -88,6 +91,6 @@ def _public(key: Ed25519PrivateKey) -> bytes:
 
 
 def _jwk(key_id: str, key: Ed25519PrivateKey) -> dict[str, str]:
-    # Padded, because fal's Python sample decodes the key without adding padding. Node accepts both.
+    # Keep the base64 padding, because fal's Python sample decodes the key without adding it. Node accepts both forms.
     x = base64.urlsafe_b64encode(_public(key)).decode()
     return {"kty": "OKP", "crv": "Ed25519", "x": x, "kid": key_id, "use": "sig", "alg": "EdDSA"}

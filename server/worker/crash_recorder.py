@@ -12,9 +12,10 @@ from server.queue.jobs import Job
 
 
 class CrashRecorder:
-    """A recorder of two files: each thread's current jobs, and the stack trace that Python writes if a signal kills it.
+    """A recorder that keeps two files: the current jobs of each thread, and a stack trace if the process crashes.
 
-    SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL leave a trace; SIGKILL and SIGTERM, which come from outside, do not.
+    Python writes the trace when SIGSEGV, SIGBUS, SIGABRT, SIGFPE or SIGILL kills the process. SIGKILL and SIGTERM,
+    which come from outside, leave no trace.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,8 +36,8 @@ class CrashRecorder:
     def set_running(self, working: Mapping[int, Sequence[Job]]) -> None:
         """Record the current jobs of each thread; without fsync, because the record must only outlive the process."""
         names = {f"{thread:x}": [job.request_id for job in jobs] for thread, jobs in working.items()}
-        # A longer line written before leaves its tail behind this one, so `read` uses the first line only. A full disk
-        # must not fail a job.
+        # A longer line from an earlier call leaves its tail after this line, so `read` uses only the first line. A full
+        # disk must not fail a job, so errors are ignored.
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, f"{json.dumps(names)}\n".encode(), 0)
 

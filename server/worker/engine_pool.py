@@ -38,7 +38,7 @@ def engine_configs(settings: Settings, weights_by_endpoint: Mapping[str, str | P
 
 
 class EnginePool:
-    """A pool of engines, shared by endpoints of one family on the same weights. One thread loads and evicts."""
+    """A pool of engines. Endpoints of one family with the same weights share an engine. One thread loads and evicts."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EnginePool:
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
         """Evict engines until an endpoint's engine fits, and load it. Raises OSError if the load fails.
 
-        Return None while it would fit only in place of an engine that is `in_use` or being warmed up. For PAUSE_SECONDS
+        Return None if the engine would fit only in place of one that is `in_use` or being warmed up. For PAUSE_SECONDS
         after a failure, the same error is raised without a further try.
         """
         self._raise_recent_failure(self._key(endpoint))
@@ -140,7 +140,7 @@ class EnginePool:
         return {names.get(where, where): engine.info() for (_, where), engine in loaded.items()}
 
     def start_warming_up(self) -> None:
-        """Warm up the further tiers of all engines on another thread; engines loaded later are warmed up too."""
+        """Warm up the remaining tiers of all loaded engines on another thread, and those of engines loaded later."""
         self._warms_up = True
         threading.Thread(target=self._warm_up, args=(list(self._loaded),), name="warm-up", daemon=True).start()
 

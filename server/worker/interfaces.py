@@ -1,4 +1,4 @@
-"""The worker's interfaces for jobs and files: local ones on a single machine, or those of the head in a cluster."""
+"""The interfaces through which a worker gets jobs and stores files, on this machine or on the head of a cluster."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -14,7 +14,7 @@ from server.worker.running_job import RunningJob, outcome_from_exception
 
 
 class PendingJobs:
-    """A first-in, first-out list of claimed jobs, so that jobs that need other weights than those loaded get a turn."""
+    """A list of claimed jobs in order of arrival, so that jobs whose weights are not loaded get a turn too."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class PendingJobs:
         return [job for job, _ in self._waiting]
 
     def claim(self, running: Sequence[RunningJob], num_ending: int) -> None:
-        """Claim jobs up to the limit; `num_ending` jobs are with the postprocessor. Raises DiskFull.
+        """Claim jobs up to --max-running; `num_ending` jobs are with the postprocessor. Raises DiskFull.
 
         Jobs of low priority do not count against the limit for normal priority, so they cannot block it.
         """
@@ -76,7 +76,7 @@ class PendingJobs:
                 continue
             if engine is None:
                 return
-            # After a load, start every job that waits for these weights, so that they are loaded as seldom as possible.
+            # After a load, start every job that needs these weights, so that weights are loaded as seldom as possible.
             alike = [each for each in self._waiting if self._engines.get_loaded(each[0].endpoint) is engine]
             busy.add(engine)
             for claimed in alike if is_new else alike[:1]:
@@ -84,7 +84,7 @@ class PendingJobs:
                 yield claimed[0], self._start(*claimed, engine)
 
     def _engine_for(self, job: Job, in_use: Collection[Engine]) -> tuple[Engine | None, bool]:
-        """Return a job's engine and whether it was just loaded; no engine while engines `in_use` leave no room.
+        """Return a job's engine, and whether it was just loaded. The engine is None while those `in_use` leave no room.
 
         Raises NotFound if the endpoint is no longer served, and the errors of a load.
         """

@@ -20,7 +20,8 @@ from server.worker.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-#: Seconds that `stop` waits beyond the grace period, to encode and write an image: only decoding is abandoned.
+#: Seconds that `stop` waits beyond the grace period. They are enough to encode and write an image; decoding may take
+#: longer, and is then abandoned.
 SHUTDOWN_MARGIN = 1.0
 
 
@@ -89,7 +90,7 @@ class Postprocessor:
             job, end = self._pending[0]
         except IndexError:
             return False
-        # Set this before the job leaves the queue, so that `engines` includes its engine at all times.
+        # Set this before the job leaves the queue, so that `engines` includes the job's engine at all times.
         self._current = end
         self._pending.popleft()
         try:

@@ -1,4 +1,4 @@
-"""The outcome of a job with images: unsafe ones are blacked out, then all are encoded, stored and listed."""
+"""The outcome of a job with images: unsafe images are blacked out, then all images are encoded, stored and listed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,10 @@ from server.worker.interfaces import FileSink
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The result of a finished task; `flags` tells for each image whether it is unsafe, `seconds` how long all took."""
+    """The result of a finished task. `flags` says for each image whether it is unsafe.
+
+    `seconds` is the time that the steps and the decoding of all images took together.
+    """
 
     images: Sequence[Image]
     flags: Sequence[bool]

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RunningJob:
-    """A job in progress. `needs_safety_check` tells whether its images go to the safety checker."""
+    """A job in progress. `needs_safety_check` says whether its images go to the safety checker."""
 
     job: Job
     model: Model
@@ -65,7 +65,10 @@ class RunningJob:
 
 
 def outcome_from_exception(error: Exception, job: Job) -> Outcome:
-    """Convert an error into the outcome for the client. Failures are logged; details of unexpected ones only there."""
+    """Convert an error into the outcome for the client.
+
+    GenerationFailed and unexpected errors are logged. The client gets no details of an unexpected error.
+    """
     if isinstance(error, ServerError):
         return Outcome.from_error(error)
     if isinstance(error, IncompatibleInput):

@@ -12,10 +12,10 @@ AGEING = 20
 class FairScheduler:
     """A fair queue over keys, which counts the work done for each key in floating point operations.
 
-    Within a key, the request with the least remaining work goes first. Equal requests finish one after the other, and
-    a short request goes before a long one that has more left to do. Ageing bounds how long the long one waits: a
-    request with r work remaining overtakes one with R work remaining only if less than AGEING * (R - r) work was done
-    between their claims.
+    Within a key, the request with the least remaining work goes first. So equal requests finish one after the other,
+    and a short request goes before a long one that has more left to do. Ageing bounds how long the long request waits:
+    a request with r work remaining overtakes a request with R work remaining only if less than AGEING * (R - r) work
+    was done between the claims of the two.
 
     Between keys, the lowest score goes first: the work done for the key, plus the remaining work of its next request.
     This score is the virtual finish time of fair queueing. It stays the same while a request advances, so equal keys

@@ -60,7 +60,7 @@ class Watchdog:
             self._put(me, outer)
 
     def check(self) -> None:
-        """Call `on_timeout` once for each thread that is past the deadline."""
+        """Call `on_timeout` for each thread that is past the deadline."""
         now = self._clock()
         for started, jobs in list(self._watched.values()):
             if now - started > self._deadline:

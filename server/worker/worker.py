@@ -83,17 +83,17 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop claiming, finish running jobs within the grace period, release the rest, then return."""
+        """Stop claiming, finish running jobs within --shutdown-grace, release the rest, then return."""
         was_ready, self.is_ready = self.is_ready, False
         self._stop_at = self._stop_at or time.monotonic() + self._settings.shutdown_grace
         self._notifier.work_available.set()
-        # A worker that is still loading is not waited for: loading takes long, and nothing is lost if the process ends
+        # Do not wait for a worker that is still loading: loading takes long, and nothing is lost if the process ends
         # meanwhile. If a step does not end in time, the next start of the server requeues its job.
         if was_ready:
             self._thread.join(self._settings.shutdown_grace + _STOP_MARGIN)
 
     def setup(self) -> None:
-        """Load as many engines as fit; the worker is ready then. Raises the first error of a load."""
+        """Load as many engines as fit, and set `is_ready`. Raises the first error of a load."""
         self._engines.setup()
         self.is_ready = True
 
@@ -111,7 +111,7 @@ class Worker:
         return self._postprocessor.run_once() or has_stepped
 
     def step_once(self) -> bool:
-        """Claim jobs up to the limit, then advance one job by one step or image; return False if no job runs.
+        """Claim jobs up to --max-running, then advance one job by one step or image; return False if no job runs.
 
         Raises DiskFull and DeviceLost.
         """
@@ -133,7 +133,7 @@ class Worker:
     # -- steps
 
     def _start_jobs(self) -> None:
-        """Claim jobs up to the limit, and start those that can run now. This may load weights first."""
+        """Claim jobs up to --max-running, and start those that can run now. This may load weights first."""
         if self._stop_at is None:
             self._pending.claim(self._running, len(self._postprocessor))
         in_use = {running.engine for running in self._running} | self._postprocessor.engines
@@ -147,7 +147,7 @@ class Worker:
     def _advance(self, running: RunningJob) -> RunningJob | Outcome | None:
         """Advance a job by one step or one image. Return None while this thread has more to do for the job.
 
-        Otherwise, return what the postprocessor needs to finish it: the job itself, or the outcome of a cancelled one.
+        Otherwise, return what the postprocessor needs to finish the job: `running`, or the outcome of a cancelled job.
         """
         if running.job.is_cancelled:
             return Outcome.from_error(ClientCancelled())
@@ -162,7 +162,7 @@ class Worker:
         return running if running.is_decoded or is_left else None
 
     def _batch_candidates(self, running: RunningJob) -> list[RunningJob]:
-        """Return the other jobs that may share the next forward of this one.
+        """Return the other jobs that may share the next forward pass of this job.
 
         A job with a crash count runs alone, so that a further crash is charged to no other job.
         """
@@ -185,7 +185,7 @@ class Worker:
             raise
 
     def _step(self, running: RunningJob, candidates: Sequence[RunningJob]) -> None:
-        """Take one step of a job, and of the candidates that share its forward."""
+        """Take one step of a job, and of the candidates that share its forward pass."""
         before = {id(member.task): member.task.work for member in (running, *candidates)}
         started = time.perf_counter()
         advanced = running.engine.advance(running.task, [other.task for other in candidates])
@@ -199,11 +199,11 @@ class Worker:
                 self._report_progress(member)
 
     def _report_progress(self, running: RunningJob) -> None:
-        """Report a completed step, every few steps with a preview, if previews are wanted and allowed."""
+        """Report a completed step. If previews are wanted and allowed, make one every few steps."""
         job, task = running.job, running.task
         every = math.ceil(task.num_steps / PREVIEWS)
         is_wanted = job.mode == Mode.STREAM or job.wants_previews
-        # The safety checker sees only finished images, so no previews are sent where the checker is enforced.
+        # The safety checker sees only finished images, so no previews are sent if the operator enforces the checker.
         is_allowed = not self._settings.enforce_safety_checker
         if is_wanted and is_allowed and task.step % every == 0 and not running.steps_done:
             job.preview = _preview(running)

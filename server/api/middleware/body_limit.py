@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge
 
-#: Requests whose body is an uploaded file. --max-upload-mib limits these.
+#: Requests whose body is an uploaded file, which --max-upload-mib limits instead.
 _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POST /files/upload")
 
 
@@ -21,7 +21,7 @@ class BodyLimitMiddleware:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application. Raises BodyTooLarge for Content-Length, or as soon as too much is received."""
+        """Call the application. Raises BodyTooLarge for a large Content-Length, or when too many bytes have arrived."""
         is_bounded = scope["type"] in ("http", "websocket") and not _UPLOADS.fullmatch(
             f"{scope.get('method')} {scope['path']}"
         )

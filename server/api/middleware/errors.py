@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class ErrorMiddleware:
-    """Middleware that handles errors raised by other middleware, and errors without an exception handler."""
+    """Middleware that handles errors of the middleware inside it, and errors without an exception handler."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application. Send an error response if it fails before the response has started."""
+        """Call the application. If it fails before the response has started, send an error response."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -44,7 +44,7 @@ class ErrorMiddleware:
             # The response ends without its last chunk, which every client treats as an error.
             return
         except Exception:
-            # Not the path, which may contain the secret name of a file.
+            # Log the route instead of the path, which may contain the secret name of a file.
             route = getattr(scope.get("route"), "path", "request")
             log.exception("%s %s failed", scope.get("method", "WebSocket"), route)
             if has_started:
@@ -70,10 +70,10 @@ async def _damaged(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Convert an error of Starlette's, such as 404 or 405, to fal's shape."""
+    """Convert one of Starlette's errors, such as 404 or 405, to fal's shape."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    # Some routes match any endpoint, so Starlette reports 405 instead of 404 for an unknown path.
+    # Some routes match every path, but only one method, so Starlette reports 405 instead of 404 for an unknown path.
     is_known = "/requests/" in path or _endpoint(path) in request.app.state.services.models
     if error.status_code == 404 or (error.status_code == 405 and not is_known):
         url = request.state.fal_url

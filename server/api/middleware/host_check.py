@@ -1,4 +1,4 @@
-"""Middleware that refuses malformed headers, foreign hosts, and web pages of foreign origins."""
+"""Middleware that refuses malformed headers and, if the server has no keys, foreign hosts and web pages."""
 
 import ipaddress
 import re
@@ -25,7 +25,8 @@ LOOPBACK_ORIGIN = r"https?://([a-z0-9\-]+\.)?(localhost|127\.\d+\.\d+\.\d+|\[::1
 class HostCheckMiddleware:
     """Middleware that refuses malformed headers and, if the server has no keys, foreign hosts and web pages.
 
-    Otherwise a foreign web page or a rebound DNS name could use the GPU or read the history of such a server.
+    Without these checks, a foreign web page or a rebound DNS name could use the GPU of a server without keys, or read
+    the server's history.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, is_open: bool) -> None:

@@ -12,7 +12,10 @@ _METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
 class MetricsMiddleware:
-    """The outermost middleware. Paths without a route share one label, so that clients cannot fill the memory."""
+    """The outermost middleware, which counts responses.
+
+    Paths without a route share one label, so that clients cannot fill the memory with labels.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app

@@ -130,6 +130,6 @@ def _proxy_target(headers: Mapping[bytes, bytes]) -> tuple[str, bytes, str]:
 
 
 def _first(headers: Mapping[bytes, bytes], name: bytes, default: str) -> str:
-    """Return the first value of a header, which is the nearest to the client; `default` without the header."""
+    """Return the first of a header's values, which comes from the proxy nearest to the client; `default` if missing."""
     value = headers.get(name)
     return value.decode("latin-1").split(",")[0].strip() if value else default

@@ -1,4 +1,4 @@
-"""Generated images and uploads. No key is needed, because the name of a file is a secret."""
+"""Generated images and uploads. The name of a file is a secret, so only private files require a key."""
 
 import asyncio
 
@@ -41,7 +41,7 @@ _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 @router.head("/{name}", include_in_schema=False)
 @router.get("/{name}", response_class=FileResponse)
 async def file(request: Request, name: str) -> FileResponse:
-    """Return an image or upload, or a Range of it. Private files are found only with their owner's key."""
+    """Return an image or upload, or the part that a Range header selects. Private files require their owner's key."""
     files = get_services(request).files
     stored = await asyncio.to_thread(files.find, name)
     if stored is None or (stored.is_private and not _is_owner(request, stored.owner)):

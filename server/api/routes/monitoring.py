@@ -22,7 +22,7 @@ async def health() -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Return 200 when a model can generate images, 503 while loading or stopping. Requests can be queued meanwhile."""
+    """Return 200 when a model can generate images, 503 while the server loads or stops. It accepts requests anyway."""
     if get_services(request).notifier.is_stopping:
         return FalJSONResponse({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = get_services(request).readiness()

@@ -34,7 +34,7 @@ DEFAULT_MODEL = "fal-ai/flux/dev"
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 #: OpenAI's names for fal's fields, so that an error names the field that the client sent.
 _THEIR_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
-#: Token counts of zero, because OpenAI's package requires some.
+#: Token counts of zero, because OpenAI's package requires token counts.
 _NO_USAGE = {
     "total_tokens": 0,
     "input_tokens": 0,
@@ -116,7 +116,7 @@ async def _parse_generation(request: Request) -> tuple[ImagesRequest, Submission
 
 
 def _translate(body: SpooledBody) -> ImagesRequest:
-    """Parse the body into OpenAI's fields, and replace its text by the model's fields. Raises InvalidInput."""
+    """Parse the body into OpenAI's fields, and replace the body's text by the model's fields. Raises InvalidInput."""
     fields = validation.parse_body(ImagesRequest, body.text)
     body.text = to_json(fields.fields)
     return fields

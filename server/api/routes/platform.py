@@ -24,14 +24,14 @@ from server.queue.usage import UsageFilter, UsageRow
 
 router = APIRouter(tags=["platform"])
 
-#: How far back queries look by default, and for a single request; both as at fal.
+#: How far back a query looks by default, and how far back a query for a single request looks. Both are as at fal.
 DEFAULT_WINDOW, SINGLE_REQUEST_WINDOW = timedelta(days=1), timedelta(days=90)
 #: Unit and currency of prices, which are all zero.
 UNIT, CURRENCY = "megapixels", "USD"
 _MODELS = f"{PLATFORM}/v1/models"
-#: Estimated bytes of one request in a list with payloads, where the prompt is in the input and in the output.
+#: Estimated bytes of one request in a list with payloads: both the input and the output contain the prompt.
 _ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
-#: The update time of all models: the start of the server.
+#: The time that all models report as their last update: when the server started.
 _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 Q = TypeVar("Q", bound=BaseModel)
@@ -110,7 +110,7 @@ async def models(request: Request) -> Response:
 
 @router.get(f"{_MODELS}/pricing")
 async def pricing(request: Request) -> Response:
-    """Return the price of a megapixel for each endpoint, which is always zero."""
+    """Return the price of a megapixel, which is always zero, for each requested endpoint."""
     authenticate(request)
     names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
     prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/queue", tags=["queue"])
 
 @router.get("/{app:path}/requests/{request_id}/status")
 async def status(request: Request, app: str, request_id: str) -> Response:
-    """Return the status of a request, with 202 until it is done."""
+    """Return the status of a request, with 202 until the request is done and 200 afterwards."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     logs = job.logs if _wants(request, "logs") else None
@@ -37,7 +37,7 @@ async def status(request: Request, app: str, request_id: str) -> Response:
 
 @router.get("/{app:path}/requests/{request_id}/status/stream")
 async def status_stream(request: Request, app: str, request_id: str) -> Response:
-    """Stream status events with new log lines until the request is done; `previews=1` adds preview images."""
+    """Stream status events until the request is done. `logs=1` adds new log lines, `previews=1` preview images."""
     services = get_services(request)
     job = await _job(request, services, app, request_id)
     job.wants_previews |= _wants(request, "previews")
@@ -67,7 +67,7 @@ async def delete(request: Request, app: str, request_id: str) -> Response:
 
 @router.put("/{app:path}/requests/{request_id}/cancel")
 async def cancel(request: Request, app: str, request_id: str) -> Response:
-    """Cancel a request: 200 if it was waiting, 202 if it is running, 400 if it is already done."""
+    """Cancel a request: 200 if it was waiting, 202 if it is running, 400 if it is already done, 404 if unknown."""
     services = get_services(request)
     try:
         job = await _job(request, services, app, request_id)

@@ -36,15 +36,16 @@ IDLE_SECONDS = 600.0
 _UNAUTHORIZED, _IDLE = 1008, 1000
 #: Frames with more bytes than this are parsed in a thread.
 _LARGE = 2**16
-#: Maximum lists and maps in a msgpack frame, and maximum items in each. Otherwise one byte could become 70 in memory.
+#: Maximum lists and maps in a msgpack frame, and maximum items in each. Without these limits, one byte of a frame could
+#: take 70 bytes of memory.
 _MAX_PARTS = 1024
 
 
 @router.websocket("/{endpoint:path}/realtime")
 async def realtime(socket: WebSocket, endpoint: str) -> None:
-    """Run one session, which generates from one input after the other. A full buffer of inputs drops its oldest.
+    """Run one session, which generates from one input after the other.
 
-    The session ends with the first input after its key was revoked.
+    If the buffer is full, a new input replaces the oldest. If the key is revoked, the session ends at the next input.
     """
     services = cast(Services, socket.app.state.services)
     if endpoint not in services.models:
@@ -75,7 +76,7 @@ async def _serve(socket: WebSocket, session: "_Session", open_answers: FairShare
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame as the client sent it. Frames are parsed only when their turn comes, because many are dropped before."""
+    """A frame as the client sent it. A frame is parsed only when its turn comes: many are dropped before that."""
 
     content: bytes
     is_text: bool

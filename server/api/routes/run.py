@@ -40,7 +40,7 @@ async def run(request: Request, endpoint: str) -> Response:
     job = await _submit(request, services, endpoint, Mode.RUN)
     try:
         await wait_for_outcome(request, services, job)
-        # `is_patient` waits for memory, because a finished output should not be refused.
+        # With `is_patient`, wait for memory without a limit, because a finished output should not be refused.
         response: Response = await result_response_of(services, job, responses.result_response, is_patient=True)
     except InternalError as error:
         response = responses.error_response(error)
@@ -48,7 +48,8 @@ async def run(request: Request, endpoint: str) -> Response:
 
 
 async def _submit(request: Request, services: Services, endpoint: str, mode: Mode) -> Job:
-    # Browsers stream with a token. Authentication comes first, so that only valid callers learn which endpoints exist.
+    # Browsers stream with a token. Authentication comes first, so that a caller without a key always gets 401, even for
+    # an unknown endpoint.
     takes_token = mode == Mode.STREAM and endpoint in services.models
     owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)
     model = get_model(request, endpoint)

@@ -59,7 +59,7 @@ async def token(request: Request) -> Response:
 @router.post("/storage/upload/initiate")
 @router.post("/storage/upload/initiate-multipart")
 async def initiate(request: Request) -> Response:
-    """Begin an upload, and return the URL to PUT the file to and its final URL."""
+    """Begin an upload, and return two URLs: one to PUT the file to, and the final URL of the file."""
     owner = authenticate(request)
     async with get_services(request).in_flight.body(request, owner, SMALL) as body:
         upload_request = validation.parse_body(UploadRequest, body or b"{}")
@@ -82,7 +82,10 @@ async def put(request: Request, upload_id: str) -> Response:
 @router.put("/storage/upload/{upload_id}/{part_number}")
 @router.put("/files/{name}/multipart/{upload_id}/{part_number}")
 async def put_part(request: Request, upload_id: str, part_number: int) -> Response:
-    """Receive one part. Python's client reads the ETag from the header, JavaScript's from the body."""
+    """Receive one part. No key is required, because the URL is a secret.
+
+    fal's Python client reads the ETag from the header, the JavaScript client from the body.
+    """
     uploads = get_services(request).uploads
     upload = uploads.find(upload_id)
     etag = await uploads.write_part(upload, part_number, request.stream())
@@ -114,8 +117,8 @@ async def upload_at_once(request: Request) -> Response:
         await uploads.write_part(upload, 1, request.stream())
         file = await uploads.complete(upload)
     except BaseException:
-        # The client never learns the upload's id, so it cannot continue the upload. Not awaited, because this task may
-        # be cancelled after a disconnect.
+        # The client never learns the upload's id, so it cannot continue the upload. Do not await `abort`, because this
+        # task may be cancelled after a disconnect.
         asyncio.get_running_loop().run_in_executor(None, uploads.abort, upload)
         raise
     return FalJSONResponse({"access_url": f"{request.state.base_url}/files/{file.name}"})
