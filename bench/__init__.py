@@ -1,1 +1,1 @@
-"""Benchmarks: each script is one run on one machine, and prints ratios where there is a peer to compare with."""
+"""Benchmarks. Each script makes one run on one machine, and prints ratios if it compares two programs."""

@@ -1,8 +1,9 @@
-"""Cost and benefit of a Ray cluster, on one machine with logical GPUs, and the capacity of one head.
+"""The cost and benefit of a Ray cluster, on one machine with logical GPUs, and the capacity of one head.
 
     python -m bench.cluster [overhead] [kill] [join] [scale] [head] [whole]
 
-The GPUs are logical and the models sleep or do nothing: the figures measure the server and Ray, not generation.
+The GPUs are logical: Ray only counts them. The models sleep or do nothing. The figures are therefore those of the
+server and Ray, not those of generation.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def _ready(client: httpx.Client, number: int) -> None:
 
 
 def overhead(rounds: int = 5, requests: int = 100) -> None:
-    """Time a job that costs nothing in the server's own process and on a Ray runner, alternately."""
+    """Time a job whose model does nothing, in the server's process and on a Ray runner, alternately."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         in_process_server = stack.enter_context(serving(directory / "own", "test/slow=demo", models_dir=str(MODELS)))
@@ -78,7 +79,7 @@ def overhead(rounds: int = 5, requests: int = 100) -> None:
 
 
 def kill(times: int = 10) -> None:
-    """Kill a runner with SIGKILL in the middle of a job, and time how long until another runner runs the job."""
+    """Kill a runner with SIGKILL in the middle of a job, and time how long it takes until another runner runs it."""
     durations = []
     with (
         ray_cluster(2) as cluster,
@@ -121,7 +122,7 @@ def _wait_for_step(client: httpx.Client, status_path: str, step: int) -> None:
 
 
 def join(times: int = 3) -> None:
-    """Add a node while the only GPU is busy, and time how long until the node finishes a waiting job."""
+    """Add a node while the only GPU is busy, and time how long it takes until the node has finished a waiting job."""
     durations = []
     for _ in range(times):
         with (
@@ -166,7 +167,7 @@ def scale(jobs: int = 80) -> None:
 
 
 def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
-    """Measure completions a second with `gpus` runners, the head's memory, and the cost of a position in the queue."""
+    """Measure completions a second with `gpus` runners, the head's memory, and the time to look up a position."""
     body = json.dumps({**SMALL, "num_inference_steps": 28})
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -195,7 +196,7 @@ def head(gpus: int = 1000, jobs: int = 20_000, waiting: int = 100_000) -> None:
 
 
 class FalClient(Client):
-    """Client that submits, polls the status until the job is done, reads the result, fetches the image, and repeats."""
+    """A client that submits, polls until the job is done, reads the result, fetches the image, and starts again."""
 
     def __init__(self, until: float) -> None:
         self.submit = request("POST", "/queue/test/null", json.dumps(SMALL).encode())

@@ -1,4 +1,4 @@
-"""Cost of the demo weights: loading, a default request, a small request, and memory.
+"""The cost of the demo weights: loading, a default request, a small request, and memory.
 
 python -m bench.demo_weights [--rounds 7]
 """

@@ -1,4 +1,4 @@
-"""Load test of FLUX.1 [dev]'s layout and true shapes: 34 GB of random numbers, sharded and indexed as on the hub.
+"""A test of loading 34 GB of random numbers in the shapes of FLUX.1 [dev], in shards with an index as on the hub.
 
     python -m bench.full_shapes DIRECTORY [--steps 1] [--side 256] [--device cpu]
 
@@ -30,7 +30,7 @@ _SHARD_BYTES = 9_900_000_000
 
 
 def write(directory: Path) -> None:
-    """Write the directory shard by shard, so that no component is ever whole in memory."""
+    """Write the directory shard by shard, so that no more than one shard is in memory."""
     with torch.device("meta"):
         parts = random_weights.parts("full")
     directory.mkdir(parents=True)
@@ -80,7 +80,7 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    """Print the time and memory of loading, and the time of each step."""
+    """Print the time and memory of loading and the time of each step of an image."""
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, default=1)

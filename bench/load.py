@@ -1,9 +1,9 @@
-"""Submits and status polls a second against the null model, and the cost of 100,000 waiting requests.
+"""The rates of submits and status polls that a server answers, and the cost of 100,000 waiting requests.
 
     python -m bench.load [--clients 64 256] [--seconds 5]
 
-A separate process on the same machine sends the load; absolute figures hold for an idle machine only. The server is
-killed at the end, and every request that it acknowledged is looked up in its database.
+The clients run in another process than the server, on the same machine; absolute figures hold for an idle machine only.
+The server is killed at the end, and every request that it acknowledged is looked up in its database.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Waits of requests that arrive at random, at this server and at the naive server that people write today.
+"""The waits of requests that arrive at random, at this server and at a naive server of FastAPI and a lock.
 
     python -m bench.mixed_load [--weights cost|demo] [--mix drafts] [--requests 300] [--load 0.7] [--seeds 5] [--json F]
 
-Both servers get the same requests at the same moments, one server after the other, once for each seed. A request's
-latency is the time to its response; its wait is the latency less the time that the request takes alone. `drafts` is
-many small images and few large ones, `even` as many of each, `equal` one size, and `at-once` eight equal requests
-sent together.
+One server is measured after the other, with the same requests at the same intervals, once for each seed. The latency of
+a request is the time to its response. Its wait is the latency less the time that the request takes alone on the naive
+server. The mix `drafts` has many small images, some of the default size and few large ones; `even` has as many small
+ones as default ones; `equal` has one size; and `at-once` is eight equal requests sent together.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Ours:
 
 @contextmanager
 def naive(weights: str) -> Iterator[Naive]:
-    """Run the naive server; yield it once it answers."""
+    """Run the naive server until the block ends; yield it once it answers."""
     port = free_port()
     environment = {"FLUX": str(DEMO)} if weights == "demo" else {}
     command = [
@@ -111,7 +111,7 @@ def naive(weights: str) -> Iterator[Naive]:
 
 @contextmanager
 def ours(weights: str) -> Iterator[Ours]:
-    """Run this server; yield it once it is ready."""
+    """Run this server until the block ends; yield it once it is ready."""
     models_dir = str(ROOT / "bench" / "support" / "cost_models")
     with tempfile.TemporaryDirectory() as directory, serving(Path(directory), "demo", models_dir=models_dir) as server:
         yield Ours(server.ready().url, "fal-ai/flux/dev" if weights == "demo" else "bench/cost")

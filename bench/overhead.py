@@ -1,8 +1,9 @@
-"""Ratio of a queue round trip over HTTP to the same image from diffusers' pipeline, in one process.
+"""The time of a queue round trip over HTTP, divided by that of the same image from diffusers' pipeline.
 
     python -m bench.overhead [--rounds 20] [--size 512] [--steps 8]
 
-Both sides alternate; the figures are medians of one run. The server also checks, encodes and stores the image.
+Server and pipeline alternate in one process; the figures are medians of one run. Only the server also checks, encodes
+and stores the image.
 """
 
 import argparse

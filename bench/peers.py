@@ -1,15 +1,15 @@
-"""Cost of a request to a model that does nothing, behind this server and behind FastAPI, LitServe and BentoML.
+"""The cost of a request to a model that does nothing, behind this server and behind FastAPI, LitServe and BentoML.
 
     make peers, or: python -m bench.peers [--clients 1,16,64] [--rounds 4] [--seconds 2] [--json FILE]
 
-Every request is the same JSON of prompt, size, steps and seed, validated by pydantic. Every response is JSON of one
-shape, with the URL of an image. The work in between differs, and so does the guarantee:
+Every request is the same JSON of prompt, size, steps and seed, validated by pydantic. Responses are JSON: all in one
+shape with the URL of an image, except those of "submit" and "task". The work in between and the guarantees differ:
 
 - "FastAPI", "LitServe" and "BentoML" make no image and store nothing. FastAPI calls the model on one of its threads,
   BentoML on its only thread, LitServe in a separate process. All settings are defaults, except that logs are off.
 - "flux-server, run" writes the request to the disk before it starts, makes an image of 64x64 pixels, encodes it as a
   JPEG with metadata, and writes the JPEG and then the response: three transactions, two more fsyncs, and a log line.
-- "FastAPI, kept" is the same guarantee written by hand: two transactions, the image without metadata, two fsyncs.
+- "FastAPI, kept" gives the same guarantee by hand: two transactions, the image without metadata, two fsyncs.
 - "flux-server, submit" responds when the request is on the disk. "BentoML, task" is BentoML's equivalent, also with
   SQLite. Behind both, the model is busy all the time, as a real model would be for seconds.
 
@@ -39,7 +39,8 @@ PYTHON = ROOT / "build" / "peers" / "bin" / "python"
 BODY = {"prompt": "a red apple", "image_size": {"width": 64, "height": 64}, "num_inference_steps": 1, "seed": 1}
 WARM_UP = 0.3
 RUN, SUBMIT = "flux-server, run", "flux-server, submit"
-#: Targets that respond with an image's URL, and targets that store the request for later. Ours is last in each group.
+#: Targets that respond with an image's URL, and targets that store the request for later. This server comes last in
+#: each group.
 GROUPS = (("FastAPI", "LitServe", "BentoML", "FastAPI, kept", RUN), ("BentoML, task", SUBMIT))
 
 #: The routes to measure on a running server, in order: a name, the port and the path.
@@ -50,7 +51,7 @@ Figures = dict[str, dict[int, list[dict[str, float]]]]
 
 @contextmanager
 def ours() -> Iterator[Targets]:
-    """Run this server with only the test models."""
+    """Run this server with the test models only."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with (
@@ -98,7 +99,7 @@ def bentoml(python: Path) -> Iterator[Targets]:
 def _peer(python: Path, command: Sequence[str], health: str) -> Iterator[int]:
     """Start `command` with a free port as its last argument; yield the port once the server is healthy."""
     port = free_port()
-    # Processes of the server may have been killed only a moment before the directory is deleted.
+    # Ignore errors of the cleanup: the processes of the server may still be ending while the directory is deleted.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         environment = {"TMPDIR": directory, "BENTOML_HOME": directory, "BENTOML_DO_NOT_TRACK": "True"}
         with running_server((str(python), *command, str(port)), f"http://127.0.0.1:{port}{health}", environment):

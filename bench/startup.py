@@ -1,4 +1,4 @@
-"""Time from process start to /health, and to ready with the demo weights.
+"""The time from the start of the process to the first /health, and until the demo weights are ready.
 
 python -m bench.startup [--rounds 5]
 """

@@ -1,9 +1,10 @@
-"""Fastest thread count, spin count and dtype on this CPU, alone and next to one busy core.
+"""The time of an image by thread count, spin count and dtype on this CPU, alone and next to one busy core.
 
     python -m bench.threads [--rounds 3]
 
 Each configuration is a process that calls FluxPipeline on the demo weights; the configurations alternate. The spin
-count says how often OpenMP's threads spin while they wait for each other, before they sleep; 0 is to sleep at once.
+count says how often OpenMP's threads spin while they wait for each other, before they sleep. With 0, they sleep at
+once.
 """
 
 import argparse

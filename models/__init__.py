@@ -1,4 +1,4 @@
-"""The models this server can run. A module in this package or in a given directory is one if it defines MODEL."""
+"""The models that this server can run: one for each module that defines MODEL, here or in a given directory."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ _HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
 def discover(directory: Path | None = None) -> dict[str, Model]:
     """Return every model by its endpoint: this package's first, then those in `directory`.
 
-    Raises ValueError when two modules have the same endpoint, and whatever a module raises when it is imported.
+    Raises ValueError if two modules have the same endpoint. An error that a module raises on import passes through.
     """
     models: dict[str, Model] = {}
     for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
@@ -28,7 +28,7 @@ def discover(directory: Path | None = None) -> dict[str, Model]:
 
 def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:
     for path in sorted(directory.glob("*.py")) if directory else ():
-        # Search the text: importing a module without MODEL just to look could import torch, which takes seconds.
+        # Search the text for MODEL: importing every module could import torch, which takes seconds.
         if _HAS_MODEL.search(path.read_text(encoding="utf-8")):
             yield _module(f"{package}.{path.stem}", path)
 
@@ -40,7 +40,7 @@ def _module(name: str, path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    # Register the module before running it, as the import system does, so that its classes resolve their module.
+    # Register the module before running it, as the import system does: dataclasses looks modules up by name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

@@ -35,14 +35,15 @@ class EngineConfig:
 
     Attributes:
         weights: a directory in diffusers layout (Path) or a hub id (str); None for a model that needs no weights.
-        safety_checker: a hub id or directory, used if the weights' directory has no `safety_checker`.
-        device: "cuda", "cpu", or "auto" for the best one available.
-        dtype: "bfloat16", "float32", or "auto" for the fastest one that the device supports and has the memory for.
+        safety_checker: a hub id or directory, used if the weights have no subdirectory `safety_checker`.
+        device: "cuda", "cpu", or "auto" for a GPU if PyTorch can use one, else the CPU.
+        dtype: "bfloat16", "float32", or "auto": float32 on a CPU that is slow in bfloat16 but has the memory, else
+            bfloat16.
         memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the fastest plan that fits.
-        max_acceleration: the highest acceleration tier offered; requests for a higher tier use this one.
+        max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at this one at most.
         is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
         compile_cache: the directory for compiled code; None for PyTorch's default.
-        report: called with the progress before each component with weights is loaded.
+        report: called with the progress before each component that has weights is loaded.
     """
 
     weights: str | Path | None
@@ -58,7 +59,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ExtraWeights:
-    """Additional weights of an endpoint.
+    """The additional weights that an endpoint needs.
 
     Attributes:
         directory: the subdirectory that holds them, if the endpoint's own weights are a local directory.
@@ -127,11 +128,11 @@ class GenerationTask(Protocol):
 
     @property
     def work(self) -> int:
-        """The work done so far, over all images, in floating point operations calculated from the sizes."""
+        """The work of the steps done so far, over all images: floating point operations, calculated, not measured."""
 
     @property
     def remaining_work(self) -> int:
-        """The work of the remaining steps, in the same unit; blocks that a step may skip count too."""
+        """The work of the remaining steps, over all images. A block counts even if its step may skip it."""
 
     @property
     def images(self) -> Sequence[Image]:
@@ -151,31 +152,31 @@ class GenerationTask(Protocol):
 
 
 class Engine(Protocol):
-    """A model loaded on a device. One thread calls its methods; other threads may call those that say so."""
+    """A model loaded on a device. One thread makes all calls, except where a description below allows another."""
 
     @property
     def decodes_concurrently(self) -> bool:
         """Whether `decode` and `is_unsafe` should run on a second thread while `advance` runs on the first."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> GenerationTask:
-        """Create the task of `request`, an instance of the model's Input. Image k uses seed + k.
+        """Create the task of `request`, an instance of the model's Input. Image k, counted from 0, uses seed + k.
 
         `inputs` holds the files behind the request's URLs, by field path, such as "image_url" or "loras.0.path":
-        images as RGB files within the operator's size limits, LoRA weights as safetensors. Raises GenerationFailed.
+        images as RGB PNGs within the operator's size limits, LoRA weights as safetensors. Raises GenerationFailed.
         """
 
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take the next step of `task`; return the tasks that took a step: `task` and those that shared its forward.
+        """Take the next step of `task` and of those `others` that share its forward; return the tasks that took a step.
 
         Raises GenerationFailed, DeviceLost or an error of the library. After an error, `task` must not be continued;
-        the others can be, unless the device is lost.
+        the other tasks may go on, unless the device is lost.
         """
 
     def preview(self, task: GenerationTask) -> Image | None:
         """Return a small preview of the newest image as of the last step; None before the first step."""
 
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next image; called after all steps. Raises as `advance` does, and NonFiniteOutput."""
+        """Decode the next image; called once all steps are done. Raises NonFiniteOutput and the errors of `advance`."""
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
         """Return for each image whether it is unsafe. Raises GenerationFailed if the checker cannot decide."""
@@ -184,9 +185,9 @@ class Engine(Protocol):
         """Return the current status for the operator. May be called from any thread."""
 
     def warm_up(self) -> bool:
-        """Make one more tier ready, which may take minutes; return False if all tiers are ready.
+        """Make one more tier ready, which may take minutes; return False if all tiers were ready already.
 
-        May be called from a second thread. If warming up a tier raises an error, the tier is removed.
+        May be called from a second thread. Raises the error of a tier that cannot be made ready, and drops the tier.
         """
 
     def close(self) -> None:
@@ -197,7 +198,7 @@ class Engine(Protocol):
 
 
 class Model(Protocol):
-    """An endpoint. A module in `models/` or in --models-dir offers one by defining an instance named MODEL."""
+    """An endpoint: the instance named MODEL that a module in `models/` or --models-dir defines."""
 
     @property
     def endpoint(self) -> str:
@@ -221,13 +222,13 @@ class Model(Protocol):
 
     @property
     def Output(self) -> type[BaseModel]:  # noqa: N802
-        """The pydantic model of an answer."""
+        """The pydantic model of a request's output."""
 
     def setup(self, config: EngineConfig) -> Engine:
         """Load the weights and return the engine; may take minutes. Raises OSError if the weights cannot be loaded.
 
-        Called on the thread that then calls the engine, once for all endpoints that share it, and again after the
-        engine was closed to make room for another.
+        Called on the thread that later calls the engine: once for all endpoints that share the engine, and again after
+        the engine was closed to make room for another.
         """
 
     def build_output(

@@ -24,7 +24,7 @@ from models.schema import (
 
 
 class FluxDevInput(ImageInput):
-    """A request, with the fields, defaults and ranges of fal's page and of fal's client types."""
+    """The input of fal-ai/flux/dev, with the fields, defaults and ranges that fal documents."""
 
     prompt: Prompt
     # Validate the default too, because it may exceed the operator's limits.
@@ -40,7 +40,7 @@ class FluxDevInput(ImageInput):
 
 
 class FluxDevOutput(ImagesOutput):
-    """An answer, with the fields of fal's page."""
+    """The output of fal-ai/flux/dev, with the fields that fal documents."""
 
 
 class FluxDev:
@@ -54,7 +54,7 @@ class FluxDev:
     Output = FluxDevOutput
 
     def setup(self, config: EngineConfig) -> Engine:
-        """Load the pipeline and the safety checker. Raises OSError if the pipeline cannot be loaded."""
+        """Load the pipeline and the safety checker into an engine. Raises OSError if the pipeline cannot be loaded."""
         from models.flux.engine import FluxEngine
 
         return FluxEngine.load(config)
@@ -66,7 +66,7 @@ class FluxDev:
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> FluxDevOutput:
-        """Build the answer to a request."""
+        """Build the output of a request."""
         return FluxDevOutput(
             images=[Image.model_validate(image) for image in images],
             timings=dict(timings),

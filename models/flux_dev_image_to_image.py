@@ -22,7 +22,7 @@ from models.schema import (
 
 
 class FluxDevImageToImageInput(ImageInput):
-    """A request. The generated image has the size of the input image, rounded down to the model's multiple."""
+    """A request to change an image. The output has the size of the input image, rounded down to multiples of 16."""
 
     image_url: ImageURL
     strength: Strength = 0.95

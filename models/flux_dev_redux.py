@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of an image without a prompt."""
+"""fal-ai/flux/dev/redux: FLUX.1 [dev], variations of an image, without a prompt."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class FluxDevReduxInput(ImageInput):
 
     @property
     def prompt(self) -> str:
-        """An empty prompt, which the answer must contain."""
+        """An empty prompt, because the output has a field for the prompt."""
         return ""
 
 

@@ -7,7 +7,7 @@ from models.schema import Steps
 
 
 class FluxSchnellInput(FluxDevInput):
-    """A request with few steps. FLUX.1 [schnell] has no guidance input, so `guidance_scale` has no effect."""
+    """A request for an image in few steps. `guidance_scale` has no effect: FLUX.1 [schnell] takes no guidance."""
 
     num_inference_steps: Steps = Field(4, ge=1, le=12)
 

@@ -39,7 +39,7 @@ EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
     "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
-# JavaScript rounds JSON numbers above 2**53, and image k uses seed + k, where k is at most 3.
+# JavaScript rounds JSON numbers above 2**53. Image k of a request uses seed + k, and k is at most 3.
 MAX_SEED = 2**53 - 4
 
 
@@ -53,7 +53,7 @@ class Limits:
 
 
 class ImageSize(BaseModel):
-    """A size in pixels. Each side is rounded down to a multiple that depends on the model, 16 for FLUX.1."""
+    """A size in pixels. The server rounds each side down to a multiple of 16 for FLUX.1; other models may differ."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -83,7 +83,7 @@ class ImageSize(BaseModel):
 
 
 def _limits(info: ValidationInfo) -> Limits | None:
-    """Return the limits that the caller passed; None when an already accepted request is read again."""
+    """Return the limits in the validation's context; None if it has none, as when an accepted request is read."""
     return (info.context or {}).get("limits")
 
 
@@ -107,7 +107,7 @@ def _to_preset(size: ImageSize) -> Any:
 
 
 class _PresetSchema:
-    """An annotation that gives a size fal's JSON schema: an object or the name of a preset."""
+    """An annotation that gives `Size` the same JSON schema as on fal: an object or the name of a preset."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"anyOf": [handler(schema), {"enum": list(PRESETS), "type": "string"}]}
@@ -137,8 +137,8 @@ OutputFormat = Literal["jpeg", "png"]
 Acceleration = Literal["none", "regular", "high"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
-# Fields that several inputs share, with the ranges of fal's client types and the descriptions of fal's page. The page's
-# description of sync_mode is of an earlier behaviour, so it is not used.
+# Fields that several inputs share. Most ranges are those of fal's client types, and most descriptions those of fal's
+# page. The page describes an earlier behaviour of sync_mode, so that field has another description.
 Prompt = Annotated[
     str,
     Field(max_length=MAX_PROMPT_LENGTH, description="The prompt to generate an image from.", examples=[EXAMPLE_PROMPT]),
@@ -249,7 +249,7 @@ class Image(BaseModel):
 
 
 class ImagesOutput(BaseModel):
-    """The answer of an endpoint that generates images."""
+    """The output of an endpoint that generates images."""
 
     images: list[Image] = Field(description="The generated image files info.")
     timings: dict[str, float] = Field(description="Seconds spent on each stage, by its name.")

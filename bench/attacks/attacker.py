@@ -1,4 +1,4 @@
-"""Process of the attacker: prepares one attack, then runs a phase on each command, and counts the responses."""
+"""The attacker's process: it prepares one attack, runs a phase on each command, and counts the responses."""
 
 import asyncio
 import json
@@ -21,13 +21,13 @@ from bench.attacks.victim import OPERATIONS
 
 #: The action of one phase of an attack, run after the preparation.
 Round = Callable[[], Coroutine[None, None, None]]
-#: The action on one of many requests.
+#: An action to take with each of many requests.
 Act = Callable[[bytes], Coroutine[None, None, object]]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Attack by one client. `prepare` is called once, before the first phase, and returns the action of each phase."""
+    """An attack by one client. `prepare` is called once, before the first phase, and returns the action of a phase."""
 
     name: str
     about: str
@@ -40,11 +40,12 @@ class Attack:
 
 @dataclass
 class Responses:
-    """Responses that the attacker has received so far."""
+    """The responses that the attacker has received so far."""
 
-    #: Number of connections by how they ended: a status, "closed" without a response, "held" if still open when the
-    #: phase ended, or the code that closed a WebSocket.
+    #: Number of connections by how they ended: the status of the response, "closed" if there was none, "held" if the
+    #: connection was still open when the phase ended, or the code that closed a WebSocket. A label may come first.
     answers: Counter[str] = field(default_factory=Counter)
+    #: Seconds that the longest connection was open.
     longest_held: float = 0.0
     #: Further facts for the report.
     notes: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Target:
         return f"{self._hosted_url}/{path}"
 
     def post(self, path: str, fields: Mapping[str, Any], **headers: str) -> bytes:
-        """Return a POST request with a JSON body."""
+        """Return a POST request of the attacker with a JSON body."""
         return request("POST", path, ATTACKER, json.dumps(fields, ensure_ascii=False).encode(), **headers)
 
     async def round(self, act: Round, seconds: float) -> None:
@@ -78,7 +79,7 @@ class Target:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the phase is over."""
+        """Whether the phase is over."""
         return time.monotonic() >= self._until
 
     async def talk(self, conversation: Callable[[Connection], Coroutine[None, None, str]], label: str = "") -> None:
@@ -106,7 +107,7 @@ class Target:
         return responses[0] if responses else None
 
     async def flood(self, requests: Iterable[bytes], at_a_time: int, act: Act | None = None) -> None:
-        """Send all requests, or pass each to `act`, `at_a_time` at once, until none is left or the phase is over."""
+        """Send requests, or pass each to `act`, `at_a_time` at once, until none is left or the phase is over."""
         remaining = iter(requests)
 
         async def send_in_turn() -> None:
@@ -119,7 +120,7 @@ class Target:
 
 
 class Attacker:
-    """Handle of the process that `attacking` runs."""
+    """A handle to the process that `attacking` runs."""
 
     def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Pipe) -> None:
         self._process, self._pipe = process, pipe
@@ -145,12 +146,12 @@ class Attacker:
 
 @contextmanager
 def attacking(prepare: Callable[[Target], Round], port: int, directory: Path, hosted_url: str) -> Iterator[Attacker]:
-    """Start an attacker; yield it once the attack is prepared."""
+    """Run an attacker until the block ends; the block starts once the attack is prepared."""
     context = multiprocessing.get_context("spawn")
     parent_pipe, child_pipe = context.Pipe()
     process = context.Process(target=_attack, args=(child_pipe, prepare, port, directory, hosted_url), daemon=True)
     process.start()
-    # With no copy of the child's end open here, reading fails if the process ends.
+    # Close the copy of the child's end in this process, so that reading fails if the child ends.
     child_pipe.close()
     attacker = Attacker(process, parent_pipe)
     try:

@@ -1,4 +1,4 @@
-"""Attacks with bodies and frames that are announced, sent without their last byte, and held."""
+"""Attacks with request bodies and WebSocket frames that are sent without their last byte, and held open."""
 
 import asyncio
 import struct
@@ -17,14 +17,14 @@ _UPGRADE = {
     "sec_websocket_version": "13",
     "sec_websocket_key": "AAAAAAAAAAAAAAAAAAAAAA==",
 }
-#: A binary frame, masked, with its length in eight bytes. The mask is zeros, so it leaves the payload unchanged.
+#: The start of a masked binary frame whose length follows in eight bytes. The mask of zeros changes no payload.
 _LONG_FRAME, _MASK = b"\x82\xff", bytes(4)
 
 
 def bodies(target: Target, number: int, length: int, rate: float = 0.0) -> Round:
-    """Return a phase that sends `number` bodies of this length at once, each without its last byte."""
+    """Return a phase that sends `number` bodies of `length` bytes at once, each without its last byte."""
     request_head = head("POST", "/queue/bench/null", ATTACKER, length)
-    # White space is JSON that is not complete yet.
+    # A body of white space is JSON that is not complete yet.
     body = memoryview(b" " * (length - 1))
 
     async def act() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-#: Bytes passed to the transport at a time. Small, so that no bytes are copied before they can be sent.
+#: Bytes passed to the transport at a time: few, so that the transport does not copy bytes long before it sends them.
 _CHUNK = 2**16
 _LONGEST_HEAD = 2**18
 #: Opcode of the frame that closes a WebSocket.
@@ -34,14 +34,14 @@ def head(method: str, path: str, key: str, length: int, **headers: str) -> bytes
 
 @dataclass(frozen=True)
 class Response:
-    """Response of the server."""
+    """A response of the server."""
 
     status: int
     body: bytes
 
     @property
     def is_good(self) -> bool:
-        """Return whether the status is 2xx."""
+        """Whether the status is 2xx."""
         return 200 <= self.status < 300
 
 
@@ -69,7 +69,7 @@ class Connection:
         return Response(int(lines[0].split()[1]), await self._reader.readexactly(length))
 
     async def exchange(self, *contents: bytes | memoryview, rate: float = 0.0) -> Response:
-        """Send, and wait for the response, which may arrive before everything is sent."""
+        """Send `contents` and return the response, which may arrive before everything is sent."""
         sending = asyncio.create_task(self._send_all(contents, rate))
         try:
             return await self.answer()
@@ -77,7 +77,7 @@ class Connection:
             sending.cancel()
 
     async def closed(self, *contents: bytes | memoryview) -> int:
-        """Send over a WebSocket, skip frames until the one that closes it, and return the close code."""
+        """Send `contents` over a WebSocket; skip frames until the close frame, and return its close code."""
         sending = asyncio.create_task(self._send_all(contents, 0.0))
         try:
             while True:
@@ -93,7 +93,7 @@ class Connection:
             sending.cancel()
 
     async def _send_all(self, contents: Sequence[bytes | memoryview], rate: float) -> None:
-        # The reader of the response gets the error too.
+        # Ignore an error here, because the read of the response raises one too.
         with suppress(OSError):
             for content in contents:
                 await self.send(content, rate)

@@ -1,4 +1,4 @@
-"""Web server of the attacker on loopback: offers LoRA files for download, and refuses webhooks."""
+"""The attacker's web server on loopback, which offers LoRA files for download and refuses webhooks."""
 
 import multiprocessing
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Request handler that sends no ETag, so that the server downloads a file again each time."""
+    """A request handler that sends no ETag, so that the server downloads a file again each time."""
 
     def do_POST(self) -> None:
-        """Refuse a webhook, so that it stays due."""
+        """Refuse a webhook, so that the server has to send it again later."""
         self.rfile.read(int(self.headers.get("content-length", 0)))
         self.send_error(500)
 
@@ -29,7 +29,7 @@ def hosting(directory: Path) -> Iterator[str]:
     parent_pipe, child_pipe = context.Pipe()
     process = context.Process(target=_host, args=(child_pipe, directory), daemon=True)
     process.start()
-    # With no copy of the child's end open here, reading fails if the process ends.
+    # Close the copy of the child's end in this process, so that reading fails if the child ends.
     child_pipe.close()
     try:
         yield f"http://127.0.0.1:{parent_pipe.recv()}"

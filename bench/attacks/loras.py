@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from bench.attacks.attacker import Attack, Round, Target
 
-#: Makes a file from the length of its header in bytes and the number of entries in the header.
+#: A function that makes a file from the bytes and the number of entries that its header shall have.
 Maker = Callable[[int, int], bytes]
 
 #: Bytes of a header that is nearly as long as the format allows: its limit is 100 MB.
 LONG_HEADER = 95_000_000
-#: Bytes of headers short enough for several LoRAs in a request: by URL, and as data URIs that just fit in a body.
+#: Bytes of headers for several LoRAs in one request: as files by URL, and as data URIs that just fit in a body.
 SHORT_HEADER, IN_A_BODY = 7_000_000, 3_800_000
 #: The most LoRAs that one request may name.
 LORAS_PER_REQUEST = 8

@@ -1,4 +1,4 @@
-"""Measurement of one attack: a fresh server, phases with and without the attack, and the observations."""
+"""The measurement of one attack: a fresh server, phases with and without the attack, and the observations."""
 
 import tempfile
 import time
@@ -17,20 +17,20 @@ from bench.attacks.watch import EVERY, Watch, is_machine_full
 from tests.support.server_process import serving, wait_until_completed
 
 MODELS = Path(__file__).parent / "models"
-#: Seconds that a phase of an attack may take beyond its time.
+#: Seconds that a phase with the attack may last beyond its planned end.
 _GRACE = 10.0
-#: The other key's upload that should survive the attack.
+#: The content of the other key's upload, which should survive the attack.
 _UPLOAD_CONTENT = bytes(1_000_000)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Period of time, by the monotonic clock."""
+    """A period of time, by the monotonic clock."""
 
     is_attacked: bool
     begun_at: float
     ended_at: float
-    #: Whether the server was at rest before this phase, or, for an attacked phase, before the phase that precedes it.
+    #: Whether the server was at rest before this phase or, for a phase with the attack, before the phase preceding it.
     is_calm: bool
 
     def has(self, operation: Operation) -> bool:
@@ -40,27 +40,28 @@ class Phase:
 
 @dataclass
 class Seen:
-    """Observations of one attack."""
+    """The observations of one attack."""
 
     phases: list[Phase] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     responses: Responses = field(default_factory=Responses)
-    #: Seconds from the end of each attacked phase until the server was at rest; None if it did not rest in time.
+    #: Seconds from the end of each phase with the attack until the server was at rest; None if it did not rest in time.
     rests: list[float | None] = field(default_factory=list)
-    #: Why the attack ended early; empty if it did not.
+    #: The reason why the attack ended early; empty if it did not.
     cut_short: str = ""
     #: Resident memory in bytes: idle, and the maximum under attack.
     memory: tuple[int, int] = (0, 0)
     #: Bytes in the data directory: before the attack, the maximum, and after a sweep.
     directory_bytes: tuple[dict[str, int], dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}, {}))
-    #: Statuses of the other key's stored data before the attack and after the sweep.
+    #: The status, or the name of the error, of a GET for each of the other key's belongings: before the attack, and
+    #: after the last sweep.
     belongings: tuple[dict[str, str], dict[str, str]] = field(default_factory=lambda: ({}, {}))
     #: Exit code of the server if it ended during the attack.
     exit_code: int | None = None
 
 
 class _Belongings:
-    """Data that the other key stores before the attack: a finished request, its image, and an uploaded file."""
+    """The data that the other key stores before the attack: a finished request, its image, and an uploaded file."""
 
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
@@ -75,7 +76,7 @@ class _Belongings:
             self._urls["upload"] = uploaded.json()["access_url"]
 
     def statuses(self) -> dict[str, str]:
-        """Return the current status of each."""
+        """Send a GET for each; return its status, or the name of the error."""
         return {name: self._status(url) for name, url in self._urls.items()}
 
     def _status(self, url: str) -> str:
@@ -114,7 +115,7 @@ def measure(attack: Attack, seconds: float) -> Seen:
 
 
 def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: OtherKey, seconds: float) -> None:
-    """Alternate phases without and with the attack, ROUNDS times. An attack that is cut short is the last."""
+    """Alternate phases without and with the attack, ROUNDS times. A phase that is cut short is the last one."""
     idle, directory_bytes = watch.memory, watch.directory_bytes
     rest_seconds = watch.until_calm(other.waiting)
     for round_index in range(ROUNDS):
@@ -137,7 +138,7 @@ def _run_phases(seen: Seen, watch: Watch, attacker: Attacker, other: OtherKey, s
 
 
 def _run_attack(seen: Seen, watch: Watch, attacker: Attacker, seconds: float) -> str:
-    """Run one attacked phase; return why it was cut short, or an empty string."""
+    """Run one phase with the attack; return the reason why it was cut short, or an empty string."""
     deadline = time.monotonic() + seconds + _GRACE
     attacker.begin(seconds)
     while not attacker.is_done(EVERY):

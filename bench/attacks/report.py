@@ -1,4 +1,4 @@
-"""Figures of one attack, as JSON and as one line."""
+"""The figures of one attack, as JSON and as one line."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _MB = 1e6
 
 
 def figures(attack: Attack, seen: Seen) -> dict[str, Any]:
-    """Return all observations in milliseconds, MB and bytes, ready for JSON."""
+    """Return all observations, ready for JSON. Names of figures end in their unit."""
     before, highest, after = seen.directory_bytes
     idle, highest_memory = seen.memory
     during = [each for each in seen.operations if any(phase.has(each) for phase in seen.phases)]
@@ -65,7 +65,10 @@ def line(results: dict[str, Any]) -> str:
 
 
 def _compared(kind: str, seen: Seen) -> dict[str, Any]:
-    """Compare quantiles of one kind without and with the attack. Phases without it count only after a rest."""
+    """Compare quantiles of one kind of operation, without and with the attack.
+
+    A phase without the attack counts only if the server was at rest before it.
+    """
     calm = [phase for phase in seen.phases if phase.is_attacked or phase.is_calm]
     alone, attacked = (
         _quantiles(
@@ -91,7 +94,7 @@ def _of_phase(phase: Phase, kinds: Sequence[str], operations: Sequence[Operation
 
 
 def _quantiles(operations: Sequence[Operation], kind: str) -> dict[str, float]:
-    """Return quantiles of the times of one kind in milliseconds; without operations, only their number."""
+    """Return the number and the quantiles, in milliseconds, of one kind of operation; only the number if it is 0."""
     milliseconds = sorted(1000 * each.seconds for each in operations if each.kind == kind)
     if not milliseconds:
         return {"number": 0}

@@ -1,4 +1,4 @@
-"""Attacks on what the server stores for a client: rows, uploads, parts of uploads, and empty files."""
+"""Attacks that make the server store much for a client: rows, uploads, parts of uploads, and empty files."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def _submit(target: Target, **lengths: int) -> bytes:
         headers["host"] = "a" * lengths["host"]
     if "hint" in lengths:
         headers["x_fal_runner_hint"] = "a" * lengths["hint"]
-    # Each character has four bytes: the limit of a prompt counts characters.
+    # The limit of a prompt counts characters, so use a character of four bytes.
     fields = {"prompt": "\N{GRINNING FACE}" * (lengths.get("prompt", 0) // 4)}
     return target.post(f"/queue/bench/slow{query}", fields, **headers)
 
@@ -39,7 +39,7 @@ def _cancel(submitted: Response) -> bytes:
 
 
 async def _exchange(target: Target, content: bytes) -> Response | None:
-    """Send one request without counting it; return the response if there is one."""
+    """Send one request without counting the response; return it if there is one."""
     try:
         async with connected(target.port) as connection:
             return await connection.exchange(content)
@@ -48,7 +48,7 @@ async def _exchange(target: Target, content: bytes) -> Response | None:
 
 
 async def _longest_accepted(target: Target, field: str) -> int:
-    """Find by bisection the longest accepted value of a field, to 1 %; return 0 if none is accepted."""
+    """Find the length of the longest accepted value of a field by bisection, to 1 %; return 0 if none is accepted."""
     accepted, refused, tried = 0, LONGEST[field] + 1, LONGEST[field]
     while refused - accepted > 1 + accepted // 100:
         response = await _exchange(target, _submit(target, **{field: tried}))
@@ -66,7 +66,7 @@ async def _all_longest(target: Target) -> dict[str, int]:
 
 
 def _rows(target: Target) -> Round:
-    """Return a phase of submits, each with the longest prompt and one other field at its longest."""
+    """Return a phase that submits and cancels requests with the longest prompt and one other field at its longest."""
     lengths = uvloop.run(_all_longest(target))
     target.responses.notes |= {
         "planned": NUM_SUBMITS,
@@ -122,6 +122,6 @@ ATTACKS = (
     ),
     Attack("empty-parts", "5,000 empty parts of one upload", _empty_parts),
     Attack("empty-files", "5,000 empty files", _empty_files),
-    # The rate limit also allows the other key only one request, so that key only polls its status.
+    # The rate limit also allows the other key only one request, so that key only polls the status of this request.
     Attack("empty-files-rate", "the same at one request a day", _empty_files, {"rate_per_key": "1/day"}, ("status",)),
 )

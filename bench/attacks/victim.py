@@ -1,4 +1,4 @@
-"""Process of the other key: polls, submits and uploads at a fixed rate, and records how long each operation took."""
+"""The other key's process: it polls, submits and uploads at a fixed rate, and records how long each operation took."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from bench.attacks import OTHER
 from bench.attacks.connection import Response, connected, request
 
 OPERATIONS = ("status", "submit", "upload")
-#: Operations a second, all kinds together. Each starts on time whether or not the last one is done.
+#: Operations a second, all kinds together. Each starts on time, even if earlier ones are still in progress.
 RATE = 30
 #: Seconds after which an operation counts as never answered.
 PATIENCE = 20.0
@@ -31,7 +31,7 @@ _EXPIRES = {"x_fal_object_lifecycle": "2"}
 
 @dataclass(frozen=True)
 class Operation:
-    """Completed operation: its start by the monotonic clock, its duration, and its last response."""
+    """A completed operation: its start by the monotonic clock, its duration, and its last response."""
 
     kind: str
     begun_at: float
@@ -41,7 +41,7 @@ class Operation:
 
 
 class OtherKey:
-    """Handle of the process that `acting` runs; `stop` ends the process."""
+    """A handle to the process that `running_other_key` runs; `stop` ends the process."""
 
     def __init__(self, pipe: Pipe, is_over: Event, num_waiting: "Synchronized[int]") -> None:
         self._pipe, self._is_over, self._num_waiting = pipe, is_over, num_waiting
@@ -51,7 +51,7 @@ class OtherKey:
         return int(self._num_waiting.value)
 
     def stop(self) -> list[Operation]:
-        """Start no further operation, wait for those in progress, and return all."""
+        """Start no further operation, wait for those in progress, and return all operations."""
         self._is_over.set()
         operations: list[Operation] = self._pipe.recv()
         return operations
@@ -59,14 +59,14 @@ class OtherKey:
 
 @contextmanager
 def running_other_key(port: int, kinds: Sequence[str], status_path: str) -> Iterator[OtherKey]:
-    """Run the other key's operations in a separate process. The first status poll uses `status_path`."""
+    """Run the other key's operations in a separate process, until the block ends. Polls start with `status_path`."""
     context = multiprocessing.get_context("spawn")
     parent_pipe, child_pipe = context.Pipe()
     is_over, num_waiting = context.Event(), context.Value("i", 0)
     actor = _Actor(port, status_path, num_waiting)
     process = context.Process(target=_act, args=(child_pipe, is_over, actor, kinds), daemon=True)
     process.start()
-    # With no copy of the child's end open here, reading fails if the process ends.
+    # Close the copy of the child's end in this process, so that reading fails if the child ends.
     child_pipe.close()
     try:
         yield OtherKey(parent_pipe, is_over, num_waiting)
@@ -85,7 +85,7 @@ class _Actor:
         self._operations: list[Operation] = []
 
     async def act(self, kinds: Sequence[str], is_over: Callable[[], bool]) -> list[Operation]:
-        """Run the kinds of operations in turn, until `is_over`."""
+        """Run the kinds of operations in turn, until `is_over`; return all operations."""
         acts = {"status": self._status, "submit": self._submit, "upload": self._upload}
         start, running = time.monotonic(), set[asyncio.Task[None]]()
         for number in itertools.count():

@@ -1,4 +1,4 @@
-"""Resources of the server during an attack: resident memory, and bytes in the data directory."""
+"""The resources of the server during an attack: resident memory, and bytes in the data directory."""
 
 import os
 import time
@@ -10,13 +10,13 @@ import psutil
 
 from server.storage.database import DIRECTORIES, FILE
 
-#: Seconds between two readings, of the memory and of the data directory.
+#: Seconds between two readings of the memory, and between two of the data directory.
 EVERY = 0.1
 _DIRECTORY_EVERY = 0.5
 #: A server is at rest if it uses less than this share of a core while at most FEW of the other key's operations wait.
 #: LONGEST_REST is the longest wait for a rest, in seconds.
 AT_REST, FEW, LONGEST_REST = 0.4, 3, 10.0
-#: An attack ends when the machine has fewer bytes of memory available than this.
+#: An attack ends when fewer bytes of the machine's memory than this are available.
 LEAST_FREE = 10**9
 
 
@@ -72,7 +72,7 @@ class Watch:
         return None
 
     def until_swept(self, every: float) -> None:
-        """Wait for two sweeps, then while the data directory changes, for about LONGEST_REST at most."""
+        """Wait for two sweeps, then until the data directory stops changing; LONGEST_REST seconds at most, roughly."""
         until = time.monotonic() + LONGEST_REST
         self.for_seconds(2 * every)
         is_changing = True
@@ -96,7 +96,7 @@ def is_machine_full() -> bool:
 
 
 def directory_bytes(data_dir: Path) -> dict[str, int]:
-    """Return the bytes of the database, its WAL, each directory of files, and in total; and the number of files."""
+    """Return the bytes of the database, its WAL, each directory of files and all together, and the number of files."""
     sizes = {"database": _size(data_dir / FILE), "wal": _size(data_dir / f"{FILE}-wal")}
     num_files = 0
     for name in DIRECTORIES:

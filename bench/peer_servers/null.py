@@ -1,4 +1,4 @@
-"""Model that does nothing, for all peer servers. Its response has the shape and size of this server's."""
+"""A model that does nothing, for all peer servers. Its response has the same fields as a response of this server."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, Field
 
 
 class ImageSize(BaseModel):
-    """Size of an image, in pixels."""
+    """The size of an image, in pixels."""
 
     width: int = Field(ge=64, le=2048)
     height: int = Field(ge=64, le=2048)
 
 
 class GenerationRequest(BaseModel):
-    """Body of a request."""
+    """The body of a request."""
 
     prompt: str
     image_size: ImageSize

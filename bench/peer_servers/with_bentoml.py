@@ -10,7 +10,7 @@ from bench.peer_servers.null import GenerationRequest, respond
 
 @bentoml.service(logging={"access": {"enabled": False}})
 class Null:
-    """Service with a route that responds at once, and a task that BentoML stores in its database until it is done."""
+    """A service with a route that responds at once, and a task that BentoML stores in its database until it is done."""
 
     @bentoml.api(input_spec=GenerationRequest)
     def generate(self, **fields: Any) -> dict[str, Any]:

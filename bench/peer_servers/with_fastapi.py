@@ -22,7 +22,7 @@ rows = sqlite3.connect(DIRECTORY / "rows.sqlite3", isolation_level=None, check_s
 rows.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE requests (name, request, response)")
 
 
-# Not async, as for a real model: FastAPI calls the function on a thread.
+# Not async: as for a real model, FastAPI calls the function on a thread.
 @app.post("/generate")
 def generate(request: GenerationRequest) -> dict[str, Any]:
     """Return the null response."""
@@ -31,7 +31,7 @@ def generate(request: GenerationRequest) -> dict[str, Any]:
 
 @app.post("/kept")
 def kept(request: GenerationRequest) -> dict[str, Any]:
-    """Respond and make an image, writing each step to the disk before the next: durability by hand."""
+    """Write the request, an image and the response to the disk, one after the other, then respond."""
     name = uuid.uuid4().hex
     with lock:
         rows.execute("INSERT INTO requests VALUES (?, ?, NULL)", (name, request.model_dump_json()))

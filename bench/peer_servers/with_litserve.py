@@ -9,7 +9,7 @@ from bench.peer_servers.null import GenerationRequest, respond
 
 
 class Null(litserve.LitAPI):  # type: ignore[misc]
-    """LitServe API. LitServe validates by the annotation of `decode_request` and predicts in a separate process."""
+    """A LitServe API. The annotation of `decode_request` makes LitServe validate; `predict` runs in another process."""
 
     def setup(self, device: str) -> None:
         """Load nothing."""

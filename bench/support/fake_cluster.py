@@ -1,4 +1,4 @@
-"""Fake GPUs, a thousand in one process, so that only the head of a cluster is real."""
+"""Fake GPUs of a cluster, in one process with a real head, so that only the head takes time."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from server.storage.file_store import StoredFile, generate_file_name
 
 
 class NullRunner:
-    """Runner without a process, which finishes each job at once."""
+    """A runner without a process, which finishes each job at once."""
 
     node = "nowhere"
     content = os.urandom(150_000)
@@ -32,7 +32,7 @@ class NullRunner:
             yield messages.JobFinished(job.request_id, Outcome(200, body, files=(file,)), {name: self.content})
 
     def send_job(self, job: Job, text: str) -> None:
-        """Queue the job for `messages`, which finishes it at once."""
+        """Pass the job to `messages`, which finishes it at once."""
         self._taken.put(job)
 
     def stop(self) -> None:
@@ -47,7 +47,7 @@ class NullRunner:
 
 
 class NullRayCluster:
-    """Ray cluster without Ray, with more GPUs than any setting asks for."""
+    """A stand-in for RayCluster without Ray, with more GPUs than any setting asks for."""
 
     start_runner = NullRunner
 

@@ -1,4 +1,4 @@
-"""Clients that send each request as soon as the last one is answered, at little CPU cost on the shared machine."""
+"""Clients that send each request as soon as the last one is answered. They leave most CPU time to the server."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ import uvloop
 
 
 class Client(asyncio.Protocol):
-    """One connection that sends its next request as soon as the last one is answered, until `is_over`."""
+    """A connection that sends its next request as soon as the last one is answered, until `is_over`."""
 
     def __init__(self, request: bytes, is_over: Callable[[], bool]) -> None:
         self.request, self.is_over = request, is_over
@@ -60,21 +60,23 @@ class Client(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Figures:
-    """Results of all clients of one load together."""
+    """The results of all clients of one load together."""
 
-    #: Seconds that each response took, ascending; `taken` is the seconds of the whole load.
+    #: Seconds that each response took, ascending.
     seconds: list[float]
+    #: Seconds that the whole load took.
     elapsed: float
+    #: Number of responses whose status is neither 200 nor 202.
     bad: int
     request_ids: list[bytes]
 
     @property
     def per_second(self) -> float:
-        """Return the responses a second."""
+        """The number of responses a second."""
         return len(self.seconds) / self.elapsed
 
     def milliseconds(self, share: float) -> float:
-        """Return the time within which this share of the responses came."""
+        """Return the milliseconds within which this share of the responses came."""
         return 1000 * self.seconds[min(len(self.seconds) - 1, int(len(self.seconds) * share))]
 
     def __str__(self) -> str:
@@ -94,7 +96,7 @@ async def _load(port: int, clients: int, client: Callable[[], Client]) -> Figure
 
 
 def request(method: str, path: str, body: bytes = b"") -> bytes:
-    """Return the bytes of an HTTP/1.1 request with a JSON body."""
+    """Return an HTTP/1.1 request with a JSON body."""
     return (
         f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
@@ -102,7 +104,7 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
 
 
 def load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
-    """Run `clients` clients until each is over. Raises OSError if the server closes a connection early."""
+    """Run `clients` clients until each is done. Raises OSError if the server closes a connection early."""
     return uvloop.run(_load(port, clients, client))
 
 

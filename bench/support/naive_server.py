@@ -1,7 +1,7 @@
-"""Naive server, as people write it today: FastAPI, FluxPipeline and a lock. Peer of this server under mixed load.
+"""A naive server of FastAPI, FluxPipeline and a lock, for comparison with this project's server under mixed load.
 
 Run FLUX=DIRECTORY uvicorn bench.support.naive_server:app. With COST=SECONDS instead of FLUX, the server generates
-nothing and sleeps that long for each TFLOP.
+nothing and sleeps for this many seconds per TFLOP.
 """
 
 import io
@@ -23,13 +23,13 @@ lock = threading.Lock()
 pipeline: Any = None
 if "FLUX" in os.environ:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The dtype that this project's server chooses. On some CPUs, bfloat16 alone would be fifty times slower.
+    # Use the dtype that this project's server chooses: on some CPUs, bfloat16 is fifty times slower than float32.
     pipeline = FluxPipeline.from_pretrained(os.environ["FLUX"], dtype=dtype_for("auto", device))
     pipeline.to(device).set_progress_bar_config(disable=True)
 
 
 class GenerationRequest(BaseModel):
-    """Body of a request."""
+    """The body of a request."""
 
     prompt: str
     width: int

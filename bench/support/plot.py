@@ -1,4 +1,4 @@
-"""Plots of the output of `bench.mixed_load --json` (waits) or `bench.peers --json` (requests a second, p99).
+"""Plots of the files that `bench.mixed_load --json` (waits) or `bench.peers --json` (requests a second, p99) writes.
 
 python -m bench.support.plot MIXED.json... IMAGE.svg
 python -m bench.support.plot PEERS.json IMAGE.svg
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("measured", type=Path, nargs="+")
     parser.add_argument("image", type=Path)
     options = parser.parse_args()
-    # A fixed salt: the same numbers give the same bytes.
+    # With a fixed salt, the same numbers give the same bytes.
     mpl.rcParams["svg.hashsalt"] = "flux-server"
     results = [json.loads(path.read_text(encoding="utf-8")) for path in options.measured]
     figure = _peers(results[0]["peers"]) if "peers" in results[0] else _waits(results)

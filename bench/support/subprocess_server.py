@@ -1,4 +1,4 @@
-"""Context manager for a third-party server in separate processes."""
+"""A context manager that runs a server other than this project's in a separate process."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, seconds: float = 60) -> No
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate the server, and after three seconds kill it and all its children. Some are in other sessions."""
+    """Terminate the server; after three seconds, kill those of its processes that remain, in other sessions too."""
     try:
         processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -40,7 +40,7 @@ class Measurement:
         size: width and height in pixels, such as "1024x768".
         seconds: seconds per image, for text encoding, steps and decoding, without loading.
         ms_per_step: milliseconds per step and image, without text encoding and decoding; None for "naive", whose steps
-            cannot be timed.
+            are not timed.
         ratio: the speed as a multiple of the speed of "naive".
         share: FLOP per second of the steps as a share of the device's matmul rate; None for "naive".
         peak_gb: peak device memory in 10**9 bytes, including the weights of all tiers; None on a CPU.
@@ -65,7 +65,7 @@ class _Timing:
 
 
 class EngineBenchmark:
-    """A benchmark of diffusers' pipeline against each tier of the engine. All of them share one set of weights."""
+    """A benchmark of diffusers' pipeline against each tier of the engine, all built from the same weights."""
 
     def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_resident: bool = True) -> None:
         self.pipeline = pipeline

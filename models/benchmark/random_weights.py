@@ -80,7 +80,7 @@ def sizes(shape: str, dtype: "torch.dtype") -> dict[str, int]:
 
 
 def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "FluxPipeline":
-    """Build a pipeline on the device in `dtype`, with the demo's tokenizers; `shape` is a key of SHAPES."""
+    """Build a pipeline on the device in `dtype`, with the demo's tokenizers and scheduler. SHAPES lists the shapes."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -104,12 +104,12 @@ def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "Flux
 
 
 def parts(shape: str) -> dict[str, Any]:
-    """Build the modules that have weights, by component name, on PyTorch's default device and in its default type."""
+    """Build the modules with weights, by component name, on PyTorch's default device, in its default number type."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     shapes = SHAPES[shape]
-    # CLIP finds its pooled state by the id of the end token, and every shape uses the demo's tokenizer.
+    # CLIP takes its pooled state at the end token, so the configuration needs the token ids of the demo's tokenizer.
     demo = json.loads((DEMO / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     ends = {name: demo[name] for name in ("bos_token_id", "eos_token_id")}
     return {

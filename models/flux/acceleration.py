@@ -1,4 +1,4 @@
-"""The tiers of a request's `acceleration` that a device can run."""
+"""The acceleration tiers that a device can run; a request names one in its field `acceleration`."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -32,10 +32,11 @@ class Tier:
 
     Attributes:
         name: the value of `acceleration` in requests.
-        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs, which use another one.
+        transformer: a FluxTransformer2DModel, possibly compiled; None for tasks with LoRAs, which use the clone of
+            `LoraManager`.
         shares_forwards: whether several images may share one forward.
         skips_blocks: whether a first-block cache is used.
-        is_ready: whether the tier is compiled, so that requests can use it without waiting.
+        is_ready: whether requests can use the tier without waiting for compilation.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Tier:
     is_ready: bool = True
 
     def warm_up(self, device: str, dtype: torch.dtype) -> None:
-        """Run each kind of forward that requests need once, so that no request waits for compilation."""
+        """Run once each kind of forward that requests need, so that no request waits for compilation."""
         for batch in (1, 2) if self.shares_forwards else (1,):
             for num_tokens in _WARM_TOKENS:
                 with torch.no_grad():
@@ -57,13 +58,13 @@ _UNCOMPILED = (Tier("none", None), Tier("regular", None, shares_forwards=True))
 
 
 def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
-    """Return the tiers for tasks with LoRAs: those of "none" and "regular" that are offered, uncompiled."""
+    """Return the tiers for tasks with LoRAs: "none" and "regular", if they are offered. Both run uncompiled."""
     names = {tier.name for tier in offered}
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
 def build(pipeline: Any, config: EngineConfig, device: str, *, is_resident: bool) -> list[Tier]:
-    """Build the tiers that the device can run and the operator offers: "none" first, then the less exact ones."""
+    """Build the tiers that the device can run and the operator offers, in the order of NAMES."""
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
@@ -108,6 +109,6 @@ def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.
 
 
 def best_ready(tiers: Sequence[Tier], name: str) -> Tier:
-    """Return the tier of this name if it is ready, else the next lower one that is. "none" counts as ready."""
+    """Return the highest ready tier that is not above the tier `name`. "none" always counts as ready."""
     candidates = NAMES[: NAMES.index(name) + 1]
     return [tier for tier in tiers if tier.name in candidates and (tier.is_ready or tier.name == "none")][-1]

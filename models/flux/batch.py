@@ -23,7 +23,7 @@ def can_share(task: FluxTask, other: FluxTask) -> bool:
 
 
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
-    """Select the first image, then further images with the same key, in order, up to the token budget."""
+    """Select the first sample, then further samples with an equal key, in order, up to TOKEN_BUDGET."""
     batch: list[BatchItem] = []
     for task, samples in due:
         for sample in samples:
@@ -36,7 +36,7 @@ def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[Batch
 def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[torch.Tensor]:
     """Run one forward for samples with equal keys; return a velocity for each, in the shape of its latents.
 
-    A sample with a first-block cache must be the only one.
+    A sample with a first-block cache must be alone.
     """
     first = samples[0]
     timesteps = torch.stack([sample.timestep for sample in samples])

@@ -1,4 +1,4 @@
-"""The means to speed up a transformer: compiled blocks, fp8 matrices and faster attention, on clones."""
+"""Ways to speed up clones of a transformer: compiled blocks, fp8 matrices and faster attention."""
 
 import copy
 import logging
@@ -21,13 +21,13 @@ def clone_sharing_weights(module: Any) -> Any:
 
 
 def compile_blocks(transformer: Any) -> Any:
-    """Compile each kind of block once, for images of any size. The compiler runs at the first forwards."""
+    """Compile each kind of block once, for images of any size. The compiler runs during the first forwards."""
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     return transformer
 
 
 def quantize(transformer: Any) -> None:
-    """Quantize the blocks' large matrices in place to fp8, with a scale per row. Each forward quantizes its inputs."""
+    """Quantize the blocks' large matrices to fp8 in place, a scale per row. Each forward quantizes their inputs too."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -35,14 +35,14 @@ def quantize(transformer: Any) -> None:
 
 
 def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
-    """Return whether a module is a linear layer that a block applies to every token; layers of norms are not."""
+    """Return whether a module is a linear layer that a block applies to every token; the layers of norms are not."""
     return isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
 
 
 def choose_attention(transformer: Any) -> None:
     """Choose the fastest exact attention for the GPU.
 
-    Hopper uses FlashAttention 3 if it is installed, else cuDNN. Later GPUs use cuDNN, and earlier ones the default.
+    Hopper uses FlashAttention 3 if it is installed, else cuDNN. Later GPUs use cuDNN, earlier GPUs PyTorch's default.
     """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -64,7 +64,7 @@ def choose_attention(transformer: Any) -> None:
 def set_compile_cache_dirs(config: EngineConfig) -> None:
     """Set where compiled code is kept on disk: one directory per GPU model and combination of library versions.
 
-    Environment variables that are set already keep their values.
+    Do nothing if `compile_cache` is None. Environment variables that are set already keep their values.
     """
     if config.compile_cache is None:
         return
@@ -86,7 +86,7 @@ def set_compile_cache_dirs(config: EngineConfig) -> None:
 
 
 def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None:
-    """Return the reason why no fp8 copy of the transformer can be used; None if it can be."""
+    """Return the reason why an fp8 copy of the transformer cannot be used; None if it can be used."""
     if config.max_acceleration == "none":
         return "--max-acceleration is none"
     if torch.cuda.get_device_capability() < (8, 9):

@@ -43,7 +43,7 @@ class Device:
         return time.perf_counter()
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
-        """Measure how many FLOP per second the device does in its fastest matrix product of several."""
+        """Measure the FLOP per second of the device: the highest rate of several matrix products."""
         rate = 0.0
         for side in (8192,) * 12 if self.name == "cuda" else (256, 1024, *(2048,) * 6):
             one, other = (torch.randn(side, side, device=self.name, dtype=dtype) for _ in range(2))
@@ -79,10 +79,10 @@ class Device:
             torch.cuda.empty_cache()
 
     def throttle(self) -> Any:
-        """Wait for the step before the one just launched; return the event that marks the end of the launched one.
+        """Wait until the step before the newest has ended; return an event that marks the end of the newest step.
 
-        Launches return before the GPU has finished. Without the wait, many steps would be launched ahead of time, and
-        their tasks could not be cancelled or overtaken. On a CPU, there is nothing to wait for, and the event is None.
+        Launching a step returns before the GPU has run it. Without the wait, many steps would be launched ahead of
+        time, and their tasks could not be cancelled or overtaken. On a CPU, return None: the steps have ended already.
         """
         if self.name == "cpu":
             return None
@@ -122,7 +122,7 @@ class Device:
 
     @contextmanager
     def classify_errors(self, what: str, *, is_last_try: bool = False) -> Iterator[None]:
-        """Translate errors of the block, which does the work named `what`; other errors pass.
+        """Translate two kinds of errors of the block, which does the work named `what`. Other errors pass unchanged.
 
         Out of memory becomes torch.OutOfMemoryError or, on the last try, GenerationFailed. An error after which the
         device does not work any more becomes DeviceLost.

@@ -1,7 +1,7 @@
-"""First-block cache: skips the other blocks when the first block's output changes little between two steps.
+"""First-block cache: skips the later blocks if the first block's residual is close to that of the last full forward.
 
 diffusers implements this cache as hooks on a transformer's blocks. The hooks keep their state by name and prevent
-compiling whole blocks. Here, each image has its own state and the compiled blocks stay unchanged.
+compiling whole blocks. Here, each image has a separate state, and the compiled blocks stay unchanged.
 `tests/parity/test_first_block_cache.py` checks that both caches give identical images.
 """
 
@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-#: Up to this relative change of the first block's residual, the other blocks are skipped. The value is the one that the
-#: authors of the method use for FLUX.1 [dev]. How much it saves on the real model is not measured yet.
+#: Up to this relative change of the first block's residual since the last full forward, the later blocks are skipped.
+#: The authors of the method use this value for FLUX.1 [dev]. The saving on the real model is not measured yet.
 THRESHOLD = 0.08
 
 
 @dataclass
 class FirstBlockCache:
-    """The cache of one image: residuals of its last full forward, of shape (1, image tokens, width).
+    """The cache of one image, from its last full forward. A residual has the shape (1, image tokens, width).
 
     Attributes:
-        head: what the first block added to the image tokens; None before the first forward.
-        tail: what all other blocks added; None before the first forward.
-        num_skipped: the number of forwards that skipped these other blocks.
+        threshold: the largest relative change of `head` at which the later blocks are skipped.
+        head: the first block's residual: its output minus its input; None before the first forward.
+        tail: the residual of all later blocks together; None before the first forward.
+        num_skipped: the number of forwards that skipped the later blocks.
     """
 
     threshold: float = THRESHOLD
@@ -31,9 +32,9 @@ class FirstBlockCache:
     num_skipped: int = 0
 
     def can_skip(self, head: torch.Tensor) -> bool:
-        """Return whether `head` is so close to that of the last full forward that `tail` can be used again.
+        """Return whether `head` is close enough to the head of the last full forward to use `tail` again.
 
-        The comparison waits for the device.
+        The comparison waits until the device has computed `head`.
         """
         if self.head is None:
             return False
@@ -42,7 +43,7 @@ class FirstBlockCache:
 
 
 def velocity(transformer: Any, cache: FirstBlockCache, *, img_ids: Any, txt_ids: Any, **inputs: Any) -> torch.Tensor:
-    """Run the forward of a FluxTransformer2DModel for one image with its cache; inputs and output are the same."""
+    """Return the output of a FluxTransformer2DModel for one image, with its cache; the inputs are the model's own."""
     image = transformer.x_embedder(inputs["hidden_states"])
     scalars = [inputs["timestep"].to(image.dtype) * 1000]
     if inputs["guidance"] is not None:

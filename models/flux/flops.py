@@ -1,4 +1,7 @@
-"""The work of a step, calculated from sizes. The scheduler charges it to requests; benchmarks compare speed with it."""
+"""The work of a step in floating point operations, calculated from the sizes of the image and the transformer.
+
+The scheduler charges this work to requests, and benchmarks divide it by the time that a step takes.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,13 +33,14 @@ def step_flops(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int)
     num_double, num_single = config["num_layers"], config["num_single_layers"]
     num_all = num_tokens + num_text_tokens
     out_channels = config["out_channels"] or config["in_channels"]
-    # Per token, each block of either kind has query, key, value and output, and a feed-forward of four times the width.
+    # Each block of either kind has matrices for query, key, value and output, with 4 * width**2 weights together, and a
+    # feed-forward of four times the width, with 8 * width**2 weights in its two matrices.
     linear = 12 * width**2 * num_all * (num_double + num_single)
     attention = 2 * num_all**2 * width * (num_double + num_single)
     ends = width * (
         (config["in_channels"] + out_channels) * num_tokens + config["joint_attention_dim"] * num_text_tokens
     )
-    # Shift, scale and gate of each norm, once per image: twelve per joint block, three per single one, two at the end.
+    # Shift, scale and gate of each norm, once per image: 12 in each double block, 3 in each single block, 2 at the end.
     modulation = width**2 * (12 * num_double + 3 * num_single + 2)
     num_scalars = 2 if config["guidance_embeds"] else 1
     # Timestep and guidance are embedded from 256 sinusoids each.

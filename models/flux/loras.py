@@ -17,7 +17,7 @@ from models.flux.compilation import clone_sharing_weights
 #: The maximum bytes of LoRAs kept on the device; the least recently used are unloaded first. A LoRA of rank 16 takes
 #: some 40 MB for FLUX.1. The LoRAs of a single task may exceed the limit while the task runs.
 CACHE_BYTES = 2_000_000_000
-#: The ends of a layer's two keys, once diffusers has converted the file's keys to its own.
+#: The endings of a layer's two keys, after diffusers has converted the keys of the file to its own names.
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -55,7 +55,7 @@ class LoraManager:
         return list(self._loaded)
 
     def activate(self, loras: tuple[LoraAdapter, ...]) -> Any:
-        """Load what is missing and return the pipeline with exactly these LoRAs active. Raises IncompatibleInput."""
+        """Load missing LoRAs; return the pipeline with exactly `loras` active. Raises IncompatibleInput."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if loras != self._active:
@@ -106,13 +106,13 @@ class LoraManager:
         self._loaded[lora.name] = num_bytes
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Check that all tensors are LoRA matrices, and that the transformer's are pairs that fit a layer.
+        """Check that all tensors belong to a LoRA, and that each pair for the transformer fits a layer.
 
         Other tensors could overwrite base weights. Raises ValueError.
         """
         if vectors := [key for key, tensor in tensors.items() if "alpha" in key and tensor.numel() != 1]:
             raise ValueError(f"{vectors[0]} is not a single number")
-        # Pass a copy, because the conversion removes entries from it.
+        # Pass a copy, because the conversion removes entries.
         converted = self._pipeline.lora_state_dict(dict(tensors))
         of_transformer = {key: weight for key, weight in converted.items() if key.startswith("transformer.")}
         for key in converted:

@@ -9,14 +9,14 @@ from PIL.Image import Image
 
 #: The maximum length of a preview's longer side, in pixels.
 MAX_SIDE = 256
-#: The side of the image that the map is fitted on, in pixels.
+#: The side of the square image that the map is fitted on, in pixels.
 _FIT_SIDE = 256
 
 
 class Preview:
     """A linear map from the autoencoder's channels to red, green and blue, fitted once.
 
-    The fit works for every autoencoder: its encoder turns an image of smooth colours into latents, and least squares
+    The fit works for every autoencoder: the encoder turns an image of smooth colours into latents, and least squares
     find the map from these latents back to the colours.
     """
 
@@ -26,14 +26,14 @@ class Preview:
 
     @torch.no_grad()
     def image(self, latents: torch.Tensor) -> Image:
-        """Return a small image of latents (1, channels, height, width), in the scale that the autoencoder decodes."""
+        """Return a small image made from latents as the autoencoder decodes them, (1, channels, height, width)."""
         if self._map is None:
             self._map = self._fit()
         flat = latents[0].float().flatten(1).T
         rgb = (torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1) @ self._map.to(flat.device)).clamp(0, 1)
         pixels = (rgb * 255).round().to(torch.uint8).reshape(*latents.shape[2:], 3).cpu()
         small = PILImage.fromarray(pixels.numpy())
-        # Enlarge by a whole number, or shrink by any factor.
+        # Make the longer side at most MAX_SIDE: enlarge by a whole number, or shrink by any factor.
         scale = MAX_SIDE // max(small.size) or MAX_SIDE / max(small.size)
         width, height = (max(1, round(side * scale)) for side in small.size)
         image: Image = small.resize((width, height), PILImage.Resampling.BILINEAR)
@@ -50,7 +50,7 @@ class Preview:
         small = numpy.asarray(PILImage.fromarray(colours).resize((width, height), PILImage.Resampling.BOX))
         flat = latents[0].float().cpu().flatten(1).T
         wanted = torch.from_numpy(small.copy()).reshape(-1, 3).float() / 255
-        # A small ridge term keeps the system solvable if some channels do not depend on these colours.
+        # A small ridge term keeps the equations solvable if some channels do not depend on these colours.
         known = torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1).double()
         ridge = 1e-3 * len(known) * torch.eye(known.shape[1], dtype=torch.double)
         return torch.linalg.solve(known.T @ known + ridge, known.T @ wanted.double()).float()

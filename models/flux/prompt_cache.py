@@ -26,7 +26,7 @@ class PromptEmbeds:
 
 
 class PromptCache:
-    """A cache of encoded prompts on the device, which evicts the least recently used. One takes 4 MB for FLUX.1."""
+    """A least-recently-used cache of encoded prompts, kept on the device. Each prompt takes 4 MB for FLUX.1."""
 
     def __init__(self, device: str, max_bytes: int = 256_000_000) -> None:
         self.device = device
@@ -47,7 +47,7 @@ class PromptCache:
     def encode(self, prompt: str, pipeline: Any, encoders: Hashable = None) -> PromptEmbeds:
         """Return the prompt as the pipeline encodes it, from the cache if possible.
 
-        `encoders` is part of the key: pipelines whose text encoders differ, by their LoRAs, must pass different ones.
+        `encoders` is part of the key: pass the LoRAs of the pipeline, because they change its text encoders.
         """
         key = (prompt, encoders)
         if key in self._cache:

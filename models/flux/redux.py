@@ -17,7 +17,7 @@ from models.loading.hub import BadWeights
 class Redux:
     """The FLUX.1 Redux [dev] model, which turns an image into tokens for the transformer.
 
-    In the transformer's input, the tokens follow those of an empty text, which are all zeros.
+    In the transformer's input, these tokens follow the text tokens, which are all zeros.
     """
 
     def __init__(self, prior: FluxPriorReduxPipeline, transformer: Any) -> None:
@@ -33,7 +33,7 @@ class Redux:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens that an image becomes, in addition to those of the text."""
+        """The number of tokens that an image becomes; the text tokens come in addition."""
         config = self.prior.image_encoder.config
         return int((config.image_size // config.patch_size) ** 2)
 
@@ -41,7 +41,7 @@ class Redux:
     def load(cls, directory: Path, transformer: Any, device: str) -> "Redux":
         """Load the weights onto the device, in the transformer's number type.
 
-        Raises OSError; its subclass BadWeights for files that are malformed or made for another transformer.
+        Raises OSError if the weights cannot be loaded: BadWeights if they are malformed or for another transformer.
         """
         verify.verify(directory)
         dtype = transformer.dtype
@@ -61,7 +61,7 @@ class Redux:
     # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
     @torch.no_grad()
     def encode(self, image: Image) -> PromptEmbeds:
-        """Return an image as an encoded prompt, as FluxPriorReduxPipeline without text encoders does."""
+        """Encode an image in place of a prompt, as FluxPriorReduxPipeline does without text encoders."""
         device = self.prior.image_embedder.device
         states = self.prior.encode_image(image, device, 1)
         embedded = self.prior.image_embedder(states).image_embeds

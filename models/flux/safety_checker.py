@@ -58,7 +58,7 @@ class ImageClassifier:
 
 
 class CompVis:
-    """CompVis/stable-diffusion-safety-checker, which compares CLIP embeddings with forbidden concepts."""
+    """CompVis/stable-diffusion-safety-checker, which compares an image's CLIP embedding with forbidden concepts."""
 
     def __init__(self, directory: Path, device: str, **options: Any) -> None:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -67,7 +67,8 @@ class CompVis:
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **_LOCAL)
         model = _load_complete(StableDiffusionSafetyChecker, directory, trust_remote_code=False, **options)
         self.model = model.to(device)
-        # The model calls an image safe if its embedding is not a number. It returns no embeddings, so check them here.
+        # The model calls an image safe if its embedding is not a number, and it returns no embeddings to check. A hook
+        # checks them on the way.
         self.model.visual_projection.register_forward_hook(_reject_degenerate_embeddings)
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ def _directory(config: EngineConfig) -> Path:
     configured = Path(config.safety_checker)
     if configured.is_dir():
         return configured
-    # With weights from the hub, download the checker too; with a local directory, download nothing.
+    # If the weights come from the hub, download the checker too. If they are a local directory, download nothing.
     cached = hub.cached_path(config.safety_checker)
     if cached is None and isinstance(config.weights, str):
         cached = hub.pull(config.safety_checker)
@@ -146,7 +147,7 @@ def _load(directory: Path, device: str, dtype: torch.dtype) -> Checker:
 
     verify.verify(directory)
     config: dict[str, Any] = PretrainedConfig.get_config_dict(directory, local_files_only=True)[0]
-    # Run in the number type of the file, or in float32 if the pipeline runs in float32, which loses no precision.
+    # Run in the number type of the files. If the pipeline runs in float32, use float32, which loses no precision.
     options = {"dtype": dtype} if dtype == torch.float32 else {}
     if "StableDiffusionSafetyChecker" in (config.get("architectures") or ()):
         return CompVis(directory, device, **options)

@@ -1,4 +1,4 @@
-"""An image during generation: its start, its steps and its unpacking, as in diffusers' FLUX pipelines."""
+"""An image during generation: how it starts, takes steps and is unpacked, as in diffusers' FLUX pipelines."""
 
 import copy
 from dataclasses import dataclass
@@ -73,9 +73,9 @@ class Sample:
 
 
 def first_step(request: Any) -> int:
-    """Return how many steps are left out because generation starts from an image; 0 without a strength."""
+    """Return how many steps are left out because generation starts from an image; 0 if the request has no strength."""
     num_steps, strength = request.num_inference_steps, getattr(request, "strength", 1.0)
-    # Same arithmetic as FluxImg2ImgPipeline, including the rounding.
+    # Use the same arithmetic and rounding as FluxImg2ImgPipeline.
     return int(max(num_steps - min(num_steps * strength, num_steps), 0))
 
 
@@ -122,7 +122,7 @@ def _noisy(
     device: str,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Encode an image and mix it with as much noise as the timestep has; return packed latents."""
+    """Encode an image and mix it with the amount of noise that belongs to the timestep; return packed latents."""
     width, height = size
     pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
     encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)

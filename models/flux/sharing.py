@@ -1,14 +1,14 @@
-"""The decision whether images share forwards, from forwards that are timed once per size and process.
+"""The decision whether images of one size share forwards, based on timings of the first forwards of that size.
 
-Only forwards that requests need anyway are timed. This costs no extra forwards, and works for every size.
+Only forwards that requests need anyway are timed, so the decision costs no extra forwards.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
-#: Images share forwards if a forward of two takes less than this many times as long as a forward of one. Of two equal
-#: requests that take turns, one has its step after 1 forward and the other after 2, which is 1.5 on average. If they
-#: share, both have theirs after the shared forward.
+#: Images share forwards if a forward of two takes less than this many times as long as a forward of one. If two equal
+#: requests take turns, one has its step after 1 forward and the other after 2, which is 1.5 on average. If they share,
+#: both have their step after the shared forward.
 PAYS_BELOW = 1.5
 #: How many forwards of one image, and of two, are timed per size. The fastest of each counts.
 SAMPLES = 3

@@ -12,7 +12,7 @@ from models.flux.sample import Sample, first_step
 
 @dataclass
 class FluxTask:
-    """A request during generation. If the tier does not share forwards, images are generated one after the other."""
+    """A request during generation. If its tier does not share forwards, its images are generated one by one."""
 
     request: Any
     seed: int

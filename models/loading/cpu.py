@@ -7,7 +7,7 @@ from typing import Any
 
 #: The flags of instructions that speed up matrix products, as /proc/cpuinfo names them.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
-#: PyTorch's names of instructions for bfloat16 products: the first two are of Intel and AMD, the last is of Arm.
+#: PyTorch's names of instructions for bfloat16 products: the first two for Intel and AMD CPUs, the last for Arm CPUs.
 _BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
@@ -23,12 +23,12 @@ def describe() -> str:
 def has_bfloat16() -> bool:
     """Return whether the CPU multiplies bfloat16 matrices natively.
 
-    Use the CPU's flags rather than a timing, so that the answer, and with it the images, stay the same after a restart.
+    The CPU's flags decide, not a timing, so that the result and the images are the same after each restart.
     Without these flags, PyTorch emulates bfloat16, 40 to 500 times slower than float32 (pytorch/pytorch#146508).
     """
     import torch
 
-    # Older versions of PyTorch and builds without oneDNN lack these functions. The defaults mean no bfloat16.
+    # Older versions of PyTorch and builds without oneDNN lack these functions. Their CPUs then count as emulating.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     # `is_allowed` is also true on CPUs that emulate bfloat16. It is needed because it respects ONEDNN_MAX_CPU_ISA,

@@ -24,7 +24,7 @@ def device_for(name: str) -> str:
 
 
 def free_memory(device: str) -> int:
-    """Return the bytes that this process can still allocate on the GPU, or that the machine has available for a CPU."""
+    """Return the bytes that this process can still allocate on the GPU or, on a CPU, in the machine's memory."""
     import psutil
     import torch
 
@@ -36,7 +36,7 @@ def free_memory(device: str) -> int:
 
 
 def is_emulated(config: EngineConfig, dtype: "torch.dtype") -> bool:
-    """Return whether a CPU that emulates bfloat16 uses it nonetheless, because float32 does not fit in memory."""
+    """Return whether "auto" chose bfloat16 on a CPU that emulates it, because float32 does not fit in memory."""
     import torch
 
     return config.dtype == "auto" and dtype == torch.bfloat16 and not cpu.has_bfloat16()
@@ -50,8 +50,9 @@ def type_name(dtype: "torch.dtype") -> str:
 def dtype_for(name: str, device: str, num_bytes: int = 0) -> "torch.dtype":
     """Return the number type for `name`, which is "auto", "bfloat16" or "float32".
 
-    For "auto", a GPU computes in bf16. A CPU computes in bf16 if it does so natively, or if the weights would not fit
-    into its memory in float32, at twice `num_bytes`, their size in bf16: in bf16, they are mapped from their files.
+    For "auto", a GPU computes in bf16, and so does a CPU that multiplies bf16 natively. Other CPUs compute in float32
+    if the weights then fit into the memory: they take twice `num_bytes`, their size in bf16. If they do not fit, the
+    CPU computes in bf16 too, because weights in bf16 can be read from their files again when memory is short.
     Raises OSError for float32 on a GPU.
     """
     import psutil

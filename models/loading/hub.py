@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: The patterns of files to download, and of those among them to skip, which hold the weights in other precisions.
-#: Other files, such as pickled weights, are not downloaded.
+#: Patterns of the files to download. Other files, such as pickled weights, are not downloaded.
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
+#: Patterns of files to skip among them: variants of the weights, such as other precisions.
 _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
-#: The maximum size of a JSON file. The largest of FLUX.1 is a tokenizer's, with 3 MB.
+#: The maximum size of a JSON file. The largest one of FLUX.1 has 3 MB and belongs to a tokenizer.
 MAX_JSON_BYTES = 64 * 2**20
 #: Advice at the end of error messages about a malformed file.
 REPLACE = "replace it with the original file of the weights"
@@ -44,7 +44,7 @@ def pull(hub_id: str) -> Path:
 
 
 def cached_path(hub_id: str) -> Path | None:
-    """Return the cached directory of a complete download, or None, without connecting to the hub.
+    """Return the directory of a complete download in the cache, without connecting to the hub; None if there is none.
 
     Raises BadWeights for a malformed JSON file.
     """
@@ -70,7 +70,7 @@ def missing_components(directory: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of the weights. Raises BadWeights if the file is too large or holds none."""
+    """Read the JSON object in a file of the weights. Raises BadWeights if it is too large or no object."""
     if (num_bytes := path.stat().st_size) > MAX_JSON_BYTES:
         raise BadWeights(f"{path} has {num_bytes} bytes, but only {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
     try:
@@ -98,7 +98,7 @@ def read_model_index(directory: Path) -> dict[str, tuple[str, str]]:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the names of the files that an index of weights refers to, all in its directory. Raises BadWeights."""
+    """Return the file names in an index of weights. Raises BadWeights for a name outside the index's directory."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise BadWeights(f"{index} is not an index of weights: weight_map must name a file for each tensor; {REPLACE}")

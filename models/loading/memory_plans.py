@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: The working memory of a generation as a share of the bytes of all weights in bf16, which is 4 GB for FLUX.1. It is
+#: The working memory of a generation, as a share of the bytes of all weights: 4 GB for FLUX.1 in bf16. The share is
 #: calculated for 1024x1024 and not yet measured on the real model.
 WORKSPACE = 0.12
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
@@ -38,7 +38,7 @@ def _resident(pipeline: Any, device: str) -> Any:
 
 
 def _fp8_storage(pipeline: Any, device: str) -> Any:
-    """Keep the transformer on the device in 8 bits, and widen each layer as it is used; offload T5's blocks."""
+    """Keep the transformer on the device in 8 bits, widening each layer while it runs; offload T5's blocks."""
     import torch
 
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.dtype)
@@ -48,7 +48,7 @@ def _fp8_storage(pipeline: Any, device: str) -> Any:
 
 
 def _group_offload(pipeline: Any, device: str) -> Any:
-    """Keep the blocks of transformer and T5 in host memory; copy each to the device while the previous one runs."""
+    """Keep the blocks of transformer and T5 in host memory; copy each to the device while the block before it runs."""
     _offload(pipeline.transformer, device)
     _offload(pipeline.text_encoder_2.encoder, device)
     return _rest(pipeline, device)
@@ -108,7 +108,7 @@ def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cud
     """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes.
 
     On a CPU, "auto" is always "resident": weights are mapped from their files, and parts that do not fit into memory
-    are read again when they are used. Raises OSError if no plan fits.
+    are read again when they are used. Raises OSError if "auto" finds no plan that fits.
     """
     if device == "cpu" and name == "auto":
         return PLANS[0]

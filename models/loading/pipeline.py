@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import torch
     from diffusers import FluxPipeline
 
-#: Components that are not loaded here. The modules `safety_checker` and `redux` load theirs. The last two belong to
-#: IP-Adapters, which are not supported.
+#: Components that are not loaded here. The modules `safety_checker` and `redux` load the first two. The last two belong
+#: to IP-Adapters, which are not supported.
 NON_PIPELINE_COMPONENTS = ("safety_checker", REDUX.directory, "image_encoder", "feature_extractor")
 _MATCH = "use components from the same weights"
 
 
 def weights_directory(where: str | Path) -> Path:
-    """Return the directory of weights; download a hub id that is not cached. Raises HubError and BadWeights."""
+    """Return the directory of weights; download them first if they are not cached. Raises HubError and BadWeights."""
     if isinstance(where, Path):
         return where
     return hub.cached_path(where) or hub.pull(where)
@@ -59,13 +59,13 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
-    """Return the bytes of each component's files of weights, and of Redux's if they are installed."""
+    """Return the bytes of the weight files of each component, and of Redux if it is installed."""
     redux = find_extra_weights(where, REDUX)
     return hub.sizes(directory) | ({REDUX.directory: hub.size(redux)} if redux else {})
 
 
 def _sizes(where: str | Path, directory: Path, dtype: "torch.dtype") -> dict[str, int]:
-    """Return the sizes in memory of weights whose files are in bf16: float32 takes twice as much."""
+    """Return the bytes of each component in memory. Weight files are in bf16, so float32 takes twice their size."""
     return {name: size * dtype.itemsize // 2 for name, size in sizes_on_disk(where, directory).items()}
 
 
@@ -98,7 +98,7 @@ def _check_fit(directory: Path, pipeline: Any) -> None:
             raise hub.BadWeights(
                 f"{directory / name} gives {width} channels, but the transformer takes {expected}; {_MATCH}"
             )
-    # A token id or position that a text encoder does not know is an index out of range, after which a GPU is lost.
+    # A token id or position that a text encoder does not know is an index out of range, after which the GPU is lost.
     counts = {
         "tokenizer": ("token ids", max(pipeline.tokenizer.get_vocab().values()) + 1, clip.vocab_size),
         "tokenizer_2": ("token ids", max(pipeline.tokenizer_2.get_vocab().values()) + 1, t5.vocab_size),
@@ -124,7 +124,7 @@ def _silence_libraries() -> None:
 
 
 def has_room(config: EngineConfig) -> bool:
-    """Return whether the weights fit into the free memory unchanged; True if they are not downloaded yet."""
+    """Return whether the plan "resident" fits into the free memory; True if the weights are not downloaded yet."""
     where = config.weights or ""
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
@@ -134,7 +134,7 @@ def has_room(config: EngineConfig) -> bool:
 
 
 def dtype_of(config: EngineConfig) -> "torch.dtype":
-    """Return the number type to load the weights in; download weights that are not cached. Raises OSError."""
+    """Return the number type for the weights, after downloading them if they are not cached. Raises OSError."""
     if config.weights is None:
         return dtype_for(config.dtype, device_for(config.device))
     sizes = sizes_on_disk(config.weights, weights_directory(config.weights))

@@ -17,7 +17,7 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, 
 
     A spec is `demo` (for all endpoints), a hub id (for the endpoints made for these weights), a directory (for
     fal-ai/flux/dev), or `ENDPOINT=` and a directory, a hub id or `demo`. An endpoint whose extra weights are missing is
-    left out; naming it is a problem. Raises ValueError with all problems, one per line.
+    left out, but a spec that names it is wrong. Raises ValueError with all problems, one per line.
     """
     assigned: dict[str, str | Path | None] = {}
     problems: list[str] = []
@@ -73,7 +73,7 @@ def _describe_missing(model: Model, where: str | Path) -> str:
 
 
 def parse_spec(spec: str) -> str | Path:
-    """Return the path of a directory in diffusers layout or of `demo`, or the hub id. Raises ValueError."""
+    """Return what a spec names: a directory in diffusers layout, also for `demo`, or a hub id. Raises ValueError."""
     if spec == "demo":
         return DEMO
     path = Path(spec).expanduser()

@@ -12,7 +12,7 @@ from models.loading import hub
 from models.loading.hub import REPLACE, BadWeights
 
 #: The components of a FLUX pipeline and the allowed classes of each. Without this list, the libraries would load any
-#: class by name, and classes such as AutoModel load whatever the directory names. Some classes have two names.
+#: class by name, and classes such as AutoModel load whatever the directory names. Each tokenizer has two names.
 CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "scheduler": (("diffusers", "FlowMatchEulerDiscreteScheduler"),),
     "text_encoder": (("transformers", "CLIPTextModel"),),
@@ -24,7 +24,7 @@ CLASSES: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 #: Keys in JSON files that make the libraries load code, from the weights' directory or, for attention, from the hub.
 _CODE = ("auto_map", "attn_implementation", "_attn_implementation")
-#: Python files in this directory belong to this project, and the demo weights' directory is one of its subdirectories.
+#: The only directory whose Python files are allowed: they are this project's, and the demo weights lie among them.
 _MODELS_DIR = Path(__file__).resolve().parent.parent
 #: The longest header that the safetensors format allows, so that no valid file is refused. FLUX.1's headers have some
 #: 100 KB. A lower limit is not needed, because the operator chooses the weights, and each header is read once.
@@ -54,7 +54,7 @@ def verify(directory: Path) -> None:
 
 
 def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
-    """Check all files and the entries of model_index.json, but not entries in `exclude`. Raises BadWeights."""
+    """Check all files, and all entries of model_index.json except those in `exclude`. Raises BadWeights."""
     verify(directory)
     index, named = directory / "model_index.json", hub.read_model_index(directory)
     for name, (library, kind) in named.items():
@@ -76,7 +76,8 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
 def translate_errors(directory: Path) -> Iterator[None]:
     """Translate errors of the block, which loads files of the directory, into BadWeights.
 
-    Other errors pass: out of memory, a lost device, and errors of the operating system, such as a denied permission.
+    Some errors pass unchanged: out of memory, a lost device, and errors of the operating system, such as a denied
+    permission.
     """
     import torch
 
@@ -98,7 +99,7 @@ def translate_errors(directory: Path) -> Iterator[None]:
 def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
     """Load a module of the class `kind` in evaluation mode.
 
-    Raises BadWeights, also for tensors that are missing or have wrong shapes, which the libraries would replace by
+    Raises BadWeights, also if tensors are missing or have wrong shapes. The libraries would replace such tensors by
     random numbers.
     """
     # Let the libraries ignore wrong shapes, so that the check below can name the tensors.
@@ -117,19 +118,19 @@ def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
 
 
 def shortened(names: Collection[str]) -> str:
-    """Return a text with the number of tensors and the first names."""
+    """Describe tensors by their number and the first names, for an error message."""
     return f"{len(names)} of the model's tensors: {', '.join(sorted(names)[:_MAX_NAMES])}"
 
 
 def _refuse_links(directory: Path) -> None:
-    """Refuse links out of the directory, except to the blobs of the hub's cache if the directory is in that cache.
+    """Refuse links that lead out of the directory, and special files such as pipes, whose reading could block.
 
-    Refuse pipes and other special files too, because reading one could block. Raises BadWeights.
+    If the directory is in the hub's cache, links to the blobs of the cache are allowed. Raises BadWeights.
     """
     here = directory.resolve()
     blobs = [parent.parent / "blobs" for parent in here.parents if parent.name == "snapshots"]
     for path in directory.rglob("*"):
-        # os.path.realpath accepts circular links, on which Path.resolve raises an error.
+        # Use os.path.realpath, because Path.resolve raises an error for circular links.
         target = Path(os.path.realpath(path))
         # A linked directory must be inside: rglob does not follow links, so files elsewhere would not be checked.
         inside = [here] if target.is_dir() else [here, *blobs]
@@ -144,7 +145,7 @@ def _refuse_links(directory: Path) -> None:
 def _refuse_code(path: Path) -> None:
     """Refuse a JSON file that names code, at any depth. Raises BadWeights.
 
-    A key with a number as its value is allowed: in a vocabulary, such a key is a token.
+    A key in _CODE whose value is a number is allowed: it is a token in a vocabulary.
     """
     waiting: list[Any] = [hub.read_json(path)]
     while waiting:

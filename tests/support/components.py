@@ -99,7 +99,7 @@ def full_disk(components: Components) -> Iterator[None]:
 
 
 def submission(endpoint: str = "test/null", *, fields: dict[str, Any] | None = None, **changes: Any) -> Submission:
-    """Build a request; `fields` are fields of the model's input, `changes` those of the Submission."""
+    """Build a request; `fields` are fields of the model's input, `changes` are attributes of the Submission."""
     model_input = FluxDevInput.model_validate({"prompt": "x", "seed": 7, **(fields or {})})
     default = Submission(endpoint, "me", model_input.model_dump_json(), "http://here", body_hash="0" * 64)
     return dataclasses.replace(default, **changes)
@@ -126,7 +126,7 @@ def finish_job(components: Components, *files: StoredFile, **changes: Any) -> Jo
 
 
 async def wait_for_state(components: Components, job: Job, state: State) -> None:
-    """Wait until the job is in this state, which another thread or task brings about."""
+    """Wait until another thread or task has put the job into this state."""
     components.notifier.bind_loop(asyncio.get_running_loop())
     with components.notifier.subscribe(job.request_id) as event:
         while job.state != state:

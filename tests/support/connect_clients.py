@@ -1,4 +1,4 @@
-"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and the hosts they reach."""
+"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and a record of hosts."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def client_output(server: Server, version: str, *arguments: str, **variables: st
 
 
 def recording_environment(log: Path) -> dict[str, str]:
-    """Return variables that make a program record each lookup and connection in the file `log`."""
+    """Return variables that make a Python or Node program record each lookup and connection in the file `log`."""
     canary = TESTS / "js" / "canary.cjs"
     return {"CANARY": str(log), "PYTHONPATH": str(TESTS / "canary"), "NODE_OPTIONS": f"--require {canary}"}
 

@@ -1,4 +1,4 @@
-"""Checks of fal's two error formats."""
+"""Checks of fal's two error formats: a list of invalid fields (422), and a single message."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import httpx
 
 
 def first_field_error(response: httpx.Response) -> dict[str, Any]:
-    """Check that a response is a 422 in fal's format; return the first entry of its detail."""
+    """Check that a response is a 422 with a list of invalid fields; return the first entry of the list."""
     assert response.status_code == 422, response.text
     assert response.headers["content-type"] == "application/json", response.text
     assert "x-fal-request-id" in response.headers, response.text
@@ -20,7 +20,7 @@ def first_field_error(response: httpx.Response) -> dict[str, Any]:
 
 
 def error_message(response: httpx.Response, status: int) -> str:
-    """Check that a response is another error in fal's format, with this status; return its message."""
+    """Check that a response is an error with this status and a single message; return the message."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json", response.text
     assert "x-fal-request-id" in response.headers, response.text

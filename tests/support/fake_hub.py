@@ -16,7 +16,7 @@ SHARD = "600KB"
 
 
 def write_flux_dev(directory: Path) -> None:
-    """Write the repository: sharded weights with index files, tokenizers, scheduler, and files not to be downloaded."""
+    """Write the repository: sharded weights with index files, tokenizers, scheduler, and files to be skipped."""
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
@@ -60,7 +60,7 @@ def write_flux_dev(directory: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(directory / name)
         shutil.copytree(DEMO / name, directory / name)
-    # The real repository has more than the pipeline: single-file checkpoints, documents and images.
+    # Add files outside the pipeline, as the real repository has: single-file checkpoints, documents, images, pickles.
     for name in ("flux1-dev.safetensors", "ae.safetensors"):
         shutil.copy(DEMO / "vae" / "diffusion_pytorch_model.safetensors", directory / name)
     for name in ("README.md", "LICENSE.md", "dev_grid.jpg", "vae/diffusion_pytorch_model.bin"):
@@ -75,11 +75,13 @@ def write_checker(directory: Path) -> None:
 
 
 class Hub:
-    """A server of repositories, by their ids. Those in `gated` are refused without the token.
+    """A server of repositories, which `repositories` maps from hub ids to directories.
 
-    `truncate_at`: the first response for each weight file ends after that many bytes.
-    `stalling_file`: the response for this file stops halfway. `has_stalled` is set then, and the connection stays open
-    until `resume` is set, for 60 seconds at most.
+    Attributes:
+        gated: the ids of repositories that need the token.
+        truncate_at: the bytes after which the first response for each weight file ends; None for whole responses.
+        stalling_file: the file whose response stops halfway and sets `has_stalled`. The connection then stays open
+            until `resume` is set, for 60 seconds at most.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:

@@ -78,7 +78,7 @@ class NullEngine:
 
 
 class GateEngine(NullEngine):
-    """An engine that takes a step for each byte written to the named pipe in the prompt, or at once if it is closed."""
+    """An engine that steps for each byte written to the named pipe in the prompt. A closed pipe ends the wait."""
 
     def __init__(self) -> None:
         self._gates: dict[str, int] = {}
@@ -92,7 +92,7 @@ class GateEngine(NullEngine):
 
 
 class SharingEngine(NullEngine):
-    """An engine whose forwards are shared: each step advances all given tasks."""
+    """An engine whose tasks share every forward: each step advances all tasks that it gets."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         return [advanced for each in (task, *others) for advanced in super(SharingEngine, self).advance(each)]
@@ -149,7 +149,7 @@ class RaisesEngine(NullEngine):
 
 
 class UnsafeEngine(NullEngine):
-    """An engine whose safety checker flags all images, raises for the prompt "raises", or omits them for "silent"."""
+    """An engine whose safety checker flags all images, raises for the prompt "raises", or returns [] for "silent"."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._prompt = request.prompt
@@ -175,7 +175,7 @@ class SlowCheckEngine(NullEngine):
 
 
 class NullModel:
-    """A model with fal-ai/flux/dev's fields on an engine without weights."""
+    """A model with the fields of fal-ai/flux/dev and an engine without weights."""
 
     family = "null"
     weights: tuple[str, ...] = ()

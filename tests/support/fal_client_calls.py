@@ -136,7 +136,7 @@ async def bad_async(endpoint: str) -> Any:
 
 
 def late(gate: str) -> Any:
-    """Send two requests that cannot start in time, because another one occupies the server; return their errors."""
+    """Send two requests that cannot start in time, because a third one occupies the server; return their errors."""
     holder = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 1})
     next(event for event in holder.iter_events() if isinstance(event, fal_client.InProgress))
     handle = fal_client.submit("test/null", arguments={"prompt": "x"}, start_timeout=1.01)
@@ -227,7 +227,7 @@ def by_host(endpoint: str) -> Any:
 
 
 def hopeless(directory: str) -> Any:
-    """Make each call while no server runs; return the class names of the errors."""
+    """Make each call while no server runs; return the class name of each error."""
     calls = {
         "run": lambda: fal_client.run(FLUX, arguments=APPLE),
         "submit": lambda: fal_client.submit(FLUX, arguments=APPLE),

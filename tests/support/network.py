@@ -1,6 +1,6 @@
 """A separate network in which every address leads to this machine and each attempt to connect is recorded.
 
-`run_in_network` runs a program of tests/support/network_programs.py there; all else here is for these programs.
+`run_in_network` runs a program of tests/support/network_programs.py there. The rest of this module serves the programs.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tests.support.server_process import ROOT
 
 #: A user namespace with rights over the new network and mount namespaces only, so it needs no root.
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount", "--")
-#: Two addresses reserved for documentation (RFC 5737 and 5735): of the DNS resolver, and of packets used as marks.
+#: The addresses of the DNS resolver and of packets used as marks. Both are reserved for documentation (RFC 5737).
 RESOLVER, _MARK = "192.0.2.53", "192.0.2.9"
 #: An address that the server takes for a public host.
 PUBLIC = "93.184.216.34"
@@ -164,7 +164,7 @@ def _record_type(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 
 
 class _Canary(BaseHTTPRequestHandler):
-    """A handler that records and answers all requests, whatever their address."""
+    """A handler that records and answers all requests, to whatever address they go."""
 
     requests: ClassVar[list[str]] = []
     files: ClassVar[Mapping[str, bytes]] = {}
@@ -174,7 +174,7 @@ class _Canary(BaseHTTPRequestHandler):
         self._record()
         if self.path.startswith("/to?"):
             self.send_response(302)
-            # Unchanged, even if it is not ASCII.
+            # Send the URL unchanged, even if it is not ASCII.
             self.send_header("location", unquote(self.path.removeprefix("/to?")).encode().decode("latin-1"))
             return self._send_body(b"")
         self.send_response(200 if self.path in self.files else 404)

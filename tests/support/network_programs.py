@@ -95,7 +95,7 @@ def _own_requests(server: Server) -> str:
 
 
 def _outcome(server: Server, response: httpx.Response) -> Any:
-    """Return the status of a refusal; for an accepted webhook, the outcome of its first attempt."""
+    """Return the status of a response or, for an accepted webhook, the error of its first attempt."""
     if response.status_code != 200 or "request_id" not in response.json():
         return response.status_code
     match = server.wait_for(rf"webhook attempt 1 failed: (\w+).*request_id={response.json()['request_id']}")
@@ -103,7 +103,7 @@ def _outcome(server: Server, response: httpx.Response) -> Any:
 
 
 def hostile(directory: str) -> Any:
-    """Send each URL in each way; return the outcomes and all attempts on the network."""
+    """Send each URL in each of WAYS; return the outcomes and all attempts on the network."""
     with serving(Path(directory), TEST_MODELS) as server, _client(server) as client, ThreadPoolExecutor(8) as threads:
         wire = TrafficRecorder()
         responses = {
@@ -135,9 +135,9 @@ def allowed(directory: str) -> Any:
 
 
 def local(directory: str) -> Any:
-    """Generate with local weights of every kind.
+    """Generate with local weights of every kind: the demo, cached weights of the hub, and a directory.
 
-    Returns the outputs, the network attempts up to then, and the attempts after one request with an image URL.
+    Returns the outputs, the network attempts up to then, and all attempts after one more request with an image URL.
     """
     for name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_", "DIFFUSERS_"))]:
         del os.environ[name]
@@ -156,7 +156,7 @@ def local(directory: str) -> Any:
         return {"ends": outputs, "tried": tried, "after": sorted(wire.attempts() - {_own_requests(server)})}
 
 
-#: Names under fal's domains: those that clients use, and made-up ones.
+#: Names under fal's domains: some that clients use, and some that are made up.
 FAL_NAMES = (
     "fal.run",
     "queue.fal.run",
@@ -174,7 +174,7 @@ FAL_NAMES = (
 
 
 def turned_to_fal(directory: str, program: str, state: str) -> Any:
-    """Start a program with `flux-server run` that sends requests to fal's names.
+    """Use `flux-server run` to start a program that sends requests to fal's names.
 
     Returns the responses, all attempts on the network, and what `flux-server run` printed to stderr.
     """

@@ -88,7 +88,7 @@ def run_nginx(directory: Path, server: Server, name: str = "localhost") -> Itera
     nginx = Nginx(free_port(), free_port(), files.authority, directory / "error.log")
     text = _configured(SAMPLE.read_text(encoding="utf-8"), server, nginx, files, name)
     (directory / "flux-server.conf").write_text(text, encoding="utf-8")
-    # Started as root, nginx runs its workers as another user, which may not read this directory.
+    # If root starts nginx, its workers would run as a user that may not read this directory, so run them as root.
     user = "user root;" if os.geteuid() == 0 else ""
     (directory / "nginx.conf").write_text(user + _MAIN.format(directory=directory), encoding="utf-8")
     command = [executable, "-e", str(directory / "error.log"), "-c", str(directory / "nginx.conf")]

@@ -1,4 +1,4 @@
-"""The Node SDKs: the call that points each at a server, and functions that run a script with one."""
+"""The Node SDKs: the call that points each SDK at a server, and functions that run scripts with an SDK."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Client:
 
     @property
     def is_raw(self) -> bool:
-        """Whether results are the output itself instead of {data, requestId}."""
+        """Whether a result is the output itself instead of {data, requestId}."""
         return self.sdk == "@fal-ai/serverless-client"
 
     def at(self, url: str, other: str) -> "Client":

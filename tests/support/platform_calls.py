@@ -55,7 +55,7 @@ async def _failure(call: Any) -> str:
 
 
 def falgen(endpoint: str, directory: str) -> dict[str, Any]:
-    """Call falgen's fal tools and its upload, and its chat endpoint, which this server does not offer."""
+    """Call falgen's tools for fal, its upload, and its chat endpoint, which this server does not offer."""
     tools = import_module("falgen.tools").discover_tools()
     auth, config = import_module("falgen.auth"), import_module("falgen.config")
     httpx = import_module("httpx")

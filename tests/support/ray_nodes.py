@@ -17,7 +17,7 @@ from tests.support.server_process import ROOT, Server, free_port, serving, wait_
 
 MODELS = ROOT / "tests" / "support" / "faults" / "cluster"
 SLOW = "/queue/test/slow"
-#: An environment variable that every process started by this test run inherits, and processes of others lack.
+#: An environment variable that all processes of this test run inherit. Processes of other test runs have other values.
 _MARK = "TESTS_OF_PROCESS"
 os.environ[_MARK] = str(os.getpid())
 #: The head's node id and node type in the autoscaler's configuration.
@@ -45,8 +45,8 @@ def autoscaling_cluster(config: Path, num_gpus: int, *, is_second: bool) -> Iter
 
     `is_second` selects version 2 of the autoscaler instead of version 1.
 
-    ray.cluster_utils.AutoscalingCluster is not used. Its first step is `ray stop`, which ends every other Ray on the
-    machine, and it reads a file that Ray's wheels lack.
+    ray.cluster_utils.AutoscalingCluster cannot be used: it begins with `ray stop`, which ends every other Ray on the
+    machine, and it reads a file that is not in Ray's wheels.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray._private.services import get_node_ip_address
@@ -163,7 +163,7 @@ def gpus(client: httpx.Client) -> list[dict[str, Any]]:
 
 
 def wait_for_gpu_states(client: httpx.Client, states: list[str]) -> list[dict[str, Any]]:
-    """Wait until the GPUs are in these states, in any order; return them. Only the test's time limit ends the wait."""
+    """Wait until the GPUs are in these states, in any order; return the GPUs. The wait itself has no time limit."""
     while True:
         current = gpus(client)
         if sorted(gpu["state"] for gpu in current) == sorted(states):

@@ -1,4 +1,4 @@
-"""Numbers of rounds of a repeated test: few in `make test`, many in `make soak`."""
+"""The numbers of the rounds of a repeated test: few in `make test`, many more in `make soak`."""
 
 from typing import Any
 

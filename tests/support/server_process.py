@@ -25,7 +25,7 @@ TEST_MODELS = "test/null=demo"
 
 
 class Server:
-    """A running `flux-server serve`. `within` is a command put before it, such as nsenter with its arguments."""
+    """A running `flux-server serve`. `within` is a prefix of its command, such as nsenter with arguments."""
 
     def __init__(self, data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> None:
         self.data_dir = data_dir
@@ -52,7 +52,7 @@ class Server:
         self.reader.start()
 
     def environment(self) -> dict[str, str]:
-        """Return the server's environment: that of this process, but with the settings of this server only."""
+        """Return this process's environment without variables of fal, and with the settings of this server only."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
         return {**inherited, **{f"FLUX_SERVER_{name}": value for name, value in self.settings.items()}}
 
@@ -95,7 +95,7 @@ class Server:
         return self
 
     def kill(self) -> None:
-        """Send SIGKILL and wait for the end."""
+        """Send SIGKILL and wait until the process has ended."""
         self.process.kill()
         self.process.wait()
 
@@ -107,7 +107,7 @@ class Server:
 
 @contextmanager
 def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **settings: str) -> Iterator[Server]:
-    """Run a server until the block ends; kill it then if it still runs."""
+    """Run a server. If it still runs at the end of the block, kill it."""
     server = Server(data_dir, *weights, within=within, **settings)
     try:
         yield server
@@ -137,7 +137,7 @@ def serving_with_proxy(data_dir: Path, *weights: str, **settings: str) -> Iterat
 class Gate:
     """The named pipe that test/gate reads from.
 
-    This object holds the pipe open, so that no process waits for the other side when it opens the pipe.
+    This object holds both ends of the pipe open, so that a process that opens the pipe does not wait for another.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,7 +167,7 @@ def open_gate(path: Path) -> Iterator[Gate]:
 
 
 def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
-    """Yield each event of the status stream, a status with the new log lines."""
+    """Yield each event of the status stream: a status with the log lines since the event before."""
     with client.stream("GET", f"{status_url}/stream", params={"logs": "1"}, timeout=60) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):

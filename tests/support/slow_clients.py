@@ -1,4 +1,4 @@
-"""Many concurrent clients that are too slow; the time until the server closes each connection is recorded."""
+"""Many concurrent clients that are too slow, and the time until the server closes each of their connections."""
 
 import contextlib
 import resource
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of slow client: the bytes it sends first, whether it then sends single bytes, and whether it reads."""
+    """A kind of slow client: its first bytes, whether it then sends single bytes, and whether it reads."""
 
     first: bytes
     drips: bool = False
     reads: bool = True
 
 
-#: Clients that do not finish their request header. `in_body` returns clients that finish it, but are slow later.
+#: Clients that do not finish the header of their request. `in_body` returns clients that do, but are slow later.
 IN_HEADER: Mapping[str, Kind] = {
     "silent": Kind(b""),
     "half a header": Kind(b"GET / HTTP/1.1\r\nHost: he"),
@@ -43,7 +43,7 @@ def in_body(large: str) -> dict[str, Kind]:
 
 @dataclass
 class SlowClients:
-    """Slow clients: `number` connections of each of these kinds, open until the block ends."""
+    """Slow clients: `number` connections of each of `kinds`, open until the block ends."""
 
     port: int
     kinds: Mapping[str, Kind]
@@ -93,7 +93,7 @@ class SlowClients:
     def _drip(self) -> None:
         for name, connection, _ in self._open.values():
             if self.kinds[name].drips:
-                # The poller reports a connection that was closed.
+                # Ignore errors: the poller reports a connection that the server has closed.
                 with contextlib.suppress(OSError):
                     connection.send(b"a")
 

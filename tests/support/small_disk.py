@@ -19,7 +19,7 @@ _NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 
 
 class SmallDisk:
-    """A small disk in a namespace. `enter_command`, put before a program's command, runs the program there.
+    """A small disk in a namespace. A command with the prefix `enter_command` runs in this namespace.
 
     `inner_path` is the path of the disk inside the namespace, `outer_path` its path outside.
     """
@@ -42,13 +42,13 @@ class SmallDisk:
                     os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
                     return
                 except OSError as error:
-                    # The server wrote in the meantime, so there is less room now.
+                    # The server has written in the meantime, so try again with the room that is left.
                     if error.errno != errno.ENOSPC:
                         raise
 
     def fill_inodes(self) -> None:
-        """Use up all inodes: bytes can be written, but no further file can be created."""
-        # Stop at the error. It may come early, because the server creates files too.
+        """Use up all inodes, so that bytes can be written but no further file can be created."""
+        # Stop at the first error. The server creates files too, so the error may come before _MAX_FILES.
         with suppress(OSError):
             for number in range(_MAX_FILES):
                 (self._filler / str(number)).touch()

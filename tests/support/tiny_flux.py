@@ -1,4 +1,4 @@
-"""A FLUX pipeline with a few thousand random weights, and functions that run it step by step."""
+"""A FLUX pipeline with small dimensions and random weights, and functions that run it step by step."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +107,7 @@ def tiers_of(flow_transformer: Any) -> list[Tier]:
 
 
 class AlwaysShare(Sharing):
-    """A sharing policy that shares every forward it can, whatever the cost."""
+    """A sharing policy by which images share forwards whenever they can, whatever the cost."""
 
     def __init__(self) -> None:
         super().__init__(lambda: 0.0)
@@ -117,7 +117,7 @@ class AlwaysShare(Sharing):
 
 
 def engine(dtype: torch.dtype = torch.float32, **settings: Any) -> FluxEngine:
-    """Build an engine with all three tiers that shares every forward it can."""
+    """Build an engine with all three tiers, in which images share forwards whenever they can."""
     tiny_pipeline = pipeline(dtype, **settings)
     return FluxEngine(
         tiny_pipeline, AllSafeChecker(), tiers_of(tiny_pipeline.transformer), "cpu", sharing=AlwaysShare()
@@ -164,7 +164,7 @@ def difference(one: Image, other: Image) -> int:
 
 @contextmanager
 def record_batch_sizes(module: Any) -> Iterator[list[int]]:
-    """Yield a list to which each forward of this transformer adds its batch size, until the block ends."""
+    """Yield a list of batch sizes. Until the block ends, each forward of this transformer appends its own."""
     sizes: list[int] = []
 
     def record(_: Any, __: Any, inputs: dict[str, Any]) -> None:

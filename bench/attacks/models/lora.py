@@ -1,11 +1,11 @@
-"""Model bench/lora: takes LoRA weights by URL, and generates without them."""
+"""The model bench/lora, which takes LoRA weights by URL and generates without them."""
 
 from models.flux_lora import FluxLoraInput
 from tests.support.fake_models import NullEngine, NullModel
 
 
 class LoraModel(NullModel):
-    """Null model whose requests name LoRA weights."""
+    """A null model whose requests name LoRA weights."""
 
     Input = FluxLoraInput
 

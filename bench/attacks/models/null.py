@@ -1,10 +1,10 @@
-"""Model bench/null: plain images at once, in a server that sweeps old files more often."""
+"""The model bench/null, which generates plain images at once. It also makes the server sweep old files more often."""
 
 import server.app
 from bench.attacks import SWEEP_SECONDS
 from tests.support.fake_models import NullEngine, NullModel
 
-# Setting a name that the server does not read would have no effect, and no sweep would be seen.
+# If the server renamed this variable, setting it would have no effect.
 assert hasattr(server.app, "SWEEP_EVERY")
 server.app.SWEEP_EVERY = SWEEP_SECONDS
 

@@ -1,4 +1,4 @@
-"""Model bench/slow: each step takes 20 ms, so that most requests are cancelled while they still wait."""
+"""The model bench/slow: each step takes 20 ms, so that most requests are cancelled while they still wait."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from tests.support.fake_models import NullEngine, NullModel
 
 
 class SlowEngine(NullEngine):
-    """Engine that sleeps in each step."""
+    """An engine that sleeps in each step."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         """Sleep, then advance like NullEngine."""

@@ -1,4 +1,4 @@
-"""Model bench/cost: generates nothing, and takes the time of FLUX.1 [dev], scaled by COST in seconds a TFLOP."""
+"""The model bench/cost, whose steps sleep COST seconds for each TFLOP that a step of FLUX.1 [dev] takes."""
 
 import os
 import time
@@ -18,23 +18,23 @@ def work_of(width: int, height: int) -> int:
 
 
 def seconds_of(width: int, height: int) -> float:
-    """Return the seconds that such a step takes."""
+    """Return the seconds that one step of an image of this size takes."""
     return work_of(width, height) / 1e12 * float(os.environ["COST"])
 
 
 class CostTask(NullTask):
-    """Task that counts its work like the real one, and stores when its last step ends."""
+    """A task that counts its work like a FLUX task, and stores when its last step ends."""
 
     ends_at = 0.0
 
     @property
     def work(self) -> int:
-        """Return the work done, in floating point operations."""
+        """The work done, in floating point operations."""
         return self.step * self._step_work
 
     @property
     def remaining_work(self) -> int:
-        """Return the work left, in floating point operations."""
+        """The work left, in floating point operations."""
         return int(self.num_steps - self.step) * self._step_work
 
     @property
@@ -44,7 +44,7 @@ class CostTask(NullTask):
 
 
 class CostEngine(NullEngine):
-    """Engine of an asynchronous device, like a GPU: a step is launched while the one before runs, and no earlier."""
+    """An engine of an asynchronous device such as a GPU: a step can be launched while the step before it runs."""
 
     decodes_concurrently = True
 
@@ -56,7 +56,7 @@ class CostEngine(NullEngine):
         return CostTask(request, seed)
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
-        """Launch a step, then wait for the end of the one before."""
+        """Launch a step, then wait for the end of the step before it."""
         size, before = task.request.image_size, self._free_at
         self._free_at = max(time.perf_counter(), before) + seconds_of(size.width, size.height)
         task.ends_at = self._free_at

@@ -1,4 +1,4 @@
-"""Model test/null on fake GPUs, so that only the head does any work."""
+"""The model test/null. Importing it replaces the server's Ray cluster with fake GPUs, so that only the head works."""
 
 import server.components
 from bench.support.fake_cluster import NullRayCluster

@@ -14,7 +14,7 @@ from typing import Any
 class Point:
     """A point before or after the n-th call of a function.
 
-    `is_acknowledged` says whether the client has its response by then.
+    `is_acknowledged` says whether the client has the response to its request or upload when the server dies.
     """
 
     module: str
@@ -77,7 +77,7 @@ IN_BACKUP = {
 
 
 def arm(name: str, marker: Path) -> None:
-    """Make this process die when it reaches the point. It does so only once: the file `marker` records that it died."""
+    """Make this process die when it reaches the point, unless the file `marker` exists. The death creates this file."""
     point = {**POINTS, **AT_START, **IN_UPLOAD, **IN_BACKUP}[name]
     holder: Any = importlib.import_module(point.module)
     *path, last = point.name.split(".")

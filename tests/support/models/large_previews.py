@@ -1,4 +1,4 @@
-"""The endpoint test/large-previews: the model of test/gate, with previews of several megabytes."""
+"""test/large-previews: works like test/gate, with previews of several megabytes."""
 
 from tests.support.fake_models import LargePreviewEngine, NullModel
 

@@ -1,4 +1,4 @@
-"""test/lost: loses its device in the second step."""
+"""test/lost: loses its device in the second step while the file in the prompt exists."""
 
 from tests.support.fake_models import LostEngine, NullModel
 

@@ -1,4 +1,4 @@
-"""test/unsafe: has a safety checker that flags or fails, as the prompt says."""
+"""test/unsafe: has a safety checker that flags every image or fails, depending on the prompt."""
 
 from tests.support.fake_models import NullModel, UnsafeEngine
 

@@ -9,7 +9,7 @@ from tests.support.fake_models import NullEngine, NullModel
 
 
 class FatalEngine(NullEngine):
-    """An engine that dies as if a GPU driver crashed."""
+    """An engine that ends its process, as a crash of a GPU driver would."""
 
     def advance(self, task: Any, others: Sequence[Any] = ()) -> Sequence[Any]:
         if task.step == 1 and task.request.prompt.startswith("SIG"):

@@ -1,4 +1,4 @@
-"""test/slow: sleeps 20 ms in each step, as if a GPU were busy."""
+"""test/slow: sleeps 20 ms in each step, as if it waited for a GPU."""
 
 import time
 from collections.abc import Sequence

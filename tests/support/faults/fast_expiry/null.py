@@ -1,4 +1,4 @@
-"""test/null, for a server that deletes old data every second, not every minute, so that minutes stand for days."""
+"""test/null. Importing it makes the server delete old data every second instead of every minute."""
 
 import server.app
 from tests.support.fake_models import NullEngine, NullModel
