@@ -111,10 +111,10 @@ FOUND_BEFORE_LOADING: dict[str, tuple[Change, str]] = {
     "an unknown class": (add_to_index(vae=["diffusers", "Stranger"]), "only diffusers.AutoencoderKL or"),
     "an unknown library": (add_to_index(vae=["someone", "AutoencoderKL"]), "vae is of someone.AutoencoderKL"),
     "an unknown component": (add_to_index(**UNET), "unet is of diffusers, and is not part"),
-    "no directory": (lambda root: shutil.rmtree(root / "vae"), "vae is not there"),
+    "no directory": (lambda root: shutil.rmtree(root / "vae"), "vae is missing"),
     "no weights": (
         lambda root: (root / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
-        "vae is not there, or",
+        "vae is missing, or",
     ),
     "configuration no JSON": (overwrite("transformer/config.json", "{"), "transformer/config.json is not JSON"),
     "configuration a list": (
