@@ -111,7 +111,7 @@ const number = (text) => (text === "" ? undefined : Number(text));
 
 function seedField(name, property) {
   const control = element("input", { type: "number", min: property.minimum, max: property.maximum, step: 1 });
-  control.placeholder = "Random each run";
+  control.placeholder = "Random";
   const newSeed = element("button", { type: "button", textContent: "New seed", title: "Set a new random seed" });
   const lock = element("button", { type: "button", textContent: "Lock", title: "Reuse the seed of the last image" });
   const random = () => Math.floor(Math.random() * 2 ** 32);

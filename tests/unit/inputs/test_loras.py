@@ -174,7 +174,7 @@ def test_invalid_hub_ids_are_rejected(user: httpx.Client, hub: HTTPServer) -> No
     assert "has 2 safetensors files" in rejection(user, "owner/two")["msg"]
     assert "has no safetensors file" in rejection(user, "owner/none")["msg"]
     assert "description of owner/odd cannot be read" in rejection(user, "owner/odd")["msg"]
-    assert "answered 500" in rejection(user, "owner/unknown")["msg"]
+    assert "responded 500" in rejection(user, "owner/unknown")["msg"]
 
 
 # -- rejected files
@@ -188,11 +188,11 @@ def header(content: object, body: bytes = b"") -> bytes:
 
 ONE = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "not a safetensors file"),
+    "nothing": (b"", "not a complete safetensors file"),
     "text": (b"hello, this is no tensor", "not a safetensors file"),
     "pickle": (pickle.dumps({"x.lora_A.weight": [1.0]}), "not a safetensors file"),
     "zip": (b"PK\x03\x04" + bytes(60), "not a safetensors file"),
-    "header longer than the file": (struct.pack("<Q", 10_000) + b"{}", "not a safetensors file"),
+    "header longer than the file": (struct.pack("<Q", 10_000) + b"{}", "not a complete safetensors file"),
     "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "not a safetensors file"),
     "header that is no JSON": (header(b"{" * 100), "not a safetensors file"),
     "header nested deeply": (header(b"[" * 100_000), "not a safetensors file"),
