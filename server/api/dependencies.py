@@ -118,7 +118,7 @@ def get_model(request: Request, endpoint: str) -> Model:
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")
     offered = ", ".join(sorted(models))
-    raise NotFound(f"Application {endpoint!r} not found; this server offers: {offered}")
+    raise NotFound(f"Application {endpoint!r} not found: it is not offered by this server, which has {offered}")
 
 
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:

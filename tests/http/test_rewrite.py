@@ -236,7 +236,8 @@ def test_long_forwarded_headers(proxied_client: httpx.Client, name: str, start: 
     assert answer(255).status_code == 200
     refused = answer(256)
     assert (refused.status_code, refused.json()["error_type"]) == (400, "bad_request")
-    assert f"{name.title()} at most 255" in refused.json()["detail"]
+    assert name.title() in refused.json()["detail"]
+    assert "at most 255" in refused.json()["detail"]
 
 
 def test_public_url_replaces_fals_names(proxied_client: httpx.Client) -> None:

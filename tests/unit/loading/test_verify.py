@@ -123,11 +123,11 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "code of its checker": (lambda directory: (directory / "safety_checker" / "x.py").touch(), "x.py is code"),
     "attention from the hub": (
         lambda directory: add_entries(directory / "text_encoder" / "config.json", attn_implementation="someone/kernel"),
-        "names code by attn_implementation",
+        "names code under attn_implementation",
     ),
     "code of a part": (
         lambda directory: add_entries(directory / "text_encoder" / "config.json", text_config={"auto_map": AUTO_MAP}),
-        "names code by auto_map",
+        "names code under auto_map",
     ),
     "a class that looks for code": (
         lambda directory: add_entries(directory / "model_index.json", text_encoder=["transformers", "AutoModel"]),
@@ -247,7 +247,7 @@ def test_no_command_runs_the_code_or_asks_a_question(
     result = subprocess.run(command_line, cwd=ROOT, input="y\n" * 20, capture_output=True, text=True, timeout=100)
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
-    assert "names code by auto_map" in output
+    assert "names code under auto_map" in output
     assert "[y/N]" not in output
     assert "Traceback" not in output
     assert not mark.exists()
