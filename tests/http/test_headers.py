@@ -75,7 +75,7 @@ def test_the_runner_hint_has_a_limit(client: httpx.Client) -> None:
         return client.post("/queue/test/null", json={"prompt": "x"}, headers=headers)
 
     assert submit(255).status_code == 200
-    assert error_message(submit(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters"
+    assert error_message(submit(256), 400) == "X-Fal-Runner-Hint should have at most 255 characters, not 256"
 
 
 def test_the_url_of_a_webhook_has_a_limit(client: httpx.Client) -> None:
