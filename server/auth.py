@@ -16,6 +16,8 @@ from server.storage.database import Database
 
 #: The owner of all requests on a server without keys.
 ANONYMOUS = "everybody"
+#: What `keys list` and `keys revoke` call the automatic key, which has no name.
+FIRST_KEY = "(the first)"
 _ALGORITHM = "HS256"
 
 
@@ -176,11 +178,13 @@ def list_keys(database: Database) -> list[dict[str, Any]]:
 def revoke_key(database: Database, name: str) -> None:
     """Delete a key by its name, or by the first 9 or more characters of its owner.
 
-    Raises ValueError when no key or more than one key matches.
+    FIRST_KEY stands for the automatic key. Raises ValueError when no key or more than one key matches.
     """
     with database.transaction() as connection:
         rows = connection.execute(
-            "SELECT hash FROM keys WHERE name = ?1 OR (length(?1) >= 9 AND substr(owner, 1, length(?1)) = ?1)", (name,)
+            "SELECT hash FROM keys WHERE name = ?1 OR (name = '' AND ?1 = ?2)"
+            " OR (length(?1) >= 9 AND substr(owner, 1, length(?1)) = ?1)",
+            (name, FIRST_KEY),
         ).fetchall()
         if not rows:
             raise ValueError(f"There is no key {name}; `flux-server keys list` lists all")

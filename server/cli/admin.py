@@ -76,10 +76,12 @@ def add_key(
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
     """List name, scope, owner and creation time of each key; logs and /status show the owner."""
+    from server.auth import FIRST_KEY
+
     rows = _ask(data_dir, "list_keys")
     typer.echo("name\tscope\towner\tcreated" if rows else "There are no keys.", err=True)
     for key in rows:
-        typer.echo(f"{key['name'] or '(the first)'}\t{key['scope']}\t{key['owner']}\t{_when(key['created_at'])}")
+        typer.echo(f"{key['name'] or FIRST_KEY}\t{key['scope']}\t{key['owner']}\t{_when(key['created_at'])}")
 
 
 @keys.command("revoke")
@@ -89,6 +91,7 @@ def revoke_key(
 ) -> None:
     """Revoke a key and its tokens immediately. Its requests continue."""
     _ask(data_dir, "revoke_key", name=name)
+    typer.echo(f"Revoked the key {name}")
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
         message = "No named key is left. After its next start, a server on loopback requires no key,"
         typer.echo(f"{message} unless it has --keys, --operator-keys, FAL_KEY or --trusted-proxies.", err=True)
@@ -112,6 +115,7 @@ def list_webhooks(
 def redeliver(request_id: str, data_dir: DataDir = None) -> None:
     """Send the webhook of a request again, with all its retries."""
     _ask(data_dir, "redeliver", request_id=request_id)
+    typer.echo(f"The webhook of request {request_id} is due now")
 
 
 def back_up(
@@ -119,7 +123,7 @@ def back_up(
 ) -> None:
     """Copy queue, images, keys and certificates to DIRECTORY while the server runs.
 
-    To restore, start the server with --data-dir DIRECTORY.
+    To restore, start the server with a copy of DIRECTORY as --data-dir, because the server writes to it.
     """
     num_bytes = _ask(data_dir, "back_up", directory=str(directory.absolute()))
     typer.echo(f"{directory}: {num_bytes / 1e6:.1f} MB")

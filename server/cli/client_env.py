@@ -47,6 +47,21 @@ _OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
 _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn", "pnpm")
 _OTHERS = "programs in other languages that this program starts"
 
+#: Settings that `env` and `run` need to find the server.
+_ADDRESS = ("data_dir", "host", "port", "tls_port", "proxy_port", "public_url")
+
+
+def env_command(settings: Settings) -> str:
+    """Return the `flux-server env` command for this server, with an option for each setting that is no default."""
+    settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+    defaults = Settings.load({"XDG_DATA_HOME": os.environ.get("XDG_DATA_HOME", "")})
+    options = [
+        f" --{name.replace('_', '-')} {shlex.quote(str(getattr(settings, name)))}"
+        for name in _ADDRESS
+        if getattr(settings, name) != getattr(defaults, name)
+    ]
+    return f"flux-server env{''.join(options)}"
+
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
     """Build shell exports, with all other advice in comments, for `eval "$(flux-server env)"`.

@@ -149,7 +149,12 @@ def env(settings: Settings) -> None:
     from server.cli.client_env import shell_exports
 
     needs_key = not settings.keys and control_socket.requires_key(settings.data_dir)
-    typer.echo(shell_exports(settings, tls.certificate_files(settings.data_dir), needs_key=needs_key))
+    files = tls.certificate_files(settings.data_dir)
+    # `eval` hides the comments of the output, so the note goes to stderr too.
+    if settings.tls_port and not files.bundle.exists():
+        message = "the server creates it at its first start; if it already runs, give its --data-dir"
+        typer.echo(f"flux-server: there is no certificate in {files.bundle.parent}: {message}", err=True)
+    typer.echo(shell_exports(settings, files, needs_key=needs_key))
 
 
 @cli.command()

@@ -13,6 +13,7 @@ import uvicorn
 from server import auth
 from server.app import create_app
 from server.cli import control_socket
+from server.cli.client_env import env_command
 from server.cli.control import Control
 from server.components import Components
 from server.inputs.resolver import MAX_INPUT_BYTES
@@ -146,4 +147,5 @@ def _print_banner(settings: Settings, sockets: list[socket.socket], *, is_open: 
     if settings.tls_port:
         lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
     keys = "No key is required" if is_open else "Clients must send a key"
-    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; `flux-server env` shows how to connect", flush=True)
+    advice = f"`{env_command(settings)}` shows how to connect"
+    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; {advice}", flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.node import JS, MARK, PAGE_ID, Client, clients, page
-from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_completed
+from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, serving, wait_until_completed
 
 NAMES = ["serverless-client", "client, proxyUrl", "client, requestMiddleware"]
 MODES = ["polling", "streaming"]
@@ -318,3 +319,19 @@ def test_private_files_and_images(sdks: dict[str, Client], server: Server, keyed
     statuses = sdks[name].at(server.url, keyed_server.url).run("upload_private.mjs")
     assert statuses["open"] == {"stranger": 200, "owner": 200}
     assert statuses["upload"] == statuses["image"] == {"stranger": 404, "owner": 200}
+
+
+def test_the_program_of_the_quickstart(node: None, server: Server) -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    program = text.partition("```js\n")[2].partition("```")[0].replace("http://127.0.0.1:8000", server.url)
+    # The variables are those of a new user's shell: no key and no proxy.
+    process = subprocess.run(
+        ["node", "--input-type=module"],
+        cwd=JS,
+        env={"PATH": os.environ["PATH"]},
+        input=program.replace("fal-ai/flux/dev", "test/null"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.stdout.startswith(f"{server.url}/files/"), process.stderr

@@ -139,9 +139,9 @@ def test_keys(started: Server, tmp_path: Path) -> None:
     # These keys belong to another directory, because the other tests send none.
     with_directory = f"export FLUX_SERVER_DATA_DIR={tmp_path}\n"
     for block in blocks("test_keys"):
-        *keys, shop, me = output_of(with_directory + block, started).splitlines()
+        *keys, shop, me, revoked = output_of(with_directory + block, started).splitlines()
         assert [shop.split("\t")[:2], me.split("\t")[:2]] == [["shop", "client"], ["me", "operator"]]
-        assert len(keys) == 2
+        assert (len(keys), revoked) == (2, "Revoked the key shop")
 
 
 def test_webhooks(started: Server) -> None:

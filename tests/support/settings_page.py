@@ -16,7 +16,7 @@ your machine or your clients.
 
 Set an option on the command line, or its variable in the environment; the command line wins. An empty variable counts
 as not set. Separate several values of one variable with commas. If settings are wrong, the server does not start and
-lists every problem. `flux-server serve --help` prints the same list.
+lists every problem. `flux-server serve --help` prints the same options.
 
 The variable `FAL_KEY` counts as one of `--keys`, unless its value is `local`, which `flux-server env` gives to clients
 of a server without keys.

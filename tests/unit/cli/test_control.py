@@ -15,8 +15,10 @@ from pytest_httpserver import HTTPServer
 
 from server.auth import KeyScope, add_key
 from server.cli import control_socket
+from server.cli.client_env import env_command
 from server.cli.control import Control
 from server.queue.jobs import Job
+from server.settings import Settings
 from server.storage.file_store import Lifecycle
 from tests.clients.test_realtime import SMALL, UNAUTHORIZED, generate, last_message_and_code, session
 from tests.support.components import Components, finish_job, open_components, submission
@@ -147,6 +149,8 @@ def test_the_generated_key_does_not_count_on_loopback(tmp_path: Path) -> None:
     assert flux_server(tmp_path, "keys", "add", "later").stderr == ""
     output_of(tmp_path, "keys", "revoke", "late")
     assert "No named key is left" in flux_server(tmp_path, "keys", "revoke", "later").stderr
+    assert output_of(tmp_path, "keys", "revoke", "(the first)") == "Revoked the key (the first)"
+    assert output_of(tmp_path, "keys", "list") == ""
 
 
 def test_each_new_key_prints_a_notice_while_the_server_requires_none(tmp_path: Path) -> None:
@@ -346,10 +350,23 @@ def test_a_backup_copies_each_input_once(
     assert copied == [INPUT_NAME]
 
 
+def test_the_banner_names_the_options_that_env_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert env_command(Settings.load({})) == "flux-server env"
+    directory = tmp_path / "a b"
+    options = {"data_dir": directory, "port": 9000, "tls_port": 9443, "host": "0.0.0.0", "log_level": "debug"}
+    expected = f"flux-server env --data-dir '{directory}' --host 0.0.0.0 --port 9000 --tls-port 9443"
+    assert env_command(Settings.load({}, options)) == expected
+    with serving(tmp_path / "data", TEST_MODELS) as server:
+        port = server.ready().url.rpartition(":")[2]
+        server.wait_for(rf"`flux-server env --data-dir {tmp_path / 'data'} --port {port}.*` shows how to connect")
+
+
 def test_env_prints_no_key_that_the_server_would_reject(tmp_path: Path) -> None:
     """`env` prints a key only for a server that requires none, whether the server runs or not."""
     any_key, key_required = "export FAL_KEY=local", "# FAL_KEY: this server requires a key"
     assert any_key in output_of(tmp_path / "none", "env")
+    assert f"no certificate in {tmp_path / 'none' / 'tls'}" in flux_server(tmp_path / "none", "env").stderr
     (tmp_path / "none").mkdir()
     assert any_key in output_of(tmp_path / "none", "env")
     assert list((tmp_path / "none").iterdir()) == []
