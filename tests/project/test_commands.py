@@ -62,7 +62,11 @@ def output_of(commands: str, server: Server, **others: str) -> str:
     commands = replaced(commands, **{"http://127.0.0.1:8000": server.url}, **others)
     # A proxy of this machine would get the calls to the server.
     environment = {name: value for name, value in server.environment().items() if not name.lower().endswith("_proxy")}
-    environment |= {"PATH": f"{BIN}:{environment['PATH']}", "FLUX_SERVER_PORT": server.url.rpartition(":")[2]}
+    environment |= {
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FLUX_SERVER_PORT": server.url.rpartition(":")[2],
+    }
     process = subprocess.run(
         ["bash", "-euc", commands],
         cwd=server.data_dir.parent,
@@ -78,7 +82,8 @@ def output_of(commands: str, server: Server, **others: str) -> str:
 @contextmanager
 def started_by(command: str, directory: Path, **others: str) -> Iterator[Server]:
     """Run the server that this command starts in this directory, until the block ends."""
-    script = f"PATH={BIN}:$PATH; cd {directory}; exec {replaced(command, **others)}"
+    # The test models import the package of the tests.
+    script = f"export PATH={BIN}:$PATH PYTHONPATH={ROOT}; cd {directory}; exec {replaced(command, **others)}"
     # The script takes no notice of the arguments that follow it, which are those of another way to start a server.
     within = ("bash", "-euc", script)
     settings = {"tls_port": str(free_port()), "outbound_allow": "127.0.0.0/8"}
