@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# --no-compile: Python compiles what it imports, at its first import; pip would compile everything, for minutes.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 # Two files at a time take little more than half as long, because many tests wait for a process to start.
@@ -85,12 +86,12 @@ clean:
 # Install PyTorch first and alone: otherwise pip would look for the other packages at TORCH_INDEX too.
 .venv/serve.done: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing; PyTorch alone is a large download, this may take minutes."
-	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
-	$(PIP) install -q -c constraints.txt -e .
+	$(if $(TORCH_INDEX),$(PIP) install -q --no-compile -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(PIP) install -q --no-compile -c constraints.txt -e .
 	touch $@
 
 .venv/dev.done: .venv/serve.done
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt
