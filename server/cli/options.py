@@ -41,12 +41,24 @@ def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def shown_default(name: str) -> str:
+    """Return the default of a setting as an operator would write it; "" if there is none."""
+    if name == "data_dir":
+        return "$XDG_DATA_HOME/flux-server, else ~/.local/share/flux-server"
+    value = Settings.model_fields[name].default
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
 def _parameter(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
-    text = f"{field.description} [env: {PREFIX}{name.upper()}]"
+    text = f"{field.description} [env: {PREFIX}{name.upper()}; default: {shown_default(name) or 'none'}]"
     kind = inspect.Parameter.KEYWORD_ONLY
     if name == "weights":
-        argument = Annotated[list[str] | None, typer.Argument(help=text, show_default="demo")]
+        argument = Annotated[list[str] | None, typer.Argument(help=text, show_default=False)]
         return inspect.Parameter(name, kind, default=None, annotation=argument)
     flag = name.replace("_", "-")
     if field.annotation is bool:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from server.cli.options import shown_default
 from server.settings import PREFIX, Settings
 from tests.support.server_process import ROOT
 
@@ -28,8 +29,6 @@ _FOOT = (
     "\n`python -m tests.support.settings_page` writes this page from `server/settings.py`; a test compares the two.\n"
 )
 
-#: Defaults that depend on the environment.
-_DEFAULTS = {"data_dir": "`$XDG_DATA_HOME/flux-server`, else `~/.local/share/flux-server`"}
 #: Sentences added to a description, most with a link to the page that explains the setting.
 _NOTES = {
     "weights": "See [Weights and memory](weights-and-memory.md).",
@@ -61,7 +60,7 @@ def page() -> str:
 
 def _row(name: str, field: Any) -> str:
     description = _LITERAL.sub(r"`\g<0>`", field.description).replace("|", "\\|")
-    cells = (_option(name, field), f"`{PREFIX}{name.upper()}`", _DEFAULTS.get(name) or _default(field.default))
+    cells = (_option(name, field), f"`{PREFIX}{name.upper()}`", _default(name))
     return f"| {' | '.join((*cells, ' '.join(filter(None, (description, _NOTES.get(name))))))} |\n"
 
 
@@ -72,11 +71,10 @@ def _option(name: str, field: Any) -> str:
     return f"`--[no-]{flag}`" if field.annotation is bool else f"`--{flag}`"
 
 
-def _default(value: object) -> str:
-    if isinstance(value, tuple):
-        value = ",".join(value)
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return "none" if value is None or shown == "" else f"`{shown}`"
+def _default(name: str) -> str:
+    # Of two values, one after the other applies.
+    values = shown_default(name).split(", else ")
+    return ", else ".join(f"`{value}`" for value in values) if any(values) else "none"
 
 
 if __name__ == "__main__":
