@@ -23,6 +23,7 @@ import httpx
 import torch
 import uvicorn
 
+from models.flux.prompt_cache import count_text_tokens
 from server.app import create_app
 from server.net.listeners import bind_socket
 from server.settings import Settings
@@ -78,8 +79,15 @@ def main() -> None:
 
 def _pipeline_seconds(pipeline: Any, size: int, steps: int) -> float:
     start = time.perf_counter()
-    generator = torch.Generator("cpu").manual_seed(1)
-    pipeline(PROMPT, width=size, height=size, num_inference_steps=steps, guidance_scale=3.5, generator=generator)
+    pipeline(
+        PROMPT,
+        width=size,
+        height=size,
+        num_inference_steps=steps,
+        guidance_scale=3.5,
+        generator=torch.Generator("cpu").manual_seed(1),
+        max_sequence_length=count_text_tokens(pipeline),
+    )
     return time.perf_counter() - start
 
 

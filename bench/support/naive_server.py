@@ -44,7 +44,8 @@ def generate(request: GenerationRequest) -> Response:
         if pipeline is None:
             time.sleep(seconds_of(request.width, request.height) * request.num_inference_steps)
             return Response()
-        image = pipeline(**request.model_dump()).images[0]
+        length = pipeline.tokenizer_2.model_max_length
+        image = pipeline(**request.model_dump(), max_sequence_length=length).images[0]
     content = io.BytesIO()
     image.save(content, "JPEG")
     return Response(content.getvalue(), media_type="image/jpeg")

@@ -15,7 +15,7 @@ from models.flux.acceleration import Tier
 from models.flux.device import Device
 from models.flux.engine import FluxEngine
 from models.flux.flops import step_flops
-from models.flux.prompt_cache import NUM_TOKENS
+from models.flux.prompt_cache import count_text_tokens
 
 PROMPT = "a red apple on a blue table"
 GUIDANCE_SCALE = 3.5
@@ -101,7 +101,7 @@ class EngineBenchmark:
         stepping = [one.step_seconds for one in timings if one.step_seconds is not None]
         per_step = statistics.median(stepping) / job.num_steps / job.num_waiting if stepping else None
         num_tokens = job.width * job.height // (self.pipeline.vae_scale_factor * 2) ** 2
-        flop = step_flops(self.pipeline.transformer.config, num_tokens, NUM_TOKENS)
+        flop = step_flops(self.pipeline.transformer.config, num_tokens, count_text_tokens(self.pipeline))
         peaks = [one.peak for one in timings if one.peak is not None]
         return Measurement(
             name,
@@ -164,6 +164,7 @@ class EngineBenchmark:
             num_inference_steps=job.num_steps,
             guidance_scale=GUIDANCE_SCALE,
             generator=torch.Generator("cpu").manual_seed(1),
+            max_sequence_length=count_text_tokens(self.pipeline),
         ).images[0]
 
     def _begin(self) -> float:

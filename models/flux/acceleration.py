@@ -16,13 +16,12 @@ from models.flux.compilation import (
     quantize,
     set_compile_cache_dirs,
 )
-from models.flux.prompt_cache import NUM_TOKENS
 
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "regular", "high")
-#: Numbers of image tokens in the warm-up. They differ from each other and from the number of text tokens, so that the
-#: compiler treats no number of tokens as a constant.
+#: Numbers of image tokens in the warm-up. They differ from each other and from the number of text tokens, 512 or 64, so
+#: that the compiler treats no number of tokens as a constant.
 _WARM_TOKENS = (384, 640)
 
 
@@ -45,12 +44,13 @@ class Tier:
     skips_blocks: bool = False
     is_ready: bool = True
 
-    def warm_up(self, device: str, dtype: torch.dtype) -> None:
+    def warm_up(self, device: str, dtype: torch.dtype, num_text_tokens: int) -> None:
         """Run once each kind of forward that requests need, so that no request waits for compilation."""
         for batch in (1, 2) if self.shares_forwards else (1,):
             for num_tokens in _WARM_TOKENS:
+                sizes = (batch, num_tokens, num_text_tokens)
                 with torch.no_grad():
-                    self.transformer(**_inputs(self.transformer.config, batch, num_tokens, device, dtype))
+                    self.transformer(**_inputs(self.transformer.config, sizes, device, dtype))
         self.is_ready = True
 
 
@@ -93,17 +93,18 @@ def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
     ]
 
 
-def _inputs(config: Any, batch: int, num_tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return inputs for a forward of `batch` images with `num_tokens` image tokens each; embeddings are random."""
+def _inputs(config: Any, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return random inputs for a forward. `sizes` are the numbers of images, of image tokens and of text tokens."""
+    batch, num_tokens, num_text_tokens = sizes
     make: Callable[..., torch.Tensor] = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
     return {
         "hidden_states": make(batch, num_tokens, config.in_channels),
-        "encoder_hidden_states": make(batch, NUM_TOKENS, config.joint_attention_dim),
+        "encoder_hidden_states": make(batch, num_text_tokens, config.joint_attention_dim),
         "pooled_projections": make(batch, config.pooled_projection_dim),
         "timestep": torch.full([batch], 0.5, device=device, dtype=dtype),
         "guidance": torch.full([batch], 3.5, device=device) if config.guidance_embeds else None,
         "img_ids": torch.zeros(num_tokens, 3, device=device, dtype=dtype),
-        "txt_ids": torch.zeros(NUM_TOKENS, 3, device=device, dtype=dtype),
+        "txt_ids": torch.zeros(num_text_tokens, 3, device=device, dtype=dtype),
         "return_dict": False,
     }
 

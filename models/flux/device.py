@@ -11,7 +11,7 @@ import torch
 
 from models.base import DeviceLost, EngineConfig, GenerationFailed
 from models.flux.flops import step_flops
-from models.flux.prompt_cache import NUM_TOKENS
+from models.flux.prompt_cache import FLUX_TEXT_TOKENS
 from models.loading import cpu, devices
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Device:
 
     def step_description(self, config: Mapping[str, Any], dtype: torch.dtype) -> str:
         """Describe the least time that a FLUX step at 1024x768 can take: its FLOP divided by the matmul rate."""
-        rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, NUM_TOKENS)
+        rate, flop = self.matmul_rate(dtype), step_flops(config, 1024 * 768 // 256, FLUX_TEXT_TOKENS)
         seconds, name = flop / rate, devices.type_name(dtype)
         return (
             f"a step at 1024x768 takes at least {seconds:,.0f} s, and an image of 28 steps {28 * seconds / 60:,.0f} min"

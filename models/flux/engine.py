@@ -28,7 +28,7 @@ from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
 from models.flux.loras import LoraAdapter, LoraManager
 from models.flux.preview import Preview
-from models.flux.prompt_cache import NUM_TOKENS, PromptCache
+from models.flux.prompt_cache import PromptCache, count_text_tokens
 from models.flux.redux import Redux
 from models.flux.sample import Sample, begin, unpacked
 from models.flux.sharing import Sharing
@@ -70,6 +70,7 @@ class FluxEngine:
         self._num_nonfinite = 0
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
+        self.num_text_tokens = count_text_tokens(pipeline)
         # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
 
@@ -121,7 +122,7 @@ class FluxEngine:
             return False
         try:
             with self.device.on_decode_stream():
-                cold[0].warm_up(self.device.name, self.pipeline.transformer.dtype)
+                cold[0].warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
         except Exception:
             self.tiers.remove(cold[0])
             raise
@@ -257,9 +258,8 @@ class FluxEngine:
         return batch.select_batch(due)
 
     def _step_work(self, width: int, height: int, reference_image: Image | None) -> int:
-        num_tokens = (width // self.multiple) * (height // self.multiple)
-        num_text_tokens = NUM_TOKENS + (self.redux.num_tokens if reference_image and self.redux else 0)
-        return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
+        num_text_tokens = self.redux.num_tokens if reference_image and self.redux else self.num_text_tokens
+        return step_flops(self.pipeline.transformer.config, width * height // self.multiple**2, num_text_tokens)
 
     # -- start and end of an image
 

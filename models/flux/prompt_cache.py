@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 
-#: The number of text tokens of FLUX, padding included. Fewer would be faster, but would change the image.
-NUM_TOKENS = 512
+#: The number of text tokens of FLUX.1, padding included, and the most that FluxPipeline takes.
+FLUX_TEXT_TOKENS = 512
+
+
+def count_text_tokens(pipeline: Any) -> int:
+    """Return how many text tokens each prompt takes, padding included, as the weights' T5 tokenizer says.
+
+    Fewer would be faster, but would change the image, because padding is not masked.
+    """
+    return min(FLUX_TEXT_TOKENS, int(pipeline.tokenizer_2.model_max_length))
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ class PromptCache:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
+        max_sequence_length = count_text_tokens(pipeline)
         text = PromptEmbeds(
-            *pipeline.encode_prompt(prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=NUM_TOKENS)
+            *pipeline.encode_prompt(prompt, None, device=self.device, max_sequence_length=max_sequence_length)
         )
         self._cache[key] = text
         while self.num_bytes > self.max_bytes and len(self._cache) > 1:

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL.Image import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
-from models.flux.prompt_cache import NUM_TOKENS, PromptEmbeds
+from models.flux.prompt_cache import FLUX_TEXT_TOKENS, PromptEmbeds
 from models.loading import verify
 from models.loading.hub import BadWeights
 
@@ -33,9 +33,9 @@ class Redux:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens that an image becomes; the text tokens come in addition."""
+        """The number of tokens that take the place of a prompt's: the text tokens, and those of the image."""
         config = self.prior.image_encoder.config
-        return int((config.image_size // config.patch_size) ** 2)
+        return FLUX_TEXT_TOKENS + int((config.image_size // config.patch_size) ** 2)
 
     @classmethod
     def load(cls, directory: Path, transformer: Any, device: str) -> "Redux":
@@ -65,7 +65,7 @@ class Redux:
         device = self.prior.image_embedder.device
         states = self.prior.encode_image(image, device, 1)
         embedded = self.prior.image_embedder(states).image_embeds
-        no_text = embedded.new_zeros(1, NUM_TOKENS, self._text_width)
+        no_text = embedded.new_zeros(1, FLUX_TEXT_TOKENS, self._text_width)
         embeds = torch.cat([no_text, embedded], dim=1)
         ids = embedded.new_zeros(embeds.shape[1], 3)
         return PromptEmbeds(embeds, embedded.new_zeros(1, self._pooled_width), ids)

@@ -13,6 +13,7 @@ from models import discover
 from models.base import EngineConfig
 from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
+from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
 from tests.support.tiny_flux import difference, finish_task
@@ -51,7 +52,7 @@ def diffusers_image(request: Any, source: Path, dtype: torch.dtype) -> Image.Ima
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
-        max_sequence_length=512,
+        max_sequence_length=count_text_tokens(pipeline),
         **image_arguments,
     ).images[0]
     return image

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from models.base import EngineConfig
 from models.flux.batch import TOKEN_BUDGET
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import PromptEmbeds
+from models.flux.prompt_cache import PromptEmbeds, count_text_tokens
 from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
 from models.loading.devices import dtype_for
@@ -37,7 +37,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **a
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=512,
+        max_sequence_length=count_text_tokens(pipeline),
         **arguments,
     ).images[0]
 

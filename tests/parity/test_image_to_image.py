@@ -11,6 +11,7 @@ from PIL import Image
 
 from models.base import EngineConfig
 from models.flux.engine import FluxEngine
+from models.flux.prompt_cache import count_text_tokens
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
@@ -38,7 +39,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxDevImageToImageInput, im
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),
-        max_sequence_length=512,
+        max_sequence_length=count_text_tokens(pipeline),
     ).images[0]
 
 

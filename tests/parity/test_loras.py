@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from models.base import GenerationFailed, IncompatibleInput
 from models.flux.engine import FluxEngine
 from models.flux.loras import LoraManager
+from models.flux.prompt_cache import count_text_tokens
 from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
 from server.worker.running_job import outcome_from_exception
@@ -82,7 +83,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path)
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(5),
-        max_sequence_length=512,
+        max_sequence_length=count_text_tokens(pipeline),
     ).images[0]
 
 

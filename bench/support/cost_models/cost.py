@@ -8,13 +8,13 @@ from typing import Any
 
 from models.base import NO_INPUTS
 from models.flux.flops import FLUX_DEV, step_flops
-from models.flux.prompt_cache import NUM_TOKENS
+from models.flux.prompt_cache import FLUX_TEXT_TOKENS
 from tests.support.fake_models import NullEngine, NullModel, NullTask
 
 
 def work_of(width: int, height: int) -> int:
     """Return the floating point operations of one step of an image of this size in pixels."""
-    return step_flops(FLUX_DEV, width * height // 256, NUM_TOKENS)
+    return step_flops(FLUX_DEV, width * height // 256, FLUX_TEXT_TOKENS)
 
 
 def seconds_of(width: int, height: int) -> float:

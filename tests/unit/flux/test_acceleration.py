@@ -352,7 +352,7 @@ def other_transformer() -> Any:
 def test_a_forward_that_was_not_warmed_up_raises_an_error(pipeline: FluxPipeline, warm: Warm) -> None:
     transformer = other_transformer()
     with torch.compiler.set_stance("default"):
-        Tier("none", transformer).warm_up("cpu", torch.bfloat16)
+        Tier("none", transformer).warm_up("cpu", torch.bfloat16, 512)
     offered = [Tier("regular", transformer, shares_forwards=True)]
     engine = FluxEngine(pipeline, AllSafeChecker(), offered, "cpu", sharing=AlwaysShare())
     tasks = [engine.start(make_request(acceleration="regular"), seed) for seed in range(2)]
@@ -371,7 +371,7 @@ def test_nothing_is_compiled_after_compilation_is_frozen(pipeline: FluxPipeline,
     def num_newly_compiled() -> int:
         """Count the graphs compiled for another transformer, which stands for any forward that the warm-up missed."""
         before = num_compiled()
-        Tier("none", other_transformer(), shares_forwards=True).warm_up("cpu", torch.bfloat16)
+        Tier("none", other_transformer(), shares_forwards=True).warm_up("cpu", torch.bfloat16, 512)
         return num_compiled() - before
 
     try:

@@ -365,7 +365,7 @@ def num_tensors() -> int:
 
 def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Leaks do not depend on the length of a prompt, so prompts are short here.
-    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
+    monkeypatch.setattr(engine.pipeline.tokenizer_2, "model_max_length", 16)
     request = make_request("a fish", num_inference_steps=50)
     expected = [image.tobytes() for image in generate(engine, request, 3)]
     one = engine.prompts.encode("a fish", engine.pipeline).num_bytes
@@ -399,7 +399,7 @@ def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytes
 
 
 def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
+    monkeypatch.setattr(engine.pipeline.tokenizer_2, "model_max_length", 16)
 
     def fail() -> None:
         for part in PARTS:
@@ -415,7 +415,7 @@ def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
 
 
 def test_finished_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.flux.prompt_cache.NUM_TOKENS", 16)
+    monkeypatch.setattr(engine.pipeline.tokenizer_2, "model_max_length", 16)
     generate(engine, make_request(acceleration="high"), 1)
     before = num_tensors()
     for seed in range(10):

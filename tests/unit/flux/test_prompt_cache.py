@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 
 from models.flux.engine import FluxEngine
-from models.flux.prompt_cache import NUM_TOKENS, PromptCache, PromptEmbeds
+from models.flux.prompt_cache import PromptCache, PromptEmbeds, count_text_tokens
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, generate, make_request, tiers_of
 
@@ -36,12 +36,16 @@ def size_of_one(pipeline: FluxPipeline) -> int:
     return embeds.num_bytes
 
 
-def test_embeddings_equal_those_of_the_pipeline(pipeline: FluxPipeline) -> None:
+@pytest.mark.parametrize(("model_max_length", "num_tokens"), [(512, 512), (64, 64), (10**30, 512)])
+def test_embeddings_equal_those_of_the_pipeline(
+    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, model_max_length: int, num_tokens: int
+) -> None:
+    monkeypatch.setattr(pipeline.tokenizer_2, "model_max_length", model_max_length)
     prompt = "a red apple on a blue table"
     embeds = PromptCache("cpu").encode(prompt, pipeline)
     with torch.no_grad():
-        expected = pipeline.encode_prompt(prompt, None, max_sequence_length=512)
-    assert embeds.prompt_embeds.shape[1] == NUM_TOKENS == 512
+        expected = pipeline.encode_prompt(prompt, None, max_sequence_length=num_tokens)
+    assert embeds.prompt_embeds.shape[1] == count_text_tokens(pipeline) == num_tokens
     for one, other in zip((embeds.prompt_embeds, embeds.pooled_prompt_embeds, embeds.ids), expected, strict=True):
         assert torch.equal(one, other)
 
