@@ -89,7 +89,7 @@ def build(settings: Settings) -> Components:
     models = {endpoint: model for endpoint, model in known.items() if endpoint in weights_by_endpoint}
     database = Database(settings.data_dir)
     crash_recorder = CrashRecorder(settings.data_dir)
-    notifier, metrics = Notifier(), Metrics()
+    notifier, metrics = Notifier(), Metrics(models)
     pending = PendingStorage(partial(size_of, settings.data_dir / INPUTS))
     files = FileStore(settings.data_dir / "files", database)
     queue = _queue(settings, database, notifier, metrics, pending)

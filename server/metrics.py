@@ -1,8 +1,9 @@
 """Prometheus counters, histograms and gauges, with names and units that follow Prometheus' conventions."""
 
+import itertools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ _FIRST = "SELECT submitted_at FROM jobs WHERE state = 'IN_QUEUE' AND (priority =
 class Metrics:
     """The metrics of one server. Other components increment the counters, from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoints: Iterable[str] = ()) -> None:
+        """Create the metrics. Counts of ended requests begin at 0 for `endpoints`, so that alarms see the first one."""
         self.registry = CollectorRegistry()
         self.gauges: Callable[[], Mapping[str, Gauge]] = dict
         self.http_requests = self._counter("http_requests", "HTTP responses sent.", "method", "route", "status")
         self.submitted = self._counter("requests_submitted", "Requests accepted.", "endpoint")
         self.ended = self._counter("requests_ended", "Requests that finished.", "endpoint", "outcome")
+        for endpoint, outcome in itertools.product(endpoints, ("completed", "failed", "cancelled")):
+            self.ended.labels(endpoint, outcome)
         self.retried = self._counter("requests_retried", "Starts of requests that had started before.", "endpoint")
         self.images = self._counter("pictures", "Images generated.", "endpoint")
         self.flagged = self._counter("pictures_flagged", "Images blacked out after the safety check.", "endpoint")

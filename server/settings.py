@@ -58,10 +58,10 @@ class Settings(BaseModel):
     )
     operator_keys: CommaSeparated = Field(
         (),
-        description="API keys that may also see /status and /metrics. If no operator key exists and --keys has exactly"
-        " one key, that key may see them.",
+        description="API keys that may also see /status.json and /metrics. If no operator key exists and --keys has"
+        " exactly one key, that key may see them.",
     )
-    public_url: str = Field("", description="Base of URLs in responses to clients that use a fal host name.")
+    public_url: str = Field("", description="Base of URLs for clients of fal's hosts; its host is in the certificate.")
     trusted_proxies: CommaSeparated = Field(
         (), description="Proxies (addresses or networks) with trusted X-Forwarded-* headers; clients then need a key."
     )
@@ -111,7 +111,7 @@ class Settings(BaseModel):
         ge=1,
         le=64,
         description="Maximum concurrent requests of normal priority; with --ray, per GPU and at most 4. Requests of low"
-        " priority start only while fewer requests run in all.",
+        " priority start only while fewer requests than this run.",
     )
     max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; further ones get 429.")
     max_queue_length_per_key: int = Field(
@@ -132,7 +132,7 @@ class Settings(BaseModel):
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="Maximum GB of one key's uploads, and separately of its unfinished requests' input files."
+        5, gt=0, description="Maximum GB of one key's uploads, and as much again of its unfinished requests' inputs."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
     loras_gb: float = Field(10, gt=0, description="GB on disk for LoRAs; the least recently used are deleted first.")
@@ -144,7 +144,7 @@ class Settings(BaseModel):
     )
     outbound_allow: CommaSeparated = Field(
         (),
-        description="Private hosts and networks that webhooks and downloads may reach, like 10.0.0.0/8 or hooks.lan.",
+        description="Private hosts and networks that webhooks and downloads may reach, in addition to public ones.",
     )
     webhook_secret: str = Field("", description="Secret, whsec_..., for an additional Standard Webhooks signature.")
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")

@@ -53,7 +53,7 @@ def _data_dir(data_dir: str | None) -> Path:
 def add_key(
     name: Annotated[str, typer.Argument(help="Name for the key, such as shop.")],
     scope: Annotated[
-        str, typer.Option(help="Rights of the key: client, or operator, which may also see /status and /metrics.")
+        str, typer.Option(help="Rights of the key: client, or operator, which may also see /status.json and /metrics.")
     ] = "client",
     data_dir: DataDir = None,
 ) -> None:
@@ -113,7 +113,7 @@ def list_webhooks(
 
 @webhooks.command("redeliver")
 def redeliver(request_id: str, data_dir: DataDir = None) -> None:
-    """Send the webhook of a request again, with all its retries."""
+    """Send the webhook of the request with this id again, with all its retries."""
     _ask(data_dir, "redeliver", request_id=request_id)
     typer.echo(f"The webhook of request {request_id} is due now")
 
@@ -121,11 +121,16 @@ def redeliver(request_id: str, data_dir: DataDir = None) -> None:
 def back_up(
     directory: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")], data_dir: DataDir = None
 ) -> None:
-    """Copy queue, images, keys and certificates to DIRECTORY while the server runs.
+    """Copy queue, images, keys and certificates to DIRECTORY, whether the server runs or not.
 
-    To restore, start the server with a copy of DIRECTORY as --data-dir, because the server writes to it.
+    A running server writes the copy itself, so its user must be able to write there. To restore, start the server with
+    a copy of DIRECTORY as --data-dir, because the server writes to it.
     """
     num_bytes = _ask(data_dir, "back_up", directory=str(directory.absolute()))
+    if not directory.is_dir():
+        message = "The server wrote the backup, but into a directory that only the server sees, such as its own /tmp;"
+        typer.echo(f"{message} name a directory below the data directory's parent instead of {directory}", err=True)
+        raise typer.Exit(FAILED)
     typer.echo(f"{directory}: {num_bytes / 1e6:.1f} MB")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from urllib.parse import urlsplit
@@ -60,7 +62,16 @@ def env_command(settings: Settings) -> str:
         for name in _ADDRESS
         if getattr(settings, name) != getattr(defaults, name)
     ]
-    return f"flux-server env{''.join(options)}"
+    return f"{_program()} env{''.join(options)}"
+
+
+def _program() -> str:
+    """Return what starts this program in a shell, in any directory: its name if the shell finds it, else its path."""
+    path = Path(sys.argv[0]).absolute()
+    if path.name != "flux-server":
+        return "flux-server"
+    found = shutil.which(path.name)
+    return path.name if found and Path(found).samefile(path) else shlex.quote(str(path))
 
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,6 @@ from server.settings import Settings
 
 cli = typer.Typer(
     name="flux-server",
-    help="fal's API for FLUX.1 [dev] on your own machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,21 @@ cli = typer.Typer(
 
 #: The shell's exit code for a command that is not found.
 NOT_FOUND = 127
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"flux-server {version('flux-server')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def main(
+    is_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """fal's API for FLUX.1 [dev] on your own machine."""
 
 
 @cli.command()
@@ -154,6 +169,8 @@ def env(settings: Settings) -> None:
     if settings.tls_port and not files.bundle.exists():
         message = "the server creates it at its first start; if it already runs, give its --data-dir"
         typer.echo(f"flux-server: there is no certificate in {files.bundle.parent}: {message}", err=True)
+    if needs_key:
+        typer.echo("flux-server: the server asks for a key: put it into FAL_KEY before this command", err=True)
     typer.echo(shell_exports(settings, files, needs_key=needs_key))
 
 

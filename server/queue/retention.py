@@ -1,5 +1,6 @@
 """Deletion of old results and files: by age, by expiry, and to save disk space."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection
@@ -9,6 +10,8 @@ from server.queue.jobs import Job, State
 from server.queue.queue import Queue
 from server.storage.database import Database
 from server.storage.file_store import FileStore
+
+log = logging.getLogger(__name__)
 
 #: Seconds for which a result with `store_io` False stays after its first fetch, because clients retry a broken fetch.
 GRACE_SECONDS = 600.0
@@ -60,7 +63,10 @@ class Retention:
         )
         self._delete_uploads([row["name"] for row in old])
         rows = self._database.read(_EXPIRED, now - GRACE_SECONDS, now - self._max_age)
-        return self._delete([row["request_id"] for row in rows]) + self._fit_budget()
+        num_expired = self._delete([row["request_id"] for row in rows])
+        if num_expired or old:
+            log.info("deleted %d results and %d uploads that had expired", num_expired, len(old))
+        return num_expired + self._fit_budget()
 
     def delete(self, job: Job) -> None:
         """Delete one finished job and its images now. Raises StillInProgress for an unfinished job."""
@@ -102,7 +108,11 @@ class Retention:
             elif row["request_id"] not in request_ids[-1:]:
                 request_ids.append(row["request_id"])
         self._delete_uploads(uploads)
-        return self._delete(request_ids)
+        num_results = self._delete(request_ids)
+        if num_results or uploads:
+            message = "deleted the oldest %d results and %d uploads of owner %s, to stay within --retention-gb"
+            log.info(message, num_results, len(uploads), owner)
+        return num_results
 
     def _delete_uploads(self, names: list[str]) -> None:
         with self._database.transaction() as connection:

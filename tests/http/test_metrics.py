@@ -88,6 +88,13 @@ def test_http(quiet_client: httpx.Client) -> None:
     assert not any("nothing" in label for labels in found for _, label in labels)
 
 
+def test_ended_requests_count_from_zero() -> None:
+    """An alarm on an increase needs the value before the first failure."""
+    text = Metrics(["a/b"]).text().decode()
+    for outcome in ("completed", "failed", "cancelled"):
+        assert f'flux_server_requests_ended_total{{endpoint="a/b",outcome="{outcome}"}} 0.0' in text
+
+
 def test_custom_sizes_share_one_label() -> None:
     metrics = Metrics()
     for width in range(64, 2048, 32):

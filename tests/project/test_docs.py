@@ -18,6 +18,8 @@ DOCUMENTS = [ROOT / name for name in NAMES] or sorted([*ROOT.glob("*.md"), *ROOT
 FOREIGN = {
     *(
         "--help",
+        "--version",
+        "--index-url",
         "--detach",
         "--clients",
         "--seconds",
@@ -39,7 +41,17 @@ FOREIGN = {
         "--build-arg",
     ),
     *("--scope", "--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
-    *("--cap-gb", "--json", "--no-sandbox", "--device", "--scale", "--threads", "--eager", "--flow-iterations"),
+    *(
+        "--cap-gb",
+        "--json",
+        "--no-sandbox",
+        "--device",
+        "--scale",
+        "--threads",
+        "--eager",
+        "--flow-iterations",
+        "--from-scratch",
+    ),
 }
 
 

@@ -36,19 +36,21 @@ _NOTES = {
     "proxy_port": "See [Clients](clients.md#the-connect-proxy).",
     "data_dir": "See [the data directory](operations.md#the-data-directory).",
     "keys": "See [Keys](operations.md#keys).",
-    "public_url": "The host name goes into the certificate too.",
     "trusted_proxies": "See [Behind a reverse proxy](deploy.md#behind-a-reverse-proxy).",
     "dtype": "See [Types on a CPU](weights-and-memory.md#types-on-a-cpu).",
     "memory": "See [Memory plans](weights-and-memory.md#memory-plans).",
     "max_acceleration": "See [Acceleration](weights-and-memory.md#acceleration).",
     "ray": "See [Many GPUs](cluster.md).",
-    "outbound_allow": "Without it, webhooks and downloads reach public addresses only.",
+    "max_side": "Requests without `image_size` ask for 1024x768.",
+    "outbound_allow": "For example `10.0.0.0/8,hooks.lan`.",
+    "shutdown_grace": "Above 80, also raise `stop_grace_period` (Docker Compose) or `TimeoutStopSec` (systemd), 90 s.",
     "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",
     "models_dir": "See [Adding an endpoint](adding-an-endpoint.md).",
 }
 #: Parts of a description that users type as they are; the page shows them as code.
 _LITERAL = re.compile(
-    r"--[a-z-]+|\bFAL_KEY\b|X-[A-Za-z-]+\*?|(?<= )/[a-z]+\b|\b[A-Z]+=[A-Z]+\b|\d+(?:\.\d+){3}/\d+|whsec_\.{3}"
+    r"--[a-z-]+|\bFAL_KEY\b|X-[A-Za-z-]+\*?|(?<= )/[a-z]+(?:\.json)?\b|\b[A-Z]+=[A-Z]+\b"
+    r"|\d+(?:\.\d+){3}/\d+|whsec_\.{3}"
 )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import msgpack
 import pytest
+import typer
 from pytest_httpserver import HTTPServer
 
 from server.auth import KeyScope, add_key
-from server.cli import control_socket
+from server.cli import admin, control_socket
 from server.cli.client_env import env_command
 from server.cli.control import Control
 from server.queue.jobs import Job
@@ -362,6 +363,26 @@ def test_the_banner_names_the_options_that_env_needs(tmp_path: Path, monkeypatch
         server.wait_for(rf"`flux-server env --data-dir {tmp_path / 'data'} --port {port}.*` shows how to connect")
 
 
+def test_the_banner_names_a_program_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "a b" / "flux-server"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert env_command(Settings.load({})).startswith(f"'{program}' env")
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert env_command(Settings.load({})).startswith("flux-server env")
+
+
+def test_a_backup_that_only_the_server_sees_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under systemd's PrivateTmp: the server says that it wrote the backup, but the caller does not find it."""
+    monkeypatch.setattr(admin, "_ask", lambda *_, **__: 1_000_000)
+    with pytest.raises(typer.Exit):
+        admin.back_up(tmp_path / "copy")
+    assert "only the server sees" in capsys.readouterr().err
+
+
 def test_env_prints_no_key_that_the_server_would_reject(tmp_path: Path) -> None:
     """`env` prints a key only for a server that requires none, whether the server runs or not."""
     any_key, key_required = "export FAL_KEY=local", "# FAL_KEY: this server requires a key"
@@ -377,6 +398,7 @@ def test_env_prints_no_key_that_the_server_would_reject(tmp_path: Path) -> None:
     with serving(tmp_path / "given", TEST_MODELS, keys="alice") as server:
         server.ready()
         assert key_required in output_of(tmp_path / "given", "env")
+        assert "put it into FAL_KEY" in flux_server(tmp_path / "given", "env").stderr
     output_of(tmp_path / "open", "keys", "add", "shop")
     files = {path.name for path in (tmp_path / "open").iterdir()}
     printed = output_of(tmp_path / "open", "env")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -19,6 +20,12 @@ def help_text() -> str:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_has_its_variable_and_default(help_text: str, name: str) -> None:
     assert f"[env: FLUX_SERVER_{name.upper()}; default: " in " ".join(help_text.split())
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    command = [sys.executable, "-m", "server", "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert printed == f"flux-server {version('flux-server')}\n"
 
 
 def test_defaults_are_written_as_an_operator_would_write_them(help_text: str) -> None:

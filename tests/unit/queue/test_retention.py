@@ -82,6 +82,22 @@ def test_younger_results_are_deleted_before_one_whose_webhook_is_due(components:
     assert remaining_files(components) == []
 
 
+def test_the_log_says_what_is_deleted(components: Components, caplog: pytest.LogCaptureFixture) -> None:
+    finished_with_image(components)
+    upload(components)
+    with caplog.at_level("INFO", "server.queue.retention"):
+        assert retention(components).sweep() == 0
+        assert not caplog.messages
+        retention(components, max_bytes=0).sweep()
+        finished_with_image(components)
+        components.clock.now += 7 * DAY
+        retention(components).sweep()
+    assert [record.getMessage() for record in caplog.records if record.name == "server.queue.retention"] == [
+        "deleted the oldest 1 results and 1 uploads of owner me, to stay within --retention-gb",
+        "deleted 1 results and 0 uploads that had expired",
+    ]
+
+
 def deliver_webhooks(components: Components) -> None:
     """Mark all webhooks as no longer due, as after their delivery."""
     with components.database.transaction() as connection:
