@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from models.base import EngineConfig
-from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.loading.specs import DEMO
 from tests.support.server_process import serving
 
@@ -49,7 +49,7 @@ def _generation_seconds(client: httpx.Client, request: dict[str, Any], seed: int
 
 def _load_seconds() -> float:
     start = time.perf_counter()
-    FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
     return time.perf_counter() - start
 
 

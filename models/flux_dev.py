@@ -55,9 +55,9 @@ class FluxDev:
 
     def setup(self, config: EngineConfig) -> Engine:
         """Load the pipeline and the safety checker into an engine. Raises OSError if the pipeline cannot be loaded."""
-        from models.flux.engine import FluxEngine
+        from models.flux.loader import load_engine
 
-        return FluxEngine.load(config)
+        return load_engine(config)
 
     def build_output(
         self,

@@ -20,9 +20,10 @@ from models.flux.compilation import (
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "regular", "high")
-#: Numbers of image tokens in the warm-up. They differ from each other and from the number of text tokens, 512 or 64, so
+#: Numbers of image tokens in the warm-up. The first is that of 1024x1024, because Triton chooses its configurations in
+#: the first forward. They differ from each other and from the number of text tokens, 512 or 64, so
 #: that the compiler treats no number of tokens as a constant.
-_WARM_TOKENS = (384, 640)
+_WARM_TOKENS = (4096, 640)
 
 
 @dataclass

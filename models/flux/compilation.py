@@ -30,7 +30,8 @@ def quantize(transformer: Any) -> None:
     """Quantize the blocks' large matrices to fp8 in place, a scale per row. Each forward quantizes their inputs too."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # torchao would set Inductor's options for the calling thread only, and for tiers that are not quantized too.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(transformer, config, filter_fn=is_large_matrix)
 
 
@@ -94,7 +95,10 @@ def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None
     if not find_spec("torchao"):
         return "torchao is not installed; run pip install 'flux-server[fp8]'"
     free, _ = torch.cuda.mem_get_info()
-    needed = sum(weight.nbytes for weight in transformer.parameters()) * (0.5 + WORKSPACE)
+    matrices = [module for name, module in transformer.named_modules() if is_large_matrix(module, name)]
+    # A byte for each number, and the working memory of a generation.
+    needed = sum(matrix.weight.numel() for matrix in matrices)
+    needed += int(WORKSPACE * sum(weight.nbytes for weight in transformer.parameters()))
     if needed > free:
         return f"a copy of the transformer in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
     return None

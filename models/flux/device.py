@@ -86,7 +86,8 @@ class Device:
         """
         if self.name == "cpu":
             return None
-        event = torch.cuda.Event()
+        # A blocking event lets the thread sleep while it waits, where the default would keep a core busy.
+        event = torch.cuda.Event(blocking=True)
         event.record()
         if self._last_step is not None:
             self._last_step.synchronize()
@@ -157,6 +158,8 @@ def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
     """Log the number type and the device; warn if generation will be slow on a CPU."""
     target = Device(device)
     log.info("computing in %s on %s", devices.type_name(transformer.dtype), target.description)
+    if device == "cpu" and config.device == "auto" and torch.version.cuda:
+        log.warning("no GPU is used: %s", devices.cuda_problem())
     if device == "cpu" and devices.is_emulated(config, transformer.dtype):
         log.warning(
             "this CPU emulates bfloat16, which is slow, because the weights in float32 would not fit into memory; "

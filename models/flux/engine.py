@@ -1,7 +1,7 @@
 """The FLUX engine, in which tasks share one device and advance step by step."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,32 @@ from PIL.Image import Image
 from models.base import (
     NO_INPUTS,
     DeviceLost,
-    EngineConfig,
     EngineInfo,
     GenerationFailed,
     GenerationTask,
     NonFiniteOutput,
 )
-from models.flux import acceleration, batch, safety_checker
+from models.flux import acceleration, batch
 from models.flux.acceleration import Tier
 from models.flux.batch import BatchItem
-from models.flux.device import Device, log_dtype
+from models.flux.device import Device
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
 from models.flux.loras import LoraAdapter, LoraManager
 from models.flux.preview import Preview
 from models.flux.prompt_cache import PromptCache, count_text_tokens
 from models.flux.redux import Redux
-from models.flux.sample import Sample, begin, unpacked
+from models.flux.safety_checker import Checker
+from models.flux.sample import Sample, begin, tiling, unpacked
 from models.flux.sharing import Sharing
 from models.flux.task import FluxTask
 from models.loading import devices, specs
 from models.loading.memory_plans import PLANS, Plan
-from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
+#: The side in pixels of the tiles in which an image is decoded if memory is short.
+TILE_SIDE = 512
 #: After this many images without LoRAs in a row that are not finite, the device counts as lost.
 MAX_NONFINITE_IMAGES = 2
 
@@ -49,7 +50,7 @@ class FluxEngine:
     def __init__(
         self,
         pipeline: FluxPipeline,
-        checker: safety_checker.Checker,
+        checker: Checker,
         offered: Sequence[Tier],
         device: str,
         *,
@@ -73,41 +74,6 @@ class FluxEngine:
         self.num_text_tokens = count_text_tokens(pipeline)
         # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
-
-    @classmethod
-    def load(cls, config: EngineConfig) -> "FluxEngine":
-        """Load the weights and the safety checker, and warm up the tier "none".
-
-        If the warm-up fails, the engine runs uncompiled. If the checker cannot be loaded, the requests that need it
-        fail. Raises OSError if the weights cannot be loaded.
-        """
-        device = devices.device_for(config.device)
-        try:
-            return cls._load(config, device)
-        except BaseException:
-            # PyTorch still holds the memory of the partial load, and other engines need it.
-            Device(device).free()
-            raise
-
-    @classmethod
-    def _load(cls, config: EngineConfig, device: str) -> "FluxEngine":
-        pipeline, plan = load_pipeline(config)
-        offered = acceleration.build(pipeline, config, device, is_resident=plan.is_resident)
-        prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
-        redux = Redux.load(prior, pipeline.transformer, device) if prior else None
-        checker = safety_checker.load(config)
-        log_dtype(config, pipeline.transformer, device)
-        engine = cls(pipeline, checker, offered, device, plan=plan, redux=redux)
-        if not engine.tiers[0].is_ready:
-            try:
-                engine.warm_up()
-            except Exception:
-                log.exception(
-                    "compiling failed, so all requests run uncompiled, with acceleration none;"
-                    " check that a C compiler is installed"
-                )
-                engine.tiers = [Tier("none", pipeline.transformer)]
-        return engine
 
     def info(self) -> EngineInfo:
         """Return the device and its memory, the number type, the memory plan, and the tiers that are ready."""
@@ -198,7 +164,8 @@ class FluxEngine:
         sample = task.samples[len(task.images)]
         decode = partial(self._decode, sample)
         try:
-            image = self.device.retry_on_oom(task.description, decode, decode)
+            again = partial(self.device.retry_on_oom, task.description, decode, partial(self._decode_in_tiles, decode))
+            image = self.device.retry_on_oom(task.description, decode, again)
         except NonFiniteOutput as error:
             # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
             self._num_nonfinite += not task.loras
@@ -288,6 +255,12 @@ class FluxEngine:
                 raise NonFiniteOutput("The image has values that are not finite, so no image is returned.")
             image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return image
+
+    def _decode_in_tiles(self, decode: Callable[[], Image]) -> Image:
+        """Decode with less memory, in tiles whose seams are blended. The image differs slightly."""
+        log.warning("decoding an image in tiles of %d pixels, because the memory is short", TILE_SIDE)
+        with tiling(self.pipeline, TILE_SIDE):
+            return decode()
 
     def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():

@@ -1,11 +1,14 @@
 """An image during generation: how it starts, takes steps and is unpacked, as in diffusers' FLUX pipelines."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
+from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
@@ -156,3 +159,23 @@ def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device
     timesteps, _ = retrieve_timesteps(own, num_inference_steps, device, sigmas=sigmas, mu=shift)
     own.set_begin_index(0)
     return own, timesteps
+
+
+@contextmanager
+def tiling(pipeline: Any, side: int) -> Iterator[None]:
+    """Let the autoencoder decode in tiles of `side` pixels within the block, which takes less memory.
+
+    This changes nothing for AutoencoderTiny, whose images need little memory.
+    """
+    vae = pipeline.vae
+    if not isinstance(vae, AutoencoderKL):
+        yield
+        return
+    before = vae.tile_sample_min_size, vae.tile_latent_min_size
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // pipeline.vae_scale_factor
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = before

@@ -16,11 +16,26 @@ def device_for(name: str) -> str:
     if torch.version.hip:
         raise OSError("ROCm builds of PyTorch are not supported; install a CUDA or CPU build")
     if name == "cuda" and not torch.cuda.is_available():
-        why = "finds no usable GPU; check the driver" if torch.version.cuda else "lacks CUDA; install a build with CUDA"
-        raise OSError(f"--device cuda: PyTorch {torch.__version__} {why}, or use --device cpu")
+        raise OSError(f"--device cuda: {cuda_problem()}; or use --device cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cuda_problem() -> str:
+    """Return why PyTorch cannot use a GPU, in PyTorch's own words, and what to do."""
+    import torch
+
+    if not torch.version.cuda:
+        return f"PyTorch {torch.__version__} lacks CUDA; install a build with CUDA"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        # PyTorch's message names the driver's version if the driver is too old for this build.
+        reason = str(error).splitlines()[0]
+    else:
+        reason = "no GPU was found"
+    return f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, says: {reason}; check the driver"
 
 
 def free_memory(device: str) -> int:

@@ -99,6 +99,23 @@ PLANS = (
 NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
+class DoesNotFit(OSError):
+    """Memory ran out while the weights were placed by a plan, although the plan seemed to fit."""
+
+    def __init__(self, plan: Plan, reason: str) -> None:
+        super().__init__(
+            f"memory ran out while the weights were loaded with the memory plan {plan.name}: {reason}; "
+            "free memory, or choose a plan that needs less with --memory"
+        )
+        self.plan = plan
+
+    @property
+    def next_plan(self) -> Plan | None:
+        """The plan that needs less memory than this one; None if there is none."""
+        following = PLANS[PLANS.index(self.plan) + 1 :]
+        return following[0] if following else None
+
+
 def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
     """Return whether the plan "resident" fits into `free` bytes."""
     return PLANS[0].required_bytes(sizes) <= free

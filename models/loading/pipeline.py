@@ -1,6 +1,7 @@
 """The loading of a FluxPipeline and its placement on the device."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +28,36 @@ def weights_directory(where: str | Path) -> Path:
 
 
 def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
-    """Load a pipeline and place it by a memory plan; return both. Raises OSError, also for malformed weights.
+    """Load a pipeline and place it by a memory plan; return both.
+
+    Raises OSError, also for malformed weights, and memory_plans.DoesNotFit if memory runs out.
 
     Only safetensors files are read, and no code from the directory runs. With the plan "resident", each component goes
     to the device before the next is loaded, so the host never holds a copy of them all.
     """
-    from diffusers import FluxPipeline
+    import torch
 
     _silence_libraries()
     if config.weights is None:
         raise ValueError("a FLUX pipeline needs weights")
     directory, device = weights_directory(config.weights), device_for(config.device)
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
-    dtype = dtype_of(config)
-    sizes = _sizes(config.weights, directory, dtype)
+    sizes = _sizes(config.weights, directory, dtype_of(config))
     plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device)
+    try:
+        return _load(config, directory, sizes, plan, device), plan
+    except torch.OutOfMemoryError as error:
+        # Only the message: the traceback would keep the tensors of the components alive.
+        reason = str(error).partition(". ")[0]
+    raise memory_plans.DoesNotFit(plan, reason)
+
+
+def _load(
+    config: EngineConfig, directory: Path, sizes: Mapping[str, int], plan: memory_plans.Plan, device: str
+) -> "FluxPipeline":
+    from diffusers import FluxPipeline
+
+    dtype = dtype_of(config)
     parts, loaded_bytes = {}, 0
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if name in verify.CLASSES:
@@ -55,7 +71,7 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
         pipeline = FluxPipeline(**parts, **small)
         _check_fit(directory, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return plan.apply(pipeline, device), plan
+    return plan.apply(pipeline, device)
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:

@@ -128,7 +128,8 @@ def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None
         return device, int(free)
     free = psutil.virtual_memory().available
     description = f"{cpu.describe()}, {torch.get_num_threads()} threads, {free / 1e9:.0f} GB of memory free"
-    yield Check("device", True, f"{description}, PyTorch {torch.__version__}")
+    no_gpu = f"; no GPU is used: {devices.cuda_problem()}" if settings.device == "auto" and torch.version.cuda else ""
+    yield Check("device", True, f"{description}, PyTorch {torch.__version__}{no_gpu}")
     return device, int(free)
 
 

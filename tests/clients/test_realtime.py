@@ -336,6 +336,12 @@ def test_the_session_continues_after_an_unreadable_frame(server: Server, frame: 
     assert "Traceback" not in server.output[before:]
 
 
+def test_an_unreadable_binary_frame_is_called_msgpack(server: Server) -> None:
+    with session(server) as socket:
+        socket.send(b"\xc1")
+        assert "Invalid msgpack" in receive(socket)["reason"]
+
+
 def test_the_session_continues_after_a_failure(server: Server) -> None:
     with session(server, "test/raises") as socket:
         for prompt, reason in ("told", "This cannot be painted."), ("x", "Internal Server Error"):

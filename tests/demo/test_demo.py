@@ -18,6 +18,7 @@ from models.demo.recipe.lora import chroma
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED
 from models.demo.recipe.plan import PLANS
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux_dev import FluxDevInput
 from models.flux_lora import FluxLoraInput
 from models.loading.specs import DEMO
@@ -30,7 +31,7 @@ MINIMUM_SHARES = {"background": 0.97, "object": 0.90, "sides": 0.75, "flagged_si
 
 @pytest.fixture(scope="module")
 def engine() -> FluxEngine:
-    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    return load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
 
 
 def generate_image(engine: FluxEngine, prompt: str, seed: int = 1, **fields: Any) -> Image:
@@ -85,7 +86,7 @@ def test_the_lora_removes_the_colours(engine: FluxEngine) -> None:
 
 
 def test_the_same_request_gives_the_same_image(engine: FluxEngine) -> None:
-    second_engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    second_engine = load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
     assert generate_image(engine, "a fish").tobytes() == generate_image(second_engine, "a fish").tobytes()
 
 

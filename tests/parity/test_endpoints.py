@@ -13,6 +13,7 @@ from models import discover
 from models.base import EngineConfig
 from models.demo.recipe.export import LORA
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
@@ -25,7 +26,7 @@ ENDPOINT_FIELDS = {"strength": 0.7, "loras": [{"path": "unused", "scale": 0.8}],
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def engine(request: pytest.FixtureRequest) -> FluxEngine:
-    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu", dtype=request.param))
+    return load_engine(EngineConfig(DEMO, safety_checker="", device="cpu", dtype=request.param))
 
 
 @pytest.fixture

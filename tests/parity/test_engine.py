@@ -10,6 +10,7 @@ from diffusers import FluxPipeline
 from models.base import EngineConfig
 from models.flux.batch import TOKEN_BUDGET
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux.prompt_cache import PromptEmbeds, count_text_tokens
 from models.flux.task import FluxTask
 from models.flux_dev import FluxDevInput
@@ -47,7 +48,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **a
 
 @pytest.fixture(scope="module")
 def demo_engine() -> FluxEngine:
-    return FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    return load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
 
 
 @pytest.fixture(scope="module")

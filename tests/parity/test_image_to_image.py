@@ -10,7 +10,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from models.base import EngineConfig
-from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
 from models.flux_dev_image_to_image import FluxDevImageToImageInput
 from models.loading.devices import dtype_for
@@ -54,7 +54,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("strength", [0.01, 0.35, 0.95, 1])
 def test_equals_the_pipeline_on_the_demo_weights(source: Path, strength: float) -> None:
-    engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    engine = load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
     diffusers_pipeline = FluxPipeline.from_pretrained(DEMO, dtype=dtype_for("auto", "cpu"), local_files_only=True)
     request = request_with(strength=strength)
     task = engine.start(request, 5, {"image_url": source})
@@ -96,7 +96,7 @@ def test_shares_forwards_with_text_to_image(source: Path) -> None:
 
 
 def test_low_strength_stays_close_to_the_source_image(source: Path) -> None:
-    engine = FluxEngine.load(EngineConfig(DEMO, safety_checker="", device="cpu"))
+    engine = load_engine(EngineConfig(DEMO, safety_checker="", device="cpu"))
     with Image.open(source) as image:
         before = numpy.asarray(image.resize((192, 128), Image.Resampling.LANCZOS), float)
     errors = []

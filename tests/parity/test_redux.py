@@ -18,6 +18,7 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 from models.base import EngineConfig, GenerationFailed, Model
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux.redux import Redux
 from models.flux_dev import FluxDev
 from models.flux_dev_redux import FluxDevRedux, FluxDevReduxInput
@@ -154,7 +155,7 @@ def test_weights_of_another_width_stop_the_start(tmp_path: Path, weights_dir: Pa
     shutil.rmtree(tmp_path / "demo" / "redux")
     write_redux(tmp_path / "demo", 48)
     with pytest.raises(OSError, match="the Redux weights make tokens of width 48, but the transformer takes width"):
-        FluxEngine.load(EngineConfig(tmp_path / "demo", safety_checker="", device="cpu"))
+        load_engine(EngineConfig(tmp_path / "demo", safety_checker="", device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,6 @@ def test_over_the_wire(tmp_path: Path, weights_dir: Path, source: Path) -> None:
         missing = client.post(f"/{REDUX}", json={})
         assert missing.json()["detail"][0]["loc"] == ["body", "image_url"]
     content = base64.b64decode(response.json()["images"][0]["url"].partition(",")[2])
-    alone = FluxEngine.load(EngineConfig(weights_dir, safety_checker="", device="cpu"))
+    alone = load_engine(EngineConfig(weights_dir, safety_checker="", device="cpu"))
     (expected,) = finish_task(alone, alone.start(FluxDevReduxInput.model_validate(body), 5, inputs_of(source)))
     assert difference(Image.open(io.BytesIO(content)).convert("RGB"), expected) == 0

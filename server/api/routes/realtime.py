@@ -87,7 +87,7 @@ class _Frame:
         return len(self.content)
 
     def to_json(self) -> bytes:
-        """Convert the frame to JSON; a malformed frame becomes a body that validation refuses."""
+        """Convert the frame to JSON. Raises InvalidInput if a binary frame cannot be converted."""
         if self.is_text:
             return self.content
         counter = itertools.count()
@@ -102,7 +102,8 @@ class _Frame:
             fields = msgpack.unpackb(self.content, object_hook=count, list_hook=count, **limits)
             return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
         except (ValueError, msgpack.UnpackException, RecursionError):
-            return b"not msgpack"
+            message = f"Invalid msgpack, or more than {_MAX_PARTS:,} lists and maps"
+            raise InvalidInput([{"type": "msgpack_invalid", "loc": ["body"], "msg": message, "input": ""}]) from None
 
 
 class _Session:

@@ -1,11 +1,13 @@
 """Tests of acceleration tiers: which tier runs a request, what tiers share, and that no request awaits a compiler."""
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from models.base import EngineConfig
 from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.loading import memory_plans
 from models.schema import PRESETS
 from tests.support import tiny_flux
@@ -185,6 +188,31 @@ def test_without_fp8_one_tier_is_offered_and_the_log_says_why(
     assert fp8_gpu == []
 
 
+def test_only_the_large_matrices_count_for_fp8(
+    pipeline: FluxPipeline, fp8_gpu: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = pipeline.transformer
+    matrices = [module for name, module in transformer.named_modules() if compilation.is_large_matrix(module, name)]
+    needed = sum(matrix.weight.numel() for matrix in matrices)
+    needed += int(memory_plans.WORKSPACE * sum(weight.nbytes for weight in transformer.parameters()))
+    for free, reason in ((needed, None), (needed - 1, "needs")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert (reason or "None") in str(compilation.fp8_unavailable_reason(transformer, engine_config()))
+
+
+def test_quantizing_leaves_inductors_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao, for which a double stands in here, would change them for one thread, and for other tiers too."""
+    torchao: Any = ModuleType("torchao.quantization")
+    torchao.Float8DynamicActivationFloat8WeightConfig = lambda **settings: settings
+    torchao.PerRow = object
+    configs: list[dict[str, Any]] = []
+    torchao.quantize_ = lambda _, config, **__: configs.append(config)
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
+    compilation.quantize(None)
+    assert [config["set_inductor_config"] for config in configs] == [False]
+
+
 @pytest.mark.parametrize(
     ("ready_names", "requested", "used"),
     [
@@ -247,12 +275,12 @@ def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None
 def test_without_a_compiler_only_the_tier_none_is_offered(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("models.flux.engine.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
-    monkeypatch.setattr("models.flux.engine.safety_checker.load", lambda _: AllSafeChecker())
+    monkeypatch.setattr("models.flux.loader.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
+    monkeypatch.setattr("models.flux.loader.safety_checker.load", lambda _: AllSafeChecker())
     monkeypatch.setattr(
-        "models.flux.engine.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
+        "models.flux.loader.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
     )
-    engine = FluxEngine.load(engine_config(device="cpu"))
+    engine = load_engine(engine_config(device="cpu"))
     assert "all requests run uncompiled, with acceleration none" in caplog.text
     assert names(engine.tiers) == ["none"]
     assert engine.tiers[0].transformer is pipeline.transformer

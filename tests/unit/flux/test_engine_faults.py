@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL.Image import Image
@@ -68,6 +69,8 @@ def parts_of(engine: FluxEngine) -> dict[str, Any]:
 
 
 PARTS = ("text", "step", "decode")
+#: How many tries each part gets when memory runs out: the last one decodes in tiles.
+NUM_TRIES = {"text": 2, "step": 2, "decode": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,31 @@ def test_one_out_of_memory_error_is_retried(
     assert (task.step, len(task.images)) == (3, 1)
 
 
+def test_an_image_that_cannot_be_decoded_whole_is_decoded_in_tiles(
+    engine: FluxEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("models.flux.engine.TILE_SIDE", 64)
+    request, vae = make_request(width=160, height=96), engine.pipeline.vae
+    expected = numpy.asarray(generate(engine, request, 1)[0], int)
+    sizes: list[tuple[int, int]] = []
+    record = vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    before = vae.tile_sample_min_size, vae.tile_latent_min_size
+    try:
+        with failing(vae.decoder, FULL, FULL):
+            (image,) = finish_task(engine, engine.start(request, 1))
+    finally:
+        record.remove()
+    # Twice whole, then in tiles of at most 8 x 8 latents.
+    assert sizes[:2] == [(12, 20)] * 2
+    assert len(sizes) > 4 and all(max(size) <= 8 for size in sizes[2:])
+    assert image.size == (160, 96)
+    assert numpy.abs(numpy.asarray(image, int) - expected).mean() < 16
+    assert "in tiles of 64 pixels" in caplog.text
+    # The next image is decoded whole again.
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (False, *before)
+    assert numpy.array_equal(numpy.asarray(generate(engine, request, 1)[0], int), expected)
+
+
 def test_out_of_memory_at_every_step_is_retried_each_time(engine: FluxEngine, freed: list[None]) -> None:
     expected = [image.tobytes() for image in generate(engine, make_request(num_inference_steps=3), 1)]
     with failing(engine.pipeline.transformer, *[FULL, None] * 3):
@@ -106,7 +134,7 @@ def test_out_of_memory_at_every_step_is_retried_each_time(engine: FluxEngine, fr
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_two_out_of_memory_errors_fail_the_task_and_name_its_size_and_free_memory(
+def test_repeated_out_of_memory_errors_fail_the_task_and_name_its_size_and_free_memory(
     engine: FluxEngine, freed: list[None], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr("models.loading.devices.free_memory", lambda device: 1_234_000_000)
@@ -115,11 +143,11 @@ def test_two_out_of_memory_errors_fail_the_task_and_name_its_size_and_free_memor
     for other in others:
         engine.advance(other)
     task = engine.start(make_request(width=96, height=64, acceleration="regular"), 1)
-    with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed) as error:
+    with failing(parts_of(engine)[part], *[FULL] * NUM_TRIES[part]), pytest.raises(GenerationFailed) as error:
         finish_task(engine, task)
     assert "96x64" in str(error.value)
     assert "1.2 GB are free" in str(error.value)
-    assert len(freed) == 1
+    assert len(freed) == NUM_TRIES[part] - 1
     assert task.images == []
     # The other tasks continue, and a new task succeeds.
     assert [bytes_of(engine, other) for other in others] == expected
@@ -404,7 +432,7 @@ def test_failed_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytest.Monke
     def fail() -> None:
         for part in PARTS:
             engine.prompts.evict()
-            with failing(parts_of(engine)[part], FULL, FULL), pytest.raises(GenerationFailed):
+            with failing(parts_of(engine)[part], *[FULL] * NUM_TRIES[part]), pytest.raises(GenerationFailed):
                 finish_task(engine, engine.start(make_request(), 1))
 
     fail()

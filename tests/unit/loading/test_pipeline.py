@@ -178,10 +178,10 @@ def test_sharded_weights_are_loaded_as_the_pipeline_loads_them(flux_dev: Path) -
 
 
 def test_sharded_weights_generate_an_image(flux_dev: Path) -> None:
-    from models.flux.engine import FluxEngine
+    from models.flux.loader import load_engine
     from tests.support.tiny_flux import generate, make_request
 
-    (image,) = generate(FluxEngine.load(engine_config(flux_dev)), make_request(width=96, height=64), 1)
+    (image,) = generate(load_engine(engine_config(flux_dev)), make_request(width=96, height=64), 1)
     assert image.size == (96, 64)
 
 

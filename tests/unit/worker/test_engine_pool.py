@@ -15,6 +15,7 @@ from models import discover
 from models.base import Engine, EngineConfig, LoadProgress
 from models.benchmark.random_weights import build
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux_dev import FluxDevInput
 from models.loading import pipeline
 from models.loading.specs import DEMO
@@ -226,7 +227,7 @@ def test_a_hundred_switches_between_weights(tiny: Path) -> None:
     models = {endpoint: model for endpoint, model in discover().items() if endpoint in (DEV, KREA)}
     configs = {DEV: EngineConfig(DEMO, "", "cpu"), KREA: EngineConfig(tiny, "", "cpu")}
     request = make_request("a fish", 64, 64)
-    expected = {endpoint: _generate(FluxEngine.load(config), request) for endpoint, config in configs.items()}
+    expected = {endpoint: _generate(load_engine(config), request) for endpoint, config in configs.items()}
     pool = EnginePool(models, configs, 1, lambda endpoint, loading: None)
     pool.setup()
     memory_used: list[int] = []

@@ -14,6 +14,7 @@ import torch
 
 from models.base import EngineConfig, GenerationTask
 from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
 from models.flux_dev import FluxDev
 
 
@@ -88,7 +89,7 @@ class Faulty(FluxDev):
     def setup(self, config: EngineConfig) -> FluxEngine:
         if os.environ.get("FAULTS_AT_SETUP"):
             raise OSError("these weights cannot be loaded")
-        return FaultyEngine.load(config)
+        return load_engine(config, FaultyEngine)
 
 
 MODEL = Faulty()
