@@ -79,6 +79,7 @@ class EngineInfo:
         dtype: the number type of the computation, by PyTorch's name.
         memory: the name of the memory plan.
         acceleration: the tiers that requests can use now.
+        unavailable: what failed on this device, each with the reason: tiers, or ways to run them.
         used_bytes: the device memory in use by all processes; None on a CPU.
         total_bytes: the device memory in total; None on a CPU.
     """
@@ -89,6 +90,7 @@ class EngineInfo:
     acceleration: tuple[str, ...] = ()
     used_bytes: int | None = None
     total_bytes: int | None = None
+    unavailable: tuple[str, ...] = ()
 
 
 class GenerationFailed(Exception):

@@ -75,7 +75,8 @@ class EngineBenchmark:
         # Neither diffusers nor the engine runs a safety checker here.
         self._checker = safety_checker.Unavailable("not used")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        for tier in acceleration.build(pipeline, config, device, is_resident=is_resident):
+        way = acceleration.ways(config, device, is_resident=is_resident)[0]
+        for tier in acceleration.build(pipeline, config, device, way)[0]:
             # Without compilation, the tier "none" is the same as "eager".
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)

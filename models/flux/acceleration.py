@@ -13,6 +13,7 @@ from models.flux.compilation import (
     clone_sharing_weights,
     compile_blocks,
     fp8_unavailable_reason,
+    has_faster_attention,
     quantize,
     set_compile_cache_dirs,
 )
@@ -20,6 +21,9 @@ from models.flux.compilation import (
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "regular", "high")
+#: Ways to run the tiers on a GPU.
+FASTEST, COMPILED = "compiled with the fastest attention", "compiled with PyTorch's attention"
+UNCOMPILED = "uncompiled"
 #: Numbers of image tokens in the warm-up. The first is that of 1024x1024, because Triton chooses its configurations in
 #: the first forward. They differ from each other and from the number of text tokens, 512 or 64, so
 #: that the compiler treats no number of tokens as a constant.
@@ -64,28 +68,47 @@ def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
-def build(pipeline: Any, config: EngineConfig, device: str, *, is_resident: bool) -> list[Tier]:
-    """Build the tiers that the device can run and the operator offers, in the order of NAMES."""
+def ways(config: EngineConfig, device: str, *, is_resident: bool) -> list[str]:
+    """Return the ways to run the tiers, from the fastest to the one that always works."""
+    if device == "cpu" or config.is_eager or not is_resident:
+        return [UNCOMPILED]
+    return [FASTEST, COMPILED, UNCOMPILED] if has_faster_attention() else [COMPILED, UNCOMPILED]
+
+
+def build(pipeline: Any, config: EngineConfig, device: str, way: str) -> tuple[list[Tier], list[str]]:
+    """Build the tiers that the device can run in this way and the operator offers, in the order of NAMES.
+
+    The second list says which other tiers the operator offers, and why the device cannot run them.
+    """
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
+    unavailable: list[str] = []
     if device == "cpu":
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
-    elif config.is_eager or not is_resident:
+    elif way == UNCOMPILED:
         tiers = [Tier("none", pipeline.transformer)]
     else:
-        tiers = _compiled(pipeline.transformer, config)
-    return [tier for tier in tiers if tier.name in offered]
+        tiers = _compiled(pipeline.transformer, config, way, unavailable)
+    return [tier for tier in tiers if tier.name in offered], unavailable
 
 
-def _compiled(transformer: Any, config: EngineConfig) -> list[Tier]:
+def _compiled(transformer: Any, config: EngineConfig, way: str, unavailable: list[str]) -> list[Tier]:
     set_compile_cache_dirs(config)
     exact = clone_sharing_weights(transformer)
-    choose_attention(exact)
+    if way == FASTEST:
+        choose_attention(exact)
     tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
-    if reason := fp8_unavailable_reason(transformer, config):
+    if config.max_acceleration == "none":
+        return tiers
+    if reason := fp8_unavailable_reason(transformer):
         log.info("acceleration regular and high are unavailable, so requests for them run with none: %s", reason)
+        unavailable.append(f"acceleration regular and high: {reason}")
         return tiers
     quantized = clone_sharing_weights(exact)
-    quantize(quantized)
+    try:
+        quantize(quantized)
+    except torch.OutOfMemoryError:
+        unavailable.append("acceleration regular and high: memory ran out while the matrices were converted to fp8")
+        return tiers
     compile_blocks(quantized)
     return [
         *tiers,

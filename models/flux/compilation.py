@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and "transformer_blocks." in name and ".norm" not in name
 
 
+def has_faster_attention() -> bool:
+    """Return whether `choose_attention` knows a faster attention for the GPU than PyTorch's default."""
+    major, _ = torch.cuda.get_device_capability()
+    return bool(major >= 9)
+
+
 def choose_attention(transformer: Any) -> None:
     """Choose the fastest exact attention for the GPU.
 
@@ -47,9 +54,9 @@ def choose_attention(transformer: Any) -> None:
     """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    major, _ = torch.cuda.get_device_capability()
-    if major < 9:
+    if not has_faster_attention():
         return
+    major, _ = torch.cuda.get_device_capability()
     # Setting the backend of one transformer also changes the default for all others, so restore the default.
     before, _ = _AttentionBackendRegistry.get_active_backend()
     try:
@@ -63,12 +70,22 @@ def choose_attention(transformer: Any) -> None:
 
 
 def set_compile_cache_dirs(config: EngineConfig) -> None:
-    """Set where compiled code is kept on disk: one directory per GPU model and combination of library versions.
+    """Set where compiled code is kept on disk, if `compile_cache` is set.
 
-    Do nothing if `compile_cache` is None. Environment variables that are set already keep their values.
+    Environment variables that are set already keep their values.
     """
-    if config.compile_cache is None:
+    directory = compile_cache_dir(config)
+    if directory is None:
         return
+    for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(name, str(directory / part))
+
+
+def compile_cache_dir(config: EngineConfig) -> Path | None:
+    """Return the directory of compiled code: one per GPU model and combination of library versions."""
+    if config.compile_cache is None:
+        return None
     from importlib.metadata import version
 
     import diffusers
@@ -80,16 +97,11 @@ def set_compile_cache_dirs(config: EngineConfig) -> None:
             " ", "_"
         )
     )
-    directory = config.compile_cache / key.replace("/", "-")
-    for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        (directory / part).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(name, str(directory / part))
+    return config.compile_cache / key.replace("/", "-")
 
 
-def fp8_unavailable_reason(transformer: Any, config: EngineConfig) -> str | None:
+def fp8_unavailable_reason(transformer: Any) -> str | None:
     """Return the reason why an fp8 copy of the transformer cannot be used; None if it can be used."""
-    if config.max_acceleration == "none":
-        return "--max-acceleration is none"
     if torch.cuda.get_device_capability() < (8, 9):
         return f"{torch.cuda.get_device_name()} does not support fp8 matrix products"
     if not find_spec("torchao"):

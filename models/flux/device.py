@@ -154,6 +154,11 @@ class Device:
         return True
 
 
+def summary(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message, for the operator."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
     """Log the number type and the device; warn if generation will be slow on a CPU."""
     target = Device(device)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from models.base import (
 )
 from models.flux import acceleration, batch
 from models.flux.acceleration import Tier
+from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
-from models.flux.device import Device
+from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
 from models.flux.loras import LoraAdapter, LoraManager
@@ -57,6 +59,7 @@ class FluxEngine:
         plan: Plan = PLANS[0],
         redux: Redux | None = None,
         sharing: Sharing | None = None,
+        attempts: Attempts | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.checker = checker
@@ -72,6 +75,9 @@ class FluxEngine:
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         self.num_text_tokens = count_text_tokens(pipeline)
+        self.attempts = attempts or Attempts(None)
+        #: What failed on this device, each with the reason, for the operator.
+        self.unavailable: list[str] = []
         # On a CPU, decoding on a second thread gains nothing: measured, the threads of OpenMP slow each other down.
         self.decodes_concurrently = self.device.decode_stream is not None
 
@@ -79,20 +85,25 @@ class FluxEngine:
         """Return the device and its memory, the number type, the memory plan, and the tiers that are ready."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *self.device.memory())
+        memory, unavailable = self.device.memory(), tuple(self.unavailable)
+        return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable)
 
     def warm_up(self) -> bool:
         """Make the next tier ready. On a second thread, steps of other tiers continue meanwhile."""
         cold = [tier for tier in self.tiers if not tier.is_ready]
         if not cold:
             return False
+        tier = cold[0]
+        # The ways to run the tier "none" are separate attempts, which the loader makes.
+        attempt = self.attempts.attempt(tier.name) if tier.name != "none" else nullcontext()
         try:
-            with self.device.on_decode_stream():
-                cold[0].warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
-        except Exception:
-            self.tiers.remove(cold[0])
+            with attempt, self.device.on_decode_stream():
+                tier.warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
+        except Exception as error:
+            self.tiers.remove(tier)
+            self.unavailable.append(f"acceleration {tier.name}: {summary(error)}")
             raise
-        log.info("acceleration %s is ready", cold[0].name)
+        log.info("acceleration %s is ready", tier.name)
         return True
 
     def close(self) -> None:

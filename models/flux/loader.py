@@ -3,10 +3,14 @@
 import dataclasses
 import logging
 
-from models.base import EngineConfig
+import torch
+
+from models.base import DeviceLost, EngineConfig
 from models.flux import acceleration, safety_checker
 from models.flux.acceleration import Tier
-from models.flux.device import Device, log_dtype
+from models.flux.attempts import Attempts
+from models.flux.compilation import compile_cache_dir
+from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.loading import devices, memory_plans, specs
@@ -19,8 +23,9 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     """Load the weights and the safety checker, and warm up the tier "none".
 
     If memory runs out, the next memory plan is tried, unless the operator chose one. If the warm-up fails, the engine
-    runs uncompiled. If the checker cannot be loaded, the requests that need it fail. Raises OSError if the weights
-    cannot be loaded.
+    runs in the next way of `acceleration.ways`. If the checker cannot be loaded, the requests that need it fail.
+
+    Raises OSError if the weights cannot be loaded, and DeviceLost.
     """
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
@@ -38,19 +43,44 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
 
 def _load(config: EngineConfig, device: str, kind: type[FluxEngine]) -> FluxEngine:
     pipeline, plan = load_pipeline(config)
-    offered = acceleration.build(pipeline, config, device, is_resident=plan.is_resident)
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
-    engine = kind(pipeline, checker, offered, device, plan=plan, redux=redux)
-    if not engine.tiers[0].is_ready:
-        try:
-            engine.warm_up()
-        except Exception:
-            log.exception(
-                "compiling failed, so all requests run uncompiled, with acceleration none;"
-                " check that a C compiler is installed"
-            )
-            engine.tiers = [Tier("none", pipeline.transformer)]
+    attempts = Attempts(compile_cache_dir(config) if device == "cuda" else None)
+    none = [Tier("none", pipeline.transformer)]
+    engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
+    for way in acceleration.ways(config, device, is_resident=plan.is_resident):
+        if _is_ready(engine, config, way):
+            break
     return engine
+
+
+def _is_ready(engine: FluxEngine, config: EngineConfig, way: str) -> bool:
+    """Build the tiers to run in this way, and warm up the tier "none"; return whether that worked.
+
+    Raises memory_plans.DoesNotFit if memory runs out, and DeviceLost.
+    """
+    if engine.attempts.is_refused(way):
+        engine.unavailable.append(f"{way}: ended the server or lost the GPU at earlier starts")
+        return False
+    built, unavailable = acceleration.build(engine.pipeline, config, engine.device.name, way)
+    engine.tiers = [tier for tier in built if not engine.attempts.is_refused(tier.name)]
+    for tier in (tier.name for tier in built if tier not in engine.tiers):
+        engine.unavailable.append(f"acceleration {tier}: ended the server or lost the GPU at earlier starts")
+    if engine.tiers[0].is_ready:
+        return True
+    try:
+        with engine.attempts.attempt(way):
+            engine.warm_up()
+        engine.unavailable += unavailable
+        return True
+    except torch.OutOfMemoryError as error:
+        reason = summary(error)
+    except torch.AcceleratorError as error:
+        raise DeviceLost(str(error)) from error
+    except Exception as error:
+        log.exception("the weights cannot run %s", way)
+        engine.unavailable[-1] = f"{way}: {summary(error)}"
+        return False
+    raise memory_plans.DoesNotFit(engine.plan, reason)

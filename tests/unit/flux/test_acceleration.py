@@ -20,7 +20,6 @@ from models.base import EngineConfig
 from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
-from models.flux.loader import load_engine
 from models.loading import memory_plans
 from models.schema import PRESETS
 from tests.support import tiny_flux
@@ -120,7 +119,9 @@ def test_tiers_of_a_cpu_differ_only_in_sharing_forwards(
     pipeline: FluxPipeline, max_acceleration: str, offered: list[str], is_eager: bool
 ) -> None:
     config = engine_config(max_acceleration=max_acceleration, is_eager=is_eager)
-    built = acceleration.build(pipeline, config, "cpu", is_resident=True)
+    (way,) = acceleration.ways(config, "cpu", is_resident=True)
+    built, unavailable = acceleration.build(pipeline, config, "cpu", way)
+    assert unavailable == []
     assert names(built) == offered
     assert all(tier.transformer is pipeline.transformer and tier.is_ready and not tier.skips_blocks for tier in built)
     assert [tier.shares_forwards for tier in built] == [False, True][: len(built)]
@@ -128,7 +129,10 @@ def test_tiers_of_a_cpu_differ_only_in_sharing_forwards(
 
 @pytest.mark.parametrize(("is_eager", "is_resident"), [(True, True), (False, False)])
 def test_a_gpu_that_must_not_compile_has_one_tier(pipeline: FluxPipeline, is_eager: bool, is_resident: bool) -> None:
-    (tier,) = acceleration.build(pipeline, engine_config(is_eager=is_eager), "cuda", is_resident=is_resident)
+    config = engine_config(is_eager=is_eager)
+    (way,) = acceleration.ways(config, "cuda", is_resident=is_resident)
+    ((tier,), unavailable) = acceleration.build(pipeline, config, "cuda", way)
+    assert unavailable == []
     assert (tier.name, tier.is_ready) == ("none", True)
     assert tier.transformer is pipeline.transformer
 
@@ -146,7 +150,8 @@ def fp8_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
-    built = acceleration.build(pipeline, engine_config(), "cuda", is_resident=True)
+    built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+    assert unavailable == []
     assert names(built) == ["none", "regular", "high"]
     assert [tier.is_ready for tier in built] == [False] * 3
     assert [tier.shares_forwards for tier in built] == [False, True, False]
@@ -159,7 +164,9 @@ def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipe
 
 
 def test_only_offered_tiers_are_quantized(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
-    built = acceleration.build(pipeline, engine_config(max_acceleration="none"), "cuda", is_resident=True)
+    config = engine_config(max_acceleration="none")
+    built, unavailable = acceleration.build(pipeline, config, "cuda", acceleration.FASTEST)
+    assert unavailable == []
     assert names(built) == ["none"]
     assert fp8_gpu == []
 
@@ -183,8 +190,9 @@ def test_without_fp8_one_tier_is_offered_and_the_log_says_why(
 ) -> None:
     monkeypatch.setattr(compilation if name == "find_spec" else torch.cuda, name, lambda *_: value)
     with caplog.at_level("INFO", "models.flux.acceleration"):
-        assert names(acceleration.build(pipeline, engine_config(), "cuda", is_resident=True)) == ["none"]
-    assert reason in caplog.text
+        built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+    assert names(built) == ["none"]
+    assert reason in caplog.text and reason in unavailable[0]
     assert fp8_gpu == []
 
 
@@ -197,7 +205,7 @@ def test_only_the_large_matrices_count_for_fp8(
     needed += int(memory_plans.WORKSPACE * sum(weight.nbytes for weight in transformer.parameters()))
     for free, reason in ((needed, None), (needed - 1, "needs")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
-        assert (reason or "None") in str(compilation.fp8_unavailable_reason(transformer, engine_config()))
+        assert (reason or "None") in str(compilation.fp8_unavailable_reason(transformer))
 
 
 def test_quantizing_leaves_inductors_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,20 +280,16 @@ def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None
     assert not engine.warm_up()
 
 
-def test_without_a_compiler_only_the_tier_none_is_offered(
-    pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_memory_that_runs_out_during_the_conversion_to_fp8_costs_only_fp8(
+    pipeline: FluxPipeline, fp8_gpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.flux.loader.load_pipeline", lambda _: (pipeline, memory_plans.PLANS[0]))
-    monkeypatch.setattr("models.flux.loader.safety_checker.load", lambda _: AllSafeChecker())
-    monkeypatch.setattr(
-        "models.flux.loader.acceleration.build", lambda *_, **__: [broken_tier("none"), broken_tier("regular")]
-    )
-    engine = load_engine(engine_config(device="cpu"))
-    assert "all requests run uncompiled, with acceleration none" in caplog.text
-    assert names(engine.tiers) == ["none"]
-    assert engine.tiers[0].transformer is pipeline.transformer
-    assert not engine.warm_up()
-    assert tiny_flux.generate(engine, make_request(acceleration="high"), 1)
+    def fail(_: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(acceleration, "quantize", fail)
+    built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+    assert names(built) == ["none"]
+    assert "memory ran out" in unavailable[0]
 
 
 # -- what tiers share

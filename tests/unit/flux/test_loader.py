@@ -1,16 +1,22 @@
 """The start of an engine when memory is short or the GPU cannot be used: doubles stand in for what only a GPU does."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from models.base import EngineConfig
+from models.base import DeviceLost, EngineConfig
+from models.flux import acceleration
+from models.flux.acceleration import COMPILED, FASTEST, UNCOMPILED, Tier
+from models.flux.attempts import Attempts
 from models.flux.device import Device
 from models.flux.loader import load_engine
 from models.loading import devices, memory_plans, pipeline
 from models.loading.specs import DEMO
+from tests.support.server_process import ROOT
 from tests.support.tiny_flux import generate, make_request
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB. GPU 0 has ...")
@@ -114,3 +120,125 @@ def test_waiting_for_a_step_keeps_no_core_busy(monkeypatch: pytest.MonkeyPatch) 
     device.throttle()
     device.throttle()
     assert made == [{"blocking": True}] * 2
+
+
+# -- the ways to run the tiers, from the fastest to the one that always works
+
+
+class Gpu:
+    """A double of a GPU that can compile: what is warmed up in each way, and which errors that raises."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, BaseException] = {}
+        self.tried: list[str] = []
+
+    def build(self, pipeline: Any, config: EngineConfig, device: str, way: str) -> tuple[list[Tier], list[str]]:
+        self.tried.append(way)
+        if way == UNCOMPILED:
+            return [Tier("none", pipeline.transformer)], []
+        tiers = [self.tier(name, pipeline.transformer, self.errors.get(way)) for name in ("none", "regular")]
+        return tiers, ["acceleration high: a reason"]
+
+    def tier(self, name: str, transformer: Any, error: BaseException | None) -> Tier:
+        def run(**arguments: Any) -> Any:
+            if error:
+                raise error
+            return transformer(**arguments)
+
+        run.config = transformer.config  # type: ignore[attr-defined]
+        return Tier(name, run, is_ready=False)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
+    double = Gpu()
+    monkeypatch.setattr(acceleration, "ways", lambda *_, **__: [FASTEST, COMPILED, UNCOMPILED])
+    monkeypatch.setattr(acceleration, "build", double.build)
+    # A forward of as many tokens as a GPU warms up with takes seconds on a CPU.
+    monkeypatch.setattr(acceleration, "_WARM_TOKENS", (16, 20))
+    monkeypatch.setattr("models.flux.loader.Attempts", lambda _: Attempts(tmp_path))
+    return double
+
+
+def test_the_fastest_way_that_works_is_used(gpu: Gpu) -> None:
+    engine = load_engine(config())
+    assert gpu.tried == [FASTEST]
+    assert engine.info().acceleration == ("none",)
+    assert engine.warm_up()
+    assert engine.info().acceleration == ("none", "regular")
+    assert engine.info().unavailable == ("acceleration high: a reason",)
+
+
+@pytest.mark.parametrize("num_broken", [1, 2])
+def test_a_way_that_fails_leads_to_the_next_and_its_cause_is_told(
+    gpu: Gpu, num_broken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.errors = dict.fromkeys([FASTEST, COMPILED][:num_broken], ValueError("CantSplit\nand more"))
+    engine = load_engine(config())
+    assert gpu.tried == [FASTEST, COMPILED, UNCOMPILED][: num_broken + 1]
+    expected = [f"{way}: ValueError: CantSplit" for way in [FASTEST, COMPILED][:num_broken]]
+    assert list(engine.info().unavailable)[:num_broken] == expected
+    assert f"the weights cannot run {FASTEST}" in caplog.text and "and more" in caplog.text
+    assert engine.info().acceleration == ("none",)
+    assert generate(engine, make_request(width=64, height=64, acceleration="high"), 1)
+
+
+def test_memory_that_runs_out_in_the_warm_up_leads_to_the_next_plan(gpu: Gpu) -> None:
+    gpu.errors = {FASTEST: FULL}
+    with pytest.raises(memory_plans.DoesNotFit, match="memory plan resident: OutOfMemoryError: CUDA out of memory"):
+        load_engine(config(memory="resident"))
+    assert gpu.tried == [FASTEST]
+    gpu.tried.clear()
+    with pytest.raises(memory_plans.DoesNotFit, match="group-offload"):
+        load_engine(config())
+    assert gpu.tried == [FASTEST] * 3
+
+
+def test_a_way_that_loses_the_gpu_ends_the_process_and_is_not_tried_again(gpu: Gpu) -> None:
+    gpu.errors = {FASTEST: torch.AcceleratorError("an illegal memory access was encountered")}
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        load_engine(config())
+    engine = load_engine(config())
+    assert gpu.tried == [FASTEST, COMPILED]
+    assert engine.info().unavailable[0] == f"{FASTEST}: ended the server or lost the GPU at earlier starts"
+
+
+def test_a_tier_that_loses_the_gpu_is_not_offered_again(gpu: Gpu) -> None:
+    engine = load_engine(config())
+    engine.tiers[1] = gpu.tier("regular", engine.pipeline.transformer, torch.AcceleratorError("an error"))
+    with pytest.raises(torch.AcceleratorError):
+        engine.warm_up()
+    engine = load_engine(config())
+    assert not engine.warm_up()
+    assert "acceleration regular: ended the server or lost the GPU at earlier starts" in engine.info().unavailable
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from models.flux.attempts import Attempts
+with Attempts(Path(sys.argv[1])).attempt("a way"):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_after_two_deaths_of_the_process_an_attempt_is_refused(tmp_path: Path) -> None:
+    """One death may be an operator who ended a slow start."""
+    attempts = Attempts(tmp_path)
+    for is_refused in (False, True):
+        assert not attempts.is_refused("a way")
+        subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, check=False, timeout=300)
+        assert attempts.is_refused("a way") == is_refused
+    assert not attempts.is_refused("another way")
+
+
+def test_an_attempt_that_ends_leaves_nothing(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    for _ in range(3):
+        with attempts.attempt("a way"):
+            pass
+        with pytest.raises(ValueError, match="no"), attempts.attempt("a way"):
+            raise ValueError("no")
+    assert list((tmp_path / "attempts").iterdir()) == []
+    (tmp_path / "attempts" / "a-way").write_text("damaged")
+    assert not attempts.is_refused("a way")
