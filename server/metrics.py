@@ -168,6 +168,10 @@ def collect_gpu_gauges(gpus: Callable[[], Sequence[GpuStatus]]) -> Mapping[str, 
             {gpu.name: float(gpu.num_running) for gpu in statuses},
         ),
         "gpu_restarts": ("Restarts of this GPU's runner.", {gpu.name: float(gpu.num_restarts) for gpu in statuses}),
+        "gpu_unavailable": (
+            "Tiers, and ways to run them, that failed or are not possible on this GPU.",
+            {gpu.name: float(sum(len(engine.unavailable) for engine in gpu.engines.values())) for gpu in statuses},
+        ),
         "device_memory_used_bytes": (
             "GPU memory in use by all processes.",
             {gpu.name: info[gpu.name].used_bytes for gpu in statuses},

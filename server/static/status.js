@@ -52,6 +52,8 @@ const WEIGHTS_COLUMNS = {
   used: ["Device memory", String],
   acceleration: ["Acceleration tiers ready", String],
 };
+// Shown only if something is not available.
+const UNAVAILABLE_COLUMN = { unavailable: ["Not available", String] };
 const STEPS_COLUMNS = {
   size: ["Size", String],
   acceleration: ["Acceleration", String],
@@ -112,6 +114,7 @@ const gpuRows = (gpus) =>
       dtype: engine?.dtype ?? "–",
       memory: engine?.memory ?? "–",
       acceleration: engine?.acceleration.join(", ") ?? "–",
+      unavailable: engine?.unavailable.join("; ") || "–",
       used: engine?.used_bytes == null ? "–" : `${bytes(engine.used_bytes)} of ${bytes(engine.total_bytes)}`,
       state: gpu.failure ? `${gpu.state}: ${gpu.failure}` : gpu.state,
     }));
@@ -128,7 +131,13 @@ function show(status) {
   );
   byId("plots").replaceChildren(...PLOTS.map((each) => plot(status.minutes, each)));
   const isCluster = status.gpus.some((gpu) => gpu.node);
-  fillTable(byId("gpus"), { ...(isCluster ? CLUSTER_COLUMNS : {}), ...WEIGHTS_COLUMNS }, gpuRows(status.gpus));
+  const rows = gpuRows(status.gpus);
+  const isLimited = rows.some((row) => row.unavailable !== "–");
+  fillTable(
+    byId("gpus"),
+    { ...(isCluster ? CLUSTER_COLUMNS : {}), ...WEIGHTS_COLUMNS, ...(isLimited ? UNAVAILABLE_COLUMN : {}) },
+    rows,
+  );
   fillTable(byId("steps"), STEPS_COLUMNS, status.steps);
   fillTable(byId("endpoints"), ENDPOINTS_COLUMNS, status.endpoints);
   fillTable(byId("usage"), USAGE_COLUMNS, status.usage);

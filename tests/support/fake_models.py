@@ -62,7 +62,7 @@ class NullEngine:
         task.images.append(PILImage.new("RGB", (size.width, size.height), (colour % 256, 128, 64)))
 
     def info(self) -> EngineInfo:
-        return EngineInfo("nothing", "float32", "none at all", ("none",), 1_000, 4_000)
+        return EngineInfo("nothing", "float32", "none at all", ("none",), 1_000, 4_000, ("acceleration high: a test",))
 
     def warm_up(self) -> bool:
         return False

@@ -398,6 +398,7 @@ def test_status_page(browser: Browser, playing: Server) -> None:
         expect(page.locator(".bars").first.locator("span")).to_have_count(60)
         expect(page.get_by_role("img", name="Images per minute, last hour: peak")).to_be_visible()
         expect(page.locator("#gpus")).to_contain_text("none at all")
+        expect(page.locator("#gpus")).to_contain_text("acceleration high: a test")
         expect(page.locator("#steps")).to_contain_text("1024x768")
 
 
