@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models.base import EngineConfig
-from models.loading.memory_plans import WORKSPACE
+from models.loading.memory_plans import RESERVE
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def fp8_unavailable_reason(transformer: Any) -> str | None:
     matrices = [module for name, module in transformer.named_modules() if is_large_matrix(module, name)]
     # A byte for each number, and the working memory of a generation.
     needed = sum(matrix.weight.numel() for matrix in matrices)
-    needed += int(WORKSPACE * sum(weight.nbytes for weight in transformer.parameters()))
+    needed += int(RESERVE * sum(weight.nbytes for weight in transformer.parameters()))
     if needed > free:
         return f"a copy of the transformer in fp8 needs {needed / 1e9:.0f} GB, and only {free / 1e9:.0f} GB are free"
     return None

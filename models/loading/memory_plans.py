@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: The working memory of a generation, as a share of the bytes of all weights: 4 GB for FLUX.1 in bf16. The share is
-#: calculated for 1024x1024 and not yet measured on the real model.
-WORKSPACE = 0.12
+#: The memory beside the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at 1024x1024
+#: takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries' workspaces and
+#: fragmentation. Not yet measured on a GPU.
+RESERVE = 0.09
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.
 FP8_SHARE = 0.64
-#: The large components of a FLUX pipeline. All others stay on the device in every plan.
-_LARGE = ("transformer", "text_encoder_2")
+#: The large components of a FLUX pipeline, each with the share that its two largest blocks take: while one runs, the
+#: next is copied. All other components stay on the device in every plan.
+_TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
 
 
 @dataclass(frozen=True)
@@ -76,25 +78,32 @@ def _rest(pipeline: Any, device: str) -> Any:
     return pipeline
 
 
-def _small(sizes: Mapping[str, int]) -> float:
-    """Return the bytes of the small components, the working memory and two blocks of each large component.
+def _always(sizes: Mapping[str, int]) -> float:
+    """Return the bytes that every plan needs: those of the small components, and the reserve."""
+    return sum(size for name, size in sizes.items() if name not in _TWO_BLOCKS) + RESERVE * sum(sizes.values())
 
-    Two blocks, the one in use and the next, take a twelfth of T5's encoder, and less of the transformer.
-    """
-    large = sum(sizes.get(name, 0) for name in _LARGE)
-    return sum(sizes.values()) * (1 + WORKSPACE) - large * 11 / 12
+
+def _blocks(sizes: Mapping[str, int], name: str) -> float:
+    """Return the bytes of two blocks of a large component."""
+    return sizes.get(name, 0) * _TWO_BLOCKS[name]
 
 
 #: All plans, from the fastest to the one that needs least memory.
 PLANS = (
-    Plan("resident", "all weights on the device", lambda sizes: sum(sizes.values()) * (1 + WORKSPACE), _resident, True),
+    Plan("resident", "all weights on the device", lambda sizes: sum(sizes.values()) * (1 + RESERVE), _resident, True),
     Plan(
         "fp8-storage",
         "the transformer in 8 bits, which changes images slightly; the text encoder loaded block by block",
-        lambda sizes: _small(sizes) + sizes.get("transformer", 0) * FP8_SHARE,
+        lambda sizes: _always(sizes) + sizes.get("transformer", 0) * FP8_SHARE + _blocks(sizes, "text_encoder_2"),
         _fp8_storage,
     ),
-    Plan("group-offload", "transformer and text encoder loaded block by block; the slowest", _small, _group_offload),
+    Plan(
+        "group-offload",
+        "transformer and text encoder loaded block by block; the slowest",
+        # The two large components do not run at the same time.
+        lambda sizes: _always(sizes) + max(_blocks(sizes, name) for name in _TWO_BLOCKS),
+        _group_offload,
+    ),
 )
 NAMES = ("auto", *(plan.name for plan in PLANS))
 

@@ -59,9 +59,9 @@ def test_no_plan_is_recommended_when_none_fits(tmp_path: Path, monkeypatch: pyte
     memory = psutil.virtual_memory()._replace(available=23_200_000_000)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     message = checks(tmp_path, HUB_ID)[f"{HUB_ID} memory"].message
-    assert message == "no plan fits; required: resident 37.79 GB; free: 23.2 GB"
+    assert message == "no plan fits; required: resident 36.78 GB; free: 23.2 GB"
     message = checks(tmp_path, HUB_ID, memory="resident")[f"{HUB_ID} memory"].message
-    assert message.startswith("resident does not fit; required: resident 37.79 GB, fp8-storage ")
+    assert message.startswith("resident does not fit; required: resident 36.78 GB, fp8-storage ")
 
 
 def test_the_dtype_on_a_cpu_is_shown(tmp_path: Path) -> None:
