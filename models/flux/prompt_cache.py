@@ -52,7 +52,7 @@ class PromptCache:
 
     # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
     @torch.no_grad()
-    def encode(self, prompt: str, pipeline: Any, encoders: Hashable = None) -> PromptEmbeds:
+    def encode(self, prompt: str, pipeline: Any, encoders: Hashable = ()) -> PromptEmbeds:
         """Return the prompt as the pipeline encodes it, from the cache if possible.
 
         `encoders` is part of the key: pass the LoRAs of the pipeline, because they change its text encoders.

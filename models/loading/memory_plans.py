@@ -16,6 +16,10 @@ FP8_SHARE = 0.64
 _TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
 
 
+#: A component is pinned if this many times its size is available, so that the host keeps some memory for other things.
+_PINNING_MARGIN = 1.5
+
+
 @dataclass(frozen=True)
 class Plan:
     """A way to place a pipeline on the device.
@@ -67,9 +71,19 @@ def _offload(module: Any, device: str) -> None:
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=device == "cuda",
-        # Pin a block only when it is copied: pinning all blocks would keep a second copy of them in host memory.
-        low_cpu_mem_usage=True,
+        low_cpu_mem_usage=not _can_pin(module),
     )
+
+
+def _can_pin(module: Any) -> bool:
+    """Return whether the host's memory has room for a second, pinned copy of all weights.
+
+    Without it, each block is pinned whenever it is copied to the GPU, so that every step copies all weights twice.
+    """
+    import psutil
+
+    num_bytes = sum(weight.nbytes for weight in module.parameters())
+    return bool(_PINNING_MARGIN * num_bytes <= psutil.virtual_memory().available)
 
 
 def _rest(pipeline: Any, device: str) -> Any:

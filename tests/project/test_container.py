@@ -168,6 +168,17 @@ def test_only_the_volumes_are_writable(name: str) -> None:
     assert sorted(volumes.values()) == sorted(json.loads(instruction("VOLUME")))
 
 
+@pytest.mark.parametrize("name", [*SERVICES, *CLUSTER])
+def test_compiled_code_is_kept_on_a_volume(name: str) -> None:
+    """Docker mounts /tmp so that no program in it can run, and compiled code is a program."""
+    configured = service(name)
+    is_worker = name.startswith("worker")
+    directory = configured["environment"]["XDG_CACHE_HOME" if is_worker else "FLUX_SERVER_DATA_DIR"]
+    targets = [volume.split(":")[1] for volume in configured["volumes"]]
+    assert any(Path(directory).is_relative_to(target) for target in targets)
+    assert "/tmp" in configured["tmpfs"]
+
+
 def test_the_demo_has_a_separate_queue() -> None:
     flux, demo = ({*service(name)["volumes"]} for name in SERVICES)
     assert flux & demo == {"models:/models"}

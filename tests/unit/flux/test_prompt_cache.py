@@ -60,6 +60,13 @@ def test_a_prompt_is_encoded_once(pipeline: FluxPipeline, encoded: list[int]) ->
     assert len(encoded) == 2
 
 
+def test_tasks_without_loras_find_a_prompt_that_was_encoded_before(pipeline: FluxPipeline, encoded: list[int]) -> None:
+    engine = FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu")
+    engine.prompts.encode("a fish", pipeline)
+    assert generate(engine, make_request("a fish", width=64, height=64, num_inference_steps=1), 1)
+    assert len(encoded) == 1
+
+
 @pytest.mark.parametrize("acceleration", ["none", "regular", "high"])
 def test_images_and_requests_share_an_encoded_prompt(
     pipeline: FluxPipeline, encoded: list[int], acceleration: str

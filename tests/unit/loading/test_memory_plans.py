@@ -1,5 +1,6 @@
 """Tests of memory plans: which plan is chosen, and that each plan generates images."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,17 @@ def engine_with_plan(name: str) -> FluxEngine:
     return FluxEngine(
         pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", sharing=tiny_flux.AlwaysShare()
     )
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_blocks_are_pinned_once_if_the_host_has_room(monkeypatch: pytest.MonkeyPatch, has_room: bool) -> None:
+    settings: list[dict[str, Any]] = []
+    monkeypatch.setattr("diffusers.hooks.apply_group_offloading", lambda _, **given: settings.append(given))
+    module = tiny_flux.transformer(torch.bfloat16)
+    available = 2 * num_bytes(module) if has_room else num_bytes(module)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    memory_plans._offload(module, "cuda")
+    assert [(given["low_cpu_mem_usage"], given["use_stream"]) for given in settings] == [(not has_room, True)]
 
 
 def num_bytes(module: Any) -> int:
