@@ -55,7 +55,7 @@ class Tier:
             for num_tokens in _WARM_TOKENS:
                 sizes = (batch, num_tokens, num_text_tokens)
                 with torch.no_grad():
-                    self.transformer(**_inputs(self.transformer.config, sizes, device, dtype))
+                    self.transformer(**random_inputs(self.transformer.config, sizes, device, dtype))
         self.is_ready = True
 
 
@@ -117,7 +117,7 @@ def _compiled(transformer: Any, config: EngineConfig, way: str, unavailable: lis
     ]
 
 
-def _inputs(config: Any, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
+def random_inputs(config: Any, sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return random inputs for a forward. `sizes` are the numbers of images, of image tokens and of text tokens."""
     batch, num_tokens, num_text_tokens = sizes
     make: Callable[..., torch.Tensor] = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731

@@ -2,14 +2,15 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 import torch
 
 from models.base import DeviceLost, EngineConfig
-from models.flux import acceleration, safety_checker
+from models.flux import acceleration, safety_checker, verdict
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
-from models.flux.compilation import compile_cache_dir
+from models.flux.compilation import compile_cache_dir, set_compile_cache_dirs
 from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
@@ -42,32 +43,41 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
 
 
 def _load(config: EngineConfig, device: str, kind: type[FluxEngine]) -> FluxEngine:
+    directory = compile_cache_dir(config) if device == "cuda" else None
+    if directory:
+        # The self test compiles too, and what it compiled is used again.
+        set_compile_cache_dirs(config)
+    # Before the weights are loaded, because the self test needs memory.
+    failed = verdict.failures(directory)
     pipeline, plan = load_pipeline(config)
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
-    attempts = Attempts(compile_cache_dir(config) if device == "cuda" else None)
+    attempts = Attempts(directory)
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
     for way in acceleration.ways(config, device, is_resident=plan.is_resident):
-        if _is_ready(engine, config, way):
+        if _is_ready(engine, config, way, failed):
             break
     return engine
 
 
-def _is_ready(engine: FluxEngine, config: EngineConfig, way: str) -> bool:
+def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mapping[str, str]) -> bool:
     """Build the tiers to run in this way, and warm up the tier "none"; return whether that worked.
 
-    Raises memory_plans.DoesNotFit if memory runs out, and DeviceLost.
+    `failed` are the self test's failures. Raises memory_plans.DoesNotFit if memory runs out, and DeviceLost.
     """
-    if engine.attempts.is_refused(way):
-        engine.unavailable.append(f"{way}: ended the server or lost the GPU at earlier starts")
+    if reason := _reason(engine, way, failed.get(f"blocks {way}")):
+        engine.unavailable.append(f"{way}: {reason}")
         return False
     built, unavailable = acceleration.build(engine.pipeline, config, engine.device.name, way)
-    engine.tiers = [tier for tier in built if not engine.attempts.is_refused(tier.name)]
-    for tier in (tier.name for tier in built if tier not in engine.tiers):
-        engine.unavailable.append(f"acceleration {tier}: ended the server or lost the GPU at earlier starts")
+    engine.tiers = built[:1]
+    for tier in built[1:]:
+        if reason := _reason(engine, tier.name, failed.get("blocks compiled in fp8")):
+            unavailable.append(f"acceleration {tier.name}: {reason}")
+        else:
+            engine.tiers.append(tier)
     if engine.tiers[0].is_ready:
         return True
     try:
@@ -84,3 +94,10 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str) -> bool:
         engine.unavailable[-1] = f"{way}: {summary(error)}"
         return False
     raise memory_plans.DoesNotFit(engine.plan, reason)
+
+
+def _reason(engine: FluxEngine, name: str, failure: str | None) -> str:
+    """Return why a way or a tier must not be tried; empty if it may be."""
+    if failure:
+        return f"failed in the self test: {failure}"
+    return "ended the server or lost the GPU at earlier starts" if engine.attempts.is_refused(name) else ""

@@ -16,6 +16,7 @@ from models.flux.flops import FLUX_DEV
 from models.loading import cpu, devices, hub, memory_plans, pipeline, specs, verify
 from server.settings import Settings
 from server.storage import database
+from server.worker.engine_pool import engine_configs
 
 #: Bytes of FLUX.1 [dev]'s components in bf16, 33.7 GB in total, used when the weights are not downloaded.
 _FLUX_DEV_SIZES = {
@@ -59,6 +60,34 @@ def run_checks(settings: Settings) -> Iterator[Check]:
         except OSError as error:
             yield Check(_name(where), False, str(error))
     yield _checker(settings, list(endpoints_by_weights))
+
+
+def run_self_test(settings: Settings) -> Iterator[Check]:
+    """Yield the results of the self test of the device, and of the settings' weights on it."""
+    from models.flux import verdict
+    from models.flux.compilation import compile_cache_dir, set_compile_cache_dirs
+    from models.self_test import engine
+    from models.self_test.trials import Subject, run
+
+    device = devices.device_for(settings.device)
+    weights_by_endpoint = specs.assign_weights(settings.weights, discover(settings.models_dir))
+    configs = {str(config.weights): config for config in engine_configs(settings, weights_by_endpoint).values()}
+    config = next(iter(configs.values()))
+    directory = compile_cache_dir(config) if device == "cuda" else None
+    if directory:
+        set_compile_cache_dirs(config)
+    found = verdict.results(directory, renew=True) if directory else verdict.run_in_child(device, None)
+    for result in found:
+        if result["name"] != engine.WEIGHTS.name:
+            yield _line(**result)
+    for config in configs.values():
+        if config.weights:
+            (weights,) = run([engine.WEIGHTS], Subject(device, None, config), lambda _: None)
+            yield _line(f"{_name(config.weights)} in the self test", weights.state, weights.message)
+
+
+def _line(name: str, state: str, message: str) -> Check:
+    return Check(name, state != "failed", f"skipped, {message}" if state == "skipped" else message)
 
 
 def _python() -> Check:

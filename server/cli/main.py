@@ -1,5 +1,6 @@
 """The command line: serve, pull, doctor, bench, env and run; `admin.py` has the operator's commands."""
 
+import itertools
 import os
 import sys
 from importlib.metadata import version
@@ -88,15 +89,22 @@ def pull(
 
 @cli.command()
 @with_settings_options
-def doctor(settings: Settings) -> None:
+def doctor(
+    settings: Settings,
+    is_check: Annotated[
+        bool, typer.Option("--check", help="Also test the device, and WEIGHTS on it. On a GPU this takes minutes.")
+    ] = False,
+) -> None:
     """Check what this machine can run, and explain what it cannot."""
     disable_telemetry_and_warnings()
-    from server.cli.doctor import run_checks
+    limit_openmp_spinning()
+    from server.cli.doctor import run_checks, run_self_test
 
-    checks = list(run_checks(settings))
-    for check in checks:
+    is_ok = True
+    for check in itertools.chain(run_checks(settings), run_self_test(settings) if is_check else ()):
         typer.echo(f"{'✓' if check.ok else '✗'} {check.name}: {check.message}")
-    if not all(check.ok for check in checks):
+        is_ok &= check.ok
+    if not is_ok:
         raise typer.Exit(FAILED)
 
 

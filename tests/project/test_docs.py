@@ -19,6 +19,7 @@ FOREIGN = {
     *(
         "--help",
         "--version",
+        "--check",
         "--index-url",
         "--detach",
         "--clients",

@@ -77,3 +77,21 @@ def test_full_size_weights_on_a_cpu_are_shown_with_the_time_of_a_step(
     message = checks(tmp_path, HUB_ID)[f"{HUB_ID} type"].message
     assert message.startswith("bfloat16; a step at 1024x768 takes at least 55 s, and an image of 28 steps 26 min")
     assert message.endswith("use a GPU")
+
+
+def test_the_self_test_covers_the_device_and_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        {"name": "matrix product", "state": "passed", "message": "fine"},
+        {"name": "driver", "state": "skipped", "message": "on a CPU"},
+        {"name": "C compiler", "state": "failed", "message": "install gcc"},
+        {"name": "weights", "state": "skipped", "message": "no weights were named"},
+    ]
+    monkeypatch.setattr("models.flux.verdict.run_in_child", lambda *_: results)
+    *lines, weights = doctor.run_self_test(Settings(data_dir=tmp_path, weights=("demo",), device="cpu"))
+    assert lines == [
+        Check("matrix product", True, "fine"),
+        Check("driver", True, "skipped, on a CPU"),
+        Check("C compiler", False, "install gcc"),
+    ]
+    assert (weights.name, weights.ok) == ("demo in the self test", True)
+    assert weights.message.startswith("none differs from diffusers' pipeline by 0.00")

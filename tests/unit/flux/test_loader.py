@@ -213,6 +213,27 @@ def test_a_tier_that_loses_the_gpu_is_not_offered_again(gpu: Gpu) -> None:
     assert "acceleration regular: ended the server or lost the GPU at earlier starts" in engine.info().unavailable
 
 
+@pytest.mark.parametrize(
+    ("failed", "tried", "unavailable"),
+    [
+        ({f"blocks {FASTEST}": "too slow"}, [COMPILED], f"{FASTEST}: failed in the self test: too slow"),
+        (
+            {"blocks compiled in fp8": "wrong"},
+            [FASTEST],
+            "acceleration regular: failed in the self test: wrong",
+        ),
+    ],
+)
+def test_what_failed_in_the_self_test_is_not_tried(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, failed: dict[str, str], tried: list[str], unavailable: str
+) -> None:
+    monkeypatch.setattr("models.flux.loader.verdict.failures", lambda _: failed)
+    engine = load_engine(config())
+    assert gpu.tried == tried
+    assert unavailable in engine.info().unavailable
+    assert engine.warm_up() == ("regular" not in unavailable)
+
+
 DIES = """
 import os, sys
 from pathlib import Path

@@ -1,0 +1,75 @@
+"""What the self test found on this GPU: it runs once for each card, driver and combination of library versions."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+#: Seconds for the whole self test, most of which is compiling.
+_SECONDS = 900.0
+
+
+def failures(directory: Path | None) -> dict[str, str]:
+    """Return the tests that failed on the GPU, with their messages; none without a directory, as on a CPU."""
+    found = results(directory) if directory else []
+    return {result["name"]: result["message"] for result in found if result["state"] == "failed"}
+
+
+def results(directory: Path, *, renew: bool = False) -> list[dict[str, Any]]:
+    """Return the results of the self test on the GPU: those kept in `directory`, or new ones, which are kept there."""
+    # PyTorch has no public name for the driver's version.
+    path = directory / f"self-test-driver-{torch._C._cuda_getDriverVersion()}.json"
+    if path.is_file() and not renew:
+        kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    log.info("testing the GPU, once for this driver and these versions of the libraries; this takes minutes")
+    found = run_in_child("cuda", directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+    for result in found:
+        level = logging.WARNING if result["state"] == "failed" else logging.INFO
+        log.log(level, "%s %s: %s", result["name"], result["state"], result["message"])
+    return found
+
+
+def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS) -> list[dict[str, Any]]:
+    """Run the self test in a child process, because a broken driver may end it; return the results that it printed.
+
+    If the process dies or takes too long, the last result is that of the test that was running, as failed.
+    """
+    command = [sys.executable, "-m", "models.self_test", device, *([str(directory)] if directory else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S603
+        output, end = done.stdout, _end(done.returncode, done.stderr)
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout or ""
+        output = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+        end = f"it took more than {seconds:.0f} s"
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    results = [line for line in lines if "state" in line]
+    if end:
+        running = _last_running(lines)
+        results.append({"name": running, "state": "failed", "message": end})
+    return results
+
+
+def _end(code: int, errors: str) -> str:
+    """Describe the end of a process that did not succeed; empty for one that did."""
+    if code == 0:
+        return ""
+    if code < 0:
+        return f"the process ended by signal {-code}"
+    return f"the process ended with exit code {code}: {errors.strip().rpartition(chr(10))[2][:300]}"
+
+
+def _last_running(lines: Sequence[dict[str, Any]]) -> str:
+    return next((str(line["running"]) for line in reversed(lines) if "running" in line), "self test")

@@ -1,0 +1,32 @@
+"""The self test as a process of its own: python -m models.self_test DEVICE [DIRECTORY].
+
+It prints one JSON object per line: the name of each test before it runs, and then its result. If the process dies, its
+parent knows where.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from models.self_test import engine, kernels, machine
+from models.self_test.trials import Subject, run
+
+TRIALS = (*machine.TRIALS, *kernels.TRIALS, *engine.TRIALS)
+
+
+def main() -> None:
+    """Run all tests that need no weights."""
+    device, *directory = sys.argv[1:]
+    subject = Subject(device, Path(directory[0]) if directory else None)
+    for result in run(TRIALS, subject, lambda name: _print({"running": name})):
+        _print(dataclasses.asdict(result))
+
+
+def _print(content: dict[str, Any]) -> None:
+    print(json.dumps(content), flush=True)
+
+
+if __name__ == "__main__":
+    main()

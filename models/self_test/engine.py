@@ -1,0 +1,137 @@
+"""Tests of the engine on the device: decoding beside steps, running out of memory, and the weights themselves."""
+
+import gc
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+from PIL.Image import Image
+
+from models.base import EngineConfig
+from models.benchmark import random_weights
+from models.flux import safety_checker
+from models.flux.acceleration import Tier
+from models.flux.device import Device
+from models.flux.engine import FluxEngine
+from models.flux.loader import load_engine
+from models.flux.prompt_cache import count_text_tokens
+from models.loading import memory_plans
+from models.loading.devices import dtype_for
+from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
+
+#: The largest accepted mean difference of pixel values, 0 to 255, between compiled and diffusers' own image.
+_MAX_DIFFERENCE = 8.0
+
+
+def _request(acceleration: str = "none", side: int = 512, num_steps: int = 2) -> Any:
+    return SimpleNamespace(
+        prompt="a red apple",
+        image_size=SimpleNamespace(width=side, height=side),
+        num_inference_steps=num_steps,
+        num_images=1,
+        guidance_scale=3.5,
+        acceleration=acceleration,
+    )
+
+
+def _decode_beside_steps(subject: Subject) -> str:
+    pipeline = random_weights.build("tiny", subject.device, dtype_for("auto", subject.device))
+    checker = safety_checker.Unavailable("not used")
+    engine = FluxEngine(pipeline, checker, [Tier("none", pipeline.transformer)], subject.device)
+    side = 512 if subject.device == "cuda" else 64
+    alone = _generate(engine, _request(side=side))
+    task, other = engine.start(_request(side=side), 1), engine.start(_request(side=side, num_steps=40), 2)
+    while task.step < task.num_steps:
+        engine.advance(task)
+    engine.advance(other)
+    decoding = threading.Thread(target=engine.decode, args=(task,))
+    decoding.start()
+    while decoding.is_alive() or other.step < 10:
+        if other.step == other.num_steps:
+            break
+        engine.advance(other)
+    decoding.join()
+    if task.images[0].tobytes() != alone.tobytes():
+        raise Failed("an image that is decoded while other tasks take steps differs from the same image alone")
+    return f"the image is the same as alone, beside {other.step} steps"
+
+
+def _generate(engine: FluxEngine, request: Any) -> Image:
+    task = engine.start(request, 1)
+    while task.step < task.num_steps:
+        engine.advance(task)
+    engine.decode(task)
+    return task.images[0]
+
+
+def _out_of_memory(subject: Subject) -> str:
+    need_gpu(subject, "memory that runs out ends the process")
+    device = Device(subject.device)
+    _, total = torch.cuda.mem_get_info()
+
+    def take_all() -> torch.Tensor:
+        return torch.empty(2 * total, dtype=torch.uint8, device=subject.device)
+
+    def take_little() -> torch.Tensor:
+        return torch.ones(16, 16, device=subject.device) @ torch.ones(16, 16, device=subject.device)
+
+    product = device.retry_on_oom("a tensor larger than the GPU", take_all, take_little)
+    if product.shape != (16, 16) or not bool((product == 16).all()):
+        raise Failed("after memory ran out, a matrix product is wrong")
+    return "after memory ran out, the GPU works"
+
+
+def _weights(subject: Subject) -> str:
+    if subject.config is None:
+        raise Skipped("no weights were named")
+    if subject.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    engine = load_engine(subject.config)
+    while engine.warm_up():
+        continue
+    messages = []
+    for tier in engine.info().acceleration:
+        pixels = numpy.asarray(_generate(engine, _request(tier)), float)
+        if pixels.std() < 1:
+            raise Failed(f"with acceleration {tier}, the image has one colour")
+        messages.append(f"{tier} {_compared(engine, pixels) if tier == 'none' else 'generates'}")
+    messages += engine.info().unavailable
+    if subject.device == "cuda":
+        messages.append(_peak(engine, subject.config))
+    return "; ".join(messages)
+
+
+def _compared(engine: FluxEngine, pixels: Any) -> str:
+    """Compare an image with that of diffusers' own pipeline."""
+    if not engine.plan.is_resident:
+        return "generates"
+    generator = torch.Generator("cpu").manual_seed(1)
+    length = count_text_tokens(engine.pipeline)
+    arguments = {"num_inference_steps": 2, "guidance_scale": 3.5, "generator": generator, "max_sequence_length": length}
+    expected = engine.pipeline("a red apple", width=512, height=512, **arguments).images[0]
+    difference = float(numpy.abs(pixels - numpy.asarray(expected, float)).mean())
+    if difference > _MAX_DIFFERENCE:
+        raise Failed(f"the image differs from that of diffusers' pipeline by {difference:.1f} of 255")
+    return f"differs from diffusers' pipeline by {difference:.2f} of 255"
+
+
+def _peak(engine: FluxEngine, config: EngineConfig) -> str:
+    gc.collect()
+    peak = torch.cuda.max_memory_allocated()
+    sizes = {
+        name: sum(weight.nbytes for weight in part.parameters())
+        for name, part in engine.pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    planned = memory_plans.PLANS[memory_plans.PLANS.index(engine.plan)].required_bytes(sizes)
+    return f"peak memory {peak / 1e9:.1f} GB, planned {planned / 1e9:.1f} GB with the plan {engine.plan.name}"
+
+
+WEIGHTS = Trial("weights", _weights)
+TRIALS = (
+    Trial("decoding beside steps", _decode_beside_steps),
+    Trial("running out of memory", _out_of_memory),
+    WEIGHTS,
+)
