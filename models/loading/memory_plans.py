@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: The memory beside the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at 1024x1024
+#: The memory in addition to the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at 1024x1024
 #: takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries' workspaces and
 #: fragmentation. Not yet measured on a GPU.
 RESERVE = 0.09

@@ -1,4 +1,4 @@
-"""Tests of the engine on the device: decoding beside steps, running out of memory, and the weights themselves."""
+"""Tests of the engine on the device: decoding during steps, running out of memory, and the weights themselves."""
 
 import gc
 import threading
@@ -36,7 +36,7 @@ def _request(acceleration: str = "none", side: int = 512, num_steps: int = 2) ->
     )
 
 
-def _decode_beside_steps(subject: Subject) -> str:
+def _decode_during_steps(subject: Subject) -> str:
     pipeline = random_weights.build("tiny", subject.device, dtype_for("auto", subject.device))
     checker = safety_checker.Unavailable("not used")
     engine = FluxEngine(pipeline, checker, [Tier("none", pipeline.transformer)], subject.device)
@@ -55,7 +55,7 @@ def _decode_beside_steps(subject: Subject) -> str:
     decoding.join()
     if task.images[0].tobytes() != alone.tobytes():
         raise Failed("an image that is decoded while other tasks take steps differs from the same image alone")
-    return f"the image is the same as alone, beside {other.step} steps"
+    return f"the image is the same as alone, during {other.step} steps"
 
 
 def _generate(engine: FluxEngine, request: Any) -> Image:
@@ -131,7 +131,7 @@ def _peak(engine: FluxEngine, config: EngineConfig) -> str:
 
 WEIGHTS = Trial("weights", _weights)
 TRIALS = (
-    Trial("decoding beside steps", _decode_beside_steps),
+    Trial("decoding during steps", _decode_during_steps),
     Trial("running out of memory", _out_of_memory),
     WEIGHTS,
 )

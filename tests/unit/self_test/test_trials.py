@@ -56,7 +56,7 @@ def test_nothing_fails_on_this_cpu() -> None:
     results = {result["name"]: result for result in verdict.run_in_child("cpu", None)}
     assert {name for name, result in results.items() if result["state"] == "failed"} == set()
     passed = {name for name, result in results.items() if result["state"] == "passed"}
-    assert passed == {"memory", "matrix product", "PyTorch's attention", "decoding beside steps"}
+    assert passed == {"memory", "matrix product", "PyTorch's attention", "decoding during steps"}
 
 
 def test_the_demo_weights_pass_on_this_cpu() -> None:
