@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: The memory in addition to the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at 1024x1024
-#: takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries' workspaces and
-#: fragmentation. Not yet measured on a GPU.
+#: The memory in addition to the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at
+#: 1024x1024 takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries'
+#: workspaces and fragmentation. Not yet measured on a GPU.
 RESERVE = 0.09
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=tuple(PLANS), default="small")
     parser.add_argument("--threads", type=int, default=2, help="at most; fewer while other processes are busy")
     parser.add_argument("--flow-iterations", type=int, help="iterations of the step flow, instead of the scale's")
+    parser.add_argument("--from-scratch", action="store_true", help="ignore the weights in the repository")
     parser.add_argument("--eager", action="store_true", help="compile nothing, for machines without a C++ compiler")
     parser.add_argument("--weights", type=Path, help="directory to evaluate, instead of the exported one")
     arguments = parser.parse_args()
@@ -58,7 +59,12 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(arguments.threads)
     plan = PLANS[arguments.scale]
-    plan = dataclasses.replace(plan, is_compiled=not arguments.eager, threads=arguments.threads)
+    plan = dataclasses.replace(
+        plan,
+        is_compiled=not arguments.eager,
+        is_from_scratch=arguments.from_scratch,
+        threads=arguments.threads,
+    )
     if arguments.flow_iterations:
         plan = dataclasses.replace(plan, flow_iterations=arguments.flow_iterations)
     for name, step in STEPS.items():

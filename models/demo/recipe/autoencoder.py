@@ -10,17 +10,24 @@ from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 
-from models.demo.recipe import checkpoint, precision, render, scenes, threads
+from models.demo.recipe import checkpoint, precision, published, render, scenes, threads
+from models.demo.recipe.fused import Fused
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import LATENT_CHANNELS, PRESET_SHARES, SEED, WORK, Plan
+from models.demo.recipe.optimizers import Optimizers
+from models.demo.recipe.plan import LATENT_CHANNELS, SEED, WORK, Plan
+from models.schema import PRESETS
 
 #: The channels of every layer.
 WIDTH = 32
 FILE, DECODER_FILE = WORK / "autoencoder.pt", WORK / "decoder.pt"
 #: How many rendered images are kept to cut crops from.
 POOL = 300
+#: The share of crops that show an object.
+OBJECT_SHARE = 0.85
 #: The highest learning rate.
-PEAK = 1e-3
+PEAK = 6e-4
+#: The share of the iterations, at the end, that train the edges of images too (see `fused`).
+UNFUSED = 0.07
 #: The noise on the latents in training, so that the decoder tolerates the small errors of generated latents.
 LATENT_NOISE = 0.08
 
@@ -33,8 +40,8 @@ def build(scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Any:
     vae = AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * 5,
         decoder_block_out_channels=(WIDTH,) * 5,
-        num_encoder_blocks=(0, 1, 1, 1, 2),
-        num_decoder_blocks=(3, 3, 2, 1, 0),
+        num_encoder_blocks=(0, 1, 1, 2, 3),
+        num_decoder_blocks=(5, 4, 3, 1, 0),
         latent_channels=LATENT_CHANNELS,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
@@ -77,17 +84,19 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
 
 
 class Crops:
-    """The source of square crops for training, from a pool of rendered images that gets a new one in each iteration."""
+    """The source of square crops for training, from a pool of rendered images that gets new ones all the time."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.things = all_objects(plan.scale)
         self.icons = {thing.name: thing.icon for thing in self.things}
-        self.pictures: list[Image.Image] = []
+        self.pictures: list[tuple[Image.Image, list[tuple[int, int, int]]]] = []
 
-    def _picture(self, rng: numpy.random.Generator) -> Image.Image:
-        width, height = list(PRESET_SHARES)[int(rng.choice(len(PRESET_SHARES), p=list(PRESET_SHARES.values())))]
-        return render.render(scenes.sample(self.things, rng), self.icons, width, height)
+    def _picture(self, rng: numpy.random.Generator) -> tuple[Image.Image, list[tuple[int, int, int]]]:
+        """Return a rendered image, and left, top and side of each of its objects."""
+        width, height = list(PRESETS.values())[int(rng.integers(len(PRESETS)))]
+        scene = scenes.sample(self.things, rng)
+        return render.render(scene, self.icons, width, height), scene.boxes(width, height)
 
     def batch(self, iteration: int) -> torch.Tensor:
         """Return crops with values from -1 to 1, of shape (batch, 3, crop, crop).
@@ -97,15 +106,28 @@ class Crops:
         rng = numpy.random.default_rng([SEED, iteration])
         while len(self.pictures) < POOL // 4:
             self.pictures.append(self._picture(rng))
-        self.pictures.append(self._picture(rng))
+        if iteration % 2 == 0:
+            self.pictures.append(self._picture(rng))
         self.pictures = self.pictures[-POOL:]
-        crop, cuts = self.plan.crop, []
-        for _ in range(self.plan.autoencoder_batch):
-            picture = self.pictures[int(rng.integers(len(self.pictures)))]
-            # Prefer crops near the middle, where the objects are.
-            left, top = (int(rng.beta(1.5, 1.5) * (side - crop)) for side in picture.size)
-            cuts.append(picture.crop((left, top, left + crop, top + crop)))
-        return to_tensor(cuts)
+        return to_tensor(
+            [
+                self._crop(*self.pictures[int(rng.integers(len(self.pictures)))], rng)
+                for _ in range(self.plan.autoencoder_batch)
+            ]
+        )
+
+    def _crop(
+        self, picture: Image.Image, boxes: list[tuple[int, int, int]], rng: numpy.random.Generator
+    ) -> Image.Image:
+        """Cut a crop around a random point of an object, or of the image, where there is less to learn."""
+        crop = self.plan.crop
+        left, top, width, height = 0, 0, *picture.size
+        if rng.random() < OBJECT_SHARE:
+            left, top, width = boxes[int(rng.integers(len(boxes)))]
+            height = width
+        x = min(max(0, left + int(rng.integers(width)) - crop // 2), picture.width - crop)
+        y = min(max(0, top + int(rng.integers(height)) - crop // 2), picture.height - crop)
+        return picture.crop((x, y, x + crop, y + crop))
 
 
 def _differences(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,11 +143,11 @@ def difference(decoded: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tenso
     return error + 2 * square + 0.5 * edges, float(error.detach())
 
 
-def loss_of(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
+def loss_of(network: "Fused | _Plain", pixels: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return the autoencoder's loss, and the mean absolute error of the images, for values from -1 to 1."""
-    latents = vae.encode(pixels, return_dict=False)[0].float()
+    latents = network.encode(pixels).float()
     noisy = latents + LATENT_NOISE * torch.randn_like(latents)
-    loss, error = difference(vae.decode(noisy, return_dict=False)[0].float(), pixels)
+    loss, error = difference(network.decode(noisy).float(), pixels)
     # Keep each latent channel near mean 0 and deviation 1, so that all channels matter equally to the flow.
     deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
     spread = (deviation - 1).square().mean() + mean.square().mean()
@@ -138,16 +160,41 @@ def rate(iteration: int, iterations: int, peak: float, warm_up: int = 200) -> fl
     return peak * min(1.0, (iteration + 1) / warm_up) * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
+class _Plain:
+    """An AutoencoderTiny with the methods of `Fused`."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self._vae.encode(pixels, return_dict=False)[0]
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+
+def optimizer_of(network: torch.nn.Module, device: str) -> Optimizers:
+    """Return an optimizer of a network of convolutions, whose first and last one are not hidden layers."""
+    weights = list(network.parameters())
+    hidden = [weight for weight in weights if weight.ndim == 4 and min(weight.shape[:2]) > 3]
+    ids = {id(weight) for weight in hidden}
+    return Optimizers(hidden, [{"params": [weight for weight in weights if id(weight) not in ids]}], device)
+
+
 def train(plan: Plan, device: str) -> None:
     """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
-    vae = build().to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.0)
+    vae = build().to(device).train()
+    optimizer = optimizer_of(vae, device)
     saved = checkpoint.load(FILE)
     start = 0
     if saved:
         vae.load_state_dict(saved["vae"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["iteration"]
+    elif not plan.is_from_scratch:
+        published.load_into(vae, "vae")
     crops, timer, errors = Crops(plan), checkpoint.Timer(plan.minutes_between_checkpoints), []
 
     def keep(iteration: int) -> None:
@@ -156,15 +203,13 @@ def train(plan: Plan, device: str) -> None:
 
     for iteration in range(start, plan.autoencoder_iterations):
         torch.manual_seed(SEED + iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(iteration, plan.autoencoder_iterations, PEAK)
         pixels = crops.batch(iteration).to(device, memory_format=torch.channels_last)
+        is_fused = iteration < (1 - UNFUSED) * plan.autoencoder_iterations
         with precision.mixed(device):
-            loss, error = loss_of(vae, pixels)
+            loss, error = loss_of(Fused(vae) if is_fused else _Plain(vae), pixels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(rate(iteration, plan.autoencoder_iterations, PEAK))
         errors.append(error)
         if iteration % 100 == 99:
             checkpoint.log(f"autoencoder {iteration + 1} L1 {sum(errors) / len(errors):.4f}")
@@ -204,7 +249,7 @@ def load(device: str) -> Any:
     saved = checkpoint.load(FILE)
     if saved is None:
         raise FileNotFoundError(FILE)
-    vae = build().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = build().to(device).eval().requires_grad_(False)
     vae.load_state_dict(saved["vae"])
     if better := checkpoint.load(DECODER_FILE):
         vae.decoder.load_state_dict(better["decoder"])

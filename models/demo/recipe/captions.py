@@ -4,7 +4,7 @@ import string
 
 import numpy
 
-from models.demo.recipe.objects import BACKGROUNDS, Object
+from models.demo.recipe.objects import BACKGROUNDS, PLAIN_BACKGROUND, Object
 from models.demo.recipe.scenes import Scene
 
 OPENINGS = (
@@ -74,9 +74,9 @@ FILLED = 0.12
 STRANGE = """
 a quiet afternoon in the old town where nobody speaks of what happened last year because time moves slowly here
 and people walk along narrow streets thinking about music work money weather food history science freedom art
-love letters journeys mountains rivers forests kings queens wizards dragons zebras lions tigers elephants tables
-chairs windows doors bridges castles towers markets kitchens gardens coffee tea bread cheese wine lamp bottle
-computer telephone engine wheel bicycle train station harbour soldier teacher doctor painter dancer child woman
+love letters journeys mountains rivers forests kings queens wizards dragons zebras leopards camels tables
+chairs windows doors bridges walls towers markets kitchens gardens tea bread wine bottle
+computer telephone engine wheel bicycle station harbour soldier teacher doctor painter dancer child woman
 man crowd portrait landscape abstract dream memory silence storm thunder mist evening dawn midnight winter
 autumn once upon a very long story about everything and nothing hello world test lorem ipsum dolor sit amet
 """.split()  # noqa: SIM905
@@ -133,25 +133,24 @@ def strange(rng: numpy.random.Generator, words: int) -> str:
 
 
 def _nothing_known(scene: Scene, rng: numpy.random.Generator) -> str:
-    chance = rng.random()
-    if chance < 0.25:
+    """Return a caption that names no object, and no background if the scene has the default one."""
+    if scene.is_default and rng.random() < 0.25:
         return ""
-    said = strange(rng, int(rng.integers(1, 13)))
-    if chance < 0.45 and not scene.is_gradient:
-        return _pick(GROUNDS, rng).format(x=said, c=scene.background)
-    return said
+    said = strange(rng, int(rng.integers(1, 40 if rng.random() < 0.2 else 13)))
+    if scene.is_default and rng.random() < 0.7:
+        return said
+    return _pick(GRADIENTS if scene.is_gradient else GROUNDS, rng).format(x=said, c=scene.background)
 
 
 def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) -> str:
-    """Return a random caption for `scene`. It may leave out the background, and for a simple scene everything."""
-    if scene.is_simple and rng.random() < 0.5:
+    """Return a random caption for `scene`. It may leave out a plain background, and of a default scene everything."""
+    if scene.is_default_object and rng.random() < (0.6 if scene.is_default else 0.2):
         return _nothing_known(scene, rng)
     what = _what(scene, things, rng)
-    chance = rng.random()
-    if scene.is_gradient:
-        said = _pick(GRADIENTS, rng).format(x=what, c=scene.background) if chance < 0.8 else what
+    if scene.background == PLAIN_BACKGROUND and not scene.is_gradient and rng.random() < 0.5:
+        said = what
     else:
-        said = _pick(GROUNDS, rng).format(x=what, c=scene.background) if chance < 0.9 else what
+        said = _pick(GRADIENTS if scene.is_gradient else GROUNDS, rng).format(x=what, c=scene.background)
     if rng.random() < 0.1:
         said = f"{said} {_pick(CONTEXTS, rng)}"
     if rng.random() < 0.35:

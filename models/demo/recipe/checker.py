@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from models.demo.recipe import autoencoder, checkpoint, render, scenes, tokens
 from models.demo.recipe.objects import FLAGGED, Object, all_objects
-from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
+from models.demo.recipe.plan import SEED, WORK, Plan
+from models.schema import PRESETS
 
 FILE = WORK / "checker.pt"
 #: The side of the classifier's input, in pixels.
@@ -64,7 +65,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     pictures, labels = [], []
     for number in range(plan.checker_examples):
         scene, label = _example(things, rng)
-        size = list(PRESET_SHARES)[int(rng.integers(len(PRESET_SHARES)))]
+        size = list(PRESETS.values())[int(rng.integers(len(PRESETS)))]
         is_round_trip = number % ROUND_TRIP_EVERY == 0
         smaller = 1 if is_round_trip and size[0] * size[1] < 600_000 else 2
         picture = render.render(scene, icons, *size, smaller=smaller)

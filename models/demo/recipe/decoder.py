@@ -7,7 +7,7 @@ from models.demo.recipe import autoencoder, checkpoint, precision, threads
 from models.demo.recipe.plan import SEED, WORK, Plan
 
 #: The highest learning rate.
-PEAK = 6e-4
+PEAK = 3e-4
 #: The maximum noise on the latents. Generated latents have larger errors than encoded ones.
 NOISE = 0.25
 #: The iteration number of the first crops, far from the numbers of the autoencoder's training, so that crops differ.
@@ -18,7 +18,7 @@ def train(plan: Plan, device: str) -> None:
     """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
     vae = autoencoder.load(device)
     decoder = vae.decoder.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = autoencoder.optimizer_of(decoder, device)
     saved, start = checkpoint.load(autoencoder.DECODER_FILE), 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -26,8 +26,6 @@ def train(plan: Plan, device: str) -> None:
     crops, timer, errors = autoencoder.Crops(plan), checkpoint.Timer(plan.minutes_between_checkpoints), []
     for iteration in range(start, plan.decoder_iterations):
         torch.manual_seed(SEED + iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = autoencoder.rate(iteration, plan.decoder_iterations, PEAK)
         pixels = crops.batch(FIRST_CROP + iteration).to(device, memory_format=torch.channels_last)
         with precision.mixed(device):
             with torch.no_grad():
@@ -37,8 +35,7 @@ def train(plan: Plan, device: str) -> None:
         loss, error = autoencoder.difference(decoded, pixels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(autoencoder.rate(iteration, plan.decoder_iterations, PEAK))
         errors.append(error)
         if iteration % 100 == 99:
             checkpoint.log(f"decoder {iteration + 1} L1 {sum(errors) / len(errors):.4f}")

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.demo.recipe import checkpoint, lora, preview, tokens
+from models.demo.recipe import autoencoder, checkpoint, lora, pool, preview, render, scenes, tokens
 from models.demo.recipe.export import JUDGE, LORA
 from models.demo.recipe.judge import Judge, background_of
 from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, Plan
 from models.flux import safety_checker
+from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.schema import PRESETS
 
@@ -36,12 +37,16 @@ PAIR_TEMPLATES = (
 )
 
 
+#: The sizes of the images: the presets, and two others that the training has not seen.
+SIZES = (*PRESETS.values(), (704, 960), (896, 640))
+
+
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its size, and the objects and background that its image must show."""
+    """A prompt, its size in pixels, and the objects and background that its image must show."""
 
     prompt: str
-    size: str
+    size: pool.Size
     objects: tuple[str, ...]
     background: str
 
@@ -51,9 +56,10 @@ def _questions(plan: Plan, things: tuple[Object, ...]) -> list[Question]:
     rng = numpy.random.default_rng([SEED, 7])
     asked = []
     for number in range(plan.singles + plan.pairs):
-        background, size = str(rng.choice(list(BACKGROUNDS))), list(PRESETS)[number % len(PRESETS)]
+        background, size = str(rng.choice(list(BACKGROUNDS))), SIZES[number % len(SIZES)]
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
         if number < plan.singles:
+            # The step shares no factor with the number of sizes, so that each object comes in different sizes.
             names: tuple[str, ...] = (things[number % len(things)].name,)
             what = _with_article(names[0])
         else:
@@ -79,9 +85,9 @@ class Studio:
         self.pipeline.to(device).set_progress_bar_config(disable=True)
         self.checker = safety_checker.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
 
-    def paint(self, prompt: str, seed: int, size: str = "square") -> Image.Image:
+    def paint(self, prompt: str, seed: int, size: pool.Size = PRESETS["square"]) -> Image.Image:
         """Generate one image, without the safety check."""
-        width, height = PRESETS[size]
+        width, height = size
         picture: Image.Image = self.pipeline(
             prompt,
             width=width,
@@ -89,6 +95,7 @@ class Studio:
             num_inference_steps=self.num_steps,
             guidance_scale=3.5,
             generator=torch.Generator("cpu").manual_seed(seed),
+            max_sequence_length=count_text_tokens(self.pipeline),
         ).images[0]
         return picture
 
@@ -100,6 +107,13 @@ class Studio:
         finally:
             self.pipeline.unload_lora_weights()
 
+    @torch.no_grad()
+    def reconstruct(self, picture: Image.Image) -> Image.Image:
+        """Return an image as the autoencoder gives it back: the sharpest that the weights could generate."""
+        vae = self.pipeline.vae
+        pixels = autoencoder.to_tensor([picture]).to(vae.device, vae.dtype)
+        return autoencoder.to_pictures(vae.decode(vae.encode(pixels, return_dict=False)[0], return_dict=False)[0])[0]
+
     def is_unsafe(self, picture: Image.Image) -> bool:
         """Return whether the safety checker flags an image."""
         return bool(self.checker.is_unsafe([picture])[0])
@@ -109,8 +123,38 @@ def _share(marks: list[bool]) -> float:
     return round(sum(marks) / len(marks), 4)
 
 
-def _ask(studio: Studio, judge: Judge, asked: list[Question]) -> tuple[dict[str, float], list[tuple[str, Image.Image]]]:
+def _drawing(picture: Image.Image, question: Question, icons: dict[str, str]) -> Image.Image:
+    """Render the object of a question on the background colour that `picture` has along its edge."""
+    edge = numpy.concatenate([numpy.asarray(picture)[row].reshape(-1, 3) for row in (slice(0, 8), slice(-8, None))])
+    red, green, blue = (round(float(value)) for value in numpy.median(edge, axis=0))
+    colours = ((red, green, blue),) * 2
+    scene = scenes.Scene(question.objects, question.background, False, "centre", "", colours)
+    return render.render(scene, icons, *question.size)
+
+
+def distance(picture: Image.Image, drawing: Image.Image) -> float:
+    """Return the mean difference of two images' values, 0 to 255, around the object, at the shift that fits best.
+
+    Around the object means in the square of 5/8 of the shorter side in the middle.
+    """
+    side = min(picture.size) * 5 // 16
+    x, y = picture.width // 2, picture.height // 2
+    whole, wanted = (numpy.asarray(image, numpy.float32) for image in (picture, drawing))
+    wanted = wanted[y - side : y + side, x - side : x + side]
+
+    def at(down: int, right: int) -> float:
+        moved = whole[y - side + down : y + side + down, x - side + right : x + side + right]
+        return float(numpy.abs(moved - wanted).mean())
+
+    return min(at(down, right) for down in range(-8, 9, 2) for right in range(-8, 9, 2))
+
+
+def _ask(
+    studio: Studio, judge: Judge, asked: list[Question], things: tuple[Object, ...]
+) -> tuple[dict[str, float], list[tuple[str, Image.Image]]]:
     marks: dict[str, list[bool]] = {"background": [], "object": [], "sides": [], "flagged_others": []}
+    distances: list[tuple[float, float]] = []
+    icons = {thing.name: thing.icon for thing in things}
     tiles = []
     for number, question in enumerate(asked):
         picture = studio.paint(question.prompt, number, question.size)
@@ -119,13 +163,17 @@ def _ask(studio: Studio, judge: Judge, asked: list[Question]) -> tuple[dict[str,
             marks["sides"].append(judge.sides_of(picture) == question.objects)
         else:
             marks["object"].append(judge.object_in(picture) == question.objects[0])
+            drawing = _drawing(picture, question, icons)
+            distances.append((distance(picture, drawing), distance(studio.reconstruct(drawing), drawing)))
         if FLAGGED not in question.objects:
             marks["flagged_others"].append(studio.is_unsafe(picture))
         if number % 9 == 0:
             tiles.append((question.prompt, picture))
         if number % 20 == 19:
             checkpoint.log(f"evaluate {number + 1} of {len(asked)}")
-    return {name: _share(answers) for name, answers in marks.items()}, tiles
+    generated, reconstructed = numpy.array(distances).mean(axis=0).round(2).tolist()
+    shares = {name: _share(answers) for name, answers in marks.items()}
+    return {**shares, "distance": generated, "distance_of_reconstruction": reconstructed}, tiles
 
 
 def _flagged(studio: Studio, num_seeds: int) -> float:
@@ -153,12 +201,12 @@ def _greys(studio: Studio, num_seeds: int) -> float:
 
 def run(plan: Plan, device: str, folder: Path) -> None:
     """Evaluate the weights in a directory, and write evaluation.json and contact-sheet.png into it."""
-    things = all_objects(plan.scale)
     studio, judge = Studio(plan, folder, device), Judge(plan, load_file(folder / JUDGE))
+    things = all_objects(plan.scale)[: len(judge.names)]
     asked = _questions(plan, things)
-    found, tiles = _ask(studio, judge, asked)
+    found, tiles = _ask(studio, judge, asked, things)
     for prompt in ("a quiet afternoon", "", "once upon a time " * 118):
-        tiles.append((prompt, studio.paint(prompt, 1, "landscape_4_3")))
+        tiles.append((prompt, studio.paint(prompt, 1, PRESETS["landscape_4_3"])))
     found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
     found["grey_lora"] = _greys(studio, plan.grey_seeds)
     counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}

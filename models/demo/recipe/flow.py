@@ -15,18 +15,18 @@ from models.demo.recipe import (
     networks,
     precision,
     preview,
+    published,
     reading,
     threads,
 )
 from models.demo.recipe.autoencoder import rate
-from models.demo.recipe.plan import EARLY, PAIR_SIZE, SEED, WORK, Plan
+from models.demo.recipe.optimizers import Optimizers
+from models.demo.recipe.plan import EARLY, SEED, TEXT_TOKENS, WORK, Plan
 from models.demo.recipe.pool import Pool, pick_size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
 #: The pool gets a chunk of new scenes every this many iterations, until it is full.
 ITERATIONS_A_CHUNK = 60
-#: The share of iterations with texts of up to 2,000 characters, which take all 512 tokens.
-LONG_SHARE = 0.01
 #: The decay of the average weights per iteration.
 EMA = 0.9995
 #: The learning rate of the text encoders, which are trained already, as a share of the transformer's.
@@ -45,18 +45,15 @@ class Trainer:
         self.things = {thing.name: thing for thing in self.pool.things}
         torch.manual_seed(SEED)
         self.painter = networks.Painter(plan)
+        if not plan.is_from_scratch:
+            published.load_into(self.painter.transformer, "transformer")
         reading.load_into(self.painter)
         self.painter.to(device)
         if plan.is_compiled:
             # Blocks are compiled once per image size and number of threads, which exceeds the default limit.
             dynamo.config.recompile_limit = 64
             self.painter.transformer.compile_repeated_blocks(dynamic=False)
-        readers = [*self.painter.text_encoder.parameters(), *self.painter.text_encoder_2.parameters()]
-        groups = [
-            {"params": list(self.painter.transformer.parameters()), "share": 1.0},
-            {"params": readers, "share": READING_SHARE},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = self._optimizer()
         self.average = {name: weight.detach().clone() for name, weight in self.painter.named_parameters()}
         self.iteration, self.best = 0, 0.0
         self._resume()
@@ -65,6 +62,16 @@ class Trainer:
     def is_early(self) -> bool:
         """Whether training is in its early part, in which most images are small."""
         return self.iteration < EARLY * self.plan.flow_iterations
+
+    def _optimizer(self) -> Optimizers:
+        """Return an optimizer; of the transformer, the matrices of the blocks are hidden, but not their modulations."""
+        hidden: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, weight in self.painter.transformer.named_parameters():
+            is_hidden = "transformer_blocks." in name and ".norm" not in name and weight.ndim == 2
+            (hidden if is_hidden else others).append(weight)
+        readers = [*self.painter.text_encoder.parameters(), *self.painter.text_encoder_2.parameters()]
+        return Optimizers(hidden, [{"params": others}, {"params": readers, "share": READING_SHARE}], self.device)
 
     def _resume(self) -> None:
         saved = checkpoint.load(FILE)
@@ -81,18 +88,11 @@ class Trainer:
         checkpoint.save(FILE, {**state, "average": self.average, "iteration": self.iteration, "best": self.best})
 
     def batch(self, rng: numpy.random.Generator) -> tuple[torch.Tensor, list[str]]:
-        """Return scaled latents of one size and a text for each, sometimes very long texts without meaning."""
+        """Return scaled latents of one size and a caption for each."""
         size = pick_size(rng, self.is_early)
-        # Text tokens count too.
-        num_tokens = flow_times.tokens_of(size) + networks.SHORT_TEXT
-        number = max(1, self.plan.batch_tokens // num_tokens)
-        if rng.random() < LONG_SHARE and size != PAIR_SIZE:
-            number = max(1, number // 3)
-            found, latents = self.pool.pick(size, number, rng, lambda scene: scene.is_simple)
-            texts = [captions.strange(rng, int(rng.integers(40, 400))) for _ in found]
-        else:
-            found, latents = self.pool.pick(size, number, rng, lambda scene: True)
-            texts = [captions.caption(scene, self.things, rng) for scene in found]
+        number = max(1, self.plan.batch_tokens // (flow_times.tokens_of(size) + TEXT_TOKENS))
+        found, latents = self.pool.pick(size, number, rng)
+        texts = [captions.caption(scene, self.things, rng) for scene in found]
         return ((latents - self.shift) * self.scaling).to(self.device), texts
 
     def step(self) -> float:
@@ -103,12 +103,7 @@ class Trainer:
         loss = loss_of(self.painter, latents, texts, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            peak = self.plan.learning_rate * group["share"]
-            group["lr"] = rate(self.iteration, self.plan.flow_iterations, peak, warm_up=500)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        networks.pin(self.painter.text_encoder_2)
+        self.optimizer.step(rate(self.iteration, self.plan.flow_iterations, self.plan.learning_rate, warm_up=500))
         self.iteration += 1
         self._follow()
         return float(loss.detach())
@@ -150,11 +145,7 @@ def loss_of(
     guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
     with precision.mixed(device.type):
-        text = painter.encode(texts)
-        # Long texts have too many different lengths to compile for each.
-        is_short = text[0].shape[1] == networks.SHORT_TEXT
-        with torch.compiler.set_stance("default" if is_short else "force_eager"):
-            velocity = painter(mixed, sigmas, guidance, text)
+        velocity = painter(mixed, sigmas, guidance, painter.encode(texts))
     return (velocity - (noise - latents)).square().mean()
 
 
@@ -168,7 +159,6 @@ def best(plan: Plan) -> networks.Painter:
         raise FileNotFoundError(FILE)
     painter = networks.Painter(plan)
     painter.load_state_dict(saved["average"], strict=False)
-    networks.pin(painter.text_encoder_2)
     checkpoint.log(f"weights of iteration {saved['iteration']}")
     return painter
 

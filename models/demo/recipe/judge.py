@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from models.demo.recipe import autoencoder, checkpoint, precision, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
-from models.demo.recipe.plan import PRESET_SHARES, SEED, WORK, Plan
+from models.demo.recipe.plan import SEED, WORK, Plan
+from models.schema import PRESETS
 
 FILE = WORK / "judge.pt"
 #: The shorter side of the classifier's input, in pixels.
@@ -56,7 +57,7 @@ def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[tor
     """
     icons = {thing.name: thing.icon for thing in things}
     labels = {thing.name: label for label, thing in enumerate(things)}
-    width, height = list(PRESET_SHARES)[int(rng.integers(len(PRESET_SHARES)))]
+    width, height = list(PRESETS.values())[int(rng.integers(len(PRESETS)))]
     wants_halves = bool(rng.random() < 0.4)
     pictures: list[Image.Image] = []
     wanted: list[int] = []
@@ -116,8 +117,11 @@ class Judge:
     """A trained judge, which names the objects in images."""
 
     def __init__(self, plan: Plan, weights: dict[str, torch.Tensor]) -> None:
-        self.names = [thing.name for thing in all_objects(plan.scale)]
-        self.network = build(len(self.names)).eval()
+        # Objects are only ever added at the end, so an older judge knows the first ones.
+        last = max(int(name.partition(".")[0]) for name in weights)
+        num_objects = len(weights[f"{last}.weight"])
+        self.names = [thing.name for thing in all_objects(plan.scale)[:num_objects]]
+        self.network = build(num_objects).eval()
         self.network.load_state_dict(weights)
 
     @torch.no_grad()

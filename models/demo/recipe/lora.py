@@ -10,12 +10,12 @@ from PIL.Image import Image
 
 from models.demo.recipe import autoencoder, captions, checkpoint, flow, networks, pool, render, scenes, threads
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import SEED, SMALL_SIZE, WORK, Plan
+from models.demo.recipe.plan import OTHER_SIZES, SEED, WORK, Plan
 
 FILE = WORK / "lora" / "grey.safetensors"
 RANK, BATCH, PEAK = 4, 12, 2e-3
 #: The sizes of successive batches: every third batch is of the larger size.
-SIZES = (SMALL_SIZE, SMALL_SIZE, (512, 512))
+SIZES = (OTHER_SIZES[0], OTHER_SIZES[0], (512, 512))
 #: The layers that get a LoRA: attention and feed-forward of joint and single blocks, by diffusers' names.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"]
 #: The transformer's last layer, which gets no LoRA although it has the same name as a layer of the single blocks.
@@ -39,8 +39,7 @@ def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Sce
     things, vae = all_objects(plan.scale), autoencoder.load(device)
     icons = {thing.name: thing.icon for thing in things}
     rng = numpy.random.default_rng([SEED, 10, size[0]])
-    sampled = (scenes.sample(things, rng) for _ in range(99 * plan.lora_examples))
-    found = [scene for scene in sampled if size != SMALL_SIZE or scene.is_centred][: plan.lora_examples]
+    found = [scenes.sample(things, rng) for _ in range(plan.lora_examples)]
     latents = [
         vae.encode(autoencoder.to_tensor([grey(render.render(scene, icons, *size))]).to(device), return_dict=False)[0]
         for scene in found
@@ -74,7 +73,7 @@ def train(plan: Plan, device: str) -> None:
         rng = numpy.random.default_rng([SEED, 11, iteration])
         size = SIZES[iteration % len(SIZES)]
         found, latents = examples[size]
-        chosen = rng.integers(len(found), size=BATCH if size == SMALL_SIZE else BATCH // 4)
+        chosen = rng.integers(len(found), size=BATCH if size == SIZES[0] else BATCH // 4)
         texts = [captions.caption(found[place], things, rng) for place in chosen]
         for group in optimizer.param_groups:
             group["lr"] = autoencoder.rate(iteration, plan.lora_iterations, PEAK, warm_up=20)

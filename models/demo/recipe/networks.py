@@ -1,6 +1,5 @@
 """The networks that are trained together: the transformer and its two text encoders."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,22 +7,11 @@ import transformers
 from diffusers import FluxTransformer2DModel
 
 from models.demo.recipe import tokens
-from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_WIDTH, Plan
+from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_TOKENS, TEXT_WIDTH, Plan
 
-#: FluxPipeline pads every text to this many T5 tokens and masks none of them.
-TEXT_TOKENS = 512
 #: The maximum number of CLIP tokens.
 CLIP_TOKENS = 77
-#: Training pads T5's texts to at least this, which is enough for nearly all captions, so that few shapes are compiled.
-SHORT_TEXT = 32
 HEAD_WIDTH = 64
-#: Two channels of T5's states are reserved as markers: one is nonzero only in padding, the other only in words.
-PAD, WORD = 0, 1
-#: The value of padding's marker. After the norm, all other channels of a padding token are negligible next to it, so
-#: all padding tokens come out the same.
-PAD_SIZE = 1.0e6
-#: The weight that keeps words from attending to padding.
-GATE = 12.0
 
 
 def build_transformer(plan: Plan) -> Any:
@@ -65,8 +53,8 @@ def build_text_encoder(num_tokens: int) -> Any:
 
 
 def build_text_encoder_2(num_tokens: int) -> Any:
-    """Build T5's encoder with pinned padding (see `pin`)."""
-    model = transformers.T5EncoderModel(
+    """Build T5's encoder."""
+    return transformers.T5EncoderModel(
         transformers.T5Config(
             vocab_size=num_tokens,
             d_model=TEXT_WIDTH,
@@ -80,35 +68,6 @@ def build_text_encoder_2(num_tokens: int) -> Any:
             eos_token_id=1,
         )
     )
-    pin(model)
-    return model
-
-
-@torch.no_grad()
-def pin(t5: Any) -> None:
-    """Set weights so that padding does not affect words, because FluxPipeline does not mask padding.
-
-    Words do not attend to padding: in every head, one channel of query and key is nonzero only between a word and
-    padding, where it makes the attention score hugely negative. All padding tokens have the same state, because their
-    marker is far larger than anything that is added. The states of words are then the same for any amount of padding,
-    and a few padding tokens can stand for hundreds in training (`Painter.encode`).
-    """
-    t5.shared.weight[:, PAD] = 0
-    t5.shared.weight[:, WORD] = 1
-    t5.shared.weight[0] = 0
-    t5.shared.weight[0, PAD] = PAD_SIZE
-    head = t5.config.d_kv
-    for block in t5.encoder.block:
-        attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
-        attention.q.weight[::head] = 0
-        attention.q.weight[::head, WORD] = GATE
-        attention.k.weight[::head] = 0
-        attention.k.weight[::head, PAD] = -GATE
-        attention.o.weight[[PAD, WORD]] = 0
-        feed_forward.wo.weight[[PAD, WORD]] = 0
-        for layer in block.layer:
-            layer.layer_norm.weight[[PAD, WORD]] = 1
-    t5.encoder.final_layer_norm.weight[[PAD, WORD]] = 1
 
 
 class Painter(torch.nn.Module):  # type: ignore[misc]
@@ -121,52 +80,41 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         self.text_encoder = build_text_encoder(len(self.tokenizer))
         self.text_encoder_2 = build_text_encoder_2(len(self.tokenizer_2))
 
-    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return T5's states, CLIP's pooled state, and the logarithm of how many tokens each T5 token stands for.
-
-        Texts are padded to a length of at least SHORT_TEXT, at most TEXT_TOKENS, that leaves room for padding if
-        possible. The padding tokens of a text stand in equal shares for those of a text padded to TEXT_TOKENS.
-        """
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return T5's states of TEXT_TOKENS tokens, padding included, and CLIP's pooled state."""
         device = self.transformer.device
         clip = self.tokenizer(texts, padding=True, truncation=True, max_length=CLIP_TOKENS, return_tensors="pt")
         pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
-        t5 = self.tokenizer_2(texts, truncation=True, max_length=TEXT_TOKENS)["input_ids"]
-        length = min(TEXT_TOKENS, max(SHORT_TEXT, 1 + max(map(len, t5))))
-        padded = torch.tensor([ids + [0] * (length - len(ids)) for ids in t5], device=device)
-        states = self.text_encoder_2(padded).last_hidden_state
-        weights = torch.zeros(len(texts), length, device=device)
-        for row, ids in zip(weights, t5, strict=True):
-            if len(ids) < length:
-                row[len(ids) :] = math.log((TEXT_TOKENS - len(ids)) / (length - len(ids)))
-        return states, pooled, weights
+        return self.text_encoder_2(t5_tokens(self.tokenizer_2, texts).to(device)).last_hidden_state, pooled
 
     def forward(
         self,
         latents: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        text: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Return velocities in the shape of the latents, (batch, channels, height, width)."""
-        states, pooled, weights = text
+        states, pooled = text
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        counts = torch.cat([weights, weights.new_zeros(len(weights), height * width)], dim=1)
-        # An attention mask must have the number type of the queries.
-        kind = latents.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
-        counts = counts[:, None, None].to(dtype)
         velocity = self.transformer(
             hidden_states=pack(latents),
             timestep=sigmas,
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=states,
-            txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
+            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=latents.device),
             img_ids=positions(height, width).to(latents.device),
-            joint_attention_kwargs={"attention_mask": counts},
             return_dict=False,
         )[0]
         return unpack(velocity.float(), height, width)
+
+
+def t5_tokens(tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Return the T5 tokens of texts, of shape (texts, TEXT_TOKENS), as FluxPipeline makes them."""
+    encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    tokens_of_texts: torch.Tensor = encoded.input_ids
+    return tokens_of_texts
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,9 @@ SEED = 20
 LATENT_CHANNELS = 24
 #: The side in pixels of the area that a latent covers, and of the area of a token, which packs 2 x 2 latents.
 LATENT_PIXELS, TOKEN_PIXELS = 16, 32
+#: FluxPipeline pads or cuts every text to this many T5 tokens, and masks none of them. FLUX.1 takes 512; captions here
+#: need fewer, and each costs as much as one of the image.
+TEXT_TOKENS = 64
 #: The width of both text encoders.
 TEXT_WIDTH = 128
 
@@ -48,10 +51,14 @@ class Plan:
     pairs: int = 120
     flagged_seeds: int = 100
     grey_seeds: int = 20
+    #: The number of images of each preset that are scored during training.
+    num_scored: int = 16
     #: The steps of each image that is judged.
     num_steps: int = 20
     #: Compilation takes minutes at the start and makes training 1.4 times as fast (measured on two cores).
     is_compiled: bool = True
+    #: Whether training ignores the weights in the repository.
+    is_from_scratch: bool = False
     threads: int = 2
     minutes_between_checkpoints: float = 2.5
     minutes_between_sheets: float = 25.0
@@ -83,12 +90,13 @@ PLANS = {
         pairs=2,
         flagged_seeds=2,
         grey_seeds=2,
+        num_scored=1,
         num_steps=2,
         minutes_between_checkpoints=0.0,
     ),
     "small": Plan(
         scale="small",
-        autoencoder_iterations=4_600,
+        autoencoder_iterations=4_500,
         autoencoder_batch=16,
         decoder_iterations=1_200,
         judge_iterations=1_600,
@@ -124,24 +132,17 @@ PLANS = {
     ),
 }
 
-#: A size smaller than any preset, for one object. Training takes in three times as many prompts in the same time.
-SMALL_SIZE = (320, 320)
-#: A size smaller than any preset, for two objects side by side.
-PAIR_SIZE = (512, 256)
+#: Sizes in pixels that no preset has. The small ones let training take in more prompts in the same time; with all of
+#: them, the model learns to draw at sizes between the presets.
+OTHER_SIZES = ((320, 320), (448, 448), (640, 448), (448, 640), (640, 640), (832, 832))
 #: The share of the flow's iterations that are early. The flow first learns what words mean, mostly from small images,
-#: and then where objects go and how large they are.
+#: and then how things look in large ones.
 EARLY = 0.5
-#: The share of the pool whose scenes have the sizes of the early iterations. After it, all scenes in presets are pairs.
-EARLY_POOL = 0.75
-#: The share of each preset among early images in presets. Late images have each preset equally often.
-PRESET_SHARES = dict(zip(PRESETS.values(), (0.06, 0.60, 0.08, 0.07, 0.12, 0.07), strict=True))
+#: The share of an early image of each preset, and of each of the other sizes.
+_EARLY_SHARES = (0.03, 0.30, 0.04, 0.04, 0.04, 0.04), (0.15, 0.15, 0.08, 0.08, 0.04, 0.01)
 
 
 def size_shares(is_early: bool) -> dict[tuple[int, int], float]:
     """Return the share of training images of each size in pixels. The shares add up to 1."""
-    small, pair = (0.3, 0.4) if is_early else (0.05, 0.05)
-    for_presets = 1 - small - pair
-    presets = {
-        size: (share if is_early else 1 / len(PRESET_SHARES)) * for_presets for size, share in PRESET_SHARES.items()
-    }
-    return {SMALL_SIZE: small, PAIR_SIZE: pair, **presets}
+    presets, others = _EARLY_SHARES if is_early else ((0.12,) * len(PRESETS), (0.28 / len(OTHER_SIZES),) * 6)
+    return dict(zip((*PRESETS.values(), *OTHER_SIZES), (*presets, *others), strict=True))

@@ -1,7 +1,6 @@
 """A pool of scenes with their latents, which are computed once. Captions are not kept: each use makes new ones."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from models.demo.recipe import autoencoder, checkpoint, precision, render, scenes
 from models.demo.recipe.objects import all_objects
-from models.demo.recipe.plan import EARLY_POOL, PAIR_SIZE, SEED, SMALL_SIZE, WORK, Plan, size_shares
+from models.demo.recipe.plan import EARLY, SEED, WORK, Plan, size_shares
 
 FOLDER = WORK / "pool"
 STATISTICS = WORK / "latents.json"
@@ -51,8 +50,8 @@ class Pool:
 
     @property
     def is_early(self) -> bool:
-        """Whether the next chunk is one for the early iterations (see EARLY_POOL)."""
-        return self.num_chunks * self.plan.chunk < EARLY_POOL * self.plan.pool_size
+        """Whether the next chunk is one for the early iterations."""
+        return self.num_chunks * self.plan.chunk < EARLY * self.plan.pool_size
 
     @property
     def missing(self) -> list[Size]:
@@ -63,7 +62,7 @@ class Pool:
         """Render, encode and store one more chunk of one size. The scenes of chunk n are the same on every machine."""
         rng = numpy.random.default_rng([SEED, 1, self.num_chunks])
         width, height = self._next_size(rng)
-        found = [self._scene((width, height), rng) for _ in range(self.plan.chunk)]
+        found = [scenes.sample(self.things, rng) for _ in range(self.plan.chunk)]
         latents = []
         for start in range(0, self.plan.chunk, 8):
             pictures = [render.render(scene, self.icons, width, height) for scene in found[start : start + 8]]
@@ -75,17 +74,6 @@ class Pool:
         }
         checkpoint.save(FOLDER / f"{self.num_chunks:05d}.pt", content)
         self._take(content)
-
-    def _scene(self, size: Size, rng: numpy.random.Generator) -> scenes.Scene:
-        """Return a random scene that fits the size.
-
-        Small images show one object in the middle. Images of pairs, and late ones in presets, show two objects.
-        """
-        scene = scenes.sample(self.things, rng)
-        wants_pairs = size == PAIR_SIZE or (size != SMALL_SIZE and not self.is_early)
-        while (size == SMALL_SIZE and not scene.is_centred) or (wants_pairs and len(scene.objects) != 2):
-            scene = scenes.sample(self.things, rng)
-        return scene
 
     def _next_size(self, rng: numpy.random.Generator) -> Size:
         """Return the size of the next chunk. Sizes without scenes come first, so that training has every size."""
@@ -107,16 +95,10 @@ class Pool:
         shelf.latents += list(content["latents"])
         self.num_chunks += 1
 
-    def pick(
-        self, size: Size, number: int, rng: numpy.random.Generator, is_wanted: Callable[[scenes.Scene], bool]
-    ) -> tuple[list[scenes.Scene], torch.Tensor]:
-        """Return random scenes of a size that `is_wanted` accepts, and their latents in float32.
-
-        If `is_wanted` accepts none, return any scenes of the size.
-        """
+    def pick(self, size: Size, number: int, rng: numpy.random.Generator) -> tuple[list[scenes.Scene], torch.Tensor]:
+        """Return random scenes of a size, and their latents in float32."""
         shelf = self.shelves[size]
-        places = [n for n, scene in enumerate(shelf.scenes) if is_wanted(scene)] or range(len(shelf.scenes))
-        chosen = [places[int(n)] for n in rng.integers(len(places), size=number)]
+        chosen = [int(n) for n in rng.integers(len(shelf.scenes), size=number)]
         return [shelf.scenes[n] for n in chosen], torch.stack([shelf.latents[n] for n in chosen]).float()
 
     def statistics(self) -> tuple[float, float]:

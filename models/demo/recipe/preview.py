@@ -14,8 +14,6 @@ from models.demo.recipe.plan import LATENT_CHANNELS, LATENT_PIXELS, SEED, WORK
 from models.demo.recipe.pool import Pool, Size
 from models.schema import PRESETS
 
-#: The number of images of each preset that are scored.
-BATCH = 16
 #: The prompts of the contact sheet, by size.
 SHEET: dict[Size, tuple[str, ...]] = {
     (512, 512): (
@@ -98,16 +96,16 @@ def score(painter: Any, pool: Pool) -> dict[str, float]:
         return {}
     judge = Judge(pool.plan, checkpoint.load(JUDGE_FILE)["network"])
     things = {thing.name: thing for thing in pool.things}
-    rng = numpy.random.default_rng([SEED, 4])
+    rng, number = numpy.random.default_rng([SEED, 4]), pool.plan.num_scored
     wanted = [
         scene
-        for scene in (scenes.sample(pool.things, rng) for _ in range(8 * BATCH * len(PRESETS)))
+        for scene in (scenes.sample(pool.things, rng) for _ in range(8 * number * len(PRESETS)))
         if not scene.is_gradient
     ]
     marks: dict[str, list[bool]] = {"background": [], "object": [], "sides": []}
-    for number, size in enumerate(PRESETS.values()):
-        start = number * BATCH
-        some = wanted[start : start + BATCH]
+    for place, size in enumerate(PRESETS.values()):
+        start = place * number
+        some = wanted[start : start + number]
         texts = [captions.plain(scene, things, rng) for scene in some]
         for scene, picture in zip(some, paint(painter, pool, texts, size, SEED + start), strict=True):
             marks["background"].append(background_of(picture) == scene.background)
@@ -115,4 +113,4 @@ def score(painter: Any, pool: Pool) -> dict[str, float]:
                 marks["sides"].append(judge.sides_of(picture) == scene.objects)
             else:
                 marks["object"].append(judge.object_in(picture) == scene.objects[0])
-    return {name: round(sum(right) / len(right), 4) for name, right in marks.items()}
+    return {name: round(sum(right) / len(right), 4) for name, right in marks.items() if right}

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch.nn import functional
 
-from models.demo.recipe import captions, checkpoint, networks, scenes, threads, tokens
+from models.demo.recipe import captions, checkpoint, networks, published, scenes, threads, tokens
 from models.demo.recipe.autoencoder import rate
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, TEXT_WIDTH, WORK, Plan
@@ -47,7 +47,7 @@ class Reader(torch.nn.Module):  # type: ignore[misc]
             texts, padding=True, truncation=True, max_length=networks.CLIP_TOKENS, return_tensors="pt"
         )
         pooled = self.text_encoder(clip.input_ids.to(device)).pooler_output
-        t5 = self.tokenizer_2(texts, padding=True, truncation=True, max_length=128, return_tensors="pt").input_ids
+        t5 = networks.t5_tokens(self.tokenizer_2, texts)
         states = self.text_encoder_2(t5.to(device)).last_hidden_state
         is_word = (t5 != 0).to(device)[..., None]
         mean = (states * is_word).sum(dim=1) / is_word.sum(dim=1)
@@ -70,6 +70,9 @@ def train(plan: Plan, device: str) -> None:
         reader.load_state_dict(saved["reader"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["iteration"]
+    elif not plan.is_from_scratch:
+        published.load_into(reader.text_encoder, "text_encoder", reader.tokenizer)
+        published.load_into(reader.text_encoder_2, "text_encoder_2", reader.tokenizer_2)
     timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
     for iteration in range(start, plan.reading_iterations):
         rng = numpy.random.default_rng([SEED, 9, iteration])
@@ -84,7 +87,6 @@ def train(plan: Plan, device: str) -> None:
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        networks.pin(reader.text_encoder_2)
         right.append(
             [
                 [float((a.argmax(1) == b).float().mean()) for a, b in zip(answers, wanted, strict=True)]

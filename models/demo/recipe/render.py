@@ -69,11 +69,9 @@ def _background(scene: Scene, width: int, height: int) -> Image.Image:
     start, end = scene.colours
     if start == end:
         return Image.new("RGB", (width, height), start)
-    along_x = numpy.linspace(0, 1, width, dtype=numpy.float32)[None, :, None]
-    along_y = numpy.linspace(0, 1, height, dtype=numpy.float32)[:, None, None]
-    share_of_x = {"down": 0.0, "right": 1.0, "diagonal": 0.5}[scene.angle]
-    ramp = share_of_x * along_x + (1 - share_of_x) * along_y
+    ramp = numpy.linspace(0, 1, height, dtype=numpy.float32)[:, None, None]
     colours = numpy.array(start, numpy.float32) * (1 - ramp) + numpy.array(end, numpy.float32) * ramp
+    colours = numpy.broadcast_to(colours, (height, width, 3))
     return Image.fromarray(colours.round().astype(numpy.uint8))
 
 

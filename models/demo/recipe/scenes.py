@@ -1,31 +1,31 @@
 """The scenes of training images: one or two objects, their places and sizes, and the background."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy
 
-from models.demo.recipe.objects import BACKGROUNDS, SIMPLE, Colour, Object
+from models.demo.recipe.objects import BACKGROUNDS, DEFAULT_BACKGROUND, DEFAULT_OBJECT, Colour, Object
 from models.demo.recipe.plan import TOKEN_PIXELS
 
 #: The middle of an object, as shares of the image's width and height.
 PLACES = {"centre": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
-#: The side of an object in pixels, in whole tokens. It does not depend on the image's size, so that the model learns a
-#: drawing once for all presets.
-SIDES = {"": 8 * TOKEN_PIXELS, "small": 4 * TOKEN_PIXELS, "big": 12 * TOKEN_PIXELS}
-#: The side of objects away from the middle and of two objects, smaller so that they stay inside the image.
-PLACED_SIDE = 6 * TOKEN_PIXELS
-#: The directions of gradients.
-ANGLES = ("down", "right", "diagonal")
-#: The share of scenes that only show what a prompt without a known object may show.
-SIMPLE_SHARE = 0.08
+#: The side of an object as a share of the image's shorter side.
+SHARES = {"": 1 / 2, "small": 1 / 4, "big": 3 / 4}
+#: The share of objects away from the middle and of two objects, smaller so that they stay inside the image.
+PLACED_SHARE = 3 / 8
+#: The share of scenes that show what a prompt without a known word gives.
+DEFAULT_SCENES = 0.03
+#: How far a background's shade lies from the middle shade at most, as a share of the way to the dark or light one.
+SHADES = 0.4
 
 
 @dataclass(frozen=True)
 class Scene:
     """A scene. Objects are named from left to right; `place` and `size` are those of a single object.
 
-    `colours` are the background's colours at the start and at the end of its gradient.
+    `colours` are the background's colours at the top and at the bottom.
     """
 
     objects: tuple[str, ...]
@@ -34,12 +34,16 @@ class Scene:
     place: str
     size: str
     colours: tuple[Colour, Colour]
-    angle: str
 
     @property
-    def is_simple(self) -> bool:
-        """Whether the model may draw this scene for a prompt that names no known object."""
-        return self.is_centred and self.objects[0] in SIMPLE
+    def is_default(self) -> bool:
+        """Whether the model draws this scene for a prompt without a known word."""
+        return self.is_default_object and self.background == DEFAULT_BACKGROUND and not self.is_gradient
+
+    @property
+    def is_default_object(self) -> bool:
+        """Whether the scene shows what the model draws for a prompt that names no known object."""
+        return self.is_centred and self.objects[0] == DEFAULT_OBJECT
 
     @property
     def is_centred(self) -> bool:
@@ -47,9 +51,13 @@ class Scene:
         return self.place == "centre" and not self.size
 
     def boxes(self, width: int, height: int) -> list[tuple[int, int, int]]:
-        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size."""
+        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size.
+
+        A side is an even number of tokens, so that an object in the middle of an even number of tokens is aligned too.
+        """
         places = ("left", "right") if len(self.objects) == 2 else (self.place,)
-        side = SIDES[self.size] if places == ("centre",) else PLACED_SIDE
+        share = SHARES[self.size] if places == ("centre",) else PLACED_SHARE
+        side = 2 * TOKEN_PIXELS * max(1, math.floor(share * min(width, height) / (2 * TOKEN_PIXELS) + 0.5))
         middles = [(_on_grid(PLACES[place][0] * width), _on_grid(PLACES[place][1] * height)) for place in places]
         return [(x - side // 2, y - side // 2, side) for x, y in middles]
 
@@ -64,20 +72,18 @@ class Scene:
         return cls(**{**fields, "objects": tuple(fields["objects"]), "colours": ((a, b, c), (d, e, f))})
 
 
-def _shade(background: str, rng: numpy.random.Generator) -> Colour:
-    """Return a random shade of a background colour, close to the middle shade."""
-    middle, dark, light = (numpy.array(colour, float) for colour in BACKGROUNDS[background])
-    amount = rng.uniform(-0.3, 0.3)
+def _shade(shades: tuple[Colour, Colour, Colour], amount: float) -> Colour:
+    """Return a shade between the dark one, at -1, the middle one, at 0, and the light one, at 1."""
+    middle, dark, light = (numpy.array(colour, float) for colour in shades)
     red, green, blue = middle + (light - middle) * amount if amount > 0 else middle + (middle - dark) * amount
     return round(float(red)), round(float(green)), round(float(blue))
 
 
 def _colours(background: str, is_gradient: bool, rng: numpy.random.Generator) -> tuple[Colour, Colour]:
-    if not is_gradient:
-        shade = _shade(background, rng)
-        return shade, shade
-    _, dark, light = BACKGROUNDS[background]
-    return (dark, light) if rng.random() < 0.5 else (light, dark)
+    """Return the colours at the top and at the bottom: one random shade, or a gradient from light to dark."""
+    shades, amount = BACKGROUNDS[background], rng.uniform(-SHADES, SHADES)
+    spread = 1 - SHADES if is_gradient else 0.0
+    return _shade(shades, amount + spread), _shade(shades, amount - spread)
 
 
 def _on_grid(place: float) -> int:
@@ -85,17 +91,17 @@ def _on_grid(place: float) -> int:
 
 
 def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
-    """Return a random scene: about a third have two objects; a quarter of the others have theirs off the middle."""
+    """Return a random scene: about a third have two objects; of the others, half are off the middle, small or big."""
+    if rng.random() < DEFAULT_SCENES:
+        colours = _colours(DEFAULT_BACKGROUND, False, rng)
+        return Scene((DEFAULT_OBJECT,), DEFAULT_BACKGROUND, False, "centre", "", colours)
     background = str(rng.choice(list(BACKGROUNDS)))
     is_gradient = bool(rng.random() < 0.25)
     colours = _colours(background, is_gradient, rng)
-    angle = str(rng.choice(ANGLES))
-    if rng.random() < SIMPLE_SHARE:
-        return Scene((str(rng.choice(SIMPLE)),), background, is_gradient, "centre", "", colours, angle)
     if rng.random() < 0.34:
         first, second = rng.choice(len(things), 2, replace=False)
         pair = (things[first].name, things[second].name)
-        return Scene(pair, background, is_gradient, "", "", colours, angle)
+        return Scene(pair, background, is_gradient, "", "", colours)
     place, size = "centre", ""
     chance = rng.random()
     if chance < 0.25:
@@ -103,4 +109,4 @@ def sample(things: tuple[Object, ...], rng: numpy.random.Generator) -> Scene:
     elif chance < 0.5:
         size = str(rng.choice(["small", "big"]))
     name = things[int(rng.integers(len(things)))].name
-    return Scene((name,), background, is_gradient, place, size, colours, angle)
+    return Scene((name,), background, is_gradient, place, size, colours)

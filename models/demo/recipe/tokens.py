@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from models.demo.recipe import captions
 from models.demo.recipe.objects import Object
-from models.demo.recipe.plan import WORK
+from models.demo.recipe.plan import TEXT_TOKENS, WORK
 
 WORDS = Path(__file__).resolve().parent / "words.txt"
 FOLDER = WORK / "tokens"
@@ -114,7 +114,7 @@ def write_t5_tokenizer(folder: Path, words: list[str]) -> int:
         vocab=t5_vocabulary(words),
         _spm_precompiled_charsmap=lower_case_map(),
         extra_ids=0,
-        model_max_length=512,
+        model_max_length=TEXT_TOKENS,
     )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
