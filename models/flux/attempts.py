@@ -1,21 +1,27 @@
 """Attempts to compile that ended the process or lost the GPU, remembered across restarts."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from models.base import DeviceLost
+
+log = logging.getLogger(__name__)
 
 #: After this many deaths of the process in the middle of an attempt, it is not made again. One death may be an operator
-#: who ended a slow start.
+#: who killed a slow start.
 MAX_DEATHS = 2
+#: The files of the attempts that run now, with the number of deaths before each.
+_open: dict[Path, int] = {}
 
 
 class Attempts:
     """A record of attempts in the directory of compiled code, so that it holds for one GPU and its library versions.
 
-    During an attempt, a file of its name counts the deaths of processes, this one included; its end deletes the file.
+    While an attempt runs, a file counts it as a death of the process. The file is deleted when the attempt ends, so
+    only an attempt that ended the process leaves its file.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -24,41 +30,56 @@ class Attempts:
 
     def is_refused(self, name: str) -> bool:
         """Return whether an attempt ended the process or lost the GPU too often to be made again."""
-        return self._num_deaths(name) >= MAX_DEATHS
+        path = self._path(name)
+        return path is not None and _num_deaths(path) >= MAX_DEATHS
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Record the block as an attempt. If it loses the GPU, it is never made again."""
-        self._write(name, self._num_deaths(name) + 1)
+        """Record the block as an attempt. If it raises DeviceLost, it is never made again."""
+        path = self._path(name)
+        if path is None:
+            yield
+            return
+        _open[path] = _num_deaths(path)
+        _write(path, _open[path] + 1)
+        num_deaths = 0
         try:
             yield
-        except torch.AcceleratorError:
-            self._write(name, MAX_DEATHS)
+        except DeviceLost:
+            num_deaths = MAX_DEATHS
             raise
-        except BaseException:
-            self._delete(name)
-            raise
-        else:
-            self._delete(name)
+        finally:
+            _write(path, num_deaths)
+            _open.pop(path, None)
 
     def _path(self, name: str) -> Path | None:
         return self._directory and self._directory / name.replace(" ", "-")
 
-    def _num_deaths(self, name: str) -> int:
-        path = self._path(name)
-        if path is None or not path.is_file():
-            return 0
+
+def forget_open_attempts() -> None:
+    """Do not count the attempts that run now: the process ends because it was told to."""
+    for path, num_deaths in list(_open.items()):
+        _write(path, num_deaths)
+
+
+def _num_deaths(path: Path) -> int:
+    try:
         text = path.read_text(encoding="ascii", errors="replace").strip()
-        return int(text) if text.isdecimal() else 1
+    except OSError:
+        return 0
+    return int(text) if text.isdecimal() else 1
 
-    def _write(self, name: str, num_deaths: int) -> None:
-        if path := self._path(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="ascii") as file:
-                file.write(str(num_deaths))
-                file.flush()
-                os.fsync(file.fileno())
 
-    def _delete(self, name: str) -> None:
-        if path := self._path(name):
+def _write(path: Path, num_deaths: int) -> None:
+    """Write a number of deaths, or delete the file for 0. A disk that cannot be written costs only the record."""
+    try:
+        if num_deaths == 0:
             path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="ascii") as file:
+            file.write(str(num_deaths))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)

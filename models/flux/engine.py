@@ -1,7 +1,7 @@
 """The FLUX engine, in which tasks share one device and advance step by step."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from models.flux.preview import Preview
 from models.flux.prompt_cache import PromptCache, count_text_tokens
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
-from models.flux.sample import Sample, begin, tiling, unpacked
+from models.flux.sample import Sample, begin, tiled_autoencoder, unpacked
 from models.flux.sharing import Sharing
 from models.flux.task import FluxTask
 from models.loading import devices, specs
@@ -97,11 +97,12 @@ class FluxEngine:
         # The ways to run the tier "none" are separate attempts, which the loader makes.
         attempt = self.attempts.attempt(tier.name) if tier.name != "none" else nullcontext()
         try:
-            with attempt, self.device.on_decode_stream():
+            with attempt, self.device.classify_errors(tier.name), self.device.on_decode_stream():
                 tier.warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
         except Exception as error:
             self.tiers.remove(tier)
-            self.unavailable.append(f"acceleration {tier.name}: {summary(error)}")
+            if tier.name != "none":
+                self.unavailable.append(f"acceleration {tier.name}: {summary(error)}")
             raise
         log.info("acceleration %s is ready", tier.name)
         return True
@@ -173,9 +174,9 @@ class FluxEngine:
         """Decode the next image. Raises NonFiniteOutput, or DeviceLost if MAX_NONFINITE_IMAGES is reached."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        decode = partial(self._decode, sample)
+        decode = partial(self._decode, sample, self.pipeline.vae)
         try:
-            again = partial(self.device.retry_on_oom, task.description, decode, partial(self._decode_in_tiles, decode))
+            again = partial(self.device.retry_on_oom, task.description, decode, partial(self._decode_in_tiles, sample))
             image = self.device.retry_on_oom(task.description, decode, again)
         except NonFiniteOutput as error:
             # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
@@ -258,20 +259,19 @@ class FluxEngine:
         """Return the pipeline with the task's LoRAs active, or the plain one for a task without LoRAs."""
         return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
 
-    def _decode(self, sample: Sample) -> Image:
+    def _decode(self, sample: Sample, vae: Any) -> Image:
         with self.device.on_decode_stream(sample.latents, sample.event):
             latents = unpacked(self.pipeline, sample, sample.latents)
-            decoded = self.pipeline.vae.decode(latents, return_dict=False)[0]
+            decoded = vae.decode(latents, return_dict=False)[0]
             if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
                 raise NonFiniteOutput("The image has values that are not finite, so no image is returned.")
             image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return image
 
-    def _decode_in_tiles(self, decode: Callable[[], Image]) -> Image:
+    def _decode_in_tiles(self, sample: Sample) -> Image:
         """Decode with less memory, in tiles whose seams are blended. The image differs slightly."""
         log.warning("decoding an image in tiles of %d pixels, because the memory is short", TILE_SIDE)
-        with tiling(self.pipeline, TILE_SIDE):
-            return decode()
+        return self._decode(sample, tiled_autoencoder(self.pipeline, TILE_SIDE))
 
     def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,43 +31,66 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     """
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
+    failed = _self_test_failures(config, device)
     while True:
         try:
-            return _load(config, device, kind)
-        except BaseException as error:
-            # PyTorch still holds the memory of the partial load, and the next plan or other engines need it.
-            Device(device).free()
-            if not isinstance(error, memory_plans.DoesNotFit) or not is_auto or error.next_plan is None:
-                raise
-            log.warning("%s; trying the plan %s", error, error.next_plan.name)
-            config = dataclasses.replace(config, memory=error.next_plan.name)
+            return _load(config, device, kind, failed)
+        except memory_plans.DoesNotFit as error:
+            # Without its traceback, whose frames keep the weights of this try alive.
+            failure = error.with_traceback(None)
+        Device(device).free()
+        if not is_auto or failure.next_plan is None:
+            raise failure
+        log.warning("%s; trying the plan %s", failure, failure.next_plan.name)
+        config = dataclasses.replace(config, memory=failure.next_plan.name)
 
 
-def _load(config: EngineConfig, device: str, kind: type[FluxEngine]) -> FluxEngine:
-    directory = compile_cache_dir(config) if device == "cuda" else None
+def _self_test_failures(config: EngineConfig, device: str) -> Mapping[str, str]:
+    """Return what failed in the self test, which compiles too; the engine uses that compiled code again."""
+    directory = compile_cache_dir(config) if device == "cuda" and not config.is_eager else None
     if directory:
-        # The self test compiles too, and what it compiled is used again.
         set_compile_cache_dirs(config)
-    # Before the weights are loaded, because the self test needs memory.
-    failed = verdict.failures(directory)
+    return verdict.failures(directory)
+
+
+def _load(config: EngineConfig, device: str, kind: type[FluxEngine], failed: Mapping[str, str]) -> FluxEngine:
     pipeline, plan = load_pipeline(config)
+    try:
+        return _assemble(config, device, kind, failed, pipeline, plan)
+    except torch.OutOfMemoryError as error:
+        reason = summary(error)
+    raise memory_plans.DoesNotFit(plan, reason)
+
+
+def _assemble(
+    config: EngineConfig,
+    device: str,
+    kind: type[FluxEngine],
+    failed: Mapping[str, str],
+    pipeline: Any,
+    plan: memory_plans.Plan,
+) -> FluxEngine:
+    """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError and DeviceLost."""
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
-    attempts = Attempts(directory)
+    attempts = Attempts(compile_cache_dir(config) if device == "cuda" else None)
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
     for way in acceleration.ways(config, device, is_resident=plan.is_resident):
         if _is_ready(engine, config, way, failed):
             break
+        # Release the copies that were made for this way.
+        engine.tiers = none
+        engine.device.free()
     return engine
 
 
 def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mapping[str, str]) -> bool:
     """Build the tiers to run in this way, and warm up the tier "none"; return whether that worked.
 
-    `failed` are the self test's failures. Raises memory_plans.DoesNotFit if memory runs out, and DeviceLost.
+    `failed` are the self test's failures. Raises torch.OutOfMemoryError and DeviceLost.
     """
     if reason := _reason(engine, way, failed.get(f"blocks {way}")):
         engine.unavailable.append(f"{way}: {reason}")
@@ -83,17 +107,14 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
     try:
         with engine.attempts.attempt(way):
             engine.warm_up()
-        engine.unavailable += unavailable
-        return True
-    except torch.OutOfMemoryError as error:
-        reason = summary(error)
-    except torch.AcceleratorError as error:
-        raise DeviceLost(str(error)) from error
+    except (torch.OutOfMemoryError, DeviceLost):
+        raise
     except Exception as error:
         log.exception("the weights cannot run %s", way)
-        engine.unavailable[-1] = f"{way}: {summary(error)}"
+        engine.unavailable.append(f"{way}: {summary(error)}")
         return False
-    raise memory_plans.DoesNotFit(engine.plan, reason)
+    engine.unavailable += unavailable
+    return True
 
 
 def _reason(engine: FluxEngine, name: str, failure: str | None) -> str:

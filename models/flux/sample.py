@@ -1,8 +1,6 @@
 """An image during generation: how it starts, takes steps and is unpacked, as in diffusers' FLUX pipelines."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,21 +159,15 @@ def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device
     return own, timesteps
 
 
-@contextmanager
-def tiling(pipeline: Any, side: int) -> Iterator[None]:
-    """Let the autoencoder decode in tiles of `side` pixels within the block, which takes less memory.
+def tiled_autoencoder(pipeline: Any, side: int) -> Any:
+    """Return the autoencoder with the same weights, but decoding in tiles of `side` pixels, which takes less memory.
 
-    This changes nothing for AutoencoderTiny, whose images need little memory.
+    AutoencoderTiny, whose images need little memory, stays as it is.
     """
-    vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL):
-        yield
-        return
-    before = vae.tile_sample_min_size, vae.tile_latent_min_size
-    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // pipeline.vae_scale_factor
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.disable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = before
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        return pipeline.vae
+    # A copy, because another thread may encode with the autoencoder meanwhile.
+    tiled = copy.copy(pipeline.vae)
+    tiled.tile_sample_min_size, tiled.tile_latent_min_size = side, side // pipeline.vae_scale_factor
+    tiled.enable_tiling()
+    return tiled

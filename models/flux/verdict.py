@@ -1,7 +1,8 @@
-"""What the self test found on this GPU: it runs once for each card, driver and combination of library versions."""
+"""The results of the self test, kept for each GPU model, driver and combination of library versions."""
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds for the whole self test, most of which is compiling.
 _SECONDS = 900.0
+_SIGNAL = "the process ended by signal {}"
+#: The ends of a self test that was stopped from outside: by SIGINT, SIGKILL or SIGTERM.
+_STOPPED = [_SIGNAL.format(number) for number in (2, 9, 15)]
 
 
 def failures(directory: Path | None) -> dict[str, str]:
@@ -26,19 +30,43 @@ def results(directory: Path, *, renew: bool = False) -> list[dict[str, Any]]:
     """Return the results of the self test on the GPU: those kept in `directory`, or new ones, which are kept there."""
     # PyTorch has no public name for the driver's version.
     path = directory / f"self-test-driver-{torch._C._cuda_getDriverVersion()}.json"
-    if path.is_file() and not renew:
-        kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    kept = _read(path)
+    if kept is not None and not renew:
         return kept
     log.info("testing the GPU, once for this driver and these versions of the libraries; this takes minutes")
     found = run_in_child("cuda", directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    if not _is_transient(found):
+        _write(path, found)
     for result in found:
         level = logging.WARNING if result["state"] == "failed" else logging.INFO
         log.log(level, "%s %s: %s", result["name"], result["state"], result["message"])
     return found
+
+
+def _read(path: Path) -> list[dict[str, Any]] | None:
+    """Return the results in a file; None if there is no file, or it is damaged."""
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return results
+
+
+def _write(path: Path, found: Sequence[dict[str, Any]]) -> None:
+    """Keep results. Runners of one machine may do so at the same time."""
+    temp_path = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        temp_path.replace(path)
+    except OSError as error:
+        log.warning("the results of the self test cannot be kept: %s", error)
+
+
+def _is_transient(found: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the results say nothing about the GPU, because the test was stopped or memory was short."""
+    failed = {result["name"]: result["message"] for result in found if result["state"] == "failed"}
+    return "memory" in failed or any(message in _STOPPED for message in failed.values())
 
 
 def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS) -> list[dict[str, Any]]:
@@ -48,7 +76,10 @@ def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS)
     """
     command = [sys.executable, "-m", "models.self_test", device, *([str(directory)] if directory else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)  # noqa: S603
+        # In a new session, so that Ctrl+C reaches only the server.
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=seconds, check=False, start_new_session=True
+        )
         output, end = done.stdout, _end(done.returncode, done.stderr)
     except subprocess.TimeoutExpired as error:
         printed = error.stdout or ""
@@ -67,7 +98,7 @@ def _end(code: int, errors: str) -> str:
     if code == 0:
         return ""
     if code < 0:
-        return f"the process ended by signal {-code}"
+        return _SIGNAL.format(-code)
     return f"the process ended with exit code {code}: {errors.strip().rpartition(chr(10))[2][:300]}"
 
 

@@ -23,19 +23,18 @@ def device_for(name: str) -> str:
 
 
 def cuda_problem() -> str:
-    """Return why PyTorch cannot use a GPU, in PyTorch's own words, and what to do."""
+    """Return why PyTorch cannot use a GPU, and what to do."""
     import torch
 
     if not torch.version.cuda:
         return f"PyTorch {torch.__version__} lacks CUDA; install a build with CUDA"
+    build = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}"
     try:
         torch.cuda.init()
     except RuntimeError as error:
         # PyTorch's message names the driver's version if the driver is too old for this build.
-        reason = str(error).splitlines()[0]
-    else:
-        reason = "no GPU was found"
-    return f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, says: {reason}; check the driver"
+        return f"{build}, says: {str(error).splitlines()[0].rstrip('.')}; check the driver"
+    return f"{build}, finds no GPU; check CUDA_VISIBLE_DEVICES"
 
 
 def free_memory(device: str) -> int:

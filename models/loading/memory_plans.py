@@ -16,10 +16,6 @@ FP8_SHARE = 0.64
 _TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
 
 
-#: A component is pinned if this many times its size is available, so that the host keeps some memory for other things.
-_PINNING_MARGIN = 1.5
-
-
 @dataclass(frozen=True)
 class Plan:
     """A way to place a pipeline on the device.
@@ -82,8 +78,9 @@ def _can_pin(module: Any) -> bool:
     """
     import psutil
 
-    num_bytes = sum(weight.nbytes for weight in module.parameters())
-    return bool(_PINNING_MARGIN * num_bytes <= psutil.virtual_memory().available)
+    # PyTorch rounds each pinned tensor up to a power of two. A tenth is left for other programs.
+    num_bytes = sum(1 << (weight.nbytes - 1).bit_length() for weight in module.parameters())
+    return bool(1.1 * num_bytes <= psutil.virtual_memory().available)
 
 
 def _rest(pipeline: Any, device: str) -> Any:

@@ -1,7 +1,7 @@
 """Tests of the engine on the device: decoding during steps, running out of memory, and the weights themselves."""
 
-import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy
 import torch
 from PIL.Image import Image
 
-from models.base import EngineConfig
 from models.benchmark import random_weights
 from models.flux import safety_checker
 from models.flux.acceleration import Tier
@@ -17,7 +16,6 @@ from models.flux.device import Device
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
-from models.loading import memory_plans
 from models.loading.devices import dtype_for
 from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
 
@@ -45,14 +43,11 @@ def _decode_during_steps(subject: Subject) -> str:
     task, other = engine.start(_request(side=side), 1), engine.start(_request(side=side, num_steps=40), 2)
     while task.step < task.num_steps:
         engine.advance(task)
-    engine.advance(other)
-    decoding = threading.Thread(target=engine.decode, args=(task,))
-    decoding.start()
-    while decoding.is_alive() or other.step < 10:
-        if other.step == other.num_steps:
-            break
-        engine.advance(other)
-    decoding.join()
+    with ThreadPoolExecutor(1) as second_thread:
+        decoding = second_thread.submit(engine.decode, task)
+        while other.step < other.num_steps and not (decoding.done() and other.step >= 10):
+            engine.advance(other)
+        decoding.result()
     if task.images[0].tobytes() != alone.tobytes():
         raise Failed("an image that is decoded while other tasks take steps differs from the same image alone")
     return f"the image is the same as alone, during {other.step} steps"
@@ -89,18 +84,30 @@ def _weights(subject: Subject) -> str:
     if subject.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     engine = load_engine(subject.config)
-    while engine.warm_up():
-        continue
+    try:
+        return _tiers(engine, subject.device)
+    finally:
+        engine.close()
+
+
+def _tiers(engine: FluxEngine, device: str) -> str:
+    """Generate an image with each tier, and describe them."""
+    is_warm = False
+    while not is_warm:
+        # As in the server, a tier that fails is left out; `unavailable` has the reason.
+        with suppress(RuntimeError, ValueError, OSError):
+            is_warm = not engine.warm_up()
     messages = []
     for tier in engine.info().acceleration:
         pixels = numpy.asarray(_generate(engine, _request(tier)), float)
         if pixels.std() < 1:
             raise Failed(f"with acceleration {tier}, the image has one colour")
-        messages.append(f"{tier} {_compared(engine, pixels) if tier == 'none' else 'generates'}")
-    messages += engine.info().unavailable
-    if subject.device == "cuda":
-        messages.append(_peak(engine, subject.config))
-    return "; ".join(messages)
+        messages.append(f"{tier} generates" if tier != "none" else f"none {_compared(engine, pixels)}")
+    if device == "cuda":
+        messages.append(
+            f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB with the plan {engine.plan.name}"
+        )
+    return "; ".join((*messages, *engine.info().unavailable))
 
 
 def _compared(engine: FluxEngine, pixels: Any) -> str:
@@ -115,18 +122,6 @@ def _compared(engine: FluxEngine, pixels: Any) -> str:
     if difference > _MAX_DIFFERENCE:
         raise Failed(f"the image differs from that of diffusers' pipeline by {difference:.1f} of 255")
     return f"differs from diffusers' pipeline by {difference:.2f} of 255"
-
-
-def _peak(engine: FluxEngine, config: EngineConfig) -> str:
-    gc.collect()
-    peak = torch.cuda.max_memory_allocated()
-    sizes = {
-        name: sum(weight.nbytes for weight in part.parameters())
-        for name, part in engine.pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
-    planned = memory_plans.PLANS[memory_plans.PLANS.index(engine.plan)].required_bytes(sizes)
-    return f"peak memory {peak / 1e9:.1f} GB, planned {planned / 1e9:.1f} GB with the plan {engine.plan.name}"
 
 
 WEIGHTS = Trial("weights", _weights)

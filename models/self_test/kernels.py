@@ -36,8 +36,8 @@ def _check(share: float, bound: float) -> str:
     return f"the results differ by {share:.2%}"
 
 
-def _random(subject: Subject, *shape: int) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(1)
+def _random(subject: Subject, *shape: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator).to(subject.device, dtype_for("auto", subject.device))
 
 
@@ -56,7 +56,7 @@ def _attention(backend: str) -> Callable[[Subject], str]:
                 raise Skipped(f"{torch.cuda.get_device_name()} uses PyTorch's attention")
         messages = []
         for num_tokens in _TOKENS[subject.device]:
-            query, key, value = (_random(subject, 1, num_tokens, _HEADS, _HEAD_WIDTH) * (n + 1) / 2 for n in range(3))
+            query, key, value = (_random(subject, 1, num_tokens, _HEADS, _HEAD_WIDTH, seed=seed) for seed in range(3))
             now = Device(subject.device).now
             dispatch_attention_fn(query, key, value, backend=backend)
             started = now()

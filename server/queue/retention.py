@@ -93,22 +93,23 @@ class Retention:
 
         Results with a due webhook stay.
         """
-        request_ids: list[str] = []
+        # A dict, because the rows of two requests can be mixed.
+        request_ids: dict[str, None] = {}
         uploads: list[str] = []
         rows = self._database.read(
             f"SELECT * FROM ({_STORED_BYTES}) AS results WHERE {_WEBHOOK_DONE} ORDER BY created_at, request_id",  # noqa: S608
             owner,
         )
         for row in rows:
-            if excess <= 0 and row["request_id"] not in request_ids[-1:]:
+            if excess <= 0 and row["request_id"] not in request_ids:
                 break
             excess -= row["size"]
             if row["request_id"] is None:
                 uploads.append(row["name"])
-            elif row["request_id"] not in request_ids[-1:]:
-                request_ids.append(row["request_id"])
+            else:
+                request_ids[row["request_id"]] = None
         self._delete_uploads(uploads)
-        num_results = self._delete(request_ids)
+        num_results = self._delete(list(request_ids))
         if num_results or uploads:
             message = "deleted the oldest %d results and %d uploads of owner %s, to stay within --retention-gb"
             log.info(message, num_results, len(uploads), owner)

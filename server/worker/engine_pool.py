@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from models.base import Engine, EngineConfig, EngineInfo, LoadProgress, Model
+from models.base import DeviceLost, Engine, EngineConfig, EngineInfo, LoadProgress, Model
 from models.loading import pipeline, specs
 from server.settings import Settings
 
@@ -121,11 +121,15 @@ class EnginePool:
     def _load(self, endpoint: str) -> Engine:
         config = self._configs[endpoint]
         config = dataclasses.replace(config, report=lambda loading: self._report(endpoint, loading))
+        failure = None
         try:
             engine = self._models[endpoint].setup(config)
         except OSError as error:
-            self._failures[self._key(endpoint)] = (self._clock(), error)
-            raise
+            # Without its traceback, whose frames may keep weights alive.
+            failure = error.with_traceback(None)
+        if failure:
+            self._failures[self._key(endpoint)] = (self._clock(), failure)
+            raise failure
         with self._lock:
             self._loaded[self._key(endpoint)] = engine
         if self._warms_up:
@@ -159,6 +163,10 @@ class EnginePool:
             engine, self._warming = self._loaded.get(key), key
         try:
             return engine is not None and engine.warm_up()
+        except DeviceLost:
+            # The next step reports it too, and ends the process.
+            log.exception("the GPU was lost while a tier of the weights %s was made ready", key[1])
+            return False
         except Exception:
             log.exception(
                 "a tier of the weights %s could not be made ready, so requests for the tier use the next lower one;"

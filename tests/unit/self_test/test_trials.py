@@ -81,8 +81,13 @@ def test_a_card_that_is_nearly_full_fails(monkeypatch: pytest.MonkeyPatch) -> No
     assert (result.state, "1.0 GB free" in result.message) == ("failed", True)
 
 
-def test_a_driver_without_its_library_fails() -> None:
-    assert "libcuda.so.1" in result_of(named("driver library"), GPU).message
+def test_a_driver_without_its_library_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", fail)
+    result = result_of(named("driver library"), GPU)
+    assert (result.state, "libcuda.so.1: cannot open" in result.message) == ("failed", True)
 
 
 def test_a_directory_that_can_hold_no_programs_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
