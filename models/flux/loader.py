@@ -35,11 +35,12 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     while True:
         try:
             return _load(config, device, kind, failed)
-        except memory_plans.DoesNotFit as error:
+        except OSError as error:
             # Without its traceback, whose frames keep the weights of this try alive.
             failure = error.with_traceback(None)
+        # PyTorch still holds the memory of the partial load, and the next plan or other engines need it.
         Device(device).free()
-        if not is_auto or failure.next_plan is None:
+        if not isinstance(failure, memory_plans.DoesNotFit) or not is_auto or failure.next_plan is None:
             raise failure
         log.warning("%s; trying the plan %s", failure, failure.next_plan.name)
         config = dataclasses.replace(config, memory=failure.next_plan.name)

@@ -1,4 +1,4 @@
-"""The self test as a process of its own: python -m models.self_test DEVICE [DIRECTORY].
+"""The self test as a child process: python -m models.self_test DEVICE [DIRECTORY].
 
 It prints one JSON object per line: the name of each test before it runs, and then its result. If the process dies, its
 parent knows where.

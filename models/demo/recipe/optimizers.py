@@ -1,6 +1,6 @@
 """The optimizers: Muon for the weights between hidden layers, AdamW for all others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class Optimizers:
     On a CPU that emulates bfloat16, AdamW takes all weights, because PyTorch's Muon multiplies in bfloat16.
     """
 
-    def __init__(self, hidden: Iterable[torch.nn.Parameter], others: Sequence[dict[str, Any]], device: str) -> None:
+    def __init__(self, hidden: Sequence[torch.nn.Parameter], others: Sequence[dict[str, Any]], device: str) -> None:
         """Take the weights of hidden layers, and the other weights as AdamW's groups.
 
         A group's `share` is its part of the learning rate, 1 if it is missing.

@@ -30,8 +30,11 @@ def load_into(network: Any, part: str, tokenizer: Any = None) -> None:
     saved = load_file(file)
     if part in _ROWS:
         (name,) = (key for key in saved if key.endswith(_ROWS[part][0]))
-        _, folder, kind = _ROWS[part]
-        old, new = kind.from_pretrained(DEMO / folder, local_files_only=True).get_vocab(), tokenizer.get_vocab()
+        _, tokenizer_directory, kind = _ROWS[part]
+        old, new = (
+            kind.from_pretrained(DEMO / tokenizer_directory, local_files_only=True).get_vocab(),
+            tokenizer.get_vocab(),
+        )
         rows = network.state_dict()[name].clone()
         known = [token for token in new if token in old]
         rows[[new[token] for token in known]] = saved[name][[old[token] for token in known]].to(rows)

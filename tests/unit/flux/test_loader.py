@@ -70,6 +70,23 @@ def test_when_no_plan_is_left_the_error_says_so(monkeypatch: pytest.MonkeyPatch)
         load_engine(config())
 
 
+def test_a_load_that_fails_frees_the_memory_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other engines need the memory, which PyTorch would keep."""
+    parts: list[Any] = []
+    freed: list[bool] = []
+
+    def fail(*_: Any) -> None:
+        part = torch.nn.Linear(4, 4)
+        parts.append(weakref.ref(part))
+        raise OSError("a file is damaged")
+
+    monkeypatch.setattr(pipeline, "_load", fail)
+    monkeypatch.setattr(Device, "free", lambda _: freed.append(parts[0]() is None))
+    with pytest.raises(OSError, match="a file is damaged"):
+        load_engine(config())
+    assert freed == [True]
+
+
 @pytest.fixture
 def old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake a CUDA build of PyTorch on a machine whose driver is too old."""

@@ -144,7 +144,7 @@ def test_compiled_blocks_are_compared_at_all_presets(monkeypatch: pytest.MonkeyP
         torch._dynamo.reset()
 
 
-# -- the process of its own
+# -- the child process
 
 
 @pytest.fixture
