@@ -1,9 +1,10 @@
 # flux-server in a container. It does not run as root, and writes only to its volumes and /tmp.
 #
-#   docker build -t flux-server .                              # PyTorch with CUDA, from PyPI
-#   docker build -t flux-server --build-arg TORCH_INDEX=URL .  # PyTorch from an index, such as that of CPU builds
+#   docker build -t flux-server .                                 # PyTorch for a GPU, from PyPI
+#   docker build -t flux-server --build-arg TORCH_DEVICE=cpu \
+#                --build-arg TORCH_INDEX=URL .                    # PyTorch for a CPU, from PyTorch's index of CPU builds
 #
-# constraints.txt fixes the version of every Python package. Debian's packages follow bookworm for security updates.
+# constraints/ fixes the version of every Python package. Debian's packages follow bookworm for security updates.
 
 FROM debian:bookworm-slim AS python
 # hadolint ignore=DL3008
@@ -27,27 +28,29 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv --without-pip /opt/flux-server
 # pip reads PIP_FIND_LINKS: a directory of wheels that is mounted during the build, or the URL of a page.
+ARG TORCH_DEVICE=cuda
 ARG TORCH_INDEX=""
 ARG PIP_FIND_LINKS=""
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_NO_CACHE_DIR=1
 WORKDIR /build
-COPY constraints.txt .
+COPY constraints constraints
 # Install PyTorch first and alone: otherwise pip would look for the other packages at TORCH_INDEX too.
 # hadolint ignore=DL3013,DL3042
-RUN pip --python /opt/flux-server/bin/python install -c constraints.txt ${TORCH_INDEX:+--index-url="$TORCH_INDEX"} torch
+RUN pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" \
+    ${TORCH_INDEX:+--index-url="$TORCH_INDEX"} torch
 COPY --from=requirements /build/requirements.txt .
 # hadolint ignore=DL3042
-RUN pip --python /opt/flux-server/bin/python install -c constraints.txt -r requirements.txt
+RUN pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" -r requirements.txt
 # torchao provides the fp8 tiers, which need a PyTorch built for CUDA.
 # hadolint ignore=DL3013,DL3042
 RUN if /opt/flux-server/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
-        pip --python /opt/flux-server/bin/python install -c constraints.txt torchao; \
+        pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" torchao; \
     fi
 # --build-arg RAY=1 adds Ray, for clusters.
 ARG RAY=""
 # hadolint ignore=DL3013,DL3042
-RUN if [ -n "$RAY" ]; then pip --python /opt/flux-server/bin/python install -c constraints.txt 'ray[default]'; fi
+RUN if [ -n "$RAY" ]; then pip --python /opt/flux-server/bin/python install -c "constraints/$TORCH_DEVICE.txt" 'ray[default]'; fi
 # Remove the libraries' tests, and PyTorch's headers, which only C++ extensions need.
 RUN find /opt/flux-server/lib -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + \
     && rm -rf /opt/flux-server/lib/python3.11/site-packages/torch/test \

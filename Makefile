@@ -5,9 +5,11 @@
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
+# TORCH_DEVICE=cpu or cuda chooses the version of PyTorch (constraints/); without it, NVIDIA's driver does.
 # TORCH_INDEX=URL installs PyTorch from that index, such as PyTorch's own index of CPU builds.
 
 PYTHON ?= python3
+TORCH_DEVICE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 BIN := .venv/bin
 # --no-compile: Python compiles what it imports, at its first import; pip would compile everything, for minutes.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -84,14 +86,14 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # Install PyTorch first and alone: otherwise pip would look for the other packages at TORCH_INDEX too.
-.venv/serve.done: .venv/bin/python pyproject.toml constraints.txt
+.venv/serve.done: .venv/bin/python pyproject.toml $(wildcard constraints/*.txt)
 	@echo "Installing; PyTorch alone is a large download, this may take minutes."
-	$(if $(TORCH_INDEX),$(PIP) install -q --no-compile -c constraints.txt torch --index-url $(TORCH_INDEX))
-	$(PIP) install -q --no-compile -c constraints.txt -e .
+	$(if $(TORCH_INDEX),$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt torch --index-url $(TORCH_INDEX))
+	$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt -e .
 	touch $@
 
 .venv/dev.done: .venv/serve.done
-	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt -e '.[dev]'
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt

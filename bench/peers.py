@@ -107,7 +107,7 @@ def _peer(python: Path, command: Sequence[str], health: str) -> Iterator[int]:
 
 
 def measure(python: Path, clients: Sequence[int], rounds: int, seconds: float) -> Figures:
-    """Measure every server in each of `rounds` rounds. Raises SystemExit if a server refuses a request."""
+    """Measure every server in each of `rounds` rounds; return all figures. Raises SystemExit if a request fails."""
     servers: list[Callable[[], AbstractContextManager[Targets]]] = [
         ours,
         *(partial(peer, python) for peer in (fastapi, litserve, bentoml)),

@@ -85,7 +85,7 @@ class Unavailable:
     """A stand-in for a checker that could not be loaded. It fails every check, so no unchecked image is returned."""
 
     def __init__(self, reason: str) -> None:
-        """Keep the reason for the operator. It may name paths, so clients do not get it."""
+        """Keep the reason. `load` logs it; clients do not get it, because it may name paths."""
         self.reason = reason
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:

@@ -91,7 +91,10 @@ def _weights(subject: Subject) -> str:
 
 
 def _tiers(engine: FluxEngine, device: str) -> str:
-    """Generate an image with each tier, and describe them."""
+    """Generate an image with each tier; return the results as one line of text.
+
+    Raises Failed if an image has one colour, or differs too much from diffusers' own.
+    """
     is_warm = False
     while not is_warm:
         # As in the server, a tier that fails is left out; `unavailable` has the reason.

@@ -144,7 +144,10 @@ class UnsupportedProgram(Exception):
 
 
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Check that `run` can redirect this command's fal calls with these settings. Raises UnsupportedProgram if not."""
+    """Check that the settings and the certificate that `run` needs for this command exist.
+
+    Raises UnsupportedProgram if one is missing. `run_limitations` names what `run` cannot do for a program.
+    """
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it, the program's calls would go to the real fal")
     if not settings.proxy_port and not _is_node(command):
@@ -154,7 +157,8 @@ def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -
         )
     if not files.bundle.exists():
         raise UnsupportedProgram(
-            f"there is no certificate in {files.bundle.parent}; start the server once with this --data-dir"
+            f"there is no certificate in {files.bundle.parent}; start the server once with "
+            f"--data-dir {files.bundle.parent.parent}, or name the --data-dir of the server that runs"
         )
 
 

@@ -124,7 +124,7 @@ def bench(
     settings: Settings,
     random_weights: Annotated[
         str,
-        typer.Option(help="Measure random weights instead of WEIGHTS: tiny, or full, shaped like FLUX.1 [dev]."),
+        typer.Option(help="Measure random weights instead of WEIGHTS: full (in the shapes of FLUX.1 [dev]) or tiny."),
     ] = "",
     sizes: Annotated[str, typer.Option(help="Image sizes in pixels, such as 512x512,1024x768.")] = "1024x768",
     steps: Annotated[int, typer.Option(min=1, max=50, help="Steps per image.")] = 28,

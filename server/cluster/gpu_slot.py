@@ -194,7 +194,7 @@ class GpuSlot:
         except (RunnerLost, message_checks.ImplausibleMessage) as error:
             if not self._stopped.is_set():
                 self._num_restarts, self._failure = self._num_restarts + 1, str(error)
-                log.warning("GPU %d: lost its runner, starting another: %s", self.number, error)
+                log.warning("GPU %d: starting another runner, because it lost its runner: %s", self.number, error)
         finally:
             with self._lock:
                 self._runner, self.is_ready = None, False

@@ -95,7 +95,10 @@ class ConnectProxy:
             writer.transport.abort()
 
     async def _connect_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Connect a client to its target, or send the reason for a refusal. Raises TimeoutError for an idle tunnel."""
+        """Connect a client to its target and copy data until the tunnel ends, or send the reason for a refusal.
+
+        Raises TimeoutError if the tunnel is idle for too long.
+        """
         try:
             target = await _target_of(reader)
             there = await self._connect(target)

@@ -39,7 +39,10 @@ class Plan:
 
 
 def planned(number: int) -> Plan:
-    """Plan a request with random numbers of steps and images; `number` walks through every state and step."""
+    """Return a plan with random numbers of steps and images; `number` seeds them.
+
+    The plans of many successive numbers together cancel in every state and at every step.
+    """
     rng = random.Random(number)
     num_steps, num_images = rng.randint(1, 4), rng.randint(1, 2)
     return Plan(number, num_steps, num_images, number % (num_steps * num_images + 3) - 1)

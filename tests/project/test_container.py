@@ -21,6 +21,7 @@ from tests.support.server_process import ROOT, Server
 
 BIN = Path(sys.executable).parent
 COMPOSE = ROOT / "docker-compose.yml"
+CONSTRAINTS = ROOT / "constraints"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 SCRIPT = ROOT / "tests" / "project" / "container" / "build.sh"
 SERVICES = ("flux", "demo")
@@ -99,7 +100,7 @@ def test_the_build_context_is_small() -> None:
     # The file excludes everything except the listed names, so .git, .venv and .env never enter the image.
     assert lines[0] == "*"
     admitted = {line[1:] for line in lines if line.startswith("!")}
-    assert admitted == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "models", "server"}
+    assert admitted == {"constraints", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "models", "server"}
     assert all((ROOT / name).exists() for name in admitted)
     assert "**/__pycache__" in lines
 
@@ -196,10 +197,22 @@ def test_services_restart_and_stop_gracefully(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_the_image_is_built_locally_and_never_pulled(name: str) -> None:
-    found = service(name, TORCH_INDEX="https://example.com/cpu")
+    found = service(name, TORCH_DEVICE="cpu", TORCH_INDEX="https://example.com/cpu")
     assert "image" not in found
-    assert found["build"] == {"context": ".", "args": {"TORCH_INDEX": "https://example.com/cpu"}}
-    assert "ARG TORCH_INDEX" in DOCKERFILE
+    assert found["build"] == {"context": ".", "args": {"TORCH_DEVICE": "cpu", "TORCH_INDEX": "https://example.com/cpu"}}
+    assert service(name)["build"]["args"] == {"TORCH_DEVICE": "cuda", "TORCH_INDEX": ""}
+    assert {"ARG TORCH_DEVICE=cuda", 'ARG TORCH_INDEX=""'} <= set(DOCKERFILE.splitlines())
+
+
+def test_the_constraints_of_both_devices_differ_only_in_pytorch() -> None:
+    lines = {name: (CONSTRAINTS / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in ("cpu", "cuda")}
+    for found in lines.values():
+        assert next(line for line in found if line[:1] != "#") == "-c packages.txt"
+    pinned = {name: {line.partition("==")[0] for line in found if "==" in line} for name, found in lines.items()}
+    # Triton and CUDA's bindings come with PyTorch's builds for CUDA only.
+    assert pinned == {"cpu": {"torch"}, "cuda": {"torch", "triton", "cuda-bindings", "cuda-pathfinder"}}
+    shared = (CONSTRAINTS / "packages.txt").read_text(encoding="utf-8")
+    assert not re.search(r"^(torch|triton|cuda-\w+)==", shared, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -268,7 +281,7 @@ def test_the_cluster_has_a_head_without_a_gpu_and_two_workers_with_one_gpu_each(
 def test_the_manifest_for_kubernetes_serves_and_grows() -> None:
     *claims, cluster = yaml.safe_load_all(KUBERAY.read_text(encoding="utf-8"))
     spec = cluster["spec"]
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (CONSTRAINTS / "packages.txt").read_text(encoding="utf-8")
     assert f"ray=={spec['rayVersion']}\n" in constraints
     assert (spec["enableInTreeAutoscaling"], spec["authOptions"]["mode"]) == (True, "token")
     (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]

@@ -14,4 +14,4 @@ def versions(name: str) -> dict[str, str]:
     "package", ["fastapi", "starlette", "uvicorn", "uvloop", "httptools", "pydantic", "pydantic_core", "pillow"]
 )
 def test_both_sides_have_the_same_version(package: str) -> None:
-    assert versions("bench/peer_servers/requirements.txt")[package] == versions("constraints.txt")[package]
+    assert versions("bench/peer_servers/requirements.txt")[package] == versions("constraints/packages.txt")[package]

@@ -56,7 +56,7 @@ def bodies() -> Iterator[str]:
 
 
 def variants(number: int) -> list[tuple[str, str, dict[str, str], dict[str, str]]]:
-    """Choose `number` combinations of all, the same ones in every run."""
+    """Choose `number` of all combinations of route, body, query and headers, the same ones in every run."""
     every = list(itertools.product(ROUTES, bodies(), QUERIES, HEADERS))
     return random.Random(5).sample(every, number)
 

@@ -96,7 +96,10 @@ def _article(words: str, rng: numpy.random.Generator) -> str:
 
 
 def _noun(thing: Object, size: str, rng: numpy.random.Generator) -> str:
-    """Return a noun phrase for an object, sometimes with an adjective, with its own colour or with another colour."""
+    """Return a noun phrase for an object, with a word for its size if there is one.
+
+    Some phrases also have the object's own colour, another colour, or an adjective.
+    """
     word = thing.name if rng.random() < 0.6 else _pick(thing.words, rng)
     chance = rng.random()
     if thing.colour and chance < 0.12:

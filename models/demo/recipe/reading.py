@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch.nn import functional
 
-from models.demo.recipe import captions, checkpoint, networks, published, scenes, threads, tokens
+from models.demo.recipe import captions, checkpoint, networks, precision, published, scenes, threads, tokens
 from models.demo.recipe.autoencoder import rate
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, TEXT_WIDTH, WORK, Plan
@@ -73,6 +73,9 @@ def train(plan: Plan, device: str) -> None:
     elif not plan.is_from_scratch:
         published.load_into(reader.text_encoder, "text_encoder", reader.tokenizer)
         published.load_into(reader.text_encoder_2, "text_encoder_2", reader.tokenizer_2)
+    if plan.is_compiled:
+        # Most of the time goes into many small operations, which compilation joins.
+        reader.text_encoder_2.compile(dynamic=False)
     timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
     for iteration in range(start, plan.reading_iterations):
         rng = numpy.random.default_rng([SEED, 9, iteration])
@@ -80,7 +83,8 @@ def train(plan: Plan, device: str) -> None:
         wanted = torch.tensor([_answers(scene, labels) for scene in found]).T.to(device)
         for group in optimizer.param_groups:
             group["lr"] = rate(iteration, plan.reading_iterations, PEAK)
-        given = reader([captions.caption(scene, by_name, rng) for scene in found])
+        with precision.mixed(device):
+            given = reader([captions.caption(scene, by_name, rng) for scene in found])
         sum(
             functional.cross_entropy(*pair) for answers in given for pair in zip(answers, wanted, strict=True)
         ).backward()

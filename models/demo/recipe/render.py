@@ -41,7 +41,7 @@ def _drawings() -> dict[str, str]:
     return {name: icon["body"] for name, icon in icons.items()}
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2048)
 def sprite(icon: str, level: int = 0) -> Image.Image:
     """Return a drawing without its margins, in a square, with premultiplied alpha. Each level halves the side."""
     if level:

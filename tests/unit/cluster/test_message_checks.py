@@ -94,7 +94,7 @@ def test_a_runner_that_sends_an_invalid_message_is_replaced_and_its_request_retr
     assert [
         message
         for message in caplog.messages
-        if message.startswith("GPU 0: lost its runner, starting another: the runner reported ")
+        if message.startswith("GPU 0: starting another runner, because it lost its runner: the runner reported ")
     ]
     assert [(name,) for name in components.stored_file_names()] == components.rows(
         "SELECT name FROM files WHERE name <> ?", NAME
