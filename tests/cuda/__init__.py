@@ -1,0 +1,1 @@
+"""Tests with PyTorch for CUDA that need no GPU, for `make cuda-proof`."""
