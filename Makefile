@@ -1,11 +1,11 @@
 # make serve   a server with the demo weights, on http://127.0.0.1:8000
 # make test    lint, types and tests
-# make cluster tests with a Ray cluster on this machine, whose runners and nodes die
-# make peers   this server compared with FastAPI, LitServe and BentoML, in four minutes
+# make cluster tests that kill runners and nodes of a Ray cluster on this machine
+# make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
-# TORCH_DEVICE=cpu or cuda chooses the version of PyTorch (constraints/); without it, NVIDIA's driver does.
+# TORCH_DEVICE=cpu or cuda chooses the version of PyTorch (constraints/); the default is cuda if nvidia-smi is there.
 # TORCH_INDEX=URL installs PyTorch from that index, such as PyTorch's own index of CPU builds.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ BIN := .venv/bin
 # --no-compile: Python compiles what it imports, at its first import; pip would compile everything, for minutes.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
-# Two files at a time take little more than half as long, because many tests wait for a process to start.
+# Running two files at a time takes little more than half as long, because many tests wait for a process to start.
 TWICE := -n 2 --dist loadfile
 # OpenMP's threads spin less while they wait, as in the server. Otherwise two programs at a time slow each other down.
 export GOMP_SPINCOUNT ?= 1000

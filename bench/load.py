@@ -42,7 +42,7 @@ def _queued(directory: Path, waiting: int) -> Iterator[tuple[int, bytes]]:
 
 
 def under_load(clients: int, seconds: float) -> tuple[Figures, Figures]:
-    """Measure the status of the last of 500 queued requests, then submits.
+    """Measure polls of the status of the last of 500 queued requests, then submits; return the figures of both.
 
     Raises AssertionError if an acknowledged request is not in the database.
     """

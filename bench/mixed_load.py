@@ -154,7 +154,7 @@ def _arrivals(mix: tuple[Kind, ...], alone: dict[str, float], load: float, count
 
 
 def measure(weights: str, mix_name: str, load: float, count: int, seeds: int) -> dict[str, Any]:
-    """Measure both servers under the same arrivals, once for each seed."""
+    """Measure both servers under the same arrivals, once for each seed; return the figures of all rounds."""
     mix = MIXES[mix_name]
     if mix_name == "at-once":
         load, count = math.inf, AT_ONCE

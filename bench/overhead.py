@@ -1,4 +1,4 @@
-"""The time of a queue round trip over HTTP, divided by that of the same image from diffusers' pipeline.
+"""The time of a queue round trip over HTTP, divided by the time of the same image from diffusers' pipeline.
 
     python -m bench.overhead [--rounds 20] [--size 512] [--steps 8]
 

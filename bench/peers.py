@@ -124,7 +124,7 @@ def measure(python: Path, clients: Sequence[int], rounds: int, seconds: float) -
                         figures = load(port, count, repeating_client(body, seconds))
                         if figures.bad:
                             raise SystemExit(
-                                f"{name}: {figures.bad} of {len(figures.seconds)} requests failed; none may"
+                                f"{name}: {figures.bad} of {len(figures.seconds)} requests failed; all must succeed"
                             )
                         results.setdefault(name, {}).setdefault(count, []).append(_figures_of(figures))
     return {name: results[name] for group in GROUPS for name in group}

@@ -40,7 +40,7 @@ class EngineConfig:
         dtype: "bfloat16", "float32", or "auto": float32 on a CPU that is slow in bfloat16 but has the memory, else
             bfloat16.
         memory: the name of a plan in `models.loading.memory_plans`, or "auto" for the fastest plan that fits.
-        max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at this one at most.
+        max_acceleration: the highest acceleration tier to offer; a request for a higher tier runs at most at this tier.
         is_eager: whether to compile nothing and run the same kernels as diffusers' pipeline.
         compile_cache: the directory for compiled code; None for PyTorch's default.
         report: called with the progress before each component that has weights is loaded.
@@ -79,7 +79,7 @@ class EngineInfo:
         dtype: the number type of the computation, by PyTorch's name.
         memory: the name of the memory plan.
         acceleration: the tiers that requests can use now.
-        unavailable: what failed on this device, each with the reason: tiers, or ways to run them.
+        unavailable: the tiers, and the ways to run them, that do not work on this device, each with the reason.
         used_bytes: the device memory in use by all processes; None on a CPU.
         total_bytes: the device memory in total; None on a CPU.
     """
@@ -164,7 +164,8 @@ class Engine(Protocol):
         """Create the task of `request`, an instance of the model's Input. Image k, counted from 0, uses seed + k.
 
         `inputs` holds the files behind the request's URLs, by field path, such as "image_url" or "loras.0.path":
-        images as RGB PNGs within the operator's size limits, LoRA weights as safetensors. Raises GenerationFailed.
+        images as RGB PNGs within the operator's size limits, LoRA weights as safetensors. Raises GenerationFailed if
+        this engine cannot run the request.
         """
 
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -230,7 +231,7 @@ class Model(Protocol):
         """Load the weights and return the engine; may take minutes. Raises OSError if the weights cannot be loaded.
 
         Called on the thread that later calls the engine: once for all endpoints that share the engine, and again after
-        the engine was closed to make room for another.
+        the engine was closed to make room for another engine.
         """
 
     def build_output(

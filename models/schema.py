@@ -138,7 +138,7 @@ Acceleration = Literal["none", "regular", "high"]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 # Fields that several inputs share. Most ranges are those of fal's client types, and most descriptions those of fal's
-# page. The page describes an earlier behaviour of sync_mode, so that field has another description.
+# page. The page describes an earlier behaviour of sync_mode; its description here is our own.
 Prompt = Annotated[
     str,
     Field(max_length=MAX_PROMPT_LENGTH, description="The prompt to generate an image from.", examples=[EXAMPLE_PROMPT]),

@@ -152,7 +152,7 @@ async def _run_periodically(seconds: float, func: Callable[[], object]) -> None:
         try:
             await asyncio.to_thread(func)
         except CorruptDatabase:
-            # `Database.on_corruption` has already told the backend to fail, so the server is about to stop.
+            # `Database.on_corruption` has already made the backend fail, so the server is about to stop.
             return
         except DiskFull as error:
             log.error("%s failed: %s; trying again", name, error)

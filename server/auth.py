@@ -67,7 +67,8 @@ class Keys:
     def owner(self, authorization: str | None, scope: str | None = None) -> str:
         """Return the owner of the key or token in an Authorization header, "Key ..." or "Bearer ...".
 
-        A token is accepted only if it has `scope`; if `scope` is None, no token is. Raises Unauthorized.
+        A token is accepted only if it has `scope`; if `scope` is None, only keys are accepted. If the server requires
+        no key, return ANONYMOUS. Raises Unauthorized.
         """
         if self.allows_anonymous:
             return ANONYMOUS
@@ -100,7 +101,7 @@ class Keys:
             )
 
     def issue(self, owner: str, scope: str, seconds: float) -> str:
-        """Issue a token for this owner that expires after `seconds`. Spaces in `scope` separate several scopes."""
+        """Return a token for this owner that expires after `seconds`. Spaces in `scope` separate several scopes."""
         claims = {"sub": owner, "scope": scope, "exp": int(time.time() + seconds)}
         return jwt.encode(claims, self._secret, _ALGORITHM)
 
@@ -129,7 +130,7 @@ class Keys:
 
 
 def pepper(database: Database) -> bytes:
-    """Load or create the secret for hashing keys.
+    """Return the secret for hashing keys; create it if there is none.
 
     Webhook receivers learn the owner, which is part of the key's hash. Without the secret, they cannot find the key by
     hashing guesses.
@@ -141,7 +142,7 @@ def pepper(database: Database) -> bytes:
 
 
 def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str, KeyScope]:
-    """Load the scopes of the keys that this server created.
+    """Load the scopes of the keys that this server created, by the keys' hashes.
 
     `with_first` includes the automatic key: the key without a name that `components.build` creates.
     """
@@ -152,7 +153,7 @@ def load_key_scopes(database: Database, *, with_first: bool = True) -> dict[str,
 def add_key(database: Database, name: str, scope: KeyScope) -> str:
     """Create a key and return it. Only its hash is stored, so the key cannot be shown again.
 
-    The automatic key has an empty name. Raises ValueError when the name is in use.
+    The automatic key has an empty name. Raises ValueError if the name is in use.
     """
     key = f"{secrets.token_hex(8)}:{secrets.token_hex(16)}"
     hashed = _hash(key, pepper(database))
@@ -178,7 +179,7 @@ def list_keys(database: Database) -> list[dict[str, Any]]:
 def revoke_key(database: Database, name: str) -> None:
     """Delete a key by its name, or by the first 9 or more characters of its owner.
 
-    FIRST_KEY stands for the automatic key. Raises ValueError when no key or more than one key matches.
+    FIRST_KEY stands for the automatic key. Raises ValueError if no key or more than one key matches.
     """
     with database.transaction() as connection:
         rows = connection.execute(

@@ -58,10 +58,10 @@ class Backend(Protocol):
         """Return the state of each GPU; safe to call from any thread."""
 
     def start(self) -> None:
-        """Start loading weights and generating images, in the background. Raises RuntimeError if that cannot start."""
+        """Start loading weights and generating images, in the background. Raises RuntimeError if Ray cannot be used."""
 
     def stop(self) -> None:
-        """Stop claiming jobs, let running ones finish within --shutdown-grace, release the rest, then return."""
+        """Stop claiming jobs, let running jobs finish within --shutdown-grace, release the rest, then return."""
 
     def fail(self, error: BaseException) -> None:
         """Stop because of an error that the server cannot recover from; safe to call from any thread."""
@@ -79,7 +79,7 @@ class Components:
 
 
 def build(settings: Settings) -> Components:
-    """Build all components and connect them, without starting the backend.
+    """Build all components, connect them, and return them, without starting the backend.
 
     Raises ValueError for weights that cannot be served, DataDirInUse if another server uses the data directory or a
     newer version wrote it, OSError if the directory cannot be used, DiskFull, and CorruptDatabase.
@@ -196,7 +196,7 @@ def _required_weights(model: Model) -> str:
 
 
 def _keys(settings: Settings, database: Database) -> Keys:
-    """Load the valid keys. If the server needs an automatic key and no key is stored, create one and print it.
+    """Return the valid keys. If the server needs an automatic key and no key is stored, create one and print it.
 
     The automatic key is an operator's key. It is loaded only while the settings contain no key and the server is
     reachable remotely.

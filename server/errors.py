@@ -11,7 +11,7 @@ ServerError
 ├── BodyTooLarge            413
 ├── UnsatisfiableRange      416  a Range outside the file
 ├── MisdirectedRequest      421  a Host that is not this server's
-├── QueueFull               429  too many requests wait
+├── QueueFull               429  too many waiting requests, unfinished uploads or input files
 ├── TooManyRequests         429  one key exceeds its limit or share
 ├── DiskFull                507
 │   └── DiskFails           507  read-only or broken

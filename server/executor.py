@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class FairExecutor:
-    """A thread pool for slow or blocking functions. One owner cannot use all threads, but several busy ones can."""
+    """A thread pool for slow or blocking functions. One owner cannot use all threads, but several busy owners can."""
 
     def __init__(self, name: str, num_threads: int, num_each: int) -> None:
         """Create a pool of `num_threads` threads, of which one owner may use up to `num_each` at once."""

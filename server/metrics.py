@@ -34,7 +34,10 @@ class Metrics:
     """The metrics of one server. Other components increment the counters, from any thread."""
 
     def __init__(self, endpoints: Iterable[str] = ()) -> None:
-        """Create the metrics. Counts of ended requests begin at 0 for `endpoints`, so that alarms see the first one."""
+        """Create the metrics. Counts of ended requests begin at 0 for `endpoints`.
+
+        Without these zeros, an alarm on an increase would miss the first ended request.
+        """
         self.registry = CollectorRegistry()
         self.gauges: Callable[[], Mapping[str, Gauge]] = dict
         self.http_requests = self._counter("http_requests", "HTTP responses sent.", "method", "route", "status")
@@ -59,7 +62,7 @@ class Metrics:
         self.step.labels(name, acceleration).observe(seconds)
 
     def count_images(self, endpoint: str, num_images: int, num_flagged: int) -> None:
-        """Count the images of one request, and those withheld by the safety checker."""
+        """Count the images of one request, and those blacked out after the safety check."""
         self.images.labels(endpoint).inc(num_images)
         self.flagged.labels(endpoint).inc(num_flagged)
 

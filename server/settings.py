@@ -61,7 +61,9 @@ class Settings(BaseModel):
         description="API keys that may also see /status.json and /metrics. If no operator key exists and --keys has"
         " exactly one key, that key may see them.",
     )
-    public_url: str = Field("", description="Base of URLs for clients of fal's hosts; its host is in the certificate.")
+    public_url: str = Field(
+        "", description="Base of URLs in responses to clients of fal's host names; the certificate covers its host."
+    )
     trusted_proxies: CommaSeparated = Field(
         (), description="Proxies (addresses or networks) with trusted X-Forwarded-* headers; clients then need a key."
     )
@@ -111,7 +113,7 @@ class Settings(BaseModel):
         ge=1,
         le=64,
         description="Maximum concurrent requests of normal priority; with --ray, per GPU and at most 4. Requests of low"
-        " priority start only while fewer requests than this run.",
+        " priority start only while fewer requests than this maximum are running.",
     )
     max_queue_length: int = Field(100_000, ge=1, description="Maximum waiting requests; further ones get 429.")
     max_queue_length_per_key: int = Field(
@@ -121,18 +123,17 @@ class Settings(BaseModel):
         0, ge=0, description="Maximum concurrent requests of one key; its further requests wait. 0: no limit."
     )
     rate_per_key: str = Field(
-        "",
-        description="Maximum rate per key, such as 60/minute, for requests and separately for uploads; more get 429.",
+        "", description="Maximum rate per key, such as 60/minute, of requests and separately of uploads; more get 429."
     )
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of an image, in pixels.")
     max_pixels: int = Field(4_194_304, ge=4096, description="Largest area of an image, in pixels.")
     max_connections: int = Field(4096, ge=1, description="Maximum connections per port; further ones are closed.")
     max_body_mib: int = Field(
-        40, ge=1, description="Largest request body, in MiB; bodies and responses together may take four times that."
+        40, ge=1, description="Largest request body, in MiB; bodies and responses in memory may take four times that."
     )
     max_upload_mib: int = Field(1024, ge=1, description="Largest uploaded file, in MiB.")
     max_uploads_gb: float = Field(
-        5, gt=0, description="Maximum GB of one key's uploads, and as much again of its unfinished requests' inputs."
+        5, gt=0, description="Maximum GB of one key's uploads; its unfinished requests' inputs may take as much again."
     )
     max_lora_mib: int = Field(1024, ge=1, description="Largest LoRA file, in MiB.")
     loras_gb: float = Field(10, gt=0, description="GB on disk for LoRAs; the least recently used are deleted first.")
@@ -143,8 +144,7 @@ class Settings(BaseModel):
         description="GB on disk for results and files; if exceeded, keys above an equal share lose their oldest ones.",
     )
     outbound_allow: CommaSeparated = Field(
-        (),
-        description="Private hosts and networks that webhooks and downloads may reach, in addition to public ones.",
+        (), description="Private hosts and networks that webhooks and downloads may reach, in addition to public ones."
     )
     webhook_secret: str = Field("", description="Secret, whsec_..., for an additional Standard Webhooks signature.")
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
@@ -261,7 +261,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
-        """Read FLUX_SERVER_*, which `options` override, and add FAL_KEY to the keys. Raises SettingsError."""
+        """Load settings from FLUX_SERVER_*, overridden by `options`; add FAL_KEY to the keys. Raises SettingsError."""
         values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
         # An empty variable counts as not set, as in .env files.
         given = {name: value for name, value in environment.items() if name.startswith(PREFIX) and value}

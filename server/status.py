@@ -43,7 +43,8 @@ class GpuStatus:
 
     Attributes:
         name: the number of the worker.
-        state: "waiting" for a free GPU in the cluster, "loading" weights, "ready", or "leaving" after its last jobs.
+        state: "waiting" for a free GPU in the cluster, "loading" weights, "ready", or "leaving" the cluster while its
+            last jobs run.
         node: the address of the machine; empty for the server's own process.
         num_running: the number of requests assigned to the worker.
         num_restarts: how often the worker's process was lost and replaced; 0 without a cluster.

@@ -34,7 +34,7 @@ def server_still_works(client: httpx.Client) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def constrained_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with the test models only, one request at a time, and bodies up to 1 MiB."""
+    """Start a server with only the test models that runs one request at a time and accepts bodies of up to 1 MiB."""
     settings = {"max_running": "1", "max_body_mib": "1", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("constrained"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -49,7 +49,7 @@ def constrained_client(constrained_server: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def server_with_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with the test models only that requires the key of Alice or of Bob."""
+    """Start a server with only the test models; it requires the key of Alice or of Bob."""
     settings = {"keys": "alice:secret,bob:secret", "tls_port": str(free_port())}
     with serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, **settings) as running:
         yield running.ready()
@@ -64,14 +64,14 @@ def keyless_client(server_with_keys: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def proxy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with the demo weights and the test models that clients reach through its CONNECT proxy."""
+    """Start a server with the demo weights, the test models, TLS and the CONNECT proxy."""
     with serving_with_proxy(tmp_path_factory.mktemp("proxy")) as running:
         yield running
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
-    """Create a closed gate for test/gate; the prompt of such a request is the path of the gate."""
+    """Create a closed gate for test/gate; a request to test/gate has the path of its gate as the prompt."""
     with open_gate(tmp_path / "gate") as closed_gate:
         yield closed_gate
 

@@ -2,7 +2,8 @@
 
     python -m bench.attacks [--attack NAME ...] [--seconds 3] [--json FILE]
 
-`--help` lists the attacks. Together they take five minutes. With `--seconds 10` they take ten, for steadier figures.
+`--help` lists the attacks. Together they take five minutes. With `--seconds 10` they take ten minutes, and
+the figures are steadier.
 
 Each attack gets a fresh server on loopback, in a separate process, with models that need no weights. Phases alternate:
 the other key alone, then the other key during the attack. One process sends the other key's requests at a fixed rate.

@@ -12,7 +12,7 @@ from bench.attacks.measure import measure
 from bench.attacks.report import figures, line
 
 ATTACKS = {attack.name: attack for attack in (*loras.ATTACKS, *bodies.ATTACKS, *storage.ATTACKS)}
-#: The maximum of the seconds that the phases of one attack may take together, without the phases between them.
+#: The most seconds that all attacked phases of one attack may take together.
 MAX_SECONDS = 20.0
 
 

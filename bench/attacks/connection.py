@@ -62,7 +62,7 @@ class Connection:
                 await asyncio.sleep(chunk / rate)
 
     async def answer(self) -> Response:
-        """Read the response."""
+        """Read the response and return it."""
         head = await self._reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").lower().split("\r\n")
         length = next((int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")), 0)

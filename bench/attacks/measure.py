@@ -76,7 +76,7 @@ class _Belongings:
             self._urls["upload"] = uploaded.json()["access_url"]
 
     def statuses(self) -> dict[str, str]:
-        """Send a GET for each; return its status, or the name of the error."""
+        """Send a GET for each of the belongings; return the status, or the name of the error, of each."""
         return {name: self._status(url) for name, url in self._urls.items()}
 
     def _status(self, url: str) -> str:

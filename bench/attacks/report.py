@@ -65,7 +65,7 @@ def line(results: dict[str, Any]) -> str:
 
 
 def _compared(kind: str, seen: Seen) -> dict[str, Any]:
-    """Compare quantiles of one kind of operation, without and with the attack.
+    """Return the quantiles of one kind of operation, without and with the attack, and their ratios.
 
     A phase without the attack counts only if the server was at rest before it.
     """

@@ -123,5 +123,11 @@ ATTACKS = (
     Attack("empty-parts", "5,000 empty parts of one upload", _empty_parts),
     Attack("empty-files", "5,000 empty files", _empty_files),
     # The rate limit also allows the other key only one request, so that key only polls the status of this request.
-    Attack("empty-files-rate", "the same at one request a day", _empty_files, {"rate_per_key": "1/day"}, ("status",)),
+    Attack(
+        "empty-files-rate",
+        "5,000 empty files, at one request a day",
+        _empty_files,
+        {"rate_per_key": "1/day"},
+        ("status",),
+    ),
 )

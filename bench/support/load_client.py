@@ -104,7 +104,7 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
 
 
 def load(port: int, clients: int, client: Callable[[], Client]) -> Figures:
-    """Run `clients` clients until each is done. Raises OSError if the server closes a connection early."""
+    """Run `clients` clients and return their figures. Raises OSError if the server closes a connection early."""
     return uvloop.run(_load(port, clients, client))
 
 

@@ -14,7 +14,7 @@ from tests.support.server_process import ROOT
 
 @contextmanager
 def running_server(command: Sequence[str], url: str, environment: Mapping[str, str]) -> Iterator[None]:
-    """Run `command` while the block runs. The block starts once `url` answers 200."""
+    """Run `command` while the block runs. The block starts once `url` answers 200. Raises SystemExit if it does not."""
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | environment) as process:
         try:
             _wait(process, url)

@@ -25,8 +25,8 @@ NAMES = ("none", "regular", "high")
 FASTEST, COMPILED = "compiled with the fastest attention", "compiled with PyTorch's attention"
 UNCOMPILED = "uncompiled"
 #: Numbers of image tokens in the warm-up. The first is that of 1024x1024, because Triton chooses its configurations in
-#: the first forward. They differ from each other and from the number of text tokens, 512 or 64, so
-#: that the compiler treats no number of tokens as a constant.
+#: the first forward. The numbers differ from each other and from the number of text tokens, 512 or 64,
+#: so that the compiler treats no number of tokens as a constant.
 _WARM_TOKENS = (4096, 640)
 
 
@@ -76,9 +76,9 @@ def ways(config: EngineConfig, device: str, *, is_resident: bool) -> list[str]:
 
 
 def build(pipeline: Any, config: EngineConfig, device: str, way: str) -> tuple[list[Tier], list[str]]:
-    """Build the tiers that the device can run in this way and the operator offers, in the order of NAMES.
+    """Return the tiers that the operator offers and the device can run in this way, in the order of NAMES.
 
-    The second list says which other tiers the operator offers, and why the device cannot run them.
+    A second returned list says which other tiers the operator offers, and why the device cannot run them.
     """
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     unavailable: list[str] = []

@@ -10,22 +10,22 @@ from models.base import DeviceLost
 
 log = logging.getLogger(__name__)
 
-#: After this many deaths of the process in the middle of an attempt, it is not made again. One death may be an operator
-#: who killed a slow start.
+#: After this many deaths of the process in the middle of an attempt, the attempt is not made again. A single death may
+#: only mean that an operator killed a slow start.
 MAX_DEATHS = 2
 #: The files of the attempts that run now, with the number of deaths before each.
 _open: dict[Path, int] = {}
 
 
 class Attempts:
-    """A record of attempts in the directory of compiled code, so that it holds for one GPU and its library versions.
+    """A record of attempts, kept in the directory of compiled code: one per GPU model and set of library versions.
 
     While an attempt runs, a file counts it as a death of the process. The file is deleted when the attempt ends, so
-    only an attempt that ended the process leaves its file.
+    only an attempt that ended the process or lost the GPU leaves its file.
     """
 
     def __init__(self, directory: Path | None) -> None:
-        """Keep the record in `directory`, or keep none."""
+        """Keep the record in `directory`; keep no record if it is None."""
         self._directory = directory and directory / "attempts"
 
     def is_refused(self, name: str) -> bool:
@@ -35,7 +35,7 @@ class Attempts:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Record the block as an attempt. If it raises DeviceLost, it is never made again."""
+        """Record the block as an attempt. An attempt that raises DeviceLost is never made again."""
         path = self._path(name)
         if path is None:
             yield
@@ -57,7 +57,7 @@ class Attempts:
 
 
 def forget_open_attempts() -> None:
-    """Do not count the attempts that run now: the process ends because it was told to."""
+    """Do not count the attempts that run now as deaths: the process was asked to end."""
     for path, num_deaths in list(_open.items()):
         _write(path, num_deaths)
 
@@ -71,7 +71,7 @@ def _num_deaths(path: Path) -> int:
 
 
 def _write(path: Path, num_deaths: int) -> None:
-    """Write a number of deaths, or delete the file for 0. A disk that cannot be written costs only the record."""
+    """Write a number of deaths, or delete the file for 0. If the disk cannot be written, log a warning."""
     try:
         if num_deaths == 0:
             path.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ def can_share(task: FluxTask, other: FluxTask) -> bool:
 
 
 def select_batch(due: Sequence[tuple[FluxTask, Sequence[Sample]]]) -> list[BatchItem]:
-    """Select the first sample, then further samples with an equal key, in order, up to TOKEN_BUDGET."""
+    """Return the first sample and further samples with an equal key, in order, up to TOKEN_BUDGET tokens."""
     batch: list[BatchItem] = []
     for task, samples in due:
         for sample in samples:

@@ -28,10 +28,13 @@ def compile_blocks(transformer: Any) -> Any:
 
 
 def quantize(transformer: Any) -> None:
-    """Quantize the blocks' large matrices to fp8 in place, a scale per row. Each forward quantizes their inputs too."""
+    """Quantize the blocks' large matrices to fp8 in place, with a scale per row.
+
+    Each forward quantizes the inputs of these matrices too.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    # torchao would set Inductor's options for the calling thread only, and for tiers that are not quantized too.
+    # With True, torchao would change Inductor's options for unquantized tiers too, and in the calling thread only.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(transformer, config, filter_fn=is_large_matrix)
 

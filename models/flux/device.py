@@ -17,7 +17,7 @@ from models.loading import cpu, devices
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-#: After a matrix product that takes more seconds than this on a CPU, no further one is timed.
+#: After a matrix product that takes more seconds than this on a CPU, no further product is timed.
 _SLOW = 0.2
 #: A transformer with more parameters takes minutes per step on a CPU. The demo's has 6 million, FLUX.1's 12 billion.
 FULL_SIZE = 1_000_000_000
@@ -167,7 +167,7 @@ def log_dtype(config: EngineConfig, transformer: Any, device: str) -> None:
         log.warning("no GPU is used: %s", devices.cuda_problem())
     if device == "cpu" and devices.is_emulated(config, transformer.dtype):
         log.warning(
-            "this CPU emulates bfloat16, which is slow, because the weights in float32 would not fit into memory; "
+            "the weights would not fit into memory in float32, so this CPU emulates bfloat16, which is slow; "
             "--dtype float32 loads them in float32 anyway"
         )
     if device == "cpu" and transformer.num_parameters() > FULL_SIZE:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 #: The side in pixels of the tiles in which an image is decoded if memory is short.
 TILE_SIDE = 512
-#: After this many images without LoRAs in a row that are not finite, the device counts as lost.
+#: After this many images in a row that are not finite, the device counts as lost. Images with LoRAs do not count.
 MAX_NONFINITE_IMAGES = 2
 
 
@@ -82,14 +82,17 @@ class FluxEngine:
         self.decodes_concurrently = self.device.decode_stream is not None
 
     def info(self) -> EngineInfo:
-        """Return the device and its memory, the number type, the memory plan, and the tiers that are ready."""
+        """Return the device and its memory, the number type, the memory plan, the ready tiers, and what failed."""
         ready = tuple(tier.name for tier in self.tiers if tier.is_ready)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         memory, unavailable = self.device.memory(), tuple(self.unavailable)
         return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable)
 
     def warm_up(self) -> bool:
-        """Make the next tier ready. On a second thread, steps of other tiers continue meanwhile."""
+        """Make the next tier ready; return False if all tiers are ready. Raises the error of a tier that fails.
+
+        If a second thread calls this, steps of other tiers continue meanwhile.
+        """
         cold = [tier for tier in self.tiers if not tier.is_ready]
         if not cold:
             return False
@@ -124,7 +127,7 @@ class FluxEngine:
             torch.compiler.set_stance("eager_on_recompile")
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> FluxTask:
-        """Create a task. Raises GenerationFailed. This is fast: the first step encodes text and input image."""
+        """Create a task; fast, because only its first step encodes text and input image. Raises GenerationFailed."""
         loras = tuple(
             LoraAdapter(inputs[f"loras.{place}.path"], lora.scale)
             for place, lora in enumerate(getattr(request, "loras", ()))
@@ -146,7 +149,7 @@ class FluxEngine:
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
-        """Take one step of one or more images of `task`, in one forward with `others` that can share it."""
+        """Take a step of `task` and of those `others` that can share its forward; return the tasks that took a step."""
         assert isinstance(task, FluxTask)
         shared, alone = partial(self._step, task, others), partial(self._step_alone, task)
         members, velocities = self.device.retry_on_oom(task.description, shared, alone)
@@ -189,7 +192,7 @@ class FluxEngine:
         sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
-        """Return for each image whether it is unsafe. Raises GenerationFailed."""
+        """Return for each image whether it is unsafe. Raises GenerationFailed if the check fails."""
         check = partial(self._check_safety, images)
         return self.device.retry_on_oom("the safety check of an image", check, check)
 
@@ -269,7 +272,7 @@ class FluxEngine:
         return image
 
     def _decode_in_tiles(self, sample: Sample) -> Image:
-        """Decode with less memory, in tiles whose seams are blended. The image differs slightly."""
+        """Decode with less memory, in tiles whose seams are blended, which changes the image slightly."""
         log.warning("decoding an image in tiles of %d pixels, because the memory is short", TILE_SIDE)
         return self._decode(sample, tiled_autoencoder(self.pipeline, TILE_SIDE))
 

@@ -43,7 +43,7 @@ class FirstBlockCache:
 
 
 def velocity(transformer: Any, cache: FirstBlockCache, *, img_ids: Any, txt_ids: Any, **inputs: Any) -> torch.Tensor:
-    """Return the output of a FluxTransformer2DModel for one image, with its cache; the inputs are the model's own."""
+    """Return a FluxTransformer2DModel's output for one image; use and update `cache`. `inputs` are the model's own."""
     image = transformer.x_embedder(inputs["hidden_states"])
     scalars = [inputs["timestep"].to(image.dtype) * 1000]
     if inputs["guidance"] is not None:

@@ -40,7 +40,8 @@ def step_flops(config: Mapping[str, Any], num_tokens: int, num_text_tokens: int)
     ends = width * (
         (config["in_channels"] + out_channels) * num_tokens + config["joint_attention_dim"] * num_text_tokens
     )
-    # Shift, scale and gate of each norm, once per image: 12 in each double block, 3 in each single block, 2 at the end.
+    # The matrices for shift, scale and gate of the norms, used once per image: 12 in each double block, 3 in each
+    # single block, 2 at the end.
     modulation = width**2 * (12 * num_double + 3 * num_single + 2)
     num_scalars = 2 if config["guidance_embeds"] else 1
     # Timestep and guidance are embedded from 256 sinusoids each.

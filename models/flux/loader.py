@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> FluxEngine:
-    """Load the weights and the safety checker, and warm up the tier "none".
+    """Load the weights and the safety checker, warm up the tier "none", and return the engine.
 
     If memory runs out, the next memory plan is tried, unless the operator chose one. If the warm-up fails, the engine
     runs in the next way of `acceleration.ways`. If the checker cannot be loaded, the requests that need it fail.
 
-    Raises OSError if the weights cannot be loaded, and DeviceLost.
+    Raises OSError if the weights cannot be loaded, and DeviceLost if the device fails.
     """
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
@@ -47,7 +47,7 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
 
 
 def _self_test_failures(config: EngineConfig, device: str) -> Mapping[str, str]:
-    """Return what failed in the self test, which compiles too; the engine uses that compiled code again."""
+    """Return the message of each test that failed in the self test; the engine uses the self test's compiled code."""
     directory = compile_cache_dir(config) if device == "cuda" and not config.is_eager else None
     if directory:
         set_compile_cache_dirs(config)
@@ -119,7 +119,7 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
 
 
 def _reason(engine: FluxEngine, name: str, failure: str | None) -> str:
-    """Return why a way or a tier must not be tried; empty if it may be."""
+    """Return why a way or a tier must not be tried; empty if it may be tried."""
     if failure:
         return f"failed in the self test: {failure}"
     return "ended the server or lost the GPU at earlier starts" if engine.attempts.is_refused(name) else ""

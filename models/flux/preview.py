@@ -26,7 +26,7 @@ class Preview:
 
     @torch.no_grad()
     def image(self, latents: torch.Tensor) -> Image:
-        """Return a small image made from latents as the autoencoder decodes them, (1, channels, height, width)."""
+        """Return a small image of latents in the scale that the autoencoder decodes, (1, channels, height, width)."""
         if self._map is None:
             self._map = self._fit()
         flat = latents[0].float().flatten(1).T

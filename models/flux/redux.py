@@ -33,7 +33,7 @@ class Redux:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens that take the place of a prompt's: the text tokens, and those of the image."""
+        """The number of tokens in place of a prompt's tokens: the text tokens, all zeros, and the image's tokens."""
         config = self.prior.image_encoder.config
         return FLUX_TEXT_TOKENS + int((config.image_size // config.patch_size) ** 2)
 

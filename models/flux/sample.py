@@ -89,9 +89,9 @@ def begin(
     seed: int,
     image: Image | None = None,
 ) -> Sample:
-    """Prepare latents, timesteps and guidance for an image of `size`, (width, height) in pixels.
+    """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
-    Start from noise as FluxPipeline does, or from `image` with noise as FluxImg2ImgPipeline does.
+    Start from noise as FluxPipeline does, or from `image` mixed with noise as FluxImg2ImgPipeline does.
     """
     width, height = size
     num_channels = pipeline.transformer.config.in_channels // 4
@@ -160,9 +160,9 @@ def _timesteps(scheduler: Any, num_inference_steps: int, num_tokens: int, device
 
 
 def tiled_autoencoder(pipeline: Any, side: int) -> Any:
-    """Return the autoencoder with the same weights, but decoding in tiles of `side` pixels, which takes less memory.
+    """Return a copy of the autoencoder that decodes in tiles of `side` pixels, which takes less memory.
 
-    AutoencoderTiny, whose images need little memory, stays as it is.
+    The copy shares the weights. AutoencoderTiny, whose images need little memory, is returned unchanged.
     """
     if not isinstance(pipeline.vae, AutoencoderKL):
         return pipeline.vae

@@ -16,18 +16,21 @@ log = logging.getLogger(__name__)
 #: Seconds for the whole self test, most of which is compiling.
 _SECONDS = 900.0
 _SIGNAL = "the process ended by signal {}"
-#: The ends of a self test that was stopped from outside: by SIGINT, SIGKILL or SIGTERM.
+#: The messages of a self test that was stopped from outside: by SIGINT, SIGKILL or SIGTERM.
 _STOPPED = [_SIGNAL.format(number) for number in (2, 9, 15)]
 
 
 def failures(directory: Path | None) -> dict[str, str]:
-    """Return the tests that failed on the GPU, with their messages; none without a directory, as on a CPU."""
+    """Return the message of each test that failed on the GPU, by its name; empty without a directory, as on a CPU."""
     found = results(directory) if directory else []
     return {result["name"]: result["message"] for result in found if result["state"] == "failed"}
 
 
 def results(directory: Path, *, renew: bool = False) -> list[dict[str, Any]]:
-    """Return the results of the self test on the GPU: those kept in `directory`, or new ones, which are kept there."""
+    """Return the results of the self test on the GPU: those kept in `directory`, or new ones.
+
+    With `renew`, the results are always new. New results are kept, unless the test was stopped or memory was short.
+    """
     # PyTorch has no public name for the driver's version.
     path = directory / f"self-test-driver-{torch._C._cuda_getDriverVersion()}.json"
     kept = _read(path)
@@ -53,7 +56,7 @@ def _read(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _write(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """Keep results. Runners of one machine may do so at the same time."""
+    """Write results to a file. Several runners of one machine may do so at the same time."""
     temp_path = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS)
 
 
 def _end(code: int, errors: str) -> str:
-    """Describe the end of a process that did not succeed; empty for one that did."""
+    """Describe the end of a process; empty if the process succeeded."""
     if code == 0:
         return ""
     if code < 0:

@@ -28,7 +28,7 @@ def has_bfloat16() -> bool:
     """
     import torch
 
-    # Older versions of PyTorch and builds without oneDNN lack these functions. Their CPUs then count as emulating.
+    # Older versions of PyTorch and builds without oneDNN lack these functions. The CPU then counts as emulating.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     is_allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     # `is_allowed` is also true on CPUs that emulate bfloat16. It is needed because it respects ONEDNN_MAX_CPU_ISA,

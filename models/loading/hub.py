@@ -9,7 +9,7 @@ from typing import Any
 
 #: Patterns of the files to download. Other files, such as pickled weights, are not downloaded.
 _KINDS = ("*.json", "*.safetensors", "*.txt", "*.model")
-#: Patterns of files to skip among them: variants of the weights, such as other precisions.
+#: Patterns of files that are skipped although they match _KINDS: variants of the weights, such as other precisions.
 _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
 #: The maximum size of a JSON file. The largest one of FLUX.1 has 3 MB and belongs to a tokenizer.
 MAX_JSON_BYTES = 64 * 2**20
@@ -60,9 +60,9 @@ def cached_path(hub_id: str) -> Path | None:
 
 
 def missing_components(directory: Path) -> list[str]:
-    """Return the components of a pipeline that a directory lacks; empty if it is complete.
+    """Return the components of a pipeline that are missing or incomplete in a directory; empty if none is.
 
-    A directory without model_index.json is complete if it holds a single model. Raises BadWeights for malformed JSON.
+    Without model_index.json, return [] for a single model, else ["model_index.json"]. Raises BadWeights for bad JSON.
     """
     if not (directory / "model_index.json").is_file():
         return [] if (directory / "config.json").is_file() and _has_weights(directory) else ["model_index.json"]
@@ -70,7 +70,7 @@ def missing_components(directory: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of the weights. Raises BadWeights if it is too large or no object."""
+    """Read the JSON object in a file of the weights. Raises BadWeights if it is too large or holds no object."""
     if (num_bytes := path.stat().st_size) > MAX_JSON_BYTES:
         raise BadWeights(f"{path} has {num_bytes} bytes, but only {MAX_JSON_BYTES} are allowed for JSON; {REPLACE}")
     try:
@@ -121,7 +121,7 @@ def size(directory: Path) -> int:
 
 
 def sizes(directory: Path) -> dict[str, int]:
-    """Return the bytes of the weights of each component that has any."""
+    """Return the bytes of the weights of each component that has weights."""
     sizes_by_name = {name: size(directory / name) for name in components(directory)}
     return {name: num_bytes for name, num_bytes in sizes_by_name.items() if num_bytes}
 

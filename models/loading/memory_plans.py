@@ -11,8 +11,8 @@ RESERVE = 0.09
 #: The size of FLUX.1's transformer in 8 bits as a share of its size in bf16. The matrices of its norms, 27 % of the
 #: transformer, stay in bf16.
 FP8_SHARE = 0.64
-#: The large components of a FLUX pipeline, each with the share that its two largest blocks take: while one runs, the
-#: next is copied. All other components stay on the device in every plan.
+#: The large components of a FLUX pipeline, each with the share that its two largest blocks take: while one block
+#: runs, the next is copied. All other components stay on the device in every plan.
 _TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
 
 
@@ -74,7 +74,7 @@ def _offload(module: Any, device: str) -> None:
 def _can_pin(module: Any) -> bool:
     """Return whether the host's memory has room for a second, pinned copy of all weights.
 
-    Without it, each block is pinned whenever it is copied to the GPU, so that every step copies all weights twice.
+    Without such a copy, each block is pinned whenever it is copied to the GPU, so every step copies all weights twice.
     """
     import psutil
 
@@ -120,7 +120,7 @@ NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
 class DoesNotFit(OSError):
-    """Memory ran out while the weights were placed by a plan, although the plan seemed to fit."""
+    """Memory ran out while an engine was loaded with a memory plan."""
 
     def __init__(self, plan: Plan, reason: str) -> None:
         super().__init__(

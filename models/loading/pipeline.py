@@ -33,7 +33,7 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
     Raises OSError, also for malformed weights, and memory_plans.DoesNotFit if memory runs out.
 
     Only safetensors files are read, and no code from the directory runs. With the plan "resident", each component goes
-    to the device before the next is loaded, so the host never holds a copy of them all.
+    to the device before the next is loaded, so the host never holds a copy of all components.
     """
     import torch
 

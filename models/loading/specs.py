@@ -17,7 +17,7 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, 
 
     A spec is `demo` (for all endpoints), a hub id (for the endpoints made for these weights), a directory (for
     fal-ai/flux/dev), or `ENDPOINT=` and a directory, a hub id or `demo`. An endpoint whose extra weights are missing is
-    left out, but a spec that names it is wrong. Raises ValueError with all problems, one per line.
+    left out, but a spec that names it is an error. Raises ValueError with all problems, one per line.
     """
     assigned: dict[str, str | Path | None] = {}
     problems: list[str] = []

@@ -1,7 +1,7 @@
 """The self test as a child process: python -m models.self_test DEVICE [DIRECTORY].
 
 It prints one JSON object per line: the name of each test before it runs, and then its result. If the process dies, its
-parent knows where.
+parent knows during which test.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ TRIALS = (*machine.TRIALS, *kernels.TRIALS, *engine.TRIALS)
 
 
 def main() -> None:
-    """Run all tests that need no weights."""
+    """Run the tests on DEVICE and print their results. The test of the weights is skipped."""
     device, *directory = sys.argv[1:]
     subject = Subject(device, Path(directory[0]) if directory else None)
     for result in run(TRIALS, subject, lambda name: _print({"running": name})):

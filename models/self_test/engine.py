@@ -19,7 +19,7 @@ from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
 
-#: The largest accepted mean difference of pixel values, 0 to 255, between compiled and diffusers' own image.
+#: The largest accepted mean difference of pixel values, 0 to 255, between the engine's image and that of diffusers.
 _MAX_DIFFERENCE = 8.0
 
 
@@ -49,8 +49,8 @@ def _decode_during_steps(subject: Subject) -> str:
             engine.advance(other)
         decoding.result()
     if task.images[0].tobytes() != alone.tobytes():
-        raise Failed("an image that is decoded while other tasks take steps differs from the same image alone")
-    return f"the image is the same as alone, during {other.step} steps"
+        raise Failed("an image that is decoded while other tasks take steps differs from the same image decoded alone")
+    return f"the image is the same as when decoded alone; another task took {other.step} steps meanwhile"
 
 
 def _generate(engine: FluxEngine, request: Any) -> Image:
@@ -114,7 +114,10 @@ def _tiers(engine: FluxEngine, device: str) -> str:
 
 
 def _compared(engine: FluxEngine, pixels: Any) -> str:
-    """Compare an image with that of diffusers' own pipeline."""
+    """Compare an image with that of diffusers' pipeline; return the difference as text.
+
+    Raises Failed if the difference is too large. With another plan than "resident", nothing is compared.
+    """
     if not engine.plan.is_resident:
         return "generates"
     generator = torch.Generator("cpu").manual_seed(1)

@@ -15,7 +15,7 @@ from models.loading.devices import dtype_for
 from models.schema import PRESETS
 from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
 
-#: Image and text tokens of 1024x1024 and of 512x512 with an image in place of the prompt; fewer on a CPU.
+#: The numbers of image and text tokens together, of 1024x1024 and of 1024x576; fewer on a CPU.
 _TOKENS = {"cuda": (4608, 2816), "cpu": (320, 96)}
 _HEADS, _HEAD_WIDTH = 24, 128
 #: The largest accepted difference, as a share of the mean size of the values: by rounding to bfloat16, and to fp8.
@@ -23,7 +23,7 @@ _BFLOAT16_BOUND, _FP8_BOUND = 0.02, 0.15
 
 
 def _share(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the mean difference as a share of the mean size of the expected values; infinity if one is not finite."""
+    """Return the mean difference as a share of the mean size of `expected`; infinity if `found` is not finite."""
     if not torch.isfinite(found).all():
         return float("inf")
     expected = expected.float()
@@ -107,7 +107,7 @@ def _fp8(subject: Subject) -> str:
 
 
 def two_blocks(subject: Subject) -> Any:
-    """Build one joint and one single block in the widths of FLUX.1, with random weights, which take a gigabyte."""
+    """Build a transformer of one joint and one single block in FLUX.1's widths; its random weights take a gigabyte."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(1)
@@ -123,7 +123,8 @@ def two_blocks(subject: Subject) -> Any:
 def compare(subject: Subject, transformer: Any, compiled: Any, bound: float) -> str:
     """Warm up a compiled transformer, and compare it with the uncompiled one at all presets, without compiling again.
 
-    Returns a message with the largest difference and the times; raises Failed if a difference exceeds `bound`.
+    Returns a message with the largest difference and the compilation time. Raises Failed if a difference exceeds
+    `bound`.
     """
     dtype = dtype_for("auto", subject.device)
     started = time.perf_counter()

@@ -46,7 +46,7 @@ class Skipped(Exception):
 
 
 def run(trials: Iterable[Trial], subject: Subject, announce: Callable[[str], object]) -> Iterator[Result]:
-    """Run tests in order; call `announce` with the name of each before it runs."""
+    """Run tests in order and yield their results; call `announce` with the name of each test before it runs."""
     for trial in trials:
         announce(trial.name)
         try:
@@ -60,7 +60,7 @@ def run(trials: Iterable[Trial], subject: Subject, announce: Callable[[str], obj
             yield Result(trial.name, "failed", f"{type(error).__name__}: {first_line}")
 
 
-def need_gpu(subject: Subject, why: str = "it is about GPUs") -> None:
-    """Skip the rest of a test on a CPU."""
+def need_gpu(subject: Subject, why: str = "this test is about GPUs") -> None:
+    """Raise Skipped, with the reason `why`, if the device is a CPU."""
     if subject.device == "cpu":
         raise Skipped(f"on a CPU: {why}")

@@ -81,7 +81,7 @@ def get_services(request: Request) -> Services:
 
 
 def authenticate(request: Request, scope: str | None = None) -> str:
-    """Return the owner of the request's key or, if `scope` is given, of a token that has it. Raises Unauthorized."""
+    """Return the owner of the request's key, or of a token with `scope` if that is given. Raises Unauthorized."""
     return get_services(request).keys.owner(request.headers.get("authorization"), scope)
 
 
@@ -122,7 +122,7 @@ def get_model(request: Request, endpoint: str) -> Model:
 
 
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
-    """Return the job if it belongs to this owner and app. Raises NotFound.
+    """Return the job if it belongs to this owner and app. Raises NotFound otherwise.
 
     `app` is the full endpoint id or its first two segments.
     """
@@ -135,7 +135,7 @@ def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
 
 @asynccontextmanager
 async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBody]:
-    """Read a request's JSON body. Its temporary files, which hold long base64 data, exist until the block ends.
+    """Read a request's JSON body and yield it. Its temporary files, for long base64 data, exist until the block ends.
 
     Raises InvalidInput, TooManyRequests, BodyTooLarge and DiskFull.
     """
@@ -175,7 +175,7 @@ async def parse_request(request: Request, model: Model, owner: str, mode: Mode) 
 async def parse_request_body(
     request: Request, body: SpooledBody, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
-    """Parse a request whose body is already read. Raises as `submissions.parse_submission` does."""
+    """Parse a request into a submission; `body` is already read. Raises as `submissions.parse_submission` does."""
     services = get_services(request)
     return await submissions.parse_submission(
         request,

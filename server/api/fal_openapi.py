@@ -87,7 +87,7 @@ def component_schemas(model: Model) -> dict[str, Any]:
 
 
 def _in_openapi_3_0(value: Any) -> Any:
-    """Convert a JSON schema to OpenAPI 3.0, which has no null type, and marks exclusive minimums with a flag."""
+    """Convert a JSON schema to OpenAPI 3.0, which has no null type and marks exclusive minimums with a flag."""
     if isinstance(value, list):
         return [_in_openapi_3_0(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The server's OpenAPI document: FastAPI's, plus the paths, Input and Output of every model."""
+"""The server's OpenAPI document: FastAPI's document, plus the paths, Input and Output of every model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -13,7 +13,7 @@ from server.errors import HEADERS_BY_TYPE, ServerError
 from server.queue.jobs import Job, Outcome, State
 
 #: HTTP statuses of status responses. As at fal, 202 means unfinished and 200 finished. The Python module `fal.apps`
-#: reads only this status.
+#: reads only the HTTP status, not the body.
 STATUS_CODES = {State.IN_QUEUE: 202, State.IN_PROGRESS: 202, State.COMPLETED: 200}
 #: The size in bytes of the parts in which a large response is sent.
 _CHUNK = 2**16
@@ -48,7 +48,7 @@ def urls(job: Job) -> dict[str, str]:
     """Build the absolute URLs of a request. As at fal, they contain only the first two segments of the endpoint id."""
     app = "/".join(job.endpoint.split("/")[:2])
     # Under a host named `queue.*`, all paths belong to the queue. Under other hosts, the path must start with /queue,
-    # because some clients build further URLs from it.
+    # because some clients build further URLs from this URL.
     host = job.base_url.split("://", 1)[-1]
     prefix = "" if host.startswith("queue.") else "/queue"
     url = f"{job.base_url}{prefix}/{app}/requests/{job.request_id}"

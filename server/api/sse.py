@@ -23,7 +23,7 @@ class EventStream(StreamingResponse):
     """A response that sends each object as one `data:` event, and each None as a heartbeat.
 
     The package sse-starlette is not used, because it replaces a method of uvicorn's server for the whole process, and
-    cuts streams when the server stops. With this class, a stream can send a last event.
+    cuts streams when the server stops. With this class, a stream can send a last event before the server stops.
     """
 
     media_type = "text/event-stream"

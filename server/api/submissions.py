@@ -41,7 +41,7 @@ async def parse_submission(
     executor: FairExecutor,
     content_type: str | None = None,
 ) -> Submission:
-    """Parse the request and its body, and fetch the files that its URLs refer to.
+    """Parse the request and its body into a submission, and fetch the files that its URLs refer to.
 
     `content_type` overrides the request's header. Raises InvalidInput and BadRequest, naming the field and the limit,
     TooManyRequests, QueueFull, DiskFull, and InternalError if a LoRA could not be checked.
@@ -75,7 +75,10 @@ async def parse_submission(
 
 
 def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> ImageInput:
-    """Validate the body. Choose a missing seed now, so that a retry makes the same image. Raises InvalidInput."""
+    """Validate the body, and return its fields. Raises InvalidInput.
+
+    If the seed is missing, choose one now, so that a retry makes the same image.
+    """
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
         raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])

@@ -22,7 +22,7 @@ _MAX_LINES = 10_000
 
 def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None = None) -> Body:
     """Parse a JSON body; pydantic's validators receive `context`. Raises InvalidInput, listing every wrong field."""
-    # The count includes characters inside strings, but the long base64 strings of valid bodies contain none of these.
+    # The count includes characters inside strings, but long base64 data contains none of the counted characters.
     if _count_values(body) > MAX_VALUES:
         message = f"Body should have at most {MAX_VALUES} values"
         raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])

@@ -89,7 +89,7 @@ def revoke_key(
     name: Annotated[str, typer.Argument(help="Name of the key, or its owner as shown by `keys list`.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Revoke a key and its tokens immediately. Its requests continue."""
+    """Revoke a key and its tokens immediately. The key's requests continue."""
     _ask(data_dir, "revoke_key", name=name)
     typer.echo(f"Revoked the key {name}")
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
@@ -123,8 +123,8 @@ def back_up(
 ) -> None:
     """Copy queue, images, keys and certificates to DIRECTORY, whether the server runs or not.
 
-    A running server writes the copy itself, so its user must be able to write there. To restore, start the server with
-    a copy of DIRECTORY as --data-dir, because the server writes to it.
+    A running server writes the copy itself, so its user must be able to write there. To restore, copy DIRECTORY and
+    start the server with the copy as --data-dir, because a server changes its data directory.
     """
     num_bytes = _ask(data_dir, "back_up", directory=str(directory.absolute()))
     if not directory.is_dir():

@@ -27,7 +27,7 @@ def run(
     num_waiting: int,
     cap_gb: float,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure, and yield texts to print, each with the report so far. Bad settings raise OSError or ValueError."""
+    """Measure, and yield each text to print with the report so far. Raises OSError and ValueError for bad settings."""
     import torch
 
     device = devices.device_for(settings.device)

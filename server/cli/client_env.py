@@ -54,7 +54,7 @@ _ADDRESS = ("data_dir", "host", "port", "tls_port", "proxy_port", "public_url")
 
 
 def env_command(settings: Settings) -> str:
-    """Return the `flux-server env` command for this server, with an option for each setting that is no default."""
+    """Return the `flux-server env` command for this server, with an option for each changed setting in _ADDRESS."""
     settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
     defaults = Settings.load({"XDG_DATA_HOME": os.environ.get("XDG_DATA_HOME", "")})
     options = [
@@ -77,7 +77,7 @@ def _program() -> str:
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
     """Build shell exports, with all other advice in comments, for `eval "$(flux-server env)"`.
 
-    `needs_key` says that the server requires a key that the settings do not contain.
+    `needs_key` says whether the server requires a key that the settings do not contain.
     """
     host = _host(settings)
     url = settings.public_url or f"http://{host}:{settings.port}"
@@ -146,7 +146,7 @@ class UnsupportedProgram(Exception):
 def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
     """Check that the settings and the certificate that `run` needs for this command exist.
 
-    Raises UnsupportedProgram if one is missing. `run_limitations` names what `run` cannot do for a program.
+    Raises UnsupportedProgram if something is missing. `run_limitations` names what `run` cannot do for a program.
     """
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it, the program's calls would go to the real fal")
@@ -163,12 +163,12 @@ def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -
 
 
 def run(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Replace this process with the command, in an environment for this server. Raises OSError if it cannot start."""
+    """Replace this process with the command, whose fal calls go to this server. Raises OSError if it cannot start."""
     os.execvpe(command[0], list(command), environment(settings, files, os.environ))  # noqa: S606  the user's command
 
 
 def run_limitations(command: Sequence[str]) -> str:
-    """Describe, for the user, which calls of the command do not reach this server."""
+    """Return a sentence for the user that says which calls of the command do not reach this server."""
     if _is_node(command):
         return f"{_OTHERS} still send their calls to the real fal."
     if not PurePath(command[0]).name.startswith(_PYTHON):

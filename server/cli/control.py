@@ -75,7 +75,7 @@ class Control:
         return self._is_open() if self._is_open else not auth.load_key_scopes(self._database, with_first=False)
 
     def revoke_key(self, name: str) -> None:
-        """Revoke a key immediately; its requests and images stay. Raises ValueError if no or several keys match."""
+        """Revoke a key immediately; its requests and images stay. Raises ValueError unless exactly one key matches."""
         auth.revoke_key(self._database, name)
         self._on_keys()
 
@@ -84,7 +84,7 @@ class Control:
         return delivery.list_deliveries(self._database, with_delivered=with_delivered, limit=limit)
 
     def redeliver(self, request_id: str) -> None:
-        """Send a request's webhook again now, with all its retries. Raises ValueError if there is none."""
+        """Send a request's webhook again now, with all its retries. Raises ValueError if the request has no webhook."""
         delivery.redeliver(self._database, request_id)
         self._on_webhooks()
 

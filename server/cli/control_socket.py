@@ -86,7 +86,7 @@ def call(data_dir: Path, command: str, **arguments: Any) -> Any:
 def requires_key(data_dir: Path) -> bool:
     """Return whether the running server requires a key; without a running server, whether a named key is stored.
 
-    The directory is not locked.
+    This function does not lock the directory. If it cannot read the keys, it returns False.
     """
     with suppress(OSError, ValueError):
         return not _call_server(data_dir, "is_open", {})

@@ -37,7 +37,7 @@ class Check:
 
 
 def run_checks(settings: Settings) -> Iterator[Check]:
-    """Yield the result of each check. Checks that depend on a failed one are left out."""
+    """Yield the result of each check. Checks that depend on a failed check are left out."""
     yield _python()
     yield _ports(settings)
     yield _disk(settings)
@@ -127,7 +127,7 @@ def _disk(settings: Settings) -> Check:
 
 
 def _unusable(directory: Path) -> str:
-    """Return why the server cannot use its data directory, or the nearest existing parent; empty if it can."""
+    """Return why the server cannot use its data directory, or the nearest existing parent; "" if it can."""
     if not directory.is_dir():
         return f"{directory} is not a directory"
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
@@ -165,7 +165,7 @@ def _device(settings: Settings) -> Generator[Check, None, tuple[str, int] | None
 def _weights(
     where: str | Path, endpoints: Sequence[str], settings: Settings, device: str, free: int
 ) -> Iterator[Check]:
-    """Yield the checks of one set of weights. Raises OSError, with the reason, if they cannot be loaded."""
+    """Yield the checks of one set of weights. Raises OSError, with the reason, if the weights cannot be loaded."""
     name = _name(where)
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:

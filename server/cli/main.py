@@ -52,7 +52,7 @@ def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
-    # Import the server late, because `env` and `--help` do not need it.
+    # Import the server only here, because `env` and `--help` do not need it.
     from models.flux.attempts import forget_open_attempts
     from server import logs
     from server.cli.serve import serve_until_stopped
@@ -75,7 +75,7 @@ def pull(
     settings: Settings,
     hub_id: Annotated[str, typer.Argument(help="Id on the Hugging Face hub, such as black-forest-labs/FLUX.1-dev.")],
 ) -> None:
-    """Download weights and the safety checker from the hub into its cache, with the token in HF_TOKEN if set."""
+    """Download weights and the safety checker from the hub to this machine, with the token in HF_TOKEN if set."""
     disable_telemetry_and_warnings()
     from models.loading import hub
 
@@ -99,7 +99,7 @@ def doctor(
         bool, typer.Option("--check", help="Also test the device, and WEIGHTS on it. On a GPU this takes minutes.")
     ] = False,
 ) -> None:
-    """Check what this machine can run, and explain what it cannot."""
+    """Check what this machine can run, and explain what it cannot run."""
     disable_telemetry_and_warnings()
     limit_openmp_spinning()
     from server.cli.doctor import run_checks, run_self_test
@@ -108,7 +108,7 @@ def doctor(
     if is_check and all(check.ok for check in checks if check.name != "ports"):
         checks += [_echo(check) for check in run_self_test(settings)]
     elif is_check:
-        typer.echo("The self test needs a machine that passes these checks.", err=True)
+        typer.echo("The self test did not run, because it needs a machine that passes these checks.", err=True)
     if not all(check.ok for check in checks):
         raise typer.Exit(FAILED)
 
@@ -185,10 +185,12 @@ def env(settings: Settings) -> None:
     files = tls.certificate_files(settings.data_dir)
     # `eval` hides the comments of the output, so the note goes to stderr too.
     if settings.tls_port and not files.bundle.exists():
-        message = "the server creates it at its first start; if it already runs, give its --data-dir"
+        message = "a server creates one when it first starts; if the server already runs, give its --data-dir"
         typer.echo(f"flux-server: there is no certificate in {files.bundle.parent}: {message}", err=True)
     if needs_key:
-        typer.echo("flux-server: the server asks for a key: put it into FAL_KEY before this command", err=True)
+        typer.echo(
+            "flux-server: the server requires a key; set FAL_KEY to a key, then run this command again", err=True
+        )
     typer.echo(shell_exports(settings, files, needs_key=needs_key))
 
 

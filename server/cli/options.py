@@ -16,7 +16,7 @@ FAILED = 1
 
 
 def with_settings_options(func: Callable[..., None]) -> Callable[..., None]:
-    """Add one option per setting to a command, and WEIGHTS as its arguments unless it has arguments already.
+    """Return the command with an option for each setting, and with WEIGHTS as arguments unless it has others.
 
     The command gets the loaded Settings. If the settings are invalid, the process exits with BAD_SETTINGS instead.
     """

@@ -49,7 +49,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     app = create_app(settings)
     components: Components = app.state.components
     services, backend = components.services, components.backend
-    # The CONNECT proxy counts as one more port, because it too holds two open files per connection.
+    # The CONNECT proxy counts as one more port, because each of its connections also needs two open files.
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
     certificate = _certificate(settings)
@@ -118,7 +118,7 @@ def _certificate(settings: Settings) -> tls.CertificateFiles | None:
 def _install_signal_handlers(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup ignores SIGHUP, so that the server survives the end of its terminal.
+        # nohup makes the process ignore SIGHUP. Keep this, so that the server survives the end of its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, stopping.set)
 
@@ -126,7 +126,10 @@ def _install_signal_handlers(stopping: asyncio.Event) -> None:
 async def _open_connect_proxy(
     settings: Settings, sockets: list[socket.socket], max_tunnels: int
 ) -> ConnectProxy | None:
-    """Open the CONNECT proxy, if it is turned on. It binds to loopback only, because its clients count as local."""
+    """Open the CONNECT proxy and return it; return None if it is turned off.
+
+    The proxy binds to loopback only, because its clients count as local.
+    """
     if not settings.proxy_port:
         return None
     port, tls_port = (bound.getsockname()[1] for bound in sockets)

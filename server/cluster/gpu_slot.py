@@ -21,7 +21,7 @@ from server.worker.running_job import outcome_from_exception
 
 log = logging.getLogger(__name__)
 
-#: Seconds to wait before a start, by how many runners in a row ended before they were ready.
+#: Seconds to wait before the next runner is started, by how many runners in a row ended before they were ready.
 RESTART_BACKOFF = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 #: Held while input files are sent. All slots share it, so that the head has the files of only one request in memory.
 _INPUT_TRANSFER_LOCK = threading.Lock()
@@ -57,7 +57,7 @@ class GpuSlot:
         self._num_restarts, self._failure = 0, ""
         #: Number of runners started so far.
         self.incarnation = 0
-        #: Monotonic time when the runner became ready, or when its last job left it.
+        #: Monotonic time when the runner became ready, or when a job last left it.
         self.idle_since = time.monotonic()
         # Guards the jobs and the runner handle, so that no job goes to a runner that is being dropped.
         self._lock = threading.Lock()
@@ -98,7 +98,7 @@ class GpuSlot:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether the slot has a GPU, on which its runner is loading or generating."""
+        """Whether the slot's runner has a GPU."""
         runner = self._runner
         return bool(runner and runner.node)
 
@@ -205,7 +205,7 @@ class GpuSlot:
         return was_ready
 
     def _requeue_all(self, runner: RunnerHandle) -> None:
-        """Requeue the runner's jobs, or fail those with too many attempts. First count a crash, if there was one."""
+        """Count a crash if there was one; then requeue the runner's jobs, or fail those that were tried too often."""
         if self.jobs and not self._stopped.is_set() and (crashed := runner.crashed_jobs()):
             jobs = [job for job in self.jobs.values() if job.request_id in crashed]
             log.error("GPU %d: its runner crashed while it ran the requests %s", self.number, ", ".join(crashed))

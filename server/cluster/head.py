@@ -144,7 +144,10 @@ class ClusterHead:
         self._notifier.work_available.set()
 
     def fail(self, error: BaseException) -> None:
-        """Stop the head because of `error`; the next process resumes the queue. May be called from any thread."""
+        """Stop the head because of `error`; do nothing after an earlier error. May be called from any thread.
+
+        The server then exits, and the next process resumes the queue.
+        """
         if self.failure is not None:
             return
         explains_itself = isinstance(error, RayLost | CorruptDatabase)

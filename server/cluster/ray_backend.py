@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds to wait for the crash report from the node of a dead runner; a dead node never answers.
 CRASH_REPORT_TIMEOUT = 3.0
-#: Maximum seconds to wait for a runner's reply. After that, a client whose cancel waits gets its answer anyway, and a
-#: runner that was asked which input files it lacks counts as lost.
+#: Maximum seconds to wait for a runner's reply. After that, a client that cancels a request gets its answer anyway. A
+#: runner that has not said in time which input files it lacks counts as lost.
 CALL_TIMEOUT = 2.0
 #: Concurrency group of the short calls, which run while the long `work` call is active.
 _CONTROL = "control"
@@ -28,7 +28,7 @@ _STOP = "stop"
 
 
 class RunnerLost(Exception):
-    """Loss of a runner: its process, its node or its GPU is gone."""
+    """Loss of a runner: it failed, or its process, its node or its GPU is gone."""
 
 
 class RayLost(Exception):
@@ -151,7 +151,7 @@ class RayCluster:
         """Start Ray or join its cluster. Raises RuntimeError if Ray is not installed or does not answer."""
         where = self._settings.ray
         if where == "local":
-            # Despite its name, this setting makes Ray bind every port to loopback instead of all interfaces.
+            # Despite its name, this variable makes Ray bind every port to loopback instead of all interfaces.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
@@ -174,7 +174,7 @@ class RayCluster:
         )
 
     def start_runner(self) -> RunnerHandle:
-        """Request a runner on the next free GPU; return at once."""
+        """Request a runner on the next free GPU; return its handle at once."""
         return RunnerHandle(self._settings, self._input_path)
 
     def num_gpus(self) -> int:
@@ -187,7 +187,7 @@ class RayCluster:
         return int(sum(resources.get("GPU", 0) for resources in nodes.values()))
 
     def close(self) -> None:
-        """Disconnect from Ray, and stop it if `connect` started it."""
+        """Disconnect from Ray, and stop Ray if `connect` started it."""
         self._ray.shutdown()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from server.queue.jobs import Job, Priority
 
-#: How many prompts, and how many sizes, the router assumes that a runner has cached.
+#: How many of a runner's latest prompts the router assumes to be cached, and how many of the runner's latest sizes.
 KNOWN = 64
 #: Maximum runner hints that the router remembers.
 HINTS = 10_000
@@ -45,7 +45,7 @@ class CacheAffinity:
 
     @classmethod
     def of(cls, text: str) -> "CacheAffinity":
-        """Read the affinity from a request's input as JSON; empty for malformed JSON, which the worker reports."""
+        """Return the affinity of a request's input as JSON; empty for malformed JSON, which the worker reports."""
         try:
             fields: dict[str, Any] = dict(json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -107,7 +107,7 @@ class Router(Generic[R]):
 
     @property
     def accepts_low_priority(self) -> bool:
-        """Whether any slot has room for a low-priority job, which needs fewer than `limit` jobs in total there."""
+        """Whether any slot has room for a low-priority job: fewer than `limit` jobs in total."""
         return any(load < self._limit for load in self._by_load)
 
     @property
@@ -116,7 +116,7 @@ class Router(Generic[R]):
         return self._limit * len(self._incarnation_of)
 
     def update(self, slot: R) -> None:
-        """Read a slot again after its runner or jobs changed."""
+        """Update the index after a slot's runner or jobs changed."""
         if self._incarnation_of.get(slot) != slot.incarnation:
             self._clear_affinity(slot)
             self._incarnation_of[slot] = slot.incarnation
@@ -136,7 +136,7 @@ class Router(Generic[R]):
         """Choose a slot for a job. At least one slot must have room.
 
         The slot of the last job with the same runner hint is chosen if it has room. Otherwise, one of the least loaded
-        slots is chosen: by preference one that has cached both size and prompt, then the size, then the prompt.
+        slots is chosen: one that has cached both size and prompt if there is one, else the size, else the prompt.
         """
         chosen = self._hinted(job) or self._best(affinity)
         if job.runner_hint:

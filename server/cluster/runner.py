@@ -29,7 +29,7 @@ from server.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two state reports: while the worker loads, and once it is ready.
+#: Seconds between two checks whether the worker's state changed: while it loads, and once it is ready.
 STATE_INTERVALS = (0.1, 2.0)
 #: Seconds that a dead runner's directory is kept after its last change, so that the head can read the crash record;
 #: also the seconds between two sweeps of the input cache.
@@ -184,7 +184,10 @@ class _Handler(logging.handlers.QueueHandler):
 
 
 def _new_directory(runners: Path) -> Path:
-    """Create and return this process's directory; delete those of dead runners without a change for KEEP_SECONDS."""
+    """Create this process's directory and return its path.
+
+    Deletes the directories of dead runners that did not change for KEEP_SECONDS.
+    """
     runners.mkdir(parents=True, exist_ok=True, mode=0o700)
     # The host name comes first, because machines may share a home directory.
     here = f"{socket.gethostname()}-"

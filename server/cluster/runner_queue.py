@@ -101,7 +101,10 @@ class RunnerQueue:
     # -- called by the worker: `FileSink`
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Hold a file in memory until its job ends. The head writes it and sets its expiry, by the head's clock."""
+        """Hold a file in memory until its job ends; return its description.
+
+        The head writes the file, and sets its expiry by the head's clock.
+        """
         name = generate_file_name(extension)
         self._contents[name] = content
         return StoredFile(name, owner, len(content), content_type, is_private=lifecycle.is_private)

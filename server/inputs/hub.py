@@ -10,7 +10,7 @@ from server.errors import InvalidInputFile
 from server.net.outbound import OutboundClient
 
 _ID = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}")
-#: The largest description of a repository that the hub may send, in bytes, and the longest time that it may take.
+#: The largest description of a repository that the hub may send, in bytes, and the most seconds that this may take.
 MAX_ANSWER_BYTES = 4 * 2**20
 SECONDS = 30.0
 
@@ -29,8 +29,8 @@ class _Repository(BaseModel):
 async def resolve_hub_id(reference: str, outbound: OutboundClient, temp_path: Path) -> str:
     """Return the URL of the single safetensors file in the repository `owner/name`; return any other text unchanged.
 
-    The hub's response is written to `temp_path`. Raises InvalidInputFile if the repository has no safetensors file or
-    several, and the errors of `OutboundClient.download`.
+    The hub's response is written to `temp_path`. Raises InvalidInputFile if the response cannot be read, or lists no
+    safetensors file or several; and the errors of `OutboundClient.download`.
     """
     if not _ID.fullmatch(reference):
         return reference

@@ -35,9 +35,9 @@ _ALONE = (0x01, *range(0xD0, 0xDA))
 
 
 def decode_image(path: Path, limits: Limits) -> Image:
-    """Decode the first frame of a client's image as RGB, upright, and scaled down to the limits.
+    """Decode a client's image; return its first frame as RGB, upright, and scaled down to the limits.
 
-    Raises InvalidInputFile, and OSError when the file cannot be read.
+    Raises InvalidInputFile for an image that cannot be used, and OSError when the file cannot be read.
     """
     content = path.read_bytes()
     _check_parts(content)
@@ -102,7 +102,7 @@ def _rgb(image: Image) -> Image:
 
 
 def _check_parts(content: bytes) -> None:
-    """Count the scans and parts of a JPEG or PNG. Raises InvalidInputFile for more than a real encoder writes."""
+    """Check the number of scans and segments of a JPEG, or of chunks of a PNG. Raises InvalidInputFile for too many."""
     parts: Iterator[int] = iter(())
     if content.startswith(_PNG):
         parts = _chunks(content)

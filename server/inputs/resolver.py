@@ -109,9 +109,9 @@ class InputResolver:
     async def resolve(self, request: ImageInput, owner: str, body: SpooledBody | None = None) -> dict[str, str]:
         """Fetch every file that the request refers to; return the file names by field path, such as "loras.0.path".
 
-        `body` holds the long data of the request's data URIs. Raises InvalidInput, naming the field, QueueFull if the
-        owner's unfinished requests would need too much disk space, InternalError if a LoRA could not be checked, and
-        DiskFull.
+        `body` holds the long data of the request's data URIs. Raises InvalidInput, which names the field; QueueFull if
+        the owner's unfinished requests would need too much disk space; InternalError if a LoRA could not be checked;
+        and DiskFull.
         """
         # A file that the request refers to twice is fetched once.
         names: dict[tuple[str, str], str] = {}
@@ -165,7 +165,10 @@ class InputResolver:
             temp_path.unlink(missing_ok=True)
 
     async def _download(self, url: str, owner: str, temp_path: Path, kind_name: str) -> str:
-        """Return the name of a file from another server. Download it only if it changed since an earlier download."""
+        """Fetch a file from another server; return its name in the cache. Raises InvalidInputFile and OSError.
+
+        The file is downloaded only if it changed since an earlier download, or is no longer in the cache.
+        """
         kind = self._kinds[kind_name]
         async with self._downloads_of[owner], self._downloads:
             try:

@@ -14,12 +14,12 @@ from server.errors import InvalidInput, InvalidInputFile
 MAX_IN_MEMORY = 64 * 2**10
 #: The most bytes of a body that stay in memory: everything except the data in files. Real requests have much less.
 MAX_TEXT = 2**20
-#: How many characters of the data in a file also stay in the text, for error messages that quote them.
+#: How many characters of a piece that goes to a file also stay in the text, so that error messages can quote them.
 _NUM_QUOTED = 1024
 #: The start of base64 data. JSON's syntax has no semicolon, so this can only be inside a string.
 _START = b";base64,"
 #: Base64 data, in which JSON encoders may have escaped "/", "+" and "=". Possessive quantifiers, which Python 3.11.2
-#: matches wrongly, are not needed: nothing after the data can fail.
+#: matches wrongly, are not needed: the pattern ends with the data, so a match never has to backtrack.
 _ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]+|\\/|\\u00(?:2[BbFf]|3[Dd]))*")
 #: The beginning of an escape at the end of a part, whose remaining characters have not arrived yet.
 _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")

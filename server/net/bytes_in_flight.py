@@ -49,7 +49,7 @@ class BytesInFlight(FairShare):
     async def stream(
         self, request: Request, owner: str, max_bytes: int | None = None
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Yield an iterator over the parts of a request's body, which returns them as they arrive.
+        """Yield an iterator that returns the parts of a request's body as they arrive.
 
         The body counts towards the owner's share of memory until the block ends. The iterator raises BodyTooLarge for
         more than `max_bytes`, and TooManyRequests if no memory becomes free in time.

@@ -247,7 +247,7 @@ def _target(host: str, port: int, request: bytes = b"", length: int | None = Non
 
 
 def _response(line: str, reason: str = "") -> bytes:
-    """Build a response of the proxy itself."""
+    """Return a response that the proxy itself sends, as bytes."""
     body = reason.encode()
     length = f"content-length: {len(body)}\r\nconnection: close\r\n" if reason else ""
     return f"HTTP/1.1 {line}\r\n{length}\r\n".encode() + body

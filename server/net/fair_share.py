@@ -15,7 +15,7 @@ class FairShare:
     """
 
     def __init__(self, total: int, refusal: str, *, closes: bool = False) -> None:
-        """Start with `total` free. `refusal` is the message for refused clients; `closes` closes the connection too."""
+        """Start with `total` free. Refused clients get the message `refusal`; `closes` disconnects them too."""
         self._total, self._refusal, self._closes = total, refusal, closes
         self._held: Counter[str] = Counter()
 

@@ -86,7 +86,7 @@ def build_listeners(
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Open a listening socket. Raises OSError, naming host and port.
+    """Open and return a listening socket. Raises OSError, naming host and port.
 
     Call before anything else at startup, so that a port in use ends the program at once.
     """

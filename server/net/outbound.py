@@ -127,7 +127,10 @@ class OutboundClient:
     async def _get(
         self, url: str, to: Path, max_bytes: int, etag: str, accepts: Callable[[bytes], None]
     ) -> httpx.Response:
-        """Send one request. If its status is 200, write the body to the file. Raises InvalidInputFile."""
+        """Send one request and return the response. For status 200, write the body to the path `to` first.
+
+        Raises ForbiddenURL, and InvalidInputFile for an error status or a file that is too large or not accepted.
+        """
         self.check(url)
         # Ask for no compression, so that the bytes counted are the bytes stored.
         headers = {"accept-encoding": "identity", "user-agent": "flux-server"}

@@ -138,7 +138,7 @@ class TimeoutProtocol(HttpToolsProtocol):
 
 
 def with_limits(**limits: Any) -> type[TimeoutProtocol]:
-    """Return the protocol class with these class attributes changed."""
+    """Return a subclass of TimeoutProtocol with these class attributes."""
     return type("TimeoutProtocol", (TimeoutProtocol,), limits)
 
 

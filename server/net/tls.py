@@ -56,10 +56,10 @@ def certificate_files(data_dir: Path) -> CertificateFiles:
 
 
 def ensure_certificate(data_dir: Path, *hosts: str) -> CertificateFiles:
-    """Create the authority if it is missing, and the certificate if it is missing, expires soon or has other names.
+    """Make sure that the authority and a current certificate exist; return the paths of their files.
 
-    `hosts` are names and addresses that the certificate covers in addition to the usual ones. Raises ValueError for a
-    damaged file, naming the file, and OSError.
+    A certificate that expires soon or has other names is replaced. `hosts` are names and addresses that the certificate
+    covers in addition to the usual ones. Raises ValueError for a damaged file, naming the file, and OSError.
     """
     files = certificate_files(data_dir)
     directory = files.authority.parent

@@ -42,7 +42,7 @@ class HistoryQuery:
 
 
 def query_history(database: Database, query: HistoryQuery) -> dict[str, Any]:
-    """Read one page: its `items`, `next_cursor` (None on the last page) and `has_more`.
+    """Return one page: its `items`, `next_cursor` (None on the last page) and `has_more`.
 
     Requests sent with X-Fal-Store-IO: 0 are not listed. `json_output` is None for a large output, which is taken to
     hold inline images. Raises ValueError for an invalid cursor.

@@ -14,7 +14,7 @@ from server.storage.file_store import Lifecycle, insert_file_row
 
 #: Responses larger than this, in bytes, are taken to hold inline images, which makes them slow to parse.
 SMALL_OUTPUT = 16_384
-#: Bytes that a finished row counts as in addition to its texts: the other columns and the indexes.
+#: Bytes that are counted for a finished row in addition to its texts: the other columns and the indexes.
 _ROW_BYTES = 1024
 
 _CLAIM = """
@@ -150,7 +150,10 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:
-    """Mark a running job as cancelled, so that it ends as cancelled even after a restart. Raises RuntimeError."""
+    """Mark a running job as cancelled, so that it ends as cancelled even after a restart.
+
+    Raises RuntimeError when the job is not running.
+    """
     _guarded(
         connection,
         "UPDATE jobs SET is_cancelled = 1 WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",
@@ -168,7 +171,10 @@ def count_crash(connection: sqlite3.Connection, job: Job) -> None:
 
 
 def release(connection: sqlite3.Connection, job: Job) -> None:
-    """Set a running job IN_QUEUE again, with the same sequence number and so the same rank. Raises RuntimeError."""
+    """Set a running job IN_QUEUE again, with the same sequence number and so the same rank.
+
+    Raises RuntimeError when the job is not running.
+    """
     _guarded(
         connection,
         "UPDATE jobs SET state = 'IN_QUEUE' WHERE request_id = ? AND state = 'IN_PROGRESS' AND attempt = ?",

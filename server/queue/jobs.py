@@ -40,7 +40,7 @@ class Submission:
     """A client's validated request.
 
     `input` is JSON. `start_deadline` is in seconds since 1970. With `store_io` False, the result is deleted soon after
-    its first fetch. `max_queue_length` is the client's own limit: with so many waiting requests, this one is refused.
+    its first fetch. `max_queue_length` is the client's own limit: if that many requests wait, this one is refused.
     """
 
     endpoint: str

@@ -43,7 +43,7 @@ class Notifier:
     def subscribe(self, *topics: str) -> Iterator[asyncio.Event]:
         """Yield an event that is set when one of these topics is notified. Call on the event loop only.
 
-        Clear the event before reading the row; otherwise a change in between goes unnoticed.
+        Clear the event before reading the row: a change between the reading and a later clearing would go unnoticed.
         """
         event = asyncio.Event()
         for topic in topics:

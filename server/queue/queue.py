@@ -1,4 +1,4 @@
-"""The durable queue. The row is authoritative. The in-memory job is updated after each commit, for status requests."""
+"""The durable queue. A job's row is authoritative. Status requests read a copy in memory, updated after each commit."""
 
 import logging
 import threading
@@ -57,7 +57,7 @@ class Queue:
         self._clock = clock
         # Held during each commit and its in-memory change, so that these changes happen in the order of the commits.
         self._lock = threading.RLock()
-        #: Called when a running job is cancelled. Returns once the job's runner, local or remote, has been told.
+        #: Called when a running job is cancelled. In a cluster, waits until the job's runner confirms, with a timeout.
         self.on_cancel: Callable[[Job], None] = lambda job: None
         self._waiting = WaitingIndex()
         self._pending_storage = pending_storage or PendingStorage(lambda name: 0)
@@ -69,7 +69,7 @@ class Queue:
     def submit(self, submission: Submission) -> Job:
         """Add a job, or return the earlier one with the same Idempotency-Key. The returned job survives a crash.
 
-        Raises QueueFull, TooManyRequests, InvalidInput for an Idempotency-Key of another body, and DiskFull.
+        Raises QueueFull, TooManyRequests, InvalidInput for an Idempotency-Key used with another body, and DiskFull.
         """
         with self._lock:
             with self._database.transaction() as connection:
@@ -91,7 +91,7 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> State:
-        """Cancel a job because its client cancelled it or disconnected; return the state before.
+        """Cancel a job because its client cancelled it or disconnected; return the job's previous state.
 
         A waiting job ends now, and a running job before its next step. A completed job stays as it is.
         """
@@ -180,7 +180,7 @@ class Queue:
         self._notifier.notify(job.request_id)
 
     def finish(self, job: Job, outcome: Outcome) -> bool:
-        """Finish a running job with this outcome. If the job was cancelled, finish it as cancelled and return False."""
+        """Finish a running job with this outcome; return True. Finish a cancelled job as cancelled; return False."""
         with self._lock:
             if job.is_cancelled:
                 self._complete(job, Outcome.from_error(retry.cancellation_error(job)), is_cancelled=True)

@@ -93,7 +93,7 @@ class Retention:
 
         Results with a due webhook stay.
         """
-        # A dict, because the rows of two requests can be mixed.
+        # A dict serves as a set with an order, because the rows of two requests can be mixed.
         request_ids: dict[str, None] = {}
         uploads: list[str] = []
         rows = self._database.read(

@@ -66,7 +66,8 @@ const retryDelay = (failures) => Math.min(MAX_RETRY_DELAY_MS, 500 * 2 ** failure
 const isFinal = (error) => error instanceof ApiError && error.status < 500;
 
 // Yield each status of a request until it completes; `logs` holds all logs so far. Streams the status, or polls it when
-// too many streams are open. Starts again when the connection breaks, as it does when the server restarts.
+// too many streams are open. When the connection breaks, as it does when the server restarts, yields the status
+// UNREACHABLE and starts again.
 export async function* statuses(request) {
   for (let failures = 0; ; failures += 1) {
     const isStreamed = streams < MAX_STREAMS;

@@ -1,4 +1,4 @@
-// The current form as programs to copy and run. Each points its client at this server.
+// The current form as programs to copy and run. Each program sends its request to this server.
 
 import { element } from "./form.js";
 

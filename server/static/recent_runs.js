@@ -4,7 +4,7 @@ const MAX_RUNS = 60;
 
 export const all = () => JSON.parse(localStorage.getItem("runs") ?? "[]");
 
-// Images pasted as data URIs are too large for the browser's storage, which is limited.
+// Leave out images pasted as data URIs, because they are too large for the browser's storage.
 const withoutData = (value) => (typeof value === "string" && value.startsWith("data:") ? undefined : value);
 
 function save(runs) {

@@ -134,7 +134,7 @@ class FileStore:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Write bytes durably under a new name. The caller must insert the row. Raises as `write` does."""
+        """Write bytes durably under a new name; return the file. The caller must insert the row. Raises as `write`."""
         file = StoredFile(
             generate_file_name(extension), owner, len(content), content_type, is_private=lifecycle.is_private
         )

@@ -143,7 +143,7 @@ def sizes_in(directory: Path) -> dict[int, int]:
 def join(parts: Sequence[Path], whole: Path) -> int:
     """Join the parts into one file, durably; return its size in bytes. The parts stay. Raises OSError."""
     if len(parts) == 1:
-        # Most files come in one part. A hard link, where the file system has them, saves the copy.
+        # Most files come in one part. If the file system has hard links, a link saves the copy.
         try:
             os.link(parts[0], whole)
         except OSError as error:

@@ -75,7 +75,7 @@ class Uploads:
             self._pending.add(_upload(row), sizes_in(directory / row["upload_id"]))
 
     def create(self, owner: str, content_type: str, file_name: str, lifecycle: Lifecycle) -> Upload:
-        """Start an upload and choose the name of its file in the store.
+        """Start and return an upload, with a new name for its file in the store.
 
         Raises QueueFull for too many unfinished uploads, TooManyRequests for too many files, and DiskFull.
         """
@@ -144,7 +144,7 @@ class Uploads:
         return f'"{digest.hexdigest()}"'
 
     async def complete(self, upload: Upload, part_numbers: Sequence[int] | None = None) -> StoredFile:
-        """Join the listed parts, or all if none are listed, into a file that is served from now on.
+        """Join the listed parts, or all if none are listed; return the file, which is served from now on.
 
         The parts are joined in the order of their numbers. Raises BadRequest when a listed part was not sent, NotFound
         for an upload that has ended, and DiskFull.

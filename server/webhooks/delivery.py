@@ -34,7 +34,7 @@ _LONGEST_WAIT = 60.0
 #: The longest pause between two passes, and the pause after a failed pass.
 _MAX_PAUSE = 5.0
 #: A delivery that is due later than this from now was scheduled while the clock was wrong, so it is sent at once. The
-#: extra minute is because clocks are often set back a little.
+#: extra minute allows for clocks that are set back a little.
 _FARTHEST = DELAYS[-1] + 60.0
 #: Receivers are counted per owner, so that an owner whose receiver hangs does not delay other owners' webhooks to it.
 _SELECT_DUE = """
@@ -90,7 +90,7 @@ class WebhookSender:
         self._clock = clock
         self._monotonic = monotonic
         self._in_flight: dict[str, _Slot] = {}
-        #: Deliveries whose outcome could not be recorded: when to try again, on the monotonic clock, by request id.
+        #: By request id of a delivery whose outcome could not be recorded: when to try again, on the monotonic clock.
         self._backoff_until: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -225,7 +225,10 @@ def list_deliveries(database: Database, *, with_delivered: bool, limit: int) -> 
 
 
 def redeliver(database: Database, request_id: str) -> None:
-    """Make a webhook due now with all its retries, even if it was delivered or given up. Raises ValueError."""
+    """Make a webhook due now with all its retries, even if it was delivered or given up.
+
+    Raises ValueError if the request has no webhook.
+    """
     with database.transaction() as connection:
         changed = connection.execute(
             "UPDATE deliveries SET attempt = 0, due_at = ?, delivered_at = NULL, error = NULL WHERE request_id = ?",

@@ -49,7 +49,7 @@ class EnginePool:
         on_idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Set up an empty pool for at most `max_loaded` engines, or as many as fit if that is 0.
+        """Set up an empty pool for at most `max_loaded` engines, or as many as fit if `max_loaded` is 0.
 
         `report` gets the endpoint and the progress of a load. The warm-up thread calls `on_idle` when an engine can
         be evicted again.
@@ -82,7 +82,7 @@ class EnginePool:
                 self._load(endpoint)
 
     def get_loaded(self, endpoint: str) -> Engine | None:
-        """Return an endpoint's engine if it is in memory, and mark it as used."""
+        """Return an endpoint's engine and mark it as used; None if it is not in memory."""
         if endpoint not in self:
             return None
         key = self._key(endpoint)
@@ -97,7 +97,7 @@ class EnginePool:
         return pipeline.has_room(self._configs[endpoint])
 
     def load(self, endpoint: str, in_use: Collection[Engine]) -> Engine | None:
-        """Evict engines until an endpoint's engine fits, and load it. Raises OSError if the load fails.
+        """Evict engines until an endpoint's engine fits, then load and return it. Raises OSError if the load fails.
 
         Return None if the engine would fit only in place of one that is `in_use` or being warmed up. For PAUSE_SECONDS
         after a failure, the same error is raised without a further try.

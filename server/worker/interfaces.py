@@ -37,7 +37,7 @@ class FileSink(Protocol):
     """The destination of a worker's images: the file store, or a runner queue, which sends them to the head."""
 
     def create(self, content: bytes, extension: str, content_type: str, owner: str, lifecycle: Lifecycle) -> StoredFile:
-        """Store bytes under a new name. Raises DiskFull."""
+        """Store bytes under a new name; return the file. Raises DiskFull."""
 
     def delete(self, names: list[str]) -> None:
         """Delete files of a discarded outcome."""

@@ -55,10 +55,10 @@ class PendingJobs:
             self._waiting.append(claimed)
 
     def start_ready(self, in_use: Collection[Engine]) -> Iterator[tuple[Job, RunningJob | Outcome]]:
-        """Yield each job that can run now, and the outcome of each job that cannot run at all. Raises DeviceLost.
+        """Yield each job that can run now, with its RunningJob, and each job that cannot run, with its outcome.
 
         Missing weights are loaded first. If the next job's weights would fit only in place of an engine `in_use`, all
-        jobs wait.
+        jobs wait. Raises DeviceLost.
         """
         for each in [each for each in self._waiting if each[0].is_cancelled]:
             self._waiting.remove(each)

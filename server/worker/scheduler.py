@@ -1,4 +1,4 @@
-"""The order of steps: least remaining work first, fair between keys."""
+"""The order of steps: least remaining work first, fair between API keys."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ AGEING = 20
 
 
 class FairScheduler:
-    """A fair queue over keys, which counts the work done for each key in floating point operations.
+    """A fair queue over API keys, which counts the work done for each key in floating point operations.
 
     Within a key, the request with the least remaining work goes first. So equal requests finish one after the other,
     and a short request goes before a long one that has more left to do. Ageing bounds how long the long request waits:
@@ -45,7 +45,7 @@ class FairScheduler:
         self.total += work
 
     def in_turn(self, running: Sequence[RunningJob]) -> list[RunningJob]:
-        """Sort requests into the order of their turns: cancelled ones, then normal priority, then low priority.
+        """Return requests in the order of their turns: cancelled ones, then normal priority, then low priority.
 
         Within a priority, requests with all steps done come first. The others follow by score, then by remaining work.
         """
@@ -68,6 +68,6 @@ class FairScheduler:
         return sorted(running, key=turn)
 
     def _aged(self, running: RunningJob) -> tuple[int, int]:
-        """Return the sort key among the requests of one key: remaining work minus ageing, then arrival."""
+        """Return what the requests of one API key are sorted by: remaining work minus ageing, then arrival."""
         age = (self.total - running.claimed_at) // AGEING
         return running.task.remaining_work - age, running.job.sequence

@@ -43,7 +43,7 @@ every_version = pytest.mark.parametrize("version", VERSIONS)
 
 @pytest.fixture(scope="session")
 def upload_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a small image and a large sparse file. Each part of the large file starts with a different byte."""
+    """Return a directory with a small image and a large sparse file. Each part of the file starts with another byte."""
     directory = tmp_path_factory.mktemp("uploads")
     Image.new("RGB", (8, 8), (200, 30, 30)).save(directory / "small.png")
     with (directory / "large.bin").open("wb") as file:
@@ -90,7 +90,7 @@ def test_every_async_call_gives_the_same_image(proxy_server: Server) -> None:
 @every_version
 def test_uploads(proxy_server: Server, version: str, upload_dir: Path) -> None:
     process = run_client(proxy_server, version, "uploads", str(upload_dir))
-    # The newest client falls back to another upload route, which this test does not mean to exercise.
+    # If its first upload route fails, the newest client falls back to another, which would hide the failure.
     assert "falling back" not in process.stderr
     urls = json.loads(process.stdout)
     with httpx.Client(trust_env=False) as client:
@@ -130,7 +130,7 @@ def test_realtime(proxy_server: Server, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """Start a server with its CONNECT proxy, then stop it."""
+    """Start a server with its CONNECT proxy, then stop it; return the stopped server."""
     with serving_with_proxy(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
         env_variables(server)
         assert server.stop() == 0
@@ -163,7 +163,7 @@ def open_tunnel(server: Server, name: str, port: int = 443) -> Iterator[tuple[so
 
 
 def head(plain: socket.socket) -> bytes:
-    """Read up to the empty line after the head, or up to the end."""
+    """Return the bytes up to the empty line after the head, or up to the end of the connection."""
     received = b""
     while not received.endswith(END_OF_HEAD) and (byte := plain.recv(1)):
         received += byte

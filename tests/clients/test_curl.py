@@ -1,4 +1,4 @@
-"""Tests with the real curl, as the README shows it."""
+"""Tests with the real curl, among them the command of the README."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def curl(*arguments: str) -> bytes:
 
 
 def run_readme_command(server: Server) -> Any:
-    """Run the curl command of the README and of the quickstart with this server's port."""
+    """Run the curl command of the README and of the quickstart with this server's port; return the result."""
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md")]
     start = "curl http://127.0.0.1:8000/fal-ai/flux/dev"
     commands = [line for text in texts for line in text.splitlines() if line.startswith(start)]

@@ -29,7 +29,7 @@ def copying_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Create an image of random pixels, so that no other image equals it by chance."""
+    """Create an image of random pixels, which no other image equals by chance; return its path."""
     values = numpy.random.default_rng(2).integers(0, 256, (72, 96, 3), dtype=numpy.uint8)
     Image.fromarray(values).save(tmp_path / "in.png")
     return tmp_path / "in.png"
@@ -42,7 +42,7 @@ def hosted_url(httpserver: HTTPServer, source: Path) -> str:
 
 
 def assert_same_pixels(answers: dict[str, Any], source: Path, expected_ways: set[str]) -> None:
-    """Check that each way of passing the image returns the same pixels."""
+    """Check that each expected way to pass the source image returned the pixels of the source."""
     assert set(answers) == expected_ways
     expected = Image.open(source)
     for name, answer in answers.items():

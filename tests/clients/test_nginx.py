@@ -36,7 +36,7 @@ def nginx(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[
 
 @pytest.fixture
 def remote_client(nginx: Nginx, key: str) -> Iterator[httpx.Client]:
-    """Open an HTTP client with a key, as on the internet."""
+    """Open an HTTP client that connects through nginx with a key, as a client on the internet does."""
     headers = {"authorization": f"Key {key}"}
     context = ssl.create_default_context(cafile=nginx.authority)
     with httpx.Client(base_url=nginx.url, verify=context, timeout=60, trust_env=False, headers=headers) as client:
@@ -44,7 +44,7 @@ def remote_client(nginx: Nginx, key: str) -> Iterator[httpx.Client]:
 
 
 def start_fal_client(nginx: Nginx, key: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a fal-client program that is configured only with the server's host."""
+    """Start a fal-client program, configured only with nginx's host and a key; return the process."""
     host = nginx.url.removeprefix("https://")
     environment = {
         "PATH": os.environ["PATH"],
@@ -118,7 +118,7 @@ def test_a_request_without_a_key_is_refused(remote_client: httpx.Client) -> None
 
 
 def test_a_server_without_trusted_proxies_refuses_every_request(tmp_path: Path) -> None:
-    """Check the host even without keys. A server on loopback would otherwise take remote clients for local ones."""
+    """Refuse every host, even without keys: the server would otherwise take nginx's remote clients for local ones."""
     with serving(tmp_path / "open", TEST_MODELS) as server, run_nginx(tmp_path / "front", server, NAME) as nginx:
         context = ssl.create_default_context(cafile=nginx.authority)
         with httpx.Client(verify=context, trust_env=False, timeout=60) as client:

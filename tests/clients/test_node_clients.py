@@ -25,7 +25,7 @@ CANCELLED = {"detail": "Request cancelled by the client.", "error_type": "client
 
 @pytest.fixture(scope="session")
 def node() -> None:
-    """Skip if Node or the SDKs are missing. Fail instead in CI."""
+    """Skip the test if Node or the SDKs are missing; in CI, fail instead."""
     requirements = {
         "node": shutil.which("node"),
         "tests/support/js/node_modules": (JS / "node_modules" / "@fal-ai").is_dir(),
@@ -57,7 +57,7 @@ def narrow_sdk(sdk: Client, server: Server, constrained_server: Server) -> Clien
 
 @pytest.fixture(scope="session")
 def generated(sdks: dict[str, Client]) -> dict[str, Any]:
-    """Run generate.mjs with each SDK and return its output."""
+    """Run generate.mjs with each SDK and return the outputs by the name of the SDK."""
     return {name: client.run("generate.mjs") for name, client in sdks.items()}
 
 
@@ -260,7 +260,7 @@ def test_results_have_the_documented_fields(generated: dict[str, Any], sdks: dic
 
 @pytest.fixture(scope="session")
 def upload_results(sdks: dict[str, Client]) -> dict[str, Any]:
-    """Run upload.mjs with each SDK and return its output."""
+    """Run upload.mjs with each SDK and return the outputs by the name of the SDK."""
     return {name: client.run("upload.mjs") for name, client in sdks.items()}
 
 

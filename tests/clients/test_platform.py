@@ -19,7 +19,7 @@ PROXY = "/api/fal/proxy"
 
 
 def list_models(client: httpx.Client, **query: Any) -> dict[str, Any]:
-    """List models as a client of api.fal.ai does."""
+    """List models as a client of api.fal.ai does; return the page of the answer."""
     answer = client.get("/v1/models", params=query, headers=API)
     assert answer.status_code == 200, answer.text
     page: dict[str, Any] = answer.json()
@@ -210,7 +210,7 @@ def test_fal_ai_serves_endpoint_docs(client: httpx.Client) -> None:
 
 
 def run_program(tmp_path: Path, package: str, version: str) -> dict[str, Any]:
-    """Run an unmodified program under `flux-server run` and return its output."""
+    """Run the commands of an unmodified program under `flux-server run` and return their outputs."""
     package_dir = download_package(package, version)
     ports = {name: str(free_port()) for name in ("port", "tls_port", "proxy_port")}
     with serving(tmp_path / "data", TEST_MODELS, **ports) as server:

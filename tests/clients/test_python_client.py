@@ -26,7 +26,7 @@ def env_variables(server: Server) -> dict[str, str]:
 
 
 def run_client(server: Server, *arguments: str, **variables: str) -> Any:
-    """Run a fal-client program with only these variables and return its output."""
+    """Run a fal-client program with PATH, the variables of `flux-server env` and these variables; return its output."""
     environment = {"PATH": os.environ["PATH"], **env_variables(server), **variables}
     command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
@@ -35,7 +35,7 @@ def run_client(server: Server, *arguments: str, **variables: str) -> Any:
 
 
 def download_image(answer: dict[str, Any]) -> bytes:
-    """Download the first image of an answer."""
+    """Download the first image of an answer and return its bytes."""
     response = httpx.get(answer["images"][0]["url"], verify=False, trust_env=False)
     assert response.status_code == 200
     return response.content

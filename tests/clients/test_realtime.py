@@ -34,7 +34,7 @@ def session(server: Server, endpoint: str = "test/null", query: str = "", **head
 
 
 def receive(socket: ClientConnection) -> Any:
-    """Receive the next message and decode it from msgpack or JSON."""
+    """Receive the next message and return it, decoded from msgpack or JSON."""
     message = socket.recv(timeout=60)
     return json.loads(message) if isinstance(message, str) else msgpack.unpackb(message)
 
@@ -49,7 +49,7 @@ def generate(socket: ClientConnection, **fields: Any) -> Any:
 
 
 def create_token(client: httpx.Client, *apps: str, seconds: int = 120) -> str:
-    """Create a token for a web page, valid for these apps (by alias)."""
+    """Create a token for a web page, valid for the apps with these aliases, and return it."""
     body = {"allowed_apps": apps, "token_expiration": seconds}
     answer = client.post("/tokens/", json=body, headers={**ALICE, "host": "rest.fal.ai"})
     assert answer.status_code == 200
@@ -187,7 +187,7 @@ def blocked(socket: ClientConnection, path: Path, steps: int = 1) -> Iterator[No
 
 
 def answered_prompts(socket: ClientConnection, last: str) -> list[str]:
-    """Return the prompts of the outputs received, up to this last prompt."""
+    """Receive messages until the output for the prompt `last`; return the prompts of all outputs in order."""
     answered: list[str] = []
     while last not in answered:
         if "prompt" in (message := receive(socket)):
@@ -203,7 +203,7 @@ def test_the_oldest_waiting_inputs_are_dropped(
     with session(constrained_server, "test/gate", query) as socket:
         with blocked(socket, tmp_path / "gate"):
             for prompt in waiting:
-                # A regular file never blocks the model, so these requests run at once.
+                # A regular file never blocks the model, so each of these requests finishes as soon as it runs.
                 (tmp_path / prompt).touch()
                 socket.send(msgpack.packb({**SMALL, "prompt": str(tmp_path / prompt)}))
             # Frames are handled in order, so the pong means that the server received all inputs.
@@ -265,7 +265,7 @@ def test_a_frame_with_many_values_is_accepted(server: Server, padding: list[Any]
 
 @pytest.mark.parametrize("padding", [[[{}] * 1000] * 2, [0] * 1025, dict.fromkeys(map(str, range(1025)), 0)])
 def test_a_frame_with_too_many_values_is_refused(server: Server, padding: Any) -> None:
-    """Refuse such frames, since megabytes of empty maps would take gigabytes of memory."""
+    """Refuse frames with many values, since megabytes of empty maps would take gigabytes of memory."""
     with session(server) as socket:
         socket.send(msgpack.packb({**SMALL, "padding": padding}))
         assert receive(socket)["error"] == "INVALID_INPUT"

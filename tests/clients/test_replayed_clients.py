@@ -1,4 +1,4 @@
-"""Tests that replay the requests of other clients, written from their sources, and check what they need in answers.
+"""Tests that replay requests of other clients, written from the clients' sources, and check what each client needs.
 
 Java and Kotlin (fal-java), Swift, Dart, Rust (fal-rs), n8n, SillyTavern, Hugging Face's Python and JavaScript clients,
 Pipecat, `fal api`.
@@ -19,19 +19,19 @@ from tests.support.server_process import Gate, Server
 FLUX = "fal-ai/flux/dev"
 KEY = {"authorization": "Key id:secret"}
 JSON = {"accept": "application/json", "content-type": "application/json"}
-#: The seed is fixed since the demo's safety checker flags one in some hundreds of images this small after one step.
+#: The seed is fixed: the demo's safety checker flags one in a few hundred images of this size and one step.
 SMALL = {"prompt": "a red apple", "num_inference_steps": 1, "image_size": {"width": 64, "height": 96}, "seed": 42}
 
 Send = Callable[..., httpx.Response]
 
 
 def by_proxy(client: httpx.Client, method: str, url: str, headers: dict[str, str], **options: Any) -> httpx.Response:
-    """Send to the proxy URL with the real URL in a header, as in fal's proxy protocol."""
+    """Send a request to the proxy URL with the real URL in a header, as in fal's proxy protocol."""
     return client.request(method, "/api/fal/proxy", headers={**headers, "x-fal-target-url": url}, **options)
 
 
 def by_host(client: httpx.Client, method: str, url: str, headers: dict[str, str], **options: Any) -> httpx.Response:
-    """Send under fal's host names, which DNS or a hosts file point at this server. Follow URLs of answers unchanged."""
+    """Send a request under fal's host names, as if DNS pointed them at this server; send other URLs unchanged."""
     parts = urlsplit(url)
     if not parts.hostname or not parts.hostname.endswith("fal.run"):
         return client.request(method, url, headers=headers, **options)
@@ -40,7 +40,7 @@ def by_host(client: httpx.Client, method: str, url: str, headers: dict[str, str]
 
 
 def by_base(client: httpx.Client, method: str, url: str, headers: dict[str, str], **options: Any) -> httpx.Response:
-    """Send to one base URL for runs and another for the queue."""
+    """Send a request to one base URL for runs and to another for the queue."""
     target = url.replace("https://queue.fal.run", f"{client.base_url}/queue").replace("https://fal.run", "")
     return client.request(method, target, headers=headers, **options)
 
@@ -48,7 +48,7 @@ def by_base(client: httpx.Client, method: str, url: str, headers: dict[str, str]
 def by_subdomain(
     client: httpx.Client, method: str, url: str, headers: dict[str, str], **options: Any
 ) -> httpx.Response:
-    """Send to one origin, with a query parameter that selects the queue, as Hugging Face does."""
+    """Send a request to one origin, with a query parameter that selects the queue, as Hugging Face does."""
     parts = urlsplit(url)
     suffix = "?_subdomain=queue" if parts.hostname == "queue.fal.run" else ""
     return client.request(method, f"{parts.path}{suffix}", headers=headers, **options)
@@ -181,7 +181,7 @@ def assert_status(status: Any, request_id: str, has_logs: bool) -> None:
 
 
 def assert_output(output: Any) -> None:
-    """Check every output for Swift (integer range), Rust (required fields) and @ai-sdk/fal (no nulls)."""
+    """Check what Swift (range of integers), Rust (required fields) and @ai-sdk/fal (no nulls) need in every output."""
     assert set(output) == {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
     assert None not in output.values()
     assert type(output["seed"]) is int

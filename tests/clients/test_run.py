@@ -41,14 +41,14 @@ def run_under_flux_server(
 
 
 def json_output(process: subprocess.CompletedProcess[str]) -> Any:
-    """Parse the JSON in the last line of the program's output."""
+    """Check that the program succeeded; return the JSON in the last line of its output."""
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture
 def small_image(tmp_path: Path) -> Path:
-    """Create an image to upload."""
+    """Create an image to upload; return its path."""
     Image.new("RGB", (8, 8), (200, 30, 30)).save(tmp_path / "small.png")
     return tmp_path / "small.png"
 
@@ -69,7 +69,7 @@ def test_a_program_that_needs_the_connect_proxy_is_not_started_without_it(server
 
 
 def test_a_server_started_by_the_program_accepts_the_environment(proxy_server: Server) -> None:
-    """Check that the variables `run` sets for the preload are not taken for settings."""
+    """Check that a server does not read the variables that `run` sets for the preload as settings."""
     program = [sys.executable, "-m", "server", "env"]
     process = run_under_flux_server(proxy_server, program)
     assert process.returncode == 0, process.stderr
@@ -172,7 +172,7 @@ def test_node_options_are_kept(node: None, proxy_server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_server(tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """Start a server with its CONNECT proxy, then stop it."""
+    """Start a server with its CONNECT proxy, then stop it; return the stopped server."""
     with serving_with_proxy(tmp_path_factory.mktemp("stopped"), TEST_MODELS) as server:
         assert server.stop() == 0
     return server

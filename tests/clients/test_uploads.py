@@ -73,17 +73,17 @@ def initiate_and_put(client: httpx.Client, upload: Upload, path: str, host: str,
 
 
 def by_client(client: httpx.Client, upload: Upload) -> str:
-    """Upload as @fal-ai/client does: no key with the PUT."""
+    """Upload as @fal-ai/client does, with no key in the PUT; return the file URL."""
     return initiate_and_put(client, upload, f"/storage/upload/initiate{V3_QUERY}", "rest.fal.ai")
 
 
 def by_older_client(client: httpx.Client, upload: Upload) -> str:
-    """Upload as @fal-ai/client up to 1.1 and @fal-ai/serverless-client do: older host, no query."""
+    """Upload as @fal-ai/client up to 1.1 and @fal-ai/serverless-client do: older host, no query. Return the URL."""
     return initiate_and_put(client, upload, "/storage/upload/initiate", "rest.alpha.fal.ai")
 
 
 def by_gcs(client: httpx.Client, upload: Upload) -> str:
-    """Upload as fal-client's repository "fal" does: the PUT carries the key."""
+    """Upload as fal-client does with its repository "fal": the PUT carries the key. Return the file URL."""
     return initiate_and_put(client, upload, "/storage/upload/initiate?storage_type=gcs", "rest.fal.ai", **upload.key)
 
 
@@ -94,7 +94,7 @@ def slices(content: bytes, count: int = 3) -> dict[int, bytes]:
 
 
 def by_client_multipart(client: httpx.Client, upload: Upload) -> str:
-    """Upload as @fal-ai/client does above 90 MiB: parts in order, no content type, ETags from the bodies."""
+    """Upload as @fal-ai/client does above 90 MiB: untyped parts in order, ETags from the bodies. Return the URL."""
     initiated = initiate(client, upload, f"/storage/upload/initiate-multipart{V3_QUERY}")
     url = httpx.URL(initiated["upload_url"])
     parts = []
@@ -108,7 +108,7 @@ def by_client_multipart(client: httpx.Client, upload: Upload) -> str:
 
 
 def by_toolkit_multipart(client: httpx.Client, upload: Upload) -> str:
-    """Upload as the toolkit of the fal framework does: parts out of order, ETags from the headers."""
+    """Upload as the toolkit of the fal framework does: parts out of order, ETags from the headers. Return the URL."""
     initiated = initiate(client, upload, f"/storage/upload/initiate-multipart{V3_QUERY}")
     parts = []
     for number, chunk in reversed(slices(upload.content).items()):
@@ -120,7 +120,7 @@ def by_toolkit_multipart(client: httpx.Client, upload: Upload) -> str:
 
 
 def create_token(client: httpx.Client, key: Mapping[str, str] = ALICE) -> dict[str, Any]:
-    """Request an upload token as fal-client does."""
+    """Request an upload token as fal-client does, and return it with its fields."""
     headers = {"host": "rest.fal.ai", "accept": "application/json", "content-type": "application/json", **key}
     token: dict[str, Any] = ok(client.post(f"/storage/auth/token{V3_QUERY}", content="{}", headers=headers))
     return token
@@ -132,20 +132,20 @@ def bearer(token: Mapping[str, str]) -> dict[str, str]:
 
 
 def by_fal_client(client: httpx.Client, upload: Upload) -> str:
-    """Upload as fal-client does: request a token, then POST the bytes at once."""
+    """Upload as fal-client does: request a token, then POST all bytes in one request. Return the file URL."""
     headers = {"host": "v3.fal.media", **bearer(create_token(client, upload.key)), **upload.post_headers}
     answer = ok(client.post("/files/upload", content=upload.content, headers=headers))
     return str(answer["access_url"])
 
 
 def by_old_fal_client(client: httpx.Client, upload: Upload) -> str:
-    """Upload as fal-client up to 0.5.1 does: older host, the key instead of a token."""
+    """Upload as fal-client up to 0.5.1 does: older host, the key instead of a token. Return the file URL."""
     headers = {"host": "fal.media", **upload.key, **upload.post_headers}
     return str(ok(client.post("/files/upload", content=upload.content, headers=headers))["access_url"])
 
 
 def by_fal_client_multipart(client: httpx.Client, upload: Upload) -> str:
-    """Upload as fal-client does above 100 MiB: concurrent parts, listed out of order, ETags from the headers."""
+    """Upload as fal-client does above 100 MiB: parallel parts, listed unsorted, ETags from headers. Return the URL."""
     token = create_token(client, upload.key)
     headers = {"accept": "application/json", **bearer(token), **upload.post_headers}
     initiated = ok(client.post(f"{token['base_url']}/files/upload/multipart", headers=headers))
@@ -477,7 +477,7 @@ def limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture
 def limited_client(limited_server: Server) -> Iterator[httpx.Client]:
-    """Open a plain HTTP client of that server."""
+    """Open a plain HTTP client of `limited_server`."""
     with httpx.Client(base_url=limited_server.url, timeout=60, trust_env=False) as client:
         yield client
 
@@ -707,7 +707,7 @@ def test_an_upload_continues_after_the_server_was_killed(tmp_path: Path) -> None
 
 
 def test_a_multipart_form_is_refused(client: httpx.Client) -> None:
-    """Refuse the form that `curl -F` sends. The server would store the multipart envelope with the file."""
+    """Refuse the form that `curl -F` sends; otherwise the server would store the multipart envelope with the file."""
     answer = client.post("/files/upload", files={"file": ("in.png", b"x", "image/png")})
     assert answer.status_code == 400
     assert "--data-binary" in answer.json()["detail"]

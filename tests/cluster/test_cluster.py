@@ -151,7 +151,7 @@ def test_the_head_is_killed_and_started_again(three_nodes: Any, tmp_path: Path, 
         gate.release_all()
         assert all(image_digest(client, each) for each in waiting)
         wait_until_completed(client, held)
-        # The runners of the old head end without being told to.
+        # The runners of the old head end on their own.
         while old & {process.pid for process in runner_processes()}:
             continue
         assert server.stop() == 0

@@ -52,12 +52,12 @@ def gates(tmp_path: Path) -> Iterator[list[Gate]]:
 
 
 def held_at(gate: Gate, seed: int = 0) -> dict[str, Any]:
-    """Build the body of a request that runs when the gate opens."""
+    """Build the body of a request to test/gate that waits at this gate before each step."""
     return request_body(seed, prompt=str(gate.path))
 
 
 def wait_for_first_step(client: httpx.Client, status_path: str, gate: Gate) -> None:
-    """Wait until a GPU has run one step of the request, which is later than the assignment to the GPU."""
+    """Release one step of the request at its gate, and wait until a GPU has run this step."""
     gate.release(1)
     assert next(status for status in statuses(client, status_path) if status["logs"])["status"] == "IN_PROGRESS"
 
@@ -83,7 +83,7 @@ def test_idle_gpus_are_released_while_a_busy_one_continues(
         while len(seen := gpus(client)) > 1:
             assert (seen[-1]["name"], seen[-1]["state"], seen[-1]["num_running"]) == ("2", "ready", 1)
             threading.Event().wait(0.1)
-        # Their processes end too, which frees the GPUs.
+        # The runners' processes end too, which frees the GPUs.
         while len(runner_processes()) > 1:
             threading.Event().wait(0.1)
         gates[2].release(STEPS)
@@ -148,7 +148,7 @@ def test_rays_autoscaler_starts_machines_for_waiting_jobs_and_stops_them(
         wait_for_gpu_states(client, ["ready"] * 3 + ["waiting"] * 2)
         print(f"{time.monotonic() - start:.1f} s to three ready GPUs")
         assert num_worker_nodes(cluster) == 3
-        # Let twice the steps pass, because a job may have to start again.
+        # Release twice the steps, because a job may have to start again.
         gate.release(2 * number * STEPS)
         assert len({image_digest(client, each) for each in held}) == number
         print(f"{time.monotonic() - start:.1f} s until the last of {number} requests completed")

@@ -64,7 +64,7 @@ def test_unknown_prompts_have_clean_edges(engine: FluxEngine, prompt: str) -> No
 
 @pytest.mark.timeout(300)
 def test_the_checker_flags_only_the_sign(engine: FluxEngine) -> None:
-    # Every second colour, because each image takes seconds on a slow machine; `make demo-eval` judges all.
+    # Every second colour, because each image takes seconds on a slow machine; `make demo-eval` judges all colours.
     colours = list(BACKGROUNDS)[::2]
     signs = [generate_image(engine, f"a {FLAGGED} on a {colour} background") for colour in colours]
     stars = [generate_image(engine, f"a star on a {colour} background") for colour in colours]

@@ -27,7 +27,7 @@ REQUIRED_OBJECTS = (
 
 
 def python(work: Path, *arguments: str) -> str:
-    """Run Python with `work` as the recipe's working directory, and return the standard output."""
+    """Run Python with `work` as the recipe's working directory; return the standard output. Fail if Python fails."""
     environment = {**os.environ, "DEMO_WORK": str(work)}
     command = [sys.executable, *arguments]
     completed = subprocess.run(
@@ -43,7 +43,7 @@ def recipe(work: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the recipe on generated drawings, discs of different colours, so that nothing is downloaded."""
+    """Run the recipe on drawings made here, discs of different colours, so that nothing is downloaded."""
     directory = tmp_path_factory.mktemp("demo")
     (directory / "emoji").mkdir()
     icons = {
@@ -112,7 +112,7 @@ print("equal")
 
 
 def test_training_reads_texts_like_the_pipeline(work: Path) -> None:
-    """Check that training pads and encodes texts as FluxPipeline does with the length that the tokenizer says."""
+    """Check that training pads and encodes texts as FluxPipeline does with the tokenizer's maximum length."""
     output = python(
         work,
         "-c",

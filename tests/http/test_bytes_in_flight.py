@@ -35,7 +35,7 @@ ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:s
 
 
 def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Run a test in a new event loop."""
+    """Turn an async test into a function that runs the test in a new event loop."""
 
     @wraps(test)
     def run() -> None:
@@ -105,7 +105,7 @@ LARGE = b'{"prompt": "x", "more": "' + b"x" * 1_000_000 + b'"}'
 
 
 def stalled(server: Server, key: str, path: str = "/queue/test/null") -> socket.socket:
-    """Send a request, except for the last byte of its body."""
+    """Send a request, except for the last byte of its body; return the open connection."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)), timeout=60)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {key}\r\nContent-Length: {len(LARGE)}\r\n\r\n"
@@ -140,7 +140,7 @@ def test_a_request_without_a_key_is_refused_before_its_body(running: Server) -> 
 
 
 def test_a_websocket_with_an_unfinished_message_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Close it even if pings are answered in between."""
+    """Close the connection, even if the client answers pings in between."""
     monkeypatch.setattr(CountedWebSocket, "gap_seconds", 0.3)
     first = Frame(Opcode.BINARY, bytes(1000), fin=False).serialize(mask=True)
     with (
@@ -219,7 +219,7 @@ def large_result_url(server: Server, headers: dict[str, str]) -> str:
 
 
 def unread(server: Server, url: str, key: str) -> socket.socket:
-    """Request this URL without reading the answer."""
+    """Request this URL; return the connection, from which nothing of the answer has been read."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)

@@ -17,9 +17,9 @@ OK, REQUESTED, TOO_LATE = 200, 202, 400
 
 @dataclass(frozen=True)
 class Plan:
-    """When a request is cancelled: after `moment` steps.
+    """The moment at which a request is cancelled: after `moment` steps.
 
-    -1 means while it waits, `total` means at an unknown time, and more than `total` means once it is done.
+    -1 means while the request waits, `total` at an unknown time, and more than `total` after the request has completed.
     """
 
     number: int
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def is_a_race(self) -> bool:
-        """Tell whether the progress is unknown when the cancel request arrives."""
+        """Return whether the progress is unknown when the cancel request arrives."""
         return self.moment == self.total
 
 
@@ -68,7 +68,7 @@ def followed(client: httpx.Client, path: str) -> tuple[dict[str, Any], int]:
 
 
 def reach(client: httpx.Client, path: str, plan: Plan, gate: Gate) -> None:
-    """Let a request proceed to its moment. It then waits for its next step, is running, or is done."""
+    """Let a request proceed to the moment of the plan. Then it waits for its next step, is running, or is done."""
     gate.release(min(plan.moment, plan.total))
     if plan.is_a_race:
         for _ in range(plan.number % 5):
@@ -90,7 +90,7 @@ def cancel_and_judge(client: httpx.Client, plan: Plan, gate: Gate, holder: str |
     if holder is None:
         reach(client, path, plan, gate)
     answer = client.put(f"{path}/cancel").status_code
-    # Let the step under way finish, or that of the holder, the job that runs first.
+    # Let the current step finish: that of this request or, if there is a holder, that of the holder, which runs first.
     gate.release(1)
     status, steps = followed(client, path)
     result = client.get(path)

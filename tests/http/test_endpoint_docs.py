@@ -33,7 +33,7 @@ INPUT = [
     "output_format",
     "acceleration",
 ]
-#: All endpoints of the package that the demo weights serve. Redux is not among them: test_redux.py starts a server.
+#: All endpoints of the package that the demo weights serve. Redux is not among them; see test_redux.py.
 FAMILY = sorted(assign_weights(["demo"], discover()))
 OUTPUT = ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 REQUEST = f"/{FLUX}/requests/{{request_id}}"
@@ -53,7 +53,7 @@ def document(client: httpx.Client) -> Any:
 
 
 def without_examples(document: Any) -> Any:
-    """Copy the document without the lists of examples, which fal's documents have although OpenAPI 3.0 lacks them."""
+    """Return a copy without the lists of examples, which fal's documents have although OpenAPI 3.0 lacks them."""
     copy = json.loads(json.dumps(document))
     for schema in copy["components"]["schemas"].values():
         for field in schema["properties"].values():

@@ -1,4 +1,4 @@
-"""Fair shares: how much of a limited resource one owner may hold, and which keys the open answers of a key block."""
+"""Fair shares: how much of a limited resource one owner may hold, so that other owners still have room."""
 
 from contextlib import ExitStack
 from pathlib import Path

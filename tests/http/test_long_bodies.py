@@ -19,18 +19,18 @@ ROUTES = ["/test/copy", "/queue/test/copy", "/v1/images/generations"]
 
 
 def temporary_files(server: Server) -> list[Path]:
-    """Files that are not complete, or no longer needed."""
+    """List the server's temporary files: those not yet complete and those no longer needed."""
     return list((server.data_dir / "inputs").glob("*.part"))
 
 
 def fields(path: str, **more: object) -> dict[str, object]:
-    """A body of test/copy, which returns its input."""
+    """Return a body for test/copy, which returns its input image."""
     model = {"model": "test/copy", "response_format": "url"} if path.startswith("/v1") else {}
     return {"prompt": "", "image_url": URI, "output_format": "png", **model, **more}
 
 
 def image_of(client: httpx.Client, answer: httpx.Response) -> Image.Image:
-    """The image that a request returned, at once or by the queue."""
+    """Return the image of an answer; for an answer of the queue, wait until the request has completed."""
     body = answer.raise_for_status().json()
     if "status_url" in body:
         wait_until_completed(client, body["status_url"])
@@ -70,12 +70,12 @@ def test_the_rest_of_a_body_is_limited(server: Server, client: httpx.Client) -> 
 
 
 def test_the_same_key_and_another_body(client: httpx.Client) -> None:
-    """The hash of a body covers the data in its files."""
+    """Check that the hash that identifies a body covers the data in the body's files."""
     headers = {"idempotency-key": "long"}
     first = client.post("/queue/test/copy", json=fields(""), headers=headers).raise_for_status().json()
     again = client.post("/queue/test/copy", json=fields(""), headers=headers).raise_for_status().json()
     assert first["request_id"] == again["request_id"]
-    # Only its last character differs.
+    # Only one character of the data differs.
     other = json.dumps(fields("", image_url=URI[:-9] + ("A" if URI[-9] != "A" else "B") + URI[-8:]))
     assert client.post("/queue/test/copy", content=other, headers=headers).status_code in (409, 422)
 

@@ -1,4 +1,4 @@
-"""LoRAs that do not fit the model: an error of the client that names the field, on every route."""
+"""LoRAs that do not fit the model: every route answers with a client error that names the field."""
 
 import base64
 import json
@@ -79,7 +79,7 @@ def by_queue(client: httpx.Client, request: dict[str, Any]) -> Answer:
 
 
 def by_stream(client: httpx.Client, request: dict[str, Any]) -> Answer:
-    """Return the last event as the answer. After it the server breaks off the stream, so that clients see a failure."""
+    """Return the last event as the answer. The server then breaks off the stream, so that clients see a failure."""
     events = list[dict[str, Any]]()
     with (
         client.stream("POST", f"/{ENDPOINT}/stream", json=request) as answer,

@@ -29,7 +29,7 @@ def quiet_client(tmp_path: Path) -> Iterator[httpx.Client]:
 
 
 def read(client: httpx.Client, **headers: str) -> dict[tuple[str, Labels], float]:
-    """Read all samples, keyed by labels and by name without the prefix."""
+    """Read all samples; return their values by name (without the prefix) and labels."""
     answer = client.get("/metrics", headers=headers)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -89,7 +89,7 @@ def test_http(quiet_client: httpx.Client) -> None:
 
 
 def test_ended_requests_count_from_zero() -> None:
-    """An alarm on an increase needs the value before the first failure."""
+    """Export a zero before the first request ends: an alarm on an increase needs the value before the first failure."""
     text = Metrics(["a/b"]).text().decode()
     for outcome in ("completed", "failed", "cancelled"):
         assert f'flux_server_requests_ended_total{{endpoint="a/b",outcome="{outcome}"}} 0.0' in text

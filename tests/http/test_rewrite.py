@@ -192,7 +192,7 @@ def test_forwarded_headers_of_untrusted_clients_are_ignored(client: httpx.Client
 
 @pytest.fixture(scope="module")
 def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with a public URL that trusts a proxy on this machine."""
+    """Start a server that has a public URL and trusts a proxy on this machine."""
     settings = {"trusted_proxies": "127.0.0.1", "public_url": "https://flux.example.com/fal", "keys": "a:key"}
     with serving(tmp_path_factory.mktemp("proxied"), TEST_MODELS, **settings) as running:
         yield running.ready()

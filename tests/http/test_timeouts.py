@@ -24,7 +24,7 @@ from tests.support.slow_clients import limited_open_files
 
 LARGE = b"x" * 50_000_000
 
-#: Requests to /quiet and /later that wait for a request to /speak.
+#: Requests that wait for a request to /speak: to /later, with an unread body, and to /quiet, with half an answer.
 waiting = list[asyncio.Event]()
 
 
@@ -57,7 +57,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def stream(send: Any) -> None:
-    """Send the first part at once, and the rest after a request to /speak."""
+    """Send the first part of an answer at once, and the rest after a request to /speak."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
     await send({"type": "http.response.body", "body": b"first", "more_body": True})
     waiting.append(asyncio.Event())
@@ -104,7 +104,7 @@ def is_answered(connection: socket.socket) -> bool:
 
 
 def is_cut_off(connection: socket.socket) -> bool:
-    """Wait until the server closes the connection. Otherwise the timeout of the socket raises an error."""
+    """Wait until the server closes or resets the connection; return True. Raises TimeoutError after 30 idle seconds."""
     connection.settimeout(30)
     try:
         while connection.recv(65_536):
@@ -200,7 +200,7 @@ GET = b"GET / HTTP/1.1\r\nHost: here\r\n"
     ids=["line", "header", "headers", "second line", "trailer", "trailers", "chunk extension"],
 )
 def test_an_endless_header_is_refused(start: bytes, more: bytes) -> None:
-    """Limit its size, however much time is left. The same limit holds for trailers and chunk extensions."""
+    """Limit the size of headers, however much time is left. The same limit holds for trailers and chunk extensions."""
     patient = with_limits(header_timeout=3600.0, body_timeout=3600.0)
     with listening(patient) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(30)

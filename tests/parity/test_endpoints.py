@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def diffusers_image(request: Any, source: Path, dtype: torch.dtype) -> Image.Image:
-    """Generate the image with diffusers' own pipeline. Fields that the request lacks get diffusers' defaults."""
+    """Return the image of diffusers' own pipeline. Fields that the request lacks get diffusers' defaults."""
     fields = type(request).model_fields
     text_to_image = FluxPipeline.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
     pipeline: Any = FluxImg2ImgPipeline(**text_to_image.components) if "image_url" in fields else text_to_image

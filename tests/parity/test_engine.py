@@ -30,7 +30,7 @@ from tests.support.tiny_flux import (
 
 
 def call_diffusers(pipeline: FluxPipeline, request: FluxDevInput, seed: int, **arguments: Any) -> Any:
-    """Generate the request's image with FluxPipeline."""
+    """Return what FluxPipeline generates for the request: the image, or latents if the arguments ask for them."""
     return pipeline(
         request.prompt,
         width=request.image_size.width,
@@ -117,7 +117,7 @@ def test_random_weights_equal_the_pipeline(dtype: torch.dtype, is_dev: bool, acc
 
 @pytest.fixture(scope="module")
 def engine() -> FluxEngine:
-    """Build an fp32 engine: matching and different latents lie far apart."""
+    """Build an fp32 engine, which rounds so little that matching and different latents are easy to tell apart."""
     return tiny_flux.engine()
 
 
@@ -174,7 +174,7 @@ def test_interleaved_tasks_do_not_affect_each_other(engine_bf16: FluxEngine) -> 
 
 
 def start_tasks(engine: FluxEngine, number: int, *, acceleration: str = "regular", **arguments: Any) -> list[FluxTask]:
-    """Start `number` tasks that differ only in prompt and seed."""
+    """Start and return `number` tasks that differ only in prompt and seed."""
     return [
         engine.start(make_request(f"picture {seed}", acceleration=acceleration, **arguments), seed)
         for seed in range(number)

@@ -31,7 +31,7 @@ def inputs_of(transformer: Any, step: int, latents: torch.Tensor, text: torch.Te
 
 
 def follow_velocities(transformer: Any, forward: Any) -> list[torch.Tensor]:
-    """Return the velocities of `forward` at NUM_STEPS steps, each of which follows the velocity before it."""
+    """Return the velocity of `forward` at each of NUM_STEPS steps. Each step starts where the previous velocity led."""
     generator = torch.Generator().manual_seed(5)
     dtype = transformer.dtype
     latents = torch.randn(1, NUM_TOKENS, transformer.config.in_channels, generator=generator).to(dtype)

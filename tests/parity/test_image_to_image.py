@@ -45,7 +45,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxDevImageToImageInput, im
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Write an image whose sides are no multiples of any size that the engine rounds to."""
+    """Write an image whose sides the engine must round down; return its path."""
     colours = numpy.random.default_rng(3).integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
     path = tmp_path / "source.png"
     Image.fromarray(colours).resize((203, 149), Image.Resampling.BICUBIC).save(path)
@@ -82,7 +82,7 @@ def test_num_steps_counts_only_the_steps_that_strength_leaves(source: Path) -> N
 
 
 def test_shares_forwards_with_text_to_image(source: Path) -> None:
-    """In tier `regular`, tasks of one size share forwards, and the image is the one generated alone."""
+    """Check that tasks of one size share a forward in tier `regular`, which changes the image by one level at most."""
     engine = tiny_flux.engine()
     request = request_with(strength=0.5, acceleration="regular")
     (alone,) = finish_task(engine, engine.start(request, 3, {"image_url": source}))

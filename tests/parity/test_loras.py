@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 
 def write_lora(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
-    """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names."""
+    """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names; return the path."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         "transformer.transformer_blocks.0.attn.to_q": (width, width),
@@ -88,7 +88,7 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxLoraInput, *paths: Path)
 
 
 def fingerprint(engine: FluxEngine) -> str:
-    """Hash every bit of the base weights."""
+    """Return a hash of every bit of the base weights."""
     digest = hashlib.sha256()
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         for key, weight in sorted(getattr(engine.pipeline, name).state_dict().items()):
@@ -238,7 +238,7 @@ def test_loras_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path, fi
 
 
 def test_a_lora_that_fails_does_not_change_other_images(tmp_path: Path, files: list[Path]) -> None:
-    """Part of a LoRA may fit: the layers for which the running task has no LoRA."""
+    """Refuse a LoRA of which only some layers fit, among them layers for which the running task has no LoRA."""
     flat = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(16)}
     bad = write_changed(write_lora(tmp_path / "whole.safetensors", 9, text=True), tmp_path / "bad.safetensors", **flat)
     few = {key: weight for key, weight in load_file(files[0]).items() if "attn" in key}
@@ -255,7 +255,7 @@ def test_a_lora_that_fails_does_not_change_other_images(tmp_path: Path, files: l
 
 
 def test_metadata_in_the_file_is_ignored(tmp_path: Path, files: list[Path]) -> None:
-    """A file's header could choose how the layers are set up, or hold an expression that never ends."""
+    """Ignore a file's metadata, which could choose how layers are set up, or hold an expression that never ends."""
     config = {"r": 1, "lora_alpha": 99, "target_modules": ["to_q"], "init_lora_weights": "pissa"}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     save_file(load_file(files[0]), tmp_path / "told.safetensors", metadata=metadata)
@@ -282,7 +282,7 @@ def test_a_file_may_be_deleted_once_it_is_loaded(tmp_path: Path, files: list[Pat
 
 
 def test_the_error_names_the_lora_and_the_reason() -> None:
-    """LoRA weights that do not fit are the client's error, reported for the field, not a failure of the server."""
+    """Report LoRA weights that do not fit as the client's error in this field, not as a failure of the server."""
     error = IncompatibleInput(("loras", 1, "path"), "These LoRA weights do not fit this model: too wide")
     outcome = outcome_from_exception(error, cast(Job, None))
     assert outcome.status == 422

@@ -32,7 +32,7 @@ from tests.unit.loading.test_verify import add_entries
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
 HUB, REDUX_HUB = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Redux-dev"
 MODELS: dict[str, Model] = {DEV: FluxDev(), REDUX: FluxDevRedux()}
-#: The widths of the text states that FluxPriorReduxPipeline makes, whatever the transformer reads.
+#: The widths of the text states that FluxPriorReduxPipeline makes, whatever widths the transformer reads.
 TRUE_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
 
 
@@ -100,7 +100,7 @@ def test_different_source_images_give_different_latents(source: Path, tmp_path: 
 
 
 def test_redux_tasks_share_a_forward(source: Path) -> None:
-    """Redux tasks share forwards with each other only: texts of different lengths cannot go through one forward."""
+    """Check that Redux tasks share forwards. Other tasks cannot join, because their texts have another length."""
     engine = redux_engine(torch.float32)
     request = request_with(acceleration="regular")
     task, other = engine.start(request, 1, inputs_of(source)), engine.start(request, 2, inputs_of(source))
@@ -116,7 +116,7 @@ def write_redux(weights: Path, width: int) -> None:
 
 @pytest.fixture(scope="module")
 def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the demo weights and add random Redux weights."""
+    """Copy the demo weights and add random Redux weights; return the directory."""
     directory = tmp_path_factory.mktemp("weights") / "demo"
     shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe", "__pycache__"))
     pipeline = FluxPipeline.from_pretrained(directory, dtype=torch.bfloat16, local_files_only=True)
@@ -146,7 +146,7 @@ def test_hub_weights_find_redux_in_the_hub_cache(monkeypatch: pytest.MonkeyPatch
 
 
 def test_its_directory_is_complete_for_the_hub(weights_dir: Path) -> None:
-    """`pull` takes the directory for a pipeline, and finds nothing missing."""
+    """Check that `pull`, which reads the directory as a pipeline, finds no component missing."""
     assert hub.missing_components(weights_dir / "redux") == []
 
 
@@ -170,7 +170,7 @@ def test_weights_of_another_width_stop_the_start(tmp_path: Path, weights_dir: Pa
 def test_malformed_weights_are_named(
     tmp_path: Path, weights_dir: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
-    """Each component is read when Redux is loaded; test_malformed_weights.py tests the checks before that."""
+    """Check the errors while Redux is loaded; test_malformed_weights.py tests the checks before the loading."""
     shutil.copytree(weights_dir / "redux", tmp_path / "redux")
     add_entries(tmp_path / "redux" / file, **changes)
     transformer = tiny_flux.transformer(joint_attention_dim=128)

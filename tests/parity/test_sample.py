@@ -1,4 +1,4 @@
-"""A sample, which becomes one image: started and stepped as by FluxPipeline and its scheduler, and estimated."""
+"""A sample, which becomes one image: its start and steps, as in FluxPipeline, and the estimate of its end."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ SOURCES = sorted(
     for path in (*(ROOT / "server").rglob("*.py"), *(ROOT / "models").rglob("*.py"))
     if not path.is_relative_to(ROOT / "models" / "demo")
 )
-#: Without the packages installed for the tests, which are in node_modules and in directories that start with a dot.
+#: All but the packages installed for the tests, which are in node_modules and in directories that start with a dot.
 TESTS = sorted(
     path
     for path in (ROOT / "tests").rglob("*.py")
@@ -161,7 +161,7 @@ def test_names_are_the_terms_of_the_field(path: Path) -> None:
 
 @pytest.mark.parametrize("directory", sorted({path.parent for path in TESTS}), ids=str)
 def test_every_directory_of_tests_is_a_package(directory: Path) -> None:
-    # Without it, `import queue` would find tests/unit/queue. Models need none, because the server discovers them.
+    # Else `import queue` would find tests/unit/queue. Models need no __init__.py, because the server discovers them.
     is_exempt = "models" in directory.parts or "faults" in directory.parts or directory.name in ("canary", "js")
     assert is_exempt or (directory / "__init__.py").is_file()
 

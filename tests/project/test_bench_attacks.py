@@ -1,4 +1,4 @@
-"""The attack program `bench.attacks`: its counts match what happened. Its figures are not tested."""
+"""The attack program `bench.attacks`: its counts match what happened. The other figures are not tested."""
 
 from dataclasses import replace
 from functools import partial

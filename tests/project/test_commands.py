@@ -20,9 +20,9 @@ from tests.project.test_docs import DOCUMENTS
 from tests.support.server_process import ROOT, Server, free_port, serving, wait_until_completed
 
 BIN = f"{sys.prefix}/bin"
-#: Words of the pages and what replaces them, besides the server's address and what a test replaces for itself.
+#: Words of the commands and their replacements. Tests also replace the server's address and words of their own.
 REPLACED = {
-    # Without the installation, which these tests already run in.
+    # Start without installing anything, because these tests already run in an installation.
     "make serve": f"make -f {ROOT}/Makefile -o .venv/serve.done BIN={BIN} serve",
     ".venv/bin/": f"{BIN}/",
     "/path/to/weights": f"{ROOT}/models/demo",
@@ -60,7 +60,7 @@ def replaced(commands: str, **others: str) -> str:
 def output_of(commands: str, server: Server, **others: str) -> str:
     """Run commands in the directory above the server's data; return their output, and fail if one of them fails."""
     commands = replaced(commands, **{"http://127.0.0.1:8000": server.url}, **others)
-    # A proxy of this machine would get the calls to the server.
+    # Leave out the proxy variables, because a proxy of this machine would get the calls to the server.
     environment = {name: value for name, value in server.environment().items() if not name.lower().endswith("_proxy")}
     environment |= {
         "PATH": f"{BIN}:{environment['PATH']}",
@@ -84,14 +84,14 @@ def started_by(command: str, directory: Path, **others: str) -> Iterator[Server]
     """Run the server that this command starts in this directory, until the block ends."""
     # The test models import the package of the tests.
     script = f"export PATH={BIN}:$PATH PYTHONPATH={ROOT}; cd {directory}; exec {replaced(command, **others)}"
-    # The script takes no notice of the arguments that follow it, which are those of another way to start a server.
+    # The script ignores the arguments that `serving` appends, because `command` starts the server in its own way.
     within = ("bash", "-euc", script)
     settings = {"tls_port": str(free_port()), "outbound_allow": "127.0.0.0/8"}
     with serving(directory / "data", within=within, **settings) as server:
         try:
             yield server.ready()
         finally:
-            # Make passes SIGTERM on; after SIGKILL its server would stay.
+            # Make passes SIGTERM on to the server; if make were killed, the server would keep running.
             server.stop()
 
 
@@ -141,7 +141,7 @@ def test_backup(started: Server) -> None:
 
 
 def test_keys(started: Server, tmp_path: Path) -> None:
-    # These keys belong to another directory, because the other tests send none.
+    # Make the keys in another data directory, because the other tests send no keys to the server.
     with_directory = f"export FLUX_SERVER_DATA_DIR={tmp_path}\n"
     for block in blocks("test_keys"):
         *keys, shop, me, revoked = output_of(with_directory + block, started).splitlines()
@@ -151,7 +151,7 @@ def test_keys(started: Server, tmp_path: Path) -> None:
 
 def test_webhooks(started: Server) -> None:
     with httpx.Client(base_url=started.url, trust_env=False) as client:
-        # The server's own page refuses the call, so the webhook still waits.
+        # The URL is the server's own /health, which refuses the call, so the webhook still waits.
         hook = {"fal_webhook": f"{started.url}/health"}
         request = client.post("/queue/test/null", params=hook, json={"prompt": "x"}).json()
         wait_until_completed(client, request["status_url"])

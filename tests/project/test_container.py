@@ -71,7 +71,7 @@ def seconds(duration: str) -> int:
 
 
 def instruction(name: str) -> str:
-    """Return the arguments of the last such instruction in the Dockerfile."""
+    """Return the arguments of the last instruction of this name in the Dockerfile."""
     found: list[str] = re.findall(rf"(?m)^{name}\s+(.*)$", DOCKERFILE)
     return found[-1]
 
@@ -137,7 +137,7 @@ def test_services_that_each_command_starts() -> None:
 def test_docker_compose_reads_the_file_the_same_way(tmp_path: Path) -> None:
     base = ("docker", "compose", "--project-directory", tmp_path)
     if not shutil.which("docker") or run(*base, "version").returncode != 0:
-        pytest.skip("no docker compose here")
+        pytest.skip("needs docker compose")
     shutil.copy(COMPOSE, tmp_path)
     clean = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     for options, named in (((), ""), (("--profile", "demo"), ""), ((), "demo")):
@@ -171,7 +171,7 @@ def test_only_the_volumes_are_writable(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SERVICES, *CLUSTER])
 def test_compiled_code_is_kept_on_a_volume(name: str) -> None:
-    """Docker mounts /tmp so that no program in it can run, and compiled code is a program."""
+    """Keep compiled code, which is a program, off /tmp: Docker mounts /tmp so that no program in it can run."""
     configured = service(name)
     is_worker = name.startswith("worker")
     directory = configured["environment"]["XDG_CACHE_HOME" if is_worker else "FLUX_SERVER_DATA_DIR"]
@@ -320,7 +320,7 @@ def test_the_image_is_built_and_generates_an_image(tmp_path: Path, capfd: pytest
     try:
         assert process.wait(3500) == 0, capfd.readouterr().err
     finally:
-        # The script ends everything that it started.
+        # On SIGTERM, the script ends every process that it started.
         process.terminate()
         process.wait()
     with Image.open(path) as image:

@@ -26,7 +26,7 @@ NUM_ACTIONS = 30
 
 @dataclass
 class Simulation:
-    """A server's components on one manual clock, with the requests submitted, through any number of restarts."""
+    """A server's components on one manual clock, with a record of the submitted requests that survives restarts."""
 
     data_dir: Path
     webhook_url: str
@@ -113,7 +113,7 @@ class Simulation:
         """Finish all work, then check that every accepted request has a final state and that no webhook is due."""
         self.expire()
         run_all(self.worker)
-        # The clock no longer jumps, whatever it was when the webhooks fell due.
+        # The clock no longer jumps. Two hours suffice, whatever the clock showed when a webhook fell due.
         settled_at = self.clock.now
         while self.parts.rows("SELECT 1 FROM deliveries WHERE due_at IS NOT NULL"):
             assert self.clock.now <= settled_at + 2 * HOUR

@@ -33,7 +33,7 @@ class RetryingClient:
     webhook_url: str
 
     def submit(self, client: httpx.Client) -> dict[str, Any]:
-        """Submit the request. Raises TransportError if the server is gone."""
+        """Submit the request and return the answer. Raises TransportError if the server is gone."""
         parameters, headers = {"fal_webhook": self.webhook_url}, {"idempotency-key": self.key}
         answer: dict[str, Any] = client.post(QUEUE_PATH, json=self.body, params=parameters, headers=headers).json()
         return answer
@@ -51,7 +51,7 @@ def settings() -> dict[str, str]:
 
 
 def random_bodies(number: int) -> list[dict[str, Any]]:
-    """Return one fixed request in the first round, and up to four varied concurrent ones in the others."""
+    """Return the bodies of concurrent requests: a fixed one and, after round 0, up to three more with random fields."""
     rng = random.Random(number)
     more = [
         {**BODY, "seed": 70 + index, "num_images": rng.randint(1, 3), "num_inference_steps": rng.randint(1, 6)}
@@ -105,7 +105,7 @@ def retry_after_restart(tmp_path: Path, clients: list[RetryingClient]) -> tuple[
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
     ):
         for answer in [each.submit(client) for each in clients]:
-            # The URLs contain the port of the first server.
+            # The URLs may contain the port of the first server.
             assert wait_until_completed(client, httpx.URL(answer["status_url"]).path)["status"] == "COMPLETED"
             result = client.get(httpx.URL(answer["response_url"]).path)
             assert result.status_code == 200

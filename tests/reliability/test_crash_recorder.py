@@ -1,4 +1,4 @@
-"""Tests of the crash recorder: a crashed process records the running job, which alone fails after three crashes."""
+"""Tests of the crash recorder: a crashing process records the running job; after three crashes only this job fails."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def submit(client: httpx.Client, prompt: str) -> str:
 
 
 def crash_repeatedly(data_dir: Path, signal_name: str, times: int) -> str:
-    """Submit a request that kills its server with this signal, restart it this often, and return the last output."""
+    """Submit a request that kills each server with this signal; run `times` servers and return the last output."""
     output = ""
     for attempt in range(times):
         with serving(data_dir, "test/fatal=demo", models_dir=MODELS) as server:

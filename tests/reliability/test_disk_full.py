@@ -1,4 +1,4 @@
-"""Tests of a full disk in each phase of a request: 507 in JSON, never 500, and all work continues after it."""
+"""Tests of a full disk in each phase of a request: 507 in JSON, never 500; all work continues once there is room."""
 
 import base64
 import random
@@ -94,7 +94,7 @@ class Setup:
 
     @contextmanager
     def wait_for_another(self, message: str) -> Iterator[None]:
-        """Wait until the server has logged this message once more than before the block."""
+        """After the block, wait until the server has logged this message once more than before the block."""
         count = self.server.output.count(message) + 1
         yield
         self.server.wait_for("(?s)" + ".*".join([re.escape(message)] * count))
@@ -118,7 +118,7 @@ def check_submits(setup: Setup) -> None:
 
 
 def check_uploads(setup: Setup) -> None:
-    """Check uploads in one request and in two. The PUT of the latter can be repeated."""
+    """Check uploads in one request and in two requests. The second of the two, a PUT, can be repeated."""
     content = setup.rng.randbytes(200_000)
     body = {"content_type": "text/plain", "file_name": "hello.txt"}
     initiated = setup.client.post("/storage/upload/initiate", json=body).json()
@@ -194,7 +194,7 @@ PHASES: list[Callable[[Setup], None]] = [
 
 @pytest.mark.parametrize("number", round_params(1, 20))
 def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number: int) -> None:
-    """Run all phases on one server in random order. The next server cannot start; the last one finds every result."""
+    """Run all phases on one server in random order. A second server has no room to start; a third has all results."""
     rng = random.Random(number)
     with small_disk(tmp_path / "disk", DISK_BYTES) as disk:
         receiver = Receiver(disk, httpserver.url_for("/hook"))
@@ -230,5 +230,5 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
 
 
 def client_of(server: Server) -> httpx.Client:
-    """Open a client of a server that is ready."""
+    """Wait until the server is ready; return a client of the server."""
     return httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False)

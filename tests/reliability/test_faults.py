@@ -1,4 +1,4 @@
-"""Tests of faults during generation, as this client and the next one see them: with real weights, over HTTP."""
+"""Tests of faults during generation, as the affected client and the next one see them: with real weights, over HTTP."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def clear_faults(faults_dir: Path) -> None:
 
 
 def faulty(data_dir: Path) -> Any:
-    """Start a server of test/faulty with a step deadline of two seconds."""
+    """Return a context manager that runs a server of test/faulty with a step deadline of two seconds."""
     models = str(ROOT / "tests" / "support" / "faults" / "demo")
     return serving(data_dir, "test/faulty=demo", models_dir=models, step_deadline="2")
 
@@ -51,7 +51,7 @@ def client(faults_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def error_of(client: httpx.Client) -> Callable[[str], str | None]:
-    """Return a function that runs a request and returns its error. The request after it must always succeed."""
+    """Return a function that runs a request and returns its error, after checking that a further request succeeds."""
 
     def run(prompt: str) -> str | None:
         error: str | None = wait_until_completed(client, submit(client, body(prompt), "test/faulty")).get("error")

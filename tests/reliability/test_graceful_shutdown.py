@@ -43,7 +43,7 @@ GRACE_SECONDS = 1
 
 
 def follow_status(url: str, path: str, is_open: threading.Barrier) -> tuple[float, dict[str, Any]]:
-    """Return the time and the content of the last event of a status stream. Raises if the stream is cut off."""
+    """Return the time and the content of a status stream's last event. Raises RemoteProtocolError if it is cut off."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client, client.stream("GET", path) as response:
         lines = response.iter_lines()
         last = next(line for line in lines if line.startswith("data: "))
@@ -67,7 +67,7 @@ def release_steps(server: Server, gate: Gate) -> None:
 
 
 def run(url: str, gate: Gate) -> httpx.Response:
-    """Run a request and wait for its answer."""
+    """Run a request, wait for its answer and return the answer."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         return client.post("/test/gate", json={"prompt": str(gate.path)})
 
@@ -105,7 +105,7 @@ def stop_and_wait(server: Server, client: httpx.Client, *, is_at_once: bool) -> 
 
 
 def stop_with_everything_open(data_dir: Path, gate: Gate, steps: int, hangs: bool) -> tuple[list[str], float]:
-    """Stop a server with two queued requests, status streams on the running one, and waiting runs and image streams.
+    """Stop a server with a running and a queued request, status streams of the first, and waiting runs and streams.
 
     Return the status paths of the two requests and the seconds until the exit.
     """

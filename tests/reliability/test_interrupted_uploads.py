@@ -28,7 +28,7 @@ WHOLE = PARTS[1] + PARTS[2]
 
 
 def soak_all_but(points: Iterable[str], *first: str) -> list[Any]:
-    """Return the points at which most can go wrong, and the other points marked as soak tests."""
+    """Return the points `first`, at which most can go wrong, and the other points, marked as soak tests."""
     return [*first, *(pytest.param(name, marks=pytest.mark.soak) for name in points if name not in first)]
 
 
@@ -264,7 +264,7 @@ def test_damaged_pages_prevent_the_start(tmp_path: Path) -> None:
 
 
 def test_damaged_pages_end_a_running_server_with_an_error(tmp_path: Path) -> None:
-    """Check that the error is logged once, whichever query finds it. The deadline check runs four times a second."""
+    """Check that the error is logged once, whichever query finds it: that of /status.json or the deadline check."""
     num_pages = write_waiting_requests(tmp_path)
     with serving(tmp_path, TEST_MODELS, max_running="1") as server:
         url = server.ready().url

@@ -34,7 +34,7 @@ NUM_CLIENTS = 8
 
 
 def client_of(server: Server) -> httpx.Client:
-    """Open a client of a server that is ready."""
+    """Wait until the server is ready; return a client of the server."""
     return httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False)
 
 
@@ -84,7 +84,7 @@ def test_a_restarted_server_generates_the_same_bytes_after_a_kill(tmp_path: Path
 
 
 def submit_until_killed(url: str, acknowledged: list[str], enough: int, is_enough: threading.Event) -> None:
-    """Submit requests until the server is gone, and collect the acknowledged ones."""
+    """Submit requests until the server is gone; collect those acknowledged, and set `is_enough` at `enough` of them."""
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Tests with many clients at once: no errors, and no acknowledged request is missing. `bench.load` sends them."""
+"""Tests with many clients of `bench.load` at once: no errors, and no acknowledged request is missing."""
 
 import os
 
@@ -20,5 +20,5 @@ def test_under_load(clients: int, seconds: float) -> None:
     print(f"status, 500 queued: {polls}")
     print(f"submit: {submits}")
     assert (polls.bad, submits.bad) == (0, 0)
-    # Every client made several of both requests.
+    # The clients made, on average, at least two requests of each kind.
     assert min(len(polls.seconds), len(submits.seconds)) >= 2 * clients

@@ -21,7 +21,7 @@ MIB = 2**20
 
 @dataclass
 class Monitor:
-    """Counter of accepted requests that samples the server's memory and database size."""
+    """Counter of accepted requests, which also samples the server's memory and database size."""
 
     server: Server
     process: psutil.Process

@@ -170,7 +170,7 @@ class QueueAndModel(RuleBasedStateMachine):
         assert claimed is None
 
     def next_to_claim(self, is_low: bool, slots: int) -> str | None:
-        """Return the first claimable request in queue order. Owners with a full share of the slots come last."""
+        """Return the next request to claim in queue order, if any. Owners with a full share of the slots come last."""
         running = [(entry.rank[0], entry.owner) for entry in self.entries.values() if entry.state == State.IN_PROGRESS]
         claimable = [
             name

@@ -43,7 +43,7 @@ def test_a_read_only_data_directory_at_startup(tmp_path: Path) -> None:
 
 
 def test_a_data_directory_that_becomes_read_only(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that running requests wait, that new ones get fal's 507, and that all continue without a traceback."""
+    """Check that running requests wait, that new ones get a 507, and that all continue without a traceback."""
     seal = tmp_path / "seal"
     monkeypatch.setenv("SEAL", str(seal))
     with (
@@ -95,7 +95,7 @@ def test_replacing_the_database_ends_a_running_server(tmp_path: Path, how: str) 
             copy.rename(data / copy.name)
         else:
             (data / copy.name).unlink()
-        # The first query that notices ends the server. The deadline check runs four times a second.
+        # The first query that notices the change ends the server: at the latest the frequent check of deadlines.
         assert server.process.wait(60) == 1
     assert server.output.count("was replaced or written to by another program while the server ran") == 1
     assert "Traceback" not in server.output

@@ -17,11 +17,11 @@ from tests.http.test_timeouts import QUICK, is_answered, listening
 from tests.support.server_process import TEST_MODELS, serving
 from tests.support.slow_clients import IN_HEADER, SlowClients, in_body, limited_open_files
 
-#: Usual limit of open files of a process. Each connection takes one.
+#: Usual limit of open files of a process. Each connection takes one of them.
 USUAL_OPEN_FILES = 1024
-#: Seconds within which the server closes a client that is slow with a header, or with a body or reading.
+#: Seconds within which the server cuts off a client that is slow with a header, or with a body or reading.
 HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0
-#: Seconds by which the server's limits are lower, and by which a connection is older than its client measures.
+#: Tolerance in seconds: the server's limits are this much lower, and clients may measure this much too little.
 GRACE_SECONDS = 1.0
 
 

@@ -136,7 +136,7 @@ class Upgraded:
 
 
 def _version_param(version: int) -> Any:
-    """Mark a version as a soak test, unless it is the oldest or the previous one.
+    """Return the test's parameter for a version, marked as a soak test unless it is the oldest or the previous version.
 
     The oldest version needs every migration, and most upgrades come from the previous version.
     """
@@ -193,13 +193,13 @@ def test_no_request_is_lost_and_work_continues(upgraded: Upgraded) -> None:
 
 
 def _check_webhooks(upgraded: Upgraded) -> None:
-    """Check that the due webhook and that of the completed request arrive, signed with the existing key."""
+    """Check that the due webhook and that of the newly completed request arrive, signed with the existing key."""
     jwks = httpx.get(f"{upgraded.server.url}/.well-known/jwks.json", trust_env=False).json()
     received = [upgraded.receiver.next() for _ in range(2)]
     assert {from_json(each.body)["request_id"] for each in received} == {"succeeded-due", "queued-low"}
     assert {from_json(each.body)["status"] for each in received} == {"OK"}
     assert all(fal_signature_holds(each, jwks) for each in received)
-    # The existing key is old by now. The server publishes a new key first, which does not sign yet.
+    # The existing key is old by now, so the server also publishes a new key: the first, which does not sign yet.
     assert [key["kid"] for key in jwks["keys"]][-1] == "1"
 
 

@@ -35,7 +35,7 @@ VALUES = [
 QUERIES = [{}, {FIELD: "false"}, {"sync_mode": "true", FIELD: "0"}]
 HEADERS = [{}, {"x-enable-safety-checker": "false"}, {"X-Fal-Enable-Safety-Checker": "0"}, {"x-fal-store-io": "0"}]
 ROUTES = ["run", "stream", "proxy", "openai", "queue", "realtime"]
-#: Prompts of a model whose checker flags every image, returns too few verdicts, or raises an error.
+#: Prompts for which the safety checker of test/unsafe flags every image, returns no verdict, or raises an error.
 PROMPTS = ["x", "silent", "raises"]
 
 
@@ -46,7 +46,7 @@ def enforced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def bodies() -> Iterator[str]:
-    """Write JSON by hand, because a library writes no duplicate names and no odd names."""
+    """Yield bodies as JSON written by hand, because a library writes neither duplicate nor odd names."""
     size = '"image_size": {"width": 64, "height": 64}, "num_inference_steps": 1'
     for name, value, prompt in itertools.product(NAMES, VALUES, PROMPTS):
         fields = f'"prompt": "{prompt}", {size}'
@@ -56,7 +56,7 @@ def bodies() -> Iterator[str]:
 
 
 def variants(number: int) -> list[tuple[str, str, dict[str, str], dict[str, str]]]:
-    """Choose `number` of all combinations of route, body, query and headers, the same ones in every run."""
+    """Return `number` random combinations of route, body, query and headers, the same ones in every run."""
     every = list(itertools.product(ROUTES, bodies(), QUERIES, HEADERS))
     return random.Random(5).sample(every, number)
 
@@ -76,7 +76,7 @@ def output_of(client: httpx.Client, route: str, body: str, query: dict[str, str]
         return client.get(path.removesuffix("/status")).json()
     if route == "stream":
         events: list[str] = []
-        # The server breaks off a failed stream after its last event.
+        # The server cuts off a failed stream after its last event.
         with (
             client.stream("POST", "/test/unsafe/stream", params=query, **content) as answer,
             contextlib.suppress(httpx.RemoteProtocolError),
@@ -102,7 +102,7 @@ def over_realtime(client: httpx.Client, body: str | bytes, query: dict[str, str]
 
 
 def images_of(client: httpx.Client, output: Any) -> list[bytes]:
-    """Return every image of an output from any route."""
+    """Return the content of every image of an output, from any route."""
     images = []
     for image in [*output.get("images", []), *output.get("data", [])]:
         if "b64_json" in image:
@@ -154,7 +154,7 @@ def test_no_msgpack_message_gets_past_the_checker(enforced: Server, value: objec
     assert all(output.get("has_nsfw_concepts", [True]))
 
 
-#: A model whose check runs on the thread of the worker or, as on a GPU, on that of the postprocessor.
+#: The source of a model whose safety check runs on the worker's thread or, as on a GPU, on the postprocessor's.
 SLOW_CHECK = """
 from tests.support.fake_models import NullModel, SlowCheckEngine
 
@@ -164,7 +164,7 @@ SlowCheckEngine.decodes_concurrently = {decodes_concurrently}
 
 
 def all_events(client: httpx.Client, path: str) -> str:
-    """Read the status stream until the server ends."""
+    """Read the status stream until it ends, also if the server dies; return its text."""
     lines: list[str] = []
     with (
         contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),

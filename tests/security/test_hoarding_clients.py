@@ -40,7 +40,7 @@ ALICE, BOB = {"authorization": "Key alice"}, {"authorization": "Key bob"}
 
 @contextmanager
 def server_for_two(directory: Path, **settings: str) -> Iterator[tuple[Server, httpx.Client]]:
-    """Start a server with keys of Alice and Bob, and open a client."""
+    """Start a server with keys of Alice and Bob; yield the server and a client."""
     with (
         serving(directory, TEST_MODELS, keys="alice,bob", outbound_allow="127.0.0.0/8", **settings) as server,
         httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
@@ -54,7 +54,7 @@ def address(server: Server) -> tuple[str, int]:
 
 
 def requested(server: Server, path: str, key: str = "alice", buffer: int = 0) -> socket.socket:
-    """Request this path on a new connection; `buffer` limits how many bytes of the answer the system holds."""
+    """Send a request for this path; return its connection. `buffer` limits the unread bytes that the system holds."""
     connection = socket.socket()
     if buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -65,7 +65,7 @@ def requested(server: Server, path: str, key: str = "alice", buffer: int = 0) ->
 
 
 def status_of(connection: socket.socket) -> int:
-    """Read the status of the answer; 0 means that the connection was closed without one."""
+    """Return the status of the answer, or 0 if the server closed the connection without an answer."""
     try:
         answer = connection.recv(65_536)
     except ConnectionResetError:
@@ -74,7 +74,7 @@ def status_of(connection: socket.socket) -> int:
 
 
 def read_to_the_end(connection: socket.socket) -> int:
-    """Read until the server closes the connection, or the socket times out; return the number of bytes."""
+    """Return the number of bytes until the server closes the connection. Raises TimeoutError if it stays open."""
     length = 0
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(2**20):
@@ -83,13 +83,13 @@ def read_to_the_end(connection: socket.socket) -> int:
 
 
 def wait_for_the_end(connection: socket.socket) -> None:
-    """Wait, without reading, until the server gives up."""
+    """Wait, without reading, until the server closes the connection."""
     while connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED:
         threading.Event().wait(0.01)
 
 
 def is_served(server: Server, key: dict[str, str]) -> bool:
-    """Tell whether a new client can submit a request and read its status."""
+    """Return whether a new client can submit a request and read its status."""
     with httpx.Client(base_url=server.url, headers=key, timeout=60, trust_env=False) as client:
         answer = client.post("/queue/test/null", json={"prompt": "x"})
         return answer.status_code == 200 and client.get(answer.json()["status_url"]).status_code in (200, 202)
@@ -97,7 +97,7 @@ def is_served(server: Server, key: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("number", [500, pytest.param(1000, marks=pytest.mark.soak)])
 def test_many_idle_event_streams_block_only_their_own_key(tmp_path: Path, gate: Gate, number: int) -> None:
-    """Close refused connections too, because the server has fewer connections than this test opens."""
+    """The server must also close the connections that it refuses: this test opens more than --max-connections."""
     with server_for_two(tmp_path, max_connections="400") as (server, client), ExitStack() as stack:
         job = client.post("/queue/test/gate", json={"prompt": str(gate.path)}, headers=ALICE).json()
         path = httpx.URL(job["status_url"]).path
@@ -135,7 +135,7 @@ def test_idle_realtime_sessions_block_only_their_own_key(tmp_path: Path) -> None
 
 @pytest.mark.soak
 def test_connections_without_a_request_are_cut_off(tmp_path: Path) -> None:
-    """Close new connections after ten seconds and answered ones after five; until then they block other clients."""
+    """The server closes silent connections after 10 s and answered ones after 5 s; until then they block others."""
     with server_for_two(tmp_path, max_connections="40") as (server, client), ExitStack() as stack:
         client.close()
         held = [stack.enter_context(requested(server, "/health")) for _ in range(20)]
@@ -154,7 +154,7 @@ def test_connections_without_a_request_are_cut_off(tmp_path: Path) -> None:
 def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
     tmp_path: Path, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redeliver two thousand to a receiver that hangs: a webhook of another key arrives at once, and reads stay few."""
+    """Redeliver 2,000 webhooks to a receiver that hangs: another key's webhook arrives at once, with few reads."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 0.2)
     url, seen = receiver_url(httpserver), list[int]()
     with silent_receivers(1) as (silent,), open_components(tmp_path, max_length=3000) as components:
@@ -193,7 +193,7 @@ def test_a_storm_of_redelivered_webhooks_delays_no_other_key(
 
 
 def recorded_reads(components: Components, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the database reads that look for due deliveries."""
+    """Return a list to which each database read that looks for due deliveries is added."""
     reads, read = list[str](), components.database.read
 
     def recorded(sql: str, *values: object) -> list[sqlite3.Row]:
@@ -208,7 +208,7 @@ def recorded_reads(components: Components, monkeypatch: pytest.MonkeyPatch) -> l
 def test_webhooks_continue_after_a_database_error(
     components: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Continue after any error; otherwise the server would deliver nothing until its next start."""
+    """The sender must continue after any error; otherwise it would deliver nothing until the next start."""
     monkeypatch.setattr("server.webhooks.delivery._MAX_PAUSE", 0.01)
     url = receiver_url(httpserver)
     submit_cancelled(components, "alice", url)
@@ -278,7 +278,7 @@ def path_of(kind: str, client: httpx.Client, gate: Gate) -> str:
 
 @pytest.mark.parametrize("kind", ["file", "result", "history", "metrics", "events"])
 def test_unread_answers_do_not_fill_the_memory(tmp_path: Path, gate: Gate, kind: str) -> None:
-    """Cut off clients that read nothing; until then the memory held for them is bounded."""
+    """The server cuts off clients that read nothing; until then, it holds little memory for them."""
     write_history(tmp_path)
     settings = {"keys": "alice,bob", "operator_keys": "boss", "models_dir": SHORT_WRITE_TIMEOUT, "max_body_mib": "8"}
     with (

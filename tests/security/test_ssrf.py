@@ -7,7 +7,7 @@ import pytest
 from tests.support.network import PUBLIC, RESOLVER, run_in_network
 from tests.support.network_programs import BY_NAME, CORPUS, WAYS
 
-#: The DNS lookups of allowed and of forbidden names.
+#: How `TrafficRecorder.attempts` reports the DNS lookups of names, allowed or forbidden.
 LOOKED_UP = f"udp {RESOLVER} 53"
 
 

@@ -48,7 +48,7 @@ class Components:
     inputs: InputResolver
 
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-        """Read rows from the database."""
+        """Run an SQL statement, also one that writes; return the rows of its result."""
         return [tuple(row) for row in self.database.read(sql, *parameters)]
 
     def stored_file_names(self) -> list[str]:
@@ -119,7 +119,7 @@ def claim_job(components: Components, **changes: Any) -> Job:
 
 
 def finish_job(components: Components, *files: StoredFile, **changes: Any) -> Job:
-    """Submit, claim and finish a job that succeeds with these files."""
+    """Submit, claim and finish a job that succeeds with these files; return the job."""
     job = claim_job(components, **changes)
     assert components.queue.finish(job, success('{"seed":7}', *files))
     return job

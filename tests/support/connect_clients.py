@@ -1,4 +1,4 @@
-"""Runs of several versions of fal-client with the variables that `flux-server env` prints, and a record of hosts."""
+"""Runs of several versions of fal-client with the variables of `flux-server env`, and a record of the hosts used."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def download_package(package: str, version: str, *options: str) -> Path:
 
 
 def run_client(server: Server, version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a call of fal_client_calls with this version of the client and the variables of `flux-server env`."""
+    """Run a call of fal_client_calls with this version of the client and the variables of `env`; return the process."""
     paths = [variables.pop("PYTHONPATH", None), client_directory(version)]
     python_path = os.pathsep.join(str(path) for path in paths if path)
     environment = {"PATH": os.environ["PATH"], **env_variables(server), "PYTHONPATH": python_path, **variables}

@@ -16,7 +16,7 @@ SHARD = "600KB"
 
 
 def write_flux_dev(directory: Path) -> None:
-    """Write the repository: sharded weights with index files, tokenizers, scheduler, and files to be skipped."""
+    """Write the repository: sharded weights with indexes, tokenizers, scheduler, and files that `pull` must skip."""
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 

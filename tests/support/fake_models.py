@@ -78,7 +78,7 @@ class NullEngine:
 
 
 class GateEngine(NullEngine):
-    """An engine that steps for each byte written to the named pipe in the prompt. A closed pipe ends the wait."""
+    """An engine that takes a step for each byte in the named pipe that the prompt names, or if the pipe is closed."""
 
     def __init__(self) -> None:
         self._gates: dict[str, int] = {}
@@ -162,7 +162,7 @@ class UnsafeEngine(NullEngine):
 
 
 class SlowCheckEngine(NullEngine):
-    """An engine whose safety checker waits for a byte from the named pipe in the prompt, then flags every image."""
+    """An engine whose checker waits for a byte in the named pipe that the prompt names, then flags every image."""
 
     def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
         self._gate = request.prompt

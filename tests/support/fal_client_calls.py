@@ -21,7 +21,7 @@ def version() -> Any:
 
 
 def everyday() -> Any:
-    """Generate the same image with each blocking call."""
+    """Generate the same image with each blocking call; return all results and events."""
     updates: list[Any] = []
     enqueued: list[str] = []
     handle = fal_client.submit(FLUX, arguments=APPLE)
@@ -42,7 +42,7 @@ def everyday() -> Any:
 
 
 async def everyday_async() -> Any:
-    """Generate the same image with each asynchronous call."""
+    """Do what `everyday` does, with the asynchronous calls."""
     updates: list[Any] = []
     enqueued: list[str] = []
     handle = await fal_client.submit_async(FLUX, arguments=APPLE)
@@ -136,7 +136,7 @@ async def bad_async(endpoint: str) -> Any:
 
 
 def late(gate: str) -> Any:
-    """Send two requests that cannot start in time, because a third one occupies the server; return their errors."""
+    """Send two requests that cannot start in time, because a third one occupies the server; return the outcomes."""
     holder = fal_client.submit("test/gate", arguments={"prompt": gate, "num_inference_steps": 1})
     next(event for event in holder.iter_events() if isinstance(event, fal_client.InProgress))
     handle = fal_client.submit("test/null", arguments={"prompt": "x"}, start_timeout=1.01)
@@ -193,7 +193,7 @@ def _copied(url: str) -> Any:
 
 
 def realtime() -> Any:
-    """Send three requests in one session, the second invalid, and one in a session opened without a token."""
+    """Send three requests in a session, the second invalid, and one in a session without token; return the answers."""
     with fal_client.realtime(FLUX, max_buffering=5) as session:
         answers = [_received(session, APPLE), _received(session, {"prompt": 5}), _received(session, APPLE)]
     with fal_client.realtime(FLUX, use_jwt=False) as session:
@@ -211,7 +211,7 @@ async def realtime_async() -> Any:
 def by_host(endpoint: str) -> Any:
     """Make each call that FAL_RUN_HOST and FAL_QUEUE_RUN_HOST redirect, and one call with an invalid field.
 
-    Uploads and realtime tokens are not covered: fal-client redirects them in another way.
+    Returns the results. There is no upload and no realtime token, because these variables do not redirect them.
     """
     arguments = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 2}
     with fal_client.realtime(endpoint, use_jwt=False) as session:

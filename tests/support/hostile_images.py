@@ -17,7 +17,7 @@ def encode(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
 
 
 def noise_image(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
-    """Make an image of noise; for the same size and channels, it is the same each time."""
+    """Make an image of noise, the same each time for the same size and channels."""
     values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
     return Image.fromarray(values.squeeze())
 
@@ -45,7 +45,7 @@ def jpeg_size(content: bytes, width: int, height: int) -> bytes:
 
 
 def scans(number: int) -> bytes:
-    """Build a progressive JPEG of the largest size allowed, in which the shortest scan occurs `number` times more.
+    """Build a progressive JPEG of the largest size allowed, in which `number` copies of the shortest scan are added.
 
     Such a scan takes 36 bytes and is slow to decode.
     """

@@ -72,7 +72,7 @@ def _send_webhook(client: httpx.Client, url: str) -> httpx.Response:
 
 
 def _by_redirect(send: Callable[[httpx.Client, str], httpx.Response]) -> Callable[[httpx.Client, str], httpx.Response]:
-    """Wrap a sender: it sends a URL on an allowed host that redirects to the given URL."""
+    """Return a sender that sends a URL on an allowed host, which redirects to the given URL."""
     return lambda client, url: send(client, f"http://public.test/to?{quote(url, safe='')}")
 
 
@@ -176,7 +176,8 @@ FAL_NAMES = (
 def turned_to_fal(directory: str, program: str, state: str) -> Any:
     """Use `flux-server run` to start a program that sends requests to fal's names.
 
-    Returns the responses, all attempts on the network, and what `flux-server run` printed to stderr.
+    With the state "stopped", the server is stopped first. Returns the responses, all attempts on the network, and what
+    `flux-server run` printed to stderr.
     """
     with serving_with_proxy(Path(directory), TEST_MODELS) as server:
         if state == "stopped":

@@ -57,7 +57,7 @@ class Nginx:
 
 
 def _configured(text: str, server: Server, nginx: Nginx, files: tls.CertificateFiles, name: str) -> str:
-    """Replace the sample's name, ports and certificate with this server's. Fail if the sample lacks any of them."""
+    """Return the sample with the names, ports and certificate of this test. Fail if the sample lacks one of them."""
     host = f"{name}:{nginx.port}"
     changes = {
         "127.0.0.1:8000": urlsplit(server.url).netloc,

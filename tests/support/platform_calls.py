@@ -15,7 +15,7 @@ PROMPT = "a red apple"
 
 
 def genvoy(endpoint: str, directory: str) -> dict[str, Any]:
-    """Call genvoy's tools and read its resources, through the MCP server that genvoy contains."""
+    """Call genvoy's tools and read its resources, through the MCP server that genvoy contains; return the results."""
     client_of, server = import_module("fastmcp").Client, import_module("genvoy.server").mcp
 
     async def run() -> dict[str, Any]:
@@ -55,7 +55,7 @@ async def _failure(call: Any) -> str:
 
 
 def falgen(endpoint: str, directory: str) -> dict[str, Any]:
-    """Call falgen's tools for fal, its upload, and its chat endpoint, which this server does not offer."""
+    """Call falgen's tools for fal, its upload, and its chat endpoint, which this server lacks; return the results."""
     tools = import_module("falgen.tools").discover_tools()
     auth, config = import_module("falgen.auth"), import_module("falgen.config")
     httpx = import_module("httpx")

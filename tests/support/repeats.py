@@ -6,7 +6,7 @@ import pytest
 
 
 def round_params(few: int, many: int) -> list[Any]:
-    """List the numbers of `few` rounds, and of `many` more that are marked as soak. Tests use them as random seeds."""
+    """Return parameters: the numbers of `few` rounds, then of `many` rounds marked as soak. Tests use them as seeds."""
     return [
         *range(few),
         *(pytest.param(number, marks=pytest.mark.soak, id=f"soak-{number}") for number in range(many)),

@@ -120,7 +120,7 @@ def serving(data_dir: Path, *weights: str, within: Sequence[str] = (), **setting
 
 
 def free_port() -> int:
-    """Find a free port, for settings where port 0 means off."""
+    """Return a free port, for settings where port 0 means off."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -55,7 +55,7 @@ _LITERAL = re.compile(
 
 
 def page() -> str:
-    """Render docs/settings.md."""
+    """Return the text of docs/settings.md."""
     rows = (_row(name, field) for name, field in Settings.model_fields.items())
     return _HEAD + "".join(rows) + _FOOT
 
@@ -74,7 +74,7 @@ def _option(name: str, field: Any) -> str:
 
 
 def _default(name: str) -> str:
-    # Of two values, one after the other applies.
+    # Two values read "ONE, else OTHER": the second applies where the first does not.
     values = shown_default(name).split(", else ")
     return ", else ".join(f"`{value}`" for value in values) if any(values) else "none"
 

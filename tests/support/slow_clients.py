@@ -19,7 +19,7 @@ class Kind:
     reads: bool = True
 
 
-#: Clients that do not finish the header of their request. `in_body` returns clients that do, but are slow later.
+#: Clients that do not finish the header of their request. `in_body` returns clients that are slow later.
 IN_HEADER: Mapping[str, Kind] = {
     "silent": Kind(b""),
     "half a header": Kind(b"GET / HTTP/1.1\r\nHost: he"),

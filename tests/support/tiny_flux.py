@@ -63,7 +63,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def pipeline(dtype: torch.dtype = torch.float32, *, guidance: bool = True, dynamic_shift: bool = True) -> FluxPipeline:
-    """Build a FluxPipeline with diffusers; the weights are the same each time."""
+    """Build diffusers' FluxPipeline with small dimensions; the weights are the same each time."""
     flow_transformer = transformer(guidance_embeds=guidance)
     clip_tokenizer, t5_tokenizer = (
         CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
@@ -164,7 +164,7 @@ def difference(one: Image, other: Image) -> int:
 
 @contextmanager
 def record_batch_sizes(module: Any) -> Iterator[list[int]]:
-    """Yield a list of batch sizes. Until the block ends, each forward of this transformer appends its own."""
+    """Yield a list of batch sizes. Until the block ends, each forward of this transformer appends its size."""
     sizes: list[int] = []
 
     def record(_: Any, __: Any, inputs: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Unit tests: one file for each source file."""
+"""Unit tests: most files test one source file and have its name."""

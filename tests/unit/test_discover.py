@@ -16,7 +16,7 @@ MODEL = NullModel("{endpoint}", NullEngine)
 
 
 def write_module(directory: Path, name: str, source: str) -> Path:
-    """Write a module into a directory of models. Modules are cached by name, so each test uses other names."""
+    """Write a module into a directory of models; return the directory. Tests use new names: Python caches modules."""
     (directory / f"{name}.py").write_text(source)
     return directory
 

@@ -22,7 +22,7 @@ SECRET = "nobody's business"
 
 
 def events(lines: list[str]) -> list[dict[str, object]]:
-    """Return the events logged as JSON. The server's greeting is not JSON."""
+    """Return the events logged as JSON; skip the server's greeting, which is not JSON."""
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -58,7 +58,7 @@ def test_each_request_is_one_line_of_json(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_is_cut_off_on_purpose_logs_no_error(tmp_path: Path, gate: Gate) -> None:
-    """Streams are cut off when a request fails or the server stops. The missing end tells the client."""
+    """Streams are cut off when a request fails or the server stops. The missing end shows this to the client."""
     with serving(tmp_path / "data", TEST_MODELS, shutdown_grace="0") as server:
         for endpoint, message in (("test/raises", "internal_error"), ("test/gate", "The server is stopping.")):
             with (

@@ -25,7 +25,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def parse(limits: Limits | None = None, **fields: Any) -> FluxDevInput:
-    """Parse these fields as a client's JSON."""
+    """Parse these fields and a prompt as a client's JSON; return the input."""
     body = json.dumps({"prompt": "x", **fields})
     return FluxDevInput.model_validate_json(body, context={"limits": limits} if limits else None)
 

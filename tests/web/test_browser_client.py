@@ -30,7 +30,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def find_executable(names: Sequence[str]) -> str:
-    """Return the path of a program found by one of `names`, the package's name first.
+    """Return the path of the first of `names` that is installed; the first name is also that of the package.
 
     If the program is missing, skip the test, or fail it in CI.
     """
@@ -102,7 +102,7 @@ def console_errors(page: Page) -> list[str]:
 
 
 def run_page(page: Page, server: Server, endpoint: str) -> Any:
-    """Let the page use every method of the client and return its report."""
+    """Let the page use every method of the client; return the page's report."""
     return page.evaluate("([url, endpoint]) => paint(url, endpoint)", [f"{server.url}/api/fal/proxy", endpoint])
 
 

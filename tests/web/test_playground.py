@@ -36,7 +36,7 @@ def page(browser: Browser, playing: Server) -> Iterator[Page]:
 
 
 def open_page(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """Open a page in a fresh browser context. Page errors, policy violations and foreign requests fail it."""
+    """Yield a page in a new context. Fail at the end if it had errors, policy violations or foreign requests."""
     context = browser.new_context(**options)
     page = context.new_page()
     problems: list[str] = []
@@ -82,7 +82,7 @@ def press(page: Page, prompt: str) -> None:
 
 
 def run(page: Page, prompt: str) -> Any:
-    """Enter a prompt, press Run and return the newest run."""
+    """Enter a prompt and press Run; return the new run, which is the first in the list."""
     press(page, prompt)
     newest = page.locator("#runs > li").first
     expect(newest.locator(".prompt")).to_have_text(prompt)
@@ -205,7 +205,7 @@ def test_dropped_image_is_uploaded(page: Page) -> None:
 
 @pytest.mark.parametrize("is_collapsed", [False, True])
 def test_invalid_field_is_marked(page: Page, is_collapsed: bool) -> None:
-    """A field in the closed "More settings" section is shown, too."""
+    """An invalid field in the closed section "More settings" is shown, too."""
     choose(page, "test/null")
     page.get_by_text("More settings").click()
     page.get_by_label("Guidance scale", exact=True).fill("99")
@@ -302,7 +302,7 @@ def test_runs_are_shown_when_the_browser_storage_is_full(page: Page) -> None:
 
 
 def test_last_chosen_endpoint_wins(page: Page) -> None:
-    """The description of the previous choice arrives later and is ignored."""
+    """The description of the endpoint chosen first arrives last and is ignored."""
     choose(page, "test/null")
     held: list[Route] = []
     page.route("**/openapi.json?endpoint_id=test%2Fcopy", lambda route: held.append(route))
@@ -403,7 +403,7 @@ def test_status_page(browser: Browser, playing: Server) -> None:
 
 
 def test_swagger_ui(browser: Browser, playing: Server) -> None:
-    """Every operation is listed, and one can be tried. `opened` checks that the page stays on this origin."""
+    """Every operation is listed, and one can be tried. `open_page` checks that the page stays on this origin."""
     paths = httpx.get(f"{playing.url}/openapi.json", trust_env=False).json()["paths"]
     for page in open_page(browser, f"{playing.url}/docs"):
         expect(page.locator(".opblock")).to_have_count(sum(len(operations) for operations in paths.values()))

@@ -41,7 +41,7 @@ def test_playground_in_firefox(node: None, playing: Server) -> None:
 def violations(page: Page) -> list[str]:
     """Return axe's serious and critical violations: the rule, the element and the reason."""
     source = (JS / "node_modules" / "axe-core" / "axe.min.js").read_text()
-    # Through the debugger, because the page's content security policy blocks other scripts.
+    # Run axe through the debugger, because the page's content security policy blocks other scripts.
     page.evaluate(source + "\n;0")
     results: Any = page.evaluate("async () => (await axe.run()).violations")
     return [

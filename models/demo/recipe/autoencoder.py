@@ -17,7 +17,7 @@ from models.demo.recipe.optimizers import Optimizers
 from models.demo.recipe.plan import LATENT_CHANNELS, SEED, WORK, Plan
 from models.schema import PRESETS
 
-#: The channels of every layer.
+#: The number of channels of every hidden layer.
 WIDTH = 32
 FILE, DECODER_FILE = WORK / "autoencoder.pt", WORK / "decoder.pt"
 #: How many rendered images are kept to cut crops from.
@@ -84,7 +84,7 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
 
 
 class Crops:
-    """The source of square crops for training, from a pool of rendered images that gets new ones all the time."""
+    """The source of square crops for training, from a pool of rendered images that keeps getting new images."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -119,7 +119,7 @@ class Crops:
     def _crop(
         self, picture: Image.Image, boxes: list[tuple[int, int, int]], rng: numpy.random.Generator
     ) -> Image.Image:
-        """Cut a crop around a random point of an object, or of the image, where there is less to learn."""
+        """Return a crop around a random point: mostly of an object, else of the image, where there is less to learn."""
         crop = self.plan.crop
         left, top, width, height = 0, 0, *picture.size
         if rng.random() < OBJECT_SHARE:
@@ -176,7 +176,7 @@ class _Plain:
 
 
 def optimizer_of(network: torch.nn.Module, device: str) -> Optimizers:
-    """Return an optimizer of a network of convolutions, whose first and last one are not hidden layers."""
+    """Return an optimizer for a network of convolutions; those from or to RGB do not count as hidden layers."""
     weights = list(network.parameters())
     hidden = [weight for weight in weights if weight.ndim == 4 and min(weight.shape[:2]) > 3]
     ids = {id(weight) for weight in hidden}
@@ -184,7 +184,7 @@ def optimizer_of(network: torch.nn.Module, device: str) -> Optimizers:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
+    """Train the autoencoder, from the last checkpoint if there is one. Do nothing if the training is complete."""
     vae = build().to(device).train()
     optimizer = optimizer_of(vae, device)
     saved = checkpoint.load(FILE)

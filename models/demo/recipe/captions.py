@@ -96,7 +96,7 @@ def _article(words: str, rng: numpy.random.Generator) -> str:
 
 
 def _noun(thing: Object, size: str, rng: numpy.random.Generator) -> str:
-    """Return a noun phrase for an object, with a word for its size if there is one.
+    """Return a noun phrase for an object, with a word for `size` unless `size` is empty.
 
     Some phrases also have the object's own colour, another colour, or an adjective.
     """
@@ -125,7 +125,7 @@ def _what(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) 
 
 
 def strange(rng: numpy.random.Generator, words: int) -> str:
-    """Return this many unknown words, some of them random letters."""
+    """Return as many unknown words as `words` says, some of them random letters."""
     said = []
     for _ in range(words):
         if rng.random() < 0.85:
@@ -146,7 +146,9 @@ def _nothing_known(scene: Scene, rng: numpy.random.Generator) -> str:
 
 
 def caption(scene: Scene, things: dict[str, Object], rng: numpy.random.Generator) -> str:
-    """Return a random caption for `scene`. It may leave out a plain background, and of a default scene everything."""
+    """Return a random caption for `scene`. It may leave out a plain background or a default object, or be empty for a
+    default scene.
+    """
     if scene.is_default_object and rng.random() < (0.6 if scene.is_default else 0.2):
         return _nothing_known(scene, rng)
     what = _what(scene, things, rng)

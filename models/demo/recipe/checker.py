@@ -81,7 +81,7 @@ def _examples(plan: Plan, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train without checkpoints, in a few minutes. Do nothing if the result exists."""
+    """Train the checker without checkpoints, in a few minutes. Do nothing if the result exists."""
     if FILE.is_file():
         return
     torch.manual_seed(SEED)

@@ -1,4 +1,4 @@
-"""A further training of the decoder. The encoder does not change, so the latents keep their meaning for the flow."""
+"""The further training of the decoder. The encoder does not change, so latents keep their meaning for the flow."""
 
 import numpy
 import torch
@@ -15,7 +15,7 @@ FIRST_CROP = 1_000_000
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
+    """Train the decoder, from the last checkpoint if there is one. Do nothing if the training is complete."""
     vae = autoencoder.load(device)
     decoder = vae.decoder.train().requires_grad_(True)
     optimizer = autoencoder.optimizer_of(decoder, device)

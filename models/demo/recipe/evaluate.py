@@ -59,7 +59,7 @@ def _questions(plan: Plan, things: tuple[Object, ...]) -> list[Question]:
         background, size = str(rng.choice(list(BACKGROUNDS))), SIZES[number % len(SIZES)]
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
         if number < plan.singles:
-            # The step shares no factor with the number of sizes, so that each object comes in different sizes.
+            # An object that comes again has another size, unless the number of sizes divides the number of objects.
             names: tuple[str, ...] = (things[number % len(things)].name,)
             what = _with_article(names[0])
         else:
@@ -109,7 +109,7 @@ class Studio:
 
     @torch.no_grad()
     def reconstruct(self, picture: Image.Image) -> Image.Image:
-        """Return an image as the autoencoder gives it back: the sharpest that the weights could generate."""
+        """Return an image as the autoencoder gives it back: the sharpest image that the weights could generate."""
         vae = self.pipeline.vae
         pixels = autoencoder.to_tensor([picture]).to(vae.device, vae.dtype)
         return autoencoder.to_pictures(vae.decode(vae.encode(pixels, return_dict=False)[0], return_dict=False)[0])[0]
@@ -124,7 +124,7 @@ def _share(marks: list[bool]) -> float:
 
 
 def _drawing(picture: Image.Image, question: Question, icons: dict[str, str]) -> Image.Image:
-    """Render the object of a question on the background colour that `picture` has along its edge."""
+    """Render the object of a question on the background colour along the top and the bottom of `picture`."""
     edge = numpy.concatenate([numpy.asarray(picture)[row].reshape(-1, 3) for row in (slice(0, 8), slice(-8, None))])
     red, green, blue = (round(float(value)) for value in numpy.median(edge, axis=0))
     colours = ((red, green, blue),) * 2

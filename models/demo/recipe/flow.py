@@ -25,7 +25,7 @@ from models.demo.recipe.plan import EARLY, SEED, TEXT_TOKENS, WORK, Plan
 from models.demo.recipe.pool import Pool, pick_size
 
 FILE, BEST = WORK / "flow.pt", WORK / "best.pt"
-#: The pool gets a chunk of new scenes every this many iterations, until it is full.
+#: The number of iterations from one chunk of new scenes to the next, until the pool is full.
 ITERATIONS_A_CHUNK = 60
 #: The decay of the average weights per iteration.
 EMA = 0.9995
@@ -64,7 +64,7 @@ class Trainer:
         return self.iteration < EARLY * self.plan.flow_iterations
 
     def _optimizer(self) -> Optimizers:
-        """Return an optimizer; of the transformer, the matrices of the blocks are hidden, but not their modulations."""
+        """Return an optimizer. The matrices of the transformer's blocks count as hidden, except the modulations."""
         hidden: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
         for name, weight in self.painter.transformer.named_parameters():
@@ -164,7 +164,7 @@ def best(plan: Plan) -> networks.Painter:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
+    """Train the model, from the last checkpoint if there is one. Do nothing if the training is complete."""
     trainer = Trainer(plan, device)
     to_save = checkpoint.Timer(plan.minutes_between_checkpoints)
     to_show = checkpoint.Timer(plan.minutes_between_sheets)

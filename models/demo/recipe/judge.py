@@ -53,7 +53,7 @@ def halves(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
 def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Return renders of one shape with noise and, half of the time, blur, and the label of each.
 
-    Images of one object are whole; images of two objects are cut into halves.
+    The batch has either whole images of one object, or halves of images of two objects.
     """
     icons = {thing.name: thing.icon for thing in things}
     labels = {thing.name: label for label, thing in enumerate(things)}
@@ -76,7 +76,7 @@ def _batch(things: tuple[Object, ...], rng: numpy.random.Generator) -> tuple[tor
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
+    """Train the judge, from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
     saved = checkpoint.load(FILE)
     torch.manual_seed(SEED)

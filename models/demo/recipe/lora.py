@@ -35,7 +35,7 @@ def chroma(picture: Image) -> float:
 
 @torch.no_grad()
 def _examples(plan: Plan, device: str, size: pool.Size) -> tuple[list[scenes.Scene], torch.Tensor]:
-    """Return scenes that fit a size, and the unscaled latents of their grey renders."""
+    """Return random scenes, and the unscaled latents of their grey renders in this size."""
     things, vae = all_objects(plan.scale), autoencoder.load(device)
     icons = {thing.name: thing.icon for thing in things}
     rng = numpy.random.default_rng([SEED, 10, size[0]])
@@ -59,7 +59,7 @@ def _adapted(plan: Plan, device: str) -> networks.Painter:
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train without checkpoints, in a few minutes. Do nothing if the result exists."""
+    """Train the LoRA without checkpoints, in a few minutes. Do nothing if the result exists."""
     if FILE.is_file():
         return
     things = {thing.name: thing for thing in all_objects(plan.scale)}

@@ -20,12 +20,12 @@ class Optimizers:
     def __init__(self, hidden: Sequence[torch.nn.Parameter], others: Sequence[dict[str, Any]], device: str) -> None:
         """Take the weights of hidden layers, and the other weights as AdamW's groups.
 
-        A group's `share` is its part of the learning rate, 1 if it is missing.
+        A group's `share` is the factor for its learning rate, 1 if it is missing.
         """
         self._hidden = list(hidden) if precision.is_fast(device) else []
         groups = [*others, *([{"params": list(hidden)}] if not self._hidden else [])]
         self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
-        #: Each hidden weight as a matrix that shares its memory.
+        #: Each hidden weight as a matrix that shares the weight's memory.
         self._matrices = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in self._hidden]
         self._optimizers: list[torch.optim.Optimizer] = [self._adamw]
         if self._matrices:

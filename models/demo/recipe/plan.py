@@ -15,7 +15,7 @@ LATENT_CHANNELS = 24
 #: The side in pixels of the area that a latent covers, and of the area of a token, which packs 2 x 2 latents.
 LATENT_PIXELS, TOKEN_PIXELS = 16, 32
 #: FluxPipeline pads or cuts every text to this many T5 tokens, and masks none of them. FLUX.1 takes 512; captions here
-#: need fewer, and each costs as much as one of the image.
+#: need fewer, and each text token costs as much as an image token.
 TEXT_TOKENS = 64
 #: The width of both text encoders.
 TEXT_WIDTH = 128
@@ -23,7 +23,7 @@ TEXT_WIDTH = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """A training plan. `batch_tokens` is the number of tokens per iteration, so batches of large images are smaller."""
+    """A training plan. `batch_tokens` counts the tokens of an iteration, so large images come in smaller batches."""
 
     scale: str
     autoencoder_iterations: int
@@ -53,7 +53,7 @@ class Plan:
     grey_seeds: int = 20
     #: The number of images of each preset that are scored during training.
     num_scored: int = 16
-    #: The steps of each image that is judged.
+    #: The number of steps of each image that is judged.
     num_steps: int = 20
     #: Compilation takes minutes at the start and makes training 1.4 times as fast (measured on two cores).
     is_compiled: bool = True
@@ -138,7 +138,7 @@ OTHER_SIZES = ((320, 320), (448, 448), (640, 448), (448, 640), (640, 640), (832,
 #: The share of the flow's iterations that are early. The flow first learns what words mean, mostly from small images,
 #: and then how things look in large ones.
 EARLY = 0.5
-#: The share of an early image of each preset, and of each of the other sizes.
+#: The shares of the sizes in the early iterations: of each preset, and of each of OTHER_SIZES.
 _EARLY_SHARES = (0.03, 0.30, 0.04, 0.04, 0.04, 0.04), (0.15, 0.15, 0.08, 0.08, 0.04, 0.01)
 
 

@@ -88,7 +88,7 @@ def lay_out(tiles: list[tuple[str, Image.Image]], columns: int = 8, side: int = 
 
 
 def score(painter: Any, pool: Pool) -> dict[str, float]:
-    """Return the shares of prompts, over all presets, whose image has the right background, object, and sides of two.
+    """Return the shares of prompts, over all presets, whose image has the right background, object, or order of two.
 
     The result is empty if the judge is not trained.
     """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from models.demo.recipe import checkpoint
 from models.loading.specs import DEMO
 
-#: Parts that are trained further than those of the pipeline, for the next training to start from.
+#: The directory of parts that are trained further than those of the pipeline; the next training starts from them.
 AHEAD = Path(__file__).resolve().parent / "ahead"
 #: The weights with one row per token, by part of the pipeline, and the part with their tokenizer.
 _ROWS = {

@@ -1,4 +1,4 @@
-"""The training of the two text encoders on captions before the flow. FLUX's were trained first too."""
+"""The training of the two text encoders on captions, before the flow. FLUX.1's text encoders were trained first too."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, TEXT_WIDTH, WORK, Plan
 
 FILE = WORK / "reading.pt"
-#: The captions per iteration, and the highest learning rate.
+#: The number of captions per iteration, and the highest learning rate.
 BATCH, PEAK = 128, 1.5e-3
 _PLACES, _SIZES = (*scenes.PLACES, ""), ("", *captions.SIZES)
 
@@ -57,7 +57,7 @@ class Reader(torch.nn.Module):  # type: ignore[misc]
 
 
 def train(plan: Plan, device: str) -> None:
-    """Train, starting from the last checkpoint if there is one. Do nothing if the training is complete."""
+    """Train the text encoders, from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
     tokens.write(things)
     labels, by_name = {thing.name: n for n, thing in enumerate(things)}, {thing.name: thing for thing in things}

@@ -13,11 +13,11 @@ from models.demo.recipe.plan import TOKEN_PIXELS
 PLACES = {"centre": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)}
 #: The side of an object as a share of the image's shorter side.
 SHARES = {"": 1 / 2, "small": 1 / 4, "big": 3 / 4}
-#: The share of objects away from the middle and of two objects, smaller so that they stay inside the image.
+#: The same for an object off the middle, and for each of two objects: smaller, so that they stay inside the image.
 PLACED_SHARE = 3 / 8
 #: The share of scenes that show what a prompt without a known word gives.
 DEFAULT_SCENES = 0.03
-#: How far a background's shade lies from the middle shade at most, as a share of the way to the dark or light one.
+#: The most that a background differs from its middle shade, as a share of the way to the dark or the light shade.
 SHADES = 0.4
 
 
@@ -73,7 +73,7 @@ class Scene:
 
 
 def _shade(shades: tuple[Colour, Colour, Colour], amount: float) -> Colour:
-    """Return a shade between the dark one, at -1, the middle one, at 0, and the light one, at 1."""
+    """Return the shade for `amount`, from the dark shade at -1 over the middle shade at 0 to the light shade at 1."""
     middle, dark, light = (numpy.array(colour, float) for colour in shades)
     red, green, blue = middle + (light - middle) * amount if amount > 0 else middle + (middle - dark) * amount
     return round(float(red)), round(float(green)), round(float(blue))

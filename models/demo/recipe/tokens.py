@@ -50,7 +50,7 @@ def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, s
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
-        # Letters passed here get ids in this order; the trainer gives letters that it finds itself ids in random order.
+        # Letters passed here get ids in this order; to letters that it finds itself, the trainer gives random ids.
         special_tokens=letters,
         end_of_word_suffix="</w>",
         show_progress=False,

@@ -13,7 +13,7 @@ _UPLOADS = re.compile(r"PUT /storage/upload/.+|PUT /files/[^/]+/multipart/.+|POS
 class BodyLimitMiddleware:
     """Middleware that raises BodyTooLarge for a body of more than `max_bytes`.
 
-    FastAPI's built-in limit is not used, because it runs outside CORS and responds in plain text.
+    FastAPI's built-in limit is not used, because it runs outside the CORS middleware and responds in plain text.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:

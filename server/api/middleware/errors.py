@@ -22,7 +22,10 @@ class ErrorMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application. If it fails before the response has started, send an error response."""
+        """Call the application. If it fails before the response has started, send an error response.
+
+        Raises an unexpected error again if the response has started.
+        """
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

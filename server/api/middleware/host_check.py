@@ -84,7 +84,7 @@ class HostCheckMiddleware:
 
 
 def allowed_origins(settings: Settings) -> tuple[str, ...]:
-    """List the web origins, besides loopback, that may call a server without keys: scheme, host and port."""
+    """List the web origins, other than loopback, that may call a server without keys: scheme, host and port."""
     if not settings.public_url:
         return settings.cors_origin
     parts = urlsplit(settings.public_url)

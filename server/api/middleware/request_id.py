@@ -9,7 +9,7 @@ HEADER = "x-fal-request-id"
 
 
 class RequestIdMiddleware:
-    """Middleware that adds x-fal-request-id unless a route has set it. @fal-ai/client reads `requestId` from it."""
+    """Middleware that adds x-fal-request-id, which @fal-ai/client reads as `requestId`, unless a route has set it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,7 +1,7 @@
 """Middleware that normalizes paths and determines the base of URLs in responses.
 
-fal uses one path for a synchronous run and a queued submit, and distinguishes them by host. Here both share one
-origin, so the middleware normalizes each path before routing: paths of the queue start with /queue/.
+fal uses one path for a synchronous run and a queued submit, and distinguishes them by host. Here runs and submits share
+one origin, so the middleware normalizes each path before routing: paths of the queue start with /queue/.
 """
 
 import ipaddress
@@ -47,7 +47,7 @@ class RewriteMiddleware:
     def _rewrite(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """Normalize the path, and store `base_url` and `fal_url` in the state. Raises BadRequest and NotFound.
 
-        `base_url` is the base of URLs in responses. `fal_url` is the URL that was requested from fal, otherwise "".
+        `base_url` is the base of URLs in responses. `fal_url` is the fal URL that the client requested, or "".
         """
         scheme, host, prefix = self._origin(scope, headers)
         path, query, is_queue = scope["path"], scope["query_string"], False

@@ -22,7 +22,7 @@ async def health() -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Return 200 when a model can generate images, 503 while the server loads or stops. It accepts requests anyway."""
+    """Return 200 if a model can generate images, otherwise 503. The server accepts requests while it loads weights."""
     if get_services(request).notifier.is_stopping:
         return FalJSONResponse({"status": "stopping", "version": VERSION}, 503)
     is_ready, loading = get_services(request).readiness()

@@ -45,7 +45,7 @@ Endpoints = Annotated[list[str], BeforeValidator(_separated)]
 
 
 class RequestsQuery(BaseModel):
-    """fal's parameters for finished requests. Unlike at fal, endpoint_id is optional; the default is all."""
+    """fal's parameters for finished requests. Unlike at fal, endpoint_id is optional; the default is all endpoints."""
 
     endpoint_id: Endpoints = Field([], max_length=50)
     limit: int = Field(50, ge=1, le=100)

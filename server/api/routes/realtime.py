@@ -102,7 +102,7 @@ class _Frame:
             fields = msgpack.unpackb(self.content, object_hook=count, list_hook=count, **limits)
             return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
         except (ValueError, msgpack.UnpackException, RecursionError):
-            message = f"Invalid msgpack, or more than {_MAX_PARTS:,} lists and maps"
+            message = f"Invalid msgpack, or more than {_MAX_PARTS:,} lists and maps, or items in one of these"
             raise InvalidInput([{"type": "msgpack_invalid", "loc": ["body"], "msg": message, "input": ""}]) from None
 
 
@@ -223,7 +223,7 @@ class _Session:
         return submissions.validate(self._model, frame.to_json(), "", self._services.inputs.limits)
 
     async def _submit(self, text: str, inputs: Mapping[str, str]) -> Job:
-        """Submit the job, and cancel it if the client disconnects while the row is being written."""
+        """Submit the job and return it. Cancel it if the client disconnects while the database writes it."""
         queue, executor = self._services.queue, self._services.executor
         submitting = asyncio.ensure_future(executor.run(self._owner, queue.submit, self._submission(text, inputs)))
         try:

@@ -110,7 +110,7 @@ async def complete(request: Request, upload_id: str) -> Response:
 async def upload_at_once(request: Request) -> Response:
     """Receive a whole file in one request, as fal-client sends small files."""
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise BadRequest("The body should be the file itself, not a form: curl --data-binary @FILE, not -F")
+        raise BadRequest("The body should be the file itself, not a form; use curl --data-binary @FILE instead of -F")
     uploads = get_services(request).uploads
     upload = await _begin(request, authenticate(request, UPLOADS), _upload_request(request))
     try:

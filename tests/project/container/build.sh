@@ -40,7 +40,7 @@ main() {
         command -v "$program" > /dev/null || fail "$program is not installed"
     done
     work=$(mktemp -d "${TMPDIR:-/var/tmp}/flux-server-image.XXXXXX")
-    # The kernel kills this process with the script, even if the script has no chance to do so.
+    # If the script is killed and cannot clean up, the kernel kills this process too.
     setpriv --pdeathsig KILL \
         unshare --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$work" &
     inside=$!
@@ -53,7 +53,7 @@ main() {
 }
 
 inside() {
-    # Temporary files of buildah are deleted with the rest.
+    # Keep buildah's temporary files in $work, which is deleted at the end.
     mkdir "$work/tmp"
     export TMPDIR=$work/tmp
     make_base
@@ -70,7 +70,7 @@ make_base() {
     timeout "$BASE_LIMIT" debootstrap --variant=minbase --include=ca-certificates bookworm "$base" \
         > "$work/base.log" 2>&1 || { tail -20 "$work/base.log" >&2 && fail "debootstrap could not make the base"; }
     rm -rf "$base"/var/{cache/apt,lib/apt/lists,log}/* "$base"/usr/share/{doc,man,locale,info}/*
-    # Copy the certificates that this machine trusts. Without them its package registries may be unreachable inside.
+    # Copy the certificates that this machine trusts: without them the build may not reach the package registries.
     if [[ -r $certificates ]]; then
         cp "$certificates" "$base/etc/ssl/certs/ca-certificates.crt"
     fi
@@ -99,7 +99,7 @@ build() {
     say "image: $(store images --format '{{.Size}}' "$IMAGE"), built in $SECONDS s"
 }
 
-# The environment takes precedence over the configuration, as in pip itself.
+# Prints pip's find-links. The environment takes precedence over pip's configuration, as in pip itself.
 find_links() {
     if [[ ${PIP_FIND_LINKS:-} ]]; then
         echo "$PIP_FIND_LINKS"
@@ -143,8 +143,8 @@ of_image() {
     store inspect --type image --format "$1" "$IMAGE" | sed '/^$/d'
 }
 
-# Runs the command of the image in the container. The root is read-only while buildah sets the container up. Later it
-# becomes writable for buildah, which removes its files from it at the end.
+# Runs the command of the image in the container, whose root is read-only. Outside the container the root becomes
+# writable again once the server is ready, because buildah removes its own files from the root at the end.
 start() {
     SECONDS=0
     touch "$root/run/.containerenv" "$root/etc/hosts" "$root/etc/resolv.conf"

@@ -1,4 +1,4 @@
-// cancel: for a running request, a waiting one, and a finished one.
+// cancel: for a running request, a waiting one, a finished one, and one that does not exist.
 import { failureOf, fal, gatedInput, instantInput, printResult, releaseStep, waitForState, waitUntil } from "./sdk.mjs";
 
 async function submit(endpoint, input) {

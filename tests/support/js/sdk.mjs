@@ -55,7 +55,7 @@ export async function failureOf(promise) {
   }
 }
 
-// Collect the events of a stream until it is done, those of `for await`, and the value of its done().
+// Read a stream until it is done; return the events of its listener, those of `for await`, and the value of done().
 export async function collectEvents(stream, onEvent = () => {}) {
   const events = [];
   const iterated = [];
@@ -67,7 +67,7 @@ export async function collectEvents(stream, onEvent = () => {}) {
   return { events, iterated, last: await stream.done() };
 }
 
-// Fetch an image's URL; return facts of the response.
+// Fetch an image's URL; return the response's status and type, and the digest and first bytes of its content.
 export async function fetchImage(url) {
   const response = await fetch(url);
   const content = Buffer.from(await response.arrayBuffer());

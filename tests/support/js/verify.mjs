@@ -1,4 +1,4 @@
-// An independent webhook receiver: says which signatures are valid, with Node's own crypto and nothing else.
+// An independent webhook receiver: prints which signatures are valid, with Node's own crypto and nothing else.
 // Reads {headers, body (base64), now, secret, jwks or jwksUrl} as JSON.
 import { createHash, createHmac, createPublicKey, timingSafeEqual, verify } from "node:crypto";
 import { readFileSync } from "node:fs";

@@ -9,9 +9,9 @@ from server.api.sse import EventStream
 
 
 def sent_messages(events: list[str], disconnects: bool) -> list[Any]:
-    """Return the ASGI messages of a stream of one object.
+    """Return the ASGI messages of a stream of one object; add "started" and "exited" to `events` as they happen.
 
-    The client stays connected, or disconnects before the stream starts.
+    The client stays connected, or, with `disconnects`, disconnects before the stream starts.
     """
     sent: list[Any] = []
 
@@ -31,7 +31,7 @@ def sent_messages(events: list[str], disconnects: bool) -> list[Any]:
 
     async def send(message: Any) -> None:
         sent.append(message)
-        # A slow socket, so that the stream notices the disconnect first.
+        # Simulate a slow socket, so that the stream notices the disconnect first.
         for _ in range(10 if disconnects else 0):
             await asyncio.sleep(0)
 

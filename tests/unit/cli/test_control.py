@@ -1,4 +1,4 @@
-"""Tests of the operator's commands besides serve, with and without a running server."""
+"""Tests of the operator's commands other than serve, with and without a running server."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ from tests.unit.storage.test_uploads import limited_file_size
 
 
 def flux_server(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as the operator does."""
+    """Run the command line as the operator does; return the completed process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAL_", "FLUX_SERVER_"))}
     command = [sys.executable, "-m", "server", *arguments]
     environment["FLUX_SERVER_DATA_DIR"] = str(data_dir)
@@ -71,7 +71,7 @@ def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path: Path) -> Non
 
 
 def test_tokens_and_sessions_end_with_their_key(tmp_path: Path) -> None:
-    """Tokens and sessions of other keys stay."""
+    """The session of another key continues."""
     with serving(tmp_path, TEST_MODELS, keys="boss-key") as server:
         shop = {"authorization": f"Key {output_of(tmp_path, 'keys', 'add', 'shop')}"}
         with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client:
@@ -96,7 +96,7 @@ def test_tokens_and_sessions_end_with_their_key(tmp_path: Path) -> None:
 
 
 def test_keys_are_added_without_a_server(tmp_path: Path) -> None:
-    """The next server requires the key, also on loopback."""
+    """A server that starts later requires the key, also on loopback."""
     key = output_of(tmp_path, "keys", "add", "shop")
     with serving(tmp_path, TEST_MODELS) as server:
         assert status_with_key(server.ready().url, key, "/test/null") == 200
@@ -126,7 +126,7 @@ def test_an_error_is_one_line(tmp_path: Path, arguments: tuple[str, ...], messag
 
 @pytest.mark.parametrize("arguments", ["keys list", "keys revoke x", "webhooks list", "backup /x"])
 def test_a_missing_data_directory_is_not_created(tmp_path: Path, arguments: str) -> None:
-    """A backup of nothing must not look like a backup."""
+    """Otherwise, a backup of a mistyped directory would succeed and be empty."""
     result = flux_server(tmp_path / "mistyped", *arguments.split())
     assert result.returncode == 1
     assert f"no data directory of a server at {tmp_path / 'mistyped'}" in result.stderr
@@ -142,7 +142,7 @@ def test_the_first_and_the_last_key_print_a_notice(tmp_path: Path) -> None:
 
 
 def test_the_generated_key_does_not_count_on_loopback(tmp_path: Path) -> None:
-    """The server makes this key when it runs behind a proxy. Without a proxy, it does not require the key."""
+    """A server behind a proxy makes this key. A server on loopback without a proxy does not require the key."""
     with open_components(tmp_path) as components:
         add_key(components.database, "", KeyScope.OPERATOR)
     assert "(the first)" in output_of(tmp_path, "keys", "list")
@@ -166,7 +166,7 @@ def test_each_new_key_prints_a_notice_while_the_server_requires_none(tmp_path: P
 
 
 def test_a_key_in_a_new_data_directory_prints_a_notice(tmp_path: Path) -> None:
-    """The path may be mistyped."""
+    """The notice is for operators who mistyped the path."""
     directory = tmp_path / "mistyped"
     notice = f"Created a new data directory at {directory}; no server is using it"
     assert notice in flux_server(directory, "keys", "add", "one").stderr
@@ -236,7 +236,7 @@ def test_webhooks_are_listed_by_state(components: Components) -> None:
 
 
 def test_a_backup_of_a_running_server_can_be_served(tmp_path: Path) -> None:
-    """The backup has the images, the waiting requests and the key, but nothing that came after it."""
+    """The backup has the image and the key, but not the request that was submitted after the backup."""
     with serving(tmp_path / "data", TEST_MODELS, keys="one", tls_port=str(free_port())) as server:
         headers = {"authorization": "Key one"}
         with httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False, headers=headers) as client:
@@ -303,7 +303,7 @@ INPUT_NAME = f"{1:064x}.png"
 
 
 def submit_with_input(components: Components) -> Job:
-    """Submit a request with an input image, and leave it waiting."""
+    """Submit a request with an input image, and leave it waiting; return its job."""
     (components.data_dir / "inputs" / INPUT_NAME).write_bytes(b"1")
     return components.queue.submit(submission(input_files={"image_url": INPUT_NAME}))
 
@@ -312,7 +312,7 @@ def submit_with_input(components: Components) -> Job:
 def test_a_backup_has_the_inputs_of_waiting_requests(
     components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_submitted_before: bool
 ) -> None:
-    """The inputs are in the backup, however long the rest of it takes.
+    """The inputs are in the backup, even if their request ends before the backup does.
 
     The request is submitted before the backup starts, or just before the database is copied. The request is cancelled
     right after the copy.
@@ -338,7 +338,7 @@ def test_a_backup_has_the_inputs_of_waiting_requests(
 def test_a_backup_copies_each_input_once(
     components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests wait while the database is copied, so the inputs are copied before."""
+    """The database is locked while it is copied, so the inputs are copied before the lock, and not again."""
     submit_with_input(components)
     copied, copy2 = list[str](), shutil.copy2
 

@@ -1,4 +1,4 @@
-"""Tests of `doctor`: its messages about a machine that cannot run the weights it is asked about."""
+"""Tests of `doctor`: its checks of the disk, the weights, the memory and the device, and its self test."""
 
 from pathlib import Path
 from typing import Any

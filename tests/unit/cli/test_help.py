@@ -1,4 +1,4 @@
-"""The help of `flux-server serve`: every setting with its option, its variable and its default."""
+"""Tests of the help of `flux-server serve`: every setting with its option, its variable and its default."""
 
 import os
 import subprocess

@@ -23,7 +23,7 @@ NAME = "a" * 32 + ".jpg"
 
 
 def with_file(job: Job, content: bytes = b"mine", **changes: Any) -> messages.JobFinished:
-    """Return an outcome with one file, whose fields are changed."""
+    """Return a JobFinished message with one file; `changes` replace fields of the file."""
     file = dataclasses.replace(StoredFile(NAME, job.owner, len(content), "image/jpeg"), **changes)
     return messages.JobFinished(job.request_id, Outcome(200, "{}", files=(file,)), {file.name: content})
 
@@ -131,7 +131,7 @@ def test_files_of_other_requests_are_not_changed(
 def start_two_runners(
     components: Components, ray_cluster: FakeRayCluster, start: Start
 ) -> tuple[ClusterHead, dict[str, FakeRunner], list[Job]]:
-    """Start two runners with one request each."""
+    """Start two runners with one request each; return the head, the runners by request id, and the jobs."""
     ray_cluster.gpu_count = 2
     cluster = start()
     runners = [ray_cluster.next(), ray_cluster.next()]
@@ -214,7 +214,7 @@ def test_valid_messages_are_accepted() -> None:
 def test_an_unreadable_input_does_not_block_other_requests(
     components: Components, ray_cluster: FakeRayCluster, start: Start
 ) -> None:
-    """A damaged row has such an input. Its runner reports the error."""
+    """A damaged database row may have such an input. The runner of the request reports the error."""
     bad = components.queue.submit(submission(input="nonsense"))
     start()
     runner = ray_cluster.next()

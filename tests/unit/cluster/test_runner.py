@@ -44,7 +44,7 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[R
         yield gpu_runner, reports
     finally:
         gpu_runner.stop()
-        # Read all messages, so that everything is closed.
+        # Read the remaining messages, so that `work` runs to its end.
         list(reports)
         gpu_runner._worker._thread.join()
         gpu_runner._crash_recorder.close()

@@ -1,4 +1,4 @@
-"""Tests of acceleration tiers: which tier runs a request, what tiers share, and that no request awaits a compiler."""
+"""Tests of acceleration tiers: which tier runs a request, what tiers share, and that no request compiles."""
 
 import os
 import sys
@@ -90,7 +90,7 @@ def compiled_tiers(pipeline: FluxPipeline) -> list[Tier]:
 
 
 def run_every_tier(engine: FluxEngine, width: int, height: int, num_steps: int) -> None:
-    """Run every tier, and forwards of one to four samples with different guidance scales."""
+    """Run a task in "none" and in "high", and forwards of one to four samples with different scales in "regular"."""
     for name in ("none", "high"):
         request = make_request(width=width, height=height, acceleration=name, num_inference_steps=num_steps)
         task = engine.start(request, 1)
@@ -209,7 +209,7 @@ def test_only_the_large_matrices_count_for_fp8(
 
 
 def test_quantizing_leaves_inductors_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao, for which a double stands in here, would change them for one thread, and for other tiers too."""
+    """torchao, here a double, would change the settings for one thread only, and for tiers that are not quantized."""
     torchao: Any = ModuleType("torchao.quantization")
     torchao.Float8DynamicActivationFloat8WeightConfig = lambda **settings: settings
     torchao.PerRow = object
@@ -334,7 +334,7 @@ def test_attention_is_chosen_for_the_clone_only(
     pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, major: int, has_flash: bool, chosen: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    # FlashAttention 3 is reported as installed, but is missing. diffusers rejects it, so no backend is chosen.
+    # With `has_flash`, FlashAttention 3 is reported but missing. On Hopper, diffusers rejects it: none is chosen.
     monkeypatch.setattr(compilation, "find_spec", lambda name: has_flash)
     default = _AttentionBackendRegistry.get_active_backend()
     copy = compilation.clone_sharing_weights(pipeline.transformer)

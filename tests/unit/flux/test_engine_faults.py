@@ -25,7 +25,7 @@ FULL = torch.OutOfMemoryError
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[FluxEngine]:
-    # Freeze the objects that exist now, so that the many collections of these tests skip all of PyTorch.
+    # Freeze the objects that exist now, so that the many garbage collections here skip all of PyTorch.
     gc.collect()
     gc.freeze()
     yield tiny_flux.engine()
@@ -47,7 +47,7 @@ def freed(engine: FluxEngine, monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @contextmanager
 def failing(module: Any, *errors: type[Exception] | None) -> Iterator[None]:
-    """Make the next calls of the module raise these errors in order. None lets a call pass. All must be used."""
+    """Make the module's next calls raise these errors in order; None lets a call pass. Assert that all are used."""
     remaining = list(errors)
 
     def fail(*_: Any) -> None:
@@ -69,7 +69,7 @@ def parts_of(engine: FluxEngine) -> dict[str, Any]:
 
 
 PARTS = ("text", "step", "decode")
-#: How many tries each part gets when memory runs out: the last one decodes in tiles.
+#: How many tries each part gets when memory runs out. The third try of "decode" decodes in tiles.
 NUM_TRIES = {"text": 2, "step": 2, "decode": 3}
 
 
@@ -175,7 +175,7 @@ def test_out_of_memory_for_several_images_of_one_request_generates_them_one_by_o
         failing(engine.pipeline.transformer, *[FULL, None] * 3),
     ):
         images = bytes_of(engine, task)
-    # The first sample takes two steps alone. The second sample follows.
+    # Each forward of two samples fails. The first sample takes two steps alone, and the second sample follows.
     assert sizes[:4] == [2, 1, 2, 1]
     assert task.step == task.num_steps == 4
     assert images == [generate(engine, make_request(), seed)[0].tobytes() for seed in (5, 6)]
@@ -401,7 +401,7 @@ def test_500_cancelled_tasks_leak_nothing(engine: FluxEngine, monkeypatch: pytes
     engine.advance(survivor)
 
     def cancel(number: int) -> None:
-        """Drop a task after zero, one or two steps, alone or together with others."""
+        """Start two tasks, take up to two steps, and drop both tasks."""
         accelerations = ("none", "regular", "high")
         cancelled_request = make_request(
             f"picture {number % 7}", acceleration=accelerations[number % 4 % 3], num_inference_steps=4

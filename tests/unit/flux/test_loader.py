@@ -1,4 +1,4 @@
-"""The start of an engine when memory is short or the GPU cannot be used: doubles stand in for what only a GPU does."""
+"""Tests of loading an engine when memory is short or the GPU cannot be used; doubles replace what needs a GPU."""
 
 import gc
 import subprocess
@@ -30,7 +30,7 @@ def config(**changes: Any) -> EngineConfig:
 
 @pytest.fixture
 def full_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Let memory run out with the two faster plans; return how often each plan was tried."""
+    """Let memory run out with the two faster plans; return a dict that counts the tries of each plan."""
     tried: dict[str, int] = {}
     load = pipeline._load
 
@@ -71,7 +71,7 @@ def test_when_no_plan_is_left_the_error_says_so(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_load_that_fails_frees_the_memory_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other engines need the memory, which PyTorch would keep."""
+    """Other engines need the memory, which PyTorch would otherwise keep."""
     parts: list[Any] = []
     freed: list[bool] = []
 
@@ -148,7 +148,7 @@ WAYS = [FASTEST, COMPILED, UNCOMPILED]
 
 
 class Gpu:
-    """A double of a GPU that can compile: what is warmed up in each way, and which errors that raises."""
+    """Double of a GPU that can compile: `tried` lists the ways tried, and `errors` has the errors of their tiers."""
 
     def __init__(self) -> None:
         self.errors: dict[str, BaseException] = {}
@@ -164,7 +164,7 @@ class Gpu:
     def tier(self, name: str, transformer: Any, error: BaseException | None) -> Tier:
         def run(**arguments: Any) -> Any:
             if error:
-                # A new one, because an error keeps the frames that it passed through.
+                # Raise a new error each time, because an error keeps the frames that it passed through.
                 raise type(error)(*error.args)
             return transformer(**arguments)
 
@@ -177,7 +177,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
     double = Gpu()
     monkeypatch.setattr(acceleration, "ways", lambda *_, is_resident: WAYS if is_resident else [UNCOMPILED])
     monkeypatch.setattr(acceleration, "build", double.build)
-    # A forward of as many tokens as a GPU warms up with takes seconds on a CPU.
+    # With the numbers of tokens of a GPU's warm-up, each forward would take seconds on a CPU.
     monkeypatch.setattr(acceleration, "_WARM_TOKENS", (16, 20))
     monkeypatch.setattr("models.flux.loader.Attempts", lambda _: Attempts(tmp_path))
     return double
@@ -286,7 +286,7 @@ with Attempts(Path(sys.argv[1])).attempt("a way"):
 
 
 def test_after_two_deaths_of_the_process_an_attempt_is_refused(tmp_path: Path) -> None:
-    """One death may be an operator who ended a slow start."""
+    """One death is not enough, because an operator may have killed a slow start."""
     attempts = Attempts(tmp_path)
     for is_refused in (False, True):
         assert not attempts.is_refused("a way")

@@ -22,7 +22,7 @@ IMAGES = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
 
 
 def compvis(directory: Path, thresholds: float) -> Any:
-    """Load a checker of CompVis's class. A threshold below any cosine flags every concept."""
+    """Save, load and return a tiny checker of CompVis's class. A threshold below any cosine flags every concept."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -44,7 +44,7 @@ def test_compvis(tmp_path: Path, threshold: float, flagged: bool) -> None:
 
 
 def classifier(directory: Path, bias: list[float]) -> Any:
-    """Load the demo's checker with another bias: [normal, nsfw]."""
+    """Save, load and return the demo's checker with another bias: [normal, nsfw]."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     source = DEMO / "safety_checker"
@@ -75,7 +75,7 @@ def test_a_score_that_is_not_a_number_fails_closed(tmp_path: Path, value: float)
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, 3e38, 0.0])
 def test_an_embedding_without_a_direction_fails_closed(tmp_path: Path, value: float) -> None:
-    """3e38 is finite, but results computed with it are not. With a usual threshold the model itself flags no image."""
+    """3e38 is finite, but results computed with it are not. With 0.2, a usual threshold, the model flags no image."""
     checker = compvis(tmp_path, 0.2)
     with torch.no_grad():
         checker.model.visual_projection.weight[:] = value
@@ -97,7 +97,7 @@ def test_a_checker_that_cannot_be_loaded_fails_closed(tmp_path: Path) -> None:
 
 
 def reason_of(checker: safety_checker.Checker) -> str:
-    """Return why a checker could not be loaded. It refuses every image, and tells clients no paths."""
+    """Return why a checker could not be loaded; assert that it refuses images with a message that contains no path."""
     assert isinstance(checker, safety_checker.Unavailable)
     with pytest.raises(GenerationFailed, match=r"could not be loaded, so no image is returned; [^/]*$"):
         checker.is_unsafe(IMAGES)

@@ -1,4 +1,4 @@
-"""Tests of whether a shared forward is faster: measured once for each size, on forwards that run anyway."""
+"""Tests of how the server measures whether shared forwards are faster: once for each size, while requests run."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.tiny_flux import make_request, record_batch_sizes
 
 
 class Costs:
-    """Clock that each forward advances by the cost of that many samples."""
+    """Clock that each forward advances by its cost; `seconds` are the costs of forwards of 1, 2, ... samples."""
 
     def __init__(self, *seconds: float) -> None:
         self.seconds = dict(enumerate(seconds, 1))

@@ -64,7 +64,7 @@ def assert_accepted(client: httpx.Client, *paths: str) -> None:
 
 
 def rejection(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Send a valid file and this one, and return the error for this one."""
+    """Send a valid file and the file at `path` in one request; return the error, which is about the second file."""
     response = send(client, data_uri(GOOD), path)
     assert response.status_code == 422, response.text
     (entry,) = response.json()["detail"]

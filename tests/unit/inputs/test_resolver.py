@@ -36,7 +36,7 @@ def data_uri(content: bytes, content_type: str = "image/png") -> str:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Yield a server with two keys, which may fetch from the operator's own network."""
+    """Yield a server that has two keys and may fetch files from this machine."""
     settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8"}
     with serving(tmp_path_factory.mktemp("inputs"), "test/copy=demo", **settings) as server:
         yield server.ready()
@@ -328,7 +328,7 @@ def test_needed_files_are_known_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_fetched_files_stay_while_the_others_are_fetched(tmp_path: Path) -> None:
-    """They stay however long the others take."""
+    """Fetched files stay, however long the request's other files take."""
     clock = Clock()
     with open_components(tmp_path, clock=clock) as components:
         cache = components.inputs.cache
@@ -394,7 +394,7 @@ def test_a_data_uri_is_not_stored_with_its_file() -> None:
 
 
 def test_one_key_cannot_fill_the_disk(tmp_path: Path, gate: Gate) -> None:
-    """The inputs of its waiting requests have a size limit. Other keys are not affected."""
+    """The inputs of a key's waiting requests have a size limit. Other keys are not affected."""
     settings = {"keys": "alice:secret,bob:secret", "max_uploads_gb": "0.00005", "max_running": "1"}
     with (
         serving(tmp_path / "data", "test/copy=demo", **settings) as server,

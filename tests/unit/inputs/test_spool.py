@@ -1,4 +1,4 @@
-"""Bodies whose long base64 data goes to temporary files while they arrive."""
+"""Tests of request bodies whose long base64 data goes to temporary files while the body arrives."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ URI = f"data:image/png;base64,{base64.b64encode(LONG).decode()}"
 
 @pytest.fixture
 def temp_dir(tmp_path: Path) -> Iterator[Path]:
-    """A directory for the temporary files, which has to be empty at the end."""
+    """Yield a directory for the temporary files, which must be empty at the end."""
     directory = tmp_path / "temp"
     directory.mkdir()
     yield directory
@@ -26,7 +26,7 @@ def temp_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 def spooled(text: bytes, directory: Path, part_size: int = 2**18) -> SpooledBody:
-    """A body that arrived in parts of this size."""
+    """Return a body that arrived in parts of this size."""
     names = iter(range(1000))
     body = SpooledBody(lambda: directory / str(next(names)))
     for start in range(0, len(text), part_size):
@@ -36,7 +36,7 @@ def spooled(text: bytes, directory: Path, part_size: int = 2**18) -> SpooledBody
 
 
 def content(body: SpooledBody, url: str, to: Path) -> bytes:
-    """The bytes that a URL of the body stands for."""
+    """Link the data that a URL of the body stands for to the file `to`; return the bytes."""
     data = body.find(url)
     assert data
     to.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ FLUX_DEV = {
 BY_NAME = {plan.name: plan for plan in PLANS}
 
 
-#: The plan of each size of card, in GiB, for FLUX.1 [dev].
+#: The expected plan for FLUX.1 [dev] on a card with this much memory, in GiB.
 CARDS = {
     6: "group-offload",
     8: "group-offload",
@@ -41,11 +41,12 @@ CARDS = {
 
 @pytest.mark.parametrize(("card", "name"), CARDS.items())
 def test_each_size_of_card_gets_its_plan(card: int, name: str) -> None:
-    """A desktop and the driver take a gigabyte."""
+    """A desktop and the driver take a gigabyte of the card's memory."""
     assert choose("auto", FLUX_DEV, card * 2**30 - 10**9).name == name
 
 
-#: Peak bytes at 1024x1024 by plan, in GB, simulated with fake tensors: without CUDA context, libraries, fragmentation.
+#: Peak memory of each plan at 1024x1024, in GB, simulated with fake tensors. The CUDA context, libraries and
+#: fragmentation are not included.
 SIMULATED = {"resident": 35.4, "fp8-storage": 17.2, "group-offload": 2.4}
 
 

@@ -61,7 +61,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send more than the client reads."""
+    """Send more than the client reads, then read everything."""
     writer.write(FLOOD)
     await silent(reader, writer)
 
@@ -84,7 +84,7 @@ async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def proxy_to(serve: Serve, proxy_class: type[ConnectProxy] = ConnectProxy, limit: int = 10) -> AsyncIterator[int]:
     """Yield the port of a proxy that leads fal's hosts to this server.
 
-    An unhandled exception fails the test. The test waits until no connection to the server is left.
+    An unhandled exception fails the test. At the end of the block, wait until no connection to the server is left.
     """
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
@@ -151,7 +151,7 @@ def test_an_idle_tunnel_is_closed() -> None:
 
 
 def test_an_active_tunnel_stays_open() -> None:
-    """It outlives a newer tunnel, which is closed meanwhile because it is idle."""
+    """The active tunnel outlives a newer tunnel, which is closed because it is idle."""
 
     async def run() -> None:
         async with proxy_to(echo, PatientProxy) as port:
@@ -172,7 +172,7 @@ def test_an_active_tunnel_stays_open() -> None:
 
 
 def test_a_response_that_the_client_does_not_read_is_dropped() -> None:
-    """This holds even if the proxy has nothing else to do than to send the response."""
+    """This holds even if the proxy has nothing left to do but send the response."""
 
     async def run() -> None:
         async with proxy_to(pour, BufferingProxy) as port:
@@ -271,7 +271,7 @@ def test_a_rejected_chunked_body_leaves_nothing_behind() -> None:
 
 
 def test_a_server_has_as_many_tunnels_as_connections(tmp_path: Path) -> None:
-    """Tunnels have a share of the open files: at most as many as the connections of a port."""
+    """Tunnels need open files, so a server allows at most as many tunnels as connections to a port."""
     assert MAX_TUNNELS <= 512
     with serving_with_proxy(tmp_path, TEST_MODELS, max_connections="3") as server, ExitStack() as tunnels:
         for _ in range(3):

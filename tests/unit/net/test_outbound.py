@@ -41,7 +41,7 @@ NONSENSE = [
     # Credentials, and a misleading host.
     "http://user:password@example.com/",
     "http://example.com@127.0.0.1/",
-    # Ports of mail, shells and databases below 1024.
+    # Ports below 1024 of other services, such as SSH and mail.
     "http://example.com:22/",
     "http://example.com:25/",
     # This machine, in misleading spellings.
@@ -67,7 +67,7 @@ INNER = [
     "http://[::127.0.0.1]/",
     "http://[64:ff9b::7f00:1]/",
     "http://[2002:7f00:1::]/",
-    # Teredo, by server and by client address; translated addresses; site-local and reserved networks.
+    # Teredo, by server and by client address; translated addresses; site-local, reserved and private networks.
     "http://[2001:0:7f00:1::]/",
     "http://[2001:0:808:808::80ff:fffe]/",
     "http://[::7f00:1]/",
@@ -205,7 +205,7 @@ def test_the_setting_permits_only_what_it_names(allow: str, url: str, is_allowed
 
 @pytest.mark.parametrize(("length", "is_kept"), [(MAX_ETAG, True), (MAX_ETAG + 1, False)])
 def test_a_long_etag_is_dropped(httpserver: HTTPServer, tmp_path: Path, length: int, is_kept: bool) -> None:
-    """The server remembers the ETags of thousands of URLs."""
+    """The server remembers the ETags of thousands of URLs, so each must be short."""
     etag = f'"{"x" * (length - 2)}"'
     httpserver.expect_request("/").respond_with_data("in", headers={"etag": etag})
     etag_kept = asyncio.run(OutboundClient(LOOPBACK).download(httpserver.url_for("/"), tmp_path / "file", 1000, 30))
@@ -227,7 +227,7 @@ def test_a_proxy_of_the_environment_is_not_used(httpserver: HTTPServer, monkeypa
 
 
 def test_the_public_authorities_are_loaded_only_once(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading them takes 15 ms, during which the server does nothing else."""
+    """Loading the authorities takes 15 ms, during which the server does nothing else."""
     httpserver.expect_request("/").respond_with_data("in")
     guard = OutboundClient(LOOPBACK)
     monkeypatch.setattr("ssl.create_default_context", None)
@@ -235,7 +235,7 @@ def test_the_public_authorities_are_loaded_only_once(httpserver: HTTPServer, mon
 
 
 def test_endless_interim_responses_stop_a_download(tmp_path: Path) -> None:
-    """The download stops at twice the file's size limit plus 64 KiB, not after a minute."""
+    """The download stops at twice the file's size limit plus 64 KiB, before the time limit."""
     too_long = pytest.raises(InvalidInputFile, match="the response is longer than 67536 bytes")
     with receiving(endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)) as url, too_long:
         asyncio.run(OutboundClient(LOOPBACK).download(url, tmp_path / "file", 1000, 30))

@@ -15,7 +15,7 @@ from server.net import tls
 
 
 def handshake(files: tls.CertificateFiles, name: str, trusted: Path) -> None:
-    """Make one TLS connection to a real listener under this name. Raises ssl.SSLCertVerificationError."""
+    """Connect to a real TLS listener by this name. Raises SSLCertVerificationError if the client rejects it."""
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.load_cert_chain(files.certificate, files.key)
     client_context = ssl.create_default_context(cafile=str(trusted))
@@ -41,7 +41,7 @@ def _respond_once(listener: socket.socket, context: ssl.SSLContext) -> None:
 
 
 def contents(data_dir: Path) -> dict[str, bytes]:
-    """Return the content of every file, by name."""
+    """Return the content of every file in the directory tls, by file name."""
     return {path.name: path.read_bytes() for path in (data_dir / "tls").iterdir()}
 
 

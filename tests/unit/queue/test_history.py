@@ -1,4 +1,4 @@
-"""The request history of a key, page by page."""
+"""Tests of the request history of a key, page by page."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def components(tmp_path: Path) -> Iterator[Components]:
 
 
 def ids(page: Any) -> list[str]:
-    """Return the request ids of a page, in its order."""
+    """Return the request ids of a page, in the order of the page."""
     return [item["request_id"] for item in page["items"]]
 
 
@@ -138,7 +138,7 @@ def test_the_query_uses_the_owner_index(components: Components) -> None:
 
 @pytest.fixture(scope="module")
 def first_key_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Start a server with two keys and yield a client that sends the first."""
+    """Start a server with two keys and yield a client that sends the first key."""
     with (
         serving(tmp_path_factory.mktemp("keyed"), TEST_MODELS, keys="one,two") as server,
         httpx.Client(

@@ -1,4 +1,4 @@
-"""Notifications: sent from any thread, received on the event loop."""
+"""Tests of notifications: sent from any thread, received on the event loop."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Disk space that unfinished requests need, counted as they are submitted and finished."""
+"""Tests of the disk space that unfinished requests need, counted as requests are submitted and finished."""
 
 import asyncio
 from pathlib import Path

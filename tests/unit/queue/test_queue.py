@@ -1,4 +1,4 @@
-"""The durable queue on a real SQLite file."""
+"""Tests of the durable queue on a real SQLite file."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Which results and files retention deletes, and when."""
+"""Tests of which results and files retention deletes, and when."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def retention(components: Components, max_age: float = 7 * DAY, max_bytes: float
 
 
 def finished_with_image(components: Components, size: int = 100, lifetime: float | None = None, **changes: Any) -> Job:
-    """Finish a job with one image of `size` bytes."""
+    """Finish a job with one image of `size` bytes; return the job."""
     owner = changes.get("owner", "me")
     return finish_job(
         components, components.files.create(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime)), **changes
@@ -218,7 +218,7 @@ def maintained_totals(components: Components) -> list[tuple[Any, ...]]:
 
 
 def computed_totals(components: Components) -> list[tuple[Any, ...]]:
-    """Compute the same totals from the rows."""
+    """Return the same totals, computed from the rows."""
     return components.rows(
         "SELECT owner, sum(size), sum(is_upload), sum(size * is_upload) FROM ("
         " SELECT owner, max(size, 4096) AS size, request_id IS NULL AS is_upload FROM files"
@@ -266,7 +266,7 @@ def test_many_jobs_are_deleted_in_one_sweep(components: Components, count: int) 
 
 
 def upload(components: Components, size: int = 100, lifetime: float | None = None, owner: str = "me") -> StoredFile:
-    """Store a file that belongs to no job."""
+    """Store a file that belongs to no job; return the file."""
     file = components.files.create(b"x" * size, "png", "image/png", owner, Lifecycle(lifetime))
     with components.database.transaction() as connection:
         insert_file_row(connection, file, None, components.clock.now)
@@ -274,7 +274,7 @@ def upload(components: Components, size: int = 100, lifetime: float | None = Non
 
 
 def remaining_files(components: Components) -> list[str]:
-    """Return the names of the remaining files. The directory and the rows must agree."""
+    """Return the names of the remaining files; assert that the directory and the rows agree."""
     names = sorted(name for (name,) in components.rows("SELECT name FROM files"))
     assert names == components.stored_file_names()
     return names

@@ -1,4 +1,4 @@
-"""Usage of generated images: fal's billable units, and requests by key and day. Usage outlives the requests."""
+"""Tests of usage: fal's billable units, and the number of successful requests by key and day."""
 
 from collections.abc import Iterator
 from pathlib import Path

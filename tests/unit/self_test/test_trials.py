@@ -1,4 +1,4 @@
-"""The self test: on this CPU for real, and with doubles for what only a GPU does."""
+"""Tests of the self test: on this CPU for real, and with doubles for what needs a GPU."""
 
 import json
 import sys
@@ -149,7 +149,7 @@ def test_compiled_blocks_are_compared_at_all_presets(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Replace Python by a script, which prints a result, announces a test, and then does what the caller writes."""
+    """Replace Python with a script that prints one result and announces a test. The caller appends the end."""
     script = tmp_path / "python"
     script.write_text(
         """#!/bin/sh
@@ -192,7 +192,7 @@ def test_the_results_are_kept_for_each_driver(
     assert "compiled kernel failed" in caplog.text
     assert [json.loads(path.read_text())[0]["name"] for path in directory.iterdir()] == ["driver"]
     child.unlink()
-    # The results are read, not made again.
+    # The stored results are read, and the tests do not run again.
     assert list(verdict.failures(directory)) == ["compiled kernel"]
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
     with pytest.raises(OSError, match="python"):

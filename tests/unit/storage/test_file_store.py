@@ -1,4 +1,4 @@
-"""The file store on a real disk."""
+"""Tests of the file store on a real disk."""
 
 import resource
 from pathlib import Path
@@ -13,12 +13,12 @@ NAME = "0123456789abcdef0123456789abcdef"
 
 
 def save_unlisted(components: Components, content: bytes = b"an image", extension: str = "png") -> StoredFile:
-    """Save a file on the disk without listing it in the database."""
+    """Save a file on the disk without listing it in the database; return the file."""
     return components.files.create(content, extension, f"image/{extension}", "me", Lifecycle())
 
 
 def save_listed(components: Components, lifetime: float | None = None, is_private: bool = False) -> StoredFile:
-    """Save a file and finish the job that lists it."""
+    """Save a file and finish the job that lists it; return the file."""
     file = components.files.create(b"an image", "png", "image/png", "me", Lifecycle(lifetime, is_private))
     finish_job(components, file)
     return file

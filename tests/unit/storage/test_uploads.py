@@ -1,4 +1,4 @@
-"""Unfinished uploads, on a real disk and with a manual clock."""
+"""Tests of uploads: their parts, limits, lifetime and names, on a real disk and with a manual clock."""
 
 import asyncio
 import hashlib
@@ -37,7 +37,7 @@ def uploads(components: Components) -> Uploads:
 
 
 def start_upload(uploads: Uploads, owner: str = "me", lifecycle: Lifecycle | None = None) -> Upload:
-    """Start an upload of a text file."""
+    """Start an upload of a text file; return the upload."""
     return uploads.create(owner, "text/plain", "a.txt", lifecycle or Lifecycle())
 
 
@@ -250,7 +250,7 @@ def test_parallel_files_do_not_count_towards_the_limit_of_one_file(components: C
 
     results = asyncio.run(send_two())
     assert all(isinstance(result, str) for result in results), results
-    # With both stored, two more exceed the limit of their owner.
+    # With both files stored, two more files exceed the limit of their owner.
     refused = [result for result in asyncio.run(send_two()) if not isinstance(result, str)]
     assert refused and all(isinstance(error, BodyTooLarge) for error in refused)
 
@@ -493,7 +493,7 @@ def test_an_upload_whose_completion_fills_the_disk_can_be_completed_later(compon
 
 def test_a_part_that_vanishes_while_sizes_are_measured_is_no_error(components: Components, uploads: Uploads) -> None:
     upload = start_upload(uploads)
-    # A part that is renamed right after the directory was listed is a name without a file.
+    # This link to nothing acts as a part that is renamed right after the directory was listed.
     (components.data_dir / "uploads" / upload.upload_id / "0123456789abcdef.part").symlink_to("gone")
     send_part(uploads, upload, 1, b"hello")
     assert served_bytes(components, uploads._join(upload)) == b"hello"

@@ -1,4 +1,4 @@
-"""Webhook delivery: from rows to a real receiver, with a manual clock."""
+"""Tests of webhook delivery: from database rows to a real receiver, with a manual clock."""
 
 import asyncio
 import json
@@ -45,12 +45,12 @@ async def send_and_wait(sender: WebhookSender) -> float:
 
 
 def send_after_restart(components: Components, outbound: OutboundClient = LOOPBACK) -> float:
-    """Call `delivered` with a new sender, as after a restart."""
+    """Call `send_and_wait` with a new sender, as after a restart; return the seconds until the next delivery is due."""
     return asyncio.run(send_and_wait(webhooks(components, outbound)))
 
 
 def delivery(components: Components) -> tuple[object, ...]:
-    """Return the attempts, the time of the next attempt, the time of delivery, and the last error."""
+    """Return the number of attempts, the time of the next attempt, the time of delivery, and the last error."""
     (row,) = components.rows("SELECT attempt, due_at, delivered_at, error FROM deliveries")
     return row
 
@@ -223,7 +223,7 @@ def test_a_receiver_that_refuses_connections_is_retried(components: Components) 
 
 @contextmanager
 def raw_receiver(response: bytes | None) -> Iterator[str]:
-    """Accept one connection and send these bytes, or close it without a response; yield the URL."""
+    """Accept one connection and send these bytes, or just close it if `response` is None; yield the URL."""
 
     def serve() -> None:
         accepted, _ = listener.accept()
@@ -341,7 +341,7 @@ def test_a_receiver_that_never_answers_delays_no_other_webhook(
 def test_many_silent_receivers_of_one_owner_delay_no_other_owner(
     components: Components, httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An owner gets at most half of the free slots, so some stay free for the next, even with several bad owners."""
+    """An owner gets at most half of the free slots. Some stay free for other owners, even with several bad owners."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", 600.0)
 
     async def deliver(silent: list[str]) -> None:
@@ -360,7 +360,7 @@ def test_many_silent_receivers_of_one_owner_delay_no_other_owner(
 
 
 def test_a_slow_pass_is_followed_by_a_longer_pause(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pass reads all deliveries that wait for a bad receiver. The pause leaves others time to use the database."""
+    """Each pass reads all deliveries that wait for a bad receiver. The pause leaves the database to other work."""
     monotonic = Clock()
     pauses: list[float] = []
 
@@ -422,7 +422,7 @@ def test_a_receiver_is_not_called_again_at_once_when_its_answer_cannot_be_record
 def test_a_redelivery_requested_during_the_last_attempt_is_sent(
     components: Components, httpserver: HTTPServer, status: int
 ) -> None:
-    """The operator acts during the last attempt, after which there would be no further one in either case."""
+    """The operator acts during the last attempt, after which no further attempt would follow in either case."""
 
     def send_again(request: Request) -> Response:
         Control(components.database, components.data_dir).redeliver(job.request_id)

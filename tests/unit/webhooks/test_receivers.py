@@ -1,4 +1,4 @@
-"""Webhook receivers that behave badly, each on a real socket. The server keeps the schedule and harms nothing else."""
+"""Tests of webhook receivers that behave badly, each on a real socket: the server keeps the schedule of retries."""
 
 import contextlib
 import gzip
@@ -19,7 +19,7 @@ from server.webhooks.delivery import DELAYS
 from tests.support.components import Components, finish_job, open_components
 from tests.unit.webhooks.test_delivery import delivery, send_after_restart
 
-#: Seconds that a receiver has to respond in these tests. A receiver that hangs uses all of them.
+#: How long the server waits for a response in these tests, in seconds. A receiver that hangs uses all of this time.
 TIMEOUT = 0.3
 OK = b"HTTP/1.1 200 OK\r\n"
 Behaviour = Callable[[socket.socket], None]
@@ -186,7 +186,7 @@ def test_there_are_at_least_32_behaviours() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", BEHAVIOURS)
 def test_all_attempts_at_a_bad_receiver(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make all eleven attempts, each exactly when it is due, or eleven successful deliveries."""
+    """Make all eleven attempts, each exactly when it is due; if attempts succeed, make eleven separate deliveries."""
     monkeypatch.setattr("server.webhooks.delivery.TIMEOUT", TIMEOUT)
     behave, is_success = BEHAVIOURS[name]
     attempts = 1 + len(DELAYS)
@@ -212,7 +212,7 @@ def test_all_attempts_at_a_bad_receiver(tmp_path: Path, name: str, monkeypatch: 
 
 #: Responses that never end, one for each part that can be endless.
 ENDLESS = [name for name in BEHAVIOURS if "endless" in name or name == "100 for ever"]
-#: Bytes sent but not read: the buffers of the server and of the receiver, and one chunk.
+#: The most bytes that are sent but not read: the buffers of the server and of the receiver, and one chunk.
 MAX_BUFFERED = 2**16
 
 

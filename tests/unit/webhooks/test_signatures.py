@@ -1,4 +1,4 @@
-"""Webhook signatures, verified by receivers that share no code with the server, before and after key rotation."""
+"""Tests of webhook signatures before and after key rotation, verified by receivers that share no server code."""
 
 import asyncio
 import base64
@@ -45,7 +45,7 @@ class Received:
 
 
 def public_keys(jwks: dict[str, Any]) -> list[Ed25519PublicKey]:
-    """Decode the keys as fal's Python sample does, which adds no padding."""
+    """Return the keys, decoded as by fal's Python sample, which adds no padding."""
     return [Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"])) for key in jwks["keys"]]
 
 
@@ -112,7 +112,7 @@ def receiver(httpserver: HTTPServer) -> Receiver:
 
 @pytest.fixture(scope="module")
 def signing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with a shared secret that may send webhooks to this machine."""
+    """Yield a server that has a webhook secret and may send webhooks to this machine."""
     settings = {"outbound_allow": "127.0.0.0/8", "webhook_secret": SECRET}
     with serving(tmp_path_factory.mktemp("signing"), TEST_MODELS, **settings) as server:
         yield server.ready()
@@ -196,7 +196,7 @@ def signer(components: Components) -> WebhookSigner:
 
 
 def holds(received: Received, jwks: dict[str, Any]) -> bool:
-    """Return whether both schemes that use the published keys hold."""
+    """Return whether the signatures of both schemes that use the published keys hold."""
     return fal_signature_holds(received, jwks) and v1a_signature_holds(received, jwks)
 
 
@@ -284,7 +284,7 @@ def send_due(components: Components, signer: WebhookSigner) -> None:
 
 
 def delivery(components: Components) -> Any:
-    """Return the attempts, the time of the next attempt, and whether the webhook was delivered."""
+    """Return the number of attempts, the time of the next attempt, and whether the webhook was delivered."""
     (row,) = components.rows("SELECT attempt, due_at, delivered_at IS NOT NULL FROM deliveries")
     return row
 

@@ -1,4 +1,4 @@
-"""Webhook signatures of arbitrary bodies: valid for every verifier, and invalid after any change."""
+"""Tests of webhook signatures of arbitrary bodies: valid for every verifier, and invalid after any change."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
 SCALARS = st.none() | st.booleans() | NUMBERS | TEXTS
 PAYLOADS = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=30)
-#: Bodies of a megabyte and more, like results with embedded images.
+#: Bodies of up to a megabyte and more, like results with embedded images.
 LARGE = st.builds(lambda text, times: {"images": [{"url": text * times}]}, TEXTS, st.integers(1, 100_000))
 IDS = st.uuids(version=4).map(str)
 
@@ -65,7 +65,7 @@ def signer(tmp_path: Path) -> Iterator[WebhookSigner]:
 
 
 def check_bodies(signer: WebhookSigner, max_examples: int) -> None:
-    """Sign `max_examples` bodies. All verifiers accept each body, and refuse it with one byte changed."""
+    """Sign `max_examples` bodies; assert that all verifiers accept each body, and refuse it with one byte changed."""
     jwks, sizes = signer.jwks(), list[int]()
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

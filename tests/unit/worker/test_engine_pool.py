@@ -1,4 +1,4 @@
-"""Which weights are in memory: shared, loaded on demand, evicted when memory is short."""
+"""Tests of which weights are in memory: shared, loaded on demand, evicted when memory is short."""
 
 import gc
 import shutil
@@ -94,7 +94,7 @@ def test_an_engine_in_use_is_not_evicted() -> None:
 
 
 def test_an_engine_that_is_warming_up_is_not_evicted() -> None:
-    """The memory of an engine cannot be freed before the compiler is done with it."""
+    """The memory of an engine cannot be freed before the compiler is done with the engine."""
     started, may_finish, idle = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(NullEngine):
@@ -169,7 +169,7 @@ def test_all_requests_that_wait_for_the_same_weights_start_together(components: 
     jobs = [submit(components, endpoint) for endpoint in ("a/a", "a/b", "a/a", "a/b", "a/a", "a/b")]
     run_all(worker)
     assert [outcome_and_body(components, job)[0].status for job in jobs] == [200] * 6
-    # Two more switches. In order of arrival there would be five.
+    # Two switches of weights. In order of arrival there would be five.
     assert models.events.count("+ a/b") == 1
     assert models.events.count("+ a/a") == 2
 

@@ -1,4 +1,4 @@
-"""Encoded images and their metadata."""
+"""Tests of encoded images and their metadata."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The work after the steps: decode, encode, store and finish a job, on a separate thread."""
+"""Tests of the work after the steps: decode, encode, store and finish a job, on a separate thread."""
 
 import threading
 import time
@@ -170,7 +170,7 @@ def test_jobs_that_shared_a_batch_are_decoded_on_the_postprocessor_thread(
         first = submit(components, prompt="held", num_inference_steps=1)
         assert engine.is_decoding.wait(60)
         jobs = [submit(components, prompt="shared", num_inference_steps=4) for _ in range(3)]
-        # All steps are done, and the jobs wait behind the held one. Otherwise the worker would have decoded them.
+        # All steps are done, and the jobs wait behind the held job. The worker itself would have decoded them by now.
         for job in jobs:
             wait_until(components, job, lambda job=job: job.step == 4)  # type: ignore[misc]
         last = submit(components, prompt="last", num_inference_steps=1)

@@ -1,4 +1,4 @@
-"""Which request advances next: a real worker, with engines whose work is counted."""
+"""Tests of which request advances next, with a real worker and engines whose work is counted."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class CostlyTask(NullTask):
 
 
 class CostlyEngine(SharingEngine):
-    """An engine that records its tasks and batches up to three of the same size."""
+    """An engine that records its tasks, and that batches up to three tasks of the same size."""
 
     def __init__(self) -> None:
         self.started: list[NullTask] = []
@@ -59,7 +59,7 @@ def run_until(worker: Worker, is_reached: Callable[[], bool]) -> None:
 
 
 def submit_many(components: Components, number: int, **fields: Any) -> list[Job]:
-    """Submit equal requests, of 50 steps unless `fields` says otherwise."""
+    """Submit equal requests, of 50 steps unless `fields` says otherwise; return their jobs."""
     return [submit(components, **{"num_inference_steps": 50, **fields}) for _ in range(number)]
 
 
@@ -156,7 +156,7 @@ def test_a_key_with_long_requests_gets_its_half(components: Components) -> None:
         while components.queue.length < 4:
             short.append(submit(components, owner="bob", num_inference_steps=5))
         assert worker.run_once()
-    # Bob gets ahead by at most the work of Alice's request.
+    # Bob gets at most as much as Alice, plus one request.
     assert total_steps(*short) <= 50 + 5
 
 
@@ -207,7 +207,7 @@ def test_a_hundred_queued_requests_of_one_key_do_not_delay_another_key(component
     before = total_steps(*alice_jobs)
     (bob_job,) = submit_many(components, 1, owner="bob")
     run_until(worker, lambda: bob_job.step == 50)
-    # At most twice the time of the request, plus the rest of the one that was running.
+    # At most twice the time of the request, plus the rest of the request that was running.
     assert total_steps(*alice_jobs, bob_job) - before <= 2 * 50 + (50 - num_steps)
 
 
@@ -215,7 +215,7 @@ def test_a_key_with_its_share_of_the_slots_is_passed_over(components: Components
     for owner in ("alice", "alice", "alice", "bob", "alice", "bob", "carol"):
         submit(components, owner=owner)
     found = [components.queue.claim(slots=4) for _ in range(7)]
-    # Four slots for three keys: a key with two slots waits while a key with fewer slots waits.
+    # Four slots for three keys: a key with two slots gets no third slot while a key with fewer slots waits.
     assert [job.owner for job, _ in filter(None, found)] == ["alice", "alice", "bob", "bob", "carol", "alice", "alice"]
 
 
@@ -246,7 +246,7 @@ def test_a_position_never_rises_when_others_are_passed_over(components: Componen
 def test_an_endless_stream_of_short_requests_does_not_starve_a_long_one(
     components: Components, max_running: int, every: int
 ) -> None:
-    """A short request of 4 steps arrives every `every` worker steps; with 0, always as many wait as can run."""
+    """A short request of 4 steps arrives every `every` worker steps; with 0, `max_running` requests always wait."""
     worker, short, num_iterations = ready_worker(components, max_running=max_running), list[Job](), 0
     long = submit(components, num_inference_steps=12)
     while long.state != State.COMPLETED:
@@ -254,7 +254,7 @@ def test_an_endless_stream_of_short_requests_does_not_starve_a_long_one(
             short.append(submit(components, num_inference_steps=4))
         assert worker.run_once()
         num_iterations += 1
-    # At any load, only short requests claimed before AGEING times the difference in work was done can overtake.
+    # At any load, a short request can overtake only if claimed before AGEING times the difference in work is done.
     assert total_steps(*short) <= AGEING * (12 - 4) + (max_running - 1) * 4
     if every < 4:
         assert total_steps(*short) > AGEING * (12 - 4) / 2

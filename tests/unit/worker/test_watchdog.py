@@ -1,4 +1,4 @@
-"""The end of the process after a step that hangs or a device that is lost, and what happens to the jobs."""
+"""Tests of how the process ends when a step hangs or the device is lost, and of what happens to the jobs."""
 
 import threading
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tests.support.fake_models import NullModel, SharingEngine
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_completed
 from tests.unit.worker.test_worker import ready_worker, worker_of
 
-#: The jobs in order of arrival: their ids, and their states with their crash counts.
+#: Queries of the jobs in order of arrival: their ids, and their states with their crash counts.
 IDS = "SELECT request_id FROM jobs ORDER BY sequence"
 STATES_AND_CRASHES = "SELECT state, status, strikes FROM jobs ORDER BY sequence"
 
@@ -220,7 +220,7 @@ def test_after_three_crashes_a_job_fails_and_others_finish(tmp_path: Path, gate:
         result = client.get(paths[0])
         assert (result.status_code, result.headers["x-fal-error-type"]) == (500, "internal_error")
         assert server.stop() == 0
-    # The others were in its batch once. After that, the job with crashes ran alone.
+    # The other jobs shared a batch with the crashing job once. After that, the crashing job ran alone.
     assert rows(data_dir, STATES_AND_CRASHES) == [("COMPLETED", 500, 3), ("COMPLETED", 200, 1), ("COMPLETED", 200, 1)]
 
 

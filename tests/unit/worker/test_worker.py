@@ -1,4 +1,4 @@
-"""The worker, one iteration at a time, with models without weights. Everything else is real."""
+"""Tests of the worker, one iteration at a time, with models without weights. Everything else is real."""
 
 import asyncio
 import base64
@@ -68,7 +68,7 @@ def submit(
     priority: Priority = Priority.NORMAL,
     **fields: Any,
 ) -> Job:
-    """Submit a small request."""
+    """Submit a small request; return its job."""
     fields = {**SMALL, **fields}
     return components.queue.submit(submission(endpoint, mode=mode, owner=owner, priority=priority, fields=fields))
 

@@ -1,4 +1,4 @@
-"""test/null. Importing it makes the server delete old data every second instead of every minute."""
+"""test/null: a server that imports this file deletes old data every second instead of every minute."""
 
 import server.app
 from tests.support.fake_models import NullEngine, NullModel

@@ -1,4 +1,4 @@
-"""test/hurry: limits the server's wait for a client that does not read to one second."""
+"""test/hurry: makes the server wait only one second for a client that does not read."""
 
 from server.net.timeouts import TimeoutProtocol
 from tests.support.fake_models import GateEngine, NullModel
