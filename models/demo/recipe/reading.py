@@ -56,6 +56,13 @@ class Reader(torch.nn.Module):  # type: ignore[misc]
         ]
 
 
+def _mark(given: list[tuple[torch.Tensor, ...]], wanted: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
+    """Return the loss of the logits of `Reader`, and the shares of right labels, by encoder and then by label."""
+    pairs = [list(zip(logits, wanted, strict=True)) for logits in given]
+    loss = torch.stack([functional.cross_entropy(*pair) for of_encoder in pairs for pair in of_encoder]).sum()
+    return loss, [[float((a.argmax(1) == b).float().mean()) for a, b in of_encoder] for of_encoder in pairs]
+
+
 def train(plan: Plan, device: str) -> None:
     """Train the text encoders, from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
@@ -85,18 +92,12 @@ def train(plan: Plan, device: str) -> None:
             group["lr"] = rate(iteration, plan.reading_iterations, PEAK)
         with precision.mixed(device):
             given = reader([captions.caption(scene, by_name, rng) for scene in found])
-        sum(
-            functional.cross_entropy(*pair) for answers in given for pair in zip(answers, wanted, strict=True)
-        ).backward()
+        loss, shares_right = _mark(given, wanted)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        right.append(
-            [
-                [float((a.argmax(1) == b).float().mean()) for a, b in zip(answers, wanted, strict=True)]
-                for answers in given
-            ]
-        )
+        right.append(shares_right)
         if iteration % 100 == 99:
             shares = numpy.array(right[-100:]).mean(axis=0).round(3).tolist()
             checkpoint.log(f"reading {iteration + 1} right {shares}")
