@@ -81,7 +81,7 @@ def fastapi(python: Path) -> Iterator[Targets]:
 
 @contextmanager
 def litserve(python: Path) -> Iterator[Targets]:
-    """Run LitServe: one process for HTTP and one for the model, without telemetry."""
+    """Run LitServe: one process for HTTP and one for the model."""
     with _peer(python, ("-m", "bench.peer_servers.with_litserve"), "/health") as port:
         yield iter([("LitServe", port, "/generate")])
 

@@ -27,7 +27,7 @@ REQUIRED_OBJECTS = (
 
 
 def python(work: Path, *arguments: str) -> str:
-    """Run Python with `work` as the recipe's working directory; return the standard output. Fail if Python fails."""
+    """Run Python with `work` as the directory that the recipe writes to; return the output. Fail if Python fails."""
     environment = {**os.environ, "DEMO_WORK": str(work)}
     command = [sys.executable, *arguments]
     completed = subprocess.run(

@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    """Read the operations from the document of a server whose only model generates no images."""
+    """Read the operations from the OpenAPI document of a server whose only model computes nothing."""
     models = str(ROOT / "tests" / "support" / "faults" / "models")
     with serving(tmp_path_factory.mktemp("fuzzed"), "test/crash=demo", models_dir=models) as server:
         document = schemathesis.openapi.from_url(f"{server.ready().url}/openapi.json")

@@ -137,7 +137,8 @@ def allowed(directory: str) -> Any:
 def local(directory: str) -> Any:
     """Generate with local weights of every kind: the demo, cached weights of the hub, and a directory.
 
-    Returns the outputs, the network attempts up to then, and all attempts after one more request with an image URL.
+    Returns the outputs, the network attempts so far, and the attempts of the whole run once one more request, with an
+    image URL, has been sent.
     """
     for name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_", "DIFFUSERS_"))]:
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""Named points of a request at which tests kill the server with SIGKILL."""
+"""Named points of a request, a start, an upload and a backup, at which tests kill the server with SIGKILL."""
 
 import importlib
 import itertools

@@ -384,7 +384,7 @@ def test_a_backup_that_only_the_server_sees_is_an_error(
 
 
 def test_env_prints_no_key_that_the_server_would_reject(tmp_path: Path) -> None:
-    """`env` prints a key only for a server that requires none, whether the server runs or not."""
+    """`env` prints the placeholder `local` as the key only for a server that requires no key, running or not."""
     any_key, key_required = "export FAL_KEY=local", "# FAL_KEY: this server requires a key"
     assert any_key in output_of(tmp_path / "none", "env")
     assert f"no certificate in {tmp_path / 'none' / 'tls'}" in flux_server(tmp_path / "none", "env").stderr

@@ -1,0 +1,83 @@
+"""The compiler makes the machine code of FLUX's blocks in their true widths, for each generation of GPUs and each tier.
+
+One graph must serve all sizes: a request must never wait for the compiler.
+"""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch._dynamo.utils import counters
+
+from models.benchmark.random_weights import SHAPES
+from models.flux import compilation
+from models.flux.acceleration import Tier, random_inputs
+from models.schema import PRESETS
+from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
+
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(1200)]
+
+#: As many blocks as show that the second one of a kind uses the first one's code again.
+BLOCKS = {"num_layers": 2, "num_single_layers": 2}
+#: The sizes in pixels that are tried after the warm-up: those of fal's presets, the extremes, and odd ones.
+SIZES = [*PRESETS.values(), (64, 64), (2048, 2048), (256, 512), (1536, 64)]
+TEXT_TOKENS = 512
+
+
+def transformer() -> Any:
+    """Build FLUX.1's transformer on the GPU with a few blocks, in bf16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return FluxTransformer2DModel(**{**SHAPES["full"]["transformer"], **BLOCKS}).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def serve_all_sizes(tier: Tier) -> None:
+    """Run a forward for each size and number of images; a forward that needs the compiler again raises an error."""
+    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
+        for width, height in SIZES:
+            for batch in (1, 2, 4) if tier.shares_forwards else (1,):
+                num_tokens = width * height // 256
+                inputs = random_inputs(
+                    tier.transformer.config, (batch, num_tokens, TEXT_TOKENS), "cuda", torch.bfloat16
+                )
+                (velocity,) = tier.transformer(**inputs)
+                assert (velocity.shape, velocity.device.type) == ((batch, num_tokens, 64), "cuda")
+                assert velocity.dtype == torch.bfloat16
+
+
+def check(compiled: Compiled, model: Model, num_graphs: int) -> None:
+    """Check that everything was compiled for this GPU in this number of graphs."""
+    assert compiled.num_graphs == num_graphs
+    assert compiled.targets == {f"sm_{model.number}"}
+    assert all(size > 0 for size in compiled.kernels.values())
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
+def test_bf16(model: Model) -> None:
+    with fake_gpu(model) as compiled:
+        exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer()))
+        tier = Tier("none", exact, is_ready=False)
+        tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
+        print(f"{model.name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
+        serve_all_sizes(tier)
+        check(compiled, model, num_graphs=4)
+
+
+@pytest.mark.parametrize("model", [RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
+def test_fp8(model: Model) -> None:
+    with fake_gpu(model) as compiled:
+        quantized = compilation.clone_sharing_weights(transformer())
+        # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            compilation.quantize(quantized)
+        tier = Tier("regular", compilation.compile_blocks(quantized), shares_forwards=True, is_ready=False)
+        tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
+        print(f"{model.name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
+        serve_all_sizes(tier)
+        check(compiled, model, num_graphs=8)
