@@ -6,12 +6,14 @@
 #   tests/project/container/build.sh [OUTPUT]   copies the generated image to OUTPUT
 #
 # debootstrap makes the base image, which only has the name of the Dockerfile's base. If pip is configured with local
-# wheels (find-links), they are mounted during the build. TORCH_INDEX means the same as in the Makefile. All processes
-# run in a process namespace that ends with this script. The server also runs in a network namespace that has only
+# wheels (find-links), they are mounted during the build. TORCH_DEVICE and TORCH_INDEX mean the same as in the Makefile,
+# but TORCH_DEVICE is cpu by default: for cuda, the build needs some 60 GB of disk for a while. All processes run in a
+# process namespace that ends with this script. The server also runs in a network namespace that has only
 # loopback.
 set -euo pipefail
 
 IMAGE=flux-server
+DEVICE=${TORCH_DEVICE:-cpu}
 USER_ID=10001
 PLAIN=http://127.0.0.1:8000
 TLS=https://localhost:8443
@@ -93,7 +95,7 @@ build() {
     done
     # Use Docker's format, because the OCI format has no health check.
     store bud --isolation chroot --format docker --pull-never --tag "$IMAGE" \
-        --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" --build-arg "PIP_FIND_LINKS=${sources[*]-}" \
+        --build-arg "TORCH_DEVICE=$DEVICE" --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" --build-arg "PIP_FIND_LINKS=${sources[*]-}" \
         ${mounts[@]+"${mounts[@]}"} "$repository" \
         > "$work/build.log" 2>&1 || { tail -40 "$work/build.log" >&2 && fail "buildah could not build the image"; }
     say "image: $(store images --format '{{.Size}}' "$IMAGE"), built in $SECONDS s"
@@ -131,6 +133,7 @@ try() {
     in_container "${health[@]:1}" || fail "the health check of the image failed"
     curl -fsS --cacert "$work/data/tls/ca.pem" "$TLS/health" > /dev/null || fail "no answer at $TLS"
     generate
+    [[ $DEVICE == cpu ]] || check_cuda
     stop
     start
     ! grep -q FAL_KEY= "$work/server.log" || fail "the server made a second key"
@@ -190,6 +193,12 @@ check_process() {
     fi
     [[ $message == *"Read-only file system"* ]] || fail "writing to the root failed for another reason: $message"
     say "server: user $USER_ID, no capabilities, read-only root"
+}
+
+# Without a GPU, the server has said why it computes on the CPU. What it needs for a GPU is there nevertheless.
+check_cuda() {
+    grep -q "no GPU is used: PyTorch" "$work/server.log" || fail "the server did not say why it uses no GPU"
+    in_container python - < "$repository/tests/project/container/check_cuda.py" >&2 || fail "CUDA would not work"
 }
 
 generate() {
