@@ -2,6 +2,7 @@
 # make test    lint, types and tests
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
+# make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
@@ -28,7 +29,7 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers cuda-proof demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
@@ -48,7 +49,7 @@ cluster: lint tests/support/js/node_modules
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
 test-all: lint tests/support/js/node_modules
-	$(BIN)/pytest -m "not soak" $(ARGS)
+	$(BIN)/pytest -m "not soak and not cuda" $(ARGS)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -71,6 +72,10 @@ bench: .venv/dev.done
 peers: .venv/dev.done build/peers/installed.done
 	$(BIN)/python -m bench.peers $(ARGS)
 
+# Python warns of an escape sequence in torchao when it compiles it.
+cuda-proof: build/cuda/installed.done
+	build/cuda/bin/python -m pytest -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
+
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -80,7 +85,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv build/peers tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv build/cuda build/peers tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -94,6 +99,11 @@ clean:
 
 .venv/dev.done: .venv/serve.done
 	$(PIP) install -q --no-compile -c constraints/$(TORCH_DEVICE).txt -e '.[dev]'
+	touch $@
+
+build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv --clear build/cuda
+	build/cuda/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints/cuda.txt -e '.[dev,fp8]'
 	touch $@
 
 build/peers/installed.done: bench/peer_servers/requirements.txt
