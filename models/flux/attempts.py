@@ -18,7 +18,7 @@ _open: dict[Path, int] = {}
 
 
 class Attempts:
-    """A record of attempts, kept in the directory of compiled code: one per GPU model and set of library versions.
+    """A record of the attempts on one GPU with one set of library versions.
 
     While an attempt runs, a file counts it as a death of the process. The file is deleted when the attempt ends, so
     only an attempt that ended the process or lost the GPU leaves its file.
@@ -26,7 +26,7 @@ class Attempts:
 
     def __init__(self, directory: Path | None) -> None:
         """Keep the record in `directory`; keep no record if it is None."""
-        self._directory = directory and directory / "attempts"
+        self._directory = directory
 
     def is_refused(self, name: str) -> bool:
         """Return whether an attempt ended the process or lost the GPU too often to be made again."""

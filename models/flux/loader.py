@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _assemble(
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
-    attempts = Attempts(compile_cache_dir(config) if device == "cuda" else None)
+    attempts = Attempts(_attempts_directory(config, device))
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
     for way in acceleration.ways(config, device, is_resident=plan.is_resident):
@@ -86,6 +87,12 @@ def _assemble(
         engine.tiers = none
         engine.device.free()
     return engine
+
+
+def _attempts_directory(config: EngineConfig, device: str) -> Path | None:
+    """Return the directory of this GPU's attempts. The runners of one machine share the directory of compiled code."""
+    directory = compile_cache_dir(config) if device == "cuda" else None
+    return directory and directory / "attempts" / str(torch.cuda.get_device_properties(0).uuid)
 
 
 def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mapping[str, str]) -> bool:

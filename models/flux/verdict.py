@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds for the whole self test, most of which is compiling.
 _SECONDS = 900.0
+_TOO_LONG = "the self test took too long"
 _SIGNAL = "the process ended by signal {}"
 #: The messages of a self test that was stopped from outside: by SIGINT, SIGKILL or SIGTERM.
 _STOPPED = [_SIGNAL.format(number) for number in (2, 9, 15)]
@@ -75,9 +77,28 @@ def _is_transient(found: Sequence[dict[str, Any]]) -> bool:
 def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS) -> list[dict[str, Any]]:
     """Run the self test in a child process, because a broken driver may end it; return the results that it printed.
 
-    If the process dies or takes too long, the last result is that of the test that was running, as failed.
+    If the process dies, the test that was running counts as failed, and another process runs the tests after it. If all
+    of it takes more than `seconds`, or somebody stops it, that test is the last one.
     """
-    command = [sys.executable, "-m", "models.self_test", device, *([str(directory)] if directory else [])]
+    deadline = time.monotonic() + seconds
+    results: list[dict[str, Any]] = []
+    died_in = ""
+    while True:
+        printed, end = _run_once(device, directory, died_in, max(0.0, deadline - time.monotonic()))
+        results += [line for line in printed if "state" in line]
+        if not end:
+            return results
+        last = next((str(line["running"]) for line in reversed(printed) if "running" in line), "")
+        results.append({"name": last or "self test", "state": "failed", "message": end})
+        if not last or end in (_TOO_LONG, *_STOPPED):
+            return results
+        died_in = last
+
+
+def _run_once(device: str, directory: Path | None, died_in: str, seconds: float) -> tuple[list[dict[str, Any]], str]:
+    """Run the self test, or only the tests after `died_in`; return what it printed, and how it failed, or ""."""
+    command = [sys.executable, "-m", "models.self_test", device]
+    command += [*(["--directory", str(directory)] if directory else []), *(["--after", died_in] if died_in else [])]
     try:
         # In a new session, so that Ctrl+C reaches only the server.
         done = subprocess.run(  # noqa: S603
@@ -86,14 +107,8 @@ def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS)
         output, end = done.stdout, _end(done.returncode, done.stderr)
     except subprocess.TimeoutExpired as error:
         printed = error.stdout or ""
-        output = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-        end = f"it took more than {seconds:.0f} s"
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    results = [line for line in lines if "state" in line]
-    if end:
-        running = _last_running(lines)
-        results.append({"name": running, "state": "failed", "message": end})
-    return results
+        output, end = printed.decode(errors="replace") if isinstance(printed, bytes) else printed, _TOO_LONG
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")], end
 
 
 def _end(code: int, errors: str) -> str:
@@ -103,7 +118,3 @@ def _end(code: int, errors: str) -> str:
     if code < 0:
         return _SIGNAL.format(-code)
     return f"the process ended with exit code {code}: {errors.strip().rpartition(chr(10))[2][:300]}"
-
-
-def _last_running(lines: Sequence[dict[str, Any]]) -> str:
-    return next((str(line["running"]) for line in reversed(lines) if "running" in line), "self test")

@@ -1,12 +1,12 @@
-"""The self test as a child process: python -m models.self_test DEVICE [DIRECTORY].
+"""The self test as a child process: python -m models.self_test DEVICE [--directory DIRECTORY] [--after TEST].
 
 It prints one JSON object per line: the name of each test before it runs, and then its result. If the process dies, its
 parent knows during which test.
 """
 
+import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ TRIALS = (*machine.TRIALS, *kernels.TRIALS, *engine.TRIALS)
 
 
 def main() -> None:
-    """Run the tests on DEVICE and print their results. The test of the weights is skipped."""
-    device, *directory = sys.argv[1:]
-    subject = Subject(device, Path(directory[0]) if directory else None)
-    for result in run(TRIALS, subject, lambda name: _print({"running": name})):
+    """Run the tests on DEVICE, or those after TEST, and print their results. The test of the weights is skipped."""
+    parser = argparse.ArgumentParser(prog="python -m models.self_test", description=__doc__)
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("--directory", type=Path, help="directory of compiled code")
+    parser.add_argument("--after", help="name of a test: skip it and the tests before it")
+    arguments = parser.parse_args()
+    names = [trial.name for trial in TRIALS]
+    trials = TRIALS[names.index(arguments.after) + 1 :] if arguments.after else TRIALS
+    for result in run(trials, Subject(arguments.device, arguments.directory), lambda name: _print({"running": name})):
         _print(dataclasses.asdict(result))
 
 

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from models.base import DeviceLost, EngineConfig
-from models.flux import acceleration
+from models.flux import acceleration, loader
 from models.flux.acceleration import COMPILED, FASTEST, UNCOMPILED, Tier
 from models.flux.attempts import Attempts, forget_open_attempts
 from models.flux.device import Device
@@ -302,9 +303,21 @@ def test_an_attempt_that_ends_leaves_nothing(tmp_path: Path) -> None:
             pass
         with pytest.raises(ValueError, match="no"), attempts.attempt("a way"):
             raise ValueError("no")
-    assert list((tmp_path / "attempts").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     with attempts.attempt("a way"):
         forget_open_attempts()
-        assert list((tmp_path / "attempts").iterdir()) == []
-    (tmp_path / "attempts" / "a-way").write_text("damaged")
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a-way").write_text("damaged")
     assert not attempts.is_refused("a way")
+
+
+def test_each_gpu_of_a_machine_has_attempts_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = set()
+    for uuid in ("GPU-1", "GPU-2"):
+        gpu = SimpleNamespace(uuid=uuid)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        directory = loader._attempts_directory(config(compile_cache=tmp_path), "cuda")
+        assert directory and directory.parts[-2:] == ("attempts", uuid)
+        directories.add(directory)
+    assert len(directories) == 2
+    assert loader._attempts_directory(config(compile_cache=tmp_path), "cpu") is None

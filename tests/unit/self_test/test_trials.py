@@ -1,6 +1,7 @@
 """Tests of the self test: on this CPU for real, and with doubles for what needs a GPU."""
 
 import json
+import subprocess
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -149,10 +150,19 @@ def test_compiled_blocks_are_compared_at_all_presets(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Replace Python with a script that prints one result and announces a test. The caller appends the end."""
+    """Replace Python with a script that prints one result and announces a test. The caller appends the end.
+
+    With --after, the script prints the result of a third test.
+    """
     script = tmp_path / "python"
     script.write_text(
         """#!/bin/sh
+case "$*" in
+    *"--after compiled kernel")
+        echo '{"name": "blocks", "state": "passed", "message": "fine"}'
+        exit
+        ;;
+esac
 echo '{"running": "driver"}'
 echo '{"name": "driver", "state": "passed", "message": "fine"}'
 echo '{"running": "compiled kernel"}'
@@ -168,16 +178,32 @@ echo '{"running": "compiled kernel"}'
     [
         ("kill -SEGV $$", "the process ended by signal 11"),
         ("echo 'CUDA error' >&2; exit 3", "the process ended with exit code 3: CUDA error"),
-        ("exec sleep 60", "it took more than 1 s"),
     ],
 )
-def test_a_death_counts_as_the_failure_of_the_test_that_ran(child: Path, end: str, message: str) -> None:
+def test_a_death_fails_the_test_that_ran_and_the_later_tests_run_too(child: Path, end: str, message: str) -> None:
     with child.open("a") as script:
         script.write(f"{end}\n")
-    assert verdict.run_in_child("cuda", None, seconds=1) == [
+    assert verdict.run_in_child("cuda", None) == [
         {"name": "driver", "state": "passed", "message": "fine"},
         {"name": "compiled kernel", "state": "failed", "message": message},
+        {"name": "blocks", "state": "passed", "message": "fine"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [("exec sleep 60", "the self test took too long"), ("kill -TERM $$", "the process ended by signal 15")],
+)
+def test_a_self_test_that_is_stopped_does_not_go_on(child: Path, end: str, message: str) -> None:
+    with child.open("a") as script:
+        script.write(f"{end}\n")
+    results = verdict.run_in_child("cuda", None, seconds=1)
+    assert results[1:] == [{"name": "compiled kernel", "state": "failed", "message": message}]
+
+
+def test_each_test_can_be_the_last_one_of_a_process() -> None:
+    command = [sys.executable, "-m", "models.self_test", "cpu", "--after", engine.TRIALS[-1].name]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_the_results_are_kept_for_each_driver(
