@@ -2,8 +2,9 @@
 
     python -m bench.cluster [overhead] [kill] [join] [scale] [head] [whole]
 
-The GPUs are logical: Ray only counts them. The models sleep or do nothing. The figures are therefore those of the
-server and Ray, not those of generation.
+No part generates images. `overhead`, `kill`, `join` and `scale` run Ray with logical GPUs, which Ray only counts: their
+figures are those of the server and Ray. `head` and `whole` replace Ray by runners that end every job at once: their
+figures are those of the head alone.
 """
 
 import argparse

@@ -118,7 +118,7 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
     except (torch.OutOfMemoryError, DeviceLost):
         raise
     except Exception as error:
-        log.exception("the weights cannot run %s", way)
+        log.exception("the weights do not run %s", way)
         engine.unavailable.append(f"{way}: {summary(error)}")
         return False
     engine.unavailable += unavailable

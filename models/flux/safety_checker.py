@@ -99,7 +99,7 @@ def _load_complete(kind: Any, directory: Path, **options: Any) -> Any:
     """Load a model. Raises hub.BadWeights if its weights are malformed, incomplete or not finite."""
     model = verify.load_complete(kind, directory, **options)
     if spoilt := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise hub.BadWeights(f"{directory} has values that are not finite in {verify.shortened(spoilt)}; {hub.REPLACE}")
+        raise hub.BadWeights(f"{directory} has values that are not finite in {verify.shortened(spoilt)}; {hub.RESTORE}")
     return model
 
 

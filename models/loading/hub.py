@@ -15,6 +15,7 @@ _OTHER_PRECISIONS = ["*.fp16.*", "*.fp8.*", "*.non_ema.*"]
 MAX_JSON_BYTES = 64 * 2**20
 #: Advice at the end of error messages about a malformed file.
 REPLACE = "replace it with the original file of the weights"
+RESTORE = "restore this directory from the original weights"
 
 
 class HubError(OSError):

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from models.loading import hub
-from models.loading.hub import REPLACE, BadWeights
+from models.loading.hub import REPLACE, RESTORE, BadWeights
 
 #: The components of a FLUX pipeline and the allowed classes of each. Without this list, the libraries would load any
 #: class by name, and classes such as AutoModel load whatever the directory names. Each tokenizer has two names.
@@ -69,7 +69,7 @@ def verify_pipeline(directory: Path, exclude: Collection[str]) -> None:
         raise BadWeights(f"{index} names no library and class for {', '.join(missing)}; {REPLACE}")
     if missing := [name for name in hub.missing_components(directory) if name not in exclude]:
         problem = "is missing, or lacks its configuration or a safetensors file"
-        raise BadWeights(f"{directory / missing[0]} {problem}; restore the original directory of the weights")
+        raise BadWeights(f"{directory / missing[0]} {problem}; {RESTORE}")
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def translate_errors(directory: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         message = " ".join(str(error).split())[:_MAX_CHARACTERS]
-        raise BadWeights(f"{directory} cannot be loaded: {type(error).__name__}: {message}; {REPLACE}") from error
+        raise BadWeights(f"{directory} cannot be loaded: {type(error).__name__}: {message}; {RESTORE}") from error
     finally:
         # diffusers changes PyTorch's default number type while it builds a model, and does not restore it on failure.
         torch.set_default_dtype(before)
@@ -109,11 +109,11 @@ def load_complete(kind: Any, directory: Path, **options: Any) -> Any:
         model, info = kind.from_pretrained(directory, **options)
         wrong = {
             "lacks": info["missing_keys"],
-            "has other shapes than its configuration for": [name for name, *_ in info["mismatched_keys"]],
+            "has other shapes than its config.json for": [name for name, *_ in info["mismatched_keys"]],
         }
         for message, names in wrong.items():
             if names:
-                raise BadWeights(f"{directory} {message} {shortened(names)}; {REPLACE}")
+                raise BadWeights(f"{directory} {message} {shortened(names)}; {RESTORE}")
         return model.eval()
 
 

@@ -53,7 +53,7 @@ def _attention(backend: str) -> Callable[[Subject], str]:
         if backend != "native":
             need_gpu(subject)
             if not compilation.has_faster_attention():
-                raise Skipped(f"{torch.cuda.get_device_name()} uses PyTorch's attention")
+                raise Skipped(f"for {torch.cuda.get_device_name()}, no attention is faster than PyTorch's")
         messages = []
         for num_tokens in _TOKENS[subject.device]:
             query, key, value = (_random(subject, 1, num_tokens, _HEADS, _HEAD_WIDTH, seed=seed) for seed in range(3))
@@ -86,7 +86,7 @@ def _blocks(way: str) -> Callable[[Subject], str]:
     def test(subject: Subject) -> str:
         need_gpu(subject, "nothing is compiled there")
         if way == acceleration.FASTEST and not compilation.has_faster_attention():
-            raise Skipped(f"{torch.cuda.get_device_name()} uses PyTorch's attention")
+            raise Skipped(f"for {torch.cuda.get_device_name()}, no attention is faster than PyTorch's")
         transformer = two_blocks(subject)
         compiled = compilation.clone_sharing_weights(transformer)
         if way == acceleration.FASTEST:

@@ -161,7 +161,7 @@ def test_weights_of_another_width_stop_the_start(tmp_path: Path, weights_dir: Pa
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("image_embedder/config.json", {"redux_dim": 48}, "image_embedder has other shapes than its configuration for"),
+        ("image_embedder/config.json", {"redux_dim": 48}, "image_embedder has other shapes than its config.json for"),
         ("image_encoder/config.json", {"num_hidden_layers": 3}, "image_encoder lacks"),
         ("image_encoder/config.json", {"hidden_size": "wide"}, "image_encoder cannot be loaded: "),
         ("feature_extractor/preprocessor_config.json", {"size": "large"}, "redux cannot be loaded: "),

@@ -209,8 +209,8 @@ def test_the_constraints_of_both_devices_differ_only_in_pytorch() -> None:
     for found in lines.values():
         assert next(line for line in found if line[:1] != "#") == "-c packages.txt"
     pinned = {name: {line.partition("==")[0] for line in found if "==" in line} for name, found in lines.items()}
-    # Triton and CUDA's bindings come with PyTorch's builds for CUDA only.
-    assert pinned == {"cpu": {"torch"}, "cuda": {"torch", "triton", "cuda-bindings", "cuda-pathfinder"}}
+    # Triton comes with PyTorch's builds for CUDA only.
+    assert pinned == {"cpu": {"torch"}, "cuda": {"torch", "triton"}}
     shared = (CONSTRAINTS / "packages.txt").read_text(encoding="utf-8")
     assert not re.search(r"^(torch|triton|cuda-\w+)==", shared, re.MULTILINE)
 

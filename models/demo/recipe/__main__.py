@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--scale", choices=tuple(PLANS), default="small")
     parser.add_argument("--threads", type=int, default=2, help="the most threads; fewer while other processes are busy")
-    parser.add_argument("--flow-iterations", type=int, help="iterations of the step flow (default: as --scale says)")
+    parser.add_argument("--flow-iterations", type=int, help="iterations of the step `flow` (default: as --scale says)")
     parser.add_argument("--from-scratch", action="store_true", help="ignore the weights in the repository")
     parser.add_argument("--eager", action="store_true", help="compile nothing, for machines without a C++ compiler")
     parser.add_argument("--weights", type=Path, help="directory to evaluate, instead of the exported one")

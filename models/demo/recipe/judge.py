@@ -137,7 +137,7 @@ class Judge:
 
 
 def background_of(picture: Image.Image) -> str:
-    """Return the background colour to whose shades most pixels near the image's edge are closest."""
+    """Return the background colour of the image's edge: that of the shade closest to most of its pixels."""
     pixels = numpy.asarray(picture.convert("RGB"), float)
     rim = max(1, min(picture.size) // 40)
     edges = [pixels[:rim], pixels[-rim:], pixels[:, :rim], pixels[:, -rim:]]

@@ -183,11 +183,11 @@ FOUND_DURING_LOADING: dict[str, tuple[Change, str]] = {
     ),
     "other sizes of a transformer": (
         lambda root: add_entries(root / "transformer" / "config.json", joint_attention_dim=64),
-        "transformer has other shapes than its configuration for 1 of",
+        "transformer has other shapes than its config.json for 1 of",
     ),
     "other sizes of a text encoder": (
         lambda root: add_entries(root / "text_encoder" / "config.json", intermediate_size=512),
-        "text_encoder has other shapes than its configuration for",
+        "text_encoder has other shapes than its config.json for",
     ),
     "more layers": (
         lambda root: add_entries(root / "text_encoder_2" / "config.json", num_layers=4),
