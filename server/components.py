@@ -1,5 +1,6 @@
 """The construction of a server: the only module that builds all components and connects them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ from server.webhooks.signing import WebhookSigner
 from server.worker.crash_recorder import CrashRecorder
 from server.worker.engine_pool import engine_configs
 from server.worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -205,4 +208,10 @@ def _keys(settings: Settings, database: Database) -> Keys:
         key = auth.add_key(database, "", KeyScope.OPERATOR)
         print(f"\n  The key of this server, shown only this once:\n\n      FAL_KEY={key}\n", flush=True)
     known = auth.load_key_scopes(database, with_first=settings.has_automatic_key)
-    return Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
+    keys = Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
+    for key in (*settings.keys, *settings.operator_keys):
+        # Of a key in fal's form ID:SECRET, the id is no secret.
+        key_id, _, secret = key.partition(":")
+        name = f"{key_id}:..." if secret else "without an id"
+        log.info("the key %s in the settings has the owner %s", name, keys.owner(f"Key {key}")[:9])
+    return keys

@@ -205,7 +205,7 @@ class BadRequest(RequestError):
 
 
 class ClientCancelled(RequestError):
-    """A request that its client cancelled."""
+    """A request that its client cancelled, or the operator, for which fal has no error of its own."""
 
     status = 499
     type = "client_cancelled"

@@ -1,4 +1,7 @@
-"""The operator's commands for keys, webhooks and backups, which work with or without a running server."""
+"""The operator's commands for keys, requests, webhooks and backups.
+
+All but `requests cancel` work without a running server too.
+"""
 
 import os
 from datetime import UTC, datetime
@@ -13,11 +16,8 @@ from server.settings import Settings, SettingsError
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 
-keys = typer.Typer(
-    help="Manage the keys stored in the data directory."
-    " Keys in --keys and --operator-keys are separate and not listed.",
-    **_PLAIN,
-)
+keys = typer.Typer(help="Manage the keys that are stored in the data directory.", **_PLAIN)
+requests = typer.Typer(help="List and cancel unfinished requests.", **_PLAIN)
 webhooks = typer.Typer(help="List and redeliver webhooks.", **_PLAIN)
 
 DataDir = Annotated[
@@ -75,13 +75,14 @@ def add_key(
 
 @keys.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
-    """List name, scope, owner and creation time of each key; logs and /status show the owner."""
+    """List name, scope, owner and creation time of each stored key; logs and /status show the owner."""
     from server.auth import FIRST_KEY
 
     rows = _ask(data_dir, "list_keys")
-    typer.echo("name\tscope\towner\tcreated" if rows else "There are no keys.", err=True)
+    typer.echo("name\tscope\towner\tcreated" if rows else "There are no stored keys.", err=True)
     for key in rows:
         typer.echo(f"{key['name'] or FIRST_KEY}\t{key['scope']}\t{key['owner']}\t{_when(key['created_at'])}")
+    typer.echo("(without those in --keys, --operator-keys and FAL_KEY)", err=True)
 
 
 @keys.command("revoke")
@@ -95,6 +96,31 @@ def revoke_key(
     if not any(key["name"] for key in _ask(data_dir, "list_keys")):
         message = "No named key is left. After its next start, a server on loopback requires no key,"
         typer.echo(f"{message} unless it has --keys, --operator-keys, FAL_KEY or --trusted-proxies.", err=True)
+
+
+@requests.command("list")
+def list_requests(
+    owner: Annotated[str, typer.Option(help="Only requests of this owner, as shown by `keys list`.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of requests, oldest first.")] = 100,
+    data_dir: DataDir = None,
+) -> None:
+    """List id, owner, state, endpoint and time of submit of the requests that wait or run."""
+    rows = _ask(data_dir, "list_requests", owner=owner, limit=limit)
+    typer.echo("request\towner\tstate\tendpoint\tsubmitted" if rows else "No request waits or runs.", err=True)
+    for row in rows:
+        when = _when(row["submitted_at"])
+        typer.echo("\t".join((row["request_id"], row["owner"], row["state"], row["endpoint"], when)))
+
+
+@requests.command("cancel")
+def cancel_requests(
+    request_ids: Annotated[list[str], typer.Argument(metavar="REQUEST_ID...", help="Ids of requests.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Cancel requests, whoever submitted them: waiting ones at once, running ones before their next step."""
+    for request_id in request_ids:
+        is_cancelled = _ask(data_dir, "cancel_request", request_id=request_id)
+        typer.echo(f"{request_id}: {'cancelled' if is_cancelled else 'has ended already'}")
 
 
 @webhooks.command("list")

@@ -113,7 +113,11 @@ def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
         hosts = (_host(settings), urlsplit(settings.public_url).hostname)
         direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, hosts))))
         return {**shared, **dict.fromkeys(_PROXIES, proxy), "NO_PROXY": direct, "no_proxy": direct}
+    public = urlsplit(settings.public_url)
     host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
+    if public.scheme == "https" and not public.path:
+        # Clients on other machines need this name. The certificate covers it.
+        host = public.netloc
     return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
 
 

@@ -170,6 +170,7 @@ def _size(word: str) -> tuple[int, int]:
 
 
 cli.add_typer(admin.keys, name="keys")
+cli.add_typer(admin.requests, name="requests")
 cli.add_typer(admin.webhooks, name="webhooks")
 cli.command("backup")(admin.back_up)
 

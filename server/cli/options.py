@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -65,5 +65,6 @@ def _parameter(name: str) -> inspect.Parameter:
         switch = Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
         return inspect.Parameter(name, kind, default=None, annotation=switch)
     # Options are strings, so that Settings reports all problems instead of only the first.
-    option = Annotated[str | None, typer.Option(f"--{flag}", help=text, show_default=False)]
+    choices = "|".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else None
+    option = Annotated[str | None, typer.Option(f"--{flag}", help=text, metavar=choices, show_default=False)]
     return inspect.Parameter(name, kind, default=None, annotation=option)

@@ -105,6 +105,7 @@ def _control(components: Components, settings: Settings) -> Control:
         on_keys_changed=reload_keys,
         on_webhook_redelivered=partial(services.notifier.notify, WEBHOOKS),
         is_open=lambda: services.keys.allows_anonymous,
+        queue=services.queue,
     )
 
 

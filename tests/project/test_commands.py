@@ -17,7 +17,15 @@ import pytest
 from PIL import Image
 
 from tests.project.test_docs import DOCUMENTS
-from tests.support.server_process import ROOT, Server, free_port, serving, wait_until_completed
+from tests.support.server_process import (
+    ROOT,
+    Server,
+    free_port,
+    open_gate,
+    serving,
+    wait_until_claimed,
+    wait_until_completed,
+)
 
 BIN = f"{sys.prefix}/bin"
 #: Words of the commands and their replacements. Tests also replace the server's address and words of their own.
@@ -147,6 +155,16 @@ def test_keys(started: Server, tmp_path: Path) -> None:
         *keys, shop, me, revoked = output_of(with_directory + block, started).splitlines()
         assert [shop.split("\t")[:2], me.split("\t")[:2]] == [["shop", "client"], ["me", "operator"]]
         assert (len(keys), revoked) == (2, "Revoked the key shop")
+
+
+def test_requests(started: Server) -> None:
+    with httpx.Client(base_url=started.url, trust_env=False) as client, open_gate(started.data_dir / "gate") as gate:
+        request = client.post("/queue/test/gate", json={"prompt": str(gate.path), "num_inference_steps": 2}).json()
+        wait_until_claimed(client, request["status_url"])
+        for block in blocks("test_requests"):
+            listed, cancelled = output_of(block, started, REQUEST_ID=request["request_id"]).splitlines()
+            assert listed.startswith(request["request_id"])
+            assert cancelled == f"{request['request_id']}: cancelled"
 
 
 def test_webhooks(started: Server) -> None:

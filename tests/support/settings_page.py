@@ -19,6 +19,9 @@ Set an option on the command line, or its variable in the environment; the comma
 as not set. Separate several values of one variable with commas. If settings are wrong, the server does not start and
 lists every problem. `flux-server serve --help` prints the same options.
 
+The server reads its settings at its start. To change one, restart the server; there is no configuration file. Keys from
+`flux-server keys` take effect at once.
+
 The variable `FAL_KEY` counts as one of `--keys`, unless its value is `local`, which `flux-server env` gives to clients
 of a server without keys.
 
@@ -42,6 +45,7 @@ _NOTES = {
     "max_acceleration": "See [Acceleration](weights-and-memory.md#acceleration).",
     "ray": "See [Many GPUs](cluster.md).",
     "max_side": "Requests without `image_size` ask for 1024x768.",
+    "log_level": "One of `debug`, `info`, `warning` and `error`.",
     "outbound_allow": "For example `10.0.0.0/8,hooks.lan`.",
     "shutdown_grace": "Above 80, also raise `stop_grace_period` (Docker Compose) or `TimeoutStopSec` (systemd), 90 s.",
     "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",

@@ -1,6 +1,7 @@
 """Tests of the operator's commands other than serve, with and without a running server."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,15 @@ from server.storage.file_store import Lifecycle
 from tests.clients.test_realtime import SMALL, UNAUTHORIZED, generate, last_message_and_code, session
 from tests.support.components import Components, finish_job, open_components, submission
 from tests.support.components import success as outcome
-from tests.support.server_process import ROOT, TEST_MODELS, free_port, serving, wait_until_completed
+from tests.support.server_process import (
+    ROOT,
+    TEST_MODELS,
+    free_port,
+    open_gate,
+    serving,
+    wait_until_claimed,
+    wait_until_completed,
+)
 from tests.unit.storage.test_uploads import limited_file_size
 
 
@@ -138,7 +147,10 @@ def test_the_first_and_the_last_key_print_a_notice(tmp_path: Path) -> None:
     assert flux_server(tmp_path, "keys", "add", "two").stderr == ""
     assert flux_server(tmp_path, "keys", "revoke", "one").stderr == ""
     assert "No named key is left" in flux_server(tmp_path, "keys", "revoke", "two").stderr
-    assert flux_server(tmp_path, "keys", "list").stderr == "There are no keys.\n"
+    assert (
+        flux_server(tmp_path, "keys", "list").stderr
+        == "There are no stored keys.\n(without those in --keys, --operator-keys and FAL_KEY)\n"
+    )
 
 
 def test_the_generated_key_does_not_count_on_loopback(tmp_path: Path) -> None:
@@ -398,9 +410,42 @@ def test_env_prints_no_key_that_the_server_would_reject(tmp_path: Path) -> None:
     with serving(tmp_path / "given", TEST_MODELS, keys="alice") as server:
         server.ready()
         assert key_required in output_of(tmp_path / "given", "env")
-        assert "put it into FAL_KEY" in flux_server(tmp_path / "given", "env").stderr
+        assert "set FAL_KEY to a key" in flux_server(tmp_path / "given", "env").stderr
     output_of(tmp_path / "open", "keys", "add", "shop")
     files = {path.name for path in (tmp_path / "open").iterdir()}
     printed = output_of(tmp_path / "open", "env")
     assert key_required in printed and any_key not in printed and 'credentials: "your-key"' in printed
     assert {path.name for path in (tmp_path / "open").iterdir()} == files
+
+
+def test_an_operator_lists_and_cancels_requests_of_any_key(tmp_path: Path) -> None:
+    data_dir, keys = tmp_path / "data", "shop:secret,plain"
+    with (
+        open_gate(tmp_path / "gate") as gate,
+        serving(data_dir, TEST_MODELS, keys=keys, max_running_per_key="1") as server,
+    ):
+        url = server.ready().url
+        owners = re.findall(r"the key (\S+|without an id) in the settings has the owner (\w+)", server.output)
+        assert [name for name, _ in owners] == ["shop:...", "without an id"]
+        shop = {"authorization": "Key shop:secret"}
+        with httpx.Client(base_url=url, headers=shop, trust_env=False) as client:
+            body = {"prompt": str(gate.path), "num_inference_steps": 2}
+            running, waiting = (client.post("/queue/test/gate", json=body).json() for _ in range(2))
+            wait_until_claimed(client, running["status_url"])
+            listed = [line.split("\t")[:4] for line in output_of(data_dir, "requests", "list").splitlines()]
+            assert listed == [
+                [running["request_id"], owners[0][1], "IN_PROGRESS", "test/gate"],
+                [waiting["request_id"], owners[0][1], "IN_QUEUE", "test/gate"],
+            ]
+            assert output_of(data_dir, "requests", "list", "--owner", owners[1][1]) == ""
+            ids = [running["request_id"], waiting["request_id"]]
+            assert output_of(data_dir, "requests", "cancel", *ids) == "\n".join(f"{each}: cancelled" for each in ids)
+            gate.release(1)
+            for request in (running, waiting):
+                assert wait_until_completed(client, request["status_url"])["error_type"] == "client_cancelled"
+            assert output_of(data_dir, "requests", "cancel", ids[0]) == f"{ids[0]}: has ended already"
+        assert "the operator cancelled the request" in server.output
+        unknown = flux_server(data_dir, "requests", "cancel", "no-such-id")
+        assert (unknown.returncode, unknown.stderr.startswith("There is no request no-such-id")) == (1, True)
+    without_server = flux_server(data_dir, "requests", "cancel", ids[0])
+    assert (without_server.returncode, "No server uses this data directory" in without_server.stderr) == (1, True)
