@@ -12,13 +12,18 @@ def disable_telemetry_and_warnings() -> None:
     os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
 
 
-def limit_openmp_spinning() -> None:
-    """Let OpenMP's threads sleep soon while they wait for each other.
+def set_pytorch_variables() -> None:
+    """Set how PyTorch waits on a CPU and takes memory on a GPU. Variables that are set stay as they are.
 
-    By default, the threads spin for a long time before they sleep. If another program uses one of two cores, an image
-    then takes more than three times as long. With 1000 spins, an image takes less than twice as long, and on an idle
-    machine the time does not change (`bench/threads.py`). PyTorch still uses one thread per core. Operators change the
-    number of threads with OMP_NUM_THREADS, and the spinning with OMP_WAIT_POLICY or GOMP_SPINCOUNT.
+    By default, OpenMP's threads spin for a long time before they sleep while they wait for each other. If another
+    program uses one of two cores, an image then takes more than three times as long. With 1000 spins, an image takes
+    less than twice as long, and on an idle machine the time does not change (`bench/threads.py`). PyTorch still uses
+    one thread per core; operators change the number with OMP_NUM_THREADS.
+
+    On a GPU, PyTorch keeps the memory of past tensors in blocks of fixed sizes. Images of many sizes would leave more
+    and more of it in pieces that are too small to use. Blocks that grow leave fewer of them.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

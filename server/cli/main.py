@@ -11,7 +11,7 @@ import typer
 from server.cli import admin
 from server.cli.options import FAILED, with_settings_options
 from server.errors import DiskFull
-from server.library_env import disable_telemetry_and_warnings, limit_openmp_spinning
+from server.library_env import disable_telemetry_and_warnings, set_pytorch_variables
 from server.net import tls
 from server.settings import Settings
 
@@ -51,7 +51,7 @@ def main(
 def serve(settings: Settings) -> None:
     """Serve WEIGHTS: demo, a hub id, a directory in diffusers layout, or ENDPOINT=WEIGHTS."""
     disable_telemetry_and_warnings()
-    limit_openmp_spinning()
+    set_pytorch_variables()
     # Import the server only here, because `env` and `--help` do not need it.
     from models.flux.attempts import forget_open_attempts
     from server import logs
@@ -101,7 +101,7 @@ def doctor(
 ) -> None:
     """Check what this machine can run, and explain what it cannot run."""
     disable_telemetry_and_warnings()
-    limit_openmp_spinning()
+    set_pytorch_variables()
     from server.cli.doctor import run_checks, run_self_test
 
     checks = [_echo(check) for check in run_checks(settings)]
@@ -135,7 +135,7 @@ def bench(
 ) -> None:
     """Compare the speed of the engine's tiers with that of diffusers' pipeline on this machine."""
     disable_telemetry_and_warnings()
-    limit_openmp_spinning()
+    set_pytorch_variables()
     from server.cli import bench as measuring
 
     try:
