@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from diffusers import FluxPipeline
 
 from models.demo.recipe import captions, scenes
@@ -26,9 +27,9 @@ REQUIRED_OBJECTS = (
 )
 
 
-def python(work: Path, *arguments: str) -> str:
+def python(work: Path, *arguments: str, **variables: str) -> str:
     """Run Python with `work` as the directory that the recipe writes to; return the output. Fail if Python fails."""
-    environment = {**os.environ, "DEMO_WORK": str(work)}
+    environment = {**os.environ, "DEMO_WORK": str(work), **variables}
     command = [sys.executable, *arguments]
     completed = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False
@@ -37,8 +38,9 @@ def python(work: Path, *arguments: str) -> str:
     return completed.stdout
 
 
-def recipe(work: Path, *arguments: str) -> str:
-    return python(work, "-m", "models.demo.recipe", "--scale", "tiny", "--device", "cpu", "--eager", *arguments)
+def recipe(work: Path, *arguments: str, **variables: str) -> str:
+    options = ("--scale", "tiny", "--device", "cpu", "--eager")
+    return python(work, "-m", "models.demo.recipe", *options, *arguments, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,23 @@ def test_the_export_is_evaluated(work: Path) -> None:
     assert all(0 <= evaluation[name] <= 1 for name in shares)
     assert (evaluation["prompts"], evaluation["objects"], evaluation["scale"]) == (6, len(SMALL), "tiny")
     assert (work / "export" / "contact-sheet.png").is_file()
+
+
+def test_another_machine_continues_an_unfinished_training(work: Path, tmp_path: Path) -> None:
+    ahead = {"DEMO_AHEAD": str(tmp_path / "ahead")}
+    recipe(work, "handover", **ahead)
+    assert json.loads((tmp_path / "ahead" / "progress.json").read_text())["iterations"]["flow"] == 4
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "emoji").symlink_to(work / "emoji")
+    log = recipe(other, "autoencoder", "judge", "reading", "flow", **ahead)
+    assert "weights from the repository" in log
+    # All iterations are done, so the weights are those that were handed over.
+    found, expected = (torch.load(directory / "flow.pt", weights_only=True) for directory in (other, work))
+    assert found["iteration"] == expected["iteration"] == 4
+    assert (other / "latents.json").read_text() == (work / "latents.json").read_text()
+    for name, weight in expected["average"].items():
+        assert torch.equal(found["average"][name], weight.bfloat16().float()), name
 
 
 def test_a_second_run_changes_nothing(work: Path) -> None:

@@ -19,6 +19,7 @@ from models.demo.recipe import (
     evaluate,
     export,
     flow,
+    handover,
     judge,
     lora,
     reading,
@@ -38,12 +39,14 @@ STEPS: dict[str, Callable[[Plan, str], None]] = {
     "export": lambda plan, device: export.write(plan),
     "evaluate": lambda plan, device: evaluate.run(plan, device, export.FOLDER),
 }
+#: The step that is only taken if it is named: it writes what the next training starts from into the repository.
+HANDOVER = "handover"
 
 
 def main() -> None:
     """Parse the arguments and take the steps in order."""
     parser = argparse.ArgumentParser(prog="python -m models.demo.recipe", description=__doc__)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"steps to take, of {', '.join(STEPS)} (default: all)")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"steps to take (default: all but {HANDOVER})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--scale", choices=tuple(PLANS), default="small")
     parser.add_argument("--threads", type=int, default=2, help="the most threads; fewer while other processes are busy")
@@ -52,8 +55,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile nothing, for machines without a C++ compiler")
     parser.add_argument("--weights", type=Path, help="directory to evaluate, instead of the exported one")
     arguments = parser.parse_args()
-    if unknown := set(arguments.steps) - set(STEPS):
-        parser.error(f"no such step: {', '.join(sorted(unknown))}; choose from {', '.join(STEPS)}")
+    if unknown := set(arguments.steps) - {*STEPS, HANDOVER}:
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; choose from {', '.join((*STEPS, HANDOVER))}")
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +77,8 @@ def main() -> None:
                 evaluate.run(plan, device, arguments.weights)
             else:
                 step(plan, device)
+    if HANDOVER in arguments.steps:
+        handover.write(plan)
 
 
 if __name__ == "__main__":

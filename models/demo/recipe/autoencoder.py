@@ -195,6 +195,7 @@ def train(plan: Plan, device: str) -> None:
         start = saved["iteration"]
     elif not plan.is_from_scratch:
         published.load_into(vae, "vae")
+        start = published.iterations(plan, "autoencoder")
     crops, timer, errors = Crops(plan), checkpoint.Timer(plan.minutes_between_checkpoints), []
 
     def keep(iteration: int) -> None:
@@ -218,7 +219,7 @@ def train(plan: Plan, device: str) -> None:
         if timer.is_due():
             keep(iteration + 1)
             sheet(vae, plan, device, WORK / "sheets" / "autoencoder.png")
-    if start < plan.autoencoder_iterations:
+    if saved is None or start < plan.autoencoder_iterations:
         keep(plan.autoencoder_iterations)
         sheet(vae, plan, device, WORK / "sheets" / "autoencoder.png")
 

@@ -55,7 +55,7 @@ class Trainer:
             self.painter.transformer.compile_repeated_blocks(dynamic=False)
         self.optimizer = self._optimizer()
         self.average = {name: weight.detach().clone() for name, weight in self.painter.named_parameters()}
-        self.iteration, self.best = 0, 0.0
+        self.iteration, self.best = published.iterations(plan, "flow"), 0.0
         self._resume()
 
     @property
@@ -171,6 +171,8 @@ def train(plan: Plan, device: str) -> None:
     losses: list[float] = []
     first = trainer.iteration
     if first >= plan.flow_iterations:
+        if not FILE.is_file():
+            trainer.save()
         return
     while trainer.iteration < plan.flow_iterations:
         if trainer.iteration % ITERATIONS_A_CHUNK == 0 and not trainer.pool.is_full:

@@ -6,15 +6,17 @@ from typing import Any
 import numpy
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from models.demo.recipe import autoencoder, checkpoint, precision, render, scenes, threads
+from models.demo.recipe import autoencoder, checkpoint, precision, published, render, scenes, threads
 from models.demo.recipe.objects import BACKGROUNDS, Object, all_objects
 from models.demo.recipe.plan import SEED, WORK, Plan
 from models.schema import PRESETS
 
 FILE = WORK / "judge.pt"
+#: The name of the judge among the parts of an unfinished training.
+JUDGE = "judge.safetensors"
 #: The shorter side of the classifier's input, in pixels.
 PIXELS = 96
 BATCH = 32
@@ -87,7 +89,14 @@ def train(plan: Plan, device: str) -> None:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["iteration"]
+    elif start := published.iterations(plan, "judge"):
+        network.load_state_dict(load_file(published.AHEAD / JUDGE))
     timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
+
+    def keep(iteration: int) -> None:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+        checkpoint.save(FILE, state)
+
     for iteration in range(start, plan.judge_iterations):
         pixels, wanted = _batch(things, numpy.random.default_rng([SEED, 3, iteration]))
         for group in optimizer.param_groups:
@@ -102,9 +111,10 @@ def train(plan: Plan, device: str) -> None:
             checkpoint.log(f"judge {iteration + 1} right {sum(right) / len(right):.3f}")
             right.clear()
             threads.fit(plan)
-        if timer.is_due() or iteration + 1 == plan.judge_iterations:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
-            checkpoint.save(FILE, state)
+        if timer.is_due():
+            keep(iteration + 1)
+    if saved is None or start < plan.judge_iterations:
+        keep(plan.judge_iterations)
 
 
 def export(path: Path) -> None:

@@ -1,5 +1,8 @@
 """The weights in this repository, from which training continues as far as they fit."""
 
+import functools
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,12 @@ import transformers
 from safetensors.torch import load_file
 
 from models.demo.recipe import checkpoint
+from models.demo.recipe.plan import Plan
 from models.loading.specs import DEMO
 
-#: The directory of parts that are trained further than those of the pipeline; the next training starts from them.
-AHEAD = Path(__file__).resolve().parent / "ahead"
+#: The parts of an unfinished training, from which the next one continues. The step `handover` writes them.
+AHEAD = Path(os.environ.get("DEMO_AHEAD", Path(__file__).resolve().parent / "ahead"))
+PROGRESS = AHEAD / "progress.json"
 #: The weights with one row per token, by part of the pipeline, and the part with their tokenizer.
 _ROWS = {
     "text_encoder": ("embeddings.token_embedding.weight", "tokenizer", transformers.CLIPTokenizer),
@@ -23,12 +28,13 @@ _ROWS = {
 def load_into(network: Any, part: str, tokenizer: Any = None) -> None:
     """Copy the weights of a part of the pipeline into `network` where name and shape agree; leave the others.
 
-    The rows of a text encoder's tokens are copied by the token's name, because `tokenizer` may have more tokens.
+    The part comes from AHEAD if it is there, else from the demo weights. The rows of a text encoder's tokens are copied
+    by the token's name, because `tokenizer` may have more tokens than that of the demo weights.
     """
     ahead = AHEAD / f"{part}.safetensors"
     (file,) = [ahead] if ahead.is_file() else (DEMO / part).glob("*.safetensors")
     saved = load_file(file)
-    if part in _ROWS:
+    if part in _ROWS and file != ahead:
         (name,) = (key for key in saved if key.endswith(_ROWS[part][0]))
         _, tokenizer_directory, kind = _ROWS[part]
         old, new = (
@@ -43,3 +49,22 @@ def load_into(network: Any, part: str, tokenizer: Any = None) -> None:
     fitting = {key: weight for key, weight in saved.items() if key in own and own[key].shape == weight.shape}
     network.load_state_dict(fitting, strict=False)
     checkpoint.log(f"{part}: {len(fitting)} of {len(own)} weights from the repository")
+
+
+@functools.cache
+def _progress() -> dict[str, Any]:
+    progress: dict[str, Any] = json.loads(PROGRESS.read_text(encoding="utf-8")) if PROGRESS.is_file() else {}
+    return progress
+
+
+def iterations(plan: Plan, step: str) -> int:
+    """Return how many iterations of a step the parts in AHEAD have had; 0 if they are not for this plan."""
+    if plan.is_from_scratch or _progress().get("scale") != plan.scale:
+        return 0
+    return int(_progress()["iterations"].get(step, 0))
+
+
+def statistics(plan: Plan) -> dict[str, float] | None:
+    """Return the scaling and the shift of the latents that the parts in AHEAD were trained with, if there are any."""
+    found: dict[str, float] | None = _progress()["latents"] if iterations(plan, "flow") else None
+    return found

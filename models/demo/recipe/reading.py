@@ -80,10 +80,16 @@ def train(plan: Plan, device: str) -> None:
     elif not plan.is_from_scratch:
         published.load_into(reader.text_encoder, "text_encoder", reader.tokenizer)
         published.load_into(reader.text_encoder_2, "text_encoder_2", reader.tokenizer_2)
+        start = published.iterations(plan, "reading")
     if plan.is_compiled:
         # Most of the time goes into many small operations, which compilation joins.
         reader.text_encoder_2.compile(dynamic=False)
     timer, right = checkpoint.Timer(plan.minutes_between_checkpoints), []
+
+    def keep(iteration: int) -> None:
+        state = {"reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+        checkpoint.save(FILE, state)
+
     for iteration in range(start, plan.reading_iterations):
         rng = numpy.random.default_rng([SEED, 9, iteration])
         found = [scenes.sample(things, rng) for _ in range(BATCH)]
@@ -102,9 +108,10 @@ def train(plan: Plan, device: str) -> None:
             shares = numpy.array(right[-100:]).mean(axis=0).round(3).tolist()
             checkpoint.log(f"reading {iteration + 1} right {shares}")
             threads.fit(plan)
-        if timer.is_due() or iteration + 1 == plan.reading_iterations:
-            state = {"reader": reader.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration + 1}
-            checkpoint.save(FILE, state)
+        if timer.is_due():
+            keep(iteration + 1)
+    if saved is None or start < plan.reading_iterations:
+        keep(plan.reading_iterations)
 
 
 def load_into(painter: networks.Painter) -> None:
