@@ -78,7 +78,7 @@ def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS)
     """Run the self test in a child process, because a broken driver may end it; return the results that it printed.
 
     If the process dies, the test that was running counts as failed, and another process runs the tests after it. If all
-    of it takes more than `seconds`, or somebody stops it, that test is the last one.
+    of it takes more than `seconds`, or it is stopped from outside, that test is the last one.
     """
     deadline = time.monotonic() + seconds
     results: list[dict[str, Any]] = []

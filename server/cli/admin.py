@@ -117,7 +117,7 @@ def cancel_requests(
     request_ids: Annotated[list[str], typer.Argument(metavar="REQUEST_ID...", help="Ids of requests.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Cancel requests, whoever submitted them: waiting ones at once, running ones before their next step."""
+    """Cancel requests of any key: waiting ones at once, running ones before their next step."""
     for request_id in request_ids:
         is_cancelled = _ask(data_dir, "cancel_request", request_id=request_id)
         typer.echo(f"{request_id}: {'cancelled' if is_cancelled else 'has ended already'}")

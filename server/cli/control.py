@@ -107,7 +107,7 @@ class Control:
         return [dict(row) for row in rows]
 
     def cancel_request(self, request_id: str) -> bool:
-        """Cancel a request, whoever submitted it; return False if it had ended already.
+        """Cancel a request of any key; return False if it had ended already.
 
         Raises ValueError if there is no such request, or no server is running.
         """

@@ -89,6 +89,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
         # Close the proxy after the listeners, because some of their responses pass through the proxy.
         if proxy:
             await proxy.close()
+    log.info("stopped; %d requests wait for the next start", services.queue.length)
     return backend.failure
 
 

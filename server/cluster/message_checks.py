@@ -22,6 +22,8 @@ MAX_LINE, MAX_LINES = 2**16, 10_000
 _MAX_WORD = 255
 #: Maximum images of one request. Far above fal's four, because an endpoint may allow more.
 _MAX_IMAGES = 255
+#: The longest side of an image in pixels, above any that a server accepts; the highest level of a log line.
+_MAX_SIDE, _MAX_LEVEL = 100_000, 1_000
 #: The largest integer that SQLite stores.
 _MAX_UNITS = 2**63 - 1
 _CONTENT_TYPES = ("image/jpeg", "image/png")
@@ -38,6 +40,16 @@ def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
 
     Raises ImplausibleMessage.
     """
+    try:
+        return _checked(message, jobs)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        # A field has another type than any of the checks expects.
+        raise ImplausibleMessage(
+            f"the runner reported {type(message).__name__} with a field of a wrong type"
+        ) from error
+
+
+def _checked(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
     request_id = getattr(message, "request_id", "")
     _require(isinstance(request_id, str), "a request id that is not text")
     job = jobs.get(request_id)
@@ -59,14 +71,18 @@ def check(message: messages.Message, jobs: Mapping[str, Job]) -> Job | None:
                 "an invalid state",
             )
         case messages.StepMeasured():
+            are_sides = len(message.size) == 2 and all(_is_count(side, _MAX_SIDE) for side in message.size)
+            _require(are_sides, "an invalid image size")
             _require(_is_text(message.acceleration, _MAX_WORD) and _is_time(message.seconds), "an invalid step time")
         case messages.ImagesGenerated():
             numbers = (message.num_images, message.num_flagged)
             _require(all(_is_count(number, _MAX_IMAGES) for number in numbers), "an invalid number of images")
+            _require(_is_text(message.endpoint, _MAX_WORD), "an invalid endpoint")
         case messages.LogRecord():
             record = message.record
             is_line = isinstance(record, LogRecord) and isinstance(record.msg, str) and not record.args
             _require(is_line, "an invalid log record")
+            _require(_is_text(record.name, _MAX_WORD) and _is_count(record.levelno, _MAX_LEVEL), "an invalid logger")
         case messages.RunnerStopped():
             _require(message.failure is None or _is_text(message.failure, MAX_LINE), "an invalid reason for stopping")
     return job

@@ -32,6 +32,12 @@ def with_outcome(job: Job, **changes: Any) -> messages.JobFinished:
     return messages.JobFinished(job.request_id, dataclasses.replace(Outcome(200, "{}"), **changes), {})
 
 
+def log_record(**changes: Any) -> logging.LogRecord:
+    record = logging.makeLogRecord({"name": "models", "levelno": logging.INFO, "msg": "a line"})
+    vars(record).update(changes)
+    return record
+
+
 INVALID_MESSAGES: dict[str, Callable[[Job], messages.Message]] = {
     "a name in another directory": lambda job: with_file(job, name="../../stolen.jpg"),
     "a name with a slash": lambda job: with_file(job, name=f"x/{NAME}"),
@@ -67,6 +73,14 @@ INVALID_MESSAGES: dict[str, Callable[[Job], messages.Message]] = {
     "an invalid step time": lambda job: messages.StepMeasured((64, 64), "none", float("nan")),
     "a negative number of images": lambda job: messages.ImagesGenerated("test/null", -1, 0),
     "an invalid log record": lambda job: messages.LogRecord("x"),  # type: ignore[arg-type]
+    "no list of crashes": lambda job: messages.CrashReported(None),  # type: ignore[arg-type]
+    "no list of files": lambda job: with_outcome(job, files=None),
+    "no contents": lambda job: dataclasses.replace(with_file(job), contents=None),  # type: ignore[arg-type]
+    "images of no endpoint": lambda job: messages.ImagesGenerated(None, 1, 0),  # type: ignore[arg-type]
+    "an image without a height": lambda job: messages.StepMeasured((64,), "none", 1.0),  # type: ignore[arg-type]
+    "an image without a size": lambda job: messages.StepMeasured(None, "none", 1.0),  # type: ignore[arg-type]
+    "a log record of no logger": lambda job: messages.LogRecord(log_record(name=None)),
+    "a log record of no level": lambda job: messages.LogRecord(log_record(levelno="high")),
 }
 
 

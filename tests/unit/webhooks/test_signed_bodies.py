@@ -97,7 +97,7 @@ def test_signatures_of_very_many_bodies(signer: WebhookSigner) -> None:
 
 
 def test_every_byte_is_signed(signer: WebhookSigner) -> None:
-    """Changing any bit of the body, or the id, the owner or the time, invalidates the signatures."""
+    """Changing any bit of the body, or the id or the time, invalidates every signature; the owner, fal's only."""
     request_id, body = str(uuid.uuid4()), '{"prompt":"Grüße, 世界 🌍"}'.encode()
     received, jwks = Received(signer.headers(request_id, "me", body), body), signer.jwks()
     assert verdicts(received, jwks) == {True}
