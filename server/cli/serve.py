@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import urlsplit
@@ -78,19 +79,27 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             await asyncio.wait([*waits, *servers], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
-        services.notifier.is_stopping = True
-        log.info("stopping")
-        # Stop the backend first. Clients are still connected, so they get the results of the grace period.
-        await asyncio.to_thread(backend.stop)
-        services.notifier.close()
-        for listener in listeners:
-            listener.should_exit = True
-        await asyncio.gather(*servers, return_exceptions=True)
+        await _stop(components, listeners, servers)
         # Close the proxy after the listeners, because some of their responses pass through the proxy.
         if proxy:
             await proxy.close()
     log.info("stopped; %d requests wait for the next start", services.queue.length)
     return backend.failure
+
+
+async def _stop(
+    components: Components, listeners: Sequence[uvicorn.Server], servers: Sequence[asyncio.Task[None]]
+) -> None:
+    """Let running requests finish within the grace period, then end the listeners with their connections."""
+    services = components.services
+    services.notifier.is_stopping = True
+    log.info("stopping")
+    # Stop the backend first. Clients are still connected, so they get the results of the grace period.
+    await asyncio.to_thread(components.backend.stop)
+    services.notifier.close()
+    for listener in listeners:
+        listener.should_exit = True
+    await asyncio.gather(*servers, return_exceptions=True)
 
 
 def _control(components: Components, settings: Settings) -> Control:

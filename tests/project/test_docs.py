@@ -41,7 +41,8 @@ FOREIGN = {
         "--block",
         "--build-arg",
     ),
-    *("--scope", "--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
+    *("--scope", "--owner", "--limit"),
+    *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
     *(
         "--cap-gb",
         "--json",

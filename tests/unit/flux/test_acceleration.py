@@ -291,6 +291,18 @@ def broken_tier(name: str) -> Tier:
     return Tier(name, cannot_run, is_ready=False)
 
 
+def test_the_warm_up_begins_with_the_usual_size_of_images(pipeline: FluxPipeline) -> None:
+    """Triton chooses its configurations in the first forward, for good: it must see the 4096 tokens of 1024x1024."""
+    numbers: list[int] = []
+
+    def run(**inputs: Any) -> None:
+        numbers.append(inputs["hidden_states"].shape[1])
+
+    run.config = pipeline.transformer.config  # type: ignore[attr-defined]
+    Tier("none", run).warm_up("cpu", torch.bfloat16, 8)
+    assert numbers[0] == 4096 and len(numbers) > 1
+
+
 def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None:
     offered = [
         Tier("none", pipeline.transformer),

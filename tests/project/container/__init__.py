@@ -1,0 +1,1 @@
+"""The build and the trial of the container image, and a check that runs inside it."""
