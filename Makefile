@@ -74,7 +74,7 @@ peers: .venv/dev.done build/peers/installed.done
 
 # Python warns of an escape sequence in torchao when it compiles it.
 cuda-proof: build/cuda/installed.done
-	build/cuda/bin/python -m pytest -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
+	build/cuda/bin/python -m pytest tests/cuda -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
 
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
