@@ -18,6 +18,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, config
 from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
@@ -163,7 +164,8 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
 
 
 def _forget_answers() -> None:
-    """Make PyTorch ask again whether Triton can be used: it keeps the answers."""
+    """Make PyTorch ask again what the GPU is and whether Triton can be used: it keeps the answers."""
+    DeviceProperties.create.cache_clear()
     for name in dir(_triton):
         getattr(getattr(_triton, name), "cache_clear", lambda: None)()
 

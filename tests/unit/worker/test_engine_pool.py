@@ -244,8 +244,8 @@ def test_a_hundred_switches_between_weights(tiny: Path) -> None:
         gc.collect()
         memory_used.append(psutil.Process().memory_info().rss)
     gc.unfreeze()
-    # Not `isinstance`: reading `__class__` of some old PyTorch modules emits a warning. The compiler keeps fake tensors,
-    # which have no memory, if another test of this process has compiled.
+    # Not `isinstance`: reading `__class__` of some old PyTorch modules emits a warning. The compiler keeps fake
+    # tensors, which have no memory, if another test of this process has compiled.
     tensors = [
         item
         for item in gc.get_objects()
