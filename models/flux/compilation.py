@@ -27,32 +27,16 @@ def compile_blocks(transformer: Any) -> Any:
     return transformer
 
 
-#: The matrices that `join_projections` joins: those of the image, and those of the text in joint blocks.
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def join_projections(attention: Any) -> None:
-    """Join the matrices of query, key and value, and delete the single ones."""
-    attention.fuse_projections()
-    for name in _PROJECTIONS:
-        if hasattr(attention, name):
-            delattr(attention, name)
-
-
 def quantize(transformer: Any) -> None:
     """Quantize the blocks' large matrices to fp8 in place, with a scale per row.
 
-    Each forward quantizes the inputs of the matrices too. Query, key and value have the same input, so they are joined
-    first: their input is then quantized once instead of three times.
+    Each forward quantizes the inputs of these matrices too.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     # With True, torchao would change Inductor's options for unquantized tiers too, and in the calling thread only.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        # One block at a time, so that the joined matrices of only one block exist in bf16.
-        join_projections(block.attn)
-        quantize_(block, config, filter_fn=lambda module, name: is_large_matrix(module, f"transformer_blocks.{name}"))
+    quantize_(transformer, config, filter_fn=is_large_matrix)
 
 
 def is_large_matrix(module: torch.nn.Module, name: str) -> bool:
