@@ -63,6 +63,20 @@ def _mark(given: list[tuple[torch.Tensor, ...]], wanted: torch.Tensor) -> tuple[
     return loss, [[float((a.argmax(1) == b).float().mean()) for a, b in of_encoder] for of_encoder in pairs]
 
 
+def _resume(plan: Plan, reader: Reader, optimizer: torch.optim.Optimizer) -> tuple[Any, int]:
+    """Load the last checkpoint, else the weights in the repository; return the checkpoint and the iterations done."""
+    saved: Any = checkpoint.load(FILE)
+    if saved:
+        reader.load_state_dict(saved["reader"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved, saved["iteration"]
+    if plan.is_from_scratch:
+        return None, 0
+    published.load_into(reader.text_encoder, "text_encoder", reader.tokenizer)
+    published.load_into(reader.text_encoder_2, "text_encoder_2", reader.tokenizer_2)
+    return None, published.iterations(plan, "reading")
+
+
 def train(plan: Plan, device: str) -> None:
     """Train the text encoders, from the last checkpoint if there is one. Do nothing if the training is complete."""
     things = all_objects(plan.scale)
@@ -71,16 +85,7 @@ def train(plan: Plan, device: str) -> None:
     torch.manual_seed(SEED)
     reader = Reader(things).to(device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
-    saved: Any = checkpoint.load(FILE)
-    start = 0
-    if saved:
-        reader.load_state_dict(saved["reader"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["iteration"]
-    elif not plan.is_from_scratch:
-        published.load_into(reader.text_encoder, "text_encoder", reader.tokenizer)
-        published.load_into(reader.text_encoder_2, "text_encoder_2", reader.tokenizer_2)
-        start = published.iterations(plan, "reading")
+    saved, start = _resume(plan, reader, optimizer)
     if plan.is_compiled:
         # Most of the time goes into many small operations, which compilation joins.
         reader.text_encoder_2.compile(dynamic=False)
