@@ -114,6 +114,8 @@ def recorded() -> Iterator[Recorder]:
         (FakeTensor, "data", property(torch.Tensor.data.__get__, _set_data)),
         (FakeTensor, "__deepcopy__", _copy),
         (Module, "_apply", _Apply()),
+        # It draws again until every value is within bounds, which a fake tensor's values never are.
+        (torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor),
     ]
     with ExitStack() as stack:
         for target, name, value in replacements:
