@@ -79,10 +79,10 @@ class Settings(BaseModel):
         "Falconsai/nsfw_image_detection",
         description="Hugging Face id or directory of the safety checker, for weights that include none.",
     )
-    memory: Literal["auto", "resident", "fp8-storage", "group-offload"] = Field(
+    memory: Literal["auto", "resident", "fp8", "fp8-storage", "group-offload"] = Field(
         "auto",
-        description="How to fit the weights into GPU memory: resident (all on the GPU), fp8-storage (8 bits),"
-        " group-offload (most in main memory), or auto for the fastest that fits.",
+        description="How to fit the weights into GPU memory: resident (all on the GPU), fp8 or fp8-storage (8"
+        " bits), group-offload (most in main memory), or auto for the fastest that fits.",
     )
     max_acceleration: Literal["none", "regular", "high"] = Field(
         "high", description="Highest acceleration offered: none, regular or high; requests for more get this one."

@@ -16,6 +16,7 @@ from models.flux.device import Device
 from models.flux.engine import FluxEngine
 from models.flux.flops import step_flops
 from models.flux.prompt_cache import count_text_tokens
+from models.loading.memory_plans import PLANS, Plan
 
 PROMPT = "a red apple on a blue table"
 GUIDANCE_SCALE = 3.5
@@ -67,7 +68,7 @@ class _Timing:
 class EngineBenchmark:
     """A benchmark of diffusers' pipeline against each tier of the engine, all built from the same weights."""
 
-    def __init__(self, pipeline: Any, device: str, config: EngineConfig, *, is_resident: bool = True) -> None:
+    def __init__(self, pipeline: Any, device: str, config: EngineConfig, plan: Plan = PLANS[0]) -> None:
         self.pipeline = pipeline
         self.device = device
         self._now = Device(device).now
@@ -75,8 +76,8 @@ class EngineBenchmark:
         # Neither diffusers nor the engine runs a safety checker here.
         self._checker = safety_checker.Unavailable("not used")
         self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        way = acceleration.ways(config, device, is_resident=is_resident)[0]
-        for tier in acceleration.build(pipeline, config, device, way)[0]:
+        way = acceleration.ways(config, device, plan)[0]
+        for tier in acceleration.build(pipeline, config, plan, way)[0]:
             # Without compilation, the tier "none" is the same as "eager".
             if tier.name != "none" or tier.transformer is not pipeline.transformer:
                 self.engines[tier.name] = self._engine(tier)

@@ -12,11 +12,12 @@ from models.flux.compilation import (
     choose_attention,
     clone_sharing_weights,
     compile_blocks,
-    fp8_unavailable_reason,
+    fp8_copy_unavailable_reason,
     has_faster_attention,
-    quantize,
     set_compile_cache_dirs,
 )
+from models.loading import fp8
+from models.loading.memory_plans import Plan
 
 log = logging.getLogger(__name__)
 
@@ -68,50 +69,56 @@ def uncompiled_tiers(offered: Sequence[Tier]) -> list[Tier]:
     return [tier for tier in _UNCOMPILED if tier.name in names]
 
 
-def ways(config: EngineConfig, device: str, *, is_resident: bool) -> list[str]:
-    """Return the ways to run the tiers, from the fastest to the one that always works."""
-    if device == "cpu" or config.is_eager or not is_resident:
+def ways(config: EngineConfig, device: str, plan: Plan) -> list[str]:
+    """Return the ways to run the tiers, from the fastest to the last resort.
+
+    Uncompiled, each product in fp8 is several kernels, which are slower than the next plan.
+    """
+    if device == "cpu" or config.is_eager or not plan.can_compile:
         return [UNCOMPILED]
-    return [FASTEST, COMPILED, UNCOMPILED] if has_faster_attention() else [COMPILED, UNCOMPILED]
+    compiled = [FASTEST, COMPILED] if has_faster_attention() else [COMPILED]
+    return compiled if plan.needs_fp8 else [*compiled, UNCOMPILED]
 
 
-def build(pipeline: Any, config: EngineConfig, device: str, way: str) -> tuple[list[Tier], list[str]]:
+def build(pipeline: Any, config: EngineConfig, plan: Plan, way: str) -> tuple[list[Tier], list[str]]:
     """Return the tiers that the operator offers and the device can run in this way, in the order of NAMES.
 
     A second returned list says which other tiers the operator offers, and why the device cannot run them.
     """
     offered = NAMES[: NAMES.index(config.max_acceleration) + 1]
     unavailable: list[str] = []
-    if device == "cpu":
+    if way == UNCOMPILED:
         tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
-    elif way == UNCOMPILED:
-        tiers = [Tier("none", pipeline.transformer)]
     else:
-        tiers = _compiled(pipeline.transformer, config, way, unavailable)
+        tiers = _compiled(pipeline.transformer, config, plan, way, unavailable)
     return [tier for tier in tiers if tier.name in offered], unavailable
 
 
-def _compiled(transformer: Any, config: EngineConfig, way: str, unavailable: list[str]) -> list[Tier]:
+def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unavailable: list[str]) -> list[Tier]:
     set_compile_cache_dirs(config)
-    exact = clone_sharing_weights(transformer)
+    placed = clone_sharing_weights(transformer)
     if way == FASTEST:
-        choose_attention(exact)
-    tiers = [Tier("none", compile_blocks(exact), is_ready=False)]
+        choose_attention(placed)
+    tiers = [Tier("none", compile_blocks(placed), is_ready=False)]
     if config.max_acceleration == "none":
         return tiers
-    if reason := fp8_unavailable_reason(transformer):
+    if plan.needs_fp8:
+        return [*tiers, *_fast(placed)]
+    if reason := fp8_copy_unavailable_reason(transformer):
         log.info("acceleration regular and high are unavailable, so requests for them run with none: %s", reason)
         unavailable.append(f"acceleration regular and high: {reason}")
         return tiers
-    quantized = clone_sharing_weights(exact)
+    quantized = clone_sharing_weights(placed)
     try:
-        quantize(quantized)
+        fp8.quantize(quantized)
     except torch.OutOfMemoryError:
         unavailable.append("acceleration regular and high: memory ran out while the matrices were converted to fp8")
         return tiers
-    compile_blocks(quantized)
+    return [*tiers, *_fast(compile_blocks(quantized))]
+
+
+def _fast(quantized: Any) -> list[Tier]:
     return [
-        *tiers,
         Tier("regular", quantized, shares_forwards=True, is_ready=False),
         Tier("high", quantized, skips_blocks=True, is_ready=False),
     ]

@@ -25,26 +25,34 @@ log = logging.getLogger(__name__)
 def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> FluxEngine:
     """Load the weights and the safety checker, warm up the tier "none", and return the engine.
 
-    If memory runs out, the next memory plan is tried, unless the operator chose one. If the warm-up fails, the engine
-    runs in the next way of `acceleration.ways`. If the checker cannot be loaded, the requests that need it fail.
+    If memory runs out, or no way of a memory plan works, the next plan is tried, unless the operator chose one. If the
+    warm-up fails, the engine runs in the next way of `acceleration.ways`. If the checker cannot be loaded, the requests
+    that need it fail.
 
     Raises OSError if the weights cannot be loaded, and DeviceLost if the device fails.
     """
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
     failed = _self_test_failures(config, device)
+    unavailable: list[str] = []
     while True:
         try:
-            return _load(config, device, kind, failed)
+            engine = _load(config, device, kind, failed)
+            engine.unavailable[:0] = unavailable
+            return engine
         except OSError as error:
             # Without its traceback, whose frames keep the weights of this try alive.
             failure = error.with_traceback(None)
         # PyTorch still holds the memory of the partial load, and the next plan or other engines need it.
         Device(device).free()
-        if not isinstance(failure, memory_plans.DoesNotFit) or not is_auto or failure.next_plan is None:
+        if not isinstance(failure, memory_plans.PlanFailed) or not is_auto:
             raise failure
-        log.warning("%s; trying the plan %s", failure, failure.next_plan.name)
-        config = dataclasses.replace(config, memory=failure.next_plan.name)
+        plan = memory_plans.following(failure.plan, device, is_eager=config.is_eager)
+        if plan is None:
+            raise failure
+        log.warning("%s; trying the plan %s", failure, plan.name)
+        unavailable.append(f"memory plan {failure.plan.name}: {failure.reason}")
+        config = dataclasses.replace(config, memory=plan.name)
 
 
 def _self_test_failures(config: EngineConfig, device: str) -> Mapping[str, str]:
@@ -72,7 +80,7 @@ def _assemble(
     pipeline: Any,
     plan: memory_plans.Plan,
 ) -> FluxEngine:
-    """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError and DeviceLost."""
+    """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError, DeviceLost and memory_plans.PlanFailed."""
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
     checker = safety_checker.load(config)
@@ -80,13 +88,13 @@ def _assemble(
     attempts = Attempts(_attempts_directory(config, device))
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
-    for way in acceleration.ways(config, device, is_resident=plan.is_resident):
+    for way in acceleration.ways(config, device, plan):
         if _is_ready(engine, config, way, failed):
-            break
+            return engine
         # Release the copies that were made for this way.
         engine.tiers = none
         engine.device.free()
-    return engine
+    raise memory_plans.PlanFailed(plan, "; ".join(engine.unavailable))
 
 
 def _attempts_directory(config: EngineConfig, device: str) -> Path | None:
@@ -100,26 +108,30 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
 
     `failed` are the self test's failures. Raises torch.OutOfMemoryError and DeviceLost.
     """
-    if reason := _reason(engine, way, failed.get(f"blocks {way}")):
-        engine.unavailable.append(f"{way}: {reason}")
+    fp8_failure = failed.get("blocks compiled in fp8") if way != acceleration.UNCOMPILED else None
+    failure, name = failed.get(f"blocks {way}"), way
+    if engine.plan.needs_fp8:
+        failure, name = failure or fp8_failure, f"{way} in fp8"
+    if reason := _reason(engine, name, failure):
+        engine.unavailable.append(f"{name}: {reason}")
         return False
-    built, unavailable = acceleration.build(engine.pipeline, config, engine.device.name, way)
+    built, unavailable = acceleration.build(engine.pipeline, config, engine.plan, way)
     engine.tiers = built[:1]
     for tier in built[1:]:
-        if reason := _reason(engine, tier.name, failed.get("blocks compiled in fp8")):
+        if reason := _reason(engine, tier.name, fp8_failure):
             unavailable.append(f"acceleration {tier.name}: {reason}")
         else:
             engine.tiers.append(tier)
     if engine.tiers[0].is_ready:
         return True
     try:
-        with engine.attempts.attempt(way):
+        with engine.attempts.attempt(name):
             engine.warm_up()
     except (torch.OutOfMemoryError, DeviceLost):
         raise
     except Exception as error:
-        log.exception("the weights do not run %s", way)
-        engine.unavailable.append(f"{way}: {summary(error)}")
+        log.exception("the weights do not run %s", name)
+        engine.unavailable.append(f"{name}: {summary(error)}")
         return False
     engine.unavailable += unavailable
     return True

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.loading import fp8
+
 #: The memory in addition to the weights, as a share of all weights: 3.0 GB for FLUX.1 in bf16. Of it, a generation at
 #: 1024x1024 takes 1.7 GB, simulated with PyTorch's fake tensors. The rest is for the CUDA context, the libraries'
 #: workspaces and fragmentation. Not yet measured on a GPU.
@@ -25,7 +27,8 @@ class Plan:
         description: a summary for `doctor`.
         required_bytes: returns the bytes needed on the device, given the bytes of each component's weights.
         apply: places a pipeline on a device and returns the pipeline.
-        is_resident: whether all weights stay on the device unchanged, which compiled tiers require.
+        is_resident: whether all weights stay on the device unchanged.
+        needs_fp8: whether the device multiplies the transformer's matrices in fp8.
     """
 
     name: str
@@ -33,10 +36,31 @@ class Plan:
     required_bytes: Callable[[Mapping[str, int]], float]
     apply: Callable[[Any, str], Any]
     is_resident: bool = False
+    needs_fp8: bool = False
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether the whole transformer stays on the device, in the form in which it computes."""
+        return self.is_resident or self.needs_fp8
+
+    def problem(self, device: str, *, is_eager: bool = False) -> str | None:
+        """Return the reason why a device cannot use the plan; None if it can. `is_eager` forbids compiling."""
+        if not self.needs_fp8:
+            return None
+        if device == "cpu":
+            return "on a CPU, products in fp8 are slow"
+        return "products in fp8 are slow unless they are compiled" if is_eager else fp8.unavailable_reason()
 
 
 def _resident(pipeline: Any, device: str) -> Any:
     return pipeline.to(device)
+
+
+def _fp8(pipeline: Any, device: str) -> Any:
+    """Quantize the transformer matrix by matrix on the device; offload T5's blocks."""
+    fp8.quantize(pipeline.transformer, device)
+    _offload(pipeline.text_encoder_2.encoder, device)
+    return _rest(pipeline, device)
 
 
 def _fp8_storage(pipeline: Any, device: str) -> Any:
@@ -99,13 +123,25 @@ def _blocks(sizes: Mapping[str, int], name: str) -> float:
     return sizes.get(name, 0) * _TWO_BLOCKS[name]
 
 
+def _in_fp8(sizes: Mapping[str, int]) -> float:
+    """Return the bytes that a plan needs with the transformer in 8 bits and the text encoder loaded block by block."""
+    return _always(sizes) + sizes.get("transformer", 0) * FP8_SHARE + _blocks(sizes, "text_encoder_2")
+
+
 #: All plans, from the fastest to the one that needs least memory.
 PLANS = (
     Plan("resident", "all weights on the device", lambda sizes: sum(sizes.values()) * (1 + RESERVE), _resident, True),
     Plan(
+        "fp8",
+        "the transformer in fp8 and compiled, which changes images slightly; the text encoder loaded block by block",
+        _in_fp8,
+        _fp8,
+        needs_fp8=True,
+    ),
+    Plan(
         "fp8-storage",
-        "the transformer in 8 bits, which changes images slightly; the text encoder loaded block by block",
-        lambda sizes: _always(sizes) + sizes.get("transformer", 0) * FP8_SHARE + _blocks(sizes, "text_encoder_2"),
+        "the transformer kept in 8 bits, which changes images slightly; the text encoder loaded block by block",
+        _in_fp8,
         _fp8_storage,
     ),
     Plan(
@@ -119,21 +155,20 @@ PLANS = (
 NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
-class DoesNotFit(OSError):
+class PlanFailed(OSError):
+    """A memory plan did not work on this device, for this reason."""
+
+    def __init__(self, plan: Plan, reason: str, advice: str = "choose another plan with --memory") -> None:
+        super().__init__(f"memory plan {plan.name}: {reason}; {advice}")
+        self.plan, self.reason = plan, reason
+
+
+class DoesNotFit(PlanFailed):
     """Memory ran out while an engine was loaded with a memory plan."""
 
     def __init__(self, plan: Plan, reason: str) -> None:
-        super().__init__(
-            f"memory ran out while the weights were loaded with the memory plan {plan.name}: {reason}; "
-            "free memory, or choose a plan that needs less with --memory"
-        )
-        self.plan = plan
-
-    @property
-    def next_plan(self) -> Plan | None:
-        """The plan that needs less memory than this one; None if there is none."""
-        following = PLANS[PLANS.index(self.plan) + 1 :]
-        return following[0] if following else None
+        advice = "free memory, or choose a plan that needs less with --memory"
+        super().__init__(plan, f"memory ran out while the weights were loaded: {reason}", advice)
 
 
 def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
@@ -141,17 +176,28 @@ def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
     return PLANS[0].required_bytes(sizes) <= free
 
 
-def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda") -> Plan:
-    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes.
+def following(plan: Plan, device: str, *, is_eager: bool = False) -> Plan | None:
+    """Return the next plan after this one that the device can use; None if there is none."""
+    rest = PLANS[PLANS.index(plan) + 1 :]
+    return next((other for other in rest if not other.problem(device, is_eager=is_eager)), None)
+
+
+def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda", is_eager: bool = False) -> Plan:
+    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes and the device can use.
 
     On a CPU, "auto" is always "resident": weights are mapped from their files, and parts that do not fit into memory
-    are read again when they are used. Raises OSError if "auto" finds no plan that fits.
+    are read again when they are used. Raises OSError if "auto" finds no plan that fits, and PlanFailed if the device
+    cannot use the named plan.
     """
     if device == "cpu" and name == "auto":
         return PLANS[0]
     for plan in PLANS:
         if plan.name == name or (name == "auto" and plan.required_bytes(sizes) <= free):
-            return plan
+            problem = plan.problem(device, is_eager=is_eager)
+            if problem and name != "auto":
+                raise PlanFailed(plan, problem)
+            if not problem:
+                return plan
     least = min(plan.required_bytes(sizes) for plan in PLANS)
     raise OSError(
         f"the device has {free / 1e9:.1f} GB free, but the weights need at least {least / 1e9:.1f} GB; "

@@ -43,7 +43,7 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
     directory, device = weights_directory(config.weights), device_for(config.device)
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
     sizes = _sizes(config.weights, directory, dtype_of(config))
-    plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device)
+    plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device, is_eager=config.is_eager)
     try:
         return _load(config, directory, sizes, plan, device), plan
     except torch.OutOfMemoryError as error:

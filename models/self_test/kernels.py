@@ -11,6 +11,7 @@ from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.device import Device
 from models.flux.prompt_cache import FLUX_TEXT_TOKENS
+from models.loading import fp8
 from models.loading.devices import dtype_for
 from models.schema import PRESETS
 from models.self_test.trials import Failed, Skipped, Subject, Trial, need_gpu
@@ -99,10 +100,10 @@ def _blocks(way: str) -> Callable[[Subject], str]:
 def _fp8(subject: Subject) -> str:
     need_gpu(subject)
     transformer = two_blocks(subject)
-    if reason := compilation.fp8_unavailable_reason(transformer):
+    if reason := compilation.fp8_copy_unavailable_reason(transformer):
         raise Skipped(reason)
     quantized = compilation.clone_sharing_weights(transformer)
-    compilation.quantize(quantized)
+    fp8.quantize(quantized)
     return compare(subject, transformer, compilation.compile_blocks(quantized), _FP8_BOUND)
 
 

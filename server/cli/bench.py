@@ -44,7 +44,7 @@ def run(
         is_eager=settings.eager,
         compile_cache=settings.data_dir / "compiled",
     )
-    bench = EngineBenchmark(pipeline, device, config, is_resident=plan.is_resident)
+    bench = EngineBenchmark(pipeline, device, config, plan)
     report = _machine(device) | {
         "weights": f"random, {shape}" if shape else ", ".join(settings.weights),
         "dtype": devices.type_name(pipeline.transformer.dtype),
@@ -73,7 +73,8 @@ def _pipeline(settings: Settings, shape: str, device: str) -> tuple[Any, memory_
     stored = random_weights.sizes(shape, torch.bfloat16)
     dtype = devices.dtype_for(settings.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
-    plan = memory_plans.choose(settings.memory, random_weights.sizes(shape, dtype), free, device=device)
+    sizes = random_weights.sizes(shape, dtype)
+    plan = memory_plans.choose(settings.memory, sizes, free, device=device, is_eager=settings.eager)
     # For a plan that does not keep all weights on the device, build them in host memory, as loading does.
     pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)
     return plan.apply(pipeline, device), plan

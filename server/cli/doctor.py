@@ -186,7 +186,7 @@ def _weights(
         yield Check(f"{name} type", False, str(error))
         return
     sizes = {part: size * dtype.itemsize // 2 for part, size in sizes.items()}
-    yield _memory(name, sizes, settings.memory, device, free)
+    yield _memory(name, sizes, settings, device, free)
 
 
 def _name(where: str | Path) -> str:
@@ -207,13 +207,15 @@ def _type(transformer_size: int, directory: Path | None, dtype: Any) -> str:
         return f"{message}; {Device('cpu').step_description({**FLUX_DEV, **config}, dtype)}; use a GPU"
 
 
-def _memory(where: str, sizes: Mapping[str, int], name: str, device: str, free: int) -> Check:
+def _memory(where: str, sizes: Mapping[str, int], settings: Settings, device: str, free: int) -> Check:
     """Check that the chosen memory plan fits; the message lists the memory that each plan requires."""
     # With `auto`, a CPU always uses the first plan.
-    plans = memory_plans.PLANS[:1] if (device, name) == ("cpu", "auto") else memory_plans.PLANS
+    name, is_eager = settings.memory, settings.eager
+    usable = [plan for plan in memory_plans.PLANS if not plan.problem(device, is_eager=is_eager)]
+    plans = usable[:1] if (device, name) == ("cpu", "auto") else usable
     needs = ", ".join(f"{plan.name} {plan.required_bytes(sizes) / 1e9:.2f} GB" for plan in plans)
     try:
-        chosen = memory_plans.choose(name, sizes, free, device=device)
+        chosen = memory_plans.choose(name, sizes, free, device=device, is_eager=is_eager)
     except OSError as error:
         return Check(f"{where} memory", False, f"{error} ({needs})")
     figures = f"required: {needs}; free: {free / 1e9:.1f} GB"

@@ -9,11 +9,14 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch._dynamo.utils import counters
+from triton.backends.nvidia.compiler import CUDABackend
 
 from models.benchmark.random_weights import SHAPES
 from models.flux import compilation
 from models.flux.acceleration import Tier, random_inputs
+from models.loading import fp8
 from models.schema import PRESETS
 from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
 
@@ -34,6 +37,18 @@ def transformer() -> Any:
             return FluxTransformer2DModel(**{**SHAPES["full"]["transformer"], **BLOCKS}).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def tiny_tier(*, dynamic: bool = True) -> Tier:
+    """Build a tier with tiny shapes, whose blocks are compiled at the first forward: for any size, if `dynamic`."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            tiny = FluxTransformer2DModel(**SHAPES["tiny"]["transformer"]).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tiny.compile_repeated_blocks(fullgraph=True, dynamic=dynamic)
+    return Tier("none", tiny, is_ready=False)
 
 
 def serve_all_sizes(tier: Tier) -> None:
@@ -75,9 +90,43 @@ def test_fp8(model: Model) -> None:
         quantized = compilation.clone_sharing_weights(transformer())
         # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
         with mock.patch.object(torch.cuda, "is_available", lambda: True):
-            compilation.quantize(quantized)
+            fp8.quantize(quantized)
         tier = Tier("regular", compilation.compile_blocks(quantized), shares_forwards=True, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
         print(f"{model.name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=8)
+
+
+# -- faults, each of which a part above must find
+
+
+def test_a_graph_break_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = FluxSingleTransformerBlock.forward
+
+    def broken(block: Any, *arguments: Any, **options: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(block, *arguments, **options)
+
+    monkeypatch.setattr(FluxSingleTransformerBlock, "forward", broken)
+    with fake_gpu(H100), pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        tiny_tier().warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
+
+
+def test_code_that_fits_only_the_sizes_of_the_warm_up_is_found() -> None:
+    with fake_gpu(H100):
+        tier = tiny_tier(dynamic=False)
+        tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
+        with pytest.raises(RuntimeError, match="recompile"):
+            serve_all_sizes(tier)
+
+
+def test_a_kernel_that_does_not_assemble_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_ptx = CUDABackend.make_ptx
+
+    def broken(backend: Any, *arguments: Any) -> Any:
+        return str(make_ptx(backend, *arguments)).replace("ret;", "unknown;")
+
+    monkeypatch.setattr(CUDABackend, "make_ptx", broken)
+    with fake_gpu(H100), pytest.raises(RuntimeError, match="ptxas"):
+        tiny_tier().warm_up("cuda", torch.bfloat16, TEXT_TOKENS)

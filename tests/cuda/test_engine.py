@@ -4,9 +4,11 @@ An operation whose tensors are on different devices raises an error, as on a GPU
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import PIL.Image
 import pytest
@@ -29,13 +31,32 @@ from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
 from models.flux.safety_checker import CompVis, ImageClassifier, Unavailable
+from models.flux.sample import Sample
+from models.flux.task import FluxTask
 from models.loading.memory_plans import PLANS, Plan
 from tests.cuda.fake_gpu import H100, fake_gpu
 from tests.cuda.recorder import Recorder, recorded
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.timeout(900),
+    # A fake tensor has no values, so diffusers takes those of an image for values from -1 to 1.
+    pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning"),
+]
 
+(GROUP_OFFLOAD,) = (plan for plan in PLANS if plan.name == "group-offload")
 NUM_STEPS = 3
+#: The side of the images in the tests with FLUX.1's shapes, in pixels.
+SIDE = 1024
+#: The shape of the image encoder of FLUX.1 Redux [dev].
+SIGLIP = {
+    "image_size": 384,
+    "patch_size": 14,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
 #: The tiers by the number of values that a step may read back: "high" compares residuals once a step.
 READS = {"none": 0, "regular": 0, "high": 1}
 
@@ -46,20 +67,83 @@ def request(acceleration: str = "none", side: int = 64, **more: Any) -> Any:
     return SimpleNamespace(**fields, guidance_scale=3.5, acceleration=acceleration, **more)
 
 
+class Pixels:
+    """Double of an image processor: pixels of the given side, on the CPU in float32 as the real ones make them."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, images: list[Any], return_tensors: str = "pt") -> BatchFeature:
+        return BatchFeature({"pixel_values": torch.zeros(len(images), 3, self.side, self.side)})
+
+
+def redux_prior() -> FluxPriorReduxPipeline:
+    """Build Redux with the shapes of FLUX.1 Redux [dev] on the GPU, in bf16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            encoder, embedder = SiglipVisionModel(SiglipVisionConfig(**SIGLIP)).eval(), ReduxImageEncoder().eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    prior = FluxPriorReduxPipeline(
+        image_encoder=encoder, feature_extractor=SiglipImageProcessorPil(), image_embedder=embedder
+    )
+    prior.feature_extractor.preprocess = lambda images, **_: Pixels(SIGLIP["image_size"])([images])
+    return prior
+
+
 def engine_with(plan: Plan) -> FluxEngine:
     """Build an engine with FLUX.1's shapes, placed by `plan`, and the tiers that such an engine has, uncompiled."""
     pipeline = random_weights.build("full", "cuda" if plan.is_resident else "cpu", torch.bfloat16)
-    pipeline = plan.apply(pipeline, "cuda")
-    tiers = [Tier("none", pipeline.transformer)]
-    if plan.is_resident:
-        tiers.append(Tier("regular", pipeline.transformer, shares_forwards=True))
+    # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        pipeline = plan.apply(pipeline, "cuda")
+    tiers = [Tier("none", pipeline.transformer), Tier("regular", pipeline.transformer, shares_forwards=True)]
+    if plan.can_compile:
         tiers.append(Tier("high", pipeline.transformer, skips_blocks=True))
-    return FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=plan)
+    redux = Redux(redux_prior(), pipeline.transformer)
+    return FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=plan, redux=redux)
 
 
-def generate(engine: FluxEngine, recorder: Recorder, acceleration: str, side: int) -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class Files:
+    """The input files of the requests: an image, and LoRA weights whose content the test gives."""
+
+    image: Path
+    lora: Path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    image, lora = tmp_path / "image.png", tmp_path / "lora.safetensors"
+    PIL.Image.new("RGB", (SIDE, SIDE)).save(image)
+    lora.write_bytes(b"read by a double")
+    return Files(image, lora)
+
+
+def tasks_of(engine: FluxEngine, acceleration: str, files: Files) -> Iterator[tuple[str, FluxTask]]:
+    """Yield a task for each kind of endpoint that the engine serves in this tier."""
+    yield "prompt", engine.start(request(acceleration, SIDE), 1)
+    image = {"image_url": files.image}
+    yield "image-to-image", engine.start(request(acceleration, strength=0.8), 1, image)
+    yield "redux", engine.start(request(acceleration, SIDE), 1, image)
+    if engine.loras and acceleration != "high":
+        loras = request(acceleration, SIDE, loras=[SimpleNamespace(scale=1.0)])
+        yield "lora", engine.start(loras, 1, {"loras.0.path": files.lora})
+
+
+def lora_weights(transformer: Any) -> dict[str, Any]:
+    """Return LoRA weights of rank 16 for every attention of the transformer, as a file has them: on the CPU."""
+    pairs = {}
+    for name, module in transformer.named_modules():
+        if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")):
+            pairs[f"transformer.{name}.lora_A.weight"] = torch.zeros(16, module.in_features, dtype=torch.bfloat16)
+            pairs[f"transformer.{name}.lora_B.weight"] = torch.zeros(module.out_features, 16, dtype=torch.bfloat16)
+    return pairs
+
+
+def generate(engine: FluxEngine, recorder: Recorder, task: FluxTask) -> tuple[int, list[str]]:
     """Generate an image with a preview; return the highest memory, and the reads of all steps but the first."""
-    task = engine.start(request(acceleration, side), 1)
     recorder.restart()
     engine.advance(task)
     recorder.reads.clear()
@@ -70,23 +154,76 @@ def generate(engine: FluxEngine, recorder: Recorder, acceleration: str, side: in
     assert task.samples[0].latents.dtype == torch.bfloat16
     engine.preview(task)
     engine.decode(task)
-    assert task.images[0].size == (side, side)
+    assert task.images[0].size == (SIDE, SIDE)
     return recorder.peak, reads
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
-def test_every_tier_keeps_to_the_plan_and_no_step_waits_for_the_gpu(plan: Plan) -> None:
-    promised = plan.required_bytes(random_weights.sizes("full", torch.bfloat16))
+def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that each kind of endpoint keeps to the plan's promise in each tier, and that no step waits for the GPU."""
+    sizes = random_weights.sizes("full", torch.bfloat16)
     with fake_gpu(H100), recorded() as recorder:
         engine = engine_with(plan)
-        placed = recorder.live
+        monkeypatch.setattr("models.flux.loras.load_file", lambda _: lora_weights(engine.pipeline.transformer))
+        assert engine.redux
+        parts = engine.redux.prior.image_encoder, engine.redux.prior.image_embedder
+        sizes["redux"] = sum(weight.nbytes for part in parts for weight in part.parameters())
+        promised, placed = plan.required_bytes(sizes), recorder.live
         for tier in engine.tiers:
-            peak, reads = generate(engine, recorder, tier.name, side=1024)
-            figures = f"{placed / 1e9:.1f} GB placed, {peak / 1e9:.1f} GB at most, {promised / 1e9:.1f} GB promised"
-            print(f"{plan.name}, {tier.name}: {figures}, {len(reads)} reads in {NUM_STEPS - 1} steps")
+            peaks = {}
+            for kind, task in tasks_of(engine, tier.name, files):
+                peaks[kind], reads = generate(engine, recorder, task)
+                assert len(reads) == READS[tier.name] * (task.num_steps - 1)
+            figures = ", ".join(f"{peak / 1e9:.1f} with {kind}" for kind, peak in peaks.items())
+            print(
+                f"{plan.name}, {tier.name}, in GB: {placed / 1e9:.1f} placed, {figures}, {promised / 1e9:.1f} promised"
+            )
             # The promise includes more than a gigabyte for CUDA and its libraries, which fake tensors do not take.
-            assert peak + 1e9 < promised
-            assert len(reads) == READS[tier.name] * (NUM_STEPS - 1)
+            assert max(peaks.values()) + 1e9 < promised
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_every_endpoint_keeps_to_the_plan_and_no_step_waits_for_the_gpu(
+    plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_plan(plan, files, monkeypatch)
+
+
+def test_a_plan_that_promises_too_little_is_found(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_little = replace(GROUP_OFFLOAD, required_bytes=lambda sizes: GROUP_OFFLOAD.required_bytes(sizes) - 2e9)
+    with pytest.raises(AssertionError, match="peaks"):
+        check_plan(too_little, files, monkeypatch)
+
+
+def test_a_step_that_waits_for_the_gpu_is_found(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_with = Sample.step_with
+
+    def check_and_step(sample: Sample, velocity: torch.Tensor) -> None:
+        assert velocity.isfinite().all()
+        step_with(sample, velocity)
+
+    monkeypatch.setattr(Sample, "step_with", check_and_step)
+    with pytest.raises(AssertionError, match="reads"):
+        check_plan(GROUP_OFFLOAD, files, monkeypatch)
+
+
+def test_tasks_that_share_a_forward_load_each_block_once() -> None:
+    """With the plan "group-offload", loading the blocks takes longer than computing."""
+    with fake_gpu(H100), recorded() as recorder:
+        pipeline = GROUP_OFFLOAD.apply(random_weights.build("tiny", "cpu", torch.bfloat16), "cuda")
+        tiers = [Tier("regular", pipeline.transformer, shares_forwards=True)]
+        engine = FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda", plan=GROUP_OFFLOAD)
+        engine.sharing.number = lambda size, wanted: wanted  # type: ignore[method-assign]
+        tasks = [engine.start(request("regular"), seed) for seed in range(3)]
+        for task in tasks:
+            # The first step of a task also encodes its prompt.
+            engine.advance(task)
+        uploads = []
+        for others in ([], tasks[1:]):
+            recorder.restart()
+            assert len(engine.advance(tasks[0], others)) == 1 + len(others)
+            uploads.append(len(recorder.uploads))
+    print(f"weights loaded for a step of one image, and of three: {uploads}")
+    assert uploads[0] == uploads[1] > len(pipeline.transformer.single_transformer_blocks)
 
 
 # -- the parts whose sizes do not matter, in tiny shapes
@@ -101,28 +238,10 @@ def tiny() -> Iterator[FluxEngine]:
         yield FluxEngine(pipeline, Unavailable("not used"), tiers, "cuda")
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "image.png"
-    PIL.Image.new("RGB", (64, 64)).save(path)
-    return path
-
-
-def finish(engine: FluxEngine, task: Any) -> Any:
-    """Take all steps and decode the image; return the sample's latents before."""
-    while task.step < task.num_steps:
-        engine.advance(task)
-    latents = task.samples[0].latents
-    assert (latents.device.type, latents.dtype) == ("cuda", torch.bfloat16)
-    engine.decode(task)
-    assert task.images[0].size == (64, 64)
-    return latents
-
-
-# A fake tensor has no values, so diffusers takes those of the image for values from -1 to 1.
-@pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor:FutureWarning")
-def test_image_to_image(tiny: FluxEngine, image: Path) -> None:
-    finish(tiny, tiny.start(request(strength=0.8), 1, {"image_url": image}))
+def test_a_tensor_on_the_cpu_is_found(tiny: FluxEngine) -> None:
+    tiny.pipeline.transformer.proj_out.to("cpu")
+    with pytest.raises(RuntimeError, match="device"):
+        tiny.advance(tiny.start(request(), 1))
 
 
 def test_tasks_share_a_forward(tiny: FluxEngine) -> None:
@@ -132,7 +251,9 @@ def test_tasks_share_a_forward(tiny: FluxEngine) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_lora(tiny: FluxEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_lora_is_loaded_in_the_type_of_the_weights(
+    tiny: FluxEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
+) -> None:
     names = [f"transformer.single_transformer_blocks.{n}.attn.{part}" for n in range(2) for part in ("to_q", "to_k")]
     pairs = {f"{name}.lora_A.weight": torch.zeros(4, 32, dtype=dtype) for name in names}
     pairs |= {f"{name}.lora_B.weight": torch.zeros(32, 4, dtype=dtype) for name in names}
@@ -140,40 +261,12 @@ def test_a_lora(tiny: FluxEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"read by the function above")
     task = tiny.start(request(loras=[SimpleNamespace(scale=1.0)]), 1, {"loras.0.path": path})
-    finish(tiny, task)
+    tiny.advance(task)
     assert tiny.loras
     transformer = tiny.loras.activate(task.loras).transformer
     added = [weight for name, weight in transformer.named_parameters() if "lora_" in name]
     assert len(added) == len(pairs)
     assert {(weight.device.type, weight.dtype) for weight in added} == {("cuda", torch.bfloat16)}
-
-
-class Pixels:
-    """Double of an image processor: pixels of the given side, on the CPU in float32 as the real ones make them."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, images: list[Any], return_tensors: str = "pt") -> BatchFeature:
-        return BatchFeature({"pixel_values": torch.zeros(len(images), 3, self.side, self.side)})
-
-
-def test_redux(tiny: FluxEngine, image: Path) -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            shape = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64}
-            config = SiglipVisionConfig(**shape, num_hidden_layers=2, num_attention_heads=2)
-            encoder = SiglipVisionModel(config).eval()
-            embedder = ReduxImageEncoder(redux_dim=32, txt_in_features=32).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    prior = FluxPriorReduxPipeline(
-        image_encoder=encoder, feature_extractor=SiglipImageProcessorPil(), image_embedder=embedder
-    )
-    prior.feature_extractor.preprocess = lambda images, **_: Pixels(28)([images])
-    tiny.redux = Redux(prior, tiny.pipeline.transformer)
-    finish(tiny, tiny.start(request(), 1, {"image_url": image}))
 
 
 def test_the_classifier(tiny: FluxEngine) -> None:

@@ -43,6 +43,8 @@ class Trainer:
             self.pool.grow()
         self.scaling, self.shift = self.pool.statistics()
         self.things = {thing.name: thing for thing in self.pool.things}
+        if device == "cpu":
+            networks.use_explicit_attention()
         torch.manual_seed(SEED)
         self.painter = networks.Painter(plan)
         if not plan.is_from_scratch:

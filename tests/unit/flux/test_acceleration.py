@@ -20,13 +20,15 @@ from models.base import EngineConfig
 from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.engine import FluxEngine
-from models.loading import memory_plans
+from models.loading import fp8, memory_plans
+from models.loading.memory_plans import PLANS
 from models.schema import PRESETS
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, generate_latents, make_request
 
 #: A size with few tokens, and one with as many tokens as the text.
 ODD_SIZES = [(64, 64), (256, 512)]
+RESIDENT, FP8, FP8_STORAGE, GROUP_OFFLOAD = PLANS
 
 
 @pytest.fixture(scope="module")
@@ -119,22 +121,32 @@ def test_tiers_of_a_cpu_differ_only_in_sharing_forwards(
     pipeline: FluxPipeline, max_acceleration: str, offered: list[str], is_eager: bool
 ) -> None:
     config = engine_config(max_acceleration=max_acceleration, is_eager=is_eager)
-    (way,) = acceleration.ways(config, "cpu", is_resident=True)
-    built, unavailable = acceleration.build(pipeline, config, "cpu", way)
+    (way,) = acceleration.ways(config, "cpu", RESIDENT)
+    built, unavailable = acceleration.build(pipeline, config, RESIDENT, way)
     assert unavailable == []
     assert names(built) == offered
     assert all(tier.transformer is pipeline.transformer and tier.is_ready and not tier.skips_blocks for tier in built)
     assert [tier.shares_forwards for tier in built] == [False, True][: len(built)]
 
 
-@pytest.mark.parametrize(("is_eager", "is_resident"), [(True, True), (False, False)])
-def test_a_gpu_that_must_not_compile_has_one_tier(pipeline: FluxPipeline, is_eager: bool, is_resident: bool) -> None:
+@pytest.mark.parametrize(("is_eager", "plan"), [(True, RESIDENT), (False, FP8_STORAGE), (False, GROUP_OFFLOAD)])
+def test_tiers_that_are_not_compiled_differ_only_in_sharing_forwards(
+    pipeline: FluxPipeline, is_eager: bool, plan: memory_plans.Plan
+) -> None:
     config = engine_config(is_eager=is_eager)
-    (way,) = acceleration.ways(config, "cuda", is_resident=is_resident)
-    ((tier,), unavailable) = acceleration.build(pipeline, config, "cuda", way)
+    (way,) = acceleration.ways(config, "cuda", plan)
+    built, unavailable = acceleration.build(pipeline, config, plan, way)
     assert unavailable == []
-    assert (tier.name, tier.is_ready) == ("none", True)
-    assert tier.transformer is pipeline.transformer
+    assert [(tier.name, tier.shares_forwards) for tier in built] == [("none", False), ("regular", True)]
+    assert all(tier.transformer is pipeline.transformer and tier.is_ready for tier in built)
+
+
+@pytest.mark.parametrize("has_faster_attention", [False, True])
+def test_the_ways_of_each_plan(monkeypatch: pytest.MonkeyPatch, has_faster_attention: bool) -> None:
+    monkeypatch.setattr(acceleration, "has_faster_attention", lambda: has_faster_attention)
+    compiled = [acceleration.FASTEST] * has_faster_attention + [acceleration.COMPILED]
+    assert acceleration.ways(engine_config(), "cuda", RESIDENT) == [*compiled, acceleration.UNCOMPILED]
+    assert acceleration.ways(engine_config(), "cuda", FP8) == compiled
 
 
 @pytest.fixture
@@ -144,13 +156,13 @@ def fp8_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
-    monkeypatch.setattr(compilation, "find_spec", lambda name: name == "torchao")
-    monkeypatch.setattr(acceleration, "quantize", quantized.append)
+    monkeypatch.setattr(fp8, "find_spec", lambda name: name == "torchao")
+    monkeypatch.setattr(fp8, "quantize", quantized.append)
     return quantized
 
 
 def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
-    built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+    built, unavailable = acceleration.build(pipeline, engine_config(), RESIDENT, acceleration.FASTEST)
     assert unavailable == []
     assert names(built) == ["none", "regular", "high"]
     assert [tier.is_ready for tier in built] == [False] * 3
@@ -163,9 +175,18 @@ def test_a_gpu_with_fp8_has_all_three_tiers_and_none_is_ready(pipeline: FluxPipe
     assert pipeline.transformer not in (none, regular)
 
 
+def test_with_the_plan_fp8_all_tiers_run_the_quantized_transformer(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
+    built, unavailable = acceleration.build(pipeline, engine_config(), FP8, acceleration.FASTEST)
+    assert (unavailable, fp8_gpu) == ([], [])
+    assert names(built) == ["none", "regular", "high"]
+    assert len({id(tier.transformer) for tier in built}) == 1
+    assert [tier.shares_forwards for tier in built] == [False, True, False]
+    assert [tier.skips_blocks for tier in built] == [False, False, True]
+
+
 def test_only_offered_tiers_are_quantized(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
     config = engine_config(max_acceleration="none")
-    built, unavailable = acceleration.build(pipeline, config, "cuda", acceleration.FASTEST)
+    built, unavailable = acceleration.build(pipeline, config, RESIDENT, acceleration.FASTEST)
     assert unavailable == []
     assert names(built) == ["none"]
     assert fp8_gpu == []
@@ -188,9 +209,9 @@ def test_without_fp8_one_tier_is_offered_and_the_log_says_why(
     value: Any,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(compilation if name == "find_spec" else torch.cuda, name, lambda *_: value)
+    monkeypatch.setattr(fp8 if name == "find_spec" else torch.cuda, name, lambda *_: value)
     with caplog.at_level("INFO", "models.flux.acceleration"):
-        built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+        built, unavailable = acceleration.build(pipeline, engine_config(), RESIDENT, acceleration.FASTEST)
     assert names(built) == ["none"]
     assert reason in caplog.text and reason in unavailable[0]
     assert fp8_gpu == []
@@ -200,12 +221,12 @@ def test_only_the_large_matrices_count_for_fp8(
     pipeline: FluxPipeline, fp8_gpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformer = pipeline.transformer
-    matrices = [module for name, module in transformer.named_modules() if compilation.is_large_matrix(module, name)]
+    matrices = [module for name, module in transformer.named_modules() if fp8.is_large_matrix(module, name)]
     needed = sum(matrix.weight.numel() for matrix in matrices)
     needed += int(memory_plans.RESERVE * sum(weight.nbytes for weight in transformer.parameters()))
     for free, reason in ((needed, None), (needed - 1, "needs")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
-        assert (reason or "None") in str(compilation.fp8_unavailable_reason(transformer))
+        assert (reason or "None") in str(compilation.fp8_copy_unavailable_reason(transformer))
 
 
 def test_quantizing_leaves_inductors_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +238,7 @@ def test_quantizing_leaves_inductors_settings_alone(monkeypatch: pytest.MonkeyPa
     torchao.quantize_ = lambda _, config, **__: configs.append(config)
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", torchao)
-    compilation.quantize(None)
+    fp8.quantize(None)
     assert [config["set_inductor_config"] for config in configs] == [False]
 
 
@@ -298,8 +319,8 @@ def test_memory_that_runs_out_during_the_conversion_to_fp8_costs_only_fp8(
     def fail(_: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(acceleration, "quantize", fail)
-    built, unavailable = acceleration.build(pipeline, engine_config(), "cuda", acceleration.FASTEST)
+    monkeypatch.setattr(fp8, "quantize", fail)
+    built, unavailable = acceleration.build(pipeline, engine_config(), RESIDENT, acceleration.FASTEST)
     assert names(built) == ["none"]
     assert "memory ran out" in unavailable[0]
 
@@ -364,7 +385,7 @@ def test_large_matrices_are_those_of_the_blocks_except_norms(pipeline: FluxPipel
     expected = {f"transformer_blocks.0.{name}" for name in of_joint}
     expected |= {f"single_transformer_blocks.{n}.{name}" for n in (0, 1) for name in of_single}
     modules = pipeline.transformer.named_modules()
-    assert {name for name, module in modules if compilation.is_large_matrix(module, name)} == expected
+    assert {name for name, module in modules if fp8.is_large_matrix(module, name)} == expected
 
 
 # -- compilation

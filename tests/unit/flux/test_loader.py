@@ -17,7 +17,7 @@ from models.flux.acceleration import COMPILED, FASTEST, UNCOMPILED, Tier
 from models.flux.attempts import Attempts, forget_open_attempts
 from models.flux.device import Device
 from models.flux.loader import load_engine
-from models.loading import devices, memory_plans, pipeline
+from models.loading import devices, fp8, memory_plans, pipeline
 from models.loading.specs import DEMO
 from tests.support.server_process import ROOT
 from tests.support.tiny_flux import generate, make_request
@@ -51,13 +51,18 @@ def test_when_memory_runs_out_the_next_plans_are_tried(
     engine = load_engine(config())
     assert full_for == {"resident": 1, "fp8-storage": 1, "group-offload": 1}
     assert engine.info().memory == "group-offload"
-    assert "with the memory plan resident: CUDA out of memory; free memory" in caplog.text
+    assert (
+        "memory plan resident: memory ran out while the weights were loaded: CUDA out of memory; free memory"
+        in caplog.text
+    )
     assert "trying the plan fp8-storage" in caplog.text and "trying the plan group-offload" in caplog.text
+    reasons = [f"memory plan {name}: memory ran out" for name in ("resident", "fp8-storage")]
+    assert [reason.partition(" while")[0] for reason in engine.info().unavailable] == reasons
     assert generate(engine, make_request(width=64, height=64), 1)
 
 
 def test_a_plan_that_the_operator_chose_is_the_only_one_tried(full_for: dict[str, int]) -> None:
-    with pytest.raises(OSError, match=r"memory plan resident: CUDA out of memory.*--memory"):
+    with pytest.raises(OSError, match=r"memory plan resident: .*CUDA out of memory.*--memory"):
         load_engine(config(memory="resident"))
     assert full_for == {"resident": 1}
 
@@ -155,7 +160,9 @@ class Gpu:
         self.errors: dict[str, BaseException] = {}
         self.tried: list[str] = []
 
-    def build(self, pipeline: Any, config: EngineConfig, device: str, way: str) -> tuple[list[Tier], list[str]]:
+    def build(
+        self, pipeline: Any, config: EngineConfig, plan: memory_plans.Plan, way: str
+    ) -> tuple[list[Tier], list[str]]:
         self.tried.append(way)
         if way == UNCOMPILED:
             return [Tier("none", pipeline.transformer)], []
@@ -176,7 +183,11 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
     double = Gpu()
-    monkeypatch.setattr(acceleration, "ways", lambda *_, is_resident: WAYS if is_resident else [UNCOMPILED])
+
+    def ways(config: EngineConfig, device: str, plan: memory_plans.Plan) -> list[str]:
+        return WAYS[:2] if plan.needs_fp8 else WAYS if plan.is_resident else [UNCOMPILED]
+
+    monkeypatch.setattr(acceleration, "ways", ways)
     monkeypatch.setattr(acceleration, "build", double.build)
     # With the numbers of tokens of a GPU's warm-up, each forward would take seconds on a CPU.
     monkeypatch.setattr(acceleration, "_WARM_TOKENS", (16, 20))
@@ -209,7 +220,9 @@ def test_a_way_that_fails_leads_to_the_next_and_info_has_the_cause(
 
 def test_memory_that_runs_out_in_the_warm_up_leads_to_the_next_plan(gpu: Gpu) -> None:
     gpu.errors = {FASTEST: FULL}
-    with pytest.raises(memory_plans.DoesNotFit, match="memory plan resident: OutOfMemoryError: CUDA out of memory"):
+    with pytest.raises(
+        memory_plans.DoesNotFit, match=r"memory plan resident: .*: OutOfMemoryError: CUDA out of memory"
+    ):
         load_engine(config(memory="resident"))
     assert gpu.tried == [FASTEST]
     gpu.tried.clear()
@@ -275,6 +288,42 @@ def test_what_failed_in_the_self_test_is_not_tried(
     assert gpu.tried == tried
     assert unavailable in engine.info().unavailable
     assert engine.warm_up() == ("regular" not in unavailable)
+
+
+@pytest.fixture
+def fp8_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> memory_plans.Plan:
+    """Let "auto" choose the plan "fp8", and leave out what only a GPU can do."""
+    plan = next(plan for plan in memory_plans.PLANS if plan.needs_fp8)
+    monkeypatch.setattr(memory_plans.Plan, "problem", lambda *_, **__: None)
+    monkeypatch.setattr(fp8, "quantize", lambda *_: None)
+    choose = memory_plans.choose
+    monkeypatch.setattr(
+        memory_plans, "choose", lambda name, *args, **more: choose("fp8" if name == "auto" else name, *args, **more)
+    )
+    return plan
+
+
+def test_the_plan_fp8_is_compiled(gpu: Gpu, fp8_plan: memory_plans.Plan) -> None:
+    engine = load_engine(config())
+    assert engine.plan is fp8_plan
+    assert gpu.tried == [FASTEST]
+    assert engine.warm_up() and engine.info().acceleration == ("none", "regular")
+
+
+@pytest.mark.parametrize("is_found_by_the_self_test", [False, True])
+def test_without_compilation_in_fp8_the_next_plan_is_used(
+    gpu: Gpu, fp8_plan: memory_plans.Plan, monkeypatch: pytest.MonkeyPatch, is_found_by_the_self_test: bool
+) -> None:
+    if is_found_by_the_self_test:
+        monkeypatch.setattr("models.flux.loader.verdict.failures", lambda _: {"blocks compiled in fp8": "CantSplit"})
+    else:
+        gpu.errors = dict.fromkeys([FASTEST, COMPILED], ValueError("CantSplit"))
+    engine = load_engine(config())
+    assert engine.info().memory == "fp8-storage"
+    (reason,) = engine.info().unavailable
+    assert reason.startswith(f"memory plan fp8: {FASTEST} in fp8: ") and "CantSplit" in reason
+    assert gpu.tried == ([] if is_found_by_the_self_test else [FASTEST, COMPILED]) + [UNCOMPILED]
+    assert generate(engine, make_request(width=64, height=64, acceleration="regular"), 1)
 
 
 DIES = """

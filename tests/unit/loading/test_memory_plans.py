@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from models.flux.engine import FluxEngine
-from models.loading import memory_plans
+from models.loading import fp8, memory_plans
 from models.loading.memory_plans import PLANS, choose
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, generate, generate_latents, make_request, tiers_of
@@ -24,15 +24,31 @@ FLUX_DEV = {
 BY_NAME = {plan.name: plan for plan in PLANS}
 
 
-#: The expected plan for FLUX.1 [dev] on a card with this much memory, in GiB.
+@pytest.fixture(autouse=True)
+def fp8_problem(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fake a GPU that multiplies in fp8, and torchao. A reason in the returned list says why the GPU cannot."""
+    reasons: list[str] = []
+    monkeypatch.setattr(fp8, "unavailable_reason", lambda: reasons[0] if reasons else None)
+
+    def round_weights(transformer: Any, device: str | None = None) -> None:
+        for name, module in transformer.named_modules():
+            if fp8.is_large_matrix(module, name):
+                module.weight.data = module.weight.data.to(torch.float8_e4m3fn).to(module.weight.dtype)
+        transformer.to(device)
+
+    monkeypatch.setattr(fp8, "quantize", round_weights)
+    return reasons
+
+
+#: The expected plan for FLUX.1 [dev] on a card with this much memory, in GiB. Without fp8, "fp8" becomes "fp8-storage".
 CARDS = {
     6: "group-offload",
     8: "group-offload",
     12: "group-offload",
     16: "group-offload",
-    20: "fp8-storage",
-    24: "fp8-storage",
-    32: "fp8-storage",
+    20: "fp8",
+    24: "fp8",
+    32: "fp8",
     40: "resident",
     48: "resident",
     80: "resident",
@@ -40,14 +56,20 @@ CARDS = {
 
 
 @pytest.mark.parametrize(("card", "name"), CARDS.items())
-def test_each_size_of_card_gets_its_plan(card: int, name: str) -> None:
+@pytest.mark.parametrize("is_eager", [False, True])
+@pytest.mark.parametrize("reason", ["", "a card does not support fp8 matrix products"])
+def test_each_size_of_card_gets_its_plan(
+    card: int, name: str, is_eager: bool, reason: str, fp8_problem: list[str]
+) -> None:
     """A desktop and the driver take a gigabyte of the card's memory."""
-    assert choose("auto", FLUX_DEV, card * 2**30 - 10**9).name == name
+    fp8_problem += [reason] if reason else []
+    expected = "fp8-storage" if name == "fp8" and (is_eager or reason) else name
+    assert choose("auto", FLUX_DEV, card * 2**30 - 10**9, is_eager=is_eager).name == expected
 
 
 #: Peak memory of each plan at 1024x1024, in GB, simulated with fake tensors. The CUDA context, libraries and
 #: fragmentation are not included.
-SIMULATED = {"resident": 35.4, "fp8-storage": 17.2, "group-offload": 2.4}
+SIMULATED = {"resident": 35.4, "fp8": 17.2, "fp8-storage": 17.2, "group-offload": 2.4}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
@@ -57,9 +79,10 @@ def test_plans_need_the_simulated_peak_and_more_than_a_gigabyte_of_reserve(plan:
 
 
 def test_a_plan_that_just_fits_is_chosen() -> None:
-    for faster, plan in zip((None, *PLANS), PLANS, strict=False):
+    usable = [plan for plan in PLANS if not plan.needs_fp8]
+    for faster, plan in zip((None, *usable), usable, strict=False):
         needs = plan.required_bytes(FLUX_DEV)
-        assert choose("auto", FLUX_DEV, int(needs) + 1) is plan
+        assert choose("auto", FLUX_DEV, int(needs) + 1, is_eager=True) is plan
         assert faster is None or faster.required_bytes(FLUX_DEV) > needs
 
 
@@ -74,9 +97,35 @@ def test_a_named_plan_is_used_regardless_of_free_memory(plan: memory_plans.Plan,
     assert choose(plan.name, FLUX_DEV, free) is plan
 
 
-def test_only_the_resident_plan_can_be_compiled() -> None:
+@pytest.mark.parametrize(
+    ("device", "is_eager", "expected"),
+    [
+        ("cpu", False, "memory plan fp8: on a CPU, products in fp8 are slow; choose another plan"),
+        ("cuda", True, "memory plan fp8: products in fp8 are slow unless they are compiled; choose another plan"),
+        ("cuda", False, "memory plan fp8: a card does not support fp8 matrix products; choose another plan"),
+    ],
+)
+def test_a_named_plan_that_the_device_cannot_use_is_an_error(
+    device: str, is_eager: bool, expected: str, fp8_problem: list[str]
+) -> None:
+    fp8_problem.append("a card does not support fp8 matrix products")
+    with pytest.raises(memory_plans.PlanFailed, match=expected):
+        choose("fp8", FLUX_DEV, 80 * 10**9, device=device, is_eager=is_eager)
+
+
+def test_a_plan_that_the_device_cannot_use_is_left_out(fp8_problem: list[str]) -> None:
+    resident, fp8_plan, fp8_storage, group_offload = PLANS
+    assert memory_plans.following(resident, "cuda") is fp8_plan
+    assert memory_plans.following(resident, "cuda", is_eager=True) is fp8_storage
+    fp8_problem.append("a reason")
+    assert memory_plans.following(resident, "cuda") is fp8_storage
+    assert memory_plans.following(group_offload, "cuda") is None
+
+
+def test_plans_that_keep_the_transformer_on_the_device_can_be_compiled() -> None:
     assert [plan.name for plan in PLANS if plan.is_resident] == ["resident"]
-    assert memory_plans.NAMES == ("auto", "resident", "fp8-storage", "group-offload")
+    assert [plan.name for plan in PLANS if plan.can_compile] == ["resident", "fp8"]
+    assert memory_plans.NAMES == ("auto", "resident", "fp8", "fp8-storage", "group-offload")
 
 
 def engine_with_plan(name: str) -> FluxEngine:
@@ -121,7 +170,7 @@ def test_large_components_are_offloaded_in_groups() -> None:
         ]
 
     assert sorted(offloaded("group-offload")) == ["text_encoder_2", "transformer"]
-    assert offloaded("fp8-storage") == ["text_encoder_2"]
+    assert offloaded("fp8") == offloaded("fp8-storage") == ["text_encoder_2"]
     assert offloaded("resident") == []
 
 
