@@ -80,13 +80,23 @@ def _assemble(
     attempts = Attempts(_attempts_directory(config, device))
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
+    warm_up_none(engine, config, failed)
+    return engine
+
+
+def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, str]) -> None:
+    """Choose the fastest way that works, build the tiers to run in this way, and warm up the tier "none".
+
+    The engine so far has the uncompiled tier "none" alone. `failed` are the self test's failures. Raises
+    torch.OutOfMemoryError and DeviceLost.
+    """
+    device, plan, none = engine.device.name, engine.plan, engine.tiers
     for way in acceleration.ways(config, device, is_resident=plan.is_resident):
         if _is_ready(engine, config, way, failed):
             break
         # Release the copies that were made for this way.
         engine.tiers = none
         engine.device.free()
-    return engine
 
 
 def _attempts_directory(config: EngineConfig, device: str) -> Path | None:
