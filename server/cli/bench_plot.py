@@ -69,8 +69,12 @@ def _panel(
 
 
 def _label(figure: Mapping[str, Any]) -> str:
-    seconds = f"{figure['seconds']:.3g} s"
-    return seconds if figure["ms_per_step"] is None else f"{seconds}, {figure['ms_per_step']:.3g} ms a step"
+    seconds = f"{_rounded(figure['seconds'])} s"
+    return seconds if figure["ms_per_step"] is None else f"{seconds}, {_rounded(figure['ms_per_step'])} ms a step"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _label_plans(axes: "Axes", rows: Mapping[tuple[str, str], int]) -> None:
