@@ -2,103 +2,93 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
+from PIL.Image import Image
 
-from models.base import EngineConfig
-from models.flux import acceleration, safety_checker
+from models.base import GenerationFailed
+from models.benchmark.fidelity import compare, references
+from models.benchmark.job import ImageFidelity, Measurement, Problem, Workload
 from models.flux.acceleration import Tier
-from models.flux.device import Device
+from models.flux.device import summary
 from models.flux.engine import FluxEngine
 from models.flux.flops import step_flops
 from models.flux.prompt_cache import count_text_tokens
-from models.loading.memory_plans import PLANS, Plan
 
-PROMPT = "a red apple on a blue table"
 GUIDANCE_SCALE = 3.5
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The workload to measure: a size in pixels, a number of steps, and how many requests run at the same time."""
-
-    width: int
-    height: int
-    num_steps: int
-    num_waiting: int = 1
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The speed of one way to run a workload, as medians over the rounds.
-
-    Attributes:
-        way: "naive" calls FluxPipeline, "eager" is the engine with the same kernels, and others are the engine's tiers.
-        size: width and height in pixels, such as "1024x768".
-        seconds: seconds per image, for text encoding, steps and decoding, without loading.
-        ms_per_step: milliseconds per step and image, without text encoding and decoding; None for "naive", whose steps
-            are not timed.
-        ratio: the speed as a multiple of the speed of "naive".
-        share: FLOP per second of the steps as a share of the device's matmul rate; None for "naive".
-        peak_gb: peak device memory in 10**9 bytes, including the weights of all tiers; None on a CPU.
-    """
-
-    way: str
-    size: str
-    num_steps: int
-    num_waiting: int
-    seconds: float
-    ms_per_step: float | None
-    ratio: float
-    share: float | None
-    peak_gb: float | None
+#: The errors of one way, after which the others can still be measured.
+_FAILURES = (RuntimeError, GenerationFailed)
 
 
 @dataclass(frozen=True)
 class _Timing:
+    """One run of a workload: its seconds, those of all its steps, the share of skipped steps, and the peak bytes."""
+
     seconds: float
     step_seconds: float | None
+    skipped: float | None
     peak: int | None
 
 
 class EngineBenchmark:
-    """A benchmark of diffusers' pipeline against each tier of the engine, all built from the same weights."""
+    """A benchmark of diffusers' pipeline against each tier of an engine, all on the same weights.
 
-    def __init__(self, pipeline: Any, device: str, config: EngineConfig, plan: Plan = PLANS[0]) -> None:
-        self.pipeline = pipeline
-        self.device = device
-        self._now = Device(device).now
-        self.rate = Device(device).matmul_rate(pipeline.transformer.dtype)
-        # Neither diffusers nor the engine runs a safety checker here.
-        self._checker = safety_checker.Unavailable("not used")
-        self.engines = {"eager": self._engine(Tier("none", pipeline.transformer))}
-        way = acceleration.ways(config, device, plan)[0]
-        for tier in acceleration.build(pipeline, config, plan, way)[0]:
+    The first of the `prompts` is that of the measured images. With a directory of `references`, an image for each
+    prompt is compared with that of the tier "none".
+    """
+
+    def __init__(self, engine: FluxEngine, prompts: Sequence[str], references: Path | None = None) -> None:
+        self.pipeline = engine.pipeline
+        self.device = engine.device
+        self.prompts = prompts
+        self.references = references
+        self.rate = self.device.matmul_rate(self.pipeline.transformer.dtype)
+        none = Tier("none", self.pipeline.transformer)
+        eager = FluxEngine(self.pipeline, engine.checker, [none], self.device.name, plan=engine.plan)
+        #: The ways to generate by the engine: for each the engine and the tier's name.
+        self.ways = {"eager": (eager, "none")}
+        for tier in engine.tiers:
             # Without compilation, the tier "none" is the same as "eager".
-            if tier.name != "none" or tier.transformer is not pipeline.transformer:
-                self.engines[tier.name] = self._engine(tier)
+            if tier.name != "none" or tier.transformer is not self.pipeline.transformer:
+                self.ways[tier.name] = (engine, tier.name)
 
-    def figures(self, job: Workload, num_rounds: int) -> Iterator[Measurement]:
-        """Run every way once per round, after one uncounted warm-up round, and yield the measurement of each way."""
-        ways: dict[str, Callable[[], _Timing]] = {"naive": lambda: self._naive(job)}
-        for name, engine in self.engines.items():
-            ways[name] = lambda engine=engine: self._shared(engine, job)  # type: ignore[misc]
-        rounds = [{name: generate() for name, generate in ways.items()} for _ in range(num_rounds + 1)][1:]
-        naive = statistics.median(one["naive"].seconds for one in rounds)
-        for name in ways:
-            yield self._figure(name, job, [one[name] for one in rounds], naive)
+    def figures(self, job: Workload, num_rounds: int) -> Iterator[Measurement | Problem]:
+        """Run every way once per round, after one uncounted warm-up round; yield the measurement of each way.
+
+        A way that fails is left out of the further rounds, and its problem is yielded.
+        """
+        ways: dict[str, Callable[[], _Timing]] = {"naive": partial(self._naive, job)}
+        ways |= {name: partial(self._shared, *way, job) for name, way in self.ways.items()}
+        timings: dict[str, list[_Timing]] = {name: [] for name in ways}
+        for _ in range(num_rounds + 1):
+            for name in list(timings):
+                try:
+                    timings[name].append(ways[name]())
+                except _FAILURES as error:
+                    del timings[name]
+                    yield Problem(name, job.size, summary(error))
+        counted = {name: each[1:] for name, each in timings.items()}
+        naive = statistics.median(one.seconds for one in counted["naive"]) if "naive" in counted else None
+        for name, each in counted.items():
+            measurement = self._measurement(name, job, each, naive)
+            try:
+                measurement = replace(measurement, fidelity=self._fidelity(name, job))
+            except _FAILURES as error:
+                yield Problem(name, job.size, f"no images to compare: {summary(error)}")
+            yield measurement
 
     def difference(self, job: Workload) -> int:
         """Return the largest difference of a pixel value, 0 to 255, between the images of "naive" and "eager"."""
-        tasks, _ = self._generate(self.engines["eager"], job)
-        theirs, ours = self._call(job), tasks[0].images[0]
+        theirs, ours = self._call(job), self._image("eager", job, self.prompts[0])
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
 
-    def _figure(self, name: str, job: Workload, timings: Sequence[_Timing], naive: float) -> Measurement:
+    def _measurement(self, name: str, job: Workload, timings: Sequence[_Timing], naive: float | None) -> Measurement:
         seconds = statistics.median(one.seconds for one in timings)
         stepping = [one.step_seconds for one in timings if one.step_seconds is not None]
         per_step = statistics.median(stepping) / job.num_steps / job.num_waiting if stepping else None
@@ -107,60 +97,83 @@ class EngineBenchmark:
         peaks = [one.peak for one in timings if one.peak is not None]
         return Measurement(
             name,
-            f"{job.width}x{job.height}",
+            job.size,
             job.num_steps,
             job.num_waiting,
             seconds / job.num_waiting,
             per_step and per_step * 1000,
-            naive / seconds,
+            naive and naive / seconds,
             per_step and flop / per_step / self.rate,
+            timings[-1].skipped,
             max(peaks) / 1e9 if peaks else None,
         )
 
-    def _engine(self, tier: Tier) -> FluxEngine:
-        engine = FluxEngine(self.pipeline, self._checker, [tier], self.device)
-        while engine.warm_up():
-            continue
-        return engine
+    def _fidelity(self, name: str, job: Workload) -> list[ImageFidelity]:
+        """Compare an image for each prompt with the reference; empty if no images are compared."""
+        if self.references is None or name == "naive":
+            return []
+        exact = "none" if "none" in self.ways else "eager"
+        expected = references(self.references, job.size, len(self.prompts), lambda: self._images(exact, job))
+        images = self._images(name, job)
+        return [compare(*each) for each in zip(self.prompts, images, expected, strict=True)]
+
+    def _images(self, name: str, job: Workload) -> list[Image]:
+        """Generate an image for each prompt."""
+        return [self._image(name, job, prompt) for prompt in self.prompts]
+
+    def _image(self, name: str, job: Workload, prompt: str) -> Image:
+        engine, tier = self.ways[name]
+        tasks, _, _ = self._generate(engine, tier, replace(job, num_waiting=1), prompt)
+        image: Image = tasks[0].images[0]
+        return image
 
     def _naive(self, job: Workload) -> _Timing:
         started = self._begin()
         for _ in range(job.num_waiting):
             self._call(job)
-        return _Timing(self._now() - started, None, self._peak())
+        return _Timing(self.device.now() - started, None, None, self._peak())
 
-    def _shared(self, engine: FluxEngine, job: Workload) -> _Timing:
+    def _shared(self, engine: FluxEngine, tier: str, job: Workload) -> _Timing:
         started = self._begin()
         # FluxPipeline encodes the prompt in each call, so the engine must not use its cached prompt.
         engine.prompts.evict()
-        _, step_seconds = self._generate(engine, job)
-        return _Timing(self._now() - started, step_seconds, self._peak())
+        _, step_seconds, skipped = self._generate(engine, tier, job, self.prompts[0])
+        return _Timing(self.device.now() - started, step_seconds, skipped, self._peak())
 
-    def _generate(self, engine: FluxEngine, job: Workload) -> tuple[list[Any], float]:
-        """Run one task per waiting request; return the decoded tasks and the seconds that all their steps took."""
+    def _generate(
+        self, engine: FluxEngine, tier: str, job: Workload, prompt: str
+    ) -> tuple[list[Any], float, float | None]:
+        """Run one task per waiting request.
+
+        Return the decoded tasks, the seconds that all their steps took, and the share of the steps that skipped blocks,
+        which is None if the tier skips no blocks.
+        """
         request = SimpleNamespace(
-            prompt=PROMPT,
+            prompt=prompt,
             image_size=SimpleNamespace(width=job.width, height=job.height),
             num_inference_steps=job.num_steps,
             num_images=1,
             guidance_scale=GUIDANCE_SCALE,
-            acceleration=engine.tiers[0].name,
+            acceleration=tier,
         )
-        engine.prompts.encode(PROMPT, engine.pipeline)
-        started = self._now()
+        engine.prompts.encode(prompt, engine.pipeline)
+        started = self.device.now()
         tasks = [engine.start(request, seed) for seed in range(1, job.num_waiting + 1)]
         while waiting := [task for task in tasks if task.step < task.num_steps]:
             # As in the worker, the task with the least remaining work takes the next step.
             leader = min(waiting, key=lambda task: task.remaining_work)
             engine.advance(leader, [task for task in waiting if task is not leader])
-        step_seconds = self._now() - started
+        step_seconds = self.device.now() - started
+        # Decoding releases the caches.
+        caches = [sample.cache for task in tasks for sample in task.samples if sample.cache]
+        skipped = sum(cache.num_skipped for cache in caches) / len(caches) / job.num_steps if caches else None
         for task in tasks:
             engine.decode(task)
-        return tasks, step_seconds
+        return tasks, step_seconds, skipped
 
     def _call(self, job: Workload) -> Any:
         return self.pipeline(
-            PROMPT,
+            self.prompts[0],
             width=job.width,
             height=job.height,
             num_inference_steps=job.num_steps,
@@ -170,9 +183,9 @@ class EngineBenchmark:
         ).images[0]
 
     def _begin(self) -> float:
-        if self.device == "cuda":
+        if self.device.name == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return self._now()
+        return self.device.now()
 
     def _peak(self) -> int | None:
-        return int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else None
+        return int(torch.cuda.max_memory_allocated()) if self.device.name == "cuda" else None

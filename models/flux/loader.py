@@ -88,13 +88,24 @@ def _assemble(
     attempts = Attempts(_attempts_directory(config, device))
     none = [Tier("none", pipeline.transformer)]
     engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
-    for way in acceleration.ways(config, device, plan):
+    warm_up_none(engine, config, failed)
+    return engine
+
+
+def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, str]) -> None:
+    """Choose the fastest way that works, build the tiers to run in this way, and warm up the tier "none".
+
+    The engine so far has the uncompiled tier "none" alone. `failed` are the self test's failures. Raises
+    torch.OutOfMemoryError, DeviceLost, and memory_plans.PlanFailed if no way works.
+    """
+    none = engine.tiers
+    for way in acceleration.ways(config, engine.device.name, engine.plan):
         if _is_ready(engine, config, way, failed):
-            return engine
+            return
         # Release the copies that were made for this way.
         engine.tiers = none
         engine.device.free()
-    raise memory_plans.PlanFailed(plan, "; ".join(engine.unavailable))
+    raise memory_plans.PlanFailed(engine.plan, "; ".join(engine.unavailable))
 
 
 def _attempts_directory(config: EngineConfig, device: str) -> Path | None:

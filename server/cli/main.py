@@ -131,29 +131,48 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure; the table shows the medians.")] = 3,
     waiting: Annotated[int, typer.Option(min=1, help="Number of requests that arrive at the same time.")] = 1,
     cap_gb: Annotated[float, typer.Option(min=0, help="Maximum GPU memory to use, in GB; 0 means no limit.")] = 0,
+    plans: Annotated[
+        str, typer.Option(help="Memory plans, such as resident,group-offload, or all; default: that of --memory.")
+    ] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with a prompt in each line, whose images PSNR and SSIM compare.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File to draw the figures to, .svg or .png.")] = None,
 ) -> None:
-    """Compare the speed of the engine's tiers with that of diffusers' pipeline on this machine."""
+    """Compare the engine's memory plans and tiers with diffusers' pipeline: speed, memory, start and fidelity."""
     disable_telemetry_and_warnings()
     set_pytorch_variables()
+    from models.benchmark.job import Workload
     from server.cli import bench as measuring
+    from server.cli.bench_plot import draw
 
+    shape = _one_of(("", "tiny", "full"), random_weights, "--random-weights")
+    workloads = [Workload(*_size(word), steps, waiting) for word in sizes.split(",")]
+    report: measuring.Report = {}
     try:
-        for line, report in measuring.run(
-            settings,
-            shape=_one_of(("", "tiny", "full"), random_weights, "--random-weights"),
-            sizes=[_size(word) for word in sizes.split(",")],
-            num_steps=steps,
-            num_rounds=rounds,
-            num_waiting=waiting,
-            cap_gb=cap_gb,
-        ):
+        measuring.require_extra(prompts, plot)
+        texts = measuring.read_prompts(prompts)
+        names = _plans(plans) or (settings.memory,)
+        options = measuring.Options(shape, names, workloads, rounds, cap_gb, texts)
+        for line, report in measuring.run(settings, options):
             typer.echo(line)
             if json_file:
                 measuring.write(json_file, report)
+        if plot:
+            draw(plot, report)
     except (OSError, ValueError, RuntimeError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
+
+
+def _plans(words: str) -> tuple[str, ...]:
+    from models.loading.memory_plans import NAMES
+
+    if words == "all":
+        return tuple(name for name in NAMES if name != "auto")
+    names = tuple(word.strip() for word in words.split(",") if word.strip())
+    return tuple(_one_of(NAMES, name, "--plans") for name in names)
 
 
 def _one_of(known: tuple[str, ...], word: str, option: str) -> str:

@@ -43,6 +43,7 @@ FOREIGN = {
     ),
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
+    *("--plans", "--prompts", "--plot"),
     *(
         "--cap-gb",
         "--json",
