@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection, Request
 
 from models.base import LoadProgress, Model
 from server.api import submissions
+from server.api.model_names import ModelNames
 from server.api.rate_limit import RateLimiter
 from server.api.responses import FalJSONResponse
 from server.auth import Keys
@@ -48,6 +49,8 @@ class Services:
     models: Mapping[str, Model]
     #: Known endpoints that are not served, with the weights that they need.
     unavailable_endpoints: Mapping[str, str]
+    #: Finds endpoints by the names that clients of other APIs use.
+    model_names: ModelNames
     keys: Keys
     inputs: InputResolver
     #: Limits the memory of request and response bodies, in total and per key.

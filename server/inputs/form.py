@@ -23,7 +23,7 @@ class FormFile:
     """A file of a form. `convert`, if set, writes the content to use, from the file at its first path to the second."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
-        self.convert: Callable[[Path, Path], None] | None = None
+        self.convert: Callable[[Path, Path], object] | None = None
         #: A data URI that stands for this file, as in the text of every body.
         self.name = secrets.token_hex(32)
         self.url = f"data:;base64,#{self.name}"
