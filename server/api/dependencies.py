@@ -116,8 +116,6 @@ def get_model(request: Request, endpoint: str) -> Model:
         raise NotFound(f"{endpoint} is not served here: it needs the weights {weights}")
     if request.state.fal_url and endpoint.startswith("platform/"):
         raise not_offered(request.state.fal_url)
-    if endpoint.startswith("v1/"):
-        raise NotFound(f"Path /{endpoint} not found")
     app = next((known for known in models if endpoint.startswith(f"{known}/")), None)
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")

@@ -96,9 +96,7 @@ def _is_known(request: Request) -> bool:
     Some routes match every path, but only one method, so Starlette reports 405 instead of 404 for an unknown path.
     """
     path = request.url.path
-    if is_openai_path(path):
-        return is_openai_path(getattr(request.scope.get("route"), "path", ""))
-    return "/requests/" in path or _endpoint(path) in request.app.state.services.models
+    return is_openai_path(path) or "/requests/" in path or _endpoint(path) in request.app.state.services.models
 
 
 def _endpoint(path: str) -> str:

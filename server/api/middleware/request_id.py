@@ -31,7 +31,7 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=list(message.get("headers", [])))
                 headers.setdefault(HEADER, request_id)
-                if scope["path"].startswith("/v1/"):
+                if scope["path"].startswith("/v1"):
                     headers[OPENAI_HEADER] = headers[HEADER]
                 message = {**message, "headers": headers.raw}
             await send(message)

@@ -3,8 +3,9 @@
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic_core import to_json
+from starlette.routing import Match, Route
 
 from server.api import validation
 from server.api.dependencies import (
@@ -20,9 +21,12 @@ from server.api.openai.requests import ImagesRequest, VariationRequest, translat
 from server.api.responses import FalJSONResponse, with_request_id
 from server.api.sse import EventStream
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.errors import NotFound
 from server.queue.jobs import Mode, Submission
 
 router = APIRouter(prefix="/v1", tags=["openai"])
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 @router.get("/models")
@@ -61,6 +65,20 @@ async def edits(request: Request) -> Response:
 async def variations(request: Request) -> Response:
     """Generate variations of the image of a form."""
     return await _change(request, VariationRequest, "image_variation")
+
+
+@router.api_route("", methods=_METHODS, include_in_schema=False)
+@router.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
+async def unknown(request: Request) -> Response:
+    """Refuse an unknown path, or an unknown method of a path, which would otherwise count as an endpoint of fal's.
+
+    Raises NotFound and HTTPException.
+    """
+    partial_matches = [route for route in router.routes if route.matches(request.scope)[0] == Match.PARTIAL]
+    allowed = {method for route in partial_matches if isinstance(route, Route) for method in route.methods or ()}
+    if allowed:
+        raise HTTPException(405, headers={"allow": ", ".join(sorted(allowed))})
+    raise NotFound(f"Path {request.url.path} not found")
 
 
 async def _change(request: Request, kind: type[VariationRequest], event: str) -> Response:
