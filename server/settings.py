@@ -157,7 +157,7 @@ class Settings(BaseModel):
         description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image or dall-e stand for"
         " the default endpoint unless listed here.",
     )
-    a1111: bool = Field(False, description="Serve AUTOMATIC1111's API at /sdapi/v1, as Open WebUI calls it.")
+    a1111: bool = Field(False, description="Serve the part of AUTOMATIC1111's API that Open WebUI calls.")
     models_dir: ExistingDirectory = Field(
         None, description="Directory of Python files with more models, run by the server."
     )
