@@ -78,7 +78,7 @@ def _check_directory(directory: Path | None) -> Path | None:
     return directory
 
 
-def _check_model_names(entries: tuple[str, ...]) -> tuple[str, ...]:
+def _check_named_endpoints(entries: tuple[str, ...]) -> tuple[str, ...]:
     for entry in entries:
         if not re.fullmatch(r"[^=\s]+=[^=\s]+", entry):
             raise ValueError(f"{entry} should be NAME=ENDPOINT, such as gpt-image-1=fal-ai/flux/schnell")
@@ -90,7 +90,7 @@ Weights = Annotated[CommaSeparated, AfterValidator(_check_weights)]
 Origins = Annotated[CommaSeparated, AfterValidator(_check_origins)]
 HostsOrNetworks = Annotated[CommaSeparated, AfterValidator(_check_hosts_or_networks)]
 Networks = Annotated[CommaSeparated, AfterValidator(_check_networks)]
-ModelNames = Annotated[CommaSeparated, AfterValidator(_check_model_names)]
+NamedEndpoints = Annotated[CommaSeparated, AfterValidator(_check_named_endpoints)]
 WebhookSecret = Annotated[str, AfterValidator(_check_secret)]
 Rate = Annotated[str, AfterValidator(_check_rate)]
 BaseURL = Annotated[str, AfterValidator(_check_base_url)]

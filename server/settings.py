@@ -13,7 +13,7 @@ from server.setting_types import (
     CommaSeparated,
     ExistingDirectory,
     HostsOrNetworks,
-    ModelNames,
+    NamedEndpoints,
     Networks,
     Origins,
     Rate,
@@ -152,7 +152,7 @@ class Settings(BaseModel):
         "", description="Secret, whsec_..., for an additional Standard Webhooks signature."
     )
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
-    openai_models: ModelNames = Field(
+    openai_models: NamedEndpoints = Field(
         (),
         description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image or dall-e stand for"
         " the default endpoint unless listed here.",

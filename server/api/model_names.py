@@ -53,8 +53,8 @@ class ModelNames:
         return [*self._models, *(name for name in aliases if name not in self._models)]
 
     def find(self, name: str | None) -> Model:
-        """Return the model of this name, or the default one for None. Raises UnknownModel."""
-        name = self.default if name is None else name
+        """Return the model of this name, or the default one without a name. Raises UnknownModel."""
+        name = name or self.default
         endpoint = self._endpoints.get(name, name)
         if endpoint not in self._models and is_openai_name(name):
             endpoint = self.default
@@ -64,14 +64,19 @@ class ModelNames:
         return self._models[endpoint]
 
     def find_variant(self, model: Model, fields: frozenset[str]) -> Model | None:
-        """Return `model` if a request with just these fields suits it, or an endpoint with the same weights; or None.
+        """Return the endpoint with the weights of `model` that suits a request with just these fields; or None.
 
-        Endpoints whose ids start with that of `model` come first, then those of its owner and alias.
+        `model` itself comes first, then endpoints that are made for the same weights, and of these the nearest by id.
         """
         suitable = [
             each for each in self._models.values() if self._shares_weights(each, model) and accepts(each, fields)
         ]
-        return min(suitable, key=lambda each: _distance(each.endpoint, model.endpoint), default=None)
+
+        # With one set of weights for all endpoints, such as the demo's, endpoints made for other weights suit too.
+        def rank(each: Model) -> tuple[bool, int]:
+            return each.weights != model.weights, _distance(each.endpoint, model.endpoint)
+
+        return min(suitable, key=rank, default=None)
 
     def _shares_weights(self, one: Model, other: Model) -> bool:
         return one.family == other.family and self._weights.get(one.endpoint) == self._weights.get(other.endpoint)

@@ -1,7 +1,7 @@
 """Tests that replay the requests of chat programs and libraries for images, written from their sources.
 
-Open WebUI, LibreChat, LiteLLM, LangChain's DALL-E wrapper and the AI SDK speak OpenAI's API. Open WebUI and LibreChat
-also speak AUTOMATIC1111's.
+Open WebUI, LibreChat, AnythingLLM, LiteLLM, LangChain's DALL-E wrapper and the AI SDK speak OpenAI's API. Open WebUI
+and LibreChat also speak AUTOMATIC1111's.
 """
 
 import base64
@@ -74,6 +74,7 @@ GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
         {"model": "dall-e-3", "prompt": "a fish", "n": 1, "size": "1024x1024", "quality": "standard"},
         False,
     ),
+    "AnythingLLM": ({"model": "dall-e-2", "prompt": "a fish", "size": "1024x1024", "n": 1}, False),
     "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "1024x1024"}, True),
     "AI SDK, unknown model": (
         {"model": "flux", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},

@@ -2,7 +2,10 @@
 
 import base64
 import io
+import json
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +15,7 @@ from PIL import Image
 
 from server.inputs.resolver import MAX_IMAGE_BYTES
 from tests.support.hostile_images import BOMB, PNG, REFUSED, encode
+from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Server, serving
 
 NULL = "test/null"
@@ -119,6 +123,28 @@ def test_variations(sdk: openai.OpenAI) -> None:
             image=SOURCE, model="dall-e-2", n=3, size="512x512", response_format="b64_json"
         )
     assert [image.size for image in images(answer)] == [(512, 512)] * 3
+
+
+def test_openais_package_for_node(edit_server: Server, tmp_path: Path) -> None:
+    if not (JS / "node_modules" / "openai").is_dir():
+        pytest.skip("OpenAI's package for Node is missing: install Node 20 and run `make test`, which installs it")
+    (tmp_path / "image.png").write_bytes(SOURCE)
+    (tmp_path / "mask.png").write_bytes(mask())
+    files = [str(tmp_path / name) for name in ("image.png", "mask.png")]
+    command = ["node", "openai.mjs", f"{edit_server.url}/v1", *files]
+    process = subprocess.run(command, cwd=JS, capture_output=True, text=True, timeout=90)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    (datum,) = result["generated"]["data"]
+    generated = decode(base64.b64decode(datum["b64_json"]))
+    assert (generated.format, generated.size) == ("WEBP", (128, 96))
+    for datum in result["edited"]["data"]:
+        assert decode(base64.b64decode(datum["b64_json"])).getpixel((9, 9)) == RED
+    assert result["events"][-1]["type"] == "image_edit.completed"
+    assert result["requestID"]
+    error = result["error"]
+    assert (error["name"], error["code"], error["param"]) == ("NotFoundError", "model_not_found", "model")
+    assert error["requestID"]
 
 
 OPAQUE = encode(Image.new("RGB", (160, 128)))

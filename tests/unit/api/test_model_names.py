@@ -8,6 +8,7 @@ from models import discover
 from models.base import Model
 from server.api.model_names import ModelNames
 from server.errors import UnknownModel
+from tests.support.fake_models import NullEngine, NullModel
 
 KNOWN = discover(None)
 EDIT, REPAINT, VARY = (
@@ -27,7 +28,7 @@ def endpoint(model: Model | None) -> str | None:
     return model.endpoint if model else None
 
 
-DEV, SCHNELL, LORA = "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/flux-lora"
+DEV, SCHNELL, KREA, LORA = "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/flux/krea", "fal-ai/flux-lora"
 DEV_EDIT, LORA_EDIT, REDUX = f"{DEV}/image-to-image", f"{LORA}/image-to-image", f"{DEV}/redux"
 
 
@@ -43,7 +44,7 @@ def test_the_default_generates_from_a_prompt(served: tuple[str, ...], default: s
         assert set(found.names()) == {*served, "gpt-image-1", "gpt-image-1-mini", "dall-e-3", "dall-e-2"}
     else:
         assert found.names() == list(served)
-        for name in (None, "gpt-image-1"):
+        for name in (None, "", "gpt-image-1"):
             with pytest.raises(UnknownModel):
                 found.find(name)
 
@@ -73,6 +74,26 @@ def test_an_edit_uses_an_endpoint_with_the_same_weights() -> None:
     assert endpoint(names({DEV: "a", LORA_EDIT: "a"}).find_variant(KNOWN[DEV], EDIT)) == LORA_EDIT
     assert found.find_variant(KNOWN[SCHNELL], EDIT) is None
     assert names({DEV: "a", LORA_EDIT: "b"}).find_variant(KNOWN[DEV], EDIT) is None
+
+
+def test_endpoints_made_for_the_weights_come_first() -> None:
+    """Prefer them where all endpoints share one set of weights, as with the demo."""
+
+    class LoraEdit(NullModel):
+        family = KNOWN[DEV].family
+        Input = KNOWN[DEV_EDIT].Input
+
+    class KreaEdit(LoraEdit):
+        weights = KNOWN[KREA].weights
+
+    class DevEdit(LoraEdit):
+        weights = KNOWN[DEV].weights
+
+    edits = [KreaEdit("fal-ai/flux/a", NullEngine), DevEdit("fal-ai/other/b", NullEngine)]
+    models: dict[str, Any] = {model.endpoint: model for model in (*edits, KNOWN[DEV], KNOWN[KREA])}
+    found = ModelNames(models, dict.fromkeys(models, "demo"))
+    assert endpoint(found.find_variant(KNOWN[DEV], EDIT)) == "fal-ai/other/b"
+    assert endpoint(found.find_variant(KNOWN[KREA], EDIT)) == "fal-ai/flux/a"
 
 
 def test_only_an_endpoint_with_the_fields_is_found() -> None:
