@@ -19,6 +19,7 @@ from server.api.middleware.metrics import MetricsMiddleware
 from server.api.middleware.request_id import RequestIdMiddleware
 from server.api.middleware.rewrite import RewriteMiddleware
 from server.api.routes import (
+    a1111,
     endpoint_docs,
     files,
     monitoring,
@@ -45,8 +46,16 @@ log = logging.getLogger(__name__)
 EXPIRE_EVERY = 0.25
 #: Seconds between deletions of old results, unfinished uploads and unneeded input files.
 SWEEP_EVERY = 60.0
+#: The routes of each part of the API, in the order in which they are matched.
+_SURFACES = (queue, endpoint_docs, uploads, tokens, files, monitoring, playground, platform, openai, realtime, run)
 #: Response headers that scripts of other origins may read.
-_EXPOSED = (request_id.HEADER, "x-fal-request-timeout-type", "x-fal-error-type", "x-fal-billable-units")
+_EXPOSED = (
+    request_id.HEADER,
+    request_id.OPENAI_HEADER,
+    "x-fal-request-timeout-type",
+    "x-fal-error-type",
+    "x-fal-billable-units",
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -68,19 +77,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.components, app.state.services = components, services
     app.openapi = partial(openapi.document, app, services.models)  # type: ignore[method-assign]
-    for surface in (
-        queue,
-        endpoint_docs,
-        uploads,
-        tokens,
-        files,
-        monitoring,
-        playground,
-        platform,
-        openai,
-        realtime,
-        run,
-    ):
+    if settings.a1111:
+        app.state.a1111_sessions = {}
+        app.include_router(a1111.router)
+    for surface in _SURFACES:
         app.include_router(surface.router)
     app.mount("/static", playground.files)
     app.mount("/docs", playground.swagger)

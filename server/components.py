@@ -12,6 +12,7 @@ from models.loading import specs
 from models.schema import Limits
 from server import auth
 from server.api.dependencies import TOO_MANY_OPEN, Services
+from server.api.model_names import ModelNames
 from server.api.rate_limit import RateLimiter
 from server.auth import Keys, KeyScope
 from server.cluster.head import ClusterHead
@@ -90,8 +91,7 @@ def build(settings: Settings) -> Components:
     known = discover(settings.models_dir)
     weights_by_endpoint = specs.assign_weights(settings.weights, known)
     models = {endpoint: model for endpoint, model in known.items() if endpoint in weights_by_endpoint}
-    database = Database(settings.data_dir)
-    crash_recorder = CrashRecorder(settings.data_dir)
+    database, crash_recorder = Database(settings.data_dir), CrashRecorder(settings.data_dir)
     notifier, metrics = Notifier(), Metrics(models)
     pending = PendingStorage(partial(size_of, settings.data_dir / INPUTS))
     files = FileStore(settings.data_dir / "files", database)
@@ -109,6 +109,7 @@ def build(settings: Settings) -> Components:
     signer = WebhookSigner(database, settings.webhook_secret)
     services = Services(
         models=models,
+        model_names=ModelNames(models, weights_by_endpoint, settings.openai_models),
         unavailable_endpoints={name: _required_weights(known[name]) for name in known if name not in models},
         keys=_keys(settings, database),
         inputs=inputs,

@@ -5,6 +5,7 @@ ServerError
 ├── Unauthorized            401
 ├── Forbidden               403
 ├── NotFound                404  unknown, or owned by another key
+│   └── UnknownModel        404  a model name of another API that no endpoint serves
 ├── MethodNotAllowed        405
 ├── StillInProgress         400  the request has not finished yet
 ├── AlreadyCompleted        400  a finished request cannot be cancelled
@@ -80,6 +81,8 @@ class Unauthorized(ServerError):
     """A missing, wrong or revoked key, or an invalid token."""
 
     status = 401
+    # HTTP requires a 401 to name the schemes that are accepted (RFC 9110, section 11.6.1).
+    headers: ClassVar[dict[str, str]] = {"www-authenticate": "Bearer, Key"}
     message = (
         'This server requires a valid key: send "Authorization: Key ..." with a key from --keys, --operator-keys '
         "or FAL_KEY, from `flux-server keys add`, or from the server's first start"
@@ -97,6 +100,10 @@ class NotFound(ServerError):
 
     status = 404
     message = "Request not found"
+
+
+class UnknownModel(NotFound):
+    """A model name of OpenAI's or AUTOMATIC1111's API that stands for no endpoint of this server."""
 
 
 class MethodNotAllowed(ServerError):

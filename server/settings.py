@@ -1,17 +1,26 @@
 """All settings, read once from environment variables and command-line options."""
 
-import base64
-import binascii
 import ipaddress
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.loading.specs import parse_spec
+from server.setting_types import (
+    BaseURL,
+    CommaSeparated,
+    ExistingDirectory,
+    HostsOrNetworks,
+    NamedEndpoints,
+    Networks,
+    Origins,
+    Rate,
+    WebhookSecret,
+    Weights,
+    split,
+)
 
 PREFIX = "FLUX_SERVER_"
 #: The key that clients of a server without keys send, because fal's SDKs refuse to run without a key.
@@ -21,13 +30,6 @@ _SECRETS = ("keys", "operator_keys", "webhook_secret")
 
 class SettingsError(Exception):
     """One or more invalid settings; the message lists all of them, one per line."""
-
-
-def _split(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 def _default_data_dir(environment: Mapping[str, str]) -> Path:
@@ -41,7 +43,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: CommaSeparated = Field(
+    weights: Weights = Field(
         ("demo",),
         description="Weights to serve: demo, a Hugging Face id, a directory in diffusers layout, or ENDPOINT=WEIGHTS.",
     )
@@ -61,13 +63,13 @@ class Settings(BaseModel):
         description="API keys that may also see /status.json and /metrics. If no operator key exists and --keys has"
         " exactly one key, that key may see them.",
     )
-    public_url: str = Field(
+    public_url: BaseURL = Field(
         "", description="Base of URLs in responses to clients of fal's host names; the certificate covers its host."
     )
-    trusted_proxies: CommaSeparated = Field(
+    trusted_proxies: Networks = Field(
         (), description="Proxies (addresses or networks) with trusted X-Forwarded-* headers; clients then need a key."
     )
-    cors_origin: CommaSeparated = Field(
+    cors_origin: Origins = Field(
         (), description="Web origins that may use a server without keys, in addition to loopback and --public-url."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Device to generate on: auto, cuda or cpu.")
@@ -122,7 +124,7 @@ class Settings(BaseModel):
     max_running_per_key: int = Field(
         0, ge=0, description="Maximum concurrent requests of one key; its further requests wait. 0: no limit."
     )
-    rate_per_key: str = Field(
+    rate_per_key: Rate = Field(
         "", description="Maximum rate per key, such as 60/minute, of requests and separately of uploads; more get 429."
     )
     max_side: int = Field(2048, ge=64, le=14142, description="Longest side of an image, in pixels.")
@@ -143,69 +145,24 @@ class Settings(BaseModel):
         gt=0,
         description="GB on disk for results and files; if exceeded, keys above an equal share lose their oldest ones.",
     )
-    outbound_allow: CommaSeparated = Field(
+    outbound_allow: HostsOrNetworks = Field(
         (), description="Private hosts and networks that webhooks and downloads may reach, in addition to public ones."
     )
-    webhook_secret: str = Field("", description="Secret, whsec_..., for an additional Standard Webhooks signature.")
+    webhook_secret: WebhookSecret = Field(
+        "", description="Secret, whsec_..., for an additional Standard Webhooks signature."
+    )
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
-    models_dir: Path | None = Field(None, description="Directory of Python files with more models, run by the server.")
+    openai_models: NamedEndpoints = Field(
+        (),
+        description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image or dall-e stand for"
+        " the default endpoint unless listed here.",
+    )
+    a1111: bool = Field(False, description="Serve the part of AUTOMATIC1111's API that Open WebUI calls.")
+    models_dir: ExistingDirectory = Field(
+        None, description="Directory of Python files with more models, run by the server."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log format: text (coloured on terminals) or json.")
-
-    @field_validator("weights")
-    @classmethod
-    def _can_be_weights(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
-        for spec in specs:
-            parse_spec(spec.rpartition("=")[2])
-        return specs
-
-    @field_validator("webhook_secret")
-    @classmethod
-    def _is_secret(cls, secret: str) -> str:
-        if secret and not _is_whsec(secret):
-            raise ValueError("should be whsec_ followed by 24 to 64 bytes in base64")
-        return secret
-
-    @field_validator("cors_origin")
-    @classmethod
-    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            if not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"{origin} should be scheme and host, such as https://app.example.com")
-        return origins
-
-    @field_validator("outbound_allow")
-    @classmethod
-    def _are_hosts_or_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in entries:
-            if re.fullmatch(r"[\w.\-]*[A-Za-z_][\w.\-]*", entry):
-                continue
-            try:
-                ipaddress.ip_network(entry, strict=False)
-            except ValueError:
-                raise ValueError(f"{entry} should be a host, an address or a network, without scheme or port") from None
-        return entries
-
-    @field_validator("rate_per_key")
-    @classmethod
-    def _is_rate(cls, rate: str) -> str:
-        if rate and not re.fullmatch(r"[1-9]\d{0,8} ?(/|per) ?([1-9]\d{0,4} ?)?(second|minute|hour|day)s?", rate):
-            raise ValueError("should be a number and a time, such as 60/minute or 10 per 5 seconds")
-        return rate
-
-    @field_validator("models_dir")
-    @classmethod
-    def _is_directory(cls, directory: Path | None) -> Path | None:
-        if directory is not None and not directory.is_dir():
-            raise ValueError("should be an existing directory")
-        return directory
-
-    @field_validator("trusted_proxies")
-    @classmethod
-    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        for network in networks:
-            ipaddress.ip_network(network, strict=False)
-        return networks
 
     @model_validator(mode="after")
     def _gpus_are_of_a_cluster(self) -> "Settings":
@@ -227,13 +184,6 @@ class Settings(BaseModel):
         if len(set(ports)) < len(ports):
             raise ValueError("--port, --tls-port and --proxy-port should differ")
         return self
-
-    @field_validator("public_url")
-    @classmethod
-    def _is_base(cls, url: str) -> str:
-        if url and not url.startswith(("http://", "https://")):
-            raise ValueError("should start with http:// or https://")
-        return url.rstrip("/")
 
     @property
     def is_reachable_remotely(self) -> bool:
@@ -278,7 +228,7 @@ class Settings(BaseModel):
 
 
 def _entries(value: object) -> tuple[str, ...]:
-    entries = _split(value)
+    entries = split(value)
     return tuple(entries) if isinstance(entries, tuple | list) else ()
 
 
@@ -292,9 +242,3 @@ def _problem(entry: Any) -> str:
     value = "" if name in _SECRETS else f"; the value is {str(text)!r}"
     option = "WEIGHTS" if name == "weights" else f"--{name.replace('_', '-')}"
     return f"{option} ({PREFIX}{name.upper()}): {entry['msg'].removeprefix('Value error, ')}{value}"
-
-
-def _is_whsec(secret: str) -> bool:
-    with suppress(binascii.Error):
-        return secret.startswith("whsec_") and 24 <= len(base64.b64decode(secret[6:], validate=True)) <= 64
-    return False

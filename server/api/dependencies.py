@@ -11,13 +11,15 @@ from starlette.requests import HTTPConnection, Request
 
 from models.base import LoadProgress, Model
 from server.api import submissions
+from server.api.model_names import ModelNames
 from server.api.rate_limit import RateLimiter
 from server.api.responses import FalJSONResponse
 from server.auth import Keys
 from server.errors import NotFound, not_offered
 from server.executor import FairExecutor
-from server.inputs.resolver import InputResolver
-from server.inputs.spool import SpooledBody
+from server.inputs.form import SpooledForm
+from server.inputs.resolver import MAX_IMAGE_BYTES, InputResolver
+from server.inputs.spool import Spool, SpooledBody
 from server.metrics import Metrics
 from server.net.bytes_in_flight import SMALL, BytesInFlight
 from server.net.fair_share import FairShare
@@ -47,6 +49,8 @@ class Services:
     models: Mapping[str, Model]
     #: Known endpoints that are not served, with the weights that they need.
     unavailable_endpoints: Mapping[str, str]
+    #: Finds endpoints by the names that clients of other APIs use.
+    model_names: ModelNames
     keys: Keys
     inputs: InputResolver
     #: Limits the memory of request and response bodies, in total and per key.
@@ -112,8 +116,6 @@ def get_model(request: Request, endpoint: str) -> Model:
         raise NotFound(f"{endpoint} is not served here: it needs the weights {weights}")
     if request.state.fal_url and endpoint.startswith("platform/"):
         raise not_offered(request.state.fal_url)
-    if endpoint.startswith("v1/"):
-        raise NotFound(f"Path /{endpoint} not found")
     app = next((known for known in models if endpoint.startswith(f"{known}/")), None)
     if app is not None:
         raise NotFound(f"Path {endpoint.removeprefix(app)} not found")
@@ -139,8 +141,27 @@ async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBod
 
     Raises InvalidInput, TooManyRequests, BodyTooLarge and DiskFull.
     """
-    services = get_services(request)
-    body, part = SpooledBody(services.inputs.cache.temp_path), bytearray()
+    body = SpooledBody(get_services(request).inputs.cache.temp_path)
+    async with _received(request, owner, body):
+        yield body
+
+
+@asynccontextmanager
+async def receive_form(request: Request, owner: str) -> AsyncIterator[SpooledForm]:
+    """Read a request's multipart form and yield it. Its files exist until the block ends.
+
+    Raises as `receive_body` does.
+    """
+    temp_path, content_type = get_services(request).inputs.cache.temp_path, request.headers.get("content-type", "")
+    form = SpooledForm(temp_path, content_type, MAX_IMAGE_BYTES)
+    async with _received(request, owner, form):
+        yield form
+
+
+@asynccontextmanager
+async def _received(request: Request, owner: str, body: Spool) -> AsyncIterator[None]:
+    """Read a request's body into `body`, whose temporary files exist until the block ends."""
+    services, part = get_services(request), bytearray()
     try:
         async with services.in_flight.stream(request, owner) as received:
             async for each in received:
@@ -154,7 +175,7 @@ async def receive_body(request: Request, owner: str) -> AsyncIterator[SpooledBod
             else:
                 body.write(bytes(part))
             body.finish()
-            yield body
+            yield
     except OSError as error:
         if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
             raise disk_error(error) from error
@@ -173,7 +194,7 @@ async def parse_request(request: Request, model: Model, owner: str, mode: Mode) 
 
 
 async def parse_request_body(
-    request: Request, body: SpooledBody, model: Model, owner: str, mode: Mode, content_type: str | None = None
+    request: Request, body: Spool, model: Model, owner: str, mode: Mode, content_type: str | None = None
 ) -> Submission:
     """Parse a request into a submission; `body` is already read. Raises as `submissions.parse_submission` does."""
     services = get_services(request)

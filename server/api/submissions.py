@@ -20,7 +20,7 @@ from server.api.rate_limit import RateLimiter
 from server.errors import InvalidInput
 from server.executor import FairExecutor
 from server.inputs.resolver import InputResolver, dump_input
-from server.inputs.spool import SpooledBody
+from server.inputs.spool import Spool
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Mode, Submission
 
@@ -31,7 +31,7 @@ _JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 async def parse_submission(
     request: Request,
-    body: SpooledBody,
+    body: Spool,
     model: Model,
     owner: str,
     *,

@@ -8,7 +8,7 @@ empty PNG chunks, or JPEG segments, take several seconds in which no other threa
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -39,6 +39,18 @@ def decode_image(path: Path, limits: Limits) -> Image:
 
     Raises InvalidInputFile for an image that cannot be used, and OSError when the file cannot be read.
     """
+    return _decode(path, limits, _rgb)
+
+
+def decode_transparency(path: Path, limits: Limits) -> Image:
+    """Decode a client's image as `decode_image` does; return where it is transparent: white there, black elsewhere.
+
+    Raises as `decode_image` does, also for an image without transparency.
+    """
+    return _decode(path, limits, _transparency)
+
+
+def _decode(path: Path, limits: Limits, convert: Callable[[Image], Image]) -> Image:
     content = path.read_bytes()
     _check_parts(content)
     try:
@@ -47,7 +59,7 @@ def decode_image(path: Path, limits: Limits) -> Image:
             if source.width * source.height > MAX_SOURCE_PIXELS:
                 raise _too_many_pixels_error(source.width, source.height)
             source.load()
-            image = _rgb(_upright(source))
+            image = convert(_upright(source))
     except InvalidInputFile:
         raise
     except PIL.UnidentifiedImageError:
@@ -58,6 +70,10 @@ def decode_image(path: Path, limits: Limits) -> Image:
         raise _too_many_pixels_error() from None
     except Exception as error:
         raise InvalidInputFile("image_load_error", f"The image cannot be read: {error}") from None
+    return _scale_down(image, limits)
+
+
+def _scale_down(image: Image, limits: Limits) -> Image:
     scale = min(
         1.0,
         limits.max_side / max(image.size),
@@ -99,6 +115,13 @@ def _rgb(image: Image) -> Image:
     if image.mode.startswith("I"):
         return PIL.Image.fromarray((numpy.asarray(image).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparency(image: Image) -> Image:
+    if not image.has_transparency_data:
+        message = "The mask has no transparency; save it as a PNG with an alpha channel, transparent where to repaint"
+        raise InvalidInputFile("value_error", message)
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
 def _check_parts(content: bytes) -> None:

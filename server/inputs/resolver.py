@@ -20,7 +20,7 @@ from server.errors import InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
-from server.inputs.spool import SpooledBody
+from server.inputs.spool import Spool
 from server.net.outbound import ForbiddenURL, OutboundClient
 from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
 
@@ -106,7 +106,7 @@ class InputResolver:
         # Separate threads, so that large files do not delay requests without files.
         self._executor = FairExecutor("inputs", 4, 1)
 
-    async def resolve(self, request: ImageInput, owner: str, body: SpooledBody | None = None) -> dict[str, str]:
+    async def resolve(self, request: ImageInput, owner: str, body: Spool | None = None) -> dict[str, str]:
         """Fetch every file that the request refers to; return the file names by field path, such as "loras.0.path".
 
         `body` holds the long data of the request's data URIs. Raises InvalidInput, which names the field; QueueFull if
@@ -129,7 +129,7 @@ class InputResolver:
             )
         return input_files
 
-    async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: SpooledBody | None) -> str:
+    async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: Spool | None) -> str:
         """Fetch one file and return its name; convert errors to InvalidInput in fal's format, or DiskFull."""
         try:
             return await self._resolve(url, owner, kind, body)
@@ -145,7 +145,7 @@ class InputResolver:
         """Delete input files that are no longer needed, as `InputCache.sweep` does; return how many."""
         return self.cache.sweep()
 
-    async def _resolve(self, url: str, owner: str, kind_name: str, body: SpooledBody | None) -> str:
+    async def _resolve(self, url: str, owner: str, kind_name: str, body: Spool | None) -> str:
         kind, temp_path = self._kinds[kind_name], self.cache.temp_path()
         try:
             is_data = url[:5].lower() == "data:"
@@ -215,7 +215,7 @@ class InputResolver:
             ready.unlink(missing_ok=True)
 
 
-def dump_input(request: ImageInput, input_files: Mapping[str, str], received: SpooledBody | None = None) -> str:
+def dump_input(request: ImageInput, input_files: Mapping[str, str], received: Spool | None = None) -> str:
     """Return a request as JSON for its row, with file names in place of data URIs, which may be large.
 
     Raises InvalidInput if the request has long base64 data in any other field.

@@ -1,10 +1,12 @@
-"""Reading a JSON body as it arrives: long base64 data goes to temporary files, and the rest stays in memory."""
+"""Reading a body as it arrives: files and long base64 data go to temporary files, and the rest stays in memory."""
 
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pybase64
 
@@ -23,6 +25,57 @@ _START = b";base64,"
 _ESCAPED_DATA = re.compile(rb"(?:[A-Za-z0-9+/=]+|\\/|\\u00(?:2[BbFf]|3[Dd]))*")
 #: The beginning of an escape at the end of a part, whose remaining characters have not arrived yet.
 _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
+
+
+class SpooledFile(Protocol):
+    """Content of a body that is in a temporary file."""
+
+    def link(self, path: Path) -> None:
+        """Make the content a file at `path`. Raises InvalidInputFile for invalid content, and OSError."""
+
+    def close(self) -> None:
+        """Close and delete the temporary file."""
+
+
+class Spool(ABC):
+    """A request's body, whose files are in temporary files, and whose fields are in `text` as JSON.
+
+    In `text`, a data URI that ends with `#` and a name stands for the file with this name. Base64 itself never contains
+    `#`.
+    """
+
+    def __init__(self, temp_path: Callable[[], Path]) -> None:
+        """Start empty. `temp_path` returns the path of a new temporary file."""
+        self.text = b""
+        self._temp_path = temp_path
+        self._body_hash = hashlib.sha256()
+        self._files: dict[str, SpooledFile] = {}
+
+    @property
+    def hash(self) -> str:
+        """The SHA-256 of the whole body as it was received, in hexadecimal."""
+        return self._body_hash.hexdigest()
+
+    @abstractmethod
+    def write(self, part: bytes) -> None:
+        """Read the next part of the body. Raises InvalidInput if over MAX_TEXT bytes stay in memory, and OSError."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Read the end of the body, and set `text`. Raises as `write` does."""
+
+    def find(self, url: str) -> SpooledFile | None:
+        """Return the file that a data URI from `text` names; None if the URI contains all of its data."""
+        return self._files.get(url.rpartition("#")[2])
+
+    def is_in(self, text: str) -> bool:
+        """Return whether this text contains the name of any file."""
+        return any(name in text for name in self._files)
+
+    def close(self) -> None:
+        """Delete the temporary files."""
+        for file in self._files.values():
+            file.close()
 
 
 class SpooledData:
@@ -79,19 +132,16 @@ class SpooledData:
             self._file.write(decoded)
 
 
-class SpooledBody:
+class SpooledBody(Spool):
     """A JSON body whose long base64 data is in temporary files.
 
     `write` takes the parts of the body as they arrive. `finish` then sets `text`: the body, in which only the first
-    characters of long data are left, followed by `#` and the name of the data. Base64 itself never contains `#`.
+    characters of long data are left, followed by `#` and the name of the data.
     """
 
     def __init__(self, temp_path: Callable[[], Path]) -> None:
         """Start empty. `temp_path` returns the path of a new temporary file."""
-        self.text = b""
-        self._temp_path = temp_path
-        self._body_hash = hashlib.sha256()
-        self._data: dict[str, SpooledData] = {}
+        super().__init__(temp_path)
         self._texts: list[bytes] = []
         self._num_text = 0
         self._is_data = False
@@ -101,11 +151,6 @@ class SpooledBody:
         self._rest = b""
         #: The position of the next backslash in the part that is being read; the length of the part if there is none.
         self._backslash = -1
-
-    @property
-    def hash(self) -> str:
-        """The SHA-256 of the whole body as it was received, in hexadecimal."""
-        return self._body_hash.hexdigest()
 
     def write(self, part: bytes) -> None:
         """Read the next part of the body. Raises InvalidInput if over MAX_TEXT bytes stay in memory, and OSError."""
@@ -123,18 +168,11 @@ class SpooledBody:
         self.text = b"".join(self._texts)
         self._texts.clear()
 
-    def find(self, url: str) -> SpooledData | None:
-        """Return the data that a data URI from `text` names; None if the URI contains all of its data."""
-        return self._data.get(url.rpartition("#")[2])
-
-    def is_in(self, text: str) -> bool:
-        """Return whether this text contains the name of any data that is in a file."""
-        return any(name in text for name in self._data)
-
     def close(self) -> None:
         """Delete the temporary files."""
-        for data in (*self._data.values(), *filter(None, [self._current])):
-            data.close()
+        super().close()
+        if self._current is not None:
+            self._current.close()
 
     def _read_text(self, part: bytes, position: int) -> int:
         """Read text up to the start of base64 data or the end of the part; return the position after the text."""
@@ -192,8 +230,8 @@ class SpooledBody:
         if self._current is not None:
             name = self._current.finish()
             # If the same data occurs twice, it has the same name both times, and only one file is kept.
-            self._data.setdefault(name, self._current)
-            if self._data[name] is not self._current:
+            self._files.setdefault(name, self._current)
+            if self._files[name] is not self._current:
                 self._current.close()
             self._head += b"#" + name.encode()
         self._append(bytes(self._head))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import openai
 import pytest
 from PIL import Image
 
+from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
+from tests.support.hostile_images import encode
 from tests.support.server_process import Gate, Server, wait_until_claimed, wait_until_completed
 
 DEV, NULL = "fal-ai/flux/dev", "test/null"
@@ -33,8 +36,9 @@ def decode(content: bytes) -> Image.Image:
 
 def test_models(sdk: openai.OpenAI) -> None:
     ids = {model.id for model in sdk.models.list()}
-    assert {DEV, "fal-ai/flux/schnell", NULL} <= ids
+    assert {DEV, "fal-ai/flux/schnell", NULL, "gpt-image-1", "gpt-image-1-mini", "dall-e-3", "dall-e-2"} <= ids
     assert sdk.models.retrieve(DEV).owned_by == "fal-ai"
+    assert sdk.models.retrieve("dall-e-3").owned_by == "fal-ai"
 
 
 def test_response_format_url(sdk: openai.OpenAI, client: httpx.Client) -> None:
@@ -71,6 +75,36 @@ def test_openai_only_parameters_are_ignored(sdk: openai.OpenAI) -> None:
     )  # fmt: skip
     assert answer.data is not None
     assert answer.data[0].url
+
+
+@pytest.mark.parametrize("model", ["gpt-image-1", "gpt-image-1-mini", "gpt-image-2.5-flare", "dall-e-3", "dall-e-2"])
+def test_openais_names_stand_for_the_default_endpoint(sdk: openai.OpenAI, client: httpx.Client, model: str) -> None:
+    """Return PNG files; return them in base64 for the newer models, and as URLs for the older ones, as OpenAI does."""
+    answer = sdk.images.generate(prompt="a red apple", model=model, size="128x96", extra_body={**SMALL, "seed": 3})
+    assert answer.data is not None
+    (image,) = answer.data
+    assert bool(image.b64_json) == model.startswith("gpt-image")
+    content = base64.b64decode(image.b64_json) if image.b64_json else client.get(image.url or "").content
+    assert json.loads(decode(content).info["parameters"])["endpoint"] == DEV
+    assert decode(content).format == "PNG"
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_output_formats(sdk: openai.OpenAI, output_format: Any) -> None:
+    answer = sdk.images.generate(
+        prompt="", model=NULL, size="128x96", output_format=output_format, output_compression=80,
+        response_format="b64_json", extra_body=SMALL,
+    )  # fmt: skip
+    assert answer.data is not None
+    image = decode(base64.b64decode(answer.data[0].b64_json or ""))
+    assert (image.format, image.size) == (output_format.upper(), (128, 96))
+    assert DIGITAL_SOURCE_TYPE.encode() in image.info["xmp"]
+
+
+def test_webp_in_a_stream(sdk: openai.OpenAI) -> None:
+    (event,) = sdk.images.generate(prompt="", model=NULL, output_format="webp", stream=True, extra_body=SMALL)
+    assert event.output_format == "webp"
+    assert decode(base64.b64decode(event.b64_json)).format == "WEBP"
 
 
 @pytest.mark.parametrize("num_partial", [0, 1, 3])
@@ -111,6 +145,9 @@ def test_a_disconnected_client_cancels_its_request(constrained_client: httpx.Cli
         ({"response_format": "gif"}, "response_format", "literal_error"),
         ({"num_inference_steps": 99}, "num_inference_steps", "less_than_equal"),
         ({"prompt": None}, "prompt", "string_type"),
+        ({"output_format": "webp"}, "output_format", "value_error"),
+        ({"output_format": "gif"}, "output_format", "literal_error"),
+        ({"output_compression": 101}, "output_compression", "less_than_equal"),
     ],
 )
 def test_errors_name_openais_field(client: httpx.Client, change: dict[str, Any], param: str, code: str) -> None:
@@ -121,9 +158,30 @@ def test_errors_name_openais_field(client: httpx.Client, change: dict[str, Any],
     assert error["message"].startswith(f"{param}: ")
 
 
+def test_an_edit_of_the_default_endpoint(sdk: openai.OpenAI) -> None:
+    source = encode(Image.new("RGB", (96, 64), (0, 0, 255)))
+    answer = sdk.images.edit(
+        image=source, prompt="a red apple", model="gpt-image-1", size="128x96", extra_body={"num_inference_steps": 10}
+    )
+    assert answer.data is not None
+    image = decode(base64.b64decode(answer.data[0].b64_json or ""))
+    assert json.loads(image.info["parameters"])["endpoint"] == f"{DEV}/image-to-image"
+    assert image.size == (128, 96)
+
+
+def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:
+    """Refuse variations: the demo weights do not include Redux."""
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(openai.BadRequestError, match="No endpoint with the weights of fal-ai/flux/dev") as raised,
+    ):
+        sdk.images.create_variation(image=encode(Image.new("RGB", (96, 64))))
+    assert (raised.value.param, raised.value.code) == ("image", "feature_not_supported")
+
+
 def test_errors_raise_the_packages_exceptions(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
-        sdk.images.generate(prompt="", model="dall-e-3")
+        sdk.images.generate(prompt="", model="imagen")
     with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
         sdk.images.generate(prompt="", extra_body={"num_inference_steps": 99})
     with pytest.raises(openai.InternalServerError, match="This cannot be painted"):
@@ -139,7 +197,3 @@ def test_wrong_key(server_with_keys: Server) -> None:
         assert raised.value.code == "invalid_api_key"
         right_sdk = openai.OpenAI(base_url=url, api_key="alice:secret", http_client=client, max_retries=0)
         assert right_sdk.images.generate(prompt="", model=NULL, extra_body=SMALL).data
-
-
-def test_unknown_path(client: httpx.Client) -> None:
-    assert client.post("/v1/images/edits", json={}).json()["detail"] == "Path /v1/images/edits not found"

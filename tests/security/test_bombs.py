@@ -142,6 +142,15 @@ def test_images_that_decompress_to_gigabytes(bombed: Server, route: Route) -> No
             assert len(json.dumps(answer)) < 10_000
 
 
+@pytest.mark.parametrize("field", ["image", "mask"])
+def test_images_in_forms_that_decompress_to_gigabytes(bombed: Server, field: str) -> None:
+    with unharmed(bombed), httpx.Client(base_url=bombed.url, headers=ALICE, timeout=60, trust_env=False) as client:
+        for name, content in IMAGES.items():
+            files = {"image": PNG, field: content}
+            answer = client.post("/v1/images/edits", data={"prompt": "x", "model": "test/null"}, files=files)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), name
+
+
 def test_bad_metadata_does_not_fill_the_log(bombed: Server) -> None:
     before = len(bombed.output)
     with unharmed(bombed):

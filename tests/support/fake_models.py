@@ -139,6 +139,20 @@ class CopyEngine(NullEngine):
         task.images.append(image)
 
 
+class InpaintEngine(NullEngine):
+    """An engine whose output is the input image, red where the mask is white."""
+
+    def start(self, request: Any, seed: int, inputs: Mapping[str, Path] = NO_INPUTS) -> NullTask:
+        self._inputs = inputs
+        return NullTask(request, seed)
+
+    def decode(self, task: Any) -> None:
+        with PILImage.open(self._inputs["image_url"]) as image, PILImage.open(self._inputs["mask_url"]) as mask:
+            image.paste((255, 0, 0), mask=mask.convert("L").resize(image.size))
+        size = task.request.image_size
+        task.images.append(image.resize((size.width, size.height)) if size else image)
+
+
 class RaisesEngine(NullEngine):
     """An engine that fails in the second step. The error has a message for the client only if the prompt is "told"."""
 

@@ -49,6 +49,8 @@ _NOTES = {
     "outbound_allow": "For example `10.0.0.0/8,hooks.lan`.",
     "shutdown_grace": "Above 80, also raise `stop_grace_period` (Docker Compose) or `TimeoutStopSec` (systemd), 90 s.",
     "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",
+    "openai_models": "See [OpenAI's images API](clients.md#openais-images-api).",
+    "a1111": "See [AUTOMATIC1111's API](clients.md#automatic1111s-api).",
     "models_dir": "See [Adding an endpoint](adding-an-endpoint.md).",
 }
 #: Parts of a description that users type as they are; the page shows them as code.

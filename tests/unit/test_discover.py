@@ -30,7 +30,19 @@ def test_the_package_has_flux_dev() -> None:
 def test_a_directory_adds_its_models() -> None:
     added = {
         f"test/{name}"
-        for name in ("null", "gate", "raises", "unsafe", "lost", "memory", "large-previews", "copy", "lora")
+        for name in (
+            "null",
+            "gate",
+            "raises",
+            "unsafe",
+            "lost",
+            "memory",
+            "large-previews",
+            "copy",
+            "lora",
+            "inpaint",
+            "vary",
+        )
     }
     assert set(discover(MODELS)) == set(discover()) | added
 

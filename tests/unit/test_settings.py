@@ -103,6 +103,8 @@ def test_the_key_that_env_prints_for_a_server_without_keys_is_ignored() -> None:
         ("cors_origin", "foo"),
         ("models_dir", "/nope"),
         ("webhook_secret", "whsec_foo"),
+        ("openai_models", "gpt-image-1"),
+        ("openai_models", "gpt-image-1=fal-ai/flux/dev,=x"),
     ],
 )
 def test_values_that_cannot_work_are_rejected(name: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""Error responses in fal's shape, for the server's exceptions, the framework's, and all others."""
+"""Error responses for the server's exceptions, the framework's, and all others, in fal's shape or in OpenAI's."""
 
 import logging
 
@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import responses
+from server.api.openai.errors import error_response, is_openai_path
 from server.api.sse import AbortStream
 from server.errors import InternalError, MethodNotAllowed, NotFound, ServerError, not_offered
 from server.storage.database import CorruptDatabase
@@ -39,7 +40,7 @@ class ErrorMiddleware:
         try:
             await self.app(scope, receive, sender)
         except ServerError as error:
-            await responses.error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
         except ClientDisconnect:
             # The client disconnected while it sent the body, so a response would reach no one.
             return
@@ -52,11 +53,11 @@ class ErrorMiddleware:
             log.exception("%s %s failed", scope.get("method", "WebSocket"), route)
             if has_started:
                 raise
-            await responses.error_response(InternalError())(scope, receive, send)
+            await error_response(InternalError(), scope["path"])(scope, receive, send)
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Add handlers that turn errors from routes into responses in fal's shape."""
+    """Add handlers that turn errors from routes into responses."""
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(CorruptDatabase, _damaged)
@@ -64,31 +65,38 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 async def _server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
-    return responses.error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _damaged(request: Request, error: Exception) -> Response:
     """Respond with a generic error. The backend has logged the reason, and the server is about to stop."""
-    return responses.error_response(InternalError())
+    return error_response(InternalError(), request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Convert one of Starlette's errors, such as 404 or 405, to fal's shape."""
+    """Convert one of Starlette's errors, such as 404 or 405, to the shape of the path's API."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    # Some routes match every path, but only one method, so Starlette reports 405 instead of 404 for an unknown path.
-    is_known = "/requests/" in path or _endpoint(path) in request.app.state.services.models
-    if error.status_code == 404 or (error.status_code == 405 and not is_known):
+    if error.status_code == 404 or (error.status_code == 405 and not _is_known(request)):
         url = request.state.fal_url
-        return responses.error_response(not_offered(url) if url else NotFound(f"Path {path} not found"))
+        return error_response(not_offered(url) if url else NotFound(f"Path {path} not found"), path)
     response = (
-        responses.error_response(MethodNotAllowed())
+        error_response(MethodNotAllowed(), path)
         if error.status_code == 405
         else responses.FalJSONResponse({"detail": error.detail})
     )
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     return response
+
+
+def _is_known(request: Request) -> bool:
+    """Return whether a path exists, also with another method.
+
+    Some routes match every path, but only one method, so Starlette reports 405 instead of 404 for an unknown path.
+    """
+    path = request.url.path
+    return is_openai_path(path) or "/requests/" in path or _endpoint(path) in request.app.state.services.models
 
 
 def _endpoint(path: str) -> str:

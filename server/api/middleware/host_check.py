@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api import responses
+from server.api.openai.errors import error_response
 from server.errors import BadRequest, Forbidden, MisdirectedRequest, NotFound, ServerError
 from server.net.fal_hosts import is_fal
 from server.settings import Settings
@@ -40,7 +40,7 @@ class HostCheckMiddleware:
             try:
                 self._check(scope)
             except ServerError as error:
-                await responses.error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

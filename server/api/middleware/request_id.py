@@ -2,14 +2,20 @@
 
 import uuid
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 HEADER = "x-fal-request-id"
+#: OpenAI's name for the same, which its packages read as `_request_id`.
+OPENAI_HEADER = "x-request-id"
 
 
 class RequestIdMiddleware:
-    """Middleware that adds x-fal-request-id, which @fal-ai/client reads as `requestId`, unless a route has set it."""
+    """Middleware that adds x-fal-request-id, which @fal-ai/client reads as `requestId`, unless a route has set it.
+
+    Under /v1, the header x-request-id gets the same value.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -23,9 +29,11 @@ class RequestIdMiddleware:
 
         async def sender(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message.get("headers", [])
-                if not any(name.lower() == HEADER.encode() for name, _ in headers):
-                    message = {**message, "headers": [*headers, (HEADER.encode(), request_id.encode())]}
+                headers = MutableHeaders(raw=list(message.get("headers", [])))
+                headers.setdefault(HEADER, request_id)
+                if scope["path"].startswith("/v1"):
+                    headers[OPENAI_HEADER] = headers[HEADER]
+                message = {**message, "headers": headers.raw}
             await send(message)
 
         with bound_contextvars(request_id=request_id):

@@ -21,7 +21,7 @@ PROXY_PATH = "/api/fal/proxy"
 _TARGET = b"x-fal-target-url"
 _VALID_TARGET = f"an https URL under {', '.join(DOMAINS)}"
 #: Paths that mean the same under every host name, so they never get the prefix /queue.
-_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/platform/")
+_OWN_PATHS = ("/files/", "/health", "/docs", "/openapi.json", "/api/", "/v1/", "/sdapi/", "/platform/")
 #: Paths that are not part of fal's API, so they are not offered under fal's host names.
 _PAGES = ("/status", "/metrics", "/playground", "/static/", "/platform/")
 #: Prefix of fal's platform API. Without it, /v1/models would collide with OpenAI's path.

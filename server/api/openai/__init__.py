@@ -1,0 +1,1 @@
+"""OpenAI's images API in terms of fal's endpoints: requests, responses and errors."""

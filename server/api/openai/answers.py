@@ -1,0 +1,98 @@
+"""Responses and events of OpenAI's images API, built from the outcomes of jobs."""
+
+import base64
+import io
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import PIL.Image
+from pydantic_core import from_json
+
+from server.api.dependencies import Services, open_output
+from server.api.openai.errors import error_body
+from server.api.responses import FalJSONResponse
+from server.api.sse import AbortStream, wait_or_heartbeat
+from server.errors import InternalError
+from server.queue.jobs import Job, Outcome, State
+
+#: Token counts of zero, because OpenAI's package requires token counts.
+_NO_USAGE = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
+
+
+def answer(outcome: Outcome, webp_quality: int | None = None) -> FalJSONResponse:
+    """Build the response of a finished job; with `webp_quality`, encode its PNG images as WebP."""
+    if outcome.status != 200:
+        return FalJSONResponse(_failure(outcome), outcome.status)
+    images = from_json(outcome.body)["images"]
+    data = [_datum(image["url"], webp_quality) for image in images]
+    return FalJSONResponse({"created": int(time.time()), "data": data})
+
+
+async def events(
+    services: Services, job: Job, name: str, num_partial: int, webp_quality: int | None
+) -> AsyncIterator[Mapping[str, Any] | None]:
+    """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image.
+
+    `name` is the start of the events' names. None stands for a heartbeat. After a failure, yields an error and raises
+    AbortStream.
+    """
+    num_sent, last_preview = 0, None
+    with services.notifier.subscribe(job.request_id) as event:
+        while job.state != State.COMPLETED:
+            event.clear()
+            preview, is_due = job.preview, job.step * (num_partial + 1) >= (num_sent + 1) * job.num_steps
+            if num_sent < num_partial and preview is not None and preview is not last_preview and is_due:
+                yield _event(f"{name}.partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
+                num_sent, last_preview = num_sent + 1, preview
+            if services.notifier.is_closing:
+                yield {"type": "error", **error_body(InternalError("The server is stopping."))}
+                raise AbortStream
+            if not await wait_or_heartbeat(event):
+                yield None
+    async with open_output(services, job) as (outcome, output):
+        if outcome.status != 200:
+            yield {"type": "error", **_failure(outcome)}
+            raise AbortStream
+        for image in output["images"]:
+            datum = await services.executor.run(job.owner, _datum, image["url"], webp_quality)
+            kind = "webp" if webp_quality is not None else image["content_type"].removeprefix("image/")
+            size = f"{image['width']}x{image['height']}"
+            yield _event(f"{name}.completed", datum["b64_json"], kind, size=size, usage=_NO_USAGE)
+
+
+def _failure(outcome: Outcome) -> dict[str, Any]:
+    kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
+    message = outcome.error or "Internal Server Error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": outcome.error_type}}
+
+
+def _datum(url: str, webp_quality: int | None) -> dict[str, str]:
+    """Build an image's entry, with either `url` or `b64_json`; the other field is absent, not null."""
+    if not url.startswith("data:"):
+        return {"url": url}
+    content = _base64(url)
+    return {"b64_json": content if webp_quality is None else _to_webp(content, webp_quality)}
+
+
+def _base64(data_uri: str) -> str:
+    return data_uri.partition(",")[2]
+
+
+def _to_webp(png: str, quality: int) -> str:
+    """Encode a PNG as WebP, both in base64. The XMP metadata, which marks the image as AI generated, is kept."""
+    buffer = io.BytesIO()
+    with PIL.Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        image.save(buffer, "WEBP", quality=quality, xmp=image.info.get("xmp", b""))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _event(name: str, content: str, output_format: str, **more: Any) -> dict[str, Any]:
+    """Build one of OpenAI's events; fields without a meaning here have OpenAI's defaults."""
+    fields = {"created_at": int(time.time()), "size": "auto", "quality": "auto", "background": "opaque", **more}
+    return {"type": name, "b64_json": content, "output_format": output_format, **fields}

@@ -1,0 +1,56 @@
+"""Errors in the shape of OpenAI's API, for every path under /v1."""
+
+from typing import Any
+
+from starlette.responses import Response
+
+from server.api import responses
+from server.api.responses import FalJSONResponse
+from server.errors import InvalidInput, QueueFull, ServerError, TooManyRequests, Unauthorized, UnknownModel
+
+GENERATIONS = "/v1/images/generations"
+#: A path of fal's platform API, which clients may call without the prefix /platform.
+_PLATFORM_PATH = "/v1/models/requests/by-endpoint"
+#: OpenAI's names for fal's fields, so that an error names the field that the client sent.
+_NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
+#: The same for the fields that a client sends as files.
+_FILE_NAMES = {"image_url": "image", "mask_url": "mask"}
+
+
+def is_openai_path(path: str) -> bool:
+    """Return whether a path belongs to OpenAI's API."""
+    return (path == "/v1" or path.startswith("/v1/")) and path != _PLATFORM_PATH
+
+
+def error_response(error: ServerError, path: str) -> Response:
+    """Build an error response, in OpenAI's shape for its paths, and in fal's shape for all others."""
+    if not is_openai_path(path):
+        return responses.error_response(error)
+    status = 400 if isinstance(error, InvalidInput) else error.status
+    return FalJSONResponse(error_body(error, path), status, error.headers)
+
+
+def error_body(error: ServerError, path: str = GENERATIONS) -> dict[str, Any]:
+    """Build the body of an error in OpenAI's shape. `path` is the path of the request."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
+    if isinstance(error, InvalidInput):
+        names = _NAMES if path == GENERATIONS else _NAMES | _FILE_NAMES
+        body |= _first(error.detail, names)
+    elif isinstance(error, Unauthorized):
+        body["code"] = "invalid_api_key"
+    elif isinstance(error, UnknownModel):
+        body |= {"code": "model_not_found", "param": "model"}
+    elif isinstance(error, QueueFull | TooManyRequests):
+        body |= {"type": "rate_limit_error", "code": "rate_limit_exceeded"}
+    return {"error": body}
+
+
+def _first(detail: list[dict[str, Any]], their_names: dict[str, str]) -> dict[str, Any]:
+    """Describe the first of the wrong fields, because OpenAI's error names only one field."""
+    entry = detail[0]
+    # The position of a JSON error is no field.
+    names = [] if entry["type"] == "json_invalid" else [str(part) for part in entry["loc"] if part != "body"]
+    names = [their_names.get(name, name) for name in names[:1]] + names[1:]
+    param = ".".join(names) or None
+    return {"message": f"{param}: {entry['msg']}" if param else entry["msg"], "param": param, "code": entry["type"]}

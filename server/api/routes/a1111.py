@@ -1,0 +1,241 @@
+"""The part of AUTOMATIC1111's web UI API that Open WebUI and other chat programs call, under /sdapi/v1.
+
+A request runs as one of fal's. FLUX.1 has neither a negative prompt nor cfg_scale, so these fields are ignored.
+"""
+
+import base64
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json, to_json
+
+from models.base import Model
+from server.api import validation
+from server.api.dependencies import get_services, parse_request_body, result_response_of
+from server.api.model_names import PROMPT, accepts
+from server.api.responses import FalJSONResponse, result_response, with_request_id
+from server.api.wait import wait_for_outcome
+from server.errors import InvalidInput
+from server.inputs.spool import SpooledBody
+from server.net.bytes_in_flight import SMALL
+from server.queue.jobs import Job, Mode, Outcome, State, Submission
+
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+
+@dataclass
+class _Session:
+    """The state that AUTOMATIC1111 keeps for everyone, kept for each key: the chosen endpoint and the last job."""
+
+    checkpoint: str | None = None
+    job: Job | None = None
+
+
+class Options(BaseModel):
+    """The options that have a meaning here; all others are ignored."""
+
+    sd_model_checkpoint: str | None = Field(None, max_length=255)
+
+
+class TextToImage(BaseModel):
+    """A request to generate images from a prompt. Fields without a meaning here are ignored."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    prompt: str = ""
+    width: int = 512
+    height: int = 512
+    batch_size: int = Field(1, ge=1, le=100)
+    n_iter: int = Field(1, ge=1, le=100)
+    steps: int | None = None
+    #: The field in which Forge, a fork of AUTOMATIC1111, takes the guidance scale of FLUX.1.
+    distilled_cfg_scale: float | None = None
+    seed: int = -1
+    override_settings: Options = Options()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The request, translated to an endpoint's fields. Null stands for the endpoint's default."""
+        return {
+            "prompt": self.prompt,
+            "image_size": {"width": self.width, "height": self.height},
+            "num_images": self.batch_size * self.n_iter,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.distilled_cfg_scale,
+            "seed": self.seed if self.seed >= 0 else None,
+            "sync_mode": True,
+            "output_format": "png",
+        }
+
+
+class ImageToImage(TextToImage):
+    """A request to change an image, or to repaint the white part of its mask."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    denoising_strength: float = 0.75
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The request, translated to an endpoint's fields, with the images as data URIs."""
+        images = {"image_url": _data_uri(self.init_images[0]), "mask_url": _data_uri(self.mask) if self.mask else None}
+        return {**super().fields, **images, "strength": self.denoising_strength}
+
+
+@router.get("/options")
+async def options(request: Request) -> Response:
+    """Return the endpoint that requests use, as AUTOMATIC1111's checkpoint."""
+    owner = _authenticate(request)
+    return FalJSONResponse({"sd_model_checkpoint": _checkpoint(request, owner), "samples_format": "png"})
+
+
+@router.post("/options")
+async def set_options(request: Request) -> Response:
+    """Choose the endpoint for the further requests of this key."""
+    services, owner = get_services(request), _authenticate(request)
+    async with services.in_flight.body(request, owner, SMALL) as body:
+        wanted = validation.parse_body(Options, body).sd_model_checkpoint
+    if wanted is not None:
+        _session(request, owner).checkpoint = services.model_names.find(wanted).endpoint
+    return FalJSONResponse(None)
+
+
+@router.get("/sd-models")
+async def sd_models(request: Request) -> Response:
+    """List the endpoints that generate images from a prompt, as AUTOMATIC1111's checkpoints."""
+    _authenticate(request)
+    served = get_services(request).models
+    endpoints = [endpoint for endpoint, model in served.items() if accepts(model, PROMPT)]
+    unknown = {"hash": None, "sha256": None, "config": None}
+    return FalJSONResponse([{"title": name, "model_name": name, "filename": name, **unknown} for name in endpoints])
+
+
+@router.get("/progress")
+async def progress(request: Request) -> Response:
+    """Return how much of the key's last request is done, from 0 to 1; 0 if it has ended."""
+    job = _session(request, _authenticate(request)).job
+    is_running = job is not None and job.state != State.COMPLETED
+    step, num_steps = (job.step, job.num_steps) if job and is_running else (0, 0)
+    state = {"sampling_step": step, "sampling_steps": num_steps, "job_count": int(is_running)}
+    return FalJSONResponse(
+        {
+            "progress": step / num_steps if num_steps else 0.0,
+            "eta_relative": 0.0,
+            "state": {"skipped": False, "interrupted": False, "job": "", "job_no": 0, **state},
+            "current_image": None,
+            "textinfo": None,
+        }
+    )
+
+
+@router.post("/txt2img")
+async def txt2img(request: Request) -> Response:
+    """Generate images from a prompt."""
+    return await _generate(request, TextToImage)
+
+
+@router.post("/img2img")
+async def img2img(request: Request) -> Response:
+    """Change an image, or repaint the white part of its mask."""
+    return await _generate(request, ImageToImage)
+
+
+async def _generate(request: Request, kind: type[TextToImage]) -> Response:
+    services, owner = get_services(request), _authenticate(request)
+    submission = await _parse(request, owner, kind)
+    job = await services.executor.run(owner, services.queue.submit, submission)
+    _session(request, owner).job = job
+    await wait_for_outcome(request, services, job)
+    render = partial(_answer, submission)
+    return with_request_id(await result_response_of(services, job, render, is_patient=True), job)
+
+
+async def _parse(request: Request, owner: str, kind: type[TextToImage]) -> Submission:
+    """Parse a request into a submission. Raises as `submissions.parse_submission` does, and UnknownModel."""
+    services = get_services(request)
+    spool = SpooledBody(services.inputs.cache.temp_path)
+    try:
+        # Images are base64 without the start of a data URI, so the body is not spooled as it arrives.
+        async with services.in_flight.body(request, owner) as body:
+            sent = await services.executor.run(owner, _translate, kind, body, spool)
+        wanted = services.model_names.find(sent.override_settings.sd_model_checkpoint or _checkpoint(request, owner))
+        model = _variant(request, wanted, sent)
+        return await parse_request_body(request, spool, model, owner, Mode.RUN, content_type="")
+    finally:
+        spool.close()
+
+
+def _translate(kind: type[TextToImage], body: bytes, spool: SpooledBody) -> TextToImage:
+    """Parse the body, and write it as the fields of an endpoint into `spool`. Raises InvalidInput."""
+    sent = validation.parse_body(kind, body)
+    spool.write(to_json(sent.fields))
+    spool.finish()
+    return sent
+
+
+def _variant(request: Request, wanted: Model, sent: TextToImage) -> Model:
+    """Return the model for these fields with the weights of `wanted`. Raises InvalidInput if none is served."""
+    fields = PROMPT
+    if isinstance(sent, ImageToImage):
+        fields |= {"image_url", "mask_url"} if sent.mask else {"image_url"}
+    model = get_services(request).model_names.find_variant(wanted, fields)
+    if model is None:
+        message = f"No endpoint with the weights of {wanted.endpoint} takes {', '.join(sorted(fields))}"
+        raise InvalidInput([{"type": "feature_not_supported", "loc": ["body"], "msg": message, "input": ""}])
+    return model
+
+
+def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
+    """Build AUTOMATIC1111's response: images in base64, and their parameters as JSON in a string."""
+    if outcome.status != 200:
+        return result_response(outcome)
+    output, sent = from_json(outcome.body), from_json(submission.input)
+    images = output["images"]
+    seeds = [output["seed"] + number for number in range(len(images))]
+    size = {"width": images[0]["width"], "height": images[0]["height"]} if images else {}
+    steps = sent["num_inference_steps"]
+    about = f"Steps: {steps}, Size: {size.get('width')}x{size.get('height')}, Model: {submission.endpoint}"
+    info = {
+        "prompt": output["prompt"],
+        "seed": output["seed"],
+        "all_seeds": seeds,
+        **size,
+        "steps": steps,
+        "sd_model_name": submission.endpoint,
+        "infotexts": [f"{output['prompt']}\n{about}, Seed: {seed}" for seed in seeds],
+    }
+    content = [image["url"].partition(",")[2] for image in images]
+    return FalJSONResponse({"images": content, "parameters": {}, "info": json.dumps(info)})
+
+
+def _data_uri(image: str) -> str:
+    """Return an image in base64 as a data URI; clients send it with or without the start of the URI."""
+    return image if image[:5].lower() == "data:" else f"data:image/png;base64,{image}"
+
+
+def _authenticate(request: Request) -> str:
+    """Return the owner of the request's key. AUTOMATIC1111's clients send it as Basic USER:PASSWORD.
+
+    A key in fal's form ID:SECRET is such a pair. Raises Unauthorized.
+    """
+    header = request.headers.get("authorization", "")
+    scheme, _, credentials = header.partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            header = f"Key {base64.b64decode(credentials, validate=True).decode()}"
+    return get_services(request).keys.owner(header)
+
+
+def _session(request: Request, owner: str) -> _Session:
+    sessions: dict[str, _Session] = request.app.state.a1111_sessions
+    return sessions.setdefault(owner, _Session())
+
+
+def _checkpoint(request: Request, owner: str) -> str:
+    """Return the endpoint that the key has chosen, or else the default one."""
+    return _session(request, owner).checkpoint or get_services(request).model_names.default

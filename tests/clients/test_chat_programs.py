@@ -1,0 +1,233 @@
+"""Tests that replay the requests of chat programs and libraries for images, written from their sources.
+
+Open WebUI, LibreChat, AnythingLLM, LiteLLM, LangChain's DALL-E wrapper and the AI SDK speak OpenAI's API. Open WebUI
+and LibreChat also speak AUTOMATIC1111's.
+"""
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.support.hostile_images import BOMB, encode
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving
+
+BLUE, RED = (0, 0, 255), (255, 0, 0)
+SOURCE = encode(Image.new("RGB", (160, 128), BLUE))
+BEARER = {"authorization": "Bearer id:secret"}
+BASIC = {"authorization": f"Basic {base64.b64encode(b'id:secret').decode()}"}
+
+
+@pytest.fixture(scope="module")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    names = ",".join(f"{name}=test/null" for name in ("gpt-image-1", "dall-e-3", "dall-e-2", "flux"))
+    settings = {"openai_models": names, "a1111": "true", "keys": "id:secret,other:secret"}
+    with serving(tmp_path_factory.mktemp("chat"), TEST_MODELS, **settings) as running:
+        yield running.ready()
+
+
+@pytest.fixture
+def http(chat_server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=chat_server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+def decode(content: str) -> Image.Image:
+    image = Image.open(io.BytesIO(base64.b64decode(content)))
+    image.load()
+    return image
+
+
+# -- OpenAI's API: the body of each program's request for a generation, and whether it expects base64
+
+GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "auto"}, True),
+    "Open WebUI, older model": (
+        {"model": "dall-e-2", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
+        True,
+    ),
+    "LibreChat": (
+        {
+            "model": "gpt-image-1",
+            "prompt": "a fish",
+            "n": 1,
+            "background": "auto",
+            "output_format": "webp",
+            "output_compression": 100,
+            "quality": "auto",
+            "size": "auto",
+        },
+        True,
+    ),
+    "LibreChat's DALL-E": (
+        {"model": "dall-e-3", "quality": "standard", "style": "vivid", "size": "1024x1024", "prompt": "a fish", "n": 1},
+        False,
+    ),
+    "LiteLLM": ({"model": "gpt-image-1", "prompt": "a fish", "user": "alice", "quality": "low"}, True),
+    "LangChain": (
+        {"model": "dall-e-3", "prompt": "a fish", "n": 1, "size": "1024x1024", "quality": "standard"},
+        False,
+    ),
+    "AnythingLLM": ({"model": "dall-e-2", "prompt": "a fish", "size": "1024x1024", "n": 1}, False),
+    "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "1024x1024"}, True),
+    "AI SDK, unknown model": (
+        {"model": "flux", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "is_base64"), GENERATIONS.values(), ids=GENERATIONS)
+def test_generations(http: httpx.Client, body: dict[str, Any], is_base64: bool) -> None:
+    answer = http.post("/v1/images/generations", json=body, headers=BEARER, params={"api-version": "2025-04-01"})
+    assert answer.status_code == 200, answer.text
+    (datum,) = answer.json()["data"]
+    # The AI SDK requires the key b64_json. Others look for `url` first, so it must be absent, not null.
+    assert datum.keys() == ({"b64_json"} if is_base64 else {"url"})
+    if is_base64:
+        # LibreChat writes the format that it asked for into a data URI; the others assume a PNG or look at the bytes.
+        expected = body.get("output_format", "jpeg" if body["model"] == "flux" else "png")
+        assert decode(datum["b64_json"]).format == expected.upper()
+    else:
+        assert http.get(datum["url"]).headers["content-type"] == "image/png"
+
+
+EDITS: dict[str, tuple[dict[str, str], str]] = {
+    "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
+    "Open WebUI, a list": ({"model": "dall-e-2", "prompt": "a fish", "response_format": "b64_json"}, "image[]"),
+    "LibreChat": ({"model": "gpt-image-1", "prompt": "a fish", "quality": "auto", "size": "auto"}, "image[]"),
+    "LiteLLM": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1"}, "image[]"),
+    "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
+}
+
+
+@pytest.mark.parametrize(("fields", "name"), EDITS.values(), ids=EDITS)
+def test_edits(http: httpx.Client, fields: dict[str, str], name: str) -> None:
+    files = {name: ("image.png", SOURCE, "image/png")}
+    answer = http.post("/v1/images/edits", data=fields, files=files, headers=BEARER)
+    assert answer.status_code == 200, answer.text
+    (datum,) = answer.json()["data"]
+    image = decode(datum["b64_json"])
+    assert image.size == ((128, 96) if fields.get("size") == "128x96" else (160, 128))
+    assert image.getpixel((9, 9)) == BLUE
+
+
+def test_an_edit_in_a_blob_without_a_name(http: httpx.Client) -> None:
+    """Accept the file name "blob", which browsers and Node give to unnamed files, and masks in such a form."""
+    mask = encode(Image.new("RGBA", (160, 128), (0, 0, 0, 0)))
+    files = {"image": ("blob", SOURCE, "image/png"), "mask": ("blob", mask, "image/png")}
+    answer = http.post("/v1/images/edits", data={"model": "gpt-image-1", "prompt": ""}, files=files, headers=BEARER)
+    assert decode(answer.json()["data"][0]["b64_json"]).getpixel((9, 9)) == RED
+
+
+# -- AUTOMATIC1111's API
+
+
+def test_open_webui_with_automatic1111(http: httpx.Client) -> None:
+    """Verify the URL, list the models, choose one, and generate, as Open WebUI does."""
+    options = http.get("/sdapi/v1/options", headers=BASIC).json()
+    titles = {model["title"]: model["model_name"] for model in http.get("/sdapi/v1/sd-models", headers=BASIC).json()}
+    assert options["sd_model_checkpoint"] in titles
+    assert titles["test/null"] == "test/null"
+    assert "test/copy" not in titles
+    options["sd_model_checkpoint"] = "test/null"
+    http.post("/sdapi/v1/options", json=options, headers=BASIC).raise_for_status()
+    assert http.get("/sdapi/v1/options", headers=BASIC).json() == options
+    other = {"authorization": "Bearer other:secret"}
+    assert http.get("/sdapi/v1/options", headers=other).json()["sd_model_checkpoint"] != "test/null"
+    body = {"prompt": "a fish", "batch_size": 2, "width": 128, "height": 96, "steps": 3, "negative_prompt": "a bird"}
+    answer = http.post("/sdapi/v1/txt2img", json=body, headers=BASIC).json()
+    assert [decode(image).size for image in answer["images"]] == [(128, 96)] * 2
+    assert decode(answer["images"][0]).format == "PNG"
+    info = json.loads(answer["info"])
+    assert (info["prompt"], info["steps"], info["sd_model_name"]) == ("a fish", 3, "test/null")
+
+
+def test_librechat_with_automatic1111(http: httpx.Client) -> None:
+    body = {
+        "prompt": "a fish",
+        "negative_prompt": "a bird",
+        "cfg_scale": 4.5,
+        "steps": 22,
+        "width": 1024,
+        "height": 1024,
+        "seed": 7,
+        "override_settings": {"sd_model_checkpoint": "test/null"},
+    }
+    answer = http.post("/sdapi/v1/txt2img", json=body, headers=BEARER).json()
+    info = json.loads(answer["info"])
+    assert (info["width"], info["height"], info["seed"], info["all_seeds"]) == (1024, 1024, 7, [7])
+    assert info["infotexts"][0].startswith("a fish\nSteps: 22, ")
+    assert decode(answer["images"][0]).getpixel((0, 0)) == (7, 128, 64)
+
+
+@pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
+def test_automatic1111s_image_to_image(http: httpx.Client, start: str) -> None:
+    image = Image.effect_noise((1600, 1200), 100).convert("RGB")
+    content = base64.b64encode(encode(image)).decode()
+    assert len(content) > 2**20, "more than the text of a body may have"
+    body: dict[str, Any] = {
+        "prompt": "",
+        "init_images": [start + content],
+        "denoising_strength": 0.5,
+        "steps": 10,
+        "override_settings": {"sd_model_checkpoint": "test/null"},
+    }
+    answer = http.post("/sdapi/v1/img2img", json=body, headers=BEARER)
+    assert answer.status_code == 200, answer.text
+    assert decode(answer.json()["images"][0]).tobytes() == image.tobytes()
+    white = base64.b64encode(encode(Image.new("L", (1600, 1200), 255))).decode()
+    masked = http.post("/sdapi/v1/img2img", json={**body, "mask": white, "width": 128, "height": 96}, headers=BEARER)
+    assert decode(masked.json()["images"][0]).getpixel((9, 9)) == RED
+
+
+def test_automatic1111s_errors(chat_server: Server, http: httpx.Client) -> None:
+    bomb = base64.b64encode(BOMB).decode()
+    chosen = {"override_settings": {"sd_model_checkpoint": "test/null"}}
+    for path, body, status in (
+        ("txt2img", {"steps": 99, **chosen}, 422),
+        ("txt2img", {"width": 8, **chosen}, 422),
+        ("txt2img", {"batch_size": 9, **chosen}, 422),
+        ("txt2img", {"override_settings": {"sd_model_checkpoint": "sdxl"}}, 404),
+        ("img2img", chosen, 422),
+        ("img2img", {"init_images": [bomb], "steps": 10, **chosen}, 422),
+        ("img2img", {"init_images": ["not base64"], "steps": 10, **chosen}, 422),
+        ("options", {"sd_model_checkpoint": "sdxl"}, 404),
+    ):
+        answer = http.post(f"/sdapi/v1/{path}", json=body, headers=BEARER)
+        assert (answer.status_code, "detail" in answer.json()) == (status, True), (path, body, answer.text)
+    for headers in ({}, {"authorization": "Basic !"}, {"authorization": f"Basic {base64.b64encode(b'a:b').decode()}"}):
+        assert http.get("/sdapi/v1/options", headers=headers).status_code == 401
+    assert not list((chat_server.data_dir / "inputs").glob("*.part"))
+
+
+def test_automatic1111s_progress(http: httpx.Client, gate: Gate) -> None:
+    """Report the progress of the key's own request while it runs, and 0 before and after."""
+    body = {"prompt": str(gate.path), "steps": 4, "override_settings": {"sd_model_checkpoint": "test/gate"}}
+    thread = threading.Thread(target=http.post, args=("/sdapi/v1/txt2img",), kwargs={"json": body, "headers": BASIC})
+
+    def progress(headers: dict[str, str]) -> float:
+        return float(http.get("/sdapi/v1/progress?skip_current_image=true", headers=headers).json()["progress"])
+
+    assert progress(BASIC) == 0
+    thread.start()
+    gate.release(2)
+    while progress(BASIC) < 0.5:
+        pass
+    assert progress({"authorization": "Bearer other:secret"}) == 0
+    gate.release(2)
+    thread.join()
+    assert progress(BASIC) == 0
+
+
+def test_automatic1111_is_off_by_default(server_with_keys: Server) -> None:
+    headers = {"authorization": "Bearer alice:secret"}
+    with httpx.Client(base_url=server_with_keys.url, timeout=60, trust_env=False, headers=headers) as client:
+        for method, path in (("GET", "options"), ("GET", "sd-models"), ("GET", "progress"), ("POST", "txt2img")):
+            assert client.request(method, f"/sdapi/v1/{path}", json={}).status_code == 404

@@ -1,0 +1,22 @@
+"""test/inpaint: returns the image it receives, red where its mask is white."""
+
+from models.flux_dev_image_to_image import FluxDevImageToImageInput
+from models.schema import ImageURL, Size, Strength
+from tests.support.fake_models import InpaintEngine, NullModel
+
+
+class InpaintInput(FluxDevImageToImageInput):
+    """A request to repaint the white part of a mask."""
+
+    mask_url: ImageURL
+    strength: Strength = 0.85
+    image_size: Size | None = None
+
+
+class InpaintModel(NullModel):
+    """A model that takes an image URL and a mask URL."""
+
+    Input = InpaintInput
+
+
+MODEL = InpaintModel("test/inpaint", InpaintEngine)

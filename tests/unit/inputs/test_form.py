@@ -1,0 +1,110 @@
+"""Tests of multipart forms whose files go to temporary files while the body arrives."""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.errors import InvalidInput, InvalidInputFile
+from server.inputs.form import MAX_PARTS, SpooledForm
+from server.inputs.spool import MAX_TEXT
+
+TYPE = "multipart/form-data; boundary=frontier"
+CONTENT = random.Random(0).randbytes(100_000) + b"\r\n--front\r\n--\r\n"
+
+
+def part(name: str, content: bytes, filename: str | None = None) -> bytes:
+    """Encode one part of a form."""
+    more = "" if filename is None else f'; filename="{filename}"\r\nContent-Type: image/png'
+    return f'--frontier\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
+
+
+END = b"--frontier--\r\n"
+
+
+@pytest.fixture
+def temp_dir(tmp_path: Path) -> Iterator[Path]:
+    """Yield a directory for the temporary files, which must be empty at the end."""
+    directory = tmp_path / "temp"
+    directory.mkdir()
+    yield directory
+    assert not list(directory.iterdir())
+
+
+def empty_form(directory: Path, content_type: str = TYPE) -> SpooledForm:
+    names = iter(range(1000))
+    return SpooledForm(lambda: directory / str(next(names)), content_type, max_file_bytes=200_000)
+
+
+@pytest.mark.parametrize("part_size", [1, 7, 1000, 2**20])
+def test_files_go_to_the_disk_and_fields_stay(temp_dir: Path, tmp_path: Path, part_size: int) -> None:
+    form = empty_form(temp_dir)
+    body = part("prompt", "é\r\n".encode()) + part("image[]", CONTENT, "a.png") + part("image", b"", "") + END
+    for start in range(0, len(body), part_size):
+        form.write(body[start : start + part_size])
+    form.finish()
+    assert json.loads(form.text) == {"prompt": "é\r\n"}
+    first, second = form.files["image"]
+    file = form.find(first.url)
+    assert file is first
+    file.link(tmp_path / "linked")
+    assert (tmp_path / "linked").read_bytes() == CONTENT
+    assert first.url != second.url
+    assert form.is_in(f"a {first.name} b")
+    form.close()
+
+
+def test_a_converted_file(temp_dir: Path, tmp_path: Path) -> None:
+    form = empty_form(temp_dir)
+    form.write(part("image", b"abc", "a.png") + END)
+    form.finish()
+    (file,) = form.files["image"]
+    file.convert = shutil.copyfile
+    file.link(tmp_path / "converted")
+    assert (tmp_path / "converted").read_bytes() == b"abc"
+    assert (tmp_path / "converted").stat().st_nlink == 1
+    form.close()
+
+
+def test_a_large_file_is_neither_kept_nor_converted(temp_dir: Path, tmp_path: Path) -> None:
+    form = empty_form(temp_dir)
+    form.write(part("image", bytes(200_001), "a.png") + END)
+    form.finish()
+    (file,) = form.files["image"]
+    with pytest.raises(InvalidInputFile, match="larger than"):
+        file.link(tmp_path / "linked")
+    form.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"prompt=x",
+        part("prompt", b"x"),
+        part("image", b"x", "a.png"),
+        part("image", b"x", "a.png")[:-5],
+        part("x", b"") * (MAX_PARTS + 1) + END,
+        part("prompt", bytes(MAX_TEXT + 1)) + END,
+        b"--frontier\r\n" + b"A: b\r\n" * 1000 + b"\r\n\r\n" + END,
+        b"--frontier\r\n" + b"A" * 100_000 + b": b\r\n\r\n\r\n" + END,
+        b"--frontier\r\nno header\r\n\r\n\r\n" + END,
+    ],
+    ids=["empty", "urlencoded", "no end", "no end of a file", "a cut file", "parts", "text", "headers", "long", "bad"],
+)
+def test_malformed_and_oversized_forms(temp_dir: Path, body: bytes) -> None:
+    form = empty_form(temp_dir)
+    with pytest.raises(InvalidInput) as raised:
+        form.write(body)
+        form.finish()
+    assert raised.value.detail[0]["type"] == "multipart_invalid"
+    form.close()
+
+
+@pytest.mark.parametrize("content_type", ["", "application/json", "multipart/form-data", "multipart/mixed; boundary=x"])
+def test_other_content_types(temp_dir: Path, content_type: str) -> None:
+    with pytest.raises(InvalidInput, match="multipart/form-data with a boundary"):
+        empty_form(temp_dir, content_type)
