@@ -20,8 +20,7 @@ from models.base import EngineConfig, GenerationFailed, Model
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.flux.redux import Redux
-from models.flux_dev import FluxDev
-from models.flux_dev_redux import FluxDevRedux, FluxDevReduxInput
+from models.flux_dev import FluxDev, FluxDevRedux, FluxDevReduxInput
 from models.loading import hub
 from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
