@@ -1,4 +1,4 @@
-"""The models that this server can run: one for each module that defines MODEL, here or in a given directory."""
+"""The models that this server can run: those of each module that defines MODEL or MODELS, here or in a directory."""
 
 import importlib.util
 import re
@@ -9,26 +9,32 @@ from types import ModuleType
 
 from models.base import Model
 
-_HAS_MODEL = re.compile(r"^MODEL\b", re.MULTILINE)
+_HAS_MODEL = re.compile(r"^MODELS?\b", re.MULTILINE)
 
 
 def discover(directory: Path | None = None) -> dict[str, Model]:
     """Return every model by its endpoint: this package's first, then those in `directory`.
 
-    Raises ValueError if two modules have the same endpoint. An error that a module raises on import passes through.
+    Raises ValueError if two models have the same endpoint. An error that a module raises on import passes through.
     """
     models: dict[str, Model] = {}
     for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
-        model: Model = module.MODEL
-        if model.endpoint in models:
-            raise ValueError(f"two modules serve {model.endpoint}; one is {module.__file__}; remove one of them")
-        models[model.endpoint] = model
+        for model in _models_of(module):
+            if model.endpoint in models:
+                raise ValueError(f"two models serve {model.endpoint}; one is in {module.__file__}; remove one of them")
+            models[model.endpoint] = model
     return models
+
+
+def _models_of(module: ModuleType) -> tuple[Model, ...]:
+    """Return the models in MODELS and the one in MODEL. Raises AttributeError if the module defines neither."""
+    several: tuple[Model, ...] = tuple(getattr(module, "MODELS", ()))
+    return several if several and not hasattr(module, "MODEL") else (*several, module.MODEL)
 
 
 def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:
     for path in sorted(directory.glob("*.py")) if directory else ():
-        # Search the text for MODEL: importing every module could import torch, which takes seconds.
+        # Search the text for the names: importing every module could import torch, which takes seconds.
         if _HAS_MODEL.search(path.read_text(encoding="utf-8")):
             yield _module(f"{package}.{path.stem}", path)
 

@@ -201,7 +201,7 @@ class Engine(Protocol):
 
 
 class Model(Protocol):
-    """An endpoint: the instance named MODEL that a module in `models/` or --models-dir defines."""
+    """An endpoint: an instance that a module in `models/` or --models-dir names MODEL, or has in its tuple MODELS."""
 
     @property
     def endpoint(self) -> str:

@@ -1,11 +1,12 @@
-"""fal-ai/flux/dev: FLUX.1 [dev], text to image."""
+"""fal-ai/flux/dev: FLUX.1 [dev], text to image, image to image, and variations of an image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
 
-from models.base import Engine, EngineConfig, ExtraWeights
+from models.base import Engine, EngineConfig, ExtraWeights, Model
+from models.loading.specs import REDUX
 from models.schema import (
     AccelerationField,
     EnableSafetyChecker,
@@ -13,12 +14,14 @@ from models.schema import (
     Image,
     ImageInput,
     ImagesOutput,
+    ImageURL,
     NumImages,
     OptionalSeed,
     OutputFormatField,
     Prompt,
     Size,
     Steps,
+    Strength,
     SyncMode,
 )
 
@@ -37,6 +40,42 @@ class FluxDevInput(ImageInput):
     enable_safety_checker: EnableSafetyChecker = True
     output_format: OutputFormatField = "jpeg"
     acceleration: AccelerationField = "none"
+
+
+class FluxDevImageToImageInput(ImageInput):
+    """A request to change an image. The output has the size of the input image, rounded down to multiples of 16."""
+
+    image_url: ImageURL
+    strength: Strength = 0.95
+    num_inference_steps: Steps = Field(40, ge=10, le=50)
+    prompt: Prompt
+    seed: OptionalSeed = None
+    guidance_scale: Guidance = 3.5
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
+
+
+class FluxDevReduxInput(ImageInput):
+    """A request in which an image takes the place of the prompt."""
+
+    image_url: ImageURL
+    image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
+    num_inference_steps: Steps = Field(28, ge=1, le=50)
+    seed: OptionalSeed = None
+    guidance_scale: Guidance = 3.5
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
+
+    @property
+    def prompt(self) -> str:
+        """An empty prompt, because the output has a field for the prompt."""
+        return ""
 
 
 class FluxDevOutput(ImagesOutput):
@@ -86,4 +125,29 @@ class FluxDev:
         }
 
 
-MODEL = FluxDev()
+class FluxDevImageToImage(FluxDev):
+    """FLUX.1 [dev], starting from an image and changing it towards a prompt."""
+
+    endpoint = "fal-ai/flux/dev/image-to-image"
+    Input: type[ImageInput] = FluxDevImageToImageInput
+
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
+        """Return FluxDev's parameters and the strength. The input image's URL is left out: it may be private."""
+        return {**super().metadata(request, seed), "strength": request.strength}
+
+
+class FluxDevRedux(FluxDev):
+    """FLUX.1 [dev] with FLUX.1 Redux [dev], which generates variations of an image."""
+
+    endpoint = "fal-ai/flux/dev/redux"
+    extra_weights = REDUX
+    Input: type[ImageInput] = FluxDevReduxInput
+
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
+        """Return FluxDev's parameters without the prompt. The input image's URL is left out: it may be private."""
+        parameters = super().metadata(request, seed)
+        del parameters["prompt"]
+        return parameters
+
+
+MODELS: tuple[Model, ...] = (FluxDev(), FluxDevImageToImage(), FluxDevRedux())

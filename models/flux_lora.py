@@ -1,17 +1,81 @@
-"""fal-ai/flux-lora: FLUX.1 [dev] with LoRA weights of the client's choice, text to image."""
+"""fal-ai/flux-lora and fal-ai/flux-krea-lora: FLUX.1 [dev] and Krea [dev] with LoRA weights of the client's choice."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from models.flux_dev import FluxDev, FluxDevInput
-from models.schema import LoraAccelerationField, Loras
+from models.base import Model
+from models.flux_dev import FluxDev, FluxDevImageToImage, FluxDevInput
+from models.flux_krea import KREA
+from models.schema import (
+    EnableSafetyChecker,
+    ImageInput,
+    ImageURL,
+    LoraAccelerationField,
+    LoraGuidance,
+    Loras,
+    MaskURL,
+    NumImages,
+    OptionalSeed,
+    OutputFormatField,
+    Prompt,
+    Size,
+    Steps,
+    Strength,
+    SyncMode,
+)
 
 
 class FluxLoraInput(FluxDevInput):
-    """A request for FLUX.1 [dev] with LoRA weights."""
+    """A request for an image with LoRA weights."""
 
     loras: Loras = Field([])
+    guidance_scale: LoraGuidance = 3.5
+    acceleration: LoraAccelerationField = "none"
+
+
+class _FromImageInput(ImageInput):
+    """The fields of every request to change an image with LoRA weights."""
+
+    prompt: Prompt
+    image_size: Size | None = Field(
+        None,
+        description="The size of the generated image, to which the input image is scaled. The default is the size of "
+        "the input image, rounded down to a multiple of 16 pixels.",
+    )
+    num_inference_steps: Steps = Field(28, ge=1, le=50)
+    seed: OptionalSeed = None
+    loras: Loras = Field([])
+    guidance_scale: LoraGuidance = 3.5
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    image_url: ImageURL
+    strength: Strength = 0.85
+
+
+class FluxLoraImageToImageInput(_FromImageInput):
+    """A request to change an image with LoRA weights."""
+
+    acceleration: LoraAccelerationField = "none"
+
+
+class FluxLoraInpaintingInput(_FromImageInput):
+    """A request to change the masked part of an image with LoRA weights, without a field for the acceleration."""
+
+    mask_url: MaskURL
+
+    @property
+    def acceleration(self) -> Literal["none"]:
+        """The only acceleration of this endpoint."""
+        return "none"
+
+
+class FluxKreaLoraInpaintingInput(_FromImageInput):
+    """A request to change the masked part of an image with LoRA weights."""
+
+    mask_url: MaskURL
     acceleration: LoraAccelerationField = "none"
 
 
@@ -26,4 +90,51 @@ class FluxLora(FluxDev):
         return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 
-MODEL = FluxLora()
+class FluxLoraImageToImage(FluxDevImageToImage):
+    """FLUX.1 [dev] with LoRA weights, starting from an image and changing it towards a prompt."""
+
+    endpoint = "fal-ai/flux-lora/image-to-image"
+    Input: type[ImageInput] = FluxLoraImageToImageInput
+
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
+        """Return the parameters of image-to-image and the scale of each LoRA, but no URLs: they may be private."""
+        return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
+
+
+class FluxLoraInpainting(FluxLoraImageToImage):
+    """FLUX.1 [dev] with LoRA weights, changing the white part of a mask towards a prompt and keeping the rest."""
+
+    endpoint = "fal-ai/flux-lora/inpainting"
+    Input: type[ImageInput] = FluxLoraInpaintingInput
+
+
+class FluxKreaLora(FluxLora):
+    """FLUX.1 Krea [dev] with LoRA weights, which add a style or a subject."""
+
+    endpoint = "fal-ai/flux-krea-lora"
+    weights = KREA
+
+
+class FluxKreaLoraImageToImage(FluxLoraImageToImage):
+    """FLUX.1 Krea [dev] with LoRA weights, starting from an image and changing it towards a prompt."""
+
+    endpoint = "fal-ai/flux-krea-lora/image-to-image"
+    weights = KREA
+
+
+class FluxKreaLoraInpainting(FluxLoraInpainting):
+    """FLUX.1 Krea [dev] with LoRA weights, changing the white part of a mask towards a prompt and keeping the rest."""
+
+    endpoint = "fal-ai/flux-krea-lora/inpainting"
+    weights = KREA
+    Input = FluxKreaLoraInpaintingInput
+
+
+MODELS: tuple[Model, ...] = (
+    FluxLora(),
+    FluxLoraImageToImage(),
+    FluxLoraInpainting(),
+    FluxKreaLora(),
+    FluxKreaLoraImageToImage(),
+    FluxKreaLoraInpainting(),
+)

@@ -39,6 +39,14 @@ EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEX3ix41iSRsAAAAD0lEQVR42mNgGAWjgHwA"
     "AAJAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+#: A mask for this image as a data URI: the right half is white.
+EXAMPLE_MASK = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAGklEQVR42mNkYGBg+M/AwMDEAAWjjFEG8QwA"
+    "yyMBf5gYzUkAAAAASUVORK5CYII="
+)
+#: The most LoRAs of a request; fal has no limit. Each LoRA takes a download, a process that checks its header, and the
+#: engine's time to set it up, while other requests wait.
+MAX_LORAS = 64
 # JavaScript rounds JSON numbers above 2**53. Image k of a request uses seed + k, and k is at most 3.
 MAX_SEED = 2**53 - 4
 
@@ -151,6 +159,15 @@ ImageURL = Annotated[
         examples=[EXAMPLE_IMAGE],
     ),
 ]
+MaskURL = Annotated[
+    str,
+    InputURL("image"),
+    Field(
+        description="The URL of the mask, as for image_url. White areas change, and black areas stay as they are. The "
+        "mask is scaled to the size of the generated image.",
+        examples=[EXAMPLE_MASK],
+    ),
+]
 Strength = Annotated[
     float,
     Field(ge=0.01, le=1, description="How much to change the initial image. At 1, nothing of it remains."),
@@ -163,15 +180,12 @@ OptionalSeed = Annotated[
         "will output the same image every time."
     ),
 ]
-Guidance = Annotated[
-    float,
-    Field(
-        ge=1,
-        le=20,
-        description="The CFG (Classifier Free Guidance) scale is a measure of how close you want the model "
-        "to stick to your prompt when looking for a related image to show you.",
-    ),
-]
+_GUIDANCE = (
+    "The CFG (Classifier Free Guidance) scale is a measure of how close you want the model "
+    "to stick to your prompt when looking for a related image to show you."
+)
+Guidance = Annotated[float, Field(ge=1, le=20, description=_GUIDANCE)]
+LoraGuidance = Annotated[float, Field(ge=0, le=35, description=_GUIDANCE)]
 SyncMode = Annotated[
     bool,
     Field(description="If set to true, the response contains the image as a data URI, and no file is stored."),
@@ -208,7 +222,7 @@ class LoraWeight(BaseModel):
 
 Loras = Annotated[
     list[LoraWeight],
-    Field(max_length=8, description="The LoRAs to use for the image generation; their effects add up."),
+    Field(max_length=MAX_LORAS, description="The LoRAs to use for the image generation; their effects add up."),
 ]
 
 
@@ -224,7 +238,6 @@ class ImageInput(BaseModel):
         num_images: int
         enable_safety_checker: bool
         output_format: OutputFormat
-        acceleration: Acceleration
 
     @model_validator(mode="before")
     @classmethod

@@ -136,16 +136,15 @@ class FluxEngine:
             raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, request.acceleration)
-        image = _open_image(inputs["image_url"]) if "image_url" in inputs else None
+        image, mask = (_open_image(inputs.get(name)) for name in ("image_url", "mask_url"))
         # In a request without a strength, the image takes the place of the prompt, and generation starts from noise.
         start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
         if reference_image and self.redux is None:
             raise GenerationFailed(f"An image cannot replace the prompt, because {specs.REDUX.hub_id} is missing here.")
-        width, height = start.size if start else (request.image_size.width, request.image_size.height)
-        width, height = self._round_down(width), self._round_down(height)
+        width, height = (self._round_down(side) for side in _size(request, start))
         work = self._step_work(width, height, reference_image)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return FluxTask(request, seed, width, height, tier, work, dtype, start, reference_image, loras)
+        return FluxTask(request, seed, width, height, tier, work, dtype, start, mask, reference_image, loras)
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -254,7 +253,7 @@ class FluxEngine:
         else:
             text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
         size = (task.width, task.height)
-        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image)
+        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image, task.mask)
         sample.cache = FirstBlockCache() if task.tier.skips_blocks else None
         return sample
 
@@ -281,7 +280,18 @@ class FluxEngine:
             return self.checker.is_unsafe(images)
 
 
-def _open_image(path: Path) -> Image:
+def _open_image(path: Path | None) -> Image | None:
+    if path is None:
+        return None
     with PIL.Image.open(path, formats=("PNG",)) as image:
         image.load()
         return image
+
+
+def _size(request: Any, start: Image | None) -> tuple[int, int]:
+    """Return the requested width and height in pixels; by default, those of the image that generation starts from."""
+    size = getattr(request, "image_size", None)
+    if size is not None:
+        return size.width, size.height
+    assert start is not None
+    return start.size

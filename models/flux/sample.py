@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL.Image import Image
 
 from models.flux.first_block_cache import FirstBlockCache
+from models.flux.inpainting import Inpainting, packed_mask
 from models.flux.prompt_cache import PromptEmbeds
 
 
@@ -29,6 +30,8 @@ class Sample:
     timesteps: Any
     guidance: Any
     cache: FirstBlockCache | None = None
+    #: What a mask keeps of the input image; None without a mask.
+    inpainting: Inpainting | None = None
     step: int = 0
     #: The transformer's output in the last step; None before the first.
     velocity: Any = None
@@ -67,10 +70,13 @@ class Sample:
         stepped = self.scheduler.step(velocity, self.timestep, self.latents, return_dict=False)
         self.latents, self.velocity = stepped[0], velocity
         self.step += 1
+        if self.inpainting:
+            following = None if self.steps_done else self.timesteps[self.step : self.step + 1]
+            self.latents = self.inpainting.restore(self.latents, self.scheduler, following)
 
     def free(self) -> None:
-        """Release the latents, the velocity and the cache, which a decoded image does not need."""
-        self.latents = self.velocity = self.cache = None
+        """Release the latents, the velocity, the cache and the mask, which a decoded image does not need."""
+        self.latents = self.velocity = self.cache = self.inpainting = None
 
 
 def first_step(request: Any) -> int:
@@ -88,10 +94,12 @@ def begin(
     size: tuple[int, int],
     seed: int,
     image: Image | None = None,
+    mask: Image | None = None,
 ) -> Sample:
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
-    Start from noise as FluxPipeline does, or from `image` mixed with noise as FluxImg2ImgPipeline does.
+    Start from noise as FluxPipeline does, or from `image` mixed with noise as FluxImg2ImgPipeline does. With a `mask`,
+    keep the image where the mask is black, as FluxInpaintPipeline does.
     """
     width, height = size
     num_channels = pipeline.transformer.config.in_channels // 4
@@ -99,39 +107,42 @@ def begin(
     generator = torch.Generator("cpu").manual_seed(seed)
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
-    start = None
+    start, inpainting = None, None
     if image is not None:
         timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))
-        start = _noisy(pipeline, scheduler, timesteps[:1], image, size, text.prompt_embeds.dtype, device, generator)
+        encoded, noise = _encode(pipeline, image, size, text.prompt_embeds.dtype, device, generator)
+        start = pipeline._pack_latents(scheduler.scale_noise(encoded, timesteps[:1], noise), *encoded.shape)
+        if mask is not None:
+            inpainting = Inpainting(
+                image=pipeline._pack_latents(encoded, *encoded.shape),
+                noise=pipeline._pack_latents(noise, *noise.shape),
+                mask=packed_mask(pipeline, mask, size, num_channels, encoded),
+            )
     latents, latent_ids = pipeline.prepare_latents(
         1, num_channels, height, width, text.prompt_embeds.dtype, device, generator, start
     )
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-    return Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
+    return Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance, inpainting=inpainting)
 
 
-def _noisy(
+def _encode(
     pipeline: Any,
-    scheduler: Any,
-    timestep: torch.Tensor,
     image: Image,
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """Encode an image and mix it with the amount of noise that belongs to the timestep; return packed latents."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale an image to `size` and encode it; return latents and noise, each (1, channels, height, width)."""
     width, height = size
     pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
     encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
     config = pipeline.vae.config
     latents = (encoded - config.shift_factor) * config.scaling_factor
-    noise = randn_tensor(latents.shape, generator=generator, device=torch.device(device), dtype=dtype)
-    packed: torch.Tensor = pipeline._pack_latents(scheduler.scale_noise(latents, timestep, noise), *latents.shape)
-    return packed
+    return latents, randn_tensor(latents.shape, generator=generator, device=torch.device(device), dtype=dtype)
 
 
 def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ class FluxTask:
     dtype: str
     #: The image that generation starts from; None to start from noise.
     init_image: Image | None = None
+    #: The mask of `init_image`, white where the image changes; None to change it everywhere.
+    mask: Image | None = None
     #: The image that takes the place of the prompt; None to use the prompt.
     reference_image: Image | None = None
     loras: tuple[LoraAdapter, ...] = ()

@@ -36,6 +36,10 @@ def pull(hub_id: str) -> Path:
 
     with _translate_errors(hub_id):
         directory = Path(snapshot_download(hub_id, allow_patterns=["model_index.json", "config.json"]))
+        if not any((directory / name).is_file() for name in ("model_index.json", "config.json")):
+            # Such as tencent/SRPO: nothing in this repository could be loaded, so no weights are downloaded.
+            problem = f"{hub_id} has neither model_index.json nor config.json, so it is not in diffusers layout"
+            raise HubError(f"{problem}; build a directory with all parts of the pipeline, and serve ENDPOINT=DIRECTORY")
         patterns = _patterns(directory)
         snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_OTHER_PRECISIONS)
     if missing := missing_components(directory):

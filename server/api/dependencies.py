@@ -107,8 +107,13 @@ def app_alias(endpoint: str) -> str:
 
 
 def get_model(request: Request, endpoint: str) -> Model:
-    """Return the model that serves this endpoint. Raises NotFound, with a message that says why there is none."""
+    """Return the model that serves this endpoint. Raises NotFound, with a message that says why there is none.
+
+    fal also lists the stream routes of some endpoints, such as fal-ai/flux-lora/stream, as endpoints. Called directly,
+    their route streams; for everything else, such as the queue, they are the endpoint without /stream.
+    """
     models = get_services(request).models
+    endpoint = endpoint if endpoint in models else endpoint.removesuffix("/stream")
     if endpoint in models:
         return models[endpoint]
     if endpoint in get_services(request).unavailable_endpoints:
@@ -126,11 +131,11 @@ def get_model(request: Request, endpoint: str) -> Model:
 def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
     """Return the job if it belongs to this owner and app. Raises NotFound otherwise.
 
-    `app` is the full endpoint id or its first two segments.
+    `app` is the full endpoint id, also with /stream, or its first two segments.
     """
     if job is None or job.owner != owner:
         raise NotFound
-    if app != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
+    if app.removesuffix("/stream") != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
         raise NotFound
     return job
 

@@ -113,6 +113,7 @@ class InputResolver:
         the owner's unfinished requests would need too much disk space; InternalError if a LoRA could not be checked;
         and DiskFull.
         """
+        self._check_space(owner, ())
         # A file that the request refers to twice is fetched once.
         names: dict[tuple[str, str], str] = {}
         input_files: dict[str, str] = {}
@@ -121,13 +122,18 @@ class InputResolver:
                 if (kind, url) not in names:
                     names[kind, url] = await self._resolve_one(url, owner, kind, loc, body)
                     hold(names[kind, url])
+                    # Check after each file, because a request can refer to many large ones.
+                    self._check_space(owner, set(names.values()))
                 input_files[".".join(map(str, loc))] = names[kind, url]
-        if self._pending_bytes(owner, set(names.values())) > self._max_bytes_per_owner:
+        return input_files
+
+    def _check_space(self, owner: str, names: Collection[str]) -> None:
+        """Check that the owner's unfinished requests may need these files too. Raises QueueFull."""
+        if self._pending_bytes(owner, names) > self._max_bytes_per_owner:
             raise QueueFull(
                 "The input files of this key's unfinished requests need more disk space than --max-uploads-gb allows;"
                 " try again when some requests have finished"
             )
-        return input_files
 
     async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: Spool | None) -> str:
         """Fetch one file and return its name; convert errors to InvalidInput in fal's format, or DiskFull."""

@@ -4,7 +4,7 @@ import { localUrl, upload } from "./api.js";
 import { withKey } from "./api_key.js";
 
 // The fields that most people change. The other fields are under "More settings".
-const FIRST = ["prompt", "image_url", "loras", "image_size", "strength", "num_images", "seed"];
+const FIRST = ["prompt", "image_url", "mask_url", "loras", "image_size", "strength", "num_images", "seed"];
 
 export const element = (tag, attributes = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), attributes);

@@ -45,7 +45,7 @@ def test_every_served_endpoint_is_listed(client: httpx.Client) -> None:
 
 
 def test_search_by_text_category_and_status(client: httpx.Client) -> None:
-    assert endpoint_ids(list_models(client, q="flux schnell")) == ["fal-ai/flux/schnell"]
+    assert endpoint_ids(list_models(client, q="flux schnell")) == ["fal-ai/flux-1/schnell", "fal-ai/flux/schnell"]
     assert endpoint_ids(list_models(client, q="no such thing")) == []
     both = set(endpoint_ids(list_models(client, category="text-to-image"))) | set(
         endpoint_ids(list_models(client, category="image-to-image"))

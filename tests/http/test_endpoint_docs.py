@@ -264,3 +264,9 @@ def test_the_curl_example_runs(text: str, server: Server) -> None:
         ["sh", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=True
     )
     assert json.loads(done.stdout)["images"][0]["url"].startswith(f"{server.url}/files/")
+
+
+def test_the_playground_changes_results_with_image_to_image_and_not_with_inpainting(client: httpx.Client) -> None:
+    endpoints = client.get("/playground.json").json()["paint_over"]
+    assert {"fal-ai/flux/dev/image-to-image", "fal-ai/flux-krea-lora/image-to-image"} <= set(endpoints)
+    assert not any(endpoint.endswith("/inpainting") for endpoint in endpoints)

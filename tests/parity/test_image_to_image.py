@@ -12,7 +12,8 @@ from PIL import Image
 from models.base import EngineConfig
 from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
-from models.flux_dev_image_to_image import FluxDevImageToImageInput
+from models.flux_dev import FluxDevImageToImageInput
+from models.flux_lora import FluxLoraImageToImageInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
 from tests.support import tiny_flux
@@ -25,8 +26,10 @@ def request_with(**fields: Any) -> FluxDevImageToImageInput:
     )
 
 
-def call_diffusers(pipeline: FluxPipeline, request: FluxDevImageToImageInput, image: Image.Image, seed: int) -> Any:
+def call_diffusers(pipeline: FluxPipeline, request: Any, image: Image.Image, seed: int) -> Any:
     """Generate the request's image with FluxImg2ImgPipeline, at the size that the engine rounds to."""
+    size = getattr(request, "image_size", None)
+    width, height = (size.width, size.height) if size else image.size
     image_pipeline = FluxImg2ImgPipeline(**pipeline.components)
     image_pipeline.set_progress_bar_config(disable=True)
     multiple = image_pipeline.vae_scale_factor * 2
@@ -34,8 +37,8 @@ def call_diffusers(pipeline: FluxPipeline, request: FluxDevImageToImageInput, im
         request.prompt,
         image=image,
         strength=request.strength,
-        width=image.width // multiple * multiple,
-        height=image.height // multiple * multiple,
+        width=width // multiple * multiple,
+        height=height // multiple * multiple,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(seed),
@@ -71,6 +74,17 @@ def test_equals_the_pipeline_on_random_weights(source: Path, dtype: torch.dtype,
     request = request_with(strength=0.6)
     (image,) = finish_task(engine, engine.start(request, 7, {"image_url": source}))
     assert difference(image, call_diffusers(pipeline, request, Image.open(source), 7)) == 0
+
+
+@pytest.mark.parametrize("size", [(300, 100), (64, 90)])
+def test_the_image_is_scaled_to_the_requested_size(source: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    body = {"prompt": "a fish", "image_url": "unused", "num_inference_steps": 4}
+    request = FluxLoraImageToImageInput.model_validate({**body, "image_size": {"width": width, "height": height}})
+    engine = tiny_flux.engine()
+    (image,) = finish_task(engine, engine.start(request, 7, {"image_url": source}))
+    assert image.size == (width // 16 * 16, height // 16 * 16)
+    assert difference(image, call_diffusers(tiny_flux.pipeline(), request, Image.open(source), 7)) == 0
 
 
 def test_num_steps_counts_only_the_steps_that_strength_leaves(source: Path) -> None:

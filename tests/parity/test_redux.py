@@ -1,4 +1,4 @@
-"""fal-ai/flux/dev/redux: an image instead of a prompt, against diffusers' own two pipelines, bit for bit."""
+"""Redux: an image instead of a prompt, against diffusers' own two pipelines, bit for bit."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
+from models import discover
 from models.base import EngineConfig, GenerationFailed, Model
 from models.flux.engine import FluxEngine
 from models.flux.loader import load_engine
 from models.flux.redux import Redux
-from models.flux_dev import FluxDev
-from models.flux_dev_redux import FluxDevRedux, FluxDevReduxInput
+from models.flux_dev import FluxDev, FluxDevRedux, FluxDevReduxInput
 from models.loading import hub
 from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
@@ -77,15 +77,23 @@ def inputs_of(source: Path) -> Mapping[str, Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_equals_the_pipelines(source: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("endpoint", [name for name in discover() if name.endswith("/redux")])
+def test_equals_the_pipelines(source: Path, dtype: torch.dtype, endpoint: str) -> None:
+    body = {"image_url": "unused", "image_size": {"width": 96, "height": 64}, "num_inference_steps": 2}
+    request: Any = discover()[endpoint].Input.model_validate(body)
     diffusers_pipeline = tiny_flux.pipeline(dtype)
     diffusers_pipeline.transformer = tiny_flux.transformer(dtype, **TRUE_WIDTHS)
     embeds = prior(dtype, 4096)(Image.open(source))
     expected = diffusers_pipeline(
-        **embeds, width=96, height=64, num_inference_steps=2, generator=torch.Generator("cpu").manual_seed(5)
+        **embeds,
+        width=96,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
     ).images[0]
     engine = redux_engine(dtype)
-    (image,) = finish_task(engine, engine.start(request_with(), 5, inputs_of(source)))
+    (image,) = finish_task(engine, engine.start(request, 5, inputs_of(source)))
     assert difference(image, expected) == 0
 
 

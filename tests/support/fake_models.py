@@ -9,8 +9,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 
 from models.base import NO_INPUTS, DeviceLost, EngineConfig, EngineInfo, GenerationFailed, LoadProgress
-from models.flux_dev import MODEL as FLUX_DEV
-from models.flux_dev import FluxDevInput, FluxDevOutput
+from models.flux_dev import FluxDev, FluxDevInput, FluxDevOutput
 from models.schema import ImageInput
 
 
@@ -210,10 +209,10 @@ class NullModel:
         has_nsfw_concepts: Sequence[bool],
         timings: Mapping[str, float],
     ) -> FluxDevOutput:
-        return FLUX_DEV.build_output(request, images, has_nsfw_concepts, timings)
+        return FluxDev().build_output(request, images, has_nsfw_concepts, timings)
 
     def metadata(self, request: Any, seed: int) -> Mapping[str, Any]:
-        return {**FLUX_DEV.metadata(request, seed), "endpoint": self.endpoint}
+        return {**FluxDev().metadata(request, seed), "endpoint": self.endpoint}
 
 
 class LoadingModel(NullModel):

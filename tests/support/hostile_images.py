@@ -1,5 +1,6 @@
 """Hostile and unusual files that an image URL may lead to, with the expected outcome of each."""
 
+import base64
 import io
 import struct
 import zlib
@@ -59,7 +60,31 @@ def in_between(content: bytes, offset: int, inserted: bytes) -> bytes:
     return content[:offset] + inserted + content[offset:]
 
 
+def avif_size(content: bytes, width: int, height: int) -> bytes:
+    """Return the AVIF with another size in its header and the same coded image."""
+    offset = content.index(b"ispe") + 8
+    return content[:offset] + struct.pack(">II", width, height) + content[offset + 8 :]
+
+
+def gif_size(content: bytes, offset: int, width: int, height: int) -> bytes:
+    """Return the GIF with another size at this offset: 6 for the screen."""
+    return content[:offset] + struct.pack("<HH", width, height) + content[offset + 4 :]
+
+
 PNG, JPEG, WEBP = (encode(noise_image(), kind) for kind in ("PNG", "JPEG", "WEBP"))
+GIF, AVIF = encode(noise_image().quantize(), "GIF"), encode(noise_image(), "AVIF")
+#: The end of a GIF's palette of 256 colours, where extensions and images follow.
+GIF_START = 13 + 3 * 256
+#: An AVIF whose coded image has 16,000 x 16,000 pixels, and 96 x 80 according to its header. Making it takes a minute.
+_HIDDEN_PIXELS = (
+    "eNpjYGBQSCupLEgsy0xjAAIQnZuZZpibmZjm62joCBR6nZtaksgAAYoZKTlFUDZDQWZyCQMa4CvILMkFsxiBWC4zJz8ZxHEB8RkhoozCDAw8"
+    "vkC2RmZmXhpcrRSQk8oE5SWWGRg65+fkg+3KyiwoKgDS3pkFyflAWiSzuCAVal8CEAcAsUBBZkUmSICZg4MDSPEklhk6N9qD1Qgn5+cU5SXn"
+    "VABN5mVgawAKiWcW5ML8BHQYCyNTMwtQU2huSmKJEAMXt/33uvqff5ewmEg5GO2WEFBTNCwquexrsHEDA0P8+VOahyqYKwvMZRtfibqX3Xtx"
+    "/gqbpBy7lde0n7+2WMfzWn4rLZ0vwuz/ISLI212LX/57Masfk1TQ6mXzdI/e/m5jOPH/nx0GHZ6sDodCnWYelmSo9j5yQldz+r94leW9L0TE"
+    "DySeP+USzfmFrc0hxSarXIQtefYOu6MMD94I3nz95/rruJw3//Z3L//da/Z3rlHKUfek71Jn3rV8tJZ+0Fkmfii30kZ0oVyRy/1X2+4bJp1M"
+    "eWdQI1Jwp9nQqH76JObkwDftUbsWO+o30MGKeNKtaFXdcHQSf4bsRsW9T+c4XGPaKH3nylQbv7gFcQamX7+aG6suz5yxqN/+ueKH32LTDw2P"
+    "YBqNidGYGI2J0ZgYjYnRmBiNidGYoE9MRNLMDwFD02haBbgBAHYNcPg="
+)
 PROGRESSIVE = encode(noise_image(), "JPEG", progressive=True)
 #: 231 kB that decompress to 81 megapixels.
 BOMB = png(9000, 9000, pixels(9000, 9000))
@@ -104,7 +129,22 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "text": (b"hello", FORMAT),
     "html": (b"<!doctype html><script>alert(1)</script>", FORMAT),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', FORMAT),
-    "gif": (encode(noise_image(), "GIF"), FORMAT),
+    "a gif with a false size": (gif_size(GIF, 6, 65_535, 65_535), SIZE),
+    "a gif with a frame larger than its screen": (
+        gif_size(GIF, GIF.index(b",", GIF_START) + 5, 65_535, 65_535),
+        SIZE,
+    ),
+    "a gif without an image": (GIF[:GIF_START] + b";", FORMAT),
+    "a gif without pixels": (GIF[: GIF.index(b",", GIF_START) + 11] + b"\0;", LOAD),
+    "two million extensions": (in_between(GIF, GIF_START, b"!\xfe\0" * 2_000_000), LOAD),
+    "a comment of two million blocks": (in_between(GIF, GIF_START, b"!\xfe" + b"\1a" * 2_000_000 + b"\0"), LOAD),
+    "two million bytes outside extensions": (in_between(GIF, GIF_START, bytes(2_000_000)), LOAD),
+    "truncated gif": (GIF[: GIF_START + 2000], LOAD),
+    "an avif with a false size": (avif_size(AVIF, 9000, 9000), SIZE),
+    "an avif with hidden pixels": (zlib.decompress(base64.b64decode(_HIDDEN_PIXELS)), LOAD),
+    "truncated avif": (AVIF[: len(AVIF) // 2], FORMAT),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), FORMAT),
+    "heic under another name": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(64), FORMAT),
     "tiff": (encode(noise_image(), "TIFF"), FORMAT),
     "bmp": (encode(noise_image(), "BMP"), FORMAT),
     "ico": (encode(noise_image(), "ICO"), FORMAT),

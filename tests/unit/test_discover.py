@@ -48,7 +48,7 @@ def test_a_directory_adds_its_models() -> None:
 
 
 def test_a_file_without_a_model_is_not_run(tmp_path: Path) -> None:
-    directory = write_module(tmp_path, "discover_no_model", "raise RuntimError('run')\nNOT_A_MODEL = 1\nMODELS = 2\n")
+    directory = write_module(tmp_path, "discover_no_model", "raise RuntimError('run')\nNOT_A_MODEL = 1\nMODELLED = 2\n")
     (directory / "notes.txt").write_text("MODEL = 1")
     assert discover(directory) == discover()
 
@@ -58,16 +58,34 @@ def test_a_model_may_have_a_type_annotation(tmp_path: Path) -> None:
     assert "test/typed" in discover(write_module(tmp_path, "discover_typed", source))
 
 
+def test_a_module_may_offer_several_models(tmp_path: Path) -> None:
+    source = NULL.format(endpoint="test/one").replace("MODEL = ", "MODELS = (")[:-1]
+    write_module(tmp_path, "discover_several", f'{source}, NullModel("test/two", NullEngine))\n')
+    assert set(discover(tmp_path)) - set(discover()) == {"test/one", "test/two"}
+
+
+def test_a_module_may_offer_one_model_and_several(tmp_path: Path) -> None:
+    source = NULL.format(endpoint="test/single") + 'MODELS = (NullModel("test/first", NullEngine),)\n'
+    added = set(discover(write_module(tmp_path, "discover_both", source))) - set(discover())
+    assert added == {"test/single", "test/first"}
+
+
+def test_a_module_without_the_models_that_its_text_names_is_an_error(tmp_path: Path) -> None:
+    write_module(tmp_path, "discover_only_text", '"""\nMODELS is in this text only.\n"""\n')
+    with pytest.raises(AttributeError, match="MODEL"):
+        discover(tmp_path)
+
+
 def test_two_models_of_one_endpoint_are_an_error(tmp_path: Path) -> None:
     write_module(tmp_path, "discover_first", NULL.format(endpoint="test/same"))
     write_module(tmp_path, "discover_second", NULL.format(endpoint="test/same"))
-    with pytest.raises(ValueError, match=r"two modules serve test/same; one is .*discover_second\.py"):
+    with pytest.raises(ValueError, match=r"two models serve test/same; one is in .*discover_second\.py"):
         discover(tmp_path)
 
 
 def test_a_directory_cannot_replace_an_endpoint_of_the_package(tmp_path: Path) -> None:
     write_module(tmp_path, "discover_taken", NULL.format(endpoint="fal-ai/flux/dev"))
-    with pytest.raises(ValueError, match="two modules serve fal-ai/flux/dev"):
+    with pytest.raises(ValueError, match="two models serve fal-ai/flux/dev"):
         discover(tmp_path)
 
 

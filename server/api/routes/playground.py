@@ -71,6 +71,7 @@ async def playground_config(request: Request) -> Response:
                 endpoint
                 for endpoint, model in services.models.items()
                 if {"image_url", "strength"} <= model.Input.model_fields.keys()
+                and "mask_url" not in model.Input.model_fields
             ],
             "needs_key": not services.keys.allows_anonymous,
         }

@@ -99,6 +99,17 @@ def test_complete_files_are_not_downloaded_again_after_a_kill(hub: Hub, tmp_path
     assert not complete & set(hub.requested_files)
 
 
+def test_nothing_is_downloaded_from_a_repository_that_is_not_in_diffusers_layout(tmp_path: Path) -> None:
+    (tmp_path / "srpo").mkdir()
+    (tmp_path / "srpo" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(1000))
+    with running_hub({"tencent/SRPO": tmp_path / "srpo"}) as hub:
+        result = pull(hub, tmp_path / "cache", "tencent/SRPO")
+    assert result.returncode == 1
+    assert "tencent/SRPO has neither model_index.json nor config.json" in result.stderr
+    assert "serve ENDPOINT=DIRECTORY" in result.stderr
+    assert hub.requested_files == []
+
+
 def test_an_unaccepted_license_is_reported(hub: Hub, tmp_path: Path) -> None:
     hub.gated.add(FLUX_DEV)
     result = pull(hub, tmp_path)

@@ -17,6 +17,7 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
+from models.schema import MAX_LORAS
 from server.errors import InvalidInputFile
 from server.inputs import lora_header, loras
 from tests.support.components import Clock, open_components, submission
@@ -244,8 +245,8 @@ def test_invalid_scales_are_rejected(user: httpx.Client, scale: Any) -> None:
 
 
 def test_the_number_of_loras_is_limited(user: httpx.Client) -> None:
-    assert_accepted(user, *[data_uri(GOOD)] * 8)
-    assert send(user, *[data_uri(GOOD)] * 9).json()["detail"][0]["loc"] == ["body", "loras"]
+    assert_accepted(user, *[data_uri(GOOD)] * MAX_LORAS)
+    assert send(user, *[data_uri(GOOD)] * (MAX_LORAS + 1)).json()["detail"][0]["loc"] == ["body", "loras"]
 
 
 # -- how long files stay

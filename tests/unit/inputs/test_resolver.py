@@ -16,13 +16,24 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
-from models.flux_lora_image_to_image import FluxLoraImageToImageInput
+from models.flux_lora import FluxLoraImageToImageInput
 from models.schema import Limits
-from server.errors import InvalidInputFile
+from server.errors import InternalError, InvalidInputFile
 from server.inputs import images
 from server.inputs.resolver import dump_input
 from tests.support.components import Clock, Components, open_components, submission
-from tests.support.hostile_images import ACCEPTED, JPEG, PNG, PROGRESSIVE, REFUSED, WEBP, encode, noise_image
+from tests.support.hostile_images import (
+    ACCEPTED,
+    AVIF,
+    GIF,
+    JPEG,
+    PNG,
+    PROGRESSIVE,
+    REFUSED,
+    WEBP,
+    encode,
+    noise_image,
+)
 from tests.support.server_process import Gate, Server, free_port, serving, wait_until_claimed, wait_until_completed
 from tests.unit.net.test_outbound import FORBIDDEN
 
@@ -164,6 +175,32 @@ def test_orientation_and_first_frame(alice: httpx.Client) -> None:
     assert are_equal(engine_input(alice, data_uri(animated)), noise_image())
 
 
+def test_the_first_frame_of_a_gif(alice: httpx.Client) -> None:
+    first = noise_image().quantize(64)
+    animated = encode(first, "GIF", save_all=True, append_images=[Image.new("RGB", (96, 80))], comment=b"x" * 9000)
+    assert are_equal(engine_input(alice, data_uri(animated, "image/gif")), first.convert("RGB"))
+
+
+@pytest.mark.skipif("AVIF" not in images.SOURCE_FORMATS, reason="Pillow was built without AVIF")
+def test_orientation_and_first_frame_of_an_avif(alice: httpx.Client) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = engine_input(alice, data_uri(encode(noise_image(), "AVIF", exif=exif), "image/avif"))
+    with Image.open(io.BytesIO(AVIF)) as image:
+        assert are_equal(turned, image.transpose(Image.Transpose.ROTATE_270))
+    animated = encode(noise_image(), "AVIF", save_all=True, append_images=[Image.new("RGB", (96, 80))])
+    with Image.open(io.BytesIO(animated)) as image:
+        assert are_equal(engine_input(alice, data_uri(animated, "image/avif")), image)
+
+
+@pytest.mark.skipif("AVIF" not in images.SOURCE_FORMATS, reason="Pillow was built without AVIF")
+def test_an_avif_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(images, "_AVIF_SECONDS", 0.001)
+    (tmp_path / "a.avif").write_bytes(AVIF)
+    with pytest.raises(InternalError, match="in time"):
+        images.decode_image(tmp_path / "a.avif", Limits())
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(alice: httpx.Client, mode: str) -> None:
     grey = numpy.arange(96 * 80, dtype=numpy.uint16).reshape(80, 96) * 8
@@ -207,7 +244,8 @@ def test_at_least_48_images_are_tested() -> None:
 def mutate(number: int, directory: Path) -> None:
     """Change a few bytes of a valid image, and assert that it decodes to RGB within the limits or is rejected."""
     rng = numpy.random.default_rng(number)
-    valid = (PNG, JPEG, WEBP, PROGRESSIVE)[number % 4]
+    # Most of these files are not AVIF, because each AVIF starts a process.
+    valid = (PNG, JPEG, WEBP, PROGRESSIVE, GIF, GIF if number % 10 else AVIF)[number % 6]
     content = bytearray(valid)
     for index in rng.integers(len(content) if number % 2 else min(200, len(content)), size=1 + number % 7):
         content[index] = rng.integers(256)

@@ -7,6 +7,8 @@ import pytest
 from pydantic_core import to_json
 
 from models.flux_dev import FluxDevInput
+from models.flux_lora import FluxLoraInpaintingInput
+from models.schema import EXAMPLE_IMAGE, EXAMPLE_MASK
 from server.errors import QueueFull
 from server.queue.jobs import Job
 from server.queue.pending_storage import PendingStorage
@@ -78,3 +80,12 @@ def test_prompts_without_files_also_count_towards_the_limit_of_their_owner(tmp_p
         with pytest.raises(QueueFull, match="--max-uploads-gb"):
             asyncio.run(resolve_inputs(components, "me"))
         asyncio.run(resolve_inputs(components, "you"))
+
+
+def test_no_more_files_are_fetched_when_the_limit_of_their_owner_is_reached(tmp_path: Path) -> None:
+    with open_components(tmp_path) as components:
+        components.inputs._max_bytes_per_owner = 10
+        request = FluxLoraInpaintingInput(prompt="x", image_url=EXAMPLE_IMAGE, mask_url=EXAMPLE_MASK)
+        with pytest.raises(QueueFull, match="--max-uploads-gb"):
+            asyncio.run(components.inputs.resolve(request, "me"))
+        assert len(list((components.data_dir / "inputs").iterdir())) == 1

@@ -1,6 +1,6 @@
 """test/copy: returns the image it receives."""
 
-from models.flux_dev_image_to_image import FluxDevImageToImageInput
+from models.flux_dev import FluxDevImageToImageInput
 from tests.support.fake_models import CopyEngine, NullModel
 
 

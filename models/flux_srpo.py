@@ -1,0 +1,43 @@
+"""fal-ai/flux/srpo: FLUX.1 SRPO [dev], text to image and image to image.
+
+SRPO is a fine-tune of FLUX.1 [dev]'s transformer. Its hub repository holds nothing else, so the server cannot load it
+by its hub id: operators build a directory with the other parts of FLUX.1 [dev], as docs/weights-and-memory.md says.
+"""
+
+from models.base import Model
+from models.flux_dev import FluxDev, FluxDevImageToImage, FluxDevImageToImageInput, FluxDevInput
+from models.schema import Guidance
+
+#: The hub ids of the weights.
+SRPO = ("tencent/SRPO",)
+
+
+class FluxSrpoInput(FluxDevInput):
+    """The input of FLUX.1 [dev], with another default guidance."""
+
+    guidance_scale: Guidance = 4.5
+
+
+class FluxSrpoImageToImageInput(FluxDevImageToImageInput):
+    """The input of FLUX.1 [dev], with another default guidance."""
+
+    guidance_scale: Guidance = 4.5
+
+
+class FluxSrpo(FluxDev):
+    """FLUX.1 SRPO [dev], tuned with people's preferences for realistic images."""
+
+    endpoint = "fal-ai/flux/srpo"
+    weights = SRPO
+    Input = FluxSrpoInput
+
+
+class FluxSrpoImageToImage(FluxDevImageToImage):
+    """FLUX.1 SRPO [dev], starting from an image and changing it towards a prompt."""
+
+    endpoint = "fal-ai/flux/srpo/image-to-image"
+    weights = SRPO
+    Input = FluxSrpoImageToImageInput
+
+
+MODELS: tuple[Model, ...] = (FluxSrpo(), FluxSrpoImageToImage())

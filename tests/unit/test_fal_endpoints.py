@@ -1,0 +1,54 @@
+"""The schema of every endpoint against fal's: fields, required fields, defaults, ranges and choices."""
+
+import json
+from typing import Any
+
+import pytest
+
+from models import discover
+from server.api.fal_openapi import component_schemas
+from tests.support.server_process import ROOT
+
+#: What is known of fal's inputs, by endpoint and field. A field without a default there is empty or false by default.
+FACTS = json.loads((ROOT / "tests" / "support" / "fal_endpoints.json").read_text(encoding="utf-8"))
+MODELS = discover()
+
+
+def id_here(endpoint: str) -> str:
+    """Return the id under which the package has an endpoint of fal: stream routes belong to their endpoint."""
+    return endpoint.removesuffix("/stream")
+
+
+def schema_of(endpoint: str) -> dict[str, Any]:
+    model = MODELS[id_here(endpoint)]
+    schema: dict[str, Any] = component_schemas(model)[model.Input.__name__]
+    return schema
+
+
+def test_the_package_has_these_endpoints_and_no_others() -> None:
+    assert {id_here(endpoint) for endpoint in FACTS} == set(MODELS)
+    assert len(FACTS) == 28
+
+
+@pytest.mark.parametrize("endpoint", FACTS)
+def test_the_fields_are_fals(endpoint: str) -> None:
+    schema, facts = schema_of(endpoint), FACTS[endpoint]
+    assert set(schema["properties"]) == set(facts)
+    assert set(schema["required"]) == {name for name, fact in facts.items() if fact.get("required")}
+
+
+@pytest.mark.parametrize("endpoint", FACTS)
+def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
+    fields = schema_of(endpoint)["properties"]
+    for name, fact in FACTS[endpoint].items():
+        field = fields[name]
+        assert (field.get("default") or None) == fact.get("default"), name
+        assert field.get("enum") == fact.get("enum"), name
+        if "range" in fact:
+            assert [field["minimum"], field["maximum"]] == fact["range"], name
+
+
+def test_no_two_endpoints_have_different_inputs_of_one_name() -> None:
+    """The OpenAPI document of the server names schemas after their classes."""
+    inputs = {model.Input for model in MODELS.values()}
+    assert len({each.__name__ for each in inputs}) == len(inputs)
