@@ -1,6 +1,6 @@
 """test/inpaint: returns the image it receives, red where its mask is white."""
 
-from models.flux_dev_image_to_image import FluxDevImageToImageInput
+from models.flux_dev import FluxDevImageToImageInput
 from models.schema import ImageURL, Size, Strength
 from tests.support.fake_models import InpaintEngine, NullModel
 

@@ -1,6 +1,6 @@
 """test/vary: takes an image without a prompt, and returns plain images of the requested size."""
 
-from models.flux_dev_redux import FluxDevReduxInput
+from models.flux_dev import FluxDevReduxInput
 from tests.support.fake_models import NullEngine, NullModel
 
 
