@@ -125,7 +125,8 @@ def tasks_of(engine: FluxEngine, acceleration: str, files: Files) -> Iterator[tu
     """Yield a task for each kind of endpoint that the engine serves in this tier."""
     yield "prompt", engine.start(request(acceleration, SIDE), 1)
     image = {"image_url": files.image}
-    yield "image-to-image", engine.start(request(acceleration, strength=0.8), 1, image)
+    yield "image-to-image", engine.start(request(acceleration, SIDE, strength=0.8), 1, image)
+    yield "inpainting", engine.start(request(acceleration, SIDE, strength=0.8), 1, {**image, "mask_url": files.image})
     yield "redux", engine.start(request(acceleration, SIDE), 1, image)
     if engine.loras and acceleration != "high":
         loras = request(acceleration, SIDE, loras=[SimpleNamespace(scale=1.0)])
