@@ -22,7 +22,8 @@ def measure(job: Job) -> Iterator[Start | Measurement | Problem]:
     """
     import torch
 
-    from models.benchmark.compare import EngineBenchmark
+    from models.benchmark.compare import FAILURES, EngineBenchmark
+    from models.flux.device import summary
 
     # With these variables, compiled code would come from earlier runs.
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -40,7 +41,14 @@ def measure(job: Job) -> Iterator[Start | Measurement | Problem]:
         return
     bench = EngineBenchmark(engine, job.prompts, job.references)
     smallest = min(job.workloads, key=lambda workload: workload.width * workload.height)
-    yield Start(*facts, round(bench.rate / 1e12, 3), bench.difference(smallest))
+    difference, problem = None, None
+    try:
+        difference = bench.difference(smallest)
+    except FAILURES as error:
+        problem = Problem("eager", smallest.size, f"no comparison with naive: {summary(error)}")
+    yield Start(*facts, round(bench.rate / 1e12, 3), difference)
+    if problem:
+        yield problem
     for workload in job.workloads:
         yield from bench.figures(workload, job.num_rounds)
 
@@ -90,11 +98,11 @@ def _load(config: EngineConfig, shape: str, device: str) -> tuple[Any, memory_pl
     dtype = devices.dtype_for(config.dtype, device, sum(stored.values()))
     free = devices.free_memory(device)
     sizes = random_weights.sizes(shape, dtype)
-    plan = memory_plans.choose(config.memory, sizes, free, device=device, is_eager=config.is_eager)
+    plan = memory_plans.choose(config.memory, sizes, free, memory_plans.Target(device, config.is_eager))
     try:
         # For a plan that does not keep all weights on the device, build them in host memory, as loading does.
         pipeline = random_weights.build(shape, device if plan.is_resident else "cpu", dtype)
-        return plan.apply(pipeline, device), plan
+        return plan.place(pipeline, device), plan
     except torch.OutOfMemoryError as error:
         raise memory_plans.DoesNotFit(plan, summary(error)) from None
 

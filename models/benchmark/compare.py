@@ -23,7 +23,7 @@ from models.flux.prompt_cache import count_text_tokens
 
 GUIDANCE_SCALE = 3.5
 #: The errors of one way, after which the others can still be measured.
-_FAILURES = (RuntimeError, GenerationFailed)
+FAILURES = (RuntimeError, GenerationFailed)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class EngineBenchmark:
 
     The first of the `prompts` is that of the measured images. With a directory of `references`, an image for each
     prompt is compared with that of the tier "none".
+
+    With a plan that needs fp8, the pipeline and the engine are not measured uncompiled: nobody would run them so.
     """
 
     def __init__(self, engine: FluxEngine, prompts: Sequence[str], references: Path | None = None) -> None:
@@ -49,10 +51,13 @@ class EngineBenchmark:
         self.prompts = prompts
         self.references = references
         self.rate = self.device.matmul_rate(self.pipeline.transformer.dtype)
-        none = Tier("none", self.pipeline.transformer)
-        eager = FluxEngine(self.pipeline, engine.checker, [none], self.device.name, plan=engine.plan)
+        self.plan = engine.plan
         #: The ways to generate by the engine: for each the engine and the tier's name.
-        self.ways = {"eager": (eager, "none")}
+        self.ways: dict[str, tuple[FluxEngine, str]] = {}
+        if not self.plan.needs_fp8:
+            none = Tier("none", self.pipeline.transformer)
+            eager = FluxEngine(self.pipeline, engine.checker, [none], self.device.name, plan=engine.plan)
+            self.ways["eager"] = (eager, "none")
         for tier in engine.tiers:
             # Without compilation, the tier "none" is the same as "eager".
             if tier.name != "none" or tier.transformer is not self.pipeline.transformer:
@@ -63,14 +68,16 @@ class EngineBenchmark:
 
         A way that fails is left out of the further rounds, and its problem is yielded.
         """
-        ways: dict[str, Callable[[], _Timing]] = {"naive": partial(self._naive, job)}
+        ways: dict[str, Callable[[], _Timing]] = {}
+        if not self.plan.needs_fp8:
+            ways["naive"] = partial(self._naive, job)
         ways |= {name: partial(self._shared, *way, job) for name, way in self.ways.items()}
         timings: dict[str, list[_Timing]] = {name: [] for name in ways}
         for _ in range(num_rounds + 1):
             for name in list(timings):
                 try:
                     timings[name].append(ways[name]())
-                except _FAILURES as error:
+                except FAILURES as error:
                     del timings[name]
                     yield Problem(name, job.size, summary(error))
         counted = {name: each[1:] for name, each in timings.items()}
@@ -79,12 +86,17 @@ class EngineBenchmark:
             measurement = self._measurement(name, job, each, naive)
             try:
                 measurement = replace(measurement, fidelity=self._fidelity(name, job))
-            except _FAILURES as error:
+            except (*FAILURES, LookupError) as error:
                 yield Problem(name, job.size, f"no images to compare: {summary(error)}")
             yield measurement
 
-    def difference(self, job: Workload) -> int:
-        """Return the largest difference of a pixel value, 0 to 255, between the images of "naive" and "eager"."""
+    def difference(self, job: Workload) -> int | None:
+        """Return the largest difference of a pixel value, 0 to 255, between the images of "naive" and "eager".
+
+        Return None if these are not measured.
+        """
+        if "eager" not in self.ways:
+            return None
         theirs, ours = self._call(job), self._image("eager", job, self.prompts[0])
         return int(numpy.abs(numpy.asarray(theirs, dtype=int) - numpy.asarray(ours, dtype=int)).max())
 
@@ -113,7 +125,8 @@ class EngineBenchmark:
         if self.references is None or name == "naive":
             return []
         exact = "none" if "none" in self.ways else "eager"
-        expected = references(self.references, job.size, len(self.prompts), lambda: self._images(exact, job))
+        generate = None if self.plan.rounds_weights else partial(self._images, exact, job)
+        expected = references(self.references, job.size, len(self.prompts), generate)
         images = self._images(name, job)
         return [compare(*each) for each in zip(self.prompts, images, expected, strict=True)]
 

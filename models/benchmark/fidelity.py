@@ -30,14 +30,17 @@ def compare(prompt: str, image: Image.Image, reference: Image.Image) -> ImageFid
 
 
 def references(
-    directory: Path, size: str, num_images: int, generate: Callable[[], Sequence[Image.Image]]
+    directory: Path, size: str, num_images: int, generate: Callable[[], Sequence[Image.Image]] | None
 ) -> list[Image.Image]:
     """Return the images of this size to compare with. If `directory` has none yet, call `generate` and keep its images.
 
-    The processes of all memory plans share the directory, so the images are those of the first plan that generates.
+    The processes of all memory plans share the directory, so the images are those of the first plan that generates and
+    does not round the weights. Raises LookupError if there are none, and `generate` is None.
     """
     paths = [directory / f"{size}-{index}.png" for index in range(num_images)]
     if not all(path.exists() for path in paths):
+        if generate is None:
+            raise LookupError("no plan that keeps the weights unchanged has generated images before")
         for path, image in zip(paths, generate(), strict=True):
             image.save(path)
     return [_open(path) for path in paths]

@@ -62,7 +62,7 @@ class Start:
         unavailable: the tiers, and the ways to run them, that do not work on this device, each with the reason.
         matmul_tflop_per_second: the device's matmul rate; None if only the start is measured.
         eager_difference: the largest difference of a pixel value, 0 to 255, between the images of "naive" and "eager"
-            in the smallest workload; None if only the start is measured.
+            in the smallest workload; None if these are not measured, or failed.
     """
 
     machine: Mapping[str, Any]
@@ -102,7 +102,7 @@ class Measurement:
         seconds: seconds per image, for text encoding, steps and decoding, without loading.
         ms_per_step: milliseconds per step and image, without text encoding and decoding; None for "naive", whose steps
             are not timed.
-        ratio: the speed as a multiple of the speed of "naive"; None if "naive" failed.
+        ratio: the speed as a multiple of the speed of "naive"; None if "naive" failed or is not measured.
         share: FLOP per second of the steps as a share of the device's matmul rate. The FLOP are those of steps that
             skip no block. None for "naive".
         skipped: the share of steps that skipped blocks; None for ways that skip no blocks.

@@ -16,6 +16,7 @@ from models.flux.compilation import (
     has_faster_attention,
     set_compile_cache_dirs,
 )
+from models.flux.device import summary
 from models.loading import fp8
 from models.loading.memory_plans import Plan
 
@@ -111,8 +112,12 @@ def _compiled(transformer: Any, config: EngineConfig, plan: Plan, way: str, unav
     quantized = clone_sharing_weights(placed)
     try:
         fp8.quantize(quantized)
-    except torch.OutOfMemoryError:
-        unavailable.append("acceleration regular and high: memory ran out while the matrices were converted to fp8")
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        log.exception("the matrices cannot be quantized to fp8")
+        reason = "memory ran out" if isinstance(error, torch.OutOfMemoryError) else summary(error)
+        unavailable.append(f"acceleration regular and high: while the matrices were converted to fp8, {reason}")
         return tiers
     return [*tiers, *_fast(compile_blocks(quantized))]
 

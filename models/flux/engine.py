@@ -100,7 +100,13 @@ class FluxEngine:
         # The ways to run the tier "none" are separate attempts, which the loader makes.
         attempt = self.attempts.attempt(tier.name) if tier.name != "none" else nullcontext()
         try:
-            with attempt, self.device.classify_errors(tier.name), self.device.on_decode_stream():
+            with (
+                attempt,
+                self.device.classify_errors(tier.name),
+                self.device.on_decode_stream(),
+                # Another engine may have stopped compiling in this process.
+                torch.compiler.set_stance("default"),
+            ):
                 tier.warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
         except Exception as error:
             self.tiers.remove(tier)

@@ -21,6 +21,8 @@ from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
+_REFUSED = "ended the server or lost the GPU at earlier starts"
+
 
 def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> FluxEngine:
     """Load the weights and the safety checker, warm up the tier "none", and return the engine.
@@ -34,11 +36,12 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
     device = devices.device_for(config.device)
     is_auto = config.memory == "auto"
     failed = _self_test_failures(config, device)
+    target = memory_plans.Target(device, config.is_eager, _fp8_failure(config, device, failed))
     unavailable: list[str] = []
     while True:
         try:
-            engine = _load(config, device, kind, failed)
-            engine.unavailable[:0] = unavailable
+            engine = _load(config, target, kind, failed)
+            engine.unavailable[:0] = unavailable or (_passed_over(engine.plan, target) if is_auto else [])
             return engine
         except OSError as error:
             # Without its traceback, whose frames keep the weights of this try alive.
@@ -47,7 +50,7 @@ def load_engine(config: EngineConfig, kind: type[FluxEngine] = FluxEngine) -> Fl
         Device(device).free()
         if not isinstance(failure, memory_plans.PlanFailed) or not is_auto:
             raise failure
-        plan = memory_plans.following(failure.plan, device, is_eager=config.is_eager)
+        plan = memory_plans.following(failure.plan, target)
         if plan is None:
             raise failure
         log.warning("%s; trying the plan %s", failure, plan.name)
@@ -63,10 +66,30 @@ def _self_test_failures(config: EngineConfig, device: str) -> Mapping[str, str]:
     return verdict.failures(directory)
 
 
-def _load(config: EngineConfig, device: str, kind: type[FluxEngine], failed: Mapping[str, str]) -> FluxEngine:
-    pipeline, plan = load_pipeline(config)
+def _fp8_failure(config: EngineConfig, device: str, failed: Mapping[str, str]) -> str:
+    """Return why products in fp8 do not compile on this GPU, as known from the self test or earlier starts; or ""."""
+    if failure := failed.get(verdict.FP8_TEST):
+        return f"failed in the self test: {failure}"
+    attempts = Attempts(_attempts_directory(config, device))
+    is_refused = all(attempts.is_refused(f"{way} in fp8") for way in (acceleration.FASTEST, acceleration.COMPILED))
+    return _REFUSED if is_refused else ""
+
+
+def _passed_over(plan: memory_plans.Plan, target: memory_plans.Target) -> list[str]:
+    """Return why a faster plan that needs no more memory than this one is not used."""
+    return [
+        f"memory plan {other.name}: {problem}"
+        for other in memory_plans.PLANS[: memory_plans.PLANS.index(plan)]
+        if other.required_bytes is plan.required_bytes and (problem := other.problem(target))
+    ]
+
+
+def _load(
+    config: EngineConfig, target: memory_plans.Target, kind: type[FluxEngine], failed: Mapping[str, str]
+) -> FluxEngine:
+    pipeline, plan = load_pipeline(config, target.fp8_failure)
     try:
-        return _assemble(config, device, kind, failed, pipeline, plan)
+        return _assemble(config, target.device, kind, failed, pipeline, plan)
     except torch.OutOfMemoryError as error:
         reason = summary(error)
     raise memory_plans.DoesNotFit(plan, reason)
@@ -119,21 +142,19 @@ def _is_ready(engine: FluxEngine, config: EngineConfig, way: str, failed: Mappin
 
     `failed` are the self test's failures. Raises torch.OutOfMemoryError and DeviceLost.
     """
-    fp8_failure = failed.get("blocks compiled in fp8") if way != acceleration.UNCOMPILED else None
-    failure, name = failed.get(f"blocks {way}"), way
-    if engine.plan.needs_fp8:
-        failure, name = failure or fp8_failure, f"{way} in fp8"
-    if reason := _reason(engine, name, failure):
+    name = f"{way} in fp8" if engine.plan.needs_fp8 else way
+    if reason := _reason(engine, name, failed.get(f"blocks {way}")):
         engine.unavailable.append(f"{name}: {reason}")
         return False
     built, unavailable = acceleration.build(engine.pipeline, config, engine.plan, way)
     engine.tiers = built[:1]
     for tier in built[1:]:
-        if reason := _reason(engine, tier.name, fp8_failure):
+        if not tier.is_ready and (reason := _reason(engine, tier.name, failed.get(verdict.FP8_TEST))):
             unavailable.append(f"acceleration {tier.name}: {reason}")
         else:
             engine.tiers.append(tier)
     if engine.tiers[0].is_ready:
+        engine.unavailable += unavailable
         return True
     try:
         with engine.attempts.attempt(name):
@@ -152,4 +173,4 @@ def _reason(engine: FluxEngine, name: str, failure: str | None) -> str:
     """Return why a way or a tier must not be tried; empty if it may be tried."""
     if failure:
         return f"failed in the self test: {failure}"
-    return "ended the server or lost the GPU at earlier starts" if engine.attempts.is_refused(name) else ""
+    return _REFUSED if engine.attempts.is_refused(name) else ""

@@ -14,6 +14,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+#: The name of the test of compiled blocks with products in fp8.
+FP8_TEST = "blocks compiled in fp8"
 #: Seconds for the whole self test, most of which is compiling.
 _SECONDS = 900.0
 _TOO_LONG = "the self test took too long"

@@ -19,6 +19,21 @@ _TWO_BLOCKS = {"transformer": 1 / 17, "text_encoder_2": 1 / 12}
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a plan must run on.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        is_eager: whether nothing may be compiled.
+        fp8_failure: why products in fp8 do not compile on this device, as known from earlier; empty if they may.
+    """
+
+    device: str
+    is_eager: bool = False
+    fp8_failure: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A way to place a pipeline on the device.
 
@@ -29,6 +44,7 @@ class Plan:
         apply: places a pipeline on a device and returns the pipeline.
         is_resident: whether all weights stay on the device unchanged.
         needs_fp8: whether the device multiplies the transformer's matrices in fp8.
+        rounds_weights: whether the weights are rounded to 8 bits, which changes images.
     """
 
     name: str
@@ -37,19 +53,40 @@ class Plan:
     apply: Callable[[Any, str], Any]
     is_resident: bool = False
     needs_fp8: bool = False
+    rounds_weights: bool = False
 
     @property
     def can_compile(self) -> bool:
         """Whether the whole transformer stays on the device, in the form in which it computes."""
         return self.is_resident or self.needs_fp8
 
-    def problem(self, device: str, *, is_eager: bool = False) -> str | None:
-        """Return the reason why a device cannot use the plan; None if it can. `is_eager` forbids compiling."""
+    def problem(self, target: Target) -> str | None:
+        """Return the reason why the plan cannot be used; None if it can."""
         if not self.needs_fp8:
             return None
-        if device == "cpu":
+        if target.device == "cpu":
             return "on a CPU, products in fp8 are slow"
-        return "products in fp8 are slow unless they are compiled" if is_eager else fp8.unavailable_reason()
+        if target.is_eager:
+            return "products in fp8 are slow unless they are compiled"
+        return target.fp8_failure or fp8.unavailable_reason()
+
+    def place(self, pipeline: Any, device: str) -> Any:
+        """Place a pipeline on a device and return it.
+
+        Raises PlanFailed if its matrices cannot be quantized, torch.OutOfMemoryError, and the errors of a lost device.
+        """
+        import torch
+
+        try:
+            return self.apply(pipeline, device)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if not self.needs_fp8:
+                raise
+            # Only the message: the traceback would keep the weights alive.
+            reason = f"the matrices cannot be quantized: {type(error).__name__}: {error}"
+        raise PlanFailed(self, reason)
 
 
 def _resident(pipeline: Any, device: str) -> Any:
@@ -137,12 +174,14 @@ PLANS = (
         _in_fp8,
         _fp8,
         needs_fp8=True,
+        rounds_weights=True,
     ),
     Plan(
         "fp8-storage",
         "the transformer kept in 8 bits, which changes images slightly; the text encoder loaded block by block",
         _in_fp8,
         _fp8_storage,
+        rounds_weights=True,
     ),
     Plan(
         "group-offload",
@@ -171,29 +210,29 @@ class DoesNotFit(PlanFailed):
         super().__init__(plan, f"memory ran out while the weights were loaded: {reason}", advice)
 
 
-def fits_resident(sizes: Mapping[str, int], free: int) -> bool:
-    """Return whether the plan "resident" fits into `free` bytes."""
-    return PLANS[0].required_bytes(sizes) <= free
+def has_room(name: str, sizes: Mapping[str, int], free: int) -> bool:
+    """Return whether the plan of this name fits into `free` bytes; for "auto", the plan "resident"."""
+    plan = next((plan for plan in PLANS if plan.name == name), PLANS[0])
+    return plan.required_bytes(sizes) <= free
 
 
-def following(plan: Plan, device: str, *, is_eager: bool = False) -> Plan | None:
-    """Return the next plan after this one that the device can use; None if there is none."""
-    rest = PLANS[PLANS.index(plan) + 1 :]
-    return next((other for other in rest if not other.problem(device, is_eager=is_eager)), None)
+def following(plan: Plan, target: Target) -> Plan | None:
+    """Return the next plan after this one that can be used; None if there is none."""
+    return next((other for other in PLANS[PLANS.index(plan) + 1 :] if not other.problem(target)), None)
 
 
-def choose(name: str, sizes: Mapping[str, int], free: int, *, device: str = "cuda", is_eager: bool = False) -> Plan:
-    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes and the device can use.
+def choose(name: str, sizes: Mapping[str, int], free: int, target: Target) -> Plan:
+    """Choose the plan of this name, or for "auto" the first plan that fits into `free` bytes and can be used.
 
     On a CPU, "auto" is always "resident": weights are mapped from their files, and parts that do not fit into memory
-    are read again when they are used. Raises OSError if "auto" finds no plan that fits, and PlanFailed if the device
-    cannot use the named plan.
+    are read again when they are used. Raises OSError if "auto" finds no plan that fits, and PlanFailed if the named
+    plan cannot be used.
     """
-    if device == "cpu" and name == "auto":
+    if target.device == "cpu" and name == "auto":
         return PLANS[0]
     for plan in PLANS:
         if plan.name == name or (name == "auto" and plan.required_bytes(sizes) <= free):
-            problem = plan.problem(device, is_eager=is_eager)
+            problem = plan.problem(target)
             if problem and name != "auto":
                 raise PlanFailed(plan, problem)
             if not problem:

@@ -27,10 +27,11 @@ def weights_directory(where: str | Path) -> Path:
     return hub.cached_path(where) or hub.pull(where)
 
 
-def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Plan]":
+def load_pipeline(config: EngineConfig, fp8_failure: str = "") -> "tuple[FluxPipeline, memory_plans.Plan]":
     """Load a pipeline and place it by a memory plan; return both.
 
-    Raises OSError, also for malformed weights, and memory_plans.DoesNotFit if memory runs out.
+    `fp8_failure` says why products in fp8 do not compile on the device, or is empty. Raises OSError, also for malformed
+    weights, memory_plans.PlanFailed, and memory_plans.DoesNotFit if memory runs out.
 
     Only safetensors files are read, and no code from the directory runs. With the plan "resident", each component goes
     to the device before the next is loaded, so the host never holds a copy of all components.
@@ -43,7 +44,8 @@ def load_pipeline(config: EngineConfig) -> "tuple[FluxPipeline, memory_plans.Pla
     directory, device = weights_directory(config.weights), device_for(config.device)
     verify.verify_pipeline(directory, NON_PIPELINE_COMPONENTS)
     sizes = _sizes(config.weights, directory, dtype_of(config))
-    plan = memory_plans.choose(config.memory, sizes, free_memory(device), device=device, is_eager=config.is_eager)
+    target = memory_plans.Target(device, config.is_eager, fp8_failure)
+    plan = memory_plans.choose(config.memory, sizes, free_memory(device), target)
     try:
         return _load(config, directory, sizes, plan, device), plan
     except torch.OutOfMemoryError as error:
@@ -71,7 +73,7 @@ def _load(
         pipeline = FluxPipeline(**parts, **small)
         _check_fit(directory, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return plan.apply(pipeline, device)
+    return plan.place(pipeline, device)
 
 
 def sizes_on_disk(where: str | Path, directory: Path) -> dict[str, int]:
@@ -140,13 +142,16 @@ def _silence_libraries() -> None:
 
 
 def has_room(config: EngineConfig) -> bool:
-    """Return whether the plan "resident" fits into the free memory; True if the weights are not downloaded yet."""
+    """Return whether the plan of the configuration fits into the free memory; with "auto", the plan "resident".
+
+    Return True if the weights are not downloaded yet.
+    """
     where = config.weights or ""
     directory = where if isinstance(where, Path) else hub.cached_path(where)
     if directory is None:
         return True
     sizes = _sizes(where, directory, dtype_of(config))
-    return memory_plans.fits_resident(sizes, free_memory(device_for(config.device)))
+    return memory_plans.has_room(config.memory, sizes, free_memory(device_for(config.device)))
 
 
 def dtype_of(config: EngineConfig) -> "torch.dtype":

@@ -11,6 +11,7 @@ from models.flux import acceleration, compilation
 from models.flux.acceleration import Tier
 from models.flux.device import Device
 from models.flux.prompt_cache import FLUX_TEXT_TOKENS
+from models.flux.verdict import FP8_TEST
 from models.loading import fp8
 from models.loading.devices import dtype_for
 from models.schema import PRESETS
@@ -147,5 +148,5 @@ TRIALS = (
     Trial("compiled kernel", _kernel),
     Trial(f"blocks {acceleration.FASTEST}", _blocks(acceleration.FASTEST)),
     Trial(f"blocks {acceleration.COMPILED}", _blocks(acceleration.COMPILED)),
-    Trial("blocks compiled in fp8", _fp8),
+    Trial(FP8_TEST, _fp8),
 )

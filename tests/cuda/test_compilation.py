@@ -84,18 +84,47 @@ def test_bf16(model: Model) -> None:
         check(compiled, model, num_graphs=4)
 
 
-@pytest.mark.parametrize("model", [RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
-def test_fp8(model: Model) -> None:
+def quantized_clone(plan: str) -> Any:
+    """Return a quantized transformer: a clone that is quantized, or with the plan "fp8", a clone of a quantized one."""
+    # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        if plan == "fp8":
+            placed = transformer()
+            fp8.quantize(placed, "cuda")
+            return compilation.clone_sharing_weights(placed)
+        clone = compilation.clone_sharing_weights(transformer())
+        fp8.quantize(clone)
+        return clone
+
+
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [(RTX_4090, "fp8"), (H100, "resident"), (RTX_5090, "fp8")],
+    ids=lambda each: getattr(each, "name", each),
+)
+def test_fp8(model: Model, plan: str) -> None:
     with fake_gpu(model) as compiled:
-        quantized = compilation.clone_sharing_weights(transformer())
-        # torchao asks PyTorch for a GPU; everything else must not, because PyTorch would start it.
-        with mock.patch.object(torch.cuda, "is_available", lambda: True):
-            fp8.quantize(quantized)
+        quantized = quantized_clone(plan)
         tier = Tier("regular", compilation.compile_blocks(quantized), shares_forwards=True, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
-        print(f"{model.name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
+        print(f"{model.name}, plan {plan}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=8)
+
+
+def test_clones_share_quantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These weights are real, on the CPU: only torchao's question for a GPU is answered by a double."""
+    tiny = FluxTransformer2DModel(**SHAPES["tiny"]["transformer"]).to(torch.bfloat16)
+    num_parameters = tiny.num_parameters()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    fp8.quantize(tiny, "cpu")
+    clone = compilation.clone_sharing_weights(tiny)
+    pairs = zip(tiny.named_parameters(), clone.named_parameters(), strict=True)
+    assert all(name == other_name and weight is other for (name, weight), (other_name, other) in pairs)
+    matrices = [module.weight for name, module in tiny.named_modules() if fp8.is_large_matrix(module, name)]
+    assert matrices and {weight.qdata.dtype for weight in matrices} == {torch.float8_e4m3fn}
+    assert (tiny.dtype, tiny.num_parameters()) == (torch.bfloat16, num_parameters)
 
 
 # -- faults, each of which a part above must find

@@ -184,6 +184,18 @@ def test_with_the_plan_fp8_all_tiers_run_the_quantized_transformer(pipeline: Flu
     assert [tier.skips_blocks for tier in built] == [False, False, True]
 
 
+def test_matrices_that_cannot_be_quantized_cost_only_the_tiers_in_fp8(
+    pipeline: FluxPipeline, fp8_gpu: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise ImportError("torchao does not load")
+
+    monkeypatch.setattr(fp8, "quantize", fail)
+    built, unavailable = acceleration.build(pipeline, engine_config(), RESIDENT, acceleration.FASTEST)
+    assert names(built) == ["none"]
+    assert unavailable[0].endswith("converted to fp8, ImportError: torchao does not load")
+
+
 def test_only_offered_tiers_are_quantized(pipeline: FluxPipeline, fp8_gpu: list[Any]) -> None:
     config = engine_config(max_acceleration="none")
     built, unavailable = acceleration.build(pipeline, config, RESIDENT, acceleration.FASTEST)
@@ -296,6 +308,20 @@ def test_the_warm_up_begins_with_the_usual_size_of_images(pipeline: FluxPipeline
     run.config = pipeline.transformer.config  # type: ignore[attr-defined]
     Tier("none", run).warm_up("cpu", torch.bfloat16, 8)
     assert numbers[0] == 4096 and len(numbers) > 1
+
+
+def test_a_tier_is_compiled_even_if_another_engine_has_stopped_compiling(pipeline: FluxPipeline) -> None:
+    stances: list[str] = []
+
+    def run(**_: Any) -> None:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    run.config = pipeline.transformer.config  # type: ignore[attr-defined]
+    engine = FluxEngine(pipeline, AllSafeChecker(), [Tier("none", run, is_ready=False)], "cpu")
+    with torch.compiler.set_stance("eager_on_recompile"):
+        assert engine.warm_up()
+        assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"
+    assert set(stances) == {"default"}
 
 
 def test_a_tier_that_fails_to_warm_up_is_removed(pipeline: FluxPipeline) -> None:

@@ -10,7 +10,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from models.flux.engine import FluxEngine
 from models.loading import fp8, memory_plans
-from models.loading.memory_plans import PLANS, choose
+from models.loading.memory_plans import PLANS, Target, choose
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, generate, generate_latents, make_request, tiers_of
 
@@ -22,6 +22,7 @@ FLUX_DEV = {
     "vae": 170_000_000,
 }
 BY_NAME = {plan.name: plan for plan in PLANS}
+CUDA = Target("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_each_size_of_card_gets_its_plan(
     """A desktop and the driver take a gigabyte of the card's memory."""
     fp8_problem += [reason] if reason else []
     expected = "fp8-storage" if name == "fp8" and (is_eager or reason) else name
-    assert choose("auto", FLUX_DEV, card * 2**30 - 10**9, is_eager=is_eager).name == expected
+    assert choose("auto", FLUX_DEV, card * 2**30 - 10**9, Target("cuda", is_eager)).name == expected
 
 
 #: Peak memory of each plan at 1024x1024, in GB, simulated with fake tensors. The CUDA context, libraries and
@@ -82,19 +83,19 @@ def test_a_plan_that_just_fits_is_chosen() -> None:
     usable = [plan for plan in PLANS if not plan.needs_fp8]
     for faster, plan in zip((None, *usable), usable, strict=False):
         needs = plan.required_bytes(FLUX_DEV)
-        assert choose("auto", FLUX_DEV, int(needs) + 1, is_eager=True) is plan
+        assert choose("auto", FLUX_DEV, int(needs) + 1, Target("cuda", is_eager=True)) is plan
         assert faster is None or faster.required_bytes(FLUX_DEV) > needs
 
 
 def test_when_no_plan_fits_the_error_names_free_and_required_memory() -> None:
     with pytest.raises(OSError, match=r"has 2\.0 GB free.* need at least 4\.9 GB.*--memory"):
-        choose("auto", FLUX_DEV, 2 * 10**9)
+        choose("auto", FLUX_DEV, 2 * 10**9, CUDA)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("free", [0, 80 * 10**9])
 def test_a_named_plan_is_used_regardless_of_free_memory(plan: memory_plans.Plan, free: int) -> None:
-    assert choose(plan.name, FLUX_DEV, free) is plan
+    assert choose(plan.name, FLUX_DEV, free, CUDA) is plan
 
 
 @pytest.mark.parametrize(
@@ -110,16 +111,37 @@ def test_a_named_plan_that_the_device_cannot_use_is_an_error(
 ) -> None:
     fp8_problem.append("a card does not support fp8 matrix products")
     with pytest.raises(memory_plans.PlanFailed, match=expected):
-        choose("fp8", FLUX_DEV, 80 * 10**9, device=device, is_eager=is_eager)
+        choose("fp8", FLUX_DEV, 80 * 10**9, Target(device, is_eager))
 
 
 def test_a_plan_that_the_device_cannot_use_is_left_out(fp8_problem: list[str]) -> None:
     resident, fp8_plan, fp8_storage, group_offload = PLANS
-    assert memory_plans.following(resident, "cuda") is fp8_plan
-    assert memory_plans.following(resident, "cuda", is_eager=True) is fp8_storage
+    assert memory_plans.following(resident, CUDA) is fp8_plan
+    assert memory_plans.following(resident, Target("cuda", is_eager=True)) is fp8_storage
+    assert memory_plans.following(resident, Target("cuda", fp8_failure="CantSplit")) is fp8_storage
     fp8_problem.append("a reason")
-    assert memory_plans.following(resident, "cuda") is fp8_storage
-    assert memory_plans.following(group_offload, "cuda") is None
+    assert memory_plans.following(resident, CUDA) is fp8_storage
+    assert memory_plans.following(group_offload, CUDA) is None
+
+
+def test_weights_that_cannot_be_quantized_lead_to_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    (plan,) = (plan for plan in PLANS if plan.needs_fp8)
+    errors: list[Exception] = [ImportError("torchao does not load"), torch.OutOfMemoryError("full")]
+
+    def fail(*_: Any) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(fp8, "quantize", fail)
+    pipeline = tiny_flux.pipeline(torch.bfloat16)
+    with pytest.raises(memory_plans.PlanFailed, match="cannot be quantized: ImportError: torchao does not load"):
+        plan.place(pipeline, "cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        plan.place(pipeline, "cpu")
+
+
+def test_room_is_that_of_the_named_plan() -> None:
+    assert memory_plans.has_room("fp8", FLUX_DEV, 24 * 10**9)
+    assert not memory_plans.has_room("auto", FLUX_DEV, 24 * 10**9)
 
 
 def test_plans_that_keep_the_transformer_on_the_device_can_be_compiled() -> None:
