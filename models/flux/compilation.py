@@ -1,4 +1,4 @@
-"""Ways to speed up clones of the models: compiled blocks, faster attention, and whether a copy in fp8 fits."""
+"""Ways to speed up clones of a transformer: compiled blocks, faster attention, and whether a copy in fp8 fits."""
 
 import copy
 import logging
@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 
 from models.base import EngineConfig
 from models.loading import fp8
 from models.loading.memory_plans import RESERVE
 
 log = logging.getLogger(__name__)
-
-#: The heights and widths of the latents in the decoder's warm-up. The first is that of 1024x1024.
-_WARM_LATENTS = ((128, 128), (46, 34))
 
 
 def clone_sharing_weights(module: Any) -> Any:
@@ -30,31 +26,6 @@ def compile_blocks(transformer: Any) -> Any:
     """Compile each kind of block once, for images of any size. The compiler runs during the first forwards."""
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     return transformer
-
-
-def compile_decoder(vae: Any) -> Any:
-    """Return a clone of an AutoencoderKL whose decoder's residual blocks are compiled, for images of any size.
-
-    Each kind of block is compiled once; compiling the whole decoder takes many times as long. The clone has its own
-    copy of the decoder's weights, in channels-last order, which convolutions on a GPU use: 0.1 GB for FLUX.1.
-    """
-    clone = clone_sharing_weights(vae)
-    clone.decoder = copy.deepcopy(vae.decoder).to(memory_format=torch.channels_last)
-    for module in clone.decoder.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.compile(fullgraph=True, dynamic=True)
-    return clone
-
-
-def warm_up_decoder(vae: Any, device: str, dtype: torch.dtype) -> None:
-    """Decode images of several sizes, so that no request waits for compilation.
-
-    No side is a multiple of another, so that the compiler treats no side as a constant.
-    """
-    for height, width in _WARM_LATENTS:
-        latents = torch.randn(1, vae.config.latent_channels, height, width, device=device, dtype=dtype)
-        with torch.no_grad():
-            vae.decode(latents, return_dict=False)
 
 
 def has_faster_attention() -> bool:
