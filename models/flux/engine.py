@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import FluxPipeline
 from PIL.Image import Image
@@ -34,7 +33,7 @@ from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
 from models.flux.sample import Sample, begin, tiled_autoencoder, unpacked
 from models.flux.sharing import Sharing
-from models.flux.task import FluxTask
+from models.flux.task import FluxTask, open_image, requested_size
 from models.loading import devices, specs
 from models.loading.memory_plans import PLANS, Plan
 
@@ -142,12 +141,12 @@ class FluxEngine:
             raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, request.acceleration)
-        image, mask = (_open_image(inputs.get(name)) for name in ("image_url", "mask_url"))
+        image, mask = (open_image(inputs.get(name)) for name in ("image_url", "mask_url"))
         # In a request without a strength, the image takes the place of the prompt, and generation starts from noise.
         start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
         if reference_image and self.redux is None:
             raise GenerationFailed(f"An image cannot replace the prompt, because {specs.REDUX.hub_id} is missing here.")
-        width, height = (self._round_down(side) for side in _size(request, start))
+        width, height = (self._round_down(side) for side in requested_size(request, start))
         work = self._step_work(width, height, reference_image)
         dtype = devices.type_name(self.pipeline.transformer.dtype)
         return FluxTask(request, seed, width, height, tier, work, dtype, start, mask, reference_image, loras)
@@ -284,20 +283,3 @@ class FluxEngine:
     def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():
             return self.checker.is_unsafe(images)
-
-
-def _open_image(path: Path | None) -> Image | None:
-    if path is None:
-        return None
-    with PIL.Image.open(path, formats=("PNG",)) as image:
-        image.load()
-        return image
-
-
-def _size(request: Any, start: Image | None) -> tuple[int, int]:
-    """Return the requested width and height in pixels; by default, those of the image that generation starts from."""
-    size = getattr(request, "image_size", None)
-    if size is not None:
-        return size.width, size.height
-    assert start is not None
-    return start.size

@@ -1,8 +1,10 @@
 """A FLUX request during generation: its images and their progress."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from PIL.Image import Image
 
 from models.flux.acceleration import Tier
@@ -76,3 +78,21 @@ class FluxTask:
         """The samples that can take a step now: all unfinished ones if the tier shares forwards, else the first."""
         unfinished = [sample for sample in self.samples if not sample.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]
+
+
+def open_image(path: Path | None) -> Image | None:
+    """Read an input file into memory; return None for None. Raises OSError."""
+    if path is None:
+        return None
+    with PIL.Image.open(path, formats=("PNG",)) as image:
+        image.load()
+        return image
+
+
+def requested_size(request: Any, start: Image | None) -> tuple[int, int]:
+    """Return the requested width and height in pixels; by default, those of the image that generation starts from."""
+    size = getattr(request, "image_size", None)
+    if size is not None:
+        return size.width, size.height
+    assert start is not None
+    return start.size
