@@ -5,8 +5,9 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import pybase64
 
@@ -35,6 +36,17 @@ class SpooledFile(Protocol):
 
     def close(self) -> None:
         """Close and delete the temporary file."""
+
+
+def discard(file: BinaryIO, path: Path) -> None:
+    """Close and delete a file that is not needed any more.
+
+    Errors are ignored, so that a full disk, on which closing a file can fail, does not keep the other files.
+    """
+    with suppress(OSError):
+        file.close()
+    with suppress(OSError):
+        path.unlink()
 
 
 class Spool(ABC):
@@ -118,8 +130,7 @@ class SpooledData:
 
     def close(self) -> None:
         """Close and delete the file."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        discard(self._file, self._path)
 
     def _decode(self, data: bytes) -> None:
         if self._problem:
