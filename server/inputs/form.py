@@ -11,8 +11,8 @@ from pydantic_core import to_json
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from server.errors import InvalidInput, InvalidInputFile
-from server.inputs.spool import MAX_TEXT, Spool, discard
+from server.errors import InvalidInput
+from server.inputs.spool import MAX_TEXT, Spool, discard, too_large
 
 #: The most parts of a form. OpenAI's API has about 20 fields, and takes 16 images.
 MAX_PARTS = 100
@@ -48,14 +48,14 @@ class FormFile:
         """Close the file, which stays on the disk. Raises OSError."""
         self._file.close()
 
-    def link(self, path: Path) -> None:
-        """Write the converted content to `path`, or hard-link the file there.
+    def link(self, path: Path, max_bytes: int) -> None:
+        """Write the converted content, of any size, to `path`, or hard-link the file there.
 
-        Raises InvalidInputFile for a file that is too large or cannot be converted, and OSError.
+        Raises InvalidInputFile for a file with more than `max_bytes` or that cannot be converted, and OSError.
         """
-        if self._size > self._max_bytes:
-            message = f"The file is larger than {self._max_bytes / 2**20:.0f} MiB"
-            raise InvalidInputFile("file_too_large", message, max_size=self._max_bytes)
+        max_bytes = min(max_bytes, self._max_bytes)
+        if self._size > max_bytes:
+            raise too_large(max_bytes)
         if self.convert is None:
             path.hardlink_to(self._path)
         else:
