@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
 from tests.support.hostile_images import encode
@@ -167,6 +167,25 @@ def test_an_edit_of_the_default_endpoint(sdk: openai.OpenAI) -> None:
     image = decode(base64.b64decode(answer.data[0].b64_json or ""))
     assert json.loads(image.info["parameters"])["endpoint"] == f"{DEV}/image-to-image"
     assert image.size == (128, 96)
+
+
+def test_an_edit_with_a_mask(sdk: openai.OpenAI) -> None:
+    """Repaint the transparent left half with the default endpoint's weights, and keep the right half."""
+    source = Image.new("RGB", (128, 128), (0, 0, 255))
+    mask = Image.new("RGBA", source.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    answer = sdk.images.edit(
+        image=encode(source), mask=encode(mask), prompt="a red apple", model="gpt-image-1",
+        extra_body={"num_inference_steps": 10},
+    )  # fmt: skip
+    assert answer.data is not None
+    image = decode(base64.b64decode(answer.data[0].b64_json or ""))
+    assert json.loads(image.info["parameters"])["endpoint"] == "fal-ai/flux-lora/inpainting"
+    # The weights themselves decode the kept half, so its colour is not exactly that of the image.
+    kept, repainted = (
+        ImageChops.difference(image.crop(half), source.crop(half)) for half in ((80, 0, 128, 128), (0, 0, 64, 128))
+    )
+    assert ImageStat.Stat(kept).mean[0] < 20 < 60 < max(ImageStat.Stat(repainted).mean)
 
 
 def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:

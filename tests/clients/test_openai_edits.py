@@ -111,7 +111,8 @@ def test_a_stream_of_an_edit(sdk: openai.OpenAI, num_partial: int) -> None:
         extra_body=STEPS,
     )  # fmt: skip
     *partial, last = list(stream)
-    assert len(partial) <= num_partial
+    # The endpoint's steps take no time, so the first preview may be the only one that is sent.
+    assert min(1, num_partial) <= len(partial) <= num_partial
     assert {event.type for event in partial} <= {"image_edit.partial_image"}
     assert (last.type, last.size) == ("image_edit.completed", "160x128")
     assert decode(base64.b64decode(last.b64_json)).getpixel((9, 9)) == RED
@@ -168,6 +169,12 @@ BAD_FORMS: dict[str, tuple[dict[str, str], list[tuple[str, bytes]], str, str]] =
         "file_too_large",
     ),
     "a size": ({"prompt": "", "size": "9x9"}, [("image", SOURCE)], "size.width", "greater_than_equal"),
+    "an area": (
+        {"prompt": "", "size": "4096x4096"},
+        [("image", SOURCE)],
+        "size.width",
+        "less_than_equal",
+    ),
     "a number": ({"prompt": "", "n": "five"}, [("image", SOURCE)], "n", "int_parsing"),
     "steps": (
         {"prompt": "", "num_inference_steps": "99"},

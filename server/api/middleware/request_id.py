@@ -6,7 +6,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from server.api.openai.errors import is_openai_path
+from server.api.openai.paths import is_openai_path
 
 HEADER = "x-fal-request-id"
 #: OpenAI's name for the same, which its packages read as `_request_id`.

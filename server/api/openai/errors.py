@@ -6,22 +6,15 @@ from pydantic_core import from_json
 from starlette.responses import Response
 
 from server.api import responses
+from server.api.openai.paths import GENERATIONS, is_openai_path
 from server.api.responses import FalJSONResponse
 from server.errors import InvalidInput, QueueFull, ServerError, TooManyRequests, Unauthorized, UnknownModel
 from server.queue.jobs import Outcome
 
-GENERATIONS = "/v1/images/generations"
-#: A path of fal's platform API, which clients may call without the prefix /platform.
-_PLATFORM_PATH = "/v1/models/requests/by-endpoint"
 #: OpenAI's names for fal's fields, so that an error names the field that the client sent.
 _NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
 #: The same for the fields that a client sends as files.
 _FILE_NAMES = {"image_url": "image", "mask_url": "mask"}
-
-
-def is_openai_path(path: str) -> bool:
-    """Return whether a path belongs to OpenAI's API."""
-    return (path == "/v1" or path.startswith("/v1/")) and path != _PLATFORM_PATH
 
 
 def error_response(error: ServerError, path: str) -> Response:

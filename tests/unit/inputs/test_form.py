@@ -14,6 +14,7 @@ from server.inputs.form import MAX_PARTS, SpooledForm
 from server.inputs.spool import MAX_TEXT
 
 TYPE = "multipart/form-data; boundary=frontier"
+MAX_BYTES = 200_000
 CONTENT = random.Random(0).randbytes(100_000) + b"\r\n--front\r\n--\r\n"
 
 
@@ -37,7 +38,7 @@ def temp_dir(tmp_path: Path) -> Iterator[Path]:
 
 def empty_form(directory: Path, content_type: str = TYPE) -> SpooledForm:
     names = iter(range(1000))
-    return SpooledForm(lambda: directory / str(next(names)), content_type, max_file_bytes=200_000)
+    return SpooledForm(lambda: directory / str(next(names)), content_type, max_file_bytes=MAX_BYTES)
 
 
 @pytest.mark.parametrize("part_size", [1, 7, 1000, 2**20])
@@ -51,7 +52,7 @@ def test_files_go_to_the_disk_and_fields_stay(temp_dir: Path, tmp_path: Path, pa
     first, second = form.files["image"]
     file = form.find(first.url)
     assert file is first
-    file.link(tmp_path / "linked")
+    file.link(tmp_path / "linked", MAX_BYTES)
     assert (tmp_path / "linked").read_bytes() == CONTENT
     assert first.url != second.url
     assert form.is_in(f"a {first.name} b")
@@ -64,7 +65,7 @@ def test_a_converted_file(temp_dir: Path, tmp_path: Path) -> None:
     form.finish()
     (file,) = form.files["image"]
     file.convert = shutil.copyfile
-    file.link(tmp_path / "converted")
+    file.link(tmp_path / "converted", MAX_BYTES)
     assert (tmp_path / "converted").read_bytes() == b"abc"
     assert (tmp_path / "converted").stat().st_nlink == 1
     form.close()
@@ -91,14 +92,14 @@ def test_a_file_name_in_another_encoding(temp_dir: Path) -> None:
 
 def test_a_large_file_is_neither_kept_nor_converted(temp_dir: Path, tmp_path: Path) -> None:
     form = empty_form(temp_dir)
-    form.write(part("image", bytes(200_000), "a.png")[:-2])
+    form.write(part("image", bytes(MAX_BYTES), "a.png")[:-2])
     form.write(b"x\r\n" + END)
     form.finish()
     (file,) = form.files["image"]
-    assert [path.stat().st_size for path in temp_dir.iterdir()] == [200_000]
+    assert [path.stat().st_size for path in temp_dir.iterdir()] == [MAX_BYTES]
     file.convert = lambda source, target: pytest.fail("the file was converted")
     with pytest.raises(InvalidInputFile, match="larger than"):
-        file.link(tmp_path / "linked")
+        file.link(tmp_path / "linked", MAX_BYTES)
     assert not (tmp_path / "linked").exists()
     form.close()
 
