@@ -169,6 +169,21 @@ def test_an_edit_of_the_default_endpoint(sdk: openai.OpenAI) -> None:
     assert image.size == (128, 96)
 
 
+def test_a_stream_of_an_edit_has_partial_images(sdk: openai.OpenAI) -> None:
+    stream = sdk.images.edit(
+        image=encode(Image.new("RGB", (128, 96))), prompt="a fish", model=DEV, stream=True, partial_images=2,
+        extra_body={"num_inference_steps": 10},
+    )  # fmt: skip
+    *partial, last = list(stream)
+    assert 0 < len(partial) <= 2
+    for number, event in enumerate(partial):
+        assert event.type == "image_edit.partial_image"
+        assert event.partial_image_index == number
+        decode(base64.b64decode(event.b64_json))
+    assert last.type == "image_edit.completed"
+    assert last.size == "128x96"
+
+
 def test_an_edit_with_a_mask(sdk: openai.OpenAI) -> None:
     """Repaint the transparent left half with the default endpoint's weights, and keep the right half."""
     source = Image.new("RGB", (256, 256), (255, 255, 255))

@@ -111,8 +111,9 @@ def test_a_stream_of_an_edit(sdk: openai.OpenAI, num_partial: int) -> None:
         extra_body=STEPS,
     )  # fmt: skip
     *partial, last = list(stream)
-    # The endpoint's steps take no time, so the first preview may be the only one that is sent.
-    assert min(1, num_partial) <= len(partial) <= num_partial
+    # The endpoint's steps take no time, so the job may end before a preview is sent.
+    # tests/clients/test_openai.py has a stream of an edit with previews.
+    assert len(partial) <= num_partial
     assert {event.type for event in partial} <= {"image_edit.partial_image"}
     assert (last.type, last.size) == ("image_edit.completed", "160x128")
     assert decode(base64.b64decode(last.b64_json)).getpixel((9, 9)) == RED
