@@ -1,8 +1,7 @@
 """Functions that routes share: finding services, callers, models and jobs; reading bodies; building responses."""
 
-import errno
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from server.queue.queue import Queue
 from server.queue.retention import Retention
 from server.queue.usage import UsageFilter, UsageRow
 from server.status import GpuStatus
-from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
+from server.storage.file_store import FileStore, disk_errors
 from server.storage.uploads import Uploads
 from server.webhooks.signing import WebhookSigner
 
@@ -167,7 +166,7 @@ async def receive_form(request: Request, owner: str) -> AsyncIterator[SpooledFor
 async def _received(request: Request, owner: str, body: Spool) -> AsyncIterator[None]:
     """Read a request's body into `body`, whose temporary files exist until the block ends."""
     services, part = get_services(request), bytearray()
-    try:
+    with disk_errors(), closing(body):
         async with services.in_flight.stream(request, owner) as received:
             async for each in received:
                 part += each
@@ -181,12 +180,6 @@ async def _received(request: Request, owner: str, body: Spool) -> AsyncIterator[
                 body.write(bytes(part))
             body.finish()
             yield
-    except OSError as error:
-        if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
-            raise disk_error(error) from error
-        raise
-    finally:
-        body.close()
 
 
 async def parse_request(request: Request, model: Model, owner: str, mode: Mode) -> Submission:

@@ -1,10 +1,11 @@
 """The names by which clients of other APIs find endpoints, and the endpoints that edit images with the same weights."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from models.base import Model
-from server.errors import UnknownModel
+from server.errors import InvalidInput, UnknownModel
 
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: OpenAI's names of models that generate images. Names that start as these do stand for the default endpoint too.
@@ -63,20 +64,29 @@ class ModelNames:
             raise UnknownModel(f"The model {name!r} does not exist; this server offers: {offered}")
         return self._models[endpoint]
 
-    def find_variant(self, model: Model, fields: frozenset[str]) -> Model | None:
-        """Return the endpoint with the weights of `model` that suits a request with just these fields; or None.
+    def find_variant(self, model: Model, fields: Mapping[str, str]) -> Model:
+        """Return the endpoint with the weights of `model` that suits a request with just these fields.
 
-        `model` itself comes first, then endpoints that are made for the same weights, and of these the nearest by id.
+        `fields` maps each field to its name in the client's API. `model` itself comes first, then endpoints that are
+        made for the same weights, and of these the nearest by id. Raises InvalidInput if no served endpoint suits; the
+        error is that of the last field.
         """
         suitable = [
-            each for each in self._models.values() if self._shares_weights(each, model) and accepts(each, fields)
+            each for each in self._models.values() if self._shares_weights(each, model) and accepts(each, fields.keys())
         ]
+        if not suitable:
+            *_, last = names = list(fields.values())
+            message = (
+                f"No endpoint with the weights of {model.endpoint} takes {', '.join(names)}; "
+                "ask the operator to serve one, or name another model"
+            )
+            raise InvalidInput([{"type": "feature_not_supported", "loc": ["body", last], "msg": message, "input": ""}])
 
         # With one set of weights for all endpoints, such as the demo's, endpoints made for other weights suit too.
         def rank(each: Model) -> tuple[bool, int]:
             return each.weights != model.weights, _distance(each.endpoint, model.endpoint)
 
-        return min(suitable, key=rank, default=None)
+        return min(suitable, key=rank)
 
     def _shares_weights(self, one: Model, other: Model) -> bool:
         return one.family == other.family and self._weights.get(one.endpoint) == self._weights.get(other.endpoint)
@@ -89,7 +99,7 @@ def _distance(endpoint: str, wanted: str) -> int:
     return 0 if endpoint == wanted else next((n for n, start in enumerate(starts, 1) if endpoint.startswith(start)), 3)
 
 
-def accepts(model: Model, fields: frozenset[str]) -> bool:
+def accepts(model: Model, fields: AbstractSet[str]) -> bool:
     """Return whether the model's Input has all of these fields, and requires no others."""
     known = model.Input.model_fields
     required = {name for name, field in known.items() if field.is_required()}

@@ -1,7 +1,6 @@
 """The images and LoRAs that a request refers to, fetched and checked before the request is accepted."""
 
 import asyncio
-import errno
 import os
 import re
 from collections import OrderedDict, defaultdict
@@ -20,9 +19,9 @@ from server.errors import InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
-from server.inputs.spool import Spool
+from server.inputs.spool import Spool, too_large
 from server.net.outbound import ForbiddenURL, OutboundClient
-from server.storage.file_store import DISK_FULL_ERRNOS, FileStore, disk_error
+from server.storage.file_store import FileStore, disk_errors
 
 MAX_IMAGE_BYTES = 25 * 2**20
 #: The most bytes of a realtime input: enough for the largest image as a data URI, and for the other fields.
@@ -138,14 +137,11 @@ class InputResolver:
     async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: Spool | None) -> str:
         """Fetch one file and return its name; convert errors to InvalidInput in fal's format, or DiskFull."""
         try:
-            return await self._resolve(url, owner, kind, body)
+            with disk_errors():
+                return await self._resolve(url, owner, kind, body)
         except InvalidInputFile as error:
             entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": url[:1000]}
             raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
-        except OSError as error:
-            if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
-                raise disk_error(error) from error
-            raise
 
     def sweep(self) -> int:
         """Delete input files that are no longer needed, as `InputCache.sweep` does; return how many."""
@@ -159,11 +155,11 @@ class InputResolver:
                 message = f"The URL is longer than {MAX_URL} characters; upload the file and send its URL"
                 raise InvalidInputFile("file_download_error", message)
             if is_data and body and (data := body.find(url)):
-                await self._executor.run(owner, data.link, temp_path)
+                await self._executor.run(owner, data.link, temp_path, kind.max_bytes)
             elif is_data:
                 await self._executor.run(owner, _decode, url, temp_path, kind)
             elif own := _own_name(url):
-                await self._executor.run(owner, self._link, own, owner, temp_path)
+                await self._executor.run(owner, self._link, own, owner, temp_path, kind.max_bytes)
             else:
                 return await self._download(url, owner, temp_path, kind_name)
             return await self._executor.run(owner, self._keep, temp_path, kind)
@@ -200,8 +196,11 @@ class InputResolver:
                 self._known.popitem(last=False)
         return name
 
-    def _link(self, name: str, owner: str, to: Path) -> None:
-        """Hard-link a file of this server's store to `to`. The link keeps the content if the store deletes the file."""
+    def _link(self, name: str, owner: str, to: Path, max_bytes: int) -> None:
+        """Hard-link a file of this server's store to `to`. The link keeps the content if the store deletes the file.
+
+        Raises InvalidInputFile for a file that the owner may not read or with more than `max_bytes`.
+        """
         file = self._files.find(name)
         try:
             if file is None or (file.is_private and file.owner != owner):
@@ -209,11 +208,11 @@ class InputResolver:
             os.link(self._files.path(file), to)
         except FileNotFoundError:
             raise InvalidInputFile("file_download_error", "There is no such file on this server") from None
+        if to.stat().st_size > max_bytes:
+            raise too_large(max_bytes)
 
     def _keep(self, temp_path: Path, kind: InputType) -> str:
         """Check a file and move it into the cache; return its name. Raises InvalidInputFile."""
-        if temp_path.stat().st_size > kind.max_bytes:
-            raise _too_large(kind)
         ready = temp_path.with_suffix(".ready")
         try:
             return self.cache.add(ready, kind.store(temp_path, ready, self.limits))
@@ -274,18 +273,13 @@ def _what_is_accepted(kind: str) -> str:
     )
 
 
-def _too_large(kind: InputType) -> InvalidInputFile:
-    message = f"The file is larger than {kind.max_bytes / 2**20:.0f} MiB"
-    return InvalidInputFile("file_too_large", message, max_size=kind.max_bytes)
-
-
 def _decode(url: str, temp_path: Path, kind: InputType) -> None:
     """Decode a data URI into a file. Raises InvalidInputFile for invalid base64 or too many bytes, and OSError."""
     match = _DATA.match(url)
     if not match:
         raise InvalidInputFile("file_download_error", "A data URI should have the form data:TYPE;base64,...")
     if (len(url) - match.end()) * 3 // 4 > kind.max_bytes:
-        raise _too_large(kind)
+        raise too_large(kind.max_bytes)
     starts = range(match.end(), len(url), _PART)
     if 0 <= url.find("=", match.end()) < len(url) - 2:
         raise InvalidInputFile("file_download_error", "The data URI is not base64: data follows its padding")

@@ -5,8 +5,9 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import pybase64
 
@@ -30,11 +31,32 @@ _PARTIAL_ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
 class SpooledFile(Protocol):
     """Content of a body that is in a temporary file."""
 
-    def link(self, path: Path) -> None:
-        """Make the content a file at `path`. Raises InvalidInputFile for invalid content, and OSError."""
+    def link(self, path: Path, max_bytes: int) -> None:
+        """Make the content a file at `path`.
+
+        Raises InvalidInputFile for invalid content or if the client sent more than `max_bytes`, and OSError.
+        """
 
     def close(self) -> None:
         """Close and delete the temporary file."""
+
+
+def too_large(max_bytes: int) -> InvalidInputFile:
+    """Build the error for a file with more than `max_bytes`."""
+    return InvalidInputFile(
+        "file_too_large", f"The file is larger than {max_bytes / 2**20:.0f} MiB", max_size=max_bytes
+    )
+
+
+def discard(file: BinaryIO, path: Path) -> None:
+    """Close and delete a file that is not needed any more.
+
+    Errors are ignored, so that a full disk, on which closing a file can fail, does not keep the other files.
+    """
+    with suppress(OSError):
+        file.close()
+    with suppress(OSError):
+        path.unlink()
 
 
 class Spool(ABC):
@@ -110,16 +132,20 @@ class SpooledData:
         self._file.close()
         return self._hash.hexdigest()
 
-    def link(self, path: Path) -> None:
-        """Hard-link the decoded file to `path`. Raises InvalidInputFile if the data is not base64, and OSError."""
+    def link(self, path: Path, max_bytes: int) -> None:
+        """Hard-link the decoded file to `path`.
+
+        Raises InvalidInputFile if the data is not base64 or has more than `max_bytes`, and OSError.
+        """
         if self._problem:
             raise InvalidInputFile("file_download_error", f"The data URI is not base64: {self._problem}")
+        if self._path.stat().st_size > max_bytes:
+            raise too_large(max_bytes)
         path.hardlink_to(self._path)
 
     def close(self) -> None:
         """Close and delete the file."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        discard(self._file, self._path)
 
     def _decode(self, data: bytes) -> None:
         if self._problem:

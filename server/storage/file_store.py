@@ -9,7 +9,8 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,17 @@ class StoredFile:
 def disk_error(error: OSError) -> DiskFull:
     """Convert a system error: DiskFull if the disk is full, otherwise DiskFails with the system's message."""
     return DiskFull() if error.errno in DISK_FULL_ERRNOS else DiskFails.because(error.strerror)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Convert the system errors of a full or read-only disk to DiskFull. Raises all other errors as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
+            raise disk_error(error) from error
+        raise
 
 
 def counted_size(size: int) -> int:
@@ -146,17 +158,16 @@ class FileStore:
         Raises DiskFull, also for a read-only disk, and OSError for other faults.
         """
         temp_path = self._directory / f"{file.name}.part"
-        try:
-            with temp_path.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            self.move_in(temp_path, file.name)
-        except OSError as error:
-            temp_path.unlink(missing_ok=True)
-            if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
-                raise disk_error(error) from error
-            raise
+        with disk_errors():
+            try:
+                with temp_path.open("wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                self.move_in(temp_path, file.name)
+            except OSError:
+                temp_path.unlink(missing_ok=True)
+                raise
         expires_at = None if lifecycle.lifetime is None else self._clock() + lifecycle.lifetime
         return dataclasses.replace(file, expires_at=expires_at)
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
 from tests.support.hostile_images import encode
@@ -167,6 +167,39 @@ def test_an_edit_of_the_default_endpoint(sdk: openai.OpenAI) -> None:
     image = decode(base64.b64decode(answer.data[0].b64_json or ""))
     assert json.loads(image.info["parameters"])["endpoint"] == f"{DEV}/image-to-image"
     assert image.size == (128, 96)
+
+
+def test_a_stream_of_an_edit_has_partial_images(sdk: openai.OpenAI) -> None:
+    stream = sdk.images.edit(
+        image=encode(Image.new("RGB", (128, 96))), prompt="a fish", model=DEV, stream=True, partial_images=2,
+        extra_body={"num_inference_steps": 10},
+    )  # fmt: skip
+    *partial, last = list(stream)
+    assert 0 < len(partial) <= 2
+    for number, event in enumerate(partial):
+        assert event.type == "image_edit.partial_image"
+        assert event.partial_image_index == number
+        decode(base64.b64decode(event.b64_json))
+    assert last.type == "image_edit.completed"
+    assert last.size == "128x96"
+
+
+def test_an_edit_with_a_mask(sdk: openai.OpenAI) -> None:
+    """Repaint the transparent left half with the default endpoint's weights, and keep the right half."""
+    source = Image.new("RGB", (256, 256), (255, 255, 255))
+    mask = Image.new("RGBA", source.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 128, 256))
+    answer = sdk.images.edit(
+        image=encode(source), mask=encode(mask), prompt="a red apple on a white background", model="gpt-image-1",
+        extra_body={"num_inference_steps": 10, "seed": 1},
+    )  # fmt: skip
+    assert answer.data is not None
+    image = decode(base64.b64decode(answer.data[0].b64_json or ""))
+    assert json.loads(image.info["parameters"])["endpoint"] == "fal-ai/flux-lora/inpainting"
+    difference = ImageChops.difference(image.convert("RGB"), source)
+    repainted, kept = (ImageStat.Stat(difference.crop(half)).mean for half in ((0, 0, 128, 256), (160, 0, 256, 256)))
+    # The model encodes and decodes the kept half too, so its colours are not exactly those of the source.
+    assert max(kept) < 10 < 20 < min(repainted)
 
 
 def test_what_no_served_endpoint_can_do(sdk: openai.OpenAI) -> None:

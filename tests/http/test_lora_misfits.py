@@ -106,6 +106,23 @@ def test_the_error_names_the_field_and_is_not_retryable(
     assert not {"x-fal-retryable", "x-fal-needs-retry", "x-fal-error-type"} & set(headers)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_openais_error_names_the_field(demo_client: httpx.Client, is_stream: bool) -> None:
+    """Report an error that is known only after the request was accepted as one that is known before."""
+    request = {**body(data_uri(MISFITS["no part of the model"])), "model": ENDPOINT, "stream": is_stream}
+    with demo_client.stream("POST", "/v1/images/generations", json=request) as answer:
+        lines = answer.iter_lines()
+        text = next(line.removeprefix("data: ") for line in lines if line.startswith(("data: ", "{")))
+    assert answer.status_code == (200 if is_stream else 400)
+    error = json.loads(text)["error"]
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        "loras.0.path",
+        "value_error",
+    )
+    assert error["message"].startswith("loras.0.path: These LoRA weights do not fit this model: ")
+
+
 @pytest.mark.parametrize("route", [by_run, by_queue, by_stream])
 def test_other_requests_run_afterwards(
     demo_client: httpx.Client, route: Callable[[httpx.Client, dict[str, Any]], Answer]

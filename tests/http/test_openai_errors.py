@@ -87,7 +87,16 @@ def test_a_foreign_host(client: httpx.Client) -> None:
 def test_a_response_has_openais_request_id(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json={"prompt": "", "model": "test/null"})
     assert answer.headers["x-request-id"] == answer.headers["x-fal-request-id"]
-    assert "x-request-id" not in http.get("/health").headers
+    for path in ("/health", "/v1x", "/v1/models/requests/by-endpoint"):
+        assert "x-request-id" not in http.get(path).headers
+
+
+def test_a_refused_request_to_fals_platform_api(client: httpx.Client) -> None:
+    """Refuse the request before its path is rewritten, in fal's shape nevertheless."""
+    headers = {"host": "api.fal.ai", "origin": "https://evil.example"}
+    answer = client.get("/v1/models", headers=headers)
+    assert answer.status_code == 403
+    assert "--cors-origin" in answer.json()["detail"]
 
 
 def test_fals_paths_keep_fals_shape(http: httpx.Client, server_with_keys: Server) -> None:

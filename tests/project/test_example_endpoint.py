@@ -1,6 +1,7 @@
 """The example endpoints of docs/adding-an-endpoint.md are discovered, and the one without weights serves requests."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -43,10 +44,14 @@ def test_the_endpoint_without_weights_is_served(tmp_path: Path) -> None:
     directory = tmp_path / "models"
     directory.mkdir()
     write_examples(directory, "served")
-    with serving(tmp_path / "data", "acme/plain=demo", models_dir=str(directory)) as server:
+    settings = {"models_dir": str(directory), "a1111": "true"}
+    with serving(tmp_path / "data", "acme/plain=demo", **settings) as server:
         body = {"prompt": "a plain", "seed": 0xFF0000, "num_images": 2}
         answer = httpx.post(f"{server.url}/acme/plain", json=body, timeout=60).json()
         assert (answer["seed"], answer["prompt"]) == (0xFF0000, "a plain")
         for output, colour in zip(answer["images"], [(255, 0, 0), (255, 0, 1)], strict=True):
             with Image.open(io.BytesIO(httpx.get(output["url"]).content)) as image:
                 assert (image.size, image.getpixel((0, 0))) == ((512, 512), colour)
+        # AUTOMATIC1111's response has a number of steps, which this endpoint's input has not.
+        answer = httpx.post(f"{server.url}/sdapi/v1/txt2img", json={"prompt": "a plain", "seed": 1}, timeout=60).json()
+        assert json.loads(answer["info"])["infotexts"] == ["a plain\nSize: 512x512, Model: acme/plain, Seed: 1"]

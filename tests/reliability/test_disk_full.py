@@ -130,12 +130,19 @@ def check_uploads(setup: Setup) -> None:
 
 
 def check_inputs(setup: Setup) -> None:
-    """Check input images as a data URI and by URL."""
+    """Check input images as a data URI, by URL, in a form, and in AUTOMATIC1111's API."""
     image_url = setup.receiver.url.replace("/hook", "/in.png")
     data_uri = f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}"
     with setup.full(30):
         for url in (data_uri, image_url):
             assert_disk_full(setup.submit("test/copy", image_url=url))
+        # These are so large that not even the temporary file has room.
+        content = bytes(2**20)
+        fields, files = {"prompt": "x", "model": "test/null"}, {"image": content, "mask": content}
+        answer = setup.client.post("/v1/images/edits", data=fields, files=files)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (507, DiskFull.message)
+        body = {"init_images": [base64.b64encode(content).decode()]}
+        assert_disk_full(setup.client.post("/sdapi/v1/img2img", json=body))
     assert [setup.submit("test/copy", image_url=url).status_code for url in (data_uri, image_url)] == [200, 200]
 
 
@@ -200,7 +207,7 @@ def test_a_full_disk(tmp_path: Path, gate: Gate, httpserver: HTTPServer, number:
         receiver = Receiver(disk, httpserver.url_for("/hook"))
         httpserver.expect_request("/hook").respond_with_handler(receiver.receive)
         httpserver.expect_request("/in.png").respond_with_data(IMAGE, content_type="image/png")
-        settings: dict[str, Any] = {"within": disk.enter_command, "outbound_allow": "127.0.0.0/8"}
+        settings: dict[str, Any] = {"within": disk.enter_command, "outbound_allow": "127.0.0.0/8", "a1111": "true"}
         with serving(disk.inner_path / "data", TEST_MODELS, **settings) as server, client_of(server) as client:
             setup = Setup(rng, disk, server, client, gate, receiver)
             assert setup.submit().status_code == 200

@@ -6,6 +6,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import msgpack
 import psutil
 import pytest
 
+from server.inputs.resolver import MAX_IMAGE_BYTES
 from tests.clients.test_realtime import receive, session
 from tests.support.hostile_images import PNG, chunk, in_between, png
 from tests.support.server_process import TEST_MODELS, Server, serving
@@ -25,7 +27,7 @@ MAX_GROWTH = 300 * 2**20
 
 @pytest.fixture(scope="module")
 def bombed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8"}
+    settings = {"keys": "alice:secret,bob:secret", "outbound_allow": "127.0.0.0/8", "a1111": "true"}
     with serving(tmp_path_factory.mktemp("bombed"), TEST_MODELS, **settings) as server:
         httpx.post(f"{server.ready().url}/test/null", json={"prompt": "x"}, headers=BOB, trust_env=False)
         yield server
@@ -149,6 +151,20 @@ def test_images_in_forms_that_decompress_to_gigabytes(bombed: Server, field: str
             files = {"image": PNG, field: content}
             answer = client.post("/v1/images/edits", data={"prompt": "x", "model": "test/null"}, files=files)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), name
+
+
+def test_many_large_images_of_one_key(bombed: Server) -> None:
+    """Count AUTOMATIC1111's bodies, which are not written to the disk as they arrive, until their files are checked."""
+    image = base64.b64encode(bytes(MAX_IMAGE_BYTES)).decode()
+    content = json.dumps({"init_images": [image], "override_settings": {"sd_model_checkpoint": "test/copy"}}).encode()
+
+    def send() -> int:
+        url, headers = f"{bombed.url}/sdapi/v1/img2img", {**ALICE, "content-type": "application/json"}
+        return httpx.post(url, content=content, headers=headers, timeout=60, trust_env=False).status_code
+
+    with unharmed(bombed), ThreadPoolExecutor(8) as clients:
+        statuses = {each.result() for each in [clients.submit(send) for _ in range(8)]}
+    assert 422 in statuses <= {422, 429}
 
 
 def test_bad_metadata_does_not_fill_the_log(bombed: Server) -> None:

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,14 @@ def statuses(client: httpx.Client, status_url: str) -> Iterator[dict[str, Any]]:
         for line in response.iter_lines():
             if line.startswith("data: "):
                 yield from_json(line.removeprefix("data: "))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until a condition is true that only the client can check; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition is not true after {seconds:.0f} seconds"
+        time.sleep(0.01)
 
 
 def wait_until_claimed(client: httpx.Client, status_url: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import responses
-from server.api.openai.errors import error_response, is_openai_path
+from server.api.openai.errors import error_response
+from server.api.openai.paths import is_openai_path
 from server.api.sse import AbortStream
 from server.errors import InternalError, MethodNotAllowed, NotFound, ServerError, not_offered
 from server.storage.database import CorruptDatabase

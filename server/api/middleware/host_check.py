@@ -40,7 +40,7 @@ class HostCheckMiddleware:
             try:
                 self._check(scope)
             except ServerError as error:
-                await error_response(error, scope["path"])(scope, receive, send)
+                await error_response(error, _path_here(scope))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -81,6 +81,16 @@ class HostCheckMiddleware:
 
     def _is_allowed_origin(self, origin: str) -> bool:
         return bool(re.fullmatch(LOOPBACK_ORIGIN, origin, re.IGNORECASE)) or origin in allowed_origins(self._settings)
+
+
+def _path_here(scope: Scope) -> str:
+    """Return the request's path under this server's own host names, where /v1 belongs to OpenAI's API instead of fal's.
+
+    RewriteMiddleware, which sees only accepted requests, changes the path of the others in this way.
+    """
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    is_fals = any(HOST.fullmatch(host) and is_fal(hostname_of(host)) for host in hosts)
+    return f"/platform{scope['path']}" if is_fals else str(scope["path"])
 
 
 def allowed_origins(settings: Settings) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
+from server.api.openai.paths import is_openai_path
+
 HEADER = "x-fal-request-id"
 #: OpenAI's name for the same, which its packages read as `_request_id`.
 OPENAI_HEADER = "x-request-id"
@@ -31,7 +33,7 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=list(message.get("headers", [])))
                 headers.setdefault(HEADER, request_id)
-                if scope["path"].startswith("/v1"):
+                if is_openai_path(scope["path"]):
                     headers[OPENAI_HEADER] = headers[HEADER]
                 message = {**message, "headers": headers.raw}
             await send(message)

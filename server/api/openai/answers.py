@@ -10,7 +10,7 @@ import PIL.Image
 from pydantic_core import from_json
 
 from server.api.dependencies import Services, open_output
-from server.api.openai.errors import error_body
+from server.api.openai.errors import error_body, failure_body, failure_response
 from server.api.responses import FalJSONResponse
 from server.api.sse import AbortStream, wait_or_heartbeat
 from server.errors import InternalError
@@ -25,23 +25,28 @@ _NO_USAGE = {
 }
 
 
-def answer(outcome: Outcome, webp_quality: int | None = None) -> FalJSONResponse:
-    """Build the response of a finished job; with `webp_quality`, encode its PNG images as WebP."""
+def answer(outcome: Outcome, path: str, webp_quality: int | None) -> FalJSONResponse:
+    """Build the response of a finished job; with `webp_quality`, encode its PNG images as WebP.
+
+    `path` is the path of the request.
+    """
     if outcome.status != 200:
-        return FalJSONResponse(_failure(outcome), outcome.status)
+        return failure_response(outcome, path)
     images = from_json(outcome.body)["images"]
     data = [_datum(image["url"], webp_quality) for image in images]
     return FalJSONResponse({"created": int(time.time()), "data": data})
 
 
 async def events(
-    services: Services, job: Job, name: str, num_partial: int, webp_quality: int | None
+    services: Services, job: Job, path: str, num_partial: int, webp_quality: int | None
 ) -> AsyncIterator[Mapping[str, Any] | None]:
     """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image.
 
-    `name` is the start of the events' names. None stands for a heartbeat. After a failure, yields an error and raises
+    `path` is the path of the request. None stands for a heartbeat. After a failure, yields an error and raises
     AbortStream.
     """
+    # The path .../edits, for example, has the event image_edit.completed.
+    name = f"image_{path.rpartition('/')[2].removesuffix('s')}"
     num_sent, last_preview = 0, None
     with services.notifier.subscribe(job.request_id) as event:
         while job.state != State.COMPLETED:
@@ -51,25 +56,19 @@ async def events(
                 yield _event(f"{name}.partial_image", _base64(preview), "jpeg", partial_image_index=num_sent)
                 num_sent, last_preview = num_sent + 1, preview
             if services.notifier.is_closing:
-                yield {"type": "error", **error_body(InternalError("The server is stopping."))}
+                yield {"type": "error", **error_body(InternalError("The server is stopping."), path)}
                 raise AbortStream
             if not await wait_or_heartbeat(event):
                 yield None
     async with open_output(services, job) as (outcome, output):
         if outcome.status != 200:
-            yield {"type": "error", **_failure(outcome)}
+            yield {"type": "error", **failure_body(outcome, path)}
             raise AbortStream
         for image in output["images"]:
             datum = await services.executor.run(job.owner, _datum, image["url"], webp_quality)
             kind = "webp" if webp_quality is not None else image["content_type"].removeprefix("image/")
             size = f"{image['width']}x{image['height']}"
             yield _event(f"{name}.completed", datum["b64_json"], kind, size=size, usage=_NO_USAGE)
-
-
-def _failure(outcome: Outcome) -> dict[str, Any]:
-    kind = "server_error" if outcome.status >= 500 else "invalid_request_error"
-    message = outcome.error or "Internal Server Error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": outcome.error_type}}
 
 
 def _datum(url: str, webp_quality: int | None) -> dict[str, str]:

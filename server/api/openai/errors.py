@@ -2,24 +2,19 @@
 
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.responses import Response
 
 from server.api import responses
+from server.api.openai.paths import GENERATIONS, is_openai_path
 from server.api.responses import FalJSONResponse
 from server.errors import InvalidInput, QueueFull, ServerError, TooManyRequests, Unauthorized, UnknownModel
+from server.queue.jobs import Outcome
 
-GENERATIONS = "/v1/images/generations"
-#: A path of fal's platform API, which clients may call without the prefix /platform.
-_PLATFORM_PATH = "/v1/models/requests/by-endpoint"
 #: OpenAI's names for fal's fields, so that an error names the field that the client sent.
 _NAMES = {"image_size": "size", "num_images": "n", "sync_mode": "response_format"}
 #: The same for the fields that a client sends as files.
 _FILE_NAMES = {"image_url": "image", "mask_url": "mask"}
-
-
-def is_openai_path(path: str) -> bool:
-    """Return whether a path belongs to OpenAI's API."""
-    return (path == "/v1" or path.startswith("/v1/")) and path != _PLATFORM_PATH
 
 
 def error_response(error: ServerError, path: str) -> Response:
@@ -30,10 +25,22 @@ def error_response(error: ServerError, path: str) -> Response:
     return FalJSONResponse(error_body(error, path), status, error.headers)
 
 
-def error_body(error: ServerError, path: str = GENERATIONS) -> dict[str, Any]:
+def failure_response(outcome: Outcome, path: str) -> FalJSONResponse:
+    """Build the response of a failed job, as `error_response` does for the error itself."""
+    status = 400 if outcome.status == InvalidInput.status else outcome.status
+    return FalJSONResponse(failure_body(outcome, path), status)
+
+
+def failure_body(outcome: Outcome, path: str) -> dict[str, Any]:
+    """Build the body of a failed job's error in OpenAI's shape. `path` is the path of the request."""
+    if outcome.status == InvalidInput.status:
+        return error_body(InvalidInput(from_json(outcome.body)["detail"]), path)
+    return {"error": _error(outcome.status, outcome.error or ServerError.message, outcome.error_type)}
+
+
+def error_body(error: ServerError, path: str) -> dict[str, Any]:
     """Build the body of an error in OpenAI's shape. `path` is the path of the request."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    body: dict[str, Any] = {"message": str(error), "type": kind, "param": None, "code": error.error_type}
+    body = _error(error.status, str(error), error.error_type)
     if isinstance(error, InvalidInput):
         names = _NAMES if path == GENERATIONS else _NAMES | _FILE_NAMES
         body |= _first(error.detail, names)
@@ -44,6 +51,11 @@ def error_body(error: ServerError, path: str = GENERATIONS) -> dict[str, Any]:
     elif isinstance(error, QueueFull | TooManyRequests):
         body |= {"type": "rate_limit_error", "code": "rate_limit_exceeded"}
     return {"error": body}
+
+
+def _error(status: int, message: str, code: str | None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "param": None, "code": code}
 
 
 def _first(detail: list[dict[str, Any]], their_names: dict[str, str]) -> dict[str, Any]:

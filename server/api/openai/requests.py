@@ -1,6 +1,7 @@
 """Requests of OpenAI's images API, and their translation into the fields of fal's endpoints."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -87,24 +88,18 @@ def translate_form(form: SpooledForm, sent: VariationRequest, names: ModelNames,
     image, mask = _only_file(form, "image"), _only_file(form, "mask")
     if image is None:
         raise _invalid("image", "missing", "Field required: send the image as a file of the form")
-    urls = {"image_url": image.url, **({"mask_url": mask.url} if mask else {})}
-    needed = frozenset({*urls, *({"prompt"} if isinstance(sent, ImagesRequest) else {})})
-    wanted = names.find(sent.model)
-    model = names.find_variant(wanted, needed)
-    if model is None:
-        message = (
-            f"No endpoint with the weights of {wanted.endpoint} takes {', '.join(sorted(needed))}; "
-            "ask the operator to serve one, or name another model"
-        )
-        raise _invalid("mask" if mask else "image", "feature_not_supported", message)
+    prompt = {"prompt": "prompt"} if isinstance(sent, ImagesRequest) else {}
+    needed = {**prompt, "image_url": "image", **({"mask_url": "mask"} if mask else {})}
+    model = names.find_variant(names.find(sent.model), needed)
     fields, size = sent.fields, None
     if "image_size" in fields and "image_size" not in model.Input.model_fields:
-        # The output has the size of the input image, so the image gets the wanted size.
+        # The output has the size of the input image, so the image gets the wanted size, which input images may have.
+        limits = replace(limits, max_pixels=min(limits.max_pixels, images.MAX_SOURCE_PIXELS))
         size = validation.parse_body(_Sized, to_json(fields), {"limits": limits}).image_size
         image.convert = partial(_convert_image, size=size, limits=limits)
     if mask:
         mask.convert = partial(_convert_mask, size=size, limits=limits)
-    form.text = to_json({**fields, "mask_url": None, **urls})
+    form.text = to_json({**fields, "image_url": image.url, "mask_url": mask.url if mask else None})
     return model
 
 

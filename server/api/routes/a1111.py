@@ -5,7 +5,8 @@ A request runs as one of fal's. FLUX.1 has neither a negative prompt nor cfg_sca
 
 import base64
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
-from models.base import Model
 from server.api import validation
 from server.api.dependencies import get_services, parse_request_body, result_response_of
 from server.api.model_names import PROMPT, accepts
@@ -24,8 +24,24 @@ from server.errors import InvalidInput
 from server.inputs.spool import SpooledBody
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Job, Mode, Outcome, State, Submission
+from server.storage.file_store import disk_errors
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+
+
+#: The places where AUTOMATIC1111 has the fields of endpoints.
+_NAMES: dict[str | int, tuple[str | int, ...]] = {
+    "image_size": (),
+    "num_images": ("batch_size",),
+    "num_inference_steps": ("steps",),
+    "guidance_scale": ("distilled_cfg_scale",),
+    "image_url": ("init_images", 0),
+    "mask_url": ("mask",),
+    "strength": ("denoising_strength",),
+}
+_DATA = b"data:image/png;base64,"
+#: How many characters of an image are copied at a time.
+_PART = 2**18
 
 
 @dataclass
@@ -60,7 +76,7 @@ class TextToImage(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request, translated to an endpoint's fields. Null stands for the endpoint's default."""
+        """The request without its images, translated to an endpoint's fields. Null stands for a default."""
         return {
             "prompt": self.prompt,
             "image_size": {"width": self.width, "height": self.height},
@@ -72,6 +88,11 @@ class TextToImage(BaseModel):
             "output_format": "png",
         }
 
+    @property
+    def images(self) -> dict[str, str]:
+        """The images, in base64 or as data URIs, by the endpoint's fields."""
+        return {}
+
 
 class ImageToImage(TextToImage):
     """A request to change an image, or to repaint the white part of its mask."""
@@ -82,9 +103,13 @@ class ImageToImage(TextToImage):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request, translated to an endpoint's fields, with the images as data URIs."""
-        images = {"image_url": _data_uri(self.init_images[0]), "mask_url": _data_uri(self.mask) if self.mask else None}
-        return {**super().fields, **images, "strength": self.denoising_strength}
+        """The request, translated to an endpoint's fields."""
+        return {**super().fields, "strength": self.denoising_strength}
+
+    @property
+    def images(self) -> dict[str, str]:
+        """The images, in base64 or as data URIs, by the endpoint's fields."""
+        return {"image_url": self.init_images[0], **({"mask_url": self.mask} if self.mask else {})}
 
 
 @router.get("/options")
@@ -159,63 +184,72 @@ async def _parse(request: Request, owner: str, kind: type[TextToImage]) -> Submi
     """Parse a request into a submission. Raises as `submissions.parse_submission` does, and UnknownModel."""
     services = get_services(request)
     spool = SpooledBody(services.inputs.cache.temp_path)
-    try:
+    with disk_errors(), closing(spool), _own_names():
         # Images are base64 without the start of a data URI, so the body is not spooled as it arrives.
         async with services.in_flight.body(request, owner) as body:
-            sent = await services.executor.run(owner, _translate, kind, body, spool)
-        wanted = services.model_names.find(sent.override_settings.sd_model_checkpoint or _checkpoint(request, owner))
-        model = _variant(request, wanted, sent)
-        return await parse_request_body(request, spool, model, owner, Mode.RUN, content_type="")
-    finally:
-        spool.close()
+            checkpoint, fields = await services.executor.run(owner, _translate, kind, body, spool)
+            # The images are in files now. Many requests may wait here, so none may keep its body.
+            del body
+            wanted = services.model_names.find(checkpoint or _checkpoint(request, owner))
+            model = services.model_names.find_variant(wanted, fields)
+            return await parse_request_body(request, spool, model, owner, Mode.RUN, content_type="")
 
 
-def _translate(kind: type[TextToImage], body: bytes, spool: SpooledBody) -> TextToImage:
-    """Parse the body, and write it as the fields of an endpoint into `spool`. Raises InvalidInput."""
+def _translate(kind: type[TextToImage], body: bytes, spool: SpooledBody) -> tuple[str | None, dict[str, str]]:
+    """Parse the body, and write it as the fields of an endpoint into `spool`.
+
+    Returns the checkpoint, and the fields that the endpoint must have, with AUTOMATIC1111's names for them. Takes about
+    the memory of another body, because the images are copied part by part. Raises InvalidInput and OSError.
+    """
     sent = validation.parse_body(kind, body)
-    spool.write(to_json(sent.fields))
+    spool.write(to_json(sent.fields)[:-1])
+    for field, image in sent.images.items():
+        # Clients send images with or without the start of a data URI.
+        spool.write(b', "%s": "%s' % (field.encode(), b"" if image[:5].lower() == "data:" else _DATA))
+        for start in range(0, len(image), _PART):
+            spool.write(to_json(image[start : start + _PART])[1:-1])
+        spool.write(b'"')
+    spool.write(b"}")
     spool.finish()
-    return sent
+    needed = {"prompt": "prompt", **{field: str(_NAMES[field][0]) for field in sent.images}}
+    return sent.override_settings.sd_model_checkpoint, needed
 
 
-def _variant(request: Request, wanted: Model, sent: TextToImage) -> Model:
-    """Return the model for these fields with the weights of `wanted`. Raises InvalidInput if none is served."""
-    fields = PROMPT
-    if isinstance(sent, ImageToImage):
-        fields |= {"image_url", "mask_url"} if sent.mask else {"image_url"}
-    model = get_services(request).model_names.find_variant(wanted, fields)
-    if model is None:
-        message = f"No endpoint with the weights of {wanted.endpoint} takes {', '.join(sorted(fields))}"
-        raise InvalidInput([{"type": "feature_not_supported", "loc": ["body"], "msg": message, "input": ""}])
-    return model
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Give the fields in errors AUTOMATIC1111's names."""
+    try:
+        yield
+    except InvalidInput as error:
+        detail = [
+            {**entry, "loc": [each for part in entry["loc"] for each in _NAMES.get(part, (part,))]}
+            for entry in error.detail
+        ]
+        raise InvalidInput(detail) from None
 
 
 def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
     """Build AUTOMATIC1111's response: images in base64, and their parameters as JSON in a string."""
     if outcome.status != 200:
         return result_response(outcome)
-    output, sent = from_json(outcome.body), from_json(submission.input)
-    images = output["images"]
-    seeds = [output["seed"] + number for number in range(len(images))]
+    sent, images = from_json(submission.input), from_json(outcome.body)["images"]
+    seeds = [sent["seed"] + number for number in range(len(images))]
     size = {"width": images[0]["width"], "height": images[0]["height"]} if images else {}
-    steps = sent["num_inference_steps"]
-    about = f"Steps: {steps}, Size: {size.get('width')}x{size.get('height')}, Model: {submission.endpoint}"
+    # An endpoint without this field decides on its number of steps itself.
+    steps = sent.get("num_inference_steps")
+    facts = {"Steps": steps, "Size": "x".join(map(str, size.values())), "Model": submission.endpoint}
+    about = ", ".join(f"{name}: {value}" for name, value in facts.items() if value)
     info = {
-        "prompt": output["prompt"],
-        "seed": output["seed"],
+        "prompt": sent["prompt"],
+        "seed": sent["seed"],
         "all_seeds": seeds,
         **size,
         "steps": steps,
         "sd_model_name": submission.endpoint,
-        "infotexts": [f"{output['prompt']}\n{about}, Seed: {seed}" for seed in seeds],
+        "infotexts": [f"{sent['prompt']}\n{about}, Seed: {seed}" for seed in seeds],
     }
     content = [image["url"].partition(",")[2] for image in images]
     return FalJSONResponse({"images": content, "parameters": {}, "info": json.dumps(info)})
-
-
-def _data_uri(image: str) -> str:
-    """Return an image in base64 as a data URI; clients send it with or without the start of the URI."""
-    return image if image[:5].lower() == "data:" else f"data:image/png;base64,{image}"
 
 
 def _authenticate(request: Request) -> str:

@@ -52,19 +52,19 @@ async def generations(request: Request) -> Response:
         wanted = services.model_names.find(sent.model)
         body.text = to_json(sent.fields)
         submission = await parse_request_body(request, body, wanted, owner, _mode(sent), content_type="")
-    return await _respond(request, submission, sent, "image_generation")
+    return await _respond(request, submission, sent)
 
 
 @router.post("/images/edits")
 async def edits(request: Request) -> Response:
     """Edit the image of a form: repaint where its mask is transparent, or without a mask, change the whole image."""
-    return await _change(request, ImagesRequest, "image_edit")
+    return await _change(request, ImagesRequest)
 
 
 @router.post("/images/variations")
 async def variations(request: Request) -> Response:
     """Generate variations of the image of a form."""
-    return await _change(request, VariationRequest, "image_variation")
+    return await _change(request, VariationRequest)
 
 
 @router.api_route("", methods=_METHODS, include_in_schema=False)
@@ -81,28 +81,28 @@ async def unknown(request: Request) -> Response:
     raise NotFound(f"Path {request.url.path} not found")
 
 
-async def _change(request: Request, kind: type[VariationRequest], event: str) -> Response:
+async def _change(request: Request, kind: type[VariationRequest]) -> Response:
     services, owner = get_services(request), authenticate(request)
     async with receive_form(request, owner) as form:
         sent = await services.executor.run(owner, validation.parse_body, kind, form.text)
         suitable = translate_form(form, sent, services.model_names, services.inputs.limits)
         submission = await parse_request_body(request, form, suitable, owner, _mode(sent), content_type="")
-    return await _respond(request, submission, sent, event)
+    return await _respond(request, submission, sent)
 
 
 def _mode(sent: VariationRequest) -> Mode:
     return Mode.STREAM if sent.stream else Mode.RUN
 
 
-async def _respond(request: Request, submission: Submission, sent: VariationRequest, event: str) -> Response:
-    """Submit a job, and respond with its images, or with events whose names start with `event`."""
-    services = get_services(request)
+async def _respond(request: Request, submission: Submission, sent: VariationRequest) -> Response:
+    """Submit a job, and respond with its images, or with events."""
+    services, path = get_services(request), request.url.path
     job = await services.executor.run(submission.owner, services.queue.submit, submission)
     if sent.stream:
-        stream = events(services, job, event, sent.partial_images or 0, sent.webp_quality)
+        stream = events(services, job, path, sent.partial_images or 0, sent.webp_quality)
         return with_request_id(EventStream(stream, context=cancel_on_disconnect(services, job)), job)
     await wait_for_outcome(request, services, job)
-    render = partial(answer, webp_quality=sent.webp_quality)
+    render = partial(answer, path=path, webp_quality=sent.webp_quality)
     return with_request_id(await result_response_of(services, job, render, is_patient=True), job)
 
 

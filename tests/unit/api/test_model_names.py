@@ -5,27 +5,21 @@ from typing import Any
 import pytest
 
 from models import discover
-from models.base import Model
 from server.api.model_names import ModelNames
-from server.errors import UnknownModel
+from server.errors import InvalidInput, UnknownModel
 from tests.support.fake_models import NullEngine, NullModel
 
 KNOWN = discover(None)
-EDIT, REPAINT, VARY = (
-    frozenset({"prompt", "image_url"}),
-    frozenset({"prompt", "image_url", "mask_url"}),
-    frozenset({"image_url"}),
-)
+#: The fields of requests, with OpenAI's names.
+VARY = {"image_url": "image"}
+EDIT = {"prompt": "prompt", **VARY}
+REPAINT = {**EDIT, "mask_url": "mask"}
 
 
 def names(weights: dict[str, str | None], *entries: str) -> ModelNames:
     """Serve these endpoints with these weights."""
     models: dict[str, Any] = {endpoint: KNOWN[endpoint] for endpoint in weights}
     return ModelNames(models, weights, entries)
-
-
-def endpoint(model: Model | None) -> str | None:
-    return model.endpoint if model else None
 
 
 DEV, SCHNELL, KREA, LORA = "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/flux/krea", "fal-ai/flux-lora"
@@ -69,11 +63,13 @@ def test_a_name_for_an_endpoint_that_is_not_served() -> None:
 
 def test_an_edit_uses_an_endpoint_with_the_same_weights() -> None:
     found = names({DEV: "a", LORA_EDIT: "a", DEV_EDIT: "a", SCHNELL: "b"})
-    assert endpoint(found.find_variant(KNOWN[DEV], EDIT)) == DEV_EDIT
-    assert endpoint(found.find_variant(KNOWN[LORA_EDIT], EDIT)) == LORA_EDIT
-    assert endpoint(names({DEV: "a", LORA_EDIT: "a"}).find_variant(KNOWN[DEV], EDIT)) == LORA_EDIT
-    assert found.find_variant(KNOWN[SCHNELL], EDIT) is None
-    assert names({DEV: "a", LORA_EDIT: "b"}).find_variant(KNOWN[DEV], EDIT) is None
+    assert found.find_variant(KNOWN[DEV], EDIT).endpoint == DEV_EDIT
+    assert found.find_variant(KNOWN[LORA_EDIT], EDIT).endpoint == LORA_EDIT
+    assert names({DEV: "a", LORA_EDIT: "a"}).find_variant(KNOWN[DEV], EDIT).endpoint == LORA_EDIT
+    with pytest.raises(InvalidInput):
+        found.find_variant(KNOWN[SCHNELL], EDIT)
+    with pytest.raises(InvalidInput):
+        names({DEV: "a", LORA_EDIT: "b"}).find_variant(KNOWN[DEV], EDIT)
 
 
 def test_endpoints_made_for_the_weights_come_first() -> None:
@@ -92,12 +88,14 @@ def test_endpoints_made_for_the_weights_come_first() -> None:
     edits = [KreaEdit("fal-ai/flux/a", NullEngine), DevEdit("fal-ai/other/b", NullEngine)]
     models: dict[str, Any] = {model.endpoint: model for model in (*edits, KNOWN[DEV], KNOWN[KREA])}
     found = ModelNames(models, dict.fromkeys(models, "demo"))
-    assert endpoint(found.find_variant(KNOWN[DEV], EDIT)) == "fal-ai/other/b"
-    assert endpoint(found.find_variant(KNOWN[KREA], EDIT)) == "fal-ai/flux/a"
+    assert found.find_variant(KNOWN[DEV], EDIT).endpoint == "fal-ai/other/b"
+    assert found.find_variant(KNOWN[KREA], EDIT).endpoint == "fal-ai/flux/a"
 
 
 def test_only_an_endpoint_with_the_fields_is_found() -> None:
     found = names({DEV: "a", DEV_EDIT: "a", REDUX: "a"})
-    assert endpoint(found.find_variant(KNOWN[DEV], VARY)) == REDUX
-    assert endpoint(found.find_variant(KNOWN[DEV], EDIT)) == DEV_EDIT
-    assert found.find_variant(KNOWN[DEV], REPAINT) is None
+    assert found.find_variant(KNOWN[DEV], VARY).endpoint == REDUX
+    assert found.find_variant(KNOWN[DEV], EDIT).endpoint == DEV_EDIT
+    with pytest.raises(InvalidInput, match=r"weights of fal-ai/flux/dev takes prompt, image, mask;") as raised:
+        found.find_variant(KNOWN[DEV], REPAINT)
+    assert raised.value.detail[0]["loc"] == ["body", "mask"]

@@ -40,7 +40,7 @@ def content(body: SpooledBody, url: str, to: Path) -> bytes:
     data = body.find(url)
     assert data
     to.unlink(missing_ok=True)
-    data.link(to)
+    data.link(to, 2**30)
     return to.read_bytes()
 
 
@@ -119,7 +119,7 @@ def test_data_that_is_not_base64_is_refused(temp_dir: Path, tmp_path: Path, wher
     data = body.find(json.loads(body.text)["url"])
     assert data
     with pytest.raises(InvalidInputFile, match="not base64"):
-        data.link(tmp_path / "file")
+        data.link(tmp_path / "file", 2**30)
     body.close()
 
 
