@@ -27,8 +27,6 @@ SIDE, TILE = 512, 256
 CAPTION, GAP, COLUMNS, THUMBNAIL = 92, 12, 4, 64
 FONT = ImageFont.load_default(13)
 GREY = "#666666"
-#: At a scale of 1, some objects turn into shapes without detail.
-LORA_SCALE = 0.6
 
 #: The prompts of the input images, by name; fal-ai/flux/dev generates them.
 INPUTS = {
@@ -40,11 +38,13 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A request that shows what an endpoint does: its prompt, the name of its input image, and other fields."""
+    """A request that shows what an endpoint does. `image` names its input image; a `lora_scale` of 0 means no LoRA."""
 
     prompt: str
     image: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    # At a scale of 1, some objects turn into shapes without detail.
+    lora_scale: float = 0.6
 
 
 #: The share of the noise that changes the object and keeps the background.
@@ -59,7 +59,7 @@ EXAMPLES = {
     "fal-ai/flux/krea": Example("a snowman on a purple background"),
     "fal-ai/flux/krea/image-to-image": Example("a balloon", "star", CHANGE),
     "fal-ai/flux/srpo": Example("a frog on a yellow background"),
-    "fal-ai/flux/srpo/image-to-image": Example("a flower", "apple", CHANGE),
+    "fal-ai/flux/srpo/image-to-image": Example("a flower on a green background", "apple", {"strength": 0.9}),
     "fal-ai/flux/schnell": Example("a star on a black background", fields=FEW_STEPS),
     "fal-ai/flux-1/schnell": Example("a heart on a white background", fields=FEW_STEPS),
     "fal-ai/flux-1/dev": Example("a house on a green background"),
@@ -70,12 +70,12 @@ EXAMPLES = {
     "fal-ai/flux-1/srpo/image-to-image": Example("a moon", "star", CHANGE),
     "fal-ai/flux-lora": Example("a dog on a yellow background"),
     "fal-ai/flux-lora/stream": Example("a penguin on a red background"),
-    "fal-ai/flux-lora/image-to-image": Example(INPUTS["pair"], "pair", {"strength": 0.7}),
-    "fal-ai/flux-lora/inpainting": Example("a cat on the right on a blue background", "pair", {"strength": 0.8}),
+    "fal-ai/flux-lora/image-to-image": Example(INPUTS["pair"], "pair", {"strength": 0.7}, 1),
+    "fal-ai/flux-lora/inpainting": Example("a cat on the right on a blue background", "pair", {"strength": 0.8}, 1),
     "fal-ai/flux-krea-lora": Example("an owl on an orange background"),
     "fal-ai/flux-krea-lora/stream": Example("a dog on a blue background"),
-    "fal-ai/flux-krea-lora/image-to-image": Example("a star on a purple background", "star", {"strength": 0.7}),
-    "fal-ai/flux-krea-lora/inpainting": Example(PAIR_WITH_FROG, "pair", {"strength": 0.95, "loras": []}),
+    "fal-ai/flux-krea-lora/image-to-image": Example("a star on a purple background", "star", {"strength": 0.7}, 0.8),
+    "fal-ai/flux-krea-lora/inpainting": Example(PAIR_WITH_FROG, "pair", {"strength": 0.95}, 0),
 }
 
 
@@ -103,7 +103,9 @@ def _generate(client: httpx.Client, endpoint: str, example: Example, inputs: Map
     fields = {
         "image_size": {"width": SIDE, "height": SIDE},
         "num_inference_steps": 16,
-        "loras": [{"path": f"data:application/octet-stream;base64,{lora}", "scale": LORA_SCALE}],
+        "loras": [{"path": f"data:application/octet-stream;base64,{lora}", "scale": example.lora_scale}]
+        if example.lora_scale
+        else [],
         **({"image_url": _data_uri(inputs[example.image]), "mask_url": _data_uri(inputs["mask"])} if inputs else {}),
         **example.fields,
     }
@@ -129,8 +131,10 @@ def _tile(client: httpx.Client, endpoint: str, inputs: Mapping[str, Image.Image]
         left = TILE - place * (THUMBNAIL + GAP // 3) + GAP // 3
         tile.paste(inputs[name].resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), (left, top))
         draw.rectangle((left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1), outline=GREY)
+    has_lora = "loras" in FACTS[endpoint] and example.lora_scale
+    text = f"{example.prompt}, with the LoRA" if has_lora else example.prompt
     width = TILE - len(shown) * (THUMBNAIL + GAP // 2)
-    draw.multiline_text((0, top), _wrapped(example.prompt, width), GREY, FONT)
+    draw.multiline_text((0, top), _wrapped(text, width), GREY, FONT)
     return tile
 
 
