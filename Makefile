@@ -35,7 +35,7 @@ serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/support/js/node_modules
-	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda" $(ARGS)
+	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough" $(ARGS)
 
 # Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint

@@ -1,4 +1,4 @@
-"""Every endpoint on the demo weights against the matching diffusers pipeline, bit for bit."""
+"""Every endpoint against the matching diffusers pipeline, bit for bit: on the demo weights and on random ones."""
 
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
+from tests.parity.test_loras import write_lora
+from tests.support import tiny_flux
 from tests.support.tiny_flux import difference, finish_task
 
 SIZE = (128, 96)
+OTHER_SIZE = (64, 160)
+ENDPOINTS = sorted(assign_weights(["demo"], discover()))
 #: One endpoint for each pipeline takes all its steps. The others differ from these in defaults and weights only.
 WITH_ALL_STEPS = (
     "fal-ai/flux/dev",
@@ -41,21 +45,19 @@ def engine(request: pytest.FixtureRequest) -> FluxEngine:
     return load_engine(EngineConfig(DEMO, safety_checker="", device="cpu", dtype=request.param))
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Path]:
-    """Write an image and a mask; return their paths, and that of a LoRA, by field."""
+def write_inputs(directory: Path, size: tuple[int, int], lora: Path) -> dict[str, Path]:
+    """Write an image and a mask of this size; return the paths of all input files by field."""
     random = numpy.random.default_rng(3)
     for name in ("image_url", "mask_url"):
         colours = random.integers(0, 256, (3, 4, 3), dtype=numpy.uint8)
-        Image.fromarray(colours).resize(SIZE, Image.Resampling.BICUBIC).save(tmp_path / f"{name}.png")
-    images = {name: tmp_path / f"{name}.png" for name in ("image_url", "mask_url")}
-    return {**images, "loras.0.path": DEMO / LORA}
+        Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(directory / f"{name}.png")
+    images = {name: directory / f"{name}.png" for name in ("image_url", "mask_url")}
+    return {**images, "loras.0.path": lora}
 
 
-def diffusers_image(request: Any, inputs: dict[str, Path], dtype: torch.dtype) -> Image.Image:
+def diffusers_image(pipeline: Any, request: Any, size: tuple[int, int], inputs: dict[str, Path]) -> Image.Image:
     """Return the image of diffusers' own pipeline. Fields that the request lacks get diffusers' defaults."""
     fields = type(request).model_fields
-    pipeline: Any = FluxPipeline.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
     images = {"image": "image_url", "mask_image": "mask_url"}
     more = {argument: Image.open(inputs[name]) for argument, name in images.items() if name in fields}
     if "strength" in fields:
@@ -63,12 +65,13 @@ def diffusers_image(request: Any, inputs: dict[str, Path], dtype: torch.dtype) -
         pipeline, more = kind(**pipeline.components), {**more, "strength": request.strength}
     pipeline.set_progress_bar_config(disable=True)
     if "loras" in fields:
-        pipeline.load_lora_weights(str((DEMO / LORA).parent), weight_name=Path(LORA).name, adapter_name="grey")
-        pipeline.set_adapters(["grey"], [request.loras[0].scale])
+        lora = inputs["loras.0.path"]
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="client")
+        pipeline.set_adapters(["client"], [request.loras[0].scale])
     image: Image.Image = pipeline(
         prompt=request.prompt,
-        width=SIZE[0],
-        height=SIZE[1],
+        width=size[0],
+        height=size[1],
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(request.seed),
@@ -78,21 +81,50 @@ def diffusers_image(request: Any, inputs: dict[str, Path], dtype: torch.dtype) -
     return image
 
 
-@pytest.mark.parametrize("endpoint", sorted(assign_weights(["demo"], discover())))
-def test_every_endpoint_equals_its_diffusers_pipeline(
-    engine: FluxEngine, inputs: dict[str, Path], endpoint: str
-) -> None:
-    model = discover()[endpoint]
-    fields = model.Input.model_fields
-    size = {"image_size": dict(zip(("width", "height"), SIZE, strict=True))}
-    dtype = engine.pipeline.transformer.dtype
-    # A step may take a minute in a dtype that the machine does not run natively.
-    takes_all_steps = endpoint in WITH_ALL_STEPS and dtype == dtype_for("auto", "cpu")
+def body_of(endpoint: str, size: tuple[int, int], *, takes_all_steps: bool) -> dict[str, Any]:
+    """Return a request body with the fields that the endpoint has."""
+    fields = discover()[endpoint].Input.model_fields
     steps: dict[str, float] = {} if takes_all_steps else {"num_inference_steps": 2}
     if steps and "strength" in fields:
         steps = {"num_inference_steps": 10, "strength": 0.2}
-    body = {"prompt": "a frog on a red background", "seed": 9, **size, **ENDPOINT_FIELDS, **steps}
-    request = model.Input.model_validate({name: value for name, value in body.items() if name in fields})
-    own_inputs = {location: path for location, path in inputs.items() if location.partition(".")[0] in fields}
+    size_field = {"image_size": dict(zip(("width", "height"), size, strict=True))}
+    body = {"prompt": "a frog on a red background", "seed": 9, **size_field, **ENDPOINT_FIELDS, **steps}
+    return {name: value for name, value in body.items() if name in fields}
+
+
+def check_parity(
+    engine: FluxEngine, pipeline: Any, endpoint: str, body: dict[str, Any], inputs: dict[str, Path]
+) -> None:
+    """Generate the request's image with the engine and with diffusers, and compare the two."""
+    request: Any = discover()[endpoint].Input.model_validate(body)
+    own_inputs = {location: path for location, path in inputs.items() if location.partition(".")[0] in body}
     (image,) = finish_task(engine, engine.start(request, 9, own_inputs))
-    assert difference(image, diffusers_image(request, inputs, dtype)) == 0
+    with Image.open(inputs["image_url"]) as source:
+        assert image.size == source.size
+    assert difference(image, diffusers_image(pipeline, request, image.size, inputs)) == 0
+
+
+@pytest.mark.parametrize("size", [SIZE, pytest.param(OTHER_SIZE, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_endpoint_equals_its_diffusers_pipeline(
+    engine: FluxEngine, tmp_path: Path, endpoint: str, size: tuple[int, int]
+) -> None:
+    dtype = engine.pipeline.transformer.dtype
+    # A step may take a minute in a dtype that the machine does not run natively.
+    takes_all_steps = endpoint in WITH_ALL_STEPS and dtype == dtype_for("auto", "cpu") and size == SIZE
+    pipeline = FluxPipeline.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
+    body = body_of(endpoint, size, takes_all_steps=takes_all_steps)
+    check_parity(engine, pipeline, endpoint, body, write_inputs(tmp_path, size, DEMO / LORA))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [SIZE, OTHER_SIZE])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_endpoint_equals_its_diffusers_pipeline_on_random_weights(
+    tmp_path: Path, endpoint: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", 1)
+    body = body_of(endpoint, size, takes_all_steps=False)
+    engine, pipeline = tiny_flux.engine(dtype), tiny_flux.pipeline(dtype)
+    check_parity(engine, pipeline, endpoint, body, write_inputs(tmp_path, size, lora))

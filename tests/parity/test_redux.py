@@ -11,10 +11,7 @@ import httpx
 import numpy
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxPriorReduxPipeline
-from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from models import discover
 from models.base import EngineConfig, GenerationFailed, Model
@@ -27,6 +24,7 @@ from models.loading.specs import DEMO, assign_weights
 from tests.support import tiny_flux
 from tests.support.server_process import serving
 from tests.support.tiny_flux import AllSafeChecker, AlwaysShare, difference, finish_task, tiers_of
+from tests.support.tiny_redux import prior, write_demo_with_redux, write_redux
 from tests.unit.loading.test_verify import add_entries
 
 DEV, REDUX = "fal-ai/flux/dev", "fal-ai/flux/dev/redux"
@@ -34,19 +32,6 @@ HUB, REDUX_HUB = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Redux
 MODELS: dict[str, Model] = {DEV: FluxDev(), REDUX: FluxDevRedux()}
 #: The widths of the text states that FluxPriorReduxPipeline makes, whatever widths the transformer reads.
 TRUE_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
-
-
-def prior(dtype: torch.dtype, width: int) -> FluxPriorReduxPipeline:
-    """Build diffusers' own pipeline with a small image encoder: 16 patches an image, the same weights each time."""
-    torch.manual_seed(11)
-    vision_config = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    return FluxPriorReduxPipeline(
-        image_encoder=SiglipVisionModel(vision_config).eval(),
-        feature_extractor=SiglipImageProcessorPil(size={"height": 56, "width": 56}),
-        image_embedder=ReduxImageEncoder(redux_dim=32, txt_in_features=width).eval(),
-    ).to(dtype)
 
 
 def request_with(**fields: Any) -> FluxDevReduxInput:
@@ -117,19 +102,10 @@ def test_redux_tasks_share_a_forward(source: Path) -> None:
     assert sizes == [2]
 
 
-def write_redux(weights: Path, width: int) -> None:
-    """Add Redux weights to the directory of a pipeline, as `save_pretrained` writes them."""
-    prior(torch.bfloat16, width).save_pretrained(weights / "redux")
-
-
 @pytest.fixture(scope="module")
 def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the demo weights and add random Redux weights; return the directory."""
-    directory = tmp_path_factory.mktemp("weights") / "demo"
-    shutil.copytree(DEMO, directory, ignore=shutil.ignore_patterns("recipe", "__pycache__"))
-    pipeline = FluxPipeline.from_pretrained(directory, dtype=torch.bfloat16, local_files_only=True)
-    write_redux(directory, pipeline.transformer.config.joint_attention_dim)
-    return directory
+    """Return a directory with the demo weights and random Redux weights."""
+    return write_demo_with_redux(tmp_path_factory.mktemp("weights") / "demo")
 
 
 def test_served_only_with_its_weights(weights_dir: Path) -> None:

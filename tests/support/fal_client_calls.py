@@ -4,6 +4,7 @@ import asyncio
 import importlib.metadata
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ async def everyday_async() -> Any:
         "status": _event_fields(await fal_client.status_async(FLUX, handle.request_id, with_logs=True)),
         "result": await fal_client.result_async(FLUX, handle.request_id),
     }
+
+
+def every_endpoint(path: str) -> Any:
+    """Call each endpoint in a JSON file of inputs, and stream those that end in /stream too; return all outputs."""
+    inputs = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {endpoint: _failure(partial(_outputs, endpoint, body)) for endpoint, body in inputs.items()}
+
+
+def _outputs(endpoint: str, arguments: Any) -> dict[str, Any]:
+    outputs = {"subscribe": fal_client.subscribe(endpoint, arguments=arguments)}
+    if endpoint.endswith("/stream"):
+        *_, outputs["stream"] = fal_client.stream(endpoint, arguments=arguments, path="")
+    return outputs
 
 
 def watch(gate: str) -> Any:

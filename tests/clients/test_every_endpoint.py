@@ -1,0 +1,77 @@
+"""Every endpoint on the demo weights, called with fal-client and with @fal-ai/client."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models import discover
+from tests.clients.test_node_clients import node as node
+from tests.clients.test_python_client import run_client
+from tests.support.endpoint_requests import FACTS, check_output, small_body, upload_inputs
+from tests.support.node import clients
+from tests.support.server_process import Server, free_port, serving
+from tests.support.tiny_redux import write_demo_with_redux
+
+Outputs = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a server with all endpoints, also those that need Redux."""
+    directory = tmp_path_factory.mktemp("every")
+    weights = write_demo_with_redux(directory / "weights")
+    specs = [f"{endpoint}={weights}" for endpoint in discover()]
+    with serving(directory / "data", *specs, tls_port=str(free_port())) as running:
+        yield running.ready()
+
+
+@pytest.fixture(scope="module")
+def full_client(full_server: Server) -> Iterator[httpx.Client]:
+    """Yield a plain HTTP client of `full_server`."""
+    with httpx.Client(base_url=full_server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def inputs_path(full_client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small input for each endpoint into a file that the programs read; return its path."""
+    inputs = upload_inputs(full_client)
+    path = tmp_path_factory.mktemp("inputs") / "inputs.json"
+    path.write_text(json.dumps({endpoint: small_body(endpoint, inputs) for endpoint in FACTS}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python_outputs(full_server: Server, inputs_path: Path) -> Outputs:
+    """Call every endpoint with fal-client; return the outputs, by endpoint and kind of call."""
+    outputs: Outputs = run_client(full_server, "every_endpoint", str(inputs_path))
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def node_outputs(node: None, full_server: Server, inputs_path: Path) -> Outputs:
+    """Call every endpoint with @fal-ai/client; return the outputs, by endpoint and kind of call."""
+    outputs: Outputs = clients(full_server)["client, proxyUrl"].run("every_endpoint.mjs", str(inputs_path))
+    return outputs
+
+
+def check_outputs(client: httpx.Client, endpoint: str, outputs: dict[str, Any]) -> None:
+    """Check the output of each kind of call that fal's clients have for this endpoint."""
+    kinds = ["subscribe", "stream"] if endpoint.endswith("/stream") else ["subscribe"]
+    assert list(outputs) == kinds, outputs
+    for kind in kinds:
+        check_output(client, endpoint, outputs[kind])
+
+
+@pytest.mark.parametrize("endpoint", FACTS)
+def test_python(full_client: httpx.Client, python_outputs: Outputs, endpoint: str) -> None:
+    check_outputs(full_client, endpoint, python_outputs[endpoint])
+
+
+@pytest.mark.parametrize("endpoint", FACTS)
+def test_node(full_client: httpx.Client, node_outputs: Outputs, endpoint: str) -> None:
+    check_outputs(full_client, endpoint, node_outputs[endpoint])

@@ -1,0 +1,76 @@
+"""Small requests to every endpoint of fal that the package has, and the check of their outputs."""
+
+import io
+import json
+from typing import Any
+
+import httpx
+from openapi_schema_validator import OAS30Validator
+from PIL import Image
+
+from models.demo.recipe.export import LORA
+from models.loading.specs import DEMO
+from tests.support.server_process import ROOT
+
+#: What is known of fal's inputs, by endpoint and field.
+FACTS = json.loads((ROOT / "tests" / "support" / "fal_endpoints.json").read_text(encoding="utf-8"))
+SIDE = 64
+
+
+def upload_inputs(client: httpx.Client) -> dict[str, Any]:
+    """Upload an image, a mask and a LoRA to the server; return fields that refer to them."""
+    image, mask = Image.new("RGB", (SIDE, SIDE), "orange"), Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, 0, SIDE // 2, SIDE))
+    lora = _upload(client, (DEMO / LORA).read_bytes(), "application/octet-stream")
+    return {
+        "image_url": _upload(client, _png(image), "image/png"),
+        "mask_url": _upload(client, _png(mask), "image/png"),
+        "loras": [{"path": lora, "scale": 0.8}],
+    }
+
+
+def small_body(endpoint: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a request of one or two steps; `inputs` are the fields that `upload_inputs` returned."""
+    facts = FACTS[endpoint]
+    fewest = facts["num_inference_steps"].get("range", [1])[0]
+    values = {
+        "prompt": "a red apple",
+        "seed": 7,
+        "image_size": {"width": SIDE, "height": SIDE},
+        "num_inference_steps": max(fewest, 2),
+        # The share of its steps that an endpoint takes if it starts from an image.
+        "strength": 1 / fewest,
+        "enable_safety_checker": False,
+        "output_format": "png",
+        **inputs,
+    }
+    return {name: value for name, value in values.items() if name in facts}
+
+
+def check_output(client: httpx.Client, endpoint: str, output: Any) -> None:
+    """Check an output against the schema that the server publishes for the endpoint, and its image against the request.
+
+    Raises AssertionError, or jsonschema.exceptions.ValidationError.
+    """
+    response = client.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint}).raise_for_status()
+    document = response.json()
+    answers = document["paths"][f"/{endpoint.removesuffix('/stream')}/requests/{{request_id}}"]["get"]["responses"]
+    schema = {**answers["200"]["content"]["application/json"]["schema"], "components": document["components"]}
+    OAS30Validator(schema).validate(output)
+    assert (output["seed"], len(output["images"]), output["has_nsfw_concepts"]) == (7, 1, [False])
+    assert output["prompt"] == ("a red apple" if "prompt" in FACTS[endpoint] else "")
+    content = httpx.get(output["images"][0]["url"], verify=False, trust_env=False).raise_for_status().content
+    assert Image.open(io.BytesIO(content)).size == (SIDE, SIDE)
+    assert (output["images"][0]["width"], output["images"][0]["height"]) == (SIDE, SIDE)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _upload(client: httpx.Client, content: bytes, content_type: str) -> str:
+    response = client.post("/files/upload", content=content, headers={"Content-Type": content_type})
+    url: str = response.raise_for_status().json()["access_url"]
+    return url
