@@ -1,5 +1,11 @@
-"""The tests of this directory exist only with PyTorch for CUDA, which brings Triton."""
+"""The tests of this directory import what only PyTorch for CUDA has, so they are collected only for `-m cuda`."""
 
-from importlib.util import find_spec
+from pathlib import Path
 
-collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
+import pytest
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the test files, unless the tests marked `cuda` are wanted, and only these."""
+    is_wanted = config.option.markexpr == "cuda" or not collection_path.name.startswith("test_")
+    return None if is_wanted else True
