@@ -33,7 +33,7 @@ def _models_of(module: ModuleType) -> tuple[Model, ...]:
     one = (module.MODEL,) if hasattr(module, "MODEL") else ()
     models = (*several, *one) if isinstance(several, tuple | list) else ()
     if not models or not all(map(_is_model, models)):
-        raise ValueError(f"{module.__file__}: MODEL must be a model, and MODELS a tuple of models, such as (FluxDev(),)")
+        raise ValueError(f"{module.__file__}: MODEL must be a model, and MODELS a tuple of models: (FluxDev(),)")
     return models
 
 
