@@ -15,7 +15,8 @@ _HAS_MODEL = re.compile(r"^MODELS?\b", re.MULTILINE)
 def discover(directory: Path | None = None) -> dict[str, Model]:
     """Return every model by its endpoint: this package's first, then those in `directory`.
 
-    Raises ValueError if two models have the same endpoint. An error that a module raises on import passes through.
+    Raises ValueError if two models have the same endpoint, and for a module whose MODEL or MODELS is not as it should
+    be. An error that a module raises on import passes through.
     """
     models: dict[str, Model] = {}
     for module in (*_modules_in(Path(__file__).parent, __name__), *_modules_in(directory, "flux_server_models")):
@@ -27,9 +28,18 @@ def discover(directory: Path | None = None) -> dict[str, Model]:
 
 
 def _models_of(module: ModuleType) -> tuple[Model, ...]:
-    """Return the models in MODELS and the one in MODEL. Raises AttributeError if the module defines neither."""
-    several: tuple[Model, ...] = tuple(getattr(module, "MODELS", ()))
-    return several if several and not hasattr(module, "MODEL") else (*several, module.MODEL)
+    """Return the models in MODELS and the one in MODEL. Raises ValueError for no models, and for other objects."""
+    several = getattr(module, "MODELS", ())
+    one = (module.MODEL,) if hasattr(module, "MODEL") else ()
+    models = (*several, *one) if isinstance(several, tuple | list) else ()
+    if not models or not all(map(_is_model, models)):
+        raise ValueError(f"{module.__file__}: MODEL must be a model, and MODELS a tuple of models: (FluxDev(),)")
+    return models
+
+
+def _is_model(value: object) -> bool:
+    """Return whether the value is a model, as far as this can be told at once: an object with an endpoint."""
+    return not isinstance(value, type) and isinstance(getattr(value, "endpoint", None), str)
 
 
 def _modules_in(directory: Path | None, package: str) -> Iterator[ModuleType]:

@@ -11,6 +11,7 @@ from models.schema import (
     EnableSafetyChecker,
     ImageInput,
     ImageURL,
+    InpaintingStrength,
     LoraAccelerationField,
     LoraGuidance,
     Loras,
@@ -61,10 +62,15 @@ class FluxLoraImageToImageInput(_FromImageInput):
     acceleration: LoraAccelerationField = "none"
 
 
-class FluxLoraInpaintingInput(_FromImageInput):
-    """A request to change the masked part of an image with LoRA weights, without a field for the acceleration."""
+class _InpaintingInput(_FromImageInput):
+    """The fields of every request to change the masked part of an image with LoRA weights."""
 
     mask_url: MaskURL
+    strength: InpaintingStrength = 0.85
+
+
+class FluxLoraInpaintingInput(_InpaintingInput):
+    """A request to change the masked part of an image with LoRA weights, without a field for the acceleration."""
 
     @property
     def acceleration(self) -> Literal["none"]:
@@ -72,10 +78,9 @@ class FluxLoraInpaintingInput(_FromImageInput):
         return "none"
 
 
-class FluxKreaLoraInpaintingInput(_FromImageInput):
+class FluxKreaLoraInpaintingInput(_InpaintingInput):
     """A request to change the masked part of an image with LoRA weights."""
 
-    mask_url: MaskURL
     acceleration: LoraAccelerationField = "none"
 
 

@@ -1,5 +1,7 @@
 """fal-ai/flux/schnell: FLUX.1 [schnell], text to image and variations of an image, in one to four steps."""
 
+from typing import Any
+
 from pydantic import Field
 
 from models.base import Model
@@ -65,6 +67,12 @@ class FluxSchnellRedux(FluxDevRedux):
     endpoint = "fal-ai/flux/schnell/redux"
     weights = SCHNELL
     Input = FluxSchnellReduxInput
+
+    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
+        """Return the parameters of FluxDevRedux without the guidance scale, which is not a field of the request."""
+        parameters = super().metadata(request, seed)
+        del parameters["guidance_scale"]
+        return parameters
 
 
 MODELS: tuple[Model, ...] = (FluxSchnell(), FluxSchnellRedux())

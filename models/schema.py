@@ -172,6 +172,14 @@ Strength = Annotated[
     float,
     Field(ge=0.01, le=1, description="How much to change the initial image. At 1, nothing of it remains."),
 ]
+InpaintingStrength = Annotated[
+    float,
+    Field(
+        ge=0.01,
+        le=1,
+        description="How much to change the white areas of the mask. At 1, nothing of the initial image remains there.",
+    ),
+]
 Steps = Annotated[int, Field(description="The number of inference steps to perform.")]
 OptionalSeed = Annotated[
     Seed | None,

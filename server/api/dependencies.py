@@ -134,7 +134,8 @@ def require_owned_job(job: Job | None, owner: str, app: str) -> Job:
     """
     if job is None or job.owner != owner:
         raise NotFound
-    if app.removesuffix("/stream") != job.endpoint and app != "/".join(job.endpoint.split("/")[:2]):
+    # An endpoint of --models-dir may have an id that ends in /stream.
+    if job.endpoint not in (app, app.removesuffix("/stream")) and app != "/".join(job.endpoint.split("/")[:2]):
         raise NotFound
     return job
 

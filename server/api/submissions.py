@@ -44,7 +44,7 @@ async def parse_submission(
     """Parse the request and its body into a submission, and fetch the files that its URLs refer to.
 
     `content_type` overrides the request's header. Raises InvalidInput and BadRequest, naming the field and the limit,
-    TooManyRequests, QueueFull, DiskFull, and InternalError if a LoRA could not be checked.
+    TooManyRequests, QueueFull, DiskFull, and InternalError if a file could not be checked.
     """
     content_type = request.headers.get("content-type", "") if content_type is None else content_type
     args = (model, body.text, content_type, inputs.limits)

@@ -7,8 +7,8 @@ empty PNG chunks, or JPEG segments, take several seconds in which no other threa
 
 import io
 import math
-import subprocess
-import sys
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,26 +19,28 @@ from PIL import ImageOps, features
 from PIL.Image import Image
 
 from models.schema import Limits
-from server.errors import InternalError, InvalidInputFile
-from server.inputs import avif_decoder
+from server.errors import InvalidInputFile
+from server.inputs import image_decoder
+from server.inputs.child_process import run_program
 
-#: The formats that are decoded in this process.
-_DECODED_HERE = ("PNG", "JPEG", "WEBP", "GIF")
+#: The formats that are decoded in this process. Another process decodes the others.
+_DECODED_HERE = ("PNG", "JPEG", "WEBP")
 #: The formats that are accepted. Pillow can be built without AVIF.
-SOURCE_FORMATS = (*_DECODED_HERE, *(("AVIF",) if features.check("avif") else ()))
+SOURCE_FORMATS = (*_DECODED_HERE, "GIF", *(("AVIF",) if features.check("avif") else ()))
 MAX_SOURCE_PIXELS = 16_000_000
 # Pillow warns of each bad metadata entry: an image of less than a megabyte could write thirteen megabytes of log.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 #: The most scans of a JPEG. Real encoders write a dozen at most.
 MAX_SCANS = 100
-#: The most chunks of a PNG, segments of a JPEG or blocks of a GIF. A PNG of 25 MiB has 6400 chunks of 4 KiB, which
-#: some encoders write.
+#: The most chunks of a PNG or segments of a JPEG. A PNG of 25 MiB has 6400 chunks of 4 KiB, which some encoders write.
 MAX_PARTS = 10_000
 _PNG, _JPEG, _GIF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", (b"GIF87a", b"GIF89a")
 #: The starts of an AVIF file after its first four bytes. With the last two, other formats are possible too.
 _AVIF = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
-#: Seconds that the process that decodes an AVIF may take; enough on a busy machine.
-_AVIF_SECONDS = 60.0
+#: Limits how many processes decode images at a time, because each may take `image_decoder.MAX_BYTES`.
+_PROCESSES = threading.BoundedSemaphore(2)
+#: The ends of such a process that are due to the image.
+_EXPECTED = (0, image_decoder.OTHER_FORMAT, image_decoder.TOO_LARGE, image_decoder.UNREADABLE, -signal.SIGXCPU)
 _START_OF_SCAN = b"\xff\xda"
 #: Markers without a length: TEM, and RST0 to EOI.
 _ALONE = (0x01, *range(0xD0, 0xDA))
@@ -47,7 +49,8 @@ _ALONE = (0x01, *range(0xD0, 0xDA))
 def decode_image(path: Path, limits: Limits) -> Image:
     """Decode a client's image; return its first frame as RGB, upright, and scaled down to the limits.
 
-    Raises InvalidInputFile for an image that cannot be used, and OSError when the file cannot be read.
+    Raises InvalidInputFile for an image that cannot be used, OSError when the file cannot be read, and InternalError as
+    `run_program` does.
     """
     return _decode(path, limits, _rgb)
 
@@ -62,8 +65,8 @@ def decode_transparency(path: Path, limits: Limits) -> Image:
 
 def _decode(path: Path, limits: Limits, convert: Callable[[Image], Image]) -> Image:
     content = path.read_bytes()
-    if "AVIF" in SOURCE_FORMATS and content[4:12] in _AVIF:
-        content = _png_of_avif(path)
+    if content.startswith(_GIF) or ("AVIF" in SOURCE_FORMATS and content[4:12] in _AVIF):
+        content = _decode_in_process(path)
     _check_parts(content)
     try:
         with PIL.Image.open(io.BytesIO(content), formats=_DECODED_HERE) as source:
@@ -140,40 +143,31 @@ def _transparency(image: Image) -> Image:
     return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
-def _png_of_avif(path: Path) -> bytes:
-    """Decode an AVIF in another process; return its first frame as a PNG.
+def _decode_in_process(path: Path) -> bytes:
+    """Decode a GIF or an AVIF in another process; return its first frame as a PNG.
 
-    Raises InvalidInputFile for a bad image, and InternalError if the process takes too long.
+    Raises InvalidInputFile for a bad image, and OSError and InternalError as `run_program` does.
     """
-    # With -I, Python uses nothing from the environment or the working directory.
-    command = [sys.executable, "-I", avif_decoder.__file__, str(path), str(MAX_SOURCE_PIXELS)]
-    try:
-        done = subprocess.run(  # noqa: S603  a fixed program, and a path that the server made
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_AVIF_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise InternalError("The AVIF image could not be decoded in time; try again") from error
-    if done.returncode == avif_decoder.NOT_AVIF:
+    with _PROCESSES:
+        done = run_program(image_decoder, path, str(MAX_SOURCE_PIXELS), expected=_EXPECTED)
+    if done.status == image_decoder.OTHER_FORMAT:
         raise _format_error()
-    if done.returncode == avif_decoder.TOO_LARGE:
+    if done.status == image_decoder.TOO_LARGE:
         raise _too_many_pixels_error()
-    if done.returncode != 0:
-        # The process ends with no reason if its time is over.
-        reason = done.stderr.decode("utf-8", "replace") or "its decoding takes too much time or memory"
+    if done.status:
+        reason = done.errors if done.status == image_decoder.UNREADABLE else "its decoding takes too much time"
         raise InvalidInputFile("image_load_error", f"The image cannot be read: {reason}")
-    return done.stdout
+    return done.output
 
 
 def _check_parts(content: bytes) -> None:
-    """Check the number of scans and segments of a JPEG, of chunks of a PNG, or of blocks of a GIF.
+    """Check the number of scans and segments of a JPEG, or of chunks of a PNG.
 
     Raises InvalidInputFile for too many.
     """
     parts: Iterator[int] = iter(())
     if content.startswith(_PNG):
         parts = _chunks(content)
-    elif content.startswith(_GIF):
-        parts = _blocks(content)
     elif content.startswith(_JPEG):
         # Compressed data never contains 0xFF 0xDA. So each match is a scan of the image, or lies in its metadata, for
         # example in a thumbnail.
@@ -184,7 +178,7 @@ def _check_parts(content: bytes) -> None:
         parts = _segments(content)
     for number, _ in enumerate(parts):
         if number == MAX_PARTS:
-            problem = f"The image file has more than {MAX_PARTS} chunks, segments or blocks"
+            problem = f"The image file has more than {MAX_PARTS} chunks or segments"
             raise InvalidInputFile("image_load_error", f"{problem}; save it again with another program")
 
 
@@ -194,26 +188,6 @@ def _chunks(content: bytes) -> Iterator[int]:
     while place + 8 <= len(content):
         yield place
         place += 12 + int.from_bytes(content[place : place + 4], "big")
-
-
-def _blocks(content: bytes) -> Iterator[int]:
-    """Yield the offset of each extension and data block of a GIF before its first image.
-
-    A byte outside extensions counts as a block. A data block has one byte of length, and ends an extension if it is
-    empty.
-    """
-    flags = content[10] if len(content) > 10 else 0
-    place = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
-    while place < len(content) and content[place : place + 1] not in (b",", b";"):
-        yield place
-        if content[place : place + 1] != b"!":
-            place += 1
-            continue
-        place += 2
-        while place < len(content) and content[place]:
-            yield place
-            place += 1 + content[place]
-        place += 1
 
 
 def _segments(content: bytes) -> Iterator[int]:

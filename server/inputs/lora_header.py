@@ -1,4 +1,4 @@
-"""Checks on the header of a LoRA file, run as a separate program: `python -I lora_header.py FILE`.
+"""Checks on the header of a LoRA file, run as a separate program: `lora_header.py FILE`.
 
 Reading a header holds Python's global lock, for seconds if the file is malicious, so a separate process reads it.
 This module imports nothing of the server, so that the process starts quickly. The program prints why the file is
@@ -7,6 +7,7 @@ refused, and nothing if it is usable.
 
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -60,4 +61,6 @@ def _tensor_problem(name: str, dtype: str, shape: list[int]) -> str:
 if __name__ == "__main__":
     # Lower the priority of this process, so that it does not delay running requests.
     os.nice(10)
+    # A core dump would hold the client's file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.stdout.buffer.write(problem(Path(sys.argv[1])).encode("utf-8", "replace"))

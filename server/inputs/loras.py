@@ -1,38 +1,28 @@
 """Checks on LoRA files from clients, made before other code reads the files. All are untrusted."""
 
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
-from server.errors import InternalError, InvalidInputFile
+from server.errors import InvalidInputFile
 from server.inputs import lora_header
+from server.inputs.child_process import run_program
 
 #: The longest header, which holds the names, types and shapes of the tensors. Real LoRAs for FLUX.1 have headers of a
 #: few hundred KiB.
 MAX_HEADER_BYTES = 8 * 2**20
-#: Seconds that the process that checks a header may take; enough on a busy machine.
-_SECONDS = 60.0
 _LENGTH = struct.Struct("<Q")
 
 
 def check(path: Path) -> None:
     """Check a LoRA file's header in another process. Blocks until the process ends.
 
-    Raises InvalidInputFile with the reason, and InternalError when the process fails or takes too long.
+    Raises InvalidInputFile with the reason, and OSError and InternalError as `run_program` does.
     """
     _check_length(path)
-    # With -I, Python uses nothing from the environment or the working directory.
-    command = [sys.executable, "-I", lora_header.__file__, str(path)]
-    try:
-        done = subprocess.run(  # noqa: S603  a fixed program, and a path that the server made
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True
-        )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        # For a bad file, the program prints the reason and exits normally. So this is a fault of the machine.
-        raise InternalError("The header of the LoRA file could not be checked; try again") from error
-    if done.stdout:
-        raise _bad(done.stdout.decode("utf-8", "replace"))
+    # For a bad file, the program prints the reason and exits normally.
+    reason = run_program(lora_header, path).output
+    if reason:
+        raise _bad(reason.decode("utf-8", "replace"))
 
 
 def check_start(start: bytes) -> None:

@@ -109,7 +109,7 @@ class InputResolver:
         """Fetch every file that the request refers to; return the file names by field path, such as "loras.0.path".
 
         `body` holds the long data of the request's data URIs. Raises InvalidInput, which names the field; QueueFull if
-        the owner's unfinished requests would need too much disk space; InternalError if a LoRA could not be checked;
+        the owner's unfinished requests would need too much disk space; InternalError if a file could not be checked;
         and DiskFull.
         """
         self._check_space(owner, ())

@@ -11,7 +11,14 @@ import pytest
 from models import discover
 from tests.clients.test_node_clients import node as node
 from tests.clients.test_python_client import run_client
-from tests.support.endpoint_requests import FACTS, check_output, small_body, upload_inputs
+from tests.support.endpoint_requests import (
+    check_inputs_matter,
+    check_output,
+    small_body,
+    upload_inputs,
+    upload_other_inputs,
+)
+from tests.support.fal_endpoints import FACTS
 from tests.support.node import clients
 from tests.support.server_process import Server, free_port, serving
 from tests.support.tiny_redux import write_demo_with_redux
@@ -75,3 +82,8 @@ def test_python(full_client: httpx.Client, python_outputs: Outputs, endpoint: st
 @pytest.mark.parametrize("endpoint", FACTS)
 def test_node(full_client: httpx.Client, node_outputs: Outputs, endpoint: str) -> None:
     check_outputs(full_client, endpoint, node_outputs[endpoint])
+
+
+@pytest.mark.parametrize("endpoint", FACTS)
+def test_each_input_matters(full_client: httpx.Client, endpoint: str) -> None:
+    check_inputs_matter(full_client, endpoint, upload_inputs(full_client), upload_other_inputs(full_client))

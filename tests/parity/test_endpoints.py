@@ -37,6 +37,7 @@ ENDPOINT_FIELDS = {
     "loras": [{"path": "unused", "scale": 0.8}],
     "image_url": "unused",
     "mask_url": "unused",
+    "acceleration": "none",
 }
 
 
@@ -98,7 +99,9 @@ def check_parity(
     """Generate the request's image with the engine and with diffusers, and compare the two."""
     request: Any = discover()[endpoint].Input.model_validate(body)
     own_inputs = {location: path for location, path in inputs.items() if location.partition(".")[0] in body}
-    (image,) = finish_task(engine, engine.start(request, 9, own_inputs))
+    task = engine.start(request, 9, own_inputs)
+    assert task.acceleration == body.get("acceleration", "none")
+    (image,) = finish_task(engine, task)
     with Image.open(inputs["image_url"]) as source:
         assert image.size == source.size
     assert difference(image, diffusers_image(pipeline, request, image.size, inputs)) == 0
@@ -115,6 +118,14 @@ def test_every_endpoint_equals_its_diffusers_pipeline(
     pipeline = FluxPipeline.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
     body = body_of(endpoint, size, takes_all_steps=takes_all_steps)
     check_parity(engine, pipeline, endpoint, body, write_inputs(tmp_path, size, DEMO / LORA))
+
+
+def test_regular_equals_the_diffusers_pipeline_too(engine: FluxEngine, tmp_path: Path) -> None:
+    """Check the default of the fal-ai/flux-1 endpoints. On a CPU, this tier is ready at once, and runs as "none"."""
+    pipeline = FluxPipeline.from_pretrained(DEMO, dtype=engine.pipeline.transformer.dtype, local_files_only=True)
+    endpoint = "fal-ai/flux-1/dev"
+    body = {**body_of(endpoint, SIZE, takes_all_steps=False), "acceleration": "regular"}
+    check_parity(engine, pipeline, endpoint, body, write_inputs(tmp_path, SIZE, DEMO / LORA))
 
 
 @pytest.mark.thorough

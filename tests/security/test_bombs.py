@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -15,14 +15,17 @@ import msgpack
 import psutil
 import pytest
 
+from server.inputs import image_decoder
 from server.inputs.resolver import MAX_IMAGE_BYTES
 from tests.clients.test_realtime import receive, session
-from tests.support.hostile_images import PNG, chunk, in_between, png
+from tests.support.hostile_images import EMPTY_BLOCK, HIDDEN_PIXELS, PNG, chunk, hide_blocks, in_between, png
 from tests.support.server_process import TEST_MODELS, Server, serving
 
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
 #: Bytes by which the process may grow.
 MAX_GROWTH = 300 * 2**20
+#: Bytes of the processes that it starts, of which two may decode images at a time.
+MAX_CHILDREN = 2 * image_decoder.MAX_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,18 @@ def bombed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @contextmanager
 def unharmed(server: Server) -> Iterator[None]:
-    """Check that during the block the process grows little, answers other requests and logs no traceback."""
+    """Check that during the block the process grows little, answers other requests and logs no traceback.
+
+    The processes that it starts must be small too.
+    """
     process, is_over = psutil.Process(server.process.pid), threading.Event()
-    before, seen, answers = process.memory_info().rss, list[int](), list[int]()
+    before, seen, children, answers = process.memory_info().rss, list[int](), list[int](), list[int]()
 
     def watch() -> None:
         with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
             while not is_over.is_set():
                 seen.append(process.memory_info().rss)
+                children.append(children_bytes(process))
                 answers.append(client.get("/health").status_code)
 
     watcher = threading.Thread(target=watch)
@@ -54,7 +61,17 @@ def unharmed(server: Server) -> Iterator[None]:
         watcher.join()
     assert answers and set(answers) == {200}
     assert max(seen) - before < MAX_GROWTH, f"the process grew by {(max(seen) - before) / 2**20:.0f} MiB"
+    assert max(children) < MAX_CHILDREN, f"its children took {max(children) / 2**20:.0f} MiB"
     assert "Traceback" not in server.output
+
+
+def children_bytes(process: psutil.Process) -> int:
+    """Return the memory of the processes that a process started."""
+    num_bytes = 0
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            num_bytes += child.memory_info().rss
+    return num_bytes
 
 
 # -- the routes: each sends a body as it is, and returns the status and the body of the answer
@@ -114,6 +131,8 @@ IMAGES = {
     "texts": in_between(PNG, 33, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)) * 1000),
     "international text": in_between(PNG, 33, chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)),
     "frames": png(9000, 9000, chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), chunk(b"IDAT", ZEROS)),
+    "hidden pixels": HIDDEN_PIXELS,
+    "hidden blocks": hide_blocks(EMPTY_BLOCK, 7_000_000),
 }
 #: A valid image whose 65,000 metadata entries all claim to be larger than the file.
 BAD_METADATA = in_between(

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
-from tests.support.endpoint_requests import FACTS
+from tests.support.fal_endpoints import FACTS
 from tests.support.server_process import ROOT, serving
 
 OUTPUT = ROOT / "docs" / "endpoints.jpg"

@@ -71,11 +71,17 @@ def gif_size(content: bytes, offset: int, width: int, height: int) -> bytes:
     return content[:offset] + struct.pack("<HH", width, height) + content[offset + 4 :]
 
 
+def hide_blocks(extension: bytes, number: int) -> bytes:
+    """Build a GIF with a comment of `number` blocks, behind an extension and a block that looks like an image."""
+    return in_between(GIF, GIF_START, extension + b"," + bytes(44) + b"\0!\xfe" + b"\2ab" * number + b"\0")
+
+
 PNG, JPEG, WEBP = (encode(noise_image(), kind) for kind in ("PNG", "JPEG", "WEBP"))
 GIF, AVIF = encode(noise_image().quantize(), "GIF"), encode(noise_image(), "AVIF")
 #: The end of a GIF's palette of 256 colours, where extensions and images follow.
 GIF_START = 13 + 3 * 256
-#: An AVIF whose coded image has 16,000 x 16,000 pixels, and 96 x 80 according to its header. Making it takes a minute.
+#: The starts of extensions whose next block is empty, after which Pillow reads one more list of blocks.
+EMPTY_BLOCK, NETSCAPE = b"!\x01\0", b"!\xff\x0bNETSCAPE2.0\0"
 _HIDDEN_PIXELS = (
     "eNpjYGBQSCupLEgsy0xjAAIQnZuZZpibmZjm62joCBR6nZtaksgAAYoZKTlFUDZDQWZyCQMa4CvILMkFsxiBWC4zJz8ZxHEB8RkhoozCDAw8"
     "vkC2RmZmXhpcrRSQk8oE5SWWGRg65+fkg+3KyiwoKgDS3pkFyflAWiSzuCAVal8CEAcAsUBBZkUmSICZg4MDSPEklhk6N9qD1Qgn5+cU5SXn"
@@ -85,6 +91,8 @@ _HIDDEN_PIXELS = (
     "eWdQI1Jwp9nQqH76JObkwDftUbsWO+o30MGKeNKtaFXdcHQSf4bsRsW9T+c4XGPaKH3nylQbv7gFcQamX7+aG6suz5yxqN/+ueKH32LTDw2P"
     "YBqNidGYGI2J0ZgYjYnRmBiNidGYoE9MRNLMDwFD02haBbgBAHYNcPg="
 )
+#: An AVIF whose coded image has 16,000 x 16,000 pixels, and 96 x 80 according to its header. Making it takes a minute.
+HIDDEN_PIXELS = zlib.decompress(base64.b64decode(_HIDDEN_PIXELS))
 PROGRESSIVE = encode(noise_image(), "JPEG", progressive=True)
 #: 231 kB that decompress to 81 megapixels.
 BOMB = png(9000, 9000, pixels(9000, 9000))
@@ -138,10 +146,12 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a gif without pixels": (GIF[: GIF.index(b",", GIF_START) + 11] + b"\0;", LOAD),
     "two million extensions": (in_between(GIF, GIF_START, b"!\xfe\0" * 2_000_000), LOAD),
     "a comment of two million blocks": (in_between(GIF, GIF_START, b"!\xfe" + b"\1a" * 2_000_000 + b"\0"), LOAD),
+    "two million blocks behind an empty block": (hide_blocks(EMPTY_BLOCK, 2_000_000), LOAD),
+    "two million blocks behind an empty block of NETSCAPE2.0": (hide_blocks(NETSCAPE, 2_000_000), LOAD),
     "two million bytes outside extensions": (in_between(GIF, GIF_START, bytes(2_000_000)), LOAD),
     "truncated gif": (GIF[: GIF_START + 2000], LOAD),
     "an avif with a false size": (avif_size(AVIF, 9000, 9000), SIZE),
-    "an avif with hidden pixels": (zlib.decompress(base64.b64decode(_HIDDEN_PIXELS)), LOAD),
+    "an avif with hidden pixels": (HIDDEN_PIXELS, LOAD),
     "truncated avif": (AVIF[: len(AVIF) // 2], FORMAT),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), FORMAT),
     "heic under another name": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(64), FORMAT),

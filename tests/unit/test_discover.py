@@ -70,9 +70,21 @@ def test_a_module_may_offer_one_model_and_several(tmp_path: Path) -> None:
     assert added == {"test/single", "test/first"}
 
 
-def test_a_module_without_the_models_that_its_text_names_is_an_error(tmp_path: Path) -> None:
-    write_module(tmp_path, "discover_only_text", '"""\nMODELS is in this text only.\n"""\n')
-    with pytest.raises(AttributeError, match="MODEL"):
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("discover_only_text", '"""\nMODELS is in this text only.\n"""\n'),
+        ("discover_empty", "MODELS = ()\n"),
+        ("discover_names", 'MODELS = ("test/one", "test/two")\n'),
+        ("discover_text", 'MODELS = "test/one"\n'),
+        ("discover_number", "MODEL = 1\n"),
+        ("discover_no_tuple", NULL.format(endpoint="test/one").replace("MODEL =", "MODELS =")),
+        ("discover_class", "from models.flux_dev import FluxDev\n\nMODELS = (FluxDev,)\n"),
+    ],
+)
+def test_a_module_without_models_is_an_error_that_names_the_file(tmp_path: Path, name: str, source: str) -> None:
+    write_module(tmp_path, name, source)
+    with pytest.raises(ValueError, match=rf"{name}\.py: MODEL must be a model, and MODELS a tuple of models"):
         discover(tmp_path)
 
 

@@ -1,16 +1,14 @@
 """The schema of every endpoint against fal's: fields, required fields, defaults, ranges and choices."""
 
-import json
 from typing import Any
 
 import pytest
 
 from models import discover
+from models.schema import EXAMPLE_IMAGE
 from server.api.fal_openapi import component_schemas
-from tests.support.server_process import ROOT
+from tests.support.fal_endpoints import FACTS
 
-#: What is known of fal's inputs, by endpoint and field. A field without a default there is empty or false by default.
-FACTS = json.loads((ROOT / "tests" / "support" / "fal_endpoints.json").read_text(encoding="utf-8"))
 MODELS = discover()
 
 
@@ -46,6 +44,21 @@ def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
         assert field.get("enum") == fact.get("enum"), name
         if "range" in fact:
             assert [field["minimum"], field["maximum"]] == fact["range"], name
+
+
+@pytest.mark.parametrize("endpoint", MODELS)
+def test_the_metadata_of_an_image_holds_only_fields_of_its_request(endpoint: str) -> None:
+    model = MODELS[endpoint]
+    required = {"prompt": "x", "image_url": EXAMPLE_IMAGE, "mask_url": EXAMPLE_IMAGE}
+    parameters = set(model.metadata(model.Input.model_validate(required), 1))
+    assert parameters - {"endpoint", "lora_scales"} <= set(model.Input.model_fields)
+
+
+def test_the_description_of_the_strength_fits_the_endpoint() -> None:
+    for endpoint in ("fal-ai/flux-lora", "fal-ai/flux-krea-lora"):
+        fields = schema_of(f"{endpoint}/inpainting")["properties"]
+        assert "white areas of the mask" in fields["strength"]["description"]
+        assert "mask" not in schema_of(f"{endpoint}/image-to-image")["properties"]["strength"]["description"]
 
 
 def test_no_two_endpoints_have_different_inputs_of_one_name() -> None:

@@ -244,9 +244,14 @@ def test_invalid_scales_are_rejected(user: httpx.Client, scale: Any) -> None:
     assert response.json()["detail"][0]["loc"] == ["body", "loras", 0, "scale"]
 
 
-def test_the_number_of_loras_is_limited(user: httpx.Client) -> None:
-    assert_accepted(user, *[data_uri(GOOD)] * MAX_LORAS)
-    assert send(user, *[data_uri(GOOD)] * (MAX_LORAS + 1)).json()["detail"][0]["loc"] == ["body", "loras"]
+def test_the_number_of_loras_is_limited(user: httpx.Client, running: Server) -> None:
+    """Send files that differ, because equal data URIs are one file."""
+    before = len(stored(running))
+    files = [save({"x.lora_A.weight": numpy.full((4, 8), n, "float16")}) for n in range(1000, 1001 + MAX_LORAS)]
+    assert send(user, *map(data_uri, files)).json()["detail"][0]["loc"] == ["body", "loras"]
+    assert len(stored(running)) == before
+    assert_accepted(user, *map(data_uri, files[1:]))
+    assert len(stored(running)) == before + MAX_LORAS
 
 
 # -- how long files stay
