@@ -19,6 +19,7 @@ from models.flux.acceleration import Tier, random_inputs
 from models.loading import fp8
 from models.schema import PRESETS
 from tests.cuda.fake_gpu import A100, H100, RTX_4090, RTX_5090, Compiled, Model, fake_gpu
+from tests.cuda.recorder import recorded
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(1200)]
 
@@ -90,7 +91,9 @@ def quantized_clone(plan: str) -> Any:
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         if plan == "fp8":
             placed = transformer()
-            fp8.quantize(placed, "cuda")
+            # Moving a module's fake parameters needs what the recorder replaces.
+            with recorded():
+                fp8.quantize(placed, "cuda")
             return compilation.clone_sharing_weights(placed)
         clone = compilation.clone_sharing_weights(transformer())
         fp8.quantize(clone)
