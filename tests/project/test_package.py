@@ -165,7 +165,7 @@ def follow(test: str, place: Path) -> None:
             times.append(f"first image of 1024x768 after {time.monotonic() - started:.0f} s")
             assert size == (1024, 768)
             encoded = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-            request |= {"image_url": encoded, "num_inference_steps": 4}
+            request |= {"image_url": encoded, "num_inference_steps": 10}
             assert generate(client, "fal-ai/flux/dev/image-to-image", request)[0] == (1024, 768)
         (device,) = re.findall(r"computing in (.*) \[", server.output)
         print(", ".join((*times, device)))
