@@ -42,8 +42,6 @@ FOREIGN = {
         "--build-arg",
         "--from",
         "--torch-backend",
-        "--pip-args",
-        "--extra-index-url",
     ),
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
