@@ -25,8 +25,9 @@ from tests.support.server_process import ROOT, Server, free_port, serving
 
 CONFIGURED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = CONFIGURED["project"]["version"]
+SETUPTOOLS = CONFIGURED["tool"]["setuptools"]
 #: The directories and modules that the wheel installs.
-INSTALLED = sorted({name.partition(".")[0] for name in CONFIGURED["tool"]["setuptools"]["packages"]})
+INSTALLED = {name.partition(".")[0] for name in (*SETUPTOOLS["packages"], *SETUPTOOLS.get("py-modules", ()))}
 #: Tracked files below them that are left out, because only the training and the evaluation of the demo use them.
 LEFT_OUT = ("models/demo/judge/", "models/demo/recipe/")
 MAX_BYTES = 25_000_000
