@@ -3,7 +3,7 @@
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
-# make release   builds the packages of the last commit into dist/, and tries every way to install them, in five minutes
+# make release   builds the packages of the last commit into dist/, and tries every way to install them
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
