@@ -3,6 +3,7 @@
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
+# make release   builds the packages of the last commit into dist/, and tries every way to install them, in five minutes
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
@@ -29,13 +30,14 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers cuda-proof demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers cuda-proof release demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/support/js/node_modules
-	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough" $(ARGS)
+	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough \
+		and not release" $(ARGS)
 
 # Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint
@@ -49,7 +51,7 @@ cluster: lint tests/support/js/node_modules
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
 test-all: lint tests/support/js/node_modules
-	$(BIN)/pytest -m "not soak and not cuda" $(ARGS)
+	$(BIN)/pytest -m "not soak and not cuda and not release" $(ARGS)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -76,6 +78,17 @@ peers: .venv/dev.done build/peers/installed.done
 cuda-proof: build/cuda/installed.done
 	build/cuda/bin/python -m pytest tests/cuda -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
 
+# The wheel of a commit has the same bytes each time, because its times are those of the commit.
+release: .venv/dev.done
+	rm -rf dist build/release
+	mkdir -p build/release
+	git archive HEAD | tar -x -C build/release
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist build/release
+	PACKAGES=dist $(BIN)/pytest tests/project/test_package.py -rP $(ARGS)
+	$(BIN)/python -m zipfile --list dist/*.whl
+	$(BIN)/python -m tarfile --list dist/*.tar.gz
+	cd dist && sha256sum *.whl *.tar.gz | tee SHA256SUMS
+
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -85,7 +98,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv build/cuda build/peers tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv dist build/cuda build/peers build/release tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

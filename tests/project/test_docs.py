@@ -40,6 +40,8 @@ FOREIGN = {
         "--data-binary",
         "--block",
         "--build-arg",
+        "--from",
+        "--torch-backend",
     ),
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
