@@ -3,6 +3,7 @@
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
+# make generators   generates clients from the OpenAPI documents, and images with each; needs npm and a Java runtime
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
@@ -29,13 +30,13 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers cuda-proof demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers cuda-proof generators demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/support/js/node_modules
-	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough" $(ARGS)
+	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not generators and not thorough" $(ARGS)
 
 # Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint
@@ -48,7 +49,7 @@ cluster: lint tests/support/js/node_modules
 	$(BIN)/pytest -m cluster $(ARGS)
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
-test-all: lint tests/support/js/node_modules
+test-all: lint tests/support/js/node_modules build/generators/installed.done
 	$(BIN)/pytest -m "not soak and not cuda" $(ARGS)
 
 lint: .venv/dev.done
@@ -76,6 +77,10 @@ peers: .venv/dev.done build/peers/installed.done
 cuda-proof: build/cuda/installed.done
 	build/cuda/bin/python -m pytest tests/cuda -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
 
+# The generators run in a separate environment, because they need other versions of the server's packages.
+generators: .venv/dev.done build/generators/installed.done tests/support/js/node_modules
+	$(BIN)/pytest tests/generators -m generators $(ARGS)
+
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -85,7 +90,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv build/cuda build/peers tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv build/cuda build/generators build/peers tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -109,6 +114,11 @@ build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 build/peers/installed.done: bench/peer_servers/requirements.txt
 	$(PYTHON) -m venv --clear build/peers
 	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peer_servers/requirements.txt
+	touch $@
+
+build/generators/installed.done: tests/support/generators/requirements.txt
+	$(PYTHON) -m venv --clear build/generators
+	build/generators/bin/python -m pip --disable-pip-version-check install -q -r tests/support/generators/requirements.txt
 	touch $@
 
 # Without npm, pytest skips the tests of the Node SDKs and says why.
