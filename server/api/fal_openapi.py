@@ -14,6 +14,22 @@ from server.api.schemas.queue import Cancellation, QueueStatus
 #: The license of the program whose API the documents describe.
 LICENSE = {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
 
+_REQUEST_ID = {
+    "name": "request_id",
+    "in": "path",
+    "required": True,
+    "description": "The request id that the submit returned.",
+    "schema": {"type": "string"},
+}
+_LOGS = {
+    "name": "logs",
+    "in": "query",
+    "required": False,
+    "description": "With 1, the status contains the log.",
+    # A number, as in fal's document.
+    "schema": {"type": "number"},
+}
+
 
 def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
     """Build an OpenAPI 3.0.4 document in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
@@ -46,56 +62,21 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
 
 
 def _paths(model: Model) -> dict[str, Any]:
-    request = f"/{model.endpoint}/requests/{{request_id}}"
-    body = {"requestBody": {"required": True, "content": _json(model.Input.__name__)}}
-    logs = {
-        "name": "logs",
-        "in": "query",
-        "required": False,
-        "description": "With 1, the status contains the log.",
-        "schema": {"type": "number"},
-    }
-    request_id = {
-        "name": "request_id",
-        "in": "path",
-        "required": True,
-        "description": "The request id that the submit returned.",
-        "schema": {"type": "string"},
-    }
+    request, output = f"/{model.endpoint}/requests/{{request_id}}", model.Output.__name__
     done, pending = ("200", "The request status."), ("202", "The status of a request that is not done yet.")
+    cancelled = ("200", "The request was cancelled.")
+    stopping = ("202", "The request is running, and stops after its next step.")
+    submit = _operation("submit", "Submit a request to the queue", "QueueStatus", done)
+    status = _operation("get_status", "Get the status of a request", "QueueStatus", done, pending)
+    cancel = _operation("cancel", "Cancel a request", "Cancellation", cancelled, stopping)
+    result = _operation("get_result", "Get the result of a request", output, ("200", "Result of the request."))
     return {
         f"/{model.endpoint}": {
-            "post": {**_operation("submit", "Submit a request to the queue", "QueueStatus", done), **body}
+            "post": {**submit, "requestBody": {"required": True, "content": _json(model.Input.__name__)}}
         },
-        f"{request}/status": {
-            "get": {
-                **_operation("get_status", "Get the status of a request", "QueueStatus", done, pending),
-                "parameters": [request_id, logs],
-            }
-        },
-        f"{request}/cancel": {
-            "put": {
-                **_operation(
-                    "cancel",
-                    "Cancel a request",
-                    "Cancellation",
-                    ("200", "The request was cancelled."),
-                    ("202", "The request is running, and stops after its next step."),
-                ),
-                "parameters": [request_id],
-            }
-        },
-        request: {
-            "get": {
-                **_operation(
-                    "get_result",
-                    "Get the result of a request",
-                    model.Output.__name__,
-                    ("200", "Result of the request."),
-                ),
-                "parameters": [request_id],
-            }
-        },
+        f"{request}/status": {"get": {**status, "parameters": [_REQUEST_ID, _LOGS]}},
+        f"{request}/cancel": {"put": {**cancel, "parameters": [_REQUEST_ID]}},
+        request: {"get": {**result, "parameters": [_REQUEST_ID]}},
     }
 
 

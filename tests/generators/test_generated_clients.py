@@ -96,6 +96,17 @@ def test_openapi_generator_finds_nothing_to_recommend(documents: Path, name: str
     assert "No validation issues detected" in output
 
 
+def test_the_commands_of_the_page(server: Server, tmp_path: Path) -> None:
+    mark = "<!-- run by tests/generators/test_generated_clients.py::test_the_commands_of_the_page -->\n```bash\n"
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    commands = page.partition(mark)[2].partition("```")[0].replace("http://127.0.0.1:8000", server.url)
+    # npx takes the package from here.
+    (tmp_path / "node_modules").symlink_to(JS / "node_modules")
+    call(["bash", "-euc", commands], cwd=tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"flux-python", "flux-typescript", "flux-server-client", "flux.d.ts"} <= written
+
+
 def test_openapi_generator_for_python(server: Server, documents: Path, tmp_path: Path) -> None:
     for name in "whole", "queue":
         target = ["-g", "python", "-o", tmp_path, "--package-name", f"{name}_client"]

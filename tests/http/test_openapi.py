@@ -14,7 +14,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
-from tests.support.server_process import Gate, Server
+from tests.support.server_process import TEST_MODELS, Gate, Server, serving
 
 FLUX = "fal-ai/flux/dev"
 
@@ -188,6 +188,16 @@ def test_redocly_finds_nothing(node: None, client: httpx.Client, document: Any, 
         paths.append(tmp_path / f"{endpoint.replace('/', '_')}.json")
         paths[-1].write_bytes(answer.content)
     done = redocly(*paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_redocly_finds_nothing_with_automatic1111(node: None, tmp_path: Path) -> None:
+    with serving(tmp_path / "data", TEST_MODELS, a1111="true") as running, httpx.Client(trust_env=False) as client:
+        answer = client.get(f"{running.url}/openapi.json").raise_for_status()
+    assert "/sdapi/v1/txt2img" in answer.json()["paths"]
+    whole = tmp_path / "openapi.json"
+    whole.write_bytes(answer.content)
+    done = redocly(whole)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

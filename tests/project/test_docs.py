@@ -40,6 +40,8 @@ FOREIGN = {
         "--data-binary",
         "--block",
         "--build-arg",
+        "--path",
+        "--default-non-nullable",
     ),
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),

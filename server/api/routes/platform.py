@@ -6,10 +6,10 @@ host name /v1/models belongs to OpenAI's API.
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from models.base import Model
 from models.schema import MAX_PROMPT_LENGTH
@@ -17,6 +17,7 @@ from server.api import fal_openapi, validation
 from server.api.dependencies import authenticate, get_model, get_services, read_when_room
 from server.api.middleware.rewrite import PLATFORM
 from server.api.operations import json_body, query_parameters
+from server.api.platform_queries import Estimate, ModelsQuery, PricingQuery, RequestsQuery, UsageQuery
 from server.api.responses import FalJSONResponse
 from server.api.schemas.platform import (
     CostEstimate,
@@ -50,64 +51,6 @@ _ITEM_BYTES = 2 * MAX_PROMPT_LENGTH
 _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 Q = TypeVar("Q", bound=BaseModel)
-
-
-def _separated(value: object) -> object:
-    return [part for each in value for part in str(each).split(",") if part] if isinstance(value, list) else value
-
-
-Endpoints = Annotated[list[str], BeforeValidator(_separated)]
-
-
-class RequestsQuery(BaseModel):
-    """fal's parameters for finished requests. Unlike at fal, endpoint_id is optional; the default is all endpoints."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    limit: int = Field(50, ge=1, le=100)
-    cursor: str | None = None
-    start: datetime | None = None
-    end: datetime | None = None
-    status: Literal["success", "error", "user_error"] | None = None
-    request_id: str | None = None
-    expand: Annotated[list[Literal["payloads"]], BeforeValidator(_separated)] = []
-    sort_by: Literal["ended_at"] = "ended_at"
-
-
-class ModelsQuery(BaseModel):
-    """fal's parameters for its model search. `cursor` is the index of the page's first model."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    q: str = ""
-    category: str | None = None
-    status: Literal["active", "deprecated"] | None = None
-    expand: Annotated[list[Literal["openapi-3.0", "enterprise_status"]], BeforeValidator(_separated)] = []
-    limit: int = Field(50, ge=1, le=100)
-    cursor: int = Field(0, ge=0)
-
-
-class PricingQuery(BaseModel):
-    """fal's parameters for prices."""
-
-    endpoint_id: Endpoints = Field(min_length=1, max_length=50)
-
-
-class UsageQuery(BaseModel):
-    """fal's parameters for usage. This server counts usage by day, in UTC."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    start: datetime | None = None
-    end: datetime | None = None
-    timeframe: Literal["day"] = "day"
-    timezone: Literal["UTC"] = "UTC"
-    bound_to_timeframe: bool = True
-    expand: Annotated[list[Literal["time_series", "summary", "auth_method"]], BeforeValidator(_separated)] = []
-
-
-class Estimate(BaseModel):
-    """A planned number of calls or units for each endpoint."""
-
-    estimate_type: Literal["historical_api_price", "unit_price"]
-    endpoints: dict[str, dict[str, float]] = Field(min_length=1, max_length=50)
 
 
 @router.get(
