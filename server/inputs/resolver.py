@@ -21,7 +21,7 @@ from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
 from server.inputs.spool import Spool, too_large
 from server.net.outbound import ForbiddenURL, OutboundClient
-from server.storage.file_store import FileStore, disk_errors
+from server.storage.file_store import NAME, FileStore, disk_errors
 
 MAX_IMAGE_BYTES = 25 * 2**20
 #: The most bytes of a realtime input: enough for the largest image as a data URI, and for the other fields.
@@ -31,7 +31,7 @@ MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many URLs are remembered with the ETags of their files, and the longest of these URLs, in characters.
 MAX_KNOWN = 10_000
 MAX_CACHED_URL = 1024
-_OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
+_OWN_PATH = re.compile(rf"/files/({NAME.pattern})")
 #: The longest URL of a file, in characters; data URIs may be longer.
 MAX_URL = 8192
 #: Characters of base64 that are decoded at a time: a multiple of four, because four characters are three bytes.

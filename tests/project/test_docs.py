@@ -42,6 +42,8 @@ FOREIGN = {
         "--build-arg",
         "--from",
         "--torch-backend",
+        "--path",
+        "--default-non-nullable",
     ),
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),

@@ -18,7 +18,9 @@ from pydantic_core import from_json, to_json
 from server.api import validation
 from server.api.dependencies import get_services, parse_request_body, result_response_of
 from server.api.model_names import PROMPT, accepts
+from server.api.operations import json_body
 from server.api.responses import FalJSONResponse, result_response, with_request_id
+from server.api.schemas.a1111 import A1111Images, Checkpoint, ChosenOptions, Progress
 from server.api.wait import wait_for_outcome
 from server.errors import InvalidInput
 from server.inputs.spool import SpooledBody
@@ -112,14 +114,14 @@ class ImageToImage(TextToImage):
         return {"image_url": self.init_images[0], **({"mask_url": self.mask} if self.mask else {})}
 
 
-@router.get("/options")
+@router.get("/options", summary="Get the chosen checkpoint", response_model=ChosenOptions)
 async def options(request: Request) -> Response:
     """Return the endpoint that requests use, as AUTOMATIC1111's checkpoint."""
     owner = _authenticate(request)
     return FalJSONResponse({"sd_model_checkpoint": _checkpoint(request, owner), "samples_format": "png"})
 
 
-@router.post("/options")
+@router.post("/options", summary="Choose the checkpoint", response_model=None, openapi_extra=json_body(Options))
 async def set_options(request: Request) -> Response:
     """Choose the endpoint for the further requests of this key."""
     services, owner = get_services(request), _authenticate(request)
@@ -130,7 +132,7 @@ async def set_options(request: Request) -> Response:
     return FalJSONResponse(None)
 
 
-@router.get("/sd-models")
+@router.get("/sd-models", summary="List the checkpoints", response_model=list[Checkpoint])
 async def sd_models(request: Request) -> Response:
     """List the endpoints that generate images from a prompt, as AUTOMATIC1111's checkpoints."""
     _authenticate(request)
@@ -140,7 +142,7 @@ async def sd_models(request: Request) -> Response:
     return FalJSONResponse([{"title": name, "model_name": name, "filename": name, **unknown} for name in endpoints])
 
 
-@router.get("/progress")
+@router.get("/progress", summary="Get the progress of the last request", response_model=Progress)
 async def progress(request: Request) -> Response:
     """Return how much of the key's last request is done, from 0 to 1; 0 if it has ended."""
     job = _session(request, _authenticate(request)).job
@@ -158,13 +160,18 @@ async def progress(request: Request) -> Response:
     )
 
 
-@router.post("/txt2img")
+@router.post(
+    "/txt2img",
+    summary="Generate images from a prompt",
+    response_model=A1111Images,
+    openapi_extra=json_body(TextToImage),
+)
 async def txt2img(request: Request) -> Response:
     """Generate images from a prompt."""
     return await _generate(request, TextToImage)
 
 
-@router.post("/img2img")
+@router.post("/img2img", summary="Change an image", response_model=A1111Images, openapi_extra=json_body(ImageToImage))
 async def img2img(request: Request) -> Response:
     """Change an image, or repaint the white part of its mask."""
     return await _generate(request, ImageToImage)

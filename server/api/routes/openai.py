@@ -1,9 +1,9 @@
 """OpenAI's images API on top of the queue: generations, edits, variations and models, under /v1."""
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Path, Request, Response
 from pydantic_core import to_json
 from starlette.routing import Match, Route
 
@@ -18,32 +18,51 @@ from server.api.dependencies import (
 )
 from server.api.openai.answers import answer, events
 from server.api.openai.requests import ImagesRequest, VariationRequest, translate_form
+from server.api.operations import ERRORS, content, form_body, json_body
 from server.api.responses import FalJSONResponse, with_request_id
+from server.api.schemas.errors import OpenAIProblem
+from server.api.schemas.openai import OpenAIImages, OpenAIModel, OpenAIModels
 from server.api.sse import EventStream
 from server.api.wait import cancel_on_disconnect, wait_for_outcome
 from server.errors import NotFound
 from server.queue.jobs import Mode, Submission
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(
+    prefix="/v1",
+    tags=["openai"],
+    responses={code: {**error, "model": OpenAIProblem} for code, error in ERRORS.items()},
+)
 
+_IMAGES: dict[str, Any] = {
+    "response_model": OpenAIImages,
+    "response_description": "The images. With `stream`, events with previews and images as JSON.",
+    "responses": {200: content("text/event-stream")},
+}
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
-@router.get("/models")
+@router.get("/models", summary="List the models", response_model=OpenAIModels)
 async def models(request: Request) -> Response:
     """List the names of the models that are served, as OpenAI lists models."""
     authenticate(request)
-    return FalJSONResponse({"object": "list", "data": [_model(request, name) for name in _names(request)]})
+    return FalJSONResponse(OpenAIModels(object="list", data=[_model(request, name) for name in _names(request)]))
 
 
-@router.get("/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
+@router.get("/models/{name:path}", summary="Get a model", response_model=OpenAIModel)
+async def model(
+    request: Request, name: Annotated[str, Path(description="The name of the model.", examples=["gpt-image-1"])]
+) -> Response:
     """Describe one model, as OpenAI does."""
     authenticate(request)
     return FalJSONResponse(_model(request, name))
 
 
-@router.post("/images/generations")
+@router.post(
+    "/images/generations",
+    summary="Generate images from a prompt",
+    openapi_extra=json_body(ImagesRequest),
+    **_IMAGES,
+)
 async def generations(request: Request) -> Response:
     """Generate images and return them; with `stream`, send events with previews and then the images."""
     services, owner = get_services(request), authenticate(request)
@@ -55,13 +74,23 @@ async def generations(request: Request) -> Response:
     return await _respond(request, submission, sent)
 
 
-@router.post("/images/edits")
+@router.post(
+    "/images/edits",
+    summary="Change an image",
+    openapi_extra=form_body(ImagesRequest, "image", "mask"),
+    **_IMAGES,
+)
 async def edits(request: Request) -> Response:
     """Edit the image of a form: repaint where its mask is transparent, or without a mask, change the whole image."""
     return await _change(request, ImagesRequest)
 
 
-@router.post("/images/variations")
+@router.post(
+    "/images/variations",
+    summary="Generate variations of an image",
+    openapi_extra=form_body(VariationRequest, "image"),
+    **_IMAGES,
+)
 async def variations(request: Request) -> Response:
     """Generate variations of the image of a form."""
     return await _change(request, VariationRequest)
@@ -110,6 +139,6 @@ def _names(request: Request) -> list[str]:
     return get_services(request).model_names.names()
 
 
-def _model(request: Request, name: str) -> dict[str, Any]:
+def _model(request: Request, name: str) -> OpenAIModel:
     owner = get_services(request).model_names.find(name).endpoint.split("/")[0]
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+    return OpenAIModel(id=name, object="model", created=0, owned_by=owner)

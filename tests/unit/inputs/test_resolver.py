@@ -82,9 +82,10 @@ def test_a_hosted_file_is_accepted(alice: httpx.Client, httpserver: HTTPServer) 
     assert are_equal(engine_input(alice, httpserver.url_for("/image.png")), noise_image())
 
 
-def test_an_uploaded_file_is_accepted(alice: httpx.Client) -> None:
+@pytest.mark.parametrize("file_name", ["in.png", "an_image.safetensors"])
+def test_an_uploaded_file_is_accepted_for_its_bytes_not_its_name(alice: httpx.Client, file_name: str) -> None:
     headers = {"host": "rest.fal.ai"}
-    file_info = {"content_type": "image/png", "file_name": "in.png"}
+    file_info = {"content_type": "image/png", "file_name": file_name}
     upload = alice.post("/storage/upload/initiate", json=file_info, headers=headers).json()
     alice.put(
         upload["upload_url"], content=encode(noise_image()), headers={"content-type": "image/png"}
