@@ -5,7 +5,6 @@ and LibreChat also speak AUTOMATIC1111's.
 """
 
 import base64
-import io
 import json
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import pytest
 from PIL import Image
 
 from tests.support.error_bodies import error_message, first_field_error
-from tests.support.hostile_images import BOMB, encode
+from tests.support.hostile_images import BOMB
+from tests.support.image_files import decode, encode
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until
 
 BLUE, RED = (0, 0, 255), (255, 0, 0)
@@ -37,12 +37,6 @@ def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def http(chat_server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=chat_server.url, timeout=60, trust_env=False) as client:
         yield client
-
-
-def decode(content: str) -> Image.Image:
-    image = Image.open(io.BytesIO(base64.b64decode(content)))
-    image.load()
-    return image
 
 
 # -- OpenAI's API: the body of each program's request for a generation, and whether it expects base64
@@ -184,8 +178,10 @@ def test_automatic1111s_image_to_image(http: httpx.Client, start: str) -> None:
     assert answer.status_code == 200, answer.text
     assert decode(answer.json()["images"][0]).tobytes() == image.tobytes()
     white = base64.b64encode(encode(Image.new("L", (1600, 1200), 255))).decode()
-    masked = http.post("/sdapi/v1/img2img", json={**body, "mask": white, "width": 128, "height": 96}, headers=BEARER)
-    assert decode(masked.json()["images"][0]).getpixel((9, 9)) == RED
+    for size in ({}, {"width": 128, "height": 96}):
+        masked = http.post("/sdapi/v1/img2img", json={**body, "mask": white, **size}, headers=BEARER)
+        repainted = decode(masked.json()["images"][0])
+        assert (repainted.size, repainted.getpixel((9, 9))) == ((1600, 1200), RED)
 
 
 def test_automatic1111s_errors(chat_server: Server, http: httpx.Client) -> None:
@@ -207,11 +203,16 @@ def test_automatic1111s_errors(chat_server: Server, http: httpx.Client) -> None:
     for path, body, loc in bodies:
         error = first_field_error(http.post(f"/sdapi/v1/{path}", json={**body, **chosen}, headers=BEARER))
         assert error["loc"] == ["body", *loc], (path, body)
+    for body in ({"batch_size": 9}, {"n_iter": 9}, {"batch_size": 3, "n_iter": 2}):
+        error = first_field_error(http.post("/sdapi/v1/txt2img", json={**body, **chosen}, headers=BEARER))
+        assert error["msg"] == "batch_size times n_iter should be less than or equal to 4"
     wanted = {"sd_model_checkpoint": "sdxl"}
     for path, body in (("txt2img", {"override_settings": wanted}), ("options", wanted)):
         error_message(http.post(f"/sdapi/v1/{path}", json=body, headers=BEARER), 404)
     for headers in ({}, {"authorization": "Basic !"}, {"authorization": f"Basic {base64.b64encode(b'a:b').decode()}"}):
-        assert http.get("/sdapi/v1/options", headers=headers).status_code == 401
+        answer = http.get("/sdapi/v1/options", headers=headers)
+        assert "ID:SECRET" in error_message(answer, 401)
+        assert answer.headers["www-authenticate"] == 'Basic realm="flux-server", Bearer, Key'
     assert not list((chat_server.data_dir / "inputs").glob("*.part"))
 
 
