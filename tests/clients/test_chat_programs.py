@@ -1,7 +1,7 @@
-"""Tests that replay the requests of chat programs and libraries for images, written from their sources.
+"""Tests that replay the requests of chat programs for images, written from their sources.
 
-Open WebUI, LibreChat, AnythingLLM, LiteLLM, LangChain's DALL-E wrapper and the AI SDK speak OpenAI's API. Open WebUI
-and LibreChat also speak AUTOMATIC1111's.
+Open WebUI, LibreChat and AnythingLLM speak OpenAI's API. Open WebUI and LibreChat also speak AUTOMATIC1111's. Packages
+that can be installed are in test_chat_packages.py; their requests here are for runs without these packages.
 """
 
 import base64
@@ -42,11 +42,13 @@ def http(chat_server: Server) -> Iterator[httpx.Client]:
 # -- OpenAI's API: the body of each program's request for a generation, and whether it expects base64
 
 GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    # Open WebUI at 02530d5: image_generations in backend/open_webui/routers/images.py
     "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "auto"}, True),
     "Open WebUI, older model": (
         {"model": "dall-e-2", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
         True,
     ),
+    # LibreChat of 2026: imageGenTool in api/app/clients/tools/structured/OpenAIImageTools.js
     "LibreChat": (
         {
             "model": "gpt-image-1",
@@ -60,16 +62,21 @@ GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
         },
         True,
     ),
+    # LibreChat of 2026: api/app/clients/tools/structured/DALLE3.js
     "LibreChat's DALL-E": (
         {"model": "dall-e-3", "quality": "standard", "style": "vivid", "size": "1024x1024", "prompt": "a fish", "n": 1},
         False,
     ),
+    # LiteLLM 1.110.2: litellm/llms/openai/image_generation
     "LiteLLM": ({"model": "gpt-image-1", "prompt": "a fish", "user": "alice", "quality": "low"}, True),
+    # langchain-community 0.4.2: langchain_community/utilities/dalle_image_generator.py
     "LangChain": (
         {"model": "dall-e-3", "prompt": "a fish", "n": 1, "size": "1024x1024", "quality": "standard"},
         False,
     ),
+    # AnythingLLM since pull request 6176: server/utils/ImageGenerators/localAi/index.js
     "AnythingLLM": ({"model": "dall-e-2", "prompt": "a fish", "size": "1024x1024", "n": 1}, False),
+    # @ai-sdk/openai 3.0.141: src/image/openai-image-model.ts
     "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "1024x1024"}, True),
     "AI SDK, unknown model": (
         {"model": "flux", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
@@ -93,6 +100,8 @@ def test_generations(http: httpx.Client, body: dict[str, Any], is_base64: bool) 
         assert http.get(datum["url"]).headers["content-type"] == "image/png"
 
 
+#: The edits of the same versions: image_edits of Open WebUI, imageEditTool of LibreChat, LiteLLM's image_edit, and the
+#: image model of the AI SDK.
 EDITS: dict[str, tuple[dict[str, str], str]] = {
     "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
     "Open WebUI, a list": ({"model": "dall-e-2", "prompt": "a fish", "response_format": "b64_json"}, "image[]"),
@@ -125,7 +134,7 @@ def test_an_edit_in_a_blob_without_a_name(http: httpx.Client) -> None:
 
 
 def test_open_webui_with_automatic1111(http: httpx.Client) -> None:
-    """Verify the URL, list the models, choose one, and generate, as Open WebUI does."""
+    """Verify the URL, list the models, choose one, and generate, as backend/open_webui/routers/images.py at 02530d5."""
     options = http.get("/sdapi/v1/options", headers=BASIC).json()
     titles = {model["title"]: model["model_name"] for model in http.get("/sdapi/v1/sd-models", headers=BASIC).json()}
     assert options["sd_model_checkpoint"] in titles
@@ -145,6 +154,7 @@ def test_open_webui_with_automatic1111(http: httpx.Client) -> None:
 
 
 def test_librechat_with_automatic1111(http: httpx.Client) -> None:
+    """Send the request of api/app/clients/tools/structured/StableDiffusion.js, with a seed and a checkpoint."""
     body = {
         "prompt": "a fish",
         "negative_prompt": "a bird",
