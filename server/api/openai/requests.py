@@ -85,7 +85,7 @@ class CommonRequest(BaseModel):
         return {**(self.model_extra or {}), **fields}
 
 
-class VariationsRequest(CommonRequest):
+class VariationRequest(CommonRequest):
     """A request for variations of an image."""
 
 

@@ -15,7 +15,7 @@ from server.api.dependencies import (
     receive_body,
     receive_form,
 )
-from server.api.openai.requests import CommonRequest, ImagesRequest, VariationsRequest, translate_form
+from server.api.openai.requests import CommonRequest, ImagesRequest, VariationRequest, translate_form
 from server.api.openai.responses import events, images_response
 from server.api.responses import FalJSONResponse, with_request_id
 from server.api.sse import EventStream
@@ -63,7 +63,7 @@ async def edits(request: Request) -> Response:
 @router.post("/images/variations")
 async def variations(request: Request) -> Response:
     """Generate variations of the image of a form."""
-    return await _change(request, VariationsRequest)
+    return await _change(request, VariationRequest)
 
 
 @router.api_route("", methods=_METHODS, include_in_schema=False)

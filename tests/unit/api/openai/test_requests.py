@@ -12,7 +12,7 @@ from PIL import Image
 from models.base import Model
 from models.schema import Limits
 from server.api.model_names import ModelNames
-from server.api.openai.requests import Encoding, ImagesRequest, VariationsRequest, translate_form
+from server.api.openai.requests import Encoding, ImagesRequest, VariationRequest, translate_form
 from server.errors import InvalidInput
 from server.inputs.form import SpooledForm
 from server.inputs.resolver import MAX_IMAGE_BYTES
@@ -79,7 +79,7 @@ def test_an_image_and_its_mask_are_cropped_to_the_size_rather_than_stretched(tmp
 
 
 def test_the_size_of_variations_is_no_size_of_their_image(form: SpooledForm, tmp_path: Path) -> None:
-    sent = VariationsRequest(size="64x64", model=VARY.endpoint)
+    sent = VariationRequest(size="64x64", model=VARY.endpoint)
     assert translate_form(form, sent, NAMES, LIMITS) is VARY
     assert linked(form, "image", tmp_path).size == (128, 64)
 
@@ -107,7 +107,7 @@ def test_only_openais_newer_models_send_the_images_themselves(name: str) -> None
 
 def test_variations_have_no_stream() -> None:
     """OpenAI streams generations and edits only."""
-    sent = VariationsRequest.model_validate({"stream": True, "partial_images": 2})
+    sent = VariationRequest.model_validate({"stream": True, "partial_images": 2})
     assert not sent.is_streamed
     assert not sent.is_inline
 
