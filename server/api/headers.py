@@ -54,13 +54,12 @@ def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str 
     if not url:
         return None
     if len(url) > MAX_WEBHOOK_URL:
-        message, loc = f"URL should have at most {MAX_WEBHOOK_URL} characters", ["query", "fal_webhook"]
-        raise InvalidInput([{"type": "url_too_long", "loc": loc, "msg": message, "input": url[:1000]}])
+        message = f"URL should have at most {MAX_WEBHOOK_URL} characters"
+        raise InvalidInput.of("url_too_long", ("query", "fal_webhook"), message, url[:1000])
     try:
         outbound.check(url)
     except ForbiddenURL as error:
-        entry = {"type": "value_error", "loc": ["query", "fal_webhook"], "msg": str(error), "input": url[:1000]}
-        raise InvalidInput([entry]) from None
+        raise InvalidInput.of("value_error", ("query", "fal_webhook"), str(error), url[:1000]) from None
     return url
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from models import discover
 from models.loading.specs import assign_weights
-from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import ROOT, Server, serving
 

@@ -14,9 +14,8 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
 from models.loading.specs import assign_weights
-from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import env_variables
 from tests.support.node import JS
+from tests.support.python_client import env_variables
 from tests.support.server_process import ROOT, Server, wait_until_completed
 
 FLUX = "fal-ai/flux/dev"

@@ -12,7 +12,6 @@ import pytest
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving
 

@@ -14,16 +14,15 @@ from server.api.dependencies import (
     parse_request_body,
     receive_body,
     receive_form,
-    result_response_of,
 )
-from server.api.openai.answers import answer, events
-from server.api.openai.requests import ImagesRequest, VariationRequest, translate_form
+from server.api.openai.requests import CommonRequest, ImagesRequest, VariationRequest, translate_form
+from server.api.openai.responses import events, images_response
 from server.api.operations import ERRORS, content, form_body, json_body
 from server.api.responses import FalJSONResponse, with_request_id
 from server.api.schemas.errors import OpenAIProblem
 from server.api.schemas.openai import OpenAIImages, OpenAIModel, OpenAIModels
 from server.api.sse import EventStream
-from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.api.wait import cancel_on_disconnect, response_when_done
 from server.errors import NotFound
 from server.queue.jobs import Mode, Submission
 
@@ -110,7 +109,7 @@ async def unknown(request: Request) -> Response:
     raise NotFound(f"Path {request.url.path} not found")
 
 
-async def _change(request: Request, kind: type[VariationRequest]) -> Response:
+async def _change(request: Request, kind: type[CommonRequest]) -> Response:
     services, owner = get_services(request), authenticate(request)
     async with receive_form(request, owner) as form:
         sent = await services.executor.run(owner, validation.parse_body, kind, form.text)
@@ -119,20 +118,18 @@ async def _change(request: Request, kind: type[VariationRequest]) -> Response:
     return await _respond(request, submission, sent)
 
 
-def _mode(sent: VariationRequest) -> Mode:
-    return Mode.STREAM if sent.stream else Mode.RUN
+def _mode(sent: CommonRequest) -> Mode:
+    return Mode.STREAM if sent.is_streamed else Mode.RUN
 
 
-async def _respond(request: Request, submission: Submission, sent: VariationRequest) -> Response:
+async def _respond(request: Request, submission: Submission, sent: CommonRequest) -> Response:
     """Submit a job, and respond with its images, or with events."""
     services, path = get_services(request), request.url.path
     job = await services.executor.run(submission.owner, services.queue.submit, submission)
-    if sent.stream:
-        stream = events(services, job, path, sent.partial_images or 0, sent.webp_quality)
+    if isinstance(sent, ImagesRequest) and sent.stream:
+        stream = events(services, job, path, sent.partial_images or 0, sent.encoding)
         return with_request_id(EventStream(stream, context=cancel_on_disconnect(services, job)), job)
-    await wait_for_outcome(request, services, job)
-    render = partial(answer, path=path, webp_quality=sent.webp_quality)
-    return with_request_id(await result_response_of(services, job, render, is_patient=True), job)
+    return await response_when_done(request, job, partial(images_response, path=path, encoding=sent.encoding))
 
 
 def _names(request: Request) -> list[str]:

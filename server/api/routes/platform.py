@@ -162,8 +162,7 @@ async def by_endpoint(request: Request) -> Response:
     try:
         return await read_when_room(services, owner, num_bytes, read)
     except ValueError as error:
-        entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
-        raise InvalidInput([entry]) from None
+        raise InvalidInput.of("value_error", ("query", "cursor"), str(error), query.cursor) from None
 
 
 def _fits(model: Model, query: ModelsQuery) -> bool:
