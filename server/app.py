@@ -29,11 +29,14 @@ from server.api.routes import (
     queue,
     realtime,
     run,
+    testing,
     tokens,
     uploads,
 )
 from server.components import Components, build
 from server.errors import DiskFull
+from server.net.client_variables import ADDRESS, testing_variables
+from server.net.tls import certificate_files
 from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import CorruptDatabase
@@ -80,6 +83,10 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.a1111:
         app.state.a1111_sessions = {}
         app.include_router(a1111.router)
+    if settings.testing:
+        app.state.client_variables = testing_variables(settings, certificate_files(settings.data_dir))
+        app.state.client_settings = settings.model_dump(mode="json", include=set(ADDRESS))
+        app.include_router(testing.router)
     for surface in _SURFACES:
         app.include_router(surface.router)
     app.mount("/static", playground.files)
