@@ -45,7 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Start the server before conftest.py files and test modules are imported, if the ini option says so."""
     if early_config.getini("flux_server_at_start"):
-        _open(early_config)
+        from flux_server_testing.controls import ServerError
+        from flux_server_testing.process import NotStarted
+
+        try:
+            _open(early_config)
+        except (NotStarted, ServerError) as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +60,19 @@ def fal_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
     The variables are set for the whole session, and restored at its end.
     """
-    is_open = _SESSION in request.config.stash
-    session = (
-        request.config.stash[_SESSION] if is_open else _open(request.config, tmp_path_factory.getbasetemp().parent)
-    )
+    from flux_server_testing.controls import ServerError
+    from flux_server_testing.process import NotStarted
+
+    config = request.config
+    if _SESSION in config.stash:
+        yield config.stash[_SESSION].server
+        return
+    try:
+        session = _open(config, tmp_path_factory.getbasetemp().parent)
+    except (NotStarted, ServerError) as error:
+        pytest.fail(str(error), pytrace=False)
     yield session.server
-    if not is_open:
-        _close(request.config)
+    _close(config)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -62,6 +62,8 @@ class ServerProcess:
         pid = os.getpid() if exit_with is None else exit_with
         command = [*program, "serve", *options, "--testing", "--exit-with-process", str(pid)]
         environment = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
+        # Without it, the application's own package `server` in this directory would come before flux-server's.
+        environment["PYTHONSAFEPATH"] = "1"
         try:
             self._process = subprocess.Popen(  # noqa: S603  the user's own program
                 # A session of its own, so that Ctrl+C in a terminal does not stop the server before the tests end.

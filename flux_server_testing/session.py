@@ -45,6 +45,8 @@ class Session:
         key = f"{worker}:{secrets.token_hex(8)}" if worker else ""
         self.server = FalServer(url.rstrip("/"), key)
         variables = self._variables()
+        # A server that runs already may have requests of an earlier test run.
+        self.server.reset()
         self._replaced = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
 

@@ -231,6 +231,7 @@ def run(
 
     try:
         if settings.testing:
+            typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
             raise typer.Exit(run_with_server(settings, command))
         client_env.check(settings, tls.certificate_files(settings.data_dir), command)
         typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
