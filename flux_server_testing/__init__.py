@@ -1,4 +1,4 @@
-"""A pytest plugin that gives an application's tests a real flux-server, in a process of its own.
+"""A pytest plugin that gives an application's tests a real flux-server, in a separate process.
 
 It imports nothing of the server, so an application may have modules with the names of the server's.
 """

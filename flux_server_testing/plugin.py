@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("flux-server").addoption("--flux-server-url", default="", help=url)
     parser.addini("flux_server_url", url, default="")
     parser.addini(
-        "flux_server_program", "Command that runs flux-server; default: found beside Python, on PATH, by uvx."
+        "flux_server_program", "Command that runs flux-server; default: found next to Python, on PATH, by uvx."
     )
     parser.addini("flux_server_options", "Options and weights of `flux-server serve`.", "args")
     parser.addini(

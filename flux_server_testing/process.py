@@ -1,4 +1,4 @@
-"""A flux-server in a process of its own, which ends when this process does, even by SIGKILL."""
+"""A flux-server in a separate process, which ends when this process does, even by SIGKILL."""
 
 import contextlib
 import os
@@ -36,15 +36,15 @@ def find_program(configured: Sequence[str] = ()) -> list[str]:
     """
     if configured:
         return list(configured)
-    beside = Path(sys.executable).with_name("flux-server")
-    if beside.exists():
-        return [str(beside)]
+    neighbour = Path(sys.executable).with_name("flux-server")
+    if neighbour.exists():
+        return [str(neighbour)]
     if found := shutil.which("flux-server"):
         return [found]
     if uvx := shutil.which("uvx"):
         return [uvx, "flux-server"]
     raise NotStarted(
-        "There is no flux-server beside this Python nor on PATH, and no uvx: run pip install 'flux-server[testing]',"
+        "There is no flux-server next to this Python nor on PATH, and no uvx: run pip install 'flux-server[testing]',"
         " or name the program in the ini option flux_server_program"
     )
 
@@ -66,7 +66,7 @@ class ServerProcess:
         environment["PYTHONSAFEPATH"] = "1"
         try:
             self._process = subprocess.Popen(  # noqa: S603  the user's own program
-                # A session of its own, so that Ctrl+C in a terminal does not stop the server before the tests end.
+                # A new session, so that Ctrl+C in a terminal does not stop the server before the tests end.
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,

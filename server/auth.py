@@ -52,7 +52,7 @@ class Keys:
         """Hash `keys` (for clients) and `operators`, which come from the settings, with the secret `pepper`.
 
         `stored` holds the keys that this server created, which are hashed already. With `separates_clients`, a server
-        without keys accepts every key, and each key that clients send is an owner of its own.
+        without keys accepts every key, and each key that clients send is a separate owner.
         """
         self._pepper = pepper
         self._configured = {_hash(key, pepper): KeyScope.CLIENT for key in keys}

@@ -162,8 +162,8 @@ class Settings(BaseModel):
     )
     testing: bool = Field(
         False,
-        description="For an application's tests: offer /testing/ with faults and recorded requests, accept any key, and"
-        " without other settings choose free ports and a temporary data directory. Give it to serve or to run.",
+        description="For an application's tests: respond to /testing (faults, recorded requests), accept any key, and"
+        " unless set otherwise, use free ports and a temporary data directory. For serve and run.",
     )
     exit_with_process: int = Field(0, ge=0, description="Stop when the process with this id has ended; 0: never.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")

@@ -22,7 +22,7 @@ export async function draw(prompt) {
     if (!(error instanceof ApiError)) throw error;
     if (error.status === 422) throw new Refused(`Please change: ${error.body.detail.map(({ loc }) => loc.at(-1))}`);
     if (error.status === 504) throw new TryLater("Too many people draw stickers now");
-    if (error.status === 499) throw new TryLater("Somebody stopped this sticker");
+    if (error.status === 499) throw new TryLater("This sticker was stopped");
     throw error;
   }
   if (result.data.has_nsfw_concepts.includes(true)) throw new Refused("This sticker would not suit everyone");

@@ -28,7 +28,7 @@ def draw(prompt: str) -> str:
         if error.status_code == 504:
             raise TryLater("Too many people draw stickers now") from None
         if error.status_code == 499:
-            raise TryLater("Somebody stopped this sticker") from None
+            raise TryLater("This sticker was stopped") from None
         raise
     if any(result["has_nsfw_concepts"]):
         raise Refused("This sticker would not suit everyone")

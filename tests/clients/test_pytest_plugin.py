@@ -1,4 +1,4 @@
-"""Tests of the pytest plugin for applications, each in a pytest process of its own beside an application."""
+"""Tests of the pytest plugin for applications, each in a pytest process next to an application."""
 
 import os
 import re

@@ -190,7 +190,7 @@ def test_records_hold_what_was_sent(client: httpx.Client) -> None:
     ("path", "body", "message"),
     [
         ("next", {}, "name at least one of"),
-        ("next", {"stauts": 500}, "body.stauts: Extra inputs"),
+        ("next", {"colour": 500}, "body.colour: Extra inputs"),
         ("next", {"delay": "soon"}, "body.delay: Input should be a valid number"),
         ("next", {"flag": True, "endpoint": "test/nul"}, "body.endpoint: Unknown endpoint; this server has test/copy"),
         ("next", [], "body: Input should be an object"),

@@ -44,6 +44,7 @@ FOREIGN = {
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
     *("--plans", "--prompts", "--plot"),
+    *("--torch-backend", "--no-sync", "--flux-server-url", "--test-concurrency"),
     *(
         "--cap-gb",
         "--json",

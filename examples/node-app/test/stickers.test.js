@@ -59,7 +59,7 @@ test("a timeout", async () => {
 
 test("a cancelled request", async () => {
   await next({ status: 499 });
-  await assert.rejects(draw("a red apple"), new TryLater("Somebody stopped this sticker"));
+  await assert.rejects(draw("a red apple"), new TryLater("This sticker was stopped"));
 });
 
 test("a slow sticker is cancelled", async () => {

@@ -20,7 +20,7 @@ from server.testing.fault import Fault
         ({"delay": float("nan")}, "finite number"),
         ({"times": 0, "flag": True}, "greater than or equal to 1"),
         ({"webhook_copies": 11}, "less than or equal to 10"),
-        ({"stauts": 500}, "Extra inputs are not permitted"),
+        ({"colour": 500}, "Extra inputs are not permitted"),
         ({"delay": 1, "message": "no"}, "need a status"),
         ({"delay": 1, "retry_after": 1}, "need a status"),
         ({"status": 429, "at": "result", "retry_after": 1}, "retry_after needs a status at submission"),
