@@ -57,7 +57,7 @@ test-all: lint tests/support/js/node_modules build/generators/installed.done
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo bench docs models server tests)
+	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo bench docs examples flux_server_testing models server tests)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -30,11 +30,14 @@ from server.api.routes import (
     queue,
     realtime,
     run,
+    testing,
     tokens,
     uploads,
 )
 from server.components import Components, build
 from server.errors import DiskFull
+from server.net.client_variables import ADDRESS, testing_variables
+from server.net.tls import certificate_files
 from server.queue.queue import Queue
 from server.settings import Settings
 from server.storage.database import CorruptDatabase
@@ -85,6 +88,10 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.a1111:
         app.state.a1111_sessions = {}
         app.include_router(a1111.router, responses=ERRORS)
+    if settings.testing:
+        app.state.client_variables = testing_variables(settings, certificate_files(settings.data_dir))
+        app.state.client_settings = settings.model_dump(mode="json", include=set(ADDRESS))
+        app.include_router(testing.router, responses=ERRORS)
     for surface in _SURFACES:
         app.include_router(surface.router, responses=ERRORS)
     app.mount("/static", playground.files)

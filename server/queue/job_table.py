@@ -146,7 +146,7 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
     if outcome.status == 200:
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         connection.execute(_ADD_USAGE, (job.owner, day, job.endpoint, outcome.billable_units))
-    connection.execute(_INSERT_DELIVERY, (now, job.request_id))
+    connection.execute(_INSERT_DELIVERY, (now + job.webhook_delay, job.request_id))
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:

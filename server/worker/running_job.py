@@ -54,7 +54,7 @@ class RunningJob:
         flags = [bool(flag) for flag in self.engine.is_unsafe(self.task.images)]
         if len(flags) != len(self.task.images):
             raise GenerationFailed("The safety checker did not check every image, so no image is returned.")
-        return flags
+        return flags if self.job.verdict is None else [self.job.verdict] * len(flags)
 
     @property
     def result(self) -> GeneratedImages:
