@@ -4,6 +4,7 @@
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
 # make release   builds the packages of the last commit into dist/, and tries every way to install them
+# make generators   generates clients from the OpenAPI documents, and images with each; needs npm and a Java runtime
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
@@ -30,14 +31,14 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers cuda-proof release demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers cuda-proof generators release demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/support/js/node_modules
 	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough \
-		and not release" $(ARGS)
+		and not generators and not release" $(ARGS)
 
 # Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint
@@ -50,13 +51,13 @@ cluster: lint tests/support/js/node_modules
 	$(BIN)/pytest -m cluster $(ARGS)
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
-test-all: lint tests/support/js/node_modules
+test-all: lint tests/support/js/node_modules build/generators/installed.done
 	$(BIN)/pytest -m "not soak and not cuda and not release" $(ARGS)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo bench docs models server tests)
+	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo bench docs examples flux_server_testing models server tests)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
@@ -89,6 +90,10 @@ release: .venv/dev.done
 	$(BIN)/python -m tarfile --list dist/*.tar.gz
 	cd dist && sha256sum *.whl *.tar.gz | tee SHA256SUMS
 
+# The generators run in a separate environment, because they need other versions of the server's packages.
+generators: .venv/dev.done build/generators/installed.done tests/support/js/node_modules
+	$(BIN)/pytest tests/generators -m generators $(ARGS)
+
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -98,7 +103,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv dist build/cuda build/peers build/release tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv dist build/cuda build/generators build/peers build/release tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -122,6 +127,11 @@ build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 build/peers/installed.done: bench/peer_servers/requirements.txt
 	$(PYTHON) -m venv --clear build/peers
 	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peer_servers/requirements.txt
+	touch $@
+
+build/generators/installed.done: tests/support/generators/requirements.txt
+	$(PYTHON) -m venv --clear build/generators
+	build/generators/bin/python -m pip --disable-pip-version-check install -q -r tests/support/generators/requirements.txt
 	touch $@
 
 # Without npm, pytest skips the tests of the Node SDKs and says why.

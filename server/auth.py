@@ -46,10 +46,13 @@ class Keys:
         stored: KeyScopes = _NONE,
         pepper: bytes = b"",
         operators: tuple[str, ...] = (),
+        *,
+        separates_clients: bool = False,
     ) -> None:
         """Hash `keys` (for clients) and `operators`, which come from the settings, with the secret `pepper`.
 
-        `stored` holds the keys that this server created, which are hashed already.
+        `stored` holds the keys that this server created, which are hashed already. With `separates_clients`, a server
+        without keys accepts every key, and each key that clients send is a separate owner.
         """
         self._pepper = pepper
         self._configured = {_hash(key, pepper): KeyScope.CLIENT for key in keys}
@@ -59,6 +62,7 @@ class Keys:
         #: Whether no key is required. Decided once, when the server starts, so that revoking the last key does not open
         #: the server.
         self.allows_anonymous = not self._scopes
+        self._separates_clients = separates_clients
 
     def reload(self, stored: KeyScopes) -> None:
         """Replace the keys that this server created. Keys from the settings stay."""
@@ -68,10 +72,10 @@ class Keys:
         """Return the owner of the key or token in an Authorization header, "Key ..." or "Bearer ...".
 
         A token is accepted only if it has `scope`; if `scope` is None, only keys are accepted. If the server requires
-        no key, return ANONYMOUS. Raises Unauthorized.
+        no key, return ANONYMOUS, or with `separates_clients` the owner of any key. Raises Unauthorized.
         """
         if self.allows_anonymous:
-            return ANONYMOUS
+            return self._owner_of_any(authorization)
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() not in ("key", "bearer"):
             raise Unauthorized
@@ -113,12 +117,12 @@ class Keys:
         return self.allows_anonymous or any(known[:32] == owner for known in self._scopes)
 
     def owner_of_token(self, token: str, scope: str) -> str:
-        """Return the owner that the token was issued to; without keys, return ANONYMOUS for any token.
+        """Return the owner that the token was issued to; without keys, accept any token, as `owner` does.
 
         Raises Unauthorized for a token that has another scope, is expired or forged, or whose key was revoked.
         """
         if self.allows_anonymous:
-            return ANONYMOUS
+            return self._owner_of_any(f"Bearer {token}")
         try:
             claims = jwt.decode(token, self._secret, [_ALGORITHM], options={"require": ["exp", "sub", "scope"]})
         except jwt.InvalidTokenError:
@@ -127,6 +131,16 @@ class Keys:
         if scope not in claims["scope"].split(" ") or not self.is_active(owner):
             raise Unauthorized
         return owner
+
+    def _owner_of_any(self, authorization: str | None) -> str:
+        """Return the owner of any key or token, without checking it."""
+        key = (authorization or "").partition(" ")[2].strip()
+        if not (self._separates_clients and key):
+            return ANONYMOUS
+        try:
+            return str(jwt.decode(key, self._secret, [_ALGORITHM])["sub"])
+        except jwt.InvalidTokenError:
+            return _hash(key, self._pepper)[:32]
 
 
 def pepper(database: Database) -> bytes:

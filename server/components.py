@@ -35,6 +35,7 @@ from server.status import GpuStatus, load_overview
 from server.storage.database import Database
 from server.storage.file_store import FileStore
 from server.storage.uploads import Uploads
+from server.testing.fault_queue import FaultQueue
 from server.webhooks.delivery import WebhookSender
 from server.webhooks.signing import WebhookSigner
 from server.worker.crash_recorder import CrashRecorder
@@ -125,8 +126,14 @@ def build(settings: Settings) -> Components:
         readiness=lambda: (backend.is_ready, backend.loading),
         gpus=backend.gpus,
     )
-    sender = WebhookSender(database, notifier, inputs.outbound, signer, metrics=metrics)
+    sender = _webhook_sender(services, database)
     return Components(services, backend, database, crash_recorder, sender)
+
+
+def _webhook_sender(services: Services, database: Database) -> WebhookSender:
+    copies = services.queue.webhook_copies if isinstance(services.queue, FaultQueue) else lambda request_id: 1
+    outbound, metrics = services.inputs.outbound, services.metrics
+    return WebhookSender(database, services.notifier, outbound, services.signer, metrics=metrics, copies=copies)
 
 
 def _add_gauges(metrics: Metrics, database: Database, settings: Settings, backend: Backend) -> None:
@@ -172,7 +179,8 @@ def _uploads(settings: Settings, database: Database, files: FileStore) -> Upload
 def _queue(
     settings: Settings, database: Database, notifier: Notifier, metrics: Metrics, pending: PendingStorage
 ) -> Queue:
-    return Queue(
+    kind = FaultQueue if settings.testing else Queue
+    return kind(
         database,
         notifier,
         settings.max_queue_length,
@@ -209,7 +217,13 @@ def _keys(settings: Settings, database: Database) -> Keys:
         key = auth.add_key(database, "", KeyScope.OPERATOR)
         print(f"\n  The key of this server, shown only this once:\n\n      FAL_KEY={key}\n", flush=True)
     known = auth.load_key_scopes(database, with_first=settings.has_automatic_key)
-    keys = Keys(settings.keys, known, auth.pepper(database), settings.operator_keys)
+    keys = Keys(
+        settings.keys,
+        known,
+        auth.pepper(database),
+        settings.operator_keys,
+        separates_clients=settings.testing,
+    )
     for key in (*settings.keys, *settings.operator_keys):
         # Of a key in fal's form ID:SECRET, the id is no secret.
         key_id, _, secret = key.partition(":")

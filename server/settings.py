@@ -19,7 +19,6 @@ from server.setting_types import (
     Rate,
     WebhookSecret,
     Weights,
-    split,
 )
 
 PREFIX = "FLUX_SERVER_"
@@ -32,7 +31,7 @@ class SettingsError(Exception):
     """One or more invalid settings; the message lists all of them, one per line."""
 
 
-def _default_data_dir(environment: Mapping[str, str]) -> Path:
+def default_data_dir(environment: Mapping[str, str]) -> Path:
     """Return $XDG_DATA_HOME/flux-server; $XDG_DATA_HOME defaults to ~/.local/share."""
     home = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "flux-server"
@@ -154,13 +153,19 @@ class Settings(BaseModel):
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
     openai_models: NamedEndpoints = Field(
         (),
-        description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image or dall-e stand for"
-        " the default endpoint unless listed here.",
+        description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image, chatgpt-image or"
+        " dall-e stand for the default endpoint unless listed here.",
     )
     a1111: bool = Field(False, description="Serve the part of AUTOMATIC1111's API that Open WebUI calls.")
     models_dir: ExistingDirectory = Field(
         None, description="Directory of Python files with more models, run by the server."
     )
+    testing: bool = Field(
+        False,
+        description="For an application's tests: respond to /testing (faults, recorded requests), accept any key, and"
+        " unless set otherwise, use free ports and a temporary data directory. For serve and run.",
+    )
+    exit_with_process: int = Field(0, ge=0, description="Stop when the process with this id has ended; 0: never.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log format: text (coloured on terminals) or json.")
 
@@ -168,6 +173,8 @@ class Settings(BaseModel):
     def _gpus_are_of_a_cluster(self) -> "Settings":
         if not self.ray and (self.gpus or self.max_gpus):
             raise ValueError("--gpus and --max-gpus need --ray")
+        if self.ray and self.testing:
+            raise ValueError("--testing cannot be used with --ray")
         if self.gpus and self.max_gpus:
             raise ValueError("use either --gpus for a fixed number of GPUs, or --max-gpus to scale with the queue")
         if "min_gpus" in self.model_fields_set and not self.max_gpus:
@@ -212,24 +219,20 @@ class Settings(BaseModel):
     @classmethod
     def load(cls, environment: Mapping[str, str], options: Mapping[str, Any] | None = None) -> "Settings":
         """Load settings from FLUX_SERVER_*, overridden by `options`; add FAL_KEY to the keys. Raises SettingsError."""
-        values: dict[str, Any] = {"data_dir": _default_data_dir(environment)}
+        values: dict[str, Any] = {"data_dir": default_data_dir(environment)}
         # An empty variable counts as not set, as in .env files.
         given = {name: value for name, value in environment.items() if name.startswith(PREFIX) and value}
         values |= {name.removeprefix(PREFIX).lower(): value for name, value in given.items()}
         values.update({name: value for name, value in (options or {}).items() if value is not None})
-        # `flux-server env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the
-        # server, so this value is no key.
-        if environment.get("FAL_KEY", OPEN_KEY) not in ("", OPEN_KEY):
-            values["keys"] = (*_entries(values.get("keys", ())), environment["FAL_KEY"])
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError("\n".join(_problem(entry) for entry in error.errors())) from None
-
-
-def _entries(value: object) -> tuple[str, ...]:
-    entries = split(value)
-    return tuple(entries) if isinstance(entries, tuple | list) else ()
+        # `flux-server env` exports FAL_KEY=local for clients of a server without keys. The same shell may start the
+        # server, so this value is no key. A server for tests ignores a developer's own key.
+        if settings.testing or environment.get("FAL_KEY", OPEN_KEY) in ("", OPEN_KEY):
+            return settings
+        return settings.model_copy(update={"keys": (*settings.keys, environment["FAL_KEY"])})
 
 
 def _problem(entry: Any) -> str:

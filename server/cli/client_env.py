@@ -6,8 +6,8 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from urllib.parse import urlsplit
 
+from server.net.client_variables import ADDRESS, DIRECT, client_key, host_of, variables
 from server.net.fal_hosts import DOMAINS
 from server.net.tls import CertificateFiles
 from server.settings import OPEN_KEY, Settings
@@ -37,29 +37,20 @@ _BY_HOST = (
     "# Uploads and realtime still go to fal unless you set --proxy-port."
 )
 _BY_PROXY = "fal-client of any version, including uploads and realtime: set these variables."
-#: Hosts that clients reach without a proxy, so that they download images directly.
-_DIRECT = "127.0.0.1,localhost"
-#: Proxy variables. Each library reads some of them, in upper case or in lower case.
-_PROXIES = [
-    variable for name in ("HTTPS", "HTTP", "WSS", "WS") for variable in (f"{name}_PROXY", f"{name.lower()}_proxy")
-]
 #: Proxy variables that some libraries prefer to the ones above.
 _OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
 #: Beginnings of the names of programs that `run` supports: Python with environment variables, Node with PRELOAD.
 _PYTHON, _NODE = ("python", "uv", "pytest", "fal"), ("node", "npm", "npx", "yarn", "pnpm")
 _OTHERS = "programs in other languages that this program starts"
 
-#: Settings that `env` and `run` need to find the server.
-_ADDRESS = ("data_dir", "host", "port", "tls_port", "proxy_port", "public_url")
-
 
 def env_command(settings: Settings) -> str:
-    """Return the `flux-server env` command for this server, with an option for each changed setting in _ADDRESS."""
+    """Return the `flux-server env` command for this server, with an option for each changed setting in ADDRESS."""
     settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
     defaults = Settings.load({"XDG_DATA_HOME": os.environ.get("XDG_DATA_HOME", "")})
     options = [
         f" --{name.replace('_', '-')} {shlex.quote(str(getattr(settings, name)))}"
-        for name in _ADDRESS
+        for name in ADDRESS
         if getattr(settings, name) != getattr(defaults, name)
     ]
     return f"{_program()} env{''.join(options)}"
@@ -78,7 +69,7 @@ def _program() -> str:
 
 def base_url(settings: Settings) -> str:
     """Return the URL at which clients reach this server."""
-    return settings.public_url or f"http://{_host(settings)}:{settings.port}"
+    return settings.public_url or f"http://{host_of(settings)}:{settings.port}"
 
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
@@ -96,7 +87,7 @@ def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: boo
         exports = [note if line.startswith("export FAL_KEY=") else line for line in exports]
     if settings.tls_port and not files.bundle.exists():
         exports.append("# (the server creates the certificate when it starts for the first time)")
-    key = "your-key" if needs_key else _key(settings)
+    key = "your-key" if needs_key else client_key(settings)
     return _LINES.format(
         python=python,
         exports="\n".join(exports),
@@ -107,26 +98,6 @@ def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: boo
     )
 
 
-def variables(settings: Settings, files: CertificateFiles) -> dict[str, str]:
-    """Build the environment that points Python clients at this server; empty without a TLS port."""
-    if not settings.tls_port:
-        return {}
-    # requests reads REQUESTS_CA_BUNDLE, the other libraries SSL_CERT_FILE.
-    bundle = str(files.bundle)
-    shared = {"FAL_KEY": _key(settings), "SSL_CERT_FILE": bundle, "REQUESTS_CA_BUNDLE": bundle}
-    if settings.proxy_port:
-        proxy = f"http://127.0.0.1:{settings.proxy_port}"
-        hosts = (_host(settings), urlsplit(settings.public_url).hostname)
-        direct = ",".join(dict.fromkeys((*_DIRECT.split(","), *filter(None, hosts))))
-        return {**shared, **dict.fromkeys(_PROXIES, proxy), "NO_PROXY": direct, "no_proxy": direct}
-    public = urlsplit(settings.public_url)
-    host = f"{'localhost' if settings.is_loopback else _host(settings)}:{settings.tls_port}"
-    if public.scheme == "https" and not public.path:
-        # Clients on other machines need this name. The certificate covers it.
-        host = public.netloc
-    return {**shared, "FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue"}
-
-
 def environment(settings: Settings, files: CertificateFiles, outside: Mapping[str, str]) -> dict[str, str]:
     """Return the environment `outside`, extended so that a Python or Node program's fal calls reach this server."""
     # Node accepts only double quotes in NODE_OPTIONS.
@@ -135,14 +106,14 @@ def environment(settings: Settings, files: CertificateFiles, outside: Mapping[st
     # The machine's proxy must see neither calls to this server nor calls that are redirected to it.
     no_proxy = outside.get("NO_PROXY") or outside.get("no_proxy")
     names = (*DOMAINS, *(f".{name}" for name in DOMAINS))
-    direct = ",".join(filter(None, (no_proxy, _DIRECT, _host(settings), *names)))
+    direct = ",".join(filter(None, (no_proxy, DIRECT, host_of(settings), *names)))
     without_proxies = {name: value for name, value in outside.items() if name.upper() not in _OTHER_PROXIES}
     return {
         **(without_proxies if settings.proxy_port else outside),
         "NO_PROXY": direct,
         "no_proxy": direct,
         **variables(settings, files),
-        "FAL_KEY": outside.get("FAL_KEY") or _key(settings),
+        "FAL_KEY": outside.get("FAL_KEY") or client_key(settings),
         "NODE_EXTRA_CA_CERTS": str(files.bundle),
         "NODE_OPTIONS": options,
         "FLUX_RUN_TARGET": ",".join((settings.local_address, str(settings.port), str(settings.tls_port), *DOMAINS)),
@@ -189,14 +160,3 @@ def run_limitations(command: Sequence[str]) -> str:
 
 def _is_node(command: Sequence[str]) -> bool:
     return PurePath(command[0]).name.startswith(_NODE)
-
-
-def _host(settings: Settings) -> str:
-    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104  compared, not bound
-    return f"[{host}]" if ":" in host else host
-
-
-def _key(settings: Settings) -> str:
-    if settings.keys:
-        return settings.keys[0]
-    return "the-key-shown-at-the-first-start" if settings.is_reachable_remotely else OPEN_KEY

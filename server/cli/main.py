@@ -56,10 +56,12 @@ def serve(settings: Settings) -> None:
     from models.flux.attempts import forget_open_attempts
     from server import logs
     from server.cli.serve import serve_until_stopped
+    from server.cli.testing import data_dir_for_tests
 
     logs.set_up(settings.log_level, settings.log_format)
     try:
-        failure = serve_until_stopped(settings)
+        with data_dir_for_tests(settings) as settings:
+            failure = serve_until_stopped(settings)
     except (ValueError, OSError, RuntimeError, DiskFull) as error:
         typer.echo(f"The server could not start:\n{error}", err=True)
         raise typer.Exit(FAILED) from None
@@ -219,14 +221,22 @@ def env(settings: Settings) -> None:
 def run(
     settings: Settings, command: Annotated[list[str], typer.Argument(help="The program and its arguments.")]
 ) -> None:
-    """Run a Python or Node program with its fal calls redirected to this server."""
+    """Run a Python or Node program with its fal calls redirected to this server.
+
+    With --testing, start a server for the program's tests, run the program, and stop the server.
+    """
+    from flux_server_testing.process import NotStarted
     from server.cli import client_env
+    from server.cli.testing import run_with_server
 
     try:
+        if settings.testing:
+            typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
+            raise typer.Exit(run_with_server(settings, command))
         client_env.check(settings, tls.certificate_files(settings.data_dir), command)
         typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
         client_env.run(settings, tls.certificate_files(settings.data_dir), command)
-    except client_env.UnsupportedProgram as error:
+    except (client_env.UnsupportedProgram, NotStarted) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from server.app import create_app
 from server.cli import control_socket
 from server.cli.control import Control
 from server.cli.first_steps import first_steps
+from server.cli.testing import with_testing_defaults
 from server.components import Components
 from server.inputs.resolver import MAX_INPUT_BYTES
 from server.net import tls
 from server.net.connect_proxy import MAX_TUNNELS, ConnectProxy
-from server.net.listeners import bind_socket, build_listeners, raise_open_file_limit
+from server.net.listeners import GRACEFUL_TIMEOUT, bind_socket, build_listeners, raise_open_file_limit
 from server.net.timeouts import limit_tls_handshake
 from server.queue.notifier import WEBHOOKS, WORKER
 from server.settings import Settings
@@ -37,6 +39,7 @@ def serve_until_stopped(settings: Settings) -> BaseException | None:
 
     Raises OSError if a port is in use, and ValueError, OSError, RuntimeError and DiskFull if the server cannot start.
     """
+    settings = with_testing_defaults(settings)
     sockets = [bind_socket(settings.host, settings.port)]
     if settings.tls_port:
         sockets.append(bind_socket(settings.host, settings.tls_port))
@@ -55,12 +58,15 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
     room = raise_open_file_limit(settings.max_connections, len(sockets) + bool(settings.proxy_port))
     ws_max_size = min(MAX_INPUT_BYTES, settings.max_body_mib * 2**20)
     certificate = _certificate(settings)
-    listeners = build_listeners(app, max_connections=room, ws_max_size=ws_max_size, certificate=certificate)
+    # Clients in tests leave connections open, and a stop should not wait for them.
+    limits = {"ws_max_size": ws_max_size, "graceful_timeout": 0 if settings.testing else GRACEFUL_TIMEOUT}
+    listeners = build_listeners(app, max_connections=room, certificate=certificate, **limits)
     stopping = asyncio.Event()
     # This executor needs many threads for DNS lookups: one key may run eight at a time, and some never finish.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_OTHER_THREADS, "default"))
     limit_tls_handshake(asyncio.get_running_loop())
     _install_signal_handlers(stopping)
+    _watch_process(settings.exit_with_process, stopping)
     proxy = await _open_connect_proxy(settings, sockets, min(MAX_TUNNELS, room))
     async with (
         app.router.lifespan_context(app),
@@ -133,6 +139,17 @@ def _install_signal_handlers(stopping: asyncio.Event) -> None:
         # nohup makes the process ignore SIGHUP. Keep this, so that the server survives the end of its terminal.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, stopping.set)
+
+
+def _watch_process(pid: int, stopping: asyncio.Event) -> None:
+    """Set `stopping` when the process with this id ends; do nothing for 0. Raises OSError if there is no process."""
+    if not pid:
+        return
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        raise OSError(f"--exit-with-process {pid}: {error.strerror}") from None
+    asyncio.get_running_loop().add_reader(descriptor, stopping.set)
 
 
 async def _open_connect_proxy(

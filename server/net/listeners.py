@@ -18,8 +18,8 @@ from server.net.websocket import CountedWebSocket
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-#: Seconds that open responses have to end after the worker has stopped.
-_GRACEFUL_TIMEOUT = 5
+#: Default seconds that open responses have to end after the worker has stopped.
+GRACEFUL_TIMEOUT = 5
 #: Open files apart from connections and the files sent over them: the database, weights, webhook connections.
 _OTHER_FILES = 512
 
@@ -53,7 +53,12 @@ def raise_open_file_limit(max_connections: int, ports: int) -> int:
 
 
 def build_listeners(
-    app: ASGIApp, *, max_connections: int, ws_max_size: int, certificate: CertificateFiles | None
+    app: ASGIApp,
+    *,
+    max_connections: int,
+    ws_max_size: int,
+    certificate: CertificateFiles | None,
+    graceful_timeout: int = GRACEFUL_TIMEOUT,
 ) -> list[Listener]:
     """Build a listener for plain HTTP, and one for TLS if there is a certificate.
 
@@ -62,6 +67,7 @@ def build_listeners(
         max_connections: the limit for each listener.
         ws_max_size: the largest WebSocket message, in bytes.
         certificate: the files of the certificate and its key.
+        graceful_timeout: seconds that open responses have to end after the worker has stopped.
     """
     options: dict[str, Any] = {
         "lifespan": "off",
@@ -76,7 +82,7 @@ def build_listeners(
         "log_level": "warning",
         "proxy_headers": False,
         "server_header": False,
-        "timeout_graceful_shutdown": _GRACEFUL_TIMEOUT,
+        "timeout_graceful_shutdown": graceful_timeout,
     }
     listeners = [Listener(uvicorn.Config(app, **options))]
     if certificate:

@@ -100,7 +100,7 @@ def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submissi
     ).fetchone()
     if row and row["body_hash"] != submission.body_hash:
         message = "Idempotency-Key was already used with a different body; send a new key"
-        raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
+        raise InvalidInput.of("value_error", ("header", "idempotency-key"), message)
     return row
 
 
@@ -146,7 +146,7 @@ def complete(connection: sqlite3.Connection, job: Job, outcome: Outcome, now: fl
     if outcome.status == 200:
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         connection.execute(_ADD_USAGE, (job.owner, day, job.endpoint, outcome.billable_units))
-    connection.execute(_INSERT_DELIVERY, (now, job.request_id))
+    connection.execute(_INSERT_DELIVERY, (now + job.webhook_delay, job.request_id))
 
 
 def mark_cancelled(connection: sqlite3.Connection, job: Job) -> None:

@@ -105,6 +105,10 @@ class Job:
     wants_previews: bool = False
     #: fal's X-Fal-Runner-Hint: requests with the same hint prefer the same GPU. Not kept over a restart.
     runner_hint: str | None = None
+    #: Set by a server for tests: the safety checker's verdict on every image, and the seconds between the job's end and
+    #: its webhook.
+    verdict: bool | None = None
+    webhook_delay: float = 0.0
     logs: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -81,7 +81,9 @@ class WebhookSender:
         metrics: Metrics | None = None,
         *,
         monotonic: Callable[[], float] = time.monotonic,
+        copies: Callable[[str], int] = lambda request_id: 1,
     ) -> None:
+        """Start without deliveries in flight. `copies` says how often each attempt for a request is sent."""
         self._metrics = metrics or Metrics()
         self._database = database
         self._signer = signer
@@ -89,6 +91,7 @@ class WebhookSender:
         self._outbound = outbound
         self._clock = clock
         self._monotonic = monotonic
+        self._copies = copies
         self._in_flight: dict[str, _Slot] = {}
         #: By request id of a delivery whose outcome could not be recorded: when to try again, on the monotonic clock.
         self._backoff_until: dict[str, float] = {}
@@ -155,7 +158,8 @@ class WebhookSender:
 
     async def _deliver(self, request_id: str, url: str, attempt: int) -> None:
         try:
-            error = await self._send(request_id, url)
+            for _ in range(self._copies(request_id)):
+                error = await self._send(request_id, url)
             await asyncio.to_thread(self._record, request_id, attempt, error)
             self._backoff_until.pop(request_id, None)
         except Exception:

@@ -17,7 +17,8 @@ from tests.support.server_process import ROOT
 
 SOURCES = sorted(
     path
-    for path in (*(ROOT / "server").rglob("*.py"), *(ROOT / "models").rglob("*.py"))
+    for root in ("flux_server_testing", "models", "server")
+    for path in (ROOT / root).rglob("*.py")
     if not path.is_relative_to(ROOT / "models" / "demo")
 )
 #: All but the packages installed for the tests, which are in node_modules and in directories that start with a dot.

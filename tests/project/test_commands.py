@@ -16,6 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.clients.test_examples import NODE, copied, environment, is_clean
 from tests.project.test_docs import DOCUMENTS
 from tests.support.server_process import (
     ROOT,
@@ -139,6 +140,20 @@ def test_whole_programs(tmp_path: Path) -> None:
         command, _, programs = block.partition("\n")
         with started_by(command, tmp_path, **ports) as server:
             assert output_of(programs, server, **ports).splitlines() == ["from Python", "from Node"]
+
+
+@pytest.mark.timeout(300)
+def test_node_tests(node: None, tmp_path: Path) -> None:
+    """Check that the Node example's tests pass with the command of the page, and that the server leaves nothing."""
+    copied("node-app", tmp_path / "examples")
+    variables, installed = environment(tmp_path), {"npm install": "true", f"../../{BIN}": BIN}
+    for block in blocks("test_node_tests"):
+        commands = replaced(block, **installed)
+        done = subprocess.run(
+            ["bash", "-euc", commands], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280
+        )
+        assert f"# pass {len(NODE) + 1}\n# fail 0\n" in done.stdout, done.stdout + done.stderr
+        assert is_clean(tmp_path)
 
 
 def test_backup(started: Server) -> None:

@@ -100,7 +100,8 @@ def test_the_build_context_is_small() -> None:
     # The file excludes everything except the listed names, so .git, .venv and .env never enter the image.
     assert lines[0] == "*"
     admitted = {line[1:] for line in lines if line.startswith("!")}
-    assert admitted == {"constraints", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "models", "server"}
+    packages = {"flux_server_testing", "models", "server"}
+    assert admitted == {"constraints", "pyproject.toml", "README.md", "LICENSE", "NOTICE", *packages}
     assert all((ROOT / name).exists() for name in admitted)
     assert "**/__pycache__" in lines
 

@@ -64,13 +64,14 @@ def open_components(
     clock: Clock | None = None,
     max_length_per_owner: int = 0,
     max_running_per_owner: int = 0,
+    queue_type: type[Queue] = Queue,
 ) -> Iterator[Components]:
     """Open the components until the block ends; opening the same directory again acts like a restart."""
     clock = clock or Clock()
     database, notifier = Database(directory), Notifier()
     try:
         pending_storage = PendingStorage(partial(size_of, directory / INPUTS))
-        queue = Queue(
+        queue = queue_type(
             database,
             notifier,
             max_length,

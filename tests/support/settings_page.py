@@ -50,6 +50,7 @@ _NOTES = {
     "shutdown_grace": "Above 80, also raise `stop_grace_period` (Docker Compose) or `TimeoutStopSec` (systemd), 90 s.",
     "webhook_secret": "See [Webhooks](endpoints.md#webhooks).",
     "openai_models": "See [OpenAI's images API](clients.md#openais-images-api).",
+    "testing": "See [Testing your application](testing-your-app.md).",
     "a1111": "See [AUTOMATIC1111's API](clients.md#automatic1111s-api).",
     "models_dir": "See [Adding an endpoint](adding-an-endpoint.md).",
 }

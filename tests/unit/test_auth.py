@@ -23,6 +23,17 @@ def test_without_keys_all_callers_are_one_owner(authorization: str | None) -> No
     assert keys.owner(authorization) == ANONYMOUS
 
 
+def test_clients_of_a_server_without_keys_can_be_separated() -> None:
+    keys = Keys((), separates_clients=True)
+    assert keys.allows_anonymous
+    one, two = keys.owner("Key one"), keys.owner("Bearer two")
+    assert len({one, two, ANONYMOUS}) == 3
+    assert keys.owner("Bearer one") == one
+    assert keys.owner(None) == keys.owner("Key ") == ANONYMOUS
+    assert keys.owner_of_token(keys.issue(one, "flux", 60), "flux") == one
+    keys.require_operator("Key one")
+
+
 @pytest.mark.parametrize("authorization", [f"Key {KEY}", f"key {KEY}", f"KEY {KEY}", f"Bearer {KEY}", f"Key  {KEY} "])
 def test_a_valid_key_is_accepted_in_every_spelling(authorization: str) -> None:
     keys = Keys((KEY,))

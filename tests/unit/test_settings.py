@@ -159,6 +159,8 @@ def test_fal_key_is_one_of_the_keys() -> None:
     assert Settings.load({"FAL_KEY": "a:b", "FLUX_SERVER_KEYS": "c"}).keys == ("c", "a:b")
     assert Settings.load({"FAL_KEY": "a:b"}, {"keys": "d"}).keys == ("d", "a:b")
     assert Settings.load({"FAL_KEY": ""}).keys == ()
+    # A developer's own key is none of a server for tests.
+    assert Settings.load({"FAL_KEY": "a:b", "FLUX_SERVER_TESTING": "true"}).keys == ()
 
 
 def test_a_problem_never_contains_a_key() -> None:

@@ -1,0 +1,287 @@
+"""Tests of the pytest plugin for applications, each in a pytest process next to an application."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.server_process import MODELS, ROOT, TEST_MODELS, serving_with_proxy, wait_until
+
+#: An application with modules that have the names of the server's.
+APPLICATION = {"models.py": "NAME = 'mine'", "server/__init__.py": "NAME = 'mine'"}
+#: The test models import this directory's packages, and the plugin hands PYTHONPATH down to no server.
+PROGRAM = f"env PYTHONPATH={ROOT} {sys.executable} -m server"
+INI = f"""
+[pytest]
+pythonpath = .
+flux_server_program = {PROGRAM}
+flux_server_options = {TEST_MODELS} --models-dir {MODELS}
+"""
+#: Without plugins that are slow to import.
+QUICKLY = ["-p", "no:cacheprovider", "-p", "no:schemathesis", "-p", "no:hypothesispytest"]
+NO_FILES: Mapping[str, str] = {}
+BODY = '{"prompt": "a"}'
+POST = f"""
+import json, os, urllib.request
+def post(key=None):
+    headers = {{"authorization": f"Key {{key or os.environ['FAL_KEY']}}"}}
+    url = os.environ["FAL_SERVER_URL"] + "/test/null"
+    return json.load(urllib.request.urlopen(urllib.request.Request(url, b'{BODY}', headers)))
+"""
+
+
+class Project:
+    """An application in a directory, with a directory for temporary files that must be empty in the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.temporary = directory / "app", directory / "tmp"
+        self.temporary.mkdir()
+        self.write({**APPLICATION, "pytest.ini": INI, "conftest.py": POST})
+
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write files, by their path in the application."""
+        for name, text in files.items():
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
+        """Start pytest in the application, without this process's own settings."""
+        kept = {name: value for name, value in os.environ.items() if not re.match("FAL_|FLUX_|PYTEST|PYTHON", name)}
+        command = [sys.executable, "-m", "pytest", *QUICKLY, "-rs", "-s", *options]
+        return subprocess.Popen(
+            command,
+            cwd=self.directory,
+            env={**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1", **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, test: str, *options: str, variables: Mapping[str, str] = NO_FILES, code: int = 0) -> str:
+        """Run one file of tests, whose exit code must be `code`; return the output."""
+        self.write({"test_app.py": test})
+        with self.start(*options, variables=variables) as process:
+            output, _ = process.communicate(timeout=110)
+        assert process.returncode == code, output
+        return output
+
+    def left(self) -> Sequence[str]:
+        """Return what is left of temporary files, apart from pytest's own."""
+        return [path.name for path in self.temporary.iterdir() if not path.name.startswith("pytest-of-")]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """Create an application."""
+    return Project(tmp_path)
+
+
+FIRST = """
+import os, sys
+from conftest import post
+import pytest
+
+import models, server
+
+def test_the_applications_modules_are_its_own(fal_server):
+    assert models.NAME == server.NAME == "mine"
+    assert not [name for name in sys.modules if name.startswith(("server.", "models."))]
+
+def test_faults_and_requests(fal_server):
+    fal_server.plan_next(delay=0.01)
+    assert post()["prompt"] == "a"
+    assert [request.input["prompt"] for request in fal_server.requests] == ["a"]
+    fal_server.fail_next(500, times=3)
+
+def test_each_test_starts_afresh(fal_server):
+    assert fal_server.requests == []
+    assert post("a key of the application's own")["prompt"] == "a"
+    assert len(fal_server.wait_for_requests()) == 1
+
+def test_other_servers_are_reached(fal_server, httpserver):
+    import httpx, requests
+    httpserver.expect_request("/").respond_with_data("here")
+    url = httpserver.url_for("/")
+    assert [httpx.get(url).text, requests.get(url).text] == ["here", "here"]
+    with httpx.Client(proxy=os.environ["HTTPS_PROXY"]) as client:
+        assert client.get(url).text == "here"
+
+def test_bad_faults_are_refused(fal_server):
+    from flux_server_testing import ServerError
+    with pytest.raises(ServerError, match="body.status: Input should be greater than or equal to 400"):
+        fal_server.fail_next(200)
+"""
+
+
+def test_the_fixture(project: Project) -> None:
+    output = project.run(FIRST)
+    assert "5 passed" in output
+    assert project.left() == []
+
+
+RESTORED = """
+import os
+before = dict(os.environ)
+
+def test_it(fal_server):
+    assert os.environ["FAL_SERVER_URL"] == fal_server.url
+    assert os.environ["OPENAI_BASE_URL"] == f"{fal_server.url}/v1"
+    assert os.environ["FAL_KEY"] != before["FAL_KEY"]
+"""
+
+
+ENDING = """
+import os
+
+def pytest_unconfigure():
+    print("afterwards", os.environ.get("FAL_KEY"), os.environ.get("FAL_SERVER_URL"))
+"""
+
+
+def test_the_environment_is_restored(project: Project) -> None:
+    """Check the environment after the session's fixtures have ended, with a key that a developer has set."""
+    project.write({"conftest.py": ENDING})
+    assert "afterwards mine:secret None\n" in project.run(RESTORED, variables={"FAL_KEY": "mine:secret"})
+
+
+def test_nothing_starts_until_the_fixture_is_used(project: Project) -> None:
+    test = "import sys\ndef test_it():\n    assert 'flux_server_testing.session' not in sys.modules\n"
+    variables = {"PATH": ""}
+    project.write({"pytest.ini": INI.replace(PROGRAM, "/no/such/program")})
+    assert "1 passed" in project.run(test, variables=variables)
+    assert "1 passed" in project.run("def test_it(): pass", "-p", "no:flux_server", "-o", "addopts=")
+
+
+AT_START = """
+import os
+key = os.environ["FAL_KEY"]
+from conftest import url
+
+def test_it(fal_server):
+    assert url == fal_server.url
+"""
+
+
+def test_the_server_can_start_before_the_applications_modules_are_imported(project: Project) -> None:
+    project.write(
+        {
+            "pytest.ini": INI + "flux_server_at_start = true\n",
+            "conftest.py": "import os\nurl = os.environ['FAL_SERVER_URL']\n",
+        }
+    )
+    assert "1 passed" in project.run(AT_START)
+    assert project.left() == []
+
+
+PARALLEL = """
+import os
+import pytest
+from conftest import post
+
+@pytest.mark.parametrize("number", range(6))
+def test_it(fal_server, number):
+    fal_server.fail_next(500)
+    with pytest.raises(OSError, match="500"):
+        post()
+    post()
+    assert len(fal_server.requests) == 2
+    with open(os.environ["NOTES"], "a") as notes:
+        print(fal_server.url, os.environ["FAL_KEY"], file=notes)
+"""
+
+
+@pytest.mark.parametrize("at_start", ["true", "false"])
+def test_parallel_workers_share_one_server(project: Project, tmp_path: Path, at_start: str) -> None:
+    notes = tmp_path / "notes"
+    project.write({"pytest.ini": f"{INI}flux_server_at_start = {at_start}\n"})
+    output = project.run(PARALLEL, "-n", "2", "--dist", "each", variables={"NOTES": str(notes)})
+    assert "12 passed" in output
+    urls, keys = zip(*(line.split() for line in notes.read_text().splitlines()), strict=True)
+    assert len(set(urls)) == 1
+    assert len(set(keys)) == 2
+    assert project.left() == []
+
+
+WAITING = """
+import sys, time
+
+def test_it(fal_server):
+    print("URL", fal_server.url, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_is_left_of_a_run_that_is_ended(project: Project, number: signal.Signals) -> None:
+    project.write({"test_app.py": WAITING})
+    with project.start() as process:
+        assert process.stdout
+        url = next(line for line in process.stdout if "URL" in line).split()[-1]
+        assert url.startswith("http://127.0.0.1:")
+        assert project.left()
+        process.send_signal(number)
+        process.wait()
+        wait_until(lambda: not project.left())
+        wait_until(lambda: not is_listening(url))
+
+
+def is_listening(url: str) -> bool:
+    """Return whether a server still listens at this URL."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def test_a_server_that_does_not_start_says_why(project: Project) -> None:
+    project.write({"pytest.ini": INI.replace("--models-dir", "--max-running 0 --models-dir")})
+    output = project.run("def test_it(fal_server): pass", code=1)
+    assert "flux-server ended with exit code 2" in output
+    assert "--max-running (FLUX_SERVER_MAX_RUNNING): Input should be greater than or equal to 1" in output
+
+
+def test_a_missing_program(project: Project) -> None:
+    project.write({"pytest.ini": INI.replace(PROGRAM, "/no/such/program")})
+    output = project.run("def test_it(fal_server): pass", code=1)
+    assert "flux-server could not be started: /no/such/program: No such file or directory" in output
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """Start servers for tests, one without keys and one with a fixed key; yield their URLs."""
+    with (
+        serving_with_proxy(tmp_path_factory.mktemp("open"), TEST_MODELS, testing="true") as without,
+        serving_with_proxy(tmp_path_factory.mktemp("keys"), TEST_MODELS, testing="true", keys="ci:secret") as fixed,
+    ):
+        yield {"open": without.url, "keys": fixed.url}
+
+
+USED = """
+from conftest import post
+
+def test_it(fal_server):
+    post()
+    assert len(fal_server.requests) == 1
+    print("used", fal_server.url)
+"""
+
+
+def test_a_server_that_runs_already(project: Project, running: Mapping[str, str]) -> None:
+    url = running["open"]
+    for options, variables in [(["--flux-server-url", url], {}), ([], {"FAL_SERVER_URL": f"{url}/"})]:
+        assert f"used {url}\n" in project.run(USED, *options, variables=variables)
+    project.write({"pytest.ini": f"{INI}flux_server_url = {url}\n"})
+    assert f"used {url}\n" in project.run(USED)
+
+
+def test_a_running_server_with_a_fixed_key(project: Project, running: Mapping[str, str]) -> None:
+    url = running["keys"]
+    options = ("--flux-server-url", url)
+    assert f"used {url}\n" in project.run(USED, *options, variables={"FAL_KEY": "ci:secret"})
+    assert "This server requires a valid key" in project.run(USED, *options, code=1)
