@@ -42,6 +42,7 @@ FOREIGN = {
         "--build-arg",
         "--from",
         "--torch-backend",
+        "--test",
         "--path",
         "--default-non-nullable",
     ),
