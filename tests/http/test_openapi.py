@@ -42,6 +42,7 @@ def test_the_document_is_openapi_3_1(document: Any) -> None:
 def test_the_server_is_the_one_that_the_client_reached(client: httpx.Client, server: Server) -> None:
     port = client.base_url.port
     assert document_of(client)["servers"] == [{"url": server.url}]
+    assert client.head("/openapi.json").status_code == 200
     assert document_of(client, host=f"localhost:{port}")["servers"] == [{"url": f"http://localhost:{port}"}]
 
 

@@ -18,7 +18,7 @@ Endpoint = Annotated[str, Path(description="The endpoint.", examples=["fal-ai/fl
 EndpointID = Annotated[str, Query(description="The endpoint.", examples=["fal-ai/flux/dev"])]
 
 
-@router.get("/openapi.json", include_in_schema=False)
+@router.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
 async def openapi(request: Request) -> Response:
     """Return the OpenAPI document of the whole server, under the URL by which the client reached the server."""
     return FalJSONResponse({**request.app.openapi(), "servers": [{"url": request.state.base_url}]})

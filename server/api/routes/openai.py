@@ -26,11 +26,16 @@ from server.api.wait import cancel_on_disconnect, response_when_done
 from server.errors import NotFound
 from server.queue.jobs import Mode, Submission
 
-router = APIRouter(
-    prefix="/v1",
-    tags=["openai"],
-    responses={code: {**error, "model": OpenAIProblem} for code, error in ERRORS.items()},
-)
+#: The errors, in OpenAI's shape and with its statuses.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": OpenAIProblem,
+        "description": "The request was refused: 400 for invalid fields, 401 without a valid key, 404 for an unknown "
+        "model, 413 for a body that is too large, 429 when a limit is reached.",
+    },
+    "5XX": {**ERRORS["5XX"], "model": OpenAIProblem},
+}
+router = APIRouter(prefix="/v1", tags=["openai"], responses=_ERRORS)
 
 _IMAGES: dict[str, Any] = {
     "response_model": OpenAIImages,
