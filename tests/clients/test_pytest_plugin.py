@@ -51,14 +51,18 @@ class Project:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
-    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
-        """Start pytest in the application, without this process's own settings."""
+    def environment(self) -> dict[str, str]:
+        """Return this process's environment without its own settings, with the directory for temporary files."""
         kept = {name: value for name, value in os.environ.items() if not re.match("FAL_|FLUX_|PYTEST|PYTHON", name)}
+        return {**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
+        """Start pytest in the application."""
         command = [sys.executable, "-m", "pytest", *QUICKLY, "-rs", "-s", *options]
         return subprocess.Popen(
             command,
             cwd=self.directory,
-            env={**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1", **variables},
+            env={**self.environment(), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -156,7 +160,7 @@ def test_nothing_starts_until_the_fixture_is_used(project: Project) -> None:
     variables = {"PATH": ""}
     project.write({"pytest.ini": INI.replace(PROGRAM, "/no/such/program")})
     assert "1 passed" in project.run(test, variables=variables)
-    assert "1 passed" in project.run("def test_it(): pass", "-p", "no:flux_server", "-o", "addopts=")
+    assert "1 passed" in project.run("def test_it(): pass", "-p", "no:flux_server_testing.plugin", "-o", "addopts=")
 
 
 AT_START = """
@@ -285,3 +289,34 @@ def test_a_running_server_with_a_fixed_key(project: Project, running: Mapping[st
     options = ("--flux-server-url", url)
     assert f"used {url}\n" in project.run(USED, *options, variables={"FAL_KEY": "ci:secret"})
     assert "This server requires a valid key" in project.run(USED, *options, code=1)
+
+
+WITHIN = """
+from conftest import post
+
+import models, server
+
+def test_it(fal_server):
+    post()
+    assert len(fal_server.requests) == 1
+    assert models.NAME == server.NAME == "mine"
+"""
+
+
+def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) -> None:
+    """Check `flux-server run --testing -- pytest`, with a pytest that loads no plugin of its environment."""
+    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN})
+    run = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", str(MODELS), "--"]
+    inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    variables = {
+        **project.environment(),
+        "FLUX_SERVER_WEIGHTS": TEST_MODELS,
+        "PYTHONSAFEPATH": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    done = subprocess.run(
+        [*run, *inner], cwd=project.directory, env=variables, capture_output=True, text=True, timeout=110
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+    assert project.left() == []
