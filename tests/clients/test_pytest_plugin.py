@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server_process import MODELS, ROOT, TEST_MODELS, serving_with_proxy, wait_until
+from tests.support.server_process import (
+    MODELS,
+    ROOT,
+    TEST_MODELS,
+    free_port,
+    serving,
+    serving_with_proxy,
+    wait_until,
+)
+from tests.support.small_disk import small_disk
 
 #: An application with modules that have the names of the server's.
 APPLICATION = {"models.py": "NAME = 'mine'", "server/__init__.py": "NAME = 'mine'"}
@@ -289,6 +298,31 @@ def test_a_running_server_with_a_fixed_key(project: Project, running: Mapping[st
     options = ("--flux-server-url", url)
     assert f"used {url}\n" in project.run(USED, *options, variables={"FAL_KEY": "ci:secret"})
     assert "This server requires a valid key" in project.run(USED, *options, code=1)
+
+
+CONTAINER = """
+import os, ssl
+
+def test_it(fal_server):
+    assert "HTTPS_PROXY" not in os.environ
+    ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+    import fal_client
+    assert fal_client.run("test/null", arguments={"prompt": "a"})["prompt"] == "a"
+    assert len(fal_server.requests) == 1
+"""
+
+
+def test_a_server_in_a_container(project: Project, tmp_path: Path) -> None:
+    """Check a server that others can reach, whose files are not visible here. Uploads still go to fal then."""
+    settings = {"testing": "true", "host": "0.0.0.0", "keys": "ci:secret", "tls_port": str(free_port())}
+    with (
+        small_disk(tmp_path / "disk", 64 * 2**20) as disk,
+        serving(disk.inner_path / "data", TEST_MODELS, within=disk.enter_command, **settings) as server,
+    ):
+        url = server.ready().url.replace("0.0.0.0", "127.0.0.1")
+        output = project.run(CONTAINER, "--flux-server-url", url, variables={"FAL_KEY": "ci:secret"})
+    assert "1 passed" in output
+    assert project.left() == []
 
 
 WITHIN = """
