@@ -149,14 +149,22 @@ class FalServer:
         found: dict[str, str] = self.call("GET", "/testing/environment")["variables"]
         return found
 
+    def certificates(self) -> bytes:
+        """Return the certificates of the public authorities and of the server, as PEM."""
+        return self._send("GET", "/testing/certificates", None)
+
     def call(self, method: str, path: str, body: object = None) -> Any:
         """Call one of the server's controls; return its JSON. Raises ServerError."""
+        return json.loads(self._send(method, path, body))
+
+    def _send(self, method: str, path: str, body: object) -> bytes:
         headers = {"authorization": f"Key {self._key}"} if self._key else {}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)  # noqa: S310  http
         try:
             with _OPENER.open(request, timeout=_SECONDS) as response:
-                return json.load(response)
+                content: bytes = response.read()
+                return content
         except urllib.error.HTTPError as error:
             raise ServerError(f"flux-server refuses {method} {path}: {_message(error)}") from None
         except (urllib.error.URLError, OSError) as error:

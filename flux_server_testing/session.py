@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,9 @@ class Session:
             url = self._share(options, shared) if shared else self._start(options)
         key = f"{worker}:{secrets.token_hex(8)}" if worker else ""
         self.server = FalServer(url.rstrip("/"), key)
-        variables = self._variables()
+        self._bundle: Path | None = None
+        variables = self._variables() | {URL_VARIABLE: self.server.url, "OPENAI_BASE_URL": f"{self.server.url}/v1"}
+        variables |= self._certificate_variables(variables)
         # A server that runs already may have requests of an earlier test run.
         self.server.reset()
         self._replaced = {name: os.environ.get(name) for name in variables}
@@ -59,6 +62,8 @@ class Session:
                 os.environ[name] = value
         if self._process and self.shared_pid is None:
             self._process.stop()
+        if self._bundle:
+            self._bundle.unlink(missing_ok=True)
 
     def reset(self) -> None:
         """Forget the last test's faults and requests. Raises ServerError, with the end of the server's log."""
@@ -79,6 +84,17 @@ class Session:
             # A server with fixed keys: all workers share the one that is set.
             self.server = FalServer(self.server.url, key)
             return self.server.variables()
+
+    def _certificate_variables(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables that name the certificates, if the server's own file is in another container."""
+        names = [name for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if name in variables]
+        if all(Path(variables[name]).exists() for name in names):
+            return {}
+        descriptor, path = tempfile.mkstemp(prefix="flux-server-", suffix=".pem")
+        self._bundle = Path(path)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self.server.certificates())
+        return dict.fromkeys(names, path)
 
     def _start(self, options: Options, exit_with: int | None = None) -> str:
         self._process = ServerProcess(find_program(options.program), options.server_options, exit_with=exit_with)

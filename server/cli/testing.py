@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import flux_server_testing
 from flux_server_testing.controls import FalServer
 from flux_server_testing.process import ServerProcess
 from server.cli.client_env import check, environment
@@ -46,7 +48,9 @@ def data_dir_for_tests(settings: Settings) -> Iterator[Settings]:
         yield settings
         return
     with TemporaryDirectory(prefix="flux-server-", ignore_cleanup_errors=True) as directory:
-        yield settings.model_copy(update={"data_dir": Path(directory)})
+        # PyTorch leaves temporary files too.
+        os.environ["TMPDIR"] = tempfile.tempdir = directory
+        yield settings.model_copy(update={"data_dir": Path(directory, "data")})
 
 
 def run_with_server(settings: Settings, command: Sequence[str]) -> int:
@@ -61,9 +65,25 @@ def run_with_server(settings: Settings, command: Sequence[str]) -> int:
         at = settings.model_copy(update={**found["settings"], "data_dir": Path(found["settings"]["data_dir"])})
         files = certificate_files(at.data_dir)
         check(at, files, command)
-        return _run(command, {**environment(at, files, os.environ), **found["variables"]})
+        pytest = _pytest_variables(at.data_dir / "pytest")
+        return _run(command, {**environment(at, files, os.environ), **found["variables"], **pytest})
     finally:
         server.stop()
+
+
+def _pytest_variables(directory: Path) -> dict[str, str]:
+    """Return the variables with which pytest finds the plugin, whose environment need not contain flux-server.
+
+    The directory gets a link to the plugin alone, because flux-server's other packages must not come before the
+    application's.
+    """
+    package = Path(flux_server_testing.__file__).parent
+    directory.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        (directory / package.name).symlink_to(package)
+    paths = [str(directory), os.environ.get("PYTHONPATH", "")]
+    plugins = [os.environ.get("PYTEST_PLUGINS", ""), f"{package.name}.plugin"]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTEST_PLUGINS": ",".join(filter(None, plugins))}
 
 
 def _options(settings: Settings) -> Iterator[str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.test_run import run_under_flux_server
+from flux_server_testing import FalServer
+from flux_server_testing.process import ServerProcess
 from tests.support.node import JS
-from tests.support.server_process import ROOT, Server, serving_with_proxy
+from tests.support.server_process import ROOT
 
 #: Each test starts a server and a test run, and takes minutes on a machine that is busy.
 pytestmark = pytest.mark.timeout(300)
@@ -98,15 +99,16 @@ def test_the_python_example(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared_server() -> Iterator[FalServer]:
     """Start one server for the tests of all changed applications."""
-    with serving_with_proxy(tmp_path_factory.mktemp("shared"), "demo", testing="true") as server:
-        yield server
+    process = ServerProcess([sys.executable, "-P", "-m", "server"])
+    yield FalServer(process.url)
+    process.stop()
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("test", PYTHON)
-def test_each_python_test_needs_its_handling(shared_server: Server, tmp_path: Path, test: str) -> None:
+def test_each_python_test_needs_its_handling(shared_server: FalServer, tmp_path: Path, test: str) -> None:
     app = copied("python-app", tmp_path, PYTHON[test])
     output = pytest_output(app, {**environment(tmp_path), "FAL_SERVER_URL": shared_server.url})
     assert re.findall(r"^FAILED \S+::(\w+)", output, re.MULTILINE) == [test], output
@@ -115,11 +117,11 @@ def test_each_python_test_needs_its_handling(shared_server: Server, tmp_path: Pa
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("test", NODE)
-def test_each_node_test_needs_its_handling(node: None, shared_server: Server, tmp_path: Path, test: str) -> None:
-    app, url = copied("node-app", tmp_path, NODE[test]), shared_server.url
-    urls = {"FAL_SERVER_URL": url, "OPENAI_BASE_URL": f"{url}/v1", "FAL_KEY": "node", "OPENAI_API_KEY": "node"}
-    # This program uses the server that runs, so it must not start one.
-    variables = {**urls, "FLUX_SERVER_TESTING": ""}
-    done = run_under_flux_server(shared_server, ["node", "--test", "test/"], variables, cwd=app)
+def test_each_node_test_needs_its_handling(node: None, shared_server: FalServer, tmp_path: Path, test: str) -> None:
+    app, found = copied("node-app", tmp_path, NODE[test]), shared_server.call("GET", "/testing/environment")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in found["settings"].items() if value]
+    command = [sys.executable, "-P", "-m", "server", "run", *options, "--", "node", "--test", "test/"]
+    variables = {**environment(tmp_path), **found["variables"]}
+    done = subprocess.run(command, cwd=app, env=variables, capture_output=True, text=True, timeout=280)
     assert re.findall(r"^not ok \d+ - (.+)$", done.stdout, re.MULTILINE) == [test], done.stdout + done.stderr
     assert f"# pass {len(NODE)}\n" in done.stdout

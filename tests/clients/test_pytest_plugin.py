@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server_process import MODELS, ROOT, TEST_MODELS, serving_with_proxy, wait_until
+from tests.support.server_process import (
+    MODELS,
+    ROOT,
+    TEST_MODELS,
+    free_port,
+    serving,
+    serving_with_proxy,
+    wait_until,
+)
+from tests.support.small_disk import small_disk
 
 #: An application with modules that have the names of the server's.
 APPLICATION = {"models.py": "NAME = 'mine'", "server/__init__.py": "NAME = 'mine'"}
@@ -51,14 +60,18 @@ class Project:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
-    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
-        """Start pytest in the application, without this process's own settings."""
+    def environment(self) -> dict[str, str]:
+        """Return this process's environment without its own settings, with the directory for temporary files."""
         kept = {name: value for name, value in os.environ.items() if not re.match("FAL_|FLUX_|PYTEST|PYTHON", name)}
+        return {**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
+        """Start pytest in the application."""
         command = [sys.executable, "-m", "pytest", *QUICKLY, "-rs", "-s", *options]
         return subprocess.Popen(
             command,
             cwd=self.directory,
-            env={**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1", **variables},
+            env={**self.environment(), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -156,7 +169,7 @@ def test_nothing_starts_until_the_fixture_is_used(project: Project) -> None:
     variables = {"PATH": ""}
     project.write({"pytest.ini": INI.replace(PROGRAM, "/no/such/program")})
     assert "1 passed" in project.run(test, variables=variables)
-    assert "1 passed" in project.run("def test_it(): pass", "-p", "no:flux_server", "-o", "addopts=")
+    assert "1 passed" in project.run("def test_it(): pass", "-p", "no:flux_server_testing.plugin", "-o", "addopts=")
 
 
 AT_START = """
@@ -285,3 +298,59 @@ def test_a_running_server_with_a_fixed_key(project: Project, running: Mapping[st
     options = ("--flux-server-url", url)
     assert f"used {url}\n" in project.run(USED, *options, variables={"FAL_KEY": "ci:secret"})
     assert "This server requires a valid key" in project.run(USED, *options, code=1)
+
+
+CONTAINER = """
+import os, ssl
+
+def test_it(fal_server):
+    assert "HTTPS_PROXY" not in os.environ
+    ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+    import fal_client
+    assert fal_client.run("test/null", arguments={"prompt": "a"})["prompt"] == "a"
+    assert len(fal_server.requests) == 1
+"""
+
+
+def test_a_server_in_a_container(project: Project, tmp_path: Path) -> None:
+    """Check a server that others can reach, whose files are not visible here. Uploads still go to fal then."""
+    settings = {"testing": "true", "host": "0.0.0.0", "keys": "ci:secret", "tls_port": str(free_port())}
+    with (
+        small_disk(tmp_path / "disk", 64 * 2**20) as disk,
+        serving(disk.inner_path / "data", TEST_MODELS, within=disk.enter_command, **settings) as server,
+    ):
+        url = server.ready().url.replace("0.0.0.0", "127.0.0.1")
+        output = project.run(CONTAINER, "--flux-server-url", url, variables={"FAL_KEY": "ci:secret"})
+    assert "1 passed" in output
+    assert project.left() == []
+
+
+WITHIN = """
+from conftest import post
+
+import models, server
+
+def test_it(fal_server):
+    post()
+    assert len(fal_server.requests) == 1
+    assert models.NAME == server.NAME == "mine"
+"""
+
+
+def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) -> None:
+    """Check `flux-server run --testing -- pytest`, with a pytest that loads no plugin of its environment."""
+    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN})
+    run = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", str(MODELS), "--"]
+    inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    variables = {
+        **project.environment(),
+        "FLUX_SERVER_WEIGHTS": TEST_MODELS,
+        "PYTHONSAFEPATH": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    done = subprocess.run(
+        [*run, *inner], cwd=project.directory, env=variables, capture_output=True, text=True, timeout=110
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+    assert project.left() == []

@@ -49,7 +49,7 @@ FOREIGN = {
     *("--scope", "--owner", "--limit"),
     *("--all", "--random-weights", "--sizes", "--steps", "--rounds", "--waiting", "--requests", "--weights"),
     *("--plans", "--prompts", "--plot"),
-    *("--torch-backend", "--no-sync", "--flux-server-url", "--test-concurrency"),
+    *("--torch-backend", "--flux-server-url", "--test", "--test-concurrency"),
     *(
         "--cap-gb",
         "--json",

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
+from starlette.responses import FileResponse
 
 from server.api import validation
 from server.api.dependencies import Services, authenticate, get_services, receive_body
@@ -65,6 +66,13 @@ async def environment(request: Request) -> Response:
     if key:
         variables |= dict.fromkeys(("FAL_KEY", "OPENAI_API_KEY"), key)
     return FalJSONResponse({"variables": variables, "settings": request.app.state.client_settings})
+
+
+@router.get("/certificates")
+async def certificates(request: Request) -> Response:
+    """Return the certificates that clients need, as PEM, for tests outside the server's container."""
+    authenticate(request)
+    return FileResponse(request.app.state.client_variables["SSL_CERT_FILE"], media_type="application/x-pem-file")
 
 
 def _faults(services: Services) -> FaultQueue:
