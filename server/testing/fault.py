@@ -6,19 +6,35 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import (
+    BadRequest,
+    BodyTooLarge,
     ClientCancelled,
+    DiskFull,
     Forbidden,
     InternalError,
     InvalidInput,
+    MethodNotAllowed,
+    MisdirectedRequest,
     NotFound,
     ServerError,
     StartTimeout,
     TooManyRequests,
     Unauthorized,
+    UnsatisfiableRange,
 )
 
 #: The longest delay of a request or of its webhook, in seconds: an hour's delay would outlast any test.
 MAX_DELAY = 600
+
+#: The server's own errors that need only a message, by status.
+_KINDS: dict[int, type[ServerError]] = {
+    kind.status: kind
+    for kind in (
+        *(BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, BodyTooLarge, UnsatisfiableRange),
+        *(MisdirectedRequest, ClientCancelled, InternalError, StartTimeout, DiskFull),
+    )
+}
+_PHRASES = {each.value: each.phrase for each in HTTPStatus}
 
 _Seconds = Annotated[float, Field(ge=0, le=MAX_DELAY, allow_inf_nan=False)]
 
@@ -79,35 +95,28 @@ class Fault(BaseModel):
 
     def error(self) -> ServerError:
         """Build the error with this fault's status, in the shape that the server itself gives such an error."""
-        message = self.message or None
-        match self.status:
-            case 401:
-                return Unauthorized(message)
-            case 403:
-                return Forbidden(message or "Forbidden")
-            case 404:
-                return NotFound(message)
-            case 422:
-                text = message or "Value error, a test refused this input"
-                return InvalidInput([{"type": "value_error", "loc": ["body", self.field], "msg": text, "input": ""}])
-            case 429:
-                return TooManyRequests(
-                    message or "Too many requests", 5 if self.retry_after is None else self.retry_after
-                )
-            case 499:
-                return ClientCancelled(message)
-            case 500:
-                return InternalError(message)
-            case 504:
-                return StartTimeout(message)
-        return _OtherError(self.status or InternalError.status, message, self.retry_after)
+        error = self._error(self.status or InternalError.status)
+        if self.retry_after is not None:
+            error.headers = {**error.headers, "retry-after": str(self.retry_after)}  # type: ignore[misc]
+        return error
+
+    def _error(self, status: int) -> ServerError:
+        if status == InvalidInput.status:
+            return InvalidInput.of(
+                "value_error", ("body", self.field), self.message or "Value error, a test refused this input"
+            )
+        phrase = _PHRASES.get(status, "Error")
+        if status == TooManyRequests.status:
+            return TooManyRequests(self.message or phrase)
+        if kind := _KINDS.get(status):
+            # Errors without a message of their own inherit that of a 500.
+            return kind(self.message or (phrase if kind.message == ServerError.message else None))
+        return _OtherError(status, self.message or phrase)
 
 
 class _OtherError(ServerError):
-    """An error with a status that this server itself does not use, such as 502."""
+    """An error with a status for which this server has no class, such as 502."""
 
-    def __init__(self, status: int, message: str | None, retry_after: int | None) -> None:
-        known = {each.value: each.phrase for each in HTTPStatus}
-        super().__init__(message or known.get(status, "Error"))
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status  # type: ignore[misc]
-        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}  # type: ignore[misc]

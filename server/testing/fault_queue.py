@@ -15,6 +15,9 @@ from server.testing.recorded_request import RecordedRequest
 
 #: How many requests are recorded, of all owners together.
 _MAX_RECORDS = 10_000
+_DROP_IDEMPOTENCY_KEYS = """
+    UPDATE jobs SET idempotency_key = NULL WHERE idempotency_key IS NOT NULL AND (owner = ?1 OR ?1 = ?2)
+"""
 _DETACH_WEBHOOKS = "UPDATE jobs SET webhook_url = NULL WHERE state <> 'COMPLETED' AND (owner = ?1 OR ?1 = ?2)"
 _DROP_DELIVERIES = """
     DELETE FROM deliveries WHERE due_at IS NOT NULL
@@ -37,7 +40,7 @@ class _Planned:
 
 
 def _concerns(owner: str, other: str) -> bool:
-    """Return whether what `owner` plans or asks concerns `other`. Who sends no key concerns everyone."""
+    """Return whether what `owner` plans or asks concerns `other`. ANONYMOUS concerns every owner."""
     return owner in (ANONYMOUS, other)
 
 
@@ -90,12 +93,15 @@ class FaultQueue(Queue):
         return len(released)
 
     def reset(self, owner: str) -> None:
-        """Forget the owner's faults and requests. Cancel its unfinished requests, and send none of its webhooks."""
+        """Delete the owner's faults and records, cancel its unfinished requests, and send none of its webhooks.
+
+        An Idempotency-Key that was used before is new again.
+        """
         with self._lock:
             self._planned = [each for each in self._planned if not _concerns(owner, each.owner)]
             with self._database.transaction() as connection:
-                connection.execute(_DETACH_WEBHOOKS, (owner, ANONYMOUS))
-                connection.execute(_DROP_DELIVERIES, (owner, ANONYMOUS))
+                for statement in (_DROP_IDEMPOTENCY_KEYS, _DETACH_WEBHOOKS, _DROP_DELIVERIES):
+                    connection.execute(statement, (owner, ANONYMOUS))
             for job in [job for job in self._live.values() if _concerns(owner, job.owner)]:
                 self.cancel(job)
             kept = [request for request in self._requests if not _concerns(owner, request.submission.owner)]
@@ -103,7 +109,7 @@ class FaultQueue(Queue):
             self._taken = {name: each for name, each in self._taken.items() if not _concerns(owner, each.owner)}
 
     def webhook_copies(self, request_id: str) -> int:
-        """Return how often the webhook of a request is sent."""
+        """Return how often the webhook of a request is sent at its first attempt."""
         planned = self._taken.get(request_id)
         return planned.fault.webhook_copies if planned else 1
 
@@ -113,7 +119,7 @@ class FaultQueue(Queue):
         """Submit a request, which takes the next fault planned for it. Also raises the error of that fault."""
         # Under the lock, the worker cannot claim the job before the job has its fault.
         with self._lock:
-            planned, now = self._next_for(submission), self._clock()
+            planned, now, num_live = self._next_for(submission), self._clock(), len(self._live)
             try:
                 if planned and planned.fault.refuses:
                     self._use(planned)
@@ -122,8 +128,8 @@ class FaultQueue(Queue):
             except ServerError as error:
                 self._requests.append(RecordedRequest(submission, now, refused=error.status))
                 raise
-            # A repeated Idempotency-Key returns an earlier job, which takes no fault.
-            is_new = not submission.idempotency_key or all(request.job is not job for request in self._requests)
+            # A repeated Idempotency-Key returns an earlier job, which takes no fault and may have ended.
+            is_new = len(self._live) > num_live
             self._requests.append(RecordedRequest(submission, now, job))
             if is_new:
                 # Images of a few steps are noise, which the safety checker may flag without a reason.

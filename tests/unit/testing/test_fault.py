@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.errors import DiskFull, InternalError
 from server.testing.fault import Fault
 
 
@@ -55,6 +56,9 @@ def test_a_retry_time_is_for_a_refusal() -> None:
     assert fault.refuses
     assert fault.error().headers["retry-after"] == "7"
     assert Fault(status=429, retry_after=0).error().headers["retry-after"] == "0"
+    assert Fault(status=429).error().headers["retry-after"] == "5"
+    assert Fault(status=500, retry_after=7).error().headers["retry-after"] == "7"
+    assert "retry-after" not in InternalError.headers
 
 
 def test_a_422_names_the_field() -> None:
@@ -65,7 +69,8 @@ def test_a_422_names_the_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "error_type"), [(499, "client_cancelled"), (500, "internal_error"), (504, "request_timeout")]
+    ("status", "error_type"),
+    [(400, "bad_request"), (499, "client_cancelled"), (500, "internal_error"), (504, "request_timeout")],
 )
 def test_errors_have_the_servers_own_shape(status: int, error_type: str) -> None:
     assert Fault(status=status).error().body["error_type"] == error_type
@@ -74,4 +79,11 @@ def test_errors_have_the_servers_own_shape(status: int, error_type: str) -> None
 def test_messages_reach_the_client() -> None:
     for status in (401, 403, 404, 429, 499, 500, 502, 504, 599):
         assert Fault(status=status, message="it broke").error().body["detail"] == "it broke"
-    assert str(Fault(status=502).error()) == "Bad Gateway"
+    for status, message in [
+        (400, "Bad Request"),
+        (403, "Forbidden"),
+        (405, "Method Not Allowed"),
+        (502, "Bad Gateway"),
+    ]:
+        assert str(Fault(status=status).error()) == message
+    assert isinstance(Fault(status=507).error(), DiskFull)

@@ -202,6 +202,28 @@ def test_a_repeated_idempotency_key_takes_no_fault(queue: FaultQueue) -> None:
     assert queue.submit(submission(idempotency_key="b")).verdict
 
 
+def test_an_idempotency_key_is_new_after_a_reset(queue: FaultQueue) -> None:
+    job = queue.submit(submission(idempotency_key="a"))
+    queue.reset("me")
+    queue.plan("me", Fault(flag=True))
+    other = queue.submit(submission(idempotency_key="a", body_hash="1" * 64))
+    assert other is not job
+    assert other.verdict
+
+
+def test_a_job_that_ended_before_a_restart_is_not_held(components: Components, queue: FaultQueue) -> None:
+    job = queue.submit(submission(idempotency_key="a"))
+    assert claimed(queue) is job
+    queue.finish(job, success())
+    restarted = FaultQueue(components.database, components.notifier, clock=components.clock)
+    restarted.plan("me", Fault(hold=True))
+    assert restarted.submit(submission(idempotency_key="a")).state == State.COMPLETED
+    held = restarted.submit(submission())
+    assert restarted.release_held("me") == 1
+    assert claimed(restarted) == held
+    assert claimed(restarted) is None
+
+
 def test_refusals_of_the_queue_itself_are_recorded(queue: FaultQueue) -> None:
     queue.submit(submission(idempotency_key="a"))
     with pytest.raises(InvalidInput):

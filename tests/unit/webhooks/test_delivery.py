@@ -26,14 +26,16 @@ LOOPBACK = OutboundClient(("127.0.0.0/8", "::1/128"))
 
 
 def webhooks(
-    components: Components, outbound: OutboundClient = LOOPBACK, monotonic: Callable[[], float] = time.monotonic
+    components: Components,
+    outbound: OutboundClient = LOOPBACK,
+    monotonic: Callable[[], float] = time.monotonic,
+    copies: Callable[[str], int] = lambda request_id: 1,
 ) -> WebhookSender:
     """Return a webhook sender. A second call acts as a restart."""
     signer = WebhookSigner(components.database, clock=components.clock)
     signer.rotate()
-    return WebhookSender(
-        components.database, components.notifier, outbound, signer, components.clock, monotonic=monotonic
-    )
+    database, notifier, clock = components.database, components.notifier, components.clock
+    return WebhookSender(database, notifier, outbound, signer, clock, monotonic=monotonic, copies=copies)
 
 
 async def send_and_wait(sender: WebhookSender) -> float:
@@ -96,6 +98,30 @@ def test_an_error_is_delivered_in_fals_shape(components: Components, httpserver:
         "error": "Invalid status code: 504",
         "payload": json.loads(components.queue.result(job).body),
     }
+
+
+@pytest.mark.parametrize("statuses", [(200, 500), (500, 200)])
+def test_one_accepted_copy_is_enough(components: Components, httpserver: HTTPServer, statuses: tuple[int, int]) -> None:
+    finish_job(components, webhook_url=receiver_url(httpserver, *statuses))
+    asyncio.run(send_and_wait(webhooks(components, copies=lambda request_id: 2)))
+    assert len(received(httpserver)) == 2
+    assert delivery(components) == (1, None, components.clock.now, None)
+
+
+def test_only_the_first_attempt_is_sent_more_than_once(components: Components, httpserver: HTTPServer) -> None:
+    finish_job(components, webhook_url=receiver_url(httpserver, 500, 500))
+    sender = webhooks(components, copies=lambda request_id: 2)
+    asyncio.run(send_and_wait(sender))
+    components.clock.now += DELAYS[0]
+    asyncio.run(send_and_wait(sender))
+    assert len(received(httpserver)) == 3
+
+
+def test_no_more_copies_are_sent_after_a_reset(components: Components, httpserver: HTTPServer) -> None:
+    """Check copies whose number falls to one while the first is sent."""
+    finish_job(components, webhook_url=receiver_url(httpserver))
+    asyncio.run(send_and_wait(webhooks(components, copies=lambda request_id: 1 if received(httpserver) else 10)))
+    assert len(received(httpserver)) == 1
 
 
 def test_a_cancelled_request_is_delivered_too(components: Components, httpserver: HTTPServer) -> None:
