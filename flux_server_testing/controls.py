@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: No proxy: the controls are on this machine, and HTTPS_PROXY may lead to the server's own proxy.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SECONDS = 60
 
 
 class ServerError(Exception):
-    """A server that does not answer, or that refuses what a test asks; the message says why."""
+    """A server that does not answer, or that refuses what a test asks; the message says why.
+
+    `status` is the HTTP status, or 0 if there was no answer.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,7 @@ class FalServer:
         By default 422 and 500 and above come with the result, as at fal, and all others at the submission. A 422 names
         the `field`. `retry_after` is in seconds. `times` requests in a row fail; `endpoint` selects requests.
         """
-        when = {"at": at} if at else {}
-        when |= {} if retry_after is None else {"retry_after": retry_after}  # type: ignore[dict-item]
-        self._plan(times, endpoint, status=status, message=message, field=field, **when)
+        self._plan(times, endpoint, status=status, message=message, field=field, retry_after=retry_after, at=at)
 
     def time_out_next(self, *, times: int = 1, endpoint: str = "") -> None:
         """Make the next request fail with 504, as if its start deadline had passed."""
@@ -141,7 +146,7 @@ class FalServer:
         return planned
 
     def reset(self) -> None:
-        """Forget all faults and requests, and cancel what is unfinished. The plugin does so before each test."""
+        """Delete all faults and records, and cancel unfinished requests. The plugin does so before each test."""
         self.call("POST", "/testing/reset")
 
     def variables(self) -> dict[str, str]:
@@ -162,11 +167,11 @@ class FalServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)  # noqa: S310  http
         try:
-            with _OPENER.open(request, timeout=_SECONDS) as response:
+            with OPENER.open(request, timeout=_SECONDS) as response:
                 content: bytes = response.read()
                 return content
         except urllib.error.HTTPError as error:
-            raise ServerError(f"flux-server refuses {method} {path}: {_message(error)}") from None
+            raise ServerError(f"flux-server refuses {method} {path}: {_message(error)}", error.code) from None
         except (urllib.error.URLError, OSError) as error:
             raise ServerError(f"flux-server at {self.url} does not answer: {error}") from None
 

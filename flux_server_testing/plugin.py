@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from flux_server_testing.session import Session
 
 _SESSION: pytest.StashKey[Session] = pytest.StashKey()
-#: On the process that runs parallel workers: the ids of the servers that its workers started.
-_SHARED_PIDS: pytest.StashKey[list[int]] = pytest.StashKey()
-#: The variable that pytest-xdist sets in each of its workers.
-_WORKER = "PYTEST_XDIST_WORKER"
+#: The variables that pytest-xdist sets in each of its workers.
+_WORKER, _NUM_WORKERS = "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,9 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     url = "URL of a flux-server for tests that runs already, instead of starting one."
     parser.getgroup("flux-server").addoption("--flux-server-url", default="", help=url)
     parser.addini("flux_server_url", url, default="")
-    parser.addini(
-        "flux_server_program", "Command that runs flux-server; default: found next to Python, on PATH, by uvx."
-    )
+    parser.addini("flux_server_program", "Command that runs flux-server; default: found next to Python, or on PATH.")
     parser.addini("flux_server_options", "Options and weights of `flux-server serve`.", "args")
     parser.addini(
         "flux_server_at_start",
@@ -77,26 +74,9 @@ def fal_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Forget the last test's faults and requests."""
+    """Delete the last test's faults and records."""
     if session := item.config.stash.get(_SESSION, None):
         session.reset()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Note the server that one of pytest-xdist's workers started for all of them."""
-    if pid := getattr(node, "workeroutput", {}).get("flux_server_pid"):
-        node.config.stash.setdefault(_SHARED_PIDS, []).append(pid)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the server that was started before the collection, or that the workers shared."""
-    _close(config)
-    if pids := config.stash.get(_SHARED_PIDS, []):
-        from flux_server_testing.process import stop_process
-
-        for pid in pids:
-            stop_process(pid)
 
 
 def _open(config: pytest.Config, directory: Path | None = None) -> Session:
@@ -108,11 +88,12 @@ def _open(config: pytest.Config, directory: Path | None = None) -> Session:
         shlex.split(config.getini("flux_server_program") or ""),
         config.getini("flux_server_options"),
     )
-    worker = os.environ.get(_WORKER, "")
+    # A single worker shares its server with no other.
+    worker = os.environ.get(_WORKER, "") if int(os.environ.get(_NUM_WORKERS, "1")) > 1 else ""
     session = Session(options, worker=worker, shared=directory if worker else None)
     config.stash[_SESSION] = session
-    if session.shared_pid:
-        config.workeroutput["flux_server_pid"] = session.shared_pid  # type: ignore[attr-defined]
+    # Pytest calls this also after a usage error, or if a conftest.py cannot be imported.
+    config.add_cleanup(partial(_close, config))
     return session
 
 

@@ -1,9 +1,7 @@
 """A flux-server in a separate process, which ends when this process does, even by SIGKILL."""
 
-import contextlib
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -11,18 +9,19 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-#: Seconds that the server gets to start. A first start with uvx downloads the program.
+from flux_server_testing.controls import OPENER
+
+#: Seconds that the server gets to start. The user's program may first install flux-server, as uvx does.
 START_SECONDS = 600
 _STOP_SECONDS = 30
 #: Variables that would change the server's settings, or where Python finds the server's modules.
 _NOT_INHERITED = re.compile(r"FLUX_SERVER_|FAL_|PYTHON(PATH|HOME|SAFEPATH|WARNINGS|STARTUP)$")
 _URL = re.compile(r"listens on (http://\S+)")
-#: No proxy: the server is on this machine.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
 class NotStarted(Exception):
@@ -30,7 +29,7 @@ class NotStarted(Exception):
 
 
 def find_program(configured: Sequence[str] = ()) -> list[str]:
-    """Return the command that runs flux-server: the configured one, that of this environment, of PATH, or with uvx.
+    """Return the command that runs flux-server: the configured one, or that of this environment or of PATH.
 
     Raises NotStarted if there is none.
     """
@@ -41,29 +40,35 @@ def find_program(configured: Sequence[str] = ()) -> list[str]:
         return [str(neighbour)]
     if found := shutil.which("flux-server"):
         return [found]
-    if uvx := shutil.which("uvx"):
-        return [uvx, "flux-server"]
     raise NotStarted(
-        "There is no flux-server next to this Python nor on PATH, and no uvx: run pip install 'flux-server[testing]',"
-        " or name the program in the ini option flux_server_program"
+        "There is no flux-server next to this Python nor on PATH: run pip install 'flux-server[testing]', or name the"
+        " program in the ini option flux_server_program"
     )
 
 
 class ServerProcess:
     """A running `flux-server serve --testing`, on free ports, with a data directory that the server removes."""
 
-    def __init__(self, program: Sequence[str], options: Sequence[str] = (), *, exit_with: int | None = None) -> None:
+    def __init__(
+        self,
+        program: Sequence[str],
+        options: Sequence[str] = (),
+        settings: Mapping[str, str] = _NO_SETTINGS,
+        *,
+        exit_with: int | None = None,
+    ) -> None:
         """Start the server and wait until it can generate images. Raises NotStarted.
 
-        The server stops when the process `exit_with` ends; the default is this process.
+        `settings` are variables FLUX_SERVER_*, for secrets, which other users must not see in a command line. The
+        server stops when the process `exit_with` ends; the default is this process.
         """
         # Without a name, so that no file stays behind.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop` or `detach`
         pid = os.getpid() if exit_with is None else exit_with
         command = [*program, "serve", *options, "--testing", "--exit-with-process", str(pid)]
         environment = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
         # Without it, the application's own package `server` in this directory would come before flux-server's.
-        environment["PYTHONSAFEPATH"] = "1"
+        environment |= {"PYTHONSAFEPATH": "1", **settings}
         try:
             self._process = subprocess.Popen(  # noqa: S603  the user's own program
                 # A new session, so that Ctrl+C in a terminal does not stop the server before the tests end.
@@ -84,11 +89,6 @@ class ServerProcess:
             raise
 
     @property
-    def pid(self) -> int:
-        """The server's process id."""
-        return self._process.pid
-
-    @property
     def exit_code(self) -> int | None:
         """The exit code of a server that has ended; None while it runs."""
         return self._process.poll()
@@ -99,6 +99,12 @@ class ServerProcess:
         text = os.pread(self._log.fileno(), size, 0).decode(errors="replace")
         return "\n".join(text.splitlines()[-number:])
 
+    def detach(self) -> None:
+        """Let the server run until the process `exit_with` ends."""
+        # Popen warns of a process that it has not seen end.
+        self._process.returncode = 0
+        self._log.close()
+
     def stop(self) -> None:
         """Stop the server, and wait until it has removed its data directory."""
         if self._process.poll() is None:
@@ -106,7 +112,8 @@ class ServerProcess:
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                # The program may have started the server as a process of its own session, as uvx does.
+                os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._log.close()
 
@@ -127,18 +134,7 @@ class ServerProcess:
 def is_ready(url: str) -> bool:
     """Return whether the server at this URL can generate images."""
     try:
-        with _OPENER.open(f"{url}/health/ready", timeout=10):
+        with OPENER.open(f"{url}/health/ready", timeout=10):
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def stop_process(pid: int) -> None:
-    """Stop a server that another process started, and wait for its end; do nothing if it has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-            select.select([descriptor], [], [], _STOP_SECONDS)
-        finally:
-            os.close(descriptor)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from flux_server_testing.controls import FalServer, ServerError
@@ -38,14 +39,21 @@ class Session:
         directory, and the server that this session starts for all of them outlives the session.
         """
         self._process: ServerProcess | None = None
-        #: The id of the server's process, if this session started it for several workers.
-        self.shared_pid: int | None = None
+        self._worker, self._is_shared = worker, bool(shared)
+        self._bundle: Path | None = None
+        self._replaced: dict[str, str | None] = {}
+        try:
+            self._open(options, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: Options, shared: Path | None) -> None:
         url = options.url or os.environ.get(URL_VARIABLE, "")
         if not url:
             url = self._share(options, shared) if shared else self._start(options)
-        key = f"{worker}:{secrets.token_hex(8)}" if worker else ""
+        key = f"{self._worker}:{secrets.token_hex(8)}" if self._worker else ""
         self.server = FalServer(url.rstrip("/"), key)
-        self._bundle: Path | None = None
         variables = self._variables() | {URL_VARIABLE: self.server.url, "OPENAI_BASE_URL": f"{self.server.url}/v1"}
         variables |= self._certificate_variables(variables)
         # A server that runs already may have requests of an earlier test run.
@@ -60,13 +68,15 @@ class Session:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        if self._process and self.shared_pid is None:
+        if self._process and self._is_shared:
+            self._process.detach()
+        elif self._process:
             self._process.stop()
         if self._bundle:
             self._bundle.unlink(missing_ok=True)
 
     def reset(self) -> None:
-        """Forget the last test's faults and requests. Raises ServerError, with the end of the server's log."""
+        """Delete the last test's faults and records. Raises ServerError, with the end of the server's log."""
         try:
             self.server.reset()
         except ServerError as error:
@@ -77,11 +87,13 @@ class Session:
     def _variables(self) -> dict[str, str]:
         try:
             return self.server.variables()
-        except ServerError:
+        except ServerError as error:
             key = os.environ.get("FAL_KEY", "")
-            if not key:
+            # Only a server with fixed keys gets the developer's key.
+            if not key or error.status != HTTPStatus.UNAUTHORIZED:
                 raise
-            # A server with fixed keys: all workers share the one that is set.
+            if self._worker:
+                raise ServerError("parallel workers need a server that accepts any key, without --keys") from None
             self.server = FalServer(self.server.url, key)
             return self.server.variables()
 
@@ -111,7 +123,5 @@ class Session:
                     return url
             # The parent is the process that runs all workers.
             url = self._start(options, exit_with=os.getppid())
-            assert self._process
-            self.shared_pid = self._process.pid
             state.write_text(json.dumps({"url": url}))
         return url

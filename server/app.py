@@ -91,7 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.testing:
         app.state.client_variables = testing_variables(settings, certificate_files(settings.data_dir))
         app.state.client_settings = settings.model_dump(mode="json", include=set(ADDRESS))
-        app.include_router(testing.router, responses=ERRORS)
+        app.include_router(testing.router)
     for surface in _SURFACES:
         app.include_router(surface.router, responses=ERRORS)
     app.mount("/static", playground.files)

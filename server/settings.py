@@ -162,10 +162,14 @@ class Settings(BaseModel):
     )
     testing: bool = Field(
         False,
-        description="For an application's tests: respond to /testing (faults, recorded requests), accept any key, and"
-        " unless set otherwise, use free ports and a temporary data directory. For serve and run.",
+        description="For an application's tests: respond to /testing (faults, recorded requests), keep the requests"
+        " of each key apart, use free ports and a temporary data directory unless set otherwise, and on loopback let"
+        " webhooks and downloads reach this machine. For serve and run.",
     )
-    exit_with_process: int = Field(0, ge=0, description="Stop when the process with this id has ended; 0: never.")
+    # Linux has no greater process ids.
+    exit_with_process: int = Field(
+        0, ge=0, le=2**22, description="Stop when the process with this id has ended; 0: never."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log format: text (coloured on terminals) or json.")
 

@@ -124,11 +124,8 @@ class UnsupportedProgram(Exception):
     """A program that must not run, because its fal calls would go to the real cloud."""
 
 
-def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
-    """Check that the settings and the certificate that `run` needs for this command exist.
-
-    Raises UnsupportedProgram if something is missing. `run_limitations` names what `run` cannot do for a program.
-    """
+def check_ports(settings: Settings, command: Sequence[str]) -> None:
+    """Check that the server has the ports that `run` needs for this command. Raises UnsupportedProgram if not."""
     if not settings.tls_port:
         raise UnsupportedProgram("run needs --tls-port: without it, the program's calls would go to the real fal")
     if not settings.proxy_port and not _is_node(command):
@@ -136,6 +133,14 @@ def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -
             "run needs the server's --proxy-port for all programs except Node's: "
             "without it, their calls would go to the real fal"
         )
+
+
+def check(settings: Settings, files: CertificateFiles, command: Sequence[str]) -> None:
+    """Check that the ports and the certificate that `run` needs for this command exist.
+
+    Raises UnsupportedProgram if something is missing. `run_limitations` names what `run` cannot do for a program.
+    """
+    check_ports(settings, command)
     if not files.bundle.exists():
         raise UnsupportedProgram(
             f"there is no certificate in {files.bundle.parent}; start the server once with "

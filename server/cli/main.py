@@ -225,6 +225,7 @@ def run(
 
     With --testing, start a server for the program's tests, run the program, and stop the server.
     """
+    from flux_server_testing.controls import ServerError
     from flux_server_testing.process import NotStarted
     from server.cli import client_env
     from server.cli.testing import run_with_server
@@ -236,7 +237,7 @@ def run(
         client_env.check(settings, tls.certificate_files(settings.data_dir), command)
         typer.echo(f"flux-server: {client_env.run_limitations(command)}", err=True)
         client_env.run(settings, tls.certificate_files(settings.data_dir), command)
-    except (client_env.UnsupportedProgram, NotStarted) as error:
+    except (client_env.UnsupportedProgram, NotStarted, ServerError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(FAILED) from None
     except OSError as error:

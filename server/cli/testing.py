@@ -7,16 +7,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import flux_server_testing
 from flux_server_testing.controls import FalServer
 from flux_server_testing.process import ServerProcess
-from server.cli.client_env import check, environment
+from server.cli.client_env import check_ports, environment
 from server.net.tls import certificate_files
-from server.settings import Settings, default_data_dir
+from server.settings import PREFIX, Settings, default_data_dir
 
 #: Addresses of an application's own receivers of webhooks, and of its images.
 _LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -24,10 +24,10 @@ _PORTS = ("port", "tls_port", "proxy_port")
 
 
 def with_testing_defaults(settings: Settings) -> Settings:
-    """With --testing, return the settings for tests; settings that the user chose stay. Else return them unchanged.
+    """Return the settings for tests with --testing, and all settings unchanged without. What the user chose stays.
 
-    Ports are free ones. The CONNECT proxy passes other hosts on, webhooks may go to this machine, and a stop waits for
-    no request.
+    Ports are free ones. The CONNECT proxy passes other hosts on, and a stop waits for no request. If only this machine
+    reaches the server, webhooks may go to this machine.
     """
     if not settings.testing:
         return settings
@@ -35,14 +35,15 @@ def with_testing_defaults(settings: Settings) -> Settings:
     # The CONNECT proxy needs the TLS port.
     kept = settings.model_fields_set | (set() if settings.tls_port else {"proxy_port"})
     chosen = {name: value for name, value in defaults.items() if name not in kept}
-    return settings.model_copy(update={**chosen, "outbound_allow": (*settings.outbound_allow, *_LOOPBACK)})
+    own = () if settings.is_reachable_remotely else _LOOPBACK
+    return settings.model_copy(update={**chosen, "outbound_allow": (*settings.outbound_allow, *own)})
 
 
 @contextmanager
 def data_dir_for_tests(settings: Settings) -> Iterator[Settings]:
-    """With --testing and the default data directory, yield settings with a temporary one, removed when the block ends.
+    """Yield the settings; with --testing and the default data directory, those with a temporary one.
 
-    Otherwise, yield the settings unchanged.
+    The temporary directory is removed when the block ends.
     """
     if not settings.testing or settings.data_dir != default_data_dir(os.environ):
         yield settings
@@ -56,18 +57,24 @@ def data_dir_for_tests(settings: Settings) -> Iterator[Settings]:
 def run_with_server(settings: Settings, command: Sequence[str]) -> int:
     """Start a server for tests, run the command with every client pointed at it, stop it; return the exit code.
 
-    Raises NotStarted, UnsupportedProgram, and OSError if the command cannot start.
+    Raises NotStarted, UnsupportedProgram, ServerError if the server requires a key that the settings do not contain,
+    and OSError if the command cannot start.
     """
+    check_ports(with_testing_defaults(settings), command)
     # -P, because the directory may hold a package `server` of the application.
-    server = ServerProcess([sys.executable, "-P", "-m", "server"], list(_options(settings)))
+    program = [sys.executable, "-P", "-m", "server"]
+    server = ServerProcess(program, settings.weights, dict(_server_variables(settings)))
     try:
-        found = FalServer(server.url).call("GET", "/testing/environment")
+        key = next(iter((*settings.keys, *settings.operator_keys)), "")
+        found = FalServer(server.url, key).call("GET", "/testing/environment")
         at = settings.model_copy(update={**found["settings"], "data_dir": Path(found["settings"]["data_dir"])})
-        files = certificate_files(at.data_dir)
-        check(at, files, command)
-        pytest = _pytest_variables(at.data_dir / "pytest")
-        return _run(command, {**environment(at, files, os.environ), **found["variables"], **pytest})
+        clients = {**environment(at, certificate_files(at.data_dir), os.environ), **found["variables"]}
+        # In the data directory, which the server removes even if this process is killed.
+        with TemporaryDirectory(prefix="pytest-", dir=at.data_dir) as directory:
+            return _run(command, {**clients, **_pytest_variables(Path(directory))})
     finally:
+        if server.exit_code is not None:
+            print(f"flux-server: the server ended early. Its last lines:\n{server.last_lines()}", file=sys.stderr)
         server.stop()
 
 
@@ -78,23 +85,18 @@ def _pytest_variables(directory: Path) -> dict[str, str]:
     application's.
     """
     package = Path(flux_server_testing.__file__).parent
-    directory.mkdir(exist_ok=True)
-    with suppress(FileExistsError):
-        (directory / package.name).symlink_to(package)
+    (directory / package.name).symlink_to(package)
     paths = [str(directory), os.environ.get("PYTHONPATH", "")]
     plugins = [os.environ.get("PYTEST_PLUGINS", ""), f"{package.name}.plugin"]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTEST_PLUGINS": ",".join(filter(None, plugins))}
 
 
-def _options(settings: Settings) -> Iterator[str]:
-    """Yield the arguments of `serve` for the settings that the user chose."""
-    yield from settings.weights
-    for name in sorted(settings.model_fields_set - {"weights", "testing", "exit_with_process"}):
-        value, flag = getattr(settings, name), name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif value is not None and value != default_data_dir(os.environ):
-            yield f"--{flag}={','.join(value) if isinstance(value, tuple) else value}"
+def _server_variables(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield the variables FLUX_SERVER_* for the settings that the user chose, apart from the weights."""
+    for name in settings.model_fields_set - {"weights", "testing", "exit_with_process"}:
+        value = getattr(settings, name)
+        if value is not None and value != default_data_dir(os.environ):
+            yield f"{PREFIX}{name.upper()}", ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
+from pytest_httpserver import HTTPServer
 
+from flux_server_testing.process import ServerProcess
 from tests.support.server_process import (
     MODELS,
     ROOT,
@@ -41,7 +44,8 @@ import json, os, urllib.request
 def post(key=None):
     headers = {{"authorization": f"Key {{key or os.environ['FAL_KEY']}}"}}
     url = os.environ["FAL_SERVER_URL"] + "/test/null"
-    return json.load(urllib.request.urlopen(urllib.request.Request(url, b'{BODY}', headers)))
+    with urllib.request.urlopen(urllib.request.Request(url, b'{BODY}', headers)) as response:
+        return json.load(response)
 """
 
 
@@ -214,11 +218,19 @@ def test_it(fal_server, number):
 def test_parallel_workers_share_one_server(project: Project, tmp_path: Path, at_start: str) -> None:
     notes = tmp_path / "notes"
     project.write({"pytest.ini": f"{INI}flux_server_at_start = {at_start}\n"})
-    output = project.run(PARALLEL, "-n", "2", "--dist", "each", variables={"NOTES": str(notes)})
+    options = ("-n", "2", "--dist", "each", "-W", "error")
+    output = project.run(PARALLEL, *options, variables={"NOTES": str(notes)})
     assert "12 passed" in output
     urls, keys = zip(*(line.split() for line in notes.read_text().splitlines()), strict=True)
     assert len(set(urls)) == 1
     assert len(set(keys)) == 2
+    # A server that the workers started ends after the process that runs them.
+    wait_until(lambda: not project.left())
+
+
+def test_nothing_is_left_if_the_tests_cannot_be_imported(project: Project) -> None:
+    project.write({"pytest.ini": INI + "flux_server_at_start = true\n", "conftest.py": "raise RuntimeError('broken')"})
+    assert "RuntimeError: broken" in project.run("", code=4)
     assert project.left() == []
 
 
@@ -298,6 +310,30 @@ def test_a_running_server_with_a_fixed_key(project: Project, running: Mapping[st
     options = ("--flux-server-url", url)
     assert f"used {url}\n" in project.run(USED, *options, variables={"FAL_KEY": "ci:secret"})
     assert "This server requires a valid key" in project.run(USED, *options, code=1)
+    output = project.run(USED, *options, "-n", "2", variables={"FAL_KEY": "ci:secret"}, code=1)
+    assert "parallel workers need a server that accepts any key" in output
+
+
+def test_a_wrong_url_gets_no_key(project: Project, httpserver: HTTPServer) -> None:
+    options = ("--flux-server-url", httpserver.url_for(""))
+    assert "refuses GET /testing/environment" in project.run(USED, *options, variables={"FAL_KEY": "a:b"}, code=1)
+    assert [request.headers.get("authorization") for request, _ in httpserver.log] == [None]
+
+
+def test_a_server_that_does_not_stop_is_killed_with_its_processes(
+    httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a program that starts the server as another process, as uvx does."""
+    httpserver.expect_request("/health/ready").respond_with_data("")
+    monkeypatch.setattr("flux_server_testing.process._STOP_SECONDS", 0.1)
+    script = f"trap '' TERM; sleep 600 & echo listens on {httpserver.url_for('')}; while true; do wait; done"
+    before = set(psutil.Process().children())
+    server = ServerProcess(["sh", "-c", script])
+    (program,) = set(psutil.Process().children()) - before
+    started = program.children()
+    assert started
+    server.stop()
+    assert psutil.wait_procs(started, 30)[1] == []
 
 
 CONTAINER = """
@@ -337,21 +373,50 @@ def test_it(fal_server):
 """
 
 
+def run_testing(project: Project, *line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `run --testing` with these options and this command in the application, with test models."""
+    model = f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.support.models import null\nMODEL = null.MODEL\n"
+    project.write({"fal/null.py": model})
+    command = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", "fal", *line]
+    environment = {**project.environment(), "FLUX_SERVER_WEIGHTS": TEST_MODELS, "PYTHONSAFEPATH": "1", **variables}
+    return subprocess.run(command, cwd=project.directory, env=environment, capture_output=True, text=True, timeout=110)
+
+
 def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) -> None:
     """Check `flux-server run --testing -- pytest`, with a pytest that loads no plugin of its environment."""
-    model = f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.support.models import null\nMODEL = null.MODEL\n"
-    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN, "fal/null.py": model})
-    run = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", "fal", "--"]
-    inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    variables = {
-        **project.environment(),
-        "FLUX_SERVER_WEIGHTS": TEST_MODELS,
-        "PYTHONSAFEPATH": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-    done = subprocess.run(
-        [*run, *inner], cwd=project.directory, env=variables, capture_output=True, text=True, timeout=110
-    )
+    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN})
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = run_testing(project, "--", *pytest, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0
     assert project.left() == []
+
+
+#: A program that prints the command of the server, a child of the process that runs this program, and kills it.
+KILLING = """
+import os, psutil
+server = psutil.Process(os.getppid()).children()[0]
+print(server.cmdline(), os.environ["FAL_KEY"])
+server.kill()
+server.wait()
+"""
+
+
+def test_run_shows_no_secrets_but_the_servers_end(project: Project) -> None:
+    done = run_testing(project, "--", sys.executable, "-c", KILLING, FLUX_SERVER_KEYS="ci:secret")
+    command, _, key = done.stdout.rpartition(" ")
+    assert "--exit-with-process" in command, done.stderr
+    assert (key, "secret" in command) == ("ci:secret\n", False)
+    assert "the server ended early. Its last lines:\n" in done.stderr
+    assert "listens on http://127.0.0.1:" in done.stderr
+
+
+def test_run_leaves_nothing_in_the_users_data_directory(project: Project, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    assert run_testing(project, "--data-dir", str(data_dir), "--", sys.executable, "-c", "").returncode == 0
+    assert [path for path in data_dir.iterdir() if "pytest" in path.name] == []
+
+
+def test_run_needs_a_tls_port_before_it_starts_a_server(project: Project, httpserver: HTTPServer) -> None:
+    done = run_testing(project, "--tls-port", "0", "--port", str(httpserver.port), "--", "true")
+    assert done.stderr.splitlines()[-1].startswith("run needs --tls-port")

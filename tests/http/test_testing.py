@@ -62,8 +62,26 @@ def requests(client: httpx.Client, key: str = "") -> list[dict[str, Any]]:
 
 
 def test_off_without_the_option(constrained_server: Server) -> None:
-    for method, path in [("POST", "next"), ("POST", "reset"), ("POST", "release"), ("GET", "requests")]:
+    controls = {"next": "POST", "reset": "POST", "release": "POST", "requests": "GET"}
+    for path, method in {**controls, "environment": "GET", "certificates": "GET"}.items():
         assert httpx.request(method, f"{constrained_server.url}/testing/{path}", trust_env=False).status_code == 404
+
+
+def test_no_certificates_without_a_tls_port(client: httpx.Client) -> None:
+    response = client.get("/testing/certificates")
+    assert (response.status_code, "--tls-port is 0" in response.text) == (404, True)
+
+
+def test_an_idempotency_key_of_an_earlier_test_can_be_held(client: httpx.Client) -> None:
+    """Check that a reset makes the key new, for a request that is held and then released."""
+    for prompt in ("a", "b"):
+        client.post("/testing/reset")
+        plan(client, hold=True)
+        urls = client.post(QUEUED, json={**BODY, "prompt": prompt}, headers={"idempotency-key": "one"}).json()
+        assert client.get(urls["status_url"]).json()["status"] == "IN_QUEUE"
+        assert client.post("/testing/release").json() == {"released": 1}
+        assert wait_until_completed(client, urls["status_url"])["status"] == "COMPLETED"
+        assert client.get(urls["response_url"]).json()["prompt"] == prompt
 
 
 def test_a_run_fails_with_the_status_and_the_next_one_works(client: httpx.Client) -> None:

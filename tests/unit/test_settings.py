@@ -68,6 +68,7 @@ INVALID = {
     "max_uploads_gb": ["0", "nan"],
     "proxy_port": ["-1", "65536"],
     "proxy_others": ["perhaps"],
+    "exit_with_process": ["-1", "4194305"],
     "retention_days": ["0", "nan"],
     "retention_gb": ["0"],
     "shutdown_grace": ["-1"],

@@ -7,7 +7,7 @@ from starlette.responses import FileResponse
 from server.api import validation
 from server.api.dependencies import Services, authenticate, get_services, receive_body
 from server.api.responses import FalJSONResponse
-from server.errors import InvalidInput
+from server.errors import InvalidInput, NotFound
 from server.testing.fault import Fault
 from server.testing.fault_queue import FaultQueue
 
@@ -29,9 +29,8 @@ async def plan_fault(request: Request) -> Response:
     fault = await _body(request, owner, Fault)
     if fault.endpoint and fault.endpoint not in services.models:
         message = f"Unknown endpoint; this server has {', '.join(sorted(services.models))}"
-        entry = {"type": "value_error", "loc": ["body", "endpoint"], "msg": message, "input": fault.endpoint}
-        raise InvalidInput([entry])
-    return FalJSONResponse({"id": _faults(services).plan(owner, fault)})
+        raise InvalidInput.of("value_error", ("body", "endpoint"), message, fault.endpoint)
+    return FalJSONResponse({"id": await services.executor.run(owner, _faults(services).plan, owner, fault)})
 
 
 @router.get("/requests")
@@ -46,12 +45,13 @@ async def release(request: Request) -> Response:
     """End all holds of the caller, or the one with the given id; respond with the number of requests released."""
     services, owner = get_services(request), authenticate(request)
     hold = await _body(request, owner, _Hold)
-    return FalJSONResponse({"released": _faults(services).release_held(owner, hold.id)})
+    released = await services.executor.run(owner, _faults(services).release_held, owner, hold.id)
+    return FalJSONResponse({"released": released})
 
 
 @router.post("/reset")
 async def reset(request: Request) -> Response:
-    """Forget the caller's faults and requests, and cancel its unfinished requests."""
+    """Delete the caller's faults and records, and cancel its unfinished requests."""
     services, owner = get_services(request), authenticate(request)
     await services.executor.run(owner, _faults(services).reset, owner)
     return FalJSONResponse({})
@@ -72,7 +72,9 @@ async def environment(request: Request) -> Response:
 async def certificates(request: Request) -> Response:
     """Return the certificates that clients need, as PEM, for tests outside the server's container."""
     authenticate(request)
-    return FileResponse(request.app.state.client_variables["SSL_CERT_FILE"], media_type="application/x-pem-file")
+    if not (path := request.app.state.client_variables.get("SSL_CERT_FILE")):
+        raise NotFound("This server has no certificate, because --tls-port is 0")
+    return FileResponse(path, media_type="application/x-pem-file")
 
 
 def _faults(services: Services) -> FaultQueue:
