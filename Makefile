@@ -3,6 +3,8 @@
 # make cluster tests that kill runners and nodes of a Ray cluster on this machine
 # make peers   compares this server with FastAPI, LitServe and BentoML, in four minutes
 # make cuda-proof   what can be shown of CUDA without a GPU, with a PyTorch for CUDA of its own (5 GB)
+# make release   builds the packages of the last commit into dist/, and tries every way to install them
+# make generators   generates clients from the OpenAPI documents, and images with each; needs npm and a Java runtime
 # make demo-eval   measures what the demo weights can draw
 #
 # CPU=avx2 imitates a CPU of 2013 to 2020, without AVX-512 and bfloat16; CONTRIBUTING.md lists what it does not imitate.
@@ -29,13 +31,14 @@ export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: serve test soak cluster test-all lint bench peers cuda-proof demo demo-eval clean
+.PHONY: serve test soak cluster test-all lint bench peers cuda-proof generators release demo demo-eval clean
 
 serve: .venv/serve.done
 	$(BIN)/flux-server serve demo $(ARGS)
 
 test: lint tests/support/js/node_modules
-	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough" $(ARGS)
+	$(BIN)/pytest $(TWICE) -m "not soak and not cluster and not container and not eval and not cuda and not thorough \
+		and not generators and not release" $(ARGS)
 
 # Long runs: more than an hour on two cores. -rP shows the figures that they print.
 soak: lint
@@ -48,8 +51,8 @@ cluster: lint tests/support/js/node_modules
 	$(BIN)/pytest -m cluster $(ARGS)
 	TEST_RAY=local $(BIN)/pytest -m "not soak and not cluster" $(SDK_TESTS)
 
-test-all: lint tests/support/js/node_modules
-	$(BIN)/pytest -m "not soak and not cuda" $(ARGS)
+test-all: lint tests/support/js/node_modules build/generators/installed.done
+	$(BIN)/pytest -m "not soak and not cuda and not release" $(ARGS)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -76,6 +79,21 @@ peers: .venv/dev.done build/peers/installed.done
 cuda-proof: build/cuda/installed.done
 	build/cuda/bin/python -m pytest tests/cuda -m cuda -rP -W "ignore:invalid escape sequence:DeprecationWarning" $(ARGS)
 
+# The wheel of a commit has the same bytes each time, because its times are those of the commit.
+release: .venv/dev.done
+	rm -rf dist build/release
+	mkdir -p build/release
+	git archive HEAD | tar -x -C build/release
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist build/release
+	PACKAGES=dist $(BIN)/pytest tests/project/test_package.py -rP $(ARGS)
+	$(BIN)/python -m zipfile --list dist/*.whl
+	$(BIN)/python -m tarfile --list dist/*.tar.gz
+	cd dist && sha256sum *.whl *.tar.gz | tee SHA256SUMS
+
+# The generators run in a separate environment, because they need other versions of the server's packages.
+generators: .venv/dev.done build/generators/installed.done tests/support/js/node_modules
+	$(BIN)/pytest tests/generators -m generators $(ARGS)
+
 # Train the demo weights again, into build/demo/export. This takes hours on two cores; a stopped run can be continued.
 demo: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe $(ARGS)
@@ -85,7 +103,7 @@ demo-eval: .venv/dev.done
 	$(BIN)/python -m models.demo.recipe evaluate --weights models/demo $(ARGS)
 
 clean:
-	rm -rf .venv build/cuda build/peers tests/support/js/node_modules tests/support/.clients
+	rm -rf .venv dist build/cuda build/generators build/peers build/release tests/support/js/node_modules tests/support/.clients
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -109,6 +127,11 @@ build/cuda/installed.done: pyproject.toml $(wildcard constraints/*.txt)
 build/peers/installed.done: bench/peer_servers/requirements.txt
 	$(PYTHON) -m venv --clear build/peers
 	build/peers/bin/python -m pip --disable-pip-version-check install -q -r bench/peer_servers/requirements.txt
+	touch $@
+
+build/generators/installed.done: tests/support/generators/requirements.txt
+	$(PYTHON) -m venv --clear build/generators
+	build/generators/bin/python -m pip --disable-pip-version-check install -q -r tests/support/generators/requirements.txt
 	touch $@
 
 # Without npm, pytest skips the tests of the Node SDKs and says why.

@@ -27,7 +27,7 @@ from models.schema import (
 
 
 class FluxDevInput(ImageInput):
-    """The input of fal-ai/flux/dev, with the fields, defaults and ranges that fal documents."""
+    """A request to FLUX.1 [dev] for an image from a prompt."""
 
     prompt: Prompt
     # Validate the default too, because it may exceed the operator's limits.
@@ -42,12 +42,12 @@ class FluxDevInput(ImageInput):
     acceleration: AccelerationField = "none"
 
 
-class FluxDevImageToImageInput(ImageInput):
+class FluxImageToImageInput(ImageInput):
     """A request to change an image. The output has the size of the input image, rounded down to multiples of 16."""
 
     image_url: ImageURL
     strength: Strength = 0.95
-    num_inference_steps: Steps = Field(40, ge=10, le=50)
+    num_inference_steps: Steps = Field(40, ge=1, le=50)
     prompt: Prompt
     seed: OptionalSeed = None
     guidance_scale: Guidance = 3.5
@@ -58,10 +58,27 @@ class FluxDevImageToImageInput(ImageInput):
     acceleration: AccelerationField = "none"
 
 
-class FluxDevReduxInput(ImageInput):
+class FluxDevImageToImageInput(FluxImageToImageInput):
+    """A request to FLUX.1 [dev] to change an image. The output has its size, rounded down to multiples of 16."""
+
+    # fal documents this minimum for this endpoint alone.
+    num_inference_steps: Steps = Field(40, ge=10, le=50)
+
+
+class FluxReduxInput(ImageInput):
     """A request in which an image takes the place of the prompt."""
 
     image_url: ImageURL
+
+    @property
+    def prompt(self) -> str:
+        """An empty prompt, because the output has a field for the prompt."""
+        return ""
+
+
+class FluxDevReduxInput(FluxReduxInput):
+    """A request to FLUX.1 [dev] for variations of an image, which takes the place of the prompt."""
+
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     num_inference_steps: Steps = Field(28, ge=1, le=50)
     seed: OptionalSeed = None
@@ -71,11 +88,6 @@ class FluxDevReduxInput(ImageInput):
     enable_safety_checker: EnableSafetyChecker = True
     output_format: OutputFormatField = "jpeg"
     acceleration: AccelerationField = "none"
-
-    @property
-    def prompt(self) -> str:
-        """An empty prompt, because the output has a field for the prompt."""
-        return ""
 
 
 class FluxDevOutput(ImagesOutput):
@@ -115,14 +127,12 @@ class FluxDev:
         )
 
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the endpoint, prompt, seed, steps and guidance scale of one image."""
-        return {
-            "endpoint": self.endpoint,
-            "prompt": request.prompt,
-            "seed": seed,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-        }
+        """Return the endpoint and those of the request's parameters that are no URLs: URLs may be private."""
+        fields = type(request).model_fields
+        names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "strength")
+        parameters = {name: getattr(request, name) for name in names if name in fields}
+        scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}
+        return {"endpoint": self.endpoint, **parameters, "seed": seed, **scales}
 
 
 class FluxDevImageToImage(FluxDev):
@@ -131,10 +141,6 @@ class FluxDevImageToImage(FluxDev):
     endpoint = "fal-ai/flux/dev/image-to-image"
     Input: type[ImageInput] = FluxDevImageToImageInput
 
-    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return FluxDev's parameters and the strength. The input image's URL is left out: it may be private."""
-        return {**super().metadata(request, seed), "strength": request.strength}
-
 
 class FluxDevRedux(FluxDev):
     """FLUX.1 [dev] with FLUX.1 Redux [dev], which generates variations of an image."""
@@ -142,12 +148,6 @@ class FluxDevRedux(FluxDev):
     endpoint = "fal-ai/flux/dev/redux"
     extra_weights = REDUX
     Input: type[ImageInput] = FluxDevReduxInput
-
-    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return FluxDev's parameters without the prompt. The input image's URL is left out: it may be private."""
-        parameters = super().metadata(request, seed)
-        del parameters["prompt"]
-        return parameters
 
 
 MODELS: tuple[Model, ...] = (FluxDev(), FluxDevImageToImage(), FluxDevRedux())

@@ -4,10 +4,10 @@ from models.base import Model
 from models.flux_dev import (
     FluxDev,
     FluxDevImageToImage,
-    FluxDevImageToImageInput,
     FluxDevInput,
     FluxDevRedux,
     FluxDevReduxInput,
+    FluxImageToImageInput,
 )
 from models.schema import Guidance
 
@@ -16,19 +16,19 @@ KREA = ("black-forest-labs/FLUX.1-Krea-dev",)
 
 
 class FluxKreaInput(FluxDevInput):
-    """The input of FLUX.1 [dev], with another default guidance."""
+    """A request to FLUX.1 Krea [dev] for an image from a prompt; the default guidance is 4.5."""
 
     guidance_scale: Guidance = 4.5
 
 
-class FluxKreaImageToImageInput(FluxDevImageToImageInput):
-    """The input of FLUX.1 [dev], with another default guidance."""
+class FluxKreaImageToImageInput(FluxImageToImageInput):
+    """A request to FLUX.1 Krea [dev] to change an image; the default guidance is 4.5."""
 
     guidance_scale: Guidance = 4.5
 
 
 class FluxKreaReduxInput(FluxDevReduxInput):
-    """The input of FLUX.1 [dev], with another default guidance."""
+    """A request to FLUX.1 Krea [dev] for variations of an image; the default guidance is 4.5."""
 
     guidance_scale: Guidance = 4.5
 

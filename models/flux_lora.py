@@ -1,11 +1,11 @@
 """fal-ai/flux-lora and fal-ai/flux-krea-lora: FLUX.1 [dev] and Krea [dev] with LoRA weights of the client's choice."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from models.base import Model
-from models.flux_dev import FluxDev, FluxDevImageToImage, FluxDevInput
+from models.flux_dev import FluxDev, FluxDevImageToImage
 from models.flux_krea import KREA
 from models.schema import (
     EnableSafetyChecker,
@@ -27,15 +27,23 @@ from models.schema import (
 )
 
 
-class FluxLoraInput(FluxDevInput):
+class FluxLoraInput(ImageInput):
     """A request for an image with LoRA weights."""
 
+    prompt: Prompt
+    image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
+    num_inference_steps: Steps = Field(28, ge=1, le=50)
+    seed: OptionalSeed = None
     loras: Loras = Field([])
     guidance_scale: LoraGuidance = 3.5
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
     acceleration: LoraAccelerationField = "none"
 
 
-class _FromImageInput(ImageInput):
+class _LoraEditInput(ImageInput):
     """The fields of every request to change an image with LoRA weights."""
 
     prompt: Prompt
@@ -56,20 +64,20 @@ class _FromImageInput(ImageInput):
     strength: Strength = 0.85
 
 
-class FluxLoraImageToImageInput(_FromImageInput):
+class FluxLoraImageToImageInput(_LoraEditInput):
     """A request to change an image with LoRA weights."""
 
     acceleration: LoraAccelerationField = "none"
 
 
-class _InpaintingInput(_FromImageInput):
+class _LoraInpaintingInput(_LoraEditInput):
     """The fields of every request to change the masked part of an image with LoRA weights."""
 
     mask_url: MaskURL
     strength: InpaintingStrength = 0.85
 
 
-class FluxLoraInpaintingInput(_InpaintingInput):
+class FluxLoraInpaintingInput(_LoraInpaintingInput):
     """A request to change the masked part of an image with LoRA weights, without a field for the acceleration."""
 
     @property
@@ -78,7 +86,7 @@ class FluxLoraInpaintingInput(_InpaintingInput):
         return "none"
 
 
-class FluxKreaLoraInpaintingInput(_InpaintingInput):
+class FluxKreaLoraInpaintingInput(_LoraInpaintingInput):
     """A request to change the masked part of an image with LoRA weights."""
 
     acceleration: LoraAccelerationField = "none"
@@ -90,20 +98,12 @@ class FluxLora(FluxDev):
     endpoint = "fal-ai/flux-lora"
     Input = FluxLoraInput
 
-    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return FluxDev's parameters and the scale of each LoRA. The LoRAs' URLs are left out: they may be private."""
-        return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
-
 
 class FluxLoraImageToImage(FluxDevImageToImage):
     """FLUX.1 [dev] with LoRA weights, starting from an image and changing it towards a prompt."""
 
     endpoint = "fal-ai/flux-lora/image-to-image"
     Input: type[ImageInput] = FluxLoraImageToImageInput
-
-    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of image-to-image and the scale of each LoRA, but no URLs: they may be private."""
-        return {**super().metadata(request, seed), "lora_scales": [lora.scale for lora in request.loras]}
 
 
 class FluxLoraInpainting(FluxLoraImageToImage):

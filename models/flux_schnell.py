@@ -1,19 +1,18 @@
 """fal-ai/flux/schnell: FLUX.1 [schnell], text to image and variations of an image, in one to four steps."""
 
-from typing import Any
-
 from pydantic import Field
 
 from models.base import Model
-from models.flux_dev import FluxDev, FluxDevInput, FluxDevRedux
+from models.flux_dev import FluxDev, FluxDevRedux, FluxReduxInput
 from models.schema import (
     AccelerationField,
     EnableSafetyChecker,
+    Guidance,
     ImageInput,
-    ImageURL,
     NumImages,
     OptionalSeed,
     OutputFormatField,
+    Prompt,
     Size,
     Steps,
     SyncMode,
@@ -23,16 +22,24 @@ from models.schema import (
 SCHNELL = ("black-forest-labs/FLUX.1-schnell",)
 
 
-class FluxSchnellInput(FluxDevInput):
-    """A request for an image in few steps. `guidance_scale` has no effect: FLUX.1 [schnell] takes no guidance."""
+class FluxSchnellInput(ImageInput):
+    """A request to FLUX.1 [schnell] for an image in few steps. The model takes no guidance: its scale has no effect."""
 
     num_inference_steps: Steps = Field(4, ge=1, le=12)
+    prompt: Prompt
+    image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
+    seed: OptionalSeed = None
+    guidance_scale: Guidance = 3.5
+    sync_mode: SyncMode = False
+    num_images: NumImages = 1
+    enable_safety_checker: EnableSafetyChecker = True
+    output_format: OutputFormatField = "jpeg"
+    acceleration: AccelerationField = "none"
 
 
-class FluxSchnellReduxInput(ImageInput):
-    """A request in which an image takes the place of the prompt, as in FluxDevReduxInput, but without guidance."""
+class FluxSchnellReduxInput(FluxReduxInput):
+    """A request to FLUX.1 [schnell] for variations of an image in few steps. The model takes no guidance."""
 
-    image_url: ImageURL
     num_inference_steps: Steps = Field(4, ge=1, le=12)
     image_size: Size = Field("landscape_4_3", validate_default=True, description="The size of the generated image.")
     seed: OptionalSeed = None
@@ -41,11 +48,6 @@ class FluxSchnellReduxInput(ImageInput):
     enable_safety_checker: EnableSafetyChecker = True
     output_format: OutputFormatField = "jpeg"
     acceleration: AccelerationField = "none"
-
-    @property
-    def prompt(self) -> str:
-        """An empty prompt, because the output has a field for the prompt."""
-        return ""
 
     @property
     def guidance_scale(self) -> float:
@@ -67,12 +69,6 @@ class FluxSchnellRedux(FluxDevRedux):
     endpoint = "fal-ai/flux/schnell/redux"
     weights = SCHNELL
     Input = FluxSchnellReduxInput
-
-    def metadata(self, request: Any, seed: int) -> dict[str, Any]:
-        """Return the parameters of FluxDevRedux without the guidance scale, which is not a field of the request."""
-        parameters = super().metadata(request, seed)
-        del parameters["guidance_scale"]
-        return parameters
 
 
 MODELS: tuple[Model, ...] = (FluxSchnell(), FluxSchnellRedux())

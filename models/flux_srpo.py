@@ -5,7 +5,7 @@ by its hub id: operators build a directory with the other parts of FLUX.1 [dev],
 """
 
 from models.base import Model
-from models.flux_dev import FluxDev, FluxDevImageToImage, FluxDevImageToImageInput, FluxDevInput
+from models.flux_dev import FluxDev, FluxDevImageToImage, FluxDevInput, FluxImageToImageInput
 from models.schema import Guidance
 
 #: The hub ids of the weights.
@@ -13,13 +13,13 @@ SRPO = ("tencent/SRPO",)
 
 
 class FluxSrpoInput(FluxDevInput):
-    """The input of FLUX.1 [dev], with another default guidance."""
+    """A request to FLUX.1 SRPO [dev] for an image from a prompt; the default guidance is 4.5."""
 
     guidance_scale: Guidance = 4.5
 
 
-class FluxSrpoImageToImageInput(FluxDevImageToImageInput):
-    """The input of FLUX.1 [dev], with another default guidance."""
+class FluxSrpoImageToImageInput(FluxImageToImageInput):
+    """A request to FLUX.1 SRPO [dev] to change an image; the default guidance is 4.5."""
 
     guidance_scale: Guidance = 4.5
 

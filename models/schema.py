@@ -118,7 +118,9 @@ class _PresetSchema:
     """An annotation that gives `Size` the same JSON schema as on fal: an object or the name of a preset."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [handler(schema), {"enum": list(PRESETS), "type": "string"}]}
+        options = [handler(schema), {"enum": list(PRESETS), "type": "string"}]
+        # Generators of clients name the type of the field by its title.
+        return {"title": "ImageSizeOrPreset", "anyOf": options}
 
 
 @dataclass(frozen=True)

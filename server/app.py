@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +18,7 @@ from server.api.middleware.host_check import LOOPBACK_ORIGIN, HostCheckMiddlewar
 from server.api.middleware.metrics import MetricsMiddleware
 from server.api.middleware.request_id import RequestIdMiddleware
 from server.api.middleware.rewrite import RewriteMiddleware
+from server.api.operations import ERRORS
 from server.api.routes import (
     a1111,
     endpoint_docs,
@@ -77,18 +78,22 @@ def create_app(settings: Settings) -> FastAPI:
         # FastAPI's own documentation pages load scripts from other hosts; the playground's routes replace them.
         docs_url=None,
         redoc_url=None,
+        # `endpoint_docs` serves the document instead, because it names the URL by which a client reached the server.
+        openapi_url=None,
+        generate_unique_id_function=lambda route: "_".join([*map(str, route.tags), route.name]),
     )
     app.state.components, app.state.services = components, services
-    app.openapi = partial(openapi.document, app, services.models)  # type: ignore[method-assign]
+    is_open = services.keys.allows_anonymous
+    app.openapi = cache(partial(openapi.document, app, services.models, is_open=is_open))  # type: ignore[method-assign]
     if settings.a1111:
         app.state.a1111_sessions = {}
-        app.include_router(a1111.router)
+        app.include_router(a1111.router, responses=ERRORS)
     if settings.testing:
         app.state.client_variables = testing_variables(settings, certificate_files(settings.data_dir))
         app.state.client_settings = settings.model_dump(mode="json", include=set(ADDRESS))
-        app.include_router(testing.router)
+        app.include_router(testing.router, responses=ERRORS)
     for surface in _SURFACES:
-        app.include_router(surface.router)
+        app.include_router(surface.router, responses=ERRORS)
     app.mount("/static", playground.files)
     app.mount("/docs", playground.swagger)
     add_exception_handlers(app)

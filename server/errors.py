@@ -3,6 +3,7 @@
 ServerError
 ├── InvalidInput            422  invalid fields or parameters, with pydantic's messages
 ├── Unauthorized            401
+│   └── UnauthorizedUser    401  the same for AUTOMATIC1111's API, which also takes a user and a password
 ├── Forbidden               403
 ├── NotFound                404  unknown, or owned by another key
 │   └── UnknownModel        404  a model name of another API that no endpoint serves
@@ -71,6 +72,14 @@ class InvalidInput(ServerError):
         super().__init__("; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail))
         self.detail = list(detail)
 
+    @classmethod
+    def of(
+        cls, error_type: str, loc: Sequence[str | int], message: str, value: object = "", **ctx: Any
+    ) -> "InvalidInput":
+        """Build the error for one field. `loc` is its path, such as ("body", "seed"), and `value` what was sent."""
+        entry = {"type": error_type, "loc": list(loc), "msg": message, "input": value}
+        return cls([{**entry, "ctx": ctx} if ctx else entry])
+
     @property
     def body(self) -> dict[str, Any]:
         """The list of errors as `detail`, and the same errors in one line as `message`."""
@@ -86,6 +95,15 @@ class Unauthorized(ServerError):
     message = (
         'This server requires a valid key: send "Authorization: Key ..." with a key from --keys, --operator-keys '
         "or FAL_KEY, from `flux-server keys add`, or from the server's first start"
+    )
+
+
+class UnauthorizedUser(Unauthorized):
+    """A missing or wrong key in AUTOMATIC1111's API, where a key can also be a user and a password."""
+
+    headers: ClassVar[dict[str, str]] = {"www-authenticate": 'Basic realm="flux-server", Bearer, Key'}
+    message = (
+        f"{Unauthorized.message}. AUTOMATIC1111's clients send a key ID:SECRET as the user ID with the password SECRET"
     )
 
 

@@ -153,8 +153,8 @@ class Settings(BaseModel):
     shutdown_grace: float = Field(30, ge=0, description="Seconds that running requests get to finish during a stop.")
     openai_models: NamedEndpoints = Field(
         (),
-        description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image or dall-e stand for"
-        " the default endpoint unless listed here.",
+        description="Model names of OpenAI's API, as NAME=ENDPOINT. Names that start with gpt-image, chatgpt-image or"
+        " dall-e stand for the default endpoint unless listed here.",
     )
     a1111: bool = Field(False, description="Serve the part of AUTOMATIC1111's API that Open WebUI calls.")
     models_dir: ExistingDirectory = Field(

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: servers, clients and components."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import httpx
 import pytest
 
 from tests.support.components import Components, open_components
+from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Gate, Server, free_port, open_gate, serving, serving_with_proxy
 
 
@@ -81,3 +84,17 @@ def components(tmp_path: Path) -> Iterator[Components]:
     """Open database, queue and file store without a server."""
     with open_components(tmp_path / "data") as components:
         yield components
+
+
+@pytest.fixture(scope="session")
+def node() -> None:
+    """Skip the test if Node or the SDKs are missing; in CI, fail instead."""
+    requirements = {
+        "node": shutil.which("node"),
+        "tests/support/js/node_modules": (JS / "node_modules" / "@fal-ai").is_dir(),
+    }
+    missing = " and ".join(name for name, is_present in requirements.items() if not is_present)
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"{missing} missing: CI must not skip the tests of the Node SDKs")
+    if missing:
+        pytest.skip(f"{missing} missing: install Node 20 and run `make test`, which installs the SDKs")

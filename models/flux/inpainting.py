@@ -1,4 +1,4 @@
-"""Inpainting: after each step, what the mask keeps of an image is put back, as in diffusers' FluxInpaintPipeline."""
+"""Inpainting as in diffusers' FluxInpaintPipeline: after each step, the unmasked part of the image is restored."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,8 @@ class Inpainting:
 
         `timestep` has the shape (1,); it is None after the last step, when the image has no noise.
         """
-        kept = self.image if timestep is None else scheduler.scale_noise(self.image, timestep, self.noise)
-        return (1 - self.mask) * kept + self.mask * latents
+        noisy_image = self.image if timestep is None else scheduler.scale_noise(self.image, timestep, self.noise)
+        return (1 - self.mask) * noisy_image + self.mask * latents
 
 
 def packed_mask(

@@ -30,7 +30,7 @@ class Sample:
     timesteps: Any
     guidance: Any
     cache: FirstBlockCache | None = None
-    #: What a mask keeps of the input image; None without a mask.
+    #: Restores the unmasked part of the input image after each step; None without a mask.
     inpainting: Inpainting | None = None
     step: int = 0
     #: The transformer's output in the last step; None before the first.

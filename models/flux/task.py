@@ -7,6 +7,7 @@ from typing import Any
 import PIL.Image
 from PIL.Image import Image
 
+from models.base import GenerationFailed
 from models.flux.acceleration import Tier
 from models.flux.loras import LoraAdapter
 from models.flux.sample import Sample, first_step
@@ -90,9 +91,13 @@ def open_image(path: Path | None) -> Image | None:
 
 
 def requested_size(request: Any, start: Image | None) -> tuple[int, int]:
-    """Return the requested width and height in pixels; by default, those of the image that generation starts from."""
+    """Return the requested width and height in pixels; by default, those of the image that generation starts from.
+
+    Raises GenerationFailed without either, which only endpoints of --models-dir allow.
+    """
     size = getattr(request, "image_size", None)
     if size is not None:
         return size.width, size.height
-    assert start is not None
+    if start is None:
+        raise GenerationFailed("The size is unknown: the request has neither image_size nor an image to start from.")
     return start.size

@@ -99,7 +99,8 @@ def run_in_child(device: str, directory: Path | None, seconds: float = _SECONDS)
 
 def _run_once(device: str, directory: Path | None, died_in: str, seconds: float) -> tuple[list[dict[str, Any]], str]:
     """Run the self test, or only the tests after `died_in`; return what it printed, and how it failed, or ""."""
-    command = [sys.executable, "-m", "models.self_test", device]
+    # With -P, Python does not import an application's `models` from the working directory.
+    command = [sys.executable, "-P", "-m", "models.self_test", device]
     command += [*(["--directory", str(directory)] if directory else []), *(["--after", died_in] if died_in else [])]
     try:
         # In a new session, so that Ctrl+C reaches only the server.

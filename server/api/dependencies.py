@@ -105,16 +105,22 @@ def app_alias(endpoint: str) -> str:
     return endpoint.split("/")[1]
 
 
-def get_model(request: Request, endpoint: str) -> Model:
-    """Return the model that serves this endpoint. Raises NotFound, with a message that says why there is none.
+def served_endpoint(services: Services, endpoint: str) -> str | None:
+    """Return the id under which this server serves an endpoint; None if it does not serve the endpoint.
 
     fal also lists the stream routes of some endpoints, such as fal-ai/flux-lora/stream, as endpoints. Called directly,
     their route streams; for everything else, such as the queue, they are the endpoint without /stream.
     """
+    return next((each for each in (endpoint, endpoint.removesuffix("/stream")) if each in services.models), None)
+
+
+def get_model(request: Request, endpoint: str) -> Model:
+    """Return the model that serves this endpoint. Raises NotFound, with a message that says why there is none."""
     models = get_services(request).models
-    endpoint = endpoint if endpoint in models else endpoint.removesuffix("/stream")
-    if endpoint in models:
-        return models[endpoint]
+    served = served_endpoint(get_services(request), endpoint)
+    if served is not None:
+        return models[served]
+    endpoint = endpoint.removesuffix("/stream")
     if endpoint in get_services(request).unavailable_endpoints:
         weights = get_services(request).unavailable_endpoints[endpoint]
         raise NotFound(f"{endpoint} is not served here: it needs the weights {weights}")

@@ -1,49 +1,46 @@
 """An OpenAPI document of one endpoint's queue, in fal's form, generated from the model."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 
 from models.base import Model
+from server.api.operations import ERRORS, REFERENCE
+from server.api.schemas.errors import Problem
+from server.api.schemas.queue import Cancellation, QueueStatus
 
-_REFERENCE = "#/components/schemas/{model}"
-#: The schema of a request's status, copied from fal's own document.
-QUEUE_STATUS: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "status": {"type": "string", "enum": ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]},
-        "request_id": {"type": "string", "description": "The request id."},
-        "response_url": {"type": "string", "description": "The response url."},
-        "status_url": {"type": "string", "description": "The status url."},
-        "cancel_url": {"type": "string", "description": "The cancel url."},
-        "logs": {"type": "object", "description": "The logs.", "additionalProperties": True},
-        "metrics": {"type": "object", "description": "The metrics.", "additionalProperties": True},
-        "queue_position": {"type": "integer", "description": "The queue position."},
-    },
-    "required": ["status", "request_id"],
+#: The license of the program whose API the documents describe.
+LICENSE = {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
+
+_REQUEST_ID = {
+    "name": "request_id",
+    "in": "path",
+    "required": True,
+    "description": "The request id that the submit returned.",
+    "schema": {"type": "string"},
+}
+_LOGS = {
+    "name": "logs",
+    "in": "query",
+    "required": False,
+    "description": "With 1, the status contains the log.",
+    # A number, as in fal's document.
+    "schema": {"type": "number"},
 }
 
 
 def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
     """Build an OpenAPI 3.0.4 document in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
-    schemas = component_schemas(model)
     endpoint = model.endpoint
-    request = f"/{endpoint}/requests/{{request_id}}"
-    status = {"$ref": _REFERENCE.format(model="QueueStatus")}
-    output = {"$ref": _REFERENCE.format(model=model.Output.__name__)}
-    body = {"$ref": _REFERENCE.format(model=model.Input.__name__)}
-    success = {"type": "object", "properties": {"status": {"type": "string"}}}
-    submit = {"requestBody": {"required": True, "content": _json(body)}, **_answers("The request status.", status)}
-    logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "number"}}
-    request_id = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.0.4",
         "info": {
             "title": f"Queue OpenAPI for {endpoint}",
             "version": "1.0.0",
             "description": f"The OpenAPI schema for the {endpoint} queue.",
+            "license": LICENSE,
             "x-fal-metadata": {
                 "endpointId": endpoint,
                 "category": category(model),
@@ -56,19 +53,40 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
             "securitySchemes": {
                 "apiKeyAuth": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "Fal Key"}
             },
-            "schemas": {"QueueStatus": QUEUE_STATUS, **schemas},
+            "schemas": {**_QUEUE_SCHEMAS, **component_schemas(model)},
         },
-        "paths": {
-            f"/{endpoint}": {"post": submit},
-            f"{request}/status": {"get": {"parameters": [request_id, logs], **_answers("The request status.", status)}},
-            f"{request}/cancel": {
-                "put": {"parameters": [request_id], **_answers("The request was cancelled.", success)}
-            },
-            request: {"get": {"parameters": [request_id], **_answers("Result of the request.", output)}},
-        },
+        "paths": _paths(model),
         "servers": [{"url": f"{base_url}/queue"}],
         "security": [{"apiKeyAuth": []}],
     }
+
+
+def _paths(model: Model) -> dict[str, Any]:
+    request, output = f"/{model.endpoint}/requests/{{request_id}}", model.Output.__name__
+    done, pending = ("200", "The request status."), ("202", "The status of a request that is not done yet.")
+    cancelled = ("200", "The request was cancelled.")
+    stopping = ("202", "The request is running, and stops after its next step.")
+    submit = _operation("submit", "Submit a request to the queue", "QueueStatus", done)
+    status = _operation("get_status", "Get the status of a request", "QueueStatus", done, pending)
+    cancel = _operation("cancel", "Cancel a request", "Cancellation", cancelled, stopping)
+    result = _operation("get_result", "Get the result of a request", output, ("200", "Result of the request."))
+    return {
+        f"/{model.endpoint}": {
+            "post": {**submit, "requestBody": {"required": True, "content": _json(model.Input.__name__)}}
+        },
+        f"{request}/status": {"get": {**status, "parameters": [_REQUEST_ID, _LOGS]}},
+        f"{request}/cancel": {"put": {**cancel, "parameters": [_REQUEST_ID]}},
+        request: {"get": {**result, "parameters": [_REQUEST_ID]}},
+    }
+
+
+def _operation(name: str, title: str, answer: str, *answers: tuple[str, str]) -> dict[str, Any]:
+    """Build an operation whose responses have a body of the schema `answer`, except for its errors."""
+    responses = {code: {"description": description, "content": _json(answer)} for code, description in answers}
+    errors = {
+        str(code): {"description": error["description"], "content": _json("Problem")} for code, error in ERRORS.items()
+    }
+    return {"operationId": name, "summary": title, "responses": {**responses, **errors}}
 
 
 def category(model: Model) -> str:
@@ -78,8 +96,12 @@ def category(model: Model) -> str:
 
 def component_schemas(model: Model) -> dict[str, Any]:
     """Build OpenAPI 3.0 schemas of Input, Output and the types in them, with fal's x-fal-order-properties."""
-    pairs = [(model.Input, "validation"), (model.Output, "serialization")]
-    _, definitions = models_json_schema(pairs, ref_template=_REFERENCE)  # type: ignore[arg-type]
+    return _schemas((TypeAdapter(model.Input), "validation"), (TypeAdapter(model.Output), "serialization"))
+
+
+def _schemas(*types: tuple[TypeAdapter[Any], JsonSchemaMode]) -> dict[str, Any]:
+    inputs = [(index, mode, adapter) for index, (adapter, mode) in enumerate(types)]
+    _, definitions = TypeAdapter.json_schemas(inputs, ref_template=REFERENCE)
     schemas: dict[str, Any] = _in_openapi_3_0(definitions["$defs"])
     for schema in schemas.values():
         schema["x-fal-order-properties"] = list(schema.get("properties", {}))
@@ -87,7 +109,11 @@ def component_schemas(model: Model) -> dict[str, Any]:
 
 
 def _in_openapi_3_0(value: Any) -> Any:
-    """Convert a JSON schema to OpenAPI 3.0, which has no null type and marks exclusive minimums with a flag."""
+    """Convert a JSON schema to OpenAPI 3.0.
+
+    This version has no null type, marks exclusive minimums with a flag, and has one `example` instead of a list. A
+    field that may be null becomes nullable, except for a default of null: such a field is simply left out.
+    """
     if isinstance(value, list):
         return [_in_openapi_3_0(item) for item in value]
     if not isinstance(value, dict):
@@ -95,8 +121,12 @@ def _in_openapi_3_0(value: Any) -> Any:
     cleaned = {key: _in_openapi_3_0(item) for key, item in value.items() if not (key == "default" and item is None)}
     if "exclusiveMinimum" in cleaned:
         cleaned |= {"minimum": cleaned["exclusiveMinimum"], "exclusiveMinimum": True}
+    if isinstance(cleaned.get("examples"), list):
+        cleaned["example"] = cleaned.pop("examples")[0]
     options = [item for item in cleaned.get("anyOf", []) if item != {"type": "null"}]
-    if "anyOf" in cleaned and len(options) == 1:
+    if len(options) < len(cleaned.get("anyOf", [])) and "default" not in value:
+        cleaned["nullable"] = True
+    if len(options) == 1:
         return {**options[0], **{key: item for key, item in cleaned.items() if key != "anyOf"}}
     return {**cleaned, **({"anyOf": options} if options else {})}
 
@@ -106,9 +136,8 @@ def summary(model: Model) -> str:
     return re.sub(r"\s+", " ", (type(model).__doc__ or model.endpoint).strip())
 
 
-def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+def _json(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": REFERENCE.format(model=schema)}}}
 
 
-def _answers(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"responses": {"200": {"description": description, "content": _json(schema)}}}
+_QUEUE_SCHEMAS = _schemas(*((TypeAdapter(kind), "serialization") for kind in (QueueStatus, Cancellation, Problem)))

@@ -4,7 +4,9 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from server.errors import BadRequest, InvalidInput
 from server.net.outbound import ForbiddenURL, OutboundClient
@@ -18,6 +20,8 @@ MAX_RUNNER_HINT = 255
 MAX_WEBHOOK_URL = 2048
 #: The two names of one header, the newer first. fal's Python client sends both, the JavaScript clients one of them.
 _NAMES = ("x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
+#: A query parameter that is on with 1 or true, and off with everything else. Some generated clients send 1 as 1.0.
+Flag = Annotated[bool, BeforeValidator(lambda text: str(text).lower() in ("1", "1.0", "true"))]
 #: Values in fal's access lists for a file that only its owner may read.
 _PRIVATE = ("forbid", "hide")
 
@@ -50,13 +54,12 @@ def webhook_url(parameters: Mapping[str, str], outbound: OutboundClient) -> str 
     if not url:
         return None
     if len(url) > MAX_WEBHOOK_URL:
-        message, loc = f"URL should have at most {MAX_WEBHOOK_URL} characters", ["query", "fal_webhook"]
-        raise InvalidInput([{"type": "url_too_long", "loc": loc, "msg": message, "input": url[:1000]}])
+        message = f"URL should have at most {MAX_WEBHOOK_URL} characters"
+        raise InvalidInput.of("url_too_long", ("query", "fal_webhook"), message, url[:1000])
     try:
         outbound.check(url)
     except ForbiddenURL as error:
-        entry = {"type": "value_error", "loc": ["query", "fal_webhook"], "msg": str(error), "input": url[:1000]}
-        raise InvalidInput([entry]) from None
+        raise InvalidInput.of("value_error", ("query", "fal_webhook"), str(error), url[:1000]) from None
     return url
 
 

@@ -12,7 +12,7 @@ def render_llms_txt(model: Model, base_url: str) -> str:
     """Render Markdown in the form of fal's /models/<id>/llms.txt."""
     schemas = component_schemas(model)
     inputs, outputs = schemas[model.Input.__name__], schemas[model.Output.__name__]
-    needed = {name: inputs["properties"][name].get("examples", ["a red apple"])[0] for name in inputs["required"]}
+    needed = {name: inputs["properties"][name].get("example", "a red apple") for name in inputs["required"]}
     defaults = {name: field["default"] for name, field in inputs["properties"].items() if "default" in field}
     full = {**needed, **{name: value for name, value in defaults.items() if name != "sync_mode"}}
     return "\n".join(

@@ -5,12 +5,13 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from models.base import Model
+from models.loading.specs import DEFAULT_ENDPOINT
 from server.errors import InvalidInput, UnknownModel
 
-DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: OpenAI's names of models that generate images. Names that start as these do stand for the default endpoint too.
 OPENAI_NAMES = ("gpt-image-1", "gpt-image-1-mini", "dall-e-3", "dall-e-2")
-_OPENAI_PREFIXES = ("gpt-image", "chatgpt-image", "dall-e")
+_INLINE_PREFIXES = ("gpt-image", "chatgpt-image")
+_OPENAI_PREFIXES = (*_INLINE_PREFIXES, "dall-e")
 #: The fields of a request that generates an image from a prompt alone.
 PROMPT = frozenset({"prompt"})
 
@@ -18,6 +19,11 @@ PROMPT = frozenset({"prompt"})
 def is_openai_name(name: str) -> bool:
     """Return whether a model name is one of OpenAI's for images, including later versions of the known ones."""
     return name.startswith(_OPENAI_PREFIXES)
+
+
+def is_inline_name(name: str) -> bool:
+    """Return whether a model name is one of OpenAI's whose responses hold the images themselves by default."""
+    return name.startswith(_INLINE_PREFIXES)
 
 
 class ModelNames:
@@ -80,7 +86,7 @@ class ModelNames:
                 f"No endpoint with the weights of {model.endpoint} takes {', '.join(names)}; "
                 "ask the operator to serve one, or name another model"
             )
-            raise InvalidInput([{"type": "feature_not_supported", "loc": ["body", last], "msg": message, "input": ""}])
+            raise InvalidInput.of("feature_not_supported", ("body", last), message)
 
         # With one set of weights for all endpoints, such as the demo's, endpoints made for other weights suit too.
         def rank(each: Model) -> tuple[bool, int]:

@@ -81,7 +81,7 @@ def validate(model: Model, body: bytes, content_type: str, limits: Limits) -> Im
     """
     if content_type.partition(";")[0].strip().lower() not in _JSON_TYPES and not _is_json(content_type):
         message = f"Input should be a JSON object sent as application/json, not as {content_type[:100]}"
-        raise InvalidInput([{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": ""}])
+        raise InvalidInput.of("model_attributes_type", ("body",), message)
     fields = validation.parse_body(model.Input, body, {"limits": limits})
     # The seed is below 2**32, because JavaScript rounds integers above 2**53.
     seed = fields.seed if fields.seed is not None else secrets.randbelow(2**32)

@@ -24,8 +24,7 @@ def parse_body(kind: type[Body], body: bytes, context: Mapping[str, Any] | None 
     """Parse a JSON body; pydantic's validators receive `context`. Raises InvalidInput, listing every wrong field."""
     # The count includes characters inside strings, but long base64 data contains none of the counted characters.
     if _count_values(body) > MAX_VALUES:
-        message = f"Body should have at most {MAX_VALUES} values"
-        raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
+        raise InvalidInput.of("too_long", ("body",), f"Body should have at most {MAX_VALUES} values")
     try:
         # Some tools write a byte order mark, which JSON does not allow.
         return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8), context=dict(context or {}))

@@ -1,17 +1,35 @@
 """Waiting for a job, and cancelling it when its client disconnects."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fastapi import Request
+from fastapi import Request, Response
 
-from server.api.dependencies import Services
+from server.api.dependencies import Services, get_services, result_response_of
+from server.api.openai.errors import error_response
+from server.api.responses import FalJSONResponse, with_request_id
 from server.errors import InternalError
-from server.queue.jobs import Job, State
+from server.queue.jobs import Job, Outcome, State
 
 
-async def wait_for_outcome(request: Request, services: Services, job: Job) -> None:
+async def response_when_done(request: Request, job: Job, render: Callable[[Outcome], FalJSONResponse]) -> Response:
+    """Wait until the job ends, and return what `render` makes of its outcome. Cancel the job if its client disconnects.
+
+    If the server stops first, the response is that error, in the shape of the request's API. Every response has the
+    job's id. Raises TooManyRequests if the job's owner has too many open responses, and NotFound if the job is deleted.
+    """
+    services = get_services(request)
+    try:
+        await _wait_for_outcome(request, services, job)
+        # With `is_patient`, wait for memory without a limit, because a finished output should not be refused.
+        response: Response = await result_response_of(services, job, render, is_patient=True)
+    except InternalError as error:
+        response = error_response(error, request.url.path)
+    return with_request_id(response, job)
+
+
+async def _wait_for_outcome(request: Request, services: Services, job: Job) -> None:
     """Wait until the job ends. Cancel the job if its client disconnects.
 
     Raises InternalError if the server stops or the client disconnects before the job ends, and TooManyRequests if the

@@ -57,12 +57,19 @@ def env_command(settings: Settings) -> str:
 
 
 def _program() -> str:
-    """Return what starts this program in a shell, in any directory: its name if the shell finds it, else its path."""
+    """Return what starts this program in any shell and directory: its name if every shell finds it, else its path."""
     path = Path(sys.argv[0]).absolute()
     if path.name != "flux-server":
         return "flux-server"
     found = shutil.which(path.name)
-    return path.name if found and Path(found).samefile(path) else shlex.quote(str(path))
+    # uvx and active environments put their own directory into this process's PATH, but not into that of other shells.
+    is_found = found and Path(found).samefile(path) and not Path(found).is_relative_to(sys.prefix)
+    return path.name if is_found else shlex.quote(str(path))
+
+
+def base_url(settings: Settings) -> str:
+    """Return the URL at which clients reach this server."""
+    return settings.public_url or f"http://{host_of(settings)}:{settings.port}"
 
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:
@@ -70,8 +77,7 @@ def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: boo
 
     `needs_key` says whether the server requires a key that the settings do not contain.
     """
-    host = host_of(settings)
-    url = settings.public_url or f"http://{host}:{settings.port}"
+    url = base_url(settings)
     python = _BY_PROXY if settings.proxy_port else _BY_HOST
     if not settings.tls_port:
         python = "not available, because fal-client requires HTTPS and --tls-port is 0."

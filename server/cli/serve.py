@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from server import auth
+from server.api.dependencies import Services
 from server.app import create_app
 from server.cli import control_socket
-from server.cli.client_env import env_command
 from server.cli.control import Control
+from server.cli.first_steps import first_steps
 from server.cli.testing import with_testing_defaults
 from server.components import Components
 from server.inputs.resolver import MAX_INPUT_BYTES
@@ -80,7 +81,7 @@ async def _serve(settings: Settings, sockets: list[socket.socket]) -> BaseExcept
             servers = [
                 asyncio.create_task(listener.serve([bound])) for listener, bound in zip(listeners, sockets, strict=True)
             ]
-            _print_banner(settings, sockets, is_open=services.keys.allows_anonymous)
+            _announce(settings, sockets, services)
             waits = [asyncio.create_task(event.wait()) for event in (stopping, worker_ended)]
             await asyncio.wait([*waits, *servers], return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
@@ -172,11 +173,18 @@ async def _open_connect_proxy(
     return proxy
 
 
-def _print_banner(settings: Settings, sockets: list[socket.socket], *, is_open: bool) -> None:
+def _announce(settings: Settings, sockets: list[socket.socket], services: Services) -> None:
+    """Print the server's addresses and the first steps; log only the addresses if programs read the output."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    lines = [f"http://{host}:{settings.port}"]
+    urls = [f"http://{host}:{settings.port}"]
     if settings.tls_port:
-        lines.append(f"https://{host}:{sockets[1].getsockname()[1]}")
-    keys = "No key is required" if is_open else "Clients must send a key"
-    advice = f"`{env_command(settings)}` shows how to connect"
-    print(f"flux-server listens on {' and '.join(lines)}\n{keys}; {advice}", flush=True)
+        urls.append(f"https://{host}:{sockets[1].getsockname()[1]}")
+    needs_key = not services.keys.allows_anonymous
+    keys = "clients must send a key: set FAL_KEY to one" if needs_key else "no key is required"
+    message = f"flux-server listens on {' and '.join(urls)} ({keys})"
+    if settings.log_format == "json":
+        log.info(message)
+        return
+    steps = first_steps(settings, services.model_names.default, needs_key=needs_key)
+    # One write, also if Python does not buffer its output: otherwise log lines of other threads could come in between.
+    print(f"{message}\n{steps}\n", end="", flush=True)

@@ -57,11 +57,12 @@ def run_program(program: ModuleType, file: Path, *arguments: str, expected: Coll
             )
         except subprocess.TimeoutExpired as error:
             log.error("%s did not end within %g seconds", program.__name__, MAX_SECONDS)
-            raise InternalError("The file could not be checked in time; try again") from error
+            message = f"The check of the file did not end within {MAX_SECONDS:g} seconds; try again"
+            raise InternalError(message) from error
         result = Result(done.returncode, _read(output), _read(errors, _MAX_ERRORS).decode("utf-8", "replace"))
     if result.status not in expected:
         log.error("%s ended with the status %d: %s", program.__name__, result.status, result.errors)
-        raise InternalError("The file could not be checked, because of a fault of the server; try again")
+        raise InternalError("The file could not be checked because of a fault of the server; try again")
     return result
 
 

@@ -27,11 +27,16 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class FormFile:
-    """A file of a form. `convert`, if set, writes the content to use, from the file at its first path to the second."""
+    """A file of a form.
+
+    Attributes:
+        convert: called, if set, with the path of the file and another path, to which it writes the content to use.
+        name: the name of the file in its data URI.
+        url: a data URI that stands for the file, as in the text of every body.
+    """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.convert: Callable[[Path, Path], object] | None = None
-        #: A data URI that stands for this file, as in the text of every body.
         self.name = secrets.token_hex(32)
         self.url = f"data:;base64,#{self.name}"
         self._path, self._max_bytes = path, max_bytes
@@ -184,4 +189,4 @@ class SpooledForm(Spool):
 
 
 def _invalid(message: str) -> InvalidInput:
-    return InvalidInput([{"type": "multipart_invalid", "loc": ["body"], "msg": message, "input": ""}])
+    return InvalidInput.of("multipart_invalid", ("body",), message)

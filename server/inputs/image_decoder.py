@@ -19,7 +19,7 @@ OTHER_FORMAT, TOO_LARGE, UNREADABLE = 10, 11, 12
 #: Bytes of address space. An image of 16 megapixels with transparency and 8 bits a colour takes less than 384 MiB.
 MAX_BYTES = 640 * 2**20
 #: Seconds of CPU time, after which the system ends the process with SIGXCPU. An image of 16 megapixels takes a few.
-_MAX_SECONDS = 30
+MAX_SECONDS = 30
 #: Bytes of output: a PNG of 16 megapixels with transparency that does not compress, and 25 MiB of EXIF data.
 _MAX_OUTPUT = 96 * 2**20
 #: The most reads of a file. A block before a GIF's first image takes two, and 64 KiB of the image itself take one.
@@ -52,7 +52,7 @@ def convert(path: str, max_pixels: int) -> int:
             image.save(sys.stdout.buffer, "PNG", compress_level=1, icc_profile=None, exif=exif)
     except PIL.UnidentifiedImageError:
         return OTHER_FORMAT
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+    except PIL.Image.DecompressionBombError:
         return TOO_LARGE
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
@@ -65,7 +65,7 @@ def convert(path: str, max_pixels: int) -> int:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     # At the second limit the system sends SIGKILL, which does not tell why.
-    resource.setrlimit(resource.RLIMIT_CPU, (_MAX_SECONDS, _MAX_SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_OUTPUT, _MAX_OUTPUT))
     # A core dump would hold the client's image.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

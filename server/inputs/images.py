@@ -39,7 +39,7 @@ _PNG, _JPEG, _GIF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", (b"GIF87a", b"GIF89a")
 _AVIF = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
 #: Limits how many processes decode images at a time, because each may take `image_decoder.MAX_BYTES`.
 _PROCESSES = threading.BoundedSemaphore(2)
-#: The ends of such a process that are due to the image.
+#: The exit statuses of such a process that are not a fault of the server: success, and what a bad image causes.
 _EXPECTED = (0, image_decoder.OTHER_FORMAT, image_decoder.TOO_LARGE, image_decoder.UNREADABLE, -signal.SIGXCPU)
 _START_OF_SCAN = b"\xff\xda"
 #: Markers without a length: TEM, and RST0 to EOI.
@@ -56,7 +56,7 @@ def decode_image(path: Path, limits: Limits) -> Image:
 
 
 def decode_transparency(path: Path, limits: Limits) -> Image:
-    """Decode a client's image as `decode_image` does; return where it is transparent: white there, black elsewhere.
+    """Decode a client's image as `decode_image` does; return a mask, white where the image is transparent.
 
     Raises as `decode_image` does, also for an image without transparency.
     """
@@ -155,7 +155,8 @@ def _decode_in_process(path: Path) -> bytes:
     if done.status == image_decoder.TOO_LARGE:
         raise _too_many_pixels_error()
     if done.status:
-        reason = done.errors if done.status == image_decoder.UNREADABLE else "its decoding takes too much time"
+        too_slow = f"its decoding takes more than {image_decoder.MAX_SECONDS} seconds"
+        reason = done.errors if done.status == image_decoder.UNREADABLE else too_slow
         raise InvalidInputFile("image_load_error", f"The image cannot be read: {reason}")
     return done.output
 

@@ -15,13 +15,13 @@ import pybase64
 from pydantic_core import to_json
 
 from models.schema import ImageInput, Limits, input_urls
-from server.errors import InvalidInput, InvalidInputFile, QueueFull
+from server.errors import InternalError, InvalidInput, InvalidInputFile, QueueFull
 from server.executor import FairExecutor
 from server.inputs import hub, images, loras
 from server.inputs.cache import LORA, InputCache
 from server.inputs.spool import Spool, too_large
 from server.net.outbound import ForbiddenURL, OutboundClient
-from server.storage.file_store import FileStore, disk_errors
+from server.storage.file_store import NAME, FileStore, disk_errors
 
 MAX_IMAGE_BYTES = 25 * 2**20
 #: The most bytes of a realtime input: enough for the largest image as a data URI, and for the other fields.
@@ -31,7 +31,7 @@ MAX_DOWNLOADS, MAX_DOWNLOADS_PER_OWNER = 32, 8
 #: How many URLs are remembered with the ETags of their files, and the longest of these URLs, in characters.
 MAX_KNOWN = 10_000
 MAX_CACHED_URL = 1024
-_OWN_PATH = re.compile(r"/files/([0-9a-f]{32}\.[a-z0-9]{1,8})")
+_OWN_PATH = re.compile(rf"/files/({NAME.pattern})")
 #: The longest URL of a file, in characters; data URIs may be longer.
 MAX_URL = 8192
 #: Characters of base64 that are decoded at a time: a multiple of four, because four characters are three bytes.
@@ -135,13 +135,17 @@ class InputResolver:
             )
 
     async def _resolve_one(self, url: str, owner: str, kind: str, loc: Loc, body: Spool | None) -> str:
-        """Fetch one file and return its name; convert errors to InvalidInput in fal's format, or DiskFull."""
+        """Fetch one file and return its name.
+
+        Raises InvalidInput and InternalError, which name the field, and DiskFull.
+        """
         try:
             with disk_errors():
                 return await self._resolve(url, owner, kind, body)
         except InvalidInputFile as error:
-            entry = {"type": error.type, "loc": ["body", *loc], "msg": str(error), "input": url[:1000]}
-            raise InvalidInput([{**entry, "ctx": error.ctx} if error.ctx else entry]) from None
+            raise InvalidInput.of(error.type, ("body", *loc), str(error), url[:1000], **error.ctx) from None
+        except InternalError as error:
+            raise InternalError(f"{'.'.join(map(str, loc))}: {error}") from error
 
     def sweep(self) -> int:
         """Delete input files that are no longer needed, as `InputCache.sweep` does; return how many."""
@@ -235,7 +239,7 @@ def dump_input(request: ImageInput, input_files: Mapping[str, str], received: Sp
     text = str(to_json(body), "utf-8")
     if received and received.is_in(text):
         message = "Long base64 data is accepted only as data URIs of images and LoRAs"
-        raise InvalidInput([{"type": "value_error", "loc": ["body"], "msg": message, "input": ""}])
+        raise InvalidInput.of("value_error", ("body",), message)
     return text
 
 

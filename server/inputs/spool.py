@@ -236,7 +236,7 @@ class SpooledBody(Spool):
         self._num_text += len(text)
         if self._num_text > MAX_TEXT:
             message = f"Body should have at most {MAX_TEXT} bytes besides the base64 data of its data URIs"
-            raise InvalidInput([{"type": "too_long", "loc": ["body"], "msg": message, "input": ""}])
+            raise InvalidInput.of("too_long", ("body",), message)
         self._texts.append(text)
 
     def _append_data(self, data: bytes) -> None:

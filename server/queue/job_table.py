@@ -100,7 +100,7 @@ def find_by_idempotency_key(connection: sqlite3.Connection, submission: Submissi
     ).fetchone()
     if row and row["body_hash"] != submission.body_hash:
         message = "Idempotency-Key was already used with a different body; send a new key"
-        raise InvalidInput([{"loc": ["header", "idempotency-key"], "msg": message, "type": "value_error"}])
+        raise InvalidInput.of("value_error", ("header", "idempotency-key"), message)
     return row
 
 

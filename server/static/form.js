@@ -87,7 +87,7 @@ function frame(name, property, control, ...more) {
 }
 
 function textField(name, property) {
-  const control = element("textarea", { rows: 3, placeholder: property.examples?.[0]?.slice(0, 120) ?? "" });
+  const control = element("textarea", { rows: 3, placeholder: property.example?.slice(0, 120) ?? "" });
   const write = (value) => (control.value = value ?? property.default ?? "");
   write();
   return { ...frame(name, property, control), read: () => control.value, write };

@@ -24,9 +24,11 @@ log = logging.getLogger(__name__)
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: A file counts as at least this many bytes, because it takes a disk block and a row.
 _BLOCK = 4096
-_NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
+#: The extension of a name. An upload keeps that of its own name if it fits; the longest common one is "safetensors".
+EXTENSION = re.compile(r"[a-z0-9]{1,16}")
+NAME = re.compile(rf"[0-9a-f]{{32}}\.{EXTENSION.pattern}")
 #: Also matches a file that is being written.
-_SERVER_FILE = re.compile(rf"{_NAME.pattern}(\.part)?")
+_SERVER_FILE = re.compile(rf"{NAME.pattern}(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def counted_size(size: int) -> int:
 
 def is_file_name(name: str) -> bool:
     """Return whether a file of the store can have this name."""
-    return bool(_NAME.fullmatch(name))
+    return bool(NAME.fullmatch(name))
 
 
 def generate_file_name(extension: str) -> str:
@@ -178,7 +180,7 @@ class FileStore:
 
     def find(self, name: str) -> StoredFile | None:
         """Return the listed file of this name, or None if there is none or it has expired."""
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             return None
         rows = self._database.read(
             "SELECT name, owner, size, content_type, file_name, is_private, expires_at FROM files WHERE name = ?", name

@@ -16,6 +16,7 @@ from server.errors import BadRequest, BodyTooLarge, DiskFull, NotFound, QueueFul
 from server.executor import FairExecutor
 from server.storage.database import Database
 from server.storage.file_store import (
+    EXTENSION,
     FileStore,
     Lifecycle,
     StoredFile,
@@ -34,7 +35,6 @@ MAX_PARTS = 10_000
 MAX_PENDING_UPLOADS = 1_000
 #: How many uploaded files and parts of unfinished uploads one owner may have.
 MAX_FILES = 20_000
-_EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 #: The names of the directory of an upload's parts, and of the file that the parts are joined into.
 _SERVER_FILE = re.compile(r"[0-9a-f]{32}/|[0-9a-f]{16}\.whole")
 
@@ -286,7 +286,7 @@ def _upload(row: sqlite3.Row) -> Upload:
 def _extension(file_name: str, content_type: str) -> str:
     named = PurePath(file_name).suffix.lower().removeprefix(".")
     guessed = (mimetypes.guess_extension(content_type.partition(";")[0].strip()) or ".bin").removeprefix(".")
-    return next((extension for extension in (named, guessed) if _EXTENSION.fullmatch(extension)), "bin")
+    return next((extension for extension in (named, guessed) if EXTENSION.fullmatch(extension)), "bin")
 
 
 def _clean(text: str) -> str:

@@ -72,8 +72,7 @@ def outcome_from_exception(error: Exception, job: Job) -> Outcome:
     if isinstance(error, ServerError):
         return Outcome.from_error(error)
     if isinstance(error, IncompatibleInput):
-        entry = {"type": "value_error", "loc": ["body", *error.loc], "msg": str(error), "input": ""}
-        return Outcome.from_error(InvalidInput([entry]))
+        return Outcome.from_error(InvalidInput.of("value_error", ("body", *error.loc), str(error)))
     if isinstance(error, GenerationFailed):
         log.warning("the request failed: %s", error, extra={"request_id": job.request_id})
         return Outcome.from_error(InternalError(str(error)))

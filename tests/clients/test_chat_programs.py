@@ -1,11 +1,10 @@
-"""Tests that replay the requests of chat programs and libraries for images, written from their sources.
+"""Tests that replay the requests of chat programs for images, written from their sources.
 
-Open WebUI, LibreChat, AnythingLLM, LiteLLM, LangChain's DALL-E wrapper and the AI SDK speak OpenAI's API. Open WebUI
-and LibreChat also speak AUTOMATIC1111's.
+Open WebUI, LibreChat and AnythingLLM speak OpenAI's API. Open WebUI and LibreChat also speak AUTOMATIC1111's. Packages
+that can be installed are in test_chat_packages.py; their requests here are for runs without these packages.
 """
 
 import base64
-import io
 import json
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import pytest
 from PIL import Image
 
 from tests.support.error_bodies import error_message, first_field_error
-from tests.support.hostile_images import BOMB, encode
+from tests.support.hostile_images import BOMB
+from tests.support.image_files import decode, encode
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until
 
 BLUE, RED = (0, 0, 255), (255, 0, 0)
@@ -39,20 +39,16 @@ def http(chat_server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-def decode(content: str) -> Image.Image:
-    image = Image.open(io.BytesIO(base64.b64decode(content)))
-    image.load()
-    return image
-
-
 # -- OpenAI's API: the body of each program's request for a generation, and whether it expects base64
 
 GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    # Open WebUI at 02530d5: image_generations in backend/open_webui/routers/images.py
     "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "auto"}, True),
     "Open WebUI, older model": (
         {"model": "dall-e-2", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
         True,
     ),
+    # LibreChat of 2026: imageGenTool in api/app/clients/tools/structured/OpenAIImageTools.js
     "LibreChat": (
         {
             "model": "gpt-image-1",
@@ -66,16 +62,21 @@ GENERATIONS: dict[str, tuple[dict[str, Any], bool]] = {
         },
         True,
     ),
+    # LibreChat of 2026: api/app/clients/tools/structured/DALLE3.js
     "LibreChat's DALL-E": (
         {"model": "dall-e-3", "quality": "standard", "style": "vivid", "size": "1024x1024", "prompt": "a fish", "n": 1},
         False,
     ),
+    # LiteLLM 1.110.2: litellm/llms/openai/image_generation
     "LiteLLM": ({"model": "gpt-image-1", "prompt": "a fish", "user": "alice", "quality": "low"}, True),
+    # langchain-community 0.4.2: langchain_community/utilities/dalle_image_generator.py
     "LangChain": (
         {"model": "dall-e-3", "prompt": "a fish", "n": 1, "size": "1024x1024", "quality": "standard"},
         False,
     ),
+    # AnythingLLM since pull request 6176: server/utils/ImageGenerators/localAi/index.js
     "AnythingLLM": ({"model": "dall-e-2", "prompt": "a fish", "size": "1024x1024", "n": 1}, False),
+    # @ai-sdk/openai 3.0.141: src/image/openai-image-model.ts
     "AI SDK": ({"model": "gpt-image-1", "prompt": "a fish", "n": 1, "size": "1024x1024"}, True),
     "AI SDK, unknown model": (
         {"model": "flux", "prompt": "a fish", "n": 1, "size": "512x512", "response_format": "b64_json"},
@@ -99,6 +100,8 @@ def test_generations(http: httpx.Client, body: dict[str, Any], is_base64: bool) 
         assert http.get(datum["url"]).headers["content-type"] == "image/png"
 
 
+#: The edits of the same versions: image_edits of Open WebUI, imageEditTool of LibreChat, LiteLLM's image_edit, and the
+#: image model of the AI SDK.
 EDITS: dict[str, tuple[dict[str, str], str]] = {
     "Open WebUI": ({"model": "gpt-image-1", "prompt": "a fish", "n": "1", "size": "128x96"}, "image"),
     "Open WebUI, a list": ({"model": "dall-e-2", "prompt": "a fish", "response_format": "b64_json"}, "image[]"),
@@ -131,7 +134,7 @@ def test_an_edit_in_a_blob_without_a_name(http: httpx.Client) -> None:
 
 
 def test_open_webui_with_automatic1111(http: httpx.Client) -> None:
-    """Verify the URL, list the models, choose one, and generate, as Open WebUI does."""
+    """Verify the URL, list the models, choose one, and generate, as backend/open_webui/routers/images.py at 02530d5."""
     options = http.get("/sdapi/v1/options", headers=BASIC).json()
     titles = {model["title"]: model["model_name"] for model in http.get("/sdapi/v1/sd-models", headers=BASIC).json()}
     assert options["sd_model_checkpoint"] in titles
@@ -151,6 +154,7 @@ def test_open_webui_with_automatic1111(http: httpx.Client) -> None:
 
 
 def test_librechat_with_automatic1111(http: httpx.Client) -> None:
+    """Send the request of api/app/clients/tools/structured/StableDiffusion.js, with a seed and a checkpoint."""
     body = {
         "prompt": "a fish",
         "negative_prompt": "a bird",
@@ -184,8 +188,10 @@ def test_automatic1111s_image_to_image(http: httpx.Client, start: str) -> None:
     assert answer.status_code == 200, answer.text
     assert decode(answer.json()["images"][0]).tobytes() == image.tobytes()
     white = base64.b64encode(encode(Image.new("L", (1600, 1200), 255))).decode()
-    masked = http.post("/sdapi/v1/img2img", json={**body, "mask": white, "width": 128, "height": 96}, headers=BEARER)
-    assert decode(masked.json()["images"][0]).getpixel((9, 9)) == RED
+    for size in ({}, {"width": 128, "height": 96}):
+        masked = http.post("/sdapi/v1/img2img", json={**body, "mask": white, **size}, headers=BEARER)
+        repainted = decode(masked.json()["images"][0])
+        assert (repainted.size, repainted.getpixel((9, 9))) == ((1600, 1200), RED)
 
 
 def test_automatic1111s_errors(chat_server: Server, http: httpx.Client) -> None:
@@ -207,11 +213,16 @@ def test_automatic1111s_errors(chat_server: Server, http: httpx.Client) -> None:
     for path, body, loc in bodies:
         error = first_field_error(http.post(f"/sdapi/v1/{path}", json={**body, **chosen}, headers=BEARER))
         assert error["loc"] == ["body", *loc], (path, body)
+    for body in ({"batch_size": 9}, {"n_iter": 9}, {"batch_size": 3, "n_iter": 2}):
+        error = first_field_error(http.post("/sdapi/v1/txt2img", json={**body, **chosen}, headers=BEARER))
+        assert error["msg"] == "batch_size times n_iter should be less than or equal to 4"
     wanted = {"sd_model_checkpoint": "sdxl"}
     for path, body in (("txt2img", {"override_settings": wanted}), ("options", wanted)):
         error_message(http.post(f"/sdapi/v1/{path}", json=body, headers=BEARER), 404)
     for headers in ({}, {"authorization": "Basic !"}, {"authorization": f"Basic {base64.b64encode(b'a:b').decode()}"}):
-        assert http.get("/sdapi/v1/options", headers=headers).status_code == 401
+        answer = http.get("/sdapi/v1/options", headers=headers)
+        assert "ID:SECRET" in error_message(answer, 401)
+        assert answer.headers["www-authenticate"] == 'Basic realm="flux-server", Bearer, Key'
     assert not list((chat_server.data_dir / "inputs").glob("*.part"))
 
 

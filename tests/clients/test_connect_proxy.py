@@ -22,7 +22,6 @@ from server.net import connect_proxy, tls
 from server.net.connect_proxy import ConnectProxy
 from server.net.fal_hosts import CERTIFICATE_NAMES, Role, role_of
 from server.settings import Settings, SettingsError
-from tests.clients.test_python_client import download_image, env_variables
 from tests.support.connect_clients import (
     VERSIONS,
     client_directory,
@@ -31,6 +30,7 @@ from tests.support.connect_clients import (
     recording_environment,
     run_client,
 )
+from tests.support.python_client import download_image, env_variables
 from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, serving, serving_with_proxy
 
 PART_BYTES = 10 * 2**20

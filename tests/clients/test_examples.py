@@ -15,7 +15,6 @@ import pytest
 
 from flux_server_testing import FalServer
 from flux_server_testing.process import ServerProcess
-from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import ROOT
 

@@ -12,7 +12,6 @@ from PIL import Image
 from pytest_httpserver import HTTPServer
 
 from tests.clients.test_node_clients import NAMES
-from tests.clients.test_node_clients import node as node
 from tests.support.connect_clients import VERSIONS, client_output
 from tests.support.node import clients
 from tests.support.server_process import Server, serving_with_proxy

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +20,6 @@ STATUSES = {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
 STEP_LOGS = ["step 1/3", "step 2/3", "step 3/3"]
 JPEG, PNG = "ffd8ff", "89504e47"
 CANCELLED = {"detail": "Request cancelled by the client.", "error_type": "client_cancelled"}
-
-
-@pytest.fixture(scope="session")
-def node() -> None:
-    """Skip the test if Node or the SDKs are missing; in CI, fail instead."""
-    requirements = {
-        "node": shutil.which("node"),
-        "tests/support/js/node_modules": (JS / "node_modules" / "@fal-ai").is_dir(),
-    }
-    missing = " and ".join(name for name, is_present in requirements.items() if not is_present)
-    if missing and os.environ.get("CI"):
-        pytest.fail(f"{missing} missing: CI must not skip the tests of the Node SDKs")
-    if missing:
-        pytest.skip(f"{missing} missing: install Node 20 and run `make test`, which installs the SDKs")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Tests of OpenAI's own package against this server."""
 
 import base64
-import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from server.worker.image_encoder import DIGITAL_SOURCE_TYPE
-from tests.support.hostile_images import encode
+from tests.support.image_files import decode, encode
 from tests.support.server_process import Gate, Server, wait_until_claimed, wait_until_completed
 
 DEV, NULL = "fal-ai/flux/dev", "test/null"
@@ -26,12 +25,6 @@ def sdk(server: Server) -> Iterator[openai.OpenAI]:
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="local", http_client=client, max_retries=0) as sdk,
     ):
         yield sdk
-
-
-def decode(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
 
 
 def test_models(sdk: openai.OpenAI) -> None:
@@ -77,13 +70,13 @@ def test_openai_only_parameters_are_ignored(sdk: openai.OpenAI) -> None:
     assert answer.data[0].url
 
 
-@pytest.mark.parametrize("model", ["gpt-image-1", "gpt-image-1-mini", "gpt-image-2.5-flare", "dall-e-3", "dall-e-2"])
+@pytest.mark.parametrize("model", ["gpt-image-1", "gpt-image-1-mini", "chatgpt-image-9", "dall-e-3", "dall-e-2"])
 def test_openais_names_stand_for_the_default_endpoint(sdk: openai.OpenAI, client: httpx.Client, model: str) -> None:
     """Return PNG files; return them in base64 for the newer models, and as URLs for the older ones, as OpenAI does."""
     answer = sdk.images.generate(prompt="a red apple", model=model, size="128x96", extra_body={**SMALL, "seed": 3})
     assert answer.data is not None
     (image,) = answer.data
-    assert bool(image.b64_json) == model.startswith("gpt-image")
+    assert bool(image.b64_json) == ("gpt-image" in model)
     content = base64.b64decode(image.b64_json) if image.b64_json else client.get(image.url or "").content
     assert json.loads(decode(content).info["parameters"])["endpoint"] == DEV
     assert decode(content).format == "PNG"
@@ -99,6 +92,19 @@ def test_output_formats(sdk: openai.OpenAI, output_format: Any) -> None:
     image = decode(base64.b64decode(answer.data[0].b64_json or ""))
     assert (image.format, image.size) == (output_format.upper(), (128, 96))
     assert DIGITAL_SOURCE_TYPE.encode() in image.info["xmp"]
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_output_compression_is_the_quality(sdk: openai.OpenAI, output_format: Any) -> None:
+    sizes = []
+    for quality in (5, 95):
+        answer = sdk.images.generate(
+            prompt="a red apple", model=DEV, size="128x96", output_format=output_format, output_compression=quality,
+            response_format="b64_json", extra_body={**SMALL, "seed": 3},
+        )  # fmt: skip
+        assert answer.data is not None
+        sizes.append(len(answer.data[0].b64_json or ""))
+    assert sizes[0] < sizes[1]
 
 
 def test_webp_in_a_stream(sdk: openai.OpenAI) -> None:
@@ -147,6 +153,7 @@ def test_a_disconnected_client_cancels_its_request(constrained_client: httpx.Cli
         ({"prompt": None}, "prompt", "string_type"),
         ({"output_format": "webp"}, "output_format", "value_error"),
         ({"output_format": "gif"}, "output_format", "literal_error"),
+        ({"output_format": "jpeg", "output_compression": 50}, "output_compression", "value_error"),
         ({"output_compression": 101}, "output_compression", "less_than_equal"),
     ],
 )

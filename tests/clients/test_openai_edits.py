@@ -1,7 +1,6 @@
 """Tests of OpenAI's own package against this server: edits and variations of images that the client uploads."""
 
 import base64
-import io
 import json
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ import pytest
 from PIL import Image
 
 from server.inputs.resolver import MAX_IMAGE_BYTES
-from tests.support.hostile_images import BOMB, PNG, REFUSED, encode
+from tests.support.hostile_images import BOMB, PNG, REFUSED
+from tests.support.image_files import decode, encode
 from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Server, serving
 
@@ -51,12 +51,6 @@ def sdk(edit_server: Server) -> Iterator[openai.OpenAI]:
         openai.OpenAI(base_url=f"{edit_server.url}/v1", api_key="local", http_client=client, max_retries=0) as sdk,
     ):
         yield sdk
-
-
-def decode(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
 
 
 def images(answer: Any) -> list[Image.Image]:

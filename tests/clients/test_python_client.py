@@ -1,44 +1,13 @@
 """Tests of fal-client 1.0.3, sync and async, configured only with the variables that `flux-server env` prints."""
 
-import json
-import os
-import shlex
-import subprocess
-import sys
-from functools import cache
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.server_process import ROOT, Gate, Server
+from tests.support.python_client import download_image, env_variables, run_client
+from tests.support.server_process import Gate, Server
 
 sync_and_async = pytest.mark.parametrize("kind", ["", "_async"], ids=["sync", "async"])
-
-
-@cache
-def env_variables(server: Server) -> dict[str, str]:
-    """Run `flux-server env` and return its variables, parsed as a shell parses them."""
-    command = [sys.executable, "-m", "server", "env"]
-    process = subprocess.run(command, cwd=ROOT, env=server.environment(), text=True, capture_output=True, check=True)
-    tokens = shlex.split(process.stdout, comments=True)
-    return dict(token.split("=", 1) for token in tokens if token != "export")
-
-
-def run_client(server: Server, *arguments: str, **variables: str) -> Any:
-    """Run a fal-client program with PATH, the variables of `flux-server env` and these variables; return its output."""
-    environment = {"PATH": os.environ["PATH"], **env_variables(server), **variables}
-    command = [sys.executable, "-m", "tests.support.fal_client_calls", *arguments]
-    process = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
-def download_image(answer: dict[str, Any]) -> bytes:
-    """Download the first image of an answer and return its bytes."""
-    response = httpx.get(answer["images"][0]["url"], verify=False, trust_env=False)
-    assert response.status_code == 200
-    return response.content
 
 
 def test_the_variables_printed(server: Server) -> None:

@@ -15,7 +15,6 @@ from websockets.sync.client import ClientConnection, connect
 
 from server.inputs.resolver import MAX_IMAGE_BYTES, MAX_INPUT_BYTES
 from server.queue.jobs import Mode
-from tests.clients.test_node_clients import node as node
 from tests.support.components import open_components, submission
 from tests.support.node import Client, clients
 from tests.support.server_process import TEST_MODELS, Server, serving

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 from server.net.fal_hosts import DOMAINS
-from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import download_image
 from tests.support.connect_clients import recorded_hosts, recording_environment
 from tests.support.node import JS
+from tests.support.python_client import download_image
 from tests.support.server_process import ROOT, TEST_MODELS, Server, free_port, serving_with_proxy
 
 SDKS = ["@fal-ai/client", "@fal-ai/serverless-client"]

@@ -200,6 +200,14 @@ def test_empty_file(keyless_client: httpx.Client, sdk: str) -> None:
 
 
 @every_client
+@pytest.mark.parametrize("file_name", ["photo.JPG", "lora.safetensors"])
+def test_the_url_keeps_the_extension_of_the_file_name(keyless_client: httpx.Client, sdk: str, file_name: str) -> None:
+    url = UPLOADERS[sdk](keyless_client, Upload(content_type="application/octet-stream", file_name=file_name))
+    assert url.rpartition(".")[2] == file_name.rpartition(".")[2].lower()
+    assert keyless_client.get(url).content == CONTENT
+
+
+@every_client
 def test_uploads_to_a_server_without_keys(constrained_client: httpx.Client, sdk: str) -> None:
     for key in ({}, {"authorization": "Key whatever"}):
         url = UPLOADERS[sdk](constrained_client, Upload(key=key))

@@ -5,6 +5,7 @@ no GPU to compile; what they would ask its driver, this module answers. So a tes
 GPU's machine code (a cubin), but no number that it computes.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +18,16 @@ import triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, config
+from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
 from triton.backends.compiler import GPUTarget
+
+#: A call in Inductor's Python program that starts a kernel: of Triton, of a library, or of PyTorch.
+_LAUNCH = re.compile(r"^\s+(?:\w+\.run\(|extern_kernels\.|\w+ = torch\.ops\.|torch\.ops\.)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,23 @@ RTX_5090 = Model("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376)
 
 @dataclass
 class Compiled:
-    """What the compiler made: graphs, and the size in bytes of each kernel's machine code, by the kernel's name."""
+    """What the compiler made.
+
+    Attributes:
+        num_graphs: the number of graphs.
+        kernels: the size in bytes of each kernel's machine code, by the kernel's name.
+        targets: the GPU architectures that the kernels are for, such as "sm_90".
+        launches: how many kernels the code of a "joint" and of a "single" block launches, for one image.
+    """
 
     num_graphs: int = 0
     kernels: dict[str, int] = field(default_factory=dict)
     targets: set[str] = field(default_factory=set)
+    launches: dict[str, int] = field(default_factory=dict)
+
+    def launches_a_step(self, num_joint: int, num_single: int) -> int:
+        """Return how many kernels the blocks launch in a step of a transformer with so many blocks of each kind."""
+        return num_joint * self.launches["joint"] + num_single * self.launches["single"]
 
 
 @contextmanager
@@ -140,6 +157,7 @@ def _inductor(model: Model) -> list[tuple[Any, str, Any]]:
 def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
     """Return replacements that compile, note the result, and run nothing."""
     compile_kernel, compile_graph = CachingAutotuner._precompile_config, compile_fx.compile_fx
+    programs: list[str] = []
 
     def precompile(self: Any, options: Any) -> Any:
         made = compile_kernel(self, options)
@@ -152,6 +170,8 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         # Inductor may call this function again for the same graph, with other options.
         with mock.patch.object(compile_fx, "compile_fx", compile_graph):
             compile_graph(graph, *arguments, **options)
+        is_joint = any("ff_context" in node.name for node in graph.graph.find_nodes(op="placeholder"))
+        compiled.launches.setdefault("joint" if is_joint else "single", len(_LAUNCH.findall(programs[-1])))
         # Inductor may raise an error before, after which Dynamo traces the graph again.
         compiled.num_graphs += 1
         return graph.forward
@@ -160,6 +180,7 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         (CachingAutotuner, "_precompile_config", precompile),
         (CachingAutotuner, "_make_launchers", lambda self: None),
         (compile_fx, "compile_fx", compile_only),
+        (GraphLowering, "save_output_code", staticmethod(programs.append)),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 #: The GPU's allocator rounds each tensor up to this many bytes.
@@ -27,18 +27,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         peak: the highest `live` since `restart`.
         reads: where the server's code read a value back from the GPU since `restart`; the CPU waits for each.
         uploads: the shapes of the tensors that were copied to the GPU since `restart`.
+        pins: the number of tensors that were pinned, each by a copy in the host's memory, since `restart`.
+        launches: the number of operations on the GPU since `restart`. Each is one or more kernels; views are none.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.launches = self.pins = 0
         self.reads: list[str] = []
         self.uploads: list[tuple[int, ...]] = []
         self._sizes = WeakIdKeyDictionary()
+        self._pinned = WeakIdKeyDictionary()
 
     def restart(self) -> None:
         """Forget everything but the tensors that exist now."""
         self.peak, self.reads, self.uploads = self.live, [], []
+        self.launches = self.pins = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; answer those that would read the value of a fake tensor."""
@@ -49,12 +53,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type == "cuda":
             self.uploads.append(tuple(result.shape))
+        if not func.is_view and any(is_on_gpu(tensor) for tensor in tree_leaves(result)):
+            self.launches += 1
         tree_map(self._count, result)
         self.peak = max(self.peak, self.live)
         return result
 
+    def pin(self, tensor: Any, *_: object) -> Any:
+        """Return a copy that counts as pinned."""
+        self.pins += 1
+        copied = tensor.clone()
+        self._pinned[copied] = True
+        return copied
+
+    def is_pinned(self, tensor: Any, *_: object) -> bool:
+        """Return whether a tensor is such a copy."""
+        return tensor in self._pinned
+
     def _count(self, tensor: Any) -> None:
-        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != "cuda":
+        if not is_on_gpu(tensor):
             return
         storage = tensor.untyped_storage()
         if storage in self._sizes:
@@ -66,6 +83,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Return whether a value is a tensor on the fake GPU."""
+    return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
 
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -108,8 +130,8 @@ def recorded() -> Iterator[Recorder]:
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.Tensor, "record_stream", lambda *_: None),
-        (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
-        (torch.Tensor, "is_pinned", lambda *_: False),
+        (torch.Tensor, "pin_memory", lambda tensor, *_: recorder.pin(tensor)),
+        (torch.Tensor, "is_pinned", lambda tensor, *_: recorder.is_pinned(tensor)),
         (torch.Tensor, "numpy", lambda tensor: _zeros(tensor) if isinstance(tensor, FakeTensor) else numpy_of(tensor)),
         (FakeTensor, "data", property(torch.Tensor.data.__get__, _set_data)),
         (FakeTensor, "__deepcopy__", _copy),

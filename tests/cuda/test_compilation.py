@@ -3,6 +3,7 @@
 One graph must serve all sizes: a request must never wait for the compiler.
 """
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.timeout(1200)]
 
 #: As many blocks as show that the second one of a kind uses the first one's code again.
 BLOCKS = {"num_layers": 2, "num_single_layers": 2}
+#: FLUX.1's number of blocks of each kind.
+NUM_JOINT, NUM_SINGLE = 19, 38
 #: The sizes in pixels that are tried after the warm-up: those of fal's presets, the extremes, and odd ones.
 SIZES = [*PRESETS.values(), (64, 64), (2048, 2048), (256, 512), (1536, 64)]
 TEXT_TOKENS = 512
@@ -74,13 +77,22 @@ def check(compiled: Compiled, model: Model, num_graphs: int) -> None:
     assert not counters["graph_break"]
 
 
+def report(compiled: Compiled, name: str) -> None:
+    """Print how much was compiled, and how many kernels FLUX.1's blocks launch in a step."""
+    launches = compiled.launches_a_step(NUM_JOINT, NUM_SINGLE)
+    print(
+        f"{name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} Triton kernels; {launches} launches a step,"
+        f" of which {compiled.launches['joint']} a joint and {compiled.launches['single']} a single block"
+    )
+
+
 @pytest.mark.parametrize("model", [A100, RTX_4090, H100, RTX_5090], ids=lambda model: model.name)
 def test_bf16(model: Model) -> None:
     with fake_gpu(model) as compiled:
         exact = compilation.compile_blocks(compilation.clone_sharing_weights(transformer()))
         tier = Tier("none", exact, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
-        print(f"{model.name}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
+        report(compiled, f"{model.name}, none")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=4)
 
@@ -110,17 +122,34 @@ def test_fp8(model: Model, plan: str) -> None:
         quantized = quantized_clone(plan)
         tier = Tier("regular", compilation.compile_blocks(quantized), shares_forwards=True, is_ready=False)
         tier.warm_up("cuda", torch.bfloat16, TEXT_TOKENS)
-        print(f"{model.name}, plan {plan}: {compiled.num_graphs} graphs, {len(compiled.kernels)} kernels")
+        report(compiled, f"{model.name}, regular with the plan {plan}")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=8)
 
 
-def test_clones_share_quantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These weights are real, on the CPU: only torchao's question for a GPU is answered by a double."""
-    tiny = FluxTransformer2DModel(**SHAPES["tiny"]["transformer"]).to(torch.bfloat16)
-    num_parameters = tiny.num_parameters()
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a tiny transformer with real weights on the CPU. Only torchao's question for a GPU gets a false answer."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(**SHAPES["tiny"]["transformer"]).to(torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def test_joined_projections_change_no_number(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    separate = copy.deepcopy(tiny)
+    fp8.quantize(tiny)
+    monkeypatch.setattr(fp8, "_join_projections", lambda _: None)
+    fp8.quantize(separate)
+    names = {name.rpartition(".")[2] for name, _ in tiny.named_modules()}
+    assert {"to_qkv", "to_added_qkv"} <= names and not {"to_q", "add_q_proj"} & names
+    inputs = random_inputs(tiny.config, (1, 64, 32), "cpu", torch.bfloat16)
+    assert torch.equal(tiny(**inputs)[0], separate(**inputs)[0])
+
+
+def test_clones_share_quantized_weights(tiny: Any) -> None:
+    num_parameters = tiny.num_parameters()
     fp8.quantize(tiny, "cpu")
     clone = compilation.clone_sharing_weights(tiny)
     pairs = zip(tiny.named_parameters(), clone.named_parameters(), strict=True)

@@ -143,20 +143,24 @@ def lora_weights(transformer: Any) -> dict[str, Any]:
     return pairs
 
 
-def generate(engine: FluxEngine, recorder: Recorder, task: FluxTask) -> tuple[int, list[str]]:
-    """Generate an image with a preview; return the highest memory, and the reads of all steps but the first."""
+def generate(engine: FluxEngine, recorder: Recorder, task: FluxTask) -> tuple[int, list[str], int]:
+    """Generate an image with a preview; return the highest memory, the reads of all steps but the first, and the
+    operations of the last step.
+    """
     recorder.restart()
     engine.advance(task)
     recorder.reads.clear()
     while task.step < task.num_steps:
+        before = recorder.launches
         engine.advance(task)
+    launches = recorder.launches - before
     reads = list(recorder.reads)
     assert {tensor.device.type for tensor in (task.samples[0].latents, task.samples[0].velocity)} == {"cuda"}
     assert task.samples[0].latents.dtype == torch.bfloat16
     engine.preview(task)
     engine.decode(task)
     assert task.images[0].size == (SIDE, SIDE)
-    return recorder.peak, reads
+    return recorder.peak, reads, launches
 
 
 def generate_two(engine: FluxEngine, recorder: Recorder, acceleration: str) -> int:
@@ -183,9 +187,9 @@ def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch) -> Non
         sizes["redux"] = sum(weight.nbytes for part in parts for weight in part.parameters())
         promised, placed = plan.required_bytes(sizes), recorder.live
         for tier in engine.tiers:
-            peaks = {}
+            peaks, launches = {}, {}
             for kind, task in tasks_of(engine, tier.name, files):
-                peaks[kind], reads = generate(engine, recorder, task)
+                peaks[kind], reads, launches[kind] = generate(engine, recorder, task)
                 assert len(reads) == READS[tier.name] * (task.num_steps - 1), f"steps wait for the GPU in {reads}"
             if tier.shares_forwards:
                 peaks["two prompts at once"] = generate_two(engine, recorder, tier.name)
@@ -193,6 +197,7 @@ def check_plan(plan: Plan, files: Files, monkeypatch: pytest.MonkeyPatch) -> Non
             print(
                 f"{plan.name}, {tier.name}, in GB: {placed / 1e9:.1f} placed, {figures}, {promised / 1e9:.1f} promised"
             )
+            print(f"{plan.name}, {tier.name}, uncompiled: {launches['prompt']} operations a step")
             # The promise includes more than a gigabyte for CUDA and its libraries, which fake tensors do not take. Two
             # images share a forward only as long as there is room.
             at_once = peaks.pop("two prompts at once", 0)
@@ -242,6 +247,24 @@ def test_tasks_that_share_a_forward_load_each_block_once() -> None:
             uploads.append(len(recorder.uploads))
     print(f"weights loaded for a step of one image, and of three: {uploads}")
     assert uploads[0] == uploads[1] > len(pipeline.transformer.single_transformer_blocks)
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
+def test_offloaded_weights_are_pinned_once_where_the_host_has_room(
+    has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.loading.memory_plans._can_pin", lambda _: has_room)
+    with fake_gpu(H100), recorded() as recorder:
+        pipeline = GROUP_OFFLOAD.apply(random_weights.build("tiny", "cpu", torch.bfloat16), "cuda")
+        engine = FluxEngine(
+            pipeline, Unavailable("not used"), [Tier("none", pipeline.transformer)], "cuda", plan=GROUP_OFFLOAD
+        )
+        task = engine.start(request(), 1)
+        engine.advance(task)
+        recorder.restart()
+        engine.advance(task)
+    print(f"tensors pinned in a step: {recorder.pins}")
+    assert (recorder.pins == 0) == has_room
 
 
 # -- the parts whose sizes do not matter, in tiny shapes

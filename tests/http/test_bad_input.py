@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from models.schema import EXAMPLE_IMAGE
 from tests.support.error_bodies import first_field_error
 from tests.support.server_process import TEST_MODELS, serving
 
@@ -192,3 +193,12 @@ def test_wrong_content_type(client: httpx.Client, kind: str) -> None:
     entry = first_field_error(client.post(FLUX, content='{"prompt": "x"}', headers={"content-type": kind}))
     assert (entry["loc"], entry["type"]) == (["body"], "model_attributes_type")
     assert "application/json" in entry["msg"]
+
+
+@pytest.mark.parametrize("field", ["image_url", "mask_url"])
+def test_the_image_and_the_mask_are_required(client: httpx.Client, field: str) -> None:
+    body = {"prompt": "x", "image_url": EXAMPLE_IMAGE, "mask_url": EXAMPLE_IMAGE}
+    del body[field]
+    for endpoint in ("fal-ai/flux-lora/inpainting", "fal-ai/flux-krea-lora/inpainting"):
+        (entry,) = client.post(f"/{endpoint}", json=body).json()["detail"]
+        assert (entry["loc"], entry["type"]) == (["body", field], "missing")

@@ -26,7 +26,7 @@ from server.net.websocket import CountedWebSocket
 from tests.clients.test_realtime import SMALL as SMALL_REQUEST
 from tests.clients.test_realtime import generate, session
 from tests.http.test_timeouts import listening
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.server_process import TEST_MODELS, Server, serving, wait_until_completed
 
 #: In bytes: the total, the share that one owner may hold, and a small size that still counts.

@@ -14,10 +14,9 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from models import discover
 from models.loading.specs import assign_weights
-from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import env_variables
 from tests.support.node import JS
-from tests.support.server_process import ROOT, Server
+from tests.support.python_client import env_variables
+from tests.support.server_process import ROOT, Server, wait_until_completed
 
 FLUX = "fal-ai/flux/dev"
 #: The fields in the order of the endpoint's page on fal.
@@ -52,15 +51,6 @@ def document(client: httpx.Client) -> Any:
     return document_of(client)
 
 
-def without_examples(document: Any) -> Any:
-    """Return a copy without the lists of examples, which fal's documents have although OpenAPI 3.0 lacks them."""
-    copy = json.loads(json.dumps(document))
-    for schema in copy["components"]["schemas"].values():
-        for field in schema["properties"].values():
-            field.pop("examples", None)
-    return copy
-
-
 def schema(document: Any, name: str) -> Any:
     """Return a schema whose references a validator can resolve."""
     return {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
@@ -75,11 +65,12 @@ def problems(document: Any, name: str, value: Any) -> list[str]:
 def test_the_document_is_openapi_3_0_4(client: httpx.Client, endpoint: str) -> None:
     found = document_of(client, endpoint)
     assert found["openapi"] == "3.0.4"
-    assert [error.message for error in OpenAPIV30SpecValidator(without_examples(found)).iter_errors()] == []
+    assert [error.message for error in OpenAPIV30SpecValidator(found).iter_errors()] == []
     # OpenAPI 3.0 does not have these keywords, but validators accept them.
     text = json.dumps(found)
     assert '"const"' not in text
     assert '{"type": "null"}' not in text
+    assert '"examples"' not in text
     assert "$defs" not in text
     assert not re.search(r'"exclusiveM\w+": \d', text)
 
@@ -109,18 +100,29 @@ def test_the_paths_are_fals(document: Any) -> None:
     assert [(each["name"], each["schema"]) for each in parameters if each["in"] == "query"] == [
         ("logs", {"type": "number"})
     ]
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    assert {operation["operationId"] for operation in operations} == {"submit", "get_status", "cancel", "get_result"}
+    for operation in operations:
+        assert operation["summary"]
+        assert {"200", "4XX", "5XX"} <= set(operation["responses"])
+    for path, method in (f"{REQUEST}/status", "get"), (f"{REQUEST}/cancel", "put"):
+        assert "202" in document["paths"][path][method]["responses"]
 
 
 def test_the_schemas_are_fals(document: Any) -> None:
     schemas = document["components"]["schemas"]
     assert {"QueueStatus", "FluxDevInput", "FluxDevOutput", "ImageSize", "Image"} <= set(schemas)
-    assert schemas["QueueStatus"]["required"] == ["status", "request_id"]
+    # fal's document requires only the first two, but every response has them all.
+    always = ["status", "request_id", "response_url", "status_url", "cancel_url", "logs", "metrics"]
+    assert schemas["QueueStatus"]["required"] == always
+    logs = schemas["QueueStatus"]["properties"]["logs"]
+    assert (logs["type"], logs["nullable"]) == ("array", True)
     assert schemas["QueueStatus"]["properties"]["status"]["enum"] == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
     assert schemas["FluxDevInput"]["x-fal-order-properties"] == INPUT
     assert schemas["FluxDevOutput"]["x-fal-order-properties"] == OUTPUT
     assert schemas["FluxDevInput"]["required"] == ["prompt"]
     assert set(schemas["FluxDevOutput"]["required"]) == set(OUTPUT)
-    for name in set(schemas) - {"QueueStatus"}:
+    for name in schemas:
         assert schemas[name]["title"] == name
         assert schemas[name]["x-fal-order-properties"] == list(schemas[name]["properties"])
 
@@ -145,7 +147,7 @@ def test_the_fields_describe_the_accepted_values(document: Any) -> None:
     size, presets = fields["image_size"]["anyOf"]
     assert size == {"$ref": "#/components/schemas/ImageSize"}
     assert presets["enum"][:2] == ["square_hd", "square"]
-    assert fields["prompt"]["examples"]
+    assert fields["prompt"]["example"]
     assert all(field["description"] for field in fields.values())
 
 
@@ -154,9 +156,12 @@ def test_requests_and_answers_match_the_document(document: Any, client: httpx.Cl
     assert problems(document, "FluxDevInput", body) == []
     assert problems(document, "FluxDevInput", {**body, "num_images": 9})
     submitted = client.post(f"/queue/{FLUX}", json=body).json()
+    assert problems(document, "QueueStatus", submitted) == []
+    assert problems(document, "QueueStatus", wait_until_completed(client, submitted["status_url"])) == []
     output = client.post(f"/{FLUX}", json=body).json()
     assert problems(document, "FluxDevOutput", output) == []
-    assert submitted["status"] in document["components"]["schemas"]["QueueStatus"]["properties"]["status"]["enum"]
+    refused = client.post(f"/{FLUX}", json={**body, "num_images": 9}).json()
+    assert problems(document, "Problem", refused) == []
 
 
 @pytest.mark.parametrize("endpoint", ["fal-ai/unknown", "", "fal-ai/flux", "../fal-ai/flux/dev", f"{FLUX}/x"])

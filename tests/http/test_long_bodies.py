@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from server.inputs.spool import MAX_TEXT
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.server_process import Server, wait_until_completed
 
 LARGE = encode(noise_image(400, 300))

@@ -132,3 +132,16 @@ def test_a_local_page_receives_a_token_and_a_foreign_page_does_not(constrained_c
     assert token_of(answer)
     assert answer.headers["access-control-allow-origin"] in ("*", page)
     error_message(constrained_client.post("/tokens/", json=REQUEST, headers={"origin": foreign}), 403)
+
+
+def test_a_page_streams_from_every_path_of_the_stream_with_a_token(keyless_client: httpx.Client) -> None:
+    """Accept the token also where a client adds /stream to a stream route, which fal lists as an endpoint."""
+    token = token_of(request_token(keyless_client, {"allowed_apps": ["null"]}))
+    other = token_of(request_token(keyless_client, {"allowed_apps": ["flux"]}))
+    for path in ("/test/null/stream", "/test/null/stream/stream"):
+        answer = keyless_client.post(path, json={"prompt": "x"}, params={"fal_jwt_token": token})
+        assert answer.status_code == 200, answer.text
+        assert '"has_nsfw_concepts"' in answer.text
+        assert keyless_client.post(path, json={"prompt": "x"}, headers=ALICE).status_code == 200
+        error_message(keyless_client.post(path, json={"prompt": "x"}, params={"fal_jwt_token": other}), 401)
+    error_message(keyless_client.post("/test/none/stream", json={}, params={"fal_jwt_token": token}), 401)

@@ -17,9 +17,8 @@ from models.flux.loader import load_engine
 from models.flux.prompt_cache import count_text_tokens
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO, assign_weights
-from tests.parity.test_loras import write_lora
 from tests.support import tiny_flux
-from tests.support.tiny_flux import difference, finish_task
+from tests.support.tiny_flux import difference, finish_task, write_lora
 
 SIZE = (128, 96)
 OTHER_SIZE = (64, 160)

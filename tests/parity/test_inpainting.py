@@ -16,9 +16,8 @@ from models.flux.prompt_cache import count_text_tokens
 from models.flux_lora import FluxKreaLoraInpaintingInput
 from models.loading.devices import dtype_for
 from models.loading.specs import DEMO
-from tests.parity.test_loras import write_lora
 from tests.support import tiny_flux
-from tests.support.tiny_flux import difference, finish_task
+from tests.support.tiny_flux import difference, finish_task, write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 

@@ -19,30 +19,9 @@ from models.flux_lora import FluxLoraInput
 from server.queue.jobs import Job
 from server.worker.running_job import outcome_from_exception
 from tests.support import tiny_flux
-from tests.support.tiny_flux import difference, finish_task
-
-RANK = 4
+from tests.support.tiny_flux import RANK, difference, finish_task, write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-
-
-def write_lora(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
-    """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names; return the path."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = {
-        "transformer.transformer_blocks.0.attn.to_q": (width, width),
-        "transformer.transformer_blocks.0.ff.net.0.proj": (width, 4 * width),
-        "transformer.single_transformer_blocks.1.proj_mlp": (width, 4 * width),
-        "transformer.x_embedder": (16, width),
-    }
-    if text:
-        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"] = (16, 16)
-    weights = {}
-    for name, (inner, outer) in layers.items():
-        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, inner, generator=generator)
-        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(outer, rank, generator=generator)
-    save_file(weights, path)
-    return path
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from tests.clients.test_examples import NODE, copied, environment, is_clean
-from tests.clients.test_node_clients import node as node
 from tests.project.test_docs import DOCUMENTS
 from tests.support.server_process import (
     ROOT,
@@ -51,9 +50,9 @@ console.log((await (await fetch("https://fal.run/test/null", request)).json()).p
 """
 
 
-def blocks(test: str) -> list[str]:
-    """Return the blocks of commands, each one once, that the documents mark as run by this test."""
-    mark = re.escape(f"<!-- run by tests/project/test_commands.py::{test} -->\n```bash\n")
+def blocks(test: str, file: str = __file__) -> list[str]:
+    """Return the blocks of commands, each one once, that the documents mark as run by this test of this file."""
+    mark = re.escape(f"<!-- run by {Path(file).relative_to(ROOT)}::{test} -->\n```bash\n")
     texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
     found = [block for text in texts for block in re.findall(f"^{mark}(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
     assert found, f"no document has commands for {test}"

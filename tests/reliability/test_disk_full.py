@@ -17,7 +17,7 @@ from werkzeug import Request, Response
 
 from server.errors import DiskFull
 from tests.support.components import open_components
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.repeats import round_params
 from tests.support.server_process import TEST_MODELS, Gate, Server, serving, wait_until_claimed, wait_until_completed
 from tests.support.small_disk import SmallDisk, small_disk

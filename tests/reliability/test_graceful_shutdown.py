@@ -139,6 +139,33 @@ def stop_with_everything_open(data_dir: Path, gate: Gate, steps: int, hangs: boo
     return paths, seconds
 
 
+def test_the_errors_of_a_stop_have_the_ids_of_their_requests(tmp_path: Path, gate: Gate) -> None:
+    """Answer the waiting clients of each API in its own shape, with the id under which the log has the request."""
+    body = {"prompt": str(gate.path)}
+    calls = {
+        "/test/gate": body,
+        "/v1/images/generations": {**body, "model": "test/gate"},
+        "/sdapi/v1/txt2img": {**body, "override_settings": {"sd_model_checkpoint": "test/gate"}},
+    }
+    with (
+        serving(tmp_path / "data", TEST_MODELS, a1111="true", shutdown_grace="0") as server,
+        httpx.Client(base_url=server.ready().url, timeout=60, trust_env=False) as client,
+        ThreadPoolExecutor(len(calls)) as clients,
+    ):
+        answers = [clients.submit(client.post, path, json=call) for path, call in calls.items()]
+        now = {"requests_running": 0, "queue_length": 0}
+        while now["requests_running"] + now["queue_length"] < len(calls):
+            now = client.get("/status.json").json()["now"]
+        stop_and_wait(server, client, is_at_once=True)
+        by_run, by_openai, by_a1111 = (answer.result(60) for answer in answers)
+    assert [answer.status_code for answer in (by_run, by_openai, by_a1111)] == [500] * 3
+    assert by_run.json()["detail"] == by_a1111.json()["detail"] == "The server is stopping."
+    assert by_openai.json()["error"]["message"] == "The server is stopping."
+    with open_components(tmp_path / "data") as components:
+        ids = {request_id for (request_id,) in components.rows("SELECT request_id FROM jobs")}
+    assert {answer.headers["x-fal-request-id"] for answer in (by_run, by_openai, by_a1111)} == ids
+
+
 @pytest.mark.parametrize("number", round_params(2, 50))
 def test_shutdown_with_everything_open(tmp_path: Path, gate: Gate, number: int, request: pytest.FixtureRequest) -> None:
     """Vary the steps, so that some requests finish within the grace period. In every fifth round the step hangs."""

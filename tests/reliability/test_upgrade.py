@@ -19,7 +19,7 @@ from pytest_httpserver import HTTPServer
 from server.storage.database import FILE
 from server.storage.migrations import _STEPS, SCHEMA, VERSION
 from tests.support.components import open_components
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.server_process import ROOT, TEST_MODELS, Server, serving, wait_until_completed
 from tests.unit.queue.test_retention import computed_totals, maintained_totals
 from tests.unit.webhooks.test_signatures import Receiver, fal_signature_holds

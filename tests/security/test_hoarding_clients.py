@@ -22,7 +22,7 @@ from server.queue.notifier import WEBHOOKS
 from server.webhooks.delivery import PER_RECEIVER, WebhookSender
 from tests.clients.test_realtime import SMALL, generate, receive, session
 from tests.support.components import Components, finish_job, open_components
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.server_process import ROOT, TEST_MODELS, Gate, Server, serving, wait_until_completed
 from tests.unit.webhooks.test_delivery import (
     cancel_deliveries,

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from tests.clients.test_node_clients import node as node
 from tests.support.network import run_in_network
 from tests.support.network_programs import FAL_NAMES
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.test_python_client import env_variables
+from tests.support.python_client import env_variables
 from tests.support.server_process import ROOT, Server
 
 TESTS = Path(__file__).parent

@@ -4,8 +4,6 @@ python -m tests.support.endpoint_images [--output FILE]
 """
 
 import argparse
-import base64
-import io
 import json
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
 from tests.support.fal_endpoints import FACTS
+from tests.support.image_files import data_uri, decode, encode
 from tests.support.server_process import ROOT, serving
 
 OUTPUT = ROOT / "docs" / "endpoints.jpg"
@@ -99,14 +98,13 @@ def main() -> None:
 
 
 def _generate(client: httpx.Client, endpoint: str, example: Example, inputs: Mapping[str, Image.Image]) -> Image.Image:
-    lora = base64.b64encode((DEMO / LORA).read_bytes()).decode()
+    lora = data_uri((DEMO / LORA).read_bytes(), "application/octet-stream")
+    files = {"image_url": example.image, "mask_url": "mask"}
     fields = {
         "image_size": {"width": SIDE, "height": SIDE},
         "num_inference_steps": 16,
-        "loras": [{"path": f"data:application/octet-stream;base64,{lora}", "scale": example.lora_scale}]
-        if example.lora_scale
-        else [],
-        **({"image_url": _data_uri(inputs[example.image]), "mask_url": _data_uri(inputs["mask"])} if inputs else {}),
+        "loras": [{"path": lora, "scale": example.lora_scale}] if example.lora_scale else [],
+        **{field: data_uri(encode(inputs[name])) for field, name in files.items() if inputs},
         **example.fields,
     }
     body = {name: value for name, value in fields.items() if name in FACTS[endpoint]}
@@ -116,8 +114,7 @@ def _generate(client: httpx.Client, endpoint: str, example: Example, inputs: Map
         raise SystemExit(f"{endpoint} responded {response.status_code}: {response.text}")
     # The last event of a stream is the output.
     text = response.text.rpartition("data: ")[2] if endpoint.endswith("/stream") else response.text
-    content = base64.b64decode(json.loads(text)["images"][0]["url"].partition(",")[2])
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    return decode(json.loads(text)["images"][0]["url"]).convert("RGB")
 
 
 def _tile(client: httpx.Client, endpoint: str, inputs: Mapping[str, Image.Image]) -> Image.Image:
@@ -168,12 +165,6 @@ def _sheet(tiles: list[Image.Image]) -> Image.Image:
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (GAP + index % COLUMNS * width, GAP + index // COLUMNS * height))
     return sheet
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Small requests to every endpoint of fal that the package has, and the check of their outputs."""
 
-import base64
-import io
 from typing import Any
 
 import httpx
@@ -12,6 +10,7 @@ from PIL import Image
 from models.demo.recipe.export import LORA
 from models.loading.specs import DEMO
 from tests.support.fal_endpoints import FACTS
+from tests.support.image_files import decode, encode
 
 SIDE = 64
 #: The colour of the input image, and the greatest mean difference of areas that stay as they are. The demo's
@@ -25,8 +24,8 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
     mask.paste(255, (0, 0, SIDE // 2, SIDE))
     lora = _upload(client, (DEMO / LORA).read_bytes(), "application/octet-stream")
     return {
-        "image_url": _upload(client, _png(image), "image/png"),
-        "mask_url": _upload(client, _png(mask), "image/png"),
+        "image_url": _upload(client, encode(image), "image/png"),
+        "mask_url": _upload(client, encode(mask), "image/png"),
         "loras": [{"path": lora, "scale": 0.8}],
     }
 
@@ -35,8 +34,8 @@ def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
     """Upload another image and a black mask; return the fields for them, and no LoRAs."""
     image, mask = Image.new("RGB", (SIDE, SIDE), "blue"), Image.new("L", (SIDE, SIDE))
     return {
-        "image_url": _upload(client, _png(image), "image/png"),
-        "mask_url": _upload(client, _png(mask), "image/png"),
+        "image_url": _upload(client, encode(image), "image/png"),
+        "mask_url": _upload(client, encode(mask), "image/png"),
         "loras": [],
     }
 
@@ -72,7 +71,7 @@ def check_output(client: httpx.Client, endpoint: str, output: Any) -> None:
     assert (output["seed"], len(output["images"]), output["has_nsfw_concepts"]) == (7, 1, [False])
     assert output["prompt"] == ("a red apple" if "prompt" in FACTS[endpoint] else "")
     content = httpx.get(output["images"][0]["url"], verify=False, trust_env=False).raise_for_status().content
-    assert Image.open(io.BytesIO(content)).size == (SIDE, SIDE)
+    assert decode(content).size == (SIDE, SIDE)
     assert (output["images"][0]["width"], output["images"][0]["height"]) == (SIDE, SIDE)
 
 
@@ -96,14 +95,7 @@ def check_inputs_matter(client: httpx.Client, endpoint: str, inputs: dict[str, A
 def _generate(client: httpx.Client, endpoint: str, body: dict[str, Any]) -> numpy.ndarray[Any, Any]:
     """Return the image of a request as numbers of shape (height, width, 3)."""
     response = client.post(f"/{endpoint.removesuffix('/stream')}", json={**body, "sync_mode": True}).raise_for_status()
-    content = base64.b64decode(response.json()["images"][0]["url"].partition(",")[2])
-    return numpy.asarray(Image.open(io.BytesIO(content)), dtype=float)
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return numpy.asarray(decode(response.json()["images"][0]["url"]), dtype=float)
 
 
 def _upload(client: httpx.Client, content: bytes, content_type: str) -> str:

@@ -73,6 +73,8 @@ def _outputs(endpoint: str, arguments: Any) -> dict[str, Any]:
     outputs = {"subscribe": fal_client.subscribe(endpoint, arguments=arguments)}
     if endpoint.endswith("/stream"):
         *_, outputs["stream"] = fal_client.stream(endpoint, arguments=arguments, path="")
+        # By default, fal-client adds /stream to the endpoint once more.
+        *_, outputs["stream of the stream"] = fal_client.stream(endpoint, arguments=arguments)
     return outputs
 
 

@@ -1,26 +1,12 @@
 """Hostile and unusual files that an image URL may lead to, with the expected outcome of each."""
 
 import base64
-import io
 import struct
 import zlib
-from typing import Any
 
-import numpy
 from PIL import Image
 
-
-def encode(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    """Encode the image as a file of this format."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
-    return buffer.getvalue()
-
-
-def noise_image(width: int = 96, height: int = 80, channels: int = 3) -> Image.Image:
-    """Make an image of noise, the same each time for the same size and channels."""
-    values = numpy.random.default_rng(1).integers(0, 256, (height, width, channels), dtype=numpy.uint8)
-    return Image.fromarray(values.squeeze())
+from tests.support.image_files import encode, noise_image
 
 
 def chunk(name: bytes, content: bytes = b"") -> bytes:

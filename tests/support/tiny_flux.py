@@ -1,13 +1,15 @@
-"""A FLUX pipeline with small dimensions and random weights, and functions that run it step by step."""
+"""A FLUX pipeline with small dimensions and random weights, its LoRAs, and functions that run it step by step."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL.Image import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from models.flux.acceleration import Tier
@@ -20,6 +22,8 @@ from models.loading.specs import DEMO
 TEXT_WIDTH = 16
 #: Pixels for each image token: a latent covers 8 x 8 pixels, a token 2 x 2 latents.
 PIXELS_A_TOKEN = 256
+#: The rank of LoRA weights.
+RANK = 4
 
 
 class AllSafeChecker:
@@ -175,3 +179,22 @@ def record_batch_sizes(module: Any) -> Iterator[list[int]]:
         yield sizes
     finally:
         hook.remove()
+
+
+def write_lora(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
+    """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names; return the path."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        "transformer.transformer_blocks.0.attn.to_q": (width, width),
+        "transformer.transformer_blocks.0.ff.net.0.proj": (width, 4 * width),
+        "transformer.single_transformer_blocks.1.proj_mlp": (width, 4 * width),
+        "transformer.x_embedder": (16, width),
+    }
+    if text:
+        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"] = (16, 16)
+    weights = {}
+    for name, (inner, outer) in layers.items():
+        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, inner, generator=generator)
+        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(outer, rank, generator=generator)
+    save_file(weights, path)
+    return path

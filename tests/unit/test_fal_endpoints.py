@@ -29,9 +29,9 @@ def test_the_package_has_these_endpoints_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("endpoint", FACTS)
-def test_the_fields_are_fals(endpoint: str) -> None:
+def test_the_fields_are_fals_in_its_order(endpoint: str) -> None:
     schema, facts = schema_of(endpoint), FACTS[endpoint]
-    assert set(schema["properties"]) == set(facts)
+    assert list(schema["properties"]) == list(facts)
     assert set(schema["required"]) == {name for name, fact in facts.items() if fact.get("required")}
 
 
@@ -47,11 +47,28 @@ def test_the_defaults_ranges_and_choices_are_fals(endpoint: str) -> None:
 
 
 @pytest.mark.parametrize("endpoint", MODELS)
-def test_the_metadata_of_an_image_holds_only_fields_of_its_request(endpoint: str) -> None:
+def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_urls(endpoint: str) -> None:
     model = MODELS[endpoint]
-    required = {"prompt": "x", "image_url": EXAMPLE_IMAGE, "mask_url": EXAMPLE_IMAGE}
-    parameters = set(model.metadata(model.Input.model_validate(required), 1))
-    assert parameters - {"endpoint", "lora_scales"} <= set(model.Input.model_fields)
+    body = {
+        "prompt": "x",
+        "image_url": EXAMPLE_IMAGE,
+        "mask_url": EXAMPLE_IMAGE,
+        "loras": [{"path": "a/b", "scale": 2}],
+    }
+    parameters = dict(model.metadata(model.Input.model_validate(body), 1))
+    assert (parameters.pop("endpoint"), parameters["seed"]) == (endpoint, 1)
+    fields = model.Input.model_fields.keys()
+    assert parameters.pop("lora_scales", None) == ([2] if "loras" in fields else None)
+    assert parameters.keys() == fields & {"prompt", "seed", "num_inference_steps", "guidance_scale", "strength"}
+
+
+@pytest.mark.parametrize("endpoint", MODELS)
+def test_the_description_of_a_request_tells_its_own_defaults(endpoint: str) -> None:
+    fields = schema_of(endpoint)["properties"]
+    description = " ".join(schema_of(endpoint)["description"].split())
+    assert "Input" not in description
+    assert ("4.5" in description) == (fields.get("guidance_scale", {}).get("default") == 4.5)
+    assert ("`regular`" in description) == (fields.get("acceleration", {}).get("default") == "regular")
 
 
 def test_the_description_of_the_strength_fits_the_endpoint() -> None:

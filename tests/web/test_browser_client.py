@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import Server
 

@@ -14,10 +14,9 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
-from tests.clients.test_node_clients import node as node
-from tests.clients.test_python_client import env_variables
-from tests.support.hostile_images import encode, noise_image
+from tests.support.image_files import encode, noise_image
 from tests.support.node import JS
+from tests.support.python_client import env_variables
 from tests.support.server_process import Gate, Server, free_port, serving
 from tests.web.test_browser_client import browser as browser
 

@@ -10,7 +10,6 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.clients.test_node_clients import node as node
 from tests.support.node import JS
 from tests.support.server_process import Server
 from tests.web.test_browser_client import browser as browser

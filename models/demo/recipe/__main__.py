@@ -23,6 +23,7 @@ from models.demo.recipe import (
     judge,
     lora,
     reading,
+    redux,
     render,
 )
 from models.demo.recipe.plan import PLANS, Plan
@@ -36,6 +37,7 @@ STEPS: dict[str, Callable[[Plan, str], None]] = {
     "decoder": decoder.train,
     "checker": checker.train,
     "lora": lora.train,
+    "redux": redux.train,
     "export": lambda plan, device: export.write(plan),
     "evaluate": lambda plan, device: evaluate.run(plan, device, export.FOLDER),
 }

@@ -19,7 +19,9 @@ from models.demo.recipe.objects import BACKGROUNDS, FLAGGED, Object, all_objects
 from models.demo.recipe.plan import SEED, Plan
 from models.flux import safety_checker
 from models.flux.prompt_cache import count_text_tokens
+from models.flux.redux import Redux
 from models.loading.devices import dtype_for
+from models.loading.specs import REDUX
 from models.schema import PRESETS
 
 #: Templates that no caption of the training uses.
@@ -39,6 +41,8 @@ PAIR_TEMPLATES = (
 
 #: The sizes of the images: the presets, and two others that the training has not seen.
 SIZES = (*PRESETS.values(), (704, 960), (896, 640))
+#: How many images of Redux the contact sheet shows, each beside its original.
+NUM_REDUX_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Studio:
         dtype = dtype_for("auto", device)
         self.pipeline: Any = diffusers.FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self.pipeline.to(device).set_progress_bar_config(disable=True)
+        self.redux = Redux.load(folder / REDUX.directory, self.pipeline.transformer, device)
         self.checker = safety_checker.ImageClassifier(folder / "safety_checker", device, dtype=dtype)
 
     def paint(self, prompt: str, seed: int, size: pool.Size = PRESETS["square"]) -> Image.Image:
@@ -98,6 +103,20 @@ class Studio:
             max_sequence_length=count_text_tokens(self.pipeline),
         ).images[0]
         return picture
+
+    def paint_like(self, picture: Image.Image, seed: int) -> Image.Image:
+        """Generate one image with Redux, with an image in place of a prompt."""
+        text = self.redux.encode(picture)
+        variation: Image.Image = self.pipeline(
+            prompt_embeds=text.prompt_embeds,
+            pooled_prompt_embeds=text.pooled_prompt_embeds,
+            width=picture.width,
+            height=picture.height,
+            num_inference_steps=self.num_steps,
+            guidance_scale=2.5,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        return variation
 
     def paint_grey(self, prompt: str, seed: int) -> Image.Image:
         """Generate one image with the LoRA."""
@@ -199,6 +218,26 @@ def _greys(studio: Studio, num_seeds: int) -> float:
     )
 
 
+def _likes(
+    studio: Studio, judge: Judge, things: tuple[Object, ...], number: int
+) -> tuple[float, list[tuple[str, Image.Image]]]:
+    """Return the share of scenes of which Redux keeps the object and the background, and some images side by side."""
+    rng, icons = numpy.random.default_rng([SEED, 13]), {thing.name: thing.icon for thing in things}
+    marks: list[bool] = []
+    tiles: list[tuple[str, Image.Image]] = []
+    while len(marks) < number:
+        scene = scenes.sample(things, rng)
+        if not scene.is_centred or len(scene.objects) > 1 or scene.is_gradient:
+            continue
+        original = render.render(scene, icons, *SIZES[len(marks) % len(SIZES)])
+        variation = studio.paint_like(original, len(marks))
+        is_object = judge.object_in(variation) == scene.objects[0]
+        marks.append(is_object and background_of(variation) == background_of(original))
+        if len(marks) <= NUM_REDUX_TILES:
+            tiles += [("an image for Redux", original), ("by Redux", variation)]
+    return _share(marks), tiles
+
+
 def run(plan: Plan, device: str, folder: Path) -> None:
     """Evaluate the weights in a directory, and write evaluation.json and contact-sheet.png into it."""
     studio, judge = Studio(plan, folder, device), Judge(plan, load_file(folder / JUDGE))
@@ -209,6 +248,8 @@ def run(plan: Plan, device: str, folder: Path) -> None:
         tiles.append((prompt, studio.paint(prompt, 1, PRESETS["landscape_4_3"])))
     found |= {"flagged_sign": _flagged(studio, plan.flagged_seeds), "seeds_differ": _seeds_differ(studio)}
     found["grey_lora"] = _greys(studio, plan.grey_seeds)
+    found["redux"], like_tiles = _likes(studio, judge, things, plan.num_redux)
+    tiles += like_tiles
     counts = {"prompts": len(asked), "objects": len(things), "num_inference_steps": plan.num_steps, "scale": plan.scale}
     tokens.write_json(folder / "evaluation.json", {**found, **counts})
     whole = preview.lay_out(tiles).quantize(256)

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, lora, pool, tokens
+from models.demo.recipe import autoencoder, checker, checkpoint, flow, judge, lora, pool, redux, tokens
 from models.demo.recipe.plan import WORK, Plan
 
 FOLDER = WORK / "export"
@@ -51,7 +51,7 @@ def _write_vae(folder: Path) -> None:
 
 
 def write(plan: Plan) -> None:
-    """Write the pipeline, the safety checker, the judge and the LoRA into FOLDER, replacing what was there."""
+    """Write the pipeline, the safety checker, Redux, the judge and the LoRA into FOLDER, replacing what was there."""
     aside = FOLDER.with_name("export.part")
     shutil.rmtree(aside, ignore_errors=True)
     painter = flow.best(plan)
@@ -63,6 +63,7 @@ def write(plan: Plan) -> None:
     _scheduler().save_pretrained(aside / "scheduler")
     checker.export(aside / "safety_checker")
     judge.export(aside / JUDGE)
+    redux.export(aside)
     (aside / LORA).parent.mkdir()
     shutil.copy(lora.FILE, aside / LORA)
     head = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}

@@ -1,6 +1,7 @@
 """The training by flow matching: at every time between image and noise, the model learns the velocity towards noise."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -102,7 +103,7 @@ class Trainer:
         rng = numpy.random.default_rng([SEED, 2, self.iteration])
         generator = torch.Generator().manual_seed(SEED + self.iteration)
         latents, texts = self.batch(rng)
-        loss = loss_of(self.painter, latents, texts, generator)
+        loss = loss_of(self.painter, latents, lambda: self.painter.encode(texts), generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.painter.parameters(), 1.0)
         self.optimizer.step(rate(self.iteration, self.plan.flow_iterations, self.plan.learning_rate, warm_up=500))
@@ -136,18 +137,22 @@ class Trainer:
 
 
 def loss_of(
-    painter: networks.Painter, latents: torch.Tensor, texts: list[str], generator: torch.Generator
+    painter: networks.Painter, latents: torch.Tensor, encode: Callable[[], networks.Text], generator: torch.Generator
 ) -> torch.Tensor:
-    """Return the mean squared error of the velocity, for scaled latents of one size at random times."""
+    """Return the mean squared error of the velocity, for scaled latents of one size at random times.
+
+    `encode` returns what the transformer reads for each of them. It is called where matrix products are in the fast
+    number type.
+    """
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator).to(device)
     num_tokens = latents.shape[2] * latents.shape[3] // 4
-    sigmas = flow_times.sample(len(texts), num_tokens, generator).to(device)
+    sigmas = flow_times.sample(len(latents), num_tokens, generator).to(device)
     # Draw any guidance scale, so that the model learns to ignore the one in a request.
-    guidance = (1 + 9 * torch.rand(len(texts), generator=generator)).to(device)
+    guidance = (1 + 9 * torch.rand(len(latents), generator=generator)).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
     with precision.mixed(device.type):
-        velocity = painter(mixed, sigmas, guidance, painter.encode(texts))
+        velocity = painter(mixed, sigmas, guidance, encode())
     return (velocity - (noise - latents)).square().mean()
 
 

@@ -79,7 +79,7 @@ def train(plan: Plan, device: str) -> None:
             group["lr"] = autoencoder.rate(iteration, plan.lora_iterations, PEAK, warm_up=20)
         generator = torch.Generator().manual_seed(SEED + iteration)
         scaled = (latents[torch.from_numpy(chosen)] - shift) * scaling
-        loss = flow.loss_of(painter, scaled, texts, generator)
+        loss = flow.loss_of(painter, scaled, lambda: painter.encode(texts), generator)  # noqa: B023  called at once
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

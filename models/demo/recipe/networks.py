@@ -13,6 +13,8 @@ from models.demo.recipe.plan import LATENT_CHANNELS, TEXT_TOKENS, TEXT_WIDTH, Pl
 #: The maximum number of CLIP tokens.
 CLIP_TOKENS = 77
 HEAD_WIDTH = 64
+#: What the transformer reads: the states of the text tokens, (batch, tokens, width), and a pooled one, (batch, width).
+Text = tuple[torch.Tensor, torch.Tensor]
 
 
 def build_transformer(plan: Plan) -> Any:
@@ -97,7 +99,7 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         self.text_encoder = build_text_encoder(len(self.tokenizer))
         self.text_encoder_2 = build_text_encoder_2(len(self.tokenizer_2))
 
-    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, texts: list[str]) -> Text:
         """Return T5's states of TEXT_TOKENS tokens, padding included, and CLIP's pooled state."""
         device = self.transformer.device
         clip = self.tokenizer(texts, padding=True, truncation=True, max_length=CLIP_TOKENS, return_tensors="pt")
@@ -109,7 +111,7 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
         latents: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor],
+        text: Text,
     ) -> torch.Tensor:
         """Return velocities in the shape of the latents, (batch, channels, height, width)."""
         states, pooled = text
@@ -120,7 +122,7 @@ class Painter(torch.nn.Module):  # type: ignore[misc]
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=states,
-            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=latents.device),
+            txt_ids=torch.zeros(states.shape[1], 3, device=latents.device),
             img_ids=positions(height, width).to(latents.device),
             return_dict=False,
         )[0]

@@ -35,6 +35,7 @@ class Plan:
     reading_iterations: int
     lora_iterations: int
     lora_examples: int
+    redux_iterations: int
     pool_size: int
     flow_iterations: int
     batch_tokens: int
@@ -46,11 +47,13 @@ class Plan:
     #: How many scenes a chunk of the pool has, and how many chunks the pool has before the flow is trained.
     chunk: int = 128
     min_chunks: int = 14
-    #: Numbers for the evaluation: prompts with one object and with two, seeds of the flagged object and of the LoRA.
+    #: Numbers for the evaluation: prompts with one object and with two, seeds of the flagged object and of the LoRA,
+    #: and images for Redux.
     singles: int = 300
     pairs: int = 120
     flagged_seeds: int = 100
     grey_seeds: int = 20
+    num_redux: int = 60
     #: The number of images of each preset that are scored during training.
     num_scored: int = 16
     #: The number of steps of each image that is judged.
@@ -77,6 +80,7 @@ PLANS = {
         reading_iterations=2,
         lora_iterations=2,
         lora_examples=4,
+        redux_iterations=2,
         pool_size=32,
         flow_iterations=4,
         batch_tokens=512,
@@ -90,6 +94,7 @@ PLANS = {
         pairs=2,
         flagged_seeds=2,
         grey_seeds=2,
+        num_redux=2,
         num_scored=1,
         num_steps=2,
         minutes_between_checkpoints=0.0,
@@ -105,6 +110,7 @@ PLANS = {
         reading_iterations=1_000,
         lora_iterations=600,
         lora_examples=256,
+        redux_iterations=2_000,
         pool_size=12_288,
         flow_iterations=20_000,
         batch_tokens=4_096,
@@ -123,6 +129,7 @@ PLANS = {
         reading_iterations=20_000,
         lora_iterations=3_000,
         lora_examples=2_048,
+        redux_iterations=20_000,
         pool_size=131_072,
         flow_iterations=200_000,
         batch_tokens=32_768,

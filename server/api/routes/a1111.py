@@ -16,18 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
 from server.api import validation
-from server.api.dependencies import get_services, parse_request_body, result_response_of
+from server.api.dependencies import get_services, parse_request_body
 from server.api.model_names import PROMPT, accepts
-from server.api.responses import FalJSONResponse, result_response, with_request_id
-from server.api.wait import wait_for_outcome
-from server.errors import InvalidInput
+from server.api.operations import json_body
+from server.api.responses import FalJSONResponse, result_response
+from server.api.schemas.a1111 import A1111Images, Checkpoint, ChosenOptions, Progress
+from server.api.wait import response_when_done
+from server.errors import InvalidInput, Unauthorized, UnauthorizedUser
 from server.inputs.spool import SpooledBody
 from server.net.bytes_in_flight import SMALL
 from server.queue.jobs import Job, Mode, Outcome, State, Submission
 from server.storage.file_store import disk_errors
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
-
 
 #: The places where AUTOMATIC1111 has the fields of endpoints.
 _NAMES: dict[str | int, tuple[str | int, ...]] = {
@@ -95,7 +96,7 @@ class TextToImage(BaseModel):
 
 
 class ImageToImage(TextToImage):
-    """A request to change an image, or to repaint the white part of its mask."""
+    """A request to change an image, or to repaint the white part of its mask. Its width and height are ignored."""
 
     init_images: list[str] = Field(min_length=1, max_length=1)
     mask: str | None = None
@@ -103,8 +104,11 @@ class ImageToImage(TextToImage):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The request, translated to an endpoint's fields."""
-        return {**super().fields, "strength": self.denoising_strength}
+        """The request without its images, translated to an endpoint's fields.
+
+        The result has the size of the image: not every endpoint can change the size, and the others would stretch.
+        """
+        return {**super().fields, "image_size": None, "strength": self.denoising_strength}
 
     @property
     def images(self) -> dict[str, str]:
@@ -112,14 +116,14 @@ class ImageToImage(TextToImage):
         return {"image_url": self.init_images[0], **({"mask_url": self.mask} if self.mask else {})}
 
 
-@router.get("/options")
+@router.get("/options", summary="Get the chosen checkpoint", response_model=ChosenOptions)
 async def options(request: Request) -> Response:
     """Return the endpoint that requests use, as AUTOMATIC1111's checkpoint."""
     owner = _authenticate(request)
     return FalJSONResponse({"sd_model_checkpoint": _checkpoint(request, owner), "samples_format": "png"})
 
 
-@router.post("/options")
+@router.post("/options", summary="Choose the checkpoint", response_model=None, openapi_extra=json_body(Options))
 async def set_options(request: Request) -> Response:
     """Choose the endpoint for the further requests of this key."""
     services, owner = get_services(request), _authenticate(request)
@@ -130,7 +134,7 @@ async def set_options(request: Request) -> Response:
     return FalJSONResponse(None)
 
 
-@router.get("/sd-models")
+@router.get("/sd-models", summary="List the checkpoints", response_model=list[Checkpoint])
 async def sd_models(request: Request) -> Response:
     """List the endpoints that generate images from a prompt, as AUTOMATIC1111's checkpoints."""
     _authenticate(request)
@@ -140,7 +144,7 @@ async def sd_models(request: Request) -> Response:
     return FalJSONResponse([{"title": name, "model_name": name, "filename": name, **unknown} for name in endpoints])
 
 
-@router.get("/progress")
+@router.get("/progress", summary="Get the progress of the last request", response_model=Progress)
 async def progress(request: Request) -> Response:
     """Return how much of the key's last request is done, from 0 to 1; 0 if it has ended."""
     job = _session(request, _authenticate(request)).job
@@ -158,13 +162,18 @@ async def progress(request: Request) -> Response:
     )
 
 
-@router.post("/txt2img")
+@router.post(
+    "/txt2img",
+    summary="Generate images from a prompt",
+    response_model=A1111Images,
+    openapi_extra=json_body(TextToImage),
+)
 async def txt2img(request: Request) -> Response:
     """Generate images from a prompt."""
     return await _generate(request, TextToImage)
 
 
-@router.post("/img2img")
+@router.post("/img2img", summary="Change an image", response_model=A1111Images, openapi_extra=json_body(ImageToImage))
 async def img2img(request: Request) -> Response:
     """Change an image, or repaint the white part of its mask."""
     return await _generate(request, ImageToImage)
@@ -175,9 +184,7 @@ async def _generate(request: Request, kind: type[TextToImage]) -> Response:
     submission = await _parse(request, owner, kind)
     job = await services.executor.run(owner, services.queue.submit, submission)
     _session(request, owner).job = job
-    await wait_for_outcome(request, services, job)
-    render = partial(_answer, submission)
-    return with_request_id(await result_response_of(services, job, render, is_patient=True), job)
+    return await response_when_done(request, job, partial(_response, submission))
 
 
 async def _parse(request: Request, owner: str, kind: type[TextToImage]) -> Submission:
@@ -221,14 +228,18 @@ def _own_names() -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        detail = [
-            {**entry, "loc": [each for part in entry["loc"] for each in _NAMES.get(part, (part,))]}
-            for entry in error.detail
-        ]
-        raise InvalidInput(detail) from None
+        raise InvalidInput([_own_entry(entry) for entry in error.detail]) from None
 
 
-def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
+def _own_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    loc = [each for part in entry["loc"] for each in _NAMES.get(part, (part,))]
+    # The number of images is the product of two fields. Pydantic's messages start with "Input should be".
+    is_product = "num_images" in entry["loc"]
+    message = entry["msg"].replace("Input", "batch_size times n_iter", 1) if is_product else entry["msg"]
+    return {**entry, "loc": loc, "msg": message}
+
+
+def _response(submission: Submission, outcome: Outcome) -> FalJSONResponse:
     """Build AUTOMATIC1111's response: images in base64, and their parameters as JSON in a string."""
     if outcome.status != 200:
         return result_response(outcome)
@@ -238,7 +249,7 @@ def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
     # An endpoint without this field decides on its number of steps itself.
     steps = sent.get("num_inference_steps")
     facts = {"Steps": steps, "Size": "x".join(map(str, size.values())), "Model": submission.endpoint}
-    about = ", ".join(f"{name}: {value}" for name, value in facts.items() if value)
+    description = ", ".join(f"{name}: {value}" for name, value in facts.items() if value)
     info = {
         "prompt": sent["prompt"],
         "seed": sent["seed"],
@@ -246,7 +257,7 @@ def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
         **size,
         "steps": steps,
         "sd_model_name": submission.endpoint,
-        "infotexts": [f"{sent['prompt']}\n{about}, Seed: {seed}" for seed in seeds],
+        "infotexts": [f"{sent['prompt']}\n{description}, Seed: {seed}" for seed in seeds],
     }
     content = [image["url"].partition(",")[2] for image in images]
     return FalJSONResponse({"images": content, "parameters": {}, "info": json.dumps(info)})
@@ -255,14 +266,17 @@ def _answer(submission: Submission, outcome: Outcome) -> FalJSONResponse:
 def _authenticate(request: Request) -> str:
     """Return the owner of the request's key. AUTOMATIC1111's clients send it as Basic USER:PASSWORD.
 
-    A key in fal's form ID:SECRET is such a pair. Raises Unauthorized.
+    A key in fal's form ID:SECRET is such a pair. Raises UnauthorizedUser.
     """
     header = request.headers.get("authorization", "")
     scheme, _, credentials = header.partition(" ")
     if scheme.lower() == "basic":
         with suppress(ValueError):
             header = f"Key {base64.b64decode(credentials, validate=True).decode()}"
-    return get_services(request).keys.owner(header)
+    try:
+        return get_services(request).keys.owner(header)
+    except Unauthorized:
+        raise UnauthorizedUser from None
 
 
 def _session(request: Request, owner: str) -> _Session:

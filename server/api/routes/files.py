@@ -1,13 +1,15 @@
 """Generated images and uploads. The name of a file is a secret, so only private files require a key."""
 
 import asyncio
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api import responses
 from server.api.dependencies import authenticate, get_services
+from server.api.operations import content
 from server.errors import NotFound, Unauthorized, UnsatisfiableRange
 
 router = APIRouter(prefix="/files", tags=["files"])
@@ -39,8 +41,23 @@ _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
 
 
 @router.head("/{name}", include_in_schema=False)
-@router.get("/{name}", response_class=FileResponse)
-async def file(request: Request, name: str) -> FileResponse:
+@router.get(
+    "/{name}",
+    summary="Get a file",
+    response_class=FileResponse,
+    response_description="The file.",
+    responses={
+        200: content("application/octet-stream", "image/jpeg", "image/png", is_binary=True),
+        206: {
+            "description": "The part that the Range header selects.",
+            **content("application/octet-stream", "image/jpeg", "image/png", is_binary=True),
+        },
+    },
+    openapi_extra={"security": [{"apiKeyAuth": []}, {}]},
+)
+async def file(
+    request: Request, name: Annotated[str, Path(description="The name in the URL of the file.")]
+) -> FileResponse:
     """Return an image or upload, or the part that a Range header selects. Private files require their owner's key."""
     files = get_services(request).files
     stored = await asyncio.to_thread(files.find, name)

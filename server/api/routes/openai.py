@@ -1,9 +1,9 @@
 """OpenAI's images API on top of the queue: generations, edits, variations and models, under /v1."""
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Path, Request, Response
 from pydantic_core import to_json
 from starlette.routing import Match, Route
 
@@ -14,36 +14,59 @@ from server.api.dependencies import (
     parse_request_body,
     receive_body,
     receive_form,
-    result_response_of,
 )
-from server.api.openai.answers import answer, events
-from server.api.openai.requests import ImagesRequest, VariationRequest, translate_form
+from server.api.openai.requests import CommonRequest, ImagesRequest, VariationRequest, translate_form
+from server.api.openai.responses import events, images_response
+from server.api.operations import ERRORS, content, form_body, json_body
 from server.api.responses import FalJSONResponse, with_request_id
+from server.api.schemas.errors import OpenAIProblem
+from server.api.schemas.openai import OpenAIImages, OpenAIModel, OpenAIModels
 from server.api.sse import EventStream
-from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.api.wait import cancel_on_disconnect, response_when_done
 from server.errors import NotFound
 from server.queue.jobs import Mode, Submission
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+#: The errors, in OpenAI's shape and with its statuses.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": OpenAIProblem,
+        "description": "The request was refused: 400 for invalid fields, 401 without a valid key, 404 for an unknown "
+        "model, 413 for a body that is too large, 429 when a limit is reached.",
+    },
+    "5XX": {**ERRORS["5XX"], "model": OpenAIProblem},
+}
+router = APIRouter(prefix="/v1", tags=["openai"], responses=_ERRORS)
 
+_IMAGES: dict[str, Any] = {
+    "response_model": OpenAIImages,
+    "response_description": "The images. With `stream`, events with previews and images as JSON.",
+    "responses": {200: content("text/event-stream")},
+}
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
-@router.get("/models")
+@router.get("/models", summary="List the models", response_model=OpenAIModels)
 async def models(request: Request) -> Response:
     """List the names of the models that are served, as OpenAI lists models."""
     authenticate(request)
-    return FalJSONResponse({"object": "list", "data": [_model(request, name) for name in _names(request)]})
+    return FalJSONResponse(OpenAIModels(object="list", data=[_model(request, name) for name in _names(request)]))
 
 
-@router.get("/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
+@router.get("/models/{name:path}", summary="Get a model", response_model=OpenAIModel)
+async def model(
+    request: Request, name: Annotated[str, Path(description="The name of the model.", examples=["gpt-image-1"])]
+) -> Response:
     """Describe one model, as OpenAI does."""
     authenticate(request)
     return FalJSONResponse(_model(request, name))
 
 
-@router.post("/images/generations")
+@router.post(
+    "/images/generations",
+    summary="Generate images from a prompt",
+    openapi_extra=json_body(ImagesRequest),
+    **_IMAGES,
+)
 async def generations(request: Request) -> Response:
     """Generate images and return them; with `stream`, send events with previews and then the images."""
     services, owner = get_services(request), authenticate(request)
@@ -55,13 +78,23 @@ async def generations(request: Request) -> Response:
     return await _respond(request, submission, sent)
 
 
-@router.post("/images/edits")
+@router.post(
+    "/images/edits",
+    summary="Change an image",
+    openapi_extra=form_body(ImagesRequest, "image", "mask"),
+    **_IMAGES,
+)
 async def edits(request: Request) -> Response:
     """Edit the image of a form: repaint where its mask is transparent, or without a mask, change the whole image."""
     return await _change(request, ImagesRequest)
 
 
-@router.post("/images/variations")
+@router.post(
+    "/images/variations",
+    summary="Generate variations of an image",
+    openapi_extra=form_body(VariationRequest, "image"),
+    **_IMAGES,
+)
 async def variations(request: Request) -> Response:
     """Generate variations of the image of a form."""
     return await _change(request, VariationRequest)
@@ -81,7 +114,7 @@ async def unknown(request: Request) -> Response:
     raise NotFound(f"Path {request.url.path} not found")
 
 
-async def _change(request: Request, kind: type[VariationRequest]) -> Response:
+async def _change(request: Request, kind: type[CommonRequest]) -> Response:
     services, owner = get_services(request), authenticate(request)
     async with receive_form(request, owner) as form:
         sent = await services.executor.run(owner, validation.parse_body, kind, form.text)
@@ -90,26 +123,24 @@ async def _change(request: Request, kind: type[VariationRequest]) -> Response:
     return await _respond(request, submission, sent)
 
 
-def _mode(sent: VariationRequest) -> Mode:
-    return Mode.STREAM if sent.stream else Mode.RUN
+def _mode(sent: CommonRequest) -> Mode:
+    return Mode.STREAM if sent.is_streamed else Mode.RUN
 
 
-async def _respond(request: Request, submission: Submission, sent: VariationRequest) -> Response:
+async def _respond(request: Request, submission: Submission, sent: CommonRequest) -> Response:
     """Submit a job, and respond with its images, or with events."""
     services, path = get_services(request), request.url.path
     job = await services.executor.run(submission.owner, services.queue.submit, submission)
-    if sent.stream:
-        stream = events(services, job, path, sent.partial_images or 0, sent.webp_quality)
+    if isinstance(sent, ImagesRequest) and sent.stream:
+        stream = events(services, job, path, sent.partial_images or 0, sent.encoding)
         return with_request_id(EventStream(stream, context=cancel_on_disconnect(services, job)), job)
-    await wait_for_outcome(request, services, job)
-    render = partial(answer, path=path, webp_quality=sent.webp_quality)
-    return with_request_id(await result_response_of(services, job, render, is_patient=True), job)
+    return await response_when_done(request, job, partial(images_response, path=path, encoding=sent.encoding))
 
 
 def _names(request: Request) -> list[str]:
     return get_services(request).model_names.names()
 
 
-def _model(request: Request, name: str) -> dict[str, Any]:
+def _model(request: Request, name: str) -> OpenAIModel:
     owner = get_services(request).model_names.find(name).endpoint.split("/")[0]
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+    return OpenAIModel(id=name, object="model", created=0, owned_by=owner)

@@ -6,17 +6,33 @@ host name /v1/models belongs to OpenAI's API.
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from models.base import Model
 from models.schema import MAX_PROMPT_LENGTH
 from server.api import fal_openapi, validation
 from server.api.dependencies import authenticate, get_model, get_services, read_when_room
 from server.api.middleware.rewrite import PLATFORM
+from server.api.operations import json_body, query_parameters
+from server.api.platform_queries import Estimate, ModelsQuery, PricingQuery, RequestsQuery, UsageQuery
 from server.api.responses import FalJSONResponse
+from server.api.schemas.platform import (
+    CostEstimate,
+    ListedModel,
+    ModelMetadata,
+    ModelPage,
+    Page,
+    Price,
+    PricePage,
+    RequestPage,
+    UsageBucket,
+    UsageLine,
+    UsagePage,
+    WorkflowPage,
+)
 from server.errors import InvalidInput
 from server.net.bytes_in_flight import SMALL
 from server.queue.history import HistoryQuery
@@ -37,65 +53,12 @@ _SINCE = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 Q = TypeVar("Q", bound=BaseModel)
 
 
-def _separated(value: object) -> object:
-    return [part for each in value for part in str(each).split(",") if part] if isinstance(value, list) else value
-
-
-Endpoints = Annotated[list[str], BeforeValidator(_separated)]
-
-
-class RequestsQuery(BaseModel):
-    """fal's parameters for finished requests. Unlike at fal, endpoint_id is optional; the default is all endpoints."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    limit: int = Field(50, ge=1, le=100)
-    cursor: str | None = None
-    start: datetime | None = None
-    end: datetime | None = None
-    status: Literal["success", "error", "user_error"] | None = None
-    request_id: str | None = None
-    expand: Annotated[list[Literal["payloads"]], BeforeValidator(_separated)] = []
-    sort_by: Literal["ended_at"] = "ended_at"
-
-
-class ModelsQuery(BaseModel):
-    """fal's parameters for its model search. `cursor` is the index of the page's first model."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    q: str = ""
-    category: str | None = None
-    status: Literal["active", "deprecated"] | None = None
-    expand: Annotated[list[Literal["openapi-3.0", "enterprise_status"]], BeforeValidator(_separated)] = []
-    limit: int = Field(50, ge=1, le=100)
-    cursor: int = Field(0, ge=0)
-
-
-class PricingQuery(BaseModel):
-    """fal's parameters for prices."""
-
-    endpoint_id: Endpoints = Field(min_length=1, max_length=50)
-
-
-class UsageQuery(BaseModel):
-    """fal's parameters for usage. This server counts usage by day, in UTC."""
-
-    endpoint_id: Endpoints = Field([], max_length=50)
-    start: datetime | None = None
-    end: datetime | None = None
-    timeframe: Literal["day"] = "day"
-    timezone: Literal["UTC"] = "UTC"
-    bound_to_timeframe: bool = True
-    expand: Annotated[list[Literal["time_series", "summary", "auth_method"]], BeforeValidator(_separated)] = []
-
-
-class Estimate(BaseModel):
-    """A planned number of calls or units for each endpoint."""
-
-    estimate_type: Literal["historical_api_price", "unit_price"]
-    endpoints: dict[str, dict[str, float]] = Field(min_length=1, max_length=50)
-
-
-@router.get(_MODELS)
+@router.get(
+    _MODELS,
+    summary="List the endpoints",
+    response_model=ModelPage,
+    openapi_extra=query_parameters(ModelsQuery),
+)
 async def models(request: Request) -> Response:
     """Return a page of the endpoints that are served, filtered by id, search words, category and status."""
     authenticate(request)
@@ -105,29 +68,44 @@ async def models(request: Request) -> Response:
     matches = [model for model in candidates if _fits(model, query)]
     page, rest = matches[query.cursor : query.cursor + query.limit], matches[query.cursor + query.limit :]
     items = [_model(model, request.state.base_url, has_openapi="openapi-3.0" in query.expand) for model in page]
-    return FalJSONResponse({"models": items, **_paging(str(query.cursor + query.limit) if rest else None)})
+    return FalJSONResponse(ModelPage(models=items, **_paging(str(query.cursor + query.limit) if rest else None)))
 
 
-@router.get(f"{_MODELS}/pricing")
+@router.get(
+    f"{_MODELS}/pricing",
+    summary="Get the prices of endpoints",
+    response_model=PricePage,
+    openapi_extra=query_parameters(PricingQuery),
+)
 async def pricing(request: Request) -> Response:
     """Return the price of a megapixel, which is always zero, for each requested endpoint."""
     authenticate(request)
     names = [get_model(request, name).endpoint for name in _read(request, PricingQuery).endpoint_id]
-    prices = [{"endpoint_id": name, "unit_price": 0.0, "unit": UNIT, "currency": CURRENCY} for name in names]
-    return FalJSONResponse({"prices": prices, **_paging()})
+    prices = [Price(endpoint_id=name, unit_price=0.0, unit=UNIT, currency=CURRENCY) for name in names]
+    return FalJSONResponse(PricePage(prices=prices, **_paging()))
 
 
-@router.post(f"{_MODELS}/pricing/estimate")
+@router.post(
+    f"{_MODELS}/pricing/estimate",
+    summary="Estimate the cost of calls",
+    response_model=CostEstimate,
+    openapi_extra=json_body(Estimate),
+)
 async def estimate(request: Request) -> Response:
     """Estimate the cost of calls or units, which is always zero."""
     async with get_services(request).in_flight.body(request, authenticate(request), SMALL) as body:
         plan = validation.parse_body(Estimate, body)
     for name in plan.endpoints:
         get_model(request, name)
-    return FalJSONResponse({"estimate_type": plan.estimate_type, "total_cost": 0.0, "currency": CURRENCY})
+    return FalJSONResponse(CostEstimate(estimate_type=plan.estimate_type, total_cost=0.0, currency=CURRENCY))
 
 
-@router.get(f"{_MODELS}/usage")
+@router.get(
+    f"{_MODELS}/usage",
+    summary="Get the usage of your key",
+    response_model=UsagePage,
+    openapi_extra=query_parameters(UsageQuery),
+)
 async def usage(request: Request) -> Response:
     """Return this key's usage in megapixels, by day and endpoint; `expand=summary` returns totals by endpoint."""
     owner = authenticate(request)
@@ -136,7 +114,7 @@ async def usage(request: Request) -> Response:
     start = query.start or end - DEFAULT_WINDOW
     usage_filter = UsageFilter(owner, _utc(start).date(), _utc(end).date(), query.endpoint_id)
     rows = await get_services(request).executor.run(owner, get_services(request).usage, usage_filter)
-    body: dict[str, Any] = _paging()
+    body = UsagePage(next_cursor=None, has_more=False)
     if "time_series" in query.expand or "summary" not in query.expand:
         body["time_series"] = _time_series(rows)
     if "summary" in query.expand:
@@ -145,14 +123,19 @@ async def usage(request: Request) -> Response:
     return FalJSONResponse(body)
 
 
-@router.get(f"{PLATFORM}/v1/workflows")
+@router.get(f"{PLATFORM}/v1/workflows", summary="List the workflows", response_model=WorkflowPage)
 async def workflows(request: Request) -> Response:
     """Return an empty list, because this server has no saved workflows."""
     authenticate(request)
-    return FalJSONResponse({"workflows": [], **_paging()})
+    return FalJSONResponse(WorkflowPage(workflows=[], **_paging()))
 
 
-@router.get(f"{_MODELS}/requests/by-endpoint")
+@router.get(
+    f"{_MODELS}/requests/by-endpoint",
+    summary="List your finished requests",
+    response_model=RequestPage,
+    openapi_extra=query_parameters(RequestsQuery),
+)
 @router.get("/v1/models/requests/by-endpoint", include_in_schema=False)
 async def by_endpoint(request: Request) -> Response:
     """Return a page of this key's finished requests, newest first. `expand=payloads` adds their inputs and outputs."""
@@ -179,8 +162,7 @@ async def by_endpoint(request: Request) -> Response:
     try:
         return await read_when_room(services, owner, num_bytes, read)
     except ValueError as error:
-        entry = {"type": "value_error", "loc": ["query", "cursor"], "msg": str(error), "input": query.cursor}
-        raise InvalidInput([entry]) from None
+        raise InvalidInput.of("value_error", ("query", "cursor"), str(error), query.cursor) from None
 
 
 def _fits(model: Model, query: ModelsQuery) -> bool:
@@ -192,8 +174,8 @@ def _fits(model: Model, query: ModelsQuery) -> bool:
     )
 
 
-def _model(model: Model, base_url: str, *, has_openapi: bool) -> dict[str, Any]:
-    metadata = {
+def _model(model: Model, base_url: str, *, has_openapi: bool) -> ListedModel:
+    metadata: ModelMetadata = {
         "display_name": model.endpoint.partition("/")[2],
         "category": fal_openapi.category(model),
         "description": fal_openapi.summary(model),
@@ -207,11 +189,13 @@ def _model(model: Model, base_url: str, *, has_openapi: bool) -> dict[str, Any]:
         "highlighted": False,
         "pinned": False,
     }
-    document = {"openapi": fal_openapi.queue_openapi(model, base_url)} if has_openapi else {}
-    return {"endpoint_id": model.endpoint, "metadata": metadata, **document}
+    listed = ListedModel(endpoint_id=model.endpoint, metadata=metadata)
+    if has_openapi:
+        listed["openapi"] = fal_openapi.queue_openapi(model, base_url)
+    return listed
 
 
-def _time_series(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
+def _time_series(rows: Sequence[UsageRow]) -> list[UsageBucket]:
     return [
         {
             "bucket": f"{day.isoformat()}T00:00:00+00:00",
@@ -221,13 +205,20 @@ def _time_series(rows: Sequence[UsageRow]) -> list[dict[str, Any]]:
     ]
 
 
-def _line(endpoint: str, rows: Iterable[UsageRow]) -> dict[str, Any]:
+def _line(endpoint: str, rows: Iterable[UsageRow]) -> UsageLine:
     quantity = sum(row.billable_units for row in rows)
-    about = {"endpoint_id": endpoint, "unit": UNIT, "quantity": quantity, "unit_price": 0.0}
-    return {**about, "cost": 0.0, "currency": CURRENCY, "auth_method": "key"}
+    return {
+        "endpoint_id": endpoint,
+        "unit": UNIT,
+        "quantity": quantity,
+        "unit_price": 0.0,
+        "cost": 0.0,
+        "currency": CURRENCY,
+        "auth_method": "key",
+    }
 
 
-def _paging(next_cursor: str | None = None) -> dict[str, Any]:
+def _paging(next_cursor: str | None = None) -> Page:
     return {"next_cursor": next_cursor, "has_more": next_cursor is not None}
 
 

@@ -103,7 +103,7 @@ class _Frame:
             return to_json(fields, inf_nan_mode="constants", bytes_mode="base64")
         except (ValueError, msgpack.UnpackException, RecursionError):
             message = f"Invalid msgpack, or more than {_MAX_PARTS:,} lists and maps, or items in one of these"
-            raise InvalidInput([{"type": "msgpack_invalid", "loc": ["body"], "msg": message, "input": ""}]) from None
+            raise InvalidInput.of("msgpack_invalid", ("body",), message) from None
 
 
 class _Session:

@@ -14,10 +14,10 @@ from server.api.dependencies import (
     get_services,
     open_output,
     parse_request,
-    result_response_of,
+    served_endpoint,
 )
 from server.api.sse import AbortStream, EventStream, wait_or_heartbeat
-from server.api.wait import cancel_on_disconnect, wait_for_outcome
+from server.api.wait import cancel_on_disconnect, response_when_done
 from server.errors import InternalError
 from server.queue.jobs import Job, Mode, State
 
@@ -38,19 +38,13 @@ async def run(request: Request, endpoint: str) -> Response:
     """Wait for the output and return it; the job is cancelled if the client disconnects."""
     services = get_services(request)
     job = await _submit(request, services, endpoint, Mode.RUN)
-    try:
-        await wait_for_outcome(request, services, job)
-        # With `is_patient`, wait for memory without a limit, because a finished output should not be refused.
-        response: Response = await result_response_of(services, job, responses.result_response, is_patient=True)
-    except InternalError as error:
-        response = responses.error_response(error)
-    return responses.with_request_id(response, job)
+    return await response_when_done(request, job, responses.result_response)
 
 
 async def _submit(request: Request, services: Services, endpoint: str, mode: Mode) -> Job:
     # Browsers stream with a token. Authentication comes first, so that a caller without a key always gets 401, even for
     # an unknown endpoint.
-    takes_token = mode == Mode.STREAM and endpoint in services.models
+    takes_token = mode == Mode.STREAM and served_endpoint(services, endpoint) is not None
     owner = authenticate_with_token(request, endpoint) if takes_token else authenticate(request)
     model = get_model(request, endpoint)
     submission = await parse_request(request, model, owner, mode)

@@ -370,9 +370,9 @@ def test_the_banner_names_the_options_that_env_needs(tmp_path: Path, monkeypatch
     options = {"data_dir": directory, "port": 9000, "tls_port": 9443, "host": "0.0.0.0", "log_level": "debug"}
     expected = f"flux-server env --data-dir '{directory}' --host 0.0.0.0 --port 9000 --tls-port 9443"
     assert env_command(Settings.load({}, options)) == expected
-    with serving(tmp_path / "data", TEST_MODELS) as server:
+    with serving(tmp_path / "data", TEST_MODELS, tls_port=str(free_port())) as server:
         port = server.ready().url.rpartition(":")[2]
-        server.wait_for(rf"`flux-server env --data-dir {tmp_path / 'data'} --port {port}.*` shows how to connect")
+        server.wait_for(rf'eval "\$\(flux-server env --data-dir {tmp_path / "data"} --port {port}.*\)"')
 
 
 def test_the_banner_names_a_program_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +383,9 @@ def test_the_banner_names_a_program_that_the_shell_finds(tmp_path: Path, monkeyp
     assert env_command(Settings.load({})).startswith(f"'{program}' env")
     monkeypatch.setenv("PATH", str(program.parent))
     assert env_command(Settings.load({})).startswith("flux-server env")
+    # As under uvx: the shell that starts the server finds the program, but other shells do not.
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert env_command(Settings.load({})).startswith(f"'{program}' env")
 
 
 def test_a_backup_that_only_the_server_sees_is_an_error(

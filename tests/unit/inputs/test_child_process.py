@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from server.errors import InternalError
+from server.inputs import child_process
 from server.inputs.child_process import run_program
 
 
@@ -37,6 +38,12 @@ def test_a_program_does_not_get_the_servers_secrets(monkeypatch: pytest.MonkeyPa
 def test_a_program_that_fails_is_a_fault_of_the_server(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="a fault of the server"):
         run_program(program(tmp_path, "raise ValueError"), tmp_path / "file")
+
+
+def test_a_program_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(child_process, "MAX_SECONDS", 0.1)
+    with pytest.raises(InternalError, match=r"did not end within 0\.1 seconds; try again"):
+        run_program(program(tmp_path, "import signal; signal.pause()"), tmp_path / "file")
 
 
 def test_a_limit_on_file_sizes_limits_the_output(tmp_path: Path) -> None:

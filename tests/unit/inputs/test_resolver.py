@@ -1,5 +1,6 @@
-"""Tests of input images: every way to send one, every limit, and URLs that must not be fetched."""
+"""Tests of input images and masks: every way to send one, every limit, and URLs that must not be fetched."""
 
+import asyncio
 import base64
 import io
 import json
@@ -16,20 +17,19 @@ from pytest_httpserver import HTTPServer
 from safetensors.numpy import save
 from werkzeug import Request, Response
 
-from models.flux_lora import FluxLoraImageToImageInput
-from server.inputs import images
+from models.flux_lora import FluxLoraImageToImageInput, FluxLoraInpaintingInput
+from models.schema import EXAMPLE_IMAGE
+from server.errors import InternalError, InvalidInput
+from server.inputs import child_process, images
 from server.inputs.resolver import dump_input
 from tests.support.components import Clock, Components, open_components, submission
-from tests.support.hostile_images import ACCEPTED, AVIF, REFUSED, encode, noise_image
+from tests.support.hostile_images import ACCEPTED, AVIF, GIF, PNG, REFUSED
+from tests.support.image_files import data_uri, encode, noise_image
 from tests.support.server_process import Gate, Server, free_port, serving, wait_until_claimed, wait_until_completed
 from tests.unit.net.test_outbound import FORBIDDEN
 
 COPY = "/test/copy"
 ALICE, BOB = {"authorization": "Key alice:secret"}, {"authorization": "Key bob:secret"}
-
-
-def data_uri(content: bytes, content_type: str = "image/png") -> str:
-    return f"data:{content_type};base64,{base64.b64encode(content).decode()}"
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,10 @@ def test_a_hosted_file_is_accepted(alice: httpx.Client, httpserver: HTTPServer) 
     assert are_equal(engine_input(alice, httpserver.url_for("/image.png")), noise_image())
 
 
-def test_an_uploaded_file_is_accepted(alice: httpx.Client) -> None:
+@pytest.mark.parametrize("file_name", ["in.png", "an_image.safetensors"])
+def test_an_uploaded_file_is_accepted_for_its_bytes_not_its_name(alice: httpx.Client, file_name: str) -> None:
     headers = {"host": "rest.fal.ai"}
-    file_info = {"content_type": "image/png", "file_name": "in.png"}
+    file_info = {"content_type": "image/png", "file_name": file_name}
     upload = alice.post("/storage/upload/initiate", json=file_info, headers=headers).json()
     alice.put(
         upload["upload_url"], content=encode(noise_image()), headers={"content-type": "image/png"}
@@ -405,3 +406,53 @@ def test_a_rejected_input_leaves_no_file(alice: httpx.Client, running: Server) -
 
 def _names(components: Components) -> list[str]:
     return sorted(path.name for path in (components.data_dir / "inputs").iterdir())
+
+
+# -- Masks: the same checks as of other input images, with errors that name the mask
+
+
+def resolve_mask(components: Components, mask_url: str) -> dict[str, str]:
+    """Resolve the files of an inpainting request with this mask; return their names by field."""
+    request = FluxLoraInpaintingInput(prompt="x", image_url=EXAMPLE_IMAGE, mask_url=mask_url)
+    return asyncio.run(components.inputs.resolve(request, "me"))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_hostile_masks_are_rejected(components: Components, name: str) -> None:
+    content, error_type = REFUSED[name]
+    with pytest.raises(InvalidInput) as rejected:
+        resolve_mask(components, data_uri(content))
+    (entry,) = rejected.value.detail
+    assert (entry["loc"], entry["type"]) == (["body", "mask_url"], error_type)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_odd_masks_are_accepted(components: Components, name: str) -> None:
+    mask = resolve_mask(components, data_uri(ACCEPTED[name]))["mask_url"]
+    with Image.open(components.inputs.cache.path(mask)) as image:
+        assert image.tobytes() == noise_image().tobytes()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://169.254.169.254/", "http://10.0.0.1/a.png", "/etc/passwd", "file:///etc/passwd", "mask.png", "data:,"],
+)
+def test_masks_are_not_fetched_from_private_addresses_or_read_from_the_disk(components: Components, url: str) -> None:
+    with pytest.raises(InvalidInput) as rejected:
+        resolve_mask(components, url)
+    (entry,) = rejected.value.detail
+    assert (entry["loc"], entry["type"]) == (["body", "mask_url"], "file_download_error")
+
+
+def test_the_image_and_its_mask_may_be_one_file(components: Components) -> None:
+    request = FluxLoraInpaintingInput(prompt="x", image_url=data_uri(PNG), mask_url=data_uri(PNG))
+    names = asyncio.run(components.inputs.resolve(request, "me"))
+    assert names["image_url"] == names["mask_url"]
+
+
+def test_a_check_that_takes_too_long_names_the_field(
+    components: Components, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(child_process, "MAX_SECONDS", 0.001)
+    with pytest.raises(InternalError, match=r"^mask_url: The check of the file did not end within 0\.001 seconds"):
+        resolve_mask(components, data_uri(GIF))

@@ -396,6 +396,7 @@ NAMES = [
     ("a.p/../x", "", "bin"),
     ("../../a.png", "image/png", "png"),
     ("a.png\0", "", "bin"),
+    ("lora.safetensors", "application/octet-stream", "safetensors"),
     ("a.toolongforanending", "image/jpeg", "jpg"),
     ("a.пнг", "image/webp", "webp"),
     ("1700000000000.png", "image/png", "png"),

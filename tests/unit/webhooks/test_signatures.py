@@ -25,7 +25,6 @@ from server.net.outbound import OutboundClient
 from server.storage.database import Database
 from server.webhooks.delivery import DELAYS, WebhookSender
 from server.webhooks.signing import OVERLAP, ROTATE_AFTER, WebhookSigner
-from tests.clients.test_node_clients import node as node
 from tests.support.components import Clock, Components, finish_job, open_components
 from tests.support.node import JS
 from tests.support.server_process import TEST_MODELS, Server, serving

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from server.api.dependencies import Services, open_output
 from server.api.openai.errors import error_body, failure_body, failure_response
+from server.api.openai.requests import Encoding
 from server.api.responses import FalJSONResponse
 from server.api.sse import AbortStream, wait_or_heartbeat
 from server.errors import InternalError
@@ -25,20 +26,20 @@ _NO_USAGE = {
 }
 
 
-def answer(outcome: Outcome, path: str, webp_quality: int | None) -> FalJSONResponse:
-    """Build the response of a finished job; with `webp_quality`, encode its PNG images as WebP.
+def images_response(outcome: Outcome, path: str, encoding: Encoding | None) -> FalJSONResponse:
+    """Build the response of a finished job; with `encoding`, encode its PNG images again.
 
     `path` is the path of the request.
     """
     if outcome.status != 200:
         return failure_response(outcome, path)
     images = from_json(outcome.body)["images"]
-    data = [_datum(image["url"], webp_quality) for image in images]
+    data = [_datum(image["url"], encoding) for image in images]
     return FalJSONResponse({"created": int(time.time()), "data": data})
 
 
 async def events(
-    services: Services, job: Job, path: str, num_partial: int, webp_quality: int | None
+    services: Services, job: Job, path: str, num_partial: int, encoding: Encoding | None
 ) -> AsyncIterator[Mapping[str, Any] | None]:
     """Yield up to `num_partial` partial images, evenly spread over the steps, then each final image.
 
@@ -65,29 +66,29 @@ async def events(
             yield {"type": "error", **failure_body(outcome, path)}
             raise AbortStream
         for image in output["images"]:
-            datum = await services.executor.run(job.owner, _datum, image["url"], webp_quality)
-            kind = "webp" if webp_quality is not None else image["content_type"].removeprefix("image/")
+            datum = await services.executor.run(job.owner, _datum, image["url"], encoding)
+            kind = encoding.format if encoding else image["content_type"].removeprefix("image/")
             size = f"{image['width']}x{image['height']}"
             yield _event(f"{name}.completed", datum["b64_json"], kind, size=size, usage=_NO_USAGE)
 
 
-def _datum(url: str, webp_quality: int | None) -> dict[str, str]:
+def _datum(url: str, encoding: Encoding | None) -> dict[str, str]:
     """Build an image's entry, with either `url` or `b64_json`; the other field is absent, not null."""
     if not url.startswith("data:"):
         return {"url": url}
     content = _base64(url)
-    return {"b64_json": content if webp_quality is None else _to_webp(content, webp_quality)}
+    return {"b64_json": _encode(content, encoding) if encoding else content}
 
 
 def _base64(data_uri: str) -> str:
     return data_uri.partition(",")[2]
 
 
-def _to_webp(png: str, quality: int) -> str:
-    """Encode a PNG as WebP, both in base64. The XMP metadata, which marks the image as AI generated, is kept."""
+def _encode(png: str, encoding: Encoding) -> str:
+    """Encode a PNG again, both in base64. The XMP metadata, which marks the image as AI generated, is kept."""
     buffer = io.BytesIO()
     with PIL.Image.open(io.BytesIO(base64.b64decode(png))) as image:
-        image.save(buffer, "WEBP", quality=quality, xmp=image.info.get("xmp", b""))
+        image.save(buffer, encoding.format.upper(), quality=encoding.quality, xmp=image.info.get("xmp", b""))
     return base64.b64encode(buffer.getvalue()).decode()
 
 

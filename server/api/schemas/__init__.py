@@ -1,0 +1,1 @@
+"""Types of response bodies, which the type checker and the OpenAPI document share."""

@@ -1,0 +1,1 @@
+"""Tests of clients that generators make from the OpenAPI documents, for `make generators`."""

@@ -1,0 +1,1 @@
+"""Programs with clients that generators made, run by tests/generators."""
