@@ -339,8 +339,9 @@ def test_it(fal_server):
 
 def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) -> None:
     """Check `flux-server run --testing -- pytest`, with a pytest that loads no plugin of its environment."""
-    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN})
-    run = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", str(MODELS), "--"]
+    model = f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.support.models import null\nMODEL = null.MODEL\n"
+    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN, "fal/null.py": model})
+    run = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", "fal", "--"]
     inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     variables = {
         **project.environment(),
