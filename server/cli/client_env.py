@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from server.net.client_variables import ADDRESS, DIRECT, client_key, host_of, variables
+from server.net.client_variables import ADDRESS, DIRECT, base_url, client_key, host_of, variables
 from server.net.fal_hosts import DOMAINS
 from server.net.tls import CertificateFiles
 from server.settings import OPEN_KEY, Settings
@@ -65,11 +65,6 @@ def _program() -> str:
     # uvx and active environments put their own directory into this process's PATH, but not into that of other shells.
     is_found = found and Path(found).samefile(path) and not Path(found).is_relative_to(sys.prefix)
     return path.name if is_found else shlex.quote(str(path))
-
-
-def base_url(settings: Settings) -> str:
-    """Return the URL at which clients reach this server."""
-    return settings.public_url or f"http://{host_of(settings)}:{settings.port}"
 
 
 def shell_exports(settings: Settings, files: CertificateFiles, *, needs_key: bool = False) -> str:

@@ -1,6 +1,7 @@
 """The lines that say where to go once the server listens: the playground, curl, and each SDK."""
 
-from server.cli.client_env import base_url, env_command
+from server.cli.client_env import env_command
+from server.net.client_variables import base_url
 from server.settings import OPEN_KEY, Settings
 
 

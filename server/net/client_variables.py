@@ -40,11 +40,16 @@ def testing_variables(settings: Settings, files: CertificateFiles) -> dict[str, 
 
     Without loopback, the CONNECT proxy is left out, because clients on other machines cannot reach it.
     """
-    url = settings.public_url or f"http://{host_of(settings)}:{settings.port}"
+    url = base_url(settings)
     reachable = settings if settings.is_loopback else settings.model_copy(update={"proxy_port": 0})
     key = client_key(settings)
     openai = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": key}
     return {"FAL_KEY": key, **variables(reachable, files), **openai, "FAL_SERVER_URL": url}
+
+
+def base_url(settings: Settings) -> str:
+    """Return the URL at which clients reach this server."""
+    return settings.public_url or f"http://{host_of(settings)}:{settings.port}"
 
 
 def host_of(settings: Settings) -> str:

@@ -394,11 +394,11 @@ def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) ->
 
 #: A program that prints the command of the server, a child of the process that runs this program, and kills it.
 KILLING = """
-import os, psutil
+import os, psutil, select
 server = psutil.Process(os.getppid()).children()[0]
 print(server.cmdline(), os.environ["FAL_KEY"])
 server.kill()
-server.wait()
+select.select([os.pidfd_open(server.pid)], [], [])
 """
 
 
