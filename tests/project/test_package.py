@@ -126,12 +126,9 @@ def place(tmp_path: Path, packages: Packages) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@contextmanager
-def installed(test: str, place: Path) -> Iterator[Server]:
-    """Run the commands of the quickstart that name this test, as in a terminal of a machine without a clone."""
-    (block,) = blocks(test, __file__)
-    *install, serve = block.replace("git+URL", f"git+file://{ROOT}").strip().splitlines()
-    script = "\n".join(
+def terminal(place: Path) -> str:
+    """Return commands that prepare a shell as on a machine without a clone, in the directory with the packages."""
+    return "\n".join(
         (
             f"set -eu; cd {place}/elsewhere; unset PYTHONPATH VIRTUAL_ENV XDG_DATA_HOME",
             f"export HOME={place}/home PATH={place}/home/.local/bin:{place}/programs:/usr/local/bin:/usr/bin:/bin",
@@ -139,10 +136,16 @@ def installed(test: str, place: Path) -> Iterator[Server]:
             f"export UV_PYTHON={place}/programs/python3 PIPX_DEFAULT_PYTHON={place}/programs/python3",
             # uv does not read pip's variables.
             'export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"',
-            *install,
-            f"exec {serve}",
         )
     )
+
+
+@contextmanager
+def installed(test: str, place: Path) -> Iterator[Server]:
+    """Run the commands of the quickstart that name this test, as in a terminal of a machine without a clone."""
+    (block,) = blocks(test, __file__)
+    *install, serve = block.replace("git+URL", f"git+file://{ROOT}").strip().splitlines()
+    script = "\n".join((terminal(place), *install, f"exec {serve}"))
     settings = {"tls_port": str(free_port()), "models_dir": ""}
     with serving(place / "data", within=("bash", "-c", script), **settings) as server:
         try:
@@ -201,3 +204,20 @@ def test_pip(place: Path) -> None:
 @pytest.mark.timeout(2 * LIMIT)
 def test_pip_from_git(place: Path) -> None:
     follow("test_pip_from_git", place)
+
+
+@pytest.mark.release
+@pytest.mark.timeout(2 * LIMIT)
+def test_the_job_of_a_python_application(packages: Packages, place: Path) -> None:
+    """Run the steps for GitHub Actions with the Python example, whose environment does not contain flux-server."""
+    page = (ROOT / "docs" / "testing-your-app.md").read_text(encoding="utf-8")
+    steps = [step for step in re.findall(r"^ +- run: (.*?)(?: +#.*)?$", page, re.MULTILINE) if "npm" not in step]
+    install, *others = steps
+    assert len(others) == 2
+    # With the wheel that is not published yet, and a PyTorch that UV_FIND_LINKS may provide.
+    install = install.replace("--torch-backend cpu flux-server", f"'flux-server @ file://{packages.wheel}'")
+    shutil.copytree(ROOT / "examples" / "python-app", place / "app")
+    script = "\n".join((terminal(place), f"cd {place}/app", install, *others))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
