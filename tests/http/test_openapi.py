@@ -77,7 +77,13 @@ def test_what_is_not_json_has_its_type(document: Any) -> None:
     assert types(f"/{FLUX}/stream", "post") == ["text/event-stream"]
     assert types("/queue/{app}/requests/{request_id}/status/stream", "get") == ["text/event-stream"]
     assert types("/queue/{app}/requests/{request_id}", "delete", "204") == []
-    assert types("/files/{name}", "get") == ["application/octet-stream", "image/jpeg", "image/png"]
+    assert types("/files/{name}", "get") == [
+        "application/octet-stream",
+        "image/jpeg",
+        "image/png",
+        "image/webp",
+        "*/*",
+    ]
     assert types("/metrics", "get") == ["text/plain"]
     assert types("/models/{endpoint}/llms.txt", "get") == ["text/markdown"]
     assert types("/v1/images/edits", "post") == ["application/json", "text/event-stream"]
@@ -92,6 +98,158 @@ def test_a_pending_status_is_described(document: Any) -> None:
     assert responses["202"]["content"] == responses["200"]["content"]
     logs = document["components"]["schemas"]["QueueStatus"]["properties"]["logs"]
     assert [option["type"] for option in logs["anyOf"]] == ["array", "null"]
+
+
+def parameters_of(document: Any, path: str, method: str = "post") -> dict[str, Any]:
+    """Return the parameters of an operation by their names."""
+    found = document["paths"][path][method].get("parameters", [])
+    components = document["components"]["parameters"]
+    resolved = [components[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in found]
+    return {each["name"]: each for each in resolved}
+
+
+def test_requests_have_the_parameters_that_the_server_reads(document: Any) -> None:
+    headers = {
+        "X-Fal-Queue-Priority",
+        "X-Fal-Request-Start-Timeout",
+        "X-Fal-Request-Timeout",
+        "X-Fal-Runner-Hint",
+        "X-Fal-Store-IO",
+        "X-Fal-Object-Lifecycle-Preference",
+    }
+    run, submit = parameters_of(document, f"/{FLUX}"), parameters_of(document, f"/queue/{FLUX}")
+    assert set(run) == {*headers, "fal_max_queue_length"}
+    assert set(submit) == {*run, "fal_webhook", "Idempotency-Key"}
+    assert "if this many requests, or more, are waiting" in run["fal_max_queue_length"]["description"]
+    assert "it is deleted with its result soon after" in run["X-Fal-Store-IO"]["description"]
+
+
+def test_the_limits_of_parameters_are_those_of_the_server(document: Any, client: httpx.Client) -> None:
+    submit = parameters_of(document, f"/queue/{FLUX}")
+
+    def statuses(accepted: dict[str, str], refused: dict[str, str], kind: str = "headers") -> list[int]:
+        options: list[Any] = [{kind: accepted}, {kind: refused}]
+        return [client.post("/queue/test/null", json={"prompt": "x"}, **each).status_code for each in options]
+
+    for name in "Idempotency-Key", "X-Fal-Runner-Hint":
+        longest = submit[name]["schema"]["maxLength"]
+        assert statuses({name: "k" * longest}, {name: "k" * (longest + 1)}) == [200, 400]
+    for name in "X-Fal-Request-Start-Timeout", "X-Fal-Request-Timeout":
+        limit = submit[name]["schema"]["exclusiveMinimum"]
+        assert statuses({name: str(limit + 60)}, {name: str(limit)}) == [200, 400]
+    url = "https://example.com/"
+    url += "w" * (submit["fal_webhook"]["schema"]["maxLength"] - len(url))
+    refused = client.post("/queue/test/null", json={"prompt": "x"}, params={"fal_webhook": f"{url}w"})
+    assert (refused.status_code, refused.json()["detail"][0]["type"]) == (422, "url_too_long")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/storage/upload/initiate", "/storage/upload/initiate-multipart", "/files/upload", "/files/upload/multipart"],
+)
+def test_what_begins_an_upload_has_a_lifecycle(document: Any, path: str) -> None:
+    assert "X-Fal-Object-Lifecycle-Preference" in parameters_of(document, path)
+
+
+def test_the_document_of_an_endpoint_needs_its_id(document: Any) -> None:
+    (endpoint_id,) = parameters_of(document, "/api/openapi/queue/openapi.json", "get").values()
+    assert (endpoint_id["name"], endpoint_id["in"], endpoint_id["required"]) == ("endpoint_id", "query", True)
+
+
+def test_the_steps_of_the_status_page_are_described(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    steps = schemas["ServerStatus"]["properties"]["steps"]["items"]["$ref"].rpartition("/")[2]
+    assert list(schemas[steps]["properties"]) == ["size", "acceleration", "count", "seconds"]
+
+
+#: Modules for --models-dir whose classes have the names of each other's classes or of the server's.
+SAME_NAMES = {
+    "one": 'class Input(FluxDevInput):\n    zest: int = 1\n\nMODEL = model("me/one", Input)',
+    "two": 'class Input(FluxDevInput):\n    salt: int = 1\n\nMODEL = model("me/two", Input)',
+    "three": (
+        "class Problem(FluxDevInput):\n    doubt: int = 1\n\n"
+        "class QueueStatus(FluxDevOutput):\n    crowd: int = 1\n\n"
+        'MODEL = model("me/three", Problem, QueueStatus)'
+    ),
+    "four": 'class Options(FluxDevInput):\n    choice: int = 1\n\nMODEL = model("me/four", Options)',
+}
+_HEAD = """
+from models.flux_dev import FluxDevInput, FluxDevOutput
+from tests.support.fake_models import NullEngine, NullModel
+
+
+def model(endpoint, input, output=FluxDevOutput):
+    made = NullModel(endpoint, NullEngine)
+    made.Input, made.Output = input, output
+    return made
+
+"""
+OWN_FIELDS = {"me/one": "zest", "me/two": "salt", "me/three": "doubt", "me/four": "choice"}
+
+
+@pytest.fixture(scope="module")
+def same_names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Serve models of several files whose classes have the same names."""
+    directory = tmp_path_factory.mktemp("models")
+    for name, source in SAME_NAMES.items():
+        (directory / f"{name}.py").write_text(f"{_HEAD}\n{source}\n")
+    with (
+        serving(tmp_path_factory.mktemp("data"), "me/one=demo", models_dir=str(directory), a1111="true") as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+    ):
+        yield client
+
+
+def fields_of(document: Any, container: Any) -> set[str]:
+    """Return the names of the fields of a JSON body."""
+    reference = container["content"]["application/json"]["schema"]["$ref"]
+    return set(document["components"]["schemas"][reference.rpartition("/")[2]]["properties"])
+
+
+def references_in(value: Any) -> Iterator[str]:
+    """Yield every reference to a schema."""
+    if isinstance(value, dict):
+        if isinstance(reference := value.get("$ref"), str) and "/schemas/" in reference:
+            yield reference.rpartition("/")[2]
+        for item in value.values():
+            yield from references_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from references_in(item)
+
+
+def test_classes_with_the_same_name_have_schemas_of_their_own(same_names: httpx.Client) -> None:
+    document = document_of(same_names)
+    schemas = document["components"]["schemas"]
+    for endpoint, field in OWN_FIELDS.items():
+        for prefix in "", "/queue":
+            assert field in fields_of(document, document["paths"][f"{prefix}/{endpoint}"]["post"]["requestBody"])
+    assert "crowd" in fields_of(document, document["paths"]["/me/three"]["post"]["responses"]["200"])
+    assert set(references_in(document)) <= set(schemas)
+    assert {"Input", "Problem"} & {name for name in schemas if "prompt" in schemas[name].get("properties", {})} == set()
+    # Generators name classes after the titles.
+    titles = [schema["title"] for schema in schemas.values() if "title" in schema]
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_servers_schemas_keep_their_names(same_names: httpx.Client, document: Any) -> None:
+    schemas = document_of(same_names)["components"]["schemas"]
+    for name in "Problem", "QueueStatus":
+        assert schemas[name] == document["components"]["schemas"][name]
+    assert list(schemas["Options"]["properties"]) == ["sd_model_checkpoint"]
+
+
+@pytest.mark.parametrize("endpoint", OWN_FIELDS)
+def test_the_document_of_a_queue_tells_its_schemas_apart(same_names: httpx.Client, endpoint: str) -> None:
+    answer = same_names.get("/api/openapi/queue/openapi.json", params={"endpoint_id": endpoint}).raise_for_status()
+    document = answer.json()
+    assert set(references_in(document)) <= set(document["components"]["schemas"])
+    submit = document["paths"][f"/{endpoint}"]["post"]
+    assert OWN_FIELDS[endpoint] in fields_of(document, submit["requestBody"])
+    assert "queue_position" in fields_of(document, submit["responses"]["200"])
+    assert "detail" in fields_of(document, submit["responses"]["4XX"])
+    llms_txt = same_names.get(f"/models/{endpoint}/llms.txt").raise_for_status().text
+    assert f"- **`{OWN_FIELDS[endpoint]}`** (" in llms_txt
 
 
 class Described:
