@@ -1,13 +1,14 @@
 """An OpenAPI document of one endpoint's queue, in fal's form, generated from the model."""
 
 import re
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic.json_schema import JsonSchemaMode
 
 from models.base import Model
-from server.api.operations import ERRORS, REFERENCE
+from server.api.component_schemas import KeyedType, References, build_schemas, referred_name, types_of
+from server.api.operations import error_responses, json_content
 from server.api.schemas.errors import Problem
 from server.api.schemas.queue import Cancellation, QueueStatus
 
@@ -29,11 +30,15 @@ _LOGS = {
     # A number, as in fal's document.
     "schema": {"type": "number"},
 }
+_QUEUE_TYPES: list[KeyedType] = [
+    (kind.__name__, "serialization", TypeAdapter(kind)) for kind in (QueueStatus, Cancellation, Problem)
+]
 
 
 def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
     """Build an OpenAPI 3.0.4 document in the form of fal's /api/openapi/queue/openapi.json?endpoint_id=..."""
     endpoint = model.endpoint
+    types, schemas = build_schemas([*_QUEUE_TYPES, *types_of(model)])
     return {
         "openapi": "3.0.4",
         "info": {
@@ -53,40 +58,40 @@ def queue_openapi(model: Model, base_url: str) -> dict[str, Any]:
             "securitySchemes": {
                 "apiKeyAuth": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "Fal Key"}
             },
-            "schemas": {**_QUEUE_SCHEMAS, **component_schemas(model)},
+            "schemas": _in_fals_form(schemas),
         },
-        "paths": _paths(model),
+        "paths": _paths(model, types),
         "servers": [{"url": f"{base_url}/queue"}],
         "security": [{"apiKeyAuth": []}],
     }
 
 
-def _paths(model: Model) -> dict[str, Any]:
-    request, output = f"/{model.endpoint}/requests/{{request_id}}", model.Output.__name__
+def _paths(model: Model, types: References) -> dict[str, Any]:
+    request, output = f"/{model.endpoint}/requests/{{request_id}}", types[model.endpoint, "serialization"]
+    queued, cancellation, problem = (types[key, mode] for key, mode, _ in _QUEUE_TYPES)
     done, pending = ("200", "The request status."), ("202", "The status of a request that is not done yet.")
     cancelled = ("200", "The request was cancelled.")
     stopping = ("202", "The request is running, and stops after its next step.")
-    submit = _operation("submit", "Submit a request to the queue", "QueueStatus", done)
-    status = _operation("get_status", "Get the status of a request", "QueueStatus", done, pending)
-    cancel = _operation("cancel", "Cancel a request", "Cancellation", cancelled, stopping)
-    result = _operation("get_result", "Get the result of a request", output, ("200", "Result of the request."))
+    operation = partial(_operation, problem)
+    submit = operation("submit", "Submit a request to the queue", queued, done)
+    status = operation("get_status", "Get the status of a request", queued, done, pending)
+    cancel = operation("cancel", "Cancel a request", cancellation, cancelled, stopping)
+    result = operation("get_result", "Get the result of a request", output, ("200", "Result of the request."))
+    body = {"required": True, "content": json_content(types[model.endpoint, "validation"])}
     return {
-        f"/{model.endpoint}": {
-            "post": {**submit, "requestBody": {"required": True, "content": _json(model.Input.__name__)}}
-        },
+        f"/{model.endpoint}": {"post": {**submit, "requestBody": body}},
         f"{request}/status": {"get": {**status, "parameters": [_REQUEST_ID, _LOGS]}},
         f"{request}/cancel": {"put": {**cancel, "parameters": [_REQUEST_ID]}},
         request: {"get": {**result, "parameters": [_REQUEST_ID]}},
     }
 
 
-def _operation(name: str, title: str, answer: str, *answers: tuple[str, str]) -> dict[str, Any]:
-    """Build an operation whose responses have a body of the schema `answer`, except for its errors."""
-    responses = {code: {"description": description, "content": _json(answer)} for code, description in answers}
-    errors = {
-        str(code): {"description": error["description"], "content": _json("Problem")} for code, error in ERRORS.items()
-    }
-    return {"operationId": name, "summary": title, "responses": {**responses, **errors}}
+def _operation(
+    problem: dict[str, Any], name: str, title: str, answer: dict[str, Any], *answers: tuple[str, str]
+) -> dict[str, Any]:
+    """Build an operation. The bodies of its responses have the schema `answer`, and those of its errors `problem`."""
+    responses = {code: {"description": description, "content": json_content(answer)} for code, description in answers}
+    return {"operationId": name, "summary": title, "responses": {**responses, **error_responses(problem)}}
 
 
 def category(model: Model) -> str:
@@ -94,18 +99,19 @@ def category(model: Model) -> str:
     return "image-to-image" if "image_url" in model.Input.model_fields else "text-to-image"
 
 
-def component_schemas(model: Model) -> dict[str, Any]:
-    """Build OpenAPI 3.0 schemas of Input, Output and the types in them, with fal's x-fal-order-properties."""
-    return _schemas((TypeAdapter(model.Input), "validation"), (TypeAdapter(model.Output), "serialization"))
+def input_and_output(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build OpenAPI 3.0 schemas of Input and Output, with fal's x-fal-order-properties."""
+    types, schemas = build_schemas(types_of(model))
+    converted = _in_fals_form(schemas)
+    body, output = types[model.endpoint, "validation"], types[model.endpoint, "serialization"]
+    return converted[referred_name(body)], converted[referred_name(output)]
 
 
-def _schemas(*types: tuple[TypeAdapter[Any], JsonSchemaMode]) -> dict[str, Any]:
-    inputs = [(index, mode, adapter) for index, (adapter, mode) in enumerate(types)]
-    _, definitions = TypeAdapter.json_schemas(inputs, ref_template=REFERENCE)
-    schemas: dict[str, Any] = _in_openapi_3_0(definitions["$defs"])
-    for schema in schemas.values():
+def _in_fals_form(schemas: dict[str, Any]) -> dict[str, Any]:
+    converted: dict[str, Any] = _in_openapi_3_0(schemas)
+    for schema in converted.values():
         schema["x-fal-order-properties"] = list(schema.get("properties", {}))
-    return schemas
+    return converted
 
 
 def _in_openapi_3_0(value: Any) -> Any:
@@ -134,10 +140,3 @@ def _in_openapi_3_0(value: Any) -> Any:
 def summary(model: Model) -> str:
     """Return the docstring of the model's class in one line, or the endpoint id if there is none."""
     return re.sub(r"\s+", " ", (type(model).__doc__ or model.endpoint).strip())
-
-
-def _json(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": REFERENCE.format(model=schema)}}}
-
-
-_QUEUE_SCHEMAS = _schemas(*((TypeAdapter(kind), "serialization") for kind in (QueueStatus, Cancellation, Problem)))

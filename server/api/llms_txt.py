@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.base import Model
-from server.api.fal_openapi import category, component_schemas, summary
+from server.api.fal_openapi import category, input_and_output, summary
 
 
 def render_llms_txt(model: Model, base_url: str) -> str:
     """Render Markdown in the form of fal's /models/<id>/llms.txt."""
-    schemas = component_schemas(model)
-    inputs, outputs = schemas[model.Input.__name__], schemas[model.Output.__name__]
+    inputs, outputs = input_and_output(model)
     needed = {name: inputs["properties"][name].get("example", "a red apple") for name in inputs["required"]}
     defaults = {name: field["default"] for name, field in inputs["properties"].items() if "default" in field}
     full = {**needed, **{name: value for name, value in defaults.items() if name != "sync_mode"}}

@@ -5,11 +5,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 
 from models.base import Model
+from server.api.component_schemas import References, build_schemas, reference, types_of
 from server.api.fal_openapi import LICENSE, summary
-from server.api.operations import ERRORS, REFERENCE, content, parameter
+from server.api.operations import content, error_responses, json_content
+from server.api.parameters import PARAMETERS, references
 
 _RESULT = "/queue/{app}/requests/{request_id}"
 #: The tags of routes, each with its description.
@@ -24,61 +25,6 @@ _TAGS = {
     "operations": "The state of the server.",
     "AUTOMATIC1111": "The part of AUTOMATIC1111's API that chat programs call.",
 }
-#: Parameters of requests to endpoints. Those that are for the queue alone have names that start with `queue_`.
-_PARAMETERS: dict[str, dict[str, Any]] = {
-    "queue_webhook": parameter(
-        "query",
-        "fal_webhook",
-        {"type": "string", "format": "uri", "description": "The URL that the server calls with the result."},
-    ),
-    "queue_idempotency_key": parameter(
-        "header",
-        "Idempotency-Key",
-        {
-            "type": "string",
-            "minLength": 1,
-            "maxLength": 255,
-            "description": "A second request with the same key does not run again; the response is that of the first.",
-        },
-    ),
-    "max_queue_length": parameter(
-        "query",
-        "fal_max_queue_length",
-        {"type": "integer", "minimum": 1, "description": "Refuse the request if more than this many are waiting."},
-    ),
-    "priority": parameter(
-        "header",
-        "X-Fal-Queue-Priority",
-        {
-            "type": "string",
-            "enum": ["normal", "low"],
-            "description": "Requests of low priority run after those of normal priority.",
-        },
-    ),
-    "start_timeout": parameter(
-        "header",
-        "X-Fal-Request-Timeout",
-        {
-            "type": "number",
-            "exclusiveMinimum": 0.1,
-            "description": "The seconds in which the request must start, or else it fails with 504.",
-        },
-    ),
-    "store_io": parameter(
-        "header",
-        "X-Fal-Store-IO",
-        {"type": "string", "enum": ["0", "1"], "description": "With 0, the request is in no list of requests."},
-    ),
-    "lifecycle": parameter(
-        "header",
-        "X-Fal-Object-Lifecycle-Preference",
-        {
-            "type": "string",
-            "description": "How long the images are kept and who may read them, as JSON.",
-            "examples": ['{"expiration_duration_seconds": 3600}'],
-        },
-    ),
-}
 
 
 def document(app: FastAPI, models: Mapping[str, Model], *, is_open: bool) -> dict[str, Any]:
@@ -91,18 +37,16 @@ def document(app: FastAPI, models: Mapping[str, Model], *, is_open: bool) -> dic
     )
     schemas = schema["components"]["schemas"]
     _move_bodies(schema["paths"], schemas)
-    inputs = [(model.Input, "validation") for model in models.values()]
-    outputs = [(model.Output, "serialization") for model in models.values()]
-    _, definitions = models_json_schema([*inputs, *outputs], ref_template=REFERENCE)  # type: ignore[list-item]
-    schemas.update(definitions["$defs"])
-    schema["components"]["parameters"] = _PARAMETERS
+    types, added = build_schemas([each for model in models.values() for each in types_of(model)], taken=schemas)
+    _add(schemas, added)
+    schema["components"]["parameters"] = PARAMETERS
     schema["components"]["securitySchemes"] = {
         "apiKeyAuth": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "Key YOUR_KEY"}
     }
     schema["security"] = [{"apiKeyAuth": []}, *([{}] if is_open else [])]
     schema["tags"] = _tags(schema["paths"], models)
-    schema["paths"][_RESULT]["get"]["responses"]["200"]["content"] = _json(_any_output(models))
-    paths = {path: operations for model in models.values() for path, operations in _paths(model).items()}
+    schema["paths"][_RESULT]["get"]["responses"]["200"]["content"] = json_content(_any_output(models, types))
+    paths = {path: operations for model in models.values() for path, operations in _paths(model, types).items()}
     schema["paths"] = {**paths, **schema["paths"]}
     return schema
 
@@ -113,8 +57,14 @@ def _move_bodies(paths: Mapping[str, Any], schemas: dict[str, Any]) -> None:
         for media in operation.get("requestBody", {}).get("content", {}).values():
             if title := media["schema"].get("title"):
                 definitions = media["schema"].pop("$defs", {})
-                schemas.update(definitions, **{title: media["schema"]})
-                media["schema"] = _reference(title)
+                _add(schemas, {**definitions, title: media["schema"]})
+                media["schema"] = reference(title)
+
+
+def _add(schemas: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add schemas. Raises ValueError if a name would stand for two schemas that differ."""
+    if differing := [name for name, schema in more.items() if schemas.setdefault(name, schema) != schema]:
+        raise ValueError(f"two schemas have the same name: {', '.join(differing)}; rename one of the classes")
 
 
 def _tags(paths: Mapping[str, Any], models: Mapping[str, Model]) -> list[dict[str, str]]:
@@ -123,23 +73,22 @@ def _tags(paths: Mapping[str, Any], models: Mapping[str, Model]) -> list[dict[st
     return [{"name": tag, "description": text} for tag, text in about.items() if tag in used or tag in models]
 
 
-def _any_output(models: Mapping[str, Model]) -> dict[str, Any]:
+def _any_output(models: Mapping[str, Model], types: References) -> dict[str, Any]:
     """Describe the result of a request to any endpoint. Many endpoints have the same Output."""
-    references = [_reference(name) for name in dict.fromkeys(model.Output.__name__ for model in models.values())]
-    return references[0] if len(references) == 1 else {"anyOf": references}
+    outputs = {str(output): output for output in (types[endpoint, "serialization"] for endpoint in models)}
+    return next(iter(outputs.values())) if len(outputs) == 1 else {"anyOf": list(outputs.values())}
 
 
-def _paths(model: Model) -> dict[str, Any]:
-    output, queued = _json(_reference(model.Output.__name__)), _json(_reference("QueueStatus"))
-    run = _operation(model, "run", "Generate and wait for the output", "The output.", output)
-    stream = _operation(
-        model,
-        "stream",
-        "Generate and stream the progress",
-        "Events with JSON objects: the steps, some with previews, and at the end the output.",
-        content("text/event-stream")["content"],
-    )
-    submit = _operation(model, "submit", "Submit a request to the queue", "The status of the request.", queued)
+def _paths(model: Model, types: References) -> dict[str, Any]:
+    """Describe the paths of the model's endpoint. `types` has the references to its Input and Output."""
+    body = types[model.endpoint, "validation"]
+    output, queued = json_content(types[model.endpoint, "serialization"]), json_content(reference("QueueStatus"))
+    events = content("text/event-stream")["content"]
+    about_events = "Events with JSON objects: the steps, some with previews, and at the end the output."
+    about_status = "The status of the request."
+    run = _operation(model, "run", "Generate and wait for the output", body, "The output.", output)
+    stream = _operation(model, "stream", "Generate and stream the progress", body, about_events, events)
+    submit = _operation(model, "submit", "Submit a request to the queue", body, about_status, queued)
     return {
         f"/{model.endpoint}": {"post": run},
         f"/{model.endpoint}/stream": {"post": stream},
@@ -147,25 +96,18 @@ def _paths(model: Model) -> dict[str, Any]:
     }
 
 
-def _operation(model: Model, name: str, title: str, description: str, body: dict[str, Any]) -> dict[str, Any]:
-    parameters = [key for key in _PARAMETERS if name == "submit" or not key.startswith("queue_")]
-    problem = _json(_reference("Problem"))
+def _operation(
+    model: Model, name: str, title: str, body: dict[str, Any], description: str, answer: dict[str, Any]
+) -> dict[str, Any]:
+    parameters = [key for key in PARAMETERS if name == "submit" or not key.startswith("queue_")]
     return {
         "tags": [model.endpoint],
         "operationId": f"{name}_{model.endpoint.replace('/', '_').replace('-', '_')}",
         "summary": title,
-        "parameters": [{"$ref": f"#/components/parameters/{key}"} for key in parameters],
-        "requestBody": {"required": True, "content": _json(_reference(model.Input.__name__))},
+        "parameters": references(*parameters),
+        "requestBody": {"required": True, "content": json_content(body)},
         "responses": {
-            "200": {"description": description, "content": body},
-            **{str(code): {"description": error["description"], "content": problem} for code, error in ERRORS.items()},
+            "200": {"description": description, "content": answer},
+            **error_responses(reference("Problem")),
         },
     }
-
-
-def _reference(name: str) -> dict[str, str]:
-    return {"$ref": REFERENCE.format(model=name)}
-
-
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from server.api.component_schemas import REFERENCE
 from server.api.schemas.errors import Problem
 
 #: The extra of a route that needs no key.
@@ -22,9 +23,20 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "504 for a request that did not start before its deadline, 507 for a full disk.",
     },
 }
-#: The form of references to schemas.
-REFERENCE = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
+
+
+def error_responses(problem: dict[str, Any]) -> dict[str, Any]:
+    """Describe the responses of ERRORS; `problem` is the schema of their bodies."""
+    return {
+        str(code): {"description": error["description"], "content": json_content(problem)}
+        for code, error in ERRORS.items()
+    }
+
+
+def json_content(schema: dict[str, Any]) -> dict[str, Any]:
+    """Describe the content of a body that is JSON."""
+    return {"application/json": {"schema": schema}}
 
 
 def json_body(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:

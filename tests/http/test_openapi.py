@@ -77,7 +77,13 @@ def test_what_is_not_json_has_its_type(document: Any) -> None:
     assert types(f"/{FLUX}/stream", "post") == ["text/event-stream"]
     assert types("/queue/{app}/requests/{request_id}/status/stream", "get") == ["text/event-stream"]
     assert types("/queue/{app}/requests/{request_id}", "delete", "204") == []
-    assert types("/files/{name}", "get") == ["application/octet-stream", "image/jpeg", "image/png"]
+    assert types("/files/{name}", "get") == [
+        "application/octet-stream",
+        "image/jpeg",
+        "image/png",
+        "image/webp",
+        "*/*",
+    ]
     assert types("/metrics", "get") == ["text/plain"]
     assert types("/models/{endpoint}/llms.txt", "get") == ["text/markdown"]
     assert types("/v1/images/edits", "post") == ["application/json", "text/event-stream"]
@@ -92,6 +98,68 @@ def test_a_pending_status_is_described(document: Any) -> None:
     assert responses["202"]["content"] == responses["200"]["content"]
     logs = document["components"]["schemas"]["QueueStatus"]["properties"]["logs"]
     assert [option["type"] for option in logs["anyOf"]] == ["array", "null"]
+
+
+def parameters_of(document: Any, path: str, method: str = "post") -> dict[str, Any]:
+    """Return the parameters of an operation by their names."""
+    found = document["paths"][path][method].get("parameters", [])
+    components = document["components"]["parameters"]
+    resolved = [components[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in found]
+    return {each["name"]: each for each in resolved}
+
+
+def test_requests_have_the_parameters_that_the_server_reads(document: Any) -> None:
+    headers = {
+        "X-Fal-Queue-Priority",
+        "X-Fal-Request-Start-Timeout",
+        "X-Fal-Request-Timeout",
+        "X-Fal-Runner-Hint",
+        "X-Fal-Store-IO",
+        "X-Fal-Object-Lifecycle-Preference",
+    }
+    run, submit = parameters_of(document, f"/{FLUX}"), parameters_of(document, f"/queue/{FLUX}")
+    assert set(run) == {*headers, "fal_max_queue_length"}
+    assert set(submit) == {*run, "fal_webhook", "Idempotency-Key"}
+    assert "if this many requests, or more, are waiting" in run["fal_max_queue_length"]["description"]
+    assert "it is deleted with its result soon after" in run["X-Fal-Store-IO"]["description"]
+
+
+def test_the_limits_of_parameters_are_those_of_the_server(document: Any, client: httpx.Client) -> None:
+    submit = parameters_of(document, f"/queue/{FLUX}")
+
+    def statuses(accepted: dict[str, str], refused: dict[str, str], kind: str = "headers") -> list[int]:
+        options: list[Any] = [{kind: accepted}, {kind: refused}]
+        return [client.post("/queue/test/null", json={"prompt": "x"}, **each).status_code for each in options]
+
+    for name in "Idempotency-Key", "X-Fal-Runner-Hint":
+        longest = submit[name]["schema"]["maxLength"]
+        assert statuses({name: "k" * longest}, {name: "k" * (longest + 1)}) == [200, 400]
+    for name in "X-Fal-Request-Start-Timeout", "X-Fal-Request-Timeout":
+        limit = submit[name]["schema"]["exclusiveMinimum"]
+        assert statuses({name: str(limit + 60)}, {name: str(limit)}) == [200, 400]
+    url = "https://example.com/"
+    url += "w" * (submit["fal_webhook"]["schema"]["maxLength"] - len(url))
+    refused = client.post("/queue/test/null", json={"prompt": "x"}, params={"fal_webhook": f"{url}w"})
+    assert (refused.status_code, refused.json()["detail"][0]["type"]) == (422, "url_too_long")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/storage/upload/initiate", "/storage/upload/initiate-multipart", "/files/upload", "/files/upload/multipart"],
+)
+def test_what_begins_an_upload_has_a_lifecycle(document: Any, path: str) -> None:
+    assert "X-Fal-Object-Lifecycle-Preference" in parameters_of(document, path)
+
+
+def test_the_document_of_an_endpoint_needs_its_id(document: Any) -> None:
+    (endpoint_id,) = parameters_of(document, "/api/openapi/queue/openapi.json", "get").values()
+    assert (endpoint_id["name"], endpoint_id["in"], endpoint_id["required"]) == ("endpoint_id", "query", True)
+
+
+def test_the_steps_of_the_status_page_are_described(document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    steps = schemas["ServerStatus"]["properties"]["steps"]["items"]["$ref"].rpartition("/")[2]
+    assert list(schemas[steps]["properties"]) == ["size", "acceleration", "count", "seconds"]
 
 
 class Described:

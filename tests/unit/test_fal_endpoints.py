@@ -6,7 +6,7 @@ import pytest
 
 from models import discover
 from models.schema import EXAMPLE_IMAGE
-from server.api.fal_openapi import component_schemas
+from server.api.fal_openapi import input_and_output
 from tests.support.fal_endpoints import FACTS
 
 MODELS = discover()
@@ -18,9 +18,7 @@ def id_here(endpoint: str) -> str:
 
 
 def schema_of(endpoint: str) -> dict[str, Any]:
-    model = MODELS[id_here(endpoint)]
-    schema: dict[str, Any] = component_schemas(model)[model.Input.__name__]
-    return schema
+    return input_and_output(MODELS[id_here(endpoint)])[0]
 
 
 def test_the_package_has_these_endpoints_and_no_others() -> None:

@@ -2,20 +2,26 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from server.api import fal_openapi
 from server.api.dependencies import get_model
 from server.api.llms_txt import render_llms_txt
-from server.api.operations import PUBLIC, content
+from server.api.operations import PUBLIC, content, parameter
 from server.api.responses import FalJSONResponse
 
 router = APIRouter(tags=["catalog"])
 
 
 Endpoint = Annotated[str, Path(description="The endpoint.", examples=["fal-ai/flux/dev"])]
-EndpointID = Annotated[str, Query(description="The endpoint.", examples=["fal-ai/flux/dev"])]
+#: The handler reads this parameter itself, because it answers 404, as for an unknown endpoint, if it is missing.
+_ENDPOINT_ID = parameter(
+    "query",
+    "endpoint_id",
+    {"type": "string", "description": "The endpoint.", "examples": ["fal-ai/flux/dev"]},
+    is_required=True,
+)
 
 
 @router.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
@@ -29,11 +35,12 @@ async def openapi(request: Request) -> Response:
     summary="Get the OpenAPI document of an endpoint's queue",
     response_model=dict[str, Any],
     response_description="An OpenAPI 3.0 document.",
-    openapi_extra=PUBLIC,
+    openapi_extra={**PUBLIC, "parameters": [_ENDPOINT_ID]},
 )
-async def queue_openapi(request: Request, endpoint_id: EndpointID = "") -> Response:
+async def queue_openapi(request: Request) -> Response:
     """Return the OpenAPI document of one endpoint's queue."""
-    return FalJSONResponse(fal_openapi.queue_openapi(get_model(request, endpoint_id), request.state.base_url))
+    model = get_model(request, request.query_params.get("endpoint_id", ""))
+    return FalJSONResponse(fal_openapi.queue_openapi(model, request.state.base_url))
 
 
 @router.get(

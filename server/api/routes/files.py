@@ -38,6 +38,8 @@ class _File(FileResponse):
 
 #: Types that a browser may show. Other files are sent as downloads, because HTML or SVG could contain a script.
 _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
+#: An upload has the type that its client named, so any type is possible. Generators need one that they know first.
+_CONTENT = content("application/octet-stream", *sorted(_SHOWN), "*/*", is_binary=True)
 
 
 @router.head("/{name}", include_in_schema=False)
@@ -47,11 +49,8 @@ _SHOWN = frozenset({"image/png", "image/jpeg", "image/webp"})
     response_class=FileResponse,
     response_description="The file.",
     responses={
-        200: content("application/octet-stream", "image/jpeg", "image/png", is_binary=True),
-        206: {
-            "description": "The part that the Range header selects.",
-            **content("application/octet-stream", "image/jpeg", "image/png", is_binary=True),
-        },
+        200: _CONTENT,
+        206: {"description": "The part that the Range header selects.", **_CONTENT},
     },
     openapi_extra={"security": [{"apiKeyAuth": []}, {}]},
 )

@@ -11,6 +11,7 @@ from server.api import validation
 from server.api.dependencies import authenticate, get_services
 from server.api.headers import lifecycle
 from server.api.operations import PUBLIC, file_body, json_body, parameter
+from server.api.parameters import references
 from server.api.responses import FalJSONResponse
 from server.api.schemas.uploads import (
     CompletedUpload,
@@ -36,14 +37,17 @@ MAX_LIST = 2 * 2**20
 UploadID = Annotated[str, Path(description="The id in the URL that the beginning of the upload returned.")]
 PartNumber = Annotated[int, Path(description="The number of the part, from 1 to 10,000.", examples=[1])]
 FileName = Annotated[str, Path(description="The name in the URL of the file.")]
-#: The header with the name of an uploaded file.
+#: The parameters of every request that begins an upload.
+_BEGINNING = {"parameters": references("lifecycle")}
+#: The same with the name of the file.
 _NAMED = {
     "parameters": [
         parameter(
             "header",
             "X-Fal-File-Name",
             {"type": "string", "description": "The name of the file. The URL of the file keeps its extension."},
-        )
+        ),
+        *references("lifecycle"),
     ]
 }
 
@@ -92,14 +96,14 @@ async def token(request: Request) -> Response:
     "/storage/upload/initiate",
     summary="Begin an upload",
     response_model=UploadURLs,
-    openapi_extra=json_body(UploadRequest, is_required=False),
+    openapi_extra={**_BEGINNING, **json_body(UploadRequest, is_required=False)},
 )
 @router.post(
     "/storage/upload/initiate-multipart",
     name="initiate_multipart",
     summary="Begin an upload in parts",
     response_model=UploadURLs,
-    openapi_extra=json_body(UploadRequest, is_required=False),
+    openapi_extra={**_BEGINNING, **json_body(UploadRequest, is_required=False)},
 )
 async def initiate(request: Request) -> Response:
     """Begin an upload, and return two URLs: one to PUT the file to, and the final URL of the file."""

@@ -23,6 +23,15 @@ class Readiness(TypedDict):
     total_bytes: NotRequired[int]
 
 
+class StepTimes(TypedDict):
+    """The forward passes with one size and one acceleration since the start; each is a step of one or more images."""
+
+    size: Annotated[str, Field(description="The width and height, such as 1024x768, or other if it is no preset.")]
+    acceleration: Annotated[str, Field(description="The acceleration of the forward passes.")]
+    count: Annotated[int, Field(description="The number of forward passes.")]
+    seconds: Annotated[float, Field(description="The mean time of a forward pass in seconds.")]
+
+
 class ServerStatus(TypedDict):
     """The data of the status page."""
 
@@ -32,8 +41,14 @@ class ServerStatus(TypedDict):
     served: Annotated[list[str], Field(description="The endpoints.")]
     now: Annotated[dict[str, float], Field(description="The gauges of /metrics.")]
     gpus: Annotated[list[dict[str, Any]], Field(description="The state of each GPU.")]
-    steps: Annotated[Any, Field(description="How many steps ran, by endpoint.")]
+    steps: Annotated[
+        list[StepTimes], Field(description="The forward passes since the start, by size and acceleration.")
+    ]
     minutes: Annotated[list[dict[str, Any]], Field(description="The requests of each minute of the last hour.")]
-    endpoints: Annotated[list[dict[str, Any]], Field(description="The requests of the last hour by endpoint.")]
-    failures: Annotated[list[dict[str, Any]], Field(description="The last requests that failed.")]
+    endpoints: Annotated[
+        list[dict[str, Any]], Field(description="The successful requests of the last hour by endpoint.")
+    ]
+    failures: Annotated[
+        list[dict[str, Any]], Field(description="The last requests that failed with a status of 500 or more.")
+    ]
     usage: Annotated[list[dict[str, Any]], Field(description="The usage of the last 30 days by key.")]
