@@ -112,7 +112,7 @@ class ServerProcess:
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                # The program may have started the server as a process of its own session, as uvx does.
+                # The program may have started the server as a further process, as uvx does.
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._log.close()

@@ -1,12 +1,8 @@
 """Tests of the pytest plugin for applications, each in a pytest process next to an application."""
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -14,84 +10,9 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from flux_server_testing.process import ServerProcess
-from tests.support.server_process import (
-    MODELS,
-    ROOT,
-    TEST_MODELS,
-    free_port,
-    serving,
-    serving_with_proxy,
-    wait_until,
-)
+from tests.support.application_tests import INI, PROGRAM, Project
+from tests.support.server_process import TEST_MODELS, free_port, serving, serving_with_proxy, wait_until
 from tests.support.small_disk import small_disk
-
-#: An application with modules that have the names of the server's.
-APPLICATION = {"models.py": "NAME = 'mine'", "server/__init__.py": "NAME = 'mine'"}
-#: The test models import this directory's packages, and the plugin hands PYTHONPATH down to no server.
-PROGRAM = f"env PYTHONPATH={ROOT} {sys.executable} -m server"
-INI = f"""
-[pytest]
-pythonpath = .
-flux_server_program = {PROGRAM}
-flux_server_options = {TEST_MODELS} --models-dir {MODELS}
-"""
-#: Without plugins that are slow to import.
-QUICKLY = ["-p", "no:cacheprovider", "-p", "no:schemathesis", "-p", "no:hypothesispytest"]
-NO_FILES: Mapping[str, str] = {}
-BODY = '{"prompt": "a"}'
-POST = f"""
-import json, os, urllib.request
-def post(key=None):
-    headers = {{"authorization": f"Key {{key or os.environ['FAL_KEY']}}"}}
-    url = os.environ["FAL_SERVER_URL"] + "/test/null"
-    with urllib.request.urlopen(urllib.request.Request(url, b'{BODY}', headers)) as response:
-        return json.load(response)
-"""
-
-
-class Project:
-    """An application in a directory, with a directory for temporary files that must be empty in the end."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.temporary = directory / "app", directory / "tmp"
-        self.temporary.mkdir()
-        self.write({**APPLICATION, "pytest.ini": INI, "conftest.py": POST})
-
-    def write(self, files: Mapping[str, str]) -> None:
-        """Write files, by their path in the application."""
-        for name, text in files.items():
-            path = self.directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-
-    def environment(self) -> dict[str, str]:
-        """Return this process's environment without its own settings, with the directory for temporary files."""
-        kept = {name: value for name, value in os.environ.items() if not re.match("FAL_|FLUX_|PYTEST|PYTHON", name)}
-        return {**kept, "TMPDIR": str(self.temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def start(self, *options: str, variables: Mapping[str, str] = NO_FILES) -> subprocess.Popen[str]:
-        """Start pytest in the application."""
-        command = [sys.executable, "-m", "pytest", *QUICKLY, "-rs", "-s", *options]
-        return subprocess.Popen(
-            command,
-            cwd=self.directory,
-            env={**self.environment(), **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, test: str, *options: str, variables: Mapping[str, str] = NO_FILES, code: int = 0) -> str:
-        """Run one file of tests, whose exit code must be `code`; return the output."""
-        self.write({"test_app.py": test})
-        with self.start(*options, variables=variables) as process:
-            output, _ = process.communicate(timeout=110)
-        assert process.returncode == code, output
-        return output
-
-    def left(self) -> Sequence[str]:
-        """Return what is left of temporary files, apart from pytest's own."""
-        return [path.name for path in self.temporary.iterdir() if not path.name.startswith("pytest-of-")]
 
 
 @pytest.fixture
@@ -359,64 +280,3 @@ def test_a_server_in_a_container(project: Project, tmp_path: Path) -> None:
         output = project.run(CONTAINER, "--flux-server-url", url, variables={"FAL_KEY": "ci:secret"})
     assert "1 passed" in output
     assert project.left() == []
-
-
-WITHIN = """
-from conftest import post
-
-import models, server
-
-def test_it(fal_server):
-    post()
-    assert len(fal_server.requests) == 1
-    assert models.NAME == server.NAME == "mine"
-"""
-
-
-def run_testing(project: Project, *line: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `run --testing` with these options and this command in the application, with test models."""
-    model = f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.support.models import null\nMODEL = null.MODEL\n"
-    project.write({"fal/null.py": model})
-    command = [*PROGRAM.split(" "), "run", "--testing", "--models-dir", "fal", *line]
-    environment = {**project.environment(), "FLUX_SERVER_WEIGHTS": TEST_MODELS, "PYTHONSAFEPATH": "1", **variables}
-    return subprocess.run(command, cwd=project.directory, env=environment, capture_output=True, text=True, timeout=110)
-
-
-def test_an_environment_without_the_plugin_gets_it_from_run(project: Project) -> None:
-    """Check `flux-server run --testing -- pytest`, with a pytest that loads no plugin of its environment."""
-    project.write({"pytest.ini": "[pytest]\npythonpath = .\n", "test_app.py": WITHIN})
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    done = run_testing(project, "--", *pytest, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
-    assert done.returncode == 0
-    assert project.left() == []
-
-
-#: A program that prints the command of the server, a child of the process that runs this program, and kills it.
-KILLING = """
-import os, psutil, select
-server = psutil.Process(os.getppid()).children()[0]
-print(server.cmdline(), os.environ["FAL_KEY"])
-server.kill()
-select.select([os.pidfd_open(server.pid)], [], [])
-"""
-
-
-def test_run_shows_no_secrets_but_the_servers_end(project: Project) -> None:
-    done = run_testing(project, "--", sys.executable, "-c", KILLING, FLUX_SERVER_KEYS="ci:secret")
-    command, _, key = done.stdout.rpartition(" ")
-    assert "--exit-with-process" in command, done.stderr
-    assert (key, "secret" in command) == ("ci:secret\n", False)
-    assert "the server ended early. Its last lines:\n" in done.stderr
-    assert "listens on http://127.0.0.1:" in done.stderr
-
-
-def test_run_leaves_nothing_in_the_users_data_directory(project: Project, tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    assert run_testing(project, "--data-dir", str(data_dir), "--", sys.executable, "-c", "").returncode == 0
-    assert [path for path in data_dir.iterdir() if "pytest" in path.name] == []
-
-
-def test_run_needs_a_tls_port_before_it_starts_a_server(project: Project, httpserver: HTTPServer) -> None:
-    done = run_testing(project, "--tls-port", "0", "--port", str(httpserver.port), "--", "true")
-    assert done.stderr.splitlines()[-1].startswith("run needs --tls-port")
