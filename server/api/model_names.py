@@ -83,7 +83,7 @@ class ModelNames:
         if not suitable:
             *_, last = names = list(fields.values())
             message = (
-                f"No endpoint with the weights of {model.endpoint} takes {', '.join(names)}; "
+                f"No endpoint with the weights of {model.endpoint} takes {' and '.join(names)} and nothing else; "
                 "ask the operator to serve one, or name another model"
             )
             raise InvalidInput.of("feature_not_supported", ("body", last), message)

@@ -36,7 +36,10 @@ _BY_HOST = (
     "fal-client 0.11 or newer, and the package fal: set these variables.\n"
     "# Uploads and realtime still go to fal unless you set --proxy-port."
 )
-_BY_PROXY = "fal-client of any version, including uploads and realtime: set these variables."
+_BY_PROXY = (
+    "fal-client of any version, including uploads and realtime: set these variables.\n"
+    "# Until you unset them, this shell reaches other hosts only if the server runs with --proxy-others."
+)
 #: Proxy variables that some libraries prefer to the ones above.
 _OTHER_PROXIES = ("ALL_PROXY", "SOCKS_PROXY")
 #: Beginnings of the names of programs that `run` supports: Python with environment variables, Node with PRELOAD.
