@@ -96,6 +96,8 @@ def test_only_an_endpoint_with_the_fields_is_found() -> None:
     found = names({DEV: "a", DEV_EDIT: "a", REDUX: "a"})
     assert found.find_variant(KNOWN[DEV], VARY).endpoint == REDUX
     assert found.find_variant(KNOWN[DEV], EDIT).endpoint == DEV_EDIT
-    with pytest.raises(InvalidInput, match=r"weights of fal-ai/flux/dev takes prompt and image and mask and nothing else;") as raised:
+    with pytest.raises(
+        InvalidInput, match=r"weights of fal-ai/flux/dev takes prompt and image and mask and nothing else;"
+    ) as raised:
         found.find_variant(KNOWN[DEV], REPAINT)
     assert raised.value.detail[0]["loc"] == ["body", "mask"]
