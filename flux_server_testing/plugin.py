@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _SESSION: pytest.StashKey[Session] = pytest.StashKey()
 #: The variables that pytest-xdist sets in each of its workers.
 _WORKER, _NUM_WORKERS = "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"
+#: The process that runs the workers, if this is a worker. Read at once: if that process is killed, this process gets
+#: another parent, with which no server would ever end.
+_PARENT = os.getppid()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,7 +93,7 @@ def _open(config: pytest.Config, directory: Path | None = None) -> Session:
     )
     # A single worker shares its server with no other.
     worker = os.environ.get(_WORKER, "") if int(os.environ.get(_NUM_WORKERS, "1")) > 1 else ""
-    session = Session(options, worker=worker, shared=directory if worker else None)
+    session = Session(options, worker=worker, shared=directory if worker else None, parent=_PARENT)
     config.stash[_SESSION] = session
     # Pytest calls this also after a usage error, or if a conftest.py cannot be imported.
     config.add_cleanup(partial(_close, config))

@@ -32,14 +32,14 @@ class Options:
 class Session:
     """The server of this process's tests. While the session is open, the environment leads every client to it."""
 
-    def __init__(self, options: Options, *, worker: str = "", shared: Path | None = None) -> None:
+    def __init__(self, options: Options, *, worker: str = "", shared: Path | None = None, parent: int = 0) -> None:
         """Find or start the server, and set the variables. Raises NotStarted and ServerError.
 
         `worker` names one of several parallel workers, each of which sees only its own requests. `shared` is their
-        directory, and the server that this session starts for all of them outlives the session.
+        directory. The server that this session starts for all of them ends with the process `parent`.
         """
         self._process: ServerProcess | None = None
-        self._worker, self._is_shared = worker, bool(shared)
+        self._worker, self._is_shared, self._parent = worker, bool(shared), parent
         self._bundle: Path | None = None
         self._replaced: dict[str, str | None] = {}
         try:
@@ -121,7 +121,6 @@ class Session:
                 url: str = json.loads(state.read_text())["url"]
                 if is_ready(url):
                     return url
-            # The parent is the process that runs all workers.
-            url = self._start(options, exit_with=os.getppid())
+            url = self._start(options, exit_with=self._parent)
             state.write_text(json.dumps({"url": url}))
         return url

@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import psutil
 import pytest
 from pytest_httpserver import HTTPServer
 
-from flux_server_testing.process import ServerProcess
+from flux_server_testing.process import NotStarted, ServerProcess
+from flux_server_testing.session import Options, Session
 from tests.support.application_tests import INI, PROGRAM, Project
 from tests.support.server_process import TEST_MODELS, free_port, serving, serving_with_proxy, wait_until
 from tests.support.small_disk import small_disk
@@ -190,6 +193,14 @@ def test_a_server_that_does_not_start_says_why(project: Project) -> None:
     output = project.run("def test_it(fal_server): pass", code=1)
     assert "flux-server ended with exit code 2" in output
     assert "--max-running (FLUX_SERVER_MAX_RUNNING): Input should be greater than or equal to 1" in output
+
+
+def test_a_worker_whose_parent_was_killed_starts_no_server(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", ""])
+    parent.wait()
+    with pytest.raises(NotStarted, match=f"--exit-with-process {parent.pid}: No such process"):
+        Session(Options(program=PROGRAM.split()), worker="gw1", shared=tmp_path, parent=parent.pid)
+    assert not (tmp_path / "flux-server.json").exists()
 
 
 def test_a_missing_program(project: Project) -> None:
