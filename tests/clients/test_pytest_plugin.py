@@ -159,9 +159,11 @@ def test_nothing_is_left_if_the_tests_cannot_be_imported(project: Project) -> No
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 
 def test_it(fal_server):
+    # A shell starts a process in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("URL", fal_server.url, flush=True)
     time.sleep(600)
 """
