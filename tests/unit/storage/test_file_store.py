@@ -93,7 +93,7 @@ BAD_NAMES = [
     f"{NAME}.PNG",
     f"{NAME}",
     f"{NAME}.",
-    f"{NAME}.abcdefghi",
+    f"{NAME}.abcdefghijklmnopq",
     f"{NAME}.p-g",
     f"{NAME}.p_g",
     f"{NAME}.tar.gz",
