@@ -1,5 +1,9 @@
 """The networks that are trained together: the transformer and its two text encoders."""
 
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,11 +50,29 @@ def use_explicit_attention() -> None:
     transformer_flux.dispatch_attention_fn = _attention
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
+@contextlib.contextmanager
+def first_token_counts(copies: int) -> Iterator[None]:
+    """Let FLUX's transformers compute attention as if the first token were there this many times.
+
+    Equal text tokens stay equal in every layer, because FLUX gives all of them the same position. So one is enough.
+    """
+    before = transformer_flux.dispatch_attention_fn
+    transformer_flux.dispatch_attention_fn = functools.partial(_attention, copies_of_first=copies)
+    try:
+        yield
+    finally:
+        transformer_flux.dispatch_attention_fn = before
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, copies_of_first: int = 1, **_: object
+) -> torch.Tensor:
     """Compute attention. All tensors have the shape (batch, tokens, heads, width)."""
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return (scores.float().softmax(-1).to(value.dtype) @ value).transpose(1, 2)
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float()
+    if copies_of_first > 1:
+        scores = torch.cat([scores[..., :1] + math.log(copies_of_first), scores[..., 1:]], dim=-1)
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)
 
 
 def build_text_encoder(num_tokens: int) -> Any:

@@ -41,12 +41,13 @@ class Prior(torch.nn.Module):  # type: ignore[misc]
         self.image_embedder = ReduxImageEncoder(redux_dim=TEXT_WIDTH, txt_in_features=TEXT_WIDTH)
 
     def forward(self, pixels: torch.Tensor) -> networks.Text:
-        """Return the states of the text tokens, all zeros, and of the image's, and a pooled state of zeros.
+        """Return the state of one text token, zeros, and those of the image's tokens, and a pooled state of zeros.
 
+        FluxPriorReduxPipeline gives FLUX_TEXT_TOKENS such text tokens.
         `pixels` has values from -1 to 1 and the shape (images, 3, PIXELS, PIXELS).
         """
         embedded = self.image_embedder(self.image_encoder(pixels).last_hidden_state).image_embeds
-        no_text = embedded.new_zeros(len(pixels), FLUX_TEXT_TOKENS, TEXT_WIDTH)
+        no_text = embedded.new_zeros(len(pixels), 1, TEXT_WIDTH)
         return torch.cat([no_text, embedded], dim=1), embedded.new_zeros(len(pixels), TEXT_WIDTH)
 
 
@@ -91,8 +92,9 @@ def train(plan: Plan, device: str) -> None:
         pixels, latents = examples[size].batch(BATCH if size == SIZES[0] else BATCH // 4, rng)
         for group in optimizer.param_groups:
             group["lr"] = autoencoder.rate(iteration, plan.redux_iterations, PEAK)
-        loss = flow.loss_of(painter, latents, lambda: prior(pixels), generator)  # noqa: B023  called at once
-        loss.backward()
+        with networks.first_token_counts(FLUX_TEXT_TOKENS):
+            loss = flow.loss_of(painter, latents, lambda: prior(pixels), generator)  # noqa: B023  called at once
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
