@@ -1,7 +1,7 @@
 """fal-ai/flux/dev: FLUX.1 [dev], text to image, image to image, and variations of an image."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from models.schema import (
     Guidance,
     Image,
     ImageInput,
+    ImageRole,
     ImagesOutput,
     ImageURL,
     NumImages,
@@ -67,6 +68,8 @@ class FluxDevImageToImageInput(FluxImageToImageInput):
 
 class FluxReduxInput(ImageInput):
     """A request in which an image takes the place of the prompt."""
+
+    image_role: ClassVar[ImageRole] = "prompt"
 
     image_url: ImageURL
 
@@ -129,7 +132,7 @@ class FluxDev:
     def metadata(self, request: Any, seed: int) -> dict[str, Any]:
         """Return the endpoint and those of the request's parameters that are no URLs: URLs may be private."""
         fields = type(request).model_fields
-        names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "strength")
+        names = ("prompt", "seed", "num_inference_steps", "guidance_scale", "strength", "resolution_mode")
         parameters = {name: getattr(request, name) for name in names if name in fields}
         scales = {"lora_scales": [lora.scale for lora in request.loras]} if "loras" in fields else {}
         return {"endpoint": self.endpoint, **parameters, "seed": seed, **scales}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -71,7 +71,7 @@ class ImageSize(BaseModel):
     @field_validator("width", "height")
     @classmethod
     def _within_sides(cls, side: int, info: ValidationInfo) -> int:
-        limits = _limits(info)
+        limits = limits_of(info)
         if limits and side < limits.min_side:
             raise PydanticKnownError("greater_than_equal", {"ge": limits.min_side})
         if limits and side > limits.max_side:
@@ -80,7 +80,7 @@ class ImageSize(BaseModel):
 
     @model_validator(mode="after")
     def _within_area(self, info: ValidationInfo) -> "ImageSize":
-        limits = _limits(info)
+        limits = limits_of(info)
         if limits and self.width * self.height > limits.max_pixels:
             raise PydanticCustomError(
                 "image_too_large",
@@ -90,7 +90,7 @@ class ImageSize(BaseModel):
         return self
 
 
-def _limits(info: ValidationInfo) -> Limits | None:
+def limits_of(info: ValidationInfo) -> Limits | None:
     """Return the limits in the validation's context; None if it has none, as when an accepted request is read."""
     return (info.context or {}).get("limits")
 
@@ -196,6 +196,7 @@ _GUIDANCE = (
 )
 Guidance = Annotated[float, Field(ge=1, le=20, description=_GUIDANCE)]
 LoraGuidance = Annotated[float, Field(ge=0, le=35, description=_GUIDANCE)]
+KontextGuidance = Annotated[float, Field(ge=0, le=20, description=_GUIDANCE)]
 SyncMode = Annotated[
     bool,
     Field(description="If set to true, the response contains the image as a data URI, and no file is stored."),
@@ -236,10 +237,17 @@ Loras = Annotated[
 ]
 
 
+#: What the image at `image_url` is for: generation starts from it, it takes the place of the prompt, or the transformer
+#: looks at it beside the image that it generates.
+ImageRole = Literal["start", "prompt", "reference"]
+
+
 class ImageInput(BaseModel):
     """The base of every model's Input. Unknown fields are ignored, and null in an optional field counts as absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    image_role: ClassVar[ImageRole] = "start"
 
     if TYPE_CHECKING:
         # For the type checker only: each model declares these fields, in the order of fal's page.

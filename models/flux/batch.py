@@ -39,21 +39,30 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     A sample with a first-block cache must be alone.
     """
     first = samples[0]
+    num_tokens = first.latents.shape[1]
     timesteps = torch.stack([sample.timestep for sample in samples])
     guidance = [sample.guidance for sample in samples]
     inputs = {
-        "hidden_states": _concatenate([sample.latents for sample in samples]),
+        "hidden_states": _concatenate([_with_reference(sample) for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
         "guidance": None if first.guidance is None else _concatenate(guidance),
         "pooled_projections": _concatenate([sample.text.pooled_prompt_embeds for sample in samples]),
         "encoder_hidden_states": _concatenate([sample.text.prompt_embeds for sample in samples]),
         "txt_ids": first.text.ids,
-        "img_ids": first.latent_ids,
+        "img_ids": torch.cat([first.latent_ids, first.reference.ids]) if first.reference else first.latent_ids,
     }
     if first.cache is not None:
-        return [first_block_cache.velocity(transformer, first.cache, **inputs)]
-    velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0].split(1)
+        return [first_block_cache.velocity(transformer, first.cache, **inputs)[:, :num_tokens]]
+    velocities: Sequence[torch.Tensor] = transformer(**inputs, return_dict=False)[0][:, :num_tokens].split(1)
     return velocities
+
+
+def _with_reference(sample: Sample) -> torch.Tensor:
+    """Return the latents of a sample, followed by those of its reference image if it has one."""
+    if sample.reference is None:
+        latents: torch.Tensor = sample.latents
+        return latents
+    return torch.cat([sample.latents, sample.reference.latents], dim=1)
 
 
 def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:

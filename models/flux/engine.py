@@ -1,8 +1,9 @@
 """The FLUX engine, in which tasks share one device and advance step by step."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,31 @@ from PIL.Image import Image
 
 from models.base import (
     NO_INPUTS,
-    DeviceLost,
     EngineInfo,
     GenerationFailed,
     GenerationTask,
-    NonFiniteOutput,
 )
-from models.flux import acceleration, batch
+from models.flux import acceleration, batch, input_images, kontext
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
+from models.flux.decoder import COMPILED_DECODER, Decoder
 from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.flops import step_flops
+from models.flux.input_images import InputImages
 from models.flux.loras import LoraAdapter, LoraManager
 from models.flux.preview import Preview
 from models.flux.prompt_cache import PromptCache, count_text_tokens
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
-from models.flux.sample import Sample, begin, tiled_autoencoder, unpacked
+from models.flux.sample import Sample, begin, unpacked
 from models.flux.sharing import Sharing
-from models.flux.task import FluxTask, open_image, requested_size
+from models.flux.task import FluxTask
 from models.loading import devices, specs
 from models.loading.memory_plans import PLANS, Plan
 
 log = logging.getLogger(__name__)
-
-#: The side in pixels of the tiles in which an image is decoded if memory is short.
-TILE_SIDE = 512
-#: After this many images in a row that are not finite, the device counts as lost. Images with LoRAs do not count.
-MAX_NONFINITE_IMAGES = 2
 
 
 class FluxEngine:
@@ -70,7 +66,7 @@ class FluxEngine:
         self.loras = LoraManager(pipeline) if plan.is_resident else None
         self.redux = redux
         self.previews = Preview(pipeline.vae)
-        self._num_nonfinite = 0
+        self.decoder = Decoder(pipeline, self.device)
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         self.num_text_tokens = count_text_tokens(pipeline)
@@ -88,24 +84,25 @@ class FluxEngine:
         return EngineInfo(self.device.description, dtype, self.plan.name, ready, *memory, unavailable)
 
     def warm_up(self) -> bool:
-        """Make the next tier ready; return False if all tiers are ready. Raises the error of a tier that fails.
+        """Make the next tier ready, then the compiled decoder; return False if all are ready.
 
-        If a second thread calls this, steps of other tiers continue meanwhile.
+        Raises the error of what fails. It is not tried again, and requests do without it. If a second thread calls
+        this, steps of other tiers continue meanwhile.
         """
-        cold = [tier for tier in self.tiers if not tier.is_ready]
-        if not cold:
+        tier = next((tier for tier in self.tiers if not tier.is_ready), None)
+        if tier:
+            self._warm_up_tier(tier)
+        elif self.decoder.is_cold:
+            self._warm_up_decoder()
+        else:
             return False
-        tier = cold[0]
+        return True
+
+    def _warm_up_tier(self, tier: Tier) -> None:
         # The ways to run the tier "none" are separate attempts, which the loader makes.
         attempt = self.attempts.attempt(tier.name) if tier.name != "none" else nullcontext()
         try:
-            with (
-                attempt,
-                self.device.classify_errors(tier.name),
-                self.device.on_decode_stream(),
-                # Another engine may have stopped compiling in this process.
-                torch.compiler.set_stance("default"),
-            ):
+            with attempt, self._compiling(tier.name):
                 tier.warm_up(self.device.name, self.pipeline.transformer.dtype, self.num_text_tokens)
         except Exception as error:
             self.tiers.remove(tier)
@@ -113,13 +110,31 @@ class FluxEngine:
                 self.unavailable.append(f"acceleration {tier.name}: {summary(error)}")
             raise
         log.info("acceleration %s is ready", tier.name)
-        return True
+
+    def _warm_up_decoder(self) -> None:
+        try:
+            with self.attempts.attempt(COMPILED_DECODER), self._compiling(COMPILED_DECODER):
+                self.decoder.warm_up()
+        except Exception as error:
+            self.unavailable.append(f"{COMPILED_DECODER}: {summary(error)}")
+            raise
+        log.info("the %s is ready", COMPILED_DECODER)
+
+    @contextmanager
+    def _compiling(self, name: str) -> Iterator[None]:
+        with (
+            self.device.classify_errors(name),
+            self.device.on_decode_stream(),
+            # Another engine may have stopped compiling in this process.
+            torch.compiler.set_stance("default"),
+        ):
+            yield
 
     def close(self) -> None:
         """Release the device's memory."""
         # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
-        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews
+        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews, self.decoder
         self.device.free()
 
     def freeze_compilation(self) -> None:
@@ -141,15 +156,13 @@ class FluxEngine:
             raise GenerationFailed("LoRA weights do not work with this server's memory plan; use --memory resident.")
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, request.acceleration)
-        image, mask = (open_image(inputs.get(name)) for name in ("image_url", "mask_url"))
-        # In a request without a strength, the image takes the place of the prompt, and generation starts from noise.
-        start, reference_image = (image, None) if hasattr(request, "strength") else (None, image)
-        if reference_image and self.redux is None:
+        images = input_images.read(request, inputs)
+        if images.prompt and self.redux is None:
             raise GenerationFailed(f"An image cannot replace the prompt, because {specs.REDUX.hub_id} is missing here.")
-        width, height = (self._round_down(side) for side in requested_size(request, start))
-        work = self._step_work(width, height, reference_image)
-        dtype = devices.type_name(self.pipeline.transformer.dtype)
-        return FluxTask(request, seed, width, height, tier, work, dtype, start, mask, reference_image, loras)
+        sides = input_images.requested_size(request, images, self.multiple)
+        width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
+        work, dtype = self._step_work(width, height, images), devices.type_name(self.pipeline.transformer.dtype)
+        return FluxTask(request, seed, width, height, tier, work, dtype, images, loras)
 
     @torch.no_grad()
     def advance(self, task: GenerationTask, others: Sequence[GenerationTask] = ()) -> Sequence[GenerationTask]:
@@ -178,21 +191,10 @@ class FluxEngine:
 
     @torch.no_grad()
     def decode(self, task: GenerationTask) -> None:
-        """Decode the next image. Raises NonFiniteOutput, or DeviceLost if MAX_NONFINITE_IMAGES is reached."""
+        """Decode the next image. Raises NonFiniteOutput, or DeviceLost after several such images."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        decode = partial(self._decode, sample, self.pipeline.vae)
-        try:
-            again = partial(self.device.retry_on_oom, task.description, decode, partial(self._decode_in_tiles, sample))
-            image = self.device.retry_on_oom(task.description, decode, again)
-        except NonFiniteOutput as error:
-            # LoRAs can cause this in their own task. Without LoRAs, the weights on the device must be damaged.
-            self._num_nonfinite += not task.loras
-            if self._num_nonfinite >= MAX_NONFINITE_IMAGES:
-                raise DeviceLost("two images in a row had values that are not finite") from error
-            raise
-        self._num_nonfinite = 0
-        task.images.append(image)
+        task.images.append(self.decoder.decode(sample, task.description, has_loras=bool(task.loras)))
         sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
@@ -243,42 +245,28 @@ class FluxEngine:
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
 
-    def _step_work(self, width: int, height: int, reference_image: Image | None) -> int:
-        num_text_tokens = self.redux.num_tokens if reference_image and self.redux else self.num_text_tokens
-        return step_flops(self.pipeline.transformer.config, width * height // self.multiple**2, num_text_tokens)
+    def _step_work(self, width: int, height: int, images: InputImages) -> int:
+        num_text_tokens = self.redux.num_tokens if images.prompt and self.redux else self.num_text_tokens
+        num_tokens = width * height // self.multiple**2
+        if images.reference:
+            num_tokens += math.prod(kontext.trained_size(images.reference, self.multiple)) // self.multiple**2
+        return step_flops(self.pipeline.transformer.config, num_tokens, num_text_tokens)
 
     # -- start and end of an image
 
-    def _round_down(self, side: int) -> int:
-        return max(self.multiple, side // self.multiple * self.multiple)
-
     def _begin(self, task: FluxTask, seed: int) -> Sample:
-        if task.reference_image and self.redux:
-            text = self.redux.encode(task.reference_image)
+        if task.inputs.prompt and self.redux:
+            text = self.redux.encode(task.inputs.prompt)
         else:
             text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
         size = (task.width, task.height)
-        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.init_image, task.mask)
+        sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs)
         sample.cache = FirstBlockCache() if task.tier.skips_blocks else None
         return sample
 
     def _pipeline_of(self, task: FluxTask) -> Any:
         """Return the pipeline with the task's LoRAs active, or the plain one for a task without LoRAs."""
         return self.loras.activate(task.loras) if self.loras and task.loras else self.pipeline
-
-    def _decode(self, sample: Sample, vae: Any) -> Image:
-        with self.device.on_decode_stream(sample.latents, sample.event):
-            latents = unpacked(self.pipeline, sample, sample.latents)
-            decoded = vae.decode(latents, return_dict=False)[0]
-            if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise NonFiniteOutput("The image has values that are not finite, so no image is returned.")
-            image: Image = self.pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-        return image
-
-    def _decode_in_tiles(self, sample: Sample) -> Image:
-        """Decode with less memory, in tiles whose seams are blended, which changes the image slightly."""
-        log.warning("decoding an image in tiles of %d pixels, because the memory is short", TILE_SIDE)
-        return self._decode(sample, tiled_autoencoder(self.pipeline, TILE_SIDE))
 
     def _check_safety(self, images: Sequence[Image]) -> Sequence[bool]:
         with self.device.on_decode_stream():

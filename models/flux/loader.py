@@ -13,6 +13,7 @@ from models.flux import acceleration, safety_checker, verdict
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.compilation import compile_cache_dir, set_compile_cache_dirs
+from models.flux.decoder import COMPILED_DECODER
 from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
@@ -124,11 +125,20 @@ def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, 
     none = engine.tiers
     for way in acceleration.ways(config, engine.device.name, engine.plan):
         if _is_ready(engine, config, way, failed):
+            if way != acceleration.UNCOMPILED:
+                _offer_compiled_decoder(engine)
             return
         # Release the copies that were made for this way.
         engine.tiers = none
         engine.device.free()
     raise memory_plans.PlanFailed(engine.plan, "; ".join(engine.unavailable))
+
+
+def _offer_compiled_decoder(engine: FluxEngine) -> None:
+    if reason := _reason(engine, COMPILED_DECODER, None):
+        engine.unavailable.append(f"{COMPILED_DECODER}: {reason}")
+    else:
+        engine.decoder.offer_compiled()
 
 
 def _attempts_directory(config: EngineConfig, device: str) -> Path | None:

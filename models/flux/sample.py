@@ -10,10 +10,12 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
-from PIL.Image import Image
 
+from models.flux import kontext
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.inpainting import Inpainting, packed_mask
+from models.flux.input_images import InputImages
+from models.flux.kontext import Reference
 from models.flux.prompt_cache import PromptEmbeds
 
 
@@ -30,6 +32,8 @@ class Sample:
     timesteps: Any
     guidance: Any
     cache: FirstBlockCache | None = None
+    #: The reference image for the transformer of Kontext; None for other requests.
+    reference: Reference | None = None
     #: Restores the unmasked part of the input image after each step; None without a mask.
     inpainting: Inpainting | None = None
     step: int = 0
@@ -40,13 +44,15 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """The number of text and image tokens."""
-        return int(self.latents.shape[1] + self.text.prompt_embeds.shape[1])
+        """The number of text and image tokens, those of a reference image included."""
+        parts = [self.latents, self.text.prompt_embeds, *([self.reference.latents] if self.reference else [])]
+        return sum(part.shape[1] for part in parts)
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """Width, height and number of text tokens: only samples with equal keys can share a forward."""
-        return (self.width, self.height, self.text.prompt_embeds.shape[1])
+    def key(self) -> tuple[int, ...]:
+        """The sizes of image, text and reference image: only samples with equal keys can share a forward."""
+        reference = self.reference.size if self.reference else ()
+        return (self.width, self.height, self.text.prompt_embeds.shape[1], *reference)
 
     @property
     def timestep(self) -> Any:
@@ -75,8 +81,8 @@ class Sample:
             self.latents = self.inpainting.restore(self.latents, self.scheduler, following)
 
     def free(self) -> None:
-        """Release the latents, the velocity, the cache and the mask, which a decoded image does not need."""
-        self.latents = self.velocity = self.cache = self.inpainting = None
+        """Release the latents and all else that a decoded image does not need."""
+        self.latents = self.velocity = self.cache = self.inpainting = self.reference = None
 
 
 def first_step(request: Any) -> int:
@@ -93,13 +99,13 @@ def begin(
     request: Any,
     size: tuple[int, int],
     seed: int,
-    image: Image | None = None,
-    mask: Image | None = None,
+    inputs: InputImages,
 ) -> Sample:
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
-    Start from noise as FluxPipeline does, or from `image` mixed with noise as FluxImg2ImgPipeline does. With a `mask`,
-    keep the image where the mask is black, as FluxInpaintPipeline does.
+    Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
+    keep the image where the mask is black, as FluxInpaintPipeline does. With a reference image, do what the two
+    pipelines of Kontext do.
     """
     width, height = size
     num_channels = pipeline.transformer.config.in_channels // 4
@@ -108,16 +114,16 @@ def begin(
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
     start, inpainting = None, None
-    if image is not None:
+    if inputs.start:
         timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))
-        encoded, noise = _encode(pipeline, image, size, text.prompt_embeds.dtype, device, generator)
+        encoded, noise = _encode(pipeline, inputs, size, text.prompt_embeds.dtype, device, generator)
         start = pipeline._pack_latents(scheduler.scale_noise(encoded, timesteps[:1], noise), *encoded.shape)
-        if mask is not None:
+        if inputs.mask:
             inpainting = Inpainting(
                 image=pipeline._pack_latents(encoded, *encoded.shape),
                 noise=pipeline._pack_latents(noise, *noise.shape),
-                mask=packed_mask(pipeline, mask, size, num_channels, encoded),
+                mask=packed_mask(pipeline, inputs.mask, size, num_channels, encoded),
             )
     latents, latent_ids = pipeline.prepare_latents(
         1, num_channels, height, width, text.prompt_embeds.dtype, device, generator, start
@@ -125,21 +131,28 @@ def begin(
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-    return Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance, inpainting=inpainting)
+    sample = Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance, inpainting=inpainting)
+    if inputs.reference:
+        sample.reference = kontext.encode(pipeline, inputs.reference, text.prompt_embeds.dtype, device)
+    return sample
 
 
 def _encode(
     pipeline: Any,
-    image: Image,
+    inputs: InputImages,
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale an image to `size` and encode it; return latents and noise, each (1, channels, height, width)."""
+    """Scale the image to start from to `size`, and encode it; return latents and noise, each (1, channels, height,
+    width).
+    """
     width, height = size
-    pixels = pipeline.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
-    encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator=generator)
+    pixels = pipeline.image_processor.preprocess(inputs.start, height=height, width=width).to(torch.float32)
+    # The pipelines of Kontext take the middle of the encoder's distribution, the others a random value from it.
+    mode = "argmax" if inputs.reference else "sample"
+    encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator, mode)
     config = pipeline.vae.config
     latents = (encoded - config.shift_factor) * config.scaling_factor
     return latents, randn_tensor(latents.shape, generator=generator, device=torch.device(device), dtype=dtype)

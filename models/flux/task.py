@@ -1,14 +1,12 @@
 """A FLUX request during generation: its images and their progress."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from PIL.Image import Image
 
-from models.base import GenerationFailed
 from models.flux.acceleration import Tier
+from models.flux.input_images import InputImages
 from models.flux.loras import LoraAdapter
 from models.flux.sample import Sample, first_step
 
@@ -26,12 +24,7 @@ class FluxTask:
     step_work: int
     #: The transformer's number type, by PyTorch's name.
     dtype: str
-    #: The image that generation starts from; None to start from noise.
-    init_image: Image | None = None
-    #: The mask of `init_image`, white where the image changes; None to change it everywhere.
-    mask: Image | None = None
-    #: The image that takes the place of the prompt; None to use the prompt.
-    reference_image: Image | None = None
+    inputs: InputImages = field(default_factory=InputImages)
     loras: tuple[LoraAdapter, ...] = ()
     samples: list[Sample] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
@@ -51,7 +44,7 @@ class FluxTask:
     @property
     def num_steps(self) -> int:
         """The number of steps in total, over all images."""
-        num_left_out = 0 if self.init_image is None else first_step(self.request)
+        num_left_out = 0 if self.inputs.start is None else first_step(self.request)
         return int((self.request.num_inference_steps - num_left_out) * self.request.num_images)
 
     @property
@@ -79,25 +72,3 @@ class FluxTask:
         """The samples that can take a step now: all unfinished ones if the tier shares forwards, else the first."""
         unfinished = [sample for sample in self.samples if not sample.steps_done]
         return unfinished if self.tier.shares_forwards else unfinished[:1]
-
-
-def open_image(path: Path | None) -> Image | None:
-    """Read an input file into memory; return None for None. Raises OSError."""
-    if path is None:
-        return None
-    with PIL.Image.open(path, formats=("PNG",)) as image:
-        image.load()
-        return image
-
-
-def requested_size(request: Any, start: Image | None) -> tuple[int, int]:
-    """Return the requested width and height in pixels; by default, those of the image that generation starts from.
-
-    Raises GenerationFailed without either, which only endpoints of --models-dir allow.
-    """
-    size = getattr(request, "image_size", None)
-    if size is not None:
-        return size.width, size.height
-    if start is None:
-        raise GenerationFailed("The size is unknown: the request has neither image_size nor an image to start from.")
-    return start.size

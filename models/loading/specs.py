@@ -10,6 +10,8 @@ DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: The weights with which FLUX.1 [dev] takes an image in place of a prompt.
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
+#: Weights that the demo does not stand in for, because it was not trained with reference images.
+_NOT_IN_DEMO = {"black-forest-labs/FLUX.1-Kontext-dev"}
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:
@@ -33,7 +35,8 @@ def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, 
 
 def _assign_one(spec: str, models: dict[str, Model]) -> dict[str, str | Path]:
     if spec == "demo":
-        return {model.endpoint: DEMO for model in models.values() if model.weights and _has_all(model, DEMO)}
+        has_demo = [model for model in models.values() if model.weights and not _NOT_IN_DEMO & set(model.weights)]
+        return {model.endpoint: DEMO for model in has_demo if _has_all(model, DEMO)}
     endpoint, separator, rest = spec.partition("=")
     if separator:
         if endpoint not in models:

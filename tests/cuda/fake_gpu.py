@@ -60,12 +60,14 @@ class Compiled:
         kernels: the size in bytes of each kernel's machine code, by the kernel's name.
         targets: the GPU architectures that the kernels are for, such as "sm_90".
         launches: how many kernels the code of a "joint" and of a "single" block launches, for one image.
+        launches_by_graph: how many kernels the code of each graph launches.
     """
 
     num_graphs: int = 0
     kernels: dict[str, int] = field(default_factory=dict)
     targets: set[str] = field(default_factory=set)
     launches: dict[str, int] = field(default_factory=dict)
+    launches_by_graph: list[int] = field(default_factory=list)
 
     def launches_a_step(self, num_joint: int, num_single: int) -> int:
         """Return how many kernels the blocks launch in a step of a transformer with so many blocks of each kind."""
@@ -171,7 +173,9 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         with mock.patch.object(compile_fx, "compile_fx", compile_graph):
             compile_graph(graph, *arguments, **options)
         is_joint = any("ff_context" in node.name for node in graph.graph.find_nodes(op="placeholder"))
-        compiled.launches.setdefault("joint" if is_joint else "single", len(_LAUNCH.findall(programs[-1])))
+        num_launches = len(_LAUNCH.findall(programs[-1]))
+        compiled.launches.setdefault("joint" if is_joint else "single", num_launches)
+        compiled.launches_by_graph.append(num_launches)
         # Inductor may raise an error before, after which Dynamo traces the graph again.
         compiled.num_graphs += 1
         return graph.forward

@@ -10,12 +10,14 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch._dynamo.utils import counters
 from triton.backends.nvidia.compiler import CUDABackend
 
+from models.benchmark import random_weights
 from models.benchmark.random_weights import SHAPES
-from models.flux import compilation
+from models.flux import compilation, decoder
 from models.flux.acceleration import Tier, random_inputs
 from models.loading import fp8
 from models.schema import PRESETS
@@ -125,6 +127,57 @@ def test_fp8(model: Model, plan: str) -> None:
         report(compiled, f"{model.name}, regular with the plan {plan}")
         serve_all_sizes(tier)
         check(compiled, model, num_graphs=8)
+
+
+def decode(vae: Any, width: int = 1024, height: int = 1024) -> None:
+    """Decode an image of this size in pixels."""
+    latents = torch.zeros(1, vae.config.latent_channels, height // 8, width // 8, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        (pixels,) = vae.decode(latents, return_dict=False)
+    assert (pixels.shape, pixels.device.type) == ((1, 3, height, width), "cuda")
+
+
+def count_operations(vae: Any) -> tuple[int, dict[tuple[int, int], list[int]]]:
+    """Return how many operations decoding takes, and of these, those of each residual block, in the order of execution.
+
+    The blocks are grouped by their kind: the number of channels that they take and give.
+    """
+    kinds: dict[tuple[int, int], list[int]] = {}
+    started: list[int] = []
+
+    def note(block: Any, *_: Any) -> None:
+        kinds.setdefault((block.in_channels, block.out_channels), []).append(recorder.launches - started.pop())
+
+    with recorded() as recorder:
+        for block in vae.decoder.modules():
+            if isinstance(block, ResnetBlock2D):
+                block.register_forward_pre_hook(lambda *_: started.append(recorder.launches))
+                block.register_forward_hook(note)
+        recorder.restart()
+        decode(vae)
+        return recorder.launches, kinds
+
+
+def autoencoder() -> Any:
+    """Build FLUX.1's autoencoder on the GPU, in bf16."""
+    return random_weights.build("full", "cuda", torch.bfloat16).vae
+
+
+@pytest.mark.parametrize("model", [RTX_4090, H100], ids=lambda model: model.name)
+def test_decoding(model: Model) -> None:
+    with fake_gpu(model) as compiled:
+        vae = compilation.compiled_autoencoder(autoencoder())
+        decoder.warm_up(vae)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for size in SIZES:
+                decode(vae, *size)
+        before, kinds = count_operations(autoencoder())
+        blocks = sum(map(sum, kinds.values()))
+        launches = sum(
+            number * len(each) for number, each in zip(compiled.launches_by_graph, kinds.values(), strict=True)
+        )
+        print(f"{model.name}, decoding: {before} operations uncompiled; {before - blocks + launches} compiled")
+        check(compiled, model, num_graphs=len(kinds))
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ def tasks_of(engine: FluxEngine, acceleration: str, files: Files) -> Iterator[tu
     image = {"image_url": files.image}
     yield "image-to-image", engine.start(request(acceleration, SIDE, strength=0.8), 1, image)
     yield "inpainting", engine.start(request(acceleration, SIDE, strength=0.8), 1, {**image, "mask_url": files.image})
-    yield "redux", engine.start(request(acceleration, SIDE), 1, image)
+    yield "redux", engine.start(request(acceleration, SIDE, image_role="prompt"), 1, image)
+    yield "kontext", engine.start(request(acceleration, SIDE, image_role="reference"), 1, image)
     if engine.loras and acceleration != "high":
         loras = request(acceleration, SIDE, loras=[SimpleNamespace(scale=1.0)])
         yield "lora", engine.start(loras, 1, {"loras.0.path": files.lora})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from models.flux.input_images import InputImages
 from models.flux.prompt_cache import PromptCache
 from models.flux.sample import Sample, begin
 from tests.support import tiny_flux
@@ -19,7 +20,7 @@ def pipeline(request: pytest.FixtureRequest) -> FluxPipeline:
 
 def start_sample(pipeline: FluxPipeline, seed: int = 1, size: tuple[int, int] = (96, 64), **fields: Any) -> Sample:
     text = PromptCache("cpu").encode("a fish", pipeline)
-    return begin(pipeline, "cpu", text, make_request(num_inference_steps=4, **fields), size, seed)
+    return begin(pipeline, "cpu", text, make_request(num_inference_steps=4, **fields), size, seed, InputImages())
 
 
 def test_starts_with_the_noise_of_the_seed(pipeline: FluxPipeline) -> None:

@@ -23,7 +23,7 @@ def schema_of(endpoint: str) -> dict[str, Any]:
 
 def test_the_package_has_these_endpoints_and_no_others() -> None:
     assert {id_here(endpoint) for endpoint in FACTS} == set(MODELS)
-    assert len(FACTS) == 28
+    assert len(FACTS) == 32
 
 
 @pytest.mark.parametrize("endpoint", FACTS)
@@ -51,13 +51,15 @@ def test_the_metadata_of_an_image_holds_the_parameters_of_its_request_without_ur
         "prompt": "x",
         "image_url": EXAMPLE_IMAGE,
         "mask_url": EXAMPLE_IMAGE,
+        "reference_image_url": EXAMPLE_IMAGE,
         "loras": [{"path": "a/b", "scale": 2}],
     }
     parameters = dict(model.metadata(model.Input.model_validate(body), 1))
     assert (parameters.pop("endpoint"), parameters["seed"]) == (endpoint, 1)
     fields = model.Input.model_fields.keys()
     assert parameters.pop("lora_scales", None) == ([2] if "loras" in fields else None)
-    assert parameters.keys() == fields & {"prompt", "seed", "num_inference_steps", "guidance_scale", "strength"}
+    names = {"prompt", "seed", "num_inference_steps", "guidance_scale", "strength", "resolution_mode"}
+    assert parameters.keys() == fields & names
 
 
 @pytest.mark.parametrize("endpoint", MODELS)

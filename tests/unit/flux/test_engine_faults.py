@@ -104,7 +104,7 @@ def test_one_out_of_memory_error_is_retried(
 def test_an_image_that_cannot_be_decoded_whole_is_decoded_in_tiles(
     engine: FluxEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("models.flux.engine.TILE_SIDE", 64)
+    monkeypatch.setattr("models.flux.decoder.TILE_SIDE", 64)
     request, vae = make_request(width=160, height=96), engine.pipeline.vae
     expected = numpy.asarray(generate(engine, request, 1)[0], int)
     sizes: list[tuple[int, int]] = []

@@ -1,0 +1,64 @@
+"""The images that a request comes with: what each is for, and the size that they give the generated image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from PIL.Image import Image
+
+from models.base import GenerationFailed
+from models.flux import kontext
+
+
+@dataclass(frozen=True)
+class InputImages:
+    """The input images of a request, in RGB.
+
+    Attributes:
+        start: the image that generation starts from; None to start from noise.
+        mask: the mask of `start`, white where the image changes; None to change it everywhere.
+        prompt: the image that takes the place of the prompt; None to use the prompt.
+        reference: the image that the transformer of Kontext looks at; None for none.
+    """
+
+    start: Image | None = None
+    mask: Image | None = None
+    prompt: Image | None = None
+    reference: Image | None = None
+
+
+def read(request: Any, files: Mapping[str, Path]) -> InputImages:
+    """Read the files of a request's images by their fields into memory. Raises OSError."""
+    image, mask, reference = (_open(files.get(name)) for name in ("image_url", "mask_url", "reference_image_url"))
+    match getattr(request, "image_role", "start"):
+        case "prompt":
+            return InputImages(prompt=image)
+        case "reference":
+            return InputImages(reference=image)
+    return InputImages(start=image, mask=mask, reference=reference)
+
+
+def _open(path: Path | None) -> Image | None:
+    if path is None:
+        return None
+    with PIL.Image.open(path, formats=("PNG",)) as image:
+        image.load()
+        return image
+
+
+def requested_size(request: Any, images: InputImages, multiple: int) -> tuple[int, int]:
+    """Return the requested width and height in pixels; by default, those of the image that generation starts from.
+
+    A token covers `multiple` pixels in both directions.
+    Raises GenerationFailed without either, which only endpoints of --models-dir allow.
+    """
+    size = getattr(request, "image_size", None)
+    if size is not None:
+        return size.width, size.height
+    if images.start:
+        return images.start.size
+    if images.reference:
+        return kontext.size_for(getattr(request, "resolution_mode", "match_input"), images.reference, multiple)
+    raise GenerationFailed("The size is unknown: the request has neither image_size nor an image to start from.")

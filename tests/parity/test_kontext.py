@@ -1,0 +1,103 @@
+"""FLUX.1 Kontext against diffusers' own pipelines, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxPipeline
+from PIL import Image
+
+from models.flux.prompt_cache import count_text_tokens
+from models.flux_kontext import FluxKontextDevInput, FluxKontextLoraInpaintInput
+from tests.support import tiny_flux
+from tests.support.tiny_flux import difference, finish_task, run_steps
+
+NUM_STEPS = 2
+
+
+def picture(path: Path, size: tuple[int, int], seed: int) -> Path:
+    """Write an image with soft random colours; return its path."""
+    colours = numpy.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
+    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """Write an image of a size that Kontext was not trained on, so that it is scaled; return its path."""
+    return picture(tmp_path / "reference.png", (90, 40), 3)
+
+
+def call_diffusers(kind: Any, pipeline: FluxPipeline, request: Any, size: tuple[int, int], **images: Any) -> Any:
+    """Generate the request's image with a pipeline of diffusers, at the size that the engine rounds to."""
+    kontext = kind(**pipeline.components)
+    kontext.set_progress_bar_config(disable=True)
+    width, height = (side // 16 * 16 for side in size)
+    return kontext(
+        prompt=request.prompt,
+        width=width,
+        height=height,
+        max_area=width * height,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=count_text_tokens(pipeline),
+        **images,
+    ).images[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_edit_equals_the_pipeline(reference: Path, dtype: torch.dtype) -> None:
+    engine, pipeline = tiny_flux.engine(dtype), tiny_flux.pipeline(dtype)
+    request = FluxKontextDevInput.model_validate(
+        {"prompt": "a fish", "image_url": "unused", "num_inference_steps": NUM_STEPS}
+    )
+    (image,) = finish_task(engine, engine.start(request, 5, {"image_url": reference}))
+    assert image.size == (80, 32)
+    source = Image.open(reference)
+    assert difference(image, call_diffusers(FluxKontextPipeline, pipeline, request, source.size, image=source)) == 0
+
+
+def test_inpainting_equals_the_pipeline(reference: Path, tmp_path: Path) -> None:
+    """diffusers scales the image to a trained size unless it has one, so it has one here."""
+    size = (1568, 672)
+    start, mask = picture(tmp_path / "start.png", size, 4), tmp_path / "mask.png"
+    Image.fromarray(numpy.uint8(255 * (numpy.indices(size[::-1])[1] > 700))).save(mask)
+    engine, pipeline = tiny_flux.engine(torch.bfloat16), tiny_flux.pipeline(torch.bfloat16)
+    body = {"prompt": "a fish", "image_url": "unused", "reference_image_url": "unused", "mask_url": "unused"}
+    request = FluxKontextLoraInpaintInput.model_validate({**body, "num_inference_steps": 10, "strength": 0.25})
+    files = {"image_url": start, "reference_image_url": reference, "mask_url": mask}
+    (image,) = finish_task(engine, engine.start(request, 5, files))
+    kontext = FluxKontextInpaintPipeline(**pipeline.components)
+    kontext.set_progress_bar_config(disable=True)
+    expected = kontext(
+        prompt=request.prompt,
+        image=Image.open(start),
+        image_reference=Image.open(reference),
+        mask_image=Image.open(mask),
+        strength=request.strength,
+        width=size[0],
+        height=size[1],
+        max_area=size[0] * size[1],
+        num_inference_steps=10,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=count_text_tokens(pipeline),
+    ).images[0]
+    assert image.size == size
+    assert difference(image, expected) == 0
+
+
+@pytest.mark.parametrize("acceleration", ["regular", "high"])
+def test_every_tier_runs_an_edit(reference: Path, acceleration: str) -> None:
+    engine = tiny_flux.engine(torch.float32)
+    body = {"prompt": "a fish", "image_url": "unused", "num_inference_steps": NUM_STEPS, "num_images": 2}
+    images = {}
+    for tier in ("none", acceleration):
+        request = FluxKontextDevInput.model_validate({**body, "acceleration": tier})
+        task = run_steps(engine, engine.start(request, 5, {"image_url": reference}))
+        images[tier] = [sample.latents for sample in task.samples]
+    for one, other in zip(*images.values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-3)
