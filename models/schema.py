@@ -137,6 +137,8 @@ def input_urls(request: BaseModel, loc: tuple[str | int, ...] = ()) -> Iterator[
         for marker in field.metadata:
             if isinstance(marker, InputURL) and value is not None:
                 yield (*loc, name), marker.kind, value
+        if isinstance(value, BaseModel):
+            yield from input_urls(value, (*loc, name))
         for place, inner in enumerate(value) if isinstance(value, list | tuple) else ():
             if isinstance(inner, BaseModel):
                 yield from input_urls(inner, (*loc, name, place))
@@ -237,9 +239,9 @@ Loras = Annotated[
 ]
 
 
-#: What the image at `image_url` is for: generation starts from it, it takes the place of the prompt, or the transformer
-#: looks at it beside the image that it generates.
-ImageRole = Literal["start", "prompt", "reference"]
+#: What the image at `image_url` is for: generation starts from it, it takes the place of the prompt, the transformer
+#: looks at it next to the image that it generates, or it is filled where its mask is white.
+ImageRole = Literal["start", "prompt", "reference", "fill"]
 
 
 class ImageInput(BaseModel):

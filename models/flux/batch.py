@@ -43,7 +43,7 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     timesteps = torch.stack([sample.timestep for sample in samples])
     guidance = [sample.guidance for sample in samples]
     inputs = {
-        "hidden_states": _concatenate([_with_reference(sample) for sample in samples]),
+        "hidden_states": _concatenate([_seen(sample) for sample in samples]),
         "timestep": timesteps.to(first.latents.dtype) / 1000,
         "guidance": None if first.guidance is None else _concatenate(guidance),
         "pooled_projections": _concatenate([sample.text.pooled_prompt_embeds for sample in samples]),
@@ -57,12 +57,14 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
     return velocities
 
 
-def _with_reference(sample: Sample) -> torch.Tensor:
-    """Return the latents of a sample, followed by those of its reference image if it has one."""
-    if sample.reference is None:
-        latents: torch.Tensor = sample.latents
-        return latents
-    return torch.cat([sample.latents, sample.reference.latents], dim=1)
+def _seen(sample: Sample) -> torch.Tensor:
+    """Return what the transformer sees of a sample: latents, with the channels of Fill, then the reference image."""
+    seen: torch.Tensor = sample.latents
+    if sample.channels is not None:
+        seen = torch.cat([seen, sample.channels], dim=2)
+    if sample.reference is not None:
+        seen = torch.cat([seen, sample.reference.latents], dim=1)
+    return seen
 
 
 def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:

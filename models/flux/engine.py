@@ -18,7 +18,7 @@ from models.base import (
     GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, input_images, kontext
+from models.flux import acceleration, batch, fill, input_images, kontext
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
@@ -29,7 +29,7 @@ from models.flux.flops import step_flops
 from models.flux.input_images import InputImages
 from models.flux.loras import LoraAdapter, LoraManager
 from models.flux.preview import Preview
-from models.flux.prompt_cache import PromptCache, count_text_tokens
+from models.flux.prompt_cache import FLUX_TEXT_TOKENS, PromptCache, count_text_tokens
 from models.flux.redux import Redux
 from models.flux.safety_checker import Checker
 from models.flux.sample import Sample, begin, unpacked
@@ -70,6 +70,8 @@ class FluxEngine:
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         self.num_text_tokens = count_text_tokens(pipeline)
+        #: Whether the weights are those of FLUX.1 Fill, whose transformer sees a masked image too.
+        self.is_fill = pipeline.transformer.config.in_channels != 4 * pipeline.vae.config.latent_channels
         self.attempts = attempts or Attempts(None)
         #: What failed on this device, each with the reason, for the operator.
         self.unavailable: list[str] = []
@@ -157,8 +159,9 @@ class FluxEngine:
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, request.acceleration)
         images = input_images.read(request, inputs)
-        if images.prompt and self.redux is None:
-            raise GenerationFailed(f"An image cannot replace the prompt, because {specs.REDUX.hub_id} is missing here.")
+        if (images.prompt or images.after_prompt) and self.redux is None:
+            raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
+        self._check_kind(images)
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
         work, dtype = self._step_work(width, height, images), devices.type_name(self.pipeline.transformer.dtype)
@@ -194,7 +197,8 @@ class FluxEngine:
         """Decode the next image. Raises NonFiniteOutput, or DeviceLost after several such images."""
         assert isinstance(task, FluxTask)
         sample = task.samples[len(task.images)]
-        task.images.append(self.decoder.decode(sample, task.description, has_loras=bool(task.loras)))
+        image = self.decoder.decode(sample, task.description, has_loras=bool(task.loras))
+        task.images.append(fill.finish(image, task.request, task.inputs))
         sample.free()
 
     def is_unsafe(self, images: Sequence[Image]) -> Sequence[bool]:
@@ -245,8 +249,16 @@ class FluxEngine:
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
 
+    def _check_kind(self, images: InputImages) -> None:
+        """Raise GenerationFailed if these weights do not take such input images."""
+        if bool(images.hole) != self.is_fill:
+            kind = "are not those" if images.hole else "are those"
+            raise GenerationFailed(f"This endpoint cannot run, because the server's weights {kind} of FLUX.1 Fill.")
+
     def _step_work(self, width: int, height: int, images: InputImages) -> int:
-        num_text_tokens = self.redux.num_tokens if images.prompt and self.redux else self.num_text_tokens
+        num_text_tokens = FLUX_TEXT_TOKENS if images.prompt else self.num_text_tokens
+        if self.redux and (images.prompt or images.after_prompt):
+            num_text_tokens += self.redux.num_image_tokens
         num_tokens = width * height // self.multiple**2
         if images.reference:
             num_tokens += math.prod(kontext.trained_size(images.reference, self.multiple)) // self.multiple**2
@@ -259,6 +271,8 @@ class FluxEngine:
             text = self.redux.encode(task.inputs.prompt)
         else:
             text = self.prompts.encode(task.request.prompt, self._pipeline_of(task), task.loras)
+        if task.inputs.after_prompt and self.redux:
+            text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs)
         sample.cache = FirstBlockCache() if task.tier.skips_blocks else None

@@ -19,13 +19,17 @@ class InputImages:
     Attributes:
         start: the image that generation starts from; None to start from noise.
         mask: the mask of `start`, white where the image changes; None to change it everywhere.
+        hole: the mask of `start`, white where FLUX.1 Fill paints; None for other weights.
         prompt: the image that takes the place of the prompt; None to use the prompt.
+        after_prompt: the image whose tokens follow those of the prompt; None for none.
         reference: the image that the transformer of Kontext looks at; None for none.
     """
 
     start: Image | None = None
     mask: Image | None = None
+    hole: Image | None = None
     prompt: Image | None = None
+    after_prompt: Image | None = None
     reference: Image | None = None
 
 
@@ -37,6 +41,8 @@ def read(request: Any, files: Mapping[str, Path]) -> InputImages:
             return InputImages(prompt=image)
         case "reference":
             return InputImages(reference=image)
+        case "fill":
+            return InputImages(start=image, hole=mask, after_prompt=_open(files.get("fill_image.fill_image_url")))
     return InputImages(start=image, mask=mask, reference=reference)
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext: the transformer sees a reference image beside the one that it generates, as FluxKontextPipeline."""
+"""FLUX.1 Kontext: the transformer sees a reference image next to the one that it generates, as FluxKontextPipeline."""
 
 from dataclasses import dataclass
 from typing import Any

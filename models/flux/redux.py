@@ -1,5 +1,6 @@
 """FLUX.1 Redux, with which an image takes the place of the prompt."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ class Redux:
             raise BadWeights(f"{message}; use the Redux weights for this transformer")
 
     @property
-    def num_tokens(self) -> int:
-        """The number of tokens in place of a prompt's tokens: the text tokens, all zeros, and the image's tokens."""
+    def num_image_tokens(self) -> int:
+        """The number of tokens that an image gives."""
         config = self.prior.image_encoder.config
-        return FLUX_TEXT_TOKENS + int((config.image_size // config.patch_size) ** 2)
+        return int((config.image_size // config.patch_size) ** 2)
 
     @classmethod
     def load(cls, directory: Path, transformer: Any, device: str) -> "Redux":
@@ -58,14 +59,18 @@ class Redux:
             )
             return cls(prior.to(device), transformer)
 
-    # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
-    @torch.no_grad()
     def encode(self, image: Image) -> PromptEmbeds:
         """Encode an image in place of a prompt, as FluxPriorReduxPipeline does without text encoders."""
-        device = self.prior.image_embedder.device
-        states = self.prior.encode_image(image, device, 1)
+        embedder = self.prior.image_embedder
+        zeros = partial(torch.zeros, device=embedder.device, dtype=embedder.dtype)
+        no_text = zeros(1, FLUX_TEXT_TOKENS, self._text_width), zeros(1, self._pooled_width)
+        return self.append(PromptEmbeds(*no_text, zeros(FLUX_TEXT_TOKENS, 3)), image)
+
+    # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
+    @torch.no_grad()
+    def append(self, text: PromptEmbeds, image: Image) -> PromptEmbeds:
+        """Append an image to a prompt, as FluxPriorReduxPipeline does with text encoders."""
+        states = self.prior.encode_image(image, self.prior.image_embedder.device, 1)
         embedded = self.prior.image_embedder(states).image_embeds
-        no_text = embedded.new_zeros(1, FLUX_TEXT_TOKENS, self._text_width)
-        embeds = torch.cat([no_text, embedded], dim=1)
-        ids = embedded.new_zeros(embeds.shape[1], 3)
-        return PromptEmbeds(embeds, embedded.new_zeros(1, self._pooled_width), ids)
+        embeds = torch.cat([text.prompt_embeds, embedded], dim=1)
+        return PromptEmbeds(embeds, text.pooled_prompt_embeds, text.ids.new_zeros(embeds.shape[1], 3))

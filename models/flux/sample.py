@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from models.flux import kontext
+from models.flux import fill, kontext
 from models.flux.first_block_cache import FirstBlockCache
 from models.flux.inpainting import Inpainting, packed_mask
 from models.flux.input_images import InputImages
@@ -32,6 +32,8 @@ class Sample:
     timesteps: Any
     guidance: Any
     cache: FirstBlockCache | None = None
+    #: What the transformer sees of FLUX.1 Fill's input next to the latents: (1, image tokens, channels).
+    channels: Any = None
     #: The reference image for the transformer of Kontext; None for other requests.
     reference: Reference | None = None
     #: Restores the unmasked part of the input image after each step; None without a mask.
@@ -82,7 +84,8 @@ class Sample:
 
     def free(self) -> None:
         """Release the latents and all else that a decoded image does not need."""
-        self.latents = self.velocity = self.cache = self.inpainting = self.reference = None
+        self.latents = self.velocity = self.cache = self.inpainting = None
+        self.channels = self.reference = None
 
 
 def first_step(request: Any) -> int:
@@ -104,21 +107,23 @@ def begin(
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
     Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
-    keep the image where the mask is black, as FluxInpaintPipeline does. With a reference image, do what the two
-    pipelines of Kontext do.
+    keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does, and
+    with a reference image, what the two pipelines of Kontext do.
     """
     width, height = size
-    num_channels = pipeline.transformer.config.in_channels // 4
+    num_channels = pipeline.vae.config.latent_channels
     # Draw noise on the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
-    start, inpainting = None, None
+    start, inpainting, channels = None, None, None
     if inputs.start:
         timesteps = timesteps[first_step(request) :]
         scheduler.set_begin_index(first_step(request))
         encoded, noise = _encode(pipeline, inputs, size, text.prompt_embeds.dtype, device, generator)
         start = pipeline._pack_latents(scheduler.scale_noise(encoded, timesteps[:1], noise), *encoded.shape)
+        if inputs.hole:
+            channels = fill.channels(pipeline, inputs, size, text.prompt_embeds.dtype, device, generator)
         if inputs.mask:
             inpainting = Inpainting(
                 image=pipeline._pack_latents(encoded, *encoded.shape),
@@ -131,7 +136,8 @@ def begin(
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-    sample = Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance, inpainting=inpainting)
+    sample = Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
+    sample.inpainting, sample.channels = inpainting, channels
     if inputs.reference:
         sample.reference = kontext.encode(pipeline, inputs.reference, text.prompt_embeds.dtype, device)
     return sample

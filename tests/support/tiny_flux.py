@@ -181,20 +181,22 @@ def record_batch_sizes(module: Any) -> Iterator[list[int]]:
         hook.remove()
 
 
-def write_lora(path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32) -> Path:
+def write_lora(
+    path: Path, seed: int, *, text: bool = False, rank: int = RANK, width: int = 32, inner: int = 16
+) -> Path:
     """Write LoRA weights for some layers of `tiny_flux`, under diffusers' own names; return the path."""
     generator = torch.Generator().manual_seed(seed)
     layers = {
         "transformer.transformer_blocks.0.attn.to_q": (width, width),
         "transformer.transformer_blocks.0.ff.net.0.proj": (width, 4 * width),
         "transformer.single_transformer_blocks.1.proj_mlp": (width, 4 * width),
-        "transformer.x_embedder": (16, width),
+        "transformer.x_embedder": (inner, width),
     }
     if text:
         layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"] = (16, 16)
     weights = {}
-    for name, (inner, outer) in layers.items():
-        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, inner, generator=generator)
-        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(outer, rank, generator=generator)
+    for name, (taken, given) in layers.items():
+        weights[f"{name}.lora_A.weight"] = 0.3 * torch.randn(rank, taken, generator=generator)
+        weights[f"{name}.lora_B.weight"] = 0.3 * torch.randn(given, rank, generator=generator)
     save_file(weights, path)
     return path
