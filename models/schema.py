@@ -240,8 +240,9 @@ Loras = Annotated[
 
 
 #: What the image at `image_url` is for: generation starts from it, it takes the place of the prompt, the transformer
-#: looks at it next to the image that it generates, or it is filled where its mask is white.
-ImageRole = Literal["start", "prompt", "reference", "fill"]
+#: looks at it next to the image that it generates, it is filled where its mask is white, or the generated image has its
+#: edges or depths.
+ImageRole = Literal["start", "prompt", "reference", "fill", "canny", "depth"]
 
 
 class ImageInput(BaseModel):

@@ -58,7 +58,7 @@ def predict_velocities(transformer: Any, samples: Sequence[Sample]) -> Sequence[
 
 
 def _seen(sample: Sample) -> torch.Tensor:
-    """Return what the transformer sees of a sample: latents, with the channels of Fill, then the reference image."""
+    """Return what the transformer sees of a sample: its latents with further channels, then the reference image."""
     seen: torch.Tensor = sample.latents
     if sample.channels is not None:
         seen = torch.cat([seen, sample.channels], dim=2)

@@ -18,10 +18,11 @@ from models.base import (
     GenerationFailed,
     GenerationTask,
 )
-from models.flux import acceleration, batch, fill, input_images, kontext
+from models.flux import acceleration, batch, control, fill, input_images, kontext
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.batch import BatchItem
+from models.flux.control import DepthEstimator
 from models.flux.decoder import COMPILED_DECODER, Decoder
 from models.flux.device import Device, summary
 from models.flux.first_block_cache import FirstBlockCache
@@ -35,7 +36,7 @@ from models.flux.safety_checker import Checker
 from models.flux.sample import Sample, begin, unpacked
 from models.flux.sharing import Sharing
 from models.flux.task import FluxTask
-from models.loading import devices, specs
+from models.loading import conditioning, devices
 from models.loading.memory_plans import PLANS, Plan
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class FluxEngine:
         *,
         plan: Plan = PLANS[0],
         redux: Redux | None = None,
+        depth_estimator: DepthEstimator | None = None,
         sharing: Sharing | None = None,
         attempts: Attempts | None = None,
     ) -> None:
@@ -65,13 +67,13 @@ class FluxEngine:
         self.plan = plan
         self.loras = LoraManager(pipeline) if plan.is_resident else None
         self.redux = redux
+        self.depth_estimator = depth_estimator
         self.previews = Preview(pipeline.vae)
         self.decoder = Decoder(pipeline, self.device)
         #: Sides are rounded down to a multiple of this many pixels.
         self.multiple: int = pipeline.vae_scale_factor * 2
         self.num_text_tokens = count_text_tokens(pipeline)
-        #: Whether the weights are those of FLUX.1 Fill, whose transformer sees a masked image too.
-        self.is_fill = pipeline.transformer.config.in_channels != 4 * pipeline.vae.config.latent_channels
+        self.kind = conditioning.kind_of(pipeline)
         self.attempts = attempts or Attempts(None)
         #: What failed on this device, each with the reason, for the operator.
         self.unavailable: list[str] = []
@@ -136,7 +138,16 @@ class FluxEngine:
         """Release the device's memory."""
         # Empty this list instead of deleting it, because `warm_up` on another thread may still read it.
         self.tiers = []
-        del self.pipeline, self.checker, self.prompts, self.loras, self.redux, self.previews, self.decoder
+        del (
+            self.pipeline,
+            self.checker,
+            self.prompts,
+            self.loras,
+            self.redux,
+            self.previews,
+            self.decoder,
+            self.depth_estimator,
+        )
         self.device.free()
 
     def freeze_compilation(self) -> None:
@@ -159,9 +170,7 @@ class FluxEngine:
         offered = acceleration.uncompiled_tiers(self.tiers) if loras else self.tiers
         tier = acceleration.best_ready(offered, request.acceleration)
         images = input_images.read(request, inputs)
-        if (images.prompt or images.after_prompt) and self.redux is None:
-            raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
-        self._check_kind(images)
+        images.check(self.kind, has_redux=self.redux is not None, has_depth=self.depth_estimator is not None)
         sides = input_images.requested_size(request, images, self.multiple)
         width, height = (max(self.multiple, side // self.multiple * self.multiple) for side in sides)
         work, dtype = self._step_work(width, height, images), devices.type_name(self.pipeline.transformer.dtype)
@@ -249,12 +258,6 @@ class FluxEngine:
         due = [(task, self._due(task)), *((other, self._due_candidates(other)) for other in candidates)]
         return batch.select_batch(due)
 
-    def _check_kind(self, images: InputImages) -> None:
-        """Raise GenerationFailed if these weights do not take such input images."""
-        if bool(images.hole) != self.is_fill:
-            kind = "are not those" if images.hole else "are those"
-            raise GenerationFailed(f"This endpoint cannot run, because the server's weights {kind} of FLUX.1 Fill.")
-
     def _step_work(self, width: int, height: int, images: InputImages) -> int:
         num_text_tokens = FLUX_TEXT_TOKENS if images.prompt else self.num_text_tokens
         if self.redux and (images.prompt or images.after_prompt):
@@ -274,6 +277,7 @@ class FluxEngine:
         if task.inputs.after_prompt and self.redux:
             text = self.redux.append(text, task.inputs.after_prompt)
         size = (task.width, task.height)
+        task.inputs = control.prepare(task.inputs, size, self.depth_estimator)
         sample = begin(self.pipeline, self.device.name, text, task.request, size, seed, task.inputs)
         sample.cache = FirstBlockCache() if task.tier.skips_blocks else None
         return sample

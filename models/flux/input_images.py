@@ -10,6 +10,7 @@ from PIL.Image import Image
 
 from models.base import GenerationFailed
 from models.flux import kontext
+from models.loading import specs
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class InputImages:
         prompt: the image that takes the place of the prompt; None to use the prompt.
         after_prompt: the image whose tokens follow those of the prompt; None for none.
         reference: the image that the transformer of Kontext looks at; None for none.
+        control: the image that the transformer of Canny or Depth follows; None for none.
+        control_by: what of `control` it follows, "canny" or "depth"; empty if `control` shows edges or depths already.
     """
 
     start: Image | None = None
@@ -31,18 +34,38 @@ class InputImages:
     prompt: Image | None = None
     after_prompt: Image | None = None
     reference: Image | None = None
+    control: Image | None = None
+    control_by: str = ""
+
+    def check(self, kind: str, *, has_redux: bool, has_depth: bool) -> None:
+        """Raise GenerationFailed if an engine cannot take these images.
+
+        `kind` is that of its transformer. The other arguments say whether it has the weights of Redux, and those that
+        find depths.
+        """
+        needed = "fill" if self.hole else "control" if self.control else "plain"
+        if needed != kind:
+            message = f"This endpoint needs the kind of weights {needed!r}, but the server's are of the kind {kind!r}."
+            raise GenerationFailed(message)
+        if (self.prompt or self.after_prompt) and not has_redux:
+            raise GenerationFailed(f"An image cannot be a prompt, because {specs.REDUX.hub_id} is missing here.")
+        if self.control_by == "depth" and not has_depth:
+            raise GenerationFailed(f"Depths cannot be found, because {specs.DEPTH.hub_id} is missing here.")
 
 
 def read(request: Any, files: Mapping[str, Path]) -> InputImages:
     """Read the files of a request's images by their fields into memory. Raises OSError."""
     image, mask, reference = (_open(files.get(name)) for name in ("image_url", "mask_url", "reference_image_url"))
-    match getattr(request, "image_role", "start"):
+    role = getattr(request, "image_role", "start")
+    match role:
         case "prompt":
             return InputImages(prompt=image)
         case "reference":
             return InputImages(reference=image)
         case "fill":
             return InputImages(start=image, hole=mask, after_prompt=_open(files.get("fill_image.fill_image_url")))
+        case "canny" | "depth":
+            return InputImages(control=image, control_by=role)
     return InputImages(start=image, mask=mask, reference=reference)
 
 
@@ -63,8 +86,8 @@ def requested_size(request: Any, images: InputImages, multiple: int) -> tuple[in
     size = getattr(request, "image_size", None)
     if size is not None:
         return size.width, size.height
-    if images.start:
-        return images.start.size
+    if found := images.start or images.control:
+        return found.size
     if images.reference:
         return kontext.size_for(getattr(request, "resolution_mode", "match_input"), images.reference, multiple)
     raise GenerationFailed("The size is unknown: the request has neither image_size nor an image to start from.")

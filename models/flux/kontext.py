@@ -1,13 +1,12 @@
 """FLUX.1 Kontext: the transformer sees a reference image next to the one that it generates, as FluxKontextPipeline."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
 from PIL.Image import Image
 
 from models import kontext_sizes
+from models.flux.image_encoder import ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ def trained_size(image: Image, multiple: int) -> tuple[int, int]:
     return width // multiple * multiple, height // multiple * multiple
 
 
-def encode(pipeline: Any, image: Image, dtype: torch.dtype, device: str) -> Reference:
+def encode(encoder: ImageEncoder, image: Image) -> Reference:
     """Scale a reference image to the nearest size that Kontext was trained on, and encode it."""
+    pipeline, processor = encoder.pipeline, encoder.pipeline.image_processor
     width, height = trained_size(image, pipeline.vae_scale_factor * 2)
-    processor, config = pipeline.image_processor, pipeline.vae.config
     pixels = processor.preprocess(processor.resize(image, height, width), height, width)
-    encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), sample_mode="argmax")
-    latents = (encoded - config.shift_factor) * config.scaling_factor
-    ids = pipeline._prepare_latent_image_ids(1, latents.shape[2] // 2, latents.shape[3] // 2, device, dtype)
+    latents = encoder.latents(pixels, "argmax")
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    ids = pipeline._prepare_latent_image_ids(1, rows, columns, encoder.device, encoder.dtype)
     # The first number tells the reference's tokens from those of the image at the same place.
     ids[..., 0] = 1
-    return Reference((width, height), pipeline._pack_latents(latents, *latents.shape), ids)
+    return Reference((width, height), encoder.pack(latents), ids)

@@ -13,11 +13,12 @@ from models.flux import acceleration, safety_checker, verdict
 from models.flux.acceleration import Tier
 from models.flux.attempts import Attempts
 from models.flux.compilation import compile_cache_dir, set_compile_cache_dirs
+from models.flux.control import DepthEstimator
 from models.flux.decoder import COMPILED_DECODER
 from models.flux.device import Device, log_dtype, summary
 from models.flux.engine import FluxEngine
 from models.flux.redux import Redux
-from models.loading import devices, memory_plans, specs
+from models.loading import conditioning, devices, memory_plans, specs
 from models.loading.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
@@ -107,13 +108,31 @@ def _assemble(
     """Build an engine on a loaded pipeline. Raises torch.OutOfMemoryError, DeviceLost and memory_plans.PlanFailed."""
     prior = specs.find_extra_weights(config.weights, specs.REDUX) if config.weights else None
     redux = Redux.load(prior, pipeline.transformer, device) if prior else None
+    estimator = _depth_estimator(config, device, pipeline)
     checker = safety_checker.load(config)
     log_dtype(config, pipeline.transformer, device)
     attempts = Attempts(_attempts_directory(config, device))
     none = [Tier("none", pipeline.transformer)]
-    engine = kind(pipeline, checker, none, device, plan=plan, redux=redux, attempts=attempts)
+    engine = kind(
+        pipeline,
+        checker,
+        none,
+        device,
+        plan=plan,
+        redux=redux,
+        depth_estimator=estimator,
+        attempts=attempts,
+    )
     warm_up_none(engine, config, failed)
     return engine
+
+
+def _depth_estimator(config: EngineConfig, device: str, pipeline: Any) -> DepthEstimator | None:
+    """Load the weights that find depths, if they are installed and the transformer is of FLUX.1 Depth or Canny."""
+    directory = specs.find_extra_weights(config.weights, specs.DEPTH) if config.weights else None
+    if directory is None or conditioning.kind_of(pipeline) != "control":
+        return None
+    return DepthEstimator.load(directory, device, pipeline.transformer.dtype)
 
 
 def warm_up_none(engine: FluxEngine, config: EngineConfig, failed: Mapping[str, str]) -> None:

@@ -8,11 +8,10 @@ import numpy
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
-from diffusers.pipelines.flux.pipeline_flux_img2img import retrieve_latents
-from diffusers.utils.torch_utils import randn_tensor
 
-from models.flux import fill, kontext
+from models.flux import control, fill, kontext
 from models.flux.first_block_cache import FirstBlockCache
+from models.flux.image_encoder import ImageEncoder
 from models.flux.inpainting import Inpainting, packed_mask
 from models.flux.input_images import InputImages
 from models.flux.kontext import Reference
@@ -32,7 +31,7 @@ class Sample:
     timesteps: Any
     guidance: Any
     cache: FirstBlockCache | None = None
-    #: What the transformer sees of FLUX.1 Fill's input next to the latents: (1, image tokens, channels).
+    #: What the transformers of Fill, Canny and Depth see next to the latents: (1, image tokens, channels).
     channels: Any = None
     #: The reference image for the transformer of Kontext; None for other requests.
     reference: Reference | None = None
@@ -107,61 +106,45 @@ def begin(
     """Return a new sample, with latents, timesteps and guidance, for an image of `size`, (width, height) in pixels.
 
     Start from noise as FluxPipeline does, or from an image mixed with noise as FluxImg2ImgPipeline does. With a mask,
-    keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does, and
-    with a reference image, what the two pipelines of Kontext do.
+    keep the image where the mask is black, as FluxInpaintPipeline does. With a hole, do what FluxFillPipeline does,
+    with edges or depths what FluxControlPipeline does, and with a reference image what the two pipelines of Kontext do.
     """
     width, height = size
-    num_channels = pipeline.vae.config.latent_channels
     # Draw noise on the CPU, so that a seed gives the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
+    encoder = ImageEncoder(pipeline, size, text.prompt_embeds.dtype, device, generator)
     num_tokens = (width // pipeline.vae_scale_factor // 2) * (height // pipeline.vae_scale_factor // 2)
     scheduler, timesteps = _timesteps(pipeline.scheduler, request.num_inference_steps, num_tokens, device)
-    start, inpainting, channels = None, None, None
-    if inputs.start:
-        timesteps = timesteps[first_step(request) :]
-        scheduler.set_begin_index(first_step(request))
-        encoded, noise = _encode(pipeline, inputs, size, text.prompt_embeds.dtype, device, generator)
-        start = pipeline._pack_latents(scheduler.scale_noise(encoded, timesteps[:1], noise), *encoded.shape)
-        if inputs.hole:
-            channels = fill.channels(pipeline, inputs, size, text.prompt_embeds.dtype, device, generator)
-        if inputs.mask:
-            inpainting = Inpainting(
-                image=pipeline._pack_latents(encoded, *encoded.shape),
-                noise=pipeline._pack_latents(noise, *noise.shape),
-                mask=packed_mask(pipeline, inputs.mask, size, num_channels, encoded),
-            )
-    latents, latent_ids = pipeline.prepare_latents(
-        1, num_channels, height, width, text.prompt_embeds.dtype, device, generator, start
-    )
     guidance = None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full([1], request.guidance_scale, device=device, dtype=torch.float32)
-    sample = Sample(width, height, text, latents, latent_ids, scheduler, timesteps, guidance)
-    sample.inpainting, sample.channels = inpainting, channels
+    sample = Sample(width, height, text, None, None, scheduler, timesteps, guidance)
+    if inputs.control:
+        sample.channels = control.channels(encoder, inputs.control)
+    if inputs.start:
+        sample.timesteps = timesteps[first_step(request) :]
+        scheduler.set_begin_index(first_step(request))
+        _start_from_image(sample, encoder, inputs)
+    sample.latents, sample.latent_ids = pipeline.prepare_latents(
+        1, pipeline.vae.config.latent_channels, height, width, encoder.dtype, device, generator, sample.latents
+    )
     if inputs.reference:
-        sample.reference = kontext.encode(pipeline, inputs.reference, text.prompt_embeds.dtype, device)
+        sample.reference = kontext.encode(encoder, inputs.reference)
     return sample
 
 
-def _encode(
-    pipeline: Any,
-    inputs: InputImages,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    device: str,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale the image to start from to `size`, and encode it; return latents and noise, each (1, channels, height,
-    width).
-    """
-    width, height = size
-    pixels = pipeline.image_processor.preprocess(inputs.start, height=height, width=width).to(torch.float32)
+def _start_from_image(sample: Sample, encoder: ImageEncoder, inputs: InputImages) -> None:
+    """Set the latents to those of the image to start from, mixed with noise, and what its mask asks for."""
+    assert inputs.start
     # The pipelines of Kontext take the middle of the encoder's distribution, the others a random value from it.
-    mode = "argmax" if inputs.reference else "sample"
-    encoded = retrieve_latents(pipeline.vae.encode(pixels.to(device=device, dtype=dtype)), generator, mode)
-    config = pipeline.vae.config
-    latents = (encoded - config.shift_factor) * config.scaling_factor
-    return latents, randn_tensor(latents.shape, generator=generator, device=torch.device(device), dtype=dtype)
+    encoded = encoder.latents(encoder.pixels(inputs.start), "argmax" if inputs.reference else "sample")
+    noise = encoder.noise(encoded.shape)
+    sample.latents = encoder.pack(sample.scheduler.scale_noise(encoded, sample.timesteps[:1], noise))
+    if inputs.hole:
+        sample.channels = fill.channels(encoder, inputs)
+    if inputs.mask:
+        mask = packed_mask(encoder.pipeline, inputs.mask, encoder.size, encoded.shape[1], encoded)
+        sample.inpainting = Inpainting(image=encoder.pack(encoded), noise=encoder.pack(noise), mask=mask)
 
 
 def unpacked(pipeline: Any, sample: Sample, latents: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.base import EngineConfig, LoadProgress
-from models.loading import hub, memory_plans, verify
+from models.loading import conditioning, hub, memory_plans, verify
 from models.loading.devices import device_for, dtype_for, free_memory
 from models.loading.specs import REDUX, find_extra_weights
 
@@ -104,15 +104,12 @@ def _load_part(directory: Path, name: str, dtype: "torch.dtype") -> Any:
 def _check_fit(directory: Path, pipeline: Any) -> None:
     """Check that the components fit each other: otherwise, every request would fail. Raises hub.BadWeights."""
     clip, t5 = pipeline.text_encoder.config, pipeline.text_encoder_2.config
-    flow, vae = pipeline.transformer.config, pipeline.vae.config
-    # An image token holds the channels of 2 x 2 latents. The transformer of FLUX.1 Fill also takes those of a masked
-    # image, and the mask's pixels.
-    latents = 4 * vae.latent_channels
-    fill = 2 * latents + 4 * pipeline.vae_scale_factor**2
+    flow = pipeline.transformer.config
+    taken = conditioning.channels(pipeline)
     widths = {
         "text_encoder": (clip.hidden_size, flow.pooled_projection_dim),
         "text_encoder_2": (t5.d_model, flow.joint_attention_dim),
-        "vae": (fill if flow.in_channels == fill else latents, flow.in_channels),
+        "vae": (flow.in_channels if flow.in_channels in taken.values() else taken["plain"], flow.in_channels),
     }
     for name, (width, expected) in widths.items():
         if width != expected:

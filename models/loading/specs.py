@@ -10,8 +10,10 @@ DEMO = Path(__file__).parent.parent / "demo"
 DEFAULT_ENDPOINT = "fal-ai/flux/dev"
 #: The weights with which FLUX.1 [dev] takes an image in place of a prompt.
 REDUX = ExtraWeights("redux", "black-forest-labs/FLUX.1-Redux-dev")
-#: Weights that the demo does not stand in for, because it was trained without reference images and masks.
-_NOT_IN_DEMO = {"black-forest-labs/FLUX.1-Kontext-dev", "black-forest-labs/FLUX.1-Fill-dev"}
+#: The weights that find the depths of an image.
+DEPTH = ExtraWeights("depth", "LiheYoung/depth-anything-large-hf")
+#: Weights that the demo does not stand in for, because it was trained without reference images, masks and edges.
+_NOT_IN_DEMO = {f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Kontext", "Fill", "Canny", "Depth")}
 
 
 def assign_weights(specs: Sequence[str], models: dict[str, Model]) -> dict[str, str | Path | None]:

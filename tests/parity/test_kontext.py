@@ -17,7 +17,7 @@ from tests.support.tiny_flux import difference, finish_task, run_steps
 NUM_STEPS = 2
 
 
-def picture(path: Path, size: tuple[int, int], seed: int) -> Path:
+def write_image(path: Path, size: tuple[int, int], seed: int) -> Path:
     """Write an image with soft random colours; return its path."""
     colours = numpy.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
     Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -27,7 +27,7 @@ def picture(path: Path, size: tuple[int, int], seed: int) -> Path:
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """Write an image of a size that Kontext was not trained on, so that it is scaled; return its path."""
-    return picture(tmp_path / "reference.png", (90, 40), 3)
+    return write_image(tmp_path / "reference.png", (90, 40), 3)
 
 
 def call_diffusers(kind: Any, pipeline: FluxPipeline, request: Any, size: tuple[int, int], **images: Any) -> Any:
@@ -63,7 +63,7 @@ def test_an_edit_equals_the_pipeline(reference: Path, dtype: torch.dtype) -> Non
 def test_inpainting_equals_the_pipeline(reference: Path, tmp_path: Path) -> None:
     """diffusers scales the image to a trained size unless it has one, so it has one here."""
     size = (1568, 672)
-    start, mask = picture(tmp_path / "start.png", size, 4), tmp_path / "mask.png"
+    start, mask = write_image(tmp_path / "start.png", size, 4), tmp_path / "mask.png"
     Image.fromarray(numpy.uint8(255 * (numpy.indices(size[::-1])[1] > 700))).save(mask)
     engine, pipeline = tiny_flux.engine(torch.bfloat16), tiny_flux.pipeline(torch.bfloat16)
     body = {"prompt": "a fish", "image_url": "unused", "reference_image_url": "unused", "mask_url": "unused"}

@@ -1,0 +1,162 @@
+"""FLUX.1 Canny and Depth against diffusers' own pipeline, bit for bit, and the edges and depths that they follow."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL.Image
+import pytest
+import torch
+from diffusers import FluxControlPipeline, FluxPipeline
+from PIL.Image import Image
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    DepthEstimationPipeline,
+    Dinov2Config,
+    DPTImageProcessorPil,
+)
+
+from models.base import GenerationFailed
+from models.flux import control
+from models.flux.control import DepthEstimator
+from models.flux.engine import FluxEngine
+from models.flux.prompt_cache import count_text_tokens
+from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
+from models.loading.hub import BadWeights
+from tests.support import tiny_flux
+from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of
+
+SIZE = (90, 70)
+
+
+def control_pipeline(dtype: torch.dtype) -> FluxPipeline:
+    """Build a pipeline whose transformer takes two sets of latents, as those of FLUX.1 Canny and Depth."""
+    pipeline = tiny_flux.pipeline(dtype)
+    latents = 4 * pipeline.vae.config.latent_channels
+    pipeline.register_modules(transformer=tiny_flux.transformer(dtype, in_channels=2 * latents, out_channels=latents))
+    return pipeline
+
+
+def engine_of(pipeline: FluxPipeline, estimator: DepthEstimator | None = None) -> FluxEngine:
+    return FluxEngine(pipeline, AllSafeChecker(), tiers_of(pipeline.transformer), "cpu", depth_estimator=estimator)
+
+
+def call_diffusers(dtype: torch.dtype, request: Any, image: Image) -> Image:
+    parts = dict(control_pipeline(dtype).components)
+    # The class has no parts for IP adapters.
+    del parts["image_encoder"], parts["feature_extractor"]
+    pipeline = FluxControlPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    expected: Image = pipeline(
+        prompt=request.prompt,
+        control_image=image,
+        width=image.width,
+        height=image.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(5),
+        max_sequence_length=count_text_tokens(pipeline),
+    ).images[0]
+    return expected
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Write an image of a bright square on a dark ground, with a little noise."""
+    pixels = numpy.random.default_rng(3).integers(0, 3, (*SIZE[::-1], 3), dtype=numpy.uint8)
+    pixels[20:50, 30:60] += 200
+    path = tmp_path / "source.png"
+    PIL.Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def depth_weights(tmp_path: Path) -> Path:
+    """Write a small Depth Anything model with random weights, with its image processor."""
+    torch.manual_seed(3)
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    directory = tmp_path / "depth"
+    DepthAnythingForDepthEstimation(config).save_pretrained(directory)
+    DPTImageProcessorPil(
+        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
+    ).save_pretrained(directory)
+    return directory
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "a fish", "image_url": "unused", "num_inference_steps": 3, **fields}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_canny_equals_the_pipeline(source: Path, dtype: torch.dtype) -> None:
+    request = FluxLoraCannyInput.model_validate(body())
+    engine = engine_of(control_pipeline(dtype))
+    (image,) = finish_task(engine, engine.start(request, 5, {"image_url": source}))
+    assert image.size == (80, 64)
+    edges = control.edges(PIL.Image.open(source), image.size)
+    assert difference(image, call_diffusers(dtype, request, edges)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_depth_equals_the_pipeline(source: Path, depth_weights: Path, dtype: torch.dtype) -> None:
+    request = FluxLoraDepthInput.model_validate(body(num_images=2, acceleration="regular"))
+    estimator = DepthEstimator.load(depth_weights, "cpu", torch.float32)
+    engine = engine_of(control_pipeline(dtype), estimator)
+    image, _ = finish_task(engine, engine.start(request, 5, {"image_url": source}))
+    depths = estimator.depths(PIL.Image.open(source), image.size)
+    assert difference(image, call_diffusers(dtype, request, depths)) == 0
+
+
+def test_edges_are_lines_around_the_square(source: Path) -> None:
+    edges = numpy.asarray(control.edges(PIL.Image.open(source), SIZE))
+    assert edges.shape == (*SIZE[::-1], 3) and set(numpy.unique(edges)) == {0, 255}
+    rows, columns = numpy.nonzero(edges[..., 0])
+    assert (rows.min(), rows.max()) == pytest.approx((20, 50), abs=2)
+    assert (columns.min(), columns.max()) == pytest.approx((30, 60), abs=2)
+
+
+def test_depths_equal_those_of_the_depth_pipeline(source: Path, depth_weights: Path) -> None:
+    image = PIL.Image.open(source)
+    pipeline = DepthEstimationPipeline(
+        model=DepthAnythingForDepthEstimation.from_pretrained(depth_weights).eval(),
+        image_processor=DPTImageProcessorPil.from_pretrained(depth_weights),
+    )
+    found = DepthEstimator.load(depth_weights, "cpu", torch.float32).depths(image, image.size)
+    assert difference(found, pipeline(image)["depth"].convert("RGB")) == 0
+    assert len(numpy.unique(numpy.asarray(found))) > 10
+
+
+def test_an_image_of_one_colour_has_depths(depth_weights: Path) -> None:
+    estimator = DepthEstimator.load(depth_weights, "cpu", torch.float32)
+    for parameter in estimator._model.parameters():
+        parameter.data.zero_()
+    assert estimator.depths(PIL.Image.new("RGB", SIZE), SIZE).getextrema() == ((0, 0),) * 3
+
+
+def test_depth_needs_its_weights(source: Path) -> None:
+    engine = engine_of(control_pipeline(torch.float32))
+    with pytest.raises(GenerationFailed, match="LiheYoung/depth-anything-large-hf is missing here"):
+        engine.start(FluxLoraDepthInput.model_validate(body()), 5, {"image_url": source})
+
+
+def test_malformed_weights_for_depths_are_refused(depth_weights: Path) -> None:
+    (depth_weights / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(BadWeights):
+        DepthEstimator.load(depth_weights, "cpu", torch.float32)
