@@ -11,7 +11,7 @@ from models.loading.specs import DEMO
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxPipeline
+    from diffusers import AutoencoderKL, FluxPipeline
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
@@ -105,7 +105,7 @@ def build(shape: str, device: str, dtype: "torch.dtype", seed: int = 0) -> "Flux
 
 def parts(shape: str) -> dict[str, Any]:
     """Build the modules with weights, by component name, on PyTorch's default device, in its default number type."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     shapes = SHAPES[shape]
@@ -116,14 +116,21 @@ def parts(shape: str) -> dict[str, Any]:
         "transformer": FluxTransformer2DModel(**shapes["transformer"]),
         "text_encoder_2": T5EncoderModel(T5Config(**shapes["text_encoder_2"])),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes["text_encoder"], **ends)),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=16,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            **shapes["vae"],
-        ),
+        "vae": autoencoder(shape),
     }
+
+
+def autoencoder(shape: str) -> "AutoencoderKL":
+    """Build the autoencoder alone, as `parts` does."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **SHAPES[shape]["vae"],
+    )

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,15 @@ def compiled_autoencoder(vae: Any) -> Any:
             reordered = module.weight.detach().contiguous(memory_format=torch.channels_last)
             module.weight = torch.nn.Parameter(reordered, requires_grad=False)
         elif isinstance(module, ResnetBlock2D):
-            module.compile(fullgraph=True, dynamic=True)
+            # Some are the number 1 and some 1.0, for which the compiler would make two programs.
+            module.output_scale_factor = float(module.output_scale_factor)
+            module.forward = _in_channels_last(torch.compile(module.forward, fullgraph=True, dynamic=True))
     return clone
+
+
+def _in_channels_last(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a block's forward that gets its input in channels_last, so that the compiler sees one order of numbers."""
+    return lambda pixels, temb=None: forward(pixels.contiguous(memory_format=torch.channels_last), temb)
 
 
 def has_faster_attention() -> bool:

@@ -64,7 +64,8 @@ class Redux:
         embedder = self.prior.image_embedder
         zeros = partial(torch.zeros, device=embedder.device, dtype=embedder.dtype)
         no_text = zeros(1, FLUX_TEXT_TOKENS, self._text_width), zeros(1, self._pooled_width)
-        return self.append(PromptEmbeds(*no_text, zeros(FLUX_TEXT_TOKENS, 3)), image)
+        text: PromptEmbeds = self.append(PromptEmbeds(*no_text, zeros(FLUX_TEXT_TOKENS, 3)), image)
+        return text
 
     # With gradients, other kernels would run, and the last bits would differ from the pipeline's.
     @torch.no_grad()

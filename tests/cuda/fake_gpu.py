@@ -17,7 +17,7 @@ import torch
 import triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch import config as functorch_config
-from torch._inductor import compile_fx, config
+from torch._inductor import compile_fx, config, metrics
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
@@ -61,6 +61,7 @@ class Compiled:
         targets: the GPU architectures that the kernels are for, such as "sm_90".
         launches: how many kernels the code of a "joint" and of a "single" block launches, for one image.
         launches_by_graph: how many kernels the code of each graph launches.
+        bytes_by_graph: how many bytes these read and write, as the compiler calculates for the first sizes it sees.
     """
 
     num_graphs: int = 0
@@ -68,6 +69,7 @@ class Compiled:
     targets: set[str] = field(default_factory=set)
     launches: dict[str, int] = field(default_factory=dict)
     launches_by_graph: list[int] = field(default_factory=list)
+    bytes_by_graph: list[int] = field(default_factory=list)
 
     def launches_a_step(self, num_joint: int, num_single: int) -> int:
         """Return how many kernels the blocks launch in a step of a transformer with so many blocks of each kind."""
@@ -169,6 +171,7 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         return made
 
     def compile_only(graph: Any, *arguments: Any, **options: Any) -> Any:
+        before = metrics.num_bytes_accessed
         # Inductor may call this function again for the same graph, with other options.
         with mock.patch.object(compile_fx, "compile_fx", compile_graph):
             compile_graph(graph, *arguments, **options)
@@ -176,6 +179,7 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         num_launches = len(_LAUNCH.findall(programs[-1]))
         compiled.launches.setdefault("joint" if is_joint else "single", num_launches)
         compiled.launches_by_graph.append(num_launches)
+        compiled.bytes_by_graph.append(int(metrics.num_bytes_accessed - before))
         # Inductor may raise an error before, after which Dynamo traces the graph again.
         compiled.num_graphs += 1
         return graph.forward
@@ -184,6 +188,8 @@ def _recorders(compiled: Compiled) -> list[tuple[Any, str, Any]]:
         (CachingAutotuner, "_precompile_config", precompile),
         (CachingAutotuner, "_make_launchers", lambda self: None),
         (compile_fx, "compile_fx", compile_only),
+        # Inductor counts bytes only for its log.
+        (compile_fx, "inductor_metrics_log", mock.Mock()),
         (GraphLowering, "save_output_code", staticmethod(programs.append)),
     ]
 

@@ -29,11 +29,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         uploads: the shapes of the tensors that were copied to the GPU since `restart`.
         pins: the number of tensors that were pinned, each by a copy in the host's memory, since `restart`.
         launches: the number of operations on the GPU since `restart`. Each is one or more kernels; views are none.
+        moved: the bytes that these operations read and write, if each reads its inputs and writes its results once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.launches = self.pins = 0
+        self.live = self.peak = self.launches = self.pins = self.moved = 0
         self.reads: list[str] = []
         self.uploads: list[tuple[int, ...]] = []
         self._sizes = WeakIdKeyDictionary()
@@ -42,7 +43,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def restart(self) -> None:
         """Forget everything but the tensors that exist now."""
         self.peak, self.reads, self.uploads = self.live, [], []
-        self.launches = self.pins = 0
+        self.launches = self.pins = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; answer those that would read the value of a fake tensor."""
@@ -55,6 +56,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             self.uploads.append(tuple(result.shape))
         if not func.is_view and any(is_on_gpu(tensor) for tensor in tree_leaves(result)):
             self.launches += 1
+            self.moved += sum(tensor.nbytes for tensor in tree_leaves((args, kwargs, result)) if is_on_gpu(tensor))
         tree_map(self._count, result)
         self.peak = max(self.peak, self.live)
         return result

@@ -89,7 +89,7 @@ def test_what_the_mask_keeps_is_pasted_back(files: dict[str, Path], is_resized: 
     engine = engine_of(fill_pipeline(torch.float32))
     (image,) = finish_task(engine, engine.start(request_with(resize_to_original=is_resized), 5, files))
     (bare,) = finish_task(engine, engine.start(request_with(paste_back=False), 5, files))
-    original = Image.open(files["image_url"])
+    original: Image.Image = Image.open(files["image_url"])
     assert image.size == (original.size if is_resized else bare.size)
     original, bare = (each.resize(image.size, Image.Resampling.LANCZOS) for each in (original, bare))
     # A few columns around the edge of the mask are blended when it is scaled.

@@ -15,6 +15,9 @@ PLACES = {"centre": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top"
 SHARES = {"": 1 / 2, "small": 1 / 4, "big": 3 / 4}
 #: The same for an object off the middle, and for each of two objects: smaller, so that they stay inside the image.
 PLACED_SHARE = 3 / 8
+#: The sides in pixels that objects have: the one nearest to the share. There are few, because a drawing is learnt anew
+#: for each. Each is an even number of tokens, so that an object in the middle of an even number of tokens is aligned.
+SIDES = (128, 192, 256, 384, 512, 768)
 #: The share of scenes that show what a prompt without a known word gives.
 DEFAULT_SCENES = 0.03
 #: The most that a background differs from its middle shade, as a share of the way to the dark or the light shade.
@@ -51,13 +54,11 @@ class Scene:
         return self.place == "centre" and not self.size
 
     def boxes(self, width: int, height: int) -> list[tuple[int, int, int]]:
-        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size.
-
-        A side is an even number of tokens, so that an object in the middle of an even number of tokens is aligned too.
-        """
+        """Return left, top and side in pixels of each object, aligned to tokens, in an image of this size."""
         places = ("left", "right") if len(self.objects) == 2 else (self.place,)
         share = SHARES[self.size] if places == ("centre",) else PLACED_SHARE
-        side = 2 * TOKEN_PIXELS * max(1, math.floor(share * min(width, height) / (2 * TOKEN_PIXELS) + 0.5))
+        wanted = share * min(width, height)
+        side = min(SIDES, key=lambda each: abs(math.log(each / wanted)))
         middles = [(_on_grid(PLACES[place][0] * width), _on_grid(PLACES[place][1] * height)) for place in places]
         return [(x - side // 2, y - side // 2, side) for x, y in middles]
 

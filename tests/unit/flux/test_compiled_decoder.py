@@ -1,14 +1,13 @@
 """The compiled decoder: it takes over when it is ready, decodes the same images, and costs nothing if it fails."""
 
 from collections.abc import Iterator
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
-from diffusers.models.resnet import ResnetBlock2D
 
 from models.base import DeviceLost, EngineConfig
 from models.flux import decoder, loader
@@ -24,7 +23,7 @@ from tests.support.tiny_flux import difference, generate, make_request
 def eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Capture blocks as for a GPU, but run them eagerly, because compiling them takes minutes."""
     torch._dynamo.reset()
-    monkeypatch.setattr(ResnetBlock2D, "compile", partialmethod(ResnetBlock2D.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     yield
     torch._dynamo.reset()
 
