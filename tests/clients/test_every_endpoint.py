@@ -20,19 +20,27 @@ from tests.support.fal_endpoints import FACTS
 from tests.support.node import clients
 from tests.support.python_client import run_client
 from tests.support.server_process import Server, free_port, serving
+from tests.support.tiny_kinds import write_demo_of_kind
 from tests.support.tiny_redux import write_demo_with_redux
 
 Outputs = dict[str, dict[str, Any]]
 #: The fields that refer to input files.
-INPUT_FIELDS = {"image_url", "mask_url", "loras"}
+INPUT_FIELDS = {"image_url", "mask_url", "reference_image_url", "fill_image", "loras"}
+#: The kind of the weights of endpoints whose transformer sees more than that of FLUX.1 [dev].
+KINDS = {
+    "fal-ai/flux-lora-fill": "fill",
+    "fal-ai/flux-lora-canny": "control",
+    "fal-ai/flux-lora-depth": "control",
+}
 
 
 @pytest.fixture(scope="module")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start a server with all endpoints, also those that need Redux."""
+    """Start a server with all endpoints, also those that the demo does not serve."""
     directory = tmp_path_factory.mktemp("every")
-    weights = write_demo_with_redux(directory / "weights")
-    specs = [f"{endpoint}={weights}" for endpoint in discover()]
+    weights = {kind: write_demo_of_kind(directory / kind, kind) for kind in ("fill", "control")}
+    weights["plain"] = write_demo_with_redux(directory / "plain")
+    specs = [f"{endpoint}={weights[KINDS.get(endpoint, 'plain')]}" for endpoint in discover()]
     with serving(directory / "data", *specs, tls_port=str(free_port())) as running:
         yield running.ready()
 

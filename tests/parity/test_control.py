@@ -9,13 +9,7 @@ import pytest
 import torch
 from diffusers import FluxControlPipeline, FluxPipeline
 from PIL.Image import Image
-from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    DepthEstimationPipeline,
-    Dinov2Config,
-    DPTImageProcessorPil,
-)
+from transformers import DepthAnythingForDepthEstimation, DepthEstimationPipeline, DPTImageProcessorPil
 
 from models.base import GenerationFailed
 from models.flux import control
@@ -26,6 +20,7 @@ from models.flux_control import FluxLoraCannyInput, FluxLoraDepthInput
 from models.loading.hub import BadWeights
 from tests.support import tiny_flux
 from tests.support.tiny_flux import AllSafeChecker, difference, finish_task, tiers_of
+from tests.support.tiny_kinds import write_depth
 
 SIZE = (90, 70)
 
@@ -73,30 +68,8 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def depth_weights(tmp_path: Path) -> Path:
-    """Write a small Depth Anything model with random weights, with its image processor."""
-    torch.manual_seed(3)
-    backbone = Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        out_indices=[1, 2, 3, 4],
-        reshape_hidden_states=False,
-        apply_layernorm=True,
-    )
-    config = DepthAnythingConfig(
-        backbone_config=backbone,
-        reassemble_hidden_size=16,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        head_hidden_size=8,
-    )
     directory = tmp_path / "depth"
-    DepthAnythingForDepthEstimation(config).save_pretrained(directory)
-    DPTImageProcessorPil(
-        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
-    ).save_pretrained(directory)
+    write_depth(directory)
     return directory
 
 

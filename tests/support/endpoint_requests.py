@@ -23,9 +23,12 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
     image, mask = Image.new("RGB", (SIDE, SIDE), ORANGE), Image.new("L", (SIDE, SIDE))
     mask.paste(255, (0, 0, SIDE // 2, SIDE))
     lora = _upload(client, (DEMO / LORA).read_bytes(), "application/octet-stream")
+    image_url = _upload(client, encode(image), "image/png")
     return {
-        "image_url": _upload(client, encode(image), "image/png"),
+        "image_url": image_url,
         "mask_url": _upload(client, encode(mask), "image/png"),
+        "reference_image_url": image_url,
+        "fill_image": {"fill_image_url": image_url},
         "loras": [{"path": lora, "scale": 0.8}],
     }
 
@@ -33,9 +36,14 @@ def upload_inputs(client: httpx.Client) -> dict[str, Any]:
 def upload_other_inputs(client: httpx.Client) -> dict[str, Any]:
     """Upload another image and a black mask; return the fields for them, and no LoRAs."""
     image, mask = Image.new("RGB", (SIDE, SIDE), "blue"), Image.new("L", (SIDE, SIDE))
+    # It has edges, which the other image has not.
+    image.paste("white", (SIDE // 4, SIDE // 4, SIDE // 2, SIDE // 2))
+    image_url = _upload(client, encode(image), "image/png")
     return {
-        "image_url": _upload(client, encode(image), "image/png"),
+        "image_url": image_url,
         "mask_url": _upload(client, encode(mask), "image/png"),
+        "reference_image_url": image_url,
+        "fill_image": {"fill_image_url": image_url},
         "loras": [],
     }
 

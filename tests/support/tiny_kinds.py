@@ -1,0 +1,68 @@
+"""Small weights for the endpoints that the demo does not serve: Redux, Fill, Canny and Depth."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
+
+from models.loading.specs import DEPTH
+from tests.support.tiny_redux import write_demo_with_redux
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def write_demo_of_kind(directory: Path, kind: str) -> Path:
+    """Copy the demo weights to a new directory, and make their transformer one of this kind; return the directory.
+
+    It has the demo's weights, and random ones for the channels that are new. Random Redux weights are added, and with
+    the kind "control" random weights that find depths.
+    """
+    write_demo_with_redux(directory)
+    vae = AutoencoderTiny.load_config(directory / "vae")
+    latents, pixels = 4 * vae["latent_channels"], 2 ** len(vae["encoder_block_out_channels"][1:])
+    _widen(directory / "transformer", 2 * latents + (4 * pixels**2 if kind == "fill" else 0))
+    if kind == "control":
+        write_depth(directory / DEPTH.directory)
+    return directory
+
+
+def _widen(transformer: Path, in_channels: int) -> None:
+    config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(transformer / WEIGHTS)
+    embedder = weights["x_embedder.weight"]
+    torch.manual_seed(5)
+    new = 0.02 * torch.randn(len(embedder), in_channels - config["in_channels"], dtype=embedder.dtype)
+    weights["x_embedder.weight"] = torch.cat([embedder, new], dim=1)
+    save_file(weights, transformer / WEIGHTS, {"format": "pt"})
+    config |= {"in_channels": in_channels, "out_channels": config["in_channels"]}
+    (transformer / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_depth(directory: Path) -> None:
+    """Write a small Depth Anything model with random weights, and its image processor, to a new directory."""
+    torch.manual_seed(3)
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    DepthAnythingForDepthEstimation(config).save_pretrained(directory)
+    processor = DPTImageProcessorPil(
+        size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
+    )
+    processor.save_pretrained(directory)
