@@ -53,8 +53,8 @@ class Trainer:
         reading.load_into(self.painter)
         self.painter.to(device)
         if plan.is_compiled:
-            # Blocks are compiled for any size and number of images, in two minutes; for each size alone it took ten. They
-            # are compiled again for each number of threads, which may exceed the default limit.
+            # Blocks are compiled for any size and number of images, in two minutes; one size at a time, it took ten.
+            # They are compiled again for each number of threads, which may exceed the default limit.
             dynamo.config.recompile_limit = 64
             self.painter.transformer.compile_repeated_blocks(dynamic=True)
         self.optimizer = self._optimizer()
